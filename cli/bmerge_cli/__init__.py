@@ -1,0 +1,1 @@
+"""The command line of `mergekit_bayes`: parse, call one verb, render."""

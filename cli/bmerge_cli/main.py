@@ -1,0 +1,44 @@
+"""The `bmerge` command: one module per subcommand, each of which imports its verb only when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from bmerge_cli import detox, evaluate, finetune, inspect, merge, precision
+from bmerge_cli.render import failures
+from mergekit_bayes import __version__
+
+app = typer.Typer(
+    name="bmerge",
+    help="Merge and edit language models with uncertainty.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (merge, finetune, precision, evaluate, inspect, detox):
+    app.command(module.NAME)(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m bmerge_cli.main`."""
+    with failures():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What every command shares: one console on stderr, one JSON document on stdout, one message per failure."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_bayes.errors import BmergeError, ConfigError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+def console(*, quiet: bool = False) -> Console:
+    """Where people read: stderr, so that stdout stays machine-readable."""
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """The one document of `--json`."""
+    typer.echo(json.dumps(document, indent=2))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table; the first column is text, the rest are numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def number(text: str, option: str) -> float:
+    """A number given to an option, or a `ConfigError` that names both."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option}: '{text}' is not a number.") from None
+
+
+def assignments(items: Sequence[str], option: str) -> dict[str, str]:
+    """`MODEL=VALUE` options as a mapping; the last '=' separates, since paths may hold one."""
+    result = {}
+    for item in items:
+        name, separator, value = item.rpartition("=")
+        if not separator or not name or not value:
+            raise ConfigError(f"{option}: expected MODEL=VALUE, found '{item}'.")
+        result[name] = value
+    return result
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn what the user can mend into one message and exit code 2; a bug stays a traceback (exit code 1)."""
+    try:
+        yield
+    except BmergeError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from None
+    except BrokenPipeError:  # somebody closed our stdout, as `| head` does
+        sys.stderr.close()
+        raise typer.Exit(0) from None

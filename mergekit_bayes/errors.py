@@ -1,0 +1,30 @@
+"""What can go wrong, as a tree. Each message answers: which, expected, found, now what.
+
+    BmergeError
+    ├── CheckpointError   a file cannot be read, written or trusted
+    ├── MismatchError     inputs that do not belong together
+    ├── PrecisionError    a precision is missing, of other weights, or not a precision
+    └── ConfigError       an option or a config key that makes no sense
+
+The command line turns these into one message and exit code 2; anything else is a bug.
+"""
+
+
+class BmergeError(Exception):
+    """Something that the user can mend."""
+
+
+class CheckpointError(BmergeError):
+    """A file cannot be read, written or trusted."""
+
+
+class MismatchError(BmergeError):
+    """Inputs do not belong together."""
+
+
+class PrecisionError(BmergeError):
+    """A precision is missing, belongs to other weights, or is not a precision."""
+
+
+class ConfigError(BmergeError):
+    """An option or a config key makes no sense."""

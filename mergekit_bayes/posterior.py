@@ -1,0 +1,391 @@
+"""The noun: a mean (an ordinary checkpoint), a precision of the same names and shapes, and where it came from.
+
+On disk the mean is untouched. The precision is a second safetensors set with the same names and shards:
+
+    model/model.safetensors                 a.safetensors              the mean
+    model/posterior/precision.safetensors   a.precision.safetensors    float32, 1/weight^2, >= 0
+    model/posterior/posterior.json                                     PosteriorInfo, for people
+
+`PosteriorInfo` also travels in the header of every precision file, which is the copy that is read.
+A subfolder, because some loaders take every `*.safetensors` beside the model for weights.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
+from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, resolve
+from mergekit_bayes.tensors import (
+    Array,
+    SafetensorsSink,
+    SafetensorsSource,
+    TensorSource,
+    TensorSpec,
+    encode,
+    identity,
+)
+
+FORMAT = 1
+_HEADER_KEY = "bmerge"  # in the safetensors metadata
+_STEMS = ("model", "adapter_model")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Identity(_Record):
+    """Who a set of tensors is; `full` only where somebody asked for all bytes to be hashed."""
+
+    blocks: str
+    full: str | None = None
+
+
+class Prior(_Record):
+    """What a stored precision contains besides its data.
+
+    `isotropic` is `precision` on every entry, on the same scale as the stored tensors. `base` is the
+    base posterior as a merge counted it: `base_prior + base_count * (H of the base per observation) + DELTA_0`.
+    """
+
+    kind: Literal["none", "isotropic", "base", "unknown"] = "none"
+    centre: Literal["zero", "base"] = "zero"
+    precision: float = 0.0
+    base: Identity | None = None
+    base_precision: Identity | None = None
+    base_count: float | None = None
+
+
+class Anchor(_Record):
+    """What training pulled towards: nothing, zero or the base, with which precision (None: not a quadratic)."""
+
+    kind: Literal["none", "zero", "base"] = "none"
+    precision: float | None = 0.0
+
+
+class Term(_Record):
+    """One posterior inside a merge."""
+
+    label: str
+    mean: Identity
+    scale: float
+
+
+class MergeTrace(_Record):
+    """What a later merge must know to be exact: how this one counted."""
+
+    common_count: float | None
+    shrink: str | None = None
+    pool: str | None = None
+    only: str | None = None
+    guarded_share: float = 0.0
+
+
+class PosteriorInfo(_Record):
+    """Everything needed to use a precision again without asking its author.
+
+    Attributes:
+        estimator: How the curvature was found: `ggn`, `ivon`, `fisher`, ... A merge carries that of its terms.
+        unit: What one observation is.
+        observations: N, how many observations the likelihood part stands for.
+        ess: The count by which the stored precision is scaled, `S = ess * (curvature + prior)`; readers
+            multiply by `observations / ess`.
+        sampled: How many examples were really looked at.
+        mean: Identity of the weights at which the curvature was taken.
+        training: Optimizer, its hyperparameters, steps, batch size in observations, loss reduction.
+        health: `init_fraction`, `kappa`, quantiles of the curvature, counts of bad entries.
+        aliases: Tied names, alias to the name under which the tensor is stored.
+    """
+
+    format: int = FORMAT
+    estimator: str
+    unit: Literal["example", "token"] | None = None
+    observations: float | None = None
+    ess: float | None = None
+    sampled: float | None = None
+    prior: Prior = Prior()
+    anchor: Anchor = Anchor()
+    mean: Identity
+    base: Identity | None = None
+    tokenizer: str | None = None
+    dtype: str | None = None
+    training: dict[str, Any] = {}
+    health: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    terms: tuple[Term, ...] = ()
+    merge: MergeTrace | None = None
+
+    def to_metadata(self) -> dict[str, str]:
+        """The string-to-string metadata of a safetensors file."""
+        return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A mean, perhaps a precision, and what is known about it. Opening one reads headers only.
+
+    `isotropic` stands for a precision that is one number everywhere. A precision without `info` is taken as it
+    is: on the scale of the summed loss, prior 0.
+    """
+
+    ref: str
+    path: Path
+    mean: SafetensorsSource
+    precision: SafetensorsSource | None = None
+    info: PosteriorInfo | None = None
+    isotropic: float | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def has_precision(self) -> bool:
+        return self.precision is not None or self.isotropic is not None
+
+    def close(self) -> None:
+        self.mean.close()
+        if self.precision is not None:
+            self.precision.close()
+
+
+def open_posterior(
+    ref: str,
+    *,
+    precision: str | None = None,
+    isotropic: float | None = None,
+    with_precision: bool = True,
+) -> Posterior:
+    """Open a model and, where there is one, its precision. Reads headers only.
+
+    Args:
+        ref: A `.safetensors` file, a folder, or `org/name[@revision]`.
+        precision: Another place for the precision: a file or a folder.
+        isotropic: One precision for every entry, 1/weight^2, instead of a file.
+        with_precision: False leaves precisions alone (uniform weights need none, a Hub id then fetches none).
+    """
+    path = resolve(ref, CHECKPOINT + (POSTERIOR if with_precision else ()))
+    mean = SafetensorsSource(checkpoint_files(path, ref))
+    try:
+        if isotropic is not None:
+            return Posterior(ref, path, mean, isotropic=isotropic)
+        if not with_precision:
+            return Posterior(ref, path, mean)
+        found = _given_precision(precision) if precision else precision_files(path)
+        if not found:
+            return Posterior(ref, path, mean)
+        source = SafetensorsSource(found)
+        return Posterior(ref, path, mean, source, read_info(source))
+    except BaseException:
+        mean.close()
+        raise
+
+
+def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
+    """The safetensors files of a model: the file itself, the single file of a folder, or its shards."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"'{ref or path}' is not a .safetensors file. Convert it first with "
+                "`AutoModel.from_pretrained(...).save_pretrained(...)`; pickles are not read."
+            )
+        return [path]
+    for stem in _STEMS:
+        if files := _set_files(path, stem):
+            return files
+    raise CheckpointError(
+        f"'{ref or path}' holds neither model.safetensors nor model.safetensors.index.json. "
+        "Name a .safetensors file or a folder that save_pretrained wrote."
+    )
+
+
+def precision_files(path: Path) -> list[Path]:
+    """Where a model's own precision lies; empty if it has none."""
+    if path.is_file():
+        sibling = precision_path(path)
+        return [sibling] if sibling.exists() else []
+    return _set_files(path / "posterior", "precision")
+
+
+def precision_path(model: Path) -> Path:
+    """Where the precision of a model belongs: `X.precision.safetensors`, or the folder `model/posterior`."""
+    if model.suffix == ".safetensors":
+        return model.with_name(model.name.removesuffix(".safetensors") + ".precision.safetensors")
+    return model / "posterior"
+
+
+def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
+    """Name of shard `index` of a set called `stem` that is sharded like `files`."""
+    if len(files) == 1:
+        return f"{stem}.safetensors"
+    return f"{stem}-{index + 1:05d}-of-{len(files):05d}.safetensors"
+
+
+def read_info(source: SafetensorsSource) -> PosteriorInfo | None:
+    """`PosteriorInfo` from a precision file's header; None for a foreign file."""
+    text = source.metadata.get(_HEADER_KEY)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+        if found.get("format") != FORMAT:
+            raise PrecisionError(
+                f"{source.files[0]}: posterior format {found.get('format')}, this version reads {FORMAT}. "
+                "Update mergekit-bayes."
+            )
+        return PosteriorInfo.model_validate(found)
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise PrecisionError(
+            f"{source.files[0]}: its posterior information cannot be read ({error})."
+        ) from None
+
+
+def identify(source: TensorSource, *, full: bool = True) -> Identity:
+    """Identity of a checkpoint, with the hash of all bytes unless `full` is False."""
+    return Identity(blocks=identity(source), full=identity(source, full=True) if full else None)
+
+
+def save_posterior(
+    model: Path,
+    precision: Mapping[str, Array],
+    info: PosteriorInfo,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Store a precision beside its model, with the model's names, shapes and shards.
+
+    Args:
+        model: The checkpoint, a file or folder; it is not touched.
+        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and >= 0. Tensors
+            that were not trained may be absent.
+        info: Travels in every file's header.
+        out: Another place: a `.safetensors` file, or a folder.
+        force: Replace what is there.
+
+    Returns:
+        The file or folder written.
+    """
+    mean = SafetensorsSource(checkpoint_files(model))
+    try:
+        _check_precision(precision, mean, model)
+        target = out or precision_path(model)
+        with replacing(target, force=force) as partial:
+            if target.suffix == ".safetensors":
+                _write_set(partial, precision, info)
+            else:
+                partial.mkdir()
+                groups: dict[int, list[str]] = {}
+                for name in precision:
+                    groups.setdefault(mean.file_of(name), []).append(name)
+                shards = {
+                    shard_name(mean.files, i, "precision"): names for i, names in sorted(groups.items())
+                }
+                for file, names in shards.items():
+                    _write_set(partial / file, {n: precision[n] for n in names}, info)
+                if len(mean.files) > 1:
+                    write_index(partial, "precision", shards, sum(4 * p.size for p in precision.values()))
+                write_info(partial, info)
+        return target
+    finally:
+        mean.close()
+
+
+def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_size: int) -> None:
+    """The index that says which shard holds which tensor, as save_pretrained writes it."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_info(folder: Path, info: PosteriorInfo) -> None:
+    """`posterior.json`, the copy for people."""
+    (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def replacing(target: Path, *, force: bool) -> Iterator[Path]:
+    """A path beside `target` to write to, renamed to it at the end; nothing is left behind on failure.
+
+    Raises `CheckpointError` if the target exists and `force` is False, or when the disk says no.
+    """
+    if target.exists() and not force:
+        raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        partial = scratch / target.name
+        yield partial
+        if target.is_dir() and not target.is_symlink():
+            os.rename(target, scratch / "replaced")
+        os.replace(partial, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _set_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if single.exists() and not index.exists():
+        return [single]
+    if not index.exists():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index}: is not an index with a weight_map. Fetch it again.") from None
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{index}: names {missing[0]}, which is not there. Fetch the missing shards.")
+    return [folder / name for name in names]
+
+
+def _given_precision(ref: str) -> list[Path]:
+    path = resolve(ref, POSTERIOR + CHECKPOINT)
+    if path.is_file():
+        return checkpoint_files(path, ref)
+    for folder, stem in ((path / "posterior", "precision"), (path, "precision"), (path, "model")):
+        if files := _set_files(folder, stem):
+            return files
+    raise PrecisionError(f"'{ref}' holds no precision.safetensors. Name the file itself.")
+
+
+def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:
+    for name, values in precision.items():
+        spec = mean.specs.get(name)
+        if spec is None:
+            raise MismatchError(f"precision of '{name}': {model} has no tensor of that name.")
+        if spec.shape != values.shape:
+            raise MismatchError(
+                f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is {list(spec.shape)}."
+            )
+        bad = int(np.count_nonzero(~(np.isfinite(values) & (values >= 0))))
+        if bad:
+            raise PrecisionError(
+                f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
+            )
+
+
+def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
+    specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
+    sink = SafetensorsSink(path, specs, info.to_metadata())
+    try:
+        for name, t in tensors.items():
+            sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))
+        sink.close()
+    finally:
+        sink.abandon()

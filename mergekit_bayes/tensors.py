@@ -1,0 +1,383 @@
+"""Stream named tensors in and out of safetensors files, without torch.
+
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON, and the tensors' raw
+bytes. Everything that a merge must know (names, dtypes, shapes, offsets) is in the JSON, so a plan
+reads headers only and the data is read in chunks by `pread`: a file that shrinks under us is then an
+error rather than a SIGBUS, and resident memory stays at one chunk.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergekit_bayes.errors import CheckpointError
+
+Array = NDArray[Any]
+
+# Bytes per element of each dtype of the format.
+ITEM_SIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+# What a mean may be stored in: decoded to float32 (float64 for F64), combined, rounded once.
+MERGEABLE = ("F64", "F32", "F16", "BF16")
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+_BLOCK, _BLOCKS = 4096, 16  # identity: sixteen blocks a tensor
+
+
+class TensorSpec(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * ITEM_SIZE[self.dtype]
+
+
+class TensorSource(Protocol):
+    """Named tensors to read from."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        ...
+
+    def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's raw bytes from byte `offset` on."""
+        ...
+
+
+class TensorSink(Protocol):
+    """Named tensors to write to; the specs are known beforehand."""
+
+    def write_bytes(self, name: str, offset: int, data: memoryview) -> None: ...
+
+
+class _Placed(NamedTuple):
+    spec: TensorSpec
+    file: int  # index into the source's files
+    start: int  # absolute byte offset
+
+
+class SafetensorsSource:
+    """One safetensors file, or the shards of one checkpoint, checked before any tensor is read.
+
+    Raises `CheckpointError` for a truncated file, a header that is not JSON, a size that disagrees with dtype
+    and shape, overlapping or missing bytes, and a name that two shards hold.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self.metadata: dict[str, str] = {}
+        self._fds: list[int] = []
+        self._placed: dict[str, _Placed] = {}
+        try:
+            for index, path in enumerate(self.files):
+                self._open(index, path)
+        except BaseException:
+            self.close()
+            raise
+        self._specs = {name: placed.spec for name, placed in self._placed.items()}
+
+    def _open(self, index: int, path: Path) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
+        self._fds.append(fd)
+        header, data_start = _read_header(fd, path)
+        self.metadata |= header.pop("__metadata__", {})
+        end = os.fstat(fd).st_size - data_start
+        for name, placed in _check_header(header, path, index, data_start, end):
+            if name in self._placed:
+                other = self.files[self._placed[name].file]
+                raise CheckpointError(f"'{name}' is in two shards, {other} and {path}. Remove the stale one.")
+            self._placed[name] = placed
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def where(self, name: str) -> str:
+        return str(self.files[self._placed[name].file])
+
+    def file_of(self, name: str) -> int:
+        """Index of the shard that holds a tensor."""
+        return self._placed[name].file
+
+    def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        placed, done = self._placed[name], 0
+        while done < len(out):
+            try:
+                n = os.preadv(self._fds[placed.file], [out[done:]], placed.start + offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.where(name)}: reading '{name}' failed ({error.strerror})."
+                ) from None
+            if n == 0:
+                raise CheckpointError(
+                    f"{self.where(name)}: ended while '{name}' was being read; it was changed or truncated."
+                )
+            done += n
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+class MemorySource:
+    """Arrays as a source, for tests and previews. float16/32/64 and integers, by their numpy dtype."""
+
+    def __init__(self, tensors: Mapping[str, Array], label: str = "memory") -> None:
+        self._tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
+        self._specs = {n: TensorSpec(_NAME_OF[t.dtype.str[1:]], t.shape) for n, t in self._tensors.items()}
+        self._label = label
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def where(self, name: str) -> str:
+        return self._label
+
+    def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        out[:] = memoryview(self._tensors[name].reshape(-1).view(np.uint8))[offset : offset + len(out)]
+
+
+class SafetensorsSink:
+    """A safetensors file whose tensors arrive in any order; the header is written last.
+
+    Offsets are known from the specs, so data can be written at once. The metadata may change until `close`
+    as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself go into it.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.metadata = dict(metadata)
+        self._offsets: dict[str, int] = {}
+        at = 0
+        self._entries: dict[str, Any] = {}
+        # Widest items first keeps every tensor aligned, as the format's own writer does.
+        for name in sorted(specs, key=lambda n: (-ITEM_SIZE[specs[n].dtype], n)):
+            spec = specs[name]
+            self._offsets[name] = at
+            offsets = [at, at + spec.nbytes]
+            self._entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+            at += spec.nbytes
+        size = len(self._header())
+        self._reserved = size + (-size) % 8
+        self._start = 8 + self._reserved
+        try:
+            self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be created ({error.strerror}).") from None
+        self._guarded(self._allocate, self._start + at)
+
+    def _header(self) -> bytes:
+        content = {"__metadata__": self.metadata, **self._entries}
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def _allocate(self, size: int) -> None:
+        # A full disk is then found before the first tensor is combined.
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(self._fd, size)
+
+    def _guarded(self, act: Any, *args: Any) -> Any:
+        try:
+            return act(*args)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: writing failed ({error.strerror}). Free some space or choose another -o."
+            ) from None
+
+    def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
+        at, done = self._start + self._offsets[name] + offset, 0
+        while done < len(data):
+            done += self._guarded(os.pwrite, self._fd, data[done:], at + done)
+
+    def close(self) -> None:
+        """Write the header. Without this call the file is not a safetensors file."""
+        header = self._header()
+        if len(header) > self._reserved:
+            raise ValueError("the metadata grew beyond what was reserved for it")
+        whole = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
+        self._guarded(os.pwrite, self._fd, whole, 0)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def decode(raw: Array, dtype: str) -> Array:
+    """Raw bytes of a mergeable dtype as float32 (float64 for F64); may share memory with `raw`."""
+    if dtype == "BF16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return raw.view("<f2").astype(np.float32)
+    return raw.view("<f8" if dtype == "F64" else "<f4")
+
+
+def encode(values: Array, dtype: str) -> memoryview:
+    """Round to nearest even, once, into the bytes of a mergeable dtype."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        return memoryview(rounded.view(np.uint8))
+    numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
+    # An F16 that overflows is found by the caller's check for non-finite entries.
+    with np.errstate(over="ignore"):
+        return memoryview(np.ascontiguousarray(values, dtype=numpy_dtype).view(np.uint8))
+
+
+def chunks(spec: TensorSpec, size: int) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of at most `size` elements that cover a tensor; one empty range for an empty one."""
+    for start in range(0, spec.size, size):
+        yield start, min(start + size, spec.size)
+
+
+def read_chunk(source: TensorSource, name: str, start: int, stop: int) -> Array:
+    """Elements `start:stop` of a tensor in flat order, as float32 (float64 for F64)."""
+    dtype = source.specs[name].dtype
+    item = ITEM_SIZE[dtype]
+    raw = np.empty((stop - start) * item, np.uint8)
+    source.read_bytes(name, start * item, memoryview(raw))
+    return decode(raw, dtype)
+
+
+def read_tensor(source: TensorSource, name: str) -> Array:
+    """A whole tensor in its shape, as float32 (float64 for F64)."""
+    spec = source.specs[name]
+    return read_chunk(source, name, 0, spec.size).reshape(spec.shape)
+
+
+def block_hash(source: TensorSource, name: str) -> bytes:
+    """SHA-256 of sixteen 4-KiB blocks spread over a tensor's bytes (all of a small one's)."""
+    nbytes = source.specs[name].nbytes
+    digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
+    if nbytes <= _BLOCK * _BLOCKS:
+        starts = range(0, nbytes, _BLOCK)
+    else:
+        starts = [(nbytes - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]  # type: ignore[assignment]
+    for start in starts:
+        out = memoryview(buffer)[: min(_BLOCK, nbytes - start)]
+        source.read_bytes(name, start, out)
+        digest.update(out)
+    return digest.digest()
+
+
+def full_hash(source: TensorSource, name: str) -> bytes:
+    """SHA-256 of all of a tensor's bytes."""
+    nbytes, step = source.specs[name].nbytes, 1 << 20
+    digest, buffer = hashlib.sha256(), bytearray(step)
+    for start in range(0, nbytes, step):
+        out = memoryview(buffer)[: min(step, nbytes - start)]
+        source.read_bytes(name, start, out)
+        digest.update(out)
+    return digest.digest()
+
+
+def identity(source: TensorSource, *, full: bool = False) -> str:
+    """Who these tensors are: SHA-256 over each one's name, dtype, shape and content, in order of name.
+
+    Content is sixteen 4-KiB blocks a tensor, or all of it if `full`. Independent of sharding.
+    """
+    content = full_hash if full else block_hash
+    digest = hashlib.sha256()
+    for name in sorted(source.specs):
+        spec = source.specs[name]
+        digest.update(f"{name}\0{spec.dtype}\0{list(spec.shape)}\0".encode())
+        digest.update(content(source, name))
+    return digest.hexdigest()
+
+
+_NAME_OF = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8",
+            "u8": "U64", "u4": "U32", "u2": "U16", "u1": "U8", "b1": "BOOL"}  # fmt: skip
+
+
+def spec_of(array: Array) -> TensorSpec:
+    """The spec under which a numpy array would be stored."""
+    return TensorSpec(_NAME_OF[array.dtype.str[1:]], array.shape)
+
+
+def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
+    size = os.fstat(fd).st_size
+    head = os.pread(fd, 8, 0)
+    if len(head) < 8:
+        raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file. Fetch it again.")
+    (length,) = struct.unpack("<Q", head)
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{path}: says its header has {length} bytes, but the file has {size}. "
+            "It is truncated or not a safetensors file; fetch it again."
+        )
+    try:
+        header = json.loads(os.pread(fd, length, 8))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not JSON. Is it a safetensors file?")
+    return header, 8 + length
+
+
+def _check_header(
+    header: Mapping[str, Any], path: Path, index: int, data_start: int, available: int
+) -> Iterator[tuple[str, _Placed]]:
+    spans = []
+    for name, entry in header.items():
+        try:
+            spec = TensorSpec(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+            start, stop = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{path}: the header's entry for '{name}' is not dtype, shape and data_offsets."
+            ) from None
+        if spec.dtype not in ITEM_SIZE:
+            raise CheckpointError(f"{path}: '{name}' has the unknown dtype {spec.dtype}.")
+        if min(spec.shape, default=0) < 0 or start < 0 or stop - start != spec.nbytes:
+            raise CheckpointError(
+                f"{path}: '{name}' is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} bytes, "
+                f"but its offsets [{start}, {stop}] give {stop - start}. The header is wrong; fetch it again."
+            )
+        if stop > available:
+            raise CheckpointError(
+                f"{path}: '{name}' should end at data byte {stop}, but there are {available}. "
+                "The file is truncated; fetch it again."
+            )
+        spans.append((start, stop, name, spec))
+    end = 0
+    for start, stop, name, spec in sorted(spans):
+        if start != end:
+            what = (
+                "overlaps another tensor" if start < end else f"leaves {start - end} bytes unused before it"
+            )
+            raise CheckpointError(f"{path}: '{name}' {what}. The header is wrong; fetch it again.")
+        end = stop
+        yield name, _Placed(spec, index, data_start + start)
