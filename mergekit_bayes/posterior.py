@@ -245,9 +245,7 @@ def read_info(source: SafetensorsSource) -> PosteriorInfo | None:
             )
         return PosteriorInfo.model_validate(found)
     except (ValidationError, ValueError, AttributeError) as error:
-        raise PrecisionError(
-            f"{source.files[0]}: its posterior information cannot be read ({error})."
-        ) from None
+        raise PrecisionError(f"{source.files[0]}: its posterior information cannot be read ({error}).") from None
 
 
 def identify(source: TensorSource, *, full: bool = True) -> Identity:
@@ -288,9 +286,7 @@ def save_posterior(
                 groups: dict[int, list[str]] = {}
                 for name in precision:
                     groups.setdefault(mean.file_of(name), []).append(name)
-                shards = {
-                    shard_name(mean.files, i, "precision"): names for i, names in sorted(groups.items())
-                }
+                shards = {shard_name(mean.files, i, "precision"): names for i, names in sorted(groups.items())}
                 for file, names in shards.items():
                     _write_set(partial / file, {n: precision[n] for n in names}, info)
                 if len(mean.files) > 1:
@@ -328,13 +324,24 @@ def replacing(target: Path, *, force: bool) -> Iterator[Path]:
         partial = scratch / target.name
         yield partial
         if target.is_dir() and not target.is_symlink():
-            os.rename(target, scratch / "replaced")
-        os.replace(partial, target)
+            _swap_folder(target, partial, scratch / "replaced")
+        else:
+            os.replace(partial, target)
     except OSError as error:
         raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from None
     finally:
         if partial is not None:
             shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def _swap_folder(target: Path, new: Path, aside: Path) -> None:
+    """A folder cannot be replaced in one step: move it aside, and back if the new one cannot take its place."""
+    os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
 
 
 def _set_files(folder: Path, stem: str) -> list[Path]:
@@ -375,9 +382,7 @@ def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, mo
             )
         bad = int(np.count_nonzero(~(np.isfinite(values) & (values >= 0))))
         if bad:
-            raise PrecisionError(
-                f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
-            )
+            raise PrecisionError(f"precision of '{name}': {bad} of {values.size} entries are negative or not finite.")
 
 
 def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:

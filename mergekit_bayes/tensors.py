@@ -13,7 +13,6 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -132,9 +131,7 @@ class SafetensorsSource:
             try:
                 n = os.preadv(self._fds[placed.file], [out[done:]], placed.start + offset + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"{self.where(name)}: reading '{name}' failed ({error.strerror})."
-                ) from None
+                raise CheckpointError(f"{self.where(name)}: reading '{name}' failed ({error.strerror}).") from None
             if n == 0:
                 raise CheckpointError(
                     f"{self.where(name)}: ended while '{name}' was being read; it was changed or truncated."
@@ -162,7 +159,7 @@ class MemorySource:
         return self._label
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
-        out[:] = memoryview(self._tensors[name].reshape(-1).view(np.uint8))[offset : offset + len(out)]
+        out[:] = self._tensors[name].reshape(-1).view(np.uint8).data[offset : offset + len(out)]
 
 
 class SafetensorsSink:
@@ -250,11 +247,11 @@ def encode(values: Array, dtype: str) -> memoryview:
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
-        return memoryview(rounded.view(np.uint8))
+        return rounded.view(np.uint8).data
     numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     # An F16 that overflows is found by the caller's check for non-finite entries.
     with np.errstate(over="ignore"):
-        return memoryview(np.ascontiguousarray(values, dtype=numpy_dtype).view(np.uint8))
+        return np.ascontiguousarray(values, dtype=numpy_dtype).view(np.uint8).data
 
 
 def chunks(spec: TensorSpec, size: int) -> Iterator[tuple[int, int]]:
@@ -268,7 +265,7 @@ def read_chunk(source: TensorSource, name: str, start: int, stop: int) -> Array:
     dtype = source.specs[name].dtype
     item = ITEM_SIZE[dtype]
     raw = np.empty((stop - start) * item, np.uint8)
-    source.read_bytes(name, start * item, memoryview(raw))
+    source.read_bytes(name, start * item, raw.data)
     return decode(raw, dtype)
 
 
@@ -375,9 +372,7 @@ def _check_header(
     end = 0
     for start, stop, name, spec in sorted(spans):
         if start != end:
-            what = (
-                "overlaps another tensor" if start < end else f"leaves {start - end} bytes unused before it"
-            )
+            what = "overlaps another tensor" if start < end else f"leaves {start - end} bytes unused before it"
             raise CheckpointError(f"{path}: '{name}' {what}. The header is wrong; fetch it again.")
         end = stop
         yield name, _Placed(spec, index, data_start + start)

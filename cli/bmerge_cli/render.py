@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mergekit_bayes.errors import BmergeError, ConfigError
@@ -54,6 +55,15 @@ def assignments(items: Sequence[str], option: str) -> dict[str, str]:
             raise ConfigError(f"{option}: expected MODEL=VALUE, found '{item}'.")
         result[name] = value
     return result
+
+
+@contextmanager
+def progress_bar(screen: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes that vanishes when done; yields what a verb calls with (done, total)."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=screen.quiet) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -1,0 +1,36 @@
+"""The precision-weighted average, Fisher averaging when the precision is a Fisher (Matena & Raffel, 2022)."""
+
+from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.methods.base import Method
+
+
+def precision_average(
+    base: Gaussian | None, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], guard: float
+) -> Gaussian:
+    """Average in natural parameters: entries that a task is sure of count more.
+
+        c_t       = scale_t / sum_t scale_t
+        precision = sum_t c_t S_t
+        mean      = sum_t c_t S_t m_t / precision
+
+    With scales that sum to one this is gradient matching: the base cancels. Written around the first task's
+    mean, which has about half the rounding error of the direct form.
+
+    Args:
+        base: Not needed.
+        tasks: Floats or arrays of one shape; precision in 1/weight^2, > 0.
+        scales: One per task, dimensionless, >= 0 and of positive sum.
+        guard: Not needed.
+    """
+    total = 0.0
+    for scale in scales:
+        total = total + scale
+    precision, pull = 0 * tasks[0].precision, 0 * tasks[0].mean
+    for i in range(len(tasks)):
+        share = (scales[i] / total) * tasks[i].precision
+        precision = precision + share
+        pull = pull + share * (tasks[i].mean - tasks[0].mean)
+    return Gaussian(tasks[0].mean + pull / precision, precision)
+
+
+PRECISION_AVERAGE = Method("precision_average", precision_average, needs_base=False, needs_precision=True)

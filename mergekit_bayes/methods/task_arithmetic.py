@@ -1,0 +1,24 @@
+"""Task arithmetic (Ilharco et al., ICLR 2023): add, or with a negative scale subtract, what each task changed."""
+
+from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.methods.base import Method
+
+
+def task_arithmetic(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], guard: float) -> Gaussian:
+    """Add each task vector to the base; gradient matching with all precisions equal to the base's.
+
+        mean = m0 + sum_t scale_t (m_t - m0)
+
+    Args:
+        base: What all tasks were fine-tuned from.
+        tasks: Floats or arrays of one shape.
+        scales: One per task, dimensionless; negative removes the task.
+        guard: Not needed.
+    """
+    mean = base.mean
+    for i in range(len(tasks)):
+        mean = mean + scales[i] * (tasks[i].mean - base.mean)
+    return Gaussian(mean, base.precision)
+
+
+TASK_ARITHMETIC = Method("task_arithmetic", task_arithmetic, needs_base=True, needs_precision=False)

@@ -1,0 +1,204 @@
+"""Decide everything about a merge before any tensor is read: names, shapes, counts, priors, anchors, outputs.
+
+A plan is made from file headers and a few sampled blocks, so that every mismatch is found first and `--dry-run`
+costs nothing. `merge.run_merge` carries it out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.methods import Method, choose
+from mergekit_bayes.plan.match import Step, match_tensors
+from mergekit_bayes.plan.settings import (
+    MergeConfig,
+    Shrink,
+    check_options,
+    check_scales,
+    choose_target,
+    parse_shrink,
+    report_path,
+)
+from mergekit_bayes.plan.weigh import (
+    Pull,
+    Weighing,
+    check_precisions,
+    choose_guard,
+    common_count,
+    precision_identity,
+    weigh,
+)
+from mergekit_bayes.posterior import Anchor as StoredAnchor
+from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorInfo, Prior, Term, open_posterior
+from mergekit_bayes.tensors import ITEM_SIZE, identity
+
+__all__ = ["MergeConfig", "MergePlan", "Pull", "Shrink", "Step", "Weighing", "plan_merge", "report_path"]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that can be carried out: `models` is the base, if any, and then the tasks."""
+
+    config: MergeConfig
+    method: Method
+    models: tuple[Posterior, ...]
+    scales: tuple[float, ...]
+    guard: float
+    weighings: tuple[Weighing, ...]
+    shrink: Shrink | None
+    steps: tuple[Step, ...]
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
+    target: Path
+    info: PosteriorInfo | None = field(repr=False)  # of the merge, its own identity still blank
+
+    @property
+    def donor(self) -> Posterior:
+        return self.models[0]
+
+    @property
+    def base(self) -> Posterior | None:
+        return self.models[0] if self.config.base is not None else None
+
+    @property
+    def tasks(self) -> tuple[Posterior, ...]:
+        return self.models[1:] if self.config.base is not None else self.models
+
+    @property
+    def to_file(self) -> bool:
+        return self.target.suffix == ".safetensors"
+
+    def close(self) -> None:
+        for model in self.models:
+            model.close()
+
+
+def plan_merge(config: MergeConfig) -> MergePlan:
+    """Open the models' headers and decide the merge.
+
+    Raises:
+        ConfigError: Options that contradict each other.
+        CheckpointError: A file that cannot be read, or an output that exists.
+        MismatchError: Models that do not fit together.
+        PrecisionError: A precision that is missing or belongs to other weights.
+    """
+    by_precision = config.weights == "precision"
+    scales = check_scales(config)
+    check_options(config, scales)
+    models: list[Posterior] = []
+    try:
+        for ref in ((config.base,) if config.base is not None else ()) + config.models:
+            models.append(
+                open_posterior(
+                    ref,
+                    precision=config.precision.get(ref),
+                    isotropic=config.isotropic.get(ref),
+                    with_precision=by_precision,
+                )
+            )
+        target = choose_target(config, models)
+        notes: list[str] = []
+        weighings = [Weighing()] * len(models)
+        guard, info = config.guard, None
+        if by_precision:
+            check_precisions(config, models, notes)
+            weighings = weigh(config, models, notes)
+            guard = choose_guard(config, models, scales, notes)
+        steps, left_out = match_tensors(config, models, scales, notes)
+        if by_precision and config.posterior:
+            info = _merged_info(config, models, scales, weighings)
+        return MergePlan(
+            config=config,
+            method=choose(with_base=config.base is not None, by_precision=by_precision),
+            models=tuple(models),
+            scales=scales,
+            guard=guard,
+            weighings=tuple(weighings),
+            shrink=parse_shrink(config.shrink),
+            steps=tuple(steps),
+            left_out=left_out,
+            notes=tuple(notes),
+            target=target,
+            info=info,
+        )
+    except BaseException:
+        for model in models:
+            model.close()
+        raise
+
+
+def _merged_info(
+    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], weighings: Sequence[Weighing]
+) -> PosteriorInfo:
+    base = models[0] if config.base is not None else None
+    tasks = models[1:] if base else models
+    total = sum(scales)
+    shares = scales if base else [s / total for s in scales]
+    counted = weighings[1:] if base else weighings
+    known = [m.info for m in models if m.info is not None]
+    counts = [s * w.count for s, w in zip(shares, counted, strict=True) if w.count is not None]
+    observations = sum(counts) if counts else None
+    common = common_count(config, models)
+    if config.counts == "recorded" and counts and (weight := sum(abs(s) for s in shares)):
+        common = sum(abs(c) for c in counts) / weight
+    return PosteriorInfo(
+        estimator=known[0].estimator if known else "merged",
+        unit=known[0].unit if known else None,
+        observations=observations,
+        ess=observations,
+        prior=_merged_prior(base, weighings, models, shares),
+        anchor=StoredAnchor(kind="base", precision=None) if base else StoredAnchor(),
+        mean=_BLANK,
+        base=Identity(blocks=identity(base.mean)) if base else None,
+        tokenizer=next((i.tokenizer for i in known if i.tokenizer), None),
+        dtype=_main_dtype(models[0]),
+        aliases=models[0].info.aliases if models[0].info else {},
+        terms=_terms(tasks, shares),
+        merge=MergeTrace(common_count=common, shrink=config.shrink, pool=config.pool, only=config.only),
+    )
+
+
+_BLANK = Identity(blocks="0" * 64, full="0" * 64)  # as long as what replaces it
+
+
+def _merged_prior(
+    base: Posterior | None,
+    weighings: Sequence[Weighing],
+    models: Sequence[Posterior],
+    shares: Sequence[float],
+) -> Prior:
+    if base is not None:
+        return Prior(
+            kind="base",
+            centre="base",
+            precision=weighings[0].prior,
+            base=Identity(blocks=identity(base.mean)),
+            base_precision=precision_identity(base),
+            base_count=weighings[0].gain,
+        )
+    inside = [m.info.prior for m in models if m.info is not None and m.info.prior.kind in ("base", "unknown")]
+    if inside:
+        # Merges of one frame, counted alike, average to a merge in that frame; anything else has no one prior.
+        same = len(inside) == len(models) and len(set(inside)) == 1 and all(w.gain == 1 for w in weighings)
+        return inside[0] if same else Prior(kind="unknown")
+    scalar = sum(c * w.prior for c, w in zip(shares, weighings, strict=True))
+    return Prior(kind="isotropic", precision=scalar + DELTA_0)
+
+
+def _terms(tasks: Sequence[Posterior], shares: Sequence[float]) -> tuple[Term, ...]:
+    found: dict[str, Term] = {}
+    for task, share in zip(tasks, shares, strict=True):
+        inner = task.info.terms if task.info and task.info.terms else ()
+        own = inner or (Term(label=Path(task.ref).name, mean=Identity(blocks=identity(task.mean)), scale=1.0),)
+        for term in own:
+            before = found[term.mean.blocks].scale if term.mean.blocks in found else 0.0
+            found[term.mean.blocks] = term.model_copy(update={"scale": before + share * term.scale})
+    return tuple(t for t in found.values() if abs(t.scale) > 1e-9)
+
+
+def _main_dtype(model: Posterior) -> str:
+    sizes: dict[str, int] = {}
+    for spec in model.mean.specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size * ITEM_SIZE[spec.dtype]
+    return max(sizes, key=lambda d: sizes[d], default="F32")

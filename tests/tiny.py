@@ -1,0 +1,69 @@
+"""Tiny checkpoints and posteriors as files, for tests of the merge."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
+from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpec, encode, read_tensor
+
+SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": ()}
+
+
+def arrays(seed, shapes=SHAPES, spread=1.0):
+    rng = np.random.default_rng(seed)
+    return {n: np.asarray(rng.normal(size=s) * spread, np.float32) for n, s in shapes.items()}
+
+
+def precisions(seed, shapes=SHAPES, low=0.1, high=10.0):
+    rng = np.random.default_rng(seed + 1000)
+    return {n: np.asarray(np.exp(rng.uniform(np.log(low), np.log(high), s)), np.float32) for n, s in shapes.items()}
+
+
+def write(path, tensors, dtype="F32", metadata=None):
+    """A safetensors file by our own sink; its parents are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sink = SafetensorsSink(
+        path, {n: TensorSpec(dtype, t.shape) for n, t in tensors.items()}, metadata or {"format": "pt"}
+    )
+    for name, t in tensors.items():
+        sink.write_bytes(name, 0, encode(t.reshape(-1), dtype))
+    sink.close()
+    return path
+
+
+def posterior(
+    path, mean, precision, *, observations=100.0, prior=0.0, anchor=None, estimator="ggn", unit="token", dtype="F32"
+):
+    """A model file with a precision whose likelihood part stands for `observations`."""
+    path = write(path, mean, dtype)
+    source = SafetensorsSource(checkpoint_files(path))
+    info = PosteriorInfo(
+        estimator=estimator,
+        unit=unit,
+        observations=observations,
+        ess=observations,
+        prior=Prior(kind="isotropic", precision=prior) if prior else Prior(),
+        anchor=anchor or Anchor(),
+        mean=identify(source),
+    )
+    source.close()
+    save_posterior(path, precision, info)
+    return path
+
+
+def read(path):
+    """All tensors of a file or folder, float32 or float64."""
+    source = SafetensorsSource(checkpoint_files(Path(path)))
+    found = {n: read_tensor(source, n) for n in source.specs}
+    source.close()
+    return found
+
+
+def gaussians(n, shape=(50,), seed=0, above=None):
+    """Random Gaussians; with `above`, precisions that exceed that one's."""
+    rng = np.random.default_rng(seed)
+    floor = above.precision if above is not None else 0.0
+    return tuple(Gaussian(rng.normal(size=shape), floor + np.exp(rng.normal(size=shape))) for _ in range(n))
