@@ -6,7 +6,7 @@ import numpy as np
 
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
-from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpec, encode, read_tensor
+from mergekit_bayes.tensors import MERGEABLE, SafetensorsSink, SafetensorsSource, TensorSpec, encode, read_tensor
 
 SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": ()}
 
@@ -55,9 +55,9 @@ def posterior(
 
 
 def read(path):
-    """All tensors of a file or folder, float32 or float64."""
+    """All float tensors of a file or folder, as float32 or float64."""
     source = SafetensorsSource(checkpoint_files(Path(path)))
-    found = {n: read_tensor(source, n) for n in source.specs}
+    found = {n: read_tensor(source, n) for n, spec in source.specs.items() if spec.dtype in MERGEABLE}
     source.close()
     return found
 
