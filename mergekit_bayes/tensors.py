@@ -147,7 +147,7 @@ class MemorySource:
     """Arrays as a source, for tests and previews. float16/32/64 and integers, by their numpy dtype."""
 
     def __init__(self, tensors: Mapping[str, Array], label: str = "memory") -> None:
-        self._tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
+        self._tensors = {n: np.asarray(t, order="C") for n, t in tensors.items()}
         self._specs = {n: TensorSpec(_NAME_OF[t.dtype.str[1:]], t.shape) for n, t in self._tensors.items()}
         self._label = label
 

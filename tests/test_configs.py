@@ -1,0 +1,54 @@
+"""Settings files: unknown keys, all errors at once, overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from mergekit_bayes.configs import Config, load_config
+from mergekit_bayes.errors import ConfigError
+
+
+class Inner(Config):
+    rate: float = 0.1
+
+
+class Outer(Config):
+    name: str
+    size: int = 1
+    inner: Inner = Inner()
+
+
+def load(tmp_path, text, overrides=()):
+    path = Path(tmp_path) / "c.yaml"
+    path.write_text(text)
+    return load_config(Outer, path, overrides)
+
+
+def test_overrides_beat_the_file_and_the_file_beats_defaults(tmp_path):
+    config = load(tmp_path, "name: x\nsize: 2\n", ["inner.rate=0.5", "size=3"])
+    assert (config.name, config.size, config.inner.rate) == ("x", 3, 0.5)
+
+
+def test_an_unknown_key_offers_the_nearest_known_one(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'size'"):
+        load(tmp_path, "name: x\nsiez: 2\n")
+    with pytest.raises(ConfigError, match="did you mean 'rate'"):
+        load(tmp_path, "name: x\ninner:\n  rtae: 2\n")
+
+
+def test_all_errors_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "size: many\nwhat: 1\n")
+    assert all(word in str(caught.value) for word in ("name", "size", "what", "c.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n", "merge_method: ties\n"])
+def test_files_that_are_no_settings_are_explained(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("override", ["size", "=3", "name.inner=3"])
+def test_a_bad_override_is_named(tmp_path, override):
+    with pytest.raises(ConfigError, match="--set"):
+        load(tmp_path, "name: x\n", [override])

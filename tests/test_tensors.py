@@ -1,0 +1,162 @@
+"""The safetensors reader and writer against the format's own library, and against broken files."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.tensors import (
+    MemorySource,
+    SafetensorsSink,
+    SafetensorsSource,
+    TensorSpec,
+    decode,
+    encode,
+    identity,
+    read_tensor,
+)
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"),
+    [("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+)
+def test_we_read_what_the_library_writes(tmp_path, dtype, torch_dtype):
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).to(torch_dtype)
+    save_torch({"w": values}, tmp_path / "m.safetensors", metadata={"format": "pt"})
+    source = SafetensorsSource([tmp_path / "m.safetensors"])
+    assert source.specs == {"w": TensorSpec(dtype, (7, 3))}
+    np.testing.assert_array_equal(read_tensor(source, "w"), values.to(torch.float64).numpy())
+    source.close()
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    tensors = tiny.arrays(0)
+    path = tiny.write(tmp_path / "m.safetensors", tensors, metadata={"format": "pt", "note": "ä"})
+    for name, value in load_file(path).items():
+        np.testing.assert_array_equal(value, tensors[name])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_bf16_rounds_as_torch_does(values):
+    x = np.asarray(values, np.float32)
+    ours = decode(np.frombuffer(encode(x, "BF16"), np.uint8), "BF16")
+    np.testing.assert_array_equal(ours, torch.from_numpy(x).to(torch.bfloat16).float().numpy())
+
+
+def test_the_header_may_be_completed_after_the_data(tmp_path):
+    path = tmp_path / "m.safetensors"
+    sink = SafetensorsSink(path, {"w": TensorSpec("F32", (2,))}, {"hash": "0" * 64})
+    sink.write_bytes("w", 0, encode(np.asarray([1.0, 2.0]), "F32"))
+    sink.metadata = {"hash": "f" * 64}
+    sink.close()
+    source = SafetensorsSource([path])
+    assert source.metadata == {"hash": "f" * 64}
+    source.close()
+    sink = SafetensorsSink(tmp_path / "n.safetensors", {}, {})
+    sink.metadata = {"too": "long"}
+    with pytest.raises(ValueError, match="grew"):
+        sink.close()
+    sink.abandon()
+
+
+def test_identity_depends_on_content_and_not_on_sharding(tmp_path):
+    tensors = tiny.arrays(0)
+    whole = MemorySource(tensors)
+    names = list(tensors)
+    parts = [
+        tiny.write(tmp_path / f"{i}.safetensors", {n: tensors[n] for n in p})
+        for i, p in enumerate((names[2:], names[:2]))
+    ]
+    sharded = SafetensorsSource(parts)
+    assert identity(sharded) == identity(whole)
+    assert identity(sharded, full=True) == identity(whole, full=True)
+    changed = dict(tensors, **{names[0]: tensors[names[0]] + 1})
+    assert identity(MemorySource(changed)) != identity(whole)
+    assert identity(MemorySource({f"x.{n}": t for n, t in tensors.items()})) != identity(whole)
+    sharded.close()
+
+
+def raw(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(shape, start, stop, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "too few"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "says its header has"),
+        (struct.pack("<Q", 2) + b"[]", "not JSON"),
+        (struct.pack("<Q", 4) + b"\xff\xfe{}", "not JSON"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SafetensorsSource([path])
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"w": entry([4], 0, 16)}, b"\0" * 8, "truncated"),
+        ({"w": entry([4], 0, 12)}, b"\0" * 16, "offsets"),
+        ({"w": entry([4], -16, 0)}, b"\0" * 16, "offsets"),
+        ({"w": entry([2], 0, 8), "v": entry([2], 4, 12)}, b"\0" * 12, "overlaps"),
+        ({"w": entry([2], 4, 12)}, b"\0" * 12, "unused"),
+        ({"w": entry([2], 0, 8, "F7")}, b"\0" * 8, "unknown dtype"),
+        ({"w": {"dtype": "F32"}}, b"", "is not dtype, shape"),
+        ({"w": entry([-1, -2], 0, 8)}, b"\0" * 8, "offsets"),
+    ],
+)
+def test_a_header_that_lies_is_refused_with_file_and_tensor(tmp_path, header, data, message):
+    path = raw(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SafetensorsSource([path])
+    assert str(path) in str(caught.value)
+    assert "'w'" in str(caught.value) or "'v'" in str(caught.value)
+
+
+def test_headers_of_any_length_and_order_are_read(tmp_path):
+    header = {"b": entry([1], 4, 8), "a": entry([1], 0, 4)}
+    text = json.dumps(header).encode() + b" " * 3  # data then starts at an odd offset
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<ff", 1.5, 2.5))
+    source = SafetensorsSource([path])
+    assert read_tensor(source, "a") == [1.5]
+    assert read_tensor(source, "b") == [2.5]
+    source.close()
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in "xy":
+        save_file({"w": np.zeros(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="two shards"):
+        SafetensorsSource([tmp_path / "x.safetensors", tmp_path / "y.safetensors"])
+
+
+def test_a_file_cut_while_it_is_open_is_an_error(tmp_path):
+    path = tiny.write(tmp_path / "m.safetensors", {"w": np.zeros((64, 64), np.float32)})
+    source = SafetensorsSource([path])
+    with path.open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(CheckpointError, match="'w'"):
+        read_tensor(source, "w")
+    source.close()
