@@ -13,6 +13,7 @@ app = typer.Typer(
     help="Merge and edit language models with uncertainty.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts hold brackets and colons
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (merge, finetune, precision, evaluate, inspect, detox):

@@ -61,7 +61,7 @@ def assignments(items: Sequence[str], option: str) -> dict[str, str]:
 def progress_bar(screen: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes that vanishes when done; yields what a verb calls with (done, total)."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=screen.quiet) as progress:
+    with Progress(*columns, console=screen, transient=True, disable=screen.quiet or not screen.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
