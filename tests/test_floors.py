@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0, "gaussian": 0,
     "methods": 1, "optim": 1, "curvature": 1, "metrics": 1, "tensors": 1, "sources": 1, "configs": 1,
-    "posterior": 2,
+    "posterior": 2, "names": 2,
     "plan": 3, "models": 3, "trainer": 3,
     "merge": 4, "finetune": 4, "precision": 4, "evaluate": 4, "inspect": 4,
     "detox": 5,
@@ -66,9 +66,7 @@ def test_the_package_never_imports_the_command_line():
 
 def loaded_by(code: str) -> set[str]:
     script = f"{code}\nimport sys; print(' '.join(sorted(m for m in sys.modules if '.' not in m)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(done.stdout.split())
 
 
