@@ -24,9 +24,7 @@ def resolve(ref: str, patterns: tuple[str, ...] = CHECKPOINT, repo_type: str = "
     if path.exists():
         return path
     if not is_hub_id(ref) or ref.endswith((".safetensors", ".json", ".jsonl", ".yaml")):
-        raise CheckpointError(
-            f"'{ref}': no such file or folder, and not a Hub id (org/name or org/name@revision)."
-        )
+        raise CheckpointError(f"'{ref}': no such file or folder, and not a Hub id (org/name or org/name@revision).")
     from huggingface_hub import snapshot_download
 
     repo, _, revision = ref.partition("@")

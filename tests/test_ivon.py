@@ -48,6 +48,7 @@ def test_ivon_agrees_with_ivon_opt_step_by_step(rescale_lr, debias, samples, mon
     theirs, ours = net(), net()
     reference = ivon_opt.IVON(theirs.parameters(), **kw)
     optimizer = IVON(ours.parameters(), **kw)
+    x, y = data()
     noise = torch.Generator().manual_seed(3)
     draws, randn = [], torch.randn
 
@@ -63,7 +64,6 @@ def test_ivon_agrees_with_ivon_opt_step_by_step(rescale_lr, debias, samples, mon
         left[0] = left[0][tensor.numel() :]
         return tensor
 
-    x, y = data()
     for _ in range(12):
         for _ in range(samples):
             with reference.sampled_params(train=True):
