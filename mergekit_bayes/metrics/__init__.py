@@ -1,0 +1,9 @@
+"""Metrics, one file each: (model, tokenizer, texts) to a report of numbers with intervals."""
+
+from mergekit_bayes.metrics.base import Interval
+from mergekit_bayes.metrics.perplexity import PerplexityReport, measure_perplexity
+from mergekit_bayes.metrics.toxicity import ToxicityReport, measure_toxicity
+
+METRICS = {"perplexity": measure_perplexity, "toxicity": measure_toxicity}
+
+__all__ = ["METRICS", "Interval", "PerplexityReport", "ToxicityReport", "measure_perplexity", "measure_toxicity"]
