@@ -15,7 +15,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.sources import CHECKPOINT, is_hub_id, resolve
 
 Task = Literal["auto", "causal-lm", "classification"]
-UNIT = {"causal-lm": "token", "classification": "example"}
+UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
 IGNORED = -100  # a label that no loss counts, transformers' convention
 
 

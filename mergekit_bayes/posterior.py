@@ -10,6 +10,7 @@ On disk the mean is untouched. The precision is a second safetensors set with th
 A subfolder, because some loaders take every `*.safetensors` beside the model for weights.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -213,7 +214,9 @@ def precision_files(path: Path) -> list[Path]:
     """Where a model's own precision lies; empty if it has none."""
     if path.is_file():
         sibling = precision_path(path)
-        return [sibling] if sibling.exists() else []
+        if sibling.exists() or path.stem not in _STEMS:
+            return [sibling] if sibling.exists() else []
+        return _set_files(path.parent / "posterior", "precision")  # the single file of a model folder
     return _set_files(path / "posterior", "precision")
 
 
@@ -251,6 +254,12 @@ def read_info(source: SafetensorsSource) -> PosteriorInfo | None:
 def identify(source: TensorSource, *, full: bool = True) -> Identity:
     """Identity of a checkpoint, with the hash of all bytes unless `full` is False."""
     return Identity(blocks=identity(source), full=identity(source, full=True) if full else None)
+
+
+def tokenizer_identity(folder: Path) -> str | None:
+    """SHA-256 of `tokenizer.json`; None for a tokenizer without one."""
+    file = folder / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
 
 def save_posterior(

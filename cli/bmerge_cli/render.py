@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -55,6 +56,12 @@ def assignments(items: Sequence[str], option: str) -> dict[str, str]:
             raise ConfigError(f"{option}: expected MODEL=VALUE, found '{item}'.")
         result[name] = value
     return result
+
+
+def selection(items: Sequence[str], option: str) -> dict[str, Any] | None:
+    """`COLUMN=VALUE` options as a row filter, values read as YAML; None if there are none."""
+    found = assignments(items, option)
+    return {name: yaml.safe_load(value) for name, value in found.items()} or None
 
 
 @contextmanager

@@ -1,0 +1,126 @@
+"""A precision for a checkpoint that has none: the root-GGN diagonal over a person's data.
+
+The likelihood part is `N * F`, with F the curvature per observation and N all of the data that it stands for;
+how many examples were really looked at is recorded apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_bayes.configs import Config
+from mergekit_bayes.curvature import ggn_diagonal, precision_health
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.models import (
+    UNIT,
+    Collate,
+    Task,
+    batches,
+    checkpoint_names,
+    encode_rows,
+    load_model,
+    load_rows,
+    observations,
+)
+from mergekit_bayes.posterior import (
+    Anchor,
+    PosteriorInfo,
+    Prior,
+    checkpoint_files,
+    identify,
+    precision_path,
+    save_posterior,
+    tokenizer_identity,
+)
+from mergekit_bayes.sources import is_hub_id
+from mergekit_bayes.tensors import SafetensorsSource
+
+
+class PrecisionConfig(Config):
+    """Settings of `bmerge precision`.
+
+    Attributes:
+        model: A folder or Hub id; a Hub id needs `output`.
+        data: What the precision stands for; `where` keeps rows with these values.
+        examples: How many rows are looked at, at random.
+        batch_size: Rows a backward pass; smaller batches give more draws of the same data.
+        prior: Isotropic prior precision to include, 1/weight^2.
+    """
+
+    model: str
+    data: str | tuple[str, ...]
+    output: str | None = None
+    where: dict[str, Any] | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    examples: int = 2000
+    batch_size: int = 8
+    max_length: int = 512
+    prior: float = 0.0
+    seed: int = 0
+    task: Task = "auto"
+    force: bool = False
+
+
+class PrecisionReport(Config):
+    """Where the precision was written, and what it stands for."""
+
+    path: Path
+    estimator: str
+    unit: str
+    observations: int
+    sampled: int
+    health: dict[str, float]
+
+
+def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
+    """Estimate a checkpoint's precision and store it in its own `posterior/`, or where `output` says.
+
+    Raises:
+        CheckpointError: There is one already, or the model cannot be loaded.
+        ConfigError: A Hub id without an output.
+        MismatchError: Data without the named columns.
+    """
+    if config.output is None and is_hub_id(config.model):
+        raise ConfigError(f"'{config.model}' is a Hub id, whose cache is not ours to write to: name a place with -o.")
+    if config.prior < 0:
+        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
+    out = Path(config.output) if config.output else None
+    loaded = load_model(config.model, config.task)
+    target = out or precision_path(loaded.path)
+    if target.exists() and not config.force:
+        raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+    # Labels are not used: root-GGN needs the model's own distribution only.
+    rows = load_rows(config.data, where=config.where, columns=[config.text_column])
+    examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
+    total = observations(examples, loaded.task)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    chosen = [examples[i] for i in order[: config.examples]]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded.model.to(device)
+    collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
+    found = ggn_diagonal(loaded.model, batches(chosen, config.batch_size, collate, device=device), seed=config.seed)
+    precision = {n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()}
+    source = SafetensorsSource(checkpoint_files(loaded.path))
+    info = PosteriorInfo(
+        estimator="ggn",
+        unit=UNIT[loaded.task],
+        observations=total,
+        ess=total,
+        sampled=len(chosen),
+        prior=Prior(kind="isotropic", precision=config.prior) if config.prior else Prior(),
+        anchor=Anchor(),
+        mean=identify(source),
+        tokenizer=tokenizer_identity(loaded.path),
+        dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        aliases=dict(getattr(loaded.model, "all_tied_weights_keys", None) or {}),
+        training={"batch_size": config.batch_size, "seed": config.seed},
+        health=precision_health(precision),
+    )
+    source.close()
+    arrays = {n: t.cpu().numpy() for n, t in checkpoint_names(loaded.model, precision).items()}
+    path = save_posterior(loaded.path, arrays, info, out=out, force=config.force)
+    return PrecisionReport(
+        path=path, estimator="ggn", unit=UNIT[loaded.task], observations=total, sampled=len(chosen), health=info.health
+    )

@@ -1,0 +1,78 @@
+"""IVON inside `transformers.Trainer`: a mixin that opens the sampling context where the Trainer cannot.
+
+    class Trainer(IvonTrainerMixin, transformers.Trainer): ...
+    Trainer(..., optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e7}))
+
+Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
+samples, gradient accumulation and DDP are right, and a callback that stops in the middle of a step finds nothing
+perturbed.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.optim import IVON
+
+
+def unwrap(optimizer: Any) -> IVON:
+    """The IVON inside accelerate's wrapper, which hides `sampled_params`."""
+    while not isinstance(optimizer, IVON):
+        if not hasattr(optimizer, "optimizer"):
+            raise ConfigError(f"the trainer's optimizer is {type(optimizer).__name__}, not IVON.")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class IvonTrainerMixin:
+    """Put in front of `transformers.Trainer` (or trl's `SFTTrainer`); set `max_grad_norm=0`.
+
+    Gradient clipping by norm would act after the samples were taken, so IVON's own `clip_radius` does its work.
+    """
+
+    model: Any
+    optimizer: Any
+    accelerator: Any
+    optimizer_cls_and_kwargs: Any
+    args: Any
+    _held: list[dict[str, Any]]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """One parameter group: the Trainer's two would set IVON's prior precision to `args.weight_decay`."""
+        if self.args.max_grad_norm:
+            raise ConfigError("IVON takes its gradients before the Trainer clips them: set max_grad_norm=0.")
+        if self.accelerator.scaler is not None:
+            raise ConfigError("IVON does not work with the fp16 gradient scaler. Use bf16 instead of fp16.")
+        if self.optimizer is None:
+            kind, settings = self.optimizer_cls_and_kwargs
+            model = self.model if model is None else model
+            self.optimizer = kind([p for p in model.parameters() if p.requires_grad], **settings)
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._held = []  # whatever an earlier run that stopped in the middle of a step left
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Hold micro-batches back until the last one of a step, then run all of them under each sample."""
+        held = self._held
+        held.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        optimizer = unwrap(self.optimizer)
+        samples = int(optimizer.defaults["mc_samples"])
+        loss = torch.zeros((), device=self.args.device)
+        try:
+            for _ in range(samples):
+                with optimizer.sampled_params(train=True):
+                    model.zero_grad(set_to_none=True)
+                    for i, batch in enumerate(held):
+                        last = i == len(held) - 1
+                        with nullcontext() if last else self.accelerator.no_sync(model):
+                            loss += super().training_step(model, dict(batch), num_items_in_batch)  # type: ignore[misc]
+        finally:
+            held.clear()
+        return loss / samples

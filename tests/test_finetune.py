@@ -1,0 +1,188 @@
+"""Fine-tuning end to end on tiny models: what lands on disk, and that it is right."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.models import Collate, batches, encode_rows, load_model
+from mergekit_bayes.posterior import open_posterior
+from tests import tiny
+from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
+
+
+def texts(path, rows=48, seed=0):
+    rng = np.random.default_rng(seed)
+    with Path(path).open("w") as file:
+        for _ in range(rows):
+            label = int(rng.integers(2))
+            words = [*rng.choice(WORDS[:10], rng.integers(3, 8)), "good" if label else "bad"]
+            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return texts(tmp_path / "t.jsonl")
+
+
+def config(tmp_path, data, **changes):
+    base = tiny_gpt2(tmp_path / "base") if "model" not in changes else changes.pop("model")
+    return FinetuneConfig(**{"model": str(base), "output": str(tmp_path / "out"), "data": data, "batch_size": 4,
+                             "flush_batches": 6, "seed": 3, **changes})  # fmt: skip
+
+
+def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, data):
+    report = run_finetune(config(tmp_path, data), quiet=True)
+    folder = tmp_path / "out"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder)
+    posterior = open_posterior(str(folder))
+    info = posterior.info
+    loaded = load_model(str(folder))
+    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+    scored = sum(len(e["input_ids"]) - 1 for e in examples)
+    assert (info.estimator, info.unit, info.observations, info.ess) == ("ggn", "token", scored, scored)
+    assert info.prior.precision == info.anchor.precision == pytest.approx(scored * 1e-6)
+    assert (info.prior.kind, info.anchor.kind, info.sampled) == ("isotropic", "zero", 24)
+    assert info.training["steps"] == report.steps == 12
+    assert info.training["beta2"] == pytest.approx(max(0.9, 1 - 5 / 12))
+    assert {"lr", "ess", "hess_init", "beta1", "weight_decay", "mc_samples", "batch_size"} <= set(info.training)
+    assert {"init_fraction", "kappa", "hess_median", "precision_median", "not_positive"} <= set(info.health)
+    assert info.base.blocks != info.mean.blocks
+    assert info.tokenizer and info.dtype == "float32"
+    assert set(posterior.precision.specs) == {n for n, _ in model.named_parameters()} == set(posterior.mean.specs)
+    assert info.aliases == {"lm_head.weight": "transformer.wte.weight"}
+    assert yaml.safe_load((folder / "finetune.yaml").read_text())["seed"] == 3
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    posterior.close()
+
+
+def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, data):
+    run_finetune(config(tmp_path, data, weight_decay=0.01, flush_batches=12), quiet=True)
+    loaded = load_model(str(tmp_path / "out"))
+    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+    found = ggn_diagonal(loaded.model, list(batches(examples, 4, Collate(2))) * 30, seed=9)
+    posterior = open_posterior(str(tmp_path / "out"))
+    n = posterior.info.observations
+    name = "transformer.h.0.mlp.c_fc.weight"
+    stored = torch.from_numpy(tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")[name])
+    expected = n * found.total[name] / found.observations + n * 0.01
+    assert (stored > n * 0.01).all()
+    # 12 batches: a relative deviation of 0.4 per entry, much less for a tensor's sum.
+    assert stored.sum().item() == pytest.approx(expected.sum().item(), rel=0.35)
+    posterior.close()
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path, data):
+    for name in ("x", "y"):
+        run_finetune(config(tmp_path, data, output=str(tmp_path / name)), quiet=True)
+    for file in ("model.safetensors", "posterior/precision.safetensors"):
+        assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
+
+
+def test_training_lowers_the_loss_with_either_optimizer(tmp_path, data):
+    for optimizer in ("ivon", "adamw"):
+        settings = config(tmp_path, data, optimizer=optimizer, output=str(tmp_path / optimizer), epochs=10,
+                          learning_rate=1.0 if optimizer == "ivon" else 1e-3)  # fmt: skip
+        run_finetune(settings, quiet=True)
+        losses = {}
+        for folder in ("base", optimizer):
+            loaded = load_model(str(tmp_path / folder))
+            examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+            (batch,) = batches(examples, 48, Collate(2))
+            losses[folder] = loaded.model(**batch).loss.item()
+        assert losses[optimizer] < 0.8 * losses["base"], losses
+
+
+def test_ivons_own_posterior_is_stored_on_request(tmp_path, data):
+    run_finetune(config(tmp_path, data, posterior="ivon", ess=1e5, weight_decay=1e-3), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert (posterior.info.estimator, posterior.info.ess) == ("ivon", 1e5)
+    assert posterior.info.prior.precision == pytest.approx(1e5 * 1e-3)
+    stored = tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")
+    assert all((v > 0).all() for v in stored.values())
+    posterior.close()
+    with pytest.raises(ConfigError, match="AdamW leaves none"):
+        run_finetune(config(tmp_path, data, posterior="ivon", optimizer="adamw", output=str(tmp_path / "z")))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_accumulated_micro_batches_equal_one_batch(tmp_path, data, samples):
+    """Rows of different lengths: the loss must be the mean over the tokens of the whole step."""
+    for name, size, accumulation in (("one", 8, 1), ("four", 2, 4)):
+        settings = config(tmp_path, data, output=str(tmp_path / name), batch_size=size, posterior="none",
+                          gradient_accumulation=accumulation, mc_samples=samples, ess=1e6, beta2=0.99)  # fmt: skip
+        run_finetune(settings, quiet=True)
+    one, four = tiny.read(tmp_path / "one"), tiny.read(tmp_path / "four")
+    base = tiny.read(tmp_path / "base")
+    for name in one:
+        moved = abs(one[name] - base[name]).max()
+        np.testing.assert_allclose(one[name], four[name], atol=max(1e-6, 0.02 * moved))
+
+
+def test_a_classifier_counts_examples(tmp_path, data):
+    base = tiny_bert(tmp_path / "bert")
+    run_finetune(config(tmp_path, data, model=base, epochs=20, learning_rate=3.0), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert (posterior.info.unit, posterior.info.observations) == ("example", 48)
+    posterior.close()
+    loaded = load_model(str(tmp_path / "out"))
+    rows = [json.loads(line) for line in Path(data).open()]
+    batch = loaded.tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
+    predicted = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    assert (predicted == torch.tensor([r["label"] for r in rows])).float().mean() > 0.9
+
+
+def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
+    settings = config(tmp_path, data, lora={"r": 2, "target_modules": ["c_attn"]})
+    run_finetune(settings, quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert set(posterior.precision.specs) == set(posterior.mean.specs)
+    assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
+    assert posterior.info.unit == "token"
+    posterior.close()
+    assert load_model(str(tmp_path / "out")).task == "causal-lm"
+
+
+def test_fine_tunes_merge_and_load(tmp_path, data):
+    base = tiny_gpt2(tmp_path / "base")
+    for i, name in enumerate("ab"):
+        file = texts(tmp_path / f"{name}.jsonl", seed=i)
+        run_finetune(config(tmp_path, file, model=base, output=str(tmp_path / name)), quiet=True)
+    report = run_merge(MergeConfig(models=(str(tmp_path / "a"), str(tmp_path / "b")), weights="precision",
+                                   out=str(tmp_path / "ab")))  # fmt: skip
+    merged = transformers.AutoModelForCausalLM.from_pretrained(report.path)
+    for name, value in tiny.read(report.path).items():
+        np.testing.assert_array_equal(dict(merged.named_parameters())[name].detach().numpy(), value)
+    transformers.AutoTokenizer.from_pretrained(report.path)
+
+
+def test_refusals_come_before_training(tmp_path, data):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists"):
+        run_finetune(config(tmp_path, data))
+    with pytest.raises(MismatchError, match="no column 'body'"):
+        run_finetune(config(tmp_path, data, text_column="body", force=True))
+    with pytest.raises(MismatchError, match="is left"):
+        run_finetune(config(tmp_path, data, where={"label": 7}, force=True))
+    with pytest.raises(CheckpointError, match="no such file"):
+        run_finetune(config(tmp_path, str(tmp_path / "none.jsonl"), force=True))
+
+
+def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, data, monkeypatch):
+    import mergekit_bayes.finetune as module
+
+    monkeypatch.setattr(module, "save_posterior", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        run_finetune(config(tmp_path, data), quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "t.jsonl"}

@@ -1,0 +1,89 @@
+"""A precision for an existing checkpoint: what it stands for, where it goes, and that it can be used."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models import Collate, batches, encode_rows, load_model, observations
+from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.precision import PrecisionConfig, run_precision
+from tests import tiny
+from tests.tiny_models import tiny_bert, tiny_gpt2
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "t.jsonl"
+    rows = [
+        {"text": t, "label": i % 2} for i, t in enumerate(("the cat sat .", "a good film", "dull tree", "dog ran on"))
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows * 3))
+    return str(file)
+
+
+def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
+    model = tiny_gpt2(tmp_path / "m")
+    report = run_precision(PrecisionConfig(model=str(model), data=data, examples=5, batch_size=1, seed=4, prior=0.5))
+    loaded = load_model(str(model))
+    texts = [json.loads(line)["text"] for line in Path(data).open()]
+    examples = encode_rows({"text": texts}, loaded)
+    total = observations(examples, "causal-lm")
+    posterior = open_posterior(str(model))
+    info = posterior.info
+    assert report.path == model / "posterior"
+    assert (info.estimator, info.unit, info.observations, info.ess, info.sampled) == ("ggn", "token", total, total, 5)
+    assert (info.prior.kind, info.prior.precision) == ("isotropic", 0.5)
+    import torch
+
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(4)).tolist()[:5]
+    found = ggn_diagonal(loaded.model, batches([examples[i] for i in order], 1, Collate(2)), seed=4)
+    for name, value in tiny.read(model / "posterior" / "precision.safetensors").items():
+        expected = found.total[name].numpy() * (total / found.observations) + 0.5
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    posterior.close()
+
+
+def test_a_classifier_needs_no_labels_and_counts_rows(tmp_path, data):
+    model = tiny_bert(tmp_path / "m")
+    run_precision(PrecisionConfig(model=str(model), data=data, where={"label": 1}))
+    posterior = open_posterior(str(model))
+    assert (posterior.info.unit, posterior.info.observations) == ("example", 6)
+    posterior.close()
+
+
+def test_the_model_is_not_touched_and_a_second_run_needs_force(tmp_path, data):
+    model = tiny_gpt2(tmp_path / "m")
+    before = (model / "model.safetensors").read_bytes()
+    run_precision(PrecisionConfig(model=str(model), data=data))
+    with pytest.raises(CheckpointError, match="--force"):
+        run_precision(PrecisionConfig(model=str(model), data=data))
+    run_precision(PrecisionConfig(model=str(model), data=data, force=True))
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_it_may_be_written_elsewhere_and_named_in_a_merge(tmp_path, data):
+    from mergekit_bayes.merge import MergeConfig, run_merge
+
+    a, b = tiny_gpt2(tmp_path / "a", seed=1), tiny_gpt2(tmp_path / "b", seed=2)
+    places = {}
+    for model in (a, b):
+        out = tmp_path / f"{model.name}.fisher.safetensors"
+        run_precision(PrecisionConfig(model=str(model), data=data, output=str(out)))
+        places[str(model)] = str(out)
+    run_merge(MergeConfig(models=(str(a), str(b)), weights="precision", precision=places, out=str(tmp_path / "ab")))
+    assert (tmp_path / "ab" / "posterior" / "precision.safetensors").exists()
+    assert not (a / "posterior").exists()
+
+
+def test_mistakes_are_named(tmp_path, data):
+    with pytest.raises(ConfigError, match="-o"):
+        run_precision(PrecisionConfig(model="org/name", data=data))
+    model = str(tiny_gpt2(tmp_path / "m"))
+    with pytest.raises(ConfigError, match="not negative"):
+        run_precision(PrecisionConfig(model=model, data=data, prior=-1))
+    with pytest.raises(MismatchError, match="it has text, label"):
+        run_precision(PrecisionConfig(model=model, data=data, text_column="body"))
