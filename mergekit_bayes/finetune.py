@@ -241,9 +241,10 @@ def _trainer(
         "train_dataset": examples,
         "data_collator": Collate(int(loaded.tokenizer.pad_token_id or 0)),
     }
+    if loaded.task == "classification":
+        common["compute_loss_func"] = classification_loss
     if not ivon:
-        settings["posterior_of"] = "flush only"
-        return transformers.Trainer(**common), settings
+        return _progress_only(transformers.Trainer(**common), quiet=quiet), settings
     settings |= {
         "ess": config.ess or max(float(total), _quiet_ess(loaded.model, config.hess_init)),
         "hess_init": config.hess_init,
@@ -254,9 +255,36 @@ def _trainer(
         "mc_samples": config.mc_samples,
     }
     names = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "rescale_lr", "mc_samples")
-    return _ivon_trainer()(
+    trainer = _ivon_trainer()(
         **common, optimizer_cls_and_kwargs=(IVON, {**{n: settings[n] for n in names}, "seed": config.seed})
-    ), settings
+    )
+    return _progress_only(trainer, quiet=quiet), settings
+
+
+def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Cross-entropy, mean over the examples of the whole step.
+
+    The loss inside transformers' classifiers is the mean of one micro-batch, and since they take the step's count
+    without using it, the Trainer adds those means up: with k micro-batches the gradient is k times too large.
+    """
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _progress_only(trainer: Any, *, quiet: bool) -> Any:
+    """A bar on stderr at most: the Trainer's own callbacks print their logs on stdout."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if self.training_bar is not None and "loss" in (logs or {}):
+                self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not quiet:
+        trainer.add_callback(Bar())
+    return trainer
 
 
 def _ivon_trainer() -> Any:

@@ -78,7 +78,9 @@ def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) ->
     found: Task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
     base = load_model(str(config.base_model_name_or_path), found if task == "auto" else task, num_labels=num_labels,
                       dtype=dtype)  # fmt: skip
-    return Loaded(PeftModel.from_pretrained(base.model, path).eval(), base.tokenizer, base.task, path)
+    # Trainable, so that a precision can be estimated for the adapter's parameters.
+    model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
+    return Loaded(model.eval(), base.tokenizer, base.task, path)
 
 
 def _classifies(config: Any) -> bool:

@@ -56,6 +56,11 @@ class IvonTrainerMixin:
         self._held = []  # whatever an earlier run that stopped in the middle of a step left
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer fetches a step's micro-batches here: whatever an interrupted step left is dropped."""
+        self.__dict__.setdefault("_held", []).clear()
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Hold micro-batches back until the last one of a step, then run all of them under each sample."""
         held = self._held

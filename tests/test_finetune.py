@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 
+import mergekit_bayes.finetune as module
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
@@ -48,7 +49,7 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
     posterior = open_posterior(str(folder))
     info = posterior.info
     loaded = load_model(str(folder))
-    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]}, loaded)
     scored = sum(len(e["input_ids"]) - 1 for e in examples)
     assert (info.estimator, info.unit, info.observations, info.ess) == ("ggn", "token", scored, scored)
     assert info.prior.precision == info.anchor.precision == pytest.approx(scored * 1e-6)
@@ -58,7 +59,8 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
     assert {"lr", "ess", "hess_init", "beta1", "weight_decay", "mc_samples", "batch_size"} <= set(info.training)
     assert {"init_fraction", "kappa", "hess_median", "precision_median", "not_positive"} <= set(info.health)
     assert info.base.blocks != info.mean.blocks
-    assert info.tokenizer and info.dtype == "float32"
+    assert info.tokenizer
+    assert info.dtype == "float32"
     assert set(posterior.precision.specs) == {n for n, _ in model.named_parameters()} == set(posterior.mean.specs)
     assert info.aliases == {"lm_head.weight": "transformer.wte.weight"}
     assert yaml.safe_load((folder / "finetune.yaml").read_text())["seed"] == 3
@@ -69,7 +71,7 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
 def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, data):
     run_finetune(config(tmp_path, data, weight_decay=0.01, flush_batches=12), quiet=True)
     loaded = load_model(str(tmp_path / "out"))
-    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+    examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]}, loaded)
     found = ggn_diagonal(loaded.model, list(batches(examples, 4, Collate(2))) * 30, seed=9)
     posterior = open_posterior(str(tmp_path / "out"))
     n = posterior.info.observations
@@ -97,7 +99,9 @@ def test_training_lowers_the_loss_with_either_optimizer(tmp_path, data):
         losses = {}
         for folder in ("base", optimizer):
             loaded = load_model(str(tmp_path / folder))
-            examples = encode_rows({"text": [json.loads(line)["text"] for line in Path(data).open()]}, loaded)
+            examples = encode_rows(
+                {"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]}, loaded
+            )
             (batch,) = batches(examples, 48, Collate(2))
             losses[folder] = loaded.model(**batch).loss.item()
         assert losses[optimizer] < 0.8 * losses["base"], losses
@@ -136,7 +140,7 @@ def test_a_classifier_counts_examples(tmp_path, data):
     assert (posterior.info.unit, posterior.info.observations) == ("example", 48)
     posterior.close()
     loaded = load_model(str(tmp_path / "out"))
-    rows = [json.loads(line) for line in Path(data).open()]
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     batch = loaded.tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
     predicted = loaded.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
     assert (predicted == torch.tensor([r["label"] for r in rows])).float().mean() > 0.9
@@ -180,9 +184,46 @@ def test_refusals_come_before_training(tmp_path, data):
 
 
 def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, data, monkeypatch):
-    import mergekit_bayes.finetune as module
-
     monkeypatch.setattr(module, "save_posterior", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop")))
     with pytest.raises(RuntimeError, match="stop"):
         run_finetune(config(tmp_path, data), quiet=True)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "t.jsonl"}
+
+
+class Look(transformers.TrainerCallback):
+    """Keeps the gradient that the optimizer is given."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = np.concatenate([p.grad.flatten().numpy() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
+@pytest.mark.parametrize("kind", ["causal-lm", "classification"])
+def test_the_gradient_is_the_mean_over_a_steps_observations(tmp_path, data, kind, optimizer, monkeypatch):
+    base = (tiny_gpt2 if kind == "causal-lm" else tiny_bert)(tmp_path / "base")
+    make = module._trainer
+    look = Look()
+
+    def watched(*args, **kwargs):
+        trainer, settings = make(*args, **kwargs)
+        trainer.args.max_grad_norm = 0.0
+        trainer.add_callback(look)
+        return trainer, settings
+
+    monkeypatch.setattr(module, "_trainer", watched)
+    found = {}
+    for size, accumulation in ((12, 1), (3, 4), (5, 3)):
+        # Rows of unequal length, a ragged last micro-batch, and an ess that leaves no noise.
+        settings = config(tmp_path, data, model=base, output=str(tmp_path / f"{size}"), batch_size=size, max_rows=12,
+                          max_steps=1, gradient_accumulation=accumulation, optimizer=optimizer, posterior="none",
+                          ess=1e30)  # fmt: skip
+        run_finetune(settings, quiet=True)
+        found[size] = look.gradient
+    for size in (3, 5):
+        np.testing.assert_allclose(found[size], found[12], rtol=1e-3, atol=1e-6 * abs(found[12]).max())
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_training_prints_nothing_on_stdout(tmp_path, data, quiet, capfd):
+    run_finetune(config(tmp_path, data, logging_steps=1, max_steps=2), quiet=quiet)
+    assert capfd.readouterr().out == ""

@@ -29,7 +29,7 @@ def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
     model = tiny_gpt2(tmp_path / "m")
     report = run_precision(PrecisionConfig(model=str(model), data=data, examples=5, batch_size=1, seed=4, prior=0.5))
     loaded = load_model(str(model))
-    texts = [json.loads(line)["text"] for line in Path(data).open()]
+    texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     examples = encode_rows({"text": texts}, loaded)
     total = observations(examples, "causal-lm")
     posterior = open_posterior(str(model))

@@ -268,7 +268,7 @@ class IVON(torch.optim.Optimizer):
             `init_fraction` = beta2^steps, the share of `hess_init` still in h; `kappa` = (1 - beta2) ess /
             (2 batch_size), the noise of h for a diagonal Hessian; `hess_min`, `hess_median`, `hess_max`;
             `bad_entries`, where `h + weight_decay` is not a positive number; `sigma_over_rms`, the largest ratio
-            of posterior deviation to weight size over tensors. Quantiles are from at most 65,536 entries a tensor.
+            of posterior deviation to weight size over matrices. Quantiles are from at most 65,536 entries a tensor.
         """
         group = self.param_groups[0]
         samples, steps, bad, ratio = [], 0, 0, 0.0
@@ -280,7 +280,7 @@ class IVON(torch.optim.Optimizer):
                 bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
                 samples.append(hess[:: max(1, hess.numel() // 65536)])
                 rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
-                if rms > 0:
+                if rms > 0 and parameter.ndim > 1:  # fresh biases are near zero and would always alarm
                     ratio = max(ratio, float((curvature * group["ess"]).rsqrt().median()) / rms)
         values = torch.cat(samples) if samples else torch.zeros(1)
         return {
