@@ -5,6 +5,7 @@ flush: the root-GGN diagonal at the final mean times the number of observations,
 the right order but, after a short run, up to a thousand times the right size; `posterior: ivon` stores it.
 """
 
+import difflib
 import logging
 import math
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.curvature import ggn_diagonal, precision_health
@@ -27,6 +29,7 @@ from mergekit_bayes.models import (
     batches,
     checkpoint_names,
     encode_rows,
+    is_classifier,
     load_model,
     load_rows,
     observations,
@@ -78,6 +81,8 @@ class FinetuneConfig(Config):
         posterior: `flush` (root-GGN at the final mean over `flush_batches` batches), `ivon`, or `none`.
         epochs, max_steps: `max_steps`, if given, decides.
         scheduler: As transformers names it.
+        dtype: Of the parameters; IVON's own state is float32 whatever it is. `bf16` only computes in bfloat16.
+        save_steps: None keeps no checkpoints; else the Trainer's are kept in `OUTPUT.checkpoints`.
     """
 
     model: str
@@ -86,34 +91,35 @@ class FinetuneConfig(Config):
     where: dict[str, Any] | None = None
     text_column: str = "text"
     label_column: str = "label"
-    max_rows: int | None = None
+    max_rows: int | None = Field(None, ge=1)
     task: Task = "auto"
-    num_labels: int | None = None
-    max_length: int = 512
+    num_labels: int | None = Field(None, ge=2)
+    max_length: int = Field(512, ge=2)
     pack: bool = False
     optimizer: Literal["ivon", "adamw"] = "ivon"
-    learning_rate: float | None = None
-    ess: float | None = None
-    hess_init: float = 0.01
-    beta1: float = 0.9
-    beta2: float | None = None
-    weight_decay: float = 1e-6
-    clip_radius: float = 1e-3
+    learning_rate: float | None = Field(None, ge=0)
+    ess: float | None = Field(None, gt=0)
+    hess_init: float = Field(0.01, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float = Field(1e-6, ge=0)
+    clip_radius: float = Field(1e-3, gt=0)
     rescale_lr: bool = False
-    mc_samples: int = 1
+    mc_samples: int = Field(1, ge=1)
     posterior: Literal["flush", "ivon", "none"] = "flush"
-    flush_batches: int = 64
+    flush_batches: int = Field(64, ge=1)
     lora: LoraSettings | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    warmup_steps: int = 0
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    warmup_steps: int = Field(0, ge=0)
     scheduler: str = "linear"
     seed: int = 0
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     bf16: bool = False
-    logging_steps: int = 50
-    save_steps: int | None = None
+    logging_steps: int = Field(50, ge=1)
+    save_steps: int | None = Field(None, ge=1)
     report_to: tuple[str, ...] = ()
     force: bool = False
 
@@ -145,15 +151,17 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         raise CheckpointError(f"'{target}' exists. Choose another output, or pass --force to replace it.")
     if config.posterior == "ivon" and config.optimizer != "ivon":
         raise ConfigError("posterior: ivon needs optimizer: ivon; AdamW leaves none. Use posterior: flush.")
+    _check(config)
     transformers.set_seed(config.seed)
-    loaded = load_model(config.model, config.task, num_labels=config.num_labels)
+    loaded = _load(config)
     base = _base_identity(loaded.path)
     examples = _examples(config, loaded)
     if config.lora is not None:
         loaded = loaded._replace(model=_with_lora(loaded, config.lora))
     scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
     try:
-        trainer, settings = _trainer(config, loaded, examples, scratch, quiet=quiet)
+        kept = scratch if config.save_steps is None else target.with_name(f"{target.name}.checkpoints")
+        trainer, settings = _trainer(config, loaded, examples, kept, quiet=quiet)
         result = trainer.train()
         trainer.accelerator.wait_for_everyone()
         report = None
@@ -167,6 +175,32 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
                                 observations=observations(examples, loaded.task), unit=UNIT[loaded.task],
                                 estimator=None, health={})  # fmt: skip
     return report
+
+
+def _check(config: FinetuneConfig) -> None:
+    from transformers import SchedulerType
+
+    known = [kind.value for kind in SchedulerType]
+    if config.scheduler not in known:
+        close = difflib.get_close_matches(config.scheduler, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}."
+        raise ConfigError(f"scheduler: transformers knows no '{config.scheduler}'; {hint}")
+
+
+def _load(config: FinetuneConfig) -> Loaded:
+    """The model; a checkpoint without a classification head gets one for the labels that the data holds."""
+    if config.task != "classification" or config.num_labels is not None or is_classifier(config.model):
+        return load_model(config.model, config.task, num_labels=config.num_labels, dtype=config.dtype)
+    rows = load_rows(config.data, where=config.where, max_rows=config.max_rows, columns=[config.label_column])
+    values = sorted(set(rows[config.label_column]), key=lambda v: (str(type(v)), v))
+    named = not all(isinstance(v, int) for v in values)
+    loaded = load_model(
+        config.model, config.task, num_labels=len(values) if named else max(1, *values) + 1, dtype=config.dtype
+    )
+    if named:
+        loaded.model.config.id2label = {i: str(v) for i, v in enumerate(values)}
+        loaded.model.config.label2id = {str(v): i for i, v in enumerate(values)}
+    return loaded
 
 
 def _examples(config: FinetuneConfig, loaded: Loaded) -> list[dict[str, Any]]:
@@ -191,7 +225,10 @@ def _with_lora(loaded: Loaded, lora: LoraSettings) -> Any:
         fan_in_fan_out=loaded.model.config.model_type == "gpt2",  # its layers store weights transposed
     )
     loaded.model.config._name_or_path = str(loaded.path)
-    return get_peft_model(loaded.model, settings)
+    try:
+        return get_peft_model(loaded.model, settings)
+    except ValueError as error:
+        raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
 
 
 def _trainer(
@@ -317,6 +354,8 @@ def _store(
     with replacing(target, force=config.force) as partial:
         model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
+        if config.lora is not None and loaded.task == "classification":
+            model.config.save_pretrained(partial)  # an adapter's own config does not name the labels
         resolved = config.model_dump(mode="json", exclude={"force"})
         (partial / "finetune.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         if config.posterior != "none":

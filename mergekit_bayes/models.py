@@ -72,15 +72,39 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
 
 
 def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:
+    import transformers
     from peft import PeftConfig, PeftModel
 
+    # A classifier's labels lie in the config that a fine-tune leaves beside its adapter.
+    labels = transformers.AutoConfig.from_pretrained(path) if (path / "config.json").exists() else None
+    if num_labels is None and labels is not None:
+        num_labels = labels.num_labels
     config = PeftConfig.from_pretrained(path)
     found: Task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
     base = load_model(str(config.base_model_name_or_path), found if task == "auto" else task, num_labels=num_labels,
                       dtype=dtype)  # fmt: skip
+    if labels is not None:
+        base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
     # Trainable, so that a precision can be estimated for the adapter's parameters.
     model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
     return Loaded(model.eval(), base.tokenizer, base.task, path)
+
+
+def is_classifier(ref: str) -> bool:
+    """True if a checkpoint already has a classification head, or is an adapter for one.
+
+    Raises `CheckpointError` if there is no such model or its config cannot be read.
+    """
+    import transformers
+    from peft import PeftConfig
+
+    path = resolve(ref, CHECKPOINT)
+    try:
+        if (path / "adapter_config.json").exists():
+            return bool(PeftConfig.from_pretrained(path).task_type == "SEQ_CLS")
+        return _classifies(transformers.AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"'{ref}': its config cannot be read ({str(error).splitlines()[0]}).") from None
 
 
 def _classifies(config: Any) -> bool:
@@ -99,7 +123,7 @@ def start_token(tokenizer: Any) -> int:
 
 
 def checkpoint_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names in memory to the same by their names in the saved file.
+    """Tensors by their names in memory to the same by the names that `save_pretrained` gives them.
 
     PEFT drops the adapter's name; mixture-of-experts models stack on loading what the file holds apart, which is
     fine for diagonal precisions, since it only splits and permutes.

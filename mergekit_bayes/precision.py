@@ -4,6 +4,7 @@ The likelihood part is `N * F`, with F the curvature per observation and N all o
 how many examples were really looked at is recorded apart.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.curvature import ggn_diagonal, precision_health
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models import (
     UNIT,
     Collate,
@@ -23,6 +24,7 @@ from mergekit_bayes.models import (
     load_rows,
     observations,
 )
+from mergekit_bayes.names import Renaming, find_renaming
 from mergekit_bayes.posterior import (
     Anchor,
     PosteriorInfo,
@@ -84,13 +86,15 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     """
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(f"'{config.model}' is a Hub id, whose cache is not ours to write to: name a place with -o.")
-    if config.prior < 0:
-        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
+    _check(config)
     out = Path(config.output) if config.output else None
     loaded = load_model(config.model, config.task)
     target = out or precision_path(loaded.path)
     if target.exists() and not config.force:
         raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+    source = SafetensorsSource(checkpoint_files(loaded.path))
+    parameters = {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    rename = _renaming(source, checkpoint_names(loaded.model, parameters))
     # Labels are not used: root-GGN needs the model's own distribution only.
     rows = load_rows(config.data, where=config.where, columns=[config.text_column])
     examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
@@ -102,7 +106,8 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
     found = ggn_diagonal(loaded.model, batches(chosen, config.batch_size, collate, device=device), seed=config.seed)
     precision = {n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()}
-    source = SafetensorsSource(checkpoint_files(loaded.path))
+    named = checkpoint_names(loaded.model, precision)
+    tied: dict[str, str] = getattr(loaded.model, "all_tied_weights_keys", None) or {}
     info = PosteriorInfo(
         estimator="ggn",
         unit=UNIT[loaded.task],
@@ -114,13 +119,33 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         mean=identify(source),
         tokenizer=tokenizer_identity(loaded.path),
         dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        aliases=dict(getattr(loaded.model, "all_tied_weights_keys", None) or {}),
+        aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
         training={"batch_size": config.batch_size, "seed": config.seed},
         health=precision_health(precision),
     )
+    arrays = {rename(n, source.specs): t.cpu().numpy() for n, t in named.items()}
     source.close()
-    arrays = {n: t.cpu().numpy() for n, t in checkpoint_names(loaded.model, precision).items()}
     path = save_posterior(loaded.path, arrays, info, out=out, force=config.force)
     return PrecisionReport(
         path=path, estimator="ggn", unit=UNIT[loaded.task], observations=total, sampled=len(chosen), health=info.health
     )
+
+
+def _check(config: PrecisionConfig) -> None:
+    if config.prior < 0:
+        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
+    for name in ("examples", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} {getattr(config, name)}: at least one row is needed.")
+
+
+def _renaming(source: SafetensorsSource, named: Mapping[str, torch.Tensor]) -> Renaming:
+    """How names in memory become the file's, which may lack their common prefix (`h.0...` of GPT-2 on the Hub)."""
+    rename = find_renaming(source.specs, named)
+    for name in named:
+        if rename(name, source.specs) not in source.specs:
+            raise MismatchError(
+                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so its values were "
+                "made up on loading. Fine-tune the model first, or choose another --task."
+            )
+    return rename

@@ -10,12 +10,14 @@ import transformers
 import yaml
 
 import mergekit_bayes.finetune as module
+from mergekit_bayes.configs import load_config, parse_config
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model
 from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests import tiny
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
@@ -227,3 +229,71 @@ def test_the_gradient_is_the_mean_over_a_steps_observations(tmp_path, data, kind
 def test_training_prints_nothing_on_stdout(tmp_path, data, quiet, capfd):
     run_finetune(config(tmp_path, data, logging_steps=1, max_steps=2), quiet=quiet)
     assert capfd.readouterr().out == ""
+
+
+def labelled(path, labels):
+    rows = [{"text": f"the {WORDS[i % 9]} sat", "label": labels[i % len(labels)]} for i in range(12)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    bert = tiny_bert(tmp_path / "bert")
+    transformers.AutoModel.from_pretrained(bert).save_pretrained(tmp_path / "encoder")
+    transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
+@pytest.mark.parametrize(
+    ("labels", "names"), [(["dog", "cat", "tree"], ["cat", "dog", "tree"]), ([0, 1], ["LABEL_0", "LABEL_1"])]
+)
+def test_an_encoder_gets_a_head_for_the_labels_of_the_data(tmp_path, encoder, labels, names, lora):
+    file = labelled(tmp_path / "l.jsonl", labels)
+    run_finetune(config(tmp_path, file, model=encoder, task="classification", lora=lora), quiet=True)
+    loaded = load_model(str(tmp_path / "out"))
+    assert loaded.task == "classification"
+    assert list(loaded.model.config.id2label.values()) == names
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert {n for n in posterior.precision.specs if n.endswith("classifier.weight")}
+    assert set(posterior.precision.specs) <= set(posterior.mean.specs)
+    posterior.close()
+
+
+def test_an_adapter_can_be_given_a_precision_of_its_own(tmp_path, data):
+    run_finetune(config(tmp_path, data, lora={"r": 2, "target_modules": ["c_attn"]}, posterior="none"), quiet=True)
+    run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data))
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert set(posterior.precision.specs) == set(posterior.mean.specs)
+    assert all("lora_" in n for n in posterior.precision.specs)
+    posterior.close()
+
+
+def test_bfloat16_weights_train_and_leave_a_float32_precision(tmp_path, data):
+    run_finetune(config(tmp_path, data, dtype="bfloat16"), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert {s.dtype for s in posterior.mean.specs.values()} == {"BF16"}
+    assert {s.dtype for s in posterior.precision.specs.values()} == {"F32"}
+    assert posterior.info.dtype == "bfloat16"
+    posterior.close()
+
+
+def test_settings_that_make_no_sense_are_named(tmp_path, data):
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        run_finetune(config(tmp_path, data, scheduler="cosin"))
+    with pytest.raises(ConfigError, match=r"lora: .*nope"):
+        run_finetune(config(tmp_path, data, lora={"target_modules": ["nope"]}))
+    with pytest.raises(ConfigError, match="batch_size"):
+        parse_config(FinetuneConfig, {"model": "m", "output": "o", "data": "d", "batch_size": 0}, "f.yaml")
+
+
+def test_checkpoints_are_kept_beside_the_output_not_in_it(tmp_path, data):
+    run_finetune(config(tmp_path, data, save_steps=6, posterior="none"), quiet=True)
+    assert (tmp_path / "out.checkpoints" / "checkpoint-6" / "optimizer.pt").exists()
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith("checkpoint")]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "finetune").glob("*.yaml")))
+def test_the_shipped_settings_load(path):
+    load_config(FinetuneConfig, path)

@@ -1,10 +1,13 @@
 """A precision for an existing checkpoint: what it stands for, where it goes, and that it can be used."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
+from safetensors.numpy import save_file
 
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -87,3 +90,31 @@ def test_mistakes_are_named(tmp_path, data):
         run_precision(PrecisionConfig(model=model, data=data, prior=-1))
     with pytest.raises(MismatchError, match="it has text, label"):
         run_precision(PrecisionConfig(model=model, data=data, text_column="body"))
+
+
+def test_a_file_without_the_common_prefix_keeps_its_own_names(tmp_path, data):
+    """As GPT-2 lies on the Hub: `h.0...` in the file, `transformer.h.0...` in memory."""
+    model = tiny_gpt2(tmp_path / "m")
+    run_precision(PrecisionConfig(model=str(model), data=data))
+    expected = tiny.read(model / "posterior" / "precision.safetensors")
+    short = tmp_path / "short"
+    shutil.copytree(model, short, ignore=shutil.ignore_patterns("posterior"))
+    tensors = {n.removeprefix("transformer."): v for n, v in tiny.read(model).items()}
+    save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
+    run_precision(PrecisionConfig(model=str(short), data=data))
+    found = tiny.read(short / "posterior" / "precision.safetensors")
+    assert set(found) == set(tensors)
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, expected[f"transformer.{name}"])
+    posterior = open_posterior(str(short))
+    assert posterior.info.aliases == {"lm_head.weight": "wte.weight"}
+    posterior.close()
+
+
+def test_a_head_that_the_file_does_not_hold_has_no_precision(tmp_path, data):
+    encoder = tmp_path / "encoder"
+    transformers.AutoModel.from_pretrained(tiny_bert(tmp_path / "m")).save_pretrained(encoder)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "m").save_pretrained(encoder)
+    with pytest.raises(MismatchError, match="made up"):
+        run_precision(PrecisionConfig(model=str(encoder), data=data, task="classification"))
+    assert not (encoder / "posterior").exists()

@@ -267,11 +267,12 @@ class IVON(torch.optim.Optimizer):
         Returns:
             `init_fraction` = beta2^steps, the share of `hess_init` still in h; `kappa` = (1 - beta2) ess /
             (2 batch_size), the noise of h for a diagonal Hessian; `hess_min`, `hess_median`, `hess_max`;
-            `bad_entries`, where `h + weight_decay` is not a positive number; `sigma_over_rms`, the largest ratio
-            of posterior deviation to weight size over matrices. Quantiles are from at most 65,536 entries a tensor.
+            `bad_entries`, where `h + weight_decay` is not a positive number; `sigma_over_rms`, the median over
+            matrices of posterior deviation to weight size, with matrices of zeros left out.
+            Quantiles are from at most 65,536 entries a tensor.
         """
         group = self.param_groups[0]
-        samples, steps, bad, ratio = [], 0, 0, 0.0
+        samples, ratios, steps, bad = [], [], 0, 0
         for group in self.param_groups:
             for parameter, state in self._trainable(group):
                 hess, weights = _local(state["hess"]).flatten(), _local(parameter).float()
@@ -280,8 +281,8 @@ class IVON(torch.optim.Optimizer):
                 bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
                 samples.append(hess[:: max(1, hess.numel() // 65536)])
                 rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
-                if rms > 0 and parameter.ndim > 1:  # fresh biases are near zero and would always alarm
-                    ratio = max(ratio, float((curvature * group["ess"]).rsqrt().median()) / rms)
+                if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
+                    ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
         values = torch.cat(samples) if samples else torch.zeros(1)
         return {
             "init_fraction": group["beta2"] ** steps,
@@ -290,7 +291,7 @@ class IVON(torch.optim.Optimizer):
             "hess_median": float(values.median()),
             "hess_max": float(values.max()),
             "bad_entries": float(bad),
-            "sigma_over_rms": ratio,
+            "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
         }
 
     def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
