@@ -41,6 +41,7 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
         CheckpointError: There is no such model, or transformers cannot load it.
     """
     import transformers
+    from safetensors import SafetensorError
 
     path = resolve(ref, CHECKPOINT)
     if path.is_file():
@@ -61,7 +62,7 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
         )
         model = kind.from_pretrained(path, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
     if tokenizer.pad_token is None:

@@ -1,0 +1,165 @@
+"""Rows and models in, batches out: what is read, what is refused, what counts as an observation."""
+
+import gzip
+import json
+
+import pytest
+import torch
+import transformers
+
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models import (
+    IGNORED,
+    Collate,
+    batches,
+    checkpoint_names,
+    context_length,
+    encode_rows,
+    load_model,
+    load_rows,
+    observations,
+    start_token,
+)
+from tests.tiny_models import tiny_bert, tiny_gpt2
+
+ROWS = [{"text": f"row {i}", "label": i % 3} for i in range(9)]
+
+
+def written(folder):
+    """The same rows in every format."""
+    lines = "".join(json.dumps(r) + "\n" for r in ROWS)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "a.json").write_text(json.dumps(ROWS))
+    (folder / "a.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    load_rows(str(folder / "a.jsonl")).to_parquet(folder / "a.parquet")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "train.jsonl").write_text(lines)
+    return ["a.jsonl", "a.json", "a.csv", "b.jsonl.gz", "a.parquet", "folder"]
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    for name in written(tmp_path):
+        assert load_rows(str(tmp_path / name), columns=["text", "label"]).to_list() == ROWS, name
+    (tmp_path / "a.txt").write_text("".join(r["text"] + "\n" for r in ROWS))
+    assert load_rows(str(tmp_path / "a.txt"))["text"][:] == [r["text"] for r in ROWS]
+
+
+def test_rows_are_filtered_cut_and_repeated(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    assert len(load_rows([str(file), str(file)])) == 18
+    assert set(load_rows(str(file), where={"label": 1})["label"]) == {1}
+    assert set(load_rows(str(file), where={"label": [0, 2]})["label"]) == {0, 2}
+    assert load_rows(str(file), where={"label": 2}, max_rows=2, columns=["text"]).to_list() == [
+        {"text": "row 2"},
+        {"text": "row 5"},
+    ]
+
+
+def test_unusable_data_is_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    (tmp_path / "a.xls").write_text("x")
+    for refs, options, kind, message in (
+        (str(file), {"columns": ["body"]}, MismatchError, "no column 'body'; it has text, label"),
+        (str(file), {"where": {"toxic": 1}}, MismatchError, "no column 'toxic'"),
+        (str(file), {"where": {"label": 7}}, MismatchError, "no row of"),
+        (str(tmp_path / "bad.jsonl"), {}, CheckpointError, "bad.jsonl"),
+        (str(tmp_path / "a.xls"), {}, CheckpointError, "expected one of"),
+        (str(tmp_path / "none.jsonl"), {}, CheckpointError, "no such file"),
+        ([], {}, ConfigError, "no data"),
+    ):
+        with pytest.raises(kind, match=message):
+            load_rows(refs, **options)
+
+
+def test_the_task_is_read_off_the_architecture(tmp_path):
+    assert load_model(str(tiny_gpt2(tmp_path / "g"))).task == "causal-lm"
+    assert load_model(str(tiny_bert(tmp_path / "b"))).task == "classification"
+    assert not load_model(str(tmp_path / "g")).model.training
+
+
+def test_models_that_cannot_be_loaded_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    broken = tiny_gpt2(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\0" * 20)
+    for ref in (tmp_path / "empty", tmp_path / "absent", broken, broken / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=ref.name):
+            load_model(str(ref))
+
+
+def test_a_document_runs_from_the_start_token_to_eos(tmp_path):
+    loaded = load_model(str(tiny_gpt2(tmp_path)))
+    words = loaded.tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
+    (example,) = encode_rows({"text": ["the cat sat"]}, loaded)
+    assert example["input_ids"] == [start_token(loaded.tokenizer), *words, loaded.tokenizer.eos_token_id]
+    assert observations([example], "causal-lm") == 4
+    (cut,) = encode_rows({"text": ["the cat sat"]}, loaded, max_length=3)
+    assert cut["input_ids"] == example["input_ids"][:3]
+
+
+def test_packing_scores_every_token_once(tmp_path):
+    loaded = load_model(str(tiny_gpt2(tmp_path)))
+    texts = ["the cat sat on the mat .", "a dog ran", "good film"]
+    one_by_one = [t for e in encode_rows({"text": texts}, loaded) for t in e["input_ids"][1:]]
+    packed = encode_rows({"text": texts}, loaded, max_length=5, pack=True)
+    assert [t for e in packed for t in e["input_ids"][1:]] == one_by_one
+    assert max(len(e["input_ids"]) for e in packed) == 5
+    assert observations(packed, "causal-lm") == len(one_by_one)
+
+
+def test_no_text_exceeds_the_models_context(tmp_path):
+    for make in (tiny_gpt2, tiny_bert):
+        loaded = load_model(str(make(tmp_path / make.__name__)))
+        (example,) = encode_rows({"text": ["cat " * 500]}, loaded)
+        assert len(example["input_ids"]) == context_length(loaded) == 64
+
+
+def test_padding_changes_no_loss(tmp_path):
+    loaded = load_model(str(tiny_gpt2(tmp_path)))
+    examples = encode_rows({"text": ["the cat sat on the mat .", "a dog ran"]}, loaded)
+    (batch,) = batches(examples, 2, Collate(2))
+    assert (batch["labels"] == IGNORED).sum() == (batch["attention_mask"] == 0).sum() == 4
+    counts = [len(e["input_ids"]) - 1 for e in examples]
+    apart = [loaded.model(**b).loss.item() for b in batches(examples, 1, Collate(2))]
+    expected = sum(n * x for n, x in zip(counts, apart, strict=True)) / sum(counts)
+    assert loaded.model(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_numbers_or_the_models_names(tmp_path):
+    loaded = load_model(str(tiny_bert(tmp_path, names=["civil", "toxic"])))
+    rows = {"text": ["a cat", "a dog"], "label": ["toxic", "civil"]}
+    assert [e["labels"] for e in encode_rows(rows, loaded, label="label")] == [1, 0]
+    assert [e["labels"] for e in encode_rows({**rows, "label": [0, 1]}, loaded, label="label")] == [0, 1]
+    for bad in ("rude", 2, -1, 0.5, None):
+        with pytest.raises(MismatchError, match="civil, toxic"):
+            encode_rows({**rows, "label": ["toxic", bad]}, loaded, label="label")
+
+
+def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document():
+    class Bare:
+        bos_token_id = eos_token_id = None
+
+    with pytest.raises(CheckpointError, match="neither"):
+        start_token(Bare())
+
+
+def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):
+    """transformers stacks in memory what a mixture-of-experts file holds apart."""
+    from safetensors import safe_open
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    named = checkpoint_names(model, {n: p.detach() for n, p in model.named_parameters()})
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(named) == set(file.keys())
+        for name, value in named.items():
+            assert torch.equal(file.get_tensor(name), value), name
