@@ -29,10 +29,12 @@ from mergekit_bayes.models import (
     batches,
     checkpoint_names,
     encode_rows,
+    hushed,
     is_classifier,
     load_model,
     load_rows,
     observations,
+    with_bar,
 )
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import (
@@ -144,14 +146,19 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         ConfigError: Settings that contradict each other.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    import transformers
-
     target = Path(config.output)
     if target.exists() and not config.force:
         raise CheckpointError(f"'{target}' exists. Choose another output, or pass --force to replace it.")
     if config.posterior == "ivon" and config.optimizer != "ivon":
         raise ConfigError("posterior: ivon needs optimizer: ivon; AdamW leaves none. Use posterior: flush.")
     _check(config)
+    with hushed(quiet):
+        return _run(config, target, quiet=quiet)
+
+
+def _run(config: FinetuneConfig, target: Path, *, quiet: bool) -> FinetuneReport:
+    import transformers
+
     transformers.set_seed(config.seed)
     loaded = _load(config)
     base = _base_identity(loaded.path)
@@ -261,7 +268,9 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-    steps = config.max_steps or max(1, math.ceil(len(examples) / per_step * config.epochs))
+    micro_batches = math.ceil(len(examples) / (config.batch_size * arguments.world_size))
+    per_epoch = math.ceil(micro_batches / config.gradient_accumulation)
+    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
     total = observations(examples, loaded.task)
     settings: dict[str, Any] = {
         "optimizer": config.optimizer,
@@ -435,7 +444,8 @@ def flush(
     chosen = [examples[i] for i in order[: count * size]]
     collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
     device = next(model.parameters()).device
-    found = ggn_diagonal(model, batches(chosen, size, collate, device=device), seed=seed)
+    cut = with_bar(batches(chosen, size, collate, device=device), "curvature", math.ceil(len(chosen) / size))
+    found = ggn_diagonal(model, cut, seed=seed)
     return {n: t / found.observations for n, t in found.total.items()}, len(chosen)
 
 

@@ -4,9 +4,10 @@ What one observation is follows from the task: one scored token of a causal lang
 row is context only), one row of a classifier.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mergekit_bayes.sources import CHECKPOINT, is_hub_id, resolve
 
 Task = Literal["auto", "causal-lm", "classification"]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
+T = TypeVar("T")
 IGNORED = -100  # a label that no loss counts, transformers' convention
 
 
@@ -303,6 +305,35 @@ class Collate:
             rows = not isinstance(examples[0]["labels"], list)
             batch["labels"] = torch.tensor([e["labels"] for e in examples]) if rows else labels
         return batch
+
+
+def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The same items under a bar on stderr, unless `hushed`."""
+    from transformers.utils.logging import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=what, total=total)
+    return bar
+
+
+@contextmanager
+def hushed(quiet: bool) -> Iterator[None]:
+    """No progress bars of transformers and datasets inside, if `quiet`."""
+    import datasets
+    from transformers.utils import logging
+
+    if not quiet:
+        yield
+        return
+    shown, shown_rows = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled() is False
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if shown_rows:
+            datasets.enable_progress_bars()
 
 
 def batches(

@@ -4,6 +4,7 @@ The likelihood part is `N * F`, with F the curvature per observation and N all o
 how many examples were really looked at is recorded apart.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from mergekit_bayes.models import (
     batches,
     checkpoint_names,
     encode_rows,
+    hushed,
     load_model,
     load_rows,
     observations,
+    with_bar,
 )
 from mergekit_bayes.names import Renaming, find_renaming
 from mergekit_bayes.posterior import (
@@ -87,11 +90,15 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(f"'{config.model}' is a Hub id, whose cache is not ours to write to: name a place with -o.")
     _check(config)
-    out = Path(config.output) if config.output else None
-    loaded = load_model(config.model, config.task)
-    target = out or precision_path(loaded.path)
+    target = Path(config.output) if config.output else precision_path(Path(config.model).expanduser())
     if target.exists() and not config.force:
         raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+    with hushed(quiet):
+        return _run(config)
+
+
+def _run(config: PrecisionConfig) -> PrecisionReport:
+    loaded = load_model(config.model, config.task)
     source = SafetensorsSource(checkpoint_files(loaded.path))
     parameters = {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
     rename = _renaming(source, checkpoint_names(loaded.model, parameters))
@@ -104,7 +111,9 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded.model.to(device)
     collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
-    found = ggn_diagonal(loaded.model, batches(chosen, config.batch_size, collate, device=device), seed=config.seed)
+    cut = batches(chosen, config.batch_size, collate, device=device)
+    shown = with_bar(cut, "curvature", math.ceil(len(chosen) / config.batch_size))
+    found = ggn_diagonal(loaded.model, shown, seed=config.seed)
     precision = {n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()}
     named = checkpoint_names(loaded.model, precision)
     tied: dict[str, str] = getattr(loaded.model, "all_tied_weights_keys", None) or {}
@@ -125,6 +134,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     )
     arrays = {rename(n, source.specs): t.cpu().numpy() for n, t in named.items()}
     source.close()
+    out = Path(config.output) if config.output else None
     path = save_posterior(loaded.path, arrays, info, out=out, force=config.force)
     return PrecisionReport(
         path=path, estimator="ggn", unit=UNIT[loaded.task], observations=total, sampled=len(chosen), health=info.health

@@ -297,3 +297,23 @@ def test_checkpoints_are_kept_beside_the_output_not_in_it(tmp_path, data):
 @pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs" / "finetune").glob("*.yaml")))
 def test_the_shipped_settings_load(path):
     load_config(FinetuneConfig, path)
+
+
+def test_beta2_follows_from_the_steps_that_are_really_made(tmp_path, data):
+    """Ragged epochs: 48 rows in batches of 5, two of them a step, are five steps an epoch."""
+    report = run_finetune(config(tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert posterior.info.training["steps"] == report.steps == 60
+    assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
+    assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
+    posterior.close()
+
+
+def test_quiet_is_quiet(tmp_path, data, capfd):
+    settings = config(tmp_path, data, max_steps=2)
+    capfd.readouterr()
+    run_finetune(settings, quiet=True)
+    run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data, force=True), quiet=True)
+    assert capfd.readouterr().err == ""
+    run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data, force=True))
+    assert "curvature" in capfd.readouterr().err
