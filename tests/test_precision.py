@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+import typer
+from bmerge_cli import finetune, precision
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -118,3 +121,48 @@ def test_a_head_that_the_file_does_not_hold_has_no_precision(tmp_path, data):
     with pytest.raises(MismatchError, match="made up"):
         run_precision(PrecisionConfig(model=str(encoder), data=data, task="classification"))
     assert not (encoder / "posterior").exists()
+
+
+def run(module, *arguments):
+    app = typer.Typer()
+    app.command(module.NAME)(module.command)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_two_commands_print_one_document_or_one_path(tmp_path, data):
+    settings = tmp_path / "f.yaml"
+    model = tiny_gpt2(tmp_path / "m")
+    settings.write_text(f"model: {model}\ndata: {data}\noutput: {tmp_path / 'out'}\nmax_steps: 2\nflush_batches: 2\n")
+    done = run(finetune, settings, "--set", "batch_size=3", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["path"], report["steps"], done.stderr) == (str(tmp_path / "out"), 2, "")
+    done = run(
+        precision, model, "--data", data, "--data", data, "--where", "label=1", "--examples", "4", "--json", "-q"
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["path"], report["sampled"], done.stderr) == (str(model / "posterior"), 4, "")
+    done = run(precision, model, "--data", data, "--force")
+    assert done.stdout == f"{model / 'posterior'}\n"
+
+
+def test_what_the_user_can_mend_is_one_message_and_exit_code_two(tmp_path, data):
+    settings = tmp_path / "f.yaml"
+    model = tiny_gpt2(tmp_path / "m")
+    settings.write_text(f"model: {model}\ndata: {data}\noutput: {model}\n")
+    for arguments, message in (
+        ((finetune, settings), f"'{model}' exists"),
+        ((finetune, settings, "--set", "learning_rat=1"), "did you mean 'learning_rate'"),
+        ((finetune, tmp_path / "none.yaml"), "none.yaml: cannot be read"),
+        ((finetune, settings, "--force", "--set", "data=absent.csv"), "'absent.csv': no such file"),
+        ((precision, "org/name", "--data", data), "name a place with -o"),
+        ((precision, model, "--data", data, "--where", "label"), "--where"),
+        ((precision, tmp_path / "absent", "--data", data), "no such file or folder"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert message in done.stderr
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.yaml", "m", "t.jsonl"]
