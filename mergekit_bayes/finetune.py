@@ -48,6 +48,7 @@ from mergekit_bayes.posterior import (
     save_posterior,
     tokenizer_identity,
 )
+from mergekit_bayes.sources import is_hub_id
 from mergekit_bayes.tensors import SafetensorsSource
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
@@ -77,7 +78,8 @@ class FinetuneConfig(Config):
         learning_rate: None is 0.1 for IVON (with `clip_radius` 1e-3 and no rescaling no weight moves further
             than 1e-4 a step, a usual AdamW rate), 1e-4 for AdamW.
         ess: Effective sample size. None is the data's size, but at least so large that the noise at the start is 5 %
-            of the median weight matrix' RMS.
+            of the median weight matrix' RMS. On a small language model this trained as well as AdamW at the rate
+            `learning_rate * clip_radius` (held-out loss 2.24 against 2.34 after 63 steps, 1.93 against 1.96 after 252).
         beta2: None is 1 - 5 / steps.
         weight_decay: For IVON the prior precision over ess. AdamW's is decoupled and no Gaussian prior.
         posterior: `flush` (root-GGN at the final mean over `flush_batches` batches), `ivon`, or `none`.
@@ -158,13 +160,14 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
 def _run(config: FinetuneConfig, target: Path, *, quiet: bool) -> FinetuneReport:
     import transformers
+    from accelerate.utils import broadcast_object_list
 
     transformers.set_seed(config.seed)
     loaded = _load(config)
     base = _base_identity(loaded.path)
     examples = _examples(config, loaded)
     if config.lora is not None:
-        loaded = loaded._replace(model=_with_lora(loaded, config.lora))
+        loaded = loaded._replace(model=_with_lora(loaded, config.lora, config.model))
     scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
     try:
         kept = scratch if config.save_steps is None else target.with_name(f"{target.name}.checkpoints")
@@ -174,14 +177,11 @@ def _run(config: FinetuneConfig, target: Path, *, quiet: bool) -> FinetuneReport
         report = None
         if trainer.accelerator.is_main_process:
             report = _store(config, loaded, examples, trainer, settings, base, result, target)
-        trainer.accelerator.wait_for_everyone()
+        reports = broadcast_object_list([report])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if report is None:  # another rank wrote it
-        report = FinetuneReport(path=target, steps=int(result.global_step), loss=float(result.training_loss),
-                                observations=observations(examples, loaded.task), unit=UNIT[loaded.task],
-                                estimator=None, health={})  # fmt: skip
-    return report
+    found: FinetuneReport = reports[0]
+    return found
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -219,7 +219,7 @@ def _examples(config: FinetuneConfig, loaded: Loaded) -> list[dict[str, Any]]:
     )
 
 
-def _with_lora(loaded: Loaded, lora: LoraSettings) -> Any:
+def _with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     modules = lora.target_modules
@@ -231,11 +231,13 @@ def _with_lora(loaded: Loaded, lora: LoraSettings) -> Any:
         task_type=TaskType.SEQ_CLS if loaded.task == "classification" else TaskType.CAUSAL_LM,
         fan_in_fan_out=loaded.model.config.model_type == "gpt2",  # its layers store weights transposed
     )
-    loaded.model.config._name_or_path = str(loaded.path)
     try:
-        return get_peft_model(loaded.model, settings)
+        model = get_peft_model(loaded.model, settings)
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
+    # What the adapter will be loaded on: the Hub id as given, or a folder from wherever one stands.
+    model.peft_config["default"].base_model_name_or_path = name if is_hub_id(name) else str(loaded.path.resolve())
+    return model
 
 
 def _trainer(

@@ -1,6 +1,9 @@
 """Fine-tuning end to end on tiny models: what lands on disk, and that it is right."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +160,8 @@ def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
     assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
     assert posterior.info.unit == "token"
     posterior.close()
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str((tmp_path / "base").resolve())
     assert load_model(str(tmp_path / "out")).task == "causal-lm"
 
 
@@ -317,3 +322,33 @@ def test_quiet_is_quiet(tmp_path, data, capfd):
     assert capfd.readouterr().err == ""
     run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data, force=True))
     assert "curvature" in capfd.readouterr().err
+
+
+DDP = """
+import sys, torch.distributed
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+model, data, output = sys.argv[1:]
+report = run_finetune(FinetuneConfig(model=model, data=data, output=output, batch_size=2, gradient_accumulation=2,
+                                     flush_batches=4), quiet=True)
+assert torch.distributed.get_world_size() == 2
+print("report", report.model_dump_json())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_model_and_give_one_report(tmp_path, data):
+    script, out = tmp_path / "ddp.py", tmp_path / "out"
+    script.write_text(DDP)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29543"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*line, str(script), str(tiny_gpt2(tmp_path / "m")), data, str(out)], capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [x for x in done.stdout.splitlines() if x.startswith("report")]
+    assert len(reports) == 2
+    assert reports[0] == reports[1]
+    posterior = open_posterior(str(out))
+    assert posterior.info.training["steps"] == 6  # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes
+    posterior.close()

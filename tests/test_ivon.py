@@ -119,9 +119,21 @@ def test_one_step_by_hand(rescale_lr, mean):
     assert slow[2] == pytest.approx(0.449128561939, abs=1e-12)
     assert 1 / (100 * (slow[2] + 0.1)) == pytest.approx(0.018210671768, abs=1e-12)
     m, g, h = (torch.tensor([v], dtype=torch.float64) for v in (1.0, 0.0, 0.3))
-    ivon_update(m, g, h, torch.tensor([gradient], dtype=torch.float64),
-                torch.tensor([0.5 * sigma * gradient], dtype=torch.float64), step=1,
-                lr=0.05 * (0.4 if rescale_lr else 1), ess=100, beta1=0.9, beta2=0.99, weight_decay=0.1, clip_radius=math.inf, debias=True)  # fmt: skip
+    ivon_update(
+        m,
+        g,
+        h,
+        torch.tensor([gradient], dtype=torch.float64),
+        torch.tensor([0.5 * sigma * gradient], dtype=torch.float64),
+        step=1,
+        lr=0.05 * (0.4 if rescale_lr else 1),
+        ess=100,
+        beta1=0.9,
+        beta2=0.99,
+        weight_decay=0.1,
+        clip_radius=math.inf,
+        debias=True,
+    )
     assert m.item() == pytest.approx(mean, abs=1e-12)
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "the a cat dog bird sat ran saw on mat tree good bad nice film was very and not fun dull . ,".split()
+WORDS = "the a cat dog bird sat ran saw on mat tree good bad nice film was very and not fun dull . ,".split()  # noqa: SIM905
 
 
 def tokenizer(special="<s>"):
