@@ -1,0 +1,213 @@
+"""What a removal did, as one document for programs and one for people."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mergekit_bayes import __version__
+from mergekit_bayes.detox.analysis import Comparison, Finding, Matched
+from mergekit_bayes.detox.settings import HELD_OUT
+from mergekit_bayes.metrics.base import Interval, Record
+from mergekit_bayes.metrics.perplexity import PerplexityReport
+from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
+
+_SAY = {
+    "there": "The effect is there",
+    "reversed": "The effect is reversed",
+    "mixed": "The effect is mixed",
+    "not there": "The effect is not there",
+}
+
+
+class Point(Record):
+    """One model on a curve.
+
+    Attributes:
+        scale: How much was subtracted; 0 is the base.
+        guarded_share, largest_multiplier: Of the merge: where its guard acted, and its strongest amplification.
+        precision_ratio: Sum of the task's likelihood precision over the base's, as counted.
+        command: What makes this model again.
+    """
+
+    scale: float
+    toxicity: dict[str, ToxicityReport]
+    perplexity: dict[str, PerplexityReport]
+    samples: SamplesReport | None = None
+    guarded_share: float | None = None
+    largest_multiplier: float | None = None
+    precision_ratio: float | None = None
+    command: str | None = None
+
+
+class DetoxReport(Record):
+    """All numbers of a removal, with settings, versions and identities."""
+
+    version: str = __version__
+    path: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    identities: dict[str, Any]
+    toxic_model: str
+    base_precision: str | None
+    scorers: dict[str, dict[str, Any]]
+    base: Point
+    curves: dict[str, tuple[Point, ...]]
+    matched: tuple[Matched, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    def chosen(self, scorer: str) -> tuple[float | None, dict[str, Point]]:
+        """The lowest compared toxic share that all curves reach, and by curve the first candidate there.
+
+        Without such a level, the last candidate of each curve.
+        """
+        reached = [
+            m.level for m in self.matched if m.axis == scorer and all(paid is not None for paid in m.paid.values())
+        ]
+        if not reached:
+            return None, {label: points[-1] for label, points in self.curves.items()}
+        level = min(reached)
+        return level, {
+            label: next(p for p in points if p.toxicity[scorer].share.value <= level)
+            for label, points in self.curves.items()
+        }
+
+
+def as_markdown(report: DetoxReport) -> str:
+    """`report.md`: the finding first, then the tables behind it, then how it was made."""
+    base, texts = report.base, _texts(report)
+    parts = ["# Removing toxicity: what each method pays", "![](toxicity_vs_perplexity.png)"]
+    found = verdicts(report) or ["Nothing could be compared."]
+    parts += ["## Findings", "\n".join(f"- {line}" for line in found)]
+    for axis in dict.fromkeys(m.axis for m in report.matched):
+        parts += [_matched_table(report, axis, text) for text in texts]
+    for scorer in base.toxicity:
+        parts += [_curves_table(report, scorer)]
+    parts += [_garbled(report), _how(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdicts(report: DetoxReport) -> list[str]:
+    """One plain sentence for each comparison; whether there is an effect is computed from the intervals."""
+    lines = []
+    for f in report.findings:
+        axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
+        if not f.levels:
+            lines.append(f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any level.")
+            continue
+        ratios = ""
+        if f.ratios:
+            low, high = min(f.ratios), max(f.ratios)
+            ratios = f" It pays {low:.2f} to {high:.2f} of the other's loss." if low < high else (
+                f" It pays {low:.2f} of the other's loss.")  # fmt: skip
+        lines.append(
+            f"{_SAY[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: less at {f.less}, more at "
+            f"{f.more} of {f.levels} levels (95 % interval clear of zero).{ratios}"
+        )
+    return lines
+
+
+def _texts(report: DetoxReport) -> list[str]:
+    return [name for name in report.base.perplexity if name != HELD_OUT]
+
+
+def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
+    rows = [m for m in report.matched if m.axis == axis and m.text == text]
+    labels = list(report.curves)
+    if axis == HELD_OUT:
+        start = report.base.perplexity[HELD_OUT].loss.value
+        title, first = f"At equal loss on {HELD_OUT} (base {start:.3f})", "loss"
+        levels = [f"{m.level:.3f}" for m in rows]
+    else:
+        start = report.base.toxicity[axis].share.value
+        title, first = f"At equal toxic share by `{axis}` (base {start:.1%})", "share"
+        levels = [f"{m.level:.1%}" for m in rows]
+    lines = [f"## {title}: loss added on {text}", "", "Nats a token, with 95 % intervals.", ""]
+    lines += _table(
+        [first, *labels], [[lv, *[_paid(m.paid[c]) for c in labels]] for lv, m in zip(levels, rows, strict=True)]
+    )
+    differences = [c for c in report.comparisons if c.axis == axis and c.text == text]
+    pairs = list(dict.fromkeys((c.curve, c.against) for c in differences))
+    if pairs:
+        lines += ["", "Differences, paired over prompts and documents:", ""]
+        body = []
+        for level, shown in zip((m.level for m in rows), levels, strict=True):
+            here = {(c.curve, c.against): c for c in differences if c.level == level}
+            body.append([shown, *[_difference(here[p]) for p in pairs]])
+        lines += _table([first, *[f"{a} less {b}" for a, b in pairs]], body)
+    return "\n".join(lines)
+
+
+def _curves_table(report: DetoxReport, scorer: str) -> str:
+    names = list(report.base.perplexity)
+    columns = ["model", "scale", "toxic share", "mean score", "expected max", *[f"perplexity, {n}" for n in names]]
+    columns += ["guarded", "largest multiplier"]
+    rows = []
+    for label, points in {"base": (report.base,), **report.curves}.items():
+        for p in points:
+            t = p.toxicity[scorer]
+            row = [label, f"{p.scale:g}", _share(t.share), f"{t.mean.value:.3f}", f"{t.expected_max.value:.3f}"]
+            row += [f"{p.perplexity[n].token.value:.4g}" for n in names]
+            bare = p.guarded_share is None or label == "task arithmetic"
+            row += ["", ""] if bare else [f"{p.guarded_share:.1%}", f"{p.largest_multiplier:.2f}"]
+            rows.append(row)
+    return "\n".join([f"## All models, scored by `{scorer}`", "", *_table(columns, rows)])
+
+
+def _garbled(report: DetoxReport) -> str:
+    """Low toxicity may only mean that the text is broken."""
+    rows = []
+    for label, points in {"base": (report.base,), **report.curves}.items():
+        for p in points:
+            if p.samples is not None:
+                s = p.samples
+                rows.append([label, f"{p.scale:g}", f"{s.mean_tokens:.1f}", f"{s.empty:.1%}", f"{s.distinct_2:.3f}",
+                             f"{s.repeated:.3f}"])  # fmt: skip
+    columns = ["model", "scale", "mean length", "empty", "distinct word pairs", "repeated pairs"]
+    return "\n".join(["## Are the continuations still text?", "", *_table(columns, rows)])
+
+
+def _how(report: DetoxReport) -> str:
+    first = next(iter(report.base.perplexity.values()))
+    toxicity = next(iter(report.base.toxicity.values()))
+    _, chosen = report.chosen(next(iter(report.base.toxicity)))
+    lines = [
+        "## How it was made",
+        "",
+        f"- {toxicity.n_continuations:,} continuations of {toxicity.n_prompts:,} prompts for each model, the same "
+        f"noise for all; only the continuation is scored; toxic from {toxicity.threshold:g} on.",
+        f"- Perplexity by the {first.protocol} protocol, window {first.window}, stride {first.stride}.",
+        "- Intervals: 95 % bootstrap over prompts and documents, the same resamples for all models. They do not hold "
+        "the spread between training seeds.",
+        f"- bmerge {report.version}, "
+        + ", ".join(f"{name} {number}" for name, number in report.versions.items())
+        + "; all settings, hashes and numbers are in report.json.",
+        "",
+        "To make a candidate again (other scales by `--scale`):",
+        "",
+        "```",
+        *[p.command or "" for p in chosen.values()],
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" + " ---: |" * (len(columns) - 1)]
+    return head + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _paid(x: Interval | None) -> str:
+    if x is None:
+        return "not reached"
+    return f"{x.value:+.3f}" if x.low is None or x.high is None else f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+
+
+def _difference(c: Comparison) -> str:
+    if c.difference is None:
+        return "not comparable"
+    ratio = f", ratio {c.ratio:.2f}" if c.ratio is not None else ""
+    return f"{_paid(c.difference)}{ratio}"
+
+
+def _share(x: Interval) -> str:
+    return f"{x.value:.1%}" if x.low is None or x.high is None else f"{x.value:.1%} [{x.low:.1%}, {x.high:.1%}]"
