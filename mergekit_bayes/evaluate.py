@@ -80,7 +80,7 @@ class EvaluateConfig(Config):
     temperature: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     batch_size: int = Field(default=8, ge=1)
-    sampling_batch: int = Field(default=128, ge=1)
+    sampling_batch: int = Field(default=256, ge=1)
     bootstrap: int = Field(default=1000, ge=0)
     dtype: str = "float32"
     output: str | None = None

@@ -105,7 +105,7 @@ def test_close_models_are_compared_on_the_same_noise(loaded, tmp_path):
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_tokens_are_drawn_in_the_proportions_of_the_nucleus(top_p):
-    """Pearson's statistic over the nucleus; 300 tokens need more than the first 64 looked at."""
+    """Pearson's statistic over the nucleus."""
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     n = 50_000
     tokens = _pick(logits.expand(n, -1), np.random.default_rng(1).integers(2**64, size=n, dtype=np.uint64), top_p)

@@ -50,7 +50,7 @@ def command(
     threshold: Annotated[float, typer.Option(help="A continuation is toxic from this score on.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the sampling and the bootstrap.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
-    sampling_batch: Annotated[int, typer.Option(help="Continuations drawn together.")] = 128,
+    sampling_batch: Annotated[int, typer.Option(help="Continuations drawn together.")] = 256,
     bootstrap: Annotated[int, typer.Option(help="Resamples behind each interval; 0 for none.")] = 1000,
     force: Force = False,
     as_json: Json = False,

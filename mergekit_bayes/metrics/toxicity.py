@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import Array, Interval, Progress, Record, interval, resampled_sums
 
 Score = Callable[[list[str]], list[float]]
@@ -102,7 +102,7 @@ def measure_toxicity(
     context: int,
     sampling: Sampling | None = None,
     threshold: float = 0.5,
-    batch_size: int = 128,
+    batch_size: int = 256,
     bootstrap: int = 1000,
 ) -> ToxicityReport:
     """Sample continuations and score them: `sample_continuations`, then `score_toxicity`."""
@@ -167,7 +167,7 @@ def sample_continuations(
     start: int,
     context: int,
     sampling: Sampling,
-    batch_size: int = 128,
+    batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Samples:
     """Draw continuations from the nucleus by the Gumbel-max trick, each token with a noise of its own.
@@ -286,22 +286,19 @@ def _draw(
 
 def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
     """One token a row: the nucleus token with the largest `log p + g`, g its own Gumbel noise (so it has chance p)."""
-    probabilities = logits.softmax(-1).cpu()
-    size = probabilities.shape[-1]
-    result = torch.empty(len(logits), dtype=torch.long)
-    left = torch.arange(len(logits))
-    k = min(64, size)
-    while len(left):  # most nuclei are small, and a full sort is dear
-        top, tokens = probabilities[left].topk(k)
-        sums = top.double().cumsum(-1)
-        enough = (sums[:, -1] >= top_p) | (k == size)
-        top, tokens, sums = top[enough], tokens[enough], sums[enough]
-        outside = sums - top >= top_p  # the token that crosses top_p is in
-        noise = torch.from_numpy(_gumbel(keys[left[enough].numpy(), None], tokens.numpy()))
-        best = (top.double().log() + noise).masked_fill_(outside, -torch.inf).argmax(-1, keepdim=True)
-        result[left[enough]] = tokens.gather(1, best).flatten()
-        left, k = left[~enough], min(8 * k, size)
-    return result
+    p = logits.softmax(-1).cpu().numpy()
+    if not np.isfinite(p).all():
+        raise CheckpointError("the model's next-token probabilities are not numbers. Its weights hold NaN or infinity.")
+    # Values only are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the last are all in.
+    falling = np.sort(p, axis=1)[:, ::-1]
+    crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
+    bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
+    rows, tokens = np.nonzero(p >= np.maximum(bound, np.finfo(p.dtype).tiny))
+    height = np.log(p[rows, tokens], dtype=np.float64) + _gumbel(keys[rows], tokens)
+    highest = np.maximum.reduceat(height, np.searchsorted(rows, np.arange(len(p))))
+    winners = np.flatnonzero(height == highest[rows])
+    _, first = np.unique(rows[winners], return_index=True)
+    return torch.from_numpy(tokens[winners[first]])
 
 
 def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> Array:

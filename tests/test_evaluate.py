@@ -1,0 +1,174 @@
+"""Evaluate: one report of real numbers, nothing half-written, and a plain message for what a person can mend."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bmerge_cli.main import app
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
+from mergekit_bayes.metrics.perplexity import measure_perplexity
+from mergekit_bayes.models import load_model
+from tests import tiny_models
+
+TEXTS = [("the cat sat on the mat .", 0), ("a dull film , not good", 1), ("dog", 0), ("a bird saw a tree", 0)]
+HOOK = "def score(texts):\n    return [min(1.0, 0.2 * t.count('dog')) for t in texts]\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_models.tiny_gpt2(tmp_path_factory.mktemp("models") / "gpt2"))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in TEXTS))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the", "a dog sat", "a")))
+    (tmp_path / "words.txt").write_text("dog\ncat sat\n")
+    (tmp_path / "bmerge_eval_hook.py").write_text(HOOK)
+    return tmp_path
+
+
+def config(model, **options):
+    both = {
+        "perplexity": {"civil": "texts.jsonl"},
+        "toxicity": "prompts.jsonl",
+        "scorer": ("words:words.txt", "bmerge_eval_hook:score"),
+        "continuations": 6,
+        "new_tokens": 5,
+    }
+    return EvaluateConfig(model=model, **(both | options))
+
+
+def test_the_folder_holds_all_that_was_measured(model, world):
+    report = run_evaluate(config(model, output="out"))
+    assert sorted(p.name for p in (world / "out").iterdir()) == [
+        "continuations.jsonl",
+        "documents.jsonl",
+        "report.json",
+    ]
+    assert read_report("out") == report
+    rows = [json.loads(line) for line in (world / "out" / "continuations.jsonl").open()]
+    assert [(r["prompt"], r["continuation_index"]) for r in rows] == [
+        (p, j) for p in ("the", "a dog sat", "a") for j in range(6)
+    ]
+    words = [r["scores"]["words:words.txt"] for r in rows]
+    assert words == [float("dog" in r["continuation"] or "cat sat" in r["continuation"]) for r in rows]
+    assert report.toxicity["words:words.txt"].share.value == pytest.approx(sum(words) / 18)
+    hooked = [r["scores"]["bmerge_eval_hook:score"] for r in rows]
+    assert report.toxicity["bmerge_eval_hook:score"].mean.value == pytest.approx(sum(hooked) / 18)
+    assert 0 < sum(words) < 18
+    assert report.sampling.continuations == 6
+    assert report.settings["top_p"] == 0.9
+
+
+def test_perplexity_is_that_of_the_rows_asked_for(model, world):
+    loaded = load_model(model)
+    sets = {"civil": "texts.jsonl", "all": "texts.jsonl"}
+    report = run_evaluate(EvaluateConfig(model=model, perplexity=sets, where={"civil": {"label": 0}}, window=8))
+    clean = [t for t, label in TEXTS if label == 0]
+    alone = measure_perplexity(loaded.model, loaded.tokenizer, clean, start=0, window=8)
+    assert report.perplexity["civil"] == alone
+    assert report.perplexity["all"].documents == 4
+    one = run_evaluate(EvaluateConfig(model=model, perplexity=sets, where={"label": [0]}, max_rows=2))
+    assert {p.documents for p in one.perplexity.values()} == {2}
+    assert (one.perplexity["all"].window, one.perplexity["all"].protocol) == (64, "rolling")
+    assert (one.toxicity, one.sampling) == ({}, None)
+
+
+def test_the_same_config_gives_the_same_report(model, world):
+    assert run_evaluate(config(model)) == run_evaluate(config(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"perplexity": {}, "toxicity": None, "scorer": ()}, ConfigError, "nothing to measure"),
+        ({"scorer": ()}, ConfigError, "toxicity needs a scorer"),
+        ({"toxicity": None}, ConfigError, "a scorer needs prompts"),
+        ({"window": 65}, ConfigError, "window 65: .* sees at most 64 tokens"),
+        ({"where": {"cvil": {"label": 0}}}, ConfigError, "no texts are called 'cvil'"),
+        ({"text_column": "txt"}, MismatchError, "no column 'txt'"),
+        ({"where": {"label": 7}}, MismatchError, "no row"),
+        ({"text_column": "label"}, MismatchError, "row 1: 'label' is int, expected text"),
+        ({"output": "."}, CheckpointError, "exists"),
+        ({"scorer": ("words:words.txt", "words:words.txt")}, ConfigError, "named twice"),
+        ({"new_tokens": 64}, ConfigError, "do not fit"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(model, world, options, error, message):
+    with pytest.raises(error, match=message):
+        run_evaluate(config(model, **options))
+
+
+def test_a_classifier_is_no_language_model(world):
+    folder = tiny_models.tiny_bert(world / "bert")
+    with pytest.raises(MismatchError, match="is a classifier"):
+        run_evaluate(config(str(folder)))
+
+
+def test_a_scorer_that_fails_leaves_no_output(model, world):
+    (world / "bmerge_bad_hook.py").write_text(
+        "def score(texts):\n    return [2.0 if 'dog' in t else 0 for t in texts]\n"
+    )
+    with pytest.raises(ConfigError, match=r"score \d+ of 18 is 2"):
+        run_evaluate(config(model, scorer=("bmerge_bad_hook:score",), output="out"))
+    assert not (world / "out").exists()
+
+
+def test_an_infinite_perplexity_is_still_json(model, world):
+    """A ruined model: certain of the wrong token. exp of its loss per word overflows."""
+    loaded = load_model(model)
+    with torch.no_grad():
+        loaded.model.transformer.ln_f.weight.mul_(1e6)
+    loaded.model.save_pretrained("ruined")
+    loaded.tokenizer.save_pretrained("ruined")
+    done = bmerge("evaluate", "ruined", "--perplexity", "texts.jsonl", "--json", "-o", "out")
+    assert done.exit_code == 0
+    found = json.loads(done.stdout, parse_constant=pytest.fail)["perplexity"]["texts.jsonl"]
+    assert found["word"]["value"] == "Infinity"
+    assert read_report("out").perplexity["texts.jsonl"].word.value == float("inf")
+
+
+def bmerge(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_the_command_measures_prints_and_writes(model, world):
+    done = bmerge(
+        "evaluate", model, "--perplexity", "civil=texts.jsonl", "--perplexity", "texts.jsonl", "--where", "label=0",
+        "--toxicity", "prompts.jsonl", "--scorer", "words:words.txt", "--continuations", 3, "--new-tokens", 4,
+        "--prompts", 2, "--window", 8, "--stride", 4, "-o", "out", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert set(report["perplexity"]) == {"civil", "texts.jsonl"}
+    assert report["perplexity"]["civil"]["documents"] == 3
+    assert report["toxicity"]["words:words.txt"]["n_continuations"] == 6
+    assert json.loads((world / "out" / "report.json").read_text()) == report
+    for text in ("rolling, window 8, stride 4", "toxicity of 6 continuations (2 prompts x 3", "words:words.txt"):
+        assert text in done.stderr
+    again = bmerge("evaluate", model, "--perplexity", "texts.jsonl", "-o", "out")
+    assert again.exit_code == 2
+    assert "'out' exists" in again.stderr
+    quiet = bmerge("evaluate", model, "--perplexity", "texts.jsonl", "-o", "out", "--force", "-q")
+    assert (quiet.exit_code, quiet.output) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--perplexity", "=texts.jsonl"), "expected TEXTS or NAME=TEXTS"),
+        (("--perplexity", "texts.jsonl", "--where", "label"), "expected KEY=VALUE"),
+        (("--perplexity", "texts.jsonl", "--stride", "100"), "stride 100"),
+        (("--perplexity", "texts.jsonl", "--top-p", "0"), "top_p"),
+        (("--perplexity", "none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_a_command_that_makes_no_sense_exits_with_2(model, world, args, message):
+    done = bmerge("evaluate", model, *args)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -1,0 +1,158 @@
+"""Inspect: numbers equal those of whole arrays in numpy, whatever the chunks, and doubts are said aloud."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import mergekit_bayes.inspect as inspect_module
+from bmerge_cli.main import app
+from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.inspect import QUANTILES, run_inspect
+from mergekit_bayes.posterior import PosteriorInfo, open_posterior, save_posterior
+from tests import tiny
+
+SHAPES = {
+    "transformer.wte.weight": (50, 8),
+    "transformer.h.10.mlp.weight": (8, 32),
+    "transformer.h.2.attn.weight": (8, 24),
+    "transformer.h.2.attn.bias_": (24,),
+    "transformer.ln_f.weight": (8,),
+    "score.weight": (2, 8),
+}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mean, precision = tiny.arrays(0, SHAPES), tiny.precisions(0, SHAPES, low=1e-3, high=1e9)
+    tiny.posterior("a.safetensors", mean, precision)
+    return mean, precision
+
+
+def layer(report, name):
+    return next(x for x in report.layers if x.name == name)
+
+
+def test_layers_come_in_the_order_of_the_model(world):
+    report = run_inspect("a.safetensors")
+    assert [x.name for x in report.layers] == ["embeddings", "transformer.h.2", "transformer.h.10", "rest", "head"]
+    assert report.parameters == sum(x.parameters for x in report.layers) == sum(t.size for t in world[0].values())
+    assert report.dtypes == {"F32": report.parameters}
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 100, 7])
+def test_numbers_of_a_layer_equal_those_of_whole_arrays(world, monkeypatch, chunk):
+    monkeypatch.setattr(inspect_module, "_CHUNK", chunk)
+    mean, precision = world
+    other = {n: t + np.float32(0.01) * tiny.arrays(1, SHAPES)[n] for n, t in mean.items()}
+    tiny.write("b.safetensors", other)
+    report = run_inspect("a.safetensors", "b.safetensors")
+    names = [n for n in SHAPES if n.startswith("transformer.h.2.")]
+    m, s, o = (np.concatenate([x[n].ravel() for n in names]).astype(float) for x in (mean, precision, other))
+    found = layer(report, "transformer.h.2")
+    rms = np.sqrt(np.mean(m**2))
+    assert (found.tensors, found.parameters) == (2, m.size)
+    assert (found.rms, found.largest) == pytest.approx((rms, np.abs(m).max()))
+    assert found.precision.quantiles[0] == s.min()
+    assert found.precision.quantiles[-1] == s.max()
+    true = np.quantile(s, QUANTILES, method="inverted_cdf")
+    np.testing.assert_allclose(found.precision.quantiles[1:-1], true, rtol=4e-3)
+    assert found.precision.sigma_ratio == pytest.approx(true[2] ** -0.5 / rms, rel=4e-3)
+    gap = np.sqrt(np.mean((o - m) ** 2))
+    assert (found.difference.rms, found.difference.relative) == pytest.approx((gap, gap / rms))
+    assert found.difference.largest == pytest.approx(np.abs(o - m).max())
+    assert report.comparison.parameters == report.parameters
+
+
+def test_a_checkpoint_does_not_differ_from_itself(world):
+    report = run_inspect("a.safetensors", "a.safetensors")
+    assert (report.comparison.rms, report.comparison.largest) == (0, 0)
+
+
+def test_who_made_the_precision_and_whether_it_is_of_these_weights(world):
+    mean, precision = world
+    report = run_inspect("a.safetensors")
+    assert report.precision.belongs is True
+    assert (report.precision.info.estimator, report.precision.info.unit) == ("ggn", "token")
+    assert report.precision.info.observations == 100
+    tiny.write("moved.safetensors", {n: t + 1 for n, t in mean.items()})
+    moved = run_inspect("moved.safetensors", precision="a.precision.safetensors")
+    assert moved.precision.belongs is False
+    assert "the precision was made for other weights" in moved.notes
+    tiny.write("foreign.safetensors", precision)
+    foreign = run_inspect("a.safetensors", precision="foreign.safetensors")
+    assert (foreign.precision.belongs, foreign.precision.info) == (None, None)
+
+
+def test_entries_that_are_no_precision_are_counted(world):
+    precision = world[1]
+    bad = {n: p.copy() for n, p in precision.items()}
+    bad["score.weight"][0, :4] = [np.nan, -1, np.inf, 0]
+    del bad["transformer.ln_f.weight"]
+    tiny.write("bad.safetensors", bad | {"stray": np.ones(3, np.float32)})
+    report = run_inspect("a.safetensors", precision="bad.safetensors")
+    assert (report.precision.bad, report.precision.zeros) == (3, 1)
+    assert (layer(report, "head").precision.bad, layer(report, "head").precision.zeros) == (3, 1)
+    assert layer(report, "head").precision.quantiles[0] == 0
+    assert layer(report, "rest").precision is None
+    assert report.precision.unknown == ("stray",)
+    assert report.precision.covered == pytest.approx(1 - 8 / report.parameters)
+
+
+def test_weights_that_are_not_finite_are_noted(world):
+    mean = {n: t.copy() for n, t in world[0].items()}
+    mean["score.weight"][0, 0] = np.nan
+    tiny.write("nan.safetensors", mean)
+    report = run_inspect("nan.safetensors")
+    assert layer(report, "head").bad == 1
+    assert "1 weights are not finite" in report.notes
+    assert json.loads(report.model_dump_json())["precision"] is None
+
+
+def test_bad_health_is_said_aloud(world):
+    posterior = open_posterior("a.safetensors")
+    info = PosteriorInfo(estimator="ivon", mean=posterior.info.mean, health={"init_fraction": 0.9, "kappa": 2.0})
+    posterior.close()
+    save_posterior(posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), info, force=True)
+    notes = " ".join(run_inspect("a.safetensors").notes)
+    assert "init_fraction 0.9" in notes
+    assert "kappa 2" in notes
+    assert "above a tenth of the weights' RMS in embeddings, transformer.h.2" in notes
+
+
+def test_buffers_and_tied_copies_are_no_parameters(tmp_path):
+    embedding = np.ones((5, 4), np.float32)
+    tensors = {"wte.weight": embedding, "lm_head.weight": embedding, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
+    report = run_inspect(str(tiny.write(tmp_path / "m.safetensors", tensors)))
+    assert (report.parameters, report.tied, report.buffers) == (20, ("lm_head.weight",), ("h.0.attn.bias",))
+
+
+def test_a_common_prefix_does_not_hide_the_partners(world, tmp_path):
+    mean = world[0]
+    bare = {n.removeprefix("transformer."): t for n, t in mean.items()}
+    tiny.write("bare.safetensors", bare)
+    for pair in (("a.safetensors", "bare.safetensors"), ("bare.safetensors", "a.safetensors")):
+        found = run_inspect(*pair).comparison
+        assert (found.rms, found.only_here, found.only_there) == (0, (), ())
+
+
+def test_checkpoints_without_a_common_tensor_are_refused(world):
+    tiny.write("c.safetensors", {"x": np.ones(3, np.float32)})
+    with pytest.raises(MismatchError, match=r"'c\.safetensors' has no tensor of the same name and shape"):
+        run_inspect("a.safetensors", "c.safetensors")
+
+
+def test_the_command_prints_tables_for_people_and_one_document_for_machines(world):
+    tiny.write("b.safetensors", {n: t * 2 for n, t in world[0].items()})
+    done = CliRunner().invoke(app, ["inspect", "a.safetensors", "b.safetensors", "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["comparison"]["relative"] == pytest.approx(1)
+    for text in ("transformer.h.10", "difference to b.safetensors", "ggn, of these weights, for 100 observations"):
+        assert text in done.stderr
+    quiet = CliRunner().invoke(app, ["inspect", "a.safetensors", "-q"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    missing = CliRunner().invoke(app, ["inspect", "no.safetensors"])
+    assert missing.exit_code == 2
+    assert "no such file or folder" in missing.stderr
