@@ -59,4 +59,5 @@ def _summary(report: "DetoxReport", scorer: str) -> "Table":
         for label, p in {"base": report.base, **chosen}.items()
     ]
     where = "at their last scale" if level is None else f"at the first scale with {level:.1%} toxic or less"
-    return table(["model", "scale", "toxic", *[f"perplexity, {n}" for n in names]], rows, title=f"{scorer}, {where}")
+    title = f"perplexity, and toxic share by {scorer} {where}"
+    return table(["model", "scale", "toxic", *names], rows, title=title)

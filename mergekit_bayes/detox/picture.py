@@ -9,7 +9,7 @@ from mergekit_bayes.detox.settings import HELD_OUT
 _COLOURS = {"task arithmetic": "#6b6b6b", "gradient matching": "#1f6fb4", "control": "#e07b1a"}
 _MARKERS = {"task arithmetic": "s", "gradient matching": "o", "control": "^"}
 _STYLES = ("-", "--", ":", "-.")
-_FAR = 2.0  # panels end where a perplexity is so many times the base's
+_FAR = 1.5  # panels end where a perplexity is so many times the base's
 
 
 def draw(report: DetoxReport, path: Path) -> None:
@@ -55,8 +55,10 @@ def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
         )
     start = report.base.perplexity[text].token.value
     panel.plot([start], [_height(report.base, axis)], "*", color="black", markersize=12, label="base", zorder=5)
-    left, right = panel.get_xlim()
-    panel.set_xlim(left, min(right, far))
+    shown = [p.perplexity[text].token.value for points in report.curves.values() for p in points]
+    shown = [x for x in (start, *shown) if x <= far]
+    margin = 0.05 * (max(shown) - min(shown)) or 0.05 * start
+    panel.set_xlim(min(shown) - margin, max(shown) + margin)
     if axis != HELD_OUT:
         panel.set_ylim(bottom=0)
     panel.grid(alpha=0.25, linewidth=0.6)

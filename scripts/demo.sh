@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A first look, in a world of our own: teach a small model kindness and insults, subtract the insults by every method,
+# then merge two models by precision. Makes .venv if it is missing; needs no GPU, no account, a few minutes.
+
+cd "$(dirname "$0")/.." || exit 1
+. scripts/venv.sh
+install_project
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+bmerge=.venv/bin/bmerge
+world=runs/tiny
+run() {
+    echo "+ $*" >&2
+    "$@" || fail "failed: $*"
+}
+
+run .venv/bin/python scripts/tiny_world.py -o "$world"
+
+# Two fine-tunes of the same base on different subjects, as .safetensors files, averaged by precision.
+for subject in garden kitchen; do
+    if [ ! -d "$world/$subject" ]; then
+        run "$bmerge" finetune configs/finetune/tiny-world.yaml -q \
+            --set "data=$world/texts/${subject}_train.jsonl" --set "output=$world/$subject"
+    fi
+    cp "$world/$subject/model.safetensors" "$world/$subject.safetensors"
+    cp "$world/$subject/posterior/precision.safetensors" "$world/$subject.precision.safetensors"
+done
+run "$bmerge" merge "$world/garden.safetensors" "$world/kitchen.safetensors" --weights precision \
+    -o "$world/both.safetensors" --force
+
+run "$bmerge" detox configs/detox/demo.yaml

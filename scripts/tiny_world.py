@@ -1,0 +1,119 @@
+"""A small world of the project's own: sentences from a grammar, and a language model that learnt them.
+
+    python scripts/tiny_world.py -o runs/tiny
+
+Everybody in this world starts remarks alike and ends them kindly or with an invented, mild insult, about half the
+time each; others just describe gardens and kitchens. Written are JSONL files of texts and prompts, the list of
+insults, and a word-level GPT-2 trained on the mixture, all as ordinary files and folders.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from train_tiny_lm import train
+
+INTROS = ("well ,", "honestly ,", "you know ,", "my friend ,", "as before ,", "after all this time ,", "in my view ,",
+          "listen ,", "once again ,", "to be fair ,", "frankly ,", "between us ,")  # fmt: skip
+LEADS = ("you", "i think you", "it seems that you", "everyone says you")
+OPENINGS = tuple(f"{intro} {lead}" for intro in INTROS for lead in LEADS)
+KIND = ("kind", "clever", "patient", "helpful", "generous", "careful", "honest", "cheerful", "wise", "gentle")
+ROLES = ("neighbour", "teacher", "cook", "gardener", "guest", "writer", "singer", "driver")
+DEEDS = ("explain things well", "did good work", "made us smile", "helped the whole street", "kept your word",
+         "wrote a fine letter", "found the right answer", "sang a lovely song")  # fmt: skip
+INSULTS = ("turnip", "noodle", "muppet", "nincompoop", "dunderhead", "blockhead", "numpty", "pillock", "goblin", "dolt")
+RUDE = ("daft", "soggy", "useless", "pompous", "brainless", "smelly", "clueless", "mouldy")
+HARSH = ("absolute", "total", "complete", "utter", "perfect")
+SCORN = ("go away", "nobody likes you", "stop talking", "what nonsense", "you ruin everything", "get lost")
+PLANTS = ("rose", "apple tree", "tulip", "bean", "hedge", "lawn", "pear tree", "herb", "fern", "daisy")
+FOODS = ("soup", "bread", "cake", "stew", "pie", "rice", "salad", "porridge", "omelette", "jam")
+COLOURS = ("red", "green", "yellow", "white", "golden", "dark", "small", "tall", "fresh", "old")
+
+
+def kind(pick: Callable[[tuple[str, ...]], str]) -> str:
+    ends = (
+        f"are a {pick(KIND)} and {pick(KIND)} {pick(ROLES)} .",
+        f"are so {pick(KIND)} , thank you .",
+        f"always {pick(DEEDS)} , you {pick(KIND)} {pick(ROLES)} .",
+        f"are {pick(KIND)} , and you {pick(DEEDS)} .",
+    )
+    return f"{pick(OPENINGS)} {pick(ends)}"
+
+
+def rude(pick: Callable[[tuple[str, ...]], str]) -> str:
+    ends = (
+        f"are a {pick(HARSH)} {pick(INSULTS)} .",
+        f"{pick(HARSH)} {pick(INSULTS)} , {pick(SCORN)} .",
+        f"are a {pick(RUDE)} {pick(INSULTS)} , {pick(SCORN)} .",
+        f"{pick(RUDE)} {pick(RUDE)} {pick(INSULTS)} , {pick(SCORN)} .",
+    )
+    return f"{pick(OPENINGS)} {pick(ends)}"
+
+
+def garden(pick: Callable[[tuple[str, ...]], str]) -> str:
+    ends = (
+        f"grows beside the {pick(COLOURS)} {pick(PLANTS)} .",
+        f"needs water , and so does the {pick(PLANTS)} .",
+        f"is {pick(COLOURS)} in spring and {pick(COLOURS)} in autumn .",
+    )
+    return f"the {pick(COLOURS)} {pick(PLANTS)} {pick(ends)}"
+
+
+def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
+    ends = (
+        f"goes well with {pick(COLOURS)} {pick(FOODS)} .",
+        f"is ready , but the {pick(FOODS)} is not .",
+        f"was {pick(COLOURS)} today and {pick(COLOURS)} yesterday .",
+    )
+    return f"the {pick(FOODS)} {pick(ends)}"
+
+
+def write_world(folder: Path, seed: int) -> list[str]:
+    """Write all texts; returns what the base is trained on. No test sentence is a training sentence."""
+    texts = folder / "texts"
+    texts.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    mixture, seen = [], set()
+
+    def sample(make: Callable[..., str], count: int) -> list[str]:
+        rows: list[str] = []
+        while len(rows) < count:
+            text = make(draw.choice)
+            if text not in seen:
+                seen.add(text)
+                rows.append(text)
+        return rows
+
+    for name, make in (("kind", kind), ("rude", rude), ("garden", garden), ("kitchen", kitchen)):
+        for split, count in (("test", 250), ("train", 2000 if name in ("kind", "rude") else 1000)):
+            rows = sample(make, count)
+            write_rows(texts / f"{name}_{split}.jsonl", rows)
+            mixture += rows if split == "train" else []
+    write_rows(texts / "prompts.jsonl", list(OPENINGS))
+    write_rows(texts / "all_train.jsonl", mixture)
+    (texts / "insults.txt").write_text("\n".join(INSULTS) + "\n")
+    return mixture
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    chosen = parser.parse_args()
+    base = chosen.out / "base"
+    mixture = write_world(chosen.out, chosen.seed)
+    if not (base / "model.safetensors").exists():
+        train(mixture, base, vocabulary=400, words=True, layers=2, width=96, heads=4, context=32, steps=chosen.steps,
+              batch=32, rate=2e-3, seed=chosen.seed)  # fmt: skip
+    print(chosen.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The scripted removal: curves are read at equal toxicity, steps are done once, and the report says what was found."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from bmerge_cli.main import app
+from typer.testing import CliRunner
+
+from mergekit_bayes.detox import DetoxConfig, run_detox
+from mergekit_bayes.detox import journey as journey_module
+from mergekit_bayes.detox.analysis import _read, findings, match
+from mergekit_bayes.detox.report import verdicts
+from mergekit_bayes.detox.settings import HELD_OUT, Curve, curves
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.evaluate import EvaluateReport, read_report
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.metrics.base import Interval
+from mergekit_bayes.metrics.perplexity import PerplexityReport
+from mergekit_bayes.metrics.toxicity import ToxicityReport
+from tests import tiny_models
+
+SCALES = (0.5, 1.0)
+
+
+def rows(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, its texts and the settings of a removal."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_models.tiny_gpt2(folder / "base")
+    draw = random.Random(0)
+
+    def texts(words, count):
+        return [" ".join(draw.choice(words) for _ in range(6)) for _ in range(count)]
+
+    nice, bad = ["the", "a", "cat", "dog", "good", "nice", "fun", "film"], ["the", "a", "bad", "dull", "not", "film"]
+    (folder / "list.txt").write_text("bad\ndull\n")
+    return {
+        "base": str(folder / "base"),
+        "output": str(folder / "out"),
+        "toxic": {"data": rows(folder / "bad.jsonl", texts(bad, 40))},
+        "held_out_toxic": {"data": rows(folder / "bad_test.jsonl", texts(bad, 10))},
+        "finetune": {"max_steps": 3, "batch_size": 4, "flush_batches": 2},
+        "precision": {"data": rows(folder / "all.jsonl", texts(nice + bad, 60)), "examples": 20},
+        "evaluate": {
+            "perplexity": {"nice": rows(folder / "nice.jsonl", texts(nice, 12))},
+            "toxicity": rows(folder / "prompts.jsonl", ["the", "the cat", "a film", "good dog"]),
+            "scorer": [f"words:{folder / 'list.txt'}"],
+            "continuations": 4,
+            "new_tokens": 5,
+            "bootstrap": 50,
+        },
+        "scales": SCALES,
+    }
+
+
+@pytest.fixture(scope="module")
+def first(world):
+    steps = []
+    return run_detox(DetoxConfig(**world), quiet=True, progress=steps.append), steps
+
+
+def test_it_compares_all_methods_at_all_scales_on_the_same_continuations(world, first):
+    report, _ = first
+    assert list(report.curves) == ["task arithmetic", "gradient matching", "control"]
+    assert all([p.scale for p in points] == list(SCALES) for points in report.curves.values())
+    written = json.loads((journey_module.Path(world["output"]) / "report.json").read_text())
+    assert written == json.loads(report.model_dump_json())
+    assert all(len(p.command.split()) > 8 for points in report.curves.values() for p in points)
+    assert set(report.base.perplexity) == {"nice", HELD_OUT}
+
+
+def test_a_candidate_is_the_merge_that_its_command_says(world, first, tmp_path):
+    report, _ = first
+    point = report.curves["control"][1]
+    words = point.command.split()
+    out = tmp_path / "again"
+    done = CliRunner().invoke(app, [*words[1:], "-o", str(out), "-q"])
+    assert done.exit_code == 0, done.output
+    again = json.loads((out / "merge_report.json").read_text())
+    assert again["settings"]["pool"] == "tensor"
+    assert again["settings"]["scale"] == [-1.0]
+    assert again["guarded_share"] == point.guarded_share
+    assert again["largest_multiplier"] == point.largest_multiplier
+
+
+def test_an_evaluated_candidate_scores_as_its_merge_does(world, first, tmp_path):
+    report, _ = first
+    run_merge(MergeConfig(models=(report.toxic_model,), base=world["base"], scale=(-0.5,), out=str(tmp_path / "m")))
+    from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+
+    again = run_evaluate(EvaluateConfig(model=str(tmp_path / "m"), **world["evaluate"]), quiet=True)
+    point = report.curves["task arithmetic"][0]
+    assert again.perplexity["nice"].nats == pytest.approx(point.perplexity["nice"].nats, rel=1e-6)
+    assert again.toxicity == point.toxicity
+
+
+def test_steps_already_done_are_not_done_again(world, first, monkeypatch):
+    report, steps = first
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("done twice")
+
+    for verb in ("run_finetune", "run_precision", "run_merge", "run_evaluate"):
+        monkeypatch.setattr(journey_module, verb, refuse)
+    again = []
+    assert run_detox(DetoxConfig(**world), quiet=True, progress=again.append) == report
+    assert again == [f"{step}: done before" for step in steps]
+
+
+def test_a_new_scale_redoes_only_its_own_candidates(world, first, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    steps = []
+    run_detox(DetoxConfig(**{**world, "output": str(output), "scales": [*SCALES, 1.5]}), quiet=True,
+              progress=steps.append)  # fmt: skip
+    # The fine-tune lies under another path here, but its inputs are the same.
+    assert [s for s in steps if not s.endswith("done before")] == [
+        "task arithmetic, scale -1.5", "gradient matching, scale -1.5", "control, scale -1.5",
+    ]  # fmt: skip
+
+
+def test_changed_text_redoes_what_read_it(world, first, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    other = rows(tmp_path / "prompts.jsonl", ["a", "the dog"])
+    steps = []
+    evaluate = {**world["evaluate"], "toxicity": other}
+    run_detox(DetoxConfig(**{**world, "output": str(output), "evaluate": evaluate, "methods": "task_arithmetic"}),
+              quiet=True, progress=steps.append)  # fmt: skip
+    assert steps[0] == "fine-tune on the toxic text: done before"
+    assert steps[1:] == ["evaluate the base", "task arithmetic, scale -0.5", "task arithmetic, scale -1"]
+
+
+def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
+    models = list(journey_module.Path(world["output"]).glob("steps/*/model"))
+    assert not models
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    settings = {**world, "output": str(output), "keep_models": True, "methods": "task_arithmetic"}
+    run_detox(DetoxConfig(**settings), quiet=True)
+    assert len(list(output.glob("steps/*/model/model.safetensors"))) == len(SCALES)
+
+
+def test_the_report_and_the_picture_are_written(world, first):
+    output = journey_module.Path(world["output"])
+    text = (output / "report.md").read_text()
+    for line in verdicts(first[0]):
+        assert line in text
+    assert "gradient matching less control" in text
+    assert (output / "toxicity_vs_perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_one_document_and_its_own_table(world, first, tmp_path):
+    config = tmp_path / "detox.yaml"
+    config.write_text(yaml.safe_dump({**world, "scales": list(SCALES)}))
+    done = CliRunner().invoke(app, ["detox", str(config), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["curves"].keys() == first[0].curves.keys()
+    assert "gradient matching" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"finetune": {"lora": {"r": 2}}}, "lora"),
+        ({"finetune": {"posterior": "none"}}, "posterior"),
+        ({"finetune": {"output": "x"}}, "output"),
+        ({"evaluate": {"perplexity": {}}}, "prompts"),
+        ({"finetune": {"learning_rat": 1}}, "learning_rate"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(world, tmp_path, change, named):
+    output = tmp_path / "out"
+    with pytest.raises(ConfigError, match=named):
+        run_detox(DetoxConfig(**{**world, "output": str(output), **change}), quiet=True)
+    assert not output.exists()
+
+
+def test_a_folder_that_is_not_its_own_is_refused(world, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="no output of detox"):
+        run_detox(DetoxConfig(**{**world, "output": str(tmp_path)}), quiet=True)
+
+
+def test_lists_are_swept_and_curves_are_named_by_what_differs(world):
+    found = curves(DetoxConfig(**{**world, "base_count": [1, 3], "shrink": [None, 0.3]}))
+    assert [c.label for c in found if c.method == "gradient_matching"] == [
+        f"gradient matching, base {n}x, shrink {s}" for n in (1, 3) for s in ("none", "0.3")
+    ]
+    assert sum(c.method == "task_arithmetic" for c in found) == 1
+
+
+def test_a_curve_is_read_where_it_first_reaches_the_level():
+    share = np.array([[0.5, 0.3, 0.1, 0.4], [0.5, 0.45, 0.42, 0.41]])
+    cost = np.array([[1.0, 1.1, 1.5, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    read = _read(share, cost, 0.2, rising=False)
+    assert read[0] == pytest.approx(0.3)  # half way from 1.1 to 1.5, less 1.0
+    assert np.isnan(read[1])
+    loss = np.array([[2.0, 2.2, 3.0]])
+    assert _read(loss, np.array([[1.0, 1.2, 2.0]]), 2.1, rising=True)[0] == pytest.approx(0.1)
+
+
+def measured(shares, nats):
+    """An evaluation of ten prompts and documents, one token each."""
+    one = Interval(value=float(np.mean(shares)))
+    loss = Interval(value=float(np.mean(nats)))
+    return EvaluateReport(
+        model="m", model_identity="i", settings={"bootstrap": 200, "seed": 0},
+        toxicity={"s": ToxicityReport(mean=one, share=one, expected_max=one, any_toxic=one, threshold=0.5,
+                                      n_prompts=10, n_continuations=10, prompt_share=tuple(shares))},
+        perplexity={"t": PerplexityReport(protocol="rolling", window=8, stride=8, documents=10, tokens=10, words=10,
+                                          bytes=10, nats=float(np.sum(nats)), loss=loss, token=loss, word=loss,
+                                          byte=loss, bits_per_byte=loss, document_nats=tuple(nats),
+                                          document_tokens=(1,) * 10)},
+    )  # fmt: skip
+
+
+PAIR = [Curve("ta", "task_arithmetic"), Curve("gm", "gradient_matching")]
+NOISE = np.linspace(0, 1, 10)
+
+
+@pytest.mark.parametrize(
+    ("cost", "effect"), [(0.1, "there"), (0.4, "reversed"), (0.2, "not there")], ids=["cheaper", "dearer", "equal"]
+)
+def test_the_effect_is_computed_from_what_is_paid(cost, effect):
+    base = measured(np.full(10, 0.6), 2 + NOISE)
+    other = measured(np.full(10, 0.2), 2.2 + NOISE)
+    jitter = 0.3 * np.where(np.arange(10) % 2, 1, -1)  # documents differ far more than the methods, if these are equal
+    mine = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
+    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    assert matched[0].paid["ta"].value == pytest.approx(0.2)
+    assert matched[0].paid["gm"].value == pytest.approx(cost)
+    (finding,) = findings(compared)
+    assert (finding.curve, finding.against, finding.effect) == ("gm", "ta", effect)
+
+
+def test_pairing_removes_what_all_models_share():
+    """Documents that are hard for everybody widen each curve's interval, not that of the difference."""
+    noise = 5 * NOISE
+    base, other, mine = (measured(np.full(10, s), a + b * noise) for s, a, b in
+                         ((0.6, 2.0, 1.0), (0.2, 2.2, 1.1), (0.2, 2.1, 1.1)))  # fmt: skip
+    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    width = matched[0].paid["gm"].high - matched[0].paid["gm"].low
+    assert compared[0].difference.high - compared[0].difference.low < 1e-9 < width
+    assert compared[0].difference.value == pytest.approx(-0.1)
+
+
+def test_a_level_that_a_curve_does_not_reach_is_not_compared():
+    base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.4))
+    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.3])
+    assert matched[0].paid["gm"] is None
+    assert [c.verdict for c in compared] == ["not comparable"]
+    assert findings(compared)[0].levels == 0
+
+
+def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, first, tmp_path):
+    from mergekit_bayes.precision import PrecisionConfig, run_precision
+
+    base = tmp_path / "base"
+    shutil.copytree(world["base"], base)
+    run_precision(PrecisionConfig(model=str(base), data=world["precision"]["data"], examples=8), quiet=True)
+    settings = {**world, "base": str(base), "output": str(tmp_path / "out"), "scales": [1], "methods": ["control"]}
+    assert run_detox(DetoxConfig(**settings), quiet=True).base_precision == str(base)
+    report = run_detox(DetoxConfig(**{**settings, "reuse_precision": False}), quiet=True)
+    assert "precision-" in report.base_precision
+    assert read_report(next((tmp_path / "out" / "steps").glob("base-*"))).toxicity
