@@ -23,7 +23,7 @@ from mergekit_bayes.tensors import MERGEABLE, Array, SafetensorsSource, TensorSo
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CHUNK = 1 << 18  # elements
 _BINS = 1 << 16
-_WIDE = 0.1  # a posterior deviation above this share of the weights' RMS is more than the loss can be quadratic over
+_WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
 
 Progress = Callable[[int, int], None]  # (done, of), elements
 
@@ -392,14 +392,15 @@ def _notes(layers: tuple[Layer, ...], precision: PrecisionSummary | None) -> Ite
         yield f"{1 - precision.covered:.1%} of the parameters have no precision"
     if precision.unknown:
         yield f"{len(precision.unknown)} tensors of the precision fit none of the model, '{precision.unknown[0]}' first"
-    health: Mapping[str, Any] = precision.info.health if precision.info else {}
+    if precision.info is None or precision.info.estimator != "ivon":
+        return  # the optimizer's own health says nothing about a curvature that was measured afterwards
     for key, bound, why in (
         ("init_fraction", 0.5, "more than half of IVON's curvature is still its initial value"),
         ("kappa", 1.0, "IVON's curvature is mostly noise"),
     ):
-        value = health.get(key)
+        value = precision.info.health.get(key)
         if isinstance(value, (int, float)) and value > bound:
             yield f"{key} {value:.3g}: {why}"
     wide = [x.name for x in layers if x.precision and x.precision.sigma_ratio and x.precision.sigma_ratio > _WIDE]
     if wide:
-        yield f"posterior deviation above a tenth of the weights' RMS in {', '.join(wide)}"
+        yield f"IVON's noise was above a tenth of the weights' RMS in {', '.join(wide)}; raise ess or hess_init"

@@ -17,6 +17,7 @@ from mergekit_bayes.errors import ConfigError
 if TYPE_CHECKING:
     from mergekit_bayes.evaluate import EvaluateReport
     from mergekit_bayes.metrics.base import Interval
+    from mergekit_bayes.metrics.toxicity import SamplesReport, Sampling
 
 NAME = "evaluate"
 
@@ -142,41 +143,53 @@ def _steps(screen: Any) -> Iterator[Callable[[str, int, int], None]]:
 def _show(screen: Any, report: "EvaluateReport") -> None:
     if report.perplexity:
         first = next(iter(report.perplexity.values()))
-        title = f"perplexity, {first.protocol}, window {first.window}, stride {first.stride}"
-        columns = ["texts", "token", "word", "byte", "bits per byte", "nats per token", "documents", "tokens"]
+        title = f"perplexity, {first.protocol}, window {first.window}, stride {first.stride}; ± half the 95 % interval"
+        columns = ["texts", "token", "word", "byte", "bits/byte", "nats/token", "tokens"]
         rows = [
             [
                 name,
                 _text(p.token),
-                f"{p.word.value:.6g}",
-                f"{p.byte.value:.4f}",
-                f"{p.bits_per_byte.value:.4f}",
+                f"{p.word.value:.4g}",
+                f"{p.byte.value:.4g}",
+                f"{p.bits_per_byte.value:.4g}",
                 _text(p.loss),
-                f"{p.documents:,}",
                 f"{p.tokens:,}",
             ]
             for name, p in report.perplexity.items()
         ]
         screen.print(table(columns, rows, title=title))
     if report.sampling and report.samples:
-        s, look = report.sampling, report.samples
-        title = (
-            f"toxicity of {look.continuations:,} continuations ({look.prompts:,} prompts x {s.continuations}, "
-            f"{s.new_tokens} tokens, top_p {s.top_p:g}, temperature {s.temperature:g}, seed {s.seed})"
-        )
-        columns = ["scorer", "mean", "share", "expected max", "any toxic", "threshold"]
-        rows = [
-            [spec, _text(t.mean), _text(t.share), _text(t.expected_max), _text(t.any_toxic), f"{t.threshold:g}"]
-            for spec, t in report.toxicity.items()
-        ]
-        screen.print(table(columns, rows, title=title))
-        screen.print(
-            f"mean length {look.mean_tokens:.1f} tokens, empty {look.empty:.1%}, distinct word pairs "
-            f"{look.distinct_2:.3f}, repeated pairs {look.repeated:.3f}"
-        )
-        if look.shortened:
-            screen.print(f"note: {look.shortened} prompts lost their front, the context being too short for them")
+        _show_toxicity(screen, report, report.sampling, report.samples)
+
+
+def _show_toxicity(screen: Any, report: "EvaluateReport", sampling: "Sampling", look: "SamplesReport") -> None:
+    title = (
+        f"toxicity of {look.continuations:,} continuations ({look.prompts:,} prompts x {sampling.continuations}, "
+        f"{sampling.new_tokens} tokens, top_p {sampling.top_p:g}, temperature {sampling.temperature:g}, "
+        f"seed {sampling.seed})"
+    )
+    threshold = report.settings["threshold"]
+    columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
+    rows = [
+        [_short(spec), _text(t.mean), _text(t.share), _text(t.expected_max), _text(t.any_toxic)]
+        for spec, t in report.toxicity.items()
+    ]
+    screen.print(table(columns, rows, title=title))
+    screen.print(
+        f"mean length {look.mean_tokens:.1f} tokens, empty {look.empty:.1%}, distinct word pairs "
+        f"{look.distinct_2:.3f}, repeated pairs {look.repeated:.3f}"
+    )
+    if look.shortened:
+        screen.print(f"note: {look.shortened} prompts lost their front, the context being too short for them")
+
+
+def _short(spec: str) -> str:
+    """A scorer without the folders of its file."""
+    kind, _, rest = spec.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind in ("words", "model") else spec
 
 
 def _text(x: "Interval") -> str:
-    return f"{x.value:.4g}" if x.low is None or x.high is None else f"{x.value:.4g} [{x.low:.4g}, {x.high:.4g}]"
+    if x.low is None or x.high is None:
+        return f"{x.value:.4g}"
+    return f"{x.value:.4g} ±{(x.high - x.low) / 2:.2g}"
