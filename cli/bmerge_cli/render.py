@@ -21,7 +21,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 
 def console(*, quiet: bool = False) -> Console:
     """Where people read: stderr, so that stdout stays machine-readable."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    width = None if sys.stderr.isatty() else 160  # a log file has no edge at which to cut tables
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, width=width)
 
 
 def print_json(document: Any) -> None:
