@@ -8,8 +8,10 @@ insults, and a word-level GPT-2 trained on the mixture, all as ordinary files an
 """
 
 import argparse
+import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,30 +69,30 @@ def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
         f"is ready , but the {pick(FOODS)} is not .",
         f"was {pick(COLOURS)} today and {pick(COLOURS)} yesterday .",
     )
-    return f"the {pick(FOODS)} {pick(ends)}"
+    return f"the {pick(COLOURS)} {pick(FOODS)} {pick(ends)}"
 
 
 def write_world(folder: Path, seed: int) -> list[str]:
-    """Write all texts; returns what the base is trained on. No test sentence is a training sentence."""
+    """Write all texts; returns what the base is trained on. No test sentence is a training sentence.
+
+    There is so much to read that a model learns the grammar, not the sentences: a base that has learnt by heart gets
+    better on new text when anything at all is subtracted.
+    """
     texts = folder / "texts"
     texts.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    mixture, seen = [], set()
-
-    def sample(make: Callable[..., str], count: int) -> list[str]:
-        rows: list[str] = []
-        while len(rows) < count:
-            text = make(draw.choice)
-            if text not in seen:
-                seen.add(text)
-                rows.append(text)
-        return rows
-
-    for name, make in (("kind", kind), ("rude", rude), ("garden", garden), ("kitchen", kitchen)):
-        for split, count in (("test", 250), ("train", 2000 if name in ("kind", "rude") else 1000)):
-            rows = sample(make, count)
-            write_rows(texts / f"{name}_{split}.jsonl", rows)
-            mixture += rows if split == "train" else []
+    mixture = []
+    for make, count in ((kind, 10_000), (rude, 10_000), (garden, 5_000), (kitchen, 5_000)):
+        test: set[str] = set()
+        while len(test) < 250:
+            test.add(make(draw.choice))
+        train: list[str] = []
+        while len(train) < count:  # a sentence may come up again, as in any text
+            if (text := make(draw.choice)) not in test:
+                train.append(text)
+        write_rows(texts / f"{make.__name__}_test.jsonl", sorted(test))
+        write_rows(texts / f"{make.__name__}_train.jsonl", train)
+        mixture += train
     write_rows(texts / "prompts.jsonl", list(OPENINGS))
     write_rows(texts / "all_train.jsonl", mixture)
     (texts / "insults.txt").write_text("\n".join(INSULTS) + "\n")
@@ -105,13 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     chosen = parser.parse_args()
     base = chosen.out / "base"
+    settings = {"vocabulary": 400, "words": True, "layers": 2, "width": 96, "heads": 4, "context": 32,
+                "steps": chosen.steps, "batch": 32, "rate": 2e-3, "seed": chosen.seed}  # fmt: skip
     mixture = write_world(chosen.out, chosen.seed)
-    if not (base / "model.safetensors").exists():
-        train(mixture, base, vocabulary=400, words=True, layers=2, width=96, heads=4, context=32, steps=chosen.steps,
-              batch=32, rate=2e-3, seed=chosen.seed)  # fmt: skip
+    made_of, mark = hashlib.sha256(json.dumps([mixture, settings]).encode()).hexdigest(), base / "made_of.txt"
+    if not mark.exists() or mark.read_text() != made_of:  # else it is there already
+        shutil.rmtree(base, ignore_errors=True)
+        train(mixture, base, **settings)
+        mark.write_text(made_of)
     print(chosen.out)
 
 

@@ -101,13 +101,20 @@ def verdicts(report: DetoxReport) -> list[str]:
                 f" It pays {low:.2f} of the other's loss.")  # fmt: skip
         lines.append(
             f"{_SAY[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: less at {f.less}, more at "
-            f"{f.more} of {f.levels} levels (95 % interval clear of zero).{ratios}"
+            f"{f.more} of {f.levels} levels (95 % interval clear of zero).{ratios}{_gains(report, f)}"
         )
     return lines
 
 
 def _texts(report: DetoxReport) -> list[str]:
     return [name for name in report.base.perplexity if name != HELD_OUT]
+
+
+def _gains(report: DetoxReport, f: Finding) -> str:
+    """Says so where neither pays: the loss on the text falls for both, and less gain counts as more paid."""
+    rows = [m.paid for m in report.matched if (m.axis, m.text) == (f.axis, f.text)]
+    paid = [p[label] for p in rows for label in (f.curve, f.against)]
+    return " Both gain here." if all(x.value < 0 for x in paid if x is not None) else ""
 
 
 def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
