@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from bmerge_cli.main import app
 from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.detox import DetoxConfig, run_detox
 from mergekit_bayes.detox import journey as journey_module
 from mergekit_bayes.detox.analysis import _read, findings, match

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import transformers
 import typer
-from bmerge_cli import finetune, precision
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from bmerge_cli import finetune, precision
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model, observations
