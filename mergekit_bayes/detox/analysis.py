@@ -34,7 +34,7 @@ class Matched(Record):
 
 
 class Comparison(Record):
-    """One curve against another at one level: `difference` of what they pay, `ratio` where the other pays anything."""
+    """One curve against another at one level: `difference` of what they pay, `ratio` where both pay anything."""
 
     axis: str
     level: float
@@ -195,8 +195,8 @@ def _compare(
     ratio = None
     verdict: Verdict = "not comparable"
     if difference is not None:
-        other = float(paid[against][0])
-        ratio = float(paid[curve][0]) / other if other > 0 else None
+        mine, other = float(paid[curve][0]), float(paid[against][0])
+        ratio = mine / other if mine > 0 and other > 0 else None
         if difference.low is not None and difference.high is not None:
             low, high = difference.low, difference.high
             verdict = "pays less" if high < 0 else "pays more" if low > 0 else "no difference visible"
