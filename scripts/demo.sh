@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 . scripts/venv.sh
 install_project
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 bmerge=.venv/bin/bmerge
 world=runs/tiny
 run() {
