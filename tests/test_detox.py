@@ -273,3 +273,9 @@ def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, 
     report = run_detox(DetoxConfig(**{**settings, "reuse_precision": False}), quiet=True)
     assert "precision-" in report.base_precision
     assert read_report(next((tmp_path / "out" / "steps").glob("base-*"))).toxicity
+
+
+def test_a_share_that_the_base_is_below_anyway_is_no_level():
+    base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.2))
+    matched, _ = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.7, 0.3])
+    assert [m.level for m in matched] == [0.3]

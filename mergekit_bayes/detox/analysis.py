@@ -157,7 +157,8 @@ def _stack(columns: Sequence[Array]) -> Array:
 def _levels(along: Mapping[str, Array], rising: bool, shares: Sequence[float], rises: Sequence[float]) -> list[float]:
     start = float(next(iter(along.values()))[0, 0])
     if not rising:
-        return list(shares) or [part * start for part in _PARTS if start > 0]
+        below = [level for level in shares if level < start]  # others are reached by doing nothing
+        return below or [part * start for part in _PARTS if start > 0]
     if rises:
         return [start + r for r in rises]
     reach = min(float(np.max(a[0])) for a in along.values()) - start

@@ -27,6 +27,7 @@ def draw(report: DetoxReport, path: Path) -> None:
             _panel(panels[i][j], report, axis, text)
             if i == len(axes) - 1:
                 panels[i][j].set_xlabel(f"perplexity, {text}")
+            panels[i][j].set_ylim(*_heights(report, axis, texts))
             if j == 0:
                 panels[i][j].set_ylabel(_name(axis))
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -59,10 +60,18 @@ def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
     shown = [x for x in (start, *shown) if x <= far]
     margin = 0.05 * (max(shown) - min(shown)) or 0.05 * start
     panel.set_xlim(min(shown) - margin, max(shown) + margin)
-    if axis != HELD_OUT:
-        panel.set_ylim(bottom=0)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _heights(report: DetoxReport, axis: str, texts: list[str]) -> tuple[float, float]:
+    """Limits of a row: what its panels show, from 0 for a share."""
+    every = [report.base, *[p for points in report.curves.values() for p in points]]
+    far = {t: _FAR * report.base.perplexity[t].token.value for t in texts}
+    heights = [_height(p, axis) for p in every if any(p.perplexity[t].token.value <= far[t] for t in texts)]
+    low, high = (min(heights) if axis == HELD_OUT else 0.0), max(heights)
+    margin = 0.08 * (high - low) or 1.0
+    return (low - margin if axis == HELD_OUT else 0.0), high + margin
 
 
 def _height(point: Point, axis: str) -> float:
@@ -75,5 +84,5 @@ def _name(axis: str) -> str:
     if axis == HELD_OUT:
         return "loss on held-out toxic text\n(nats a token)"
     kind, _, rest = axis.partition(":")
-    short = "word list" if kind == "words" else rest.rsplit("/", 1)[-1] if kind == "model" else axis
+    short = "word list" if kind == "words" else rest.rsplit("/", 1)[-1] if kind == "model" else kind.rsplit(".", 1)[-1]
     return f"toxic continuations (%)\nby {short}"

@@ -92,7 +92,11 @@ def verdicts(report: DetoxReport) -> list[str]:
     for f in report.findings:
         axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
         if not f.levels:
-            lines.append(f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any level.")
+            who = " and ".join(label for label in (f.curve, f.against) if not _reaches(report, f, label))
+            why = f"{who} reaches none of them" if who else "no interval"
+            lines.append(
+                f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any level ({why})."
+            )
             continue
         ratios = ""
         if f.ratios:
@@ -108,6 +112,10 @@ def verdicts(report: DetoxReport) -> list[str]:
 
 def _texts(report: DetoxReport) -> list[str]:
     return [name for name in report.base.perplexity if name != HELD_OUT]
+
+
+def _reaches(report: DetoxReport, f: Finding, label: str) -> bool:
+    return any(m.paid[label] is not None for m in report.matched if (m.axis, m.text) == (f.axis, f.text))
 
 
 def _gains(report: DetoxReport, f: Finding) -> str:
