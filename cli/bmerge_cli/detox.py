@@ -1,6 +1,7 @@
 """`bmerge detox`: subtract what a toxic fine-tune added, by every method, and say what each one cost."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mergekit_bayes.detox import DetoxReport
+    from mergekit_bayes.metrics.base import Interval
 
 NAME = "detox"
 
@@ -50,14 +52,30 @@ def command(
 
 
 def _summary(report: "DetoxReport", scorer: str) -> "Table":
-    """The base, and of each curve the first candidate at the lowest toxicity that all of them reach."""
-    level, chosen = report.chosen(scorer)
-    names = list(report.base.perplexity)
-    rows = [
-        [label, f"{p.scale:g}", f"{p.toxicity[scorer].share.value:.1%}"]
-        + [f"{p.perplexity[n].token.value:.4g}" for n in names]
-        for label, p in {"base": report.base, **chosen}.items()
-    ]
-    where = "at their last scale" if level is None else f"at the first scale with {level:.1%} toxic or less"
-    title = f"perplexity, and toxic share by {scorer} {where}"
-    return table(["model", "scale", "toxic", *names], rows, title=title)
+    """Perplexities where all curves are equally toxic, at the lowest share that all of them reach."""
+    from mergekit_bayes.detox.settings import HELD_OUT
+
+    names = [name for name in report.base.perplexity if name != HELD_OUT]
+    reached = [m.level for m in report.matched if m.axis == scorer and all(m.paid.values())]
+    base = [f"{report.base.perplexity[n].token.value:.4g}" for n in names]
+    rows = [["base", f"{report.base.toxicity[scorer].share.value:.1%}", *base]]
+    if not reached:
+        return table(
+            ["model", "toxic", *names], rows, title=f"by {scorer}: no share below the base's that all curves reach"
+        )
+    level = min(reached)
+    paid = {m.text: m.paid for m in report.matched if (m.axis, m.level) == (scorer, level)}
+    for curve in report.curves:
+        rows.append([curve, f"{level:.1%}", *[_perplexity(report, n, paid[n][curve]) for n in names]])
+    title = f"perplexity at an equal toxic share by {scorer}, with 95 % intervals of what was paid"
+    return table(["model", "toxic", *names], rows, title=title)
+
+
+def _perplexity(report: "DetoxReport", text: str, paid: "Interval | None") -> str:
+    if paid is None:
+        return "not reached"
+    start = report.base.perplexity[text].token.value
+    value = f"{start * math.exp(paid.value):.4g}"
+    if paid.low is None or paid.high is None:
+        return value
+    return f"{value} [{start * math.exp(paid.low):.4g}, {start * math.exp(paid.high):.4g}]"
