@@ -7,7 +7,6 @@ everything needed to score them again (prompts, continuations, seed, scorers) is
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +28,7 @@ from mergekit_bayes.metrics.toxicity import (
     sample_continuations,
     score_toxicity,
 )
-from mergekit_bayes.models import Loaded, context_length, load_model, load_rows, start_token
+from mergekit_bayes.models import Loaded, context_length, hushed, load_model, load_rows, start_token
 from mergekit_bayes.posterior import checkpoint_files, replacing
 from mergekit_bayes.tensors import SafetensorsSource, identity
 
@@ -147,7 +146,7 @@ def run_evaluate(config: EvaluateConfig, *, quiet: bool = False, progress: Progr
     """
     _check(config)
     tell = progress if progress is not None and not quiet else _silent
-    with _own_progress_only():
+    with hushed(True):  # their bars would show for a second and stay on the screen
         texts = {name: _texts(config, name) for name in config.perplexity}
         prompts = _prompts(config)
         scorers = [open_scorer(spec) for spec in config.scorer]
@@ -393,21 +392,3 @@ def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 def _read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.open()] if path.exists() else []
-
-
-@contextmanager
-def _own_progress_only() -> Iterator[None]:
-    """Without the bars of transformers and datasets, which would show for a second and stay on the screen."""
-    import datasets
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown[0]:
-            logging.enable_progress_bar()
-        if not shown[1]:
-            datasets.enable_progress_bars()

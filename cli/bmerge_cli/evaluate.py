@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.progress import Progress
 
-from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json, table
+from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json, selection, table
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.errors import ConfigError
 
@@ -77,8 +76,8 @@ def command(
                 "concatenate": concatenate,
                 "text_column": text_column,
                 "prompt_column": prompt_column,
-                "where": _conditions(where or [], "--where"),
-                "prompts_where": _conditions(prompts_where or [], "--prompts-where"),
+                "where": selection(where or [], "--where"),
+                "prompts_where": selection(prompts_where or [], "--prompts-where"),
                 "max_rows": max_rows,
                 "prompts": prompts,
                 "continuations": continuations,
@@ -116,19 +115,6 @@ def _named(items: Sequence[str]) -> dict[str, str]:
         if name in result:
             raise ConfigError(f"--perplexity: '{name}' is named twice.")
         result[name] = texts
-    return result
-
-
-def _conditions(items: Sequence[str], option: str) -> dict[str, Any]:
-    result = {}
-    for item in items:
-        key, separator, value = item.partition("=")
-        if not separator or not key or not value:
-            raise ConfigError(f"{option}: expected KEY=VALUE, found '{item}'.")
-        try:
-            result[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            result[key] = value
     return result
 
 

@@ -41,7 +41,7 @@ def command(
                 "model": model, "data": tuple(data), "output": out, "text_column": text_column,
                 "label_column": label_column, "examples": examples, "batch_size": batch_size,
                 "max_length": max_length, "prior": prior, "seed": seed, "task": task, "force": force,
-                "where": selection(where or [], "--where"),
+                "where": selection(where or [], "--where") or None,
             },
             "bmerge precision",
         )  # fmt: skip

@@ -59,10 +59,18 @@ def assignments(items: Sequence[str], option: str) -> dict[str, str]:
     return result
 
 
-def selection(items: Sequence[str], option: str) -> dict[str, Any] | None:
-    """`COLUMN=VALUE` options as a row filter, values read as YAML; None if there are none."""
-    found = assignments(items, option)
-    return {name: yaml.safe_load(value) for name, value in found.items()} or None
+def selection(items: Sequence[str], option: str) -> dict[str, Any]:
+    """`COLUMN=VALUE` options as a row filter; values are read as YAML, so that `label=1` is a number."""
+    result: dict[str, Any] = {}
+    for item in items:
+        column, separator, value = item.partition("=")
+        if not separator or not column or not value:
+            raise ConfigError(f"{option}: expected COLUMN=VALUE, found '{item}'.")
+        try:
+            result[column] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            result[column] = value
+    return result
 
 
 @contextmanager
