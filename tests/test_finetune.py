@@ -13,6 +13,7 @@ import transformers
 import yaml
 
 import mergekit_bayes.finetune as module
+import mergekit_bayes.finetune.store as store
 from mergekit_bayes.configs import load_config, parse_config
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -191,7 +192,7 @@ def test_refusals_come_before_training(tmp_path, data):
 
 
 def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(module, "save_posterior", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop")))
+    monkeypatch.setattr(store, "save_posterior", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop")))
     with pytest.raises(RuntimeError, match="stop"):
         run_finetune(config(tmp_path, data), quiet=True)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "t.jsonl"}

@@ -1,0 +1,92 @@
+"""What a fine-tune may be told, and what it reports."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mergekit_bayes.configs import Config
+from mergekit_bayes.models import Task
+
+
+class LoraSettings(Config):
+    """Low-rank adaptation, as peft takes it."""
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+
+
+class FinetuneConfig(Config):
+    """Settings of `bmerge finetune`; the fields are the YAML keys.
+
+    Attributes:
+        model, output: A folder or Hub id, and the folder to write.
+        data: Files, folders or Hub data sets of rows; `where` keeps rows with these values.
+        task: `auto` reads it off the architecture; `num_labels` makes a new head for a classifier.
+        pack: For language models: join rows by EOS and cut blocks, instead of one row an example.
+        learning_rate: None is 0.1 for IVON (with `clip_radius` 1e-3 and no rescaling no weight moves further
+            than 1e-4 a step, a usual AdamW rate), 1e-4 for AdamW.
+        ess: Effective sample size. None is the data's size, but at least so large that the noise at the start is 5 %
+            of the median weight matrix' RMS. Held-out loss of a small language model (one seed), beside AdamW at the
+            rate `learning_rate * clip_radius`: at 1e-4 3.90 against 3.83 after 63 steps, 2.57 against 2.79 after
+            252; at 1e-3 2.24 against 2.34, 1.93 against 1.96.
+        beta2: None is 1 - 5 / steps.
+        weight_decay: For IVON the prior precision over ess. AdamW's is decoupled and no Gaussian prior.
+        posterior: `flush` (root-GGN at the final mean over `flush_batches` batches), `ivon`, or `none`.
+        epochs, max_steps: `max_steps`, if given, decides.
+        scheduler: As transformers names it.
+        dtype: Of the parameters; IVON's own state is float32 whatever it is. `bf16` only computes in bfloat16.
+        save_steps: None keeps no checkpoints; else the Trainer's are kept in `OUTPUT.checkpoints`.
+    """
+
+    model: str
+    output: str
+    data: str | tuple[str, ...]
+    where: dict[str, Any] | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    max_rows: int | None = Field(None, ge=1)
+    task: Task = "auto"
+    num_labels: int | None = Field(None, ge=2)
+    max_length: int = Field(512, ge=2)
+    pack: bool = False
+    optimizer: Literal["ivon", "adamw"] = "ivon"
+    learning_rate: float | None = Field(None, ge=0)
+    ess: float | None = Field(None, gt=0)
+    hess_init: float = Field(0.01, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float = Field(1e-6, ge=0)
+    clip_radius: float = Field(1e-3, gt=0)
+    rescale_lr: bool = False
+    mc_samples: int = Field(1, ge=1)
+    posterior: Literal["flush", "ivon", "none"] = "flush"
+    flush_batches: int = Field(64, ge=1)
+    lora: LoraSettings | None = None
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    warmup_steps: int = Field(0, ge=0)
+    scheduler: str = "linear"
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    bf16: bool = False
+    logging_steps: int = Field(50, ge=1)
+    save_steps: int | None = Field(None, ge=1)
+    report_to: tuple[str, ...] = ()
+    force: bool = False
+
+
+class FinetuneReport(Config):
+    """What a fine-tune left: where, how long it trained, and the posterior's health."""
+
+    path: Path
+    steps: int
+    loss: float
+    observations: int
+    unit: str
+    estimator: str | None
+    health: dict[str, float]
