@@ -163,6 +163,7 @@ MERGE = ("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-
         (nothing, ("--observations", "a.safetensors=x"), ("--observations", "3x")),
         (nothing, ("--anchor", "sea", "--base", "base.safetensors"), ("--anchor", "sea", "h0")),
         (nothing, ("--guard", "0"), ("guard",)),
+        (nothing, ("--weights", "uniform", "--counts", "recorded"), ("--counts", "--weights precision")),
         (nothing, ("--base", "org/nowhere"), ("org/nowhere",)),
         (existing_output, (), ("out.safetensors", "--force")),
     ],

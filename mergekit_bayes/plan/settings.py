@@ -80,8 +80,8 @@ def check_options(config: MergeConfig, scales: Sequence[float]) -> None:
         if config.anchor != "h0":
             raise ConfigError("--anchor says how tasks were pulled to the base: name it with --base.")
     if config.weights == "uniform":
-        for flag in ("precision", "isotropic", "observations", "shrink", "pool"):
-            if getattr(config, flag):
+        for flag in ("precision", "isotropic", "observations", "shrink", "pool", "anchor", "counts", "guard"):
+            if getattr(config, flag) != MergeConfig.model_fields[flag].default:
                 raise ConfigError(f"--{flag} only matters with --weights precision. Add it, or drop --{flag}.")
     elif config.base is not None and config.base in config.models:
         raise ConfigError(f"'{config.base}' is both --base and a model; what it changed would be nothing.")
