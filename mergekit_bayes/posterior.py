@@ -80,12 +80,14 @@ class Term(_Record):
     label: str
     mean: Identity
     scale: float
+    gain: float = 1.0  # how its stored precision was counted
 
 
 class MergeTrace(_Record):
     """What a later merge must know to be exact: how this one counted."""
 
     common_count: float | None
+    anchor: str = "h0"
     shrink: str | None = None
     pool: str | None = None
     only: str | None = None
@@ -241,6 +243,8 @@ def read_info(source: SafetensorsSource) -> PosteriorInfo | None:
         return None
     try:
         found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is not a mapping")
         if found.get("format") != FORMAT:
             raise PrecisionError(
                 f"{source.files[0]}: posterior format {found.get('format')}, this version reads {FORMAT}. "
@@ -362,8 +366,10 @@ def _set_files(folder: Path, stem: str) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index}: is not an index with a weight_map. Fetch it again.") from None
+        if any(Path(name).name != name for name in names):
+            raise ValueError
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index}: is not an index with a weight_map of file names. Fetch it again.") from None
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index}: names {missing[0]}, which is not there. Fetch the missing shards.")

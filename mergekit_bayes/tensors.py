@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class SafetensorsSource:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
         self._fds.append(fd)
         header, data_start = _read_header(fd, path)
-        self.metadata |= header.pop("__metadata__", {})
+        self.metadata |= header.pop("__metadata__")
         end = os.fstat(fd).st_size - data_start
         for name, placed in _check_header(header, path, index, data_start, end):
             if name in self._placed:
@@ -255,7 +256,7 @@ def encode(values: Array, dtype: str) -> memoryview:
 
 
 def chunks(spec: TensorSpec, size: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of at most `size` elements that cover a tensor; one empty range for an empty one."""
+    """Half-open ranges of at most `size` elements that cover a tensor; none for an empty one."""
     for start in range(0, spec.size, size):
         yield start, min(start + size, spec.size)
 
@@ -326,6 +327,8 @@ def spec_of(array: Array) -> TensorSpec:
 
 def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
     size = os.fstat(fd).st_size
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise CheckpointError(f"{path}: is not a file.")
     head = os.pread(fd, 8, 0)
     if len(head) < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file. Fetch it again.")
@@ -337,10 +340,13 @@ def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
         )
     try:
         header = json.loads(os.pread(fd, length, 8))
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is not JSON. Is it a safetensors file?")
+    metadata = header.setdefault("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is not text by name. Is it a safetensors file?")
     return header, 8 + length
 
 
@@ -350,8 +356,10 @@ def _check_header(
     spans = []
     for name, entry in header.items():
         try:
-            spec = TensorSpec(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-            start, stop = (int(n) for n in entry["data_offsets"])
+            spec = TensorSpec(str(entry["dtype"]), tuple(entry["shape"]))
+            start, stop = entry["data_offsets"]
+            if not all(isinstance(n, int) for n in (*spec.shape, start, stop)):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
                 f"{path}: the header's entry for '{name}' is not dtype, shape and data_offsets."
@@ -370,9 +378,13 @@ def _check_header(
             )
         spans.append((start, stop, name, spec))
     end = 0
-    for start, stop, name, spec in sorted(spans):
+    for start, stop, name, spec in sorted(spans, key=lambda span: span[:2]):
         if start != end:
             what = "overlaps another tensor" if start < end else f"leaves {start - end} bytes unused before it"
             raise CheckpointError(f"{path}: '{name}' {what}. The header is wrong; fetch it again.")
         end = stop
         yield name, _Placed(spec, index, data_start + start)
+    if end != available:
+        raise CheckpointError(
+            f"{path}: has {available - end} bytes after its last tensor. The header is wrong; fetch it again."
+        )

@@ -120,6 +120,139 @@ def test_a_merge_can_be_merged_again_and_undone(world):
     assert {t.label: round(t.scale, 9) for t in terms} == {"a.safetensors": 1.0, "c.safetensors": 0.3}
 
 
+FRAMES = [
+    {},
+    {"counts": "recorded"},
+    {"observations": {"base.safetensors": "3x"}},
+    {"shrink": "0.3"},
+    {"shrink": "row:0.3", "counts": "recorded"},
+    {"pool": "row"},
+    {"only": "attn"},
+    {"anchor": "none"},
+]
+
+
+def uneven():
+    """Posteriors with a prior, different counts, and an ess that is not the count."""
+    for i, (name, n) in enumerate((("base", 300), ("a", 20), ("b", 100), ("c", 250))):
+        ess, prior = 7.0 * n, 2.0
+        stored = {k: ess / n * (v * n / 100 + prior) for k, v in tiny.precisions(i).items()}
+        for file in (f"{name}.safetensors", f"{name}.precision.safetensors"):
+            Path(file).unlink(missing_ok=True)
+        tiny.posterior(f"{name}.safetensors", tiny.arrays(i), stored, observations=n, ess=ess, prior=prior * ess / n)
+
+
+def close(left, right, rtol=1e-4):
+    for suffix in (".safetensors", ".precision.safetensors"):
+        one, other = tiny.read(left + suffix), tiny.read(right + suffix)
+        for key, value in one.items():
+            np.testing.assert_allclose(value, other[key], rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("frame", FRAMES, ids=str)
+def test_chains_and_undos_are_exact_in_one_frame(world, frame):
+    uneven()
+    kw = {"base": "base", "weights": "precision", **frame}
+    merge("b", "c", **kw, scale=(1.0, 0.7), out="bc.safetensors")
+    merge("bc", "a", **kw, scale=(1.0, 0.3), out="chain.safetensors")
+    merge("b", "c", "a", **kw, scale=(1.0, 0.7, 0.3), out="once.safetensors")
+    close("chain", "once")
+    undone = merge("chain", "c", **kw, scale=(1.0, -0.7), out="undone.safetensors")
+    merge("b", "a", **kw, scale=(1.0, 0.3), out="rest.safetensors")
+    close("undone", "rest", rtol=1e-3)
+    assert any("undoes a term" in n for n in undone.notes)
+    assert undone.guard < 1e-3
+
+
+@pytest.mark.parametrize(
+    "making", [{"only": "attn"}, {"anchor": "none"}, {"observations": {"b.safetensors": "3x"}}], ids=str
+)
+def test_an_inexact_undo_keeps_the_ordinary_guard(world, making):
+    kw = {"base": "base", "weights": "precision"}
+    merge("a", "b", **kw, **making, out="ab.safetensors")
+    assert merge("ab", "b", **kw, scale=(1.0, -1.0), out="x.safetensors").guard == 0.2
+
+
+def test_removing_more_than_was_added_or_from_a_guarded_merge_keeps_the_guard(world):
+    kw = {"base": "base", "weights": "precision"}
+    merge("a", "b", **kw, out="ab.safetensors")
+    assert merge("ab", "b", "b", **kw, scale=(1.0, -1.0, -1.0), out="x.safetensors").guard == 0.2
+    guarded = merge("a", "b", **kw, scale=(1.0, -1.0), out="g.safetensors")
+    assert guarded.guarded_share > 0
+    assert merge("g", "a", **kw, scale=(1.0, -1.0), out="y.safetensors").guard == 0.2
+
+
+def test_a_base_that_counts_otherwise_than_in_the_merge_is_refused(world):
+    three = {"observations": {"base.safetensors": "3x"}}
+    merge("a", "b", base="base", weights="precision", **three, out="ab.safetensors")
+    with pytest.raises(MismatchError, match=r"--observations base\.safetensors=3x"):
+        merge("ab", "b", base="base", weights="precision", scale=(1.0, -1.0), out="x.safetensors")
+
+
+def test_counts_set_by_hand_are_remembered_by_the_merge(world):
+    tiny.posterior("c.safetensors", tiny.arrays(3), tiny.precisions(3), observations=25000)
+    by_hand = {"a.safetensors": "100", "b.safetensors": "100"}
+    merge("a", "b", weights="precision", observations=by_hand, out="ab.safetensors")
+    report = merge("ab", "c", weights="precision", out="x.safetensors")
+    assert [m.count for m in report.models] == [100, 100]
+
+
+def test_a_removal_counts_by_multiples_only(world):
+    kw = {"base": "base", "weights": "precision"}
+    merge("a", **kw, scale=(-0.5,), out="neg.safetensors")
+    with pytest.raises(ConfigError, match="Multiply it"):
+        merge("neg", "a", **kw, observations={"neg.safetensors": "10"}, out="x.safetensors")
+    report = merge("neg", "a", **kw, observations={"neg.safetensors": "6x"}, out="y.safetensors")
+    assert report.guarded_share > 0  # reported although every scale is positive
+
+
+@pytest.mark.parametrize(("anchor", "expected"), [("h0", 2.0), ("none", 0.5)])
+def test_the_multiplier_is_how_far_the_task_vector_is_stretched(tmp_path, monkeypatch, anchor, expected):
+    monkeypatch.chdir(tmp_path)
+    for name, mean, precision in (("base", 0.0, 30.0), ("a", 1.0, 10.0)):
+        tiny.posterior(f"{name}.safetensors", {"w": np.float32([mean])}, {"w": np.float32([precision])})
+    report = merge("a", base="base", weights="precision", scale=(-1.0,), anchor=anchor, out="x.safetensors")
+    assert report.largest_multiplier == pytest.approx(expected, rel=1e-5)
+    assert -tiny.read("x.safetensors")["w"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_asks_for_the_precisions_that_it_needs(world):
+    partial = {k: v for k, v in tiny.precisions(1).items() if k != "wte.weight"}
+    tiny.posterior("p.safetensors", tiny.arrays(1), partial)
+    merge("p", base="base", weights="precision", only="attn", out="x.safetensors")
+    with pytest.raises(PrecisionError, match=r"no precision for 'wte\.weight'"):
+        merge("p", base="base", weights="precision", out="y.safetensors")
+
+
+def test_verify_and_a_guarded_removal_fit_into_the_header(world):
+    report = merge("a", base="base", weights="precision", scale=(-1.0,), verify=True, out="x.safetensors")
+    assert report.guarded_share > 0
+    assert open_posterior("x.safetensors").info.mean.full is not None
+
+
+def test_force_with_uniform_weights_takes_the_old_precision_away(world):
+    merge("a", "b", weights="precision", out="x.safetensors")
+    merge("a", "b", out="x.safetensors", force=True)
+    assert not Path("x.precision.safetensors").exists()
+
+
+def test_adapters_are_refused(world, tmp_path):
+    for name in ("l1", "l2"):
+        tiny.write(tmp_path / name / "adapter_model.safetensors", tiny.arrays(0))
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(MismatchError, match="is an adapter"):
+        run_merge(MergeConfig(models=("l1", "l2")))
+
+
+def test_two_names_for_one_tensor_are_refused(world):
+    mean = tiny.arrays(1)
+    tiny.write(
+        "two.safetensors", {**{f"transformer.{k}": v for k, v in mean.items()}, "h.0.ln.bias": mean["h.0.ln.bias"]}
+    )
+    with pytest.raises(MismatchError, match="are both"):
+        merge("two", base="base", out="x.safetensors")
+
+
 def test_removing_from_a_merge_as_base_is_refused_with_the_right_line(world):
     merge("a", "b", base="base", weights="precision", out="ab.safetensors")
     with pytest.raises(MismatchError, match=r"bmerge merge ab.safetensors b.safetensors --base BASE"):
@@ -366,7 +499,7 @@ def test_different_estimators_or_units_are_refused(world):
         merge("e", "b", weights="precision")
 
 
-def test_a_dry_plan_reads_no_tensor_and_writes_nothing(world):
+def test_a_plan_knows_every_output_tensor_and_writes_nothing(world):
     plan = plan_merge(MergeConfig(models=("a.safetensors", "b.safetensors"), weights="precision"))
     assert [s.spec for s in plan.steps] == [TensorSpec("F32", tiny.SHAPES[s.name]) for s in plan.steps]
     plan.close()

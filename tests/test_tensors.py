@@ -103,6 +103,9 @@ def entry(shape, start, stop, dtype="F32"):
         (struct.pack("<Q", 1 << 40) + b"{}", "says its header has"),
         (struct.pack("<Q", 2) + b"[]", "not JSON"),
         (struct.pack("<Q", 4) + b"\xff\xfe{}", "not JSON"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "not JSON"),
+        (struct.pack("<Q", 18) + b'{"__metadata__":5}', "__metadata__"),
+        (struct.pack("<Q", 2) + b"{}more", "after its last tensor"),
     ],
 )
 def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content, message):
@@ -124,6 +127,7 @@ def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content, message)
         ({"w": entry([2], 0, 8, "F7")}, b"\0" * 8, "unknown dtype"),
         ({"w": {"dtype": "F32"}}, b"", "is not dtype, shape"),
         ({"w": entry([-1, -2], 0, 8)}, b"\0" * 8, "offsets"),
+        ({"w": entry([2.7], 0, 8)}, b"\0" * 8, "is not dtype, shape"),
     ],
 )
 def test_a_header_that_lies_is_refused_with_file_and_tensor(tmp_path, header, data, message):

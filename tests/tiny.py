@@ -35,16 +35,26 @@ def write(path, tensors, dtype="F32", metadata=None):
 
 
 def posterior(
-    path, mean, precision, *, observations=100.0, prior=0.0, anchor=None, estimator="ggn", unit="token", dtype="F32"
+    path,
+    mean,
+    precision,
+    *,
+    observations=100.0,
+    ess=None,
+    prior=0.0,
+    anchor=None,
+    estimator="ggn",
+    unit="token",
+    dtype="F32",
 ):
-    """A model file with a precision whose likelihood part stands for `observations`."""
+    """A model file with this stored precision; `prior` is what it contains, on its own scale."""
     path = write(path, mean, dtype)
     source = SafetensorsSource(checkpoint_files(path))
     info = PosteriorInfo(
         estimator=estimator,
         unit=unit,
         observations=observations,
-        ess=observations,
+        ess=ess or observations,
         prior=Prior(kind="isotropic", precision=prior) if prior else Prior(),
         anchor=anchor or Anchor(),
         mean=identify(source),

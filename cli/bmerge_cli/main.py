@@ -1,5 +1,8 @@
 """The `bmerge` command: one module per subcommand, each of which imports its verb only when it runs."""
 
+import re
+import sys
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -7,6 +10,7 @@ import typer
 from bmerge_cli import detox, evaluate, finetune, inspect, merge, precision
 from bmerge_cli.render import failures
 from mergekit_bayes import __version__
+from mergekit_bayes.errors import ConfigError
 
 app = typer.Typer(
     name="bmerge",
@@ -37,8 +41,21 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script and of `python -m bmerge_cli.main`."""
-    with failures():
-        app()
+    try:
+        with failures():
+            _refuse_bare_numbers(sys.argv[1:])
+            app()
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+
+
+def _refuse_bare_numbers(words: list[str]) -> None:
+    """`--scale 1 -0.5`: a flag takes one value, and the parser would call -0.5 an unknown option."""
+    for before, word in pairwise(words):
+        if re.fullmatch(r"-\d*\.?\d+([eE][-+]?\d+)?", word) and not before.startswith("-"):
+            raise ConfigError(
+                f"'{word}' follows no flag. Repeat the flag for each model: --scale {before} --scale {word}."
+            )
 
 
 if __name__ == "__main__":

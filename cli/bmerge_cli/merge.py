@@ -194,7 +194,8 @@ def _show_report(screen: Any, report: MergeReport) -> None:
     for model in report.models:
         if model.ratio is not None:
             screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
-    if any(m.scale is not None and m.scale < 0 for m in report.models) and report.weights == "precision":
+    removes = any(m.scale is not None and m.scale < 0 for m in report.models)
+    if report.weights == "precision" and (removes or report.guarded_share > 0):
         screen.print(
             f"  guard {report.guard:g} acted on {report.guarded_share:.2%} of entries; "
             f"largest multiplier {report.largest_multiplier:.3g}"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -32,11 +33,13 @@ def print_json(document: Any) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table; the first column is text, the rest are numbers."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    result = Table(
+        title=escape(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*(escape(cell) for cell in row))
     return result
 
 

@@ -5,6 +5,7 @@ Memory is a few chunks, whatever the model's size: every tensor is read, combine
 rounding at the end.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,6 +94,8 @@ def carry_out(
         totals = _write(plan, mean_files, precision_files, progress, chunk)
         report = make_report(plan, totals)
         report_file.write_text(report.model_dump_json(indent=2) + "\n")
+        if plan.to_file and plan.info is None:
+            precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
         if folder is not None:
             _finish_folder(plan, folder, mean_files, precision_files)
         return report
@@ -219,15 +222,18 @@ def _combine(
 def _count(plan: MergePlan, base: Gaussian | None, tasks: list[Gaussian], merged: Gaussian, totals: Totals) -> None:
     """Tally where the guard acted and how far it let a removal be amplified."""
     totals.entries += merged.precision.size
-    if base is None or min(plan.scales) >= 0:
+    if base is None:
         return
     exact = base.precision
     for scale, task in zip(plan.scales, tasks, strict=True):
         exact = exact + scale * (task.precision - base.precision)
     totals.guarded += int(np.count_nonzero(merged.precision > exact))
-    for scale, task in zip(plan.scales, tasks, strict=True):
+    for i, scale in enumerate(plan.scales):
         if scale < 0:
-            largest = float(np.max(-scale * task.precision / merged.precision, initial=0.0))
+            # Re-basing moves a task's mean; what counts is how far its own task vector is stretched: (H + P) / S.
+            pull = plan.weighings[i + 1].pull.precision
+            strength = tasks[i].precision if pull is None else tasks[i].precision - base.precision + pull
+            largest = float(np.max(-scale * strength / merged.precision, initial=0.0))
             totals.multiplier = max(totals.multiplier, largest)
 
 
@@ -248,7 +254,7 @@ def _own_info(plan: MergePlan, info: PosteriorInfo, mean_files: list[Path], tota
         who = identify(written, full=plan.config.verify)
     finally:
         written.close()
-    share = round(totals.guarded / totals.entries, 6) if totals.entries else 0.0
+    share = math.ceil(1e6 * totals.guarded / totals.entries) / 1e6 if totals.entries else 0.0
     assert info.merge is not None
     merge = info.merge.model_copy(update={"guarded_share": share})
     return info.model_copy(update={"mean": who, "merge": merge})

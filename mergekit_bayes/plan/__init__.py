@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.methods import Method, choose
 from mergekit_bayes.plan.match import Step, match_tensors
@@ -97,6 +98,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                     with_precision=by_precision,
                 )
             )
+        for model in models:
+            if any(file.name.startswith("adapter_model") for file in model.mean.files):
+                raise MismatchError(
+                    f"'{model.ref}' is an adapter; the average of factors is not that of what they do. "
+                    "Fold it into its base first (PeftModel.merge_and_unload) and give it a precision with `bmerge precision`."
+                )
         target = choose_target(config, models)
         notes: list[str] = []
         weighings = [Weighing()] * len(models)
@@ -104,7 +111,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if by_precision:
             check_precisions(config, models, notes)
             weighings = weigh(config, models, notes)
-            guard = choose_guard(config, models, scales, notes)
+            guard = choose_guard(config, models, scales, weighings, notes)
         steps, left_out = match_tensors(config, models, scales, notes)
         if by_precision and config.posterior:
             info = _merged_info(config, models, scales, weighings)
@@ -140,7 +147,8 @@ def _merged_info(
     counts = [s * w.count for s, w in zip(shares, counted, strict=True) if w.count is not None]
     observations = sum(counts) if counts else None
     common = common_count(config, models)
-    if config.counts == "recorded" and counts and (weight := sum(abs(s) for s in shares)):
+    weight = sum(abs(s) for s in shares)
+    if counts and weight and (config.counts == "recorded" or common is None):
         common = sum(abs(c) for c in counts) / weight
     return PosteriorInfo(
         estimator=known[0].estimator if known else "merged",
@@ -154,12 +162,21 @@ def _merged_info(
         tokenizer=next((i.tokenizer for i in known if i.tokenizer), None),
         dtype=_main_dtype(models[0]),
         aliases=models[0].info.aliases if models[0].info else {},
-        terms=_terms(tasks, shares),
-        merge=MergeTrace(common_count=common, shrink=config.shrink, pool=config.pool, only=config.only),
+        terms=_terms(tasks, shares, counted),
+        merge=MergeTrace(
+            common_count=common,
+            anchor=config.anchor,
+            shrink=config.shrink,
+            pool=config.pool,
+            only=config.only,
+            guarded_share=_BLANK_SHARE,
+        ),
     )
 
 
-_BLANK = Identity(blocks="0" * 64, full="0" * 64)  # as long as what replaces it
+# As long as what replaces them: the header is reserved before the data is known.
+_BLANK = Identity(blocks="0" * 64, full="0" * 64)
+_BLANK_SHARE = 0.123456
 
 
 def _merged_prior(
@@ -186,14 +203,15 @@ def _merged_prior(
     return Prior(kind="isotropic", precision=scalar + DELTA_0)
 
 
-def _terms(tasks: Sequence[Posterior], shares: Sequence[float]) -> tuple[Term, ...]:
+def _terms(tasks: Sequence[Posterior], shares: Sequence[float], weighings: Sequence[Weighing]) -> tuple[Term, ...]:
     found: dict[str, Term] = {}
-    for task, share in zip(tasks, shares, strict=True):
+    for task, share, weighing in zip(tasks, shares, weighings, strict=True):
         inner = task.info.terms if task.info and task.info.terms else ()
         own = inner or (Term(label=Path(task.ref).name, mean=Identity(blocks=identity(task.mean)), scale=1.0),)
         for term in own:
             before = found[term.mean.blocks].scale if term.mean.blocks in found else 0.0
-            found[term.mean.blocks] = term.model_copy(update={"scale": before + share * term.scale})
+            update = {"scale": before + share * term.scale, "gain": term.gain * weighing.gain}
+            found[term.mean.blocks] = term.model_copy(update=update)
     return tuple(t for t in found.values() if abs(t.scale) > 1e-9)
 
 

@@ -46,9 +46,11 @@ def match_tensors(
         elif idle:
             copied = "all scales are zero"
         precisions = None
-        if config.weights == "precision":
-            precisions = _precision_names(name, spec, sources, models, maps)
-            if precisions is None and copied is None:
+        if config.weights == "precision" and copied is not None:
+            precisions = _donor_precision(name, sources[0], models)
+        elif config.weights == "precision":
+            precisions = _precision_names(name, spec, sources, models)
+            if precisions is None:
                 copied = "no model has a precision for it, and all agree"
         steps.append(Step(name, spec, sources, precisions, copied))
     if only is not None and not any(s.copied is None for s in steps):
@@ -64,7 +66,15 @@ def _name_map(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str,
     if renaming != Renaming():
         what = f"without its prefix '{renaming.strip}'" if renaming.strip else f"with the prefix '{renaming.add}'"
         notes.append(f"names of '{model.ref}' are matched {what}, and written as '{donor.ref}' has them")
-    return {renaming(n, donor.mean.specs): n for n in model.mean.specs}
+    result: dict[str, str] = {}
+    for own in model.mean.specs:
+        there = renaming(own, donor.mean.specs)
+        if there in result:
+            raise MismatchError(
+                f"'{own}' and '{result[there]}' of '{model.ref}' are both '{there}' of '{donor.ref}'. Rename one."
+            )
+        result[there] = own
+    return result
 
 
 def _left_out(donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -91,7 +101,8 @@ def _left_out(donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict
 def _source_name(name: str, spec: TensorSpec, model: Posterior, names: dict[str, str], donor: Posterior) -> str:
     own = names.get(name)
     if own is None:
-        own = tied_source(name, model.mean)  # a tied head that this file leaves out is its embedding
+        # A tied head that this file leaves out is its embedding; an untied one would be lost.
+        own = tied_source(name, model.mean) if is_alias(name, donor.mean) else None
         if own is None:
             raise MismatchError(
                 f"'{name}' is in '{donor.ref}' but not in '{model.ref}'. "
@@ -113,12 +124,17 @@ def _source_name(name: str, spec: TensorSpec, model: Posterior, names: dict[str,
     return own
 
 
+def _donor_precision(name: str, source: str, models: Sequence[Posterior]) -> tuple[str | None, ...] | None:
+    """Names for a tensor that is copied: only the donor's precision is needed, and none is written if it has none."""
+    donor = models[0]
+    if donor.precision is None:
+        return (None,) * len(models)
+    own = _precision_name(name, source, donor)
+    return None if own is None else (own, *(None,) * (len(models) - 1))
+
+
 def _precision_names(
-    name: str,
-    spec: TensorSpec,
-    sources: Sequence[str],
-    models: Sequence[Posterior],
-    maps: Sequence[dict[str, str]],
+    name: str, spec: TensorSpec, sources: Sequence[str], models: Sequence[Posterior]
 ) -> tuple[str | None, ...] | None:
     """Each model's name for a tensor's precision (None: isotropic); None if no model has one and all agree."""
     found: list[str | None] = []

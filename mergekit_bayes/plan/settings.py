@@ -24,7 +24,8 @@ class MergeConfig(Config):
         anchor: What training is taken to have pulled towards: `h0` (the base posterior, the published form),
             `none`, `zero-decay`, a number (1/weight^2), or `recorded`.
         guard: rho of the guard on removal, in (0, 1].
-        counts: `equal` counts every likelihood precision per observation times the smallest recorded count;
+        counts: `equal` counts every likelihood precision per observation times one common count, the base's own
+            (without one, the smallest on record);
             `recorded` as often as its data had observations.
         observations: `3x` multiplies a model's count, `1000` sets it; never touches its prior.
         shrink: `X` adds X times the tensor's mean to each likelihood precision, `row:X` X times its row's.
@@ -85,6 +86,8 @@ def check_options(config: MergeConfig, scales: Sequence[float]) -> None:
                 raise ConfigError(f"--{flag} only matters with --weights precision. Add it, or drop --{flag}.")
     elif config.base is not None and config.base in config.models:
         raise ConfigError(f"'{config.base}' is both --base and a model; what it changed would be nothing.")
+    for ref in set(config.precision) & set(config.isotropic):
+        raise ConfigError(f"'{ref}' has both --precision and --isotropic. Give one of them.")
     known = {*config.models, config.base}
     for flag in ("precision", "isotropic", "observations"):
         for ref in getattr(config, flag):
@@ -129,8 +132,7 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
     written = [target]
     if target.suffix == ".safetensors":
         written.append(report_path(target))
-        if config.weights == "precision" and config.posterior:
-            written.append(precision_path(target))
+        written.append(precision_path(target))  # also where none is written: an old one would not belong
     for model in models:
         inputs = [*model.mean.files, *(model.precision.files if model.precision else ())]
         if any(p.resolve() == w.resolve() or w.resolve() in p.resolve().parents for p in inputs for w in written):

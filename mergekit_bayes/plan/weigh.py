@@ -1,12 +1,13 @@
 """Whose precision is it, and how much does it count? Stored precisions become comparable likelihood precisions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, precision_path
+from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, Prior, precision_path
 from mergekit_bayes.tensors import identity
 
 # Where a removal cancels a term that the merge lists, the exact precision is positive up to rounding.
@@ -84,29 +85,38 @@ def weigh(config: MergeConfig, models: Sequence[Posterior], notes: list[str]) ->
     common = common_count(config, models)
     result: list[Weighing] = []
     for model in models:
-        result.append(_weigh_one(config, model, base, common, notes))
+        base_gain = result[0].gain if base is not None and result else 1.0
+        result.append(_weigh_one(config, model, base, base_gain, common, notes))
     return result
 
 
 def common_count(config: MergeConfig, models: Sequence[Posterior]) -> float | None:
     """The count that `--counts equal` gives to every likelihood precision.
 
-    The smallest one on record, so that nobody is made surer than their data; being a minimum, it is the same
-    whether models are merged at once or one after another. Models whose count is set by hand do not vote.
+    The base's own, so that it is the same whether models are merged at once or one after another, and the base
+    posterior stays what it is. Where the base records none, that of the first merge; without either the smallest on
+    record, so that nobody is made surer than their data. A count set by hand does not vote among tasks.
     """
-    recorded = []
-    for model in models:
-        if model.info is None or _is_number(config.observations.get(model.ref, "x")):
-            continue
-        count = model.info.merge.common_count if model.info.merge else model.info.observations
-        if count:
-            recorded.append(count)
-    return min(recorded, default=None)
+    if config.base is not None and (own := _own_count(models[0])):
+        return own
+    merges = [own for m in models if m.info is not None and m.info.merge is not None and (own := _own_count(m))]
+    if config.base is not None and merges:
+        return merges[0]
+    free = [m for m in models if not _is_number(config.observations.get(m.ref, "x"))]
+    return min((own for m in free if (own := _own_count(m))), default=None)
+
+
+def _own_count(model: Posterior) -> float | None:
+    """Observations that a precision stands for; of a merge, those that one term at scale 1 stands for."""
+    if model.info is None:
+        return None
+    return model.info.merge.common_count if model.info.merge else model.info.observations
 
 
 def _weigh_one(
-    config: MergeConfig, model: Posterior, base: Posterior | None, common: float | None, notes: list[str]
-) -> Weighing:
+    config: MergeConfig, model: Posterior, base: Posterior | None, base_gain: float, common: float | None,
+    notes: list[str],
+) -> Weighing:  # fmt: skip
     wanted = config.observations.get(model.ref, "1x")
     factor = _factor(wanted, model)
     info = model.info
@@ -119,12 +129,19 @@ def _weigh_one(
         return Weighing(gain=factor, pull=_pull(config, model, factor))
     trace = info.merge
     unit = (trace.common_count if trace else info.ess) or 1.0  # the count by which S is scaled
-    own = (trace.common_count if trace else info.observations) or unit
-    held = (info.observations or unit) / own  # a merge counts as the sum of its scales, anything else as 1
+    own = _own_count(model) or unit
+    # A merge counts as the sum of its scales (of either sign), anything else as 1.
+    held = info.observations / own if trace and info.observations is not None else 1.0
+    usual = own if config.counts == "recorded" or common is None else common
     if factor is None:
-        count = float(wanted) / (held or 1.0)
+        if held <= 0:
+            raise ConfigError(
+                f"--observations {model.ref}={wanted}: it is a removal and stands for {info.observations:g} "
+                f"observations, which no number can set. Multiply it instead: {model.ref}=3x."
+            )
+        count = float(wanted) / held
     else:
-        count = factor * (own if config.counts == "recorded" or common is None else common)
+        count = factor * usual
     gain = count / unit
     if trace is None:
         scalar = info.prior.precision if info.prior.kind == "isotropic" else 0.0
@@ -135,6 +152,8 @@ def _weigh_one(
             count=count,
             pull=_pull(config, model, gain),
         )
+    if base is not None and model is not base and info.prior.kind == "base":
+        _check_frame(model, info.prior, base, base_gain, usual / unit)
     return _weigh_merge(config, model, info, base, gain, count * held, notes)
 
 
@@ -149,6 +168,10 @@ def _weigh_merge(
             f"--shrink {config.shrink} --pool {config.pool}. Use the same, so that all count alike."
         )
     prior = info.prior
+    if config.anchor != "h0":
+        notes.append(f"'{model.ref}' is a merge and carries its terms' anchors already")
+    if gain != 1 and prior.precision > 0 and prior.kind == "isotropic":
+        notes.append(f"'{model.ref}' counts otherwise than when it was merged; its prior does not")
     if prior.kind == "isotropic":
         return Weighing(gain, prior.precision, prior.precision, reshape=False, count=count)
     if prior.kind == "none":
@@ -156,16 +179,29 @@ def _weigh_merge(
     if base is None or model is base:
         # The base inside cannot be told apart here, or is the history of a new base: S counts as a whole.
         return Weighing(gain, reshape=False, count=count)
-    if prior.kind == "unknown" or prior.base != Identity(blocks=identity(base.mean)) or (
-        prior.base_precision != precision_identity(base)
-    ):  # fmt: skip
+    if prior.kind == "unknown":
+        raise MismatchError(
+            f"'{model.ref}' is an average of merges in different frames; what its data added to '{base.ref}' cannot be "
+            "told. Merge its terms instead."
+        )
+    return Weighing(gain, prior.precision, contains_base=prior.base_count, reshape=False, count=count)
+
+
+def _check_frame(model: Posterior, prior: Prior, base: Posterior, base_gain: float, gain: float) -> None:
+    """The base inside a merge must be today's and count as it does today, or the chain would not be exact."""
+    if prior.base != Identity(blocks=identity(base.mean)) or prior.base_precision != precision_identity(base):
         raise MismatchError(
             f"'{model.ref}' is a merge in the frame of another base or base precision than '{base.ref}'. "
             "Chains stay exact only in one frame: use the base that it was merged with."
         )
-    if config.anchor != "h0":
-        notes.append(f"'{model.ref}' is a merge and carries its terms' anchors already")
-    return Weighing(gain, prior.precision, contains_base=prior.base_count, reshape=False, count=count)
+    inside = (prior.base_count or 1.0) * gain
+    if not math.isclose(inside, base_gain, rel_tol=1e-6) or (prior.precision > 0 and not math.isclose(gain, 1)):
+        factor = (prior.base_count or 1.0) / base_gain
+        raise MismatchError(
+            f"'{model.ref}' was merged with '{base.ref}' counted {factor:g} times as often as here. "
+            f"Chains stay exact only in one frame: use the --observations and --counts of that merge, such as "
+            f"--observations {base.ref}={factor:g}x."
+        )
 
 
 def _factor(wanted: str, model: Posterior) -> float | None:
@@ -201,31 +237,44 @@ def _pull(config: MergeConfig, model: Posterior, gain: float) -> Pull:
     return Pull(gain * stored.precision)
 
 
-def choose_guard(config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], notes: list[str]) -> float:
-    """The guard to use: next to none where every removal cancels a term that a merge lists."""
-    removed = {m.ref: s for m, s in zip(models[-len(scales) :], scales, strict=True) if s < 0}
-    if not removed:
+def choose_guard(
+    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], weighings: Sequence[Weighing],
+    notes: list[str],
+) -> float:  # fmt: skip
+    """The guard to use: next to none where every removal exactly cancels terms that merges list."""
+    if config.base is None or min(scales) >= 0:
         return config.guard
-    base, tasks = models[0], models[1:]
-    held: dict[str, float] = {}
-    for task, scale in zip(tasks, scales, strict=True):
-        for term in task.info.terms if task.info and scale > 0 else ():
-            held[term.mean.blocks] = held.get(term.mean.blocks, 0.0) + scale * term.scale
-    cancelled = True
-    for task in tasks:
-        if task.ref not in removed:
+    base, tasks = models[0], list(zip(models[1:], scales, weighings[1:], strict=True))
+    removed: dict[str, float] = {}
+    gains: dict[str, float] = {}
+    for task, scale, weighing in tasks:
+        if scale >= 0:
             continue
         who = identity(task.mean)
+        removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain
         if base.info is not None and any(t.mean.blocks == who for t in base.info.terms):
             raise MismatchError(
                 f"'{base.ref}' contains '{task.ref}', but the frame of a removal is the original base: "
-                f"`bmerge merge {base.ref} {task.ref} --base BASE --weights precision --scale 1 --scale "
-                f"{removed[task.ref]:g}`."
+                f"`bmerge merge {base.ref} {task.ref} --base BASE --weights precision --scale 1 --scale {scale:g}`."
             )
-        cancelled = cancelled and held.get(who, 0.0) + removed[task.ref] > -1e-9
-    if cancelled:
-        notes.append("every removal undoes a term that a merge lists; the guard acts on rounding errors only")
-    return UNDO_GUARD if cancelled else config.guard
+    held = dict.fromkeys(removed, 0.0)
+    for task, scale, weighing in tasks:
+        if scale <= 0 or task.info is None or not _is_exact(config, task.info):
+            continue
+        for term in task.info.terms:
+            who = term.mean.blocks
+            if who in held and math.isclose(term.gain * weighing.gain, gains[who], rel_tol=1e-6):
+                held[who] += scale * term.scale
+    if any(held[who] < amount - 1e-9 for who, amount in removed.items()):
+        return config.guard
+    notes.append("every removal undoes a term that a merge lists; the guard acts on rounding errors only")
+    return UNDO_GUARD
+
+
+def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
+    """True if a merge's terms went in as they would come out today."""
+    trace = info.merge
+    return trace is not None and (trace.guarded_share, trace.only, trace.anchor) == (0.0, config.only, config.anchor)
 
 
 def precision_identity(model: Posterior) -> Identity:
