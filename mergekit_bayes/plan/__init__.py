@@ -102,7 +102,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             if any(file.name.startswith("adapter_model") for file in model.mean.files):
                 raise MismatchError(
                     f"'{model.ref}' is an adapter; the average of factors is not that of what they do. "
-                    "Fold it into its base first (PeftModel.merge_and_unload) and give it a precision with `bmerge precision`."
+                    "Fold it into its base first (PeftModel.merge_and_unload)."
                 )
         target = choose_target(config, models)
         notes: list[str] = []
