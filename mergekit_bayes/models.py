@@ -317,7 +317,7 @@ def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 @contextmanager
 def hushed(quiet: bool) -> Iterator[None]:
-    """No progress bars of transformers and datasets inside, if `quiet`."""
+    """No progress bars and no warnings of transformers and datasets inside, if `quiet`; errors still show."""
     import datasets
     from transformers.utils import logging
 
@@ -325,11 +325,14 @@ def hushed(quiet: bool) -> Iterator[None]:
         yield
         return
     shown, shown_rows = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled() is False
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
         if shown_rows:
