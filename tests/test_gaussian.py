@@ -9,7 +9,7 @@ from tests.reference import merging
 
 ugm = METHODS["gradient_matching"].combine
 ta = METHODS["task_arithmetic"].combine
-IDLE = 1e-9
+IDLE = (1e-9,)  # the facts of gradient matching: a guard that never acts
 
 
 def fine_tune(base, k, c):
@@ -90,7 +90,7 @@ def test_removal_is_retraining_without_the_data():
 @pytest.mark.parametrize(("ratio", "guarded"), [(0, 1), (0.25, 1.666667), (0.5, 3), (0.9, 5), (1, 5), (4, 5)])
 def test_the_guard_caps_the_multiplier_of_a_removal(ratio, guarded):
     base, task = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0 + ratio)
-    assert -ugm(base, (task,), (-1,), 0.2).mean == pytest.approx(guarded, abs=1e-6)
+    assert -ugm(base, (task,), (-1,), (0.2,)).mean == pytest.approx(guarded, abs=1e-6)
     assert -ugm(base, (task,), (-1,), 1.0).mean == pytest.approx(1.0)
 
 
@@ -98,7 +98,7 @@ def test_without_a_guard_a_removal_flips_its_sign():
     base, task = Gaussian(0.0, 1.0), Gaussian(1.0, 5.0)
     raw = (base.precision + 4) * 1.0 / (base.precision - 4)
     assert raw == pytest.approx(-1.666667, abs=1e-6)
-    assert ugm(base, (task,), (-1,), 0.2).mean == pytest.approx(-5.0)
+    assert ugm(base, (task,), (-1,), (0.2,)).mean == pytest.approx(-5.0)
 
 
 def test_chains_equal_one_merge_and_can_be_undone():

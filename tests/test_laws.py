@@ -16,7 +16,7 @@ IDLE = 1e-9  # a guard that never acts on additions
 
 
 def merge(name, base, tasks, scales, guard=IDLE):
-    return METHODS[name].combine(base if METHODS[name].needs_base else None, tuple(tasks), tuple(scales), guard)
+    return METHODS[name].combine(base if METHODS[name].needs_base else None, tuple(tasks), tuple(scales), (guard,))
 
 
 def problem(tasks=3, seed=0):

@@ -211,7 +211,7 @@ def _combine(
             else:
                 tasks.append(rebase(base, means[i], data[i], pull.precision, pull.decay))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        merged = plan.method.combine(base, tuple(tasks), plan.scales, plan.guard)
+        merged = plan.method.combine(base, tuple(tasks), plan.scales, (plan.guard,))
     if not np.isfinite(merged.mean).all():
         raise CheckpointError(f"'{step.name}': the merge is not finite. Are its precisions on the same scale?")
     if likelihoods is not None:

@@ -6,7 +6,9 @@ from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods.base import Method
 
 
-def gradient_matching(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], guard: float) -> Gaussian:
+def gradient_matching(
+    base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
+) -> Gaussian:
     """Add each task's change in natural parameters to the base.
 
         precision = S0 + sum_t scale_t (S_t - S0),  guarded from below on removal
@@ -20,16 +22,25 @@ def gradient_matching(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple
         base: Shared prior; floats or arrays of one shape, precision in 1/weight^2, > 0.
         tasks: Posteriors trained from `base` or re-based to it, same shape.
         scales: One per task, dimensionless; negative removes the task.
-        guard: Keeps precision >= guard * (S0 + sum_t |scale_t (S_t - S0)|), 0 < guard <= 1.
+        facts: The guard alone: keeps precision >= guard * (S0 + sum_t |scale_t (S_t - S0)|), 0 < guard <= 1.
     """
-    precision, bound, pull = base.precision, base.precision, 0 * base.mean
+    precision, bound = base.precision, base.precision
+    pull = base.mean - base.mean  # zero, of the entry's own kind: a literal would be float64 in the compiled pass
     for i in range(len(tasks)):
         gain = tasks[i].precision - base.precision
         precision = precision + scales[i] * gain
         bound = bound + abs(scales[i] * gain)
         pull = pull + scales[i] * tasks[i].precision * (tasks[i].mean - base.mean)
-    precision = np.maximum(precision, guard * bound)
+    precision = np.maximum(precision, facts[0] * bound)
     return Gaussian(base.mean + pull / precision, precision)
 
 
-GRADIENT_MATCHING = Method("gradient_matching", gradient_matching, needs_base=True, needs_precision=True)
+GRADIENT_MATCHING = Method(
+    "gradient_matching",
+    gradient_matching,
+    needs_base=True,
+    needs_precision=True,
+    summary="Task arithmetic in natural parameters: each change by its precision (Daheim et al., ICLR 2024).",
+    example="bmerge merge A B --base BASE --weights precision",
+    is_posterior=True,
+)

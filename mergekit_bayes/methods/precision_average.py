@@ -5,7 +5,7 @@ from mergekit_bayes.methods.base import Method
 
 
 def precision_average(
-    base: Gaussian | None, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], guard: float
+    base: Gaussian | None, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
 ) -> Gaussian:
     """Average in natural parameters: entries that a task is sure of count more.
 
@@ -20,17 +20,26 @@ def precision_average(
         base: Not needed.
         tasks: Floats or arrays of one shape; precision in 1/weight^2, > 0.
         scales: One per task, dimensionless, >= 0 and of positive sum.
-        guard: Not needed.
+        facts: Not needed.
     """
-    total = 0.0
-    for scale in scales:
-        total = total + scale
-    precision, pull = 0 * tasks[0].precision, 0 * tasks[0].mean
-    for i in range(len(tasks)):
+    total = scales[0]
+    for i in range(1, len(scales)):
+        total = total + scales[i]
+    precision = (scales[0] / total) * tasks[0].precision
+    pull = precision * (tasks[0].mean - tasks[0].mean)  # zero, of the entry's own kind
+    for i in range(1, len(tasks)):
         share = (scales[i] / total) * tasks[i].precision
         precision = precision + share
         pull = pull + share * (tasks[i].mean - tasks[0].mean)
     return Gaussian(tasks[0].mean + pull / precision, precision)
 
 
-PRECISION_AVERAGE = Method("precision_average", precision_average, needs_base=False, needs_precision=True)
+PRECISION_AVERAGE = Method(
+    "precision_average",
+    precision_average,
+    needs_base=False,
+    needs_precision=True,
+    summary="The mean of the weights, each entry by its precision; scales are shares.",
+    example="bmerge merge A B --weights precision",
+    is_posterior=True,
+)

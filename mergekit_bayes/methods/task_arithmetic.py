@@ -4,7 +4,9 @@ from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods.base import Method
 
 
-def task_arithmetic(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], guard: float) -> Gaussian:
+def task_arithmetic(
+    base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
+) -> Gaussian:
     """Add each task vector to the base; gradient matching with all precisions equal to the base's.
 
         mean = m0 + sum_t scale_t (m_t - m0)
@@ -13,7 +15,7 @@ def task_arithmetic(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[f
         base: What all tasks were fine-tuned from.
         tasks: Floats or arrays of one shape.
         scales: One per task, dimensionless; negative removes the task.
-        guard: Not needed.
+        facts: Not needed.
     """
     mean = base.mean
     for i in range(len(tasks)):
@@ -21,4 +23,12 @@ def task_arithmetic(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[f
     return Gaussian(mean, base.precision)
 
 
-TASK_ARITHMETIC = Method("task_arithmetic", task_arithmetic, needs_base=True, needs_precision=False)
+TASK_ARITHMETIC = Method(
+    "task_arithmetic",
+    task_arithmetic,
+    needs_base=True,
+    needs_precision=False,
+    summary="The base plus what each task changed; a negative scale removes (Ilharco et al., ICLR 2023).",
+    example="bmerge merge A B --base BASE --scale 0.5",
+    is_posterior=True,
+)
