@@ -91,7 +91,7 @@ def test_removal_is_retraining_without_the_data():
 def test_the_guard_caps_the_multiplier_of_a_removal(ratio, guarded):
     base, task = Gaussian(0.0, 1.0), Gaussian(1.0, 1.0 + ratio)
     assert -ugm(base, (task,), (-1,), (0.2,)).mean == pytest.approx(guarded, abs=1e-6)
-    assert -ugm(base, (task,), (-1,), 1.0).mean == pytest.approx(1.0)
+    assert -ugm(base, (task,), (-1,), (1.0,)).mean == pytest.approx(1.0)
 
 
 def test_without_a_guard_a_removal_flips_its_sign():
@@ -120,7 +120,7 @@ def test_chains_equal_one_merge_and_can_be_undone():
 def test_zero_curvature_falls_back_to_task_arithmetic(dtype, rtol):
     tiny = np.asarray([DELTA_0], dtype)
     base, one, two = (Gaussian(np.asarray([m], dtype), tiny) for m in (0.5, 0.7, 0.4))
-    merged = ugm(base, (one, two), (1.0, 1.0), 0.2)
+    merged = ugm(base, (one, two), (1.0, 1.0), (0.2,))
     assert merged.mean.dtype == dtype
     np.testing.assert_allclose(merged.mean, 0.6, rtol=rtol)
     assert np.float16(DELTA_0) == 0  # why precisions are never float16
