@@ -7,6 +7,8 @@ of uncertainty-based gradient matching (Daheim et al., ICLR 2024), written for o
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # Added once to the base's precision (without a base: to every precision), so that an entry whose
 # curvature is zero everywhere falls back to task arithmetic instead of 0/0. Underflows in float16.
 DELTA_0 = 1e-12
@@ -17,6 +19,11 @@ class Gaussian(NamedTuple):
 
     mean: Any  # weight
     precision: Any  # 1/weight^2, >= 0
+
+
+def select(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition holds, else `no`: a branch for floats, arrays and the compiled pass alike."""
+    return np.where(condition, yes, no)
 
 
 def to_natural(g: Gaussian) -> tuple[Any, Any]:
