@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -133,6 +133,22 @@ class PosteriorInfo(_Record):
         return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
 
 
+class CheckpointSource(TensorSource, Protocol):
+    """Named tensors that lie in the files of a checkpoint, or are computed from it."""
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    def file_of(self, name: str) -> int:
+        """Index of the shard to which a tensor belongs."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Posterior:
     """A mean, perhaps a precision, and what is known about it. Opening one reads headers only.
@@ -143,8 +159,8 @@ class Posterior:
 
     ref: str
     path: Path
-    mean: SafetensorsSource
-    precision: SafetensorsSource | None = None
+    mean: CheckpointSource
+    precision: CheckpointSource | None = None
     info: PosteriorInfo | None = None
     isotropic: float | None = None
 
@@ -236,7 +252,7 @@ def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
     return f"{stem}-{index + 1:05d}-of-{len(files):05d}.safetensors"
 
 
-def read_info(source: SafetensorsSource) -> PosteriorInfo | None:
+def read_info(source: CheckpointSource) -> PosteriorInfo | None:
     """`PosteriorInfo` from a precision file's header; None for a foreign file."""
     text = source.metadata.get(_HEADER_KEY)
     if text is None:

@@ -8,7 +8,7 @@ from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.plan import MergePlan, Step, Weighing
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.tensors import Array, SafetensorsSource, chunks, read_chunk
+from mergekit_bayes.tensors import Array, TensorSource, chunks, read_chunk
 
 
 class Likelihoods:
@@ -92,7 +92,7 @@ class Likelihoods:
         return sums / max(per_row, 1)
 
 
-def _read_precision(model: Posterior, source: SafetensorsSource, name: str, start: int, stop: int) -> Array:
+def _read_precision(model: Posterior, source: TensorSource, name: str, start: int, stop: int) -> Array:
     stored = read_chunk(source, name, start, stop)
     good = np.isfinite(stored) & (stored >= 0)
     if not good.all():
