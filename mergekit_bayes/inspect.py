@@ -17,7 +17,7 @@ from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer
-from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify, open_posterior
+from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify, open_posterior
 from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, chunks, read_chunk
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -318,7 +318,7 @@ def _layer_key(name: str) -> tuple[Any, ...]:
     return (0, "", 0, "embeddings") if _EMBEDDING.search(name) else (2, "", 0, "rest")
 
 
-def _match(names: list[str], mean: TensorSource, second: Posterior) -> _Match:
+def _match(names: list[str], mean: CheckpointSource, second: Posterior) -> _Match:
     rename: Renaming = find_renaming(mean.specs, second.mean.specs)
     partners = {rename(n, mean.specs): n for n in second.mean.specs}
     pairs = {
