@@ -1,0 +1,33 @@
+"""Adapters: a LoRA adapter on its base as a dense posterior, and merges of adapters into one.
+
+A layer of an adapter changes a weight by `dW = s B A` (Hu et al., *LoRA*, ICLR 2022). `BASE+ADAPTER` is the posterior
+with mean `W + dW`, whose entries are made as they are read, and the precision that follows from the factors'.
+"""
+
+from mergekit_bayes.lora.adapter import INITIAL_A, Adapter, initial_identity, is_adapter, open_adapter
+from mergekit_bayes.lora.dense import (
+    VARIANCE_FLOOR,
+    AdaptedSource,
+    ProductPrecision,
+    open_adapted,
+    open_model,
+    split_ref,
+)
+from mergekit_bayes.lora.merging import AdapterReport, MergedLayer, merge_adapters
+
+__all__ = [
+    "INITIAL_A",
+    "VARIANCE_FLOOR",
+    "AdaptedSource",
+    "Adapter",
+    "AdapterReport",
+    "MergedLayer",
+    "ProductPrecision",
+    "initial_identity",
+    "is_adapter",
+    "merge_adapters",
+    "open_adapted",
+    "open_adapter",
+    "open_model",
+    "split_ref",
+]
