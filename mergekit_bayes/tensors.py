@@ -167,10 +167,13 @@ class SafetensorsSink:
     """A safetensors file whose tensors arrive in any order; the header is written last.
 
     Offsets are known from the specs, so data can be written at once. The metadata may change until `close`
-    as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself go into it.
+    as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself go into it. With `shared`
+    the file may be there already, begun by another process or by a merge that was stopped: offsets are the same.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, shared: bool = False
+    ) -> None:
         self.path = path
         self.metadata = dict(metadata)
         self._offsets: dict[str, int] = {}
@@ -187,7 +190,7 @@ class SafetensorsSink:
         self._reserved = size + (-size) % 8
         self._start = 8 + self._reserved
         try:
-            self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self._fd = os.open(path, os.O_CREAT | (0 if shared else os.O_EXCL) | os.O_RDWR, 0o644)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be created ({error.strerror}).") from None
         self._guarded(self._allocate, self._start + at)
@@ -226,6 +229,10 @@ class SafetensorsSink:
         whole = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
         self._guarded(os.pwrite, self._fd, whole, 0)
         self.abandon()
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        self._guarded(os.fsync, self._fd)
 
     def abandon(self) -> None:
         """Close the file as it is."""
