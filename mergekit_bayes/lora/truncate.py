@@ -35,7 +35,7 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     q, core_left = np.linalg.qr(left)
     p, core_right = np.linalg.qr(right.T)
-    u, sigma, v = np.linalg.svd(core_left @ core_right.T)
+    u, sigma, v = np.linalg.svd(core_left @ core_right.T, full_matrices=False)
     factors = _factors(q @ u, sigma, v @ p.T, rank)
     lacking = np.concatenate([left, -factors.b.astype(np.float64)], 1), np.concatenate([right, factors.a])
     norm = product_norm(left, right)
@@ -76,7 +76,7 @@ def _krylov(matrix: Array, width: int, rng: np.random.Generator) -> Array:
 
 
 def _factors(u: Array, sigma: Array, v: Array, rank: int) -> Factors:
-    root = np.sqrt(sigma[:rank])
+    root, own = np.sqrt(sigma[:rank]), min(rank, sigma.size)
     a, b = np.zeros((rank, v.shape[1]), np.float32), np.zeros((u.shape[0], rank), np.float32)
-    b[:, : root.size], a[: root.size] = u[:, :rank] * root, root[:, None] * v[:rank]
+    b[:, :own], a[:own] = u[:, :own] * root, root[:, None] * v[:own]
     return Factors(a, b)
