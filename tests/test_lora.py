@@ -12,11 +12,13 @@ import torch
 import transformers
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.lora import (
     INITIAL_A,
     initial_identity,
     is_adapter,
     merge_adapters,
+    merging,
     open_adapted,
     open_adapter,
     open_model,
@@ -25,6 +27,7 @@ from mergekit_bayes.lora import (
 from mergekit_bayes.lora.adapter import Factors
 from mergekit_bayes.lora.dense import change, variance
 from mergekit_bayes.lora.truncate import truncate_dense, truncate_product
+from mergekit_bayes.models import load_model
 from mergekit_bayes.posterior import PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
 from mergekit_bayes.tensors import SafetensorsSource, TensorSpec, identity, read_tensor
 from tests import tiny
@@ -329,6 +332,9 @@ def test_adapters_that_are_more_than_a_product_are_refused(tmp_path, config, mat
     adapter(tmp_path / "a", factors(0), **config)
     with pytest.raises(ConfigError, match=match):
         open_adapter(str(tmp_path / "a"))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=match):
+        open_adapter(str(tmp_path / "a"))
 
 
 def test_adapters_of_embeddings_are_refused(tmp_path):
@@ -444,7 +450,9 @@ def test_product_space_at_full_rank_is_concatenation_and_below_it_the_best_of_it
     assert merge_adapters(refs, tmp_path / "usual").rank == 3
 
 
-def test_precision_weights_are_those_of_the_products(tmp_path):
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_precision_weights_are_those_of_the_products(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(merging, "_BLOCK", block)
     refs = two(tmp_path)
     report = merge_adapters(refs, tmp_path / "out", weights="precision", scales=(1.0, 2.0), rank=4)
     pairs = [factors(1), factors(2, rank=3, layers={"m.q": (6, 4), "m.wide": (3, 70)})]
@@ -496,6 +504,30 @@ def test_a_merged_adapter_loads_in_peft_and_does_what_the_products_do(tmp_path):
             bare = transformers.AutoModelForCausalLM.from_pretrained(folder)
             loaded = peft.PeftModel.from_pretrained(bare, tmp_path / space)
             torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fine_tuned_adapters_open_and_merge_with_the_posteriors_that_training_left(tmp_path):
+    folder = tiny_gpt2(tmp_path / "base")
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "the {w} sat on the mat"}}\n' for w in ("cat", "dog") * 8))
+    for i, name in enumerate("ab"):
+        run_finetune(
+            FinetuneConfig(model=str(folder), output=str(tmp_path / name), data=str(tmp_path / "t.jsonl"), batch_size=4,
+                           flush_batches=2, seed=i, lora={"r": 2, "target_modules": ["c_attn"]}),
+            quiet=True,
+        )  # fmt: skip
+    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
+    assert opened.mean.notes == ()
+    assert set(opened.precision.specs) == {f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)}
+    for name in opened.precision.specs:
+        found = read_tensor(opened.precision, name)
+        assert np.isfinite(found).all()
+        assert (found > 0).all()
+    opened.close()
+    report = merge_adapters([str(tmp_path / n) for n in "ab"], tmp_path / "ab", weights="precision")
+    assert report.notes == ()
+    assert report.counts[0] == report.counts[1] > 0
+    assert load_model(str(tmp_path / "ab")).task == "causal-lm"
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ab")
 
 
 def test_large_matrices_are_cut_nearly_as_well_as_by_lapack():

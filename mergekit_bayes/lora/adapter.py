@@ -169,7 +169,6 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
         raise CheckpointError(
             f"'{ref}' has {CONFIG} but no {WEIGHTS}. Save it anew with `save_pretrained`; pickles are not read."
         )
-    _check_kind(config, ref)
     # The file, so that a model in the same folder is not taken for it.
     posterior = open_posterior(str(folder / WEIGHTS), precision=precision, with_precision=with_precision)
     posterior = Posterior(ref, folder, posterior.mean, posterior.precision, posterior.info)
@@ -211,15 +210,14 @@ def _read_config(folder: Path, ref: str) -> dict[str, Any]:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
             raise ValueError("it is not a mapping")
+        _check_kind(config, ref)
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(isinstance(r, int) and r > 0 for r in ranks) or not all(math.isfinite(a) for a in alphas):
-            raise ValueError("r and lora_alpha are not positive numbers")
+            raise ValueError("r is not a positive and lora_alpha not a finite number")
         return config
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        if isinstance(error, KeyError) and config.get("peft_type", "LORA") != "LORA":
-            return dict(config)  # not LoRA: refused by name
-        raise CheckpointError(f"{file}: cannot be read as a LoRA config ({error}). Save the adapter anew.") from None
+        raise CheckpointError(f"{file}: cannot be read as a LoRA config ({error!r}). Save the adapter anew.") from None
 
 
 def _check_kind(config: Mapping[str, Any], ref: str) -> None:

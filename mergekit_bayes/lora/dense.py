@@ -110,7 +110,7 @@ class AdaptedSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a plan should tell: a base that is not the recorded one, or one that no record names."""
+        """What a plan should tell: that this is not the base which the adapter's posterior records."""
         info, named = self.adapter.posterior.info, self.adapter.config.get("base_model_name_or_path")
         if info is not None and info.base is not None and identity(self.base) != info.base.blocks:
             return (f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is applied to",)

@@ -24,7 +24,7 @@ from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adapter, Factors, Layer, open_adapter
-from mergekit_bayes.lora.dense import VARIANCE_FLOOR, change, variance
+from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.truncate import Truncated, product_norm, truncate_dense, truncate_product
 from mergekit_bayes.names import Renaming, find_renaming
 from mergekit_bayes.posterior import replacing
@@ -35,6 +35,7 @@ Space = Literal["product", "concat", "factor"]
 Weights = Literal["uniform", "precision"]
 
 _REPORT = "merge_report.json"
+_BLOCK = 1 << 22  # entries of a dense layer that are weighed at a time
 _LEFT_BEHIND = (CONFIG, _REPORT, "trainer_state.json", "all_results.json", "train_results.json")
 _FORMULA = {
     ("product", "uniform"): "dW = sum_t c_t s_t B_t A_t, cut to rank R",
@@ -320,23 +321,30 @@ def _merge_layer(merge: _Merge, space: Space, rank: int, module: str, parts: Seq
 def _weighted(merge: _Merge, parts: Sequence[_Part]) -> Array:
     """`sum c_t S_t dW_t / sum c_t S_t` over the adapters that hold the layer, (d_out, d_in), float32."""
     layer = parts[0].layer
-    pull: Array = np.zeros((layer.rows, layer.columns), np.float32)
-    total: Array = np.zeros_like(pull)
-    for part in parts:
-        if not merge.scales[part.owner]:
-            continue
-        adapter, scaling = merge.adapters[part.owner], part.layer.scaling
-        factors, variances = adapter.factors(part.layer), adapter.variances(part.layer, merge.counts[part.owner])
-        if variances is None:
-            raise PrecisionError(
-                f"no precision for '{part.layer.a}' of '{adapter.ref}'. Make a full one with `bmerge precision`, or "
-                "merge with --weights uniform."
-            )
-        delta, spread = change(factors, scaling), variance(factors, variances, scaling)
-        strength = np.float32(merge.scales[part.owner]) / (spread.left.T @ spread.right + np.float32(VARIANCE_FLOOR))
-        pull += strength * (delta.left.T @ delta.right)
-        total += strength
-    return np.divide(pull, total, out=pull, where=total > 0)
+    held = [(merge.scales[p.owner], *_products(merge, p)) for p in parts if merge.scales[p.owner]]
+    merged: Array = np.zeros((layer.rows, layer.columns), np.float32)
+    height = max(1, _BLOCK // max(1, layer.columns))
+    for start in range(0, layer.rows if held else 0, height):
+        rows = slice(start, start + height)
+        total: Array = np.zeros((1, layer.columns), np.float32)
+        for scale, delta, spread in held:
+            strength = np.float32(scale) / (spread.left[:, rows].T @ spread.right + np.float32(VARIANCE_FLOOR))
+            merged[rows] += strength * (delta.left[:, rows].T @ delta.right)
+            total = total + strength
+        merged[rows] /= total
+    return merged
+
+
+def _products(merge: _Merge, part: _Part) -> tuple[Product, Product]:
+    """A layer's change and its variance."""
+    adapter, layer = merge.adapters[part.owner], part.layer
+    factors, variances = adapter.factors(layer), adapter.variances(layer, merge.counts[part.owner])
+    if variances is None:
+        raise PrecisionError(
+            f"no precision for '{layer.a}' of '{adapter.ref}'. Make a full one with `bmerge precision`, or merge with "
+            "--weights uniform."
+        )
+    return change(factors, layer.scaling), variance(factors, variances, layer.scaling)
 
 
 def _stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncated:

@@ -7,6 +7,7 @@ Small matrices and sums of adapters by LAPACK's SVD, exact; large dense ones by 
 a seed. Either way the relative error that is returned is measured on the factors as they are stored.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +54,8 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
         u = q @ u
     factors = _factors(u, sigma, v, rank)
     norm = float(np.linalg.norm(matrix))
-    error = float(np.linalg.norm(matrix - factors.b @ factors.a))
-    return Truncated(factors, error / norm if norm else 0.0, norm)
+    lacking = np.hypot.reduce([np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)])
+    return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
 
 
 def product_norm(left: Array, right: Array) -> float:
@@ -62,6 +63,12 @@ def product_norm(left: Array, right: Array) -> float:
     one = np.linalg.qr(np.asarray(left, np.float64)).R
     two = np.linalg.qr(np.asarray(right, np.float64).T).R
     return float(np.linalg.norm(one @ two.T))
+
+
+def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+    """Some rows at a time, so that a large matrix is not held twice."""
+    for start in range(0, len(matrix), _DENSE):
+        yield matrix[start : start + _DENSE], b[start : start + _DENSE]
 
 
 def _krylov(matrix: Array, width: int, rng: np.random.Generator) -> Array:
