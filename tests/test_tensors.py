@@ -20,6 +20,7 @@ from mergekit_bayes.tensors import (
     decode,
     encode,
     identity,
+    overflowed,
     read_tensor,
 )
 from tests import tiny
@@ -27,7 +28,14 @@ from tests import tiny
 
 @pytest.mark.parametrize(
     ("dtype", "torch_dtype"),
-    [("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+    [
+        ("F64", torch.float64),
+        ("F32", torch.float32),
+        ("F16", torch.float16),
+        ("BF16", torch.bfloat16),
+        ("F8_E4M3", torch.float8_e4m3fn),
+        ("F8_E5M2", torch.float8_e5m2),
+    ],
 )
 def test_we_read_what_the_library_writes(tmp_path, dtype, torch_dtype):
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)).to(torch_dtype)
@@ -51,6 +59,65 @@ def test_bf16_rounds_as_torch_does(values):
     x = np.asarray(values, np.float32)
     ours = decode(np.frombuffer(encode(x, "BF16"), np.uint8), "BF16")
     np.testing.assert_array_equal(ours, torch.from_numpy(x).to(torch.bfloat16).float().numpy())
+
+
+F8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+@pytest.mark.parametrize("dtype", F8)
+def test_all_codes_of_float8_are_read_as_torch_does_and_written_back(dtype):
+    codes = np.arange(256, dtype=np.uint8)
+    ours = decode(codes, dtype)
+    np.testing.assert_array_equal(ours, torch.from_numpy(codes).view(F8[dtype]).float().numpy())
+    again = np.frombuffer(encode(ours, dtype), np.uint8)
+    finite = np.isfinite(ours)
+    np.testing.assert_array_equal(again[finite], codes[finite])
+    assert overflowed(encode(ours, dtype), dtype) == np.count_nonzero(~finite)
+
+
+@pytest.mark.parametrize("dtype", F8)
+def test_float8_rounds_as_torch_does(dtype):
+    """Random bits, ties between neighbours, and the floats beside each tie; beyond the largest, torch clips."""
+    rng = np.random.default_rng(0)
+    values = decode(np.arange(128, dtype=np.uint8), dtype)
+    values = values[np.isfinite(values)]
+    ties = ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)
+    ties = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
+    spread = np.float32(10.0) ** rng.uniform(-7, 5, 500_000).astype(np.float32)
+    patterns = rng.integers(0, 1 << 32, 500_000, np.uint32).view(np.float32)
+    x = np.concatenate([values, ties, spread, patterns[np.isfinite(patterns)]])
+    x = np.concatenate([x, -x])
+    # The tie above the largest rounds down where that one is even (E4M3), else to infinity (E5M2).
+    largest = values[-1]
+    tie = largest + (values[-1] - values[-2]) / 2
+    inside = np.abs(x) <= tie if dtype == "F8_E4M3" else np.abs(x) < tie
+    assert 200_000 < np.count_nonzero(inside) < len(x)
+    codes = encode(x, dtype)
+    theirs = torch.from_numpy(x[inside]).to(F8[dtype]).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(np.frombuffer(codes, np.uint8)[inside], theirs)
+    np.testing.assert_array_equal(np.isfinite(decode(np.frombuffer(codes, np.uint8), dtype)), inside)
+    assert overflowed(codes, dtype) == np.count_nonzero(~inside)
+
+
+def test_float8_is_rounded_once():
+    """1.0625 lies between 1.0 and 1.125 of E4M3; a detour over F16 would make a tie of what is just above it."""
+    above = np.asarray([1.0625 + 2**-20], np.float32)
+    assert decode(np.frombuffer(encode(above, "F8_E4M3"), np.uint8), "F8_E4M3") == [1.125]
+    assert decode(np.frombuffer(encode(above.astype(np.float16), "F8_E4M3"), np.uint8), "F8_E4M3") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [("F8_E4M3", 448.0), ("F8_E5M2", 57344.0), ("F16", 65504.0), ("BF16", 3.3895314e38), ("F32", 3.4e38)],
+)
+def test_what_overflows_a_dtype_is_counted(dtype, largest):
+    good = np.asarray([0.0, -0.0, largest, -largest, 1e-30], np.float32)
+    assert overflowed(encode(good, dtype), dtype) == 0
+    bad = np.asarray([np.nan, np.inf, -np.inf, 1.0], np.float32)
+    assert overflowed(encode(bad, dtype), dtype) == 3
+    if dtype != "F32":
+        beyond = np.asarray([1.1 * largest if largest < 1e38 else 3.4e38, -1.0], np.float32)
+        assert overflowed(encode(beyond, dtype), dtype) == 1
 
 
 def test_the_header_may_be_completed_after_the_data(tmp_path):
