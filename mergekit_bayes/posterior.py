@@ -13,11 +13,13 @@ A subfolder, because some loaders take every `*.safetensors` beside the model fo
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,7 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
-from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, resolve
+from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.tensors import (
     Array,
     SafetensorsSink,
@@ -34,11 +36,14 @@ from mergekit_bayes.tensors import (
     TensorSpec,
     encode,
     identity,
+    parse_json,
+    shown,
 )
 
 FORMAT = 1
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
 _STEMS = ("model", "adapter_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class _Record(BaseModel):
@@ -91,6 +96,7 @@ class MergeTrace(_Record):
     shrink: str | None = None
     pool: str | None = None
     only: str | None = None
+    uneven: bool = False  # some tensor or entry was merged by other scales than the terms'
     guarded_share: float = 0.0
 
 
@@ -164,6 +170,27 @@ class Posterior:
     info: PosteriorInfo | None = None
     isotropic: float | None = None
 
+    @cached_property
+    def identity(self) -> str:
+        """Who the mean is, by sampled blocks."""
+        return identity(self.mean)
+
+    @cached_property
+    def precision_identity(self) -> str:
+        """Who the precision is, by sampled blocks."""
+        return f"isotropic {self.isotropic}" if self.precision is None else identity(self.precision)
+
+    @property
+    def commit(self) -> str | None:
+        """Of the Hub repository that it was fetched from."""
+        parts = self.path.parts
+        return parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" and is_hub_id(self.ref) else None
+
+    @property
+    def pinned(self) -> str:
+        """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
+        return self.ref if self.commit is None else f"{self.ref.partition('@')[0]}@{self.commit}"
+
     @property
     def is_file(self) -> bool:
         return self.path.is_file()
@@ -212,19 +239,28 @@ def open_posterior(
 
 def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
     """The safetensors files of a model: the file itself, the single file of a folder, or its shards."""
+    ref = ref or str(path)
+    convert = f"Convert it to safetensors first: `bmerge convert {shlex.quote(ref)} -o "
     if path.is_file():
+        if path.suffix in _PICKLES:
+            raise CheckpointError(f"'{ref}' is a pickle, which is not read here. {convert}OUT.safetensors`.")
         if path.suffix != ".safetensors":
             raise CheckpointError(
-                f"'{ref or path}' is not a .safetensors file. Convert it first with "
-                "`AutoModel.from_pretrained(...).save_pretrained(...)`; pickles are not read."
+                f"'{ref}' is not a .safetensors file. Name one, or a folder that save_pretrained wrote."
             )
         return [path]
     for stem in _STEMS:
         if files := _set_files(path, stem):
             return files
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"):
+        if os.path.exists(path / name):
+            raise CheckpointError(
+                f"'{ref}' holds its tensors in pickles ({name}), which are not read here. {convert}OUT`."
+            )
     raise CheckpointError(
-        f"'{ref or path}' holds neither model.safetensors nor model.safetensors.index.json. "
+        f"'{ref}' holds neither model.safetensors nor model.safetensors.index.json. "
         "Name a .safetensors file or a folder that save_pretrained wrote."
+        + (f" If its tensors are in pickles: `bmerge convert {ref} -o OUT`." if is_hub_id(ref) else "")
     )
 
 
@@ -333,6 +369,52 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: which file of the same folder holds which tensor.
+
+    Raises `CheckpointError` for what is not such a map, and for a file that lies elsewhere or is not there.
+    """
+    try:
+        if not index.is_file():
+            raise ValueError("it is not a file")
+        content = parse_json(index.read_bytes())
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has none")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\0" in file:
+                raise ValueError(f"{shown(name)} is in {shown(file)}, which is no file name")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{index}: is not an index with a weight_map of file names beside it ({reason}). Fetch it again."
+        ) from None
+    for name in sorted(set(weight_map.values())):
+        if not os.path.exists(index.parent / name):
+            raise CheckpointError(f"{index}: names {shown(name)}, which is not there. Fetch the missing shards.")
+    return weight_map
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Compare an index with its shards, name by name; `held` says which file really holds which tensor.
+
+    Raises `CheckpointError` that names a tensor and its shard.
+    """
+    for name, file in weight_map.items():
+        if held.get(name) != file:
+            instead = f"; {shown(held[name])} does" if name in held else ""
+            raise CheckpointError(
+                f"{index}: says that {shown(name)} is in {shown(file)}, but that file does not hold it{instead}. "
+                "Index and shards are of two savings; fetch them again."
+            )
+    for name, file in held.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"{index}: does not list {shown(name)}, which {shown(file)} holds. "
+                "Index and shards are of two savings; fetch them again."
+            )
+
+
 def write_info(folder: Path, info: PosteriorInfo) -> None:
     """`posterior.json`, the copy for people."""
     (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
@@ -376,20 +458,20 @@ def _swap_folder(target: Path, new: Path, aside: Path) -> None:
 def _set_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
-    if single.exists() and not index.exists():
-        return [single]
-    if not index.exists():
-        return []
+    if not os.path.lexists(index):
+        return [single] if os.path.exists(single) else []
+    if os.path.exists(single):
+        raise CheckpointError(
+            f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a file."
+        )
+    weight_map = read_index(index)
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    source = SafetensorsSource(files)
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index}: is not an index with a weight_map of file names. Fetch it again.") from None
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(f"{index}: names {missing[0]}, which is not there. Fetch the missing shards.")
-    return [folder / name for name in names]
+        check_index(index, weight_map, {name: files[source.file_of(name)].name for name in source.specs})
+    finally:
+        source.close()
+    return files
 
 
 def _given_precision(ref: str) -> list[Path]:

@@ -236,7 +236,7 @@ def test_force_with_uniform_weights_takes_the_old_precision_away(world):
     assert not Path("x.precision.safetensors").exists()
 
 
-def test_adapters_are_refused(world, tmp_path):
+def test_a_bare_adapter_among_whole_models_is_refused(world, tmp_path):
     for name in ("l1", "l2"):
         tiny.write(tmp_path / name / "adapter_model.safetensors", tiny.arrays(0))
         (tmp_path / name / "adapter_config.json").write_text("{}")
@@ -313,7 +313,10 @@ def test_shrinking_adds_the_mean_and_pooling_replaces_by_it(world):
         stored = tiny.read("x.precision.safetensors")
         for key in tiny.SHAPES:
             expected = (change(np.float64(world["a"][1][key])) + change(np.float64(world["b"][1][key]))) / 2
-            np.testing.assert_allclose(stored[key], expected, rtol=1e-5, err_msg=f"{settings} {key}")
+            kept = np.broadcast_to(stored[key], expected.shape)
+            np.testing.assert_allclose(kept, expected, rtol=1e-5, err_msg=f"{settings} {key}")
+        if "pool" in settings:
+            assert stored["wte.weight"].shape == ((1, 1) if settings["pool"] == "tensor" else (7, 1))
 
 
 def test_a_removal_is_guarded_and_counted(world):
@@ -457,7 +460,7 @@ def test_folders_shards_side_files_and_posteriors_come_along(world, tmp_path):
     run_merge(MergeConfig(models=("a.safetensors", "b.safetensors"), base=str(folder), weights="precision"))
     found = sorted(str(p.relative_to("merged")) for p in Path("merged").rglob("*") if p.is_file())
     assert found == [
-        "config.json", "generation_config.json", "merge_report.json",
+        "config.json", "generation_config.json", "merge_recipe.yaml", "merge_report.json",
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
         "posterior/posterior.json", "posterior/precision-00001-of-00002.safetensors",
         "posterior/precision-00002-of-00002.safetensors", "posterior/precision.safetensors.index.json",

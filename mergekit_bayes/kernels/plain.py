@@ -81,11 +81,13 @@ def plain_sums(stored: Array, row: int, sums: Array) -> None:
 def _lanes(values: Array) -> Array:
     padded = np.zeros(-(-values.size // LANES) * LANES)
     padded[: values.size] = values
-    return np.add.reduce(padded.reshape(-1, LANES), axis=0)
+    lanes: Array = np.add.reduce(padded.reshape(-1, LANES), axis=0)
+    return lanes
 
 
 def _widened(stored: Array) -> Array:
-    return decode(stored, "BF16") if stored.dtype == np.uint16 else stored
+    values: Array = decode(stored, "BF16") if stored.dtype == np.uint16 else stored
+    return values
 
 
 def _rounded(values: Array, like: Array) -> Array:

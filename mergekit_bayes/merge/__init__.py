@@ -1,296 +1,280 @@
 """Carry out a merge plan: stream chunks through a method, and write the mean, its precision and a report.
 
-Memory is a few chunks, whatever the model's size: every tensor is read, combined and written piece by piece
-(a slice of a merge is the merge of slices). Arithmetic is float32 (float64 where the output is), with one
-rounding at the end.
+Memory is a few chunks a thread, whatever the model's size: every tensor is read, combined and written piece by piece
+(a slice of a merge is the merge of slices). Arithmetic is float32 (float64 where the output is), with one rounding at
+the end. The bytes depend on the plan alone, not on chunks, threads, parts, or how often it was stopped and resumed.
 """
 
-import math
-from collections.abc import Callable
-from contextlib import ExitStack
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.gaussian import Gaussian, rebase
-from mergekit_bayes.merge.likelihood import Likelihoods
+from mergekit_bayes import __version__
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.kernels import can_fuse
+from mergekit_bayes.merge.chunks import Known, Reader
+from mergekit_bayes.merge.first import FirstPass
+from mergekit_bayes.merge.journal import Journal, Part, Partial, wait_for
+from mergekit_bayes.merge.output import Output, publish
 from mergekit_bayes.merge.report import MergeReport, Totals, make_report
-from mergekit_bayes.plan import MergeConfig, MergePlan, Step, plan_merge, report_path
-from mergekit_bayes.posterior import (
-    PosteriorInfo,
-    identify,
-    precision_path,
-    replacing,
-    shard_name,
-    write_index,
-    write_info,
-)
-from mergekit_bayes.tensors import (
-    ITEM_SIZE,
-    Array,
-    SafetensorsSink,
-    SafetensorsSource,
-    TensorSource,
-    TensorSpec,
-    chunks,
-    encode,
-    read_chunk,
-)
+from mergekit_bayes.merge.work import Unit, Worker, units_of
+from mergekit_bayes.plan import MergeConfig, MergePlan, Step, partial_path, plan_merge, report_path
 
-__all__ = ["CHUNK", "MergeConfig", "MergePlan", "MergeReport", "carry_out", "plan_merge", "run_merge"]
+__all__ = [
+    "CHUNK", "MergeConfig", "MergePlan", "MergeReport", "Part", "carry_out", "parse_part", "part_of_launcher",
+    "plan_merge", "run_merge",
+]  # fmt: skip
 
-CHUNK = 1 << 16  # elements; a dozen float32 scratch arrays of this size stay in cache
+CHUNK = 1 << 16  # entries read, combined and written at a time; their arrays stay in the second cache
+# Below this many entries to merge, loading numba costs more than it saves.
+WORTH_FUSING = 1 << 25
+PATIENCE = 60.0  # seconds without any other part at work, after which the first does what is left
+_WHOLE = Part(1, 1)
+
+Progress = Callable[[int, int], None]
 
 
 def run_merge(
     config: MergeConfig,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    part: Part | None = None,
+    sync: bool = False,
+    fused: bool | None = None,
     chunk: int = CHUNK,
-) -> MergeReport:
-    """Plan a merge and carry it out; nothing appears under the final name unless all of it worked.
-
-    Args:
-        config: What to merge, and how.
-        progress: Called with (bytes of the mean written, bytes of the mean in all).
-        chunk: Elements read at a time; the result does not depend on it.
-
-    Raises:
-        BmergeError: One of its children, before the first tensor is combined where headers can tell, else when
-            an entry is not finite or the disk is full.
-    """
-    plan = plan_merge(config)
-    try:
-        return carry_out(plan, progress=progress, chunk=chunk)
-    finally:
-        plan.close()
+) -> MergeReport | None:
+    """Plan a merge and carry it out; see `carry_out`."""
+    with closing(plan_merge(config)) as plan:
+        return carry_out(plan, progress=progress, threads=threads, part=part, sync=sync, fused=fused, chunk=chunk)
 
 
 def carry_out(
-    plan: MergePlan, *, progress: Callable[[int, int], None] | None = None, chunk: int = CHUNK
-) -> MergeReport:
-    """Carry out a plan that `plan_merge` made."""
-    force, target = plan.config.force, plan.target
-    with ExitStack() as stack:
-        if plan.to_file:
-            mean_files = [stack.enter_context(replacing(target, force=force))]
-            report_file = stack.enter_context(replacing(report_path(target), force=force))
-            precision_files = []
-            if plan.info is not None:
-                precision_files = [stack.enter_context(replacing(precision_path(target), force=force))]
-            folder = None
-        else:
-            folder = stack.enter_context(replacing(target, force=force))
-            (folder / "posterior").mkdir(parents=True) if plan.info is not None else folder.mkdir()
-            shards = plan.donor.mean.files
-            mean_files = [folder / shard_name(shards, i, "model") for i in range(len(shards))]
-            precision_files = []
-            if plan.info is not None:
-                precision_files = [
-                    folder / "posterior" / shard_name(shards, i, "precision") for i in range(len(shards))
-                ]
-            report_file = report_path(folder)
-        totals = _write(plan, mean_files, precision_files, progress, chunk)
-        report = make_report(plan, totals)
-        report_file.write_text(report.model_dump_json(indent=2) + "\n")
-        if plan.to_file and plan.info is None:
-            precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
-        if folder is not None:
-            _finish_folder(plan, folder, mean_files, precision_files)
-        return report
-
-
-def _write(
     plan: MergePlan,
-    mean_files: list[Path],
-    precision_files: list[Path],
-    progress: Callable[[int, int], None] | None,
-    chunk: int,
-) -> Totals:
-    totals = Totals(len(plan.models))
-    means = _sinks(plan, mean_files, {s.name: s.spec for s in plan.steps}, {"format": "pt"})
-    precisions: list[SafetensorsSink] = []
-    try:
-        if plan.info is not None:
-            specs = {s.name: TensorSpec("F32", s.spec.shape) for s in plan.steps if s.precisions is not None}
-            precisions = _sinks(plan, precision_files, specs, plan.info.to_metadata())
-        size = sum(step.spec.nbytes for step in plan.steps)
-        done = 0
-        for step in plan.steps:
-            shard = plan.donor.mean.file_of(step.name) if len(mean_files) > 1 else 0
-            precision_sink = precisions[shard] if precisions and step.precisions is not None else None
-            _merge_step(plan, step, means[shard], precision_sink, totals, chunk)
-            done += step.spec.nbytes
-            if progress:
-                progress(done, size)
-        for sink in means:
-            sink.close()
-        if plan.info is not None:
-            info = _own_info(plan, plan.info, mean_files, totals)
-            for sink in precisions:
-                sink.metadata = info.to_metadata()
-                sink.close()
-        return totals
-    finally:
-        for sink in (*means, *precisions):
-            sink.abandon()
+    *,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    part: Part | None = None,
+    sync: bool = False,
+    fused: bool | None = None,
+    chunk: int = CHUNK,
+) -> MergeReport | None:
+    """Carry out a plan that `plan_merge` made.
 
+    Killed at any moment, the output's final name does not exist or is whole, and the same plan resumes from
+    `OUT.partial`. None of the arguments changes a byte of the output.
 
-def _sinks(
-    plan: MergePlan, files: list[Path], specs: dict[str, TensorSpec], metadata: dict[str, str]
-) -> list[SafetensorsSink]:
-    donor = plan.donor.mean
-    sinks: list[SafetensorsSink] = []
+    Args:
+        plan: What to do.
+        progress: Called with (bytes of the mean written, bytes of the mean in all).
+        threads: Each reads, combines and writes; by default one a core, at most four.
+        part: Do this part of the plan only; a call without it does what is left and puts the output in place.
+        sync: Wait for the disk before the output gets its name, so that it also survives a power cut.
+        fused: Use the compiled pass; by default where numba is installed and the merge is large.
+        chunk: Entries at a time.
+
+    Returns:
+        The report, which also lies beside the output; None for a part.
+
+    Raises:
+        BmergeError: One of its children: an entry that cannot be merged, a full disk, another merge in
+            `OUT.partial`, another process at the same part.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads {threads}: expected 1 or more.")
+    folder = partial_path(plan.target)
+    partial = _claim(plan, folder)
+    if partial.is_publishing:
+        publish(plan, partial, sync=sync)
+        return MergeReport.model_validate_json(report_path(plan.target).read_text())
+    fresh = not partial.journals()
     try:
-        for i, file in enumerate(files):
-            here = {n: s for n, s in specs.items() if len(files) == 1 or donor.file_of(n) == i}
-            sinks.append(SafetensorsSink(file, here, metadata))
-    except BaseException:
-        for sink in sinks:
-            sink.abandon()
+        _check_space(plan, partial)
+        with partial.journal(part or _WHOLE, sync=sync) as journal, closing(Output(plan, partial.out)) as output:
+            units = units_of(plan)
+            mine = [u for u in units if part is None or part.takes(u.position)]
+            done = partial.done()
+            if part is None and (busy := partial.running(_WHOLE)):
+                raise CheckpointError(f"{busy[0]}: that part is still being written. Wait for it.")
+            run = _Run(plan, output, journal, chunk, threads, fused, sync=sync, progress=progress)
+            run.do([u for u in mine if u.id not in done], {u.id for u in mine} & done.keys())
+            if part is not None:
+                return None
+            totals = Totals(plan, units, partial.done())
+            totals.refuse_zero(plan)
+            output.finish(totals.guarded_share)
+            report = make_report(plan, totals)
+            output.write_report(report.model_dump_json(indent=2) + "\n")
+        publish(plan, partial, sync=sync)
+        return report
+    except Exception:
+        # What failed by itself leaves nothing behind; what was stopped from outside does, and is resumed.
+        if fresh and part is None and len(partial.journals()) <= 1:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    return sinks
 
 
-def _merge_step(
-    plan: MergePlan, step: Step, mean_sink: SafetensorsSink, precision_sink: SafetensorsSink | None,
-    totals: Totals, chunk: int,
-) -> None:  # fmt: skip
-    item = ITEM_SIZE[step.spec.dtype]
-    wide = step.spec.dtype == "F64"
-    likelihoods = Likelihoods(plan, step, chunk) if step.precisions is not None else None
-    for start, stop in chunks(step.spec, chunk):
-        if step.copied is not None:
-            raw = np.empty((stop - start) * item, np.uint8)
-            plan.donor.mean.read_bytes(step.sources[0], start * item, raw.data)
-            mean_sink.write_bytes(step.name, start * item, raw.data)
-            if precision_sink is not None and likelihoods is not None:
-                kept = likelihoods.prior_precision(0, start, stop) + likelihoods.read(0, start, stop)
-                precision_sink.write_bytes(step.name, start * 4, encode(kept, "F32"))
-            continue
-        merged = _combine(plan, step, likelihoods, totals, start, stop, wide)
-        data = encode(merged.mean, step.spec.dtype)
-        if step.spec.dtype == "F16" and not np.isfinite(np.frombuffer(data, "<f2")).all():
-            raise CheckpointError(
-                f"'{step.name}': the merge overflows F16. Cast '{plan.donor.ref}' to BF16 or F32 first."
-            )
-        mean_sink.write_bytes(step.name, start * item, data)
-        if precision_sink is not None:
-            precision_sink.write_bytes(step.name, start * 4, encode(merged.precision, "F32"))
+class _Run:
+    """Does units on threads, each with its own buffers."""
+
+    def __init__(
+        self, plan: MergePlan, output: Output, journal: Journal, chunk: int, threads: int | None, fused: bool | None,
+        *, sync: bool, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
+        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        entries = sum(s.merged for s in plan.steps)
+        self.fused = can_fuse() and (entries >= WORTH_FUSING if fused is None else fused)
+        self.chunk = chunk
+        self._local = threading.local()
+        self._writing = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def do(self, units: list[Unit], done: set[int]) -> None:
+        """Do `units`; `done` are those of this part that need not be done again."""
+        sizes = [s.spec.nbytes / max(s.spec.size, 1) for s in self.plan.steps]
+        every = {u.id: u for u in units_of(self.plan)}
+        total = sum((u.stop - u.start) * sizes[u.step] for u in (*units, *(every[k] for k in done)))
+        written = sum((every[k].stop - every[k].start) * sizes[every[k].step] for k in done)
+        with ThreadPoolExecutor(self.threads) as pool:
+            self._pool = pool
+            pending: list[Future[Unit]] = []
+            try:
+                for step, known, batch in self._batches(units):
+                    pending += [pool.submit(self._one, step, known, unit) for unit in batch]
+                for future in as_completed(pending):
+                    unit = future.result()
+                    written += (unit.stop - unit.start) * sizes[unit.step]
+                    if self.progress is not None:
+                        self.progress(int(written), int(total))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _batches(self, units: list[Unit]) -> Iterator[tuple[Step, Known, list[Unit]]]:
+        first = FirstPass(self.plan, self._reader, self._spread, fused=self.fused)
+        by_step: dict[int, list[Unit]] = {}
+        for unit in units:
+            by_step.setdefault(unit.step, []).append(unit)
+        for k, batch in by_step.items():
+            yield self.plan.steps[k], first.known(self.plan.steps[k]), batch
+
+    def _spread(self, act: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        assert self._pool is not None
+        return self._pool.map(act, items)
+
+    def _reader(self) -> Reader:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = Reader(self.plan)
+            self._local.worker = Worker(self.plan, self._local.reader, self.chunk, fused=self.fused)
+        reader: Reader = self._local.reader
+        return reader
+
+    def _one(self, step: Step, known: Known, unit: Unit) -> Unit:
+        self._reader()
+        tally = self._local.worker.run(unit, known, self.output.sinks(step.name))
+        with self._writing:
+            if self.sync:
+                self.output.sync()
+            self.journal.add(unit.id, tally.to_json())
+        return unit
 
 
-def _combine(
-    plan: MergePlan, step: Step, likelihoods: "Likelihoods | None", totals: Totals,
-    start: int, stop: int, wide: bool,
-) -> Gaussian:  # fmt: skip
-    means = []
-    for model, source in zip(plan.models, step.sources, strict=True):
-        mean = read_chunk(model.mean, source, start, stop)
-        _refuse_non_finite(mean, model.mean, source, start)
-        means.append(mean.astype(np.float64 if wide else np.float32, copy=False))
-    has_base = plan.base is not None
-    base: Gaussian | None = None
-    tasks: list[Gaussian] = []
-    if likelihoods is None:
-        base = Gaussian(means[0], None) if has_base else None
-        tasks = [Gaussian(m, None) for m in means[has_base:]]
-    else:
-        data = [likelihoods.read(i, start, stop) for i in range(len(means))]
-        for i, h in enumerate(data):
-            totals.likelihood[i] += float(h.sum(dtype=np.float64))
-        if has_base:
-            base = Gaussian(means[0], likelihoods.prior_precision(0, start, stop) + data[0])
-        for i in range(int(has_base), len(means)):
-            if base is None:
-                tasks.append(Gaussian(means[i], likelihoods.prior_precision(i, start, stop) + data[i]))
-                continue
-            pull = plan.weighings[i].pull
-            if pull.precision is None:
-                tasks.append(Gaussian(means[i], base.precision + data[i]))
-            else:
-                tasks.append(rebase(base, means[i], data[i], pull.precision, pull.decay))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        merged = plan.method.combine(base, tuple(tasks), plan.scales, (plan.guard,))
-    if not np.isfinite(merged.mean).all():
-        raise CheckpointError(f"'{step.name}': the merge is not finite. Are its precisions on the same scale?")
-    if likelihoods is not None:
-        _count(plan, base, tasks, merged, totals)
-    return merged
+def _claim(plan: MergePlan, folder: Path) -> Partial:
+    force, target = plan.config.force, plan.target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Partial(folder, plan_hash(plan), force=force)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror or error}).") from None
+    if target.exists() and not force and not partial.is_publishing:
+        if not partial.journals():
+            partial.remove()
+        raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+    return partial
 
 
-def _count(plan: MergePlan, base: Gaussian | None, tasks: list[Gaussian], merged: Gaussian, totals: Totals) -> None:
-    """Tally where the guard acted and how far it let a removal be amplified."""
-    totals.entries += merged.precision.size
-    if base is None:
-        return
-    exact = base.precision
-    for scale, task in zip(plan.scales, tasks, strict=True):
-        exact = exact + scale * (task.precision - base.precision)
-    totals.guarded += int(np.count_nonzero(merged.precision > exact))
-    for i, scale in enumerate(plan.scales):
-        if scale < 0:
-            # Re-basing moves a task's mean; what counts is how far its own task vector is stretched: (H + P) / S.
-            pull = plan.weighings[i + 1].pull.precision
-            strength = tasks[i].precision if pull is None else tasks[i].precision - base.precision + pull
-            largest = float(np.max(-scale * strength / merged.precision, initial=0.0))
-            totals.multiplier = max(totals.multiplier, largest)
+def plan_hash(plan: MergePlan) -> str:
+    """SHA-256 of everything that decides the output's bytes: settings, inputs by content, and this version."""
+    content = {
+        "version": __version__,
+        "config": plan.config.model_dump(mode="json", exclude={"out", "force"}),
+        "settings": plan.settings,
+        "models": [[m.identity, m.precision_identity if m.has_precision else None] for m in plan.models],
+        "steps": [[s.name, *s.spec, s.copied] for s in plan.steps],
+        "shards": plan.shards,
+        "info": plan.info.model_dump(mode="json") if plan.info else None,
+        "target": plan.target.name,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse_non_finite(values: Array, source: TensorSource, name: str, start: int) -> None:
-    good = np.isfinite(values)
-    if not good.all():
-        at = int(np.argmin(good))
+def _check_space(plan: MergePlan, partial: Partial) -> None:
+    """A disk that is too small is found before the first byte."""
+    needed = sum(s.spec.nbytes for s in plan.steps)
+    if plan.info is not None:
+        needed += sum(4 * _size(s.precision_shape) for s in plan.steps if s.precisions is not None)
+    there = sum(f.stat().st_blocks * 512 for f in partial.out.rglob("*") if f.is_file())
+    free = shutil.disk_usage(partial.folder).free
+    if needed - there > free:
         raise CheckpointError(
-            f"{source.where(name)}: '{name}' is {values[at]} at flat index {start + at}. Did its training diverge? "
-            "A merge would spread this."
+            f"'{plan.target}' needs {needed:,} bytes and its disk has {free:,} free. Free some space or choose "
+            "another -o."
         )
 
 
-def _own_info(plan: MergePlan, info: PosteriorInfo, mean_files: list[Path], totals: Totals) -> PosteriorInfo:
-    """The merge's info with its own identity, which only the written mean can give."""
-    written = SafetensorsSource(mean_files)
-    try:
-        who = identify(written, full=plan.config.verify)
-    finally:
-        written.close()
-    share = math.ceil(1e6 * totals.guarded / totals.entries) / 1e6 if totals.entries else 0.0
-    assert info.merge is not None
-    merge = info.merge.model_copy(update={"guarded_share": share})
-    return info.model_copy(update={"mean": who, "merge": merge})
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
 
 
-def _finish_folder(plan: MergePlan, folder: Path, mean_files: list[Path], precision_files: list[Path]) -> None:
-    """Indices, `posterior.json`, and the donor's config, tokenizer and generation files."""
-    donor = plan.donor
-    if len(mean_files) > 1:
-        for stem, files, names in (
-            ("model", mean_files, [s.name for s in plan.steps]),
-            ("precision", precision_files, [s.name for s in plan.steps if s.precisions is not None]),
-        ):
-            if files:
-                shards = {f.name: [n for n in names if donor.mean.file_of(n) == i] for i, f in enumerate(files)}
-                size = sum((4 if stem == "precision" else ITEM_SIZE[donor.mean.specs[n].dtype])
-                           * donor.mean.specs[n].size for n in names)  # fmt: skip
-                write_index(files[0].parent, stem, shards, size)
-    if plan.info is not None:
-        source = SafetensorsSource(precision_files[:1])
-        source.close()
-        write_info(folder / "posterior", PosteriorInfo.model_validate_json(source.metadata["bmerge"]))
-    if donor.path.is_dir():
-        for file in sorted(donor.path.iterdir()):
-            if file.is_file() and _travels(file):
-                (folder / file.name).write_bytes(file.read_bytes())
+def parse_part(text: str) -> Part:
+    """`I/N` as a part.
+
+    Raises `ConfigError` unless 1 <= I <= N.
+    """
+    index, separator, of = text.partition("/")
+    if not (separator and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4.")
+    return Part(int(index), int(of))
 
 
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_OWN_FILES = ("merge_report.json", "trainer_state.json", "all_results.json", "train_results.json")
+# Rank and world size as set by torchrun and accelerate launch, srun, Open MPI and MPICH.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
 
 
-def _travels(file: Path) -> bool:
-    return (
-        file.suffix in _SIDE_SUFFIXES
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith(".")
-        and file.name not in _OWN_FILES
-    )
+def part_of_launcher() -> Part | None:
+    """This process's part if a launcher started several, else None."""
+    for rank, size in _LAUNCHERS:
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
+            if int(os.environ[size]) > 1:
+                return Part(int(os.environ[rank]) + 1, int(os.environ[size]))
+            return None
+    return None
+
+
+def join(plan: MergePlan, part: Part, **options: Any) -> MergeReport | None:
+    """One rank's share of a launched merge: its part, and for the first rank also the rest.
+
+    The first waits for the others and does what they leave undone.
+    """
+    carry_out(plan, part=part, **options)
+    if part.number > 1:
+        return None
+    partial = Partial(partial_path(plan.target), plan_hash(plan), force=False)
+    wait_for(partial, [u.id for u in units_of(plan)], part, PATIENCE)
+    return carry_out(plan, **options)

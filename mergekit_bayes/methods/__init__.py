@@ -3,15 +3,19 @@
 Each is elementwise, so a slice of a merge is the merge of slices: this permits streaming.
 """
 
+import difflib
+from collections.abc import Mapping
+
+from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.methods.average import AVERAGE
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 
 METHODS = {m.name: m for m in (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)}
 
-__all__ = ["METHODS", "Method", "choose"]
+__all__ = ["METHODS", "Method", "choose", "settings_of"]
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:
@@ -20,3 +24,35 @@ def choose(*, with_base: bool, by_precision: bool) -> Method:
         if method.needs_base == with_base and method.needs_precision == by_precision:
             return method
     raise AssertionError("the table has a method for each of the four answers")
+
+
+def settings_of(method: Method, given: Mapping[str, float | str]) -> dict[str, float | str]:
+    """The method's settings: its defaults with what is given, checked.
+
+    Raises `ConfigError` for an unknown name, a value out of bounds, or a word that is no choice.
+    """
+    known = {p.name: p for p in method.parameters}
+    result = {name: p.default for name, p in known.items()}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else f" It has {', '.join(known) or 'none'}."
+            raise ConfigError(f"--param {name}: {method.name} has no such setting.{hint}")
+        result[name] = _checked(known[name], value)
+    return result
+
+
+def _checked(parameter: Parameter, value: float | str) -> float | str:
+    if parameter.choices:
+        if value not in parameter.choices:
+            raise ConfigError(f"--param {parameter.name}={value}: expected {' or '.join(parameter.choices)}.")
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not parameter.low <= number <= parameter.high:
+        raise ConfigError(
+            f"--param {parameter.name}={value}: expected a number from {parameter.low:g} to {parameter.high:g}."
+        )
+    return number

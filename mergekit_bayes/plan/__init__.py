@@ -8,17 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.methods import Method, choose
-from mergekit_bayes.plan.match import Step, match_tensors
+from mergekit_bayes.lora import AdaptedSource, is_adapter, open_model
+from mergekit_bayes.methods import Method
+from mergekit_bayes.plan.match import Found, Step, match_tensors, one_shape, row_shape
 from mergekit_bayes.plan.settings import (
     MergeConfig,
     Shrink,
     check_options,
     check_scales,
+    choose_method,
     choose_target,
     parse_shrink,
+    parse_size,
+    partial_path,
+    recipe_path,
     report_path,
 )
 from mergekit_bayes.plan.weigh import (
@@ -31,25 +36,37 @@ from mergekit_bayes.plan.weigh import (
     weigh,
 )
 from mergekit_bayes.posterior import Anchor as StoredAnchor
-from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorInfo, Prior, Term, open_posterior
-from mergekit_bayes.tensors import ITEM_SIZE, identity
+from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorInfo, Prior, Term
+from mergekit_bayes.tensors import ITEM_SIZE
 
-__all__ = ["MergeConfig", "MergePlan", "Pull", "Shrink", "Step", "Weighing", "plan_merge", "report_path"]
+__all__ = [
+    "Found", "MergeConfig", "MergePlan", "Pull", "Shrink", "Step", "Weighing", "one_shape", "partial_path",
+    "plan_merge", "recipe_path", "report_path", "row_shape",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that can be carried out: `models` is the base, if any, and then the tasks."""
+    """A merge that can be carried out: `models` is the base, if any, and then the tasks.
+
+    Attributes:
+        settings: The method's own, checked.
+        shards: Names of the tensors of each output file.
+        mended: What a rule (`--on-missing`, `--vocab`, tied heads) decided, by tensor.
+    """
 
     config: MergeConfig
     method: Method
+    settings: dict[str, float | str]
     models: tuple[Posterior, ...]
     scales: tuple[float, ...]
     guard: float
     weighings: tuple[Weighing, ...]
     shrink: Shrink | None
     steps: tuple[Step, ...]
+    shards: tuple[tuple[str, ...], ...]
     left_out: dict[str, str]
+    mended: dict[str, str]
     notes: tuple[str, ...]
     target: Path
     info: PosteriorInfo | None = field(repr=False)  # of the merge, its own identity still blank
@@ -84,14 +101,15 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         MismatchError: Models that do not fit together.
         PrecisionError: A precision that is missing or belongs to other weights.
     """
-    by_precision = config.weights == "precision"
-    scales = check_scales(config)
-    check_options(config, scales)
+    scales, rules = check_scales(config)
+    method, settings = choose_method(config)
+    check_options(config, method, scales, rules)
+    by_precision = method.needs_precision
     models: list[Posterior] = []
     try:
         for ref in ((config.base,) if config.base is not None else ()) + config.models:
             models.append(
-                open_posterior(
+                open_model(
                     ref,
                     precision=config.precision.get(ref),
                     isotropic=config.isotropic.get(ref),
@@ -99,32 +117,38 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                 )
             )
         for model in models:
-            if any(file.name.startswith("adapter_model") for file in model.mean.files):
+            if is_adapter(model.path):
                 raise MismatchError(
-                    f"'{model.ref}' is an adapter; the average of factors is not that of what they do. "
-                    "Fold it into its base first (PeftModel.merge_and_unload)."
+                    f"'{model.ref}' is an adapter among whole models. Put its base before it: BASE+{model.ref}. "
+                    "(Adapters alone merge into an adapter.)"
                 )
         target = choose_target(config, models)
-        notes: list[str] = []
+        notes = [note for m in models if isinstance(m.mean, AdaptedSource) for note in m.mean.notes]
         weighings = [Weighing()] * len(models)
         guard, info = config.guard, None
         if by_precision:
             check_precisions(config, models, notes)
             weighings = weigh(config, models, notes)
-            guard = choose_guard(config, models, scales, weighings, notes)
-        steps, left_out = match_tensors(config, models, scales, notes)
-        if by_precision and config.posterior:
-            info = _merged_info(config, models, scales, weighings)
+            guard = choose_guard(config, models, scales, rules, weighings, notes)
+        steps, left_out, mended = match_tensors(config, method, models, scales, rules, notes)
+        if by_precision and config.posterior and method.is_posterior:
+            uneven = bool(rules) or any(
+                s.copied is None and (s.merged < s.spec.size or s.scales != scales) for s in steps
+            )
+            info = _merged_info(config, models, scales, weighings, uneven=uneven)
         return MergePlan(
             config=config,
-            method=choose(with_base=config.base is not None, by_precision=by_precision),
+            method=method,
+            settings=settings,
             models=tuple(models),
             scales=scales,
             guard=guard,
             weighings=tuple(weighings),
             shrink=parse_shrink(config.shrink),
             steps=tuple(steps),
+            shards=_shards(config, steps, models[0], target),
             left_out=left_out,
+            mended=mended,
             notes=tuple(notes),
             target=target,
             info=info,
@@ -136,8 +160,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
 
 def _merged_info(
-    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], weighings: Sequence[Weighing]
-) -> PosteriorInfo:
+    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], weighings: Sequence[Weighing],
+    *, uneven: bool,
+) -> PosteriorInfo:  # fmt: skip
     base = models[0] if config.base is not None else None
     tasks = models[1:] if base else models
     total = sum(scales)
@@ -158,9 +183,9 @@ def _merged_info(
         prior=_merged_prior(base, weighings, models, shares),
         anchor=StoredAnchor(kind="base", precision=None) if base else StoredAnchor(),
         mean=_BLANK,
-        base=Identity(blocks=identity(base.mean)) if base else None,
+        base=Identity(blocks=base.identity) if base else None,
         tokenizer=next((i.tokenizer for i in known if i.tokenizer), None),
-        dtype=_main_dtype(models[0]),
+        dtype=config.dtype or _main_dtype(models[0]),
         aliases=models[0].info.aliases if models[0].info else {},
         terms=_terms(tasks, shares, counted),
         merge=MergeTrace(
@@ -169,6 +194,7 @@ def _merged_info(
             shrink=config.shrink,
             pool=config.pool,
             only=config.only,
+            uneven=uneven,
             guarded_share=_BLANK_SHARE,
         ),
     )
@@ -190,7 +216,7 @@ def _merged_prior(
             kind="base",
             centre="base",
             precision=weighings[0].prior,
-            base=Identity(blocks=identity(base.mean)),
+            base=Identity(blocks=base.identity),
             base_precision=precision_identity(base),
             base_count=weighings[0].gain,
         )
@@ -207,7 +233,7 @@ def _terms(tasks: Sequence[Posterior], shares: Sequence[float], weighings: Seque
     found: dict[str, Term] = {}
     for task, share, weighing in zip(tasks, shares, weighings, strict=True):
         inner = task.info.terms if task.info and task.info.terms else ()
-        own = inner or (Term(label=Path(task.ref).name, mean=Identity(blocks=identity(task.mean)), scale=1.0),)
+        own = inner or (Term(label=Path(task.ref).name, mean=Identity(blocks=task.identity), scale=1.0),)
         for term in own:
             before = found[term.mean.blocks].scale if term.mean.blocks in found else 0.0
             update = {"scale": before + share * term.scale, "gain": term.gain * weighing.gain}
@@ -220,3 +246,30 @@ def _main_dtype(model: Posterior) -> str:
     for spec in model.mean.specs.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size * ITEM_SIZE[spec.dtype]
     return max(sizes, key=lambda d: sizes[d], default="F32")
+
+
+def _shards(config: MergeConfig, steps: Sequence[Step], donor: Posterior, target: Path) -> tuple[tuple[str, ...], ...]:
+    """Tensors by output file: filled up in order to the size asked for, else as the donor has them."""
+    size = sum(s.spec.nbytes for s in steps)
+    limit = parse_size(config.max_shard_size) if config.max_shard_size is not None else None
+    if target.suffix == ".safetensors":
+        if limit is not None and size > limit:
+            raise ConfigError(
+                f"--max-shard-size {config.max_shard_size}: {target} is one file and needs {size:,} bytes. "
+                "Name a folder with -o."
+            )
+        return (tuple(s.name for s in steps),)
+    if limit is None:
+        shards: dict[int, list[str]] = {}
+        for step in steps:
+            shards.setdefault(donor.mean.file_of(step.name), []).append(step.name)
+        return tuple(tuple(names) for _, names in sorted(shards.items()))
+    filled: list[list[str]] = [[]]
+    room = limit
+    for step in steps:
+        if step.spec.nbytes > room and filled[-1]:
+            filled.append([])
+            room = limit
+        filled[-1].append(step.name)
+        room -= step.spec.nbytes
+    return tuple(tuple(names) for names in filled)

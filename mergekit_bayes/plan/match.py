@@ -1,61 +1,206 @@
 """Which tensor is which, which are merged, which are copied or left out, and which shapes do not fit."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.methods import Method
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, tied_source
-from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.tensors import MERGEABLE, TensorSpec, block_hash
+
+
+class Found(NamedTuple):
+    """A tensor of one of the plan's models."""
+
+    model: int
+    name: str
 
 
 @dataclass(frozen=True)
 class Step:
     """One tensor of the output. Sources are in the order of `MergePlan.models`; the donor is the first.
 
-    `precisions` is None where no precision is written. A copy takes bytes from the donor alone.
+    Attributes:
+        spec: As it is written.
+        sources: Each model's tensor; the donor's where a task lacks it (its scale is then zero).
+        precisions: Each model's precision, None for one number everywhere; None where no precision is written.
+        pooled: Shape of the written precision: the tensor's own, one number a row, or one number.
+        scales: One per task.
+        merged: Entries that are merged, from the first on; the others are the donor's.
+        copied: The reason, if all of the tensor is the donor's.
     """
 
     name: str
     spec: TensorSpec
-    sources: tuple[str, ...]
-    precisions: tuple[str | None, ...] | None
-    copied: str | None = None  # the reason, if the tensor is copied
+    sources: tuple[Found, ...]
+    precisions: tuple[Found | None, ...] | None
+    precision_shape: tuple[int, ...]
+    scales: tuple[float, ...]
+    merged: int
+    copied: str | None = None
+
+    @property
+    def row(self) -> int:
+        """Entries of one row: one slice of the first axis."""
+        return self.spec.size // self.spec.shape[0] if self.spec.shape and self.spec.size else 1
+
+
+class Matched(NamedTuple):
+    steps: list[Step]
+    left_out: dict[str, str]
+    mended: dict[str, str]  # what a rule decided for a tensor that is merged
 
 
 def match_tensors(
-    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], notes: list[str]
-) -> tuple[list[Step], dict[str, str]]:
+    config: MergeConfig, method: Method, models: Sequence[Posterior], scales: Sequence[float],
+    rules: Sequence[ScaleRule], notes: list[str],
+) -> Matched:  # fmt: skip
+    """What becomes of every tensor; raises where the rules do not say."""
     donor = models[0].mean
     maps = [_name_map(models[0], m, notes) for m in models]
-    left_out = _left_out(models[0], models[1:], maps[1:])
-    idle = config.base is not None and not any(scales)
+    left_out = _left_out(config, models[0], models[1:], maps[1:])
     only = re.compile(config.only) if config.only else None
-    steps = []
+    used: set[str] = set()
+    found = Matched([], left_out, {})
     for name, spec in donor.specs.items():
-        copied = None
-        if is_buffer(name) or (spec.dtype not in MERGEABLE and not spec.dtype.startswith("F8")):
-            copied = f"not a parameter ({spec.dtype})"
-            steps.append(Step(name, spec, (name,), None, copied))
+        if is_buffer(name) or spec.dtype not in MERGEABLE:
+            found.steps.append(_copy(name, spec, f"not a parameter ({spec.dtype})"))
             continue
-        sources = tuple(_source_name(name, spec, m, maps[i], models[0]) for i, m in enumerate(models))
+        _refuse_quantised(name, models[0])
+        written = TensorSpec(config.dtype or spec.dtype, spec.shape)
+        own = _scales(name, scales, rules, used)
+        sources = _sources(config, name, models, maps, found)
+        if sources is None:
+            continue
+        first = len(models) - len(own)
+        own = tuple(x if sources[first + t].model == first + t else 0.0 for t, x in enumerate(own))
+        merged, reason = _common(config, name, spec, sources, models, found)
         if only is not None and not only.search(name):
-            copied = "not matched by --only"
-        elif idle:
-            copied = "all scales are zero"
-        precisions = None
-        if config.weights == "precision" and copied is not None:
-            precisions = _donor_precision(name, sources[0], models)
-        elif config.weights == "precision":
-            precisions = _precision_names(name, spec, sources, models)
+            reason = "not matched by --only"
+        elif config.base is not None and not any(own):
+            reason = "all scales are zero"
+        precisions, shape = None, spec.shape
+        if method.needs_precision and reason is not None:
+            precisions = _donor_precision(name, sources[0].name, models)
+        elif method.needs_precision:
+            precisions, alone = _precisions(config, name, sources, models)
+            own = tuple(0.0 if first + t in alone else x for t, x in enumerate(own))
             if precisions is None:
-                copied = "no model has a precision for it, and all agree"
-        steps.append(Step(name, spec, sources, precisions, copied))
-    if only is not None and not any(s.copied is None for s in steps):
-        raise ConfigError(f"--only '{config.only}' matches no tensor of '{models[0].ref}'.")
-    return steps, left_out
+                reason = "no model has a precision for it, and all agree"
+            elif alone and not any(own):
+                reason = "no task changed it"
+                precisions = precisions[:1]
+        if precisions is not None:
+            shape = _precision_shape(config, spec, precisions, models, merged if reason is None else 0)
+        found.steps.append(Step(name, written, sources, precisions, shape, own, 0 if reason else merged, reason))
+    if only is not None and all(s.copied is not None for s in found.steps):
+        raise ConfigError(f"--only '{config.only}' matches no tensor of '{models[0].ref}' that is merged.")
+    for rule in rules:
+        if rule.text not in used:
+            raise ConfigError(f"--scale '{rule.text}' matches no tensor of '{models[0].ref}'.")
+    return found
+
+
+def _copy(name: str, spec: TensorSpec, reason: str) -> Step:
+    return Step(name, spec, (Found(0, name),), None, spec.shape, (), 0, reason)
+
+
+def _scales(name: str, scales: Sequence[float], rules: Sequence[ScaleRule], used: set[str]) -> tuple[float, ...]:
+    own = list(scales)
+    for rule in rules:
+        if rule.pattern.search(name):
+            own[rule.task] = rule.scale
+            used.add(rule.text)
+    return tuple(own)
+
+
+def _refuse_quantised(name: str, model: Posterior) -> None:
+    """Float 8 weights with a scale beside them are not the weights themselves."""
+    for suffix in ("_scale", "_scale_inv", ".weight_scale"):
+        if name + suffix in model.mean.specs:
+            raise MismatchError(
+                f"'{name}' of '{model.ref}' is quantised: its values count times '{name + suffix}'. Save the model "
+                "dequantised first (from_pretrained with dtype=torch.bfloat16, then save_pretrained)."
+            )
+
+
+def _sources(
+    config: MergeConfig, name: str, models: Sequence[Posterior], maps: Sequence[dict[str, str]], found: Matched
+) -> tuple[Found, ...] | None:
+    """Each model's tensor; None if the tensor is left out."""
+    result = []
+    for i, (model, names) in enumerate(zip(models, maps, strict=True)):
+        own = names.get(name) or tied_source(name, model.mean)
+        if own is not None:
+            if name not in names:
+                found.mended[name] = f"'{model.ref}' ties it to '{own}'"
+            _refuse_quantised(own, model)
+            result.append(Found(i, own))
+        elif config.on_missing == "skip":
+            found.left_out[name] = f"'{model.ref}' has none"
+            return None
+        elif config.on_missing == "base":
+            found.mended[name] = f"'{model.ref}' has none and counts as unchanged"
+            result.append(Found(0, name))
+        else:
+            raise MismatchError(
+                f"'{name}' is in '{models[0].ref}' but not in '{model.ref}'. All models of a merge share one "
+                "architecture; was this one fine-tuned from another base? --on-missing base takes it as unchanged, "
+                "--on-missing skip leaves it out."
+            )
+    return tuple(result)
+
+
+_VOCABULARY = re.compile(
+    r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings|shared|tok_embeddings|lm_head|embed_out|decoder|predictions)"
+    r"\.(weight|bias)$"
+)
+
+
+def _common(
+    config: MergeConfig, name: str, spec: TensorSpec, sources: Sequence[Found], models: Sequence[Posterior],
+    found: Matched,
+) -> tuple[int, str | None]:  # fmt: skip
+    """Entries to merge, and the reason if there are none. Lengths may differ by the rule for vocabularies only."""
+    rows = []
+    for source in sources:
+        model = models[source.model]
+        there = model.mean.specs[source.name]
+        if there.dtype not in MERGEABLE:
+            raise MismatchError(
+                f"'{name}' is {there.dtype} in '{model.ref}' ({model.mean.where(source.name)}); means are merged from "
+                f"{', '.join(MERGEABLE)}. Cast that model to BF16 first."
+            )
+        if there.shape == spec.shape:
+            rows.append(spec.shape[0] if spec.shape else 1)
+            continue
+        is_vocabulary = bool(spec.shape and there.shape and there.shape[1:] == spec.shape[1:])
+        is_vocabulary = is_vocabulary and bool(_VOCABULARY.search(name))
+        if not is_vocabulary or config.vocab == "error":
+            way_out = (
+                "--vocab common merges the tokens that all have, --vocab base keeps the base's."
+                if is_vocabulary
+                else "All models of a merge share one architecture; was this one fine-tuned from another base?"
+            )
+            raise MismatchError(
+                f"'{name}' is {list(spec.shape)} in '{models[0].ref}' but {list(there.shape)} in '{model.ref}' "
+                f"({model.mean.where(source.name)}). {way_out}"
+            )
+        rows.append(there.shape[0])
+    if len(set(rows)) <= 1:
+        return spec.size, None
+    if config.vocab == "base":
+        return 0, f"vocabularies differ ({', '.join(str(r) for r in rows)} rows); --vocab base"
+    if min(rows) < spec.shape[0]:
+        found.mended[name] = f"{min(rows)} of {spec.shape[0]} rows are merged, the others are '{models[0].ref}''s own"
+    else:
+        found.mended[name] = f"the first {min(rows)} rows of {max(rows)} are merged"
+    return spec.size // spec.shape[0] * min(rows), None
 
 
 def _name_map(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str, str]:
@@ -77,7 +222,9 @@ def _name_map(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str,
     return result
 
 
-def _left_out(donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict[str, str]]) -> dict[str, str]:
+def _left_out(
+    config: MergeConfig, donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict[str, str]]
+) -> dict[str, str]:
     result: dict[str, str] = {}
     for model, names in zip(models, maps, strict=True):
         extra = []
@@ -88,85 +235,117 @@ def _left_out(donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict
                 result[own] = f"not a parameter; only '{model.ref}' has it"
             elif is_alias(own, model.mean):
                 result[own] = f"tied to the input embedding in '{model.ref}'"
+            elif config.on_missing != "error":
+                result[own] = f"only '{model.ref}' has it"
             else:
                 extra.append(own)
         if extra:
+            tied = tied_source(extra[0], donor.mean)
+            cause = (
+                f"'{donor.ref}' ties it to '{tied}', '{model.ref}' has one of its own"
+                if tied is not None
+                else "All models of a merge share one architecture; was this one fine-tuned from another base?"
+            )
             raise MismatchError(
-                f"'{extra[0]}' ({len(extra)} such) is in '{model.ref}' but not in '{donor.ref}'. "
-                "All models of a merge share one architecture; was this one fine-tuned from another base?"
+                f"'{extra[0]}' ({len(extra)} such) is in '{model.ref}' but not in '{donor.ref}'. {cause} "
+                "--on-missing base leaves it out."
             )
     return result
 
 
-def _source_name(name: str, spec: TensorSpec, model: Posterior, names: dict[str, str], donor: Posterior) -> str:
-    own = names.get(name)
-    if own is None:
-        # A tied head that this file leaves out is its embedding; an untied one would be lost.
-        own = tied_source(name, model.mean) if is_alias(name, donor.mean) else None
-        if own is None:
-            raise MismatchError(
-                f"'{name}' is in '{donor.ref}' but not in '{model.ref}'. "
-                "All models of a merge share one architecture; was this one fine-tuned from another base?"
-            )
-    found = model.mean.specs[own]
-    if found.shape != spec.shape:
-        raise MismatchError(
-            f"'{name}' is {list(spec.shape)} in '{donor.ref}' but {list(found.shape)} in '{model.ref}' "
-            f"({model.mean.where(own)}). All models of a merge share one architecture; was this one fine-tuned from "
-            "another base?"
-        )
-    for dtype in (spec.dtype, found.dtype):
-        if dtype not in MERGEABLE:
-            raise MismatchError(
-                f"'{name}' is {dtype} in one of the models; means are merged from {', '.join(MERGEABLE)}. "
-                "Cast that model to BF16 first."
-            )
-    return own
-
-
-def _donor_precision(name: str, source: str, models: Sequence[Posterior]) -> tuple[str | None, ...] | None:
-    """Names for a tensor that is copied: only the donor's precision is needed, and none is written if it has none."""
+def _donor_precision(name: str, source: str, models: Sequence[Posterior]) -> tuple[Found | None, ...] | None:
+    """For a tensor that is copied: only the donor's precision is needed, and none is written if it has none."""
     donor = models[0]
     if donor.precision is None:
-        return (None,) * len(models)
+        return (None,) if donor.isotropic is not None else None
     own = _precision_name(name, source, donor)
-    return None if own is None else (own, *(None,) * (len(models) - 1))
+    return None if own is None else (Found(0, own),)
 
 
-def _precision_names(
-    name: str, spec: TensorSpec, sources: Sequence[str], models: Sequence[Posterior]
-) -> tuple[str | None, ...] | None:
-    """Each model's name for a tensor's precision (None: isotropic); None if no model has one and all agree."""
-    found: list[str | None] = []
-    missing = []
-    for model, source in zip(models, sources, strict=True):
+def _precisions(
+    config: MergeConfig, name: str, sources: Sequence[Found], models: Sequence[Posterior]
+) -> tuple[tuple[Found | None, ...] | None, set[int]]:
+    """Each model's precision of a tensor (None: one number), and the tasks that left the tensor alone.
+
+    A task that has no precision for a tensor and the base's values in it was frozen there: it counts as unchanged. The
+    precisions are None if no model has one and all means agree.
+    """
+    result: list[Found | None] = []
+    missing: list[int] = []
+    for i, source in enumerate(sources):
+        model = models[source.model]
         if model.precision is None:
-            found.append(None)
+            result.append(None)
             continue
-        own = _precision_name(name, source, model)
-        found.append(own)
+        own = _precision_name(name, source.name, model)
         if own is None:
-            missing.append(model)
+            missing.append(i)
+            result.append(None)
             continue
-        there = model.precision.specs[own]
-        if there.shape != spec.shape or there.dtype not in MERGEABLE:
+        there, expected = model.precision.specs[own], model.mean.specs[source.name].shape
+        if there.dtype not in ("F32", "BF16", "F64") or there.shape not in (
+            expected, row_shape(expected), one_shape(expected), ()
+        ):  # fmt: skip
             raise PrecisionError(
                 f"the precision of '{own}' in {model.precision.where(own)} is {there.dtype} {list(there.shape)}, "
-                f"expected a float tensor {list(spec.shape)} like the mean's."
+                f"expected F32 or BF16 {list(expected)} like the mean's, one number a row {list(row_shape(expected))}, "
+                f"or one number {list(one_shape(expected))}."
             )
+        result.append(Found(source.model, own))
+    same = {i for i in missing if _agree(sources[i], sources[0], models)}
+    with_files = [i for i, s in enumerate(sources) if models[s.model].precision is not None]
+    if missing and missing == with_files and len(same) == len(missing):
+        return None, set()
+    if 0 not in missing and same == set(missing) and config.base is not None:
+        return tuple(result[0] if i in same else found for i, found in enumerate(result)), same
+    first = next((i for i in missing if i not in same), missing[0]) if missing else 0
     if not missing:
-        return tuple(found)
-    files = [m for m in models if m.precision is not None]
-    specs = {m.mean.specs[s] for m, s in zip(models, sources, strict=True)}
-    if len(missing) == len(files) and len(specs) == 1:
-        hashes = {block_hash(m.mean, s) for m, s in zip(models, sources, strict=True)}
-        if len(hashes) == 1:
-            return None
-    file = missing[0].precision
+        return tuple(result), set()
+    model = models[sources[first].model]
+    looked = model.precision.files[0] if model.precision is not None else model.path
     raise PrecisionError(
-        f"no precision for '{name}' of '{missing[0].ref}' (looked in {file.files[0] if file else ''}). Was it frozen "
-        "in training? Make a full one with `bmerge precision`, or leave the tensor out of the merge with --only."
+        f"no precision for '{name}' of '{model.ref}' (looked in {looked}). "
+        "Was it frozen in training? Make a full one with `bmerge precision`, or leave the tensor out with --only."
     )
+
+
+def _agree(a: Found, b: Found, models: Sequence[Posterior]) -> bool:
+    """Whether two tensors hold the same values, by their sampled blocks."""
+    left, right = models[a.model].mean, models[b.model].mean
+    return left.specs[a.name] == right.specs[b.name] and block_hash(left, a.name) == block_hash(right, b.name)
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a precision with one number a row: a slice of the first axis."""
+    return (*shape[:1], *(1 for _ in shape[1:]))
+
+
+def one_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a precision that is one number for the tensor."""
+    return tuple(1 for _ in shape)
+
+
+def _precision_shape(
+    config: MergeConfig, spec: TensorSpec, precisions: Sequence[Found | None], models: Sequence[Posterior], merged: int
+) -> tuple[int, ...]:
+    """The coarsest shape that holds the merged precision; pooled ones stay kilobytes."""
+    shapes = set()
+    for found in precisions:
+        there = one_shape(spec.shape)
+        if found is not None:
+            source = models[found.model].precision
+            assert source is not None
+            there = source.specs[found.name].shape
+        if config.pool == "tensor":
+            there = one_shape(spec.shape)
+        elif config.pool == "row" and math.prod(there) > 1:
+            there = row_shape(spec.shape)
+        shapes.add("entry" if there[1:] != row_shape(there)[1:] else "row" if math.prod(there) > 1 else "tensor")
+    by_row = config.shrink is not None and config.shrink.startswith("row:")
+    if "entry" in shapes:
+        return spec.shape
+    finer = "row" in shapes or by_row or 0 < merged < spec.size
+    return row_shape(spec.shape) if finer else one_shape(spec.shape)
 
 
 def _precision_name(name: str, source: str, model: Posterior) -> str | None:

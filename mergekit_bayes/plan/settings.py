@@ -1,5 +1,6 @@
 """What a person may ask of a merge, and which requests contradict each other."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.methods import METHODS, Method, choose, settings_of
 from mergekit_bayes.posterior import Posterior, precision_path
 
 
@@ -18,7 +20,10 @@ class MergeConfig(Config):
     Attributes:
         models: The tasks: `.safetensors` files, folders, or Hub ids.
         base: What the tasks were fine-tuned from; with it the merge adds changes, without it it averages.
-        scale: One for all tasks, or one per task; dimensionless, negative removes (needs a base).
+        method: By name, with its settings in `param`; `weights` is the short form for the four of the two-by-two table.
+        param: The method's settings, such as `density: 0.2`.
+        scale: One for all tasks, or one per task; dimensionless, negative removes (needs a base). `MODEL:REGEX=X` sets
+            it for the tensors whose name matches; later ones win.
         precision: Another place for a model's precision, by the model's path as given.
         isotropic: One number as a model's precision, 1/weight^2.
         anchor: What training is taken to have pulled towards: `h0` (the base posterior, the published form),
@@ -31,15 +36,30 @@ class MergeConfig(Config):
         shrink: `X` adds X times the tensor's mean to each likelihood precision, `row:X` X times its row's.
         pool: Replaces each precision by its tensor's (or row's) mean: the control of every claim for entries.
         only: Merge only the tensors whose name matches; the others are the base's (else the first model's).
+        on_missing: A tensor that some model lacks: `error`, `base` (the task changed nothing there, needs a base), or
+            `skip` (leave it out).
+        vocab: Embeddings and heads of different length: `error`, `base` (the base's, else the first model's), or
+            `common` (merge the rows that all have, keep the base's others).
+        on_bad: Entries that are not finite, or precisions that are negative: `error`, or `base` (the task changed
+            nothing there, needs a base).
+        dtype: What merged tensors are written in; otherwise as the base (else the first model) has them.
+        max_shard_size: Such as `5GB`; otherwise the shards of the base (else of the first model).
         verify: Compare all bytes of each mean with its posterior's record, not only sampled blocks.
     """
 
     models: tuple[str, ...]
     base: str | None = None
     weights: Literal["uniform", "precision"] = "uniform"
-    scale: tuple[float, ...] = (1.0,)
+    method: str | None = None
+    param: dict[str, float | str] = {}
+    scale: tuple[float | str, ...] = (1.0,)
     out: str | None = None
     only: str | None = None
+    on_missing: Literal["error", "base", "skip"] = "error"
+    vocab: Literal["error", "base", "common"] = "error"
+    on_bad: Literal["error", "base"] = "error"
+    dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"] | None = None
+    max_shard_size: str | None = None
     precision: dict[str, str] = {}
     isotropic: dict[str, float] = {}
     anchor: str = "h0"
@@ -58,32 +78,98 @@ class Shrink(NamedTuple):
     by_row: bool
 
 
-def check_scales(config: MergeConfig) -> tuple[float, ...]:
+class ScaleRule(NamedTuple):
+    """The scale of one task in the tensors whose name matches."""
+
+    task: int
+    pattern: re.Pattern[str]
+    scale: float
+    text: str
+
+
+def check_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRule, ...]]:
+    """One scale per task, and the rules that change it tensor by tensor."""
     n = len(config.models)
     if n == 0 or (n == 1 and config.base is None):
         raise ConfigError("a merge needs two models, or one and a --base.")
-    if len(config.scale) not in (1, n):
+    plain = tuple(s for s in config.scale if not isinstance(s, str)) or (1.0,)
+    rules = tuple(_scale_rule(s, config) for s in config.scale if isinstance(s, str))
+    if len(plain) not in (1, n):
         raise ConfigError(
-            f"--scale: {len(config.scale)} given for {n} models. Give one for all, or one per model by repeating "
+            f"--scale: {len(plain)} given for {n} models. Give one for all, or one per model by repeating "
             "the flag in the models' order: --scale 1 --scale -0.5."
         )
-    return config.scale * n if len(config.scale) == 1 else config.scale
+    return (plain * n if len(plain) == 1 else plain), rules
 
 
-def check_options(config: MergeConfig, scales: Sequence[float]) -> None:
-    if any(not abs(s) < float("inf") for s in scales):
-        raise ConfigError(f"--scale: {list(scales)} must be finite.")
+def _scale_rule(text: str, config: MergeConfig) -> ScaleRule:
+    front, separator, number = text.rpartition("=")
+    model = next((m for m in sorted(config.models, key=len, reverse=True) if front.startswith(m + ":")), None)
+    if not separator or model is None:
+        raise ConfigError(
+            f"--scale '{text}': expected a number, or MODEL:REGEX=X with a model as given: {', '.join(config.models)}."
+        )
+    try:
+        return ScaleRule(config.models.index(model), re.compile(front[len(model) + 1 :]), float(number), text)
+    except ValueError:
+        raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None
+    except re.error as error:
+        raise ConfigError(
+            f"--scale '{text}': '{front[len(model) + 1 :]}' is no regular expression ({error})."
+        ) from None
+
+
+def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
+    """The method by name or by the two questions of the table, and its settings."""
+    if config.method is None:
+        method = choose(with_base=config.base is not None, by_precision=config.weights == "precision")
+        return method, settings_of(method, config.param)
+    if config.method not in METHODS:
+        close = difflib.get_close_matches(config.method, METHODS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"--method {config.method}: no such method.{hint} `bmerge methods` lists them.")
+    method = METHODS[config.method]
+    if config.weights == "precision" and not method.needs_precision:
+        raise ConfigError(f"--method {method.name} does not weigh by precision. Drop --weights or --method.")
+    if method.needs_base and config.base is None:
+        raise ConfigError(f"--method {method.name} adds what each task changed: name what they came from with --base.")
+    if not method.needs_base and config.base is not None:
+        raise ConfigError(f"--method {method.name} takes no base. Drop --base, or name it among the models.")
+    if method.tasks is not None and len(config.models) != method.tasks:
+        raise ConfigError(f"--method {method.name} merges {method.tasks} models, not {len(config.models)}.")
+    if method.tasks is not None and any(s != 1.0 for s in config.scale):
+        raise ConfigError(f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`).")
+    return method, settings_of(method, config.param)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB` (powers of 1,000, as transformers counts) or `512MiB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ConfigError(f"--max-shard-size '{text}': expected a size such as 5GB or 512MiB.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def check_options(config: MergeConfig, method: Method, scales: Sequence[float], rules: Sequence[ScaleRule]) -> None:
+    given = (*scales, *(r.scale for r in rules))
+    if any(not abs(s) < float("inf") for s in given):
+        raise ConfigError(f"--scale: {list(given)} must be finite.")
     if config.base is None:
-        if any(s < 0 for s in scales):
+        if any(s < 0 for s in given):
             raise ConfigError("a negative scale removes a task from something: name it with --base.")
         if sum(scales) <= 0:
             raise ConfigError("without --base the scales are shares and must sum to more than zero.")
         if config.anchor != "h0":
             raise ConfigError("--anchor says how tasks were pulled to the base: name it with --base.")
-    if config.weights == "uniform":
+        for rule, choice in (("on-missing", config.on_missing), ("on-bad", config.on_bad)):
+            if choice == "base":
+                raise ConfigError(f"--{rule} base takes the base's values: name it with --base.")
+    if config.max_shard_size is not None:
+        parse_size(config.max_shard_size)
+    if not method.needs_precision:
         for flag in ("precision", "isotropic", "observations", "shrink", "pool", "anchor", "counts", "guard"):
             if getattr(config, flag) != MergeConfig.model_fields[flag].default:
-                raise ConfigError(f"--{flag} only matters with --weights precision. Add it, or drop --{flag}.")
+                raise ConfigError(f"--{flag} only matters where precisions weigh. Add --weights precision, or drop it.")
     elif config.base is not None and config.base in config.models:
         raise ConfigError(f"'{config.base}' is both --base and a model; what it changed would be nothing.")
     for ref in set(config.precision) & set(config.isotropic):
@@ -131,14 +217,15 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
     target = Path(config.out or ("merged.safetensors" if files_only else "merged"))
     written = [target]
     if target.suffix == ".safetensors":
-        written.append(report_path(target))
+        written += [report_path(target), recipe_path(target)]
         written.append(precision_path(target))  # also where none is written: an old one would not belong
     for model in models:
         inputs = [*model.mean.files, *(model.precision.files if model.precision else ())]
         if any(p.resolve() == w.resolve() or w.resolve() in p.resolve().parents for p in inputs for w in written):
             raise CheckpointError(f"-o {target} would overwrite '{model.ref}', an input. Choose another -o.")
     for path in written:
-        if path.exists() and not config.force:
+        # A merge that was stopped while it put its files in place has some of them there, and goes on.
+        if path.exists() and not config.force and not partial_path(target).exists():
             raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
     return target
 
@@ -148,3 +235,15 @@ def report_path(target: Path) -> Path:
     if target.suffix == ".safetensors":
         return target.with_name(target.name.removesuffix(".safetensors") + ".merge_report.json")
     return target / "merge_report.json"
+
+
+def recipe_path(target: Path) -> Path:
+    """Where a merge's resolved recipe goes: beside a file, inside a folder."""
+    if target.suffix == ".safetensors":
+        return target.with_name(target.name.removesuffix(".safetensors") + ".merge_recipe.yaml")
+    return target / "merge_recipe.yaml"
+
+
+def partial_path(target: Path) -> Path:
+    """Where a merge lies until it is whole."""
+    return target.with_name(target.name + ".partial")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
 from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, Prior, precision_path
 from mergekit_bayes.tensors import identity
 
@@ -59,7 +59,7 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
             kind = "one number everywhere" if model.isotropic is not None else "a precision without information"
             notes.append(f"'{model.ref}' has {kind}: taken as it is, on the scale of the summed loss, prior 0")
             continue
-        if identity(model.mean) != model.info.mean.blocks:
+        if model.identity != model.info.mean.blocks:
             raise PrecisionError(
                 f"the precision of '{model.ref}' ({model.precision.files[0] if model.precision else ''}) was taken at "
                 "other weights than these: its record of them differs. Use the precision that belongs to them, or "
@@ -189,7 +189,7 @@ def _weigh_merge(
 
 def _check_frame(model: Posterior, prior: Prior, base: Posterior, base_gain: float, gain: float) -> None:
     """The base inside a merge must be today's and count as it does today, or the chain would not be exact."""
-    if prior.base != Identity(blocks=identity(base.mean)) or prior.base_precision != precision_identity(base):
+    if prior.base != Identity(blocks=base.identity) or prior.base_precision != precision_identity(base):
         raise MismatchError(
             f"'{model.ref}' is a merge in the frame of another base or base precision than '{base.ref}'. "
             "Chains stay exact only in one frame: use the base that it was merged with."
@@ -238,11 +238,11 @@ def _pull(config: MergeConfig, model: Posterior, gain: float) -> Pull:
 
 
 def choose_guard(
-    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], weighings: Sequence[Weighing],
-    notes: list[str],
+    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], rules: Sequence[ScaleRule],
+    weighings: Sequence[Weighing], notes: list[str],
 ) -> float:  # fmt: skip
     """The guard to use: next to none where every removal exactly cancels terms that merges list."""
-    if config.base is None or min(scales) >= 0:
+    if config.base is None or rules or min(scales) >= 0:
         return config.guard
     base, tasks = models[0], list(zip(models[1:], scales, weighings[1:], strict=True))
     removed: dict[str, float] = {}
@@ -250,7 +250,7 @@ def choose_guard(
     for task, scale, weighing in tasks:
         if scale >= 0:
             continue
-        who = identity(task.mean)
+        who = task.identity
         removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain
         if base.info is not None and any(t.mean.blocks == who for t in base.info.terms):
             raise MismatchError(
@@ -274,10 +274,9 @@ def choose_guard(
 def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
     """True if a merge's terms went in as they would come out today."""
     trace = info.merge
-    return trace is not None and (trace.guarded_share, trace.only, trace.anchor) == (0.0, config.only, config.anchor)
+    ours = (0.0, False, config.only, config.anchor)
+    return trace is not None and (trace.guarded_share, trace.uneven, trace.only, trace.anchor) == ours
 
 
 def precision_identity(model: Posterior) -> Identity:
-    if model.precision is None:
-        return Identity(blocks=f"isotropic {model.isotropic}")
-    return Identity(blocks=identity(model.precision))
+    return Identity(blocks=model.precision_identity)

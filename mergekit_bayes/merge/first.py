@@ -1,0 +1,189 @@
+"""What must be known before an entry can be merged: mean precisions, and a method's facts.
+
+Sums are taken over windows that depend on the tensor alone and are added in order, so that neither chunks nor threads
+change a bit.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mergekit_bayes.kernels import Array, first_pass, row_sums
+from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of
+from mergekit_bayes.methods.base import BINS, Reduction
+from mergekit_bayes.plan import Found, MergePlan, Step
+from mergekit_bayes.tensors import decode
+
+WINDOW = 1 << 18  # entries
+Spread = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # a map, in order, perhaps by several threads
+
+
+class _Window(NamedTuple):
+    start: int
+    stop: int
+    row: int
+
+
+class FirstPass:
+    """Finds out what each step must know.
+
+    Args:
+        plan: The merge.
+        reader: The calling thread's reader.
+        spread: Runs windows.
+        fused: Whether to use the compiled passes.
+    """
+
+    def __init__(self, plan: MergePlan, reader: Callable[[], Reader], spread: Spread, *, fused: bool) -> None:
+        self.plan, self.reader, self.spread, self.fused = plan, reader, spread, fused
+
+    def known(self, step: Step) -> Known:
+        """All of it for one step."""
+        known = self._precisions(step)
+        if step.copied is None:
+            known.facts = self._facts(step, known)
+        return known
+
+    def _precisions(self, step: Step) -> Known:
+        plan, pooled, means = self.plan, {}, {}
+        shrink, pool = plan.shrink, plan.config.pool
+        for i, found in enumerate(step.precisions or ()):
+            weighing = plan.weighings[i]
+            size = step.spec.size if i == 0 else step.merged
+            coarse = self._coarse(i, found)
+            if coarse is None and pool is not None:
+                coarse = self._means(found, step.row, size, by_row=pool == "row").astype(np.float32)
+            elif coarse is not None and pool == "tensor":
+                coarse = coarse.mean(keepdims=True, dtype=np.float64).astype(np.float32)
+            if coarse is not None:
+                pooled[i] = coarse
+            if shrink is not None and shrink.amount and weighing.reshape:
+                if coarse is None:
+                    mean = self._means(found, step.row, size, by_row=shrink.by_row)
+                else:
+                    mean = coarse.astype(np.float64)
+                    mean = mean if shrink.by_row else mean.mean(keepdims=True)
+                means[i] = shrink.amount * weighing.gain * (mean - weighing.contained)
+        rows = max((m.size for m in means.values()), default=1)
+        extras = np.zeros((len(plan.models), rows))
+        for i, extra in means.items():
+            extras[i, : extra.size if extra.size > 1 else rows] = extra
+        return Known(pooled, extras)
+
+    def _coarse(self, i: int, found: Found | None) -> Array | None:
+        """A precision that is one number, or one a row; None for one by entry."""
+        if found is None:
+            return np.array([self.plan.models[i].isotropic], np.float32)
+        model = self.plan.models[found.model]
+        assert model.precision is not None
+        spec = model.precision.specs[found.name]
+        by_entry = spec.size > 1 and model.mean.specs[self._mean_of(i, found)].shape == spec.shape
+        if by_entry:
+            return None
+        return decode(self.reader().raw(model.precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
+
+    def _mean_of(self, i: int, found: Found) -> str:
+        return self._names[i, found]
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, Found], str]:
+        """The mean's tensor of each precision."""
+        return {
+            (i, found): source.name
+            for step in self.plan.steps
+            for i, (found, source) in enumerate(zip(step.precisions or (), step.sources, strict=False))
+            if found is not None
+        }
+
+    def _means(self, found: Found | None, row: int, size: int, *, by_row: bool) -> Array:
+        """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64."""
+        assert found is not None
+        if not by_row:
+            sums = self._sums(found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
+                                      for a in range(0, size, WINDOW)])  # fmt: skip
+            return np.array([_added(sums) / max(size, 1)])
+        if row <= WINDOW:
+            step = WINDOW // row * row
+            sums = self._sums(found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
+            return np.concatenate(sums) / row if sums else np.zeros(0)
+        pieces = [_Window(a, min(a + WINDOW, r + row), min(WINDOW, r + row - a))
+                  for r in range(0, size, row) for a in range(r, r + row, WINDOW)]  # fmt: skip
+        sums, each = self._sums(found, pieces), math.ceil(row / WINDOW)
+        return np.array([_added(sums[k : k + each]) for k in range(0, len(sums), each)]) / row
+
+    def _sums(self, found: Found, windows: Sequence[_Window]) -> list[Array]:
+        return list(self.spread(lambda window: self._window_sums(found, window), windows))
+
+    def _window_sums(self, found: Found, window: _Window) -> Array:
+        source = self.plan.models[found.model].precision
+        assert source is not None
+        raw, dtype = self.reader().raw(source, found.name, window.start, window.stop), source.specs[found.name].dtype
+        stored = raw.view(np.uint16) if dtype == "BF16" else decode(raw, dtype).astype(np.float32, copy=False)
+        if self.plan.config.on_bad == "base":
+            values = decode(raw, dtype)
+            stored = np.where(np.isfinite(values) & (values >= 0), values, 0).astype(np.float32)
+        sums = np.zeros((window.stop - window.start) // window.row)
+        row_sums(stored, window.row, sums, fused=self.fused)
+        return sums
+
+    def _facts(self, step: Step, known: Known) -> tuple[float, ...]:
+        plan, reduction = self.plan, self.plan.method.reduction
+        if reduction is None:
+            if not plan.method.parameters:
+                return (plan.guard,)
+            return tuple(float(plan.settings[p.name]) for p in plan.method.parameters if not p.choices)
+        if plan.settings.get("scope", reduction.scope) == "model":
+            return self._facts_of_model
+        return self._finish(reduction, self._totals(reduction, [(step, known)]))
+
+    @cached_property
+    def _facts_of_model(self) -> tuple[float, ...]:
+        reduction = self.plan.method.reduction
+        assert reduction is not None
+        steps = [(s, self._precisions(s)) for s in self.plan.steps if s.copied is None]
+        return self._finish(reduction, self._totals(reduction, steps))
+
+    def _finish(self, reduction: Reduction, totals: Array) -> tuple[float, ...]:
+        counts = tuple(w.count or 1.0 for w in self.plan.weighings[self.plan.base is not None :])
+        return reduction.facts(totals, self.plan.settings, counts)
+
+    def _totals(self, reduction: Reduction, steps: Sequence[tuple[Step, Known]]) -> Array:
+        count = reduction.count(len(self.plan.tasks))
+        windows = [
+            (step, known, a, min(a + WINDOW, step.merged))
+            for step, known in steps
+            for a in range(0, step.merged, WINDOW)
+        ]
+        # Counts may be added in any order, each thread its own; sums of floats may not.
+        counted: dict[int, Array] = {}
+
+        def measure(window: tuple[Step, Known, int, int]) -> Array | None:
+            step, known, start, stop = window
+            chunk = self.reader().chunk(step, known, start, stop)
+            numbers = numbers_of(self.plan, step, ())
+            if reduction.kind == "histogram":
+                into = counted.setdefault(threading.get_ident(), np.zeros((count, BINS), np.int64))
+            else:
+                into = np.zeros(count)
+            first_pass(kind_of(self.plan, step), fused=self.fused)(chunk, numbers, into)
+            return into if reduction.kind == "sum" else None
+
+        totals = np.zeros(count)
+        for sums in self.spread(measure, windows):
+            if sums is not None:
+                totals += sums
+        if reduction.kind == "sum":
+            return totals
+        return sum(counted.values(), np.zeros((count, BINS), np.int64))
+
+
+def _added(sums: Sequence[Array]) -> float:
+    total = 0.0
+    for part in sums:
+        for x in part:
+            total += float(x)
+    return total

@@ -1,0 +1,218 @@
+"""The files of a merge: opened in `OUT.partial`, finished, and put under their final names."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge.journal import Partial
+from mergekit_bayes.merge.work import Sinks
+from mergekit_bayes.plan import MergePlan, recipe_path, report_path
+from mergekit_bayes.posterior import PosteriorInfo, identify, precision_path, write_index, write_info
+from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpec
+
+
+class Output:
+    """The sinks of a merge, by tensor. Any number of processes may hold them at once."""
+
+    def __init__(self, plan: MergePlan, out: Path) -> None:
+        self.plan, self.out = plan, out
+        count = len(plan.shards)
+        if plan.to_file:
+            self.means = [out / plan.target.name]
+            self.precisions = [out / precision_path(plan.target).name]
+        else:
+            (out / "posterior").mkdir(exist_ok=True) if plan.info is not None else None
+            self.means = [out / _shard("model", i, count) for i in range(count)]
+            self.precisions = [out / "posterior" / _shard("precision", i, count) for i in range(count)]
+        self._mean_sinks: list[SafetensorsSink] = []
+        self._precision_sinks: list[SafetensorsSink | None] = []
+        self._of: dict[str, Sinks] = {}
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        plan = self.plan
+        steps = {s.name: s for s in plan.steps}
+        for i, names in enumerate(plan.shards):
+            specs = {n: steps[n].spec for n in names}
+            mean = SafetensorsSink(self.means[i], specs, {"format": "pt"}, shared=True)
+            self._mean_sinks.append(mean)
+            stored = {n: TensorSpec("F32", steps[n].precision_shape) for n in names if steps[n].precisions is not None}
+            precision = None
+            if plan.info is not None and stored:
+                precision = SafetensorsSink(self.precisions[i], stored, plan.info.to_metadata(), shared=True)
+            self._precision_sinks.append(precision)
+            for name in names:
+                self._of[name] = Sinks(mean, precision if name in stored else None)
+
+    def sinks(self, name: str) -> Sinks:
+        return self._of[name]
+
+    def sync(self) -> None:
+        for sink in (*self._mean_sinks, *self._precision_sinks):
+            if sink is not None:
+                sink.sync()
+
+    def finish(self, guarded_share: float) -> None:
+        """Write headers, the posterior's information, indices and side files; all tensors are there."""
+        plan = self.plan
+        for mean in self._mean_sinks:
+            mean.close()
+        if plan.info is not None:
+            info = _own_info(plan, plan.info, self.means, guarded_share)
+            for precision in self._precision_sinks:
+                if precision is not None:
+                    precision.metadata = info.to_metadata()
+                    precision.close()
+            if not plan.to_file:
+                write_info(self.out / "posterior", info)
+        recipe = recipe_path(plan.target).name
+        (self.out / recipe).write_text(recipe_text(plan))
+        if not plan.to_file:
+            self._write_indices()
+            self._copy_side_files()
+
+    def _write_indices(self) -> None:
+        if len(self.means) == 1:
+            return
+        plan = self.plan
+        steps = {s.name: s for s in plan.steps}
+        shards = {f.name: list(names) for f, names in zip(self.means, plan.shards, strict=True)}
+        write_index(self.out, "model", shards, sum(s.spec.nbytes for s in plan.steps))
+        if plan.info is None:
+            return
+        stored = {
+            f.name: [n for n in names if steps[n].precisions is not None]
+            for f, names, sink in zip(self.precisions, plan.shards, self._precision_sinks, strict=True)
+            if sink is not None
+        }
+        size = sum(4 * math.prod(steps[n].precision_shape) for names in stored.values() for n in names)
+        write_index(self.out / "posterior", "precision", stored, size)
+
+    def _copy_side_files(self) -> None:
+        """Config, tokenizer, chat template and generation settings are the donor's; the dtype is what was written."""
+        folder = self.plan.donor.path
+        if not folder.is_dir():
+            return
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and _travels(file):
+                shutil.copyfile(file, self.out / file.name)
+        for name in ("additional_chat_templates",):
+            if (folder / name).is_dir():
+                shutil.copytree(folder / name, self.out / name, dirs_exist_ok=True)
+        dtype = _CONFIG_DTYPE.get(self.plan.config.dtype or "")
+        config = self.out / "config.json"
+        if dtype is not None and config.exists():
+            content = json.loads(config.read_text())
+            for key in ("dtype", "torch_dtype"):
+                if key in content:
+                    content[key] = dtype
+            config.write_text(json.dumps(content, indent=2) + "\n")
+
+    def write_report(self, text: str) -> None:
+        (self.out / report_path(self.plan.target).name).write_text(text)
+
+    def close(self) -> None:
+        for sink in (*self._mean_sinks, *self._precision_sinks):
+            if sink is not None:
+                sink.abandon()
+
+
+_CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+                 "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
+    """Give the output its final name: until the last rename that name is missing, or what it was before.
+
+    Called again after a kill, it goes on where it stopped.
+    """
+    if sync:
+        for file in sorted(partial.out.rglob("*")):
+            _sync_path(file)
+    partial.publish()
+    target = plan.target
+    try:
+        if plan.to_file:
+            if plan.info is None:
+                precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
+            for final in (report_path(target), recipe_path(target), precision_path(target), target):
+                if (partial.out / final.name).exists():
+                    os.replace(partial.out / final.name, final)
+        elif partial.out.exists():
+            if target.exists():
+                os.rename(target, partial.folder / "replaced")
+            os.rename(partial.out, target)
+        if sync:
+            _sync_path(target.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from None
+    partial.remove()
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def recipe_text(plan: MergePlan) -> str:
+    """The resolved recipe: every setting as it was used, Hub ids by their commit."""
+    content = plan.config.model_dump(mode="json", exclude={"out", "force"})
+    pinned = {m.ref: m.pinned for m in plan.models if m.pinned != m.ref}
+    content = _renamed(content, pinned)
+    content["param"] = dict(plan.settings)
+    header = "# bmerge merge THIS -o OUT gives the same bytes again, from the same files.\n"
+    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _renamed(content: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(content, dict):
+        return {names.get(k, k): _renamed(v, names) for k, v in content.items()}
+    if isinstance(content, list):
+        return [_renamed(v, names) for v in content]
+    if isinstance(content, str):
+        model, colon, rest = content.partition(":")
+        return names.get(content) or (names[model] + colon + rest if model in names else content)
+    return content
+
+
+def _own_info(plan: MergePlan, info: PosteriorInfo, means: list[Path], guarded_share: float) -> PosteriorInfo:
+    """The merge's info with its own identity, which only the written mean can give."""
+    written = SafetensorsSource(means)
+    try:
+        who = identify(written, full=plan.config.verify)
+    finally:
+        written.close()
+    assert info.merge is not None
+    merge = info.merge.model_copy(update={"guarded_share": math.ceil(1e6 * guarded_share) / 1e6})
+    return info.model_copy(update={"mean": who, "merge": merge})
+
+
+def _shard(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_OWN_FILES = ("merge_report.json", "trainer_state.json", "all_results.json", "train_results.json")
+
+
+def _travels(file: Path) -> bool:
+    return (
+        file.suffix in _SIDE_SUFFIXES
+        and not file.name.endswith(".index.json")
+        and not file.name.startswith((".", "adapter_"))
+        and file.name not in _OWN_FILES
+    )
