@@ -58,6 +58,7 @@ def test_the_readmes_merge_line_works_as_written(world):
     assert {p.name for p in Path().glob("ab.*")} == {
         "ab.safetensors",
         "ab.precision.safetensors",
+        "ab.merge_recipe.yaml",
         "ab.merge_report.json",
     }
 
