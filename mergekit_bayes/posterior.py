@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -95,6 +96,7 @@ class MergeTrace(_Record):
     shrink: str | None = None
     pool: str | None = None
     only: str | None = None
+    uneven: bool = False  # some tensor or entry was merged by other scales than the terms'
     guarded_share: float = 0.0
 
 
@@ -167,6 +169,27 @@ class Posterior:
     precision: CheckpointSource | None = None
     info: PosteriorInfo | None = None
     isotropic: float | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Who the mean is, by sampled blocks."""
+        return identity(self.mean)
+
+    @cached_property
+    def precision_identity(self) -> str:
+        """Who the precision is, by sampled blocks."""
+        return f"isotropic {self.isotropic}" if self.precision is None else identity(self.precision)
+
+    @property
+    def commit(self) -> str | None:
+        """Of the Hub repository that it was fetched from."""
+        parts = self.path.parts
+        return parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" and is_hub_id(self.ref) else None
+
+    @property
+    def pinned(self) -> str:
+        """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
+        return self.ref if self.commit is None else f"{self.ref.partition('@')[0]}@{self.commit}"
 
     @property
     def is_file(self) -> bool:
