@@ -32,7 +32,9 @@ __all__ = [
     "plan_merge", "run_merge",
 ]  # fmt: skip
 
-CHUNK = 1 << 16  # entries read, combined and written at a time; their arrays stay in the second cache
+# Entries read, combined and written at a time. The compiled pass works in blocks of its own; numpy's temporaries should
+# stay in the second cache.
+CHUNK, PLAIN_CHUNK = 1 << 18, 1 << 16
 # Below this many entries to merge, loading numba costs more than it saves.
 WORTH_FUSING = 1 << 25
 PATIENCE = 60.0  # seconds without any other part at work, after which the first does what is left
@@ -49,7 +51,7 @@ def run_merge(
     part: Part | None = None,
     sync: bool = False,
     fused: bool | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> MergeReport | None:
     """Plan a merge and carry it out; see `carry_out`."""
     with closing(plan_merge(config)) as plan:
@@ -64,7 +66,7 @@ def carry_out(
     part: Part | None = None,
     sync: bool = False,
     fused: bool | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> MergeReport | None:
     """Carry out a plan that `plan_merge` made.
 
@@ -125,14 +127,14 @@ class _Run:
     """Does units on threads, each with its own buffers."""
 
     def __init__(
-        self, plan: MergePlan, output: Output, journal: Journal, chunk: int, threads: int | None, fused: bool | None,
+        self, plan: MergePlan, output: Output, journal: Journal, chunk: int | None, threads: int | None, fused: bool | None,
         *, sync: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
         self.threads = threads or min(4, len(os.sched_getaffinity(0)))
         entries = sum(s.merged for s in plan.steps)
         self.fused = can_fuse() and (entries >= WORTH_FUSING if fused is None else fused)
-        self.chunk = chunk
+        self.chunk = chunk or (CHUNK if self.fused else PLAIN_CHUNK)
         self._local = threading.local()
         self._writing = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
