@@ -1,5 +1,7 @@
 """`bmerge merge`: add, average or subtract models, by equal weights or by precision."""
 
+from contextlib import closing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,16 +18,22 @@ from bmerge_cli.render import (
     progress_bar,
     table,
 )
-from mergekit_bayes.configs import parse_config
+from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.merge import MergeConfig, MergeReport, carry_out
+from mergekit_bayes.merge import MergeConfig, MergeReport, carry_out, join, parse_part, part_of_launcher
 from mergekit_bayes.plan import MergePlan, plan_merge
 
 NAME = "merge"
 
 
 def command(
-    models: Annotated[list[str], typer.Argument(help=".safetensors files, folders, or Hub ids (org/name[@revision]).")],
+    context: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help=".safetensors files, folders, BASE+ADAPTER, Hub ids (org/name[@revision]); or one recipe.yaml."
+        ),
+    ],
     base: Annotated[
         str | None, typer.Option(help="What the models were fine-tuned from; their changes add up.")
     ] = None,
@@ -33,8 +41,15 @@ def command(
         str, typer.Option(help="uniform: all entries count alike. precision: by their precision.")
     ] = "uniform",
     scale: Annotated[
-        list[str] | None, typer.Option(help="One for all, or one per model by repeating. < 0 removes.")
+        list[str] | None,
+        typer.Option(
+            help="One for all, or one per model by repeating; < 0 removes. MODEL:REGEX=X: for matching tensors."
+        ),
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Another rule than --weights chooses: see `bmerge methods`.")
+    ] = None,
+    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a setting of the method.")] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="A .safetensors file or a folder.")] = None,
     only: Annotated[str | None, typer.Option(help="Merge only tensors whose name matches this regex.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="MODEL=PATH: its precision lies elsewhere.")] = None,
@@ -55,8 +70,30 @@ def command(
     pool: Annotated[
         str | None, typer.Option(help="tensor or row: one precision for each, the control of entries.")
     ] = None,
+    on_missing: Annotated[
+        str, typer.Option(help="A tensor that a model lacks: error, base (unchanged there) or skip (left out).")
+    ] = "error",
+    vocab: Annotated[
+        str, typer.Option(help="Vocabularies of different length: error, base (kept) or common (tokens of all).")
+    ] = "error",
+    on_bad: Annotated[
+        str, typer.Option(help="NaN, infinity or a negative precision: error, or base (unchanged there).")
+    ] = "error",
+    dtype: Annotated[
+        str | None, typer.Option(help="F64, F32, F16, BF16, F8_E4M3 or F8_E5M2, instead of the base's own.")
+    ] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Such as 5GB; by default the base's shards.")] = None,
     posterior: Annotated[bool, typer.Option("--posterior/--no-posterior", help="Write the merged precision.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Compare full hashes, not only sampled blocks.")] = False,
+    space: Annotated[
+        str, typer.Option(help="Adapters alone: product (of the factors), concat (exact sum) or factor.")
+    ] = "product",
+    rank: Annotated[int | None, typer.Option(help="Adapters alone: the rank of the merged one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="By default one a core, at most 4.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: do the I-th of N parts; a call without it joins them.")
+    ] = None,
+    sync: Annotated[bool, typer.Option("--sync", help="Wait for the disk: survives a power cut, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -66,52 +103,128 @@ def command(
 
     uniform: average, task arithmetic.  precision: precision-weighted average, gradient matching
     (Daheim et al., ICLR 2024). A precision lies in X.precision.safetensors or MODEL/posterior/.
+    A merge that was stopped is resumed by the same line; until it is whole it lies in OUT.partial.
     """
     with failures():
         for item in models:
             _refuse_number(item)
-        config = parse_config(
-            MergeConfig,
-            {
-                "models": models,
-                "base": base,
-                "weights": weights,
-                "scale": [number(s, "--scale") for s in scale or ["1"]],
-                "out": out,
-                "only": only,
-                "precision": assignments(precision or [], "--precision"),
-                "isotropic": {
-                    m: number(x, "--isotropic") for m, x in assignments(isotropic or [], "--isotropic").items()
-                },
-                "anchor": anchor,
-                "guard": guard,
-                "counts": counts,
-                "observations": assignments(observations or [], "--observations"),
-                "shrink": shrink,
-                "pool": pool,
-                "posterior": posterior,
-                "force": force,
-                "verify": verify,
-            },
-            "bmerge merge",
-        )
-        plan = plan_merge(config)
-        try:
-            screen = console(quiet=quiet)
+        values: dict[str, Any] = {
+            "models": models,
+            "base": base,
+            "weights": weights,
+            "method": method,
+            "param": assignments(param or [], "--param"),
+            "scale": [s if "=" in s else number(s, "--scale") for s in scale or ["1"]],
+            "out": out,
+            "only": only,
+            "precision": assignments(precision or [], "--precision"),
+            "isotropic": {m: number(x, "--isotropic") for m, x in assignments(isotropic or [], "--isotropic").items()},
+            "anchor": anchor,
+            "guard": guard,
+            "counts": counts,
+            "observations": assignments(observations or [], "--observations"),
+            "shrink": shrink,
+            "pool": pool,
+            "on_missing": on_missing,
+            "vocab": vocab,
+            "on_bad": on_bad,
+            "dtype": dtype.upper() if dtype else None,
+            "max_shard_size": max_shard_size,
+            "posterior": posterior,
+            "force": force,
+            "verify": verify,
+        }
+        given = {k for k in values if str(context.get_parameter_source(k)).endswith(("COMMANDLINE", "ENVIRONMENT"))}
+        config = _config(values, given)
+        screen = console(quiet=quiet)
+        if _adapters_alone(config):
+            _merge_adapters(config, given, space, rank, screen, as_json=as_json, quiet=quiet)
+            return
+        if context.get_parameter_source("space").name == "COMMANDLINE" or rank is not None:  # type: ignore[union-attr]
+            raise ConfigError("--space and --rank are for adapters alone; these are whole models.")
+        part = parse_part(shard) if shard is not None else None
+        with closing(plan_merge(config)) as plan:
             if dry_run:
                 _show_plan(screen, plan)
                 if as_json:
                     print_json(_plan_document(plan))
                 return
+            launched = part_of_launcher() if part is None else None
+            leads = launched is None or launched.number == 1
+            screen = screen if leads else console(quiet=True)
             with progress_bar(screen, "merging") as advance:
-                report = carry_out(plan, progress=advance)
-        finally:
-            plan.close()
+                if launched is not None:
+                    report = join(plan, launched, progress=advance, threads=threads, sync=sync)
+                else:
+                    report = carry_out(plan, progress=advance, threads=threads, part=part, sync=sync)
+        if report is None:
+            if part is not None:
+                screen.print(f"part {part.number} of {part.of} is done; the same line without --shard joins the parts")
+            return
         _show_report(screen, report)
         if as_json:
             print_json(report.model_dump(mode="json"))
         elif not quiet:
             typer.echo(report.path)
+
+
+def _config(values: dict[str, Any], given: set[str]) -> MergeConfig:
+    """Flags, or a recipe whose settings the given flags beat."""
+    models = values["models"]
+    recipes = [m for m in models if m.endswith((".yaml", ".yml"))]
+    if not recipes:
+        return parse_config(MergeConfig, values, "bmerge merge")
+    if len(models) > 1:
+        raise ConfigError(f"'{recipes[0]}' is a recipe and names its own models. Give it alone.")
+    recipe = read_yaml(Path(recipes[0]))
+    return parse_config(MergeConfig, recipe | {k: values[k] for k in given - {"models"}}, recipes[0])
+
+
+def _adapters_alone(config: MergeConfig) -> bool:
+    if config.base is not None:
+        return False
+    folders = [Path(m) for m in config.models]
+    return all((f / "adapter_model.safetensors").exists() and not (f / "config.json").exists() for f in folders)
+
+
+def _merge_adapters(
+    config: MergeConfig, given: set[str], space: str, rank: int | None, screen: Any, *, as_json: bool, quiet: bool
+) -> None:
+    from mergekit_bayes.lora import merge_adapters
+
+    ours = {"models", "weights", "scale", "out", "precision", "counts", "force"}
+    if foreign := sorted(given - ours):
+        raise ConfigError(
+            f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, --scale, --counts, "
+            "--precision, --space and --rank. Put the base before each to merge whole models: BASE+ADAPTER."
+        )
+    if space not in ("product", "concat", "factor"):
+        raise ConfigError(f"--space {space}: expected product, concat or factor.")
+    if any(isinstance(s, str) for s in config.scale):
+        raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
+    with progress_bar(screen, "merging") as advance:
+        report = merge_adapters(
+            config.models,
+            Path(config.out or "merged"),
+            scales=[float(s) for s in config.scale],
+            weights=config.weights,
+            space=space,  # type: ignore[arg-type]
+            rank=rank,
+            counts=config.counts,
+            precision=config.precision,
+            force=config.force,
+            progress=advance,
+        )
+    screen.print(
+        f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative error of a layer "
+        f"is {report.largest_error:.3g}"
+    )
+    for note in report.notes:
+        screen.print(f"  note: {note}", markup=False)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    elif not quiet:
+        typer.echo(report.path)
 
 
 def _refuse_number(item: str) -> None:
@@ -125,13 +238,16 @@ def _refuse_number(item: str) -> None:
 def _plan_document(plan: MergePlan) -> dict[str, Any]:
     return {
         "method": plan.method.name,
+        "settings": plan.settings,
         "target": str(plan.target),
+        "shards": [len(names) for names in plan.shards],
         "models": [_weight_row(plan, i) for i in range(len(plan.models))],
         "guard": plan.guard,
         "steps": [
             {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied} for s in plan.steps
         ],
         "left_out": plan.left_out,
+        "ruled": plan.mended,
         "notes": plan.notes,
     }
 
@@ -180,6 +296,8 @@ def _show_plan(screen: Any, plan: MergePlan) -> None:
     for step in plan.steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
+    for name, why in plan.mended.items():
+        screen.print(f"  ruled     {name}: {why}", markup=False)
     for name, why in plan.left_out.items():
         screen.print(f"  left out  {name}: {why}", markup=False)
     for note in plan.notes:
@@ -194,6 +312,8 @@ def _show_report(screen: Any, report: MergeReport) -> None:
     for model in report.models:
         if model.ratio is not None:
             screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
+    if report.ruled:
+        screen.print(f"  {len(report.ruled)} tensors by a rule, {next(iter(report.ruled))} first: see the report")
     removes = any(m.scale is not None and m.scale < 0 for m in report.models)
     if report.weights == "precision" and (removes or report.guarded_share > 0):
         screen.print(

@@ -28,7 +28,7 @@ from mergekit_bayes.merge.work import Unit, Worker, units_of
 from mergekit_bayes.plan import MergeConfig, MergePlan, Step, partial_path, plan_merge, report_path
 
 __all__ = [
-    "CHUNK", "MergeConfig", "MergePlan", "MergeReport", "Part", "carry_out", "parse_part", "part_of_launcher",
+    "CHUNK", "MergeConfig", "MergePlan", "MergeReport", "Part", "carry_out", "join", "parse_part", "part_of_launcher",
     "plan_merge", "run_merge",
 ]  # fmt: skip
 
@@ -127,8 +127,8 @@ class _Run:
     """Does units on threads, each with its own buffers."""
 
     def __init__(
-        self, plan: MergePlan, output: Output, journal: Journal, chunk: int | None, threads: int | None, fused: bool | None,
-        *, sync: bool, progress: Progress | None,
+        self, plan: MergePlan, output: Output, journal: Journal, chunk: int | None, threads: int | None,
+        fused: bool | None, *, sync: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
         self.threads = threads or min(4, len(os.sched_getaffinity(0)))
