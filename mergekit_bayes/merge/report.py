@@ -99,7 +99,7 @@ class Totals:
             self.multiplier = max(self.multiplier, tally["multiplier"])
             for i, count in enumerate(tally["mended"]):
                 self.mended[i] += count
-            if tally["stored"]:
+            if tally["stored"] and plan.method.needs_precision:
                 entries, sums = by_step.get(unit.step, (0, [0.0] * models))
                 added = [a + b for a, b in zip(sums, tally["stored"], strict=True)]
                 by_step[unit.step] = (entries + tally["entries"], added)
