@@ -1,0 +1,243 @@
+"""PyTorch's pickled checkpoints into safetensors, shard by shard.
+
+A pickle can run code when it is loaded, so a merge reads none. Here it is read by `torch.load(weights_only=True)`
+alone, which builds tensors and nothing else. The numbers are not touched: every
+tensor keeps its name, dtype, shape and bits. Tensors that share their memory (tied weights) are stored once.
+"""
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.configs import Config
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.posterior import check_index, read_index, replacing, shard_name, write_index
+from mergekit_bayes.sources import resolve
+from mergekit_bayes.tensors import SafetensorsSink, TensorSpec, shown
+
+
+class ConvertReport(Config):
+    """What was written: the file or folder, its tensors, and each tied name with the one that is stored for it."""
+
+    path: Path
+    files: tuple[str, ...]
+    tensors: int
+    bytes: int
+    tied: dict[str, str]
+
+
+def run_convert(
+    ref: str, out: str | Path, force: bool = False, *, progress: Callable[[int, int], None] | None = None
+) -> ConvertReport:
+    """Convert a pickled checkpoint to safetensors with the same shards, and copy config, tokenizer and the like.
+
+    One shard is mapped at a time and its tensors are written one by one. Of tensors that share all of their memory
+    the first name is stored, unless the model's config says `tie_word_embeddings: false`: its loader would then not
+    find the others, and all are stored.
+
+    Args:
+        ref: A folder with `pytorch_model.bin` (or its shards and index, or `adapter_model.bin`), one such file, or
+            `org/name[@revision]`.
+        out: A folder; for a file, a `.safetensors` file.
+        force: Replace what is there.
+        progress: Called with (bytes of the pickles read, bytes of the pickles in all).
+
+    Raises:
+        CheckpointError: No pickled checkpoint there, one that holds more than tensors, or `out` exists.
+        ConfigError: `out` is of the wrong kind, or would replace the model itself.
+    """
+    path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
+    found = _find(path, ref)
+    if path.is_file() != (target.suffix == ".safetensors"):
+        wanted = "a .safetensors file" if path.is_file() else "a folder"
+        raise ConfigError(f"-o {target}: '{ref}' becomes {wanted}. Name one.")
+    if target.exists() and path.resolve().is_relative_to(target.resolve()):
+        raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
+    with replacing(target, force=force) as partial:
+        if path.is_file():
+            stored = _convert(found, [partial], keep_ties=False, progress=progress)
+        else:
+            partial.mkdir()
+            files = [partial / shard_name(found.files, i, found.stem) for i in range(len(found.files))]
+            stored = _convert(found, files, keep_ties=_unties(path), progress=progress)
+            if len(files) > 1:
+                shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
+                write_index(partial, found.stem, shards, stored.nbytes)
+            for file in sorted(path.iterdir()):
+                if file.is_file() and _travels(file):
+                    (partial / file.name).write_bytes(file.read_bytes())
+    return ConvertReport(
+        path=target,
+        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
+        tensors=sum(map(len, stored.specs)),
+        bytes=stored.nbytes,
+        tied=stored.tied,
+    )
+
+
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_PATTERNS = (*_SIDE_FILES, "pytorch_model*.bin", "adapter_model*.bin")
+_STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # of the pickles, and of safetensors
+_SAVE_AGAIN = "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
+
+# PyTorch's names of the format's dtypes.
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+
+
+class _Found(NamedTuple):
+    files: tuple[Path, ...]
+    stem: str  # of the safetensors
+    index_file: Path | None
+
+
+class _Stored(NamedTuple):
+    specs: list[dict[str, TensorSpec]]  # by shard
+    tied: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for specs in self.specs for spec in specs.values())
+
+
+def _find(path: Path, ref: str) -> _Found:
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"'{ref}' is a .safetensors file already; every command reads it as it is.")
+        return _Found((path,), "model", None)
+    for pickles, stem in _STEMS.items():
+        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if os.path.exists(path / name):
+                raise CheckpointError(
+                    f"'{ref}' holds {name} already, and every command reads it as it is. To convert its pickle all the "
+                    f"same, name the file: {path / f'{pickles}.bin'}."
+                )
+    for pickles, stem in _STEMS.items():
+        single, index = path / f"{pickles}.bin", path / f"{pickles}.bin.index.json"
+        if os.path.exists(single) and os.path.lexists(index):
+            raise CheckpointError(f"{path}: holds both {single.name} and {index.name}. Remove the stale one.")
+        if os.path.exists(single):
+            return _Found((single,), stem, None)
+        if os.path.lexists(index):
+            names = sorted(set(read_index(index).values()))
+            return _Found(tuple(path / name for name in names), stem, index)
+    raise CheckpointError(
+        f"'{ref}' holds neither pytorch_model.bin nor pytorch_model.bin.index.json. "
+        "Name a folder that does, or the file."
+    )
+
+
+def _convert(
+    found: _Found, targets: list[Path], *, keep_ties: bool, progress: Callable[[int, int], None] | None
+) -> _Stored:
+    sizes = [file.stat().st_size for file in found.files]
+    stored, held = _Stored([], {}), dict[str, str]()
+    for i, (file, target) in enumerate(zip(found.files, targets, strict=True)):
+        specs, tied = _convert_file(file, target, keep_ties)
+        for name in (*specs, *tied):
+            if name in held:
+                raise CheckpointError(
+                    f"{shown(name)} is in two shards, {held[name]} and {file.name}. Remove the stale one."
+                )
+            held[name] = file.name
+        stored.specs.append(specs)
+        stored.tied.update(tied)
+        if progress:
+            progress(sum(sizes[: i + 1]), sum(sizes))
+    if found.index_file is not None:
+        check_index(found.index_file, read_index(found.index_file), held)
+    return stored
+
+
+def _convert_file(file: Path, target: Path, keep_ties: bool) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    tensors, tied = _load(file), dict[str, str]()
+    specs = {name: _spec(tensor, name, file) for name, tensor in tensors.items()}
+    if not keep_ties:
+        first: dict[object, str] = {}
+        for name, tensor in tensors.items():
+            view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            if tensor.numel() and first.setdefault(view, name) != name:
+                tied[name] = first[view]
+                del specs[name]
+    # As the format's own `save_model` records them: alias to stored name.
+    sink = SafetensorsSink(target, specs, {**tied, "format": "pt"})
+    try:
+        for name in specs:
+            sink.write_bytes(name, 0, _bytes(tensors[name]))
+        sink.close()
+    finally:
+        sink.abandon()
+    return specs, tied
+
+
+def _load(file: Path) -> Mapping[str, Tensor]:
+    if not file.is_file() or not zipfile.is_zipfile(file):
+        raise CheckpointError(
+            f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. {_SAVE_AGAIN}"
+        )
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*\.\w+)", str(error))
+        raise CheckpointError(
+            f"{file}: holds {what[1] if what else 'something'} beside tensors, which could run code when it is "
+            f"loaded, so it is refused. {_SAVE_AGAIN}"
+        ) from None
+    except Exception as error:  # whatever a broken archive makes of torch
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"{file}: cannot be loaded as tensors only ({type(error).__name__}: {reason}). "
+            f"Fetch it again. {_SAVE_AGAIN}"
+        ) from None
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{file}: holds {type(found).__name__}, not tensors by name. {_SAVE_AGAIN}")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a tensor by its name. "
+                f"{_SAVE_AGAIN}"
+            )
+        if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
+            raise CheckpointError(f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _spec(tensor: Tensor, name: str, file: Path) -> TensorSpec:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        raise CheckpointError(f"{file}: {shown(name)} is {kind}, which safetensors cannot hold. Make it dense first.")
+    return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _unties(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("tie_word_embeddings") is False
+
+
+def _travels(file: Path) -> bool:
+    named = any(file.match(pattern) for pattern in _SIDE_FILES)
+    return named and not file.name.startswith(".") and not file.name.endswith(".index.json")
