@@ -299,13 +299,15 @@ def _make(  # type: ignore[no-untyped-def]
                         weighs, has_base, anchored,
                     )  # fmt: skip
                     exact = centre.precision
+                    # Not what was stored: that is float32 whatever the arithmetic.
+                    guard = combine(centre, tasks, scales, facts).precision
                     for t in range(len(scales)):
                         exact = grow(exact, centre, tasks[t], scales[t])
                         if scales[t] < 0:
-                            stretched = -scales[t] * strength(centre, tasks[t], pulls[t + 1]) / precision[j]
+                            stretched = -scales[t] * strength(centre, tasks[t], pulls[t + 1]) / guard
                             # The bits of positive numbers are in their order, and their maximum vectorises.
                             most = max(most, np.float32(select(stretched > 0, stretched, zero)).view(np.uint32))
-                    guarded += precision[j] > exact
+                    guarded += guard > exact
                 counts[3] += guarded
                 largest[0] = max(largest[0], np.float64(np.uint32(most).view(np.float32)))
             begin = end

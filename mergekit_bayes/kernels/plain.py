@@ -158,4 +158,4 @@ def _count(
     for i, task in enumerate(tasks):
         if numbers.scales[i] < 0:
             stretched = -numbers.scales[i] * strength(base, task, numbers.pulls[i + 1]) / merged.precision
-            tally.multiplier = max(tally.multiplier, float(np.max(stretched, initial=0.0)))
+            tally.multiplier = max(tally.multiplier, float(np.fmax.reduce(stretched, initial=0.0)))

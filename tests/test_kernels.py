@@ -1,0 +1,188 @@
+"""The compiled pass gives the bits of the numpy pass, for every method and kind of numbers, whatever the chunks."""
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.kernels import Chunk, Kind, Numbers, Tally, elementwise, first_pass, row_sums
+from mergekit_bayes.kernels.base import keyed_draws, task_key
+from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods.base import BINS
+from mergekit_bayes.tensors import decode, encode
+
+pytest.importorskip("numba", reason="the compiled pass needs numba")
+
+N, OFFSET = 5000, 12345
+STORED = {"BF16": np.uint16, "F32": np.float32, "F64": np.float64}
+
+
+def stored(values, dtype):
+    return np.frombuffer(encode(values, dtype), STORED[dtype]).reshape(values.shape)
+
+
+def case(name, dtype="F32", precision="F32", rows=None, removes=False, anchored=False, models=None, seed=0):
+    """A kind, a chunk that starts in the middle of a row, and numbers."""
+    method = METHODS[name]
+    rng = np.random.default_rng(seed)
+    models = models or (2 if method.tasks == 2 else 2 + method.needs_base)
+    real = np.float64 if dtype == "F64" else np.float32
+    tasks = models - method.needs_base
+    weighs = method.needs_precision
+    means = stored(rng.normal(size=(models, N)), dtype)
+    precisions = np.zeros((models, 0), np.float32)
+    if weighs:
+        precisions = stored(np.exp(rng.normal(size=(models, N))), precision)
+    count = 1 if rows is None else N // rows + 2
+    facts = tuple(rng.uniform(0.1, 0.9, size=_facts(method, tasks)))
+    scales = rng.uniform(0.2, 1.0, size=tasks)
+    if removes:
+        scales[0] = -0.7
+    numbers = Numbers(
+        scales=tuple(scales), facts=facts, gains=tuple(rng.uniform(0.5, 2, models)),
+        insides=tuple(rng.uniform(0, 0.01, models)), shares=(0.0, *rng.uniform(0, 0.1, models - 1)),
+        priors=(DELTA_0,) * models, pulls=tuple([0.5, -1.0, 0.3][:models]) if anchored else (-1.0,) * models,
+        decays=tuple([0.0, 0.0, 0.2][:models]) if anchored else (0.0,) * models,
+        keys=tuple(task_key(0, "t", str(i)) for i in range(tasks)),
+    ).cast(real)  # fmt: skip
+    chunk = Chunk(
+        means, precisions, rng.uniform(0, 0.1, (models, count)).astype(real), (rows or 2 * N) // 2, rows or N, OFFSET,
+        np.zeros(N, STORED[dtype]), np.zeros(N if weighs else 0, np.float32),
+    )  # fmt: skip
+    return Kind(method, weighs, method.needs_base, anchored and weighs, removes and weighs), chunk, numbers
+
+
+def _facts(method, tasks):
+    if method.reduction is None:
+        return max(1, sum(not p.choices for p in method.parameters))
+    settings = {p.name: p.default for p in method.parameters}
+    count = method.reduction.count(tasks)
+    totals = np.ones((count, BINS), np.int64) if method.reduction.kind == "histogram" else np.ones(count)
+    return len(method.reduction.facts(totals, settings, (1.0,) * tasks))
+
+
+def run(kind, chunk, numbers, *, fused, cut=None):
+    """The pass over the whole chunk, or over pieces of `cut` entries."""
+    mean, precision = np.zeros_like(chunk.mean), np.zeros_like(chunk.precision)
+    tally = Tally(len(chunk.means))
+    act = elementwise(kind, fused=fused)
+    for a in range(0, N, cut or N):
+        b = min(a + (cut or N), N)
+        begin = chunk.row - chunk.first + a  # from the start of the first row
+        first = min(chunk.row - begin % chunk.row, b - a) if chunk.extras.shape[1] > 1 else b - a
+        rows = begin // chunk.row if chunk.extras.shape[1] > 1 else 0
+        last = (begin + b - a - 1) // chunk.row + 1 if chunk.extras.shape[1] > 1 else 1
+        part = chunk._replace(
+            means=np.ascontiguousarray(chunk.means[:, a:b]),
+            precisions=np.ascontiguousarray(chunk.precisions[:, a:b]),
+            extras=np.ascontiguousarray(chunk.extras[:, rows:last]), first=first, offset=OFFSET + a,
+            mean=mean[a:b], precision=precision[a:b],
+        )  # fmt: skip
+        act(part, numbers, tally)
+    return mean, precision, tally
+
+
+def check(kind, chunk, numbers, **second):
+    plain, fused = run(kind, chunk, numbers, fused=False), run(kind, chunk, numbers, **second)
+    for a, b in zip(plain[:2], fused[:2], strict=True):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    one, other = plain[2], fused[2]
+    for name in ("entries", "bad", "changed", "lost", "guarded"):
+        assert getattr(one, name) == getattr(other, name), name
+    np.testing.assert_array_equal(one.bad_means, other.bad_means)
+    np.testing.assert_array_equal(one.bad_precisions, other.bad_precisions)
+    np.testing.assert_allclose(one.stored, other.stored, rtol=1e-5)
+    assert other.multiplier == pytest.approx(one.multiplier, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_compiled_pass_gives_the_bits_of_numpy(name):
+    kind, chunk, numbers = case(name)
+    assert np.isfinite(run(kind, chunk, numbers, fused=False)[0]).all()
+    check(kind, chunk, numbers, fused=True)
+
+
+@pytest.mark.parametrize(
+    ("settings"),
+    [
+        {"dtype": "BF16", "precision": "BF16"},
+        {"dtype": "F64", "removes": True},
+        {"dtype": "BF16", "rows": 77, "removes": True, "anchored": True},
+    ],
+    ids=str,
+)
+def test_every_kind_of_numbers_gives_the_same_bits(settings):
+    check(*case("gradient_matching", **settings), fused=True)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_bits_do_not_depend_on_the_chunks(name):
+    check(*case(name, rows=300), fused=False, cut=1234)
+
+
+def test_the_compiled_bits_do_not_depend_on_the_chunks():
+    check(*case("gradient_matching", dtype="BF16", rows=77, removes=True, anchored=True), fused=True, cut=1234)
+
+
+def test_bad_entries_are_counted_exactly():
+    kind, chunk, numbers = case("gradient_matching", removes=True)
+    chunk.means[1, [3, 4000]] = np.nan, -np.inf
+    chunk.means[0, 17] = np.inf
+    chunk.precisions[2, [5, 6, 7, 8]] = -1.0, np.nan, np.inf, -0.0
+    check(kind, chunk, numbers, fused=True)
+    tally = run(kind, chunk, numbers, fused=True)[2]
+    assert tally.bad_means.tolist() == [1, 2, 0]
+    assert tally.bad_precisions.tolist() == [0, 0, 3]
+    assert tally.bad > 0
+
+
+def test_a_change_that_rounding_swallows_is_counted():
+    kind, chunk, numbers = case("task_arithmetic", dtype="BF16", models=2)
+    base = decode(chunk.means[0], "BF16").astype(np.float64)
+    moved = stored(base * (1 + 2.0**-7), "BF16")
+    chunk.means[1] = np.where(np.arange(N) % 2, moved, chunk.means[0])
+    numbers = numbers._replace(scales=(np.float32(0.3),))
+    tally = run(kind, chunk, numbers, fused=True)[2]
+    expected = stored(base + 0.3 * (decode(chunk.means[1], "BF16") - base), "BF16")
+    changed = chunk.means[1] != chunk.means[0]
+    assert tally.changed == np.count_nonzero(changed)
+    assert tally.lost == np.count_nonzero(changed & (expected == chunk.means[0])) > 0
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if m.reduction is not None))
+def test_the_compiled_first_pass_gives_the_bits_of_numpy(name):
+    kind, chunk, numbers = case(name, rows=77)
+    reduction = METHODS[name].reduction
+    count = reduction.count(len(numbers.scales))
+    shape, dtype = ((count, BINS), np.int64) if reduction.kind == "histogram" else ((count,), np.float64)
+    plain, fused = np.zeros(shape, dtype), np.zeros(shape, dtype)
+    first_pass(kind, fused=False)(chunk, numbers, plain)
+    first_pass(kind, fused=True)(chunk, numbers, fused)
+    np.testing.assert_array_equal(plain, fused)
+    assert plain.any()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("rows", "row"), [(1, N), (5, 768), (400, 3), (7, 1)])
+def test_sums_of_rows_are_the_same_to_the_bit_and_right(dtype, rows, row):
+    values = stored(np.exp(np.random.default_rng(1).normal(size=rows * row)), dtype)
+    plain, fused = np.zeros(rows), np.zeros(rows)
+    row_sums(values, row, plain, fused=False)
+    row_sums(values, row, fused, fused=True)
+    np.testing.assert_array_equal(plain, fused)
+    expected = decode(values.view(np.uint8), dtype).astype(np.float64).reshape(rows, row).sum(1)
+    np.testing.assert_allclose(plain, expected, rtol=1e-13)
+
+
+def test_draws_are_uniform_and_a_matter_of_key_and_entry_alone():
+    key = task_key(0, "h.0.weight", "a")
+    draws = keyed_draws(key, 0, 200_000)
+    assert 0 <= draws.min() < 1e-4
+    assert 1 - 1e-4 < draws.max() < 1
+    counts, _ = np.histogram(draws, bins=50, range=(0, 1))
+    chi_squared = ((counts - 4000) ** 2 / 4000).sum()
+    assert chi_squared < 95  # 49 degrees of freedom: p = 1e-4
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.01
+    np.testing.assert_array_equal(keyed_draws(key, 777, 100), draws[777:877])
+    others = [task_key(1, "h.0.weight", "a"), task_key(0, "h.1.weight", "a"), task_key(0, "h.0.weight", "b")]
+    for other in others:
+        assert abs(np.corrcoef(draws[:50_000], keyed_draws(other, 0, 50_000))[0, 1]) < 0.02
