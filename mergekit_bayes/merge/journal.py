@@ -3,6 +3,7 @@
     OUT.partial/plan.json              whose it is: the hash of everything that decides the output's bytes
     OUT.partial/journal-1-of-1.jsonl   one line a unit of work, by the process that has the file locked
     OUT.partial/out/...                the output
+    OUT.partial/whole.json             only while the output is given its final name
 
 Offsets in the output are known from the plan, so that any process can write any unit, in any order, twice if need be:
 the same command resumes what was killed, and the parts of a `--shard` are journals beside each other.
@@ -57,18 +58,24 @@ class Partial:
                 f"{folder} holds another merge that was not finished (other models, settings or version). Finish it "
                 "with its own command, remove the folder, or pass --force."
             )
-        self.out.mkdir(exist_ok=True)
+        self.plan = plan
+        if not self.is_publishing:
+            self.out.mkdir(exist_ok=True)
 
     def _plan(self) -> str | None:
-        with suppress(OSError, ValueError, AttributeError):
-            return str(json.loads((self.folder / "plan.json").read_text()).get("plan"))
+        for name in ("plan.json", "whole.json"):
+            with suppress(OSError, ValueError, AttributeError):
+                return str(json.loads((self.folder / name).read_text()).get("plan"))
         return None
 
     def _begin(self, plan: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f"plan.json.{platform.node()}.{os.getpid()}"
+        self._write("plan.json", plan)  # several parts may begin at once; they write the same
+
+    def _write(self, name: str, plan: str) -> None:
+        scratch = self.folder / f"{name}.{platform.node()}.{os.getpid()}"
         scratch.write_text(json.dumps({"plan": plan}) + "\n")
-        os.replace(scratch, self.folder / "plan.json")  # several parts may begin at once; they write the same
+        os.replace(scratch, self.folder / name)
 
     @contextmanager
     def journal(self, part: Part, *, sync: bool) -> Iterator["Journal"]:
@@ -106,15 +113,15 @@ class Partial:
     @property
     def is_publishing(self) -> bool:
         """Whether the output is whole and on its way to its final name."""
-        return (self.folder / "whole").exists()
+        return (self.folder / "whole.json").exists()
 
     def publish(self) -> None:
-        (self.folder / "whole").touch()
+        self._write("whole.json", self.plan)
 
     def remove(self) -> None:
-        """The plan goes last, so that a folder without one is nobody's."""
+        """What says that the output is whole goes last, so that a kill in between is resumed as well."""
         for path in self.folder.iterdir():
-            if path.name != "plan.json":
+            if path.name != "whole.json":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.folder)
 
