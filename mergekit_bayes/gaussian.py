@@ -26,6 +26,11 @@ def select(condition: Any, yes: Any, no: Any) -> Any:
     return np.where(condition, yes, no)
 
 
+def constant(value: float, like: Any) -> Any:
+    """A number of the kind of `like`: a bare literal would be float64 in the compiled pass, whatever the entries."""
+    return value + (like - like)
+
+
 def to_natural(g: Gaussian) -> tuple[Any, Any]:
     """Natural parameters `(S m, -S/2)`, in which Bayes' rule is a sum."""
     return g.precision * g.mean, -0.5 * g.precision

@@ -16,7 +16,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import overload, register_jitable
 
 from mergekit_bayes import gaussian
-from mergekit_bayes.gaussian import Gaussian, rebase, select
+from mergekit_bayes.gaussian import Gaussian, constant, rebase, select
 from mergekit_bayes.kernels import base
 from mergekit_bayes.kernels.base import (
     LANES,
@@ -45,9 +45,16 @@ for _function in (rebase, alone, follow, follow_anchored, grow, likelihood, stre
     inlined(_function)
 
 
-@overload(select, inline="always")
+@overload(select, jit_options={"forceinline": True})
 def _select(condition, yes, no):  # type: ignore[no-untyped-def]
     return lambda condition, yes, no: yes if condition else no
+
+
+@overload(constant, jit_options={"forceinline": True})
+def _constant(value, like):  # type: ignore[no-untyped-def]
+    if like == types.float32:
+        return lambda value, like: np.float32(value)
+    return lambda value, like: np.float64(value)
 
 
 def fused_pass(kind: Kind) -> Pass:
@@ -100,7 +107,7 @@ def _is_bad_precision(stored: Any) -> Any: ...
 def _draw(key: Any, entry: Any, zero: Any) -> Any: ...
 
 
-@overload(_widen, inline="always")
+@overload(_widen, jit_options={"forceinline": True})
 def _widen_by_type(stored, zero):  # type: ignore[no-untyped-def]
     if isinstance(stored, types.Integer):
         if zero == types.float32:
@@ -111,7 +118,7 @@ def _widen_by_type(stored, zero):  # type: ignore[no-untyped-def]
     return lambda stored, zero: np.float64(stored)
 
 
-@overload(_round, inline="always")
+@overload(_round, jit_options={"forceinline": True})
 def _round_by_type(value, like):  # type: ignore[no-untyped-def]
     if isinstance(like, types.Integer):
 
@@ -125,7 +132,7 @@ def _round_by_type(value, like):  # type: ignore[no-untyped-def]
     return lambda value, like: np.float64(value)
 
 
-@overload(_is_bad, inline="always")
+@overload(_is_bad, jit_options={"forceinline": True})
 def _is_bad_by_type(stored):  # type: ignore[no-untyped-def]
     if isinstance(stored, types.Integer):
         return lambda stored: (np.uint32(stored) & np.uint32(0x7F80)) == np.uint32(0x7F80)
@@ -134,7 +141,7 @@ def _is_bad_by_type(stored):  # type: ignore[no-untyped-def]
     return lambda stored: not np.isfinite(stored)
 
 
-@overload(_is_bad_precision, inline="always")
+@overload(_is_bad_precision, jit_options={"forceinline": True})
 def _is_bad_precision_by_type(stored):  # type: ignore[no-untyped-def]
     # As integers, the good ones lie below infinity; minus zero is good, too.
     if isinstance(stored, types.Integer):
@@ -146,7 +153,7 @@ def _is_bad_precision_by_type(stored):  # type: ignore[no-untyped-def]
 
 
 # The bits without the sign: in order of magnitude, infinity and NaN last.
-@overload(_magnitude, inline="always")
+@overload(_magnitude, jit_options={"forceinline": True})
 def _magnitude_by_type(stored):  # type: ignore[no-untyped-def]
     if isinstance(stored, types.Integer):
         return lambda stored: np.uint16(np.uint32(stored) & np.uint32(0x7FFF))
@@ -155,14 +162,14 @@ def _magnitude_by_type(stored):  # type: ignore[no-untyped-def]
     return lambda stored: np.uint64(np.float64(stored).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
 
 
-@overload(_bits, inline="always")
+@overload(_bits, jit_options={"forceinline": True})
 def _bits_by_type(stored):  # type: ignore[no-untyped-def]
     if isinstance(stored, types.Integer):
         return lambda stored: stored
     return lambda stored: np.float32(stored).view(np.uint32)
 
 
-@overload(_infinity, inline="always")
+@overload(_infinity, jit_options={"forceinline": True})
 def _infinity_by_type(stored):  # type: ignore[no-untyped-def]
     if isinstance(stored, types.Integer):
         return lambda stored: np.uint16(0x7F80)
@@ -171,7 +178,7 @@ def _infinity_by_type(stored):  # type: ignore[no-untyped-def]
     return lambda stored: np.uint64(0x7FF0000000000000)
 
 
-@overload(_draw, inline="always")
+@overload(_draw, jit_options={"forceinline": True})
 def _draw_by_type(key, entry, zero):  # type: ignore[no-untyped-def]
     kind = np.float32 if zero == types.float32 else np.float64
 
@@ -365,7 +372,7 @@ def _make_reduction(  # type: ignore[no-untyped-def]
                     if adds:
                         lanes[k, j % np.uint64(LANES)] += value
                     else:
-                        totals[k, np.float32(value).view(np.uint32) >> np.uint32(SHIFT)] += 1
+                        totals[k, (np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)] += 1
             start, stop, r = stop, np.uint64(min(stop + np.uint64(row), np.uint64(entries))), r + 1
         if adds:
             for k in range(count):

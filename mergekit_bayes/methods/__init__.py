@@ -9,18 +9,24 @@ from collections.abc import Mapping
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.methods.average import AVERAGE
 from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.dare_linear import DARE_LINEAR
+from mergekit_bayes.methods.dare_ties import DARE_TIES
+from mergekit_bayes.methods.fisher import FISHER
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
+from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
+from mergekit_bayes.methods.ties import TIES
 
-METHODS = {m.name: m for m in (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)}
+TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)  # chosen by --weights and --base
+METHODS = {m.name: m for m in (*TABLE, FISHER, TIES, DARE_LINEAR, DARE_TIES, SLERP)}
 
-__all__ = ["METHODS", "Method", "choose", "settings_of"]
+__all__ = ["METHODS", "TABLE", "Method", "choose", "settings_of"]
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:
     """The method that two questions decide: is there a base, and do precisions weigh?"""
-    for method in METHODS.values():
+    for method in TABLE:
         if method.needs_base == with_base and method.needs_precision == by_precision:
             return method
     raise AssertionError("the table has a method for each of the four answers")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.methods.base import Method
 
 
@@ -25,7 +25,7 @@ def gradient_matching(
         facts: The guard alone: keeps precision >= guard * (S0 + sum_t |scale_t (S_t - S0)|), 0 < guard <= 1.
     """
     precision, bound = base.precision, base.precision
-    pull = base.mean - base.mean  # zero, of the entry's own kind: a literal would be float64 in the compiled pass
+    pull = constant(0, base.mean)
     for i in range(len(tasks)):
         gain = tasks[i].precision - base.precision
         precision = precision + scales[i] * gain

@@ -1,6 +1,6 @@
 """The precision-weighted average, Fisher averaging when the precision is a Fisher (Matena & Raffel, 2022)."""
 
-from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.methods.base import Method
 
 
@@ -26,7 +26,7 @@ def precision_average(
     for i in range(1, len(scales)):
         total = total + scales[i]
     precision = (scales[0] / total) * tasks[0].precision
-    pull = precision * (tasks[0].mean - tasks[0].mean)  # zero, of the entry's own kind
+    pull = constant(0, precision)
     for i in range(1, len(tasks)):
         share = (scales[i] / total) * tasks[i].precision
         precision = precision + share
