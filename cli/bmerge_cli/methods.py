@@ -1,0 +1,72 @@
+"""`bmerge methods`: the merging rules, their settings, and a line to try each."""
+
+from typing import Any
+
+import typer
+
+from bmerge_cli.render import Json, print_json
+from mergekit_bayes.methods import METHODS, Method
+from mergekit_bayes.methods.base import Parameter
+
+NAME = "methods"
+
+
+def command(as_json: Json = False) -> None:
+    """List the merging rules, their settings, and a line to try each.
+
+    The first four are also what --weights and --base choose.
+    """
+    if as_json:
+        print_json([_document(method) for method in METHODS.values()])
+        return
+    for method in METHODS.values():
+        typer.echo(f"{method.name}: {method.summary}")
+        typer.echo(f"  {_needs(method)}")
+        for parameter in method.parameters:
+            typer.echo(
+                f"  --param {parameter.name}={_number(parameter.default)}: {parameter.meaning}{_bounds(parameter)}"
+            )
+        typer.echo(f"  {method.example}\n")
+
+
+def _document(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "needs_base": method.needs_base,
+        "needs_precision": method.needs_precision,
+        "models": method.tasks,
+        "writes_posterior": method.is_posterior and method.needs_precision,
+        "parameters": [
+            {
+                "name": p.name,
+                "default": p.default,
+                "meaning": p.meaning,
+                "choices": list(p.choices),
+                "low": p.low if abs(p.low) < float("inf") else None,
+                "high": p.high if abs(p.high) < float("inf") else None,
+            }
+            for p in method.parameters
+        ],
+        "example": method.example,
+    }
+
+
+def _needs(method: Method) -> str:
+    base = "with --base" if method.needs_base else "without a base"
+    models = f", {method.tasks} models" if method.tasks else ""
+    precision = ", every model with a precision" if method.needs_precision else ""
+    posterior = "; writes a posterior" if method.is_posterior and method.needs_precision else ""
+    return base + models + precision + posterior
+
+
+def _bounds(parameter: Parameter) -> str:
+    if parameter.choices:
+        return f" ({' or '.join(parameter.choices)})"
+    if parameter.high < float("inf"):
+        return f" ({_number(parameter.low)} to {_number(parameter.high)})"
+    return f" ({_number(parameter.low)} or more)" if parameter.low > float("-inf") else ""
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.16g}"
