@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergekit_bayes.kernels import Array, first_pass, row_sums
+from mergekit_bayes.merge.bad import no_precision
 from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of
 from mergekit_bayes.methods.base import BINS, Reduction
 from mergekit_bayes.plan import Found, MergePlan, Step
@@ -54,78 +55,65 @@ class FirstPass:
         for i, found in enumerate(step.precisions or ()):
             weighing = plan.weighings[i]
             size = step.spec.size if i == 0 else step.merged
-            coarse = self._coarse(i, found)
+            coarse = self._coarse(i, found, size // step.row)
             if coarse is None and pool is not None:
-                coarse = self._means(found, step.row, size, by_row=pool == "row").astype(np.float32)
+                coarse = self._means(i, found, step.row, size, by_row=pool == "row").astype(np.float32)
             elif coarse is not None and pool == "tensor":
                 coarse = coarse.mean(keepdims=True, dtype=np.float64).astype(np.float32)
             if coarse is not None:
                 pooled[i] = coarse
             if shrink is not None and shrink.amount and weighing.reshape:
                 if coarse is None:
-                    mean = self._means(found, step.row, size, by_row=shrink.by_row)
+                    mean = self._means(i, found, step.row, size, by_row=shrink.by_row)
                 else:
                     mean = coarse.astype(np.float64)
                     mean = mean if shrink.by_row else mean.mean(keepdims=True)
                 means[i] = shrink.amount * weighing.gain * (mean - weighing.contained)
         rows = max((m.size for m in means.values()), default=1)
+        rows = max(rows, step.spec.shape[0]) if rows > 1 else 1
         extras = np.zeros((len(plan.models), rows))
         for i, extra in means.items():
             extras[i, : extra.size if extra.size > 1 else rows] = extra
         return Known(pooled, extras)
 
-    def _coarse(self, i: int, found: Found | None) -> Array | None:
+    def _coarse(self, step: Step, i: int, found: Found | None) -> Array | None:
         """A precision that is one number, or one a row; None for one by entry."""
         if found is None:
             return np.array([self.plan.models[i].isotropic], np.float32)
         model = self.plan.models[found.model]
         assert model.precision is not None
         spec = model.precision.specs[found.name]
-        by_entry = spec.size > 1 and model.mean.specs[self._mean_of(i, found)].shape == spec.shape
-        if by_entry:
+        if spec.size > 1 and spec.shape == model.mean.specs[step.sources[i].name].shape:
             return None
         return decode(self.reader().raw(model.precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
 
-    def _mean_of(self, i: int, found: Found) -> str:
-        return self._names[i, found]
-
-    @cached_property
-    def _names(self) -> dict[tuple[int, Found], str]:
-        """The mean's tensor of each precision."""
-        return {
-            (i, found): source.name
-            for step in self.plan.steps
-            for i, (found, source) in enumerate(zip(step.precisions or (), step.sources, strict=False))
-            if found is not None
-        }
-
-    def _means(self, found: Found | None, row: int, size: int, *, by_row: bool) -> Array:
+    def _means(self, i: int, found: Found | None, row: int, size: int, *, by_row: bool) -> Array:
         """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64."""
         assert found is not None
         if not by_row:
-            sums = self._sums(found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
-                                      for a in range(0, size, WINDOW)])  # fmt: skip
+            sums = self._sums(i, found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
+                                         for a in range(0, size, WINDOW)])  # fmt: skip
             return np.array([_added(sums) / max(size, 1)])
         if row <= WINDOW:
             step = WINDOW // row * row
-            sums = self._sums(found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
+            sums = self._sums(i, found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
             return np.concatenate(sums) / row if sums else np.zeros(0)
         pieces = [_Window(a, min(a + WINDOW, r + row), min(WINDOW, r + row - a))
                   for r in range(0, size, row) for a in range(r, r + row, WINDOW)]  # fmt: skip
-        sums, each = self._sums(found, pieces), math.ceil(row / WINDOW)
+        sums, each = self._sums(i, found, pieces), math.ceil(row / WINDOW)
         return np.array([_added(sums[k : k + each]) for k in range(0, len(sums), each)]) / row
 
-    def _sums(self, found: Found, windows: Sequence[_Window]) -> list[Array]:
-        return list(self.spread(lambda window: self._window_sums(found, window), windows))
+    def _sums(self, i: int, found: Found, windows: Sequence[_Window]) -> list[Array]:
+        return list(self.spread(lambda window: self._window_sums(i, found, window), windows))
 
-    def _window_sums(self, found: Found, window: _Window) -> Array:
+    def _window_sums(self, i: int, found: Found, window: _Window) -> Array:
         source = self.plan.models[found.model].precision
         assert source is not None
         raw, dtype = self.reader().raw(source, found.name, window.start, window.stop), source.specs[found.name].dtype
         stored = raw.view(np.uint16) if dtype == "BF16" else decode(raw, dtype).astype(np.float32, copy=False)
-        if self.plan.config.on_bad == "base":
+        if self.plan.config.on_bad == "base" and i > 0:
             values = decode(raw, dtype)
-            stored = np.where(np.isfinite(values) & (values >= 0), values, 0).astype(np.float32)
+            stored = np.where(no_precision(values), self.plan.weighings[i].contained, values).astype(np.float32)
         sums = np.zeros((window.stop - window.start) // window.row)
         row_sums(stored, window.row, sums, fused=self.fused)
         return sums

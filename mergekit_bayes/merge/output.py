@@ -100,9 +100,9 @@ class Output:
         write_index(self.out / "posterior", "precision", stored, size)
 
     def _copy_side_files(self) -> None:
-        """Config, tokenizer, chat template and generation settings are the donor's; the dtype is what was written."""
-        folder = self.plan.donor.path
-        if not folder.is_dir():
+        """Config, tokenizer, chat template and generation settings of the first model that is a folder; the dtype is what was written."""
+        folder = next((m.path for m in self.plan.models if m.path.is_dir()), None)
+        if folder is None:
             return
         for file in sorted(folder.iterdir()):
             if file.is_file() and _travels(file):
