@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergekit_bayes.kernels import Array, first_pass, row_sums
-from mergekit_bayes.merge.bad import no_precision
+from mergekit_bayes.merge.bad import no_precision, refuse_bad
 from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of
 from mergekit_bayes.methods.base import BINS, Reduction
 from mergekit_bayes.plan import Found, MergePlan, Step
@@ -50,12 +50,12 @@ class FirstPass:
         return known
 
     def _precisions(self, step: Step) -> Known:
-        plan, pooled, means = self.plan, {}, {}
+        plan, pooled, means, bad = self.plan, {}, {}, [0] * len(self.plan.models)
         shrink, pool = plan.shrink, plan.config.pool
         for i, found in enumerate(step.precisions or ()):
             weighing = plan.weighings[i]
             size = step.spec.size if i == 0 else step.merged
-            coarse = self._coarse(i, found, size // step.row)
+            coarse = self._coarse(step, i, found, size // step.row)
             if coarse is None and pool is not None:
                 coarse = self._means(i, found, step.row, size, by_row=pool == "row").astype(np.float32)
             elif coarse is not None and pool == "tensor":
@@ -64,7 +64,7 @@ class FirstPass:
                 pooled[i] = coarse
             if shrink is not None and shrink.amount and weighing.reshape:
                 if coarse is None:
-                    mean = self._means(i, found, step.row, size, by_row=shrink.by_row)
+                    mean, _ = self._means(i, found, step.row, size, by_row=shrink.by_row)
                 else:
                     mean = coarse.astype(np.float64)
                     mean = mean if shrink.by_row else mean.mean(keepdims=True)
@@ -74,10 +74,12 @@ class FirstPass:
         extras = np.zeros((len(plan.models), rows))
         for i, extra in means.items():
             extras[i, : extra.size if extra.size > 1 else rows] = extra
-        return Known(pooled, extras)
+        if any(bad) and (plan.config.on_bad == "error" or bad[0]):
+            refuse_bad(plan, step, next(i for i, count in enumerate(bad) if count))
+        return Known(pooled, extras, bad=tuple(bad))
 
-    def _coarse(self, step: Step, i: int, found: Found | None) -> Array | None:
-        """A precision that is one number, or one a row; None for one by entry."""
+    def _coarse(self, step: Step, i: int, found: Found | None, rows: int) -> Array | None:
+        """A precision that is one number, or one for each of `rows`; None for one by entry."""
         if found is None:
             return np.array([self.plan.models[i].isotropic], np.float32)
         model = self.plan.models[found.model]
@@ -85,38 +87,45 @@ class FirstPass:
         spec = model.precision.specs[found.name]
         if spec.size > 1 and spec.shape == model.mean.specs[step.sources[i].name].shape:
             return None
-        return decode(self.reader().raw(model.precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
+        values = decode(self.reader().raw(model.precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
+        return values if values.size == 1 else values[:rows]
 
-    def _means(self, i: int, found: Found | None, row: int, size: int, *, by_row: bool) -> Array:
-        """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64."""
+    def _means(self, i: int, found: Found | None, row: int, size: int, *, by_row: bool) -> tuple[Array, int]:
+        """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64; and bad entries."""
         assert found is not None
         if not by_row:
-            sums = self._sums(i, found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
-                                         for a in range(0, size, WINDOW)])  # fmt: skip
-            return np.array([_added(sums) / max(size, 1)])
+            sums, bad = self._sums(i, found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
+                                              for a in range(0, size, WINDOW)])  # fmt: skip
+            return np.array([_added(sums) / max(size, 1)]), bad
         if row <= WINDOW:
             step = WINDOW // row * row
-            sums = self._sums(i, found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
-            return np.concatenate(sums) / row if sums else np.zeros(0)
+            sums, bad = self._sums(i, found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
+            return (np.concatenate(sums) / row if sums else np.zeros(0)), bad
         pieces = [_Window(a, min(a + WINDOW, r + row), min(WINDOW, r + row - a))
                   for r in range(0, size, row) for a in range(r, r + row, WINDOW)]  # fmt: skip
-        sums, each = self._sums(i, found, pieces), math.ceil(row / WINDOW)
-        return np.array([_added(sums[k : k + each]) for k in range(0, len(sums), each)]) / row
+        sums, bad = self._sums(i, found, pieces)
+        each = math.ceil(row / WINDOW)
+        return np.array([_added(sums[k : k + each]) for k in range(0, len(sums), each)]) / row, bad
 
-    def _sums(self, i: int, found: Found, windows: Sequence[_Window]) -> list[Array]:
-        return list(self.spread(lambda window: self._window_sums(i, found, window), windows))
+    def _sums(self, i: int, found: Found, windows: Sequence[_Window]) -> tuple[list[Array], int]:
+        parts = list(self.spread(lambda window: self._window_sums(i, found, window), windows))
+        return [sums for sums, _ in parts], sum(bad for _, bad in parts)
 
-    def _window_sums(self, i: int, found: Found, window: _Window) -> Array:
-        source = self.plan.models[found.model].precision
+    def _window_sums(self, i: int, found: Found, window: _Window) -> tuple[Array, int]:
+        """Sums by row, and how many entries are no precision; of a task, those count as what adds nothing."""
+        source, config, count = self.plan.models[found.model].precision, self.plan.config, 0
         assert source is not None
         raw, dtype = self.reader().raw(source, found.name, window.start, window.stop), source.specs[found.name].dtype
         stored = raw.view(np.uint16) if dtype == "BF16" else decode(raw, dtype).astype(np.float32, copy=False)
-        if self.plan.config.on_bad == "base" and i > 0:
-            values = decode(raw, dtype)
-            stored = np.where(no_precision(values), self.plan.weighings[i].contained, values).astype(np.float32)
+        if config.on_bad == "base" or config.pool is not None:  # else the second pass sees them
+            values = decode(raw, dtype).astype(np.float32, copy=False)
+            if not (values.min() >= 0 and values.max() < np.inf):
+                bad = no_precision(values)
+                count = int(np.count_nonzero(bad))
+                stored = np.where(bad, np.float32(self.plan.weighings[i].contained), values)
         sums = np.zeros((window.stop - window.start) // window.row)
         row_sums(stored, window.row, sums, fused=self.fused)
-        return sums
+        return sums, count
 
     def _facts(self, step: Step, known: Known) -> tuple[float, ...]:
         plan, reduction = self.plan, self.plan.method.reduction

@@ -100,7 +100,7 @@ class Output:
         write_index(self.out / "posterior", "precision", stored, size)
 
     def _copy_side_files(self) -> None:
-        """Config, tokenizer, chat template and generation settings of the first model that is a folder; the dtype is what was written."""
+        """Config, tokenizer, chat template and the like, from the first model that is a folder."""
         folder = next((m.path for m in self.plan.models if m.path.is_dir()), None)
         if folder is None:
             return
