@@ -159,6 +159,7 @@ def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert set(posterior.precision.specs) == set(posterior.mean.specs)
     assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
+    assert len(posterior.info.training["initial_A"]) == 64  # lets adapters of one start be merged by factors
     assert posterior.info.unit == "token"
     posterior.close()
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

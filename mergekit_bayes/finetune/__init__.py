@@ -17,6 +17,7 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport, LoraSettings
 from mergekit_bayes.finetune.store import base_identity, save_finetuned
+from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models import (
     UNIT,
     Collate,
@@ -181,6 +182,9 @@ def _trainer(
         "batch_size": total / len(examples) * per_step,
         "loss_reduction": f"mean over {UNIT[loaded.task]}s of a step",
     }
+    if config.lora is not None:
+        starts = {n: p.detach().float().cpu().numpy() for n, p in loaded.model.named_parameters() if ".lora_A." in n}
+        settings[INITIAL_A] = initial_identity(starts)
     common = {
         "model": loaded.model,
         "args": arguments,
