@@ -20,11 +20,13 @@ class Known:
         pooled: Of each model whose precision is one number, or one a row: those numbers, (1,) or (rows,).
         extras: (models, 1) or (models, rows): added to H by row.
         facts: The method's numbers.
+        bad: Per model, entries without a precision that pooling left out.
     """
 
     pooled: dict[int, Array]
     extras: Array
     facts: tuple[float, ...] = ()
+    bad: tuple[int, ...] = ()
 
 
 def kind_of(plan: MergePlan, step: Step) -> Kind:
@@ -131,7 +133,8 @@ class Reader:
         if (dtype, into.dtype.str) in _AS_STORED:
             source.read_bytes(name, start * ITEM_SIZE[dtype], into.view(np.uint8).data)
         else:
-            into[:] = decode(self.raw(source, name, start, stop), dtype)
+            with np.errstate(over="ignore"):  # an F64 beyond F32 is infinite here, and refused
+                into[:] = decode(self.raw(source, name, start, stop), dtype)
 
 
 _AS_STORED = {("BF16", "<u2"), ("F32", "<f4"), ("F64", "<f8")}

@@ -57,7 +57,8 @@ class FirstPass:
             size = step.spec.size if i == 0 else step.merged
             coarse = self._coarse(step, i, found, size // step.row)
             if coarse is None and pool is not None:
-                coarse = self._means(i, found, step.row, size, by_row=pool == "row").astype(np.float32)
+                mean, bad[i] = self._means(i, found, step.row, size, by_row=pool == "row")
+                coarse = mean.astype(np.float32)
             elif coarse is not None and pool == "tensor":
                 coarse = coarse.mean(keepdims=True, dtype=np.float64).astype(np.float32)
             if coarse is not None:
@@ -80,14 +81,18 @@ class FirstPass:
 
     def _coarse(self, step: Step, i: int, found: Found | None, rows: int) -> Array | None:
         """A precision that is one number, or one for each of `rows`; None for one by entry."""
+        models = self.plan.models
         if found is None:
-            return np.array([self.plan.models[i].isotropic], np.float32)
-        model = self.plan.models[found.model]
-        assert model.precision is not None
-        spec = model.precision.specs[found.name]
-        if spec.size > 1 and spec.shape == model.mean.specs[step.sources[i].name].shape:
+            # A task without a precision here left the tensor alone; the base's number stands for its own.
+            number = models[i].isotropic
+            return np.array([models[0].isotropic if number is None else number], np.float32)
+        precision = models[found.model].precision
+        assert precision is not None
+        spec = precision.specs[found.name]
+        own = next(s.name for s in (step.sources[i], *step.sources) if s.model == found.model)
+        if spec.size > 1 and spec.shape == models[found.model].mean.specs[own].shape:
             return None
-        values = decode(self.reader().raw(model.precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
+        values = decode(self.reader().raw(precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
         return values if values.size == 1 else values[:rows]
 
     def _means(self, i: int, found: Found | None, row: int, size: int, *, by_row: bool) -> tuple[Array, int]:

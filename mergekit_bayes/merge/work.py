@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import Array, Chunk, Kind, Numbers, Pass, Tally, elementwise
 from mergekit_bayes.kernels.base import alone, likelihood
 from mergekit_bayes.kernels.plain import plain_pass
+from mergekit_bayes.merge.bad import no_mean, no_precision, refuse_bad, unchanged
 from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of, real_of, spread
 from mergekit_bayes.plan import MergePlan, Step
-from mergekit_bayes.posterior import CheckpointSource
-from mergekit_bayes.tensors import ITEM_SIZE, MERGEABLE, SafetensorsSink, chunks, decode, encode, read_chunk
+from mergekit_bayes.tensors import ITEM_SIZE, MERGEABLE, SafetensorsSink, decode, encode, overflowed
 
 UNIT = 1 << 22  # entries: what a killed merge does again at most, a thread
 
@@ -95,8 +95,11 @@ class Worker:
         Raises `CheckpointError` or `PrecisionError` for an entry that cannot be merged.
         """
         step, tally = self.plan.steps[unit.step], UnitTally()
-        if unit.start == 0 and sinks.precision is not None and step.precision_shape != step.spec.shape:
-            self._write_pooled(step, known, sinks.precision)
+        if unit.start == 0:
+            for i, count in enumerate(known.bad):
+                tally.mend(len(known.bad), i, count)
+            if sinks.precision is not None and step.precision_shape != step.spec.shape:
+                self._write_pooled(step, known, sinks.precision)
         at = unit.start
         while at < unit.stop:
             end = min(at + self.size, unit.stop)
@@ -149,47 +152,28 @@ class Worker:
         plan = self.plan
         means = [decode(m, "BF16") if m.dtype == np.uint16 else m for m in chunk.means]
         stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in chunk.precisions]
+        extras = [spread(e, step.row, start, start + chunk.mean.size) for e in known.extras]
+        of_base = likelihood(stored[0], numbers.gains[0], numbers.insides[0], 0, 0, extras[0]) if stored else 0
         for i, mean in enumerate(means):
-            bad = ~np.isfinite(mean)
-            if stored[i].size:
-                bad |= ~(np.isfinite(stored[i]) & (stored[i] >= 0))
+            bad = no_mean(mean)
+            if stored:
+                bad |= no_precision(stored[i])
             if not bad.any():
                 continue
             if plan.config.on_bad == "error" or i == 0:
-                self._name_bad(step, i)
+                refuse_bad(plan, step, i)
                 raise AssertionError("a bad entry was counted but not found")
             tally.mend(len(means), i, int(np.count_nonzero(bad)))
             chunk.means[i][bad] = chunk.means[0][bad]
-            if stored[i].size:
-                of_base = stored[0] * numbers.gains[0] - numbers.gains[0] * numbers.insides[0]
-                stored[i][bad] = (numbers.insides[i] + numbers.shares[i] * of_base)[bad] if numbers.shares[i] else (
-                    numbers.insides[i])  # fmt: skip
-        if not chunk.precisions.size:
-            return chunk
-        return chunk._replace(precisions=np.stack(stored).astype(np.float32))
-
-    def _name_bad(self, step: Step, i: int) -> None:
-        """Count a tensor's bad entries and raise."""
-        plan, source = self.plan, step.sources[i]
-        model = plan.models[source.model]
-        way_out = "Make it anew" + (
-            ", or take the base's values there with --on-bad base." if i > 0 and plan.base is not None else "."
-        )
-        _scan(
-            model.mean, source.name, step, lambda x: ~np.isfinite(x), CheckpointError,
-            f"{model.mean.where(source.name)}: '{source.name}'", f"Did its training diverge? {way_out}",
-        )  # fmt: skip
-        found = step.precisions[i] if step.precisions else None
-        if found is not None:
-            precision = plan.models[found.model].precision
-            assert precision is not None
-            _scan(
-                precision, found.name, step, lambda x: ~(np.isfinite(x) & (x >= 0)), PrecisionError,
-                f"the precision of '{found.name}' in {precision.where(found.name)}",
-                f"A precision is finite and not negative. {way_out}",
-            )  # fmt: skip
+            if stored:
+                stored[i][bad] = np.broadcast_to(unchanged(numbers, i, of_base, extras[i]), bad.shape)[bad]
+        return chunk._replace(precisions=np.stack(stored).astype(np.float32)) if stored else chunk
 
     def _refuse(self, step: Step) -> None:
+        """Raise `CheckpointError` or `PrecisionError` for a merged entry that is not finite: what is to blame."""
+        for i in range(len(step.sources) if step.copied is None else 1):
+            if self.plan.config.on_bad == "error" or i == 0:
+                refuse_bad(self.plan, step, i)
         if step.spec.dtype in ("F16", "F8_E4M3", "F8_E5M2"):
             raise CheckpointError(
                 f"'{step.name}': the merge does not fit {step.spec.dtype}. Write it as --dtype BF16 or F32."
@@ -202,12 +186,15 @@ class Worker:
         stored, written = donor.specs[name].dtype, step.spec.dtype
         data = raw.data
         if stored != written and stored in MERGEABLE:
-            data = encode(decode(raw, stored), written)
-            if not _is_finite(data, written):
+            values = decode(raw, stored)
+            data = encode(values, written)
+            if no_mean(values).any() or overflowed(data, written):
                 self._refuse(step)
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[written], data)
         if sinks.precision is not None and step.precision_shape == step.spec.shape:
-            sinks.precision.write_bytes(step.name, start * 4, encode(self._donors(step, known, start, stop), "F32"))
+            precision = self._donors(step, known, start, stop)
+            self._check_donors(step, precision)
+            sinks.precision.write_bytes(step.name, start * 4, encode(precision, "F32"))
 
     def _donors(self, step: Step, known: Known, start: int, stop: int) -> Array:
         """The donor's own precision, counted as in the rest of the merge."""
@@ -230,21 +217,31 @@ class Worker:
 
     def _write_pooled(self, step: Step, known: Known, sink: SafetensorsSink) -> None:
         """A precision of one number, or one a row, from those of the models: by the method itself, row by row."""
-        rows = int(np.prod(step.precision_shape))
-        kept = np.broadcast_to(known.pooled[0] if 0 in known.pooled else np.zeros(1), (rows,)).astype(np.float32)
-        extras = np.broadcast_to(known.extras, (len(self.plan.models), max(rows, known.extras.shape[1])))[:, :rows]
-        result = self._alone(step, kept, extras[0].astype(np.float32), rows)
+        plan, rows = self.plan, int(np.prod(step.precision_shape))
+        extras = [spread(e, 1, 0, rows) for e in known.extras]
+        stored = known.pooled.get(0, np.zeros(1, np.float32))
+        result = self._alone(step, stored, extras[0].astype(np.float32), rows)
         merged = rows if step.merged == step.spec.size else step.merged // step.row
         if step.copied is None and merged:
-            stored = np.stack([np.broadcast_to(known.pooled[i], (max(rows, known.pooled[i].size),))[:merged]
-                               for i in range(len(self.plan.models))]).astype(np.float32)  # fmt: skip
-            real = real_of(step)
-            means = np.zeros(stored.shape, real)
-            chunk = Chunk(means, stored, np.ascontiguousarray(extras[:, :merged], real), 1, 1, 0,
+            real, numbers, n = real_of(step), numbers_of(plan, step, known.facts), len(plan.models)
+            numbers_by_row = [np.broadcast_to(spread(known.pooled[i], 1, 0, merged), merged) for i in range(n)]
+            kept = np.stack(numbers_by_row).astype(np.float32)
+            added = np.stack([np.broadcast_to(e[:merged], merged) for e in extras]).astype(real)
+            if plan.config.on_bad == "base":
+                of_base = likelihood(kept[0], numbers.gains[0], numbers.insides[0], 0, 0, added[0])
+                for i in range(1, n):
+                    kept[i] = np.where(no_precision(kept[i]), unchanged(numbers, i, of_base, added[i]), kept[i])
+            chunk = Chunk(np.zeros(kept.shape, real), kept, np.ascontiguousarray(added), 1, 1, 0,
                           np.zeros(merged, real), np.zeros(merged, np.float32))  # fmt: skip
-            plain_pass(kind_of(self.plan, step))(chunk, numbers_of(self.plan, step, known.facts), Tally(len(means)))
-            result = np.concatenate([chunk.precision, result[merged:]])
+            plain_pass(kind_of(plan, step))(chunk, numbers, Tally(n))
+            result[:merged] = chunk.precision
+        self._check_donors(step, result)
         sink.write_bytes(step.name, 0, encode(result, "F32"))
+
+    def _check_donors(self, step: Step, precision: Array) -> None:
+        """What is copied of the donor's precision must be one; of a merged entry, the pass has seen to it."""
+        if no_precision(precision).any():
+            self._refuse(step)
 
 
 _AS_COMPUTED = ("BF16", "F32", "F64")
@@ -252,22 +249,4 @@ _AS_COMPUTED = ("BF16", "F32", "F64")
 
 def _is_finite(data: memoryview, dtype: str) -> bool:
     """Whether dtypes of a small range hold what was put there; the pass has looked at the others itself."""
-    if dtype in _AS_COMPUTED:
-        return True
-    return bool(np.isfinite(decode(np.frombuffer(data, np.uint8), dtype)).all())
-
-
-def _scan(
-    source: CheckpointSource, name: str, step: Step, is_bad: Any, error: type[Exception], what: str, way_out: str
-) -> None:
-    count, first = 0, None
-    for start, stop in chunks(source.specs[name], 1 << 18):
-        values = read_chunk(source, name, start, stop)
-        bad = is_bad(values)
-        count += int(np.count_nonzero(bad))
-        if first is None and bad.any():
-            at = int(np.argmax(bad))
-            first = (values[at], start + at)
-    if first is not None:
-        more = f", the first of {count:,} bad entries" if count > 1 else ""
-        raise error(f"{what} is {first[0]} at flat index {first[1]}{more}. {way_out}")
+    return dtype in _AS_COMPUTED or not overflowed(data, dtype)

@@ -1,0 +1,321 @@
+"""The forms in which models come: dtypes, pooled precisions, shards, ties, vocabularies, recipes, broken entries."""
+
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.plan import plan_merge
+from mergekit_bayes.posterior import (
+    PosteriorInfo,
+    checkpoint_files,
+    identify,
+    open_posterior,
+    precision_path,
+    save_posterior,
+    write_index,
+)
+from mergekit_bayes.tensors import SafetensorsSource
+from tests import tiny
+from tests.reference.merging import natural_sum
+from tests.tiny_models import tiny_bert, tiny_gpt2
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Half a step between neighbours, relative and at zero.
+ROUNDING = {"F64": (2**-53, 0), "F32": (2**-24, 0), "F16": (2**-11, 2**-25), "BF16": (2**-8, 0),
+            "F8_E4M3": (2**-4, 2**-10), "F8_E5M2": (2**-3, 2**-17)}  # fmt: skip
+SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": (), "h.0.conv": (3, 2, 2)}
+POOLED = {
+    "entry": lambda s: s,
+    "row": lambda s: s.mean(axis=tuple(range(1, s.ndim)), keepdims=True, dtype=np.float32) if s.ndim > 1 else s,
+    "tensor": lambda s: np.full((1,) * s.ndim, s.mean(), np.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(path, tensors, dtype="F32", metadata=None):
+    """A checkpoint as torch writes it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    stored = {n: torch.as_tensor(np.asarray(t)).to(TORCH[dtype]).contiguous() for n, t in tensors.items()}
+    save_file(stored, str(path), metadata or {"format": "pt"})
+
+
+def load(path):
+    """A checkpoint's tensors as torch reads them, in float64."""
+    files = checkpoint_files(Path(path))
+    return {n: t.to(torch.float64).numpy() for file in files for n, t in load_file(str(file)).items()}
+
+
+def model(name, seed, *, dtype="F32", pool="entry", kept="F32", spread=1.0, mean=None, precision=None, **info):
+    """`name.safetensors` with a precision of any shape and dtype beside it; both as they are stored, in float64."""
+    mean = tiny.arrays(seed, SHAPES, spread) if mean is None else mean
+    precision = tiny.precisions(seed, SHAPES) if precision is None else precision
+    path = Path(f"{name}.safetensors")
+    save(path, mean, dtype)
+    source = SafetensorsSource([path])
+    known = {"estimator": "ggn", "unit": "token", "observations": 100.0, "ess": 100.0} | info
+    metadata = PosteriorInfo(mean=identify(source), **known).to_metadata()
+    source.close()
+    save(precision_path(path), {n: POOLED[pool](p) for n, p in precision.items()}, kept, metadata)
+    return load(path), load(precision_path(path))
+
+
+def merge(*models, **settings):
+    settings = {"base": "base", "weights": "precision", "out": "x.safetensors", "force": True} | settings
+    paths = {
+        ref: f"{ref}.safetensors" for ref in (*models, settings["base"]) if ref and Path(f"{ref}.safetensors").exists()
+    }
+    settings["base"] = paths.get(settings["base"], settings["base"])
+    return run_merge(MergeConfig(models=tuple(paths.get(m, m) for m in models), **settings))
+
+
+def spread_out(precision, mean):
+    return {n: np.broadcast_to(p, mean[n].shape) for n, p in precision.items()}
+
+
+def matching(base, tasks, scales):
+    """Gradient matching in float64, in natural parameters: mean and precision by tensor."""
+    found = {}
+    for name, m0 in base[0].items():
+        s0 = np.broadcast_to(base[1][name], m0.shape) + DELTA_0
+        each = [(s0 + np.broadcast_to(s[name], m0.shape), m[name]) for m, s in tasks]
+        found[name] = natural_sum((s0, m0), each, scales)
+    return found
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("out", TORCH)
+@pytest.mark.parametrize("weights", ["uniform", "precision"])
+def test_means_of_every_dtype_mix_and_come_out_in_every_dtype(out, weights):
+    names = list(TORCH)
+    rounded = 0
+    for k, own in enumerate(names):
+        base, a, b = (
+            model(name, i, dtype=names[(k + i) % 6], kept=("F32", "BF16")[(i + k) % 2])
+            for i, name in enumerate(("base", "a", "b"))
+        )
+        merge("a", "b", weights=weights, scale=(0.5, 0.25), dtype=out)
+        source = SafetensorsSource([Path("x.safetensors")])
+        assert {s.dtype for s in source.specs.values()} == {out}
+        source.close()
+        found = load("x.safetensors")
+        if weights == "uniform":
+            base, a, b = ((m, dict.fromkeys(m, s)) for (m, _), s in zip((base, a, b), (1.0, 0.0, 0.0), strict=True))
+        for name, (exact, _) in matching(base, (a, b), (0.5, 0.25)).items():
+            relative, absolute = ROUNDING[out]
+            inner = 4e-14 if out == "F64" else 4e-6
+            bound = relative * abs(exact) + absolute + inner * (1 + abs(exact))
+            assert (abs(found[name] - exact) <= bound).all(), (own, name)
+            nearest = torch.as_tensor(exact).to(TORCH[out]).to(torch.float64).numpy()
+            rounded += np.count_nonzero(found[name] == nearest)
+    if out not in ("F64", "F32"):
+        assert rounded > 0.98 * 6 * sum(int(np.prod(s)) for s in SHAPES.values())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A GPT-2 (tied), a Qwen2 with a head of its own and a BERT: each a base and two tasks, with posteriors."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_gpt2(root / "gpt2-base", width=8, layers=1, context=16)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False, initializer_range=0.1,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(root / "qwen-base")
+    (root / "qwen-base" / "chat_template.jinja").write_text("{{ messages }}")
+    tiny_bert(root / "bert-base")
+    for kind in ("gpt2", "qwen", "bert"):
+        base = root / f"{kind}-base"
+        known = open_posterior(str(base), with_precision=False)
+        shapes = {n: s.shape for n, s in known.mean.specs.items()}
+        known.close()
+        for seed, name in enumerate(("base", "a", "b")):
+            folder = root / f"{kind}-{name}"
+            if name != "base":
+                loaded = CLASSES[kind].from_pretrained(base)
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    for parameter in loaded.parameters():
+                        parameter += 0.05 * torch.randn_like(parameter)
+                loaded.save_pretrained(folder)
+            source = SafetensorsSource(checkpoint_files(folder))
+            info = PosteriorInfo(estimator="ggn", unit="token", observations=100, ess=100, mean=identify(source))
+            source.close()
+            save_posterior(folder, tiny.precisions(seed, shapes), info)
+    return root
+
+
+CLASSES = {
+    "gpt2": transformers.GPT2LMHeadModel,
+    "qwen": transformers.Qwen2ForCausalLM,
+    "bert": transformers.BertForSequenceClassification,
+}
+
+
+def opened(folder):
+    return load(folder), load(Path(folder) / "posterior" / "precision.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("gpt2", "BF16"), ("qwen", "BF16"), ("qwen", "F16"), ("bert", "F64")])
+def test_a_model_written_in_another_dtype_loads_with_equal_tensors(world, kind, dtype):
+    base, a, b = (world / f"{kind}-{n}" for n in ("base", "a", "b"))
+    merge(str(a), str(b), base=str(base), out="x", dtype=dtype)
+    stored = load("x")
+    loaded = CLASSES[kind].from_pretrained("x")
+    assert loaded.dtype == TORCH[dtype]
+    state = loaded.state_dict()
+    for name, values in stored.items():
+        np.testing.assert_array_equal(state[name].to(torch.float64).numpy(), values)
+    assert set(state) - set(stored) <= {"lm_head.weight"}
+    assert json.loads(Path("x/config.json").read_text())["dtype"] == str(TORCH[dtype]).removeprefix("torch.")
+    for name, (exact, _) in matching(opened(base), [opened(a), opened(b)], (1, 1)).items():
+        assert (abs(stored[name] - exact) <= ROUNDING[dtype][0] * abs(exact) + 1e-6).all()
+
+
+# Precisions by entry, row and tensor
+
+
+def close(found, expected, rtol=2e-5, atol=2e-6, what=""):
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        shown = np.broadcast_to(found[name], np.shape(values))
+        np.testing.assert_allclose(shown, values, rtol=rtol, atol=atol, err_msg=f"{what} {name}")
+
+
+def coarsest(pools):
+    return next(p for p in ("entry", "row", "tensor") if p in pools)
+
+
+def expect(base, tasks, scales, shapes=None):
+    """Merged mean and precision, by matching in float64."""
+    both = matching(base, tasks, scales)
+    return {n: m for n, (m, _) in both.items()}, {n: s for n, (_, s) in both.items()}
+
+
+@pytest.mark.parametrize("pools", list(itertools.product(POOLED, repeat=3)), ids="-".join)
+def test_pooled_precisions_equal_the_same_numbers_spread_out(pools):
+    base, a, b = (
+        model(n, i, pool=p, kept=("F32", "BF16")[i % 2])
+        for i, (n, p) in enumerate(zip(("base", "a", "b"), pools, strict=True))
+    )
+    merge("a", "b", scale=(1.0, 0.4))
+    mean, precision = expect(base, (a, b), (1.0, 0.4))
+    close(load("x.safetensors"), mean)
+    stored = load("x.precision.safetensors")
+    close(stored, precision)
+    assert {n: s.shape for n, s in stored.items()} == {
+        n: POOLED[coarsest(pools)](np.ones(s, np.float32)).shape for n, s in SHAPES.items()
+    }
+    for name in SHAPES:
+        if coarsest(pools) != "entry":
+            assert precision[name].size == 1 or np.ptp(precision[name].reshape(len(precision[name]), -1), 1).max() == 0
+
+
+@pytest.mark.parametrize("settings", [{"shrink": "0.3"}, {"shrink": "row:0.3"}, {"pool": "row"}, {"pool": "tensor"},
+                                      {"pool": "row", "shrink": "row:0.5"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("pools", [("entry", "row", "tensor"), ("tensor", "entry", "row"), ("row",) * 3], ids="-".join)
+def test_shrinking_and_pooling_of_pooled_precisions(pools, settings):
+    each = [model(n, i, pool=p) for i, (n, p) in enumerate(zip(("base", "a", "b"), pools, strict=True))]
+    merge("a", "b", **settings)
+
+    def shape(s, to):
+        axes = tuple(range(1, s.ndim)) if to == "row" else tuple(range(s.ndim))
+        return np.broadcast_to(s.mean(axis=axes, keepdims=True), s.shape)
+
+    def mended(name, s):
+        s = np.broadcast_to(s, SHAPES[name])
+        s = shape(s, settings["pool"]) if "pool" in settings else s
+        amount, by_row = settings.get("shrink", "0").removeprefix("row:"), "row:" in settings.get("shrink", "")
+        return s + float(amount) * shape(s, "row" if by_row else "tensor")
+
+    base, a, b = ((m, {n: mended(n, s) for n, s in p.items()}) for m, p in each)
+    mean, precision = expect(base, (a, b), (1, 1))
+    close(load("x.safetensors"), mean)
+    close(load("x.precision.safetensors"), precision)
+
+
+@pytest.mark.parametrize("settings", [{}, {"shrink": "0.3"}, {"shrink": "row:0.3"}, {"pool": "row"},
+                                      {"pool": "tensor", "shrink": "0.5"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("pools", [("row",) * 4, ("tensor",) * 4, ("entry", "row", "tensor", "row")], ids="-".join)
+def test_merges_of_pooled_precisions_chain_and_undo(pools, settings):
+    for i, (name, pool) in enumerate(zip(("base", "a", "b", "c"), pools, strict=True)):
+        model(name, i, pool=pool)
+    merge("a", "b", scale=(1.0, 0.7), out="ab.safetensors", **settings)
+    merge("ab", "c", scale=(1.0, 0.3), out="chain.safetensors", **settings)
+    merge("a", "b", "c", scale=(1.0, 0.7, 0.3), out="once.safetensors", **settings)
+    report = merge("chain", "b", scale=(1.0, -0.7), out="undone.safetensors", **settings)
+    merge("a", "c", scale=(1.0, 0.3), out="rest.safetensors", **settings)
+    assert report.guarded_share == 0
+    for suffix in (".safetensors", ".precision.safetensors"):
+        close(load(f"chain{suffix}"), load(f"once{suffix}"), rtol=1e-4, atol=1e-5)
+        close(load(f"undone{suffix}"), load(f"rest{suffix}"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_removal_of_pooled_precisions_is_guarded_like_the_same_numbers_spread_out():
+    base, a = model("base", 0, pool="row"), model("a", 1, pool="row")
+    report = merge("a", scale=(-1.0,))
+    stored, guarded, entries = load("x.precision.safetensors"), 0, 0
+    for name, m0 in base[0].items():
+        s0, h = (np.broadcast_to(p[1][name], m0.shape) for p in (base, a))
+        s = np.maximum(s0 - h, 0.2 * (s0 + h))
+        np.testing.assert_allclose(load("x.safetensors")[name], m0 - (s0 + h) / s * (a[0][name] - m0), rtol=2e-4)
+        np.testing.assert_allclose(np.broadcast_to(stored[name], m0.shape), s, rtol=2e-5)
+        guarded, entries = guarded + np.count_nonzero(s0 - h < 0.2 * (s0 + h)), entries + s.size
+    assert report.guarded_share == pytest.approx(guarded / entries)
+    assert guarded > 0
+
+
+def test_a_pooled_posterior_is_kilobytes():
+    shapes = {"w": (300, 500), "b": (500,)}
+    for i, name in enumerate(("base", "a")):
+        model(name, i, mean=tiny.arrays(i, shapes), precision=tiny.precisions(i, shapes))
+    whole = 4 * 300 * 500
+    for pool, numbers in (("row", 800), ("tensor", 2)):
+        merge("a", pool=pool, out=f"{pool}.safetensors")
+        assert precision_path(Path(f"{pool}.safetensors")).stat().st_size < 4 * numbers + 4000 < whole
+        # And it can be pooled or spread out no further: it stays what it is.
+        merge(pool, pool=pool, out="again.safetensors", base="base")
+        assert load("again.precision.safetensors")["w"].shape == load(f"{pool}.precision.safetensors")["w"].shape
+
+
+def test_rows_of_vocabularies_that_differ_keep_their_own_pooled_precision():
+    for longer, kept, pool in itertools.product((5, 9), POOLED, (None, "row", "tensor")):
+        shapes = SHAPES | {"wte.weight": (longer, 4)}
+        base = model("base", 0, pool=kept)
+        a = model("a", 1, pool=kept, mean=tiny.arrays(1, shapes), precision=tiny.precisions(1, shapes))
+        report = merge("a", vocab="common", pool=pool)
+        rows = min(7, longer)
+        s0, h = base[1]["wte.weight"], a[1]["wte.weight"]
+        s0 = np.broadcast_to(s0, (7, 4))
+        h = np.broadcast_to(h, (longer, 4))[:rows]
+        if pool is not None:
+            axis = 1 if pool == "row" else None
+            s0, h = (np.broadcast_to(x.mean(axis=axis, keepdims=True), x.shape) for x in (s0, h))
+        m0, m = base[0]["wte.weight"], a[0]["wte.weight"][:rows]
+        mean, precision = m0.copy(), s0.copy()
+        precision[:rows] += h
+        mean[:rows] += (s0[:rows] + h) / precision[:rows] * (m - m0[:rows])
+        case = f"{longer} {kept} {pool}"
+        close({"w": load("x.safetensors")["wte.weight"]}, {"w": mean}, what=case)
+        close({"w": load("x.precision.safetensors")["wte.weight"]}, {"w": precision}, what=case)
+        assert str(rows) in report.ruled["wte.weight"]
