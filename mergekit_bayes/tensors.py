@@ -207,6 +207,9 @@ class SafetensorsSink:
 
     def _allocate(self, size: int) -> None:
         # A full disk is then found before the first tensor is combined.
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            os.ftruncate(self._fd, size)
+            return
         try:
             os.posix_fallocate(self._fd, 0, size)
         except OSError as error:

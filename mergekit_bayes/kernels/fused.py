@@ -39,6 +39,20 @@ from mergekit_bayes.methods.base import SHIFT
 
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
+
+
+def _compiled(**options: Any) -> Any:
+    """A compiled function that is kept on disk, or where there is no place to keep it, compiled anew each time."""
+
+    def compile_it(function: Any) -> Any:
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder that it can write to
+            return njit(nogil=True, **options)(function)
+
+    return compile_it
+
+
 # `forceinline`: a call in the loop would keep it from being vectorised.
 inlined = register_jitable(error_model="numpy", forceinline=True)
 for _function in (rebase, alone, follow, follow_anchored, grow, likelihood, strength):
@@ -192,7 +206,7 @@ def _draw_by_type(key, entry, zero):  # type: ignore[no-untyped-def]
     return draw
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@_compiled(fastmath={"reassoc"})
 def _tally(  # type: ignore[no-untyped-def]
     start, stop, means, precisions, scales, mean, zero, has_base, bad_means, bad_precisions, stored, counts
 ):
@@ -265,7 +279,7 @@ def _entry(  # type: ignore[no-untyped-def]
 def _make(  # type: ignore[no-untyped-def]
     combine: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, removes: bool, random: bool
 ):
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @_compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
         means, precisions, extras, first, row, offset, scales, facts, gains, insides, shares, priors, pulls, decays,
         keys, zero, template, mean, precision, bad_means, bad_precisions, stored, counts, largest,
@@ -349,7 +363,7 @@ def fused_reduction(kind: Kind) -> Reduce:
 def _make_reduction(  # type: ignore[no-untyped-def]
     statistic: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, adds: bool
 ):
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @_compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
         means, precisions, extras, first, row, gains, insides, shares, priors, pulls, decays, zero, template, count,
         totals,
@@ -382,7 +396,7 @@ def _make_reduction(  # type: ignore[no-untyped-def]
     return kernel
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def fused_sums(stored, row, sums):  # type: ignore[no-untyped-def]
     """`row_sums`, compiled."""
     zero = np.float32(0)

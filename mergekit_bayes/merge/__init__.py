@@ -131,9 +131,9 @@ class _Run:
         fused: bool | None, *, sync: bool, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
-        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        self.threads = threads or min(4, _cores())
         entries = sum(s.merged for s in plan.steps)
-        self.fused = can_fuse() and (entries >= WORTH_FUSING if fused is None else fused)
+        self.fused = (entries >= WORTH_FUSING if fused is None else fused) and can_fuse()
         self.chunk = chunk or (CHUNK if self.fused else PLAIN_CHUNK)
         self._local = threading.local()
         self._writing = threading.Lock()
@@ -187,6 +187,10 @@ class _Run:
                 self.output.sync()
             self.journal.add(unit.id, tally.to_json())
         return unit
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _claim(plan: MergePlan, folder: Path) -> Partial:
