@@ -31,7 +31,8 @@ def dare_ties(
         total = total + select(draws[t] < facts[0], (tasks[t].mean - base.mean) / facts[0], zero)
     for t in range(len(tasks)):
         delta = (tasks[t].mean - base.mean) / facts[0]
-        agrees = (draws[t] < facts[0]) & (delta * total > zero)
+        # No product of the two: it would underflow where both are tiny.
+        agrees = (draws[t] < facts[0]) & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
         merged = merged + select(agrees, scales[t] * delta, zero)
         count = count + select(agrees, one, zero)
     return Gaussian(base.mean + merged / select(count > zero, count, one), base.precision)

@@ -25,7 +25,8 @@ def ties(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...],
         total = total + select(abs(delta) >= facts[t], delta, zero)
     for t in range(len(tasks)):
         delta = tasks[t].mean - base.mean
-        agrees = (abs(delta) >= facts[t]) & (delta * total > zero)
+        # No product of the two: it would underflow where both are tiny.
+        agrees = (abs(delta) >= facts[t]) & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
         merged = merged + select(agrees, scales[t] * delta, zero)
         count = count + select(agrees, one, zero)
     return Gaussian(base.mean + merged / select(count > zero, count, one), base.precision)
