@@ -4,6 +4,7 @@ Each is elementwise, so a slice of a merge is the merge of slices: this permits 
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 
 from mergekit_bayes.errors import ConfigError
@@ -57,8 +58,9 @@ def _checked(parameter: Parameter, value: float | str) -> float | str:
         number = float(value)
     except ValueError:
         number = float("nan")
-    if not parameter.low <= number <= parameter.high:
-        raise ConfigError(
-            f"--param {parameter.name}={value}: expected a number from {parameter.low:g} to {parameter.high:g}."
-        )
+    whole = isinstance(parameter.default, int)
+    if not (math.isfinite(number) and parameter.low <= number <= parameter.high) or (whole and number % 1):
+        bounds = f" from {parameter.low:.16g}" if math.isfinite(parameter.low) else ""
+        bounds += f" to {parameter.high:.16g}" if math.isfinite(parameter.high) else ""
+        raise ConfigError(f"--param {parameter.name}={value}: expected a {'whole ' if whole else ''}number{bounds}.")
     return number

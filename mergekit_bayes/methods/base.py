@@ -23,6 +23,7 @@ class Parameter(NamedTuple):
     """One setting of a method: `--param name=value`.
 
     Attributes:
+        default: An int where only whole numbers are allowed.
         meaning: One line, with the unit.
         low, high: Bounds of a number, both allowed.
         choices: The words allowed, for a setting that is no number.
