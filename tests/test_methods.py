@@ -1,11 +1,15 @@
 """The methods beside the two-by-two table, through the engine, against restatements of their papers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import keyed_draws, task_key
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS, settings_of
@@ -41,6 +45,31 @@ def merge(world, names, *, base=True, out="out.safetensors", **settings):
     given = {"base": str(world[0] / "base.safetensors")} if base else {}
     run_merge(MergeConfig(models=models, out=out, force=True, **given, **settings))
     return tiny.read(out)
+
+
+def combined(name, base, tasks, scales, *, draws=None, precisions=None, **given):
+    """The means of one tensor merged without the engine: the first pass in numpy, then the rule."""
+    method = METHODS[name]
+    ones = [np.ones_like(t) for t in tasks]
+    posteriors = tuple(Gaussian(t, p) for t, p in zip(tasks, precisions or ones, strict=True))
+    prior = None if base is None else Gaussian(base, np.ones_like(base))
+    found, first = settings_of(method, given), method.reduction
+    facts = tuple(v for v in found.values() if not isinstance(v, str))
+    if first is not None:
+        values = [first.statistic(prior, posteriors, k) for k in range(first.count(len(tasks)))]
+        if first.kind == "histogram":
+            totals = np.stack([np.bincount(bin_of(v), minlength=BINS) for v in values])
+        else:
+            totals = np.array([v.sum(dtype=np.float64) for v in values])
+        facts = first.facts(totals, found, (1.0,) * len(tasks))
+    kind = tasks[0].dtype.type
+    scales, facts = tuple(kind(s) for s in scales), tuple(kind(f) for f in facts)
+    return method.combine(prior, posteriors, scales, facts, *([draws] if method.random else [])).mean
+
+
+def changes(tasks, seed=0, n=4000, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=n) * (rng.random(n) < 0.8)).astype(dtype) for _ in range(tasks)]
 
 
 def assert_close(merged, expected, share=0.0):
@@ -141,6 +170,124 @@ def test_a_threshold_comes_from_a_histogram():
     assert [edge(int(b)) <= v for b, v in zip(bin_of(values[:9]), values[:9], strict=True)] == [True] * 9
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.0), (0.7, -0.4, 2.0)])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_ties_keeps_the_kind_of_numbers_and_follows_the_paper(dtype, scales, density):
+    base, *moves = changes(1 + len(scales), dtype=dtype)
+    tasks = [base + m for m in moves]
+    merged = combined("ties", base, tasks, scales, density=density)
+    assert merged.dtype == dtype
+    expected = twin.ties({"x": base}, [{"x": t} for t in tasks], scales, density)["x"]
+    wrong = ~np.isclose(
+        merged, expected, rtol=1e-5 if dtype == np.float32 else 1e-12, atol=1e-6 if dtype == np.float32 else 1e-12
+    )
+    assert wrong.mean() <= (0 if density == 1 else 0.001 * len(scales))
+
+
+def test_copies_of_one_task_do_not_grow_in_ties():
+    base, move = changes(2)
+    once = combined("ties", base, [base + move], [1.0])
+    np.testing.assert_allclose(combined("ties", base, [base + move] * 3, [1.0] * 3), once, rtol=1e-12)
+    assert 0 < np.mean(once != base) < 0.21
+
+
+def test_opposite_changes_cancel_where_signs_are_elected():
+    base, move = np.zeros(4000), changes(1)[0]
+    for name, more in (("ties", {}), ("dare_ties", {"draws": (move * 0, move * 0)})):
+        merged = combined(name, base, [move, -move], [1.0, 1.0], density=1, **more)
+        np.testing.assert_array_equal(merged, base)
+
+
+def test_ties_stays_between_the_changes_it_merges():
+    base, *moves = changes(4)
+    moved = combined("ties", base * 0, moves, [1.0] * 3, density=0.5)
+    assert (moved <= np.maximum.reduce([*moves, base * 0])).all()
+    assert (moved >= np.minimum.reduce([*moves, base * 0])).all()
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_the_smallest_changes_have_a_sign_too(name):
+    base = np.zeros(3, np.float32)
+    task = np.array([1e-30, -1e-30, 0.0], np.float32)  # their squares are zero in float32
+    draws = {"draws": (base,)} if name == "dare_ties" else {}
+    np.testing.assert_array_equal(combined(name, base, [task], [1.0], density=1, **draws), task)
+
+
+def test_dare_that_drops_nothing_is_task_arithmetic_or_ties_without_a_trim():
+    base, *moves = changes(4)
+    tasks, scales = [base + m for m in moves], [1.0, 0.5, -0.3]
+    draws = tuple(np.random.default_rng(5).random((3, base.size)))
+    for name, like, same in (("dare_linear", "task_arithmetic", {}), ("dare_ties", "ties", {"density": 1})):
+        dropped_none = combined(name, base, tasks, scales, draws=draws, density=1)
+        np.testing.assert_allclose(dropped_none, combined(like, base, tasks, scales, **same), rtol=1e-12, atol=1e-12)
+
+
+def test_dare_is_task_arithmetic_on_average():
+    rng, n, density = np.random.default_rng(6), 200_000, 0.1
+    base, tasks = np.zeros(n), [np.full(n, 1.0), np.full(n, -0.4)]
+    merged = combined("dare_linear", base, tasks, [1.0, 0.5], draws=tuple(rng.random((2, n))), density=density)
+    deviation = np.sqrt((1 - density) / density * (1.0**2 + 0.2**2) / n)
+    assert merged.mean() == pytest.approx(0.8, abs=4 * deviation)
+
+
+def test_fisher_merging_forgets_how_large_a_fisher_is():
+    rng = np.random.default_rng(7)
+    means, fishers = list(rng.normal(size=(2, 500))), list(np.exp(rng.normal(size=(2, 500))))
+    before = combined("fisher", None, means, [1.0, 1.0], precisions=fishers, floor=0)
+    after = combined("fisher", None, means, [1.0, 1.0], precisions=[fishers[0] * 1e3, fishers[1] * 1e-3], floor=0)
+    np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-12)
+    equal = combined("fisher", None, means, [1.0, 3.0], precisions=[fishers[0]] * 2, floor=0)
+    np.testing.assert_allclose(equal, 0.25 * means[0] + 0.75 * means[1], rtol=1e-10, atol=1e-12)
+
+
+def test_where_every_fisher_is_tiny_the_first_model_wins():
+    means, tiny_fisher = [np.zeros(100), np.ones(100)], np.full(100, 1e-12)
+    tiny_fisher[0] = 1.0
+    floored, bare = (combined("fisher", None, means, [1.0, 1.0], precisions=[tiny_fisher] * 2, floor=f)
+                     for f in (1e-6, 0))  # fmt: skip
+    assert (floored[1:] < 1e-5).all()
+    np.testing.assert_allclose(bare, 0.5)
+    assert floored[0] == pytest.approx(0.5)
+
+
+def test_slerp_keeps_the_norm_and_its_ends():
+    one, other = np.random.default_rng(8).normal(size=(2, 500))
+    one, other = one / np.linalg.norm(one), other / np.linalg.norm(other)
+    angles = []
+    for t in (0.0, 0.25, 0.5, 1.0):
+        merged = combined("slerp", None, [one, other], [1.0, 1.0], t=t)
+        assert np.linalg.norm(merged) == pytest.approx(1, rel=1e-12)
+        angles.append(np.arccos(np.clip(merged @ one, -1, 1)))
+    np.testing.assert_allclose(angles, angles[-1] * np.array([0, 0.25, 0.5, 1]), atol=1e-7)
+    back = combined("slerp", None, [other, one], [1.0, 1.0], t=0.75)
+    np.testing.assert_allclose(back, combined("slerp", None, [one, other], [1.0, 1.0], t=0.25), rtol=1e-12, atol=1e-14)
+
+
+def test_the_methods_are_listed_with_all_that_one_must_know():
+    text = CliRunner().invoke(app, ["methods"]).stdout
+    listed = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
+    assert [m["name"] for m in listed] == list(METHODS)
+    for method in METHODS.values():
+        assert f"{method.name}: {method.summary}" in text
+        assert method.example in text
+        for parameter in method.parameters:
+            assert f"--param {parameter.name}=" in text
+            assert parameter.meaning in text
+    density = next(m for m in listed if m["name"] == "ties")["parameters"][0]
+    assert (density["default"], density["low"], density["high"]) == (0.2, 0, 1)
+
+
+def test_the_example_lines_are_settings_that_the_methods_take():
+    for method in METHODS.values():
+        words = method.example.split()
+        assert ("--base" in words) == method.needs_base
+        given = dict(words[i + 1].split("=") for i, word in enumerate(words) if word == "--param")
+        assert set(settings_of(method, given)) == {p.name for p in method.parameters}
+        if "--method" in words:
+            assert words[words.index("--method") + 1] == method.name
+
+
 def test_settings_are_checked():
     ties = METHODS["ties"]
     assert settings_of(ties, {}) == {"density": 0.2, "scope": "model"}
@@ -154,6 +301,13 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ConfigError, match=r"(?i)" + message):
             settings_of(ties, given)
+    for name, given, message in (
+        ("fisher", {"floor": "inf"}, "a number from 0"),
+        ("dare_linear", {"seed": 1.5}, "a whole number"),
+        ("dare_ties", {"density": 0}, "from 1e-06 to 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings_of(METHODS[name], given)
     with pytest.raises(ConfigError, match="has none"):
         settings_of(METHODS["average"], {"x": 1})
 
