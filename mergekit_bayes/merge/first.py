@@ -56,18 +56,23 @@ class FirstPass:
             weighing = plan.weighings[i]
             size = step.spec.size if i == 0 else step.merged
             coarse = self._coarse(step, i, found, size // step.row)
+            whole = coarse
             if coarse is None and pool is not None:
                 mean, bad[i] = self._means(i, found, step.row, size, by_row=pool == "row")
-                coarse = mean.astype(np.float32)
-            elif coarse is not None and pool == "tensor":
-                coarse = coarse.mean(keepdims=True, dtype=np.float64).astype(np.float32)
+                whole = coarse = mean.astype(np.float32)
+            elif coarse is not None:
+                wrong = no_precision(coarse)  # counted in the second pass, entry by entry, unless it is pooled away
+                whole = np.where(wrong, np.float32(weighing.contained), coarse)
+                if pool == "tensor" and coarse.size > 1:
+                    bad[i] = int(np.count_nonzero(wrong))
+                    whole = coarse = whole.mean(keepdims=True, dtype=np.float64).astype(np.float32)
             if coarse is not None:
                 pooled[i] = coarse
             if shrink is not None and shrink.amount and weighing.reshape:
-                if coarse is None:
+                if whole is None:
                     mean, _ = self._means(i, found, step.row, size, by_row=shrink.by_row)
                 else:
-                    mean = coarse.astype(np.float64)
+                    mean = whole.astype(np.float64)
                     mean = mean if shrink.by_row else mean.mean(keepdims=True)
                 means[i] = shrink.amount * weighing.gain * (mean - weighing.contained)
         rows = max((m.size for m in means.values()), default=1)

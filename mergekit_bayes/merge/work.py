@@ -151,7 +151,8 @@ class Worker:
         """Bad entries of a task take the base's value, as if it had learnt nothing there; or an error names them."""
         plan = self.plan
         means = [decode(m, "BF16") if m.dtype == np.uint16 else m for m in chunk.means]
-        stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in chunk.precisions]
+        weighed = chunk.precisions if plan.method.needs_precision else ()
+        stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in weighed]
         extras = [spread(e, step.row, start, start + chunk.mean.size) for e in known.extras]
         of_base = likelihood(stored[0], numbers.gains[0], numbers.insides[0], 0, 0, extras[0]) if stored else 0
         for i, mean in enumerate(means):
