@@ -167,6 +167,8 @@ def test_a_threshold_comes_from_a_histogram():
         assert found == pytest.approx(np.quantile(values, 1 - density), rel=2e-3)
         assert np.mean(values >= np.float32(found)) == pytest.approx(density, abs=1e-3)
     assert threshold(histogram, 1.0) <= values.min()
+    coarse = np.bincount(bin_of(np.float32([0, 0, 0, 1, 1, 1, 1, 2])), minlength=BINS)
+    assert [threshold(coarse, d) for d in (0, 0.125, 0.25, 0.625, 0.7, 1)] == [2, 2, 1, 1, 0, 0]  # ties are kept
     assert [edge(int(b)) <= v for b, v in zip(bin_of(values[:9]), values[:9], strict=True)] == [True] * 9
 
 

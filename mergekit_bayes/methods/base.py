@@ -97,10 +97,11 @@ def edge(index: int) -> float:
 
 
 def threshold(histogram: NDArray[np.int64], density: float) -> float:
-    """The magnitude from which on the share `density` of all entries lies, to the nearest edge of a bin.
+    """The magnitude of the last entry among the share `density` of largest ones, down to the edge of its bin.
 
-    What is kept differs from the share asked for by half the entries of one bin at most: those within one part in
-    2,048 of the threshold.
+    Kept is at least that share, and what lies within one part in 2,048 below the exact threshold. Entries tied at the
+    threshold are all kept, as published: changes of a bfloat16 model have few magnitudes, and the share then grows.
     """
     kept = histogram[::-1].cumsum()[::-1]  # entries in this bin and above
-    return edge(int(np.argmin(np.abs(kept - density * kept[0]))))
+    least = max(1, round(density * int(kept[0])))
+    return edge(max(0, int(np.searchsorted(-kept, -least, side="right")) - 1))
