@@ -89,6 +89,7 @@ class Totals:
         self.mended = [0] * models
         self.likelihood = [0.0] * models
         self.zero: list[list[str]] = [[] for _ in range(models)]  # names of tensors, per model
+        self.weighed = [0] * models  # tensors of which a model's own precision counted
         by_step: dict[int, tuple[int, list[float]]] = {}
         for unit in units:
             tally = tallies[unit.id]
@@ -108,7 +109,11 @@ class Totals:
 
     def _add_likelihood(self, plan: MergePlan, step: int, entries: int, sums: list[float]) -> None:
         of_base = 0.0
-        for i, (weighing, total) in enumerate(zip(plan.weighings, sums, strict=True)):
+        precisions = plan.steps[step].precisions or (None,) * len(sums)
+        for i, (weighing, total, found) in enumerate(zip(plan.weighings, sums, precisions, strict=True)):
+            if (found.model != i) if found is not None else (plan.models[i].isotropic is None):
+                continue  # the base's own stands in, where the task left the tensor alone
+            self.weighed[i] += 1
             if total == 0:
                 self.zero[i].append(plan.steps[step].name)
             likelihood = weighing.gain * (total - entries * weighing.contained)
@@ -122,9 +127,8 @@ class Totals:
 
     def refuse_zero(self, plan: MergePlan) -> None:
         """Raise `PrecisionError` for a model whose precision is zero everywhere."""
-        merged = sum(s.copied is None and s.spec.size > 0 for s in plan.steps)
-        for model, names in zip(plan.models, self.zero, strict=True):
-            if names and len(names) == merged and model.precision is not None:
+        for model, names, count in zip(plan.models, self.zero, self.weighed, strict=True):
+            if names and len(names) == count and model.precision is not None:
                 raise PrecisionError(
                     f"the precision of '{model.ref}' ({model.precision.files[0]}) is zero everywhere. "
                     f"Make it anew with `bmerge precision {model.ref} --data TEXTS --force`."

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.methods import Method
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, tied_source
 from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.tensors import MERGEABLE, TensorSpec, block_hash
+from mergekit_bayes.tensors import MERGEABLE, TensorSpec, block_hash, read_chunk
 
 
 class Found(NamedTuple):
@@ -55,6 +57,10 @@ class Matched(NamedTuple):
     left_out: dict[str, str]
     mended: dict[str, str]  # what a rule decided for a tensor that is merged
 
+    def rule(self, name: str, what: str) -> None:
+        before = self.mended.get(name)
+        self.mended[name] = what if before is None else f"{before}; {what}"
+
 
 def match_tensors(
     config: MergeConfig, method: Method, models: Sequence[Posterior], scales: Sequence[float],
@@ -73,7 +79,7 @@ def match_tensors(
             continue
         _refuse_quantised(name, models[0])
         written = TensorSpec(config.dtype or spec.dtype, spec.shape)
-        own = _scales(name, scales, rules, used)
+        own = _scales(config, name, scales, rules, used)
         sources = _sources(config, name, models, maps, found)
         if sources is None:
             continue
@@ -110,12 +116,19 @@ def _copy(name: str, spec: TensorSpec, reason: str) -> Step:
     return Step(name, spec, (Found(0, name),), None, spec.shape, (), 0, reason)
 
 
-def _scales(name: str, scales: Sequence[float], rules: Sequence[ScaleRule], used: set[str]) -> tuple[float, ...]:
+def _scales(
+    config: MergeConfig, name: str, scales: Sequence[float], rules: Sequence[ScaleRule], used: set[str]
+) -> tuple[float, ...]:
     own = list(scales)
     for rule in rules:
         if rule.pattern.search(name):
             own[rule.task] = rule.scale
             used.add(rule.text)
+    if config.base is None and sum(own) <= 0:
+        raise ConfigError(
+            f"--scale leaves '{name}' without a share of any model. Give one of them more than zero there, or name a "
+            "--base to keep."
+        )
     return tuple(own)
 
 
@@ -138,14 +151,14 @@ def _sources(
         own = names.get(name) or tied_source(name, model.mean)
         if own is not None:
             if name not in names:
-                found.mended[name] = f"'{model.ref}' ties it to '{own}'"
+                found.rule(name, f"'{model.ref}' ties it to '{own}'")
             _refuse_quantised(own, model)
             result.append(Found(i, own))
         elif config.on_missing == "skip":
             found.left_out[name] = f"'{model.ref}' has none"
             return None
         elif config.on_missing == "base":
-            found.mended[name] = f"'{model.ref}' has none and counts as unchanged"
+            found.rule(name, f"'{model.ref}' has none and counts as unchanged")
             result.append(Found(0, name))
         else:
             raise MismatchError(
@@ -197,9 +210,9 @@ def _common(
     if config.vocab == "base":
         return 0, f"vocabularies differ ({', '.join(str(r) for r in rows)} rows); --vocab base"
     if min(rows) < spec.shape[0]:
-        found.mended[name] = f"{min(rows)} of {spec.shape[0]} rows are merged, the others are '{models[0].ref}''s own"
+        found.rule(name, f"{min(rows)} of {spec.shape[0]} rows are merged, the others are '{models[0].ref}''s own")
     else:
-        found.mended[name] = f"the first {min(rows)} rows of {max(rows)} are merged"
+        found.rule(name, f"the first {min(rows)} rows of {max(rows)} are merged")
     return spec.size // spec.shape[0] * min(rows), None
 
 
@@ -259,7 +272,22 @@ def _donor_precision(name: str, source: str, models: Sequence[Posterior]) -> tup
     if donor.precision is None:
         return (None,) if donor.isotropic is not None else None
     own = _precision_name(name, source, donor)
-    return None if own is None else (Found(0, own),)
+    if own is None:
+        return None
+    _check_shape(own, source, donor)
+    return (Found(0, own),)
+
+
+def _check_shape(own: str, source: str, model: Posterior) -> None:
+    assert model.precision is not None
+    there, expected = model.precision.specs[own], model.mean.specs[source].shape
+    allowed = (expected, row_shape(expected), one_shape(expected), ())
+    if there.dtype not in ("F32", "BF16", "F64") or there.shape not in allowed:
+        raise PrecisionError(
+            f"the precision of '{own}' in {model.precision.where(own)} is {there.dtype} {list(there.shape)}, "
+            f"expected F32 or BF16 {list(expected)} like the mean's, one number a row {list(row_shape(expected))}, "
+            f"or one number {list(one_shape(expected))}."
+        )
 
 
 def _precisions(
@@ -282,15 +310,7 @@ def _precisions(
             missing.append(i)
             result.append(None)
             continue
-        there, expected = model.precision.specs[own], model.mean.specs[source.name].shape
-        if there.dtype not in ("F32", "BF16", "F64") or there.shape not in (
-            expected, row_shape(expected), one_shape(expected), ()
-        ):  # fmt: skip
-            raise PrecisionError(
-                f"the precision of '{own}' in {model.precision.where(own)} is {there.dtype} {list(there.shape)}, "
-                f"expected F32 or BF16 {list(expected)} like the mean's, one number a row {list(row_shape(expected))}, "
-                f"or one number {list(one_shape(expected))}."
-            )
+        _check_shape(own, source.name, model)
         result.append(Found(source.model, own))
     same = {i for i in missing if _agree(sources[i], sources[0], models)}
     with_files = [i for i, s in enumerate(sources) if models[s.model].precision is not None]
@@ -310,9 +330,22 @@ def _precisions(
 
 
 def _agree(a: Found, b: Found, models: Sequence[Posterior]) -> bool:
-    """Whether two tensors hold the same values, by their sampled blocks."""
+    """Whether two tensors hold the same values, in one dtype or two, by their sampled blocks."""
     left, right = models[a.model].mean, models[b.model].mean
-    return left.specs[a.name] == right.specs[b.name] and block_hash(left, a.name) == block_hash(right, b.name)
+    one, other = left.specs[a.name], right.specs[b.name]
+    if one == other:
+        return block_hash(left, a.name) == block_hash(right, b.name)
+    if one.shape != other.shape:
+        return False
+    size, last = one.size, max(one.size - _SAMPLE, 0)
+    for start in {last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}:
+        stop = min(start + _SAMPLE, size)
+        if not np.array_equal(read_chunk(left, a.name, start, stop), read_chunk(right, b.name, start, stop)):
+            return False
+    return True
+
+
+_SAMPLE, _SAMPLES = 1024, 16  # entries of a block, and blocks
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
