@@ -100,24 +100,32 @@ class Output:
         write_index(self.out / "posterior", "precision", stored, size)
 
     def _copy_side_files(self) -> None:
-        """Config, tokenizer, chat template and the like, from the first model that is a folder."""
-        folder = next((m.path for m in self.plan.models if m.path.is_dir()), None)
-        if folder is None:
+        """Config, tokenizer, chat template, code and the like, from the first model that is a folder."""
+        donor = next((m for m in self.plan.models if m.path.is_dir()), None)
+        if donor is None:
             return
-        for file in sorted(folder.iterdir()):
+        for file in sorted(donor.path.iterdir()):
             if file.is_file() and _travels(file):
                 shutil.copyfile(file, self.out / file.name)
         for name in ("additional_chat_templates",):
-            if (folder / name).is_dir():
-                shutil.copytree(folder / name, self.out / name, dirs_exist_ok=True)
-        dtype = _CONFIG_DTYPE.get(self.plan.config.dtype or "")
+            if (donor.path / name).is_dir():
+                shutil.copytree(donor.path / name, self.out / name, dirs_exist_ok=True)
         config = self.out / "config.json"
-        if dtype is not None and config.exists():
-            content = json.loads(config.read_text())
-            for key in ("dtype", "torch_dtype"):
-                if key in content:
-                    content[key] = dtype
+        if config.exists() and (self.plan.config.dtype is not None or donor is not self.plan.donor):
+            try:
+                content = json.loads(config.read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{donor.path / config.name}: is not JSON ({error}).") from None
+            _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
             config.write_text(json.dumps(content, indent=2) + "\n")
+
+    def _main_dtype(self) -> str:
+        """The dtype that holds most of the parameters."""
+        sizes = dict.fromkeys(_CONFIG_DTYPE, 0)
+        for step in self.plan.steps:
+            if step.spec.dtype in sizes:
+                sizes[step.spec.dtype] += step.spec.size
+        return self.plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
 
     def write_report(self, text: str) -> None:
         (self.out / report_path(self.plan.target).name).write_text(text)
@@ -130,6 +138,15 @@ class Output:
 
 _CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
                  "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+def _set_dtype(config: Any, dtype: str) -> None:
+    """Say in a config, and in those of the parts of a model, what its parameters are stored in."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = dtype
+        elif key.endswith("_config") and key != "quantization_config":
+            _set_dtype(value, dtype)
 
 
 def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
@@ -205,7 +222,7 @@ def _shard(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _OWN_FILES = ("merge_report.json", "trainer_state.json", "all_results.json", "train_results.json")
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.lora import AdaptedSource
 from mergekit_bayes.methods import METHODS, Method, choose, settings_of
 from mergekit_bayes.posterior import Posterior, precision_path
 
@@ -221,13 +222,21 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
         written.append(precision_path(target))  # also where none is written: an old one would not belong
     for model in models:
         inputs = [*model.mean.files, *(model.precision.files if model.precision else ())]
+        if isinstance(model.mean, AdaptedSource):
+            inputs += model.mean.adapter.posterior.mean.files
         if any(p.resolve() == w.resolve() or w.resolve() in p.resolve().parents for p in inputs for w in written):
             raise CheckpointError(f"-o {target} would overwrite '{model.ref}', an input. Choose another -o.")
     for path in written:
         # A merge that was stopped while it put its files in place has some of them there, and goes on.
         if path.exists() and not config.force and not partial_path(target).exists():
             raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+        if path.is_dir() and any(path.iterdir()) and not any(f for g in _OF_A_MODEL for f in path.glob(g)):
+            raise CheckpointError(f"'{path}' is a folder without a model in it, which --force leaves alone. Choose "
+                                  "another -o, or remove it yourself.")  # fmt: skip
     return target
+
+
+_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
 
 
 def report_path(target: Path) -> Path:
