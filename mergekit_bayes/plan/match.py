@@ -163,8 +163,9 @@ def _sources(
         else:
             raise MismatchError(
                 f"'{name}' is in '{models[0].ref}' but not in '{model.ref}'. All models of a merge share one "
-                "architecture; was this one fine-tuned from another base? --on-missing base takes it as unchanged, "
-                "--on-missing skip leaves it out."
+                "architecture; was this one fine-tuned from another base? "
+                + ("--on-missing base takes it as unchanged, " if config.base is not None else "")
+                + "--on-missing skip leaves it out."
             )
     return tuple(result)
 
@@ -196,7 +197,7 @@ def _common(
         is_vocabulary = is_vocabulary and bool(_VOCABULARY.search(name))
         if not is_vocabulary or config.vocab == "error":
             way_out = (
-                "--vocab common merges the tokens that all have, --vocab base keeps the base's."
+                f"--vocab common merges the tokens that all have, --vocab base keeps those of '{models[0].ref}'."
                 if is_vocabulary
                 else "All models of a merge share one architecture; was this one fine-tuned from another base?"
             )
@@ -255,13 +256,13 @@ def _left_out(
         if extra:
             tied = tied_source(extra[0], donor.mean)
             cause = (
-                f"'{donor.ref}' ties it to '{tied}', '{model.ref}' has one of its own"
+                f"'{donor.ref}' ties it to '{tied}', '{model.ref}' has one of its own."
                 if tied is not None
                 else "All models of a merge share one architecture; was this one fine-tuned from another base?"
             )
             raise MismatchError(
                 f"'{extra[0]}' ({len(extra)} such) is in '{model.ref}' but not in '{donor.ref}'. {cause} "
-                "--on-missing base leaves it out."
+                f"--on-missing {'skip' if config.base is None else 'base'} leaves it out."
             )
     return result
 
