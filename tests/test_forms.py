@@ -11,7 +11,9 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -433,7 +435,8 @@ def test_a_bad_number_of_a_pooled_precision_is_found_and_mended(pool, value, set
 
 def test_a_bad_entry_of_a_merge_in_the_frame_of_its_base_adds_nothing():
     for settings in ({}, {"shrink": "0.3"}, {"shrink": "row:0.3"}):
-        base, *_ = (model(n, i) for i, n in enumerate(("base", "a", "b")))
+        for i, name in enumerate(("base", "a", "b")):
+            model(name, i)
         merge("a", out="m.safetensors", **settings)
         stored = load_file("m.precision.safetensors")
         header = open_posterior("m.safetensors").info.to_metadata()
@@ -679,8 +682,8 @@ def test_a_head_of_a_tasks_own_is_refused_where_the_base_ties_it_and_dropped_whe
     base = model("base", 0, mean=tiny.arrays(0, TIED), precision=tiny.precisions(0, TIED))
     own = TIED | {HEAD: (6, 4)}
     a = model("a", 1, mean=tiny.arrays(1, own), precision=tiny.precisions(1, own))
-    with pytest.raises(MismatchError, match=r"'base\.safetensors' ties it to 'model.embed_tokens.weight', 'a\.safetensors' "
-                                            r"has one of its own.*--on-missing base"):  # fmt: skip
+    own_head = r"'base\.safetensors' ties it to 'model.embed_tokens.weight', 'a\.safetensors' has one of its own\. "
+    with pytest.raises(MismatchError, match=own_head + "--on-missing base leaves"):
         merge("a")
     mean, precision = expect(base, [a], (1,))
     for rule in ("base", "skip"):
@@ -716,7 +719,8 @@ def test_buffers_and_integers_are_the_bases_whatever_the_tasks_hold():
     base = {n: torch.as_tensor(a) for n, a in tiny.arrays(0, SHAPES).items()}
     kept = {
         "h.0.attn.bias": torch.ones(1, 1, 3, 3), "rotary.inv_freq": torch.rand(4), "ids": torch.arange(5),
-        "steps": torch.tensor(7, dtype=torch.int32), "mask": torch.tensor([True, False]), "bytes": torch.arange(3).to(torch.uint8),
+        "steps": torch.tensor(7, dtype=torch.int32), "mask": torch.tensor([True, False]),
+        "bytes": torch.arange(3).to(torch.uint8),
     }  # fmt: skip
     save_file(base | kept, "base.safetensors")
     other = {"rotary.inv_freq": torch.zeros(4), "ids": torch.zeros(9, dtype=torch.int64), "more": torch.arange(2)}
@@ -847,3 +851,140 @@ def test_the_plan_lists_what_the_rules_decide_before_anything_is_written():
     assert not Path("x.safetensors").exists()
     report = run_merge(config)
     assert (report.ruled, report.left_out) == (plan.mended, plan.left_out)
+
+
+# Part of a model, and recipes
+
+
+def test_scales_by_tensor_reach_the_arithmetic_and_later_ones_win():
+    base, a, b = (model(n, i) for i, n in enumerate(("base", "a", "b")))
+    rules = ("a.safetensors:h=0.5", r"a.safetensors:attn|^wte=0.25", "b.safetensors:h\\.0\\.(attn|ln)=0")
+    report = merge("a", "b", scale=(1.0, *rules, 0.8))
+    found, kept = load("x.safetensors"), load("x.precision.safetensors")
+    scales = {"wte.weight": (0.25, 0.8), "h.0.attn.weight": (0.25, 0), "h.0.ln.bias": (0.5, 0),
+              "h.0.scalar": (0.5, 0.8), "h.0.conv": (0.5, 0.8)}  # fmt: skip
+    for name, own in scales.items():
+        mean, precision = (x[name] for x in expect(base, (a, b), own))
+        np.testing.assert_allclose(found[name], mean, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(kept[name], precision, rtol=2e-5)
+    assert report.settings["scale"] == (1.0, *rules, 0.8)
+    assert open_posterior("x.safetensors").info.merge.uneven
+
+
+def test_a_model_whose_path_holds_a_colon_or_an_equals_sign_can_be_scaled():
+    model("base", 0)
+    for name in ("v=1", "v:2"):
+        model(name, 1)
+        report = merge(name, weights="uniform", scale=(0.0, rf"{name}.safetensors:attn(?:=|\.)=0.5"))
+        assert report.copied == dict.fromkeys(set(SHAPES) - {"h.0.attn.weight"}, "all scales are zero")
+        found, base, a = load("x.safetensors"), load("base.safetensors"), load(f"{name}.safetensors")
+        np.testing.assert_allclose(found[AT[0]], base[AT[0]] / 2 + a[AT[0]] / 2, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{"only": "attn"}, {"scale": (0.0, "a.safetensors:attn=0.5")}], ids=str)
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_what_nothing_matches_stays_byte_equal_to_the_base(dtype, settings):
+    mean = tiny.arrays(0, SHAPES)
+    mean["wte.weight"][0] = [-0.0, 0.0, 1e-7, -1e-7]
+    model("base", 0, mean=mean, dtype=dtype)
+    model("a", 1)
+    for weights in ("uniform", "precision"):
+        merge("a", weights=weights, **settings)
+        one, other = load_file("x.safetensors"), load_file("base.safetensors")
+        for name in SHAPES:
+            same = torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
+            assert same == (name != "h.0.attn.weight")
+
+
+def test_patterns_that_match_nothing_or_cannot_be_read_are_errors():
+    model("base", 0)
+    model("a", 1)
+    for scale, match in (
+        ("a.safetensors:mlp=0.5", r"--scale 'a\.safetensors:mlp=0\.5' matches no tensor"),
+        ("a.safetensors:attn=much", "'much' is not a number"),
+        ("a.safetensors:(=1", "is no regular expression"),
+        ("c.safetensors:attn=1", "expected a number, or MODEL:REGEX=X with a model as given: a.safetensors"),
+        ("a.safetensors:attn=inf", "must be finite"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            merge("a", scale=(1.0, scale))
+    with pytest.raises(ConfigError, match=r"--only 'mlp' matches no tensor"):
+        merge("a", only="mlp")
+
+
+def test_a_tensor_without_a_share_of_any_model_is_refused():
+    model("a", 0)
+    model("b", 1)
+    rules = ("a.safetensors:attn=0", "b.safetensors:attn=0")
+    with pytest.raises(ConfigError, match=r"leaves 'h\.0\.attn\.weight' without a share"):
+        merge("a", "b", base=None, weights="uniform", scale=rules)
+    merge("a", "b", base=None, weights="uniform", scale=rules[:1])
+    np.testing.assert_allclose(load("x.safetensors")[AT[0]], load("b.safetensors")[AT[0]], rtol=1e-5)
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["merge", *args])
+
+
+def test_a_recipe_gives_the_same_bytes_again_and_flags_beat_it(world):
+    for name in ("base", "a", "b"):
+        Path(name).symlink_to(world / f"qwen-{name}")
+    flags = ["--weights", "precision", "--scale", "0.7", "--scale", "b:mlp=-0.25", "--shrink", "row:0.3",
+             "--dtype", "bf16", "--observations", "a=3x", "--max-shard-size", "600", "--only", "layers|lm_head"]  # fmt: skip
+    assert run("a", "b", "--base", "base", *flags, "-o", "one").exit_code == 0
+    done = run("one/merge_recipe.yaml", "-o", "two")
+    assert done.exit_code == 0, done.stderr
+    files = [p.relative_to("one") for p in Path("one").rglob("*") if p.suffix in (".safetensors", ".yaml", ".json")]
+    assert len([f for f in files if f.suffix == ".safetensors"]) > 4
+    for file in files:
+        if file.name != "merge_report.json":
+            assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
+    recipe = yaml.safe_load(Path("one/merge_recipe.yaml").read_text())
+    assert recipe["scale"] == [0.7, "b:mlp=-0.25"]
+    assert "out" not in recipe
+    assert run("one/merge_recipe.yaml", "--dtype", "F32", "--scale", "0.2", "-o", "three").exit_code == 0
+    changed = json.loads(Path("three/merge_report.json").read_text())["settings"]
+    assert (changed["dtype"], changed["scale"], changed["shrink"]) == ("F32", [0.2], "row:0.3")
+
+
+def test_a_recipe_names_its_mistakes():
+    model("base", 0)
+    model("a", 1)
+    Path("r.yaml").write_text("models: [a.safetensors]\nbase: base.safetensors\nwieghts: precision\nscale: [1]\n")
+    done = run("r.yaml", "-o", "x.safetensors")
+    assert done.exit_code == 2
+    assert "r.yaml" in done.stderr
+    assert "wieghts: unknown key; did you mean 'weights'?" in done.stderr
+    Path("r.yaml").write_text("models: [a.safetensors]\nbase: base.safetensors\nscale: [1, 'a.safetensors:ln=0']\n")
+    assert run("r.yaml", "-o", "x.safetensors").exit_code == 0
+    both = run("r.yaml", "a.safetensors")
+    assert both.exit_code == 2
+    assert "names its own models" in both.stderr
+
+
+def test_a_recipe_pins_hub_ids_and_gives_the_same_bytes(monkeypatch):
+    """A Hub cache as huggingface_hub lays it out, read offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for i, name in enumerate(("base", "a")):
+        repo = Path("hub") / f"models--org--{name}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        model("model", i)
+        folder = repo / "snapshots" / commit
+        (folder / "posterior").mkdir(parents=True)
+        Path("model.safetensors").rename(folder / "model.safetensors")
+        Path("model.precision.safetensors").rename(folder / "posterior" / "precision.safetensors")
+    report = run_merge(MergeConfig(models=("org/a",), base="org/base", weights="precision", out="one",
+                                   scale=("org/a:attn=0.5",), observations={"org/a": "2x"}))  # fmt: skip
+    assert [m.commit for m in report.models] == [commit, commit]
+    recipe = yaml.safe_load(Path("one/merge_recipe.yaml").read_text())
+    assert (recipe["models"], recipe["base"]) == ([f"org/a@{commit}"], f"org/base@{commit}")
+    assert recipe["scale"] == [f"org/a@{commit}:attn=0.5"]
+    assert recipe["observations"] == {f"org/a@{commit}": "2x"}
+    assert run("one/merge_recipe.yaml", "-o", "two").exit_code == 0
+    for file in ("model.safetensors", "posterior/precision.safetensors", "merge_recipe.yaml"):
+        assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file

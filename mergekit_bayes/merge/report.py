@@ -8,7 +8,7 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.merge.work import Unit
-from mergekit_bayes.plan import MergePlan
+from mergekit_bayes.plan import MergePlan, known_info
 from mergekit_bayes.posterior import precision_path
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
@@ -154,14 +154,14 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
             notes.append(f"the precision of '{model.ref}' is zero in all of {_some(names)}")
         if totals.mended[i]:
             notes.append(f"{totals.mended[i]:,} bad entries of '{model.ref}' took the base's values")
-        info = model.info
+        info = known_info(model)
         models.append(
             MergedModel(
                 ref=model.ref,
                 role="base" if is_base else "task",
                 scale=scale,
                 identity=model.identity,
-                full=info.mean.full if plan.config.verify and info else None,
+                full=model.info.mean.full if plan.config.verify and model.info else None,
                 commit=model.commit,
                 estimator=info.estimator if info else None,
                 unit=info.unit if info else None,

@@ -32,6 +32,7 @@ from mergekit_bayes.plan.weigh import (
     check_precisions,
     choose_guard,
     common_count,
+    known_info,
     precision_identity,
     weigh,
 )
@@ -40,8 +41,8 @@ from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorI
 from mergekit_bayes.tensors import ITEM_SIZE
 
 __all__ = [
-    "Found", "MergeConfig", "MergePlan", "Pull", "Shrink", "Step", "Weighing", "one_shape", "partial_path",
-    "plan_merge", "recipe_path", "report_path", "row_shape",
+    "Found", "MergeConfig", "MergePlan", "Pull", "Shrink", "Step", "Weighing", "known_info", "one_shape",
+    "partial_path", "plan_merge", "recipe_path", "report_path", "row_shape",
 ]  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def _merged_info(
     total = sum(scales)
     shares = scales if base else [s / total for s in scales]
     counted = weighings[1:] if base else weighings
-    known = [m.info for m in models if m.info is not None]
+    known = [info for m in models if (info := known_info(m)) is not None]
     counts = [s * w.count for s, w in zip(shares, counted, strict=True) if w.count is not None]
     observations = sum(counts) if counts else None
     common = common_count(config, models)
@@ -233,12 +234,17 @@ def _terms(tasks: Sequence[Posterior], shares: Sequence[float], weighings: Seque
     found: dict[str, Term] = {}
     for task, share, weighing in zip(tasks, shares, weighings, strict=True):
         inner = task.info.terms if task.info and task.info.terms else ()
-        own = inner or (Term(label=Path(task.ref).name, mean=Identity(blocks=task.identity), scale=1.0),)
+        own = inner or (Term(label=_label(task), mean=Identity(blocks=task.identity), scale=1.0),)
         for term in own:
             before = found[term.mean.blocks].scale if term.mean.blocks in found else 0.0
-            update = {"scale": before + share * term.scale, "gain": term.gain * weighing.gain}
+            update = {"scale": before + share * term.scale, "gain": term.gain * weighing.gain * weighing.inner}
             found[term.mean.blocks] = term.model_copy(update=update)
     return tuple(t for t in found.values() if abs(t.scale) > 1e-9)
+
+
+def _label(task: Posterior) -> str:
+    """A name for people; of a Hub id without its revision, so that a recipe which pins it writes the same."""
+    return Path(task.ref if task.commit is None else task.ref.partition("@")[0]).name
 
 
 def _main_dtype(model: Posterior) -> str:

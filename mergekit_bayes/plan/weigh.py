@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.lora import AdaptedSource, ProductPrecision
 from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
 from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, Prior, precision_path
 from mergekit_bayes.tensors import identity
@@ -35,6 +36,7 @@ class Weighing:
         contains_base: For a merge: S contains the base posterior with its H at this gain (else None).
         reshape: False for a merge, which was pooled and shrunk when it was made.
         count: Observations that H stands for after counting; None if nobody knows.
+        inner: Of an adapter: the gain of its factors' precision, which the product of them has in it already.
     """
 
     gain: float = 1.0
@@ -44,6 +46,7 @@ class Weighing:
     reshape: bool = True
     count: float | None = None
     pull: Pull = field(default_factory=Pull)
+    inner: float = 1.0
 
 
 def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: list[str]) -> None:
@@ -55,6 +58,8 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
                 f"`bmerge precision {model.ref} --data TEXTS`, name one with --precision {model.ref}=PATH, give one "
                 f"number with --isotropic {model.ref}=X, or merge with --weights uniform."
             )
+        if model.info is None and known_info(model) is not None:
+            continue  # an adapter, whose own precision was checked when it was opened
         if model.info is None:
             kind = "one number everywhere" if model.isotropic is not None else "a precision without information"
             notes.append(f"'{model.ref}' has {kind}: taken as it is, on the scale of the summed loss, prior 0")
@@ -70,7 +75,7 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
                 notes.append(f"'{model.ref}' has no full hash on record; only sampled blocks were compared")
             elif identity(model.mean, full=True) != model.info.mean.full:
                 raise PrecisionError(f"'{model.ref}' differs from the weights that its precision was taken at.")
-    kinds = {(m.info.estimator, m.info.unit): m.ref for m in models if m.info is not None}
+    kinds = {(i.estimator, i.unit): m.ref for m in models if (i := known_info(m)) is not None}
     if len(kinds) > 1:
         (a, ref_a), (b, ref_b) = list(kinds.items())[:2]
         raise PrecisionError(
@@ -80,9 +85,24 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
         )
 
 
-def weigh(config: MergeConfig, models: Sequence[Posterior], notes: list[str]) -> list[Weighing]:
+def known_info(model: Posterior) -> PosteriorInfo | None:
+    """What is known about a model's precision; of `BASE+ADAPTER`, about the adapter's."""
+    if isinstance(model.mean, AdaptedSource) and isinstance(model.precision, ProductPrecision):
+        return model.mean.adapter.posterior.info
+    return model.info
+
+
+def weigh(config: MergeConfig, models: list[Posterior], notes: list[str]) -> list[Weighing]:
+    """How each model's stored precision counts.
+
+    The precision of an adapter counts before the product is made of it; such models are replaced in `models`.
+    """
     base = models[0] if config.base is not None else None
     common = common_count(config, models)
+    for i, model in enumerate(models):
+        count = _adapters_count(config, model, common)
+        if count is not None and isinstance(model.mean, AdaptedSource):
+            models[i] = replace(model, precision=ProductPrecision(model.mean, count))
     result: list[Weighing] = []
     for model in models:
         base_gain = result[0].gain if base is not None and result else 1.0
@@ -108,9 +128,20 @@ def common_count(config: MergeConfig, models: Sequence[Posterior]) -> float | No
 
 def _own_count(model: Posterior) -> float | None:
     """Observations that a precision stands for; of a merge, those that one term at scale 1 stands for."""
-    if model.info is None:
+    info = known_info(model)
+    if info is None:
         return None
-    return model.info.merge.common_count if model.info.merge else model.info.observations
+    return info.merge.common_count if info.merge else info.observations
+
+
+def _adapters_count(config: MergeConfig, model: Posterior, common: float | None) -> float | None:
+    """Observations that an adapter's precision shall stand for; None for other models, and where nobody knows."""
+    own = _own_count(model)
+    if model.info is not None or own is None:
+        return None
+    wanted = config.observations.get(model.ref, "1x")
+    factor = _factor(wanted, model)
+    return float(wanted) if factor is None else factor * (own if config.counts == "recorded" else common or own)
 
 
 def _weigh_one(
@@ -121,6 +152,8 @@ def _weigh_one(
     factor = _factor(wanted, model)
     info = model.info
     if info is None:
+        if (counted := _adapters_count(config, model, common)) is not None:
+            return Weighing(count=counted, pull=_pull(config, model, 1.0), inner=counted / (_own_count(model) or 1.0))
         if factor is None:
             raise ConfigError(
                 f"--observations {model.ref}={wanted}: its precision records no count to set. Multiply it instead: "
@@ -251,7 +284,7 @@ def choose_guard(
         if scale >= 0:
             continue
         who = task.identity
-        removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain
+        removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain * weighing.inner
         if base.info is not None and any(t.mean.blocks == who for t in base.info.terms):
             raise MismatchError(
                 f"'{base.ref}' contains '{task.ref}', but the frame of a removal is the original base: "
