@@ -17,8 +17,9 @@ from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer
+from mergekit_bayes.plan import one_shape, row_shape
 from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify, open_posterior
-from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, chunks, read_chunk
+from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, TensorSpec, chunks, read_chunk, read_tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _CHUNK = 1 << 18  # elements
@@ -76,14 +77,16 @@ class PrecisionSummary(Config):
         info: All that its author wrote; None for a file from elsewhere.
         belongs: Whether it was made for these weights (identity by sampled blocks); None if it does not say.
         covered: Share of the model's parameters that have a precision.
+        numbers: Precisions that are stored for them: fewer where one stands for a row or a tensor.
         unknown: Its tensors that the model lacks, or has in another shape.
-        bad: Entries that are negative or not finite.
+        zeros, bad: Parameters whose precision is zero; is negative or not finite.
     """
 
     files: tuple[str, ...]
     info: PosteriorInfo | None
     belongs: bool | None
     covered: float
+    numbers: int
     unknown: tuple[str, ...]
     zeros: int
     bad: int
@@ -206,7 +209,7 @@ class _Totals:
         self.name = name
         self.tensors = self.parameters = self.bad = 0
         self.squares = self.largest = 0.0
-        self.held = self.zeros = self.bad_precision = 0
+        self.held = self.numbers = self.zeros = self.bad_precision = 0
         self.held_squares, self.least, self.most = 0.0, np.inf, -np.inf
         self.histogram = np.zeros(_BINS, np.int64)
         self.compared, self.compared_squares, self.gap_squares, self.gap = 0, 0.0, 0.0, 0.0
@@ -215,8 +218,9 @@ class _Totals:
         spec = posterior.mean.specs[name]
         self.tensors += 1
         precision = posterior.precision
-        if precision is not None and (name not in precision.specs or precision.specs[name].shape != spec.shape):
+        if precision is not None and not _fits(precision.specs.get(name), spec):
             precision = None
+        pooled = precision is not None and precision.specs[name].size < spec.size
         partner = there.names.get(name) if there else None
         for start, stop in chunks(spec, _CHUNK):
             weights = read_chunk(posterior.mean, name, start, stop).astype(np.float64)
@@ -228,20 +232,26 @@ class _Totals:
             self.largest = max(self.largest, float(np.abs(finite).max(initial=0.0)))
             if precision is not None:
                 self.held_squares += squares
+            if precision is not None and not pooled:
                 self._add_precision(read_chunk(precision, name, start, stop))
             if there is not None and partner is not None:
                 self._add_gap(weights, read_chunk(there.source, partner, start, stop))
+        if precision is not None and pooled:
+            values = read_tensor(precision, name).reshape(-1)
+            self._add_precision(values, each=spec.size // values.size)
 
-    def _add_precision(self, values: Array) -> None:
+    def _add_precision(self, values: Array, each: int = 1) -> None:
+        """Add precisions, each of which stands for so many parameters."""
         values = values.astype(np.float32)
         good = values[np.isfinite(values) & (values >= 0)]
-        self.held += values.size
-        self.bad_precision += values.size - good.size
-        self.zeros += int(np.count_nonzero(good == 0))
+        self.held += values.size * each
+        self.numbers += values.size
+        self.bad_precision += (values.size - good.size) * each
+        self.zeros += int(np.count_nonzero(good == 0)) * each
         if good.size:
             self.least, self.most = min(self.least, float(good.min())), max(self.most, float(good.max()))
         # + 0.0 turns a negative zero, whose bits sort last, into zero.
-        self.histogram += np.bincount((good + np.float32(0)).view(np.uint32) >> 16, minlength=_BINS)
+        self.histogram += each * np.bincount((good + np.float32(0)).view(np.uint32) >> 16, minlength=_BINS)
 
     def _add_gap(self, here: Array, there: Array) -> None:
         both = np.isfinite(here) & np.isfinite(there)
@@ -356,6 +366,12 @@ def _comparison(there: _Match, totals: list[_Totals]) -> Comparison:
     )
 
 
+def _fits(precision: TensorSpec | None, mean: TensorSpec) -> bool:
+    """Whether a precision has one number for each entry, row, or for all of a tensor."""
+    shapes = (mean.shape, row_shape(mean.shape), one_shape(mean.shape), ())
+    return precision is not None and precision.dtype in MERGEABLE and precision.shape in shapes
+
+
 def _precision_summary(posterior: Posterior, names: list[str], totals: list[_Totals]) -> PrecisionSummary | None:
     precision, mean, info = posterior.precision, posterior.mean, posterior.info
     if precision is None:
@@ -366,8 +382,9 @@ def _precision_summary(posterior: Posterior, names: list[str], totals: list[_Tot
         info=info,
         belongs=None if info is None else info.mean.blocks == identify(mean, full=False).blocks,
         covered=sum(t.held for t in totals) / entries if entries else 0.0,
+        numbers=sum(t.numbers for t in totals),
         unknown=tuple(
-            n for n, spec in precision.specs.items() if n not in mean.specs or mean.specs[n].shape != spec.shape
+            n for n, spec in precision.specs.items() if n not in mean.specs or not _fits(spec, mean.specs[n])
         ),
         zeros=sum(t.zeros for t in totals),
         bad=sum(t.bad_precision for t in totals),
@@ -390,6 +407,9 @@ def _notes(layers: tuple[Layer, ...], precision: PrecisionSummary | None) -> Ite
         yield f"{precision.zeros:,} entries of the precision are zero"
     if precision.covered < 1:
         yield f"{1 - precision.covered:.1%} of the parameters have no precision"
+    held = sum(layer.precision.parameters for layer in layers if layer.precision is not None)
+    if precision.numbers < held:
+        yield f"the precision is pooled: {precision.numbers:,} numbers stand for {held:,} parameters"
     if precision.unknown:
         yield f"{len(precision.unknown)} tensors of the precision fit none of the model, '{precision.unknown[0]}' first"
     if precision.info is None or precision.info.estimator != "ivon":

@@ -159,3 +159,24 @@ def test_the_command_prints_tables_for_people_and_one_document_for_machines(worl
     missing = CliRunner().invoke(app, ["inspect", "no.safetensors"])
     assert missing.exit_code == 2
     assert "no such file or folder" in missing.stderr
+
+
+@pytest.mark.parametrize("axis", [1, None], ids=["row", "tensor"])
+def test_a_pooled_precision_is_reported_as_if_spread_out(world, axis):
+    precision = world[1]
+    pooled = {n: p.mean(axis=axis if p.ndim > 1 else None, keepdims=True) for n, p in precision.items()}
+    pooled["transformer.wte.weight"][0] = 0
+    pooled["score.weight"][0] = np.nan
+    tiny.write("pooled.safetensors", pooled)
+    tiny.write("spread.safetensors", {n: np.broadcast_to(p, SHAPES[n]).copy() for n, p in pooled.items()})
+    short, long = (run_inspect("a.safetensors", precision=f"{n}.safetensors") for n in ("pooled", "spread"))
+    assert short.layers == long.layers
+    assert short.precision.unknown == ()
+    assert (short.precision.zeros, short.precision.bad) == (long.precision.zeros, long.precision.bad)
+    assert (short.precision.covered, short.precision.numbers) == (1, sum(p.size for p in pooled.values()))
+    pooled_note = (
+        f"the precision is pooled: {short.precision.numbers:,} numbers stand for {long.parameters:,} parameters"
+    )
+    assert [n for n in short.notes if n not in long.notes] == [pooled_note]
+    shown = CliRunner().invoke(app, ["inspect", "a.safetensors", "--precision", "pooled.safetensors"])
+    assert pooled_note in " ".join(shown.stderr.split())
