@@ -29,6 +29,7 @@ from mergekit_bayes.posterior import (
 )
 from mergekit_bayes.tensors import SafetensorsSource
 from tests import tiny
+from tests.reference import lora as lora_twin
 from tests.reference.merging import natural_sum
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
@@ -930,7 +931,8 @@ def test_a_recipe_gives_the_same_bytes_again_and_flags_beat_it(world):
     for name in ("base", "a", "b"):
         Path(name).symlink_to(world / f"qwen-{name}")
     flags = ["--weights", "precision", "--scale", "0.7", "--scale", "b:mlp=-0.25", "--shrink", "row:0.3",
-             "--dtype", "bf16", "--observations", "a=3x", "--max-shard-size", "600", "--only", "layers|lm_head"]  # fmt: skip
+             "--dtype", "bf16", "--observations", "a=3x", "--max-shard-size", "600",
+             "--only", "layers|lm_head"]  # fmt: skip
     assert run("a", "b", "--base", "base", *flags, "-o", "one").exit_code == 0
     done = run("one/merge_recipe.yaml", "-o", "two")
     assert done.exit_code == 0, done.stderr
@@ -988,3 +990,238 @@ def test_a_recipe_pins_hub_ids_and_gives_the_same_bytes(monkeypatch):
     assert run("one/merge_recipe.yaml", "-o", "two").exit_code == 0
     for file in ("model.safetensors", "posterior/precision.safetensors", "merge_recipe.yaml"):
         assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
+
+
+# Frozen tensors and adapters
+
+
+def frozen(name, base, seed, learnt, *, dtype="F32", prefix=""):
+    """A fine-tune of `base` (its arrays) in which only the tensors `learnt` moved, and only they have a precision."""
+    moved = {n: x + tiny.arrays(seed, SHAPES)[n] * (n in learnt) for n, x in base.items()}
+    kept = {prefix + n: p for n, p in tiny.precisions(seed, SHAPES).items() if n in learnt}
+    mean, stored = model(name, seed, mean={prefix + n: x for n, x in moved.items()}, precision=kept, dtype=dtype)
+    stored = {n: stored.get(prefix + n, np.zeros(())) for n in base}
+    return {n: mean[prefix + n] for n in base}, stored
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("settings", [{}, {"shrink": "0.3"}, {"pool": "row"}], ids=str)
+def test_a_tensor_without_a_precision_that_did_not_move_counts_as_unchanged(settings, prefix):
+    base = model("base", 0, dtype="BF16")
+    a = frozen("a", base[0], 1, ["h.0.attn.weight"], prefix=prefix)
+    b = frozen("b", base[0], 2, ["h.0.attn.weight", "wte.weight"], dtype="F64")
+    report = merge("a", "b", **settings, dtype="F32")
+
+    def change(s, shape):
+        s = np.broadcast_to(s, shape)
+        if "pool" in settings:
+            return np.broadcast_to(s.mean(axis=tuple(range(1, s.ndim)), keepdims=True), shape) if s.ndim > 1 else s
+        return s + float(settings.get("shrink", 0)) * s.mean()
+
+    each = [(m, {n: change(s, SHAPES[n]) for n, s in p.items()}) for m, p in (base, a, b)]
+    mean, precision = expect(each[0], each[1:], (1, 1))
+    close(load("x.safetensors"), mean)
+    close(load("x.precision.safetensors"), precision)
+    assert report.copied == dict.fromkeys(("h.0.ln.bias", "h.0.scalar", "h.0.conv"), "no task changed it")
+    merged = ("h.0.attn.weight", "wte.weight")
+    sums = [sum(np.sum(p[n]) for n in merged) for _, p in each]
+    assert [m.ratio for m in report.models[1:]] == pytest.approx([s / sums[0] for s in sums[1:]], rel=1e-4)
+
+
+def test_a_tensor_that_moved_without_a_precision_is_refused():
+    base = model("base", 0)
+    mean = tiny.arrays(0, SHAPES)
+    mean["h.0.conv"][0, 0, 0] += 1
+    precision = {n: p for n, p in tiny.precisions(1, SHAPES).items() if n != "h.0.conv"}
+    model("a", 1, mean=mean, precision=precision)
+    with pytest.raises(PrecisionError, match=r"no precision for 'h\.0\.conv' of 'a\.safetensors'.*--only"):
+        merge("a")
+    model("b", 2, mean=base[0], precision={n: 0 * p for n, p in precision.items()})
+    with pytest.raises(PrecisionError, match="is zero everywhere"):
+        merge("b")
+
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+
+
+def lora(folder, base, seed, modules, rank, alpha, observations):
+    """An adapter as PEFT writes it with a posterior; the changes and their precision for 100 observations, exact."""
+    rng = np.random.default_rng(seed)
+    tensors, kept, result = {}, {}, {}
+    for module in modules:
+        rows, columns = base[f"{module}.weight"].shape
+        pair, precision = {}, {}
+        for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            name = f"base_model.model.{module}.lora_{side}.weight"
+            tensors[name] = pair[side] = np.float32(0.3 * rng.normal(size=shape))
+            kept[name] = precision[side] = np.float32(np.exp(rng.uniform(3, 6, shape)))
+        variances = [observations / 100 / (np.float64(precision[side]) + DELTA_0) for side in "AB"]
+        scaling = alpha / rank
+        spread = lora_twin.variance(pair["A"], pair["B"], *variances, scaling)
+        result[f"{module}.weight"] = (lora_twin.change(pair["A"], pair["B"], scaling), 1 / (spread + 1e-20))
+    path = Path(folder)
+    save(path / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj", "down_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    source = SafetensorsSource(checkpoint_files(path))
+    info = PosteriorInfo(estimator="ggn", unit="token", observations=observations, ess=observations,
+                         mean=identify(source))  # fmt: skip
+    source.close()
+    save_posterior(path, kept, info, force=True)
+    return result
+
+
+@pytest.fixture
+def adapters(world):
+    """Two adapters of different rank and layers, from 50 and 400 observations, on a base with 100."""
+    Path("base").symlink_to(world / "qwen-base")
+    base = opened("base")
+    changes = lora("a", base[0], 1, [Q], 2, 3, 50.0), lora("b", base[0], 2, [Q, DOWN], 3, 5, 400.0)
+    tasks = [
+        ({n: x + c[n][0] if n in c else x for n, x in base[0].items()}, {n: c[n][1] if n in c else 0 for n in base[0]})
+        for c in changes
+    ]
+    return base, tasks
+
+
+def test_adapters_on_their_base_merge_like_the_folded_models(adapters):
+    base, tasks = adapters
+    for names, folded, scales in ((["a"], tasks[:1], (0.8,)), (["a", "b"], tasks, (0.8, -0.3))):
+        merge(*(f"base+{n}" for n in names), weights="uniform", out="x", scale=scales)
+        exact = {
+            n: m0 + sum(s * (m[n] - m0) for s, (m, _) in zip(scales, folded, strict=True)) for n, m0 in base[0].items()
+        }
+        close(load("x"), exact, rtol=1e-5, atol=1e-6)
+    CLASSES["qwen"].from_pretrained("x")
+    merge("base+a", "base+b", base=None, weights="uniform", out="x")
+    close(load("x"), {n: (x + tasks[1][0][n]) / 2 for n, x in tasks[0][0].items()}, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_weigh_by_the_precision_of_their_products_counted_like_the_base(adapters):
+    base, tasks = adapters
+    report = merge("base+a", "base+b", out="x", scale=(1.0, 0.5))
+    mean, precision = expect(base, tasks, (1.0, 0.5))
+    close(load("x"), mean, rtol=1e-4, atol=1e-5)
+    close(opened("x")[1], precision, rtol=1e-4)
+    assert [m.count for m in report.models] == [100, 100, 100]
+    assert [m.observations for m in report.models] == [100, 50, 400]
+    assert {m.estimator for m in report.models} == {"ggn"}
+    assert report.merged_tensors == 2
+    assert set(report.copied.values()) == {"no task changed it"}
+    assert open_posterior("x").info.observations == 150
+    # Twice the count is half the variance of either factor; a count of its own is what its author saw.
+    for settings, counts in (
+        ({"observations": {"base+a": "2x"}}, [100, 200, 100]),
+        ({"observations": {"base+a": "70"}}, [100, 70, 100]),
+        ({"counts": "recorded"}, [100, 50, 400]),
+    ):
+        report = merge("base+a", "base+b", out="y", **settings)
+        assert [m.count for m in report.models] == counts
+        again = [lora(n, base[0], i + 1, m, r, s, o * 100 / c) for i, (n, m, r, s, o, c) in enumerate(
+            zip(("c", "d"), ([Q], [Q, DOWN]), (2, 3), (3, 5), (50.0, 400.0), counts[1:], strict=True))]  # fmt: skip
+        weighed = [(m, {n: c[n][1] if n in c else 0 for n in base[0]}) for (m, _), c in zip(tasks, again, strict=True)]
+        close(load("y"), expect(base, weighed, (1, 1))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_of_adapters_can_be_undone(adapters):
+    merge("base+a", "base+b", out="ab")
+    report = merge("ab", "base+b", scale=(1.0, -1.0), out="undone")
+    merge("base+a", out="a_only")
+    assert report.guarded_share == 0
+    assert any("undoes a term" in note for note in report.notes)
+    assert not any("rounded back" in note for note in report.notes)
+    close(load("undone"), load("a_only"), rtol=1e-4, atol=1e-5)
+    close(opened("undone")[1], opened("a_only")[1], rtol=1e-4)
+    # Counted otherwise than in the merge, it is no undoing.
+    assert merge("ab", "base+b", scale=(1.0, -1.0), observations={"base+b": "2x"}, out="z").guard == 0.2
+
+
+def test_an_adapter_of_another_estimator_does_not_add_to_the_bases(adapters):
+    stored = load_file("a/posterior/precision.safetensors")
+    source = SafetensorsSource([Path("a/adapter_model.safetensors")])
+    info = PosteriorInfo(estimator="ivon", unit="token", observations=50, ess=50, mean=identify(source))
+    source.close()
+    save_file(stored, "a/posterior/precision.safetensors", info.to_metadata())
+    with pytest.raises(PrecisionError, match=r"different kinds .*'base\+a' (has )?ivon per token"):
+        merge("base+a", out="x")
+
+
+def test_an_output_never_takes_the_place_of_an_input(adapters):
+    Path("nested").mkdir()
+    Path("a").rename("nested/a")
+    model("m", 0)
+    save("far/precision.safetensors", load("base.safetensors") if Path("base.safetensors").exists() else load("base"))
+    for settings, out in (
+        ({}, "nested/a"), ({}, "nested"), ({}, "base"), ({"base": "base/model.safetensors"}, "base/model.safetensors"),
+        ({"precision": {"base+nested/a": "nested/a"}, "weights": "precision"}, "nested/a/posterior"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="would overwrite"):
+            merge("base+nested/a", **({"weights": "uniform"} | settings), out=out)
+        assert Path("nested/a/adapter_model.safetensors").exists()
+        assert Path("base/model.safetensors").exists()
+
+
+# The report
+
+
+def test_the_report_says_who_went_in_and_how():
+    for i, name in enumerate(("base", "a", "b")):
+        model(name, i)
+    table = {
+        ("uniform", None): "m = sum_t scale_t m_t / sum_t scale_t",
+        ("uniform", "base"): "m = m0 + sum_t scale_t (m_t - m0)",
+        ("precision", None): "sum_t scale_t S_t m_t",
+        ("precision", "base"): "m = m0 + sum_t scale_t S_t (m_t - m0) / S",
+    }
+    for (weights, base), formula in table.items():
+        report = merge("a", "b", weights=weights, base=base, scale=(0.5, 2.0))
+        assert formula in report.formula
+        refs = [*([base] if base else []), "a", "b"]
+        assert [(m.ref, m.role, m.scale) for m in report.models] == [
+            (f"{r}.safetensors", "base" if r == "base" else "task", {"a": 0.5, "b": 2.0}.get(r)) for r in refs
+        ]
+        for ref, found in zip(refs, report.models, strict=True):
+            source = SafetensorsSource([Path(f"{ref}.safetensors")])
+            assert found.identity == identify(source).blocks
+            source.close()
+        assert json.loads(Path("x.merge_report.json").read_text()) == report.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("out", ["BF16", "F16", "F8_E4M3", "F32"])
+@pytest.mark.parametrize("weights", ["uniform", "precision"])
+def test_changed_and_lost_entries_equal_a_count_of_all(out, weights):
+    shapes = {"w": (40, 30), "v": (50,)}
+    base = {n: torch.as_tensor(x).to(TORCH[out]).double().numpy() for n, x in tiny.arrays(0, shapes).items()}
+    rng = np.random.default_rng(3)
+    edit = {n: x * 10.0 ** rng.uniform(-5, 0, x.shape) * (rng.random(x.shape) < 0.6) for n, x in base.items()}
+    model("base", 0, mean=base, precision=tiny.precisions(0, shapes), dtype=out)
+    model("a", 1, mean={n: x + edit[n] for n, x in base.items()}, precision=tiny.precisions(1, shapes), dtype="F32")
+    report = merge("a", weights=weights, scale=(0.5,))
+    before, after, found = load("base.safetensors"), load("a.safetensors"), load("x.safetensors")
+    changed = sum(np.count_nonzero(after[n] != before[n]) for n in shapes)
+    lost = sum(np.count_nonzero((after[n] != before[n]) & (found[n] == before[n])) for n in shapes)
+    assert report.changed_share == pytest.approx(changed / 1250)
+    assert report.lost_share == pytest.approx(lost / changed)
+    assert (lost > 100) == (out != "F32")
+    assert any("undoing it later is exact in F32 only" in n for n in report.notes) == (out != "F32")
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+def test_a_ratio_that_smells_of_a_unit_is_noted(unit):
+    base = model("base", 0)
+    a = model("a", 1, precision={n: unit * p for n, p in tiny.precisions(1, SHAPES).items()})
+    report = merge("a")
+    ratio = sum(p.sum() for p in a[1].values()) / sum(p.sum() for p in base[1].values())
+    assert report.models[1].ratio == pytest.approx(ratio, rel=1e-5)
+    assert any("check the units" in n for n in report.notes) == (unit != 1)
+
+
+def test_a_precision_of_the_wrong_shape_is_named_also_where_it_is_only_copied():
+    wrong = tiny.precisions(0, SHAPES) | {"h.0.attn.weight": np.ones((5, 4), np.float32)}
+    model("base", 0, precision=wrong)
+    model("a", 1)
+    for only in (None, "wte"):
+        with pytest.raises(
+            PrecisionError, match=r"'h\.0\.attn\.weight' in base\.precision.*\[5, 4\], expected F32 or BF"
+        ):
+            merge("a", only=only)

@@ -173,7 +173,8 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
         )
     written, based = plan.info is not None, plan.base is not None and totals.entries > 0
     lost = totals.lost / totals.changed if based and totals.changed else None
-    if lost is not None and lost >= 0.01:
+    undoes = plan.guard < plan.config.guard  # what is taken out again goes back to the base's value
+    if lost is not None and lost >= 0.01 and not undoes:
         notes.append(
             f"{lost:.1%} of the changed entries were rounded back to the base's value: the edit is small for the dtype "
             "of the output, and undoing it later is exact in F32 only (--dtype F32)"

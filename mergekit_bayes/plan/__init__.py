@@ -133,9 +133,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             guard = choose_guard(config, models, scales, rules, weighings, notes)
         steps, left_out, mended = match_tensors(config, method, models, scales, rules, notes)
         if by_precision and config.posterior and method.is_posterior:
-            uneven = bool(rules) or any(
-                s.copied is None and (s.merged < s.spec.size or s.scales != scales) for s in steps
-            )
+            # A task that left a tensor alone has scale zero there, which is no other merge than with its own scale.
+            uneven = bool(rules) or any(s.copied is None and s.merged < s.spec.size for s in steps)
             info = _merged_info(config, models, scales, weighings, uneven=uneven)
         return MergePlan(
             config=config,
