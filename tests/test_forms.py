@@ -434,6 +434,44 @@ def test_a_bad_number_of_a_pooled_precision_is_found_and_mended(pool, value, set
         np.testing.assert_allclose(np.broadcast_to(kept[AT[0]], s0.shape)[row], s0[row], rtol=1e-6)
 
 
+def test_a_bad_row_that_is_pooled_further_adds_nothing_to_the_mean():
+    base = model("base", 0, pool="row")
+    rows = {n: POOLED["row"](p) for n, p in tiny.precisions(1, SHAPES).items()}
+    model("a", 1, precision=spoiled(rows, np.nan, (AT[0], (2, 0))), prior={"kind": "isotropic", "precision": 0.05})
+    for settings in ({"pool": "tensor"}, {"shrink": "0.3"}):
+        report = merge("a", on_bad="base", **settings)
+        s0, h = base[1][AT[0]], np.float64(rows[AT[0]]) - 0.05
+        h[2] = 0
+        if "pool" in settings:
+            expected, bad = np.full((1, 1), s0.mean() + h.mean()), 1  # one number
+        else:
+            expected, bad = s0 + 0.3 * s0.mean() + h + 0.3 * h.mean(), 5  # the entries of its row
+            expected[2] -= 0.3 * h.mean()
+        np.testing.assert_allclose(load("x.precision.safetensors")[AT[0]], expected, rtol=2e-5)
+        assert report.models[1].mended == bad
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "ties"}, {"method": "ties", "param": {"scope": "tensor"}},
+                                      {"weights": "precision"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_mended_means_merge_like_means_mended_by_hand(settings, dtype):
+    base = model("base", 0, dtype=dtype)
+    b = model("b", 2, dtype=dtype)
+    precision = tiny.precisions(2, SHAPES)
+    spoilt, by_hand, known = b[0], b[0], precision
+    for k, value in enumerate((np.nan, np.inf, -np.inf)):
+        at = (AT[0], (k, 2))
+        spoilt, by_hand = spoiled(spoilt, value, at), spoiled(by_hand, base[0][AT[0]][at[1]], at)
+        known = spoiled(known, 0.0, at)
+    model("a", 1, dtype=dtype)
+    model("spoilt", 2, mean=spoilt, dtype=dtype)
+    model("by_hand", 2, mean=by_hand, precision=known, dtype=dtype)
+    settings = {"weights": "uniform"} | settings
+    merge("a", "spoilt", on_bad="base", **settings)
+    merge("a", "by_hand", out="y.safetensors", **settings)
+    close(load("x.safetensors"), load("y.safetensors"), rtol=0, atol=0)
+
+
 def test_a_bad_entry_of_a_merge_in_the_frame_of_its_base_adds_nothing():
     for settings in ({}, {"shrink": "0.3"}, {"shrink": "row:0.3"}):
         for i, name in enumerate(("base", "a", "b")):
@@ -506,7 +544,8 @@ def test_a_copied_tensor_is_not_the_place_for_a_bad_precision_or_a_cast_nan():
     with pytest.raises(PrecisionError, match=r"'h\.0\.attn\.weight' in base\.precision.* is -1\.0 at flat index 13"):
         merge("a", only="wte")
     merge("a", only="wte", weights="uniform")
-    model("base", 0, mean=spoiled(tiny.arrays(0, SHAPES), np.nan))
+    every = np.uint32(0x7FFFFFFF).view(np.float32)  # a NaN whose bits carry over where they are rounded
+    model("base", 0, mean=spoiled(tiny.arrays(0, SHAPES), every))
     merge("a", only="wte")
     assert np.isnan(load("x.safetensors")[AT[0]][AT[1]])  # copied byte for byte
     with pytest.raises(CheckpointError, match=r"base\.safetensors: 'h\.0\.attn\.weight' is nan"):

@@ -13,7 +13,7 @@ from mergekit_bayes.kernels import Array, Numbers
 from mergekit_bayes.merge.chunks import real_of
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior import CheckpointSource
-from mergekit_bayes.tensors import chunks, read_chunk
+from mergekit_bayes.tensors import chunks, decode, read_chunk
 
 
 def no_mean(values: Array) -> Array:
@@ -24,6 +24,13 @@ def no_mean(values: Array) -> Array:
 def no_precision(values: Array) -> Array:
     """Which entries are no precision; zero of either sign is one."""
     return ~(np.isfinite(values) & (values >= 0))
+
+
+def mend_means(means: Array) -> None:
+    """Give bad entries of the tasks the base's value, in place; (models, n), the base first."""
+    for mean in means[1:]:
+        bad = no_mean(decode(mean, "BF16") if mean.dtype == np.uint16 else mean)
+        mean[bad] = means[0][bad]
 
 
 def unchanged(numbers: Numbers, i: int, of_base: Any, extra: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mergekit_bayes.kernels import Array, first_pass, row_sums
-from mergekit_bayes.merge.bad import no_precision, refuse_bad
+from mergekit_bayes.merge.bad import mend_means, no_precision, refuse_bad
 from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of
 from mergekit_bayes.methods.base import BINS, Reduction
 from mergekit_bayes.plan import Found, MergePlan, Step
@@ -171,6 +171,8 @@ class FirstPass:
         def measure(window: tuple[Step, Known, int, int]) -> Array | None:
             step, known, start, stop = window
             chunk = self.reader().chunk(step, known, start, stop)
+            if self.plan.config.on_bad == "base":
+                mend_means(chunk.means)
             numbers = numbers_of(self.plan, step, ())
             if reduction.kind == "histogram":
                 into = counted.setdefault(threading.get_ident(), np.zeros((count, BINS), np.int64))
