@@ -235,7 +235,7 @@ def encode_rows(
         encoded = tokenizer(texts, truncation=True, max_length=max_length)
         examples = [{"input_ids": ids} for ids in encoded["input_ids"]]
         if label is not None:
-            for example, value in zip(examples, _labels(rows[label], loaded.model, label), strict=True):
+            for example, value in zip(examples, label_ids(rows[label], loaded.model, label), strict=True):
                 example["labels"] = value
         return examples
     start, end = start_token(tokenizer), tokenizer.eos_token_id
@@ -251,7 +251,11 @@ def encode_rows(
     return [{"input_ids": b, "labels": b} for b in blocks]
 
 
-def _labels(values: Sequence[Any], model: Any, column: str) -> list[int]:
+def label_ids(values: Sequence[Any], model: Any, column: str) -> list[int]:
+    """Labels as the classifier's own numbers: numbers of its range, or its names.
+
+    Raises `MismatchError` for a label that it does not know; `column` names them in the message.
+    """
     known = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
     result = []
     for value in values:
