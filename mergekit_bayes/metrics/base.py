@@ -4,7 +4,8 @@ Documents and prompts are resampled with replacement, never tokens or continuati
 (Efron's percentile interval, 95 %).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,18 @@ Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]  # (done, of)
 
 _LEVEL = (2.5, 97.5)  # percentiles
-_CELLS = 4_000_000  # random indices held at a time
+_CELLS = 16_000_000  # resampled numbers held at a time
+
+
+class Draws(Protocol):
+    """Weights to average a prediction over: while item k is being looked at, the model's weights are the k-th draw."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[object]: ...
+
+
+PRESENT: Draws = (0,)  # one draw: the weights that the model has
 
 
 class Record(BaseModel):
@@ -43,9 +55,9 @@ def resampled_sums(values: Array, resamples: int, seed: int) -> Array:
     Returns:
         (B, k).
     """
-    n = len(values)
+    n, k = values.shape
     rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // max(n, 1))
+    step = max(1, _CELLS // max(n * k, 1))
     parts = [
         values[rng.integers(n, size=(min(step, resamples - done), n))].sum(axis=1) for done in range(0, resamples, step)
     ]

@@ -3,7 +3,8 @@
 `rolling` is that of the lm-eval harness: one text is one document, it starts from a start token, every token is
 scored once, and windows do not overlap in what they score. `concatenate` is that of the papers: texts joined by EOS
 into one stream. A window holds `window` tokens of input and scores the last `stride` of them (the first window of a
-document scores all of its tokens), so a smaller stride means more context and a lower number.
+document scores all of its tokens), so a smaller stride means more context and a lower number. Over several draws of the
+weights the probability of each token is averaged.
 """
 
 import re
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.metrics.base import Array, Interval, Progress, Record, interval, resampled_sums
+from mergekit_bayes.metrics.base import PRESENT, Array, Draws, Interval, Progress, Record, interval, resampled_sums
 
 
 class PerplexityReport(Record):
@@ -67,9 +68,12 @@ def measure_perplexity(
     batch_size: int = 8,
     bootstrap: int = 1000,
     seed: int = 0,
+    draws: Draws = PRESENT,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """Score every token of `texts` once.
+    """Score every token of `texts` once; over K draws of the weights
+
+        p(token | before) = 1/K sum_k p_k(token | before)
 
     Equal to lm-eval's `loglikelihood_rolling` with `add_bos_token=False`, whatever the batch size.
 
@@ -80,7 +84,8 @@ def measure_perplexity(
         window: Tokens of input at a time, at most the model's context.
         stride: None: no overlap, `stride = window`.
         batch_size: Full windows in a batch; short ones are packed more to a batch.
-        progress: Called with (tokens scored, tokens in all).
+        draws: Put other weights into `model` as they are gone through.
+        progress: Called with (tokens scored, tokens in all), over all draws.
 
     Raises:
         ConfigError: A window or stride that makes no sense, or no token to score.
@@ -96,14 +101,18 @@ def measure_perplexity(
     if not tokens:
         raise ConfigError(f"{len(texts)} texts hold no token to score.")
 
-    losses = [np.zeros(len(ids)) for ids in streams]
+    chances = [np.full(len(ids), -np.inf) for ids in streams]  # log of the sum over draws
     done = 0
-    for batch in _batches(jobs, window * batch_size):
-        for job, found in zip(batch, _score(model, batch), strict=True):
-            losses[job.stream][job.at : job.at + job.scored] = found
-        done += sum(job.scored for job in batch)
-        if progress is not None:
-            progress(done, tokens)
+    for _ in draws:
+        for batch in _batches(jobs, window * batch_size):
+            for job, found in zip(batch, _score(model, batch), strict=True):
+                scored = chances[job.stream][job.at : job.at + job.scored]
+                with np.errstate(invalid="ignore"):  # NaN is refused below, by text
+                    np.logaddexp(scored, -found, out=scored)
+            done += sum(job.scored for job in batch)
+            if progress is not None:
+                progress(done, tokens * len(draws))
+    losses = [np.log(len(draws)) - c for c in chances]
 
     if owners is None:
         owners = np.repeat(np.arange(len(texts)), [len(ids) for ids in encoded])
@@ -131,6 +140,15 @@ def measure_perplexity(
         document_tokens=tuple(counts.astype(int).tolist()),
         **numbers,
     )
+
+
+def loss_change(before: PerplexityReport, after: PerplexityReport, *, bootstrap: int = 1000, seed: int = 0) -> Interval:
+    """Nats per token of `after` minus those of `before` on the same texts, with documents resampled in pairs."""
+    columns = np.array([before.document_nats, after.document_nats, before.document_tokens], np.float64).T
+    total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty texts only
+        replicates = (sums[:, 1] - sums[:, 0]) / sums[:, 2]
+    return interval(float((total[1] - total[0]) / total[2]), replicates, len(columns))
 
 
 class _Window(NamedTuple):
