@@ -1,12 +1,15 @@
-"""Evaluate a causal language model: perplexity on texts, toxicity of its continuations, in one JSON report.
+"""Evaluate a model in one JSON report: perplexity, toxicity of continuations, accuracy and calibration of a classifier.
 
-Protocols are in `metrics/perplexity.py` and `metrics/toxicity.py`. Several scorers score the same continuations, and
-everything needed to score them again (prompts, continuations, seed, scorers) is kept.
+Protocols are in `metrics/`. Several scorers score the same continuations, and everything needed to score them again
+(prompts, continuations, seed, scorers) is kept. With `samples`, perplexity and classification are measured twice: at
+the mean, and with probabilities averaged over weights drawn from the stored posterior.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +20,14 @@ from pydantic import Field, ValidationError
 from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.metrics.perplexity import PerplexityReport, measure_perplexity
+from mergekit_bayes.metrics.base import PRESENT, Draws, Interval
+from mergekit_bayes.metrics.classification import (
+    ClassificationChange,
+    ClassificationReport,
+    classification_change,
+    measure_classification,
+)
+from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change, measure_perplexity
 from mergekit_bayes.metrics.scorers import Score, checked_scores, classifier_scorer, hook_scorer, word_scorer
 from mergekit_bayes.metrics.toxicity import (
     Samples,
@@ -28,8 +38,9 @@ from mergekit_bayes.metrics.toxicity import (
     sample_continuations,
     score_toxicity,
 )
-from mergekit_bayes.models import Loaded, context_length, hushed, load_model, load_rows, start_token
-from mergekit_bayes.posterior import checkpoint_files, replacing
+from mergekit_bayes.models import Loaded, context_length, hushed, label_ids, load_model, load_rows, start_token
+from mergekit_bayes.posterior import Posterior, checkpoint_files, replacing
+from mergekit_bayes.sampling import PosteriorDraws, SamplingReport, open_samplable
 from mergekit_bayes.tensors import SafetensorsSource, identity
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
@@ -41,6 +52,14 @@ class EvaluateConfig(Config):
     Attributes:
         model: A local folder or `org/name[@revision]`.
         perplexity: Name to texts (JSONL, CSV, Parquet, text, a folder, a Hub data set).
+        classify: Name to labelled texts, for a classifier.
+        label_column: Where the labels are in them: numbers, or the model's names.
+        bins: Of confidence, for the calibration error.
+        samples: Also average probabilities over so many weights drawn from the model's posterior; toxicity stays at
+            the mean.
+        prior: Prior precision of the posterior in place of the stored one, 1/weight^2.
+        posterior_temperature: Multiplies the variance of the posterior.
+        precision: Another place for the model's precision.
         where: Keeps text rows with these values, `{"label": 0}`; or one such mapping for some of the names.
         max_rows: At most so many texts of each set, from the front.
         window: Tokens of input at a time; None: the model's context.
@@ -52,15 +71,23 @@ class EvaluateConfig(Config):
         prompts_where: Keeps prompts with these values.
         scorer: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`; one or more.
         threshold: A continuation is toxic from this score on.
-        continuations, new_tokens, top_p, temperature, seed: See `Sampling`; the seed is that of the bootstrap, too.
-        batch_size: Full windows in a batch.
+        continuations, new_tokens, top_p, temperature, seed: See `Sampling`; the seed is that of the bootstrap and of
+            the posterior's samples, too.
+        batch_size: Full windows, or texts to classify, in a batch.
         sampling_batch: Continuations drawn together.
         bootstrap: Resamples behind each interval; 0 for none.
-        output: Folder for report.json, documents.jsonl and continuations.jsonl.
+        output: Folder for report.json, documents.jsonl, examples.jsonl and continuations.jsonl.
     """
 
     model: str
     perplexity: dict[str, str] = {}
+    classify: dict[str, str] = {}
+    label_column: str = "label"
+    bins: int = Field(default=10, ge=1)
+    samples: int | None = Field(default=None, ge=1)
+    prior: float | None = Field(default=None, gt=0)
+    posterior_temperature: float = Field(default=1.0, gt=0)
+    precision: str | None = None
     text_column: str = "text"
     where: dict[str, Any] = {}
     max_rows: int | None = Field(default=None, ge=1)
@@ -99,13 +126,31 @@ class ScorerInfo(Config):
     label: str | None = None
 
 
+class SampledReport(Config):
+    """The same measured with probabilities averaged over weights drawn from the posterior.
+
+    Attributes:
+        draws: What was drawn.
+        perplexity, classification: By the names of the texts.
+        loss_change: Nats per token minus those at the mean, documents resampled in pairs.
+        classification_change: Scores minus those at the mean, examples resampled in pairs.
+    """
+
+    draws: SamplingReport
+    perplexity: dict[str, PerplexityReport] = {}
+    classification: dict[str, ClassificationReport] = {}
+    loss_change: dict[str, Interval] = {}
+    classification_change: dict[str, ClassificationChange] = {}
+
+
 class EvaluateReport(Config):
     """What a model scored.
 
     Attributes:
         model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
         settings: The whole config.
-        perplexity: By the names of the texts.
+        perplexity, classification: By the names of the texts, at the mean.
+        sampled: The same over the posterior's samples, where they were asked for.
         toxicity: By scorer, as it was given. Only the continuation is scored, not the prompt.
         samples: What the continuations look like, whoever scores them.
         path: The folder written, if any.
@@ -116,6 +161,8 @@ class EvaluateReport(Config):
     model_identity: str
     settings: dict[str, Any]
     perplexity: dict[str, PerplexityReport] = {}
+    classification: dict[str, ClassificationReport] = {}
+    sampled: SampledReport | None = None
     toxicity: dict[str, ToxicityReport] = {}
     scored: Literal["continuation"] = "continuation"
     sampling: Sampling | None = None
@@ -142,23 +189,40 @@ def run_evaluate(config: EvaluateConfig, *, quiet: bool = False, progress: Progr
     Raises:
         ConfigError: Nothing to do, toxicity without a scorer, or a scorer that fails.
         CheckpointError: A model or file that cannot be read, an output that exists without `force`.
-        MismatchError: A column that is not there, a classifier where a language model is needed.
+        MismatchError: A column that is not there, a classifier where a language model is needed, or the reverse.
+        PrecisionError: Samples of a posterior that cannot be drawn from.
     """
     _check(config)
     tell = progress if progress is not None and not quiet else _silent
+    with ExitStack() as stack:
+        posterior = None
+        if config.samples is not None:
+            posterior = open_samplable(config.model, precision=config.precision, prior=config.prior)
+            stack.callback(posterior.close)
+        return _evaluate(config, posterior, tell)
+
+
+def _evaluate(config: EvaluateConfig, posterior: Posterior | None, tell: Progress) -> EvaluateReport:
     with hushed(True):  # their bars would show for a second and stay on the screen
         texts = {name: _texts(config, name) for name in config.perplexity}
+        labelled = {name: _labelled(config, name) for name in config.classify}
         prompts = _prompts(config)
         scorers = [open_scorer(spec) for spec in config.scorer]
         for scorer in scorers:
             scorer.score(["This is a test."])
         loaded = load_model(config.model, "auto", dtype=config.dtype)
-    if loaded.task != "causal-lm":
-        raise MismatchError(f"'{config.model}' is a classifier; perplexity and toxicity need a language model.")
+    _check_task(config, loaded)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     _check_window(config, loaded)
+    sets = _Sets(texts, {name: _with_classes(config, loaded, name, rows) for name, rows in labelled.items()})
+    draws = _draws(config, loaded, posterior)
 
-    perplexity = {name: _measure(config, loaded, name, rows, tell) for name, rows in texts.items()}
+    perplexity, classification = _predict(config, loaded, sets, PRESENT, tell, "")
+    sampled = None
+    if draws is not None:
+        with draws:
+            found = _predict(config, loaded, sets, draws, tell, f", {len(draws)} samples")
+        sampled = _sampled(config, draws.report, perplexity, classification, *found)
     samples, scores = None, {}
     if prompts:
         samples = sample_continuations(
@@ -180,6 +244,8 @@ def run_evaluate(config: EvaluateConfig, *, quiet: bool = False, progress: Progr
         model_identity=_identity(loaded.path),
         settings=config.model_dump(mode="json"),
         perplexity=perplexity,
+        classification=classification,
+        sampled=sampled,
         toxicity={spec: _summary(config, s) for spec, s in scores.items()},
         sampling=config.sampling if samples else None,
         samples=describe_samples(samples) if samples else None,
@@ -216,18 +282,51 @@ def read_report(folder: str | Path) -> EvaluateReport:
     try:
         report = EvaluateReport.model_validate_json((folder / "report.json").read_text())
         documents, rows = _read_lines(folder / "documents.jsonl"), _read_lines(folder / "continuations.jsonl")
+        examples = _read_lines(folder / "examples.jsonl")
     except (OSError, ValidationError, ValueError) as error:
         raise CheckpointError(f"{folder}: its report cannot be read ({str(error).splitlines()[0]}).") from None
-    perplexity, toxicity = dict(report.perplexity), dict(report.toxicity)
-    for name, found in perplexity.items():
-        mine = [d for d in documents if d["set"] == name]
-        update = {"document_nats": tuple(d["nats"] for d in mine), "document_tokens": tuple(d["tokens"] for d in mine)}
-        perplexity[name] = found.model_copy(update=update)
+    perplexity = _with_documents(report.perplexity, documents, "nats")
+    classification = _with_examples(report.classification, examples, "")
+    sampled, toxicity = report.sampled, dict(report.toxicity)
+    if sampled is not None:
+        update = {
+            "perplexity": _with_documents(sampled.perplexity, documents, "sampled_nats"),
+            "classification": _with_examples(sampled.classification, examples, "sampled_"),
+        }
+        sampled = sampled.model_copy(update=update)
     for spec, summary in toxicity.items():
         toxic = np.array([row["scores"][spec] for row in rows]) >= summary.threshold
         share = toxic.reshape(summary.n_prompts, -1).mean(axis=1)
         toxicity[spec] = summary.model_copy(update={"prompt_share": tuple(share.tolist())})
-    return report.model_copy(update={"perplexity": perplexity, "toxicity": toxicity})
+    return report.model_copy(
+        update={"perplexity": perplexity, "classification": classification, "sampled": sampled, "toxicity": toxicity}
+    )
+
+
+def _with_documents(
+    reports: Mapping[str, PerplexityReport], documents: Sequence[Mapping[str, Any]], key: str
+) -> dict[str, PerplexityReport]:
+    result = {}
+    for name, found in reports.items():
+        mine = [d for d in documents if d["set"] == name]
+        update = {"document_nats": tuple(d[key] for d in mine), "document_tokens": tuple(d["tokens"] for d in mine)}
+        result[name] = found.model_copy(update=update)
+    return result
+
+
+def _with_examples(
+    reports: Mapping[str, ClassificationReport], examples: Sequence[Mapping[str, Any]], prefix: str
+) -> dict[str, ClassificationReport]:
+    result = {}
+    for name, found in reports.items():
+        mine = [e for e in examples if e["set"] == name]
+        update = {
+            "example_labels": tuple(e["label"] for e in mine),
+            "example_nats": tuple(e[f"{prefix}nats"] for e in mine),
+            "example_probabilities": tuple(tuple(e[f"{prefix}probabilities"]) for e in mine),
+        }
+        result[name] = found.model_copy(update=update)
+    return result
 
 
 def _silent(step: str, done: int, of: int) -> None:
@@ -235,8 +334,11 @@ def _silent(step: str, done: int, of: int) -> None:
 
 
 def _check(config: EvaluateConfig) -> None:
-    if not config.perplexity and config.toxicity is None:
-        raise ConfigError("nothing to measure. Name texts (--perplexity) or prompts (--toxicity with --scorer).")
+    if not config.perplexity and config.toxicity is None and not config.classify:
+        raise ConfigError(
+            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer) or labelled texts "
+            "(--classify)."
+        )
     if config.toxicity is not None and not config.scorer:
         raise ConfigError(
             "toxicity needs a scorer: --scorer words:FILE, model:PATH_OR_ID#LABEL or package.module:function."
@@ -245,9 +347,17 @@ def _check(config: EvaluateConfig) -> None:
         raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
     if len(set(config.scorer)) < len(config.scorer):
         raise ConfigError(f"a scorer is named twice: {', '.join(config.scorer)}.")
+    if config.samples is not None and not config.perplexity and not config.classify:
+        raise ConfigError(
+            "samples average probabilities: name texts (--perplexity) or labelled texts (--classify). Toxicity is "
+            "measured at the mean."
+        )
+    if config.samples is None and (config.prior, config.posterior_temperature, config.precision) != (None, 1.0, None):
+        raise ConfigError("--prior, --posterior-temperature and --precision are about --samples, which is not given.")
+    named = {**config.perplexity, **config.classify}
     for name in config.where if _by_name(config.where) else ():
-        if name not in config.perplexity:
-            raise ConfigError(f"where: no texts are called '{name}'; there are {', '.join(config.perplexity)}.")
+        if name not in named:
+            raise ConfigError(f"where: no texts are called '{name}'; there are {', '.join(named)}.")
     if config.output is not None and Path(config.output).exists() and not config.force:
         raise CheckpointError(f"'{config.output}' exists. Choose another -o, or pass --force to replace it.")
 
@@ -256,12 +366,37 @@ def _by_name(where: Mapping[str, Any]) -> bool:
     return bool(where) and all(isinstance(v, Mapping) for v in where.values())
 
 
+class _Sets(NamedTuple):
+    """What predictions are measured on, by name."""
+
+    texts: Mapping[str, list[str]]
+    labelled: Mapping[str, tuple[list[str], list[int]]]
+
+
+def _where(config: EvaluateConfig, name: str) -> dict[str, Any] | None:
+    return (config.where.get(name) if _by_name(config.where) else config.where) or None
+
+
 def _texts(config: EvaluateConfig, name: str) -> list[str]:
-    where = config.where.get(name) if _by_name(config.where) else config.where
-    rows = load_rows(
-        config.perplexity[name], where=where or None, max_rows=config.max_rows, columns=(config.text_column,)
-    )
-    return _strings(rows[config.text_column], config.perplexity[name], config.text_column)
+    column = config.text_column
+    rows = load_rows(config.perplexity[name], where=_where(config, name), max_rows=config.max_rows, columns=(column,))
+    return _strings(rows[column], config.perplexity[name], column)
+
+
+def _labelled(config: EvaluateConfig, name: str) -> tuple[list[str], list[Any]]:
+    """Texts and their labels as the file has them."""
+    columns, file = (config.text_column, config.label_column), config.classify[name]
+    rows = load_rows(file, where=_where(config, name), max_rows=config.max_rows, columns=tuple(dict.fromkeys(columns)))
+    return _strings(rows[config.text_column], file, config.text_column), list(rows[config.label_column])
+
+
+def _with_classes(
+    config: EvaluateConfig, loaded: Loaded, name: str, rows: tuple[list[str], list[Any]]
+) -> tuple[list[str], list[int]]:
+    try:
+        return rows[0], label_ids(rows[1], loaded.model, config.label_column)
+    except MismatchError as error:
+        raise MismatchError(f"'{config.classify[name]}': {error}") from None
 
 
 def _prompts(config: EvaluateConfig) -> list[str]:
@@ -280,25 +415,94 @@ def _strings(values: Sequence[Any], source: str, column: str) -> list[str]:
     return result
 
 
+def _check_task(config: EvaluateConfig, loaded: Loaded) -> None:
+    if loaded.task != "causal-lm" and (config.perplexity or config.toxicity is not None):
+        raise MismatchError(f"'{config.model}' is a classifier; perplexity and toxicity need a language model.")
+    if loaded.task != "classification" and config.classify:
+        raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")
+    kind = getattr(loaded.model.config, "problem_type", None)
+    if config.classify and (kind not in (None, "single_label_classification") or loaded.model.config.num_labels < 2):
+        raise MismatchError(
+            f"'{config.model}' is a classifier with {loaded.model.config.num_labels} output(s) for "
+            f"{kind or 'regression'}; --classify needs one with a single label of two classes or more."
+        )
+
+
 def _check_window(config: EvaluateConfig, loaded: Loaded) -> None:
     context = context_length(loaded)
     if config.window is not None and config.window > context:
         raise ConfigError(f"window {config.window}: '{config.model}' sees at most {context} tokens.")
 
 
-def _measure(config: EvaluateConfig, loaded: Loaded, name: str, texts: list[str], tell: Progress) -> PerplexityReport:
-    return measure_perplexity(
+def _draws(config: EvaluateConfig, loaded: Loaded, posterior: Posterior | None) -> PosteriorDraws | None:
+    if posterior is None or config.samples is None:
+        return None
+    return PosteriorDraws(
         loaded.model,
-        loaded.tokenizer,
-        texts,
-        start=start_token(loaded.tokenizer),
-        window=config.window or context_length(loaded),
-        stride=config.stride,
-        concatenate=config.concatenate,
-        batch_size=config.batch_size,
-        bootstrap=config.bootstrap,
+        posterior,
+        config.samples,
+        prior=config.prior,
+        temperature=config.posterior_temperature,
         seed=config.seed,
-        progress=lambda done, of: tell(f"perplexity of {name}", done, of),
+    )
+
+
+def _predict(
+    config: EvaluateConfig, loaded: Loaded, sets: _Sets, draws: Draws, tell: Progress, how: str
+) -> tuple[dict[str, PerplexityReport], dict[str, ClassificationReport]]:
+    perplexity = {
+        name: measure_perplexity(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            start=start_token(loaded.tokenizer),
+            window=config.window or context_length(loaded),
+            stride=config.stride,
+            concatenate=config.concatenate,
+            batch_size=config.batch_size,
+            bootstrap=config.bootstrap,
+            seed=config.seed,
+            draws=draws,
+            progress=partial(tell, f"perplexity of {name}{how}"),
+        )
+        for name, texts in sets.texts.items()
+    }
+    classification = {
+        name: measure_classification(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            labels,
+            max_length=context_length(loaded),
+            batch_size=config.batch_size,
+            bins=config.bins,
+            bootstrap=config.bootstrap,
+            seed=config.seed,
+            draws=draws,
+            progress=partial(tell, f"classification of {name}{how}"),
+        )
+        for name, (texts, labels) in sets.labelled.items()
+    }
+    return perplexity, classification
+
+
+def _sampled(
+    config: EvaluateConfig,
+    draws: SamplingReport,
+    mean_perplexity: Mapping[str, PerplexityReport],
+    mean_classification: Mapping[str, ClassificationReport],
+    perplexity: dict[str, PerplexityReport],
+    classification: dict[str, ClassificationReport],
+) -> SampledReport:
+    resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
+    return SampledReport(
+        draws=draws,
+        perplexity=perplexity,
+        classification=classification,
+        loss_change={n: loss_change(mean_perplexity[n], found, **resampling) for n, found in perplexity.items()},
+        classification_change={
+            n: classification_change(mean_classification[n], found, **resampling) for n, found in classification.items()
+        },
     )
 
 
@@ -352,19 +556,35 @@ def _write(
     *,
     force: bool,
 ) -> None:
-    with replacing(folder, force=force) as partial:
-        partial.mkdir()
-        (partial / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
-        _write_lines(partial / "documents.jsonl", _document_rows(report))
+    with replacing(folder, force=force) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+        _write_lines(unfinished / "documents.jsonl", _document_rows(report))
+        if report.classification:
+            _write_lines(unfinished / "examples.jsonl", _example_rows(report))
         if samples is not None:
             rows = _continuation_rows(report, prompts, samples, scores)
-            _write_lines(partial / "continuations.jsonl", rows)
+            _write_lines(unfinished / "continuations.jsonl", rows)
 
 
 def _document_rows(report: EvaluateReport) -> Iterator[dict[str, Any]]:
     for name, found in report.perplexity.items():
+        averaged = report.sampled.perplexity[name].document_nats if report.sampled else None
         for i, (nats, tokens) in enumerate(zip(found.document_nats, found.document_tokens, strict=True)):
-            yield {"set": name, "document": i, "nats": nats, "tokens": tokens}
+            row = {"set": name, "document": i, "nats": nats, "tokens": tokens}
+            yield row if averaged is None else row | {"sampled_nats": averaged[i]}
+
+
+def _example_rows(report: EvaluateReport) -> Iterator[dict[str, Any]]:
+    for name, found in report.classification.items():
+        averaged = report.sampled.classification[name] if report.sampled else None
+        for i, label in enumerate(found.example_labels):
+            row = {"set": name, "example": i, "label": label}
+            for prefix, one in (("", found), ("sampled_", averaged)):
+                if one is not None:
+                    row[f"{prefix}nats"] = one.example_nats[i]
+                    row[f"{prefix}probabilities"] = one.example_probabilities[i]
+            yield row
 
 
 def _continuation_rows(

@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models import load_model
+from mergekit_bayes.posterior import PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
+from mergekit_bayes.tensors import SafetensorsSource
 from tests import tiny_models
 
 TEXTS = [("the cat sat on the mat .", 0), ("a dull film , not good", 1), ("dog", 0), ("a bird saw a tree", 0)]
@@ -20,6 +23,35 @@ HOOK = "def score(texts):\n    return [min(1.0, 0.2 * t.count('dog')) for t in t
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(tiny_models.tiny_gpt2(tmp_path_factory.mktemp("models") / "gpt2"))
+
+
+def with_posterior(folder, prior):
+    """A precision of `prior` plus curvature for every tensor of a model folder."""
+    source = SafetensorsSource(checkpoint_files(folder))
+    rng = np.random.default_rng(0)
+    shapes = {n: s.shape for n, s in source.specs.items()}
+    precision = {n: (prior + rng.exponential(30, s)).astype(np.float32) for n, s in shapes.items()}
+    stored = Prior(kind="isotropic", precision=prior) if prior else Prior()
+    info = PosteriorInfo(estimator="ggn", observations=50, ess=50, mean=identify(source), prior=stored)
+    source.close()
+    save_posterior(folder, precision, info)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sampled_model(tmp_path_factory):
+    return with_posterior(tiny_models.tiny_gpt2(tmp_path_factory.mktemp("sampled") / "gpt2"), 20.0)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier") / "bert"
+    return with_posterior(tiny_models.tiny_bert(folder, names=["civil", "toxic"]), 20.0)
+
+
+@pytest.fixture(scope="module")
+def curvature_only(tmp_path_factory):
+    return with_posterior(tiny_models.tiny_bert(tmp_path_factory.mktemp("curvature") / "bert"), 0.0)
 
 
 @pytest.fixture
@@ -131,6 +163,116 @@ def test_an_infinite_perplexity_is_still_json(model, world):
     found = json.loads(done.stdout, parse_constant=pytest.fail)["perplexity"]["texts.jsonl"]
     assert found["word"]["value"] == "Infinity"
     assert read_report("out").perplexity["texts.jsonl"].word.value == float("inf")
+
+
+def test_samples_are_measured_beside_the_mean_and_change_nothing_else(sampled_model, world):
+    sets = {"civil": "texts.jsonl"}
+    plain = run_evaluate(EvaluateConfig(model=sampled_model, perplexity=sets))
+    both = run_evaluate(config(sampled_model, perplexity=sets, samples=3, output="out"))
+    assert both.perplexity == plain.perplexity
+    assert (plain.sampled, both.sampled.draws.samples) == (None, 3)
+    averaged = both.sampled.perplexity["civil"]
+    assert averaged.nats != plain.perplexity["civil"].nats
+    change = both.sampled.loss_change["civil"]
+    assert change.value == pytest.approx(averaged.loss.value - plain.perplexity["civil"].loss.value, abs=1e-12)
+    assert change.low <= change.value <= change.high
+    assert both.toxicity == run_evaluate(config(sampled_model)).toxicity  # continuations are the mean's
+    assert read_report("out") == both
+    assert "samples" not in json.loads((world / "out" / "documents.jsonl").read_text().splitlines()[0])
+
+
+def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, world):
+    names = ["civil", "toxic"]
+    rows = "".join(json.dumps({"text": t, "kind": names[n]}) + "\n" for t, n in TEXTS)
+    (world / "named.jsonl").write_text(rows)
+    report = run_evaluate(
+        EvaluateConfig(model=classifier, classify={"a": "texts.jsonl"}, samples=4, bins=5, output="out")
+    )
+    found = report.classification["a"]
+    assert (found.examples, found.classes, len(found.bins)) == (4, 2, 5)
+    assert found.example_labels == tuple(n for _, n in TEXTS)
+    loaded = load_model(classifier)
+    logits = [loaded.model(**loaded.tokenizer(t, return_tensors="pt")).logits[0].detach() for t, _ in TEXTS]
+    p = torch.stack(logits).softmax(-1).numpy()
+    np.testing.assert_allclose(found.example_probabilities, p, atol=1e-6)
+    assert found.accuracy.value == np.mean([p[i].argmax() == n for i, (_, n) in enumerate(TEXTS)])
+    averaged, change = report.sampled.classification["a"], report.sampled.classification_change["a"]
+    assert averaged.example_probabilities != found.example_probabilities
+    assert change.brier.value == pytest.approx(averaged.brier.value - found.brier.value, abs=1e-12)
+    assert read_report("out") == report
+    by_name = run_evaluate(EvaluateConfig(model=classifier, classify={"b": "named.jsonl"}, label_column="kind", bins=5))
+    assert by_name.classification["b"] == found
+
+
+def test_a_bare_curvature_is_refused_until_a_prior_is_given(curvature_only, world):
+    asked = {"model": curvature_only, "classify": {"a": "texts.jsonl"}, "samples": 2}
+    with pytest.raises(PrecisionError, match=r"cannot be sampled: .*bare curvature.*--prior X"):
+        run_evaluate(EvaluateConfig(**asked))
+    report = run_evaluate(EvaluateConfig(**asked, prior=50.0))
+    assert (report.sampled.draws.prior, report.sampled.draws.given) == (50.0, True)
+    colder = run_evaluate(EvaluateConfig(**asked, prior=50.0, posterior_temperature=0.01))
+    assert colder.sampled.draws.largest_sigma == pytest.approx(0.1 * report.sampled.draws.largest_sigma)
+    mean, warm, cold = (
+        np.array(r.example_probabilities)
+        for r in (report.classification["a"], report.sampled.classification["a"], colder.sampled.classification["a"])
+    )
+    assert abs(cold - mean).max() < abs(warm - mean).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prior": 1.0, "classify": {"a": "texts.jsonl"}}, ConfigError, "are about --samples"),
+        ({"samples": 2, "toxicity": "prompts.jsonl", "scorer": ("words:words.txt",)}, ConfigError, "at the mean"),
+        ({"classify": {"a": "texts.jsonl"}, "where": {"b": {"label": 0}}}, ConfigError, "no texts are called 'b'"),
+        ({"classify": {"a": "texts.jsonl"}, "label_column": "kind"}, MismatchError, "no column 'kind'"),
+        ({"classify": {"a": "texts.jsonl"}, "label_column": "text"}, MismatchError, "'texts.jsonl': label 'the cat"),
+        ({"classify": {"a": "texts.jsonl"}, "perplexity": {"a": "texts.jsonl"}}, MismatchError, "is a classifier"),
+    ],
+)
+def test_what_cannot_be_classified_or_sampled_is_refused(classifier, world, options, error, message):
+    with pytest.raises(error, match=message):
+        run_evaluate(EvaluateConfig(model=classifier, **options))
+
+
+def test_a_language_model_and_a_regression_classify_nothing(model, world):
+    with pytest.raises(MismatchError, match="needs a classifier"):
+        run_evaluate(EvaluateConfig(model=model, classify={"a": "texts.jsonl"}))
+    (world / "zeros.jsonl").write_text(json.dumps({"text": "a dog", "label": 0}) + "\n")
+    folder = tiny_models.tiny_bert(world / "regression", labels=1)
+    with pytest.raises(MismatchError, match=r"1 output\(s\) for regression"):
+        run_evaluate(EvaluateConfig(model=str(folder), classify={"a": "zeros.jsonl"}))
+
+
+def test_the_command_shows_mean_and_samples_side_by_side(classifier, sampled_model, curvature_only, world):
+    asked = ("--classify", "test=texts.jsonl", "--samples", 3, "--bins", 4)
+    done = bmerge("evaluate", classifier, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    for part in (report, report["sampled"]):
+        found = part["classification"]["test"]
+        assert set(found) == {"examples", "classes", "accuracy", "nll", "brier", "ece", "confidence", "bins"}
+        assert sum(b["examples"] for b in found["bins"]) == 4
+    assert set(report["sampled"]["classification_change"]["test"]) == {"accuracy", "nll", "brier", "ece"}
+    assert report["sampled"]["draws"]["held"] == 0
+    for text in (
+        "ECE by 4 bins",
+        "  3 samples",
+        "change",
+        "calibration of test",
+        "prior precision 20",
+        "note: the draws",
+    ):
+        assert text in done.stderr, text
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("test", "  3 samples"))]
+    for line, part in zip(lines, (report, report["sampled"]), strict=True):
+        assert f"{part['classification']['test']['nll']['value']:.4g}" in line
+    done = bmerge("evaluate", sampled_model, "--perplexity", "civil=texts.jsonl", "--samples", 2)
+    assert done.exit_code == 0, done.output
+    assert "  2 samples" in done.stderr
+    refused = bmerge("evaluate", curvature_only, *asked)
+    assert (refused.exit_code, refused.stderr.count("PrecisionError")) == (2, 1)
+    assert bmerge("evaluate", curvature_only, *asked, "--prior", 30).exit_code == 0
 
 
 def bmerge(*args):

@@ -11,7 +11,7 @@ FLOORS = {
     "methods": 1, "optim": 1, "curvature": 1, "metrics": 1, "tensors": 1, "sources": 1, "configs": 1,
     "kernels": 1.5,
     "posterior": 2, "names": 2,
-    "lora": 2.5, "plan": 3, "models": 3, "trainer": 3,
+    "lora": 2.5, "plan": 3, "models": 3, "trainer": 3, "sampling": 3.5,
     "merge": 4, "finetune": 4, "precision": 4, "evaluate": 4, "inspect": 4, "convert": 4,
     "detox": 5,
 }  # fmt: skip

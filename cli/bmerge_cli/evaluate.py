@@ -1,4 +1,4 @@
-"""`bmerge evaluate`: perplexity on texts, and toxicity of sampled continuations."""
+"""`bmerge evaluate`: perplexity on texts, toxicity of sampled continuations, a classifier's calibration."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,8 @@ from mergekit_bayes.errors import ConfigError
 if TYPE_CHECKING:
     from mergekit_bayes.evaluate import EvaluateReport
     from mergekit_bayes.metrics.base import Interval
+    from mergekit_bayes.metrics.classification import ClassificationReport
+    from mergekit_bayes.metrics.perplexity import PerplexityReport
     from mergekit_bayes.metrics.toxicity import SamplesReport, Sampling
 
 NAME = "evaluate"
@@ -31,6 +33,19 @@ def command(
         list[str] | None,
         typer.Option(help="words:FILE, model:PATH_OR_ID#LABEL or package.module:function; repeatable."),
     ] = None,
+    classify: Annotated[
+        list[str] | None, typer.Option(help="TEXTS or NAME=TEXTS with labels, for a classifier; repeatable.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="Column of the labels: numbers, or the model's names.")] = "label",
+    bins: Annotated[int, typer.Option(help="Bins of confidence for the calibration error.")] = 10,
+    samples: Annotated[
+        int | None, typer.Option(help="Also average probabilities over so many weights drawn from the posterior.")
+    ] = None,
+    prior: Annotated[
+        float | None, typer.Option(help="Prior precision in place of the stored one, 1/weight^2 per entry.")
+    ] = None,
+    posterior_temperature: Annotated[float, typer.Option(help="Multiplies the posterior's variance.")] = 1.0,
+    precision: Annotated[str | None, typer.Option(help="Another place for the model's precision.")] = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder for the report, losses and continuations.")
     ] = None,
@@ -48,17 +63,20 @@ def command(
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 0.9,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampling.")] = 1.0,
     threshold: Annotated[float, typer.Option(help="A continuation is toxic from this score on.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the sampling and the bootstrap.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of all that is sampled: text, weights, bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows, or texts to classify, in a batch.")] = 8,
     sampling_batch: Annotated[int, typer.Option(help="Continuations drawn together.")] = 256,
     bootstrap: Annotated[int, typer.Option(help="Resamples behind each interval; 0 for none.")] = 1000,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity on texts, and toxicity by continuing prompts and scoring each continuation.
+    """Measure perplexity on texts, toxicity of continued prompts, or a classifier's accuracy and calibration.
 
     Perplexity is rolling, as lm-eval does it: one row, one document, from BOS, else EOS.
+
+    With --samples K, perplexity and classification are measured at the mean and with the probabilities of K weights
+    averaged, drawn from the stored posterior. Its precision must contain a prior; --prior X gives it one.
     """
     with failures():
         from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
@@ -67,7 +85,14 @@ def command(
             EvaluateConfig,
             {
                 "model": model,
-                "perplexity": _named(perplexity or []),
+                "perplexity": _named(perplexity or [], "--perplexity"),
+                "classify": _named(classify or [], "--classify"),
+                "label_column": label_column,
+                "bins": bins,
+                "samples": samples,
+                "prior": prior,
+                "posterior_temperature": posterior_temperature,
+                "precision": precision,
                 "toxicity": toxicity,
                 "scorer": scorer or [],
                 "output": out,
@@ -103,7 +128,7 @@ def command(
             typer.echo(report.path)
 
 
-def _named(items: Sequence[str]) -> dict[str, str]:
+def _named(items: Sequence[str], option: str) -> dict[str, str]:
     """`NAME=TEXTS`, or texts that are called by their own path."""
     result: dict[str, str] = {}
     for item in items:
@@ -111,9 +136,9 @@ def _named(items: Sequence[str]) -> dict[str, str]:
         if not separator or Path(item).exists():
             name, texts = item, item
         if not name or not texts:
-            raise ConfigError(f"--perplexity: expected TEXTS or NAME=TEXTS, found '{item}'.")
+            raise ConfigError(f"{option}: expected TEXTS or NAME=TEXTS, found '{item}'.")
         if name in result:
-            raise ConfigError(f"--perplexity: '{name}' is named twice.")
+            raise ConfigError(f"{option}: '{name}' is named twice.")
         result[name] = texts
     return result
 
@@ -131,21 +156,80 @@ def _show(screen: Any, report: "EvaluateReport") -> None:
         first = next(iter(report.perplexity.values()))
         title = f"perplexity, {first.protocol}, window {first.window}, stride {first.stride}; ± half the 95 % interval"
         columns = ["texts", "token", "word", "byte", "bits/byte", "nats/token", "tokens"]
-        rows = [
-            [
-                name,
-                _text(p.token),
-                f"{p.word.value:.4g}",
-                f"{p.byte.value:.4g}",
-                f"{p.bits_per_byte.value:.4g}",
-                _text(p.loss),
-                f"{p.tokens:,}",
-            ]
-            for name, p in report.perplexity.items()
-        ]
+        rows = []
+        for name, p in report.perplexity.items():
+            rows.append(_perplexity_row(name, p))
+            if report.sampled:
+                rows.append(
+                    _perplexity_row(f"  {report.sampled.draws.samples} samples", report.sampled.perplexity[name])
+                )
+                rows.append(["  change", "", "", "", "", _change(report.sampled.loss_change[name]), ""])
         screen.print(table(columns, rows, title=title))
+    if report.classification:
+        _show_classification(screen, report)
+    if report.sampled:
+        _show_draws(screen, report)
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
+
+
+def _perplexity_row(name: str, p: "PerplexityReport") -> list[str]:
+    return [
+        name,
+        _text(p.token),
+        f"{p.word.value:.4g}",
+        f"{p.byte.value:.4g}",
+        f"{p.bits_per_byte.value:.4g}",
+        _text(p.loss),
+        f"{p.tokens:,}",
+    ]
+
+
+def _show_classification(screen: Any, report: "EvaluateReport") -> None:
+    bins = report.settings["bins"]
+    title = f"classification; ECE by {bins} bins; ± half the 95 % interval"
+    columns = ["texts", "accuracy", "nats", "Brier", "ECE", "confidence", "examples"]
+    rows = []
+    for name, found in report.classification.items():
+        rows.append(_classification_row(name, found))
+        if report.sampled:
+            averaged, change = report.sampled.classification[name], report.sampled.classification_change[name]
+            rows.append(_classification_row(f"  {report.sampled.draws.samples} samples", averaged))
+            changes = (change.accuracy, change.nll, change.brier, change.ece)
+            rows.append(["  change", *map(_change, changes), "", ""])
+    screen.print(table(columns, rows, title=title))
+    for name, found in report.classification.items():
+        shown = [found] + ([report.sampled.classification[name]] if report.sampled else [])
+        heads = ["examples", "confidence", "accuracy"]
+        columns = ["bin", *heads, *(f"sampled {head}" for head in heads if report.sampled)]
+        rows = []
+        for same in zip(*(x.bins for x in shown), strict=True):
+            if any(b.examples for b in same):
+                cells = [[f"{b.examples:,}", _share(b.confidence), _share(b.accuracy)] for b in same]
+                rows.append([f"{same[0].low:.3g} to {same[0].high:.3g}", *(c for row in cells for c in row)])
+        screen.print(table(columns, rows, title=f"calibration of {name}"))
+
+
+def _classification_row(name: str, found: "ClassificationReport") -> list[str]:
+    numbers = (found.accuracy, found.nll, found.brier, found.ece)
+    return [name, *map(_text, numbers), f"{found.confidence:.4g}", f"{found.examples:,}"]
+
+
+def _show_draws(screen: Any, report: "EvaluateReport") -> None:
+    from mergekit_bayes.sampling import WIDE
+
+    assert report.sampled is not None
+    draws = report.sampled.draws
+    screen.print(
+        f"{draws.samples} samples of {draws.parameters:,} parameters ({draws.held:,} at the mean), prior precision "
+        f"{draws.prior:.3g}{' (given)' if draws.given else ''}, temperature {draws.temperature:g}, seed {draws.seed}, "
+        f"deviation over RMS {draws.sigma_over_rms:.2g}"
+    )
+    if draws.sigma_over_rms > WIDE:
+        screen.print(
+            f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, and such models rarely "
+            "predict well: a larger --prior, or a --posterior-temperature below 1"
+        )
 
 
 def _show_toxicity(screen: Any, report: "EvaluateReport", sampling: "Sampling", look: "SamplesReport") -> None:
@@ -167,6 +251,16 @@ def _show_toxicity(screen: Any, report: "EvaluateReport", sampling: "Sampling", 
     )
     if look.shortened:
         screen.print(f"note: {look.shortened} prompts lost their front, the context being too short for them")
+
+
+def _share(x: float | None) -> str:
+    return "" if x is None else f"{x:.3f}"
+
+
+def _change(x: "Interval") -> str:
+    if x.low is None or x.high is None:
+        return f"{x.value:+.3g}"
+    return f"{x.value:+.3g} [{x.low:+.3g}, {x.high:+.3g}]"
 
 
 def _short(spec: str) -> str:
