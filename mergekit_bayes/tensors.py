@@ -272,6 +272,8 @@ def encode(values: Array, dtype: str) -> memoryview:
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        if (nan := (bits & 0x7FFFFFFF) > 0x7F800000).any():
+            rounded[nan] = 0x7FC0  # rounding up would carry some of them over to zero
         return rounded.view(np.uint8).data
     numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     with np.errstate(over="ignore"):

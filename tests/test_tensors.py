@@ -231,3 +231,8 @@ def test_a_file_cut_while_it_is_open_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="'w'"):
         read_tensor(source, "w")
     source.close()
+
+
+def test_every_nan_stays_one_in_bfloat16():
+    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000], np.uint32).view(np.float32)
+    assert np.isnan(decode(np.frombuffer(encode(nans, "BF16"), np.uint8), "BF16")).all()

@@ -40,7 +40,6 @@ from mergekit_bayes.methods.base import SHIFT
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
-
 def _compiled(**options: Any) -> Any:
     """A compiled function that is kept on disk, or where there is no place to keep it, compiled anew each time."""
 

@@ -148,13 +148,15 @@ class Journal:
 
 
 def wait_for(partial: Partial, units: Collection[int], part: Part, seconds: float) -> None:
-    """Until every unit is written, or nobody else has been writing for `seconds`."""
+    """Until every part has come and every unit is written, or nobody else has been writing for `seconds`."""
     quiet = time.monotonic()
     while True:
         if partial.running(part):
             quiet = time.monotonic()
-        elif partial.done().keys() >= set(units) or time.monotonic() - quiet > seconds:
-            return
+        else:
+            whole = len(partial.journals()) >= part.of and partial.done().keys() >= set(units)
+            if whole or time.monotonic() - quiet > seconds:
+                return
         time.sleep(0.1)
 
 
