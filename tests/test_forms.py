@@ -685,6 +685,16 @@ def test_the_parts_of_a_model_get_the_dtype_too(world):
     assert json.loads(Path("x/config.json").read_text()) == config
 
 
+def test_force_does_not_take_away_a_folder_that_is_no_model(world):
+    Path("papers").mkdir()
+    Path("papers/thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"'papers' is a folder without a model"):
+        merge(str(world / "qwen-a"), base=str(world / "qwen-base"), out="papers")
+    assert Path("papers/thesis.tex").read_text() == "years of work"
+    Path("empty").mkdir()
+    merge(str(world / "qwen-a"), base=str(world / "qwen-base"), out="empty")
+
+
 # Ties, buffers, missing tensors, vocabularies
 
 TIED = {"model.embed_tokens.weight": (6, 4), "model.layers.0.mlp.weight": (4, 4)}

@@ -230,7 +230,13 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
         # A merge that was stopped while it put its files in place has some of them there, and goes on.
         if path.exists() and not config.force and not partial_path(target).exists():
             raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+        if path.is_dir() and any(path.iterdir()) and not any(f for g in _OF_A_MODEL for f in path.glob(g)):
+            raise CheckpointError(f"'{path}' is a folder without a model in it, which --force leaves alone. Choose "
+                                  "another -o, or remove it yourself.")  # fmt: skip
     return target
+
+
+_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
 
 
 def report_path(target: Path) -> Path:
