@@ -1,22 +1,22 @@
 """IVON, the improved variational online Newton method (Shen et al., ICML 2024).
 
 One run gives a mean, used like ordinary weights, and a diagonal posterior precision, at about Adam's cost. It
-minimises `ess * E_q[mean loss] + KL(q, p)` over Gaussians q, with prior p = N(0, 1 / (ess * weight_decay)).
-State lives per parameter, in float32 whatever the parameter's dtype, so mixed dtypes, sharding, resuming and
-frozen parameters work by the ordinary means of `torch.optim`.
+minimises `ess * E_q[mean loss] + KL(q, p)` over Gaussians q, with prior p = N(0, 1 / (ess * weight_decay)) or any
+other diagonal Gaussian, a stored posterior say. State lives per parameter, in float32 whatever the parameter's dtype,
+so mixed dtypes, sharding, resuming and frozen parameters work by the ordinary means of `torch.optim`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, overload
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-_SLICE = 1 << 17  # elements; the scratch of one slice stays in cache
+from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices
+
+_EVERY = 16  # the noise number looks at one entry in so many
 
 
 def ivon_update(
@@ -31,16 +31,17 @@ def ivon_update(
     ess: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     clip_radius: float,
     debias: bool,
+    prior_mean: Tensor | None = None,
 ) -> None:
     """One step of IVON, elementwise and in place on `mean`, `momentum` and `hess`; overwrites `noise_grad`.
 
         f = ess (h + d) * noise_grad                              curvature seen by the samples
         g <- b1 g + (1 - b1) grad
         h <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + d))      old h on the right
-        m <- m - lr clip( (g / (1 - b1^step) + d m) / (h + d) )         new h
+        m <- m - lr clip( (g / (1 - b1^step) + d (m - m_p)) / (h + d) )         new h
 
     The last term of the Hessian keeps `h + d` at least half of what it was, for any f.
 
@@ -50,6 +51,8 @@ def ivon_update(
         noise_grad: `(sample - mean) * gradient`, averaged over samples.
         step: Steps made including this one, for the debiasing of the momentum.
         lr: Already rescaled, if it is to be.
+        weight_decay: d, the prior's precision over ess; a number or a tensor.
+        prior_mean: m_p; None is zero.
     """
     momentum.lerp_(grad, 1 - beta1)
     curvature = hess + weight_decay
@@ -57,13 +60,20 @@ def ivon_update(
     hess.add_(change, alpha=1 - beta2)
     hess.addcdiv_(change.square_(), curvature, value=0.5 * (1 - beta2) ** 2)
     correction = 1 - beta1**step if debias else 1.0
-    direction = (momentum / correction).add_(mean, alpha=weight_decay).div_(hess + weight_decay)
+    direction = torch.div(momentum, correction, out=change) if change.dtype == momentum.dtype else momentum / correction
+    pull = mean if prior_mean is None else torch.sub(mean, prior_mean)
+    if isinstance(weight_decay, Tensor):
+        direction.addcmul_(pull, weight_decay)
+    else:
+        direction.add_(pull, alpha=weight_decay)
+    direction.div_(torch.add(hess, weight_decay, out=curvature))
     if math.isfinite(clip_radius):
         direction.clamp_(-clip_radius, clip_radius)
     mean.sub_(direction, alpha=lr)
 
 
-class _Sampled(NamedTuple):
+@dataclass(slots=True)
+class _Sampled:
     """What the samples of one step have left for one parameter."""
 
     draws: int
@@ -71,18 +81,20 @@ class _Sampled(NamedTuple):
     noise_grad: Tensor
 
 
-class IVON(torch.optim.Optimizer):
+class IVON(PosteriorOptimizer):
     """IVON as published, with per-parameter float32 state.
 
         for batch in loader:
             for _ in range(mc_samples):
                 with optimizer.sampled_params(train=True):
-                    optimizer.zero_grad()
                     loss(model, batch).backward()
             optimizer.step()
 
     The loss is a mean over the observations that `ess` counts. Clipping and unscaling belong inside the context,
     which takes the gradients when it closes. Replicas (DDP) draw the same noise; shards (DTensor) each their own.
+
+    Parameters of fewer than 32 bits have a float32 master of the mean in `state`, so that small steps add up; the
+    curvature is estimated with the perturbation that rounding has left.
 
     Args:
         params: Parameters or groups; frozen ones are left alone.
@@ -94,9 +106,13 @@ class IVON(torch.optim.Optimizer):
         weight_decay: Prior precision over `ess`.
         clip_radius: Bound on each entry of the preconditioned direction.
         mc_samples: Weight samples a step; `step` insists on none but at least one.
-        rescale_lr: Multiply `lr` by `hess_init + weight_decay`.
+        rescale_lr: Multiply `lr` by `hess_init + weight_decay` (the median of a prior's precision over ess).
         debias: Divide the momentum by `1 - beta1^step`.
-        seed: Of the noise; one stream a (seed, draw, group, shard), so a resumed run continues it.
+        seed: Of the noise.
+        prior: `{parameter: (mean, precision)}`, tensors of the parameter's shape; mean None is zero, precision
+            (1/weight^2, a tensor or a number) None is `ess * weight_decay`. With a stored posterior, training goes on
+            where it ended: on quadratics, one data set after the other gives what both at once would. Not part of
+            `state_dict`; give it again to resume.
     """
 
     def __init__(
@@ -114,8 +130,9 @@ class IVON(torch.optim.Optimizer):
         rescale_lr: bool = True,
         debias: bool = True,
         seed: int = 0,
+        prior: Prior | None = None,
     ) -> None:
-        for name, value, good in (
+        in_range("IVON", (
             ("lr", lr, lr >= 0),
             ("ess", ess, ess > 0),
             ("hess_init", hess_init, hess_init > 0),
@@ -124,74 +141,40 @@ class IVON(torch.optim.Optimizer):
             ("weight_decay", weight_decay, weight_decay >= 0),
             ("clip_radius", clip_radius, clip_radius > 0),
             ("mc_samples", mc_samples, mc_samples >= 1),
-        ):
-            if not good:
-                raise ValueError(f"IVON: {name}={value} is out of range")
+        ))  # fmt: skip
         defaults = {
             "lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2,
             "weight_decay": weight_decay, "clip_radius": clip_radius, "mc_samples": mc_samples,
-            "rescale_lr": rescale_lr, "debias": debias, "seed": seed, "draws": 0,
+            "rescale_lr": rescale_lr, "debias": debias, "seed": seed,
         }  # fmt: skip
-        super().__init__(params, defaults)
-        self._samples: dict[Tensor, _Sampled] = {}  # not in `state`: checkpoints hold no scratch
-        self._open = False
+        super().__init__(params, defaults, prior=prior)
 
-    @contextmanager
-    def sampled_params(self, train: bool = False) -> Iterator[None]:
-        """Weights drawn from the posterior inside, the exact mean again outside, also after an exception.
+    def _take(self, at: Moved) -> None:
+        gradient = own_gradient(at.parameter)
+        noise_grad = self._product(at, gradient)
+        before = self._samples.get(at.parameter)
+        if before is None:
+            self._samples[at.parameter] = _Sampled(1, gradient, noise_grad)
+        else:
+            before.draws += 1
+            before.grad.add_(gradient)
+            before.noise_grad.add_(noise_grad)
 
-            theta = mean + eps / sqrt(ess (h + weight_decay)),   eps ~ N(0, 1)
-
-        Args:
-            train: Collect gradient and noise * gradient for `step` when the context closes without exception.
-        """
-        if self._open:
-            raise RuntimeError("sampled_params cannot be nested")
-        self._open = True
-        saved: list[tuple[Tensor, Tensor]] = []
-        completed = False
-        try:
-            with torch.no_grad():
-                for index, group in enumerate(self.param_groups):
-                    self._perturb(group, index, saved)
-            yield
-            completed = True
-        finally:
-            self._open = False
-            with torch.no_grad():
-                for parameter, mean in saved:
-                    self._restore(parameter, mean, collect=train and completed)
-
-    def _perturb(self, group: dict[str, Any], index: int, saved: list[tuple[Tensor, Tensor]]) -> None:
-        group["draws"] += 1  # a scalar of the group, so it is in every checkpoint
-        generator: torch.Generator | None = None
-        for parameter, state in self._trainable(group):
-            weights, hess = _local(parameter), _local(state["hess"])
-            if generator is None:
-                shard = dist.get_rank() if isinstance(parameter, DTensor) else 0
-                generator = torch.Generator(weights.device).manual_seed(
-                    _mix(group["seed"], group["draws"], index, shard)
-                )
-            saved.append((parameter, weights.clone()))
-            for w, h in _slices(weights, hess):
-                noise = torch.empty_like(h).normal_(generator=generator)
-                deviation = (h + group["weight_decay"]).mul_(group["ess"]).rsqrt_()
-                w.copy_(noise.mul_(deviation).add_(w))
-
-    def _restore(self, parameter: Tensor, mean: Tensor, *, collect: bool) -> None:
-        weights = _local(parameter)
-        if collect and parameter.grad is not None:
-            gradient = _local(parameter.grad).float()
-            # The perturbation that was really applied, rounding included.
-            noise_grad = (weights.float() - mean.float()).mul_(gradient)
-            before = self._samples.get(parameter)
-            if before is None:
-                self._samples[parameter] = _Sampled(1, gradient.clone(), noise_grad)
-            else:
-                self._samples[parameter] = _Sampled(
-                    before.draws + 1, before.grad.add_(gradient), before.noise_grad.add_(noise_grad)
-                )
-        weights.copy_(mean)
+    def _product(self, at: Moved, gradient: Tensor) -> Tensor:
+        """(sample - mean) * gradient with the perturbation really applied, rounding included; restores the mean."""
+        weights = local(at.parameter)
+        if at.saved is None:
+            mean = local(at.state["mean"])
+            product = torch.empty_like(mean)
+            for w, m, g, p in slices(weights, mean, gradient, product):
+                torch.mul(w.float().sub_(m), g, out=p)
+            return product
+        for w, m, g in slices(weights, at.saved, gradient):
+            noise = w - m
+            w.copy_(m)
+            torch.mul(noise, g, out=m)  # the saved mean has done its work, and its memory is used again
+        product, at.saved, at.restored = at.saved, None, True
+        return product
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -211,51 +194,42 @@ class IVON(torch.optim.Optimizer):
                 with self.sampled_params(train=True), torch.enable_grad():
                     loss = closure()
         for group in self.param_groups:
-            scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
-            for parameter, state in self._trainable(group):
+            group["steps"] += bool(self._sample)
+            for _, parameter, state in self._trainable(group):
                 sampled = self._samples.pop(parameter, None)
-                if sampled is None:
-                    continue
-                state["step"] += 1
-                tensors = (
-                    _local(parameter),
-                    _local(state["momentum"]),
-                    _local(state["hess"]),
-                    sampled.grad.div_(sampled.draws),
-                    sampled.noise_grad.div_(sampled.draws),
-                )
-                for weights, momentum, hess, grad, noise_grad in _slices(*tensors):
-                    mean = weights if weights.dtype == torch.float32 else weights.float()
-                    ivon_update(
-                        mean, momentum, hess, grad, noise_grad,
-                        step=int(state["step"]), lr=group["lr"] * scale, ess=group["ess"],
-                        beta1=group["beta1"], beta2=group["beta2"], weight_decay=group["weight_decay"],
-                        clip_radius=group["clip_radius"], debias=group["debias"],
-                    )  # fmt: skip
-                    if mean is not weights:
-                        weights.copy_(mean)
+                if sampled is not None:
+                    self._update(parameter, group, state, sampled)
         self._samples.clear()
+        self._sample = 0
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; the state stays float32, where torch would cast it to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            for name in ("momentum", "hess"):
-                value = state_dict["state"].get(index, {}).get(name)
-                if value is not None:
-                    self.state[parameter][name] = value.to(device=parameter.device, dtype=torch.float32, copy=True)
-
-    def precision(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Posterior precision `ess * (h + weight_decay)` of every trained parameter, float32, 1/weight^2."""
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        return {
-            name: (self.state[p]["hess"] + groups[p]["weight_decay"]) * groups[p]["ess"]
-            for name, p in named_parameters
-            if p in groups and "hess" in self.state.get(p, {})
-        }
+    def _update(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], sampled: _Sampled) -> None:
+        state["step"] += 1
+        centre, decay = self._prior_of(parameter, group, state)
+        scale = group["hess_init"] + self._typical_decay(parameter, group) if group["rescale_lr"] else 1.0
+        weights = local(parameter)
+        mean = local(state["mean"]) if "mean" in state else weights
+        if sampled.draws > 1:
+            sampled.grad.div_(sampled.draws)
+            sampled.noise_grad.div_(sampled.draws)
+        tensors = (
+            mean,
+            local(state["momentum"]),
+            local(state["hess"]),
+            sampled.grad,
+            sampled.noise_grad,
+            centre,
+            decay,
+        )
+        for m, momentum, hess, grad, noise_grad, m_p, d in slices(*tensors):
+            ivon_update(
+                m, momentum, hess, grad, noise_grad,
+                step=int(state["step"]), lr=group["lr"] * scale, ess=group["ess"],
+                beta1=group["beta1"], beta2=group["beta2"], weight_decay=d,
+                clip_radius=group["clip_radius"], debias=group["debias"], prior_mean=m_p,
+            )  # fmt: skip
+        if mean is not weights:
+            weights.copy_(mean)
 
     @torch.no_grad()
     def health(self, batch_size: float) -> dict[str, float]:
@@ -274,10 +248,11 @@ class IVON(torch.optim.Optimizer):
         group = self.param_groups[0]
         samples, ratios, steps, bad = [], [], 0, 0
         for group in self.param_groups:
-            for parameter, state in self._trainable(group):
-                hess, weights = _local(state["hess"]).flatten(), _local(parameter).float()
+            for _, parameter, state in self._trainable(group):
+                hess, weights = local(state["hess"]).flatten(), local(parameter).float()
                 steps = max(steps, int(state["step"]))
-                curvature = hess + group["weight_decay"]
+                _, decay = self._prior_of(parameter, group, state)
+                curvature = hess + (decay.flatten() if isinstance(decay, Tensor) and decay.ndim else decay)
                 bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
                 samples.append(hess[:: max(1, hess.numel() // 65536)])
                 rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
@@ -293,39 +268,3 @@ class IVON(torch.optim.Optimizer):
             "bad_entries": float(bad),
             "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
         }
-
-    def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            state = self.state[parameter]
-            if "hess" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["hess"] = torch.full_like(parameter, group["hess_init"], dtype=torch.float32)
-            yield parameter, state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Aligned flat views of at most `_SLICE` elements; whole tensors where one has no flat view."""
-    if tensors[0].numel() <= _SLICE or not all(t.is_contiguous() for t in tensors) or tensors[0].is_cuda:
-        yield tensors
-        return
-    flat = [t.view(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), _SLICE):
-        yield tuple(t[start : start + _SLICE] for t in flat)
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from a few integers, so that neighbouring ones give unrelated streams (splitmix64)."""
-    value = 0
-    for number in numbers:
-        value = (value + 0x9E3779B97F4A7C15 + number) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-    return value >> 1

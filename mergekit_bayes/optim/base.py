@@ -1,0 +1,369 @@
+"""What the optimizers of this folder share: noise, prior, exact restore and float32 state.
+
+All of them keep, per parameter, the mean (the parameter itself, or a float32 master beside one of fewer bits), a
+momentum and the Hessian diagonal h of the mean loss, so that the posterior is N(mean, 1 / (ess (h + d))) with d the
+prior's precision over ess.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
+
+_SLICE = 1 << 17  # elements; the scratch of one slice stays in cache
+_TRAIN, _PREDICT = 0, 1  # streams of noise
+
+
+class Draw(NamedTuple):
+    """One draw of the noise by name, so that it can be made again."""
+
+    stream: int
+    number: int
+    sample: int
+    sign: float
+
+
+@dataclass(slots=True)
+class Moved:
+    """A parameter while it is away from its mean."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
+    index: tuple[int, int]
+    draw: Draw | None
+    saved: Tensor | None = None  # the mean, where nothing else holds it
+    restored: bool = False
+
+
+class PosteriorOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that leave a diagonal Gaussian posterior.
+
+    Training noise is a function of (seed, step, sample, group, parameter, shard): a resumed run continues it, a step
+    that is made again gets it again, and draws for prediction do not disturb it. Replicas (DDP) draw the same noise,
+    shards (DTensor) each their own.
+
+    Args:
+        params: Parameters or groups; frozen ones are left alone.
+        defaults: Of every group; `ess`, `weight_decay`, `hess_init` and `seed` are used here.
+        prior: Centre (None is zero) and precision in 1/weight^2 (None is `ess * weight_decay`) of parameters, of
+            their shape or a number. Not part of `state_dict`: give it again to resume, which is checked.
+        restore: `copy` keeps the mean while the weights are sampled; `redraw` draws the noise again and subtracts it.
+    """
+
+    antithetic: bool = False
+    restore: str = "copy"
+    _settings: tuple[str, ...] = ("antithetic", "restore", "_prior")  # what a copy keeps beside torch's own
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], *, prior: Prior | None = None, restore: str = "copy"
+    ) -> None:
+        super().__init__(params, {**defaults, "steps": 0, "draws": 0, "prior_sum": 0.0})
+        if restore not in ("copy", "redraw"):
+            raise ValueError(f"{type(self).__name__}: restore={restore!r} is neither 'copy' nor 'redraw'")
+        self.restore = restore
+        self._prior: dict[Tensor, tuple[Tensor | None, Tensor | float]] = {}
+        self._clear()
+        left = dict(prior or {})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in left:
+                    self._prior[parameter] = _entry(parameter, *left.pop(parameter), group, type(self).__name__)
+                    group["prior_sum"] += _sum(self._prior[parameter])
+        if left:
+            shapes = [tuple(p.shape) for p in left]
+            raise ValueError(f"{type(self).__name__}: the prior names tensors that are not optimized, of {shapes}")
+
+    def _clear(self) -> None:
+        """Drop the scratch, which no checkpoint holds."""
+        self._samples: dict[Tensor, Any] = {}
+        self._sample = 0  # samples taken since the last step
+        self._open = False
+        self._medians: dict[Tensor, float] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._settings}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clear()
+
+    @contextmanager
+    def sampled_params(self, train: bool = False) -> Iterator[None]:
+        """Weights drawn from the posterior inside, the mean again outside, also after an exception.
+
+            theta = mean + eps / sqrt(ess (h + d)),   eps ~ N(0, 1)
+
+        Args:
+            train: Take the gradients for `step` (`.grad` is None then) when the context closes without exception.
+        """
+        draw = self._next_draw(train)
+        with self._away(self._perturb, self._take if train else None, draw):
+            yield
+        if train:
+            self._sample += 1
+
+    def _next_draw(self, train: bool) -> Draw:
+        if not train:
+            for group in self.param_groups:
+                group["draws"] += 1
+            return Draw(_PREDICT, self.param_groups[0]["draws"], 0, 1.0)
+        number = self.param_groups[0]["steps"]
+        if self.antithetic:
+            return Draw(_TRAIN, number, self._sample // 2, -1.0 if self._sample % 2 else 1.0)
+        return Draw(_TRAIN, number, self._sample, 1.0)
+
+    @contextmanager
+    def _away(
+        self, move: Callable[[Moved], None], take: Callable[[Moved], None] | None, draw: Draw | None
+    ) -> Iterator[None]:
+        """Parameters moved inside and restored outside; `take` sees those with a gradient before that."""
+        if self._open:
+            raise RuntimeError("sampled_params cannot be nested")
+        self._open, completed = True, False
+        moved: list[Moved] = []
+        try:
+            with torch.no_grad():
+                for g, group in enumerate(self.param_groups):
+                    for p, parameter, state in self._trainable(group):
+                        at = Moved(parameter, group, state, (g, p), draw)
+                        if "mean" in state:
+                            _adopt(local(parameter), local(state["mean"]))
+                        elif self.restore == "copy" or draw is None:
+                            at.saved = local(parameter).clone()
+                        moved.append(at)
+                        move(at)
+            yield
+            completed = True
+        finally:
+            self._open = False
+            with torch.no_grad():
+                for at in moved:
+                    if take is not None and completed and at.parameter.grad is not None:
+                        take(at)
+                    self._restore(at)
+
+    def _perturb(self, at: Moved) -> None:
+        weights = local(at.parameter)
+        if "mean" in at.state:
+            for noise, w, m in self._noise(at, weights, local(at.state["mean"])):
+                w.copy_(noise.add_(m))
+        else:
+            for noise, w in self._noise(at, weights):
+                w.add_(noise)
+
+    def _restore(self, at: Moved) -> None:
+        weights = local(at.parameter)
+        if at.restored:
+            return
+        if "mean" in at.state:
+            weights.copy_(local(at.state["mean"]))
+        elif at.saved is not None:
+            weights.copy_(at.saved)
+        else:
+            for noise, w in self._noise(at, weights):
+                w.sub_(noise)
+
+    def _take(self, at: Moved) -> None:
+        """Add the gradient to those of the step."""
+        raise NotImplementedError
+
+    def _noise(self, at: Moved, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The perturbation of a draw in scratch, slice by slice, with the slices of other tensors."""
+        assert at.draw is not None
+        hess = local(at.state["hess"])
+        if hess.device not in self._generators:
+            self._generators[hess.device] = torch.Generator(hess.device)
+        generator, draw = self._generators[hess.device], at.draw
+        generator.manual_seed(
+            mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, _shard(at.parameter))
+        )
+        _, decay = self._prior_of(at.parameter, at.group, at.state)
+        for h, d, *rest in slices(hess, decay, *others):
+            noise = torch.empty_like(h).normal_(generator=generator)
+            deviation = (h + d).mul_(at.group["ess"]).rsqrt_()
+            yield noise.mul_(deviation.mul_(draw.sign) if draw.sign < 0 else deviation), *rest
+
+    def _prior_of(
+        self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | float]:
+        """Centre and precision over ess."""
+        centre, decay = self._prior.get(parameter, (None, float(group["weight_decay"])))
+        if "weight_decay" in state:  # adapted
+            decay = state["weight_decay"]
+        return (None if centre is None else local(centre)), (local(decay) if isinstance(decay, Tensor) else decay)
+
+    def _typical_decay(self, parameter: Tensor, group: dict[str, Any]) -> float:
+        """The median of the prior's precision over ess, where it has one for every entry."""
+        decay = self._prior.get(parameter, (None, group["weight_decay"]))[1]
+        if not isinstance(decay, Tensor):
+            return float(decay)
+        if parameter not in self._medians:
+            self._medians[parameter] = float((decay.full_tensor() if isinstance(decay, DTensor) else decay).median())
+        return self._medians[parameter]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; the state stays float32, where torch would cast it to the parameters' dtype.
+
+        Raises:
+            ValueError: The run was made with another `prior` than this optimizer has.
+        """
+        for here, there in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            mine, theirs = here["prior_sum"], there.get("prior_sum", 0.0)
+            if abs(mine - theirs) > 1e-5 * max(abs(mine), abs(theirs)):
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint was made with another prior (checksum {theirs:.9g}, here "
+                    f"{mine:.9g}). It is not part of state_dict: give the same `prior` to the constructor."
+                )
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(device=parameter.device, dtype=torch.float32, copy=True)
+
+    @torch.no_grad()
+    def precision(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Posterior precision `ess h + S_p` of every trained parameter, float32, 1/weight^2.
+
+        S_p is the prior's precision, `ess * weight_decay` where no other was given.
+        """
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        found = {}
+        for name, p in named_parameters:
+            if p in groups and "hess" in self.state.get(p, {}):
+                decay = self.state[p].get("weight_decay", self._prior.get(p, (None, groups[p]["weight_decay"]))[1])
+                found[name] = (self.state[p]["hess"] + decay) * groups[p]["ess"]
+        return found
+
+    def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        for index, parameter in enumerate(group["params"]):
+            if not parameter.requires_grad:
+                continue
+            state = self.state[parameter]
+            if "hess" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["hess"] = torch.full_like(parameter, group["hess_init"], dtype=torch.float32)
+            if "mean" not in state and parameter.dtype.itemsize < 4:
+                state["mean"] = parameter.detach().to(torch.float32, copy=True)
+            yield index, parameter, state
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_gradient(parameter: Tensor) -> Tensor:
+    """Take the gradient away from the parameter, in float32 at least, so that no later backward changes it."""
+    assert parameter.grad is not None
+    gradient = local(parameter.grad)
+    parameter.grad = None
+    if gradient.dtype.itemsize < 4:
+        return gradient.float()
+    if gradient.untyped_storage().nbytes() > gradient.nbytes or not gradient.is_contiguous():
+        return gradient.clone()  # a view, of a bucket of DDP say
+    return gradient
+
+
+def slices(*items: Any) -> Iterator[tuple[Any, ...]]:
+    """Aligned flat views of at most `_SLICE` elements; numbers, None and scalars pass; whole where none is flat."""
+    tensors = [t for t in items if isinstance(t, Tensor) and t.ndim > 0]
+    if (
+        not tensors
+        or tensors[0].numel() <= _SLICE
+        or not all(t.is_contiguous() for t in tensors)
+        or any(t.is_cuda for t in tensors)
+    ):
+        yield items
+        return
+    flat = [t.view(-1) if isinstance(t, Tensor) and t.ndim > 0 else t for t in items]
+    for start in range(0, tensors[0].numel(), _SLICE):
+        yield tuple(t[start : start + _SLICE] if isinstance(t, Tensor) and t.ndim > 0 else t for t in flat)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from a few integers, so that neighbouring ones give unrelated streams (splitmix64)."""
+    value = 0
+    for number in numbers:
+        value = (value + 0x9E3779B97F4A7C15 + number) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+def in_range(optimizer: str, rules: Iterable[tuple[str, float, bool]]) -> None:
+    """Refuse the first setting whose rule is False."""
+    for name, value, good in rules:
+        if not good:
+            raise ValueError(f"{optimizer}: {name}={value} is out of range")
+
+
+def _shard(parameter: Tensor) -> int:
+    """Which shard of the parameter this rank holds; replicas of a shard agree."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    place = 0
+    for dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            mesh = parameter.device_mesh
+            place = place * mesh.size(dim) + mesh.get_local_rank(dim)
+    return place
+
+
+def _adopt(weights: Tensor, mean: Tensor) -> None:
+    """Let the master follow weights that somebody else has changed, after loading a model say."""
+    for w, m in slices(weights, mean):
+        m.copy_(torch.where(m.to(w.dtype) == w, m, w.float()))
+
+
+def _entry(
+    parameter: Tensor, centre: Tensor | None, precision: Tensor | float | None, group: dict[str, Any], who: str
+) -> tuple[Tensor | None, Tensor | float]:
+    """Centre and precision over ess, float32, laid out like the parameter."""
+    for name, value in (("mean", centre), ("precision", precision)):
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ValueError(f"{who}: the prior's {name} is {list(value.shape)}, its parameter {list(parameter.shape)}")
+        if value is not None and not bool(torch.as_tensor(value).isfinite().all()):
+            raise ValueError(f"{who}: the prior's {name} has entries that are not finite")
+    if precision is not None and bool((torch.as_tensor(precision) < 0).any()):
+        raise ValueError(f"{who}: the prior's precision has negative entries")
+    if precision is None:
+        decay: Tensor | float = group["weight_decay"]
+    elif isinstance(precision, Tensor):
+        decay = _like(precision, parameter) / group["ess"]
+    else:
+        decay = precision / group["ess"]
+    return (None if centre is None else _like(centre, parameter)), decay
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    value = value.detach().to(device=parameter.device, dtype=torch.float32)
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value if isinstance(value, DTensor) else value.contiguous()
+
+
+def _sum(entry: tuple[Tensor | None, Tensor | float]) -> float:
+    """A checksum of a prior, the same however it is sharded."""
+    total = 1.0
+    for weight, value in zip((0.5, 1.0), entry, strict=True):
+        if isinstance(value, Tensor):
+            norm = value.double().square().sum()
+            total += weight * float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 0.5
+        elif value is not None:
+            total += weight * abs(value)
+    return total
