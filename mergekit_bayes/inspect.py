@@ -19,6 +19,7 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer
 from mergekit_bayes.plan import one_shape, row_shape
 from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify, open_posterior
+from mergekit_bayes.sampling import not_samplable
 from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, TensorSpec, chunks, read_chunk, read_tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -80,6 +81,7 @@ class PrecisionSummary(Config):
         numbers: Precisions that are stored for them: fewer where one stands for a row or a tensor.
         unknown: Its tensors that the model lacks, or has in another shape.
         zeros, bad: Parameters whose precision is zero; is negative or not finite.
+        not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`) unless a prior is given.
     """
 
     files: tuple[str, ...]
@@ -90,6 +92,7 @@ class PrecisionSummary(Config):
     unknown: tuple[str, ...]
     zeros: int
     bad: int
+    not_samplable: str | None = None
 
 
 class Comparison(Config):
@@ -388,6 +391,7 @@ def _precision_summary(posterior: Posterior, names: list[str], totals: list[_Tot
         ),
         zeros=sum(t.zeros for t in totals),
         bad=sum(t.bad_precision for t in totals),
+        not_samplable=not_samplable(info),
     )
 
 

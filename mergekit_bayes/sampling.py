@@ -21,7 +21,7 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.names import find_renaming, is_buffer
-from mergekit_bayes.posterior import Posterior, open_posterior, precision_path
+from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior, precision_path
 from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.tensors import MERGEABLE, Array, read_tensor
 
@@ -61,11 +61,8 @@ class SamplingReport(Config):
     largest_sigma: float
 
 
-def not_samplable(posterior: Posterior) -> str | None:
-    """Why nothing can be drawn from a posterior as it is stored, or None. Reads nothing but its information."""
-    if not posterior.has_precision:
-        return "it has no precision"
-    info = posterior.info
+def not_samplable(info: PosteriorInfo | None) -> str | None:
+    """Why nothing can be drawn from a precision of which this is known, or None. Its entries are judged when drawn."""
     if info is None:
         return "its precision does not say which prior it contains"
     if info.prior.kind == "unknown":
@@ -102,7 +99,7 @@ def open_samplable(ref: str, *, precision: str | None = None, prior: float | Non
                 f"the precision of '{ref}' was taken at other weights than these: its record of them differs. "
                 "Use the precision that belongs to them."
             )
-        reason = not_samplable(posterior)
+        reason = not_samplable(posterior.info)
         if reason is not None and prior is None:
             raise PrecisionError(
                 f"'{ref}' cannot be sampled: {reason}. Give a prior precision per entry with --prior X (1/weight^2, "
@@ -233,7 +230,7 @@ class PosteriorDraws:
             if not weights.numel():
                 continue
             largest = max(largest, float(deviation.max()))
-            rms = float(weights.double().square().mean().sqrt())
+            rms = float(weights.float().square().mean().sqrt())
             if rms > 0 and weights.ndim > 1:  # biases are near zero and would always alarm
                 flat = deviation.reshape(-1)
                 ratios.append(float(np.median(flat[:: max(1, flat.size // 65536)])) / rms)

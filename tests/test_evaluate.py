@@ -25,14 +25,14 @@ def model(tmp_path_factory):
     return str(tiny_models.tiny_gpt2(tmp_path_factory.mktemp("models") / "gpt2"))
 
 
-def with_posterior(folder, prior):
+def with_posterior(folder, prior, ess=50):
     """A precision of `prior` plus curvature for every tensor of a model folder."""
     source = SafetensorsSource(checkpoint_files(folder))
     rng = np.random.default_rng(0)
     shapes = {n: s.shape for n, s in source.specs.items()}
     precision = {n: (prior + rng.exponential(30, s)).astype(np.float32) for n, s in shapes.items()}
     stored = Prior(kind="isotropic", precision=prior) if prior else Prior()
-    info = PosteriorInfo(estimator="ggn", observations=50, ess=50, mean=identify(source), prior=stored)
+    info = PosteriorInfo(estimator="ggn", observations=50, ess=ess, mean=identify(source), prior=stored)
     source.close()
     save_posterior(folder, precision, info)
     return str(folder)
@@ -51,7 +51,7 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def curvature_only(tmp_path_factory):
-    return with_posterior(tiny_models.tiny_bert(tmp_path_factory.mktemp("curvature") / "bert"), 0.0)
+    return with_posterior(tiny_models.tiny_bert(tmp_path_factory.mktemp("curvature") / "bert"), 0.0, ess=500)
 
 
 @pytest.fixture
@@ -272,7 +272,11 @@ def test_the_command_shows_mean_and_samples_side_by_side(classifier, sampled_mod
     assert "  2 samples" in done.stderr
     refused = bmerge("evaluate", curvature_only, *asked)
     assert (refused.exit_code, refused.stderr.count("PrecisionError")) == (2, 1)
-    assert bmerge("evaluate", curvature_only, *asked, "--prior", 30).exit_code == 0
+    given = bmerge("evaluate", curvature_only, *asked, "--prior", 30)
+    assert given.exit_code == 0
+    assert "prior precision 30 (given)" in given.stderr
+    assert "of 500 observations (ess), the data held 50: --posterior-temperature 10 counts" in given.stderr
+    assert "observations (ess)" not in done.stderr
 
 
 def bmerge(*args):

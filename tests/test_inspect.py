@@ -86,6 +86,13 @@ def test_who_made_the_precision_and_whether_it_is_of_these_weights(world):
     assert (foreign.precision.belongs, foreign.precision.info) == (None, None)
 
 
+def test_a_precision_without_a_proper_prior_is_marked_as_not_samplable(world):
+    mean, precision = world
+    assert "bare curvature" in run_inspect("a.safetensors").precision.not_samplable
+    tiny.posterior("proper.safetensors", mean, precision, prior=0.05)
+    assert run_inspect("proper.safetensors").precision.not_samplable is None
+
+
 def test_entries_that_are_no_precision_are_counted(world):
     precision = world[1]
     bad = {n: p.copy() for n, p in precision.items()}

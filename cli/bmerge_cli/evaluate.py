@@ -225,6 +225,11 @@ def _show_draws(screen: Any, report: "EvaluateReport") -> None:
         f"{draws.prior:.3g}{' (given)' if draws.given else ''}, temperature {draws.temperature:g}, seed {draws.seed}, "
         f"deviation over RMS {draws.sigma_over_rms:.2g}"
     )
+    if draws.ess and draws.observations and abs(draws.ess / draws.observations - 1) > 1e-6:
+        screen.print(
+            f"note: the precision is that of {draws.ess:,g} observations (ess), the data held {draws.observations:,g}: "
+            f"--posterior-temperature {draws.ess / draws.observations:.4g} counts each once"
+        )
     if draws.sigma_over_rms > WIDE:
         screen.print(
             f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, and such models rarely "

@@ -70,6 +70,8 @@ def _show(screen: Any, report: "InspectReport") -> None:
 def _show_precision(screen: Any, precision: "PrecisionSummary") -> None:
     info = precision.info
     screen.print(f"\nprecision: {precision.files[0]}", markup=False)
+    if precision.not_samplable:
+        screen.print(f"  not samplable: {precision.not_samplable}", markup=False)
     if info is None:
         return
     belongs = "of these weights" if precision.belongs else "OF OTHER WEIGHTS"
