@@ -235,7 +235,7 @@ def test_scratch_stays_out_of_checkpoints():
         optimizer.zero_grad()
         loss_of(model, *data()).backward()
     entries = {key for state in optimizer.state_dict()["state"].values() for key in state}
-    assert entries == {"step", "momentum", "hess"}
+    assert entries == {"step", "momentum", "hess", "noise"}
 
 
 def test_gradients_accumulated_inside_one_context_are_one_batch():
@@ -284,7 +284,7 @@ def ivon_update_of(model):
 def type_of_sample(p):
     from mergekit_bayes.optim.ivon import _Sampled
 
-    return _Sampled(1, p.grad.clone(), 0.01 * p.grad)
+    return _Sampled(1, p.grad.clone(), 0.01 * p.grad, None)
 
 
 def test_a_scheduler_and_a_closure_work():
@@ -317,7 +317,18 @@ def test_health_tells_forgotten_starts_and_noise():
     assert health["bad_entries"] == 0
 
 
-@pytest.mark.parametrize("bad", [{"ess": 0}, {"hess_init": 0}, {"beta2": 1.0}, {"lr": -1}, {"mc_samples": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"mc_samples": 3, "antithetic": True},
+        {"restore": "never"},
+        {"ess": 0},
+        {"hess_init": 0},
+        {"beta2": 1.0},
+        {"lr": -1},
+        {"mc_samples": 0},
+    ],
+)
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         IVON(net().parameters(), **{"lr": 0.1, **SETTINGS, **bad})
@@ -425,3 +436,170 @@ def test_priors_that_do_not_fit_are_refused(prior, match):
         IVON([w], lr=0.1, ess=1.0, prior={w: prior})
     with pytest.raises(ValueError, match="not optimized"):
         IVON([w], lr=0.1, ess=1.0, prior={torch.zeros(3): (None, None)})
+
+
+def curvature_of_one_step(loss, antithetic):
+    """f of 2,000 independent weights, from one step of beta2 = 0 and two samples."""
+    w = torch.nn.Parameter(torch.zeros(2000))
+    optimizer = IVON([w], lr=0.0, ess=100.0, hess_init=1.0, beta2=0.999999, weight_decay=0.0, mc_samples=2,
+                     antithetic=antithetic)  # fmt: skip
+    for _ in range(2):
+        with optimizer.sampled_params(train=True):
+            loss(w).backward()
+    return 100 * optimizer._samples[w].noise_grad / 2
+
+
+def test_antithetic_pairs_cancel_the_gradients_own_noise():
+    """Reference page 2.7: a linear loss has f = 0 (else sd sqrt(ess) |g|); a quadratic keeps A eps^2, sd sqrt(2) A."""
+    slope = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    assert curvature_of_one_step(lambda w: (slope * w).sum(), True).abs().max() < 1e-4
+    plain = curvature_of_one_step(lambda w: (slope * w).sum(), False)
+    assert float(plain.std()) == pytest.approx(math.sqrt(100 / 2), rel=0.1)
+    both = curvature_of_one_step(lambda w: (3 * slope * w + 2 * w.square()).sum(), True)
+    assert float(both.mean()) == pytest.approx(4, rel=0.1)
+    assert float(both.std()) == pytest.approx(4 * math.sqrt(2), rel=0.1)
+
+
+def test_pairs_stay_pairs_around_predictions_failures_and_a_resume():
+    def make():
+        model = net()
+        return model, IVON(model.parameters(), lr=0.1, mc_samples=2, antithetic=True, **SETTINGS)
+
+    def noise(model, optimizer):
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        with optimizer.sampled_params(train=True):
+            after = torch.cat([p.detach().flatten() for p in model.parameters()])
+            loss_of(model, *data()).backward()
+        return after - before
+
+    model, optimizer = make()
+    first = noise(model, optimizer)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    with optimizer.sampled_params():
+        pass
+    with pytest.raises(ZeroDivisionError), optimizer.sampled_params(train=True):
+        raise ZeroDivisionError
+    torch.testing.assert_close(noise(model, optimizer), -first, rtol=1e-4, atol=1e-6)
+    optimizer.step()
+    again, resumed = make()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(saved)  # in the middle of a pair: the step is made again, from its first sample
+    for _ in range(2):
+        noise(again, resumed)
+    resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert not torch.allclose(noise(model, optimizer), first)
+
+
+def test_small_steps_add_up_in_bfloat16():
+    """Each step is a hundredth of the rounding of the weight, which alone would never move."""
+    w = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = IVON([w], lr=4e-5, ess=1e4, hess_init=1.0, weight_decay=0.0, rescale_lr=False, clip_radius=1.0)
+    for _ in range(1000):
+        with optimizer.sampled_params(train=True):
+            (-2 * w).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[w]["mean"], torch.full((8,), 1.04), rtol=1e-4, atol=0)
+    assert w.dtype == torch.bfloat16
+    torch.testing.assert_close(w.detach(), torch.full((8,), 1.04, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("restore", ["copy", "redraw"])
+@pytest.mark.parametrize("ulps", [0.1, 1.0])
+def test_in_bfloat16_the_curvature_is_right_even_where_rounding_hides_the_noise(ulps, restore):
+    """Noise of a tenth of a unit in the last place: weights seldom move, f = A on average all the same."""
+    sigma, n = ulps * 2**-8, 4000
+    start = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.55
+    w = torch.nn.Parameter(start.to(torch.bfloat16))
+    optimizer = IVON([w], lr=0.0, ess=1 / sigma**2, hess_init=1.0, weight_decay=0.0, restore=restore)
+    with optimizer.sampled_params():
+        optimizer.state[w]["mean"].copy_(start)  # a mean between two bfloat16 numbers, as training leaves it
+    seen = torch.zeros(n)
+    before = w.detach().clone()
+    for _ in range(100):
+        with optimizer.sampled_params(train=True):
+            (1.5 * (w.float() - start).square()).sum().backward()
+        sampled = optimizer._samples.pop(w)
+        product = sampled.noise_grad
+        seen += (optimizer._redrawn_product(sampled.at, sampled.grad) if product is None else product) / sigma**2
+    assert torch.equal(w.float(), start.to(torch.bfloat16).float())
+    assert (w != before).sum() == 0
+    assert float(seen.mean() / 100) == pytest.approx(3, rel=0.15)
+
+
+def test_a_master_is_saved_in_float32_and_follows_weights_that_are_loaded():
+    model = net(dtype=torch.bfloat16)
+    optimizer = IVON(model.parameters(), lr=0.01, **SETTINGS)
+    train(model, optimizer, 2)
+    again = IVON(model.parameters(), lr=0.01, **SETTINGS)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p in model.parameters():
+        assert again.state[p]["mean"].dtype == torch.float32
+        assert torch.equal(again.state[p]["mean"], optimizer.state[p]["mean"])
+        assert not torch.equal(again.state[p]["mean"], p.float())
+    other = net(seed=9, dtype=torch.bfloat16)
+    model.load_state_dict(other.state_dict())
+    with optimizer.sampled_params():
+        pass
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_redrawing_the_noise_trains_like_copying_the_mean(dtype, samples):
+    """Under a float32 master bit for bit; else up to the rounding of adding and subtracting."""
+    ends = []
+    for restore in ("copy", "redraw"):
+        model = net(dtype=dtype)
+        optimizer = IVON(model.parameters(), lr=0.1, restore=restore, **SETTINGS)
+        train(model, optimizer, 10, samples)
+        ends.append([optimizer.state[p].get("mean", p.detach()) for p in model.parameters()])
+        ends[-1] += [optimizer.state[p]["hess"] for p in model.parameters()]
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b) if dtype == torch.bfloat16 else torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_redrawing_keeps_nothing_while_the_weights_are_sampled():
+    model = net()
+    optimizer = IVON(model.parameters(), lr=0.1, restore="redraw", **SETTINGS)
+    with optimizer.sampled_params(train=True):
+        loss_of(model, *data()).backward()
+    assert all(sampled.noise_grad is None for sampled in optimizer._samples.values())
+    assert all(sampled.at.saved is None for sampled in optimizer._samples.values())
+
+
+def test_the_noise_number_is_the_variance_of_the_curvature_seen():
+    """Gradients of sd s unrelated to the noise: (f - h) / (h + d) has variance ess s^2 / (h + d), mean -h / (h + d)."""
+    w = torch.nn.Parameter(torch.zeros(40, 1000))
+    ess, h, d, beta2 = 50.0, 2.0, 0.5, 0.99999
+    optimizer = IVON([w], lr=0.0, ess=ess, hess_init=h, weight_decay=d, beta2=beta2)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with optimizer.sampled_params(train=True):
+            (w * torch.randn(w.shape, generator=g) * 3).sum().backward()
+        optimizer.step()
+    expected = 0.5 * (1 - beta2) * (ess * 9 / (h + d) + (h / (h + d)) ** 2)
+    assert optimizer.health(1)["hess_noise"] == pytest.approx(expected, rel=0.05)
+
+
+def test_an_adapted_prior_settles_at_the_optimum_of_the_evidence():
+    """delta = 1 / (ess mean(m^2 + sigma^2)) for matrices; vectors keep theirs, and a checkpoint keeps it."""
+    centres = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)) * 0.5
+    w, bias = torch.nn.Parameter(torch.zeros(30, 40)), torch.nn.Parameter(torch.zeros(40))
+    ess = 20.0
+    optimizer = IVON([w, bias], lr=0.1, ess=ess, hess_init=1.0, beta2=0.99, weight_decay=0.5, rescale_lr=False,
+                     adapt_prior=True)  # fmt: skip
+    for _ in range(1500):
+        with optimizer.sampled_params(train=True):
+            (0.5 * (w - centres).square().sum() + 0.5 * bias.square().sum()).backward()
+        optimizer.step()
+    delta = float(optimizer.state[w]["weight_decay"])
+    sigma2 = 1 / (ess * (optimizer.state[w]["hess"] + delta))
+    assert delta == pytest.approx(float(1 / (ess * (w.detach().square() + sigma2).mean())), rel=0.03)
+    assert "weight_decay" not in optimizer.state[bias]
+    torch.testing.assert_close(
+        optimizer.precision([("w", w)])["w"], ess * (optimizer.state[w]["hess"] + delta), rtol=1e-6, atol=0
+    )
+    again = IVON([w, bias], lr=0.1, ess=ess, adapt_prior=True)
+    again.load_state_dict(optimizer.state_dict())
+    assert float(again.state[w]["weight_decay"]) == delta

@@ -39,6 +39,7 @@ class Moved:
     index: tuple[int, int]
     draw: Draw | None
     saved: Tensor | None = None  # the mean, where nothing else holds it
+    noise: Tensor | None = None  # the noise drawn, where rounded weights do not tell it
     restored: bool = False
 
 
@@ -58,6 +59,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     """
 
     antithetic: bool = False
+    _uses_noise: bool = False  # whether the update needs the noise beside the gradient
     restore: str = "copy"
     _settings: tuple[str, ...] = ("antithetic", "restore", "_prior")  # what a copy keeps beside torch's own
 
@@ -153,7 +155,12 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
         if "mean" in at.state:
-            for noise, w, m in self._noise(at, weights, local(at.state["mean"])):
+            mean = local(at.state["mean"])
+            if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == _TRAIN:
+                at.noise = torch.empty_like(mean)
+            for noise, w, m, kept in self._noise(at, weights, mean, at.noise):
+                if kept is not None:
+                    kept.copy_(noise)
                 w.copy_(noise.add_(m))
         else:
             for noise, w in self._noise(at, weights):
@@ -175,7 +182,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Add the gradient to those of the step."""
         raise NotImplementedError
 
-    def _noise(self, at: Moved, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    def _noise(self, at: Moved, *others: Any) -> Iterator[tuple[Any, ...]]:
         """The perturbation of a draw in scratch, slice by slice, with the slices of other tensors."""
         assert at.draw is not None
         hess = local(at.state["hess"])

@@ -7,12 +7,13 @@ so mixed dtypes, sharding, resuming and frozen parameters work by the ordinary m
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices
 
@@ -48,7 +49,7 @@ def ivon_update(
     Args:
         mean, momentum, hess: float32 state of one shape; weight, mean-loss/weight, mean-loss/weight^2.
         grad: Gradient of the mean loss, averaged over samples.
-        noise_grad: `(sample - mean) * gradient`, averaged over samples.
+        noise_grad: `noise * gradient`, noise = sample - mean, averaged over samples.
         step: Steps made including this one, for the debiasing of the momentum.
         lr: Already rescaled, if it is to be.
         weight_decay: d, the prior's precision over ess; a number or a tensor.
@@ -78,7 +79,8 @@ class _Sampled:
 
     draws: int
     grad: Tensor
-    noise_grad: Tensor
+    noise_grad: Tensor | None  # None: to be made from the noise of `at`, drawn again
+    at: Moved
 
 
 class IVON(PosteriorOptimizer):
@@ -93,8 +95,10 @@ class IVON(PosteriorOptimizer):
     The loss is a mean over the observations that `ess` counts. Clipping and unscaling belong inside the context,
     which takes the gradients when it closes. Replicas (DDP) draw the same noise; shards (DTensor) each their own.
 
-    Parameters of fewer than 32 bits have a float32 master of the mean in `state`, so that small steps add up; the
-    curvature is estimated with the perturbation that rounding has left.
+    Parameters of fewer than 32 bits have a float32 master of the mean in `state`, so that small steps add up. Their
+    curvature is estimated with the noise that was drawn: E[eps g(round(mean + sigma eps))] is exactly sigma times the
+    derivative of the smoothed gradient, while the perturbation that rounding leaves adds its own square (a factor of
+    1.9 at a sigma of 0.3 units in the last place, 94 at 0.03; both within 9 % from 1 on).
 
     Args:
         params: Parameters or groups; frozen ones are left alone.
@@ -105,7 +109,7 @@ class IVON(PosteriorOptimizer):
         beta2: Decay of the Hessian; `beta2^steps` of `hess_init` is never forgotten.
         weight_decay: Prior precision over `ess`.
         clip_radius: Bound on each entry of the preconditioned direction.
-        mc_samples: Weight samples a step; `step` insists on none but at least one.
+        mc_samples: Weight samples a step, an even number if antithetic; `step` insists on none but at least one.
         rescale_lr: Multiply `lr` by `hess_init + weight_decay` (the median of a prior's precision over ess).
         debias: Divide the momentum by `1 - beta1^step`.
         seed: Of the noise.
@@ -113,7 +117,18 @@ class IVON(PosteriorOptimizer):
             (1/weight^2, a tensor or a number) None is `ess * weight_decay`. With a stored posterior, training goes on
             where it ended: on quadratics, one data set after the other gives what both at once would. Not part of
             `state_dict`; give it again to resume.
+        antithetic: Samples 2k - 1 and 2k of a step have noise +eps and -eps, so that on the same batches the
+            gradient's own noise cancels in the Hessian: its relative noise a step falls from sqrt(ess / batch) to
+            sqrt(2). In float32; under bf16 autocast only at a moderate ess.
+        restore: `copy` holds the mean (and then noise * gradient) in a third buffer of the parameters' size, and
+            restores it exactly. `redraw` holds nothing and draws the noise two or three times; under a float32
+            master it is as exact, else adding and subtracting leaves rounding in the mean: 7.5 % of the entries
+            change in each sample at a sigma of 1e-3.
+        adapt_prior: Move the prior precision of each matrix, at the pace of beta2, to the evidence's optimum
+            `weight_decay = 1 / (ess mean_j((m_j - m_p,j)^2 + sigma_j^2))`, from `weight_decay` on; kept in `state`.
     """
+
+    _uses_noise = True
 
     def __init__(
         self,
@@ -131,6 +146,9 @@ class IVON(PosteriorOptimizer):
         debias: bool = True,
         seed: int = 0,
         prior: Prior | None = None,
+        antithetic: bool = False,
+        restore: str = "copy",
+        adapt_prior: bool = False,
     ) -> None:
         in_range("IVON", (
             ("lr", lr, lr >= 0),
@@ -140,41 +158,54 @@ class IVON(PosteriorOptimizer):
             ("beta2", beta2, 0 <= beta2 < 1),
             ("weight_decay", weight_decay, weight_decay >= 0),
             ("clip_radius", clip_radius, clip_radius > 0),
-            ("mc_samples", mc_samples, mc_samples >= 1),
+            ("mc_samples", mc_samples, mc_samples >= 1 and not (antithetic and mc_samples % 2)),
         ))  # fmt: skip
         defaults = {
             "lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2,
             "weight_decay": weight_decay, "clip_radius": clip_radius, "mc_samples": mc_samples,
-            "rescale_lr": rescale_lr, "debias": debias, "seed": seed,
+            "rescale_lr": rescale_lr, "debias": debias, "seed": seed, "adapt_prior": adapt_prior,
         }  # fmt: skip
-        super().__init__(params, defaults, prior=prior)
+        super().__init__(params, defaults, prior=prior, restore=restore)
+        self.antithetic = antithetic
 
     def _take(self, at: Moved) -> None:
         gradient = own_gradient(at.parameter)
-        noise_grad = self._product(at, gradient)
         before = self._samples.get(at.parameter)
+        if before is None and self.restore == "redraw":
+            self._samples[at.parameter] = _Sampled(1, gradient, None, at)
+            return
+        product = self._product(at, gradient) if self.restore == "copy" else self._redrawn_product(at, gradient)
         if before is None:
-            self._samples[at.parameter] = _Sampled(1, gradient, noise_grad)
-        else:
-            before.draws += 1
-            before.grad.add_(gradient)
-            before.noise_grad.add_(noise_grad)
+            self._samples[at.parameter] = _Sampled(1, gradient, product, at)
+            return
+        if before.noise_grad is None:
+            before.noise_grad = self._redrawn_product(before.at, before.grad)
+        before.draws += 1
+        before.grad.add_(gradient)
+        before.noise_grad.add_(product)
 
     def _product(self, at: Moved, gradient: Tensor) -> Tensor:
-        """(sample - mean) * gradient with the perturbation really applied, rounding included; restores the mean."""
-        weights = local(at.parameter)
-        if at.saved is None:
-            mean = local(at.state["mean"])
-            product = torch.empty_like(mean)
-            for w, m, g, p in slices(weights, mean, gradient, product):
-                torch.mul(w.float().sub_(m), g, out=p)
-            return product
-        for w, m, g in slices(weights, at.saved, gradient):
+        """noise * gradient in the buffer that held the noise, or the mean, which is restored."""
+        if at.noise is not None:
+            return at.noise.mul_(gradient)
+        assert at.saved is not None
+        for w, m, g in slices(local(at.parameter), at.saved, gradient):
             noise = w - m
             w.copy_(m)
-            torch.mul(noise, g, out=m)  # the saved mean has done its work, and its memory is used again
+            torch.mul(noise, g, out=m)
         product, at.saved, at.restored = at.saved, None, True
         return product
+
+    def _redrawn_product(self, at: Moved, gradient: Tensor) -> Tensor:
+        product = torch.empty_like(gradient)
+        for piece, p in self._redrawn(at, gradient, product):
+            p.copy_(piece)
+        return product
+
+    def _redrawn(self, at: Moved, gradient: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
+        """noise * gradient in scratch, from the noise drawn again, with the slices of other tensors."""
+        for noise, g, *rest in self._noise(at, gradient, *others):
+            yield noise.mul_(g), *rest
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -211,17 +242,16 @@ class IVON(PosteriorOptimizer):
         mean = local(state["mean"]) if "mean" in state else weights
         if sampled.draws > 1:
             sampled.grad.div_(sampled.draws)
-            sampled.noise_grad.div_(sampled.draws)
-        tensors = (
-            mean,
-            local(state["momentum"]),
-            local(state["hess"]),
-            sampled.grad,
-            sampled.noise_grad,
-            centre,
-            decay,
-        )
-        for m, momentum, hess, grad, noise_grad, m_p, d in slices(*tensors):
+        tensors = (mean, local(state["momentum"]), local(state["hess"]), sampled.grad, centre, decay)
+        if sampled.noise_grad is None:
+            pieces = self._redrawn(sampled.at, sampled.grad, *tensors)
+        else:
+            pieces = slices(sampled.noise_grad.div_(sampled.draws), *tensors)
+        looked, noise = 0, torch.zeros((), device=weights.device)
+        for noise_grad, m, momentum, hess, grad, m_p, d in pieces:
+            ratios = _ratios(noise_grad, hess, d, group["ess"])
+            noise += ratios.square_().sum()
+            looked += ratios.numel()
             ivon_update(
                 m, momentum, hess, grad, noise_grad,
                 step=int(state["step"]), lr=group["lr"] * scale, ess=group["ess"],
@@ -230,6 +260,26 @@ class IVON(PosteriorOptimizer):
             )  # fmt: skip
         if mean is not weights:
             weights.copy_(mean)
+        if "noise" not in state:
+            state["noise"] = torch.zeros((), device=weights.device)
+        state["noise"].lerp_(noise / max(looked, 1), 1 - group["beta2"])
+        if group["adapt_prior"] and parameter.ndim > 1:
+            self._adapt(parameter, group, state)
+
+    def _adapt(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        centre, start = self._prior.get(parameter, (None, float(group["weight_decay"])))
+        if isinstance(start, Tensor):
+            return  # every entry has a prior of its own
+        if "weight_decay" not in state:
+            state["weight_decay"] = torch.full((), start, device=parameter.device)
+        decay = state["weight_decay"]
+        mean = state.get("mean", parameter).float()
+        away = mean if centre is None else mean - centre
+        spread = ((state["hess"] + float(decay)) * group["ess"]).reciprocal_()
+        second = away.square().add_(spread).mean()
+        if isinstance(second, DTensor):
+            second = second.full_tensor()
+        decay.lerp_(1 / (group["ess"] * second), 1 - group["beta2"])
 
     @torch.no_grad()
     def health(self, batch_size: float) -> dict[str, float]:
@@ -240,13 +290,15 @@ class IVON(PosteriorOptimizer):
 
         Returns:
             `init_fraction` = beta2^steps, the share of `hess_init` still in h; `kappa` = (1 - beta2) ess /
-            (2 batch_size), the noise of h for a diagonal Hessian; `hess_min`, `hess_median`, `hess_max`;
+            (2 batch_size), the noise of h for a diagonal Hessian; `hess_noise` = 0.5 (1 - beta2) E[(f - h)^2 /
+            (h + d)^2], the median over tensors, which also sees the noise of the other parameters: above 1, the size
+            of h is noise; `hess_min`, `hess_median`, `hess_max`;
             `bad_entries`, where `h + weight_decay` is not a positive number; `sigma_over_rms`, the median over
             matrices of posterior deviation to weight size, with matrices of zeros left out.
             Quantiles are from at most 65,536 entries a tensor.
         """
         group = self.param_groups[0]
-        samples, ratios, steps, bad = [], [], 0, 0
+        samples, ratios, noise, steps, bad = [], [], [], 0, 0
         for group in self.param_groups:
             for _, parameter, state in self._trainable(group):
                 hess, weights = local(state["hess"]).flatten(), local(parameter).float()
@@ -255,6 +307,9 @@ class IVON(PosteriorOptimizer):
                 curvature = hess + (decay.flatten() if isinstance(decay, Tensor) and decay.ndim else decay)
                 bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
                 samples.append(hess[:: max(1, hess.numel() // 65536)])
+                if "noise" in state and state["step"] > 0:
+                    debiased = float(state["noise"]) / (1 - group["beta2"] ** int(state["step"]))
+                    noise.append(0.5 * (1 - group["beta2"]) * debiased)
                 rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
                 if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
                     ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
@@ -262,9 +317,18 @@ class IVON(PosteriorOptimizer):
         return {
             "init_fraction": group["beta2"] ** steps,
             "kappa": (1 - group["beta2"]) * group["ess"] / (2 * batch_size),
+            "hess_noise": sorted(noise)[len(noise) // 2] if noise else 0.0,
             "hess_min": float(values.min()),
             "hess_median": float(values.median()),
             "hess_max": float(values.max()),
             "bad_entries": float(bad),
             "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
         }
+
+
+def _ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, ess: float) -> Tensor:
+    """(f - h) / (h + d) of some entries."""
+    every = _EVERY if hess.numel() > 4096 else 1
+    f, h = (t.reshape(-1)[::every] for t in (noise_grad, hess))
+    d = decay.reshape(-1)[::every] if isinstance(decay, Tensor) and decay.ndim else decay
+    return (f * ess).sub_(h / (h + d))
