@@ -5,8 +5,10 @@
 Makes random checkpoints of Qwen2's shapes in bfloat16, a base and two tasks, each with a precision, and runs every
 row in a process of its own, row after row and round after round, so that a busy machine disturbs all rows alike. CPU
 seconds are user and system time of the process and its children, start-up included. Anonymous memory is the highest
-RssAnon seen, looked at every 10 ms: what a program holds beside the page cache. The first round warms caches and is not
-counted; rows of minutes run in one round only. Exits with 1 if a target is missed.
+RssAnon of the process, looked at every 10 ms: what a program holds beside the page cache. "From disk" is what the
+process had to read because the page cache did not hold it; where it is not zero, rows are not comparable. The first
+round warms caches and is not counted; rows of minutes run in one round only. Linux only. Exits with 1 if a target is
+missed.
 """
 
 import argparse
@@ -65,8 +67,10 @@ def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
     return result | {"model.norm.weight": (h,)}
 
 
-def make(folder: Path, shape: Shape, precision: str) -> None:
-    """A base and two tasks with random weights and precisions, written as a stream."""
+def make(target: Path, shape: Shape, precision: str) -> None:
+    """A base and two tasks with random weights and precisions, written as a stream; `target` appears when whole."""
+    folder = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     shapes = tensors(shape)
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": shape.hidden,
@@ -89,6 +93,7 @@ def make(folder: Path, shape: Shape, precision: str) -> None:
         source.close()
         specs = {n: TensorSpec(precision, s) for n, s in shapes.items()}
         _write(folder / name / "posterior" / "precision.safetensors", specs, info.to_metadata(), precisions, rng)
+    folder.rename(target)
 
 
 def _write(path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], values: Any, rng: Any) -> None:
@@ -137,6 +142,8 @@ merged = {n: (t + sum(task[n] - t for task in tasks)).bfloat16() for n, t in bas
 save_file(merged, out, metadata={"format": "pt"})
 """
 
+TORCH_BYTES = 20  # of memory an entry, with some room: 16 were seen
+
 
 def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[Row]:
     """All rows of one size."""
@@ -181,22 +188,30 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     yield merge("ties", three, "--method", "ties")
     yield merge("dare_ties", three, "--method", "dare_ties")
     torch = row("torch, float32 state dicts", [], three, ".safetensors")
-    yield torch._replace(command=[sys.executable, "-c", TORCH, str(torch.out), base, a, b])
+    if entries * TORCH_BYTES < memory():
+        yield torch._replace(command=[sys.executable, "-c", TORCH, str(torch.out), base, a, b])
+    else:
+        print(f"{size:g} B {torch.name}: left out, this machine has too little memory.", file=sys.stderr)
     if mergekit is not None:
-        yield _mergekit_row(row("mergekit task_arithmetic", [], three), {}, mergekit, work, (base, a, b))
+        models = (base, a, b)
+        yield _mergekit_row(row("mergekit task_arithmetic", [], three), {}, mergekit, work, models)
+        # As precise inside as ours; the row above is the faster and the usual one.
+        yield _mergekit_row(row("mergekit task_arithmetic, float32", [], three), {}, mergekit, work, models, "float32")
         for method in ("ties", "dare_ties") if size <= 0.5 else ():
             slow = row(f"mergekit {method}", [], three)._replace(once=True)
-            yield _mergekit_row(slow, {"density": 0.5}, mergekit, work, (base, a, b))
+            yield _mergekit_row(slow, {"density": 0.5}, mergekit, work, models)
 
 
-def _mergekit_row(row: Row, settings: dict[str, float], venv: Path, work: Path, models: tuple[str, ...]) -> Row:
+def _mergekit_row(
+    row: Row, settings: dict[str, float], venv: Path, work: Path, models: tuple[str, ...], inside: str = "bfloat16"
+) -> Row:
     base, *tasks = models
-    method = row.name.removeprefix("mergekit ")
+    method = row.name.removeprefix("mergekit ").partition(",")[0]
     recipe = {
-        "merge_method": method, "base_model": base, "dtype": "bfloat16",
+        "merge_method": method, "base_model": base, "dtype": inside, "out_dtype": "bfloat16",
         "models": [{"model": t, "parameters": {"weight": 1.0, **settings}} for t in tasks],
     }  # fmt: skip
-    file = work / f"mergekit-{row.size:g}-{method}.yaml"
+    file = work / f"mergekit-{row.size:g}-{method}-{inside}.yaml"
     file.write_text(json.dumps(recipe))  # JSON is YAML
     binary = str(venv / "bin" / "mergekit-yaml")
     return row._replace(command=[binary, str(file), str(row.out), "--no-copy-tokenizer", "--quiet"])
@@ -206,6 +221,7 @@ class Cost(NamedTuple):
     cpu: float  # seconds
     wall: float  # seconds
     anonymous: float  # MiB
+    disk: float  # GiB read from it
 
 
 def run(row: Row) -> Cost:
@@ -226,7 +242,8 @@ def run(row: Row) -> Cost:
             raise SystemExit(f"{row.name}: {' '.join(row.command)[:300]}\n{log.read().decode()[-3000:]}")
     for path in row.out.parent.glob(row.out.name + "*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Cost(usage.ru_utime + usage.ru_stime, wall, peak[0] / 1024)
+    # The kernel counts blocks of 512 bytes, whatever the disk's.
+    return Cost(usage.ru_utime + usage.ru_stime, wall, peak[0] / 1024, usage.ru_inblock * 512 / 2**30)
 
 
 def _watch(pid: int, peak: list[int]) -> None:
@@ -254,28 +271,49 @@ def install_mergekit(work: Path) -> Path:
     return venv
 
 
-def machine() -> dict[str, Any]:
+def memory() -> int:
+    """Bytes of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def machine(mergekit: Path | None) -> dict[str, Any]:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(x.partition(":")[2].strip() for x in lines if "model name" in x)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpu = next((x.partition(":")[2].strip() for x in lines if "model name" in x), platform.machine())
     packages = {name: version(name) for name in ("mergekit-bayes", "numpy", "numba", "torch", "safetensors")}
+    if mergekit is not None:
+        code = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch', 'transformers')))"
+        found = subprocess.run([mergekit / "bin" / "python", "-c", code], check=True, capture_output=True, text=True)
+        own, torch, transformers = found.stdout.split()
+        packages["mergekit"] = f"{own} (torch {torch}, transformers {transformers})"
     return {
-        "date": datetime.date.today().isoformat(), "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory, 1), "python": platform.python_version(), "load": os.getloadavg()[0], **packages,
+        "date": datetime.date.today().isoformat(), "commit": commit(), "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory() / 2**30, 1),
+        "python": platform.python_version(), **packages,
     }  # fmt: skip
 
 
-def measure(plan: list[Row], repeats: int) -> dict[tuple[float, str], list[Cost]]:
-    """All rows, round after round; the first round does not count."""
+def commit() -> str:
+    """The commit of the source tree, with a plus where files of the package differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    top = [":/mergekit_bayes", ":/cli"]
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *top], check=False, capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def measure(plan: list[Row], repeats: int, warm_up: int) -> dict[tuple[float, str], list[Cost]]:
+    """All rows, round after round; the first `warm_up` rounds do not count."""
     costs: dict[tuple[float, str], list[Cost]] = {(r.size, r.name): [] for r in plan}
-    for turn in range(repeats + 1):
+    for turn in range(1 - warm_up, repeats + 1):
         for row in plan:
             if row.once and turn != 1:
                 continue
             cost = run(row)
             print(f"{turn}/{repeats} {row.size:g} B {row.name}: {cost.cpu:.2f} CPU s", file=sys.stderr, flush=True)
-            if turn:
+            if turn >= 1:
                 costs[row.size, row.name].append(cost)
     return costs
 
@@ -290,6 +328,7 @@ def summary(plan: list[Row], costs: dict[tuple[float, str], list[Cost]]) -> list
             "size": row.size, "row": row.name, "io": row.io, "rounds": len(own),
             "cpu_s": statistics.median(cpu), "cpu_range": [min(cpu), max(cpu)],
             "wall_s": statistics.median(c.wall for c in own), "anonymous_mib": max(c.anonymous for c in own),
+            "disk_gib": statistics.median(c.disk for c in own),
         }  # fmt: skip
         if row.io is not None:
             ratios = [c.cpu / i.cpu for c, i in zip(own, costs[row.size, row.io], strict=not row.once)]
@@ -307,6 +346,8 @@ def targets(found: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]
         if (size, "gradient matching") not in by:
             continue
         for row in ("gradient matching", "--shrink 0.3", "--shrink row:0.3", "--observations 3x"):
+            if (size, row) not in by:
+                continue
             ratio = by[size, row]["ratio"]
             result.append((f"{size:g} B, {row}: CPU over that of its I/O, at most", ratio, bound, ratio <= bound))
         memory = by[size, "gradient matching"]["anonymous_mib"]
@@ -320,15 +361,15 @@ def targets(found: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]
 
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
-        "| B | | CPU s | range | over its I/O | wall s | anonymous MiB |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| B | | CPU s | range | over its I/O | wall s | anonymous MiB | GiB from disk |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for f in found:
         ratio = f"{f['ratio']:.2f}" if "ratio" in f else ""
         low, high = f["cpu_range"]
         lines.append(
             f"| {f['size']:g} | {f['row']} | {f['cpu_s']:.2f} | {low:.2f} to {high:.2f} | {ratio} | "
-            f"{f['wall_s']:.2f} | {f['anonymous_mib']:.0f} |"
+            f"{f['wall_s']:.2f} | {f['anonymous_mib']:.0f} | {f['disk_gib']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -336,51 +377,101 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--sizes", default="0.5,1.5", help="billions of parameters: " + ", ".join(f"{s:g}" for s in SHAPES)
+        "--sizes", type=_sizes, default="0.5,1.5", help="billions of parameters: " + ", ".join(f"{s:g}" for s in SHAPES)
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count, at least 1")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before them that do not")
     parser.add_argument(
         "--rows", default="", help="only rows whose name contains one of these, comma-separated (and I/O)"
     )
-    parser.add_argument("--work", type=Path, help="where checkpoints are made; removed at the end unless given")
-    parser.add_argument("--out", type=Path, help="where outputs go; by default memory (/dev/shm)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help="where checkpoints are made, or found again; default: temporary")
     parser.add_argument(
-        "--with-mergekit", action="store_true", help=f"install mergekit {MERGEKIT} into its own environment"
+        "--out", type=Path, help="where outputs go; default: memory (/dev/shm) if they fit, else --work"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave in --work what this run made there")
+    parser.add_argument("--json", type=Path, help="also written here, after each size")
+    parser.add_argument(
+        "--with-mergekit", action="store_true", help=f"install mergekit {MERGEKIT} into an environment below --work"
     )
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="bmerge-bench-"))
-    out = options.out or Path(tempfile.mkdtemp(prefix="bmerge-bench-", dir="/dev/shm"))
-    found, measured = [], []
-    about = machine()
+    if options.repeats < 1 or options.warm_up < 0:
+        parser.error("--repeats must be 1 or more, --warm-up 0 or more.")
+    if options.keep and options.work is None:
+        parser.error("--keep needs --work.")
+    made: list[Path] = []  # and to be removed
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        mergekit = install_mergekit(work) if options.with_mergekit else None
-        for size in (float(s) for s in options.sizes.split(",")):
-            folder = work / f"{size:g}"
-            if not folder.exists():
-                # Float32 precisions of the largest would not stay in the page cache beside the means.
-                make(folder, SHAPES[size], "F32" if size < 1 else "BF16")
-            wanted = [w for w in options.rows.split(",") if w]
-            plan = [r for r in rows(size, work, out, mergekit)
-                    if not wanted or r.io is None or any(w in r.name for w in wanted)]  # fmt: skip
-            found += summary(plan, measure(plan, options.repeats))
-            if options.work is None:
-                shutil.rmtree(folder)
-        measured = targets(found)
+        work = _folder(options.work, made)
+        out = Path(tempfile.mkdtemp(prefix="bmerge-bench-", dir=_place(options.out, work, max(options.sizes))))
+        made.append(out)
+        return _bench(options, work, out, made)
     finally:
-        shutil.rmtree(out, ignore_errors=True)
-        if options.work is None:
-            shutil.rmtree(work, ignore_errors=True)
+        for path in made:
+            if not (options.keep and path.is_relative_to(work) and path != out):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _bench(options: argparse.Namespace, work: Path, out: Path, made: list[Path]) -> int:
+    mergekit = None
+    if options.with_mergekit:
+        if not (work / "mergekit").exists():
+            made.append(work / "mergekit")
+        mergekit = install_mergekit(work)
+    about = machine(mergekit) | {"load": {}}
+    found: list[dict[str, Any]] = []
+    for size in options.sizes:
+        folder = work / f"{size:g}"
+        fresh = not folder.exists()
+        if fresh:
+            made += [folder, folder.with_name(f"{folder.name}.partial")]
+            # Float32 precisions of the largest would not stay in the page cache beside the means.
+            make(folder, SHAPES[size], "F32" if size < 1 else "BF16")
+        wanted = [w for w in options.rows.split(",") if w]
+        plan = [r for r in rows(size, work, out, mergekit)
+                if not wanted or r.io is None or any(w in r.name for w in wanted)]  # fmt: skip
+        load = os.getloadavg()[0]
+        found += summary(plan, measure(plan, options.repeats, options.warm_up))
+        about["load"][f"{size:g}"] = [round(load, 1), round(os.getloadavg()[0], 1)]
+        if options.json is not None:
+            document = {"machine": about, "rows": found, "targets": [list(t) for t in targets(found)]}
+            options.json.write_text(json.dumps(document, indent=2) + "\n")
+        if fresh and not options.keep:
+            shutil.rmtree(folder)
+    if mergekit is None:
+        print("mergekit was not measured (--with-mergekit).", file=sys.stderr)
     print(table(found))
     print("\n" + ", ".join(f"{k} {v}" for k, v in about.items()))
+    measured = targets(found)
     for what, value, bound, met in measured:
         print(f"{'met   ' if met else 'MISSED'} {what} {bound:g}: {value:.2f}")
-    if options.json is not None:
-        document = {"machine": about, "rows": found, "targets": [list(t) for t in measured]}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0 if all(met for *_, met in measured) else 1
+
+
+def _sizes(text: str) -> list[float]:
+    sizes = [float(s) for s in text.split(",")]
+    if not set(sizes) <= SHAPES.keys():
+        raise argparse.ArgumentTypeError(f"{text}: expected some of {', '.join(f'{s:g}' for s in SHAPES)}")
+    return sizes
+
+
+def _folder(given: Path | None, made: list[Path]) -> Path:
+    if given is None:
+        made.append(Path(tempfile.mkdtemp(prefix="bmerge-bench-")))
+        return made[0]
+    folder, fresh = given.resolve(), not given.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        made.append(folder)
+    return folder
+
+
+def _place(given: Path | None, work: Path, size: float) -> Path:
+    """Where outputs go: a folder of the run's own is made there, so that nothing of anyone else is removed."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        return given
+    shared = Path("/dev/shm")
+    needed = int(7e9 * size)  # a mean in bfloat16 and a precision in float32, and some room
+    return shared if shared.is_dir() and shutil.disk_usage(shared).free > needed else work
 
 
 if __name__ == "__main__":

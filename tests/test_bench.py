@@ -1,0 +1,107 @@
+"""The benchmark of a merge runs at a tiny size, judges its targets and removes only what it made."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import read
+
+from mergekit_bayes.posterior import open_posterior
+
+BENCH = Path(__file__).parent.parent / "scripts" / "bench"
+TINY = 0.002
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module("merge")
+    sys.path.remove(str(BENCH))
+    del sys.modules["merge"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The finished process, its JSON, and the folders it worked in, with a file of someone else in each."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name in ("work", "out"):
+        (folder / name).mkdir()
+        (folder / name / "mine.txt").write_text("keep")
+    command = [sys.executable, str(BENCH / "merge.py"), "--sizes", str(TINY), "--repeats", "1", "--warm-up", "0"]
+    command += ["--work", str(folder / "work"), "--out", str(folder / "out"), "--json", str(folder / "found.json")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process, json.loads((folder / "found.json").read_text()), folder
+
+
+def test_every_row_is_measured_and_compared_to_its_io(bench, result):
+    process, found, folder = result
+    plan = list(bench.rows(TINY, folder / "work", folder / "out", None))
+    assert [r["row"] for r in found["rows"]] == [r.name for r in plan]
+    by = {r["row"]: r for r in found["rows"]}
+    for row in plan:
+        assert by[row.name]["cpu_s"] > 0
+        assert by[row.name]["anonymous_mib"] > 1
+        assert f"| {row.name} |" in process.stdout
+        if row.io is not None:
+            assert by[row.name]["ratio"] == pytest.approx(by[row.name]["cpu_s"] / by[row.io]["cpu_s"])
+
+
+def test_the_json_says_on_what_it_was_measured(result):
+    assert {"date", "commit", "cpu", "cores", "memory_gib", "python", "numpy", "numba", "load"} <= set(
+        result[1]["machine"]
+    )
+
+
+def test_nothing_is_left_and_nothing_of_others_is_removed(result):
+    folder = result[2]
+    for name in ("work", "out"):
+        assert [p.name for p in (folder / name).iterdir()] == ["mine.txt"]
+
+
+def test_the_checkpoints_are_whole_posteriors(bench, tmp_path):
+    bench.make(tmp_path / "models", bench.SHAPES[TINY], "BF16")
+    entries = sum(int(np.prod(s)) for s in bench.tensors(bench.SHAPES[TINY]).values())
+    for model in bench.MODELS:
+        mean, precision = read(tmp_path / "models" / model), open_posterior(str(tmp_path / "models" / model))
+        assert sum(t.size for t in mean.values()) == entries
+        assert precision.has_precision
+        precision.close()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def rows_of(ratio=1.0, anonymous=50.0, mergekit=40.0):
+    names = ("gradient matching", "--shrink 0.3", "--shrink row:0.3", "--observations 3x")
+    found = [{"size": s, "row": n, "ratio": ratio, "anonymous_mib": anonymous, "cpu_s": 4.0}
+             for s in (0.5, 1.5) for n in names]  # fmt: skip
+    return [*found, {"size": 0.5, "row": "mergekit task_arithmetic", "ratio": 9.0, "cpu_s": mergekit}]
+
+
+@pytest.mark.parametrize(
+    ("values", "missed"),
+    [({}, 0), ({"ratio": 1.8}, 4), ({"ratio": 2.1}, 8), ({"anonymous": 128}, 2), ({"mergekit": 31.9}, 1)],
+)
+def test_a_missed_target_is_seen(bench, values, missed):
+    found = bench.targets(rows_of(**values))
+    assert sum(not met for *_, met in found) == missed
+
+
+def test_targets_take_any_choice_of_rows(bench):
+    only = [r for r in rows_of() if r["row"] == "gradient matching"]
+    assert len(bench.targets(only)) == 4
+    assert bench.targets([]) == []
+
+
+@pytest.mark.parametrize(
+    "flags", [("--sizes", "0.7"), ("--sizes", "big"), ("--repeats", "0"), ("--keep",)], ids=lambda f: "=".join(f)
+)
+def test_wrong_options_are_refused_before_anything_is_made(bench, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["merge.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
