@@ -5,6 +5,7 @@ momentum and the Hessian diagonal h of the mean loss, so that the posterior is N
 prior's precision over ess.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 
 _SLICE = 1 << 17  # elements; the scratch of one slice stays in cache
 _TRAIN, _PREDICT = 0, 1  # streams of noise
+_COUNTERS = ("step", "estimates")  # of `state`, on the CPU as in torch's optimizers
 
 
 class Draw(NamedTuple):
@@ -195,6 +197,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         _, decay = self._prior_of(at.parameter, at.group, at.state)
         for h, d, *rest in slices(hess, decay, *others):
             noise = torch.empty_like(h).normal_(generator=generator)
+            if at.state.get("estimates", 1) == 0:  # nothing is known of the curvature yet: the mean itself
+                yield noise.zero_(), *rest
+                continue
             deviation = (h + d).mul_(at.group["ess"]).rsqrt_()
             yield noise.mul_(deviation.mul_(draw.sign) if draw.sign < 0 else deviation), *rest
 
@@ -237,7 +242,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step" and isinstance(value, Tensor):
+                if name in _COUNTERS:
+                    self.state[parameter][name] = value.to(device="cpu", dtype=torch.float32, copy=True)
+                elif isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(device=parameter.device, dtype=torch.float32, copy=True)
 
     @torch.no_grad()
@@ -266,6 +273,26 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             if "mean" not in state and parameter.dtype.itemsize < 4:
                 state["mean"] = parameter.detach().to(torch.float32, copy=True)
             yield index, parameter, state
+
+
+def newton_step(
+    mean: Tensor, momentum: Tensor, hess: Tensor, *, lr: float, correction: float, weight_decay: float | Tensor,
+    prior_mean: Tensor | None, clip_radius: float, scratch: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Move the mean in place; two buffers are overwritten.
+
+    m <- m - lr clip( (momentum / correction + d (m - m_p)) / (h + d) )
+    """
+    direction = torch.div(momentum, correction, out=scratch[0])
+    pull = mean if prior_mean is None else torch.sub(mean, prior_mean)
+    if isinstance(weight_decay, Tensor):
+        direction.addcmul_(pull, weight_decay)
+    else:
+        direction.add_(pull, alpha=weight_decay)
+    direction.div_(torch.add(hess, weight_decay, out=scratch[1]))
+    if math.isfinite(clip_radius):
+        direction.clamp_(-clip_radius, clip_radius)
+    mean.sub_(direction, alpha=lr)
 
 
 def local(tensor: Tensor) -> Tensor:

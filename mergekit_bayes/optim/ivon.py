@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices
+from mergekit_bayes.optim.base import (
+    Moved,
+    PosteriorOptimizer,
+    Prior,
+    in_range,
+    local,
+    newton_step,
+    own_gradient,
+    slices,
+)
 
 _EVERY = 16  # the noise number looks at one entry in so many
 
@@ -61,16 +71,49 @@ def ivon_update(
     hess.add_(change, alpha=1 - beta2)
     hess.addcdiv_(change.square_(), curvature, value=0.5 * (1 - beta2) ** 2)
     correction = 1 - beta1**step if debias else 1.0
-    direction = torch.div(momentum, correction, out=change) if change.dtype == momentum.dtype else momentum / correction
-    pull = mean if prior_mean is None else torch.sub(mean, prior_mean)
-    if isinstance(weight_decay, Tensor):
-        direction.addcmul_(pull, weight_decay)
-    else:
-        direction.add_(pull, alpha=weight_decay)
-    direction.div_(torch.add(hess, weight_decay, out=curvature))
-    if math.isfinite(clip_radius):
-        direction.clamp_(-clip_radius, clip_radius)
-    mean.sub_(direction, alpha=lr)
+    newton_step(
+        mean, momentum, hess, lr=lr, correction=correction, weight_decay=weight_decay, prior_mean=prior_mean,
+        clip_radius=clip_radius, scratch=(change, curvature),
+    )  # fmt: skip
+
+
+def ggn_update(
+    mean: Tensor,
+    momentum: Tensor,
+    hess: Tensor,
+    grad: Tensor,
+    squares: Tensor | None,
+    *,
+    share: float,
+    step: int,
+    lr: float,
+    beta1: float,
+    weight_decay: float | Tensor,
+    clip_radius: float,
+    debias: bool,
+    prior_mean: Tensor | None = None,
+) -> None:
+    """One step with a curvature from outside, elementwise and in place on `mean`, `momentum` and `hess`.
+
+        g <- b1 g + (1 - b1) grad
+        h <- h + share (squares - h)                                    if there is an estimate
+        m <- m - lr clip( (g / (1 - b1^step) + d (m - m_p)) / (h + d) )
+
+    With `share = (1 - b2) / (1 - b2^j)` at estimate j, h is the average of all estimates with weights b2^age, debiased
+    from a start at zero.
+
+    Args:
+        squares: Estimate of the Hessian diagonal of the mean loss, >= 0.
+        mean, momentum, hess, grad, step, lr, weight_decay, prior_mean: As in `ivon_update`.
+    """
+    momentum.lerp_(grad, 1 - beta1)
+    if squares is not None:
+        hess.lerp_(squares, share)
+    correction = 1 - beta1**step if debias else 1.0
+    newton_step(
+        mean, momentum, hess, lr=lr, correction=correction, weight_decay=weight_decay, prior_mean=prior_mean,
+        clip_radius=clip_radius, scratch=(torch.empty_like(hess), torch.empty_like(hess)),
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -84,7 +127,7 @@ class _Sampled:
 
 
 class IVON(PosteriorOptimizer):
-    """IVON as published, with per-parameter float32 state.
+    """IVON with per-parameter float32 state, as published or with the curvature of random root-GGN draws.
 
         for batch in loader:
             for _ in range(mc_samples):
@@ -126,9 +169,15 @@ class IVON(PosteriorOptimizer):
             change in each sample at a sigma of 1e-3.
         adapt_prior: Move the prior precision of each matrix, at the pace of beta2, to the evidence's optimum
             `weight_decay = 1 / (ess mean_j((m_j - m_p,j)^2 + sigma_j^2))`, from `weight_decay` on; kept in `state`.
+        curvature: `price` is the published estimate, noise * gradient. `ggn` takes the GGN's diagonal from
+            `add_curvature`, every `curvature_every` steps: of the right size where the other may be a thousand times
+            too large (the noise of the other parameters, made a bias by the positivity term). h is then an average
+            from zero, beta2 its decay an estimate (1 - 5 curvature_every / steps), `hess_init` and `rescale_lr` are
+            not used, the first step is made at the mean, and an entry that no output depends on has the noise of the
+            prior, so `weight_decay` bounds it.
     """
 
-    _uses_noise = True
+    _settings = (*PosteriorOptimizer._settings, "curvature", "_uses_noise")
 
     def __init__(
         self,
@@ -149,6 +198,8 @@ class IVON(PosteriorOptimizer):
         antithetic: bool = False,
         restore: str = "copy",
         adapt_prior: bool = False,
+        curvature: str = "price",
+        curvature_every: int = 8,
     ) -> None:
         in_range("IVON", (
             ("lr", lr, lr >= 0),
@@ -159,18 +210,87 @@ class IVON(PosteriorOptimizer):
             ("weight_decay", weight_decay, weight_decay >= 0),
             ("clip_radius", clip_radius, clip_radius > 0),
             ("mc_samples", mc_samples, mc_samples >= 1 and not (antithetic and mc_samples % 2)),
+            ("curvature_every", curvature_every, curvature_every >= 1),
         ))  # fmt: skip
+        if curvature not in ("price", "ggn"):
+            raise ValueError(f"IVON: curvature={curvature!r} is neither 'price' nor 'ggn'")
+        if curvature == "ggn":
+            if not weight_decay and prior is None:
+                raise ValueError("IVON: curvature='ggn' needs weight_decay > 0: where it is zero, so is the precision")
+            hess_init, rescale_lr = 0.0, False
         defaults = {
             "lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2,
             "weight_decay": weight_decay, "clip_radius": clip_radius, "mc_samples": mc_samples,
             "rescale_lr": rescale_lr, "debias": debias, "seed": seed, "adapt_prior": adapt_prior,
+            "curvature_every": curvature_every,
         }  # fmt: skip
         super().__init__(params, defaults, prior=prior, restore=restore)
         self.antithetic = antithetic
+        self.curvature = curvature
+        self._uses_noise = curvature == "price"
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._squares: dict[Tensor, Tensor] = {}
+        self._observed = 0
+
+    @property
+    def curvature_due(self) -> bool:
+        """Whether the present sample of the step should call `add_curvature`."""
+        due = self.param_groups[0]["steps"] % self.param_groups[0]["curvature_every"] == 0
+        return self.curvature == "ggn" and due and self._sample == 0
+
+    def add_curvature(self, projected: Tensor, observations: int) -> None:
+        """Square the gradients of one micro-batch' randomly projected outputs, inside `sampled_params`, before its
+        backward.
+
+            g~ = grad sum_n <v_n, z_n>,   F = sum over micro-batches and ranks of g~^2 / observations
+
+        With E[v v'] the Hessian of the loss in the outputs z (`curvature.random_root`), F is unbiased for the diagonal
+        of the GGN at any batch size; draw the v of each rank by a seed of its own.
+
+        Args:
+            projected: sum_n <v_n, z_n>, with its graph, which is kept.
+            observations: The n of the sum.
+        """
+        parameters = [p for group in self.param_groups for _, p, _ in self._trainable(group)]
+        if any(isinstance(p, DTensor) for p in parameters):
+            raise ValueError("IVON: curvature='ggn' does not work on sharded parameters; use 'price'")
+        gradients = torch.autograd.grad(projected, parameters, retain_graph=True, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter not in self._squares:
+                    self._squares[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+                if gradient is not None:
+                    self._squares[parameter].addcmul_(gradient.float(), gradient.float())
+        self._observed += observations
+
+    def _reduced_curvature(self) -> dict[Tensor, Tensor]:
+        """This step's estimates of the Hessian diagonal, over all ranks."""
+        if not self._squares:
+            return {}
+        squares, observed = self._squares, self._observed
+        self._squares, self._observed = {}, 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            device = next(iter(squares.values())).device
+            count = torch.tensor(observed, dtype=torch.float64, device=device)
+            for tensor in (count, *squares.values()):
+                dist.all_reduce(tensor)
+            observed = int(count)
+        for square in squares.values():
+            square.div_(observed)
+        return squares
 
     def _take(self, at: Moved) -> None:
         gradient = own_gradient(at.parameter)
         before = self._samples.get(at.parameter)
+        if not self._uses_noise:
+            if before is None:
+                self._samples[at.parameter] = _Sampled(1, gradient, None, at)
+            else:
+                before.draws += 1
+                before.grad.add_(gradient)
+            return
         if before is None and self.restore == "redraw":
             self._samples[at.parameter] = _Sampled(1, gradient, None, at)
             return
@@ -224,24 +344,31 @@ class IVON(PosteriorOptimizer):
             for _ in range(int(self.defaults["mc_samples"])):
                 with self.sampled_params(train=True), torch.enable_grad():
                     loss = closure()
+        squares = self._reduced_curvature()
         for group in self.param_groups:
             group["steps"] += bool(self._sample)
             for _, parameter, state in self._trainable(group):
                 sampled = self._samples.pop(parameter, None)
-                if sampled is not None:
+                if sampled is None:
+                    continue
+                state["step"] += 1
+                if sampled.draws > 1:
+                    sampled.grad.div_(sampled.draws)
+                if self.curvature == "ggn":
+                    self._update_ggn(parameter, group, state, sampled.grad, squares.pop(parameter, None))
+                else:
                     self._update(parameter, group, state, sampled)
+                if group["adapt_prior"] and parameter.ndim > 1:
+                    self._adapt(parameter, group, state)
         self._samples.clear()
         self._sample = 0
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], sampled: _Sampled) -> None:
-        state["step"] += 1
         centre, decay = self._prior_of(parameter, group, state)
         scale = group["hess_init"] + self._typical_decay(parameter, group) if group["rescale_lr"] else 1.0
         weights = local(parameter)
         mean = local(state["mean"]) if "mean" in state else weights
-        if sampled.draws > 1:
-            sampled.grad.div_(sampled.draws)
         tensors = (mean, local(state["momentum"]), local(state["hess"]), sampled.grad, centre, decay)
         if sampled.noise_grad is None:
             pieces = self._redrawn(sampled.at, sampled.grad, *tensors)
@@ -263,8 +390,36 @@ class IVON(PosteriorOptimizer):
         if "noise" not in state:
             state["noise"] = torch.zeros((), device=weights.device)
         state["noise"].lerp_(noise / max(looked, 1), 1 - group["beta2"])
-        if group["adapt_prior"] and parameter.ndim > 1:
-            self._adapt(parameter, group, state)
+
+    def _update_ggn(
+        self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], grad: Tensor, squares: Tensor | None
+    ) -> None:
+        if squares is not None:
+            state["estimates"] += 1
+        elif state["estimates"] == 0:
+            raise RuntimeError(
+                f"IVON: curvature='ggn' has no estimate yet for a parameter of shape {list(parameter.shape)}: call "
+                "add_curvature inside sampled_params whenever curvature_due is True."
+            )
+        centre, decay = self._prior_of(parameter, group, state)
+        weights = local(parameter)
+        mean = local(state["mean"]) if "mean" in state else weights
+        tensors = (mean, local(state["momentum"]), local(state["hess"]), grad, squares, centre, decay)
+        for m, momentum, hess, gradient, square, m_p, d in slices(*tensors):
+            ggn_update(
+                m, momentum, hess, gradient, square,
+                share=(1 - group["beta2"]) / (1 - group["beta2"] ** max(1, int(state["estimates"]))),
+                step=int(state["step"]), lr=group["lr"], beta1=group["beta1"], weight_decay=d,
+                clip_radius=group["clip_radius"], debias=group["debias"], prior_mean=m_p,
+            )  # fmt: skip
+        if mean is not weights:
+            weights.copy_(mean)
+
+    def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        for index, parameter, state in super()._trainable(group):
+            if self.curvature == "ggn" and "estimates" not in state:
+                state["estimates"] = torch.zeros((), dtype=torch.float32)
+            yield index, parameter, state
 
     def _adapt(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         centre, start = self._prior.get(parameter, (None, float(group["weight_decay"])))
@@ -314,9 +469,10 @@ class IVON(PosteriorOptimizer):
                 if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
                     ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
         values = torch.cat(samples) if samples else torch.zeros(1)
+        price = self.curvature == "price"  # the other has no start to forget, and noise of sqrt(2 / draws) at most
         return {
-            "init_fraction": group["beta2"] ** steps,
-            "kappa": (1 - group["beta2"]) * group["ess"] / (2 * batch_size),
+            "init_fraction": group["beta2"] ** steps if price else 0.0,
+            "kappa": (1 - group["beta2"]) * group["ess"] / (2 * batch_size) if price else 0.0,
             "hess_noise": sorted(noise)[len(noise) // 2] if noise else 0.0,
             "hess_min": float(values.min()),
             "hess_median": float(values.median()),
