@@ -1,5 +1,6 @@
 """`bmerge finetune`: train with IVON (or AdamW) and keep the posterior."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,21 +14,47 @@ NAME = "finetune"
 def command(
     config: Annotated[Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest whole checkpoint in OUTPUT.checkpoints.")
+    ] = False,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", min=1, help="Train replicas: one a GPU, or on the CPU's cores.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a language model or classifier; the checkpoint folder gets a posterior/ inside.
 
-    On many GPUs: accelerate launch -m bmerge_cli.main finetune CONFIG.yaml
+    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune CONFIG.yaml
     """
     with failures():
         from mergekit_bayes.configs import load_config
-        from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+        from mergekit_bayes.errors import BmergeError
+        from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
 
-        settings = load_config(FinetuneConfig, config, [*(overrides or []), *(["force=true"] if force else [])])
-        report = run_finetune(settings, quiet=quiet)
-        screen = console(quiet=quiet)
+        switches = {"force": force, "resume": resume, "num_processes": num_processes}
+        given = [f"{name}={str(value).lower()}" for name, value in switches.items() if value]
+        settings = load_config(FinetuneConfig, config, [*(overrides or []), *given])
+        screen = console(quiet=quiet or not ranks.is_main())
+        if (settings.num_processes or 1) > 1 and not ranks.launched():
+            words = [str(config), *(word for item in overrides or [] for word in ("--set", item))]
+            words += [f"--set={item}" for item in given]
+            words += [flag for flag, on in (("--json", as_json), ("--quiet", quiet)) if on]
+            status = ranks.launch([sys.executable, "-m", "bmerge_cli.main", NAME, *words], settings.num_processes or 1)
+            raise typer.Exit(status)
+        if (gpus := ranks.idle_gpus()) > 0:
+            screen.print(
+                f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them", markup=False
+            )
+        try:
+            report = run_finetune(settings, quiet=quiet)
+        except BmergeError:
+            if ranks.is_main():
+                raise
+            raise typer.Exit(2) from None  # rank 0 raises the same and prints it
+        if not ranks.is_main():
+            return
         screen.print(f"{report.steps} steps, mean training loss {report.loss:.4g}", markup=False)
         if report.estimator is not None:
             screen.print(

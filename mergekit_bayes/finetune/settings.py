@@ -39,6 +39,10 @@ class FinetuneConfig(Config):
         scheduler: As transformers names it.
         dtype: Of the parameters; IVON's own state is float32 whatever it is. `bf16` only computes in bfloat16.
         save_steps: None keeps no checkpoints; else the Trainer's are kept in `OUTPUT.checkpoints`.
+        resume: Continue from the newest whole checkpoint there, to the same bits as a run that was never stopped, or
+            start from the first step where there is none. All settings that training depends on must be the same.
+        num_processes: How many there must be; `bmerge finetune` starts them where no launcher has.
+        report_to: `tensorboard`, `wandb` and so on, as transformers names them; loss and posterior health go there.
     """
 
     model: str
@@ -76,6 +80,8 @@ class FinetuneConfig(Config):
     bf16: bool = False
     logging_steps: int = Field(50, ge=1)
     save_steps: int | None = Field(None, ge=1)
+    resume: bool = False
+    num_processes: int | None = Field(None, ge=1)
     report_to: tuple[str, ...] = ()
     force: bool = False
 

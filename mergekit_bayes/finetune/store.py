@@ -11,6 +11,7 @@ import yaml
 
 from mergekit_bayes.curvature import ggn_diagonal, precision_health
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.models import UNIT, Collate, Loaded, batches, checkpoint_names, observations, with_bar
 from mergekit_bayes.posterior import (
@@ -42,7 +43,7 @@ def save_finetuned(
         loaded.tokenizer.save_pretrained(partial)
         if config.lora is not None and loaded.task == "classification":
             model.config.save_pretrained(partial)  # an adapter's own config does not name the labels
-        resolved = config.model_dump(mode="json", exclude={"force"})
+        resolved = config.model_dump(mode="json", exclude={"force", "resume"})
         (partial / "finetune.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         if config.posterior != "none":
             precision, about = _posterior(config, model, examples, loaded, trainer, settings)
@@ -62,7 +63,7 @@ def save_finetuned(
             source.close()
             arrays = {n: t.detach().cpu().float().numpy() for n, t in checkpoint_names(model, precision).items()}
             save_posterior(partial, arrays, info)
-    for problem in _problems(config, health):
+    for problem in problems(config, health, final=True).values():
         logger.warning(problem)
     return FinetuneReport(
         path=target, steps=int(result.global_step), loss=float(result.training_loss), observations=total, unit=unit,
@@ -135,19 +136,3 @@ def base_identity(path: Path) -> Identity | None:
         return identify(source)
     finally:
         source.close()
-
-
-def _problems(config: FinetuneConfig, health: Mapping[str, float]) -> list[str]:
-    found = []
-    if config.posterior == "ivon":
-        if health["init_fraction"] > 0.5:
-            found.append(
-                f"{health['init_fraction']:.0%} of hess_init is still in the Hessian: lower beta2 or train longer"
-            )
-        if health["kappa"] > 1:
-            found.append(
-                f"kappa is {health['kappa']:.3g}: the Hessian is mostly noise; lower ess, raise beta2 or the batch"
-            )
-    if health.get("sigma_over_rms", 0.0) > 0.1:
-        found.append(f"the noise reached {health['sigma_over_rms']:.2f} of a tensor's weights: raise ess or hess_init")
-    return found
