@@ -16,9 +16,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def can_fuse() -> bool:
-    """True if numba is installed."""
-    return find_spec("numba") is not None
+MOST_MODELS = 24  # that a compiled loop holds unrolled; with more of them numpy is faster
+
+
+def can_fuse(models: int) -> bool:
+    """True if numba is installed, and worth its while for so many models."""
+    return models <= MOST_MODELS and find_spec("numba") is not None
 
 
 def elementwise(kind: Kind, *, fused: bool) -> Pass:

@@ -10,6 +10,7 @@ import inspect
 import zlib
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from numba import njit, types
 from numba.cpython.unsafe.tuple import tuple_setitem
@@ -36,6 +37,10 @@ from mergekit_bayes.kernels.base import (
 )
 from mergekit_bayes.methods import Method
 from mergekit_bayes.methods.base import SHIFT
+
+# Loops over models must vanish: an index into a tuple that is known at run time only is a switch, and nothing is
+# vectorised around it. LLVM's own threshold gives up at seven models.
+llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 

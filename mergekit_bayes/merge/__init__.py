@@ -133,7 +133,7 @@ class _Run:
         self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
         self.threads = threads or min(4, _cores())
         entries = sum(s.merged for s in plan.steps)
-        self.fused = (entries >= WORTH_FUSING if fused is None else fused) and can_fuse()
+        self.fused = (entries >= WORTH_FUSING if fused is None else fused) and can_fuse(len(plan.models))
         self.chunk = chunk or (CHUNK if self.fused else PLAIN_CHUNK)
         self._local = threading.local()
         self._writing = threading.Lock()
