@@ -4,18 +4,21 @@
     Trainer(..., optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e7}))
 
 Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
-samples, gradient accumulation and DDP are right, and a callback that stops in the middle of a step finds nothing
-perturbed.
+samples, antithetic pairs, gradient accumulation and DDP are right, and a callback that stops in the middle of a step
+finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.base import mix
 
 
 def unwrap(optimizer: Any) -> IVON:
@@ -39,6 +42,7 @@ class IvonTrainerMixin:
     optimizer_cls_and_kwargs: Any
     args: Any
     _held: list[dict[str, Any]]
+    _observing: int | None = None  # the micro-batch whose curvature is due
 
     def create_optimizer(self, model: Any = None) -> Any:
         """One parameter group: the Trainer's two would set IVON's prior precision to `args.weight_decay`."""
@@ -71,13 +75,50 @@ class IvonTrainerMixin:
         samples = int(optimizer.defaults["mc_samples"])
         loss = torch.zeros((), device=self.args.device)
         try:
-            for _ in range(samples):
-                with optimizer.sampled_params(train=True):
+            for k in range(samples):
+                again = optimizer.antithetic and k % 2 == 1
+                with optimizer.sampled_params(train=True), _dropout(self, again):
                     model.zero_grad(set_to_none=True)
+                    due = optimizer.curvature_due
                     for i, batch in enumerate(held):
                         last = i == len(held) - 1
+                        self._observing = i if due else None
                         with nullcontext() if last else self.accelerator.no_sync(model):
                             loss += super().training_step(model, dict(batch), num_items_in_batch)  # type: ignore[misc]
         finally:
+            self._observing = None
             held.clear()
         return loss / samples
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss; where the curvature is due, the squares of one more backward first."""
+        if self._observing is None:
+            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+        labels, tokens = inputs.get("labels"), inputs.get("input_ids")
+        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)  # type: ignore[misc]
+        logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ConfigError("curvature='ggn' needs a model that returns its logits. Use curvature='price'.")
+        optimizer = unwrap(self.optimizer)
+        group = optimizer.param_groups[0]
+        seed = mix(group["seed"], group["steps"], self._observing, self.accelerator.process_index, 1)
+        scored = scored_logits(logits, labels, tokens).float()
+        signs = torch.Generator(scored.device).manual_seed(seed)
+        root = random_root(scored.detach(), likelihood(self.accelerator.unwrap_model(model)), signs)
+        optimizer.add_curvature((root * scored).sum(), len(scored))
+        return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def _dropout(trainer: Any, again: bool) -> Iterator[None]:
+    """The second of an antithetic pair sees the dropout masks of the first."""
+    on_gpu = torch.cuda.is_available()
+    if again:
+        torch.set_rng_state(trainer._random[0])
+        if on_gpu:
+            torch.cuda.set_rng_state(trainer._random[1])
+    else:
+        trainer._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None)
+    yield

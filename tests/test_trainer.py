@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models import Collate, encode_rows, load_model
 from mergekit_bayes.optim import IVON
@@ -22,7 +23,7 @@ class Trainer(IvonTrainerMixin, transformers.Trainer):
     pass
 
 
-def trainer(tmp_path, callbacks=(), **arguments):
+def trainer(tmp_path, callbacks=(), ivon=None, **arguments):
     loaded = load_model(str(tiny_gpt2(tmp_path / "m")))
     settings = {"output_dir": str(tmp_path / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
                 "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True, "save_strategy": "no",
@@ -33,7 +34,7 @@ def trainer(tmp_path, callbacks=(), **arguments):
         train_dataset=encode_rows(ROWS, loaded),
         data_collator=Collate(2),
         callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9}),
+        optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})}),
     )
 
 
@@ -98,15 +99,63 @@ def test_another_optimizer_is_refused():
         unwrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
 
 
+GGN = {"curvature": "ggn", "weight_decay": 1e-2, "clip_radius": 1e-3, "seed": 3}
+
+
+def test_the_curvature_of_the_steps_is_that_of_a_pass_over_the_data(tmp_path):
+    """A learning rate of 0 and next to no noise: the average of the steps' draws against many batches at the mean."""
+    t = trainer(tmp_path, ivon={**GGN, "lr": 0.0, "ess": 1e12, "curvature_every": 1, "beta2": 0.999},
+                learning_rate=0.0, max_steps=60, gradient_accumulation_steps=2)  # fmt: skip
+    t.model.config.attn_pdrop = t.model.config.embd_pdrop = t.model.config.resid_pdrop = 0.0
+    for module in t.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    t.train()
+    collated = [t.data_collator([t.train_dataset[i] for i in range(j, j + 2)]) for j in range(0, 16, 2)]
+    whole = ggn_diagonal(t.model, collated * 15, seed=8)
+    optimizer = unwrap(t.optimizer)
+    for name, p in t.model.named_parameters():
+        ours, theirs = optimizer.state[p]["hess"], whole.total[name] / whole.observations
+        if p.ndim > 1:
+            assert float(ours.sum() / theirs.sum()) == pytest.approx(1, rel=0.25), name
+    all_ours = sum(float(optimizer.state[p]["hess"].sum()) for p in t.model.parameters())
+    assert all_ours == pytest.approx(sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.1)
+
+
+def test_curvature_is_taken_every_so_many_steps_and_trains(tmp_path):
+    t = trainer(tmp_path, ivon={**GGN, "curvature_every": 3, "mc_samples": 2, "antithetic": True}, max_steps=7)
+    before = torch.cat([p.detach().flatten() for p in t.model.parameters()]).clone()
+    t.train()
+    state = next(iter(unwrap(t.optimizer).state.values()))
+    assert int(state["estimates"]) == 3
+    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in t.model.parameters()]))
+
+
+def test_both_of_a_pair_see_the_same_dropout(tmp_path):
+    """With a linear loss of the noise nothing but dropout differs between +eps and -eps as eps goes to zero."""
+    t = trainer(tmp_path, ivon={"mc_samples": 2, "antithetic": True, "ess": 1e14})
+    for module in t.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    losses, inner = [], t.accelerator.backward
+    t.accelerator.backward = lambda loss, **kw: (losses.append(float(loss.detach())), inner(loss, **kw))
+    t.train()
+    assert len(losses) == 8
+    for first, second in zip(losses[::2], losses[1::2], strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    assert len({round(x, 3) for x in losses}) > 2
+
+
 DDP = """
 import sys, torch
 from pathlib import Path
-from tests.test_trainer import trainer
-t = trainer(Path(sys.argv[1]) / str(__import__('os').environ['RANK']))
-assert t.accelerator.num_processes == 2, t.accelerator.num_processes
-t.train()
-print('digest', float(sum(p.double().abs().sum() for p in t.model.parameters())),
-      float(sum(s['hess'].double().sum() for s in t.optimizer.optimizer.state.values())))
+from tests.test_trainer import GGN, trainer
+for ivon in ({}, GGN, {"mc_samples": 2, "antithetic": True, "restore": "redraw"}):
+    t = trainer(Path(sys.argv[1]) / str(__import__('os').environ['RANK']), ivon=ivon)
+    assert t.accelerator.num_processes == 2, t.accelerator.num_processes
+    t.train()
+    print('digest', ivon, float(sum(p.double().abs().sum() for p in t.model.parameters())),
+          float(sum(s['hess'].double().sum() for s in t.optimizer.optimizer.state.values())))
 """
 
 
@@ -120,5 +169,5 @@ def test_two_replicas_stay_equal_bit_for_bit(tmp_path):
     done = subprocess.run([*line, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     digests = [x for x in done.stdout.splitlines() if x.startswith("digest")]
-    assert len(digests) == 2
-    assert digests[0] == digests[1]
+    assert len(digests) == 6
+    assert len(set(digests)) == 3

@@ -49,8 +49,9 @@ def ggn_diagonal(model: Any, batches: Iterable[Mapping[str, Tensor]], *, seed: i
     model.eval()
     try:
         for batch in batches:
-            logits = _scored_logits(model, batch)
-            root = random_root(logits.detach().float(), _likelihood(model), generator)
+            labels, tokens = batch.get("labels"), batch.get("input_ids")
+            logits = scored_logits(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, labels, tokens)
+            root = random_root(logits.detach().float(), likelihood(model), generator)
             gradients = torch.autograd.grad((root * logits.float()).sum(), parameters, allow_unused=True)
             for sum_, g in zip(total, gradients, strict=True):
                 if g is not None:
@@ -78,15 +79,15 @@ def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> 
     return drawn - p * drawn.sum(-1, keepdim=True)
 
 
-def _scored_logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    labels = batch.get("labels")
-    logits: Tensor = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    if labels is not None and labels.shape == batch["input_ids"].shape and logits.ndim == 3:
+def scored_logits(logits: Tensor, labels: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """The logits that the loss looks at, (n, C): of a language model where the next label is not -100."""
+    if labels is not None and tokens is not None and labels.shape == tokens.shape and logits.ndim == 3:
         return logits[:, :-1][labels[:, 1:] != _IGNORED]
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _likelihood(model: Any) -> str:
+def likelihood(model: Any) -> str:
+    """Which `random_root` belongs to the loss that the model trains with."""
     kind = getattr(model.config, "problem_type", None)
     if kind is None and getattr(model.config, "num_labels", 2) == 1:
         return "gaussian"  # transformers then trains with the squared error
