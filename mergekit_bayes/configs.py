@@ -5,6 +5,7 @@ nearest known one, and all errors of a file are told at once.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +83,10 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 def _explain(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "literal_error":
+        expected = str(error["ctx"]["expected"])
+        close = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']+)'", expected), n=1)
+        return f"{where}: '{error['input']}' is not {expected}." + (f" Did you mean '{close[0]}'?" if close else "")
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}" if where else str(error["msg"])
     fields: type[BaseModel] | None = kind

@@ -21,7 +21,7 @@ from bmerge_cli.render import (
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport, carry_out, join, parse_part, part_of_launcher
-from mergekit_bayes.plan import MergePlan, plan_merge
+from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
 
 NAME = "merge"
 
@@ -50,7 +50,10 @@ def command(
         str | None, typer.Option(help="Another rule than --weights chooses: see `bmerge methods`.")
     ] = None,
     param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a setting of the method.")] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="A .safetensors file or a folder.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="A .safetensors file or a folder; by default merged.safetensors or merged."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Merge only tensors whose name matches this regex.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="MODEL=PATH: its precision lies elsewhere.")] = None,
     isotropic: Annotated[list[str] | None, typer.Option(help="MODEL=X: one number as its precision.")] = None,
@@ -103,6 +106,7 @@ def command(
 
     uniform: average, task arithmetic.  precision: precision-weighted average, gradient matching
     (Daheim et al., ICLR 2024). A precision lies in X.precision.safetensors or MODEL/posterior/.
+    Adapters alone merge into an adapter: a sum, or with precision weights an average.
     A merge that was stopped is resumed by the same line; until it is whole it lies in OUT.partial.
     """
     with failures():
@@ -113,7 +117,7 @@ def command(
             "base": base,
             "weights": weights,
             "method": method,
-            "param": assignments(param or [], "--param"),
+            "param": assignments(param or [], "--param", "NAME"),
             "scale": [s if "=" in s else number(s, "--scale") for s in scale or ["1"]],
             "out": out,
             "only": only,
@@ -128,7 +132,7 @@ def command(
             "on_missing": on_missing,
             "vocab": vocab,
             "on_bad": on_bad,
-            "dtype": dtype.upper() if dtype else None,
+            "dtype": _DTYPES.get(dtype.lower(), dtype.upper()) if dtype else None,
             "max_shard_size": max_shard_size,
             "posterior": posterior,
             "force": force,
@@ -138,11 +142,15 @@ def command(
         config = _config(values, given)
         screen = console(quiet=quiet)
         if _adapters_alone(config):
+            if dry_run or shard is not None or threads is not None or sync:
+                raise ConfigError("--dry-run, --shard, --threads and --sync are for whole models, not adapters alone.")
             _merge_adapters(config, given, space, rank, screen, as_json=as_json, quiet=quiet)
             return
         if context.get_parameter_source("space").name == "COMMANDLINE" or rank is not None:  # type: ignore[union-attr]
             raise ConfigError("--space and --rank are for adapters alone; these are whole models.")
         part = parse_part(shard) if shard is not None else None
+        if dry_run:  # a plan replaces nothing
+            config = config.model_copy(update={"force": True})
         with closing(plan_merge(config)) as plan:
             if dry_run:
                 _show_plan(screen, plan)
@@ -153,10 +161,16 @@ def command(
             leads = launched is None or launched.number == 1
             screen = screen if leads else console(quiet=True)
             with progress_bar(screen, "merging") as advance:
-                if launched is not None:
-                    report = join(plan, launched, progress=advance, threads=threads, sync=sync)
-                else:
-                    report = carry_out(plan, progress=advance, threads=threads, part=part, sync=sync)
+                options: dict[str, Any] = {"progress": advance, "threads": threads, "sync": sync}
+                options["say"] = lambda text: screen.print(text, markup=False)
+                try:
+                    if launched is not None:
+                        report = join(plan, launched, **options)
+                    else:
+                        report = carry_out(plan, part=part, **options)
+                except KeyboardInterrupt:
+                    screen.print(f"stopped; the same line goes on from '{partial_path(plan.target)}'", markup=False)
+                    raise typer.Exit(130) from None
         if report is None:
             if part is not None:
                 screen.print(f"part {part.number} of {part.of} is done; the same line without --shard joins the parts")
@@ -166,6 +180,10 @@ def command(
             print_json(report.model_dump(mode="json"))
         elif not quiet:
             typer.echo(report.path)
+
+
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16",
+           "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # fmt: skip
 
 
 def _config(values: dict[str, Any], given: set[str]) -> MergeConfig:
@@ -217,7 +235,8 @@ def _merge_adapters(
         )
     screen.print(
         f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative error of a layer "
-        f"is {report.largest_error:.3g}"
+        f"is {report.largest_error:.3g}",
+        markup=False,
     )
     for note in report.notes:
         screen.print(f"  note: {note}", markup=False)
@@ -289,6 +308,9 @@ def _show_plan(screen: Any, plan: MergePlan) -> None:
     if plan.method.needs_precision:
         columns += ["precision", "observations", "counted", "trained towards"]
     screen.print(table(columns, rows, title=f"{plan.method.name} -> {plan.target}"))
+    for rule in plan.config.scale:
+        if isinstance(rule, str):
+            screen.print(f"  scale     {rule}", markup=False)
     merged = [s for s in plan.steps if s.copied is None]
     size = sum(s.spec.size for s in merged)
     screen.print(f"{len(merged)} tensors merged ({size:,} entries), {len(plan.steps) - len(merged)} copied, "

@@ -17,7 +17,7 @@ from mergekit_bayes.errors import BmergeError, ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, a folder with all that is in it.")]
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -51,13 +51,13 @@ def number(text: str, option: str) -> float:
         raise ConfigError(f"{option}: '{text}' is not a number.") from None
 
 
-def assignments(items: Sequence[str], option: str) -> dict[str, str]:
+def assignments(items: Sequence[str], option: str, what: str = "MODEL") -> dict[str, str]:
     """`MODEL=VALUE` options as a mapping; the last '=' separates, since paths may hold one."""
     result = {}
     for item in items:
         name, separator, value = item.rpartition("=")
         if not separator or not name or not value:
-            raise ConfigError(f"{option}: expected MODEL=VALUE, found '{item}'.")
+            raise ConfigError(f"{option}: expected {what}=VALUE, found '{item}'.")
         result[name] = value
     return result
 

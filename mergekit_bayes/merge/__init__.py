@@ -58,10 +58,15 @@ def run_merge(
         return carry_out(plan, progress=progress, threads=threads, part=part, sync=sync, fused=fused, chunk=chunk)
 
 
+def _quiet(_: str) -> None:
+    pass
+
+
 def carry_out(
     plan: MergePlan,
     *,
     progress: Progress | None = None,
+    say: Callable[[str], None] = _quiet,
     threads: int | None = None,
     part: Part | None = None,
     sync: bool = False,
@@ -76,6 +81,7 @@ def carry_out(
     Args:
         plan: What to do.
         progress: Called with (bytes of the mean written, bytes of the mean in all).
+        say: Called with a line for people when something is resumed.
         threads: Each reads, combines and writes; by default one a core, at most four.
         part: Do this part of the plan only; a call without it does what is left and puts the output in place.
         sync: Wait for the disk before the output gets its name, so that it also survives a power cut.
@@ -103,6 +109,7 @@ def carry_out(
             units = units_of(plan)
             mine = [u for u in units if part is None or part.takes(u.position)]
             done = partial.done()
+            _tell(plan, units, done, partial, part, say)
             if part is None and (busy := partial.running(_WHOLE)):
                 raise CheckpointError(f"{busy[0]}: that part is still being written. Wait for it.")
             run = _Run(plan, output, journal, chunk, threads, fused, sync=sync, progress=progress)
@@ -187,6 +194,18 @@ class _Run:
                 self.output.sync()
             self.journal.add(unit.id, tally.to_json())
         return unit
+
+
+def _tell(
+    plan: MergePlan, units: list[Unit], done: dict[int, Any], partial: Partial, part: Part | None,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """What is there already, and which parts never came."""
+    if done and part is None:
+        share = sum(u.stop - u.start for u in units if u.id in done) / max(1, sum(u.stop - u.start for u in units))
+        say(f"resuming '{plan.target}': {share:.0%} was there")
+    if part is None and (missing := partial.missing_parts()):
+        say(f"parts that never began are done here: {', '.join(missing)}")
 
 
 def _cores() -> int:

@@ -42,9 +42,11 @@ def refuse_bad(plan: MergePlan, step: Step, i: int) -> None:
     """Raise `CheckpointError` or `PrecisionError` if model i has a bad entry in a step: which one, and how many."""
     source = step.sources[i]
     model = plan.models[source.model]
-    way_out = "Make it anew" + (
-        ", or take the base's values there with --on-bad base." if source.model > 0 and plan.base is not None else "."
-    )
+    way_out = "Make it anew."
+    if source.model > 0 and plan.base is not None:
+        way_out = "Make it anew, or take the base's values there with --on-bad base."
+    elif plan.base is None:
+        way_out = "Make it anew, or merge with --base, where --on-bad base takes the base's values there."
     kind = real_of(step) if step.copied is None else np.float64
     what = f"{model.mean.where(source.name)}: '{source.name}'"
     _scan(model.mean, source.name, kind, no_mean, CheckpointError, what, f"Did its training diverge? {way_out}")

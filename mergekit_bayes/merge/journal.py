@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -88,6 +89,12 @@ class Partial:
 
     def journals(self) -> list[Path]:
         return sorted(self.folder.glob("journal-*-of-*.jsonl"))
+
+    def missing_parts(self) -> list[str]:
+        """Parts of a `--shard` that have no journal, as I/N."""
+        found = {tuple(map(int, re.findall(r"\d+", p.stem))) for p in self.journals()}
+        counts = {of for _, of in found if of > 1}
+        return [f"{i}/{of}" for of in sorted(counts) for i in range(1, of + 1) if (i, of) not in found]
 
     def running(self, but: Part | None = None) -> list[Path]:
         """Journals that some other process is writing."""

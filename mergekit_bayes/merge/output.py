@@ -191,7 +191,11 @@ def recipe_text(plan: MergePlan) -> str:
     pinned = {m.ref: m.pinned for m in plan.models if m.pinned != m.ref}
     content = _renamed(content, pinned)
     content["param"] = dict(plan.settings)
-    header = "# bmerge merge THIS -o OUT gives the same bytes again, from the same files.\n"
+    content["identities"] = {m.pinned: m.identity for m in plan.models}
+    header = (
+        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.\n"
+        "# Paths are relative to the folder in which bmerge runs.\n"
+    )
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -172,7 +172,8 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
             )
         )
     written, based = plan.info is not None, plan.base is not None and totals.entries > 0
-    lost = totals.lost / totals.changed if based and totals.changed else None
+    # A rule that drops changes on purpose would count as lost what it dropped.
+    lost = totals.lost / totals.changed if based and totals.changed and plan.method.is_posterior else None
     undoes = plan.guard < plan.config.guard  # what is taken out again goes back to the base's value
     if lost is not None and lost >= 0.01 and not undoes:
         notes.append(
@@ -185,7 +186,7 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
         method=plan.method.name,
         formula=_FORMULAS.get(plan.method.name, plan.method.summary),
         weights="precision" if plan.method.needs_precision else "uniform",
-        settings=plan.config.model_dump(exclude={"force", "out"}) | {"param": dict(plan.settings)},
+        settings=plan.config.model_dump(exclude={"force", "out", "identities"}) | {"param": dict(plan.settings)},
         models=tuple(models),
         merged_tensors=sum(s.copied is None for s in plan.steps),
         copied={s.name: s.copied for s in plan.steps if s.copied is not None},

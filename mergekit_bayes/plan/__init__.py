@@ -123,6 +123,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                     f"'{model.ref}' is an adapter among whole models. Put its base before it: BASE+{model.ref}. "
                     "(Adapters alone merge into an adapter.)"
                 )
+            wanted = config.identities.get(model.ref)
+            if wanted not in (None, model.identity):
+                raise MismatchError(
+                    f"'{model.ref}' is not what the recipe was made with: it records {wanted:.12}..., found "
+                    f"{model.identity:.12}.... Bring that model back, or take 'identities' out of the recipe."
+                )
         target = choose_target(config, models)
         notes = [note for m in models if isinstance(m.mean, AdaptedSource) for note in m.mean.notes]
         weighings = [Weighing()] * len(models)
@@ -132,6 +138,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             weighings = weigh(config, models, notes)
             guard = choose_guard(config, models, scales, rules, weighings, notes)
         steps, left_out, mended = match_tensors(config, method, models, scales, rules, notes)
+        _note_narrowing(steps, models, notes)
         if by_precision and config.posterior and method.is_posterior:
             # A task that left a tensor alone has scale zero there, which is no other merge than with its own scale.
             uneven = bool(rules) or any(s.copied is None and s.merged < s.spec.size for s in steps)
@@ -157,6 +164,26 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         for model in models:
             model.close()
         raise
+
+
+def _note_narrowing(steps: Sequence[Step], models: Sequence[Posterior], notes: list[str]) -> None:
+    """Say where a model holds more digits than the output."""
+    for i, model in enumerate(models[1:], 1):
+        finer = [
+            s.name
+            for s in steps
+            if s.copied is None and s.sources[i].model == i
+            and _DIGITS[model.mean.specs[s.sources[i].name].dtype] > _DIGITS[s.spec.dtype]
+        ]  # fmt: skip
+        if finer and not isinstance(model.mean, AdaptedSource):
+            written = next(s.spec.dtype for s in steps if s.name == finer[0])
+            notes.append(
+                f"'{model.ref}' has {len(finer)} tensors in a finer dtype than they are written in ({written}, as "
+                f"'{models[0].ref}' has them); --dtype chooses another"
+            )
+
+
+_DIGITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}  # of the significand
 
 
 def _merged_info(

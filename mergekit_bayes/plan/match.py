@@ -12,7 +12,7 @@ from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.methods import Method
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, tied_source
 from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
-from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior import Posterior, tokens_apart
 from mergekit_bayes.tensors import MERGEABLE, TensorSpec, block_hash, read_chunk
 
 
@@ -68,6 +68,13 @@ def match_tensors(
 ) -> Matched:  # fmt: skip
     """What becomes of every tensor; raises where the rules do not say."""
     donor = models[0].mean
+    for model in models:
+        for name, spec in model.mean.specs.items():
+            if spec.dtype.startswith("F8"):
+                _refuse_quantised(name, model)
+    other_tokens = _other_tokens(models)
+    if other_tokens is not None and config.vocab != "base":
+        raise MismatchError(other_tokens)
     maps = [_name_map(models[0], m, notes) for m in models]
     left_out = _left_out(config, models[0], models[1:], maps[1:])
     only = re.compile(config.only) if config.only else None
@@ -77,7 +84,6 @@ def match_tensors(
         if is_buffer(name) or spec.dtype not in MERGEABLE:
             found.steps.append(_copy(name, spec, f"not a parameter ({spec.dtype})"))
             continue
-        _refuse_quantised(name, models[0])
         written = TensorSpec(config.dtype or spec.dtype, spec.shape)
         own = _scales(config, name, scales, rules, used)
         sources = _sources(config, name, models, maps, found)
@@ -86,6 +92,8 @@ def match_tensors(
         first = len(models) - len(own)
         own = tuple(x if sources[first + t].model == first + t else 0.0 for t, x in enumerate(own))
         merged, reason = _common(config, name, spec, sources, models, found)
+        if other_tokens is not None and _VOCABULARY.search(name):
+            reason = "tokenizers differ; --vocab base"
         if only is not None and not only.search(name):
             reason = "not matched by --only"
         elif config.base is not None and not any(own):
@@ -106,10 +114,29 @@ def match_tensors(
         found.steps.append(Step(name, written, sources, precisions, shape, own, 0 if reason else merged, reason))
     if only is not None and all(s.copied is not None for s in found.steps):
         raise ConfigError(f"--only '{config.only}' matches no tensor of '{models[0].ref}' that is merged.")
+    if not any(s.precisions is not None or len(s.sources) > 1 for s in found.steps) and donor.specs:
+        raise MismatchError(
+            f"'{models[0].ref}' and '{models[-1].ref}' have no parameter in common ('{next(iter(donor.specs))}' there, "
+            f"'{next(iter(models[-1].mean.specs), 'none')}' here). Are they of one architecture?"
+        )
     for rule in rules:
         if rule.text not in used:
             raise ConfigError(f"--scale '{rule.text}' matches no tensor of '{models[0].ref}'.")
     return found
+
+
+def _other_tokens(models: Sequence[Posterior]) -> str | None:
+    """Rows of embeddings are merged by number: what to say if one number stands for different tokens."""
+    for model in models[1:]:
+        apart = tokens_apart(models[0].path, model.path)
+        if apart:
+            number, one, other = apart[0]
+            return (
+                f"{len(apart):,} token numbers stand for other tokens in '{model.ref}' than in '{models[0].ref}' "
+                f"({number} is {other!r} there, {one!r} here; tokenizer.json). Embeddings are merged by number: "
+                f"--vocab base keeps those of '{models[0].ref}'."
+            )
+    return None
 
 
 def _copy(name: str, spec: TensorSpec, reason: str) -> Step:
@@ -257,6 +284,7 @@ def _left_out(
             tied = tied_source(extra[0], donor.mean)
             cause = (
                 f"'{donor.ref}' ties it to '{tied}', '{model.ref}' has one of its own."
+                + (f" Name '{model.ref}' first to merge both." if config.base is None else "")
                 if tied is not None
                 else "All models of a merge share one architecture; was this one fine-tuned from another base?"
             )

@@ -45,6 +45,7 @@ class MergeConfig(Config):
             nothing there, needs a base).
         dtype: What merged tensors are written in; otherwise as the base (else the first model) has them.
         max_shard_size: Such as `5GB`; otherwise the shards of the base (else of the first model).
+        identities: What each model must be (`bmerge inspect` shows it); a recipe records what it was made with.
         verify: Compare all bytes of each mean with its posterior's record, not only sampled blocks.
     """
 
@@ -69,6 +70,7 @@ class MergeConfig(Config):
     observations: dict[str, str] = {}
     shrink: str | None = None
     pool: Literal["tensor", "row"] | None = None
+    identities: dict[str, str] = {}
     posterior: bool = True
     force: bool = False
     verify: bool = False
@@ -180,7 +182,8 @@ def check_options(config: MergeConfig, method: Method, scales: Sequence[float], 
         for ref in getattr(config, flag):
             if ref not in known:
                 raise ConfigError(
-                    f"--{flag} {ref}=...: no such model here. Name it as given: {', '.join(config.models)}."
+                    f"--{flag} {ref}=...: no such model here. Name it as given: "
+                    f"{', '.join(m for m in (*config.models, config.base) if m is not None)}."
                 )
     for ref, value in config.isotropic.items():
         if not 0 < value < float("inf"):
@@ -230,6 +233,9 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
         # A merge that was stopped while it put its files in place has some of them there, and goes on.
         if path.exists() and not config.force and not partial_path(target).exists():
             raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+        if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
+            kind = "a folder, and a file" if path.is_dir() else "a file, and a folder"
+            raise CheckpointError(f"'{path}' is {kind} would replace it. Choose another -o, or remove it yourself.")
         if path.is_dir() and any(path.iterdir()) and not any(f for g in _OF_A_MODEL for f in path.glob(g)):
             raise CheckpointError(f"'{path}' is a folder without a model in it, which --force leaves alone. Choose "
                                   "another -o, or remove it yourself.")  # fmt: skip
