@@ -23,7 +23,7 @@ from mergekit_bayes.finetune.checkpoints import (
     open_checkpoints,
     refuse_other_settings,
 )
-from mergekit_bayes.finetune.ranks import is_main, main_first, on_main
+from mergekit_bayes.finetune.ranks import is_main, main_first, mean_over_ranks, on_main
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport, LoraSettings
 from mergekit_bayes.finetune.store import base_identity, save_finetuned
 from mergekit_bayes.finetune.training import (
@@ -112,9 +112,7 @@ def _open_output(config: FinetuneConfig, target: Path) -> Checkpoint | None:
 
 def _train(trainer: Any, checkpoint: Checkpoint | None, steps: int, config: FinetuneConfig) -> Any:
     """Train from the start or the checkpoint; what comes back has `global_step` and the whole run's `training_loss`."""
-    if checkpoint is None:
-        return trainer.train()
-    if checkpoint.step >= steps:
+    if checkpoint is not None and checkpoint.step >= steps:
         # Killed after the last step: the Trainer would make one more in the middle of an epoch.
         trainer._load_from_checkpoint(str(checkpoint.path))
         if config.optimizer == "ivon":
@@ -122,9 +120,10 @@ def _train(trainer: Any, checkpoint: Checkpoint | None, steps: int, config: Fine
             state = torch.load(checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True)
             trainer.optimizer.load_state_dict(state)
         return SimpleNamespace(global_step=checkpoint.step, training_loss=checkpoint.loss / checkpoint.step)
-    done = trainer.train(resume_from_checkpoint=str(checkpoint.path))
-    total = checkpoint.loss + done.training_loss * (done.global_step - checkpoint.step)
-    return SimpleNamespace(global_step=done.global_step, training_loss=total / done.global_step)
+    step, loss, path = (0, 0.0, None) if checkpoint is None else (checkpoint.step, checkpoint.loss, checkpoint.path)
+    done = trainer.train(resume_from_checkpoint=None if path is None else str(path))
+    loss += mean_over_ranks(done.training_loss) * (done.global_step - step)
+    return SimpleNamespace(global_step=done.global_step, training_loss=loss / max(1, done.global_step))
 
 
 def _load_all(config: FinetuneConfig) -> tuple[Loaded, list[dict[str, Any]]]:

@@ -70,6 +70,15 @@ def on_main(work: Callable[[], T]) -> T:
     return held[0]  # type: ignore[return-value]
 
 
+def mean_over_ranks(value: float) -> float:
+    """Collective: the mean of one number of each rank."""
+    if world() == 1:
+        return value
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return float(sum(found) / len(found))
+
+
 def launch(command: Sequence[str], processes: int) -> int:
     """Run a command as `processes` ranks on this machine; return the exit status of the first that fails, or 0.
 

@@ -12,6 +12,7 @@ import torch
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.health import LOGGED, Watch
+from mergekit_bayes.finetune.ranks import mean_over_ranks
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models import UNIT, Collate, Loaded, observations
@@ -237,9 +238,9 @@ def _with_callbacks(trainer: Any, identity: Mapping[str, Any], loss_before: floa
         """Marks a checkpoint when every rank has written its part of it."""
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer.accelerator.wait_for_everyone()
+            # Every rank comes here when it has written its files, and goes on when all have.
+            loss = loss_before + mean_over_ranks(trainer._total_loss_scalar + float(trainer._tr_loss))
             if state.is_world_process_zero:
-                loss = loss_before + trainer._total_loss_scalar + float(trainer._tr_loss)
                 path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 mark_whole(path, state.global_step, identity, loss)
 

@@ -1,0 +1,225 @@
+"""Two processes train what one trains, bit for bit alike, and fail alike."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mergekit_bayes.finetune as module
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
+from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
+from mergekit_bayes.posterior import open_posterior
+from tests import tiny
+from tests.test_finetune import Look
+from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
+
+ROOT = Path(__file__).parent.parent
+PLAIN = {"seed": 3, "ess": 1e5, "max_steps": 5, "flush_batches": 4, "mc_samples": 2, "weight_decay": 1e-4}
+KINDS = ("causal-lm", "classification")
+
+
+def settings(folder, kind, name, **changes):
+    return FinetuneConfig(**{"model": str(folder / kind), "data": str(folder / "t.jsonl"),
+                             "output": str(folder / f"{kind}-{name}"), **PLAIN, **changes})  # fmt: skip
+
+
+def watched(config):
+    """Fine-tune; return the report, the first step's gradient, and all parameters and states at the end."""
+    make, look, kept = module.make_trainer, Look(), []
+
+    def watch(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        trainer.add_callback(look)
+        kept.append(trainer)
+        original = look.on_step_end
+        look.on_step_end = lambda *a, **k: None if hasattr(look, "gradient") else original(*a, **k)
+        return trainer
+
+    module.make_trainer = watch
+    try:
+        report = run_finetune(config, quiet=True)
+    finally:
+        module.make_trainer = make
+    trainer = kept[0]
+    tensors = [p.detach() for p in trainer.model.parameters()]
+    tensors += [s[k] for s in trainer.optimizer.state.values() for k in ("momentum", "hess")]
+    return report, look.gradient, torch.cat([t.flatten() for t in tensors])
+
+
+def child(folder):
+    """What each of two ranks does; rank 0 writes what the tests read."""
+    found = {}
+    for kind in KINDS:
+        # Rows of unequal length, so padded, two micro-batches a step and rank.
+        config = settings(folder, kind, "two", batch_size=2, gradient_accumulation=2, posterior="ivon",
+                          num_processes=2, save_steps=2)  # fmt: skip
+        report, gradient, final = watched(config)
+        others = [torch.empty_like(final) for _ in range(ranks.world())]
+        torch.distributed.all_gather(others, final)
+        found[kind] = {"report": report.model_dump(mode="json"), "world": ranks.world(),
+                       "replicas equal": torch.equal(*others)}  # fmt: skip
+        if ranks.is_main():
+            np.save(folder / f"{kind}.npy", gradient)
+            kept = folder / f"{kind}-two.checkpoints"
+            shutil.rmtree(kept / "checkpoint-5")
+            kept.rename(folder / f"{kind}-resumed.checkpoints")
+        torch.distributed.barrier()
+        run_finetune(config.model_copy(update={"output": str(folder / f"{kind}-resumed"), "resume": True}), quiet=True)
+    found["errors"] = []
+    for work in (fail_on(1), fail_on(0)):
+        for together in (ranks.main_first, ranks.on_main):
+            try:
+                found["errors"].append(together(work))
+            except BmergeError as error:
+                found["errors"].append(f"{type(error).__name__}: {error}")
+    everywhere = [None, None]
+    torch.distributed.all_gather_object(everywhere, found["errors"])
+    found["errors equal"] = everywhere[0] == everywhere[1]
+    if ranks.is_main():
+        (folder / "found.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def fail_on(rank):
+    def work():
+        if int(os.environ["RANK"]) == rank:
+            raise CheckpointError(f"rank {rank} has no disk")
+        return "fine"
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two gloo processes have trained, and what they found."""
+    folder = tmp_path_factory.mktemp("two")
+    rng = np.random.default_rng(0)
+    rows = [{"text": " ".join(rng.choice(WORDS[:10], rng.integers(3, 9))), "label": int(i % 2)} for i in range(24)]
+    (folder / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tiny_gpt2(folder / "causal-lm")
+    tiny_bert(folder / "classification")
+    code = f"from pathlib import Path; from tests.test_ranks import child; child(Path({str(folder)!r}))"
+    assert ranks.launch([sys.executable, "-c", code], 2) == 0
+    return folder, json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_end_equal_bit_for_bit(two, kind):
+    _, found = two
+    assert found[kind]["world"] == 2
+    assert found[kind]["replicas equal"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
+    """The loss is the mean over the observations of the whole step: micro-batches, padding and ranks."""
+    folder, found = two
+    config = settings(folder, kind, "one", batch_size=8, posterior="ivon")
+    report, gradient, _ = watched(config)
+    theirs = np.load(folder / f"{kind}.npy")
+    np.testing.assert_allclose(theirs, gradient, rtol=1e-3, atol=2e-6 * abs(gradient).max())
+    one, both = tiny.read(folder / f"{kind}-one"), tiny.read(folder / f"{kind}-two")
+    base = tiny.read(folder / kind)
+    for name in one:
+        moved = abs(one[name] - base[name]).max()
+        np.testing.assert_allclose(both[name], one[name], atol=max(1e-6, 0.02 * moved))
+    infos = []
+    for name in ("one", "two"):
+        posterior = open_posterior(str(folder / f"{kind}-{name}"))
+        infos.append(posterior.info)
+        posterior.close()
+    unit = "token" if kind == "causal-lm" else "example"
+    assert {i.unit for i in infos} == {unit}
+    assert infos[0].observations == infos[1].observations == report.observations
+    assert infos[0].training["loss_reduction"] == f"mean over {unit}s of a step"
+    for name in ("steps", "batch_size", "beta2", "ess", "lr"):
+        assert infos[0].training[name] == infos[1].training[name], name
+    assert infos[0].training["batch_size"] == pytest.approx(infos[0].observations / 3)  # 24 rows are three steps
+    assert infos[0].health["kappa"] == infos[1].health["kappa"]
+    assert report.loss == pytest.approx(found[kind]["report"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_resume_to_the_same_bytes(two, kind):
+    folder, _ = two
+    for file in ("model.safetensors", "posterior/precision.safetensors"):
+        assert (folder / f"{kind}-resumed" / file).read_bytes() == (folder / f"{kind}-two" / file).read_bytes()
+
+
+def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(two):
+    folder, _ = two
+    shutil.copytree(folder / "causal-lm-resumed.checkpoints", folder / "causal-lm-alone.checkpoints")
+    config = settings(folder, "causal-lm", "alone", batch_size=2, gradient_accumulation=2, posterior="ivon",
+                      save_steps=2, resume=True)  # fmt: skip
+    with pytest.raises(ConfigError, match="processes is 2 there and 1 here"):
+        run_finetune(config, quiet=True)
+
+
+def test_an_error_of_one_rank_is_the_same_error_on_all(two):
+    _, found = two
+    one, zero = "CheckpointError: rank 1 has no disk", "CheckpointError: rank 0 has no disk"
+    assert found["errors"] == [one, "fine", zero, zero]  # rank 0's work alone does not ask rank 1
+    assert found["errors equal"]
+
+
+def test_the_command_starts_two_processes_of_which_one_prints(tmp_path, two):
+    folder, _ = two
+    (tmp_path / "f.yaml").write_text(f"model: {folder / 'causal-lm'}\ndata: {folder / 't.jsonl'}\nmax_steps: 1\n"
+                                     f"output: {tmp_path / 'out'}\nposterior: none\n")  # fmt: skip
+    line = [sys.executable, "-m", "bmerge_cli.main", "finetune", str(tmp_path / "f.yaml"), "--num-processes", "2"]
+    done = subprocess.run([*line, "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 1
+    assert done.stderr.count("mean training loss") == 1
+    assert "num_processes: 2" in (tmp_path / "out" / "finetune.yaml").read_text()
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("exists. Choose another output") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fewer_processes_than_asked_for_are_refused(two, tmp_path):
+    folder, _ = two
+    with pytest.raises(ConfigError, match="2 were asked for and 1 run"):
+        run_finetune(settings(folder, "causal-lm", "few", num_processes=2), quiet=True)
+
+
+def test_a_failing_process_stops_the_others():
+    script = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    begun = time.monotonic()
+    assert ranks.launch([sys.executable, "-c", script], 2) == 7
+    assert time.monotonic() - begun < 30
+
+
+def test_the_processes_get_what_torchrun_would_set(tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU")
+    script = f"import os, json; e = os.environ; json.dump({{k: e.get(k) for k in {names}}}, open(e['RANK'], 'w'))"
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        assert ranks.launch([sys.executable, "-c", script], 2) == 0
+    finally:
+        os.chdir(before)
+    found = [json.loads((tmp_path / str(r)).read_text()) for r in range(2)]
+    assert [f["RANK"] for f in found] == [f["LOCAL_RANK"] for f in found] == ["0", "1"]
+    assert {f["WORLD_SIZE"] for f in found} == {"2"}
+    assert len({f["MASTER_PORT"] for f in found}) == 1
+    if not torch.cuda.is_available():
+        assert found[0]["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_without_a_launcher_one_gpu_is_used_and_the_others_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks.idle_gpus() == 3
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ranks.idle_gpus() == 0
+    with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
+        ranks.launch(["true"], 5)
