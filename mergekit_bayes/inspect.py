@@ -16,9 +16,10 @@ import numpy as np
 from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.lora import open_model
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer
 from mergekit_bayes.plan import one_shape, row_shape
-from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify, open_posterior
+from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify
 from mergekit_bayes.sampling import not_samplable
 from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, TensorSpec, chunks, read_chunk, read_tensor
 
@@ -154,7 +155,7 @@ def run_inspect(
         MismatchError: No tensor of `other` has a partner.
     """
     with ExitStack() as stack:
-        posterior = open_posterior(model, precision=precision)
+        posterior = open_model(model, precision=precision)
         stack.callback(posterior.close)
         mean = posterior.mean
         tied = tuple(n for n in mean.specs if is_alias(n, mean))
@@ -162,7 +163,7 @@ def run_inspect(
         names = [n for n in mean.specs if n not in tied and n not in buffers]
         there = None
         if other is not None:
-            second = open_posterior(other, with_precision=False)
+            second = open_model(other, with_precision=False)
             stack.callback(second.close)
             there = _match(names, mean, second)
         entries = sum(mean.specs[n].size for n in names)

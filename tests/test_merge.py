@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
@@ -537,3 +538,67 @@ def test_a_merge_names_the_output_it_will_not_overwrite(world):
     merge("a", "b", out="x.safetensors", force=True)
     with pytest.raises(CheckpointError, match=r"would overwrite 'a\.safetensors'"):
         merge("a", "b", out="a.safetensors", force=True)
+
+
+def with_tokenizer(folder, name, words):
+    """A model folder whose tokenizer gives these words the numbers 0, 1, ..."""
+    tiny.write(folder / name / "model.safetensors", tiny.arrays(len(name)))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": len(words), "content": "<pad>"}]}
+    (folder / name / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder / name)
+
+
+def test_models_whose_token_numbers_mean_other_tokens_are_refused(tmp_path):
+    one = with_tokenizer(tmp_path, "one", ["the", "cat", "sat"])
+    same = with_tokenizer(tmp_path, "same", ["the", "cat", "sat", "on"])  # 3 is <pad> in one, and a word here
+    other = with_tokenizer(tmp_path, "other", ["cat", "the", "sat"])
+    out = str(tmp_path / "out")
+    with pytest.raises(MismatchError, match=r"2 token numbers .* \(0 is 'cat' there, 'the' here"):
+        run_merge(MergeConfig(models=(one, other), out=out))
+    with pytest.raises(MismatchError, match="1 token numbers"):
+        run_merge(MergeConfig(models=(one, same), out=out))
+    report = run_merge(MergeConfig(models=(one, other), out=out, vocab="base"))
+    assert report.copied == {"wte.weight": "tokenizers differ; --vocab base"}
+    (tmp_path / "same" / "tokenizer.json").write_text((tmp_path / "one" / "tokenizer.json").read_text() + "\n")
+    run_merge(MergeConfig(models=(one, same), out=out, force=True))  # another file, the same tokens
+
+
+def test_a_recipe_notices_that_a_model_changed(world):
+    merge("a", "b", base="base", out="x.safetensors")
+    recipe = MergeConfig(**yaml.safe_load(Path("x.merge_recipe.yaml").read_text()))
+    run_merge(recipe.model_copy(update={"out": "again.safetensors"}))
+    assert Path("again.safetensors").read_bytes() == Path("x.safetensors").read_bytes()
+    Path("a.safetensors").unlink()
+    tiny.write("a.safetensors", tiny.arrays(99))
+    with pytest.raises(MismatchError, match=r"'a\.safetensors' is not what the recipe was made with"):
+        run_merge(recipe.model_copy(update={"out": "more.safetensors"}))
+
+
+def test_models_without_a_common_tensor_are_no_merge(world):
+    tiny.write("other.safetensors", {"encoder.weight": np.zeros((3, 3), np.float32)})
+    with pytest.raises(MismatchError, match="no parameter in common"):
+        merge("a", "other", on_missing="skip", out="x.safetensors")
+
+
+def test_a_rule_that_drops_changes_does_not_call_them_lost(world):
+    report = merge("a", "b", base="base", method="ties", out="x.safetensors")
+    assert report.lost_share is None
+    assert not [n for n in report.notes if "rounded back" in n]
+
+
+def test_a_model_of_more_digits_than_the_output_is_noted(world):
+    tiny.write("half.safetensors", tiny.arrays(5), "BF16")
+    report = merge("half", "a", out="x.safetensors")
+    assert any("'a.safetensors' has 4 tensors in a finer dtype" in n for n in report.notes)
+    assert not merge("a", "half", out="y.safetensors").notes
+
+
+def test_force_does_not_turn_a_file_into_a_folder_nor_back(world):
+    Path("notes.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is a file, and a folder would replace it"):
+        merge("a", "b", out="notes.txt", force=True)
+    Path("x.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder, and a file would replace it"):
+        merge("a", "b", out="x.safetensors", force=True)
+    assert Path("notes.txt").read_text() == "years of work"
