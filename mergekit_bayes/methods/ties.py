@@ -48,7 +48,7 @@ TIES = Method(
     summary="The largest changes only, where tasks agree in sign (TIES, Yadav et al., NeurIPS 2023).",
     example="bmerge merge A B --base BASE --method ties --param density=0.2",
     parameters=(
-        Parameter("density", 0.2, "share of each task vector kept, the largest first, and ties (known to one part in 2,048)", 0, 1),
+        Parameter("density", 0.2, "share of each task vector that is kept, the largest first (and their ties)", 0, 1),
         Parameter("scope", "model", "over what: the whole task vector, as published, or each tensor",
                   choices=("model", "tensor")),
     ),
