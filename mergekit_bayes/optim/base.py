@@ -149,10 +149,13 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         finally:
             self._open = False
             with torch.no_grad():
-                for at in moved:
-                    if take is not None and completed and at.parameter.grad is not None:
-                        take(at)
-                    self._restore(at)
+                try:
+                    for at in moved:
+                        if take is not None and completed and at.parameter.grad is not None:
+                            take(at)
+                finally:
+                    for at in moved:
+                        self._restore(at)
 
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
@@ -260,6 +263,41 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 decay = self.state[p].get("weight_decay", self._prior.get(p, (None, groups[p]["weight_decay"]))[1])
                 found[name] = (self.state[p]["hess"] + decay) * groups[p]["ess"]
         return found
+
+    @torch.no_grad()
+    def health(self, batch_size: float) -> dict[str, float]:
+        """How much the posterior can be trusted.
+
+        Args:
+            batch_size: Observations that enter one step, over micro-batches and ranks.
+
+        Returns:
+            `init_fraction` = beta2^steps, the share of `hess_init` still in h; `hess_min`, `hess_median`, `hess_max`;
+            `bad_entries`, where `h + d` is not a positive number; `sigma_over_rms`, the median over matrices of
+            posterior deviation to weight size, with matrices of zeros left out.
+            Quantiles are from at most 65,536 entries a tensor.
+        """
+        samples, ratios, steps, bad = [], [], 0, 0
+        for group in self.param_groups:
+            for _, parameter, state in self._trainable(group):
+                hess, weights = local(state["hess"]).flatten(), local(parameter).float()
+                steps = max(steps, int(state["step"]))
+                _, decay = self._prior_of(parameter, group, state)
+                curvature = hess + (decay.flatten() if isinstance(decay, Tensor) and decay.ndim else decay)
+                bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
+                samples.append(hess[:: max(1, hess.numel() // 65536)])
+                rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
+                if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
+                    ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
+        values = torch.cat(samples) if samples else torch.zeros(1)
+        return {
+            "init_fraction": self.param_groups[0]["beta2"] ** steps,
+            "hess_min": float(values.min()),
+            "hess_median": float(values.median()),
+            "hess_max": float(values.max()),
+            "bad_entries": float(bad),
+            "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
+        }
 
     def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         for index, parameter in enumerate(group["params"]):

@@ -436,50 +436,27 @@ class IVON(PosteriorOptimizer):
             second = second.full_tensor()
         decay.lerp_(1 / (group["ess"] * second), 1 - group["beta2"])
 
-    @torch.no_grad()
     def health(self, batch_size: float) -> dict[str, float]:
-        """How much the Hessian can be trusted.
-
-        Args:
-            batch_size: Observations that enter one step, over micro-batches and ranks.
+        """How much the Hessian can be trusted: the numbers of every optimizer here and two more.
 
         Returns:
-            `init_fraction` = beta2^steps, the share of `hess_init` still in h; `kappa` = (1 - beta2) ess /
-            (2 batch_size), the noise of h for a diagonal Hessian; `hess_noise` = 0.5 (1 - beta2) E[(f - h)^2 /
-            (h + d)^2], the median over tensors, which also sees the noise of the other parameters: above 1, the size
-            of h is noise; `hess_min`, `hess_median`, `hess_max`;
-            `bad_entries`, where `h + weight_decay` is not a positive number; `sigma_over_rms`, the median over
-            matrices of posterior deviation to weight size, with matrices of zeros left out.
-            Quantiles are from at most 65,536 entries a tensor.
+            `kappa` = (1 - beta2) ess / (2 batch_size), the noise of h for a diagonal Hessian; `hess_noise` =
+            0.5 (1 - beta2) E[(f - h)^2 / (h + d)^2], the median over tensors, which also sees the noise that comes
+            from the other parameters: above 1, the size of h is noise. Under `ggn`, which has neither this noise nor
+            a start to forget, both and `init_fraction` are 0.
         """
-        group = self.param_groups[0]
-        samples, ratios, noise, steps, bad = [], [], [], 0, 0
+        health, noise = super().health(batch_size), []
+        if self.curvature == "ggn":
+            return {**health, "init_fraction": 0.0, "kappa": 0.0, "hess_noise": 0.0}
         for group in self.param_groups:
-            for _, parameter, state in self._trainable(group):
-                hess, weights = local(state["hess"]).flatten(), local(parameter).float()
-                steps = max(steps, int(state["step"]))
-                _, decay = self._prior_of(parameter, group, state)
-                curvature = hess + (decay.flatten() if isinstance(decay, Tensor) and decay.ndim else decay)
-                bad += int((~(curvature > 0) | ~curvature.isfinite()).sum())
-                samples.append(hess[:: max(1, hess.numel() // 65536)])
+            for _, _, state in self._trainable(group):
                 if "noise" in state and state["step"] > 0:
-                    debiased = float(state["noise"]) / (1 - group["beta2"] ** int(state["step"]))
-                    noise.append(0.5 * (1 - group["beta2"]) * debiased)
-                rms = float(weights.square().mean().sqrt()) if weights.numel() else 0.0
-                if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
-                    ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
-        values = torch.cat(samples) if samples else torch.zeros(1)
-        price = self.curvature == "price"  # the other has no start to forget, and noise of sqrt(2 / draws) at most
-        return {
-            "init_fraction": group["beta2"] ** steps if price else 0.0,
-            "kappa": (1 - group["beta2"]) * group["ess"] / (2 * batch_size) if price else 0.0,
-            "hess_noise": sorted(noise)[len(noise) // 2] if noise else 0.0,
-            "hess_min": float(values.min()),
-            "hess_median": float(values.median()),
-            "hess_max": float(values.max()),
-            "bad_entries": float(bad),
-            "sigma_over_rms": sorted(ratios)[len(ratios) // 2] if ratios else 0.0,
-        }
+                    seen = float(state["noise"]) / (1 - group["beta2"] ** int(state["step"]))
+                    noise.append(0.5 * (1 - group["beta2"]) * seen)
+        group = self.param_groups[0]
+        health["kappa"] = (1 - group["beta2"]) * group["ess"] / (2 * batch_size)
+        health["hess_noise"] = sorted(noise)[len(noise) // 2] if noise else 0.0
+        return health
 
 
 def _ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, ess: float) -> Tensor:
