@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 import mergekit_bayes.finetune as module
 import mergekit_bayes.finetune.store as store
+import mergekit_bayes.finetune.training as training
 from mergekit_bayes.configs import load_config, parse_config
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -356,3 +358,93 @@ def test_two_processes_write_one_model_and_give_one_report(tmp_path, data):
     posterior = open_posterior(str(out))
     assert posterior.info.training["steps"] == 6  # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes
     posterior.close()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_as_many_processes_as_asked(tmp_path, data):
+    (tmp_path / "f.yaml").write_text(f"model: {tiny_gpt2(tmp_path / 'm')}\ndata: {data}\nmax_steps: 2\n"
+                                     f"output: {tmp_path / 'out'}\nflush_batches: 2\n")  # fmt: skip
+    line = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "2", "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29545"]  # fmt: skip
+    command = ["-m", "bmerge_cli.main", "finetune", str(tmp_path / "f.yaml"), "--num-processes", "2", "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*line, "--multi_gpu", *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 2
+    # These flags start one process, silently: the command then starts the two itself.
+    environment.pop("ACCELERATE_USE_CPU")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    done = subprocess.run([*line, "--cpu", *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 2
+    for folder in ("moved", "out"):
+        posterior = open_posterior(str(tmp_path / folder))
+        assert posterior.info.training["processes"] == 2
+        posterior.close()
+
+
+def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path, data, capfd):
+    run_finetune(config(tmp_path, data, logging_steps=2, max_steps=6, save_steps=6, ess=1e7, beta2=0.99))
+    history = json.loads((tmp_path / "out.checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
+    logs = [entry for entry in history["log_history"] if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4, 6]
+    posterior = open_posterior(str(tmp_path / "out"))
+    for entry in logs:
+        assert entry["init_fraction"] == pytest.approx(0.99 ** entry["step"])
+        # (1 - beta2) ess / (2 B), B the observations of a step
+        assert entry["kappa"] == pytest.approx(0.01 * 1e7 / (2 * posterior.info.training["batch_size"]))
+    assert logs[-1]["sigma_over_rms"] == pytest.approx(posterior.info.health["sigma_over_rms"])
+    posterior.close()
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "step 4/6  loss " in shown.err
+    assert "sigma_over_rms" in shown.err
+
+
+def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
+    run_finetune(config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True)
+    assert sum("of a tensor's weights: raise ess or hess_init" in r.message for r in caplog.records) == 1
+    caplog.clear()
+    run_finetune(config(tmp_path, data, max_steps=4, ess=1e8, beta2=0.9, posterior="ivon", force=True), quiet=True)
+    assert "kappa is" in caplog.text
+    assert "of hess_init is still in the Hessian" in caplog.text
+
+
+def test_reports_go_where_they_are_asked_to_go(tmp_path, data, monkeypatch):
+    seen = []
+
+    class Report(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Report)
+    run_finetune(
+        config(tmp_path, data, logging_steps=2, max_steps=2, report_to=["wandb"], posterior="none"), quiet=True
+    )
+    assert {"loss", "learning_rate", "kappa", "sigma_over_rms"} <= set(seen[0])
+    with pytest.raises(ConfigError, match=r"report_to: paper is not supported"):
+        run_finetune(config(tmp_path, data, report_to=["paper"], force=True), quiet=True)
+
+
+def test_several_gpus_without_a_launcher_are_no_data_parallel(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 4) or 4))
+    arguments = training.training_arguments(config(tmp_path, data), tmp_path / "x", quiet=True)
+    assert arguments.n_gpu == 1
+
+
+@pytest.mark.parametrize("changes", [{"antithetic": True}, {"curvature": "ggn", "curvature_every": 2}])
+def test_variants_of_ivon_are_settings(tmp_path, data, changes):
+    run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert {k: posterior.info.training[k] for k in changes} == changes
+    assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
+    # h of the root-GGN draws may be merged with a flush, that of the published form may not.
+    assert posterior.info.estimator == ("ggn" if "curvature" in changes else "ivon")
+    posterior.close()
+    (tmp_path / "out").rename(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
+    run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, resume=True, **changes), quiet=True)
+    for file in ("model.safetensors", "posterior/precision.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

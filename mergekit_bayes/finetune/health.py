@@ -8,7 +8,7 @@ from mergekit_bayes.finetune.settings import FinetuneConfig
 logger = logging.getLogger(__name__)
 
 # Of the optimizer's health numbers, those that the training log shows.
-LOGGED = ("kappa", "init_fraction", "sigma_over_rms", "noise")
+LOGGED = ("kappa", "init_fraction", "sigma_over_rms", "hess_noise")
 
 
 def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool) -> dict[str, str]:
@@ -27,9 +27,9 @@ def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool
             found["kappa"] = (
                 f"kappa is {health['kappa']:.3g}: the Hessian is mostly noise; lower ess, raise beta2 or the batch"
             )
-        if final and health.get("noise", 0.0) > 1:
-            found["noise"] = (
-                f"the Hessian's noise number is {health['noise']:.3g}: its order can be trusted, its size cannot; "
+        if final and health.get("hess_noise", 0.0) > 1:
+            found["hess_noise"] = (
+                f"hess_noise is {health['hess_noise']:.3g}: the Hessian's order can be trusted, its size cannot; "
                 "store posterior: flush"
             )
     if health.get("sigma_over_rms", 0.0) > 0.1:

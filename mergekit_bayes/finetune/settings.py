@@ -32,7 +32,11 @@ class FinetuneConfig(Config):
             of the median weight matrix' RMS. Held-out loss of a small language model (one seed), beside AdamW at the
             rate `learning_rate * clip_radius`: at 1e-4 3.90 against 3.83 after 63 steps, 2.57 against 2.79 after
             252; at 1e-3 2.24 against 2.34, 1.93 against 1.96.
-        beta2: None is 1 - 5 / steps.
+        beta2: None is 1 - 5 / steps (1 - 5 curvature_every / steps under `ggn`).
+        mc_samples: Weight samples a step, each a forward and a backward pass.
+        antithetic: Samples in pairs of opposite noise, so at least two a step.
+        curvature: Where IVON's Hessian comes from: `price` as published, or `ggn`, a random root-GGN draw on the
+            step's own logits every `curvature_every` steps, of the right size.
         weight_decay: For IVON the prior precision over ess. AdamW's is decoupled and no Gaussian prior.
         posterior: `flush` (root-GGN at the final mean over `flush_batches` batches), `ivon`, or `none`.
         epochs, max_steps: `max_steps`, if given, decides.
@@ -66,6 +70,9 @@ class FinetuneConfig(Config):
     clip_radius: float = Field(1e-3, gt=0)
     rescale_lr: bool = False
     mc_samples: int = Field(1, ge=1)
+    antithetic: bool = False
+    curvature: Literal["price", "ggn"] = "price"
+    curvature_every: int = Field(8, ge=1)
     posterior: Literal["flush", "ivon", "none"] = "flush"
     flush_batches: int = Field(64, ge=1)
     lora: LoraSettings | None = None

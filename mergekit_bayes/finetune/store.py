@@ -82,7 +82,8 @@ def _posterior(
     decay = config.weight_decay
     if config.posterior == "ivon":
         precision = unwrap(trainer.optimizer).precision(model.named_parameters())
-        ess, estimator = float(settings["ess"]), "ivon"
+        # h of `curvature: ggn` has the size of a flush, that of `price` may be a thousand times larger.
+        ess, estimator = float(settings["ess"]), "ggn" if config.curvature == "ggn" else "ivon"
     else:
         found, sampled = flush(model, examples, loaded, config.flush_batches, config.batch_size, config.seed)
         ess, estimator = total, "ggn"

@@ -21,7 +21,8 @@ from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 # sigma at the start, as a share of the typical weight, where `ess` is left out.
 _NOISE = 0.05
-_IVON = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "rescale_lr", "mc_samples")
+_IVON = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "rescale_lr", "mc_samples",
+         "antithetic", "curvature", "curvature_every")  # fmt: skip
 _REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
 
 
@@ -94,14 +95,21 @@ def run_settings(
         starts = {n: p.detach().float().cpu().numpy() for n, p in loaded.model.named_parameters() if ".lora_A." in n}
         settings[INITIAL_A] = initial_identity(starts)
     if ivon:
+        ggn = config.curvature == "ggn"
+        # The least curvature that an entry starts from; under ggn an entry that no output depends on keeps it.
+        floor = config.weight_decay if ggn else config.hess_init
+        memory = 5 * (config.curvature_every if ggn else 1) / steps
         settings |= {
-            "ess": config.ess or max(float(total), _quiet_ess(loaded.model, config.hess_init)),
+            "ess": config.ess or max(float(total), _quiet_ess(loaded.model, floor)),
             "hess_init": config.hess_init,
             "beta1": config.beta1,
-            "beta2": config.beta2 if config.beta2 is not None else min(0.99999, max(0.9, 1 - 5 / steps)),
+            "beta2": config.beta2 if config.beta2 is not None else min(0.99999, max(0.5 if ggn else 0.9, 1 - memory)),
             "clip_radius": config.clip_radius,
             "rescale_lr": config.rescale_lr,
-            "mc_samples": config.mc_samples,
+            "mc_samples": max(2, config.mc_samples) if config.antithetic else config.mc_samples,
+            "antithetic": config.antithetic,
+            "curvature": config.curvature,
+            "curvature_every": config.curvature_every,
         }
     return settings
 
@@ -123,10 +131,13 @@ def make_trainer(
     if loaded.task == "classification":
         common["compute_loss_func"] = classification_loss
     if ivon:
-        chosen = {**{n: settings[n] for n in _IVON}, "seed": config.seed}
-        trainer = _ivon_trainer(config, settings)(**common, optimizer_cls_and_kwargs=(IVON, chosen))
-    else:
-        trainer = transformers.Trainer(**common)
+        common["optimizer_cls_and_kwargs"] = (IVON, {**{n: settings[n] for n in _IVON}, "seed": config.seed})
+    try:
+        trainer = (_ivon_trainer(config, settings) if ivon else transformers.Trainer)(**common)
+    except (RuntimeError, ImportError, ValueError) as error:
+        if config.report_to and any(name in str(error).lower() for name in config.report_to):
+            raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from None
+        raise
     refuse_accelerator(trainer.accelerator, ivon=ivon)
     return _with_callbacks(trainer, identity, loss_before, quiet=quiet)
 
@@ -252,7 +263,7 @@ def _with_callbacks(trainer: Any, identity: Mapping[str, Any], loss_before: floa
     return trainer
 
 
-def _quiet_ess(model: Any, hess_init: float) -> float:
+def _quiet_ess(model: Any, curvature: float) -> float:
     """The ess at which the first noise is `_NOISE` of the median weight matrix' root mean square."""
     sizes = [
         float(p.detach().float().square().mean().sqrt()) for p in model.parameters() if p.requires_grad and p.ndim > 1
@@ -260,4 +271,4 @@ def _quiet_ess(model: Any, hess_init: float) -> float:
     rms = sorted(s for s in sizes if s > 0)
     if not rms:
         return 0.0
-    return float(1 / (hess_init * (_NOISE * rms[len(rms) // 2]) ** 2))
+    return float(1 / (curvature * (_NOISE * rms[len(rms) // 2]) ** 2))
