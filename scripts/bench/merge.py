@@ -142,7 +142,8 @@ merged = {n: (t + sum(task[n] - t for task in tasks)).bfloat16() for n, t in bas
 save_file(merged, out, metadata={"format": "pt"})
 """
 
-TORCH_BYTES = 20  # of memory an entry, with some room: 16 were seen
+# Of memory an entry, with some room, for rows that hold whole models in float32: 16 were seen.
+WHOLE_BYTES = 20
 
 
 def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[Row]:
@@ -188,15 +189,18 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     yield merge("ties", three, "--method", "ties")
     yield merge("dare_ties", three, "--method", "dare_ties")
     torch = row("torch, float32 state dicts", [], three, ".safetensors")
-    if entries * TORCH_BYTES < memory():
+    whole = entries * WHOLE_BYTES < memory()
+    if whole:
         yield torch._replace(command=[sys.executable, "-c", TORCH, str(torch.out), base, a, b])
     else:
-        print(f"{size:g} B {torch.name}: left out, this machine has too little memory.", file=sys.stderr)
+        print(f"{size:g} B: no rows that hold whole models in float32, for want of memory.", file=sys.stderr)
     if mergekit is not None:
         models = (base, a, b)
         yield _mergekit_row(row("mergekit task_arithmetic", [], three), {}, mergekit, work, models)
         # As precise inside as ours; the row above is the faster and the usual one.
-        yield _mergekit_row(row("mergekit task_arithmetic, float32", [], three), {}, mergekit, work, models, "float32")
+        if whole:
+            exact = row("mergekit task_arithmetic, float32", [], three)
+            yield _mergekit_row(exact, {}, mergekit, work, models, "float32")
         for method in ("ties", "dare_ties") if size <= 0.5 else ():
             slow = row(f"mergekit {method}", [], three)._replace(once=True)
             yield _mergekit_row(slow, {"density": 0.5}, mergekit, work, models)
