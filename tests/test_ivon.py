@@ -682,3 +682,19 @@ def test_a_ggn_run_resumes_bit_for_bit_and_wants_its_first_estimate():
         loss_of(model, *data()).backward()
     with pytest.raises(RuntimeError, match="add_curvature"):
         optimizer.step()
+
+
+def test_float64_weights_are_trained_in_float64():
+    """Steps too small for float32, with float32 state; nothing is rounded to float32 on the way."""
+    w = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
+    for kind in ({}, {"restore": "redraw"}, {"mc_samples": 2, "antithetic": True}):
+        optimizer = IVON([w], lr=1e-9, ess=1e4, hess_init=1.0, weight_decay=0.0, rescale_lr=False, clip_radius=1.0,
+                         **kind)  # fmt: skip
+        before = w.detach().clone()
+        for _ in range(10):
+            for _ in range(optimizer.defaults["mc_samples"]):
+                with optimizer.sampled_params(train=True):
+                    (-2 * w).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(w.detach() - before, torch.full_like(w, 1e-8), rtol=1e-3, atol=0)
+        assert optimizer.state[w]["hess"].dtype == torch.float32

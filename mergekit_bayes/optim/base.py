@@ -159,17 +159,18 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
-        if "mean" in at.state:
-            mean = local(at.state["mean"])
-            if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == _TRAIN:
-                at.noise = torch.empty_like(mean)
-            for noise, w, m, kept in self._noise(at, weights, mean, at.noise):
-                if kept is not None:
-                    kept.copy_(noise)
-                w.copy_(noise.add_(m))
-        else:
-            for noise, w in self._noise(at, weights):
-                w.add_(noise)
+        if "mean" not in at.state:
+            for eps, deviation, factor, w in self._noise(at, weights):
+                w.addcmul_(eps, deviation, value=factor)
+            return
+        mean = local(at.state["mean"])
+        if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == _TRAIN:
+            at.noise = torch.empty_like(mean)
+        for eps, deviation, factor, w, m, kept in self._noise(at, weights, mean, at.noise):
+            noise = eps.mul_(deviation).mul_(factor)
+            if kept is not None:
+                kept.copy_(noise)
+            w.copy_(noise.add_(m))
 
     def _restore(self, at: Moved) -> None:
         weights = local(at.parameter)
@@ -180,15 +181,15 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         elif at.saved is not None:
             weights.copy_(at.saved)
         else:
-            for noise, w in self._noise(at, weights):
-                w.sub_(noise)
+            for eps, deviation, factor, w in self._noise(at, weights):
+                w.addcmul_(eps, deviation, value=-factor)
 
     def _take(self, at: Moved) -> None:
         """Add the gradient to those of the step."""
         raise NotImplementedError
 
     def _noise(self, at: Moved, *others: Any) -> Iterator[tuple[Any, ...]]:
-        """The perturbation of a draw in scratch, slice by slice, with the slices of other tensors."""
+        """eps and deviation in scratch, and a number, whose product is the noise; with slices of other tensors."""
         assert at.draw is not None
         hess = local(at.state["hess"])
         if hess.device not in self._generators:
@@ -197,14 +198,16 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         generator.manual_seed(
             mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, _shard(at.parameter))
         )
+        # Before the first estimate nothing is known of the curvature, and the sample is the mean itself.
+        factor = draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         _, decay = self._prior_of(at.parameter, at.group, at.state)
+        scratch: list[Tensor] = []
         for h, d, *rest in slices(hess, decay, *others):
-            noise = torch.empty_like(h).normal_(generator=generator)
-            if at.state.get("estimates", 1) == 0:  # nothing is known of the curvature yet: the mean itself
-                yield noise.zero_(), *rest
-                continue
-            deviation = (h + d).mul_(at.group["ess"]).rsqrt_()
-            yield noise.mul_(deviation.mul_(draw.sign) if draw.sign < 0 else deviation), *rest
+            if not scratch or scratch[0].shape != h.shape:
+                scratch = [torch.empty_like(h), torch.empty_like(h)]
+            eps = scratch[0].normal_(generator=generator)
+            deviation = torch.add(h, d, out=scratch[1]).rsqrt_() if factor else scratch[1].zero_()
+            yield eps, deviation, factor, *rest
 
     def _prior_of(
         self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]
@@ -321,16 +324,16 @@ def newton_step(
 
     m <- m - lr clip( (momentum / correction + d (m - m_p)) / (h + d) )
     """
-    direction = torch.div(momentum, correction, out=scratch[0])
+    # The correction is left out of the direction and put into its bound and factor, which saves a pass.
     pull = mean if prior_mean is None else torch.sub(mean, prior_mean)
     if isinstance(weight_decay, Tensor):
-        direction.addcmul_(pull, weight_decay)
+        direction = torch.addcmul(momentum, pull, weight_decay, value=correction, out=scratch[0])
     else:
-        direction.add_(pull, alpha=weight_decay)
+        direction = torch.add(momentum, pull, alpha=weight_decay * correction, out=scratch[0])
     direction.div_(torch.add(hess, weight_decay, out=scratch[1]))
     if math.isfinite(clip_radius):
-        direction.clamp_(-clip_radius, clip_radius)
-    mean.sub_(direction, alpha=lr)
+        direction.clamp_(-clip_radius * correction, clip_radius * correction)
+    mean.sub_(direction, alpha=lr / correction)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -339,15 +342,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def own_gradient(parameter: Tensor) -> Tensor:
-    """Take the gradient away from the parameter, in float32 at least, so that no later backward changes it."""
+    """Take the gradient away from the parameter, so that no later backward changes it."""
     assert parameter.grad is not None
     gradient = local(parameter.grad)
     parameter.grad = None
-    if gradient.dtype.itemsize < 4:
-        return gradient.float()
     if gradient.untyped_storage().nbytes() > gradient.nbytes or not gradient.is_contiguous():
         return gradient.clone()  # a view, of a bucket of DDP say
     return gradient
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """In float32 at least, to add to it."""
+    return gradient.float() if gradient.dtype.itemsize < 4 else gradient
 
 
 def slices(*items: Any) -> Iterator[tuple[Any, ...]]:

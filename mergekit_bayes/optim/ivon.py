@@ -25,6 +25,7 @@ from mergekit_bayes.optim.base import (
     newton_step,
     own_gradient,
     slices,
+    wide,
 )
 
 _EVERY = 16  # the noise number looks at one entry in so many
@@ -67,8 +68,8 @@ def ivon_update(
     """
     momentum.lerp_(grad, 1 - beta1)
     curvature = hess + weight_decay
-    change = noise_grad.mul_(curvature).mul_(ess).sub_(hess)  # f - h
-    hess.add_(change, alpha=1 - beta2)
+    change = torch.addcmul(hess, noise_grad, curvature, value=-ess, out=noise_grad)  # h - f
+    hess.sub_(change, alpha=1 - beta2)
     hess.addcdiv_(change.square_(), curvature, value=0.5 * (1 - beta2) ** 2)
     correction = 1 - beta1**step if debias else 1.0
     newton_step(
@@ -289,7 +290,7 @@ class IVON(PosteriorOptimizer):
                 self._samples[at.parameter] = _Sampled(1, gradient, None, at)
             else:
                 before.draws += 1
-                before.grad.add_(gradient)
+                before.grad = wide(before.grad).add_(gradient)
             return
         if before is None and self.restore == "redraw":
             self._samples[at.parameter] = _Sampled(1, gradient, None, at)
@@ -301,7 +302,7 @@ class IVON(PosteriorOptimizer):
         if before.noise_grad is None:
             before.noise_grad = self._redrawn_product(before.at, before.grad)
         before.draws += 1
-        before.grad.add_(gradient)
+        before.grad = wide(before.grad).add_(gradient)
         before.noise_grad.add_(product)
 
     def _product(self, at: Moved, gradient: Tensor) -> Tensor:
@@ -317,15 +318,15 @@ class IVON(PosteriorOptimizer):
         return product
 
     def _redrawn_product(self, at: Moved, gradient: Tensor) -> Tensor:
-        product = torch.empty_like(gradient)
+        product = torch.empty_like(local(at.state["hess"]))
         for piece, p in self._redrawn(at, gradient, product):
             p.copy_(piece)
         return product
 
     def _redrawn(self, at: Moved, gradient: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
         """noise * gradient in scratch, from the noise drawn again, with the slices of other tensors."""
-        for noise, g, *rest in self._noise(at, gradient, *others):
-            yield noise.mul_(g), *rest
+        for eps, deviation, factor, g, *rest in self._noise(at, gradient, *others):
+            yield eps.mul_(deviation).mul_(factor).mul_(g), *rest
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -375,7 +376,8 @@ class IVON(PosteriorOptimizer):
         else:
             pieces = slices(sampled.noise_grad.div_(sampled.draws), *tensors)
         looked, noise = 0, torch.zeros((), device=weights.device)
-        for noise_grad, m, momentum, hess, grad, m_p, d in pieces:
+        for noise_grad, m, momentum, hess, g, m_p, d in pieces:
+            grad = g.to(momentum.dtype)
             ratios = _ratios(noise_grad, hess, d, group["ess"])
             noise += ratios.square_().sum()
             looked += ratios.numel()
@@ -405,9 +407,9 @@ class IVON(PosteriorOptimizer):
         weights = local(parameter)
         mean = local(state["mean"]) if "mean" in state else weights
         tensors = (mean, local(state["momentum"]), local(state["hess"]), grad, squares, centre, decay)
-        for m, momentum, hess, gradient, square, m_p, d in slices(*tensors):
+        for m, momentum, hess, g, square, m_p, d in slices(*tensors):
             ggn_update(
-                m, momentum, hess, gradient, square,
+                m, momentum, hess, g.to(momentum.dtype), square,
                 share=(1 - group["beta2"]) / (1 - group["beta2"] ** max(1, int(state["estimates"]))),
                 step=int(state["step"]), lr=group["lr"], beta1=group["beta1"], weight_decay=d,
                 clip_radius=group["clip_radius"], debias=group["debias"], prior_mean=m_p,
@@ -460,8 +462,9 @@ class IVON(PosteriorOptimizer):
 
 
 def _ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, ess: float) -> Tensor:
-    """(f - h) / (h + d) of some entries."""
-    every = _EVERY if hess.numel() > 4096 else 1
-    f, h = (t.reshape(-1)[::every] for t in (noise_grad, hess))
-    d = decay.reshape(-1)[::every] if isinstance(decay, Tensor) and decay.ndim else decay
+    """(f - h) / (h + d) of some entries: the first of each slice, or evenly spread where there are no slices."""
+    n = hess.numel()
+    some = slice(None) if n <= 4096 else slice(None, None, _EVERY) if hess.is_cuda else slice(0, n // _EVERY)
+    f, h = (t.reshape(-1)[some] for t in (noise_grad, hess))
+    d = decay.reshape(-1)[some] if isinstance(decay, Tensor) and decay.ndim else decay
     return (f * ess).sub_(h / (h + d))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices
+from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices, wide
 
 
 def vogn_update(
@@ -124,7 +124,7 @@ class VOGN(PosteriorOptimizer):
     def _take(self, at: Moved) -> None:
         if at.parameter not in self._squares:
             raise RuntimeError("VOGN: a gradient without per-example squares: call optimizer.backward(losses)")
-        gradient, squares = own_gradient(at.parameter), self._squares.pop(at.parameter)
+        gradient, squares = wide(own_gradient(at.parameter)), self._squares.pop(at.parameter)
         before = self._samples.get(at.parameter)
         self._samples[at.parameter] = (
             (gradient, squares) if before is None else (before[0].add_(gradient), before[1].add_(squares))
