@@ -1,0 +1,140 @@
+"""What an optimizer step costs: AdamW, ivon-opt and ours, in CPU seconds and in memory.
+
+    python scripts/bench/optimizer.py [--parameters 50000000] [--repeats 7]
+
+Each row is a process of its own with one thread: parameters in ten matrices, gradients that are given (the model's own
+passes are no part of it), two steps to warm up, then the repeats. Printed are the least CPU seconds of a step with all
+its samples, their ratio to AdamW (foreach), and the peak of memory during the steps beyond parameters and gradients
+as a multiple of the parameters' size.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import date
+
+ROWS = {
+    "AdamW foreach": {"kind": "adamw", "foreach": True},
+    "AdamW fused": {"kind": "adamw", "fused": True},
+    "ivon-opt": {"kind": "ivon-opt"},
+    "IVON": {"kind": "ivon"},
+    "IVON, redraw": {"kind": "ivon", "restore": "redraw"},
+    "IVON, antithetic": {"kind": "ivon", "mc_samples": 2, "antithetic": True},
+    "IVON, ggn": {"kind": "ivon", "curvature": "ggn"},
+    "AdamW foreach, bf16": {"kind": "adamw", "foreach": True, "dtype": "bfloat16"},
+    "IVON, bf16": {"kind": "ivon", "dtype": "bfloat16"},
+    "IVON, bf16, redraw": {"kind": "ivon", "restore": "redraw", "dtype": "bfloat16"},
+}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--parameters", type=int, default=50_000_000)
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.row:
+        print(json.dumps(measure(ROWS[given.row], given.parameters, given.repeats)))
+        return
+    import torch
+
+    found = {}
+    for name in ROWS:
+        line = [sys.executable, __file__, "--row", name, "--parameters", str(given.parameters)]
+        done = subprocess.run(
+            [*line, "--repeats", str(given.repeats)],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        found[name] = json.loads(done.stdout)
+    print(f"{date.today()}, {given.parameters:,} parameters, {cpu()}, one thread, torch {torch.__version__}\n")
+    print("| optimizer | CPU seconds a step | to AdamW foreach | memory, of the parameters | after the step |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, row in found.items():
+        ratio = row["seconds"] / found["AdamW foreach"]["seconds"] if "AdamW foreach" in found else float("nan")
+        print(f"| {name} | {row['seconds']:.3f} | {ratio:.2f} | {row['peak']:.1f} | {row['after']:.1f} |")
+
+
+def measure(row: dict, size: int, repeats: int) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(1)
+    dtype = getattr(torch, row.get("dtype", "float32"))
+    parameters = [torch.nn.Parameter(torch.randn(size // 10, dtype=dtype) * 0.02) for _ in range(10)]
+    gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
+    options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
+    optimizer = make(row["kind"], parameters, options)
+    before = resident()
+    times = []
+    reset_peak()
+    for _ in range(repeats + 2):
+        start = time.process_time()
+        step(row["kind"], optimizer, parameters, gradients, options.get("mc_samples", 1))
+        times.append(time.process_time() - start)
+    unit = sum(p.nbytes for p in parameters)
+    return {"seconds": min(times[2:]), "peak": (peak() - before) / unit, "after": (resident() - before) / unit}
+
+
+def make(kind: str, parameters: list, options: dict):
+    import torch
+
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=1e-4, **options)
+    if kind == "ivon-opt":
+        import ivon
+
+        return ivon.IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2)
+    from mergekit_bayes.optim import IVON
+
+    return IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options)
+
+
+def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) -> None:
+    if kind == "adamw":
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+        return
+    for _ in range(samples):
+        with optimizer.sampled_params(train=True):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g
+            if getattr(optimizer, "curvature_due", False):
+                # One draw's squares, without the backward that finds them.
+                optimizer._squares = {p: g.float().square() for p, g in zip(parameters, gradients, strict=True)}
+                optimizer._observed = 1
+    optimizer.step()
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
