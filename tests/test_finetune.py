@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests import tiny
@@ -448,3 +450,26 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
     run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, resume=True, **changes), quiet=True)
     for file in ("model.safetensors", "posterior/precision.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
+    trainer, loop = re.findall(r"```python\n(.*?)```", guide, re.S)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model(str(tiny_gpt2(tmp_path / "base")))
+    examples = encode_rows({"text": ["the cat sat on the mat .", "a dog ran", "good film", "bad film"]}, loaded)
+    names = {"model": loaded.model, "examples": examples, "collate": Collate(2)}
+    exec(trainer.replace("100", "8").replace('"out",', '"out", report_to=[], use_cpu=True,'), names)
+    assert set(names["precision"]) == {n for n, _ in loaded.model.named_parameters()}
+    load_model(str(tmp_path / "base"))
+    names |= {"batches": batches(examples, 2, Collate(2)), "optimizer": IVON(loaded.model.parameters(), 0.1, 1e6)}
+    before = [p.detach().clone() for p in loaded.model.parameters()]
+    exec(loop, names)
+    assert not all(torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True))
+
+
+def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):
+    for optimizer, rate in (("ivon", 0.1), ("adamw", 1e-4)):
+        whole = config(tmp_path, data, optimizer=optimizer)
+        assert training.learning_rate(whole) == rate
+        assert training.learning_rate(whole.model_copy(update={"lora": module.LoraSettings()})) == 10 * rate

@@ -64,8 +64,10 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> 
 
 
 def learning_rate(config: FinetuneConfig) -> float:
-    """The rate at the start, or its default for the optimizer."""
-    return config.learning_rate if config.learning_rate is not None else (0.1 if config.optimizer == "ivon" else 1e-4)
+    """The rate at the start, or its default for the optimizer and what is trained."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
 def run_settings(
