@@ -41,6 +41,7 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
 
     Raises:
         CheckpointError: There is no such model, or transformers cannot load it.
+        ConfigError: A masked language model, and no task.
     """
     import transformers
     from safetensors import SafetensorError
@@ -54,6 +55,7 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
         config = transformers.AutoConfig.from_pretrained(path)
         if task == "auto":
             task = "classification" if _classifies(config) else "causal-lm"
+            _refuse_masked(config, ref)
         options: dict[str, Any] = {"dtype": dtype}
         if num_labels is not None:
             options["num_labels"] = num_labels
@@ -112,6 +114,15 @@ def is_classifier(ref: str) -> bool:
 
 def _classifies(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _refuse_masked(config: Any, ref: str) -> None:
+    for name in config.architectures or ():
+        if name.endswith("ForMaskedLM"):
+            raise ConfigError(
+                f"'{ref}' is a masked language model ({name}), which sees the token that it predicts when it is run as "
+                "a causal one. Name the task: classification (with a number of labels, for a new head) or causal-lm."
+            )
 
 
 def start_token(tokenizer: Any) -> int:

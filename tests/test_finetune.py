@@ -452,6 +452,15 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_a_masked_language_model_is_not_run_as_a_causal_one_unasked(tmp_path):
+    path = tiny_bert(tmp_path / "bert")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(ConfigError, match="sees the token that it predicts"):
+        load_model(str(path))
+    assert load_model(str(path), "classification").task == "classification"
+
+
 def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
     trainer, loop = re.findall(r"```python\n(.*?)```", guide, re.S)

@@ -225,6 +225,12 @@ def test_only_asks_for_the_precisions_that_it_needs(world):
         merge("p", base="base", weights="precision", out="y.safetensors")
 
 
+def test_a_file_without_a_precision_is_told_to_run_its_models_folder(world):
+    tiny.write("bare.safetensors", tiny.arrays(1))
+    with pytest.raises(PrecisionError, match=r"`bmerge precision FOLDER --data TEXTS -o bare\.precision\.safetensors`"):
+        merge("bare", "b", weights="precision", out="x.safetensors")
+
+
 def test_verify_and_a_guarded_removal_fit_into_the_header(world):
     report = merge("a", base="base", weights="precision", scale=(-1.0,), verify=True, out="x.safetensors")
     assert report.guarded_share > 0

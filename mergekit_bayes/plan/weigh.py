@@ -53,10 +53,13 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
     for model in models:
         if not model.has_precision:
             looked = precision_path(model.path)
+            make = f"bmerge precision {model.ref} --data TEXTS"
+            if model.path.is_file():  # a model is run from its folder
+                make = f"bmerge precision FOLDER --data TEXTS -o {looked}"
             raise PrecisionError(
                 f"no precision for '{model.ref}' (looked for '{looked}'). Fine-tune it with IVON, make one with "
-                f"`bmerge precision {model.ref} --data TEXTS`, name one with --precision {model.ref}=PATH, give one "
-                f"number with --isotropic {model.ref}=X, or merge with --weights uniform."
+                f"`{make}`, name one with --precision {model.ref}=PATH, give one number with --isotropic {model.ref}=X, "
+                "or merge with --weights uniform."
             )
         if model.info is None and known_info(model) is not None:
             continue  # an adapter, whose own precision was checked when it was opened
