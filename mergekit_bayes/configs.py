@@ -24,6 +24,15 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+_MERGEKIT = {  # its methods in our flags
+    "linear": "A B --scale 0.5",
+    "task_arithmetic": "A B --base BASE --scale 1",
+    "ties": "A B --base BASE --method ties --param density=0.5",
+    "dare_linear": "A B --base BASE --method dare_linear --param density=0.5",
+    "dare_ties": "A B --base BASE --method dare_ties --param density=0.5",
+    "slerp": "A B --method slerp --param t=0.5",
+}
+
 
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file into a config.
@@ -55,11 +64,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(found).__name__}.")
     if "merge_method" in found:
+        name = str(found["merge_method"])
+        line = _MERGEKIT.get(name, _MERGEKIT["task_arithmetic"])
         raise ConfigError(
             f"{path}: 'merge_method' is mergekit's. Here the same is said with flags, for example "
-            "`bmerge merge A B --base BASE --weights uniform --scale 1` for task arithmetic."
+            f"`bmerge merge {line}`; `bmerge methods` lists the methods."
         )
     return found
+
+
+def recipe_text(settings: Mapping[str, Any]) -> str:
+    """A recipe of `bmerge merge` with these settings."""
+    header = (
+        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.\n"
+        "# Paths are relative to the folder in which bmerge runs.\n"
+    )
+    return header + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

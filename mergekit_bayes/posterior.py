@@ -191,6 +191,14 @@ class Posterior:
         """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
         return self.ref if self.commit is None else f"{self.ref.partition('@')[0]}@{self.commit}"
 
+    def check_identity(self, wanted: str | None) -> None:
+        """Raise `MismatchError` if a recipe wants another mean than this."""
+        if wanted not in (None, self.identity):
+            raise MismatchError(
+                f"'{self.ref}' is not what the recipe was made with: it records {wanted:.12}..., found "
+                f"{self.identity:.12}.... Bring that model back, or take 'identities' out of the recipe."
+            )
+
     @property
     def is_file(self) -> bool:
         return self.path.is_file()

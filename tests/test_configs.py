@@ -1,9 +1,13 @@
 """Settings files: unknown keys, all errors at once, overrides."""
 
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
+from mergekit_bayes import configs
 from mergekit_bayes.configs import Config, load_config
 from mergekit_bayes.errors import ConfigError
 
@@ -46,6 +50,16 @@ def test_all_errors_are_told_at_once(tmp_path):
 def test_files_that_are_no_settings_are_explained(tmp_path, text):
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", configs._MERGEKIT)
+def test_a_recipe_of_mergekit_is_answered_with_a_line_that_parses(tmp_path, name):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"merge_method: {name}\n")
+    line = re.search(r"`bmerge merge (.*?)`", str(caught.value))[1].split()
+    done = CliRunner().invoke(app, ["merge", *line])
+    assert done.exit_code == 2
+    assert re.match(r"CheckpointError: '(A|BASE)': no such file", done.output)
 
 
 @pytest.mark.parametrize("override", ["size", "=3", "name.inner=3"])

@@ -1,6 +1,7 @@
 """Adapters: what `W + s B A` is against PEFT, its precision against the moments, and merges of adapters."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.lora import (
@@ -641,7 +644,8 @@ def test_side_files_travel_and_an_output_is_whole_or_absent(tmp_path):
     (tmp_path / "a" / "tokenizer.json").write_text("{}")
     merge_adapters(refs, tmp_path / "out")
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "merge_report.json", "tokenizer.json",
+        "adapter_config.json", "adapter_model.safetensors", "merge_recipe.yaml", "merge_report.json",
+        "tokenizer.json",
     ]  # fmt: skip
     with pytest.raises(CheckpointError, match="exists"):
         merge_adapters(refs, tmp_path / "out")
@@ -676,6 +680,26 @@ def test_options_that_contradict_each_other_are_named(tmp_path):
     adapter(tmp_path / "d", factors(3), fan_in_fan_out=True)
     with pytest.raises(MismatchError, match="fan_in_fan_out"):
         merge_adapters([refs[0], str(tmp_path / "d")], out)
+
+
+def test_a_recipe_of_adapters_gives_the_same_bytes_and_notices_a_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    two(tmp_path)
+    runner = CliRunner()
+    line = ["merge", "a", "b", "--weights", "precision", "--scale", "0.25", "--scale", "0.75", "--rank", "3"]
+    done = runner.invoke(app, [*line, "-o", "one"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert runner.invoke(app, ["merge", "one/merge_recipe.yaml", "-o", "two"], catch_exceptions=False).exit_code == 0
+    for file in ("adapter_model.safetensors", "merge_recipe.yaml"):
+        assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
+    changed = runner.invoke(app, ["merge", "one/merge_recipe.yaml", "--rank", "1", "-o", "three"])
+    assert changed.exit_code == 0
+    assert Path("three/adapter_model.safetensors").read_bytes() != Path("one/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("a")
+    adapter(tmp_path / "a", factors(7))
+    broken = runner.invoke(app, ["merge", "one/merge_recipe.yaml", "-o", "four"])
+    assert broken.exit_code == 2
+    assert "not what the recipe was made with" in " ".join(broken.output.split())
 
 
 def test_adapters_load_no_heavy_library():

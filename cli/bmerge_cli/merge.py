@@ -135,6 +135,8 @@ def command(
             "dtype": _DTYPES.get(dtype.lower(), dtype.upper()) if dtype else None,
             "max_shard_size": max_shard_size,
             "posterior": posterior,
+            "space": space,
+            "rank": rank,
             "force": force,
             "verify": verify,
         }
@@ -144,9 +146,9 @@ def command(
         if _adapters_alone(config):
             if dry_run or shard is not None or threads is not None or sync:
                 raise ConfigError("--dry-run, --shard, --threads and --sync are for whole models, not adapters alone.")
-            _merge_adapters(config, given, space, rank, screen, as_json=as_json, quiet=quiet)
+            _merge_adapters(config, given, screen, as_json=as_json, quiet=quiet)
             return
-        if context.get_parameter_source("space").name == "COMMANDLINE" or rank is not None:  # type: ignore[union-attr]
+        if (config.space, config.rank) != ("product", None):
             raise ConfigError("--space and --rank are for adapters alone; these are whole models.")
         part = parse_part(shard) if shard is not None else None
         if dry_run:  # a plan replaces nothing
@@ -205,19 +207,15 @@ def _adapters_alone(config: MergeConfig) -> bool:
     return all((f / "adapter_model.safetensors").exists() and not (f / "config.json").exists() for f in folders)
 
 
-def _merge_adapters(
-    config: MergeConfig, given: set[str], space: str, rank: int | None, screen: Any, *, as_json: bool, quiet: bool
-) -> None:
+def _merge_adapters(config: MergeConfig, given: set[str], screen: Any, *, as_json: bool, quiet: bool) -> None:
     from mergekit_bayes.lora import merge_adapters
 
-    ours = {"models", "weights", "scale", "out", "precision", "counts", "force"}
+    ours = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
     if foreign := sorted(given - ours):
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, --scale, --counts, "
             "--precision, --space and --rank. Put the base before each to merge whole models: BASE+ADAPTER."
         )
-    if space not in ("product", "concat", "factor"):
-        raise ConfigError(f"--space {space}: expected product, concat or factor.")
     if any(isinstance(s, str) for s in config.scale):
         raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
     with progress_bar(screen, "merging") as advance:
@@ -226,10 +224,11 @@ def _merge_adapters(
             Path(config.out or "merged"),
             scales=[float(s) for s in config.scale],
             weights=config.weights,
-            space=space,  # type: ignore[arg-type]
-            rank=rank,
+            space=config.space,
+            rank=config.rank,
             counts=config.counts,
             precision=config.precision,
+            identities=config.identities,
             force=config.force,
             progress=advance,
         )

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mergekit_bayes import __version__
-from mergekit_bayes.configs import Config
+from mergekit_bayes.configs import Config, recipe_text
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adapter, Factors, Layer, open_adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
@@ -34,9 +34,9 @@ from mergekit_bayes.tensors import MERGEABLE, Array, SafetensorsSink, TensorSpec
 Space = Literal["product", "concat", "factor"]
 Weights = Literal["uniform", "precision"]
 
-_REPORT = "merge_report.json"
+_REPORT, _RECIPE = "merge_report.json", "merge_recipe.yaml"
 _BLOCK = 1 << 22  # entries of a dense layer that are weighed at a time
-_LEFT_BEHIND = (CONFIG, _REPORT, "trainer_state.json", "all_results.json", "train_results.json")
+_LEFT_BEHIND = (CONFIG, _REPORT, _RECIPE, "trainer_state.json", "all_results.json", "train_results.json")
 _FORMULA = {
     ("product", "uniform"): "dW = sum_t c_t s_t B_t A_t, cut to rank R",
     ("product", "precision"): "dW = sum_t c_t S_t s_t B_t A_t / sum_t c_t S_t, S_t = 1 / (V_W + floor), cut to rank R",
@@ -93,6 +93,7 @@ def merge_adapters(
     rank: int | None = None,
     counts: Literal["equal", "recorded"] = "equal",
     precision: Mapping[str, str] | None = None,
+    identities: Mapping[str, str] | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -111,6 +112,7 @@ def merge_adapters(
         counts: `equal` takes all precisions for one number of observations, the smallest on record; `recorded` each
             for its own.
         precision: Another place for an adapter's precision, by the adapter as given.
+        identities: What each adapter must be, as a recipe records it.
         seed: Of the SVD of large layers.
         force: Replace `out`.
         progress: Called with (layers done, layers in all).
@@ -130,6 +132,7 @@ def merge_adapters(
                 open_adapter(ref, precision=place, with_precision=weights == "precision" or space == "factor")
             )
             stack.callback(opened[-1].close)
+            opened[-1].posterior.check_identity((identities or {}).get(ref))
         if any(out.resolve() == a.posterior.path.resolve() for a in opened):
             raise CheckpointError(f"-o {out} would overwrite an adapter that is merged. Choose another -o.")
         notes: list[str] = []
@@ -152,6 +155,13 @@ def merge_adapters(
             layers=done, whole=fates, notes=tuple(notes),
         )  # fmt: skip
         (partial / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+        pinned = {a.ref: a.posterior.pinned for a in opened}
+        recipe = {
+            "models": list(pinned.values()), "weights": weights, "scale": list(scales), "counts": counts,
+            "precision": {pinned[ref]: place for ref, place in (precision or {}).items() if ref in pinned},
+            "space": space, "rank": rank, "identities": {a.posterior.pinned: a.posterior.identity for a in opened},
+        }  # fmt: skip
+        (partial / _RECIPE).write_text(recipe_text(recipe))
         return report
 
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mergekit_bayes import configs
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Partial
 from mergekit_bayes.merge.work import Sinks
@@ -187,16 +186,12 @@ def _sync_path(path: Path) -> None:
 
 def recipe_text(plan: MergePlan) -> str:
     """The resolved recipe: every setting as it was used, Hub ids by their commit."""
-    content = plan.config.model_dump(mode="json", exclude={"out", "force"})
+    content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
     pinned = {m.ref: m.pinned for m in plan.models if m.pinned != m.ref}
     content = _renamed(content, pinned)
     content["param"] = dict(plan.settings)
     content["identities"] = {m.pinned: m.identity for m in plan.models}
-    header = (
-        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.\n"
-        "# Paths are relative to the folder in which bmerge runs.\n"
-    )
-    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return configs.recipe_text(content)
 
 
 def _renamed(content: Any, names: Mapping[str, str]) -> Any:

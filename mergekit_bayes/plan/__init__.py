@@ -123,12 +123,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                     f"'{model.ref}' is an adapter among whole models. Put its base before it: BASE+{model.ref}. "
                     "(Adapters alone merge into an adapter.)"
                 )
-            wanted = config.identities.get(model.ref)
-            if wanted not in (None, model.identity):
-                raise MismatchError(
-                    f"'{model.ref}' is not what the recipe was made with: it records {wanted:.12}..., found "
-                    f"{model.identity:.12}.... Bring that model back, or take 'identities' out of the recipe."
-                )
+            model.check_identity(config.identities.get(model.ref))
         target = choose_target(config, models)
         notes = [note for m in models if isinstance(m.mean, AdaptedSource) for note in m.mean.notes]
         weighings = [Weighing()] * len(models)

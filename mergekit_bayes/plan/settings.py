@@ -45,6 +45,8 @@ class MergeConfig(Config):
             nothing there, needs a base).
         dtype: What merged tensors are written in; otherwise as the base (else the first model) has them.
         max_shard_size: Such as `5GB`; otherwise the shards of the base (else of the first model).
+        space: Adapters alone: `product` of the factors, `concat` (their exact sum) or `factor` by factor.
+        rank: Adapters alone: of the merged one in product space; by default the largest of theirs.
         identities: What each model must be (`bmerge inspect` shows it); a recipe records what it was made with.
         verify: Compare all bytes of each mean with its posterior's record, not only sampled blocks.
     """
@@ -70,6 +72,8 @@ class MergeConfig(Config):
     observations: dict[str, str] = {}
     shrink: str | None = None
     pool: Literal["tensor", "row"] | None = None
+    space: Literal["product", "concat", "factor"] = "product"
+    rank: int | None = None
     identities: dict[str, str] = {}
     posterior: bool = True
     force: bool = False

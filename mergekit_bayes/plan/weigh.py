@@ -58,8 +58,8 @@ def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: li
                 make = f"bmerge precision FOLDER --data TEXTS -o {looked}"
             raise PrecisionError(
                 f"no precision for '{model.ref}' (looked for '{looked}'). Fine-tune it with IVON, make one with "
-                f"`{make}`, name one with --precision {model.ref}=PATH, give one number with --isotropic {model.ref}=X, "
-                "or merge with --weights uniform."
+                f"`{make}`, name one with --precision {model.ref}=PATH, give one number with --isotropic "
+                f"{model.ref}=X, or merge with --weights uniform."
             )
         if model.info is None and known_info(model) is not None:
             continue  # an adapter, whose own precision was checked when it was opened
