@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -257,7 +258,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def precision(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Posterior precision `ess h + S_p` of every trained parameter, float32, 1/weight^2.
 
-        S_p is the prior's precision, `ess * weight_decay` where no other was given.
+        S_p is the prior's precision, `ess * weight_decay` where no other was given. Of sharded parameters these are
+        shards; `full_tensors` makes them whole.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         found = {}
@@ -269,7 +271,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def health(self, batch_size: float) -> dict[str, float]:
-        """How much the posterior can be trusted.
+        """How much the posterior can be trusted; with sharded parameters a collective over all shards.
 
         Args:
             batch_size: Observations that enter one step, over micro-batches and ranks.
@@ -278,7 +280,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             `init_fraction` = beta2^steps, the share of `hess_init` still in h; `hess_min`, `hess_median`, `hess_max`;
             `bad_entries`, where `h + d` is not a positive number; `sigma_over_rms`, the median over matrices of
             posterior deviation to weight size, with matrices of zeros left out.
-            Quantiles are from at most 65,536 entries a tensor.
+            Quantiles are from at most 65,536 entries a tensor, where it is sharded as many in all.
         """
         samples, ratios, steps, bad = [], [], 0, 0
         for group in self.param_groups:
@@ -293,6 +295,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 if rms > 0 and parameter.ndim > 1:  # biases are near zero and would always alarm
                     ratios.append(float((curvature * group["ess"]).rsqrt().median()) / rms)
         values = torch.cat(samples) if samples else torch.zeros(1)
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            values, ratios, bad = _of_all_shards(values, ratios, bad)
         return {
             "init_fraction": self.param_groups[0]["beta2"] ** steps,
             "hess_min": float(values.min()),
@@ -334,6 +338,23 @@ def newton_step(
     if math.isfinite(clip_radius):
         direction.clamp_(-clip_radius * correction, clip_radius * correction)
     mean.sub_(direction, alpha=lr / correction)
+
+
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shards made whole, on the CPU of rank 0; other ranks, which must call this too, get an empty dict.
+
+    One tensor after the other, so that no device holds more than one whole. Under `fully_shard`, mean and posterior:
+
+        mean = full_tensors(model.state_dict())
+        precision = full_tensors(optimizer.precision(model.named_parameters()))
+    """
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if main:
+            found[name] = whole.detach().to("cpu", copy=True)
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -388,6 +409,15 @@ def in_range(optimizer: str, rules: Iterable[tuple[str, float, bool]]) -> None:
     for name, value, good in rules:
         if not good:
             raise ValueError(f"{optimizer}: {name}={value} is out of range")
+
+
+def _of_all_shards(values: Tensor, ratios: list[float], bad: int) -> tuple[Tensor, list[float], int]:
+    """What `health` has found on each rank, put together; of replicas too, which changes no median."""
+    few = max(1, values.numel() // 65536)
+    mine = (torch.cat([values[::few], values.min()[None], values.max()[None]]).cpu(), ratios, bad)
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    return torch.cat([t[0] for t in theirs]), [r for t in theirs for r in t[1]], sum(t[2] for t in theirs)
 
 
 def _shard(parameter: Tensor) -> int:

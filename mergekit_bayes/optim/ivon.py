@@ -7,14 +7,14 @@ so mixed dtypes, sharding, resuming and frozen parameters work by the ordinary m
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from mergekit_bayes.optim.base import (
     Moved,
@@ -139,6 +139,11 @@ class IVON(PosteriorOptimizer):
     The loss is a mean over the observations that `ess` counts. Clipping and unscaling belong inside the context,
     which takes the gradients when it closes. Replicas (DDP) draw the same noise; shards (DTensor) each their own.
 
+    Under `fully_shard` all ranks see the same gathered sample, so a step is one sample on the global batch. Make the
+    optimizer after sharding, and shard the root with `reshard_after_forward=True` if samples are used for prediction:
+    by default the root keeps its gathered weights after a forward without a backward, and the next one would still
+    see them. `full_tensors` gathers mean and precision; `torch.distributed.checkpoint` saves and loads the state.
+
     Parameters of fewer than 32 bits have a float32 master of the mean in `state`, so that small steps add up. Their
     curvature is estimated with the noise that was drawn: E[eps g(round(mean + sigma eps))] is exactly sigma times the
     derivative of the smoothed gradient, while the perturbation that rounding leaves adds its own square (a factor of
@@ -250,18 +255,27 @@ class IVON(PosteriorOptimizer):
         With E[v v'] the Hessian of the loss in the outputs z (`curvature.random_root`), F is unbiased for the diagonal
         of the GGN at any batch size; draw the v of each rank by a seed of its own.
 
+        The v of different observations are independent and have mean zero, so that cross terms vanish and F is also
+        unbiased where gradients are summed over ranks before they are squared. Sharded parameters do that, because
+        they have no gradient of one rank: there one draw is made of all ranks, with R times the variance.
+
         Args:
             projected: sum_n <v_n, z_n>, with its graph, which is kept.
             observations: The n of the sum.
+
+        Raises:
+            RuntimeError: Sharded parameters whose gradients are not reduced in every micro-batch.
         """
         parameters = [p for group in self.param_groups for _, p, _ in self._trainable(group)]
+        gradients: Sequence[Tensor | None]
         if any(isinstance(p, DTensor) for p in parameters):
-            raise ValueError("IVON: curvature='ggn' does not work on sharded parameters; use 'price'")
-        gradients = torch.autograd.grad(projected, parameters, retain_graph=True, allow_unused=True)
+            gradients = _summed_gradients(projected, parameters)
+        else:
+            gradients = torch.autograd.grad(projected, parameters, retain_graph=True, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter not in self._squares:
-                    self._squares[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+                    self._squares[parameter] = torch.zeros_like(local(parameter), dtype=torch.float32)
                 if gradient is not None:
                     self._squares[parameter].addcmul_(gradient.float(), gradient.float())
         self._observed += observations
@@ -275,7 +289,8 @@ class IVON(PosteriorOptimizer):
         if dist.is_initialized() and dist.get_world_size() > 1:
             device = next(iter(squares.values())).device
             count = torch.tensor(observed, dtype=torch.float64, device=device)
-            for tensor in (count, *squares.values()):
+            whole = [square for parameter, square in squares.items() if not isinstance(parameter, DTensor)]
+            for tensor in (count, *whole):
                 dist.all_reduce(tensor)
             observed = int(count)
         for square in squares.values():
@@ -346,6 +361,7 @@ class IVON(PosteriorOptimizer):
                 with self.sampled_params(train=True), torch.enable_grad():
                     loss = closure()
         squares = self._reduced_curvature()
+        seen: list[tuple[Tensor, dict[str, Any], Tensor, int]] = []
         for group in self.param_groups:
             group["steps"] += bool(self._sample)
             for _, parameter, state in self._trainable(group):
@@ -358,14 +374,20 @@ class IVON(PosteriorOptimizer):
                 if self.curvature == "ggn":
                     self._update_ggn(parameter, group, state, sampled.grad, squares.pop(parameter, None))
                 else:
-                    self._update(parameter, group, state, sampled)
+                    looked, noise = self._update(parameter, group, state, sampled)
+                    seen.append((parameter, group, noise, looked))
                 if group["adapt_prior"] and parameter.ndim > 1:
                     self._adapt(parameter, group, state)
+        for parameter, group, noise, count in _over_shards(seen):
+            self.state[parameter]["noise"].lerp_(noise / max(count, 1), 1 - group["beta2"])
         self._samples.clear()
         self._sample = 0
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], sampled: _Sampled) -> None:
+    def _update(
+        self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], sampled: _Sampled
+    ) -> tuple[int, Tensor]:
+        """Make the step; return how many entries the noise number looked at, and its sum over them."""
         centre, decay = self._prior_of(parameter, group, state)
         scale = group["hess_init"] + self._typical_decay(parameter, group) if group["rescale_lr"] else 1.0
         weights = local(parameter)
@@ -389,9 +411,7 @@ class IVON(PosteriorOptimizer):
             )  # fmt: skip
         if mean is not weights:
             weights.copy_(mean)
-        if "noise" not in state:
-            state["noise"] = torch.zeros((), device=weights.device)
-        state["noise"].lerp_(noise / max(looked, 1), 1 - group["beta2"])
+        return looked, noise
 
     def _update_ggn(
         self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], grad: Tensor, squares: Tensor | None
@@ -419,17 +439,21 @@ class IVON(PosteriorOptimizer):
 
     def _trainable(self, group: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         for index, parameter, state in super()._trainable(group):
+            # All of the state is there from the start, as torch.distributed.checkpoint loads into what it finds.
             if self.curvature == "ggn" and "estimates" not in state:
                 state["estimates"] = torch.zeros((), dtype=torch.float32)
+            if self.curvature == "price" and "noise" not in state:
+                state["noise"] = torch.zeros((), device=parameter.device)
+            if group["adapt_prior"] and parameter.ndim > 1 and "weight_decay" not in state:
+                start = self._prior.get(parameter, (None, float(group["weight_decay"])))[1]
+                if not isinstance(start, Tensor):  # else every entry has a prior of its own
+                    state["weight_decay"] = torch.full((), start, device=parameter.device)
             yield index, parameter, state
 
     def _adapt(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        centre, start = self._prior.get(parameter, (None, float(group["weight_decay"])))
-        if isinstance(start, Tensor):
-            return  # every entry has a prior of its own
         if "weight_decay" not in state:
-            state["weight_decay"] = torch.full((), start, device=parameter.device)
-        decay = state["weight_decay"]
+            return
+        centre, decay = self._prior.get(parameter, (None, None))[0], state["weight_decay"]
         mean = state.get("mean", parameter).float()
         away = mean if centre is None else mean - centre
         spread = ((state["hess"] + float(decay)) * group["ess"]).reciprocal_()
@@ -468,3 +492,41 @@ def _ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, ess: float)
     f, h = (t.reshape(-1)[some] for t in (noise_grad, hess))
     d = decay.reshape(-1)[some] if isinstance(decay, Tensor) and decay.ndim else decay
     return (f * ess).sub_(h / (h + d))
+
+
+def _summed_gradients(projected: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of this rank's shards, summed over ranks, which all call this; `.grad` stays as it was."""
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    torch.autograd.backward(projected, retain_graph=True)
+    found: list[Tensor | None] = []
+    for p, kept in zip(parameters, before, strict=True):
+        # fully_shard reduces to the mean over ranks; what it leaves alone is squared before it is reduced.
+        scale = dist.get_world_size() if isinstance(p, DTensor) else 1
+        found.append(None if p.grad is None else local(p.grad) * scale)
+        p.grad = kept
+    if all(g is None for g in found):
+        raise RuntimeError(
+            "IVON: add_curvature found no gradient. Under fully_shard every micro-batch of a step in which "
+            "curvature_due is True needs its gradients reduced: model.set_requires_gradient_sync(True)."
+        )
+    return found
+
+
+def _over_shards(
+    seen: list[tuple[Tensor, dict[str, Any], Tensor, int]],
+) -> Iterator[tuple[Tensor, dict[str, Any], Tensor, float]]:
+    """Sum and count of each parameter, over its shards where it has several; one collective for all of a mesh."""
+    meshes: dict[Any, list[tuple[Tensor, dict[str, Any], Tensor, int]]] = {}
+    for entry in seen:
+        if isinstance(entry[0], DTensor):
+            meshes.setdefault(entry[0].device_mesh, []).append(entry)
+        else:
+            yield entry
+    for mesh, entries in meshes.items():
+        counts = torch.tensor([e[3] for e in entries], dtype=torch.float32, device=entries[0][2].device)
+        mine = torch.stack([torch.stack([e[2] for e in entries]), counts])
+        sums, totals = DTensor.from_local(mine, mesh, [Partial()] * mesh.ndim).full_tensor()
+        for (parameter, group, _, _), noise, total in zip(entries, sums, totals.tolist(), strict=True):
+            yield parameter, group, noise, total
