@@ -6,17 +6,19 @@
 Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
 samples, antithetic pairs, gradient accumulation and DDP are right, and a callback that stops in the middle of a step
 finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step.
+After `load_best_model_at_end` weights and posterior are those of the same, best checkpoint.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.optim.base import mix
 
@@ -41,6 +43,7 @@ class IvonTrainerMixin:
     accelerator: Any
     optimizer_cls_and_kwargs: Any
     args: Any
+    state: Any
     _held: list[dict[str, Any]]
     _observing: int | None = None  # the micro-batch whose curvature is due
 
@@ -50,6 +53,11 @@ class IvonTrainerMixin:
             raise ConfigError("IVON takes its gradients before the Trainer clips them: set max_grad_norm=0.")
         if self.accelerator.scaler is not None:
             raise ConfigError("IVON does not work with the fp16 gradient scaler. Use bf16 instead of fp16.")
+        if self.args.load_best_model_at_end and self.args.save_only_model:
+            raise ConfigError(
+                "load_best_model_at_end with save_only_model: the best checkpoint would have weights and no posterior. "
+                "Set save_only_model=False."
+            )
         if self.optimizer is None:
             kind, settings = self.optimizer_cls_and_kwargs
             model = self.model if model is None else model
@@ -59,6 +67,17 @@ class IvonTrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._held = []  # whatever an earlier run that stopped in the middle of a step left
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, and the optimizer's state that was saved with them."""
+        super()._load_best_model()  # type: ignore[misc]
+        best = self.state.best_model_checkpoint
+        if not any(Path(best).glob("optimizer*")):
+            raise CheckpointError(
+                f"'{best}' is the best checkpoint and holds no optimizer.pt, so its posterior is lost. Train again, or "
+                "store a precision of its weights with bmerge precision."
+            )
+        self._load_optimizer_and_scheduler(best)  # type: ignore[attr-defined]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer fetches a step's micro-batches here: whatever an interrupted step left is dropped."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -23,15 +24,20 @@ class Trainer(IvonTrainerMixin, transformers.Trainer):
     pass
 
 
-def trainer(tmp_path, callbacks=(), ivon=None, **arguments):
+def trainer(tmp_path, callbacks=(), ivon=None, eval_dataset=False, adapter=False, **arguments):
     loaded = load_model(str(tiny_gpt2(tmp_path / "m")))
+    model = loaded.model
+    if adapter:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))
+    rows = encode_rows(ROWS, loaded)
     settings = {"output_dir": str(tmp_path / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
                 "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True, "save_strategy": "no",
                 "remove_unused_columns": False, "max_steps": 4, **arguments}  # fmt: skip
     return Trainer(
-        model=loaded.model,
+        model=model,
         args=transformers.TrainingArguments(**settings),
-        train_dataset=encode_rows(ROWS, loaded),
+        train_dataset=rows,
+        eval_dataset=rows if eval_dataset else None,
         data_collator=Collate(2),
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})}),
@@ -97,6 +103,47 @@ def test_settings_that_would_break_ivon_are_refused(tmp_path):
 def test_another_optimizer_is_refused():
     with pytest.raises(ConfigError, match="not IVON"):
         unwrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+class Scripted(transformers.TrainerCallback):
+    """Decides which step is the best, and remembers the trained parameters of each."""
+
+    def __init__(self, losses):
+        self.losses, self.seen = losses, {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def evaluate(self, trainer):
+        return lambda *args, **kwargs: {"eval_loss": self.losses[trainer.state.global_step - 1]}
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "save_total_limit": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_best_model_has_its_own_posterior_and_not_the_last_one(tmp_path, adapter):
+    script = Scripted([3.0, 1.0, 2.0, 4.0])
+    t = trainer(tmp_path, [script], eval_dataset=True, adapter=adapter, **BEST)
+    t.evaluate = script.evaluate(t)
+    t.train()
+    assert t.state.best_model_checkpoint.endswith("checkpoint-2")
+    trained = {n: p for n, p in t.model.named_parameters() if n in script.seen[2]}
+    for name, p in trained.items():
+        assert torch.equal(p, script.seen[2][name]), name
+    assert not all(torch.equal(p, script.seen[4][n]) for n, p in trained.items())
+    saved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt")["state"]
+    precision = unwrap(t.optimizer).precision(t.model.named_parameters())
+    assert len(precision) == len(saved) == len(trained)
+    for entry, tensor in zip(saved.values(), precision.values(), strict=True):
+        assert entry["step"] == 2
+        torch.testing.assert_close(tensor, 1e4 * (entry["hess"] + 1e-3), rtol=1e-6, atol=0)
+
+
+def test_a_best_checkpoint_without_a_posterior_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="save_only_model=False"):
+        trainer(tmp_path, eval_dataset=True, save_only_model=True, **BEST).train()
 
 
 GGN = {"curvature": "ggn", "weight_decay": 1e-2, "clip_radius": 1e-3, "seed": 3}
