@@ -1,0 +1,376 @@
+"""A Hub on the loopback interface for tests: the real client library talks to it, and nothing leaves the machine.
+
+Repositories live in memory, content-addressed as in git. Files named `*.safetensors` are large (LFS), all others
+regular. A test sets what goes wrong (`deny`, `gated`, `cut_uploads`, `cut_downloads`) and reads what was asked (`log`).
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_aTokenThatNobodyMaySee"
+USER = "me"
+ORGANISATIONS = ("org", "me")
+
+
+class Blob(NamedTuple):
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def sha1(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        return self.sha256 if self.lfs else self.sha1
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    gated: bool = False
+    refs: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    def commit(self, ref: str, files: dict[str, Blob], message: str) -> str:
+        listing = json.dumps([sorted((p, b.oid) for p, b in files.items()), message, len(self.commits)])
+        sha = hashlib.sha1(listing.encode()).hexdigest()
+        self.commits[sha], self.refs[ref] = files, sha
+        self.messages.append(message)
+        return sha
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """Content by path."""
+        return {p: b.content for p, b in self.commits[self.refs.get(revision, revision)].items()}
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+class Hub:
+    """The state of the server; `url` is its address."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.large: dict[str, bytes] = {}
+        self.log: list[Request] = []
+        self.cut_uploads: int | None = None  # so many large files still arrive, then every connection breaks
+        self.cut_downloads: int = 0  # so many answers of more than a kilobyte break off half-way
+        self.url = ""
+
+    def asked(self, method: str, part: str = "") -> list[str]:
+        """Paths that were asked for by a method, those that contain `part`."""
+        return [r.path for r in self.log if r.method == method and part in r.path]
+
+    def add(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
+        """A repository with one commit."""
+        repo = self.repos[name] = Repo(**options)
+        blobs = {p: Blob(c, p.endswith(".safetensors")) for p, c in (files or {}).items()}
+        self.large |= {b.sha256: b.content for b in blobs.values() if b.lfs}
+        repo.commit("main", blobs, "initial commit")
+        return repo
+
+
+class Refused(Exception):
+    def __init__(self, status: int, code: str | None = None, message: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.hub.log.append(Request(self.command, unquote(url.path), self.headers.get("Range"), token))
+        try:
+            self.token = token
+            if token is not None and token != TOKEN:
+                raise Refused(401, None, "Invalid credentials in Authorization header")
+            parts = [unquote(p) for p in url.path.split("/")[1:]]
+            self._route(parts, parse_qs(url.query))
+        except Refused as no:
+            headers = {"X-Error-Code": no.code} if no.code else {}
+            self._json({"error": no.message}, no.status, headers | {"X-Error-Message": no.message})
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _route(self, parts: list[str], query: dict[str, list[str]]) -> None:
+        match parts:
+            case ["api", "whoami-v2"]:
+                self._login()
+                self._json({"type": "user", "name": USER, "auth": {"type": "access_token"}, "orgs": []})
+            case ["api", "repos", "create"]:
+                self._create()
+            case ["api", "validate-yaml"]:
+                self._body()
+                self._json({"errors": [], "warnings": []})
+            case ["api", "models", org, name]:
+                self._json(self._model(f"{org}/{name}", "main"))
+            case ["api", "models", org, name, "revision", revision]:
+                self._json(self._model(f"{org}/{name}", revision))
+            case ["api", "models", org, name, "tree", revision, *folder]:
+                self._tree(f"{org}/{name}", revision, "/".join(folder))
+            case ["api", "models", org, name, "preupload", revision]:
+                self._preupload(f"{org}/{name}", revision)
+            case ["api", "models", org, name, "commit", revision]:
+                self._commit(f"{org}/{name}", revision, "create_pr" in query)
+            case ["api", "models", org, name, "branch", branch]:
+                self._branch(f"{org}/{name}", branch)
+            case [org, name, "info", "lfs", "objects", "batch"]:
+                self._batch(f"{org}/{name.removesuffix('.git')}")
+            case ["lfs", oid]:
+                self._put(oid)
+            case [org, name, "resolve", revision, *path]:
+                self._resolve(f"{org}/{name}", revision, "/".join(path))
+            case _:
+                self._body()
+                raise Refused(404, None, "no such endpoint")
+
+    def _login(self) -> None:
+        if self.token is None:
+            self._body()
+            raise Refused(401, None, "Invalid username or password.")
+
+    def _repo(self, name: str, *, write: bool = False, content: bool = False) -> Repo:
+        repo = self.hub.repos.get(name)
+        if repo is None or (repo.private and self.token is None):
+            raise Refused(404 if self.token else 401, "RepoNotFound", "Repository not found")
+        if content and repo.gated:
+            raise Refused(403, "GatedRepo", "Access to model is restricted. Visit the page to ask for access.")
+        if write:
+            self._login()
+            if name.split("/")[0] not in ORGANISATIONS:
+                raise Refused(403, None, "you do not have the rights to write here")
+        return repo
+
+    def _at(self, repo: Repo, revision: str) -> str:
+        sha = repo.refs.get(revision, revision)
+        if sha not in repo.commits:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha
+
+    def _create(self) -> None:
+        asked = json.loads(self._body())
+        self._login()
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        if name.split("/")[0] not in ORGANISATIONS:
+            raise Refused(403, None, "you do not have the rights to create a model under this namespace")
+        answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
+        if name in self.hub.repos:
+            self._json(answer | {"error": "You already created this model repo"}, 409)
+            return
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
+        self._json(answer)
+
+    def _model(self, name: str, revision: str) -> dict[str, Any]:
+        repo = self._repo(name)
+        sha = self._at(repo, revision)
+        files = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+        about = {"_id": name, "id": name, "modelId": name, "tags": [], "downloads": 0, "likes": 0}
+        return about | {"sha": sha, "private": repo.private, "gated": "manual" if repo.gated else False,
+                        "siblings": files}  # fmt: skip
+
+    def _tree(self, name: str, revision: str, folder: str) -> None:
+        repo = self._repo(name)
+        files = repo.commits[self._at(repo, revision)]
+        found = {p: b for p, b in files.items() if not folder or p.startswith(folder + "/")}
+        if folder and not found:
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist")
+        rows: list[dict[str, Any]] = []
+        for path, blob in sorted(found.items()):
+            row = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.sha1}
+            if blob.lfs:
+                row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
+            rows.append(row)
+        self._json(rows)
+
+    def _preupload(self, name: str, revision: str) -> None:
+        asked = json.loads(self._body())
+        repo = self._repo(name, write=True)
+        files = repo.commits[self._at(repo, revision)]
+        self._json({"files": [
+            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+             "shouldIgnore": False, "oid": files[f["path"]].oid if f["path"] in files else None}
+            for f in asked["files"]
+        ]})  # fmt: skip
+
+    def _batch(self, name: str) -> None:
+        asked = json.loads(self._body())
+        self._repo(name, write=True)
+        objects = []
+        for item in asked["objects"]:
+            row = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.hub.large:
+                row["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+            objects.append(row)
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _put(self, oid: str) -> None:
+        if self.hub.cut_uploads is not None:
+            if self.hub.cut_uploads == 0:
+                self.rfile.read(min(64, int(self.headers.get("Content-Length") or 0)))
+                self.close_connection = True
+                self.connection.close()
+                return
+            self.hub.cut_uploads -= 1
+        content = self._body()
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.large[oid] = content
+        self._json({})
+
+    def _commit(self, name: str, revision: str, pull_request: bool) -> None:
+        lines = [json.loads(line) for line in self._body().splitlines()]
+        repo = self._repo(name, write=True)
+        files = dict(repo.commits[self._at(repo, revision)])
+        message = ""
+        for line in lines:
+            value = line["value"]
+            match line["key"]:
+                case "header":
+                    message = value["summary"]
+                case "file":
+                    files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
+                case "lfsFile":
+                    files[value["path"]] = Blob(self.hub.large[value["oid"]], lfs=True)
+                case "deletedFile":
+                    del files[value["path"]]
+        number = 1 + sum(r.startswith("refs/pr/") for r in repo.refs)
+        sha = repo.commit(f"refs/pr/{number}" if pull_request else revision, files, message)
+        answer = {
+            "success": True,
+            "commitOid": sha,
+            "commitUrl": f"{self.hub.url}/{name}/commit/{sha}",
+            "hookOutput": "",
+        }
+        if pull_request:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
+        self._json(answer)
+
+    def _branch(self, name: str, branch: str) -> None:
+        asked = json.loads(self._body() or b"{}")
+        repo = self._repo(name, write=True)
+        if branch in repo.refs:
+            raise Refused(409, None, "Reference already exists")
+        repo.refs[branch] = self._at(repo, asked.get("startingPoint") or "main")
+        self._json({}, 201)
+
+    def _resolve(self, name: str, revision: str, path: str) -> None:
+        repo = self._repo(name, content=True)
+        sha = self._at(repo, revision)
+        blob = repo.commits[sha].get(path)
+        if blob is None:
+            raise Refused(404, "EntryNotFound", "Entry not found")
+        headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        content, status, wanted = blob.content, 200, self.headers.get("Range")
+        if wanted:
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            stop = min(int(end) + 1 if end else len(content), len(content))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            content, status = content[int(start) : stop], 206
+        if self.command == "GET" and self.hub.cut_downloads > 0 and len(content) > 1024:
+            self.hub.cut_downloads -= 1
+            self._answer(status, headers, content, half=True)
+            return
+        self._answer(status, headers, content)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            found = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                found += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return found
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._answer(status, {"Content-Type": "application/json"} | (headers or {}), json.dumps(content).encode())
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if half else content)
+        if half:
+            self.wfile.flush()
+            self.close_connection = True
+
+
+@contextmanager
+def serving():
+    """A hub that answers until the block ends."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def environment(hub: Hub, home: Any, token: str | None = TOKEN) -> dict[str, str]:
+    """What a process needs to take `hub` for the Hub."""
+    found = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    return found | ({"HF_TOKEN": token} if token else {})
+
+
+def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> None:
+    """Point the client library in this process at `hub`, with a cache of its own, until the test ends.
+
+    huggingface_hub reads its environment at import, so the constants that it read are set instead; it looks them up
+    at every call.
+    """
+    from huggingface_hub import constants, hf_api
+
+    from mergekit_bayes import sources
+
+    home.mkdir(parents=True, exist_ok=True)
+    for name, value in environment(hub, home, token).items():
+        monkeypatch.setenv(name, value)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(sources, "_COMMITS", {})

@@ -1,0 +1,125 @@
+"""Models and posteriors taken from the Hub by name, against a hub on the loopback interface."""
+
+import pytest
+
+from mergekit_bayes import sources
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.posterior import open_posterior
+from tests import hub_double, tiny
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_double.serving() as server:
+        hub_double.use(server, monkeypatch, tmp_path / "home")
+        yield server
+
+
+def folder(path, seed=0, precision=True):
+    """A model folder with a posterior."""
+    mean = tiny.arrays(seed)
+    if precision:
+        tiny.posterior(path / "model.safetensors", mean, tiny.precisions(seed))
+        (path / "posterior").mkdir()
+        (path / "model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
+        (path / "posterior" / "posterior.json").write_text("{}")
+    else:
+        tiny.write(path / "model.safetensors", mean)
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    return path
+
+
+def files(path):
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_hub_id_is_fetched_with_its_commit(hub, tmp_path):
+    repo = hub.add("org/a", files(folder(tmp_path / "a")))
+    found = open_posterior("org/a")
+    assert found.commit == repo.refs["main"]
+    assert found.pinned == f"org/a@{repo.refs['main']}"
+    assert found.has_precision
+    found.close()
+
+
+def test_uniform_weights_fetch_no_posterior(hub, tmp_path):
+    hub.add("org/a", files(folder(tmp_path / "a")))
+    open_posterior("org/a", with_precision=False).close()
+    assert hub.asked("GET", "model.safetensors")
+    assert not hub.asked("GET", "resolve/main/posterior")
+    assert not [p for p in hub.asked("GET") if "/posterior/" in p]
+
+
+def test_all_files_of_a_process_are_of_one_commit(hub, tmp_path):
+    repo = hub.add("org/a", files(folder(tmp_path / "a")))
+    first = sources.resolve("org/a", sources.CHECKPOINT)
+    repo.commit("main", {}, "emptied in between")
+    assert sources.resolve("org/a", sources.CHECKPOINT + sources.POSTERIOR) == first
+    assert (first / "posterior" / "precision.safetensors").exists()
+
+
+def test_a_branch_and_a_commit_are_revisions(hub, tmp_path):
+    repo = hub.add("org/a", files(folder(tmp_path / "a", seed=0)))
+    first = repo.refs["main"]
+    repo.refs["v1"] = first
+    repo.commit("main", {}, "emptied")
+    for ref in ("org/a@v1", f"org/a@{first}"):
+        assert open_posterior(ref, with_precision=False).commit == first
+
+
+def test_a_download_that_breaks_off_is_taken_up_again(hub, tmp_path):
+    whole = tiny.write(tmp_path / "x.safetensors", tiny.arrays(0, {"w": (99, 99)})).read_bytes()
+    hub.add("org/a", {"model.safetensors": whole})
+    hub.cut_downloads = 1
+    assert (sources.resolve("org/a") / "model.safetensors").read_bytes() == whole
+    assert len(hub.asked("GET", "/model.safetensors")) == 2
+
+
+def test_offline_mode_serves_what_is_cached_and_says_so_of_the_rest(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.add("org/a", files(folder(tmp_path / "a")))
+    here = sources.resolve("org/a", sources.CHECKPOINT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sources, "_COMMITS", {})
+    asked = len(hub.log)
+    assert sources.resolve("org/a", sources.CHECKPOINT) == here
+    with pytest.raises(CheckpointError, match="offline mode is on"):
+        sources.resolve("org/a", sources.CHECKPOINT + sources.POSTERIOR)
+    with pytest.raises(CheckpointError, match="offline mode is on"):
+        sources.resolve("org/b")
+    assert len(hub.log) == asked
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "says"),
+    [
+        ({"gated": True}, hub_double.TOKEN, "is gated: ask for access at"),
+        ({"private": True}, None, "private, log in with `hf auth login`"),
+        ({}, "hf_wrong", "does not accept your token"),
+        (None, hub_double.TOKEN, "no such repository"),
+    ],
+)
+def test_what_cannot_be_fetched_says_the_way_out(hub, tmp_path, monkeypatch, options, token, says):
+    hub_double.use(hub, monkeypatch, tmp_path / "home", token)
+    if options is not None:
+        hub.add("org/a", {"config.json": b"{}", "model.safetensors": b"x"}, **options)
+    with pytest.raises(CheckpointError, match="'org/a'") as caught:
+        sources.resolve("org/a")
+    assert says in str(caught.value)
+    assert "hf_" not in str(caught.value)
+
+
+def test_an_unknown_revision_is_named(hub):
+    hub.add("org/a", {"config.json": b"{}"})
+    with pytest.raises(CheckpointError, match="no such branch, tag or commit"):
+        sources.resolve("org/a@v9")
+
+
+def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
+    hub.add("org/a", files(folder(tmp_path / "a")))
+    (header,) = sources.read_headers("org/a", ("posterior/precision.safetensors",))
+    assert {n: t.shape for n, t in header.tensors.items()} == tiny.SHAPES
+    assert '"estimator":"ggn"' in header.metadata["bmerge"]
+    assert all(r.range for r in hub.log if "/resolve/" in r.path)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
