@@ -102,7 +102,8 @@ class IvonTrainerMixin:
                     for i, batch in enumerate(held):
                         last = i == len(held) - 1
                         self._observing = i if due else None
-                        with nullcontext() if last else self.accelerator.no_sync(model):
+                        # With noise of their own the ranks' gradients are reduced by the optimizer.
+                        with nullcontext() if last and not optimizer.rank_noise else self.accelerator.no_sync(model):
                             loss += super().training_step(model, dict(batch), num_items_in_batch)  # type: ignore[misc]
         finally:
             self._observing = None

@@ -25,7 +25,9 @@ class Trainer(IvonTrainerMixin, transformers.Trainer):
 
 
 def trainer(tmp_path, callbacks=(), ivon=None, eval_dataset=False, adapter=False, **arguments):
-    loaded = load_model(str(tiny_gpt2(tmp_path / "m")))
+    if not (tmp_path / "m").exists():
+        tiny_gpt2(tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
     model = loaded.model
     if adapter:
         model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 
 _SLICE = 1 << 17  # elements; the scratch of one slice stays in cache
-_TRAIN, _PREDICT = 0, 1  # streams of noise
+TRAIN, PREDICT = 0, 1  # streams of noise
 _COUNTERS = ("step", "estimates")  # of `state`, on the CPU as in torch's optimizers
 
 
@@ -49,9 +49,9 @@ class Moved:
 class PosteriorOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that leave a diagonal Gaussian posterior.
 
-    Training noise is a function of (seed, step, sample, group, parameter, shard): a resumed run continues it, a step
+    Training noise is a function of (seed, step, sample, group, parameter, place): a resumed run continues it, a step
     that is made again gets it again, and draws for prediction do not disturb it. Replicas (DDP) draw the same noise,
-    shards (DTensor) each their own.
+    shards (DTensor) each their own, and with IVON's `rank_noise` every rank for training.
 
     Args:
         params: Parameters or groups; frozen ones are left alone.
@@ -119,11 +119,11 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if not train:
             for group in self.param_groups:
                 group["draws"] += 1
-            return Draw(_PREDICT, self.param_groups[0]["draws"], 0, 1.0)
+            return Draw(PREDICT, self.param_groups[0]["draws"], 0, 1.0)
         number = self.param_groups[0]["steps"]
         if self.antithetic:
-            return Draw(_TRAIN, number, self._sample // 2, -1.0 if self._sample % 2 else 1.0)
-        return Draw(_TRAIN, number, self._sample, 1.0)
+            return Draw(TRAIN, number, self._sample // 2, -1.0 if self._sample % 2 else 1.0)
+        return Draw(TRAIN, number, self._sample, 1.0)
 
     @contextmanager
     def _away(
@@ -165,7 +165,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 w.addcmul_(eps, deviation, value=factor)
             return
         mean = local(at.state["mean"])
-        if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == _TRAIN:
+        if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == TRAIN:
             at.noise = torch.empty_like(mean)
         for eps, deviation, factor, w, m, kept in self._noise(at, weights, mean, at.noise):
             noise = eps.mul_(deviation).mul_(factor)
@@ -196,9 +196,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if hess.device not in self._generators:
             self._generators[hess.device] = torch.Generator(hess.device)
         generator, draw = self._generators[hess.device], at.draw
-        generator.manual_seed(
-            mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, _shard(at.parameter))
-        )
+        generator.manual_seed(mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, self._place(at)))
         # Before the first estimate nothing is known of the curvature, and the sample is the mean itself.
         factor = draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         _, decay = self._prior_of(at.parameter, at.group, at.state)
@@ -209,6 +207,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             eps = scratch[0].normal_(generator=generator)
             deviation = torch.add(h, d, out=scratch[1]).rsqrt_() if factor else scratch[1].zero_()
             yield eps, deviation, factor, *rest
+
+    def _place(self, at: Moved) -> int:
+        """Which of several draws of a parameter's noise is this rank's."""
+        return _shard(at.parameter)
 
     def _prior_of(
         self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]

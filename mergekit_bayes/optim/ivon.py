@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from mergekit_bayes.optim.base import (
+    TRAIN,
     Moved,
     PosteriorOptimizer,
     Prior,
@@ -181,9 +182,13 @@ class IVON(PosteriorOptimizer):
             from zero, beta2 its decay an estimate (1 - 5 curvature_every / steps), `hess_init` and `rescale_lr` are
             not used, the first step is made at the mean, and an entry that no output depends on has the noise of the
             prior, so `weight_decay` bounds it.
+        rank_noise: Each rank draws noise of its own for its own part of the batch, so that R ranks are R samples at
+            the cost of one. The gradients must come unreduced (DDP's `no_sync` around every backward, which the
+            Trainer mixin opens): gradient and noise * gradient are reduced in `step`. Replicas stay equal bit for bit;
+            `restore="redraw"` would undo that, and is allowed beside float32 masters only.
     """
 
-    _settings = (*PosteriorOptimizer._settings, "curvature", "_uses_noise")
+    _settings = (*PosteriorOptimizer._settings, "curvature", "rank_noise", "_uses_noise")
 
     def __init__(
         self,
@@ -206,6 +211,7 @@ class IVON(PosteriorOptimizer):
         adapt_prior: bool = False,
         curvature: str = "price",
         curvature_every: int = 8,
+        rank_noise: bool = False,
     ) -> None:
         in_range("IVON", (
             ("lr", lr, lr >= 0),
@@ -233,12 +239,31 @@ class IVON(PosteriorOptimizer):
         super().__init__(params, defaults, prior=prior, restore=restore)
         self.antithetic = antithetic
         self.curvature = curvature
+        self.rank_noise = rank_noise
+        for p in [p for group in self.param_groups for p in group["params"]] if rank_noise else []:
+            if isinstance(p, DTensor):
+                raise ValueError("IVON: rank_noise=True needs replicas; of sharded parameters all ranks see one sample")
+            if restore == "redraw" and p.requires_grad and p.dtype.itemsize >= 4:
+                raise ValueError(
+                    "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: without a float32 "
+                    "master each rank's noise leaves rounding of its own. Use restore='copy'."
+                )
         self._uses_noise = curvature == "price"
 
     def _clear(self) -> None:
         super()._clear()
         self._squares: dict[Tensor, Tensor] = {}
         self._observed = 0
+        self._told_apart = False
+
+    def _place(self, at: Moved) -> int:
+        if self._own_noise and at.draw is not None and at.draw.stream == TRAIN:
+            return dist.get_rank()
+        return super()._place(at)
+
+    @property
+    def _own_noise(self) -> bool:
+        return self.rank_noise and dist.is_initialized() and dist.get_world_size() > 1
 
     @property
     def curvature_due(self) -> bool:
@@ -361,11 +386,14 @@ class IVON(PosteriorOptimizer):
                 with self.sampled_params(train=True), torch.enable_grad():
                     loss = closure()
         squares = self._reduced_curvature()
+        together = self._sampled_on_any_rank() if self._own_noise else set()
         seen: list[tuple[Tensor, dict[str, Any], Tensor, int]] = []
         for group in self.param_groups:
             group["steps"] += bool(self._sample)
             for _, parameter, state in self._trainable(group):
                 sampled = self._samples.pop(parameter, None)
+                if parameter in together:
+                    sampled = self._mean_over_ranks(Moved(parameter, group, state, (0, 0), None), sampled)
                 if sampled is None:
                     continue
                 state["step"] += 1
@@ -383,6 +411,45 @@ class IVON(PosteriorOptimizer):
         self._samples.clear()
         self._sample = 0
         return loss
+
+    def _sampled_on_any_rank(self) -> set[Tensor]:
+        """Parameters with a gradient on this rank or another; a collective.
+
+        Raises:
+            RuntimeError: The first gradients are already reduced, so that h would be R times too small.
+        """
+        parameters = [p for group in self.param_groups for _, p, _ in self._trainable(group)]
+        mine = torch.zeros(
+            len(parameters) + 1, dtype=torch.float64, device=parameters[0].device if parameters else None
+        )
+        mine[:-1] = torch.tensor([p in self._samples for p in parameters], dtype=torch.float64)
+        if not self._told_apart:
+            mine[-1] = sum(s.grad.double().abs().sum().to(mine.device) for s in self._samples.values())
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+        *anywhere, largest = torch.stack(ranks).amax(0).tolist()
+        if not self._told_apart and largest > 0 and all(float(r[-1]) == largest for r in ranks):
+            raise RuntimeError(
+                "IVON: rank_noise=True, but the gradients are the same on all ranks. Call backward under DDP's "
+                "no_sync(), for every micro-batch, and give each rank its own part of the batch."
+            )
+        self._told_apart = True
+        return {p for p, found in zip(parameters, anywhere, strict=True) if found}
+
+    def _mean_over_ranks(self, at: Moved, sampled: _Sampled | None) -> _Sampled:
+        """Gradient and noise * gradient of this rank's samples become means over all ranks; zero where it has none."""
+        if sampled is None:
+            zero = wide(torch.zeros_like(at.parameter))
+            product = zero.clone() if self.restore == "copy" else torch.zeros_like(at.state["hess"])
+            sampled = _Sampled(1, zero, product if self._uses_noise else None, at)
+        elif self._uses_noise and sampled.noise_grad is None:
+            sampled.noise_grad = self._redrawn_product(sampled.at, sampled.grad)
+        sampled.grad = wide(sampled.grad)
+        for tensor in (sampled.grad, sampled.noise_grad):
+            if tensor is not None:
+                dist.all_reduce(tensor.div_(sampled.draws * dist.get_world_size()))
+        sampled.draws = 1
+        return sampled
 
     def _update(
         self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], sampled: _Sampled
