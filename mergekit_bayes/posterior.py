@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
-from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
+from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, PRECISION, commit_in, is_hub_id, pinned, resolve
 from mergekit_bayes.tensors import (
     Array,
     SafetensorsSink,
@@ -160,7 +160,7 @@ class Posterior:
     """A mean, perhaps a precision, and what is known about it. Opening one reads headers only.
 
     `isotropic` stands for a precision that is one number everywhere. A precision without `info` is taken as it
-    is: on the scale of the summed loss, prior 0.
+    is: on the scale of the summed loss, prior 0. `parts` are what BASE+ADAPTER was made of.
     """
 
     ref: str
@@ -169,6 +169,7 @@ class Posterior:
     precision: CheckpointSource | None = None
     info: PosteriorInfo | None = None
     isotropic: float | None = None
+    parts: tuple["Posterior", ...] = ()
 
     @cached_property
     def identity(self) -> str:
@@ -182,14 +183,16 @@ class Posterior:
 
     @property
     def commit(self) -> str | None:
-        """Of the Hub repository that it was fetched from."""
-        parts = self.path.parts
-        return parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" and is_hub_id(self.ref) else None
+        """Of the Hub repository that it was fetched from; of BASE+ADAPTER both, empty for a local one."""
+        if self.parts:
+            commits = [part.commit or "" for part in self.parts]
+            return "+".join(commits) if any(commits) else None
+        return commit_in(self.ref, self.path)
 
     @property
     def pinned(self) -> str:
         """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
-        return self.ref if self.commit is None else f"{self.ref.partition('@')[0]}@{self.commit}"
+        return "+".join(part.pinned for part in self.parts) if self.parts else pinned(self.ref, self.path)
 
     def check_identity(self, wanted: str | None) -> None:
         """Raise `MismatchError` if a recipe wants another mean than this."""
@@ -503,10 +506,12 @@ def _set_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _given_precision(ref: str) -> list[Path]:
-    path = resolve(ref, POSTERIOR + CHECKPOINT)
+    path = resolve(ref, PRECISION)  # of a Hub id the precision only, not the model beside it
     if path.is_file():
         return checkpoint_files(path, ref)
     for folder, stem in ((path / "posterior", "precision"), (path, "precision"), (path, "model")):
+        if stem == "model" and is_hub_id(ref):
+            resolve(ref, CHECKPOINT)
         if files := _set_files(folder, stem):
             return files
     raise PrecisionError(f"'{ref}' holds no precision.safetensors. Name the file itself.")

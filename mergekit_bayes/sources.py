@@ -112,6 +112,21 @@ def commit_of(ref: str, repo_type: str = "model") -> str:
         raise CheckpointError(explain(error, ref)) from None
 
 
+def commit_in(ref: str, path: Path) -> str | None:
+    """The commit of a Hub id that `resolve` brought to `path`; None for a local path."""
+    parts = path.parts
+    return parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" and is_hub_id(ref) else None
+
+
+def pinned(ref: str, path: Path | None = None) -> str:
+    """`ref` as it will mean the same tomorrow: a Hub id with its commit, a local path as it is.
+
+    Without the `path` that `resolve` gave, the Hub is asked for the commit, once a process.
+    """
+    commit = commit_in(ref, path) if path is not None else commit_of(ref) if is_hub_id(ref) else None
+    return ref if commit is None else f"{ref.partition('@')[0]}@{commit}"
+
+
 def forget(repo: str) -> None:
     """Look a repository's revisions up anew, since it was written to."""
     for key in [k for k in _COMMITS if k[0] == repo]:
@@ -149,7 +164,7 @@ def explain(error: Exception, ref: str) -> str:
             f"'{ref}': no such local path, not (or not wholly) in the Hub's cache, and offline mode is on. Unset "
             "HF_HUB_OFFLINE, or fetch it first where there is a network: `hf download`."
         )
-    if status is None and isinstance(error, (OSError, errors.RevisionResolutionError)) or _is_connection(error):
+    if (status is None and isinstance(error, (OSError, errors.RevisionResolutionError))) or _is_connection(error):
         return (
             f"'{ref}': the connection to {constants.ENDPOINT} failed ({_reason(error)}). Check the network and run the "
             "same line again: what has arrived is kept."
@@ -178,9 +193,12 @@ def _refuse_paths(ref: str) -> None:
 
 def _commit(ref: str, repo_type: str) -> Any:
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
 
     repo, _, revision = ref.partition("@")
     key = (repo, repo_type, revision)
     if key not in _COMMITS:
-        _COMMITS[key] = HfApi().resolve_revision(repo, repo_type=repo_type, revision=revision or None)
+        _COMMITS[key] = HfApi().resolve_revision(
+            repo, repo_type=repo_type, revision=revision or None, local_files_only=is_offline_mode()
+        )
     return _COMMITS[key]

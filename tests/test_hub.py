@@ -1,9 +1,14 @@
 """Models and posteriors taken from the Hub by name, against a hub on the loopback interface."""
 
+import json
+
 import pytest
+import yaml
 
 from mergekit_bayes import sources
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import hub_double, tiny
 
@@ -123,3 +128,49 @@ def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
     assert '"estimator":"ggn"' in header.metadata["bmerge"]
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def adapter(path, base, seed=0):
+    """A LoRA adapter of rank 1 on the attention weight of `folder`'s model, in PEFT's layout."""
+    shapes = {"base_model.model.h.0.attn.lora_A.weight": (1, 5), "base_model.model.h.0.attn.lora_B.weight": (4, 1)}
+    mean = tiny.arrays(seed, shapes)
+    tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
+    (path / "posterior").mkdir()
+    (path / "adapter_model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
+    about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["attn"], "task_type": "CAUSAL_LM",
+             "base_model_name_or_path": base}  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(about))
+    return path
+
+
+def test_base_plus_adapter_is_pinned_by_both_commits(hub, tmp_path):
+    base = hub.add("org/base", files(folder(tmp_path / "base"))).refs["main"]
+    over = hub.add("org/a", files(adapter(tmp_path / "a", "org/base"))).refs["main"]
+    out = tmp_path / "out"
+    run_merge(MergeConfig(models=("org/base+org/a",), base="org/base", out=str(out)))
+    recipe = yaml.safe_load((out / "merge_recipe.yaml").read_text())
+    assert recipe["models"] == [f"org/base@{base}+org/a@{over}"]
+    report = json.loads((out / "merge_report.json").read_text())
+    assert [m["commit"] for m in report["models"]] == [base, f"{base}+{over}"]
+
+
+def test_a_precision_may_live_in_another_repository_whose_model_is_not_fetched(hub, tmp_path):
+    whole = files(folder(tmp_path / "a"))
+    hub.add("org/a", {n: c for n, c in whole.items() if not n.startswith("posterior")})
+    commit = hub.add("other/a-posterior", whole).refs["main"]
+    hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
+    config = {"models": ["org/a", "org/b"], "weights": "precision", "precision": {"org/a": "other/a-posterior"},
+              "out": str(tmp_path / "out")}  # fmt: skip
+    run_merge(MergeConfig(**config))
+    assert not hub.asked("GET", f"other/a-posterior/resolve/{commit}/model.safetensors")
+    recipe = yaml.safe_load((tmp_path / "out" / "merge_recipe.yaml").read_text())
+    assert list(recipe["precision"].values()) == [f"other/a-posterior@{commit}"]
+
+
+def test_a_precision_of_other_weights_is_an_error(hub, tmp_path):
+    hub.add("org/a", files(folder(tmp_path / "a", precision=False)))
+    hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
+    config = {"models": ["org/a", "org/b"], "weights": "precision", "precision": {"org/a": "org/b"},
+              "out": str(tmp_path / "out")}  # fmt: skip
+    with pytest.raises(PrecisionError, match="other weights"):
+        plan_merge(MergeConfig(**config))

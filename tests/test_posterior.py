@@ -133,7 +133,7 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):
         assert opened.path == Path(snapshot)
         assert opened.info is not None
         opened.close()
-    with pytest.raises(CheckpointError, match=r"'org/other'.*the Hub did not give it"):
+    with pytest.raises(CheckpointError, match=r"'org/other'.*offline mode is on"):
         open_posterior("org/other")
 
 

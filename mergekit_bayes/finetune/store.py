@@ -25,6 +25,7 @@ from mergekit_bayes.posterior import (
     save_posterior,
     tokenizer_identity,
 )
+from mergekit_bayes.sources import pinned
 from mergekit_bayes.tensors import SafetensorsSource
 from mergekit_bayes.trainer import unwrap
 
@@ -44,6 +45,7 @@ def save_finetuned(
         if config.lora is not None and loaded.task == "classification":
             model.config.save_pretrained(partial)  # an adapter's own config does not name the labels
         resolved = config.model_dump(mode="json", exclude={"force", "resume"})
+        resolved["model"] = pinned(config.model, loaded.path)
         (partial / "finetune.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         if config.posterior != "none":
             precision, about = _posterior(config, model, examples, loaded, trainer, settings)

@@ -255,7 +255,7 @@ def open_adapted(
     try:
         mean = AdaptedSource(base.mean, adapter)
         product = None if adapter.posterior.precision is None else ProductPrecision(mean, count)
-        return Posterior(ref, base.path, mean, product, isotropic=isotropic)
+        return Posterior(ref, base.path, mean, product, isotropic=isotropic, parts=(base, adapter.posterior))
     except BaseException:
         base.close()
         adapter.close()

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes import __version__
+from mergekit_bayes import __version__, sources
 from mergekit_bayes.configs import Config, recipe_text
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adapter, Factors, Layer, open_adapter
@@ -158,7 +158,7 @@ def merge_adapters(
         pinned = {a.ref: a.posterior.pinned for a in opened}
         recipe = {
             "models": list(pinned.values()), "weights": weights, "scale": list(scales), "counts": counts,
-            "precision": {pinned[ref]: place for ref, place in (precision or {}).items() if ref in pinned},
+            "precision": {pinned[r]: sources.pinned(place) for r, place in (precision or {}).items() if r in pinned},
             "space": space, "rank": rank, "identities": {a.posterior.pinned: a.posterior.identity for a in opened},
         }  # fmt: skip
         (partial / _RECIPE).write_text(recipe_text(recipe))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_bayes import configs
+from mergekit_bayes import configs, sources
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Partial
 from mergekit_bayes.merge.work import Sinks
@@ -189,6 +189,7 @@ def recipe_text(plan: MergePlan) -> str:
     content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
     pinned = {m.ref: m.pinned for m in plan.models if m.pinned != m.ref}
     content = _renamed(content, pinned)
+    content["precision"] = {model: sources.pinned(place) for model, place in content["precision"].items()}
     content["param"] = dict(plan.settings)
     content["identities"] = {m.pinned: m.identity for m in plan.models}
     return configs.recipe_text(content)

@@ -4,6 +4,7 @@ A plan is made from file headers and a few sampled blocks, so that every mismatc
 costs nothing. `merge.run_merge` carries it out.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,7 +266,7 @@ def _terms(tasks: Sequence[Posterior], shares: Sequence[float], weighings: Seque
 
 def _label(task: Posterior) -> str:
     """A name for people; of a Hub id without its revision, so that a recipe which pins it writes the same."""
-    return Path(task.ref if task.commit is None else task.ref.partition("@")[0]).name
+    return Path(task.ref if task.commit is None else re.sub(r"@[\w./-]+", "", task.ref)).name
 
 
 def _main_dtype(model: Posterior) -> str:
