@@ -41,7 +41,8 @@ def case(name, dtype="F32", precision="F32", rows=None, removes=False, anchored=
         scales[0] = -0.7
     numbers = Numbers(
         scales=tuple(scales), facts=facts, gains=tuple(rng.uniform(0.5, 2, models)),
-        insides=tuple(rng.uniform(0, 0.01, models)), shares=(0.0, *rng.uniform(0, 0.1, models - 1)),
+        insides=tuple(rng.uniform(0, 0.5, models)), shares=(0.0, *rng.uniform(0, 0.1, models - 1)),
+        floors=tuple(-np.inf if i == 1 else 0.0 for i in range(models)),
         priors=(DELTA_0,) * models, pulls=tuple([0.5, -1.0, 0.3][:models]) if anchored else (-1.0,) * models,
         decays=tuple([0.0, 0.0, 0.2][:models]) if anchored else (0.0,) * models,
         keys=tuple(task_key(0, "t", str(i)) for i in range(tasks)),

@@ -326,6 +326,20 @@ def test_shrinking_adds_the_mean_and_pooling_replaces_by_it(world):
             assert stored["wte.weight"].shape == ((1, 1) if settings["pool"] == "tensor" else (7, 1))
 
 
+@pytest.mark.parametrize("observations", [{}, {"base.safetensors": "3x"}, {"a.safetensors": "5x"}])
+def test_a_precision_a_little_below_its_prior_adds_nothing(tmp_path, monkeypatch, observations):
+    # IVON's h may lie between -weight_decay and zero.
+    monkeypatch.chdir(tmp_path)
+    mean = {"w": np.float32([0, 0, 0, 0])}
+    tiny.posterior("base.safetensors", mean, {"w": np.float32([0.4, 0.9, 1, 3])}, observations=10_000, prior=1.0)
+    tiny.posterior("a.safetensors", {"w": mean["w"] + 1}, {"w": np.float32([0.9, 0.4, 0.9, 0.9])}, prior=1.0)
+    merge("a", base="base", weights="precision", observations=observations, out="x.safetensors")
+    np.testing.assert_allclose(tiny.read("x.safetensors")["w"], 1, rtol=1e-6)
+    merge("a", base="base", weights="precision", observations=observations, scale=(0.5,), out="y.safetensors")
+    np.testing.assert_allclose(tiny.read("y.safetensors")["w"], 0.5, rtol=1e-6)
+    assert (tiny.read("y.precision.safetensors")["w"] >= 1).all()
+
+
 def test_a_removal_is_guarded_and_counted(world):
     report = merge("a", base="base", weights="precision", scale=(-1.0,), out="x.safetensors")
     guarded = total = 0

@@ -37,7 +37,7 @@ class Numbers(NamedTuple):
     """The constants of a pass. Per model, base first; `scales`, `facts` and `keys` per task.
 
     The likelihood precision of model i at an entry with stored precision x, in row r of the chunk, is
-    `gain_i * (x - (inside_i + share_i * H_0)) + extra_ir`, with H_0 that of the base.
+    `max(gain_i * (x - (inside_i + share_i * H_0)) + extra_ir, floor_i)`, with H_0 that of the base.
     """
 
     scales: tuple[Any, ...]
@@ -45,6 +45,7 @@ class Numbers(NamedTuple):
     gains: tuple[Any, ...]
     insides: tuple[Any, ...]
     shares: tuple[Any, ...]
+    floors: tuple[Any, ...]  # of H: 0, or minus infinity for a merge, which may be a removal
     priors: tuple[Any, ...]  # added to H where a model stands alone
     pulls: tuple[Any, ...]  # anchor precision, below zero for the published choice
     decays: tuple[Any, ...]
@@ -117,9 +118,13 @@ Reduce = Callable[[Chunk, Numbers, Array], None]
 LANES = 8  # interleaved partial sums: a fixed order of addition that also vectorises
 
 
-def likelihood(stored: Any, gain: Any, inside: Any, share: Any, of_base: Any, extra: Any) -> Any:
-    """`gain (S - (inside + share H_0)) + extra`: what a model's data added, from its stored precision."""
-    return gain * (stored - (inside + share * of_base)) + extra
+def likelihood(stored: Any, gain: Any, inside: Any, share: Any, of_base: Any, floor: Any, extra: Any) -> Any:
+    """`max(gain (S - (inside + share H_0)) + extra, floor)`: what a model's data added, from its stored precision.
+
+    IVON's h may lie a little below zero, and S below its prior; a gain would stretch that below the prior itself.
+    """
+    added = gain * (stored - (inside + share * of_base)) + extra
+    return select(added < floor, floor, added)
 
 
 def alone(mean: Any, prior: Any, likelihood: Any) -> Gaussian:

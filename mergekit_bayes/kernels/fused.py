@@ -90,8 +90,8 @@ def fused_pass(kind: Kind) -> Pass:
         counts, largest = np.zeros(4, np.int64), np.zeros(1)
         kernel(
             chunk.means, chunk.precisions, chunk.extras, chunk.first, chunk.row, np.uint64(chunk.offset),
-            numbers.scales, numbers.facts, numbers.gains, numbers.insides, numbers.shares, numbers.priors,
-            numbers.pulls, numbers.decays, numbers.keys, zero, template, chunk.mean, chunk.precision,
+            numbers.scales, numbers.facts, numbers.gains, numbers.insides, numbers.shares, numbers.floors,
+            numbers.priors, numbers.pulls, numbers.decays, numbers.keys, zero, template, chunk.mean, chunk.precision,
             tally.bad_means, tally.bad_precisions, tally.stored, counts, largest,
         )  # fmt: skip
         tally.entries += chunk.mean.size
@@ -252,8 +252,8 @@ def _tally(  # type: ignore[no-untyped-def]
 
 @inlined
 def _entry(  # type: ignore[no-untyped-def]
-    j, means, precisions, extra, gains, insides, shares, priors, pulls, decays, zero, template, weighs, has_base,
-    anchored,
+    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero, template, weighs,
+    has_base, anchored,
 ):  # fmt: skip
     """The base (or the first task) and the tasks at entry j of a chunk."""
     tasks = template
@@ -264,12 +264,12 @@ def _entry(  # type: ignore[no-untyped-def]
             tasks = tuple_setitem(tasks, t, Gaussian(task, task))
         return Gaussian(m, m), tasks
     x = _widen(precisions[0, j], zero)
-    of_base = likelihood(x, gains[0], insides[0], shares[0], x - x, extra[0])
+    of_base = likelihood(x, gains[0], insides[0], shares[0], x - x, floors[0], extra[0])
     centre = alone(_widen(means[0, j], zero), priors[0], of_base)
     for t in range(len(template)):
         i = t + has_base
         m, x = _widen(means[i, j], zero), _widen(precisions[i, j], zero)
-        h = likelihood(x, gains[i], insides[i], shares[i], of_base, extra[i])
+        h = likelihood(x, gains[i], insides[i], shares[i], of_base, floors[i], extra[i])
         if not has_base:
             task = alone(m, priors[i], h)
         elif anchored:
@@ -285,8 +285,8 @@ def _make(  # type: ignore[no-untyped-def]
 ):
     @_compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
-        means, precisions, extras, first, row, offset, scales, facts, gains, insides, shares, priors, pulls, decays,
-        keys, zero, template, mean, precision, bad_means, bad_precisions, stored, counts, largest,
+        means, precisions, extras, first, row, offset, scales, facts, gains, insides, shares, floors, priors, pulls,
+        decays, keys, zero, template, mean, precision, bad_means, bad_precisions, stored, counts, largest,
     ):  # fmt: skip
         _ = stamp
         entries = mean.size
@@ -300,7 +300,7 @@ def _make(  # type: ignore[no-untyped-def]
                 extra = tuple_setitem(extra, i, extras[i, r])
             for j in range(start, stop):
                 centre, tasks = _entry(
-                    j, means, precisions, extra, gains, insides, shares, priors, pulls, decays, zero, template,
+                    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero, template,
                     weighs, has_base, anchored,
                 )  # fmt: skip
                 if random:
@@ -320,8 +320,8 @@ def _make(  # type: ignore[no-untyped-def]
                 guarded, most = 0, np.uint32(0)
                 for j in range(start, stop):
                     centre, tasks = _entry(
-                        j, means, precisions, extra, gains, insides, shares, priors, pulls, decays, zero, template,
-                        weighs, has_base, anchored,
+                        j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero,
+                        template, weighs, has_base, anchored,
                     )  # fmt: skip
                     exact = centre.precision
                     # Not what was stored: that is float32 whatever the arithmetic.
@@ -358,7 +358,8 @@ def fused_reduction(kind: Kind) -> Reduce:
         template = tuple(Gaussian(zero, zero) for _ in numbers.scales)
         kernel(
             chunk.means, chunk.precisions, chunk.extras, chunk.first, chunk.row, numbers.gains, numbers.insides,
-            numbers.shares, numbers.priors, numbers.pulls, numbers.decays, zero, template, len(totals), totals,
+            numbers.shares, numbers.floors, numbers.priors, numbers.pulls, numbers.decays, zero, template,
+            len(totals), totals,
         )  # fmt: skip
 
     return run
@@ -369,8 +370,8 @@ def _make_reduction(  # type: ignore[no-untyped-def]
 ):
     @_compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
-        means, precisions, extras, first, row, gains, insides, shares, priors, pulls, decays, zero, template, count,
-        totals,
+        means, precisions, extras, first, row, gains, insides, shares, floors, priors, pulls, decays, zero, template,
+        count, totals,
     ):  # fmt: skip
         _ = stamp
         entries = means.shape[1]
@@ -382,8 +383,8 @@ def _make_reduction(  # type: ignore[no-untyped-def]
                 extra = tuple_setitem(extra, i, extras[i, r])
             for j in range(start, stop):
                 centre, tasks = _entry(
-                    j, means, precisions, extra, gains, insides, shares, priors, pulls, decays, zero, template, weighs,
-                    has_base, anchored,
+                    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero,
+                    template, weighs, has_base, anchored,
                 )  # fmt: skip
                 for k in range(count):
                     value = statistic(centre, tasks, k)

@@ -105,7 +105,9 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
     of_base = stored[0] - stored[0]
     data = []
     for i, x in enumerate(stored):
-        h = likelihood(x, numbers.gains[i], numbers.insides[i], numbers.shares[i], of_base, extras[i])
+        h = likelihood(
+            x, numbers.gains[i], numbers.insides[i], numbers.shares[i], of_base, numbers.floors[i], extras[i]
+        )  # fmt: skip
         of_base = h if i == 0 else of_base
         data.append(h)
     if not kind.has_base:

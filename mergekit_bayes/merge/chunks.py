@@ -1,5 +1,6 @@
 """From a plan's step and a range of entries to the arrays of a pass."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers
         gains=tuple(w.gain for w in weighings),
         insides=tuple(w.contained + (0.0 if w.contains_base is None else DELTA_0) for w in weighings),
         shares=tuple(0.0 if w.contains_base is None else w.contains_base / of_base for w in weighings),
+        floors=tuple(0.0 if w.reshape else -math.inf for w in weighings),
         priors=tuple(w.prior + DELTA_0 for w in weighings),
         pulls=tuple(-1.0 if w.pull.precision is None else w.pull.precision for w in weighings),
         decays=tuple(w.pull.decay for w in weighings),

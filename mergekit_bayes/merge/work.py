@@ -154,7 +154,9 @@ class Worker:
         weighed = chunk.precisions if plan.method.needs_precision else ()
         stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in weighed]
         extras = [spread(e, step.row, start, start + chunk.mean.size) for e in known.extras]
-        of_base = likelihood(stored[0], numbers.gains[0], numbers.insides[0], 0, 0, extras[0]) if stored else 0
+        of_base: Any = 0
+        if stored:
+            of_base = likelihood(stored[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], extras[0])
         for i, mean in enumerate(means):
             bad = no_mean(mean)
             if stored:
@@ -211,9 +213,10 @@ class Worker:
         return self._alone(step, np.asarray(stored, np.float32), spread(extras, step.row, start, stop), stop - start)
 
     def _alone(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
+        self._check_donors(step, stored)
         numbers = numbers_of(self.plan, step, ())
         zero = np.float32(0)
-        h = likelihood(stored, numbers.gains[0], numbers.insides[0], zero, zero, extra)
+        h = likelihood(stored, numbers.gains[0], numbers.insides[0], zero, zero, numbers.floors[0], extra)
         return np.broadcast_to(alone(zero, numbers.priors[0], h).precision, (n,)).astype(np.float32)
 
     def _write_pooled(self, step: Step, known: Known, sink: SafetensorsSink) -> None:
@@ -229,7 +232,7 @@ class Worker:
             kept = np.stack(numbers_by_row).astype(np.float32)
             added = np.stack([np.broadcast_to(e[:merged], merged) for e in extras]).astype(real)
             if plan.config.on_bad == "base":
-                of_base = likelihood(kept[0], numbers.gains[0], numbers.insides[0], 0, 0, added[0])
+                of_base = likelihood(kept[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], added[0])
                 for i in range(1, n):
                     kept[i] = np.where(no_precision(kept[i]), unchanged(numbers, i, of_base, added[i]), kept[i])
             chunk = Chunk(np.zeros(kept.shape, real), kept, np.ascontiguousarray(added), 1, 1, 0,
