@@ -61,6 +61,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())}).") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error}).") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(found).__name__}.")
     if "merge_method" in found:

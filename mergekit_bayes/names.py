@@ -20,6 +20,13 @@ _BUFFER = re.compile(
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|cls\.predictions\.decoder)\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings|shared|tok_embeddings)\.weight$")
 
+# Rows are tokens: embeddings, heads and their biases, as the field's architectures call them.
+_VOCABULARY = re.compile(
+    r"(^|\.)(wte|embed_tokens|embed_tokens_per_layer|embed_in|word_embeddings|shared|tok_embeddings|lm_head|embed_out"
+    r"|output_layer|proj_out|generator_lm_head|predictions|(predictions|lm_head)\.decoder)\.(weight|bias)$"
+    r"|^((backbone|model)\.)?(embeddings|output)\.weight$"
+)
+
 
 class Renaming(NamedTuple):
     """How another checkpoint's names become the donor's: cut `strip` off the front, put `add` there."""
@@ -37,6 +44,11 @@ class Renaming(NamedTuple):
 def is_buffer(name: str) -> bool:
     """True for tensors that no optimizer moves, whatever their dtype."""
     return bool(_BUFFER.search(name))
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for tensors with one row a token."""
+    return bool(_VOCABULARY.search(name))
 
 
 def find_renaming(donor: Collection[str], other: Collection[str]) -> Renaming:

@@ -194,13 +194,17 @@ class Posterior:
         """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
         return "+".join(part.pinned for part in self.parts) if self.parts else pinned(self.ref, self.path)
 
-    def check_identity(self, wanted: str | None) -> None:
-        """Raise `MismatchError` if a recipe wants another mean than this."""
-        if wanted not in (None, self.identity):
-            raise MismatchError(
-                f"'{self.ref}' is not what the recipe was made with: it records {wanted:.12}..., found "
-                f"{self.identity:.12}.... Bring that model back, or take 'identities' out of the recipe."
-            )
+    def check_identity(self, mean: str | None, precision: str | None = None) -> None:
+        """Raise `MismatchError` if a recipe wants another mean or precision than this."""
+        for what, wanted, found, key in (
+            ("", mean, self.identity, "identities"),
+            ("the precision of ", precision, precision and self.precision_identity, "precision_identities"),
+        ):
+            if wanted is not None and wanted != found:
+                raise MismatchError(
+                    f"{what}'{self.ref}' is not what the recipe was made with: it records {wanted:.12}..., found "
+                    f"{found:.12}.... Bring that one back, or take '{key}' out of the recipe."
+                )
 
     @property
     def is_file(self) -> bool:
@@ -449,6 +453,18 @@ def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, s
 def write_info(folder: Path, info: PosteriorInfo) -> None:
     """`posterior.json`, the copy for people."""
     (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder that holds something else than a model: `--force` leaves it alone."""
+    if folder.is_dir() and any(folder.iterdir()) and not any(f for g in _OF_A_MODEL for f in folder.glob(g)):
+        raise CheckpointError(
+            f"'{folder}' is a folder without a model in it, which --force leaves alone. Choose another -o, or remove "
+            "it yourself."
+        )
+
+
+_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
 
 
 @contextmanager

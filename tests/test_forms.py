@@ -17,6 +17,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.names import is_vocabulary
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import (
     PosteriorInfo,
@@ -678,7 +679,6 @@ def test_the_parts_of_a_model_get_the_dtype_too(world):
     config = {
         "dtype": "float32",
         "text_config": {"torch_dtype": "float32", "heads": 2},
-        "quantization_config": {"dtype": "x"},
     }
     Path("base/config.json").write_text(json.dumps(config))
     merge(str(world / "gpt2-a"), base="base", weights="uniform", out="x", dtype="BF16")
@@ -1265,3 +1265,103 @@ def test_a_precision_of_the_wrong_shape_is_named_also_where_it_is_only_copied():
             PrecisionError, match=r"'h\.0\.attn\.weight' in base\.precision.*\[5, 4\], expected F32 or BF"
         ):
             merge("a", only=only)
+
+
+QUANTISED = {
+    "GPTQ": {"h.0.attn.qweight": np.int32([[1, 2]]), "h.0.attn.scales": np.float16([1])},
+    "bitsandbytes": {"h.0.attn.weight": np.uint8([[1], [2]]), "h.0.attn.weight.absmax": np.float32([1])},
+    "int8": {"h.0.attn.weight": np.int8([[1, 2]]), "h.0.attn.SCB": np.float32([1])},
+    "MXFP4": {"h.0.mlp.experts.up_proj_blocks": np.uint8([[1]]), "h.0.mlp.experts.up_proj_scales": np.uint8([[1]])},
+    "float 8": {"h.0.attn.weight": np.float32([[1, 2]]), "h.0.attn.weight_scale_inv": np.float32([1])},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused(kind):
+    for name in ("base", "a"):
+        save_file({n: torch.from_numpy(t) for n, t in QUANTISED[kind].items()}, f"{name}.safetensors")
+    with pytest.raises(MismatchError, match=r"'base\.safetensors' is quantised|of 'base\.safetensors' is quantised"):
+        merge("a", weights="uniform")
+
+
+def test_a_config_that_says_quantised_is_believed(world):
+    shard("base", load(world / "gpt2-base"), [list(load(world / "gpt2-base"))])
+    Path("base/config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(MismatchError, match="quantization_config"):
+        merge(str(world / "gpt2-a"), base="base", weights="uniform")
+
+
+def test_heads_may_differ_where_they_are_not_merged():
+    head = {"score.weight": np.float32([[1, 2], [3, 4]])}
+    model("base", 0, mean=tiny.arrays(0, SHAPES) | head, precision=tiny.precisions(0, SHAPES) | head)
+    model("a", 1, mean=tiny.arrays(1, SHAPES) | head, precision=tiny.precisions(1, SHAPES) | head)
+    other = {"score.weight": np.float32([[1, 2], [3, 4], [5, 6]]), "pooler.weight": np.float32([[1]])}
+    model("b", 2, mean=tiny.arrays(2, SHAPES) | other, precision=tiny.precisions(2, SHAPES) | other)
+    with pytest.raises(MismatchError, match=r"'pooler\.weight'"):
+        merge("a", "b", weights="uniform")
+    for weights in ("uniform", "precision"):
+        report = merge("a", "b", weights=weights, only=r"^h\.|wte")
+        assert report.left_out["pooler.weight"] == "only 'b.safetensors' has it"
+        np.testing.assert_array_equal(load("x.safetensors")["score.weight"], head["score.weight"])
+        merge("a", "b", weights=weights, on_missing="base", scale=("b.safetensors:score=0",))
+        np.testing.assert_allclose(load("x.safetensors")["score.weight"], head["score.weight"], rtol=1e-6)
+    with pytest.raises(MismatchError, match=r"'score\.weight' is \[2, 2\].*--only chooses"):
+        merge("a", "b", weights="uniform", on_missing="base")
+
+
+def test_a_rule_for_a_model_that_is_named_twice_is_for_both():
+    base, a = model("base", 0), model("a", 1)
+    merge("a", "a", weights="uniform", scale=("a.safetensors:.=0.25",))
+    for name, m0 in base[0].items():
+        np.testing.assert_allclose(load("x.safetensors")[name], m0 + 0.5 * (a[0][name] - m0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_recipe_notices_that_a_precision_changed():
+    model("base", 0)
+    model("a", 1)
+    line = ("a.safetensors", "--base", "base.safetensors", "--weights", "precision")
+    assert run(*line, "-o", "x.safetensors").exit_code == 0
+    model("a", 1, precision=tiny.precisions(5, SHAPES))
+    done = run("x.merge_recipe.yaml", "-o", "y.safetensors")
+    assert done.exit_code == 2
+    assert "the precision of 'a.safetensors' is not what the recipe was made with" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("out", [".", "..", "x\0y"])
+def test_an_output_without_a_name_is_refused(out):
+    model("base", 0)
+    model("a", 1)
+    with pytest.raises(ConfigError, match="name a new folder"):
+        merge("a", weights="uniform", out=out)
+
+
+def test_the_folder_that_a_link_points_to_is_replaced_and_the_link_stays(world):
+    Path("real").mkdir()
+    Path("link").symlink_to(Path("real").absolute())
+    merge(str(world / "gpt2-a"), base=str(world / "gpt2-base"), weights="uniform", out="link")
+    merge(str(world / "gpt2-a"), base=str(world / "gpt2-base"), weights="uniform", out="link")
+    assert Path("link").is_symlink()
+    assert Path("real/model.safetensors").exists()
+
+
+def test_a_recipe_in_another_encoding_is_refused():
+    Path("r.yaml").write_bytes("models: [ä]".encode("latin-1"))
+    done = run("r.yaml")
+    assert (done.exit_code, "is not UTF-8" in " ".join(done.stderr.split())) == (2, True)
+
+
+@pytest.mark.parametrize("name", [
+    "transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "output.weight",
+    "transformer.output_layer.weight", "proj_out.weight", "backbone.embeddings.weight", "generator_lm_head.weight",
+    "cls.predictions.bias", "cls.predictions.decoder.weight", "lm_head.decoder.weight",
+])  # fmt: skip
+def test_embeddings_and_heads_of_the_field_are_known(name):
+    assert is_vocabulary(name)
+
+
+@pytest.mark.parametrize("name", [
+    "model.decoder.weight", "encoder.layer.0.output.weight", "h.0.mlp.proj_out.bias.x", "embeddings.LayerNorm.weight",
+    "bert.embeddings.position_embeddings.weight",
+])  # fmt: skip
+def test_other_tensors_are_no_vocabularies(name):
+    assert not is_vocabulary(name)

@@ -702,6 +702,19 @@ def test_a_recipe_of_adapters_gives_the_same_bytes_and_notices_a_change(tmp_path
     assert "not what the recipe was made with" in " ".join(broken.output.split())
 
 
+def test_forcing_never_takes_away_what_is_no_output(tmp_path):
+    refs = two(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="folder without a model"):
+        merge_adapters(refs, tmp_path / "docs", force=True)
+    with pytest.raises(CheckpointError, match=r"without a model|would overwrite"):
+        merge_adapters(refs, tmp_path, force=True)
+    with pytest.raises(ConfigError, match="an adapter is a folder"):
+        merge_adapters(refs, tmp_path / "x.safetensors")
+    assert (tmp_path / "a" / "adapter_model.safetensors").exists()
+
+
 def test_adapters_load_no_heavy_library():
     code = "import mergekit_bayes.lora, sys; print(' '.join(m for m in sys.modules if '.' not in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

@@ -332,3 +332,12 @@ def test_a_method_says_what_it_cannot_do(world, settings, message):
         settings["base"] = str(world[0] / "base.safetensors")
     with pytest.raises(ConfigError, match=r"(?i)" + message):
         run_merge(MergeConfig(models=models, out="x.safetensors", **settings))
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_a_task_of_scale_zero_has_no_vote(name):
+    base, move, other = changes(3)
+    more = {"draws": (move * 0, move * 0)} if name == "dare_ties" else {}
+    alone = {"draws": (move * 0,)} if name == "dare_ties" else {}
+    both = combined(name, base, [base + move, base + other], [1.0, 0.0], density=1, **more)
+    np.testing.assert_array_equal(both, combined(name, base, [base + move], [1.0], density=1, **alone))

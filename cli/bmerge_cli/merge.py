@@ -20,8 +20,10 @@ from bmerge_cli.render import (
 )
 from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.lora import is_adapter
 from mergekit_bayes.merge import MergeConfig, MergeReport, carry_out, join, parse_part, part_of_launcher
 from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
+from mergekit_bayes.sources import CHECKPOINT, is_hub_id, resolve
 
 NAME = "merge"
 
@@ -203,8 +205,9 @@ def _config(values: dict[str, Any], given: set[str]) -> MergeConfig:
 def _adapters_alone(config: MergeConfig) -> bool:
     if config.base is not None:
         return False
-    folders = [Path(m) for m in config.models]
-    return all((f / "adapter_model.safetensors").exists() and not (f / "config.json").exists() for f in folders)
+    return all(is_hub_id(m) or Path(m).expanduser().is_dir() for m in config.models) and all(
+        is_adapter(resolve(m, CHECKPOINT)) for m in config.models
+    )
 
 
 def _merge_adapters(config: MergeConfig, given: set[str], screen: Any, *, as_json: bool, quiet: bool) -> None:
@@ -229,6 +232,7 @@ def _merge_adapters(config: MergeConfig, given: set[str], screen: Any, *, as_jso
             counts=config.counts,
             precision=config.precision,
             identities=config.identities,
+            precision_identities=config.precision_identities,
             force=config.force,
             progress=advance,
         )

@@ -27,7 +27,7 @@ from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adap
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.truncate import Truncated, product_norm, truncate_dense, truncate_product
 from mergekit_bayes.names import Renaming, find_renaming
-from mergekit_bayes.posterior import replacing
+from mergekit_bayes.posterior import refuse_foreign, replacing
 from mergekit_bayes.sources import CHECKPOINT
 from mergekit_bayes.tensors import MERGEABLE, Array, SafetensorsSink, TensorSpec, encode, full_hash, read_tensor
 
@@ -94,6 +94,7 @@ def merge_adapters(
     counts: Literal["equal", "recorded"] = "equal",
     precision: Mapping[str, str] | None = None,
     identities: Mapping[str, str] | None = None,
+    precision_identities: Mapping[str, str] | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -112,7 +113,7 @@ def merge_adapters(
         counts: `equal` takes all precisions for one number of observations, the smallest on record; `recorded` each
             for its own.
         precision: Another place for an adapter's precision, by the adapter as given.
-        identities: What each adapter must be, as a recipe records it.
+        identities, precision_identities: What each adapter and its precision must be, as a recipe records it.
         seed: Of the SVD of large layers.
         force: Replace `out`.
         progress: Called with (layers done, layers in all).
@@ -132,8 +133,12 @@ def merge_adapters(
                 open_adapter(ref, precision=place, with_precision=weights == "precision" or space == "factor")
             )
             stack.callback(opened[-1].close)
-            opened[-1].posterior.check_identity((identities or {}).get(ref))
-        if any(out.resolve() == a.posterior.path.resolve() for a in opened):
+            kept = (precision_identities or {}).get(ref) if opened[-1].posterior.has_precision else None
+            opened[-1].posterior.check_identity((identities or {}).get(ref), kept)
+        if out.suffix == ".safetensors":
+            raise ConfigError(f"-o {out}: an adapter is a folder. Name one.")
+        refuse_foreign(out)
+        if any(out.resolve() in (p := a.posterior.path.resolve(), *p.parents) for a in opened):
             raise CheckpointError(f"-o {out} would overwrite an adapter that is merged. Choose another -o.")
         notes: list[str] = []
         _check_bases(opened, notes)
@@ -160,6 +165,9 @@ def merge_adapters(
             "models": list(pinned.values()), "weights": weights, "scale": list(scales), "counts": counts,
             "precision": {pinned[r]: sources.pinned(place) for r, place in (precision or {}).items() if r in pinned},
             "space": space, "rank": rank, "identities": {a.posterior.pinned: a.posterior.identity for a in opened},
+            "precision_identities": {
+                a.posterior.pinned: a.posterior.precision_identity for a in opened if a.posterior.has_precision
+            },
         }  # fmt: skip
         (partial / _RECIPE).write_text(recipe_text(recipe))
         return report

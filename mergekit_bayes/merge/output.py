@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit_bayes import configs, sources
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.journal import Partial
+from mergekit_bayes.merge.journal import Partial, sync_path
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 from mergekit_bayes.posterior import PosteriorInfo, identify, precision_path, write_index, write_info
@@ -18,10 +18,13 @@ from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpe
 
 
 class Output:
-    """The sinks of a merge, by tensor. Any number of processes may hold them at once."""
+    """The sinks of a merge, by tensor. Any number of processes may hold them at once.
 
-    def __init__(self, plan: MergePlan, out: Path) -> None:
-        self.plan, self.out = plan, out
+    Raises `LostError` if the files should have `begun` and one is not there or not in its size.
+    """
+
+    def __init__(self, plan: MergePlan, out: Path, *, begun: bool = False) -> None:
+        self.plan, self.out, self._begun = plan, out, begun
         count = len(plan.shards)
         if plan.to_file:
             self.means = [out / plan.target.name]
@@ -44,12 +47,13 @@ class Output:
         steps = {s.name: s for s in plan.steps}
         for i, names in enumerate(plan.shards):
             specs = {n: steps[n].spec for n in names}
-            mean = SafetensorsSink(self.means[i], specs, {"format": "pt"}, shared=True)
+            mean = SafetensorsSink(self.means[i], specs, {"format": "pt"}, shared=True, begun=self._begun)
             self._mean_sinks.append(mean)
             stored = {n: TensorSpec("F32", steps[n].precision_shape) for n in names if steps[n].precisions is not None}
             precision = None
             if plan.info is not None and stored:
-                precision = SafetensorsSink(self.precisions[i], stored, plan.info.to_metadata(), shared=True)
+                metadata = plan.info.to_metadata()
+                precision = SafetensorsSink(self.precisions[i], stored, metadata, shared=True, begun=self._begun)
             self._precision_sinks.append(precision)
             for name in names:
                 self._of[name] = Sinks(mean, precision if name in stored else None)
@@ -61,6 +65,11 @@ class Output:
         for sink in (*self._mean_sinks, *self._precision_sinks):
             if sink is not None:
                 sink.sync()
+
+    def sync_names(self) -> None:
+        """Wait until the disk has the names of the files."""
+        for folder in {file.parent for file in (*self.means, *self.precisions)} if self.plan.info else {self.out}:
+            sync_path(folder)
 
     def finish(self, guarded_share: float) -> None:
         """Write headers, the posterior's information, indices and side files; all tensors are there."""
@@ -148,40 +157,47 @@ def _set_dtype(config: Any, dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
+def refuse_existing(plan: MergePlan) -> None:
+    """Raise `CheckpointError` if a final name is taken, by now, and not to be replaced."""
+    for path in () if plan.config.force else _final_names(plan):
+        if path.exists():
+            raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+
+
 def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
     """Give the output its final name: until the last rename that name is missing, or what it was before.
 
     Called again after a kill, it goes on where it stopped.
     """
-    if sync:
-        for file in sorted(partial.out.rglob("*")):
-            _sync_path(file)
-    partial.publish()
     target = plan.target
     try:
+        if not partial.is_publishing:
+            for path in (partial.out, *sorted(partial.out.rglob("*"))) if sync else ():
+                sync_path(path)
+            partial.publish(sync=sync)
         if plan.to_file:
             if plan.info is None:
                 precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
-            for final in (report_path(target), recipe_path(target), precision_path(target), target):
+            for final in _final_names(plan):
                 if (partial.out / final.name).exists():
                     os.replace(partial.out / final.name, final)
         elif partial.out.exists():
-            if target.exists():
-                os.rename(target, partial.folder / "replaced")
+            if os.path.lexists(target):
+                os.rename(target, partial.replaced)
             os.rename(partial.out, target)
         if sync:
-            _sync_path(target.absolute().parent)
+            sync_path(target.absolute().parent)
     except OSError as error:
-        raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from None
+        raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from error
     partial.remove()
 
 
-def _sync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _final_names(plan: MergePlan) -> tuple[Path, ...]:
+    """In the order in which they are given: the model itself last."""
+    target = plan.target
+    if not plan.to_file:
+        return (target,)
+    return report_path(target), recipe_path(target), precision_path(target), target
 
 
 def recipe_text(plan: MergePlan) -> str:
@@ -192,6 +208,8 @@ def recipe_text(plan: MergePlan) -> str:
     content["precision"] = {model: sources.pinned(place) for model, place in content["precision"].items()}
     content["param"] = dict(plan.settings)
     content["identities"] = {m.pinned: m.identity for m in plan.models}
+    weighed = [m for m in plan.models if plan.method.needs_precision and m.precision is not None]
+    content["precision_identities"] = {m.pinned: m.precision_identity for m in weighed}
     return configs.recipe_text(content)
 
 

@@ -28,11 +28,13 @@ def dare_ties(
     zero, one = constant(0, base.mean), constant(1, base.mean)
     total, merged, count = zero, zero, zero
     for t in range(len(tasks)):
-        total = total + select(draws[t] < facts[0], (tasks[t].mean - base.mean) / facts[0], zero)
+        votes = (draws[t] < facts[0]) & (scales[t] != 0)
+        total = total + select(votes, (tasks[t].mean - base.mean) / facts[0], zero)
     for t in range(len(tasks)):
         delta = (tasks[t].mean - base.mean) / facts[0]
         # No product of the two: it would underflow where both are tiny.
-        agrees = (draws[t] < facts[0]) & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
+        votes = (draws[t] < facts[0]) & (scales[t] != 0)
+        agrees = votes & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
         merged = merged + select(agrees, scales[t] * delta, zero)
         count = count + select(agrees, one, zero)
     return Gaussian(base.mean + merged / select(count > zero, count, one), base.precision)

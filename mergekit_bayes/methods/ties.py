@@ -10,7 +10,8 @@ def ties(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...],
         d_t  = m_t - m0 where |m_t - m0| >= threshold_t, else 0
         mean = m0 + sum_t [d_t agrees with sum_u d_u] scale_t d_t / #(those that agree)
 
-    Signs are elected by the unweighted sum, as published; equal scales are the published lambda.
+    Signs are elected by the unweighted sum, as published; equal scales are the published lambda. A task of scale zero
+    has no vote.
 
     Args:
         base: What all tasks were fine-tuned from.
@@ -22,11 +23,12 @@ def ties(base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...],
     total, merged, count = zero, zero, zero
     for t in range(len(tasks)):
         delta = tasks[t].mean - base.mean
-        total = total + select(abs(delta) >= facts[t], delta, zero)
+        total = total + select((abs(delta) >= facts[t]) & (scales[t] != 0), delta, zero)
     for t in range(len(tasks)):
         delta = tasks[t].mean - base.mean
         # No product of the two: it would underflow where both are tiny.
-        agrees = (abs(delta) >= facts[t]) & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
+        agrees = (abs(delta) >= facts[t]) & (scales[t] != 0)
+        agrees = agrees & (((delta > zero) & (total > zero)) | ((delta < zero) & (total < zero)))
         merged = merged + select(agrees, scales[t] * delta, zero)
         count = count + select(agrees, one, zero)
     return Gaussian(base.mean + merged / select(count > zero, count, one), base.precision)

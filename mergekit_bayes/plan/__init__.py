@@ -124,7 +124,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                     f"'{model.ref}' is an adapter among whole models. Put its base before it: BASE+{model.ref}. "
                     "(Adapters alone merge into an adapter.)"
                 )
-            model.check_identity(config.identities.get(model.ref))
+            wanted = config.precision_identities.get(model.ref) if by_precision and model.has_precision else None
+            model.check_identity(config.identities.get(model.ref), wanted)
         target = choose_target(config, models)
         notes = [note for m in models if isinstance(m.mean, AdaptedSource) for note in m.mean.notes]
         weighings = [Weighing()] * len(models)

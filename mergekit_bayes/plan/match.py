@@ -1,5 +1,6 @@
 """Which tensor is which, which are merged, which are copied or left out, and which shapes do not fit."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.methods import Method
-from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, tied_source
+from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, is_vocabulary, tied_source
 from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
 from mergekit_bayes.posterior import Posterior, tokens_apart
 from mergekit_bayes.tensors import MERGEABLE, TensorSpec, block_hash, read_chunk
@@ -69,16 +70,13 @@ def match_tensors(
     """What becomes of every tensor; raises where the rules do not say."""
     donor = models[0].mean
     for model in models:
-        for name, spec in model.mean.specs.items():
-            if spec.dtype.startswith("F8"):
-                _refuse_quantised(name, model)
+        refuse_quantised(model)
     other_tokens = _other_tokens(models)
-    if other_tokens is not None and config.vocab != "base":
-        raise MismatchError(other_tokens)
     maps = [_name_map(models[0], m, notes) for m in models]
-    left_out = _left_out(config, models[0], models[1:], maps[1:])
     only = re.compile(config.only) if config.only else None
+    left_out = _left_out(config, models[0], models[1:], maps[1:], only)
     used: set[str] = set()
+    parameters = 0
     found = Matched([], left_out, {})
     for name, spec in donor.specs.items():
         if is_buffer(name) or spec.dtype not in MERGEABLE:
@@ -86,18 +84,24 @@ def match_tensors(
             continue
         written = TensorSpec(config.dtype or spec.dtype, spec.shape)
         own = _scales(config, name, scales, rules, used)
-        sources = _sources(config, name, models, maps, found)
-        if sources is None:
-            continue
         first = len(models) - len(own)
-        own = tuple(x if sources[first + t].model == first + t else 0.0 for t, x in enumerate(own))
-        merged, reason = _common(config, name, spec, sources, models, found)
-        if other_tokens is not None and _VOCABULARY.search(name):
-            reason = "tokenizers differ; --vocab base"
+        sources: tuple[Found, ...] | None = (Found(0, name),)
+        merged, reason = 0, None
         if only is not None and not only.search(name):
-            reason = "not matched by --only"
-        elif config.base is not None and not any(own):
+            reason = "not matched by --only"  # nobody else is asked: heads may differ
+        elif config.base is None or any(own):
+            sources = _sources(config, name, own, models, maps, found)
+            if sources is None:
+                continue
+            own = tuple(x if sources[first + t].model == first + t else 0.0 for t, x in enumerate(own))
+            merged, reason = _common(config, name, spec, sources, models, found)
+            if other_tokens is not None and is_vocabulary(name):
+                if config.vocab != "base":
+                    raise MismatchError(other_tokens)
+                reason = "tokenizers differ; --vocab base"
+        if reason is None and config.base is not None and not any(own):
             reason = "all scales are zero"
+        parameters += 1
         precisions, shape = None, spec.shape
         if method.needs_precision and reason is not None:
             precisions = _donor_precision(name, sources[0].name, models)
@@ -114,7 +118,7 @@ def match_tensors(
         found.steps.append(Step(name, written, sources, precisions, shape, own, 0 if reason else merged, reason))
     if only is not None and all(s.copied is not None for s in found.steps):
         raise ConfigError(f"--only '{config.only}' matches no tensor of '{models[0].ref}' that is merged.")
-    if not any(s.precisions is not None or len(s.sources) > 1 for s in found.steps) and donor.specs:
+    if not parameters and donor.specs:
         raise MismatchError(
             f"'{models[0].ref}' and '{models[-1].ref}' have no parameter in common ('{next(iter(donor.specs))}' there, "
             f"'{next(iter(models[-1].mean.specs), 'none')}' here). Are they of one architecture?"
@@ -149,7 +153,8 @@ def _scales(
     own = list(scales)
     for rule in rules:
         if rule.pattern.search(name):
-            own[rule.task] = rule.scale
+            for task in rule.tasks:
+                own[task] = rule.scale
             used.add(rule.text)
     if config.base is None and sum(own) <= 0:
         raise ConfigError(
@@ -159,27 +164,46 @@ def _scales(
     return tuple(own)
 
 
-def _refuse_quantised(name: str, model: Posterior) -> None:
-    """Float 8 weights with a scale beside them are not the weights themselves."""
-    for suffix in ("_scale", "_scale_inv", ".weight_scale"):
-        if name + suffix in model.mean.specs:
-            raise MismatchError(
-                f"'{name}' of '{model.ref}' is quantised: its values count times '{name + suffix}'. Save the model "
-                "dequantised first (from_pretrained with dtype=torch.bfloat16, then save_pretrained)."
-            )
+def refuse_quantised(model: Posterior) -> None:
+    """Raise `MismatchError` for weights whose numbers are not the weights themselves."""
+    way_out = (
+        "Save the model dequantised first (from_pretrained with dtype=torch.bfloat16, model.dequantize(), then "
+        "save_pretrained)."
+    )
+    for name, spec in model.mean.specs.items():
+        scale = next((name + s for s in _SCALES if name + s in model.mean.specs), None) if spec.size > 1 else None
+        if scale is not None:
+            raise MismatchError(f"'{name}' of '{model.ref}' is quantised: its values count times '{scale}'. {way_out}")
+        if _QUANTISED.search(name):
+            raise MismatchError(f"'{model.ref}' is quantised: it holds '{name}' ({spec.dtype}). {way_out}")
+    try:
+        config = json.loads((model.path / "config.json").read_text())
+    except (OSError, ValueError):
+        return  # a file, or a folder whose config is none of a merge's business
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise MismatchError(f"'{model.ref}' is quantised: its config.json has a quantization_config. {way_out}")
+
+
+_SCALES = ("_scale", "_scale_inv", ".weight_scale")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_scale|SCB|absmax|quant_map|nested_absmax)$|\.quant_state\.|_blocks$"
+)
 
 
 def _sources(
-    config: MergeConfig, name: str, models: Sequence[Posterior], maps: Sequence[dict[str, str]], found: Matched
-) -> tuple[Found, ...] | None:
-    """Each model's tensor; None if the tensor is left out."""
+    config: MergeConfig, name: str, scales: Sequence[float], models: Sequence[Posterior],
+    maps: Sequence[dict[str, str]], found: Matched,
+) -> tuple[Found, ...] | None:  # fmt: skip
+    """Each model's tensor; None if the tensor is left out. A task of scale zero is not asked for its own."""
     result = []
     for i, (model, names) in enumerate(zip(models, maps, strict=True)):
+        if config.base is not None and i > 0 and scales[i - 1] == 0:
+            result.append(Found(0, name))
+            continue
         own = names.get(name) or tied_source(name, model.mean)
         if own is not None:
             if name not in names:
                 found.rule(name, f"'{model.ref}' ties it to '{own}'")
-            _refuse_quantised(own, model)
             result.append(Found(i, own))
         elif config.on_missing == "skip":
             found.left_out[name] = f"'{model.ref}' has none"
@@ -195,12 +219,6 @@ def _sources(
                 + "--on-missing skip leaves it out."
             )
     return tuple(result)
-
-
-_VOCABULARY = re.compile(
-    r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings|shared|tok_embeddings|lm_head|embed_out|decoder|predictions)"
-    r"\.(weight|bias)$"
-)
 
 
 def _common(
@@ -220,13 +238,13 @@ def _common(
         if there.shape == spec.shape:
             rows.append(spec.shape[0] if spec.shape else 1)
             continue
-        is_vocabulary = bool(spec.shape and there.shape and there.shape[1:] == spec.shape[1:])
-        is_vocabulary = is_vocabulary and bool(_VOCABULARY.search(name))
-        if not is_vocabulary or config.vocab == "error":
+        by_token = bool(spec.shape and there.shape and there.shape[1:] == spec.shape[1:]) and is_vocabulary(name)
+        if not by_token or config.vocab == "error":
             way_out = (
                 f"--vocab common merges the tokens that all have, --vocab base keeps those of '{models[0].ref}'."
-                if is_vocabulary
-                else "All models of a merge share one architecture; was this one fine-tuned from another base?"
+                if by_token
+                else "All models of a merge share one architecture; was this one fine-tuned from another base? "
+                "--only chooses what is merged, where heads differ say."
             )
             raise MismatchError(
                 f"'{name}' is {list(spec.shape)} in '{models[0].ref}' but {list(there.shape)} in '{model.ref}' "
@@ -264,8 +282,9 @@ def _name_map(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str,
 
 
 def _left_out(
-    config: MergeConfig, donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict[str, str]]
-) -> dict[str, str]:
+    config: MergeConfig, donor: Posterior, models: Sequence[Posterior], maps: Sequence[dict[str, str]],
+    only: re.Pattern[str] | None,
+) -> dict[str, str]:  # fmt: skip
     result: dict[str, str] = {}
     for model, names in zip(models, maps, strict=True):
         extra = []
@@ -276,7 +295,7 @@ def _left_out(
                 result[own] = f"not a parameter; only '{model.ref}' has it"
             elif is_alias(own, model.mean):
                 result[own] = f"tied to the input embedding in '{model.ref}'"
-            elif config.on_missing != "error":
+            elif config.on_missing != "error" or (only is not None and not only.search(there)):
                 result[own] = f"only '{model.ref}' has it"
             else:
                 extra.append(own)

@@ -12,7 +12,7 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora import AdaptedSource
 from mergekit_bayes.methods import METHODS, Method, choose, settings_of
-from mergekit_bayes.posterior import Posterior, precision_path
+from mergekit_bayes.posterior import Posterior, precision_path, refuse_foreign
 
 
 class MergeConfig(Config):
@@ -47,7 +47,8 @@ class MergeConfig(Config):
         max_shard_size: Such as `5GB`; otherwise the shards of the base (else of the first model).
         space: Adapters alone: `product` of the factors, `concat` (their exact sum) or `factor` by factor.
         rank: Adapters alone: of the merged one in product space; by default the largest of theirs.
-        identities: What each model must be (`bmerge inspect` shows it); a recipe records what it was made with.
+        identities, precision_identities: What each model and precision must be (`bmerge inspect` shows it); a recipe
+            records what it was made with.
         verify: Compare all bytes of each mean with its posterior's record, not only sampled blocks.
     """
 
@@ -75,6 +76,7 @@ class MergeConfig(Config):
     space: Literal["product", "concat", "factor"] = "product"
     rank: int | None = None
     identities: dict[str, str] = {}
+    precision_identities: dict[str, str] = {}
     posterior: bool = True
     force: bool = False
     verify: bool = False
@@ -88,7 +90,7 @@ class Shrink(NamedTuple):
 class ScaleRule(NamedTuple):
     """The scale of one task in the tensors whose name matches."""
 
-    task: int
+    tasks: tuple[int, ...]  # more than one where a model is named twice
     pattern: re.Pattern[str]
     scale: float
     text: str
@@ -117,7 +119,8 @@ def _scale_rule(text: str, config: MergeConfig) -> ScaleRule:
             f"--scale '{text}': expected a number, or MODEL:REGEX=X with a model as given: {', '.join(config.models)}."
         )
     try:
-        return ScaleRule(config.models.index(model), re.compile(front[len(model) + 1 :]), float(number), text)
+        tasks = tuple(i for i, m in enumerate(config.models) if m == model)
+        return ScaleRule(tasks, re.compile(front[len(model) + 1 :]), float(number), text)
     except ValueError:
         raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None
     except re.error as error:
@@ -222,7 +225,11 @@ def parse_shrink(text: str | None) -> Shrink | None:
 
 def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
     files_only = all(m.is_file for m in models)
-    target = Path(config.out or ("merged.safetensors" if files_only else "merged"))
+    target = Path(config.out or ("merged.safetensors" if files_only else "merged")).expanduser()
+    if target.name in ("", "..") or "\0" in target.name:
+        raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
+    if target.is_symlink():
+        target = target.resolve()  # what the link points to is replaced, not the link
     written = [target]
     if target.suffix == ".safetensors":
         written += [report_path(target), recipe_path(target)]
@@ -240,13 +247,8 @@ def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
         if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
             kind = "a folder, and a file" if path.is_dir() else "a file, and a folder"
             raise CheckpointError(f"'{path}' is {kind} would replace it. Choose another -o, or remove it yourself.")
-        if path.is_dir() and any(path.iterdir()) and not any(f for g in _OF_A_MODEL for f in path.glob(g)):
-            raise CheckpointError(f"'{path}' is a folder without a model in it, which --force leaves alone. Choose "
-                                  "another -o, or remove it yourself.")  # fmt: skip
+        refuse_foreign(path)
     return target
-
-
-_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
 
 
 def report_path(target: Path) -> Path:
