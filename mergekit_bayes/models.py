@@ -299,7 +299,11 @@ def observations(examples: Sequence[Mapping[str, Any]], task: str) -> int:
 
 
 class Collate:
-    """Pad examples on the right into a batch of tensors; padding is neither attended to nor scored."""
+    """Pad examples on the right into a batch of tensors; padding is neither attended to nor scored.
+
+    Nor is a row's first token, which nothing predicts: the Trainer would count it for GPT-2 and others whose class
+    names tell transformers no loss, and the loss would be divided by too many.
+    """
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -314,7 +318,7 @@ class Collate:
             ids[i, :n] = torch.tensor(e["input_ids"])
             mask[i, :n] = 1
             if isinstance(e.get("labels"), list):
-                labels[i, :n] = torch.tensor(e["labels"])
+                labels[i, 1:n] = torch.tensor(e["labels"][1:])
         batch = {"input_ids": ids, "attention_mask": mask}
         if "labels" in examples[0]:
             rows = not isinstance(examples[0]["labels"], list)
