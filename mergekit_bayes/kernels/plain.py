@@ -146,9 +146,9 @@ def _count(
     if base is None:
         return
     moved = np.zeros(chunk.mean.size, bool)
-    for scale, task in zip(numbers.scales, tasks, strict=True):
+    for scale, mean in zip(numbers.scales, chunk.means[1:], strict=True):
         if scale != 0:
-            moved |= task.mean != base.mean
+            moved |= mean != chunk.means[0]  # as stored: an anchor moves a task's centre, not what it learnt
     tally.changed += int(np.count_nonzero(moved))
     tally.lost += int(np.count_nonzero(moved & (chunk.mean == _rounded(base.mean, chunk.mean))))
     if not (kind.weighs and kind.removes):
