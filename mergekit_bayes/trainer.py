@@ -44,6 +44,7 @@ class IvonTrainerMixin:
     optimizer_cls_and_kwargs: Any
     args: Any
     state: Any
+    _loss_shifts_labels: bool
     _held: list[dict[str, Any]]
     _observing: int | None = None  # the micro-batch whose curvature is due
 
@@ -82,6 +83,12 @@ class IvonTrainerMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer fetches a step's micro-batches here: whatever an interrupted step left is dropped."""
         self.__dict__.setdefault("_held", []).clear()
+        # transformers knows by the class name which losses do not score a row's first token, not GPT2LMHeadModel's, and
+        # would divide by too many. This is the loss itself, which such models fall back to.
+        config = getattr(self.model, "config", None)
+        loss = getattr(getattr(self.model, "loss_function", None), "__name__", None)
+        if loss == "ForCausalLMLoss" and not getattr(config, "is_encoder_decoder", False):
+            self._loss_shifts_labels = True
         return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -117,18 +124,31 @@ class IvonTrainerMixin:
         if self._observing is None:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
         labels, tokens = inputs.get("labels"), inputs.get("input_ids")
-        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)  # type: ignore[misc]
-        logits = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
-        if not isinstance(logits, Tensor):
+        bare, made = self.accelerator.unwrap_model(model), []
+        handle = bare.register_forward_hook(lambda module, arguments, outputs: made.append(_logits(outputs)))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            handle.remove()
+        logits = next((found for found in made if found is not None), None)
+        if logits is None:  # the loss of trl's SFTTrainer makes them piece by piece: one more forward
+            logits = _logits(bare(**{name: value for name, value in inputs.items() if name != "labels"}))
+        if logits is None:
             raise ConfigError("curvature='ggn' needs a model that returns its logits. Use curvature='price'.")
         optimizer = unwrap(self.optimizer)
         group = optimizer.param_groups[0]
         seed = mix(group["seed"], group["steps"], self._observing, self.accelerator.process_index, 1)
         scored = scored_logits(logits, labels, tokens).float()
         signs = torch.Generator(scored.device).manual_seed(seed)
-        root = random_root(scored.detach(), likelihood(self.accelerator.unwrap_model(model)), signs)
+        root = random_root(scored.detach(), likelihood(bare), signs)
         optimizer.add_curvature((root * scored).sum(), len(scored))
-        return (loss, outputs) if return_outputs else loss
+        return result
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    """The logits that a model has returned, with their graph."""
+    found = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    return found if isinstance(found, Tensor) and found.requires_grad else None
 
 
 @contextmanager

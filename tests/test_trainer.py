@@ -107,6 +107,51 @@ def test_another_optimizer_is_refused():
         unwrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
 
 
+def true_gradient(model, batches):
+    """Of the mean over all tokens that are predicted in the batches, by parameter name."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        tokens += int((labels != -100).sum())
+    (total / tokens).backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def first_gradient(t):
+    """What the optimizer got in a run of one step, by parameter name, and the micro-batches of the step."""
+    seen, inner = [], t._prepare_inputs
+
+    def prepare(inputs):
+        seen.append({k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)})
+        return inner(inputs)
+
+    t._prepare_inputs = prepare
+    t.train()
+    state = unwrap(t.optimizer).state
+    return {n: state[p]["momentum"] / (1 - 0.9) for n, p in t.model.named_parameters()}, seen
+
+
+@pytest.mark.parametrize("first", [True, False])  # whether the collator leaves a row's first label in
+def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp_path, first):
+    """Next to no noise, two micro-batches of unequal length, and a model whose class name tells no loss."""
+    t = trainer(tmp_path, ivon={"ess": 1e14, "lr": 0.0}, max_steps=1, gradient_accumulation_steps=2)
+    collate = t.data_collator
+
+    def with_first(examples):
+        batch = collate(examples)
+        batch["labels"][:, 0] = batch["input_ids"][:, 0]
+        return batch
+
+    t.data_collator = with_first if first else collate
+    ours, batches = first_gradient(t)
+    assert len(batches) == 2
+    expected = true_gradient(load_model(str(tmp_path / "m")).model, batches)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 class Scripted(transformers.TrainerCallback):
     """Decides which step is the best, and remembers the trained parameters of each."""
 
