@@ -167,7 +167,7 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
                 unit=info.unit if info else None,
                 observations=info.observations if info else None,
                 count=plan.weighings[i].count,
-                ratio=ratio,
+                ratio=ratio and float(f"{ratio:.4g}"),  # sums of float32 in any order are not known better
                 mended=totals.mended[i],
             )
         )
@@ -194,7 +194,7 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
         ruled=plan.mended,
         guard=plan.guard,
         guarded_share=totals.guarded_share,
-        largest_multiplier=totals.multiplier,
+        largest_multiplier=float(f"{totals.multiplier:.6g}"),
         changed_share=totals.changed / totals.entries if based else None,
         lost_share=lost,
         notes=tuple(notes),
