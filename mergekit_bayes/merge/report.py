@@ -167,7 +167,7 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
                 unit=info.unit if info else None,
                 observations=info.observations if info else None,
                 count=plan.weighings[i].count,
-                ratio=ratio and float(f"{ratio:.4g}"),  # sums of float32 in any order are not known better
+                ratio=ratio and float(f"{ratio:.6g}"),  # sums of float32 in any order are not known better
                 mended=totals.mended[i],
             )
         )
