@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 import os
+import resource
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,11 +34,12 @@ ITEM_SIZE = {
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-# What a mean may be stored in: decoded to float32 (float64 for F64), combined, rounded once.
+# What a mean may be stored in: decoded to float32 (float64 where F64 is written), combined, rounded once.
 MERGEABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 64  # numpy's own limit
+_SPARE = 128  # file descriptors for everything else
 _BLOCK, _BLOCKS = 4096, 16  # identity: sixteen blocks a tensor
 
 
@@ -104,17 +107,13 @@ class SafetensorsSource:
         self._specs = {name: placed.spec for name, placed in self._placed.items()}
 
     def _open(self, index: int, path: Path) -> None:
+        self._fds.append(_open(path, os.O_RDONLY | os.O_NONBLOCK))  # a pipe is then refused below, not waited for
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is then refused below, not waited for
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
-        self._fds.append(fd)
-        try:
-            header, data_start = _read_header(fd, path)
+            header, data_start = _read_header(self._fds[-1], path)
         except OSError as error:
             raise CheckpointError(f"{path}: its header cannot be read ({error.strerror}).") from None
         self.metadata |= header.pop("__metadata__")
-        end = os.fstat(fd).st_size - data_start
+        end = os.fstat(self._fds[-1]).st_size - data_start
         for name, placed in _check_header(header, path, index, data_start, end):
             if name in self._placed:
                 other = self.files[self._placed[name].file]
@@ -169,17 +168,23 @@ class MemorySource:
         out[:] = self._tensors[name].reshape(-1).view(np.uint8).data[offset : offset + len(out)]
 
 
+class LostError(CheckpointError):
+    """A file that was begun is not there any more, or not in its size."""
+
+
 class SafetensorsSink:
     """A safetensors file whose tensors arrive in any order; the header is written last.
 
     Offsets are known from the specs, so data can be written at once. The metadata may change until `close`
     as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself go into it. With `shared`
-    the file may be there already, begun by another process or by a merge that was stopped: offsets are the same.
+    the file may be there already, begun by another process or by a merge that was stopped: offsets are the same. With
+    `begun` it must be there, in its size, or a `LostError` says so.
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, shared: bool = False
-    ) -> None:
+        self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, shared: bool = False,
+        begun: bool = False,
+    ) -> None:  # fmt: skip
         self.path = path
         self.metadata = dict(metadata)
         self._offsets: dict[str, int] = {}
@@ -195,10 +200,9 @@ class SafetensorsSink:
         size = len(self._header())
         self._reserved = size + (-size) % 8
         self._start = 8 + self._reserved
-        try:
-            self._fd = os.open(path, os.O_CREAT | (0 if shared else os.O_EXCL) | os.O_RDWR, 0o644)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be created ({error.strerror}).") from None
+        if begun and (not path.is_file() or path.stat().st_size != self._start + at):
+            raise LostError(f"{path}: what was written there is gone.")
+        self._fd = _open(path, os.O_RDWR | (0 if begun else os.O_CREAT) | (0 if shared else os.O_EXCL))
         self._guarded(self._allocate, self._start + at)
 
     def _header(self) -> bytes:
@@ -446,6 +450,22 @@ def _f8_codes(dtype: str) -> Array:
     code[magnitude > 0x7F800000] = 0x7F
     signed: Array = (code | ((bits >> 24) & np.uint32(0x80))).astype(np.uint8)
     return signed
+
+
+def _open(path: Path, flags: int) -> int:
+    """A file descriptor; the process may have as many as the system lets it, once it comes near the usual limit."""
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            many = "too many open files; allow more with `ulimit -n 65536`"
+            raise CheckpointError(f"{path}: cannot be opened ({many}).") from None
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft != hard and fd + _SPARE > soft:
+        with suppress(OSError, ValueError):  # macOS names no limit and has one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return fd
 
 
 def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:

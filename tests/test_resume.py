@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,17 @@ import pytest
 
 from mergekit_bayes import merge as engine
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import MergeConfig, Part, carry_out, parse_part, part_of_launcher, plan_merge, run_merge, work
+from mergekit_bayes.merge import (
+    MergeConfig,
+    Part,
+    carry_out,
+    journal,
+    parse_part,
+    part_of_launcher,
+    plan_merge,
+    run_merge,
+    work,
+)
 from tests import tiny
 
 SHAPES = {f"h.{i}.weight": (40, 13 + i) for i in range(8)} | {"wte.weight": (300, 7), "empty": (0, 3)}
@@ -62,7 +72,8 @@ def merge_until(call, settings, folder, sync):
                 if name == "pwrite":
                     real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
                 elif call % 2:
-                    real(*args, **kwargs)
+                    with suppress(OSError):
+                        real(*args, **kwargs)
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
@@ -116,8 +127,8 @@ def test_a_merge_killed_at_random_points_ends_in_the_same_bytes(inputs, tmp_path
         whole = {n: b for n, b in expected.items() if n == target or n.startswith(f"{target}/")}
         assert there in ({}, whole, {"out/config.json": b"old", "out/old.txt": b"old"}), point
         resumed += bool(list(folder.glob("*.partial/journal*")))
-        if Path(target).exists() and not list(folder.glob("*.partial/*")):
-            assert contents() == expected  # it was killed after the last step
+        if there == whole and not list(folder.glob("*.partial/*.json")):
+            assert set(contents()) - {f"{target}.partial/lock"} == set(expected)  # it was killed after the last step
             continue
         run_merge(settings, threads=1, sync=sync)
         assert contents() == expected, point
@@ -173,18 +184,125 @@ def test_a_changed_input_is_another_merge(inputs, tmp_path, monkeypatch):
         run_merge(settings)
 
 
-def test_lines_from_before_a_power_cut_are_not_believed_without_sync(inputs, tmp_path, monkeypatch):
+def interrupt(monkeypatch, settings, after, **options):
+    """Merge, and be stopped after some units."""
+    real, left = work.Worker.run, [after]
+
+    def run(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Worker, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(settings, threads=1, **options)
+
+
+@pytest.mark.parametrize("host", [None, "another machine, or a container's next name"])
+def test_unfinished_lines_of_another_boot_are_believed_with_sync_only(inputs, tmp_path, monkeypatch, host):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work, "UNIT", 500)
+    settings = config(inputs, out="out")
+    run_merge(settings)
+    expected = Path("out/model.safetensors").read_bytes()
+    shutil.rmtree("out")
+    for sync, believed in ((False, 0), (True, 5)):
+        interrupt(monkeypatch, settings, 5, sync=sync)
+        file = next(Path("out.partial").glob("journal*"))
+        first, *lines = file.read_text().splitlines()
+        first = json.loads(first) | {"boot": "another"} | ({} if host is None else {"host": host})
+        file.write_text("\n".join([json.dumps(first), *lines]) + "\n")
+        if not sync:  # what a power cut leaves
+            for data in Path("out.partial/out").glob("*.safetensors"):
+                data.write_bytes(bytes(data.stat().st_size))
+        with closing(plan_merge(settings)) as plan:
+            units = len(engine.units_of(plan))
+        assert len(units_done(monkeypatch, settings)) == units - believed
+        assert Path("out/model.safetensors").read_bytes() == expected
+        shutil.rmtree("out")
+
+
+def test_a_finished_part_of_another_machine_is_believed(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = config(inputs, out="out")
-    for sync, believed in ((False, False), (True, True)):
-        run_merge(settings, part=Part(1, 1), sync=sync)
-        journal = next(Path("out.partial").glob("journal*"))
-        lines = journal.read_text().splitlines()
-        first = json.loads(lines[0]) | {"boot": "another"}
-        journal.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-        done = units_done(monkeypatch, settings)
-        assert (not done) == believed
-        shutil.rmtree("out")
+    synced, real = [], os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
+        run_merge(settings, part=Part(1, 1))
+    assert {"model.safetensors", "precision.safetensors", "journal-1-of-1.jsonl"} <= {Path(p).name for p in synced}
+    file = next(Path("out.partial").glob("journal*"))
+    first, *lines = file.read_text().splitlines()
+    first = json.loads(first) | {"boot": "another", "host": "another"}
+    file.write_text("\n".join([json.dumps(first), *lines]) + "\n")
+    assert not units_done(monkeypatch, settings)
+
+
+def test_a_part_that_began_before_a_power_cut_and_was_finished_after_it_is_believed_from_there(tmp_path):
+    lines = [
+        {"plan": "p", "sync": False, "boot": "one", "host": "h"}, {"unit": 0, "tally": {}},
+        {"plan": "p", "sync": False, "boot": "two", "host": "h"}, {"unit": 1, "tally": {}},
+        {"plan": "p", "sync": False, "boot": "two", "host": "h"}, {"unit": 2, "tally": {}}, {"synced": True},
+        {"plan": "p", "sync": False, "boot": "two", "host": "h"}, {"unit": 3, "tally": {}},
+        {"plan": "q", "sync": True, "boot": "two", "host": "h"}, {"unit": 4, "tally": {}},
+    ]  # fmt: skip
+    (tmp_path / "journal-1-of-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(engine.Partial(tmp_path, "p").done()) == {1, 2}
+
+
+def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = config(inputs, out="out")
+    run_merge(settings)
+    expected = contents("out")
+    shutil.rmtree("out")
+    for name in ("model.safetensors", "posterior/precision.safetensors"):
+        for act in (Path.unlink, lambda file: os.truncate(file, file.stat().st_size - 1)):
+            run_merge(settings, part=Part(1, 2))
+            run_merge(settings, part=Part(2, 2))
+            act(Path("out.partial/out", name))
+            with pytest.raises(CheckpointError, match=r"is gone\. The same line without --shard starts anew"):
+                run_merge(settings, part=Part(2, 2))
+            said = []
+            with closing(plan_merge(settings)) as plan:
+                carry_out(plan, say=said.append)
+            assert any("is gone. Everything is done anew" in line for line in said)
+            assert contents("out") == expected
+            shutil.rmtree("out")
+
+
+def spoiled(inputs, folder):
+    """The same merge with a model that cannot be merged."""
+    tiny.write(folder / "bad.safetensors", {n: np.full(s, np.nan, np.float32) for n, s in SHAPES.items()})
+    return MergeConfig(models=(str(folder / "bad.safetensors"),), base=str(inputs / "base.safetensors"), out="out")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_that_name_that_is_no_merge_is_left_alone(inputs, tmp_path, monkeypatch, force):
+    monkeypatch.chdir(tmp_path)
+    bad = spoiled(inputs, tmp_path)
+    for name, text in (("precious.txt", "x"), ("plan.json", '{"my": "plan"}'), ("out/x", "x")):
+        Path("out.partial", name).parent.mkdir(parents=True)
+        Path("out.partial", name).write_text(text)
+        before = contents()
+        for settings in (config(inputs, out="out", force=force), bad):
+            with pytest.raises(CheckpointError, match=r"is another folder: it has '(precious|plan|out)"):
+                run_merge(settings)
+            assert contents() == before
+        shutil.rmtree("out.partial")
+    Path("out.partial").mkdir()  # an empty one can be taken
+    run_merge(config(inputs, out="out", force=force))
+    assert not Path("out.partial").exists()
+
+
+def test_files_that_somebody_put_beside_the_journal_are_not_removed(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_merge(config(inputs, out="out"), part=Part(1, 2))
+    Path("out.partial/precious.txt").write_text("x")
+    run_merge(config(inputs, out="out"))
+    assert contents("out.partial") == {"precious.txt": b"x"}
+    assert tiny.read("out")
 
 
 def test_a_full_disk_is_found_before_the_first_byte(inputs, tmp_path, monkeypatch):
@@ -254,16 +372,106 @@ def test_the_first_rank_does_what_a_dead_one_left(inputs, tmp_path, monkeypatch)
 
 def test_two_processes_cannot_be_at_the_same_part(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "_MOMENT", 0.05)
     settings = config(inputs, out="out")
     with closing(plan_merge(settings)) as plan:
-        partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan), force=False)
-        with partial.journal(Part(1, 2), sync=False):
+        partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
+        with partial.held(alone=False, force=False), partial.journal(Part(1, 2), sync=False):
             with pytest.raises(CheckpointError, match="another process"):
                 carry_out(plan, part=Part(1, 2))
             carry_out(plan, part=Part(2, 2))
             with pytest.raises(CheckpointError, match="still being written"):
                 carry_out(plan)
         assert carry_out(plan) is not None
+
+
+def during(monkeypatch, where, name, act):
+    """Do something once, in the middle of a merge: before `where.name` is called."""
+    real, left = getattr(where, name), [act]
+
+    def called(*args, **kwargs):
+        if left:
+            left.pop()()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, called)
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(work.Worker, "run"), (journal.Partial, "publish"), (journal.Partial, "remove"), (os, "replace")],
+)
+def test_a_second_identical_command_waits_and_loses_nothing(inputs, tmp_path, monkeypatch, out, where, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    run_merge(config(inputs, out="whole.safetensors"))
+    settings = config(inputs, out=out, force=True)
+    run_merge(settings.model_copy(update={"scale": (0.5,)}))
+    seen = []
+
+    def second():
+        for part in (None, Part(2, 2)):
+            with pytest.raises(CheckpointError, match=r"Wait for it") as error:
+                run_merge(settings, part=part)
+            seen.append(str(error.value))
+
+    with monkeypatch.context() as patch:
+        during(patch, where, name, second)
+        run_merge(settings)
+    assert len(seen) == 2
+    written = Path(out) if out.endswith("safetensors") else Path(out, "model.safetensors")
+    assert written.read_bytes() == Path("whole.safetensors").read_bytes()
+    assert not list(Path().glob("*.partial"))
+
+
+def test_who_comes_second_to_the_start_neither_fails_the_first_nor_removes_its_folder(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    settings = config(inputs, out="out")
+
+    def second():
+        with pytest.raises(CheckpointError, match="Wait for it"):
+            run_merge(settings)
+
+    during(monkeypatch, engine, "_check_space", second)
+    run_merge(settings)
+    assert tiny.read("out")
+
+
+def test_of_two_plans_that_begin_at_once_one_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = config(inputs, out="out"), config(inputs, out="out", scale=(0.5,))
+
+    def second():
+        with pytest.raises(CheckpointError, match="another merge"):
+            run_merge(other, part=Part(2, 2))
+
+    during(monkeypatch, journal.Partial, "journal", second)
+    run_merge(one, part=Part(1, 2))
+    run_merge(one)
+    assert json.loads(Path("out/merge_report.json").read_text())["models"][1]["scale"] == 1
+
+
+def test_what_a_killed_force_moved_aside_comes_back_when_another_merge_takes_over(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_merge(config(inputs, out="out"))
+    old = contents("out")
+    with monkeypatch.context() as patch:
+        real = os.rename
+
+        def rename(source, target):
+            if target == Path("out"):
+                raise KeyboardInterrupt
+            real(source, target)
+
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(config(inputs, out="out", scale=(0.5,), force=True))
+    assert not Path("out").exists()
+    with pytest.raises(CheckpointError, match="is nan at"):
+        run_merge(spoiled(inputs, tmp_path).model_copy(update={"force": True}))
+    assert contents("out") == old
 
 
 def test_parts_cover_every_unit_once_and_evenly(inputs):

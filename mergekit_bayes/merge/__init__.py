@@ -10,22 +10,22 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from mergekit_bayes import __version__
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.kernels import can_fuse
 from mergekit_bayes.merge.chunks import Known, Reader
 from mergekit_bayes.merge.first import FirstPass
 from mergekit_bayes.merge.journal import Journal, Part, Partial, wait_for
-from mergekit_bayes.merge.output import Output, publish
+from mergekit_bayes.merge.output import Output, publish, refuse_existing
 from mergekit_bayes.merge.report import MergeReport, Totals, make_report
 from mergekit_bayes.merge.work import Unit, Worker, units_of
 from mergekit_bayes.plan import MergeConfig, MergePlan, Step, partial_path, plan_merge, report_path
+from mergekit_bayes.tensors import LostError
 
 __all__ = [
     "CHUNK", "MergeConfig", "MergePlan", "MergeReport", "Part", "carry_out", "join", "parse_part", "part_of_launcher",
@@ -37,6 +37,7 @@ __all__ = [
 CHUNK, PLAIN_CHUNK = 1 << 18, 1 << 16
 # Below this many entries to merge, loading numba costs more than it saves.
 WORTH_FUSING = 1 << 25
+AHEAD = 4  # units a thread that are under way
 PATIENCE = 60.0  # seconds without any other part at work, after which the first does what is left
 _WHOLE = Part(1, 1)
 
@@ -81,7 +82,7 @@ def carry_out(
     Args:
         plan: What to do.
         progress: Called with (bytes of the mean written, bytes of the mean in all).
-        say: Called with a line for people when something is resumed.
+        say: Called with a line for people when something is resumed, or cannot be.
         threads: Each reads, combines and writes; by default one a core, at most four.
         part: Do this part of the plan only; a call without it does what is left and puts the output in place.
         sync: Wait for the disk before the output gets its name, so that it also survives a power cut.
@@ -92,52 +93,86 @@ def carry_out(
         The report, which also lies beside the output; None for a part.
 
     Raises:
-        BmergeError: One of its children: an entry that cannot be merged, a full disk, another merge in
+        BmergeError: One of its children: an entry that cannot be merged, a full disk, another merge or other files in
             `OUT.partial`, another process at the same part.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: expected 1 or more.")
-    folder = partial_path(plan.target)
-    partial = _claim(plan, folder)
-    if partial.is_publishing:
-        publish(plan, partial, sync=sync)
-        return MergeReport.model_validate_json(report_path(plan.target).read_text())
-    fresh = not partial.journals()
+    partial = Partial(partial_path(plan.target), plan_hash(plan))
+    run = _Run(plan, chunk, threads, fused, sync=sync, progress=progress)
     try:
-        _check_space(plan, partial)
-        with partial.journal(part or _WHOLE, sync=sync) as journal, closing(Output(plan, partial.out)) as output:
-            units = units_of(plan)
-            mine = [u for u in units if part is None or part.takes(u.position)]
-            done = partial.done()
-            _tell(plan, units, done, partial, part, say)
-            if part is None and (busy := partial.running(_WHOLE)):
-                raise CheckpointError(f"{busy[0]}: that part is still being written. Wait for it.")
-            run = _Run(plan, output, journal, chunk, threads, fused, sync=sync, progress=progress)
-            run.do([u for u in mine if u.id not in done], {u.id for u in mine} & done.keys())
+        with partial.held(alone=part is None, force=plan.config.force):
             if part is not None:
+                _do_part(run, partial, part)
                 return None
+            if not partial.is_publishing:
+                _do_whole(run, partial, say)
+            publish(plan, partial, sync=sync)
+            return MergeReport.model_validate_json(report_path(plan.target).read_text())
+    except OSError as error:
+        where = error.filename or partial.folder
+        raise CheckpointError(
+            f"{where}: {error.strerror or error}. Once that is mended, the same line goes on."
+        ) from error
+
+
+def _do_part(run: "_Run", partial: Partial, part: Part) -> None:
+    plan = run.plan
+    if partial.is_publishing:
+        return
+    refuse_existing(plan)
+    _check_space(plan, partial)
+    with partial.journal(part, sync=run.sync) as journal:
+        done = partial.done()
+        try:
+            output = Output(plan, partial.out, begun=bool(done))
+        except LostError as error:
+            raise CheckpointError(f"{error} The same line without --shard starts anew.") from None
+        with closing(output):
+            run.do([u for u in units_of(plan) if part.takes(u.position)], done, output, journal)
+            output.sync()
+            output.sync_names()
+            journal.close()
+
+
+def _do_whole(run: "_Run", partial: Partial, say: Callable[[str], None]) -> None:
+    plan, units, is_fresh = run.plan, units_of(run.plan), not partial.journals()
+    try:
+        refuse_existing(plan)
+        _check_space(plan, partial)
+        with closing(_open_output(plan, partial, say)) as output, partial.journal(_WHOLE, sync=run.sync) as journal:
+            done = partial.done()
+            _tell(plan, units, done, partial, say)
+            run.do(units, done, output, journal)
             totals = Totals(plan, units, partial.done())
             totals.refuse_zero(plan)
             output.finish(totals.guarded_share)
-            report = make_report(plan, totals)
-            output.write_report(report.model_dump_json(indent=2) + "\n")
-        publish(plan, partial, sync=sync)
-        return report
-    except Exception:
-        # What failed by itself leaves nothing behind; what was stopped from outside does, and is resumed.
-        if fresh and part is None and len(partial.journals()) <= 1:
-            shutil.rmtree(folder, ignore_errors=True)
+            output.write_report(make_report(plan, totals).model_dump_json(indent=2) + "\n")
+    except BmergeError as error:
+        # What the data refuse is refused again, and nothing is left of it. What the disk refuses is resumed.
+        if is_fresh and not (isinstance(error.__context__, OSError) and partial.done()):
+            partial.remove()
         raise
+
+
+def _open_output(plan: MergePlan, partial: Partial, say: Callable[[str], None]) -> Output:
+    if partial.done():
+        try:
+            return Output(plan, partial.out, begun=True)
+        except LostError as error:
+            say(f"{error} Everything is done anew.")
+            partial.forget()
+    return Output(plan, partial.out)
 
 
 class _Run:
     """Does units on threads, each with its own buffers."""
 
     def __init__(
-        self, plan: MergePlan, output: Output, journal: Journal, chunk: int | None, threads: int | None,
-        fused: bool | None, *, sync: bool, progress: Progress | None,
+        self, plan: MergePlan, chunk: int | None, threads: int | None, fused: bool | None, *, sync: bool,
+        progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.plan, self.output, self.journal, self.sync, self.progress = plan, output, journal, sync, progress
+        self.plan, self.sync, self.progress = plan, sync, progress
         self.threads = threads or min(4, _cores())
         entries = sum(s.merged for s in plan.steps)
         self.fused = (entries >= WORTH_FUSING if fused is None else fused) and can_fuse(len(plan.models))
@@ -146,19 +181,17 @@ class _Run:
         self._writing = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
-    def do(self, units: list[Unit], done: set[int]) -> None:
-        """Do `units`; `done` are those of this part that need not be done again."""
+    def do(self, units: Sequence[Unit], done: Collection[int], output: Output, journal: Journal) -> None:
+        """Do those `units` that are not `done`."""
         sizes = [s.spec.nbytes / max(s.spec.size, 1) for s in self.plan.steps]
-        every = {u.id: u for u in units_of(self.plan)}
-        total = sum((u.stop - u.start) * sizes[u.step] for u in (*units, *(every[k] for k in done)))
-        written = sum((every[k].stop - every[k].start) * sizes[every[k].step] for k in done)
+        total = sum((u.stop - u.start) * sizes[u.step] for u in units)
+        written = sum((u.stop - u.start) * sizes[u.step] for u in units if u.id in done)
+        if self.sync:
+            output.sync_names()
         with ThreadPoolExecutor(self.threads) as pool:
             self._pool = pool
-            pending: list[Future[Unit]] = []
             try:
-                for step, known, batch in self._batches(units):
-                    pending += [pool.submit(self._one, step, known, unit) for unit in batch]
-                for future in as_completed(pending):
+                for future in self._futures([u for u in units if u.id not in done], output, journal):
                     unit = future.result()
                     written += (unit.stop - unit.start) * sizes[unit.step]
                     if self.progress is not None:
@@ -167,7 +200,21 @@ class _Run:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _batches(self, units: list[Unit]) -> Iterator[tuple[Step, Known, list[Unit]]]:
+    def _futures(self, units: Sequence[Unit], output: Output, journal: Journal) -> Iterator[Future[Unit]]:
+        """As they are done. Few wait at a time: an error is heard of before the first pass of all other steps."""
+        assert self._pool is not None
+        pending: set[Future[Unit]] = set()
+        for step, known, batch in self._batches(units):
+            for unit in batch:
+                pending.add(self._pool.submit(self._one, step, known, unit, output, journal))
+                if len(pending) > AHEAD * self.threads:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from finished
+            finished, pending = wait(pending, timeout=0)
+            yield from finished
+        yield from as_completed(pending)
+
+    def _batches(self, units: Sequence[Unit]) -> Iterator[tuple[Step, Known, list[Unit]]]:
         first = FirstPass(self.plan, self._reader, self._spread, fused=self.fused)
         by_step: dict[int, list[Unit]] = {}
         for unit in units:
@@ -186,44 +233,29 @@ class _Run:
         reader: Reader = self._local.reader
         return reader
 
-    def _one(self, step: Step, known: Known, unit: Unit) -> Unit:
+    def _one(self, step: Step, known: Known, unit: Unit, output: Output, journal: Journal) -> Unit:
         self._reader()
-        tally = self._local.worker.run(unit, known, self.output.sinks(step.name))
+        tally = self._local.worker.run(unit, known, output.sinks(step.name))
         with self._writing:
             if self.sync:
-                self.output.sync()
-            self.journal.add(unit.id, tally.to_json())
+                output.sync()
+            journal.add(unit.id, tally.to_json())
         return unit
 
 
 def _tell(
-    plan: MergePlan, units: list[Unit], done: dict[int, Any], partial: Partial, part: Part | None,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
+    plan: MergePlan, units: list[Unit], done: dict[int, Any], partial: Partial, say: Callable[[str], None]
+) -> None:
     """What is there already, and which parts never came."""
-    if done and part is None:
+    if done:
         share = sum(u.stop - u.start for u in units if u.id in done) / max(1, sum(u.stop - u.start for u in units))
         say(f"resuming '{plan.target}': {share:.0%} was there")
-    if part is None and (missing := partial.missing_parts()):
+    if missing := partial.missing_parts():
         say(f"parts that never began are done here: {', '.join(missing)}")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _claim(plan: MergePlan, folder: Path) -> Partial:
-    force, target = plan.config.force, plan.target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Partial(folder, plan_hash(plan), force=force)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror or error}).") from None
-    if target.exists() and not force and not partial.is_publishing:
-        if not partial.journals():
-            partial.remove()
-        raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
-    return partial
 
 
 def plan_hash(plan: MergePlan) -> str:
@@ -300,6 +332,6 @@ def join(plan: MergePlan, part: Part, **options: Any) -> MergeReport | None:
     carry_out(plan, part=part, **options)
     if part.number > 1:
         return None
-    partial = Partial(partial_path(plan.target), plan_hash(plan), force=False)
+    partial = Partial(partial_path(plan.target), plan_hash(plan))
     wait_for(partial, [u.id for u in units_of(plan)], part, PATIENCE)
     return carry_out(plan, **options)
