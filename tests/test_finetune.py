@@ -65,7 +65,8 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
     assert info.prior.precision == info.anchor.precision == pytest.approx(scored * 1e-6)
     assert (info.prior.kind, info.anchor.kind, info.sampled) == ("isotropic", "zero", 24)
     assert info.training["steps"] == report.steps == 12
-    assert info.training["beta2"] == pytest.approx(max(0.9, 1 - 5 / 12))
+    assert (info.training["curvature"], info.training["curvature_every"]) == ("ggn", 8)
+    assert info.training["beta2"] == pytest.approx(max(0.5, 1 - 5 * 8 / 12))
     assert {"lr", "ess", "hess_init", "beta1", "weight_decay", "mc_samples", "batch_size"} <= set(info.training)
     assert {"init_fraction", "kappa", "hess_median", "precision_median", "not_positive"} <= set(info.health)
     assert info.base.blocks != info.mean.blocks
@@ -118,7 +119,7 @@ def test_training_lowers_the_loss_with_either_optimizer(tmp_path, data):
 
 
 def test_ivons_own_posterior_is_stored_on_request(tmp_path, data):
-    run_finetune(config(tmp_path, data, posterior="ivon", ess=1e5, weight_decay=1e-3), quiet=True)
+    run_finetune(config(tmp_path, data, curvature="price", posterior="ivon", ess=1e5, weight_decay=1e-3), quiet=True)
     posterior = open_posterior(str(tmp_path / "out"))
     assert (posterior.info.estimator, posterior.info.ess) == ("ivon", 1e5)
     assert posterior.info.prior.precision == pytest.approx(1e5 * 1e-3)
@@ -134,7 +135,8 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, data, samples):
     """Rows of different lengths: the loss must be the mean over the tokens of the whole step."""
     for name, size, accumulation in (("one", 8, 1), ("four", 2, 4)):
         settings = config(tmp_path, data, output=str(tmp_path / name), batch_size=size, posterior="none",
-                          gradient_accumulation=accumulation, mc_samples=samples, ess=1e6, beta2=0.99)  # fmt: skip
+                          gradient_accumulation=accumulation, mc_samples=samples, ess=1e6, beta2=0.99,
+                          curvature="price")  # fmt: skip
         run_finetune(settings, quiet=True)
     one, four = tiny.read(tmp_path / "one"), tiny.read(tmp_path / "four")
     base = tiny.read(tmp_path / "base")
@@ -297,6 +299,9 @@ def test_settings_that_make_no_sense_are_named(tmp_path, data):
         run_finetune(config(tmp_path, data, scheduler="cosin"))
     with pytest.raises(ConfigError, match=r"lora: .*nope"):
         run_finetune(config(tmp_path, data, lora={"target_modules": ["nope"]}))
+    with pytest.raises(ConfigError, match=r"weight_decay > 0.* or curvature: price"):
+        run_finetune(config(tmp_path, data, weight_decay=0.0))
+    run_finetune(config(tmp_path, data, weight_decay=0.0, optimizer="adamw", max_steps=1, posterior="none"), quiet=True)
     with pytest.raises(ConfigError, match="batch_size"):
         parse_config(FinetuneConfig, {"model": "m", "output": "o", "data": "d", "batch_size": 0}, "f.yaml")
 
@@ -314,7 +319,8 @@ def test_the_shipped_settings_load(path):
 
 def test_beta2_follows_from_the_steps_that_are_really_made(tmp_path, data):
     """Ragged epochs: 48 rows in batches of 5, two of them a step, are five steps an epoch."""
-    report = run_finetune(config(tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12), quiet=True)
+    settings = config(tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12, curvature="price")
+    report = run_finetune(settings, quiet=True)
     posterior = open_posterior(str(tmp_path / "out"))
     assert posterior.info.training["steps"] == report.steps == 60
     assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
@@ -386,7 +392,9 @@ def test_accelerate_launch_trains_as_many_processes_as_asked(tmp_path, data):
 
 
 def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path, data, capfd):
-    run_finetune(config(tmp_path, data, logging_steps=2, max_steps=6, save_steps=6, ess=1e7, beta2=0.99))
+    run_finetune(
+        config(tmp_path, data, logging_steps=2, max_steps=6, save_steps=6, ess=1e7, beta2=0.99, curvature="price")
+    )
     history = json.loads((tmp_path / "out.checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
     logs = [entry for entry in history["log_history"] if "loss" in entry]
     assert [entry["step"] for entry in logs] == [2, 4, 6]
@@ -407,7 +415,8 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
     run_finetune(config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True)
     assert sum("of a tensor's weights: raise ess or hess_init" in r.message for r in caplog.records) == 1
     caplog.clear()
-    run_finetune(config(tmp_path, data, max_steps=4, ess=1e8, beta2=0.9, posterior="ivon", force=True), quiet=True)
+    settings = config(tmp_path, data, max_steps=4, ess=1e8, beta2=0.9, posterior="ivon", curvature="price", force=True)
+    run_finetune(settings, quiet=True)
     assert "kappa is" in caplog.text
     assert "of hess_init is still in the Hessian" in caplog.text
 
@@ -436,14 +445,14 @@ def test_several_gpus_without_a_launcher_are_no_data_parallel(tmp_path, data, mo
     assert arguments.n_gpu == 1
 
 
-@pytest.mark.parametrize("changes", [{"antithetic": True}, {"curvature": "ggn", "curvature_every": 2}])
+@pytest.mark.parametrize("changes", [{"curvature": "price", "antithetic": True}, {"curvature_every": 2}])
 def test_variants_of_ivon_are_settings(tmp_path, data, changes):
     run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
     posterior = open_posterior(str(tmp_path / "out"))
     assert {k: posterior.info.training[k] for k in changes} == changes
     assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
     # h of the root-GGN draws may be merged with a flush, that of the published form may not.
-    assert posterior.info.estimator == ("ggn" if "curvature" in changes else "ivon")
+    assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
     posterior.close()
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")

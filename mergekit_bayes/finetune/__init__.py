@@ -95,8 +95,11 @@ def _check(config: FinetuneConfig) -> None:
         raise ConfigError("posterior: ivon needs optimizer: ivon; AdamW leaves none. Use posterior: flush.")
     if config.antithetic and config.mc_samples > 1 and config.mc_samples % 2:
         raise ConfigError(f"mc_samples: {config.mc_samples} samples do not make antithetic pairs; give an even number.")
-    if config.curvature == "ggn" and not config.weight_decay:
-        raise ConfigError("curvature: ggn needs weight_decay > 0, or entries without curvature have no precision.")
+    if config.optimizer == "ivon" and config.curvature == "ggn" and not config.weight_decay:
+        raise ConfigError(
+            "curvature: ggn needs weight_decay > 0, or entries without curvature have no precision. Give one (1e-6), "
+            "or curvature: price."
+        )
     if config.resume and config.save_steps is None:
         raise ConfigError("resume: checkpoints are kept only with save_steps; give the save_steps of the first run.")
     known = [kind.value for kind in SchedulerType]
