@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.posterior import check_index, read_index, replacing, shard_name, write_index
+from mergekit_bayes.posterior import check_index, copy_side_files, read_index, replacing, shard_name, write_index
 from mergekit_bayes.sources import resolve
 from mergekit_bayes.tensors import SafetensorsSink, TensorSpec, shown
 
@@ -72,9 +72,7 @@ def run_convert(
             if len(files) > 1:
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
                 write_index(partial, found.stem, shards, stored.nbytes)
-            for file in sorted(path.iterdir()):
-                if file.is_file() and _travels(file):
-                    (partial / file.name).write_bytes(file.read_bytes())
+            copy_side_files(path, partial)
     return ConvertReport(
         path=target,
         files=(target.name,) if path.is_file() else tuple(f.name for f in files),
@@ -236,8 +234,3 @@ def _unties(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("tie_word_embeddings") is False
-
-
-def _travels(file: Path) -> bool:
-    named = any(file.match(pattern) for pattern in _SIDE_FILES)
-    return named and not file.name.startswith(".") and not file.name.endswith(".index.json")

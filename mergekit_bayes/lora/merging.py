@@ -27,8 +27,7 @@ from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adap
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.truncate import Truncated, product_norm, truncate_dense, truncate_product
 from mergekit_bayes.names import Renaming, find_renaming
-from mergekit_bayes.posterior import refuse_foreign, replacing
-from mergekit_bayes.sources import CHECKPOINT
+from mergekit_bayes.posterior import copy_side_files, refuse_foreign, replacing
 from mergekit_bayes.tensors import MERGEABLE, Array, SafetensorsSink, TensorSpec, encode, full_hash, read_tensor
 
 Space = Literal["product", "concat", "factor"]
@@ -36,7 +35,6 @@ Weights = Literal["uniform", "precision"]
 
 _REPORT, _RECIPE = "merge_report.json", "merge_recipe.yaml"
 _BLOCK = 1 << 22  # entries of a dense layer that are weighed at a time
-_LEFT_BEHIND = (CONFIG, _REPORT, _RECIPE, "trainer_state.json", "all_results.json", "train_results.json")
 _FORMULA = {
     ("product", "uniform"): "dW = sum_t c_t s_t B_t A_t, cut to rank R",
     ("product", "precision"): "dW = sum_t c_t S_t s_t B_t A_t / sum_t c_t S_t, S_t = 1 / (V_W + floor), cut to rank R",
@@ -153,7 +151,7 @@ def merge_adapters(
         fates = _check_whole(merge, whole)
         done = _write(merge, space, width, layers, whole, fates, partial, progress)
         _write_config(opened, layers, whole, width, partial)
-        _copy_side_files(opened[0].posterior.path, partial)
+        copy_side_files(opened[0].posterior.path, partial, but=CONFIG)
         report = AdapterReport(
             path=str(out), space=space, weights=weights, formula=_FORMULA[space, weights], adapters=tuple(adapters),
             scales=shares, counts=counted, rank=width, largest_error=max(layer.error for layer in done.values()),
@@ -526,10 +524,3 @@ def _write_config(
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}
     config["modules_to_save"] = sorted(saved) if whole else None
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    for pattern in CHECKPOINT:
-        for file in sorted(source.glob(pattern)):
-            if file.suffix != ".safetensors" and file.name not in _LEFT_BEHIND and not file.name.startswith("."):
-                (folder / file.name).write_bytes(file.read_bytes())

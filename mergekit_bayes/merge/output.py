@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,15 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Partial, sync_path
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergePlan, recipe_path, report_path
-from mergekit_bayes.posterior import PosteriorInfo, identify, precision_path, write_index, write_info
+from mergekit_bayes.posterior import (
+    PosteriorInfo,
+    copy_side_files,
+    identify,
+    precision_path,
+    side_files,
+    write_index,
+    write_info,
+)
 from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpec
 
 
@@ -25,6 +32,8 @@ class Output:
 
     def __init__(self, plan: MergePlan, out: Path, *, begun: bool = False) -> None:
         self.plan, self.out, self._begun = plan, out, begun
+        self._donor = None if plan.to_file else next((m for m in plan.models if m.path.is_dir()), None)
+        self._check_side_files()
         count = len(plan.shards)
         if plan.to_file:
             self.means = [out / plan.target.name]
@@ -109,23 +118,34 @@ class Output:
 
     def _copy_side_files(self) -> None:
         """Config, tokenizer, chat template, code and the like, from the first model that is a folder."""
-        donor = next((m for m in self.plan.models if m.path.is_dir()), None)
-        if donor is None:
+        if self._donor is None:
             return
-        for file in sorted(donor.path.iterdir()):
-            if file.is_file() and _travels(file):
-                shutil.copyfile(file, self.out / file.name)
-        for name in ("additional_chat_templates",):
-            if (donor.path / name).is_dir():
-                shutil.copytree(donor.path / name, self.out / name, dirs_exist_ok=True)
+        copy_side_files(self._donor.path, self.out, but="adapter_*")
         config = self.out / "config.json"
-        if config.exists() and (self.plan.config.dtype is not None or donor is not self.plan.donor):
-            try:
-                content = json.loads(config.read_text())
-            except ValueError as error:
-                raise CheckpointError(f"{donor.path / config.name}: is not JSON ({error}).") from None
+        if config.exists() and self._writes_another_dtype:
+            content = json.loads(config.read_text())
             _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
             config.write_text(json.dumps(content, indent=2) + "\n")
+
+    @property
+    def _writes_another_dtype(self) -> bool:
+        return self.plan.config.dtype is not None or self._donor is not self.plan.donor
+
+    def _check_side_files(self) -> None:
+        """What cannot be copied is found before the first tensor is merged."""
+        if self._donor is None:
+            return
+        for name in side_files(self._donor.path):
+            file = self._donor.path / name
+            try:
+                with file.open("rb") as content:
+                    content.read(1)
+                if name == Path("config.json") and self._writes_another_dtype:
+                    json.loads(file.read_bytes())
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror}); the output needs it.") from None
+            except ValueError as error:
+                raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
     def _main_dtype(self) -> str:
         """The dtype that holds most of the parameters."""
@@ -238,16 +258,3 @@ def _own_info(plan: MergePlan, info: PosteriorInfo, means: list[Path], guarded_s
 
 def _shard(stem: str, index: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
-_OWN_FILES = ("merge_report.json", "trainer_state.json", "all_results.json", "train_results.json")
-
-
-def _travels(file: Path) -> bool:
-    return (
-        file.suffix in _SIDE_SUFFIXES
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith((".", "adapter_"))
-        and file.name not in _OWN_FILES
-    )
