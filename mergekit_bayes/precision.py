@@ -38,7 +38,7 @@ from mergekit_bayes.posterior import (
     save_posterior,
     tokenizer_identity,
 )
-from mergekit_bayes.sources import is_hub_id
+from mergekit_bayes.sources import is_hub_id, pinned
 from mergekit_bayes.tensors import SafetensorsSource
 
 
@@ -117,6 +117,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     precision = {n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()}
     named = checkpoint_names(loaded.model, precision)
     tied: dict[str, str] = getattr(loaded.model, "all_tied_weights_keys", None) or {}
+    ref = pinned(config.model, loaded.path)
+    origin = {"model": ref} if ref != config.model or is_hub_id(ref) else {}  # of the Hub; a path says nothing
     info = PosteriorInfo(
         estimator="ggn",
         unit=UNIT[loaded.task],
@@ -129,7 +131,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         tokenizer=tokenizer_identity(loaded.path),
         dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
-        training={"batch_size": config.batch_size, "seed": config.seed},
+        training={"batch_size": config.batch_size, "seed": config.seed} | origin,
         health=precision_health(precision),
     )
     arrays = {rename(n, source.specs): t.cpu().numpy() for n, t in named.items()}

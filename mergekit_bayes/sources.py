@@ -135,8 +135,10 @@ def forget(repo: str) -> None:
 
 def explain(error: Exception, ref: str) -> str:
     """What an error of the Hub's client means for `ref`, and the way out; never with the token in it."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # "error while uploading", from the error itself
     repo = ref.partition("@")[0]
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
@@ -147,6 +149,8 @@ def explain(error: Exception, ref: str) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"'{ref}': '{repo}' has no such branch, tag or commit. Name one that {constants.ENDPOINT}/{repo} lists."
+    if status == 401 and get_token() is None and not isinstance(error, errors.RepositoryNotFoundError):
+        return f"'{ref}': you are not logged in. Log in with `hf auth login`, or set HF_TOKEN."
     if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         return f"'{ref}': the Hub does not accept your token. Log in anew with `hf auth login`, or mend HF_TOKEN."
     if isinstance(error, errors.RepositoryNotFoundError):

@@ -109,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        self.content: bytes | None = None
         self.hub.log.append(Request(self.command, unquote(url.path), self.headers.get("Range"), token))
         try:
             self.token = token
@@ -117,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             parts = [unquote(p) for p in url.path.split("/")[1:]]
             self._route(parts, parse_qs(url.query))
         except Refused as no:
+            self._body()  # what is left unread would be taken for the next request
             headers = {"X-Error-Code": no.code} if no.code else {}
             self._json({"error": no.message}, no.status, headers | {"X-Error-Message": no.message})
 
@@ -151,12 +153,10 @@ class Handler(BaseHTTPRequestHandler):
             case [org, name, "resolve", revision, *path]:
                 self._resolve(f"{org}/{name}", revision, "/".join(path))
             case _:
-                self._body()
                 raise Refused(404, None, "no such endpoint")
 
     def _login(self) -> None:
         if self.token is None:
-            self._body()
             raise Refused(401, None, "Invalid username or password.")
 
     def _repo(self, name: str, *, write: bool = False, content: bool = False) -> Repo:
@@ -303,6 +303,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(status, headers, content)
 
     def _body(self) -> bytes:
+        if self.content is None:
+            self.content = self._read()
+        return self.content
+
+    def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             found = b""
             while size := int(self.rfile.readline().split(b";")[0], 16):

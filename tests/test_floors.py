@@ -12,7 +12,7 @@ FLOORS = {
     "kernels": 1.5,
     "posterior": 2, "names": 2,
     "lora": 2.5, "plan": 3, "models": 3, "trainer": 3, "sampling": 3.5,
-    "merge": 4, "finetune": 4, "precision": 4, "evaluate": 4, "inspect": 4, "convert": 4,
+    "merge": 4, "finetune": 4, "precision": 4, "evaluate": 4, "inspect": 4, "convert": 4, "hub": 4,
     "detox": 5,
 }  # fmt: skip
 

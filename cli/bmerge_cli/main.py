@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli import convert, detox, evaluate, finetune, inspect, merge, methods, precision
+from bmerge_cli import convert, detox, evaluate, finetune, inspect, merge, methods, precision, push
 from bmerge_cli.render import failures
 from mergekit_bayes import __version__
 from mergekit_bayes.errors import ConfigError
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts hold brackets and colons
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (merge, methods, finetune, precision, evaluate, inspect, convert, detox):
+for module in (merge, methods, finetune, precision, evaluate, inspect, convert, detox, push):
     app.command(module.NAME)(module.command)
 
 

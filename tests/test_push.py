@@ -1,0 +1,395 @@
+"""Cards and pushes, with the real client against a hub on the loopback interface."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bmerge_cli.main import app
+from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
+from mergekit_bayes.hub import make_card, model_card, parents, plan_push, push_folder
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.posterior import open_posterior
+from tests import hub_double, tiny
+from tests.test_hub import adapter, files, folder
+
+RUN = CliRunner()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with hub_double.serving() as server:
+        hub_double.use(server, monkeypatch, tmp_path / "home")
+        yield server
+
+
+@pytest.fixture
+def merged(hub, tmp_path):
+    """org/a minus half of org/b on org/base, in a folder."""
+    for seed, name in enumerate(("base", "a", "b")):
+        card = b"---\nlicense: apache-2.0\n---\n"
+        hub.add(f"org/{name}", files(folder(tmp_path / name, seed)) | {"README.md": card})
+    out = tmp_path / "ab"
+    run_merge(MergeConfig(models=("org/a", "org/b"), base="org/base", scale=(1.0, -0.5), weights="precision",
+                          out=str(out)))  # fmt: skip
+    return out
+
+
+def front(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+# The card
+
+
+def test_a_card_names_parents_relation_scales_and_commits(hub, merged):
+    card = model_card(merged, repo="org/ab")
+    about = front(card)
+    assert about["base_model"] == ["org/base", "org/a", "org/b"]
+    assert about["base_model_relation"] == "merge"
+    assert about["library_name"] == "transformers"
+    assert about["tags"] == ["mergekit-bayes", "merge", "posterior"]
+    for name in ("base", "a", "b"):
+        assert hub.repos[f"org/{name}"].refs["main"] in card
+    assert "S = S0 + sum_t scale_t (S_t - S0)" in card
+    assert "guard 0.2" in card
+    undo = "bmerge merge org/ab org/b --base org/base --weights precision --scale 1 --scale 0.5 -o without"
+    assert undo in card
+    assert 'open_posterior("org/ab")' in card
+
+
+def test_a_card_is_a_function_of_the_folder(hub, merged, tmp_path):
+    first = model_card(merged, repo="org/ab")
+    time.sleep(0.01)
+    elsewhere = tmp_path / "x" / merged.name
+    shutil.copytree(merged, elsewhere)
+    assert model_card(elsewhere, repo="org/ab") == first
+    assert str(tmp_path) not in first
+
+
+def test_a_card_of_a_card_is_that_card(hub, merged):
+    licenses = {p: {"license": "mit"} for p in parents(merged)}
+    first = model_card(merged, repo="org/ab", licenses=licenses)
+    assert model_card(merged, repo="org/ab", licenses=licenses, existing=first) == first
+    assert front(first)["license"] == "mit"
+
+
+def test_a_persons_text_and_front_matter_stay_and_only_our_section_changes(hub, merged):
+    person = "---\nlanguage: de\ntags:\n- mine\n---\n# Meins\n\nVon Hand.\n"
+    first = model_card(merged, existing=person)
+    assert "# Meins\n\nVon Hand.\n\n<!-- bmerge: begin" in first
+    assert front(first)["tags"] == ["mine"]
+    assert front(first)["language"] == "de"
+    assert front(first)["base_model_relation"] == "merge"
+    changed = (
+        first.replace("Von Hand.", "Von Hand, geändert.").replace("by `gradient_matching`", "by magic") + "\nEnde.\n"
+    )
+    again = model_card(merged, existing=changed)
+    assert "Von Hand, geändert." in again
+    assert again.endswith("\nEnde.\n")
+    assert "by magic" not in again
+
+
+def test_a_value_of_ours_that_a_person_changed_is_theirs(hub, merged):
+    changed = model_card(merged).replace("library_name: transformers", "library_name: mlx")
+    assert front(model_card(merged, existing=changed))["library_name"] == "mlx"
+
+
+def test_a_value_of_ours_is_renewed(hub, merged, tmp_path):
+    before = model_card(merged)
+    (merged / "merge_report.json").unlink()
+    (merged / "merge_recipe.yaml").unlink()
+    assert "base_model" not in front(model_card(merged, existing=before))
+
+
+def test_the_licence_is_the_parents_if_they_agree(hub, merged):
+    found = parents(merged)
+    agreed = make_card(merged, licenses={p: {"license": "mit"} for p in found})
+    assert front(agreed.text)["license"] == "mit"
+    apart = {p: {"license": "mit" if p.repo == "org/b" else "apache-2.0"} for p in found}
+    card = make_card(merged, licenses=apart)
+    assert "license" not in front(card.text)
+    assert any("disagree" in n and "org/b: mit" in n for n in card.notes)
+    unknown = make_card(merged, licenses={found[0]: {"license": "mit"}})
+    assert "license" not in front(unknown.text)
+    assert any("org/a, org/b" in n for n in unknown.notes)
+
+
+def test_an_evaluation_of_these_weights_is_in_the_model_index_and_others_are_not(hub, merged):
+    posterior = open_posterior(str(merged))
+    report = {"model_identity": posterior.identity, "perplexity": {"gardens": {"token": 2.5}},
+              "toxicity": {"words:list.txt": {"share": {"value": 0.05, "low": 0.0, "high": 0.1}}}}  # fmt: skip
+    posterior.close()
+    (merged / "evaluation").mkdir()
+    (merged / "evaluation" / "report.json").write_text(json.dumps(report))
+    (index,) = front(model_card(merged, repo="org/ab"))["model-index"]
+    values = {m["type"]: m["value"] for result in index["results"] for m in result["metrics"]}
+    assert values == {"perplexity": 2.5, "toxicity": 0.05}
+    (merged / "evaluation" / "report.json").write_text(json.dumps(report | {"model_identity": "0" * 64}))
+    card = make_card(merged, repo="org/ab")
+    assert "model-index" not in front(card.text)
+    assert any("other weights" in n for n in card.notes)
+
+
+def test_a_front_matter_that_is_not_yaml_is_named(hub, merged):
+    (merged / "README.md").write_text("---\na: [\n---\nText\n")
+    with pytest.raises(ConfigError, match=r"README.md: its front matter is not YAML"):
+        model_card(merged)
+
+
+def test_what_peft_leaves_is_not_taken_for_a_persons_text(tmp_path):
+    where = adapter(tmp_path / "a", "org/base")
+    (where / "README.md").write_text(
+        "---\nbase_model: /home/x\n---\n[More Information Needed]\n### Framework versions\n\n- PEFT 0.21"
+    )
+    card = model_card(where, repo="org/a")
+    assert front(card)["base_model"] == ["org/base"]
+    assert front(card)["base_model_relation"] == "adapter"
+    assert front(card)["library_name"] == "peft"
+    assert "AutoPeftModelForCausalLM" in card
+    assert "Framework versions" not in card
+
+
+# The push
+
+
+def test_a_folder_arrives_whole_in_one_commit(hub, merged):
+    report = push_folder(merged, "org/ab")
+    repo = hub.repos["org/ab"]
+    there = repo.files()
+    assert len(repo.messages) == 2  # the repository's own first one
+    assert {n: c for n, c in there.items() if n not in ("README.md", ".gitattributes")} == files(merged)
+    assert front(there["README.md"].decode())["license"] == "apache-2.0"  # of the parents' cards on the Hub
+    assert report.commit == repo.refs["main"]
+    assert not (merged / "README.md").exists()
+
+
+def test_an_unchanged_folder_makes_no_commit(hub, merged):
+    first = push_folder(merged, "org/ab")
+    asked = len(hub.log)
+    again = push_folder(merged, "org/ab")
+    assert not again.changed
+    assert again.commit == first.commit == hub.repos["org/ab"].refs["main"]
+    assert not [r for r in hub.log[asked:] if r.method == "PUT" or "/commit/" in r.path]
+
+
+def test_a_changed_file_is_sent_alone(hub, merged):
+    push_folder(merged, "org/ab")
+    (merged / "config.json").write_text('{"model_type": "llama"}')
+    assert push_folder(merged, "org/ab").sent == ("config.json",)
+
+
+def test_private_revision_message_and_pull_request(hub, merged):
+    push_folder(merged, "org/ab", private=True, message="first")
+    repo = hub.repos["org/ab"]
+    assert repo.private
+    assert repo.messages[-1] == "first"
+    main = repo.refs["main"]
+    (merged / "config.json").write_text('{"model_type": "llama"}')
+    push_folder(merged, "org/ab", revision="v1")
+    assert repo.refs["main"] == main
+    assert repo.files("v1")["config.json"] == b'{"model_type": "llama"}'
+    report = push_folder(merged, "org/ab", create_pr=True)
+    assert report.pull_request == f"{hub.url}/org/ab/discussions/1"
+    assert repo.refs["main"] == main
+    assert repo.files("refs/pr/1")["config.json"] == b'{"model_type": "llama"}'
+    with pytest.raises(ConfigError, match="pull request on main"):
+        push_folder(merged, "org/ab", create_pr=True, revision="v1")
+
+
+def test_private_is_refused_where_the_repository_is_public(hub, merged):
+    hub.add("org/ab", {"README.md": b"hello"})
+    with pytest.raises(CheckpointError, match="exists and is public"):
+        push_folder(merged, "org/ab", private=True)
+    assert hub.repos["org/ab"].files() == {"README.md": b"hello"}
+
+
+def test_an_interrupted_push_leaves_nothing_half_and_is_resumed_by_the_same_line(hub, merged, monkeypatch):
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    hub.cut_uploads = 1
+    with pytest.raises(CheckpointError, match="run the same line again"):
+        push_folder(merged, "org/ab")
+    assert set(hub.repos["org/ab"].files()) == {".gitattributes"}
+    hub.cut_uploads, arrived = None, set(hub.large)
+    asked = len(hub.log)
+    push_folder(merged, "org/ab")
+    sent = {r.path.removeprefix("/lfs/") for r in hub.log[asked:] if r.method == "PUT"}
+    assert sent
+    assert not sent & arrived
+    assert hub.repos["org/ab"].files()["model.safetensors"] == (merged / "model.safetensors").read_bytes()
+
+
+def test_what_is_not_of_a_model_stays_and_is_named(hub, merged):
+    for name in ("secrets.env", "data.jsonl", "old.safetensors", "modeling_x.py", ".hidden"):
+        (merged / name).write_text("x")
+    (merged / "checkpoint-10").mkdir()
+    (merged / "posterior" / "stray.txt").write_text("x")
+    report = push_folder(merged, "org/ab")
+    assert set(report.left_out) == {"secrets.env", "data.jsonl", "old.safetensors", "modeling_x.py", ".hidden",
+                                    "checkpoint-10/", "posterior/stray.txt"}  # fmt: skip
+    assert not set(report.left_out) & set(hub.repos["org/ab"].files())
+
+
+def test_code_that_the_config_names_goes_along(hub, merged):
+    (merged / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.Model"}}')
+    (merged / "modeling_x.py").write_text("class Model: ...")
+    assert "modeling_x.py" in push_folder(merged, "org/ab").sent
+
+
+def test_no_posterior_leaves_it_at_home_and_takes_away_one_of_other_weights(hub, merged, tmp_path):
+    push_folder(merged, "org/ab")
+    push_folder(merged, "org/ab", posterior=False)
+    assert "posterior/precision.safetensors" in hub.repos["org/ab"].files()  # of the same weights
+    other = folder(tmp_path / "other", seed=5)
+    report = push_folder(other, "org/ab", posterior=False)
+    assert set(report.deleted) == {"posterior/precision.safetensors", "posterior/posterior.json"}
+    assert open_posterior("org/ab").precision is None
+
+
+def test_stale_shards_are_deleted(hub, merged):
+    hub.add(
+        "org/ab", {"model-00001-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "mine.txt": b"x"}
+    )
+    report = push_folder(merged, "org/ab")
+    assert set(report.deleted) == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    assert hub.repos["org/ab"].files()["mine.txt"] == b"x"
+
+
+def test_a_persons_card_on_the_hub_is_kept(hub, merged):
+    hub.add("org/ab", {"README.md": b"# Mine\n\nBy hand.\n"})
+    push_folder(merged, "org/ab")
+    assert hub.repos["org/ab"].files()["README.md"].decode().count("# Mine\n\nBy hand.\n\n<!-- bmerge: begin") == 1
+
+
+def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_differs(hub, tmp_path):
+    where = folder(tmp_path / "a", seed=0)
+    shutil.copy(folder(tmp_path / "b", seed=1) / "model.safetensors", where / "model.safetensors")
+    with pytest.raises(PrecisionError, match="other weights"):
+        push_folder(where, "org/a")
+    large = tmp_path / "large"
+    mean = tiny.arrays(0, {"w": (512, 512)})
+    tiny.posterior(large / "model.safetensors", mean, tiny.precisions(0, {"w": (512, 512)}))
+    (large / "posterior").mkdir()
+    (large / "model.precision.safetensors").rename(large / "posterior" / "precision.safetensors")
+    before = open_posterior(str(large)).identity
+    mean["w"].reshape(-1)[2000] += 1  # between two blocks
+    (large / "model.safetensors").unlink()
+    tiny.write(large / "model.safetensors", mean)
+    assert open_posterior(str(large)).identity == before
+    with pytest.raises(PrecisionError, match="other weights"):
+        plan_push(large, "org/a")
+    assert not hub.log
+
+
+def test_a_posterior_can_be_pushed_alone_and_used_with_a_model_of_somebody_else(hub, tmp_path):
+    hub.add("other/a", files(folder(tmp_path / "bare", seed=0, precision=False)))
+    hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
+    push_folder(folder(tmp_path / "a", seed=0), "org/a-posterior", only_posterior=True)
+    there = hub.repos["org/a-posterior"].files()
+    assert set(there) == {".gitattributes", "README.md", "posterior/precision.safetensors", "posterior/posterior.json"}
+    assert "transformers" not in there["README.md"].decode()
+    report = run_merge(MergeConfig(models=("other/a", "org/b"), weights="precision",
+                                   precision={"other/a": "org/a-posterior"}, out=str(tmp_path / "out")))  # fmt: skip
+    direct = run_merge(MergeConfig(models=(str(tmp_path / "a"), str(tmp_path / "b")), weights="precision",
+                                   out=str(tmp_path / "direct")))  # fmt: skip
+    first, second = tiny.read(report.path), tiny.read(direct.path)
+    assert all((first[n] == second[n]).all() for n in second)
+
+
+def test_a_folder_with_nothing_but_a_precision_is_pushed_as_a_posterior(hub, tmp_path):
+    where = folder(tmp_path / "a") / "posterior"
+    with pytest.raises(ConfigError, match="--posterior-only"):
+        push_folder(where, "org/p")
+    push_folder(where, "org/p", only_posterior=True)
+    assert "posterior/precision.safetensors" in hub.repos["org/p"].files()
+
+
+def test_an_adapter_is_pushed_in_pefts_layout_and_merged_by_name(hub, tmp_path):
+    for seed in (0, 1):
+        push_folder(adapter(tmp_path / f"a{seed}", "org/base", seed), f"org/a{seed}")
+    assert {"adapter_config.json", "adapter_model.safetensors", "posterior/precision.safetensors"} <= set(
+        hub.repos["org/a0"].files()
+    )
+    out = RUN.invoke(app, ["merge", "org/a0", "org/a1", "--weights", "precision", "-o", str(tmp_path / "both")])
+    assert out.exit_code == 0, out.output
+    assert json.loads((tmp_path / "both" / "merge_report.json").read_text())["adapters"] == ["org/a0", "org/a1"]
+    found = parents(tmp_path / "both")
+    assert [(p.repo, p.commit) for p in found] == [(f"org/a{s}", hub.repos[f"org/a{s}"].refs["main"]) for s in (0, 1)]
+    assert front(model_card(tmp_path / "both"))["base_model"] == ["org/base", "org/a0", "org/a1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "says"),
+    [
+        ("org/ab", None, "you are not logged in"),
+        ("org/ab", "hf_wrong", "does not accept your token"),
+        ("else/ab", hub_double.TOKEN, "no right to do this"),
+    ],
+)
+def test_a_refusal_is_one_message_with_the_way_out(hub, merged, monkeypatch, tmp_path, name, token, says):
+    hub_double.use(hub, monkeypatch, tmp_path / "home", token)
+    with pytest.raises(CheckpointError, match=says):
+        push_folder(merged, name)
+
+
+def test_a_pull_request_to_a_repository_that_is_not_there_is_refused(hub, merged):
+    with pytest.raises(CheckpointError, match="no such repository"):
+        push_folder(merged, "org/nowhere", create_pr=True)
+    assert "org/nowhere" not in hub.repos
+
+
+@pytest.mark.parametrize("name", ["ab", "org/ab@v1", "org/ab/c", "-x/y"])
+def test_a_name_that_is_none_is_refused_before_anything_is_read(tmp_path, name):
+    with pytest.raises(ConfigError, match="not the name of a repository"):
+        push_folder(tmp_path / "missing", name)
+
+
+# The command
+
+
+def test_a_dry_run_lists_files_and_card_and_contacts_nobody(hub, merged):
+    asked = len(hub.log)
+    out = RUN.invoke(app, ["push", str(merged), "org/ab", "--dry-run", "--json"])
+    assert out.exit_code == 0, out.output
+    document = json.loads(out.stdout)
+    assert {f["path"]: f["size"] for f in document["files"]} == {n: len(c) for n, c in files(merged).items()} | {
+        "README.md": len(document["card"].encode())
+    }
+    assert front(document["card"])["base_model_relation"] == "merge"
+    assert len(hub.log) == asked
+    text = RUN.invoke(app, ["push", str(merged), "org/ab", "--dry-run"])
+    assert document["card"] in text.stdout
+    assert "model.safetensors" in text.stderr
+
+
+def test_the_command_prints_the_address_and_one_json_document(hub, merged):
+    out = RUN.invoke(app, ["push", str(merged), "org/ab"])
+    assert out.stdout.strip() == f"{hub.url}/org/ab"
+    assert "pushed to org/ab" in out.stderr
+    again = RUN.invoke(app, ["push", str(merged), "org/ab", "--json", "-q"])
+    assert json.loads(again.stdout)["changed"] is False
+    assert again.stderr == ""
+
+
+@pytest.mark.parametrize("token", [hub_double.TOKEN, "hf_wrongButSecret", "hf_with\x01control"])
+def test_the_token_is_nowhere_in_what_a_process_says_or_writes(hub, merged, tmp_path, token):
+    home = tmp_path / "fresh"
+    environment = os.environ | hub_double.environment(hub, home, token) | {"HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "0"}
+    done = subprocess.run([sys.executable, "-m", "bmerge_cli.main", "push", str(merged), "org/ab"], env=environment,
+                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    assert done.returncode == (0 if token == hub_double.TOKEN else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert token not in done.stdout + done.stderr
+    assert token.replace("\x01", "\\x01") not in done.stdout + done.stderr
+    for place in (home, merged):
+        for path in place.rglob("*") if place.exists() else ():
+            assert not path.is_file() or token.encode() not in path.read_bytes(), path
+    assert all(token.encode() not in c for r in hub.repos.values() for c in r.files().values())
