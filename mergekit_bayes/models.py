@@ -66,7 +66,7 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
         )
         model = kind.from_pretrained(path, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
     if tokenizer.pad_token is None:
