@@ -740,5 +740,5 @@ def test_an_error_is_heard_of_and_progress_is_shown_before_the_first_pass_of_all
     tiny.posterior("bad.safetensors", mean, tiny.precisions(1, shapes))
     passed.clear()
     with pytest.raises(CheckpointError, match=r"h\.00\.weight"):
-        run_merge(config.model_copy(update={"models": ("bad.safetensors",)}), threads=1)
+        run_merge(config.model_copy(update={"models": ("bad.safetensors",), "out": "y.safetensors"}), threads=1)
     assert len(passed) < 20
