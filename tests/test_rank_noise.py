@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mergekit_bayes.finetune import ranks
+from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
 from tests.test_ivon import data, loss_of, net
-from tests.test_trainer import trainer
+from tests.test_trainer import ROWS, trainer
 from tests.tiny_models import tiny_gpt2
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.5, "beta2": 0.95, "weight_decay": 0.1}
@@ -90,6 +91,7 @@ def child(folder):
         found[f"{mode} equal"] = equal(tensors)
         if dist.get_rank() == 0:
             torch.save(tensors, folder / f"{mode}.pt")
+    found["finetune"] = finetuned(folder)
     found |= {"curvature": curvature(), "absent": absent(), "reduced": reduced(), "sharded": sharded()}
     found["draws"] = draws()
     everywhere = [None, None]
@@ -97,6 +99,18 @@ def child(folder):
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(everywhere))
     dist.destroy_process_group()
+
+
+def finetuned(folder):
+    """A fine-tune with the setting, and without: the loss of each, which only the noise sets apart."""
+    losses = []
+    for own in (False, True):
+        settings = FinetuneConfig(
+            model=str(folder / "m"), data=str(folder / "t.jsonl"), output=str(folder / f"out-{own}"), max_steps=3,
+            batch_size=2, ess=1e4, rank_noise=own, posterior="ivon", curvature="price", num_processes=2,
+        )  # fmt: skip
+        losses.append(run_finetune(settings, quiet=True).loss)
+    return losses
 
 
 def equal(tensors):
@@ -189,6 +203,8 @@ def two(tmp_path_factory):
     """The folder in which two gloo processes have trained, and what each found."""
     folder = tmp_path_factory.mktemp("noise")
     tiny_gpt2(folder / "m")  # transformers writes on rank 0 only
+    rows = [{"text": text} for text in ROWS["text"]]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code = f"from pathlib import Path; from tests.test_rank_noise import child; child(Path({str(folder)!r}))"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -238,6 +254,16 @@ def test_a_parameter_without_a_gradient_on_one_rank_gets_the_mean_with_zero(two)
 def test_ranks_differ_in_training_noise_and_agree_on_samples_for_prediction(two):
     _, found = two
     assert [f["draws"] for f in found] == [[False, True]] * 2
+
+
+def test_it_is_a_setting_of_finetune(two):
+    folder, found = two
+    shared, own = found[0]["finetune"]
+    assert found[1]["finetune"] == [shared, own]
+    assert shared != own == pytest.approx(shared, rel=0.2)
+    posterior = open_posterior(str(folder / "out-True"))
+    assert posterior.info.training["rank_noise"] is True
+    posterior.close()
 
 
 def test_the_trainer_hands_over_unreduced_gradients_of_the_same_size(two):

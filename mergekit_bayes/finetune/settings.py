@@ -39,6 +39,8 @@ class FinetuneConfig(Config):
         beta2: None is 1 - 5 / steps (1 - 5 curvature_every / steps under `ggn`).
         mc_samples: Weight samples a step, each a forward and a backward pass.
         antithetic: Samples in pairs of opposite noise, so at least two a step.
+        rank_noise: With several processes, IVON noise of its own in each, for its own part of the batch: as many
+            samples as processes at the cost of one. Else all draw the same.
         curvature: Where IVON's Hessian comes from: `ggn`, a random root-GGN draw on the step's own logits every
             `curvature_every` steps, a backward pass each (at 8 a twelfth of a step), or `price` as published. In 480
             passes on a small classifier the median ratio to the exact diagonal was 0.86 with `ggn` at 8 and 640 with
@@ -80,6 +82,7 @@ class FinetuneConfig(Config):
     rescale_lr: bool = False
     mc_samples: int = Field(1, ge=1)
     antithetic: bool = False
+    rank_noise: bool = False
     curvature: Literal["price", "ggn"] = "ggn"
     curvature_every: int = Field(8, ge=1)
     posterior: Literal["flush", "ivon", "none"] = "flush"

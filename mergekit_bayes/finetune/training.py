@@ -22,7 +22,7 @@ from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 # sigma at the start, as a share of the typical weight, where `ess` is left out.
 _NOISE = 0.05
 _IVON = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "rescale_lr", "mc_samples",
-         "antithetic", "curvature", "curvature_every")  # fmt: skip
+         "antithetic", "rank_noise", "curvature", "curvature_every")  # fmt: skip
 _REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
 
 
@@ -110,6 +110,7 @@ def run_settings(
             "rescale_lr": config.rescale_lr,
             "mc_samples": max(2, config.mc_samples) if config.antithetic else config.mc_samples,
             "antithetic": config.antithetic,
+            "rank_noise": config.rank_noise,
             "curvature": config.curvature,
             "curvature_every": config.curvature_every,
         }
