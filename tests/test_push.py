@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -393,3 +394,98 @@ def test_the_token_is_nowhere_in_what_a_process_says_or_writes(hub, merged, tmp_
         for path in place.rglob("*") if place.exists() else ():
             assert not path.is_file() or token.encode() not in path.read_bytes(), path
     assert all(token.encode() not in c for r in hub.repos.values() for c in r.files().values())
+
+
+# --push-to
+
+
+def test_a_merge_is_pushed_without_an_output_of_its_own(hub, merged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    out = RUN.invoke(app, ["merge", "org/a", "org/b", "--weights", "precision", "--push-to", "org/both", "--json"])
+    assert out.exit_code == 0, out.output
+    assert json.loads(out.stdout)["push"]["changed"] is True
+    assert set(tmp_path.iterdir()) == before
+    direct = run_merge(MergeConfig(models=("org/a", "org/b"), weights="precision", out=str(tmp_path / "direct")))
+    there = hub.repos["org/both"].files()
+    assert there["model.safetensors"] == files(tmp_path / "direct")["model.safetensors"]
+    assert there["posterior/precision.safetensors"] == files(tmp_path / "direct")["posterior/precision.safetensors"]
+    assert direct.models[0].commit == hub.repos["org/a"].refs["main"]
+
+
+def test_a_merge_that_cannot_be_pushed_is_not_begun(hub, merged, tmp_path, monkeypatch):
+    hub_double.use(hub, monkeypatch, tmp_path / "home", "hf_wrong")
+    out = RUN.invoke(app, ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out"),
+                           "--push-to", "org/both"])  # fmt: skip
+    assert out.exit_code == 2
+    assert "does not accept your token" in out.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_whose_push_fails_is_kept(hub, merged, tmp_path):
+    out = RUN.invoke(app, ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--push-to", "else/both"])
+    assert out.exit_code == 2
+    kept = out.stderr.split("The model is in '")[1].split("'")[0]
+    assert os.path.exists(os.path.join(kept, "model.safetensors"))
+    shutil.rmtree(os.path.dirname(kept))
+
+
+def test_a_file_is_not_pushed(hub, merged, tmp_path):
+    out = RUN.invoke(app, ["merge", "org/a", "org/b", "-o", "x.safetensors", "--push-to", "org/both"])
+    assert out.exit_code == 2
+    assert "--push-to pushes a folder" in out.stderr
+
+
+def test_the_whole_way_round(hub, tmp_path):
+    """finetune, push, merge by name and push, and anybody's from_pretrained has the tensors of a merge at home."""
+    import torch
+    import transformers
+
+    from tests.tiny_models import tiny_gpt2
+
+    push_folder(tiny_gpt2(tmp_path / "base"), "org/base")
+    for name, words in (("a", "the cat sat on a mat ."), ("b", "a good dog ran , very good .")):
+        (tmp_path / f"{name}.txt").write_text(f"{words}\n" * 8)
+        settings = {"model": "org/base", "output": str(tmp_path / name), "data": str(tmp_path / f"{name}.txt"),
+                    "max_steps": 2, "batch_size": 4, "flush_batches": 2}  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        out = RUN.invoke(app, ["finetune", str(tmp_path / f"{name}.yaml"), "--push-to", f"org/{name}", "-q"])
+        assert out.exit_code == 0, out.output
+        card = front(hub.repos[f"org/{name}"].files()["README.md"].decode())
+        assert card["base_model"] == ["org/base"]
+        assert card["base_model_relation"] == "finetune"
+        assert card["pipeline_tag"] == "text-generation"
+    line = ["merge", "org/a", "org/b", "--base", "org/base", "--weights", "precision", "--isotropic", "org/base=1"]
+    out = RUN.invoke(app, [*line, "--push-to", "org/ab"])
+    assert out.exit_code == 0, out.output
+    local = [w.replace("org/", f"{tmp_path}/") for w in line]
+    assert RUN.invoke(app, [*local, "-o", str(tmp_path / "ab")]).exit_code == 0
+    there = transformers.AutoModelForCausalLM.from_pretrained("org/ab").state_dict()
+    here = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ab").state_dict()
+    assert all(torch.equal(there[n], here[n]) for n in here | there)
+    assert transformers.AutoTokenizer.from_pretrained("org/ab").vocab_size > 0
+    pulled, made = open_posterior("org/ab"), open_posterior(str(tmp_path / "ab"))
+    assert pulled.precision_identity == made.precision_identity
+    assert pulled.identity == made.identity == pulled.info.mean.blocks
+    assert pulled.info.terms == made.info.terms
+    about = front(hub.repos["org/ab"].files()["README.md"].decode())
+    assert about["base_model"] == ["org/base", "org/a", "org/b"]
+
+
+def test_detox_pushes_the_candidate_of_least_perplexity_among_those_that_are_little_toxic():
+    from bmerge_cli.detox import _chosen
+
+    def point(share, perplexity, command):
+        interval = SimpleNamespace(value=share)
+        token = SimpleNamespace(value=perplexity)
+        return SimpleNamespace(toxicity={"words:x": SimpleNamespace(share=interval)}, command=command,
+                               perplexity={"civil": SimpleNamespace(token=token)})  # fmt: skip
+
+    curves = {"one": (point(0.5, 2.0, "toxic"), point(0.05, 2.6, "dear")), "two": (point(0.04, 2.4, "chosen"),)}
+    matched = [SimpleNamespace(axis="words:x", level=level, paid={"one": 1, "two": paid})
+               for level, paid in ((0.25, 1), (0.05, 1), (0.01, None))]  # fmt: skip
+    report = SimpleNamespace(base=point(0.6, 1.9, None), curves=curves, matched=matched, path="runs/x")
+    assert _chosen(report) == "chosen"
+    report.matched = matched[2:]
+    with pytest.raises(ConfigError, match=r"runs/x/report.md"):
+        _chosen(report)

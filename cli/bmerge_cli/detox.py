@@ -2,12 +2,16 @@
 
 import json
 import math
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json, table
+from mergekit_bayes.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +25,12 @@ NAME = "detox"
 def command(
     config: Annotated[Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to", help="org/name: push the candidate of least perplexity at the lowest equal toxic share."
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -36,6 +46,10 @@ def command(
 
         settings = load_config(DetoxConfig, config, [*(overrides or []), *(["force=true"] if force else [])])
         screen = console(quiet=quiet)
+        if push_to is not None:
+            from mergekit_bayes.hub import check_login
+
+            check_login(push_to)  # before hours of work, not after
         report = run_detox(
             settings,
             quiet=quiet or not screen.is_terminal,
@@ -45,10 +59,41 @@ def command(
             screen.print(line, markup=False)
         for scorer in report.base.toxicity:
             screen.print(_summary(report, scorer))
+        if push_to is not None:
+            _push(report, push_to)
         if as_json:
             print_json(json.loads(report.model_dump_json()))
         elif not quiet:
             typer.echo(str(Path(report.path) / "report.md"))
+
+
+def _push(report: "DetoxReport", repo: str) -> None:
+    """Merge the chosen candidate again, by the line that the report gives for it, and push it."""
+    command = _chosen(report)
+    line = [sys.executable, "-m", "bmerge_cli.main", *shlex.split(command)[1:], "--push-to", repo, "--quiet"]
+    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        raise CheckpointError(f"the push to '{repo}' failed ({said}). To do it again: `{command} --push-to {repo}`.")
+
+
+def _chosen(report: "DetoxReport") -> str:
+    """The line that makes the candidate of least perplexity (of the first text) among those at most as toxic as the
+    lowest share that all curves reach, by the first scorer."""
+    from mergekit_bayes.detox.settings import HELD_OUT
+
+    scorer = next(iter(report.base.toxicity), None)
+    text = next((n for n in report.base.perplexity if n != HELD_OUT), None)
+    reached = [m.level for m in report.matched if m.axis == scorer and all(m.paid.values())]
+    points = [p for curve in report.curves.values() for p in curve if p.command]
+    if scorer is not None and reached:
+        points = [p for p in points if p.toxicity[scorer].share.value <= min(reached)]
+    if scorer is None or text is None or not reached or not points:
+        raise ConfigError(
+            f"--push-to: no candidate can be chosen, since no toxic share is reached by all curves. Choose one in "
+            f"{report.path}/report.md, and push it by its line and --push-to."
+        )
+    return str(min(points, key=lambda p: p.perplexity[text].token.value).command)
 
 
 def _summary(report: "DetoxReport", scorer: str) -> "Table":

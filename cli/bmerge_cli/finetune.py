@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from bmerge_cli.push import Delivery, PushTo
 from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json
 
 NAME = "finetune"
@@ -20,6 +21,7 @@ def command(
     num_processes: Annotated[
         int | None, typer.Option("--num-processes", min=1, help="Train replicas: one a GPU, or on the CPU's cores.")
     ] = None,
+    push_to: PushTo = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -37,11 +39,14 @@ def command(
         given = [f"{name}={str(value).lower()}" for name, value in switches.items() if value]
         settings = load_config(FinetuneConfig, config, [*(overrides or []), *given])
         screen = console(quiet=quiet or not ranks.is_main())
+        delivery = Delivery(push_to if ranks.is_main() else None, str(settings.output))
         if (settings.num_processes or 1) > 1 and not ranks.launched():
             words = [str(config), *(word for item in overrides or [] for word in ("--set", item))]
             words += [f"--set={item}" for item in given]
             words += [flag for flag, on in (("--json", as_json), ("--quiet", quiet)) if on]
             status = ranks.launch([sys.executable, "-m", "bmerge_cli.main", NAME, *words], settings.num_processes or 1)
+            if status == 0:
+                delivery.push(screen)
             raise typer.Exit(status)
         if (gpus := ranks.idle_gpus()) > 0:
             screen.print(
@@ -62,7 +67,8 @@ def command(
                 f"{report.health['precision_median']:.3g}",
                 markup=False,
             )
+        pushed = delivery.push(screen)
         if as_json:
-            print_json(report.model_dump(mode="json"))
+            print_json(report.model_dump(mode="json") | pushed)
         elif not quiet:
-            typer.echo(str(report.path))
+            typer.echo(delivery.url or str(report.path))

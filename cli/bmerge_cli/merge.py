@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bmerge_cli.push import Delivery, PushTo, delivering
 from bmerge_cli.render import (
     Force,
     Json,
@@ -99,6 +100,7 @@ def command(
         str | None, typer.Option(help="I/N: do the I-th of N parts; a call without it joins them.")
     ] = None,
     sync: Annotated[bool, typer.Option("--sync", help="Wait for the disk: survives a power cut, too.")] = False,
+    push_to: PushTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -110,8 +112,9 @@ def command(
     (Daheim et al., ICLR 2024). A precision lies in X.precision.safetensors or MODEL/posterior/.
     Adapters alone merge into an adapter: a sum, or with precision weights an average.
     A merge that was stopped is resumed by the same line; until it is whole it lies in OUT.partial.
+    With --push-to and no -o it is made in a temporary folder.
     """
-    with failures():
+    with failures(), delivering(None if dry_run else push_to, out) as delivery:
         for item in models:
             _refuse_number(item)
         values: dict[str, Any] = {
@@ -121,7 +124,7 @@ def command(
             "method": method,
             "param": assignments(param or [], "--param", "NAME"),
             "scale": [s if "=" in s else number(s, "--scale") for s in scale or ["1"]],
-            "out": out,
+            "out": delivery.out,
             "only": only,
             "precision": assignments(precision or [], "--precision"),
             "isotropic": {m: number(x, "--isotropic") for m, x in assignments(isotropic or [], "--isotropic").items()},
@@ -143,12 +146,16 @@ def command(
             "verify": verify,
         }
         given = {k for k in values if str(context.get_parameter_source(k)).endswith(("COMMANDLINE", "ENVIRONMENT"))}
+        if delivery.temporary is not None:
+            if shard is not None or part_of_launcher() is not None:
+                raise ConfigError("--push-to: parts of a merge meet in one folder; name it with -o.")
+            given.add("out")
         config = _config(values, given)
         screen = console(quiet=quiet)
         if _adapters_alone(config):
             if dry_run or shard is not None or threads is not None or sync:
                 raise ConfigError("--dry-run, --shard, --threads and --sync are for whole models, not adapters alone.")
-            _merge_adapters(config, given, screen, as_json=as_json, quiet=quiet)
+            _merge_adapters(config, given, screen, delivery, as_json=as_json, quiet=quiet)
             return
         if (config.space, config.rank) != ("product", None):
             raise ConfigError("--space and --rank are for adapters alone; these are whole models.")
@@ -180,10 +187,11 @@ def command(
                 screen.print(f"part {part.number} of {part.of} is done; the same line without --shard joins the parts")
             return
         _show_report(screen, report)
+        pushed = delivery.push(screen)
         if as_json:
-            print_json(report.model_dump(mode="json"))
+            print_json(report.model_dump(mode="json") | pushed)
         elif not quiet:
-            typer.echo(report.path)
+            typer.echo(delivery.url or report.path)
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16",
@@ -210,7 +218,9 @@ def _adapters_alone(config: MergeConfig) -> bool:
     )
 
 
-def _merge_adapters(config: MergeConfig, given: set[str], screen: Any, *, as_json: bool, quiet: bool) -> None:
+def _merge_adapters(
+    config: MergeConfig, given: set[str], screen: Any, delivery: Delivery, *, as_json: bool, quiet: bool
+) -> None:
     from mergekit_bayes.lora import merge_adapters
 
     ours = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
@@ -243,10 +253,11 @@ def _merge_adapters(config: MergeConfig, given: set[str], screen: Any, *, as_jso
     )
     for note in report.notes:
         screen.print(f"  note: {note}", markup=False)
+    pushed = delivery.push(screen)
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json") | pushed)
     elif not quiet:
-        typer.echo(report.path)
+        typer.echo(delivery.url or report.path)
 
 
 def _refuse_number(item: str) -> None:

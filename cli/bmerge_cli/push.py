@@ -1,11 +1,16 @@
 """`bmerge push`: a model with its posterior and a card to the Hugging Face Hub."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, table
+from mergekit_bayes.errors import BmergeError, ConfigError
 
 if TYPE_CHECKING:
     from mergekit_bayes.hub import PushPlan, PushReport
@@ -118,3 +123,44 @@ def _size(count: int) -> str:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count} B"
         count /= 1000  # type: ignore[assignment]
     return f"{count:.3g} GB"
+
+
+class Delivery:
+    """Where a command writes what `--push-to` then pushes: the folder asked for, or a temporary one."""
+
+    def __init__(self, repo: str | None, out: str | None) -> None:
+        self.repo, self.out = repo, out
+        self.url: str | None = None
+        self.temporary: Path | None = None
+        if repo is not None:
+            from mergekit_bayes.hub import check_login
+
+            if out is not None and out.endswith(".safetensors"):
+                raise ConfigError(f"--push-to pushes a folder, and -o {out} is a file. Name a folder, or leave -o out.")
+            check_login(repo)  # before hours of work, not after
+            if out is None:
+                self.temporary = Path(tempfile.mkdtemp(prefix="bmerge-"))
+                self.out = str(self.temporary / repo.rpartition("/")[2])
+
+    def push(self, screen: Any) -> dict[str, Any]:
+        """Push what lies there, if that was asked for; what `--json` adds to the command's own report."""
+        if self.repo is None or self.out is None:
+            return {}
+        try:
+            report = push(Path(self.out), self.repo, screen)
+        except BmergeError as error:
+            self.temporary = None  # the work is not thrown away
+            raise type(error)(f"{error} The model is in '{self.out}': `bmerge push {self.out} {self.repo}`.") from None
+        self.url = report.pull_request or report.url
+        return {"push": report.model_dump(mode="json")}
+
+
+@contextmanager
+def delivering(repo: str | None, out: str | None) -> Iterator[Delivery]:
+    """A `Delivery` whose temporary folder is gone afterwards, unless a push of it failed."""
+    delivery = Delivery(repo, out)
+    try:
+        yield delivery
+    finally:
+        if delivery.temporary is not None:
+            shutil.rmtree(delivery.temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Models with their posteriors on the Hugging Face Hub: the card that says where one came from, and the push."""
 
 from mergekit_bayes.hub.card import Card, License, Parent, make_card, model_card, parents
-from mergekit_bayes.hub.push import PushFile, PushPlan, PushReport, plan_push, push_folder
+from mergekit_bayes.hub.push import PushFile, PushPlan, PushReport, check_login, plan_push, push_folder
 
 __all__ = [
     "Card",
@@ -10,6 +10,7 @@ __all__ = [
     "PushFile",
     "PushPlan",
     "PushReport",
+    "check_login",
     "make_card",
     "model_card",
     "parents",

@@ -140,6 +140,15 @@ def check_target(repo: str) -> None:
         raise ConfigError(f"'{repo}' is not the name of a repository on the Hub (org/name).{more}")
 
 
+def check_login(repo: str) -> None:
+    """Ask the Hub who we are, before work that is to be pushed to `repo`; raises what a push would."""
+    from huggingface_hub import HfApi
+
+    check_target(repo)
+    with _answers(repo):
+        HfApi(library_name="mergekit-bayes").whoami()
+
+
 class _Target(NamedTuple):
     repo: str
     revision: str
