@@ -1,8 +1,9 @@
 """Fine-tune a model and keep its posterior: an ordinary checkpoint folder with a `posterior/` inside.
 
 Built on `transformers.Trainer`, so it runs unchanged under `accelerate launch`. What is stored by default is a
-flush: the root-GGN diagonal at the final mean times the number of observations, plus the prior. IVON's own h has
-the right order but, after a short run, up to a thousand times the right size; `posterior: ivon` stores it.
+flush: the root-GGN diagonal at the final mean times the number of observations, plus the prior. `posterior: ivon`
+stores the optimizer's own h, which lags behind where the curvature falls and, under `curvature: price`, has the right
+order but after a short run up to a thousand times the right size.
 """
 
 import difflib
