@@ -472,7 +472,7 @@ def test_a_masked_language_model_is_not_run_as_a_causal_one_unasked(tmp_path):
 
 def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
-    trainer, loop = re.findall(r"```python\n(.*?)```", guide, re.S)
+    trainer, loop, gather = re.findall(r"```python\n(.*?)```", guide, re.S)
     monkeypatch.chdir(tmp_path)
     loaded = load_model(str(tiny_gpt2(tmp_path / "base")))
     examples = encode_rows({"text": ["the cat sat on the mat .", "a dog ran", "good film", "bad film"]}, loaded)
@@ -484,6 +484,8 @@ def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
     before = [p.detach().clone() for p in loaded.model.parameters()]
     exec(loop, names)
     assert not all(torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True))
+    exec(gather, names)
+    assert set(names["precision"]) == {n for n, _ in loaded.model.named_parameters()} <= set(names["mean"])
 
 
 def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):
