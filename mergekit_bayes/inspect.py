@@ -3,24 +3,29 @@
 Tensors are streamed in chunks, without torch, so memory does not grow with the model. Quantiles come from a histogram
 over the upper 16 bits of each float32 (sign, exponent, 7 bits of mantissa): 128 bins for every doubling, so a quantile
 is within 0.4 % of the true one; least and largest values are exact.
+
+Of a model on the Hub only the headers are read, by ranged requests, and nothing is fetched: its report has no values.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mergekit_bayes import __version__
 from mergekit_bayes.configs import Config
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer
 from mergekit_bayes.plan import one_shape, row_shape
-from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify
+from mergekit_bayes.posterior import CheckpointSource, Posterior, PosteriorInfo, identify, parse_info
 from mergekit_bayes.sampling import not_samplable
+from mergekit_bayes.sources import file_sizes, is_hub_id, pinned, read_headers
 from mergekit_bayes.tensors import MERGEABLE, Array, TensorSource, TensorSpec, chunks, read_chunk, read_tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -60,14 +65,17 @@ class DifferenceLayer(Config):
 
 
 class Layer(Config):
-    """Parameters of one layer. `bad` counts entries that are not finite, which `rms` and `largest` leave out."""
+    """Parameters of one layer. `bad` counts entries that are not finite, which `rms` and `largest` leave out.
+
+    Those three are None where only headers were read.
+    """
 
     name: str
     tensors: int
     parameters: int
-    rms: float
-    largest: float
-    bad: int
+    rms: float | None
+    largest: float | None
+    bad: int | None
     precision: PrecisionLayer | None = None
     difference: DifferenceLayer | None = None
 
@@ -81,7 +89,7 @@ class PrecisionSummary(Config):
         covered: Share of the model's parameters that have a precision.
         numbers: Precisions that are stored for them: fewer where one stands for a row or a tensor.
         unknown: Its tensors that the model lacks, or has in another shape.
-        zeros, bad: Parameters whose precision is zero; is negative or not finite.
+        zeros, bad: Parameters whose precision is zero; is negative or not finite. None where only headers were read.
         not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`) unless a prior is given.
     """
 
@@ -91,8 +99,8 @@ class PrecisionSummary(Config):
     covered: float
     numbers: int
     unknown: tuple[str, ...]
-    zeros: int
-    bad: int
+    zeros: int | None
+    bad: int | None
     not_samplable: str | None = None
 
 
@@ -112,7 +120,8 @@ class InspectReport(Config):
     """What is in a checkpoint.
 
     Attributes:
-        identity: SHA-256 by sampled blocks.
+        path: A local path, or the Hub id with its commit.
+        identity: SHA-256 by sampled blocks; None where only headers were read.
         parameters: Without buffers and tied copies.
         dtypes: Parameters by the dtype that holds them.
         buffers: Tensors that are no parameters.
@@ -125,7 +134,7 @@ class InspectReport(Config):
     path: str
     files: tuple[str, ...]
     bytes: int
-    identity: str
+    identity: str | None
     tensors: int
     parameters: int
     dtypes: dict[str, int]
@@ -144,7 +153,8 @@ def run_inspect(
     """Read a checkpoint, its precision if it has one, and perhaps a second checkpoint to compare with.
 
     Args:
-        model: A `.safetensors` file, a folder, or `org/name[@revision]`.
+        model: A `.safetensors` file, a folder, or `org/name[@revision]`, of which only headers are read unless `other`
+            or `precision` ask for more.
         other: The same; its tensors are matched by name, up to one common prefix.
         precision: Where the precision lies, if not beside the model.
         progress: Called with (elements read, elements in all).
@@ -154,6 +164,8 @@ def run_inspect(
         PrecisionError: A precision that was named but is not there.
         MismatchError: No tensor of `other` has a partner.
     """
+    if other is None and precision is None and is_hub_id(model):
+        return _inspect_headers(model)
     with ExitStack() as stack:
         posterior = open_model(model, precision=precision)
         stack.callback(posterior.close)
@@ -196,6 +208,67 @@ def run_inspect(
             comparison=_comparison(there, totals) if there else None,
             notes=tuple(_notes(layers, summary)),
         )
+
+
+def _inspect_headers(ref: str) -> InspectReport:
+    """What the headers of a Hub repository say."""
+    sizes = file_sizes(ref)
+    files = _chosen(sizes, "model.safetensors", "model-?????-of-?????.safetensors") or _chosen(
+        sizes, "adapter_model.safetensors", "adapter_model-?????-of-?????.safetensors"
+    )
+    beside = _chosen(sizes, "posterior/precision.safetensors", "posterior/precision-?????-of-?????.safetensors")
+    if not files and not beside:
+        raise CheckpointError(
+            f"'{ref}' holds neither safetensors of a model nor a precision. If its tensors are in pickles: "
+            f"`bmerge convert {ref} -o OUT`."
+        )
+    headers = {h.name: h for h in read_headers(ref, (*files, *beside))}
+    mean = {n: TensorSpec(t.dtype, t.shape) for f in files for n, t in headers[f].tensors.items()}
+    buffers = tuple(n for n, spec in mean.items() if is_buffer(n) or spec.dtype not in MERGEABLE)
+    names = [n for n in mean if n not in buffers]
+    layers = []
+    for layer, members in _layers(names).items():
+        count = sum(mean[n].size for n in members)
+        layers.append(Layer(name=layer, tensors=len(members), parameters=count, rms=None, largest=None, bad=None))
+    dtypes = Counter[str]()
+    for name in names:
+        dtypes[mean[name].dtype] += mean[name].size
+    summary, notes = None, ["only headers were read; fetch the model (`hf download`) to see values"]
+    if beside:
+        precision = {n: TensorSpec(t.dtype, t.shape) for f in beside for n, t in headers[f].tensors.items()}
+        info = parse_info(headers[beside[0]].metadata, Path(beside[0]))
+        fitting = [n for n in names if _fits(precision.get(n), mean[n])]
+        entries = sum(dtypes.values())
+        summary = PrecisionSummary(
+            files=beside,
+            info=info,
+            belongs=None,
+            covered=sum(mean[n].size for n in fitting) / entries if entries else 0.0,
+            numbers=sum(precision[n].size for n in fitting),
+            unknown=tuple(n for n in precision if n not in mean or not _fits(precision[n], mean[n])) if files else (),
+            zeros=None,
+            bad=None,
+            not_samplable=not_samplable(info),
+        )
+    return InspectReport(
+        path=pinned(ref),
+        files=files,
+        bytes=sum(sizes[f] for f in files),
+        identity=None,
+        tensors=len(mean),
+        parameters=sum(dtypes.values()),
+        dtypes=dict(dtypes),
+        buffers=buffers,
+        tied=(),
+        layers=tuple(layers),
+        precision=summary,
+        comparison=None,
+        notes=tuple(notes),
+    )
+
+
+def _chosen(sizes: Mapping[str, int], single: str, shards: str) -> tuple[str, ...]:
+    return (single,) if single in sizes else tuple(sorted(n for n in sizes if fnmatchcase(n, shards)))
 
 
 class _Match:
@@ -397,7 +470,7 @@ def _precision_summary(posterior: Posterior, names: list[str], totals: list[_Tot
 
 
 def _notes(layers: tuple[Layer, ...], precision: PrecisionSummary | None) -> Iterator[str]:
-    if bad := sum(layer.bad for layer in layers):
+    if bad := sum(layer.bad or 0 for layer in layers):
         yield f"{bad:,} weights are not finite"
     if precision is None:
         yield "no precision: make one with `bmerge precision`, or fine-tune with IVON"

@@ -314,7 +314,12 @@ def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
 
 def read_info(source: CheckpointSource) -> PosteriorInfo | None:
     """`PosteriorInfo` from a precision file's header; None for a foreign file."""
-    text = source.metadata.get(_HEADER_KEY)
+    return parse_info(source.metadata, source.files[0])
+
+
+def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
+    """`PosteriorInfo` from the metadata of a precision file; None for a foreign file's."""
+    text = metadata.get(_HEADER_KEY)
     if text is None:
         return None
     try:
@@ -323,12 +328,11 @@ def read_info(source: CheckpointSource) -> PosteriorInfo | None:
             raise ValueError("it is not a mapping")
         if found.get("format") != FORMAT:
             raise PrecisionError(
-                f"{source.files[0]}: posterior format {found.get('format')}, this version reads {FORMAT}. "
-                "Update mergekit-bayes."
+                f"{file}: posterior format {found.get('format')}, this version reads {FORMAT}. Update mergekit-bayes."
             )
         return PosteriorInfo.model_validate(found)
     except (ValidationError, ValueError, AttributeError) as error:
-        raise PrecisionError(f"{source.files[0]}: its posterior information cannot be read ({error}).") from None
+        raise PrecisionError(f"{file}: its posterior information cannot be read ({error}).") from None
 
 
 def identify(source: TensorSource, *, full: bool = True) -> Identity:

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes import sources
 from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior
@@ -174,3 +177,30 @@ def test_a_precision_of_other_weights_is_an_error(hub, tmp_path):
               "out": str(tmp_path / "out")}  # fmt: skip
     with pytest.raises(PrecisionError, match="other weights"):
         plan_merge(MergeConfig(**config))
+
+
+def test_inspect_reads_headers_of_the_hub_and_fetches_nothing(hub, tmp_path):
+    where = folder(tmp_path / "a")
+    commit = hub.add("org/a", files(where)).refs["main"]
+    there, here = run_inspect("org/a"), run_inspect(str(where))
+    assert there.path == f"org/a@{commit}"
+    assert (there.parameters, there.tensors, there.dtypes, there.bytes) == (
+        here.parameters, here.tensors, here.dtypes, here.bytes,
+    )  # fmt: skip
+    assert [(x.name, x.parameters) for x in there.layers] == [(x.name, x.parameters) for x in here.layers]
+    assert there.precision.info == here.precision.info
+    assert (there.precision.covered, there.precision.numbers) == (here.precision.covered, here.precision.numbers)
+    assert all(r.range for r in hub.log if "/resolve/" in r.path)
+    assert not [p for p in (tmp_path / "home").rglob("*") if p.suffix in (".safetensors", ".json")]
+
+
+def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
+    hub.add("org/a", files(folder(tmp_path / "a")))
+    out = CliRunner().invoke(app, ["inspect", "org/a"])
+    assert out.exit_code == 0, out.output
+    assert "only headers were read" in out.stderr
+    assert "ggn, of weights unread, for 100 observations" in out.stderr
+    hub.add("org/pickled", {"pytorch_model.bin": b"x"})
+    refused = CliRunner().invoke(app, ["inspect", "org/pickled"])
+    assert refused.exit_code == 2
+    assert "bmerge convert org/pickled" in refused.stderr

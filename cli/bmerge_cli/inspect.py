@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Show parameters, dtypes, who made the precision, its health and quantiles by layer.
 
-    With OTHER, show the size of the difference by layer.
+    With OTHER, show the size of the difference by layer. Of a Hub id alone only the headers are read.
     """
     with failures():
         from mergekit_bayes.inspect import run_inspect
@@ -37,16 +37,19 @@ def _show(screen: Any, report: "InspectReport") -> None:
     screen.print(report.path, markup=False, style="bold")
     screen.print(
         f"{report.parameters:,} parameters ({dtypes}) in {report.tensors} tensors, {len(report.files)} "
-        f"file{'s' * (len(report.files) > 1)}, {report.bytes / 1e6:,.1f} MB"
+        f"file{'s' * (len(report.files) != 1)}, {report.bytes / 1e6:,.1f} MB"
     )
     for what, names in (("no parameters", report.buffers), ("tied copies", report.tied)):
         if names:
             screen.print(f"{what}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}", markup=False)
     if report.precision is not None:
         _show_precision(screen, report.precision)
-    rows = [[x.name, f"{x.parameters:,}", f"{x.rms:.3g}", f"{x.largest:.3g}"] for x in report.layers]
-    screen.print(table(["layer", "parameters", "RMS", "max abs"], rows, title="\nweights"))
-    if report.precision is not None:
+    values = report.identity is not None  # else only headers were read
+    rows = [
+        [x.name, f"{x.parameters:,}", _short(x.rms), _short(x.largest)][: 4 if values else 2] for x in report.layers
+    ]
+    screen.print(table(["layer", "parameters", "RMS", "max abs"][: 4 if values else 2], rows, title="\nweights"))
+    if report.precision is not None and values:
         columns = ["layer", "min", "5 %", "25 %", "50 %", "75 %", "95 %", "max", "sigma / RMS"]
         rows = [_precision_row(x, len(columns)) for x in report.layers]
         screen.print(table(columns, rows, title="\nprecision, 1/weight^2"))
@@ -74,7 +77,7 @@ def _show_precision(screen: Any, precision: "PrecisionSummary") -> None:
         screen.print(f"  not samplable: {precision.not_samplable}", markup=False)
     if info is None:
         return
-    belongs = "of these weights" if precision.belongs else "OF OTHER WEIGHTS"
+    belongs = {True: "of these weights", False: "OF OTHER WEIGHTS", None: "of weights unread"}[precision.belongs]
     count = "unknown" if info.observations is None else f"{info.observations:,g}"
     sampled = "" if info.sampled is None else f", {info.sampled:,g} looked at"
     screen.print(f"  {info.estimator}, {belongs}, for {count} observations (unit: {info.unit or 'unknown'}){sampled}")
@@ -95,6 +98,10 @@ def _precision_row(layer: "Layer", width: int) -> list[str]:
     if found is None or not found.quantiles:
         return [layer.name, *["-"] * (width - 1)]
     return [layer.name, *(f"{q:.3g}" for q in found.quantiles), _text(found.sigma_ratio)]
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _text(value: Any) -> str:
