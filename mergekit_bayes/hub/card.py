@@ -280,7 +280,7 @@ def _section(facts: _Facts) -> str:
         parts.append(_posterior(facts))
     if further := _further(facts):
         parts.append(further)
-    return "\n\n".join(parts)
+    return "\n\n".join(parts).replace("<!--", "&lt;!--")  # the two comments around it are the only ones
 
 
 def _opening(facts: _Facts) -> str:
@@ -348,7 +348,7 @@ def _loading(facts: _Facts) -> str:
     else:
         kind = {"text-classification": "AutoModelForSequenceClassification", "fill-mask": "AutoModelForMaskedLM",
                 "text-generation": "AutoModelForCausalLM"}.get(facts.pipeline or "", "AutoModel")  # fmt: skip
-        code = f'from transformers import AutoTokenizer, {kind}\n\nmodel = {kind}.from_pretrained("{facts.repo}")\n'
+        code = f'from transformers import {kind}, AutoTokenizer\n\nmodel = {kind}.from_pretrained("{facts.repo}")\n'
         code += f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")'
     return f"## Use\n\n```python\n{code}\n```"
 
@@ -405,7 +405,8 @@ def _further(facts: _Facts) -> str | None:
         lines.append("bmerge merge merge_recipe.yaml -o again       # make it anew, with the same bytes")
     width = max(line.index("       #") for line in lines)
     aligned = [f"{line.partition('       #')[0]:<{width}}   #{line.partition('       #')[2]}" for line in lines]
-    return "## Merge it further, or undo it\n\n```bash\n" + "\n".join(aligned) + "\n```"
+    title = "Merge it further, or undo it" if any("-o without" in line for line in lines) else "Merge it further"
+    return f"## {title}\n\n```bash\n" + "\n".join(aligned) + "\n```"
 
 
 def _named(ref: str, role: str, scale: float | None, commits: str | None) -> list[Parent]:
