@@ -425,6 +425,15 @@ def test_a_resumed_run_needs_the_same_prior():
         make(prior=False)[1].load_state_dict(saved.state_dict())
 
 
+def test_a_prior_of_parameters_that_were_exchanged_is_not_forgotten():
+    """A launcher that shards the model puts other tensors into the groups."""
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([w], lr=0.1, ess=10.0, prior={w: (None, 5.0)})
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match="after sharding"), optimizer.sampled_params(train=True):
+        pass
+
+
 @pytest.mark.parametrize(
     ("prior", "match"),
     [((torch.zeros(2), None), "mean is"), ((None, torch.zeros(2)), "precision is"), ((None, -1.0), "negative"),

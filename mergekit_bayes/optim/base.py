@@ -109,11 +109,21 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         Args:
             train: Take the gradients for `step` (`.grad` is None then) when the context closes without exception.
         """
+        self._check_parameters()
         draw = self._next_draw(train)
         with self._away(self._perturb, self._take if train else None, draw):
             yield
         if train:
             self._sample += 1
+
+    def _check_parameters(self) -> None:
+        """Raise for parameters that do not go with the settings; a launcher may exchange them after construction."""
+        known = {p for group in self.param_groups for p in group["params"]} if self._prior else set()
+        if any(p not in known for p in self._prior):
+            raise ValueError(
+                f"{type(self).__name__}: the prior names parameters that were replaced since (by shards of them?). "
+                "Make the optimizer from the parameters that are trained, after sharding."
+            )
 
     def _next_draw(self, train: bool) -> Draw:
         if not train:

@@ -240,14 +240,7 @@ class IVON(PosteriorOptimizer):
         self.antithetic = antithetic
         self.curvature = curvature
         self.rank_noise = rank_noise
-        for p in [p for group in self.param_groups for p in group["params"]] if rank_noise else []:
-            if isinstance(p, DTensor):
-                raise ValueError("IVON: rank_noise=True needs replicas; of sharded parameters all ranks see one sample")
-            if restore == "redraw" and p.requires_grad and p.dtype.itemsize >= 4:
-                raise ValueError(
-                    "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: without a float32 "
-                    "master each rank's noise leaves rounding of its own. Use restore='copy'."
-                )
+        self._check_parameters()
         self._uses_noise = curvature == "price"
 
     def _clear(self) -> None:
@@ -255,6 +248,17 @@ class IVON(PosteriorOptimizer):
         self._squares: dict[Tensor, Tensor] = {}
         self._observed = 0
         self._told_apart = False
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        for p in [p for group in self.param_groups for p in group["params"]] if self.rank_noise else []:
+            if isinstance(p, DTensor):
+                raise ValueError("IVON: rank_noise=True needs replicas; of sharded parameters all ranks see one sample")
+            if self.restore == "redraw" and p.requires_grad and p.dtype.itemsize >= 4:
+                raise ValueError(
+                    "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: without a float32 "
+                    "master each rank's noise leaves rounding of its own. Use restore='copy'."
+                )
 
     def _place(self, at: Moved) -> int:
         if self._own_noise and at.draw is not None and at.draw.stream == TRAIN:
