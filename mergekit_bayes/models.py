@@ -86,7 +86,10 @@ def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) ->
         num_labels = labels.num_labels
     config = PeftConfig.from_pretrained(path)
     found: Task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
-    base = load_model(str(config.base_model_name_or_path), found if task == "auto" else task, num_labels=num_labels,
+    name = str(config.base_model_name_or_path)
+    if config.revision and is_hub_id(name):
+        name = f"{name}@{config.revision}"
+    base = load_model(name, found if task == "auto" else task, num_labels=num_labels,
                       dtype=dtype)  # fmt: skip
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id

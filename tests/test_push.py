@@ -489,3 +489,33 @@ def test_detox_pushes_the_candidate_of_least_perplexity_among_those_that_are_lit
     report.matched = matched[2:]
     with pytest.raises(ConfigError, match=r"runs/x/report.md"):
         _chosen(report)
+
+
+def test_an_adapter_trained_by_name_is_pushed_and_loaded_by_name(hub, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    from mergekit_bayes.lora import open_adapter
+    from tests.tiny_models import tiny_gpt2
+
+    push_folder(tiny_gpt2(tmp_path / "base"), "org/base")
+    (tmp_path / "a.txt").write_text("the cat sat on a mat .\n" * 8)
+    settings = {"model": "org/base@main", "output": str(tmp_path / "a"), "data": str(tmp_path / "a.txt"),
+                "max_steps": 1, "batch_size": 4, "flush_batches": 1, "lora": {"r": 2}}  # fmt: skip
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    out = RUN.invoke(app, ["finetune", str(tmp_path / "a.yaml"), "--push-to", "org/a"])
+    assert out.exit_code == 0, out.output
+    there = hub.repos["org/a"].files()
+    config = json.loads(there["adapter_config.json"])
+    commit = hub.repos["org/base"].refs["main"]
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
+    about = front(there["README.md"].decode())
+    assert (about["base_model"], about["base_model_relation"]) == (["org/base"], "adapter")
+    assert "Framework versions" not in there["README.md"].decode()
+    model = AutoPeftModelForCausalLM.from_pretrained("org/a")
+    assert model.peft_config["default"].r == 2
+    found = open_adapter("org/a")
+    assert found.posterior.precision is not None
+    found.close()
+    both = RUN.invoke(app, ["merge", "org/base+org/a", "--base", "org/base", "--push-to", "org/dense"])
+    assert both.exit_code == 0, both.output
+    assert front(hub.repos["org/dense"].files()["README.md"].decode())["base_model"] == ["org/base", "org/a"]

@@ -35,7 +35,7 @@ from mergekit_bayes.finetune.training import (
     training_arguments,
 )
 from mergekit_bayes.models import Loaded, encode_rows, hushed, is_classifier, load_model, load_rows
-from mergekit_bayes.sources import is_hub_id
+from mergekit_bayes.sources import commit_in, is_hub_id
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "LoraSettings", "run_finetune"]
 
@@ -181,5 +181,7 @@ def _with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> Any:
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
     # What the adapter will be loaded on: the Hub id as given, or a folder from wherever one stands.
-    model.peft_config["default"].base_model_name_or_path = name if is_hub_id(name) else str(loaded.path.resolve())
+    settings, (repo, _, revision) = model.peft_config["default"], name.partition("@")
+    settings.base_model_name_or_path = repo if is_hub_id(name) else str(loaded.path.resolve())
+    settings.revision = commit_in(name, loaded.path) or (revision if is_hub_id(name) else None) or None
     return model

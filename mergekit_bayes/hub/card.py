@@ -121,8 +121,8 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
     if model := _read(folder / "finetune.yaml").get("model"):
         return tuple(_named(str(model), "base", None, None))
     if (folder / "adapter_config.json").exists():
-        base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
-        return (_adapter_base(str(base)),) if base else ()
+        config = _read(folder / "adapter_config.json")
+        return (_adapter_base(config),) if config.get("base_model_name_or_path") else ()
     return ()
 
 
@@ -184,7 +184,7 @@ def _front_matter(
 
     bases = list(dict.fromkeys(p.repo for p in facts.parents if p.repo is not None))
     if facts.is_adapter and facts.report:
-        base = _adapter_base(str(facts.adapter.get("base_model_name_or_path")))
+        base = _adapter_base(facts.adapter)
         bases = [*([base.repo] if base.repo and base.repo not in bases else []), *bases]
     local = list(dict.fromkeys(p.name for p in facts.parents if p.repo is None))
     if local:
@@ -427,11 +427,11 @@ def _named(ref: str, role: str, scale: float | None, commits: str | None) -> lis
     return found
 
 
-def _adapter_base(name: str) -> Parent:
-    """PEFT names a base by Hub id or path, and no commit; a path is taken for one if it looks like it."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
-        repo, _, revision = name.partition("@")
-        return Parent("base", None, None, repo, revision if _COMMIT.fullmatch(revision) else None)
+def _adapter_base(config: Mapping[str, Any]) -> Parent:
+    """PEFT names a base by Hub id or path; what has the form of a Hub id is taken for one."""
+    name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision") or "")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return Parent("base", None, None, name, revision if _COMMIT.fullmatch(revision) else None)
     return Parent("base", None, name)
 
 

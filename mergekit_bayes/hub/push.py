@@ -285,6 +285,10 @@ def _choose(folder: Path, *, posterior: bool, only_posterior: bool) -> tuple[lis
     left_out = _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior)
     files = [PushFile(path, source, source.stat().st_size) for path, source in sorted(chosen.items())]
     notes = [f"{n} names paths on this machine, which will be public" for n in _RECORDS if _has_paths(chosen.get(n))]
+    if _has_paths(chosen.get("adapter_config.json")):
+        notes.append(
+            "adapter_config.json names a base on this machine, where nobody else can load it; put its Hub id there"
+        )
     return files, left_out, notes
 
 
