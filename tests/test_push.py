@@ -519,3 +519,28 @@ def test_an_adapter_trained_by_name_is_pushed_and_loaded_by_name(hub, tmp_path):
     both = RUN.invoke(app, ["merge", "org/base+org/a", "--base", "org/base", "--push-to", "org/dense"])
     assert both.exit_code == 0, both.output
     assert front(hub.repos["org/dense"].files()["README.md"].decode())["base_model"] == ["org/base", "org/a"]
+
+
+def test_a_precision_of_somebody_elses_model_names_it_and_is_found_by_name(hub, tmp_path):
+    from tests.tiny_models import tiny_gpt2
+
+    for seed, name in enumerate(("a", "b")):
+        hub.add(f"other/{name}", files(tiny_gpt2(tmp_path / name, seed)))
+        (tmp_path / "texts.txt").write_text("the cat sat on a mat .\n" * 8)
+        made = RUN.invoke(app, ["precision", f"other/{name}", "--data", str(tmp_path / "texts.txt"),
+                                "-o", str(tmp_path / f"{name}-posterior"), "-q"])  # fmt: skip
+        assert made.exit_code == 0, made.output
+        out = RUN.invoke(
+            app, ["push", str(tmp_path / f"{name}-posterior"), f"org/{name}-posterior", "--posterior-only"]
+        )
+        assert out.exit_code == 0, out.output
+    card = hub.repos["org/a-posterior"].files()["README.md"].decode()
+    assert front(card)["base_model"] == ["other/a"]
+    assert f"other/a/tree/{hub.repos['other/a'].refs['main']}" in card
+    assert "bmerge merge other/a OTHER --weights precision --precision other/a=org/a-posterior" in card
+    line = ["merge", "other/a", "other/b", "--weights", "precision", "-o", str(tmp_path / "out")]
+    names = [f"--precision=other/{n}=org/{n}-posterior" for n in "ab"]
+    assert RUN.invoke(app, [*line, *names]).exit_code == 0
+    swapped = RUN.invoke(app, [*line, "--force", names[0], "--precision=other/b=org/a-posterior"])
+    assert swapped.exit_code == 2
+    assert "other weights" in swapped.stderr

@@ -337,9 +337,10 @@ def _merge_numbers(report: Mapping[str, Any]) -> str:
 
 def _loading(facts: _Facts) -> str:
     if facts.only_posterior:
+        model = facts.parents[0].name if facts.parents else "MODEL"
         return (
             "## Use\n\nWith the model that it belongs to, whose weights are checked:\n\n```bash\n"
-            f"bmerge merge MODEL OTHER --weights precision --precision MODEL={facts.repo} -o merged\n```"
+            f"bmerge merge {model} OTHER --weights precision --precision {model}={facts.repo} -o merged\n```"
         )
     if facts.is_adapter:
         kind = "SequenceClassification" if facts.pipeline == "text-classification" else "CausalLM"
