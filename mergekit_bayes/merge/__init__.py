@@ -108,7 +108,9 @@ def carry_out(
             if not partial.is_publishing:
                 _do_whole(run, partial, say)
             publish(plan, partial, sync=sync)
-            return MergeReport.model_validate_json(report_path(plan.target).read_text())
+            report = MergeReport.model_validate_json(report_path(plan.target).read_text())
+            partial.remove()
+            return report
     except OSError as error:
         where = error.filename or partial.folder
         raise CheckpointError(

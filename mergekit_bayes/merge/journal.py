@@ -120,13 +120,15 @@ class Partial:
 
     def _refuse_foreign(self) -> None:
         """Whatever else has such a name is not touched."""
-        if self._found() is None and self.folder.is_dir():
-            for name in sorted(os.listdir(self.folder)):
-                if name not in ("lock", "plan.json.new"):
-                    raise CheckpointError(
-                        f"{self.folder} would hold the merge until it is whole, but is another folder: it has {name!r} "
-                        "in it. Move it away, or choose another -o."
-                    )
+        if self._found() is None:
+            names: list[str] = []
+            with suppress(FileNotFoundError):
+                names = sorted(set(os.listdir(self.folder)) - {"lock", "plan.json.new"})
+            if names and self._found() is None:  # no other process has begun meanwhile
+                raise CheckpointError(
+                    f"{self.folder} would hold the merge until it is whole, but is another folder: it has {names[0]!r} "
+                    "in it. Move it away, or choose another -o."
+                )
 
     def _is_there(self, file: int) -> bool:
         with suppress(FileNotFoundError):

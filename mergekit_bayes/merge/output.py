@@ -179,7 +179,7 @@ def _set_dtype(config: Any, dtype: str) -> None:
 
 def refuse_existing(plan: MergePlan) -> None:
     """Raise `CheckpointError` if a final name is taken, by now, and not to be replaced."""
-    for path in () if plan.config.force else _final_names(plan):
+    for path in () if plan.config.force else reversed(_final_names(plan)):
         if path.exists():
             raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
 
@@ -209,7 +209,6 @@ def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
             sync_path(target.absolute().parent)
     except OSError as error:
         raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from error
-    partial.remove()
 
 
 def _final_names(plan: MergePlan) -> tuple[Path, ...]:
