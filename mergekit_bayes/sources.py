@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from mergekit_bayes.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-CHECKPOINT = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors", "adapter*.safetensors")
+SIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "tokenizer.model.*", "*.py",
+        "LICENSE*", "NOTICE*")  # fmt: skip
+CHECKPOINT = (*SIDE, "model*.safetensors", "adapter*.safetensors")
 POSTERIOR = ("posterior/*",)
 PRECISION = ("posterior/*", "precision*")
 
@@ -168,6 +170,12 @@ def explain(error: Exception, ref: str) -> str:
             f"'{ref}': no such local path, not (or not wholly) in the Hub's cache, and offline mode is on. Unset "
             "HF_HUB_OFFLINE, or fetch it first where there is a network: `hf download`."
         )
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, (ConnectionError, TimeoutError))
+    ):
+        return f"'{ref}': reading or writing failed here ({error.strerror}). Mend that and run the same line again."
     if (status is None and isinstance(error, (OSError, errors.RevisionResolutionError))) or _is_connection(error):
         return (
             f"'{ref}': the connection to {constants.ENDPOINT} failed ({_reason(error)}). Check the network and run the "
@@ -185,7 +193,7 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import get_token
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (lines or [type(error).__name__])[0][:300]
+    text = " ".join(lines or [type(error).__name__])[:300]
     token = get_token()
     return text.replace(token, "...") if token else text
 

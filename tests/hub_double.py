@@ -7,6 +7,7 @@ regular. A test sets what goes wrong (`deny`, `gated`, `cut_uploads`, `cut_downl
 import base64
 import hashlib
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class Refused(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # headers and body in one packet: two would wait for each other
+    disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, *args: Any) -> None:
@@ -379,3 +382,5 @@ def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> Non
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(sources, "_COMMITS", {})
+    if "transformers.utils.hub" in sys.modules:  # it keeps a client, of the hub of an earlier test
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)

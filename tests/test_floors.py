@@ -72,5 +72,5 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_command_line_and_the_merge_load_no_heavy_library():
-    heavy = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "sklearn"}
+    heavy = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "sklearn", "huggingface_hub"}
     assert not heavy & loaded_by("import bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect")

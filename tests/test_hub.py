@@ -1,5 +1,6 @@
 """Models and posteriors taken from the Hub by name, against a hub on the loopback interface."""
 
+import errno
 import json
 
 import pytest
@@ -204,3 +205,9 @@ def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
     refused = CliRunner().invoke(app, ["inspect", "org/pickled"])
     assert refused.exit_code == 2
     assert "bmerge convert org/pickled" in refused.stderr
+
+
+def test_a_disk_that_is_full_is_not_called_a_connection(hub):
+    full = sources.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
+    assert "reading or writing failed here (No space left on device)" in full
+    assert "the connection to" in sources.explain(ConnectionResetError(errno.ECONNRESET, "reset"), "org/a")
