@@ -21,7 +21,7 @@ from torch import Tensor
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.posterior import check_index, copy_side_files, read_index, replacing, shard_name, write_index
-from mergekit_bayes.sources import resolve
+from mergekit_bayes.sources import SIDE, resolve
 from mergekit_bayes.tensors import SafetensorsSink, TensorSpec, shown
 
 
@@ -82,8 +82,7 @@ def run_convert(
     )
 
 
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_PATTERNS = (*_SIDE_FILES, "pytorch_model*.bin", "adapter_model*.bin")
+_PATTERNS = (*SIDE, "pytorch_model*.bin", "adapter_model*.bin")
 _STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # of the pickles, and of safetensors
 _SAVE_AGAIN = "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
 

@@ -568,6 +568,18 @@ def test_of_two_plans_that_begin_at_once_one_is_refused(inputs, tmp_path, monkey
     assert json.loads(Path("out/merge_report.json").read_text())["models"][1]["scale"] == 1
 
 
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_an_output_that_was_taken_away_while_it_got_its_name_is_missed(inputs, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Partial, "remove", lambda self: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            run_merge(config(inputs, out=out))
+    Path(out).rename("elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{out}\.partial: the whole output that was there is gone\. Remove"):
+        run_merge(config(inputs, out=out))
+
+
 def test_what_a_killed_force_moved_aside_comes_back_when_another_merge_takes_over(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_merge(config(inputs, out="out"))

@@ -190,6 +190,10 @@ def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
     Called again after a kill, it goes on where it stopped.
     """
     target = plan.target
+    if not any(path.exists() for path in (target, partial.out / target.name if plan.to_file else partial.out)):
+        raise CheckpointError(
+            f"{partial.folder}: the whole output that was there is gone. Remove the folder to begin anew."
+        )
     try:
         if not partial.is_publishing:
             for path in (partial.out, *sorted(partial.out.rglob("*"))) if sync else ():
