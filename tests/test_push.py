@@ -544,3 +544,12 @@ def test_a_precision_of_somebody_elses_model_names_it_and_is_found_by_name(hub, 
     swapped = RUN.invoke(app, [*line, "--force", names[0], "--precision=other/b=org/a-posterior"])
     assert swapped.exit_code == 2
     assert "other weights" in swapped.stderr
+
+
+def test_a_quiet_merge_by_name_prints_nothing(hub, merged, tmp_path):
+    environment = os.environ | hub_double.environment(hub, tmp_path / "fresh")
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
+    line = [sys.executable, "-m", "bmerge_cli.main", "merge", "org/a", "org/b", "--push-to", "org/quiet", "-q"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "model.safetensors" in hub.repos["org/quiet"].files()

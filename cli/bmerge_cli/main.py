@@ -1,5 +1,6 @@
 """The `bmerge` command: one module per subcommand, each of which imports its verb only when it runs."""
 
+import os
 import re
 import sys
 from itertools import pairwise
@@ -41,6 +42,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script and of `python -m bmerge_cli.main`."""
+    if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client reads it once, when it is imported
     try:
         with failures():
             _refuse_bare_numbers(sys.argv[1:])
