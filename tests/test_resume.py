@@ -341,16 +341,18 @@ def test_sync_waits_for_the_data_before_it_is_called_whole_and_for_that_before_a
     assert events[moved + 1 :] == ["."]
 
 
-def test_force_onto_a_link_to_a_folder_writes_the_model_and_leaves_nothing_behind(inputs, tmp_path, monkeypatch):
+def test_force_onto_a_link_to_a_folder_writes_where_it_points(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_merge(config(inputs, out="real", scale=(0.5,)))
-    Path("link").symlink_to(tmp_path / "real")
+    Path("store").mkdir()
+    run_merge(config(inputs, out="store/real", scale=(0.5,)))
+    Path("link").symlink_to(tmp_path / "store/real")
     run_merge(config(inputs, out="whole"))
     for _ in range(2):
         run_merge(config(inputs, out="link", force=True))
-        assert Path("link/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
-    assert sorted(os.listdir()) == ["link", "real", "whole"]
-    assert tiny.read("real")
+        assert Path("store/real/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert Path("link").is_symlink()
+    assert sorted(os.listdir()) == ["link", "store", "whole"]
+    assert os.listdir("store") == ["real"]
 
 
 def refuse_once(monkeypatch, where, name, wanted):
