@@ -908,7 +908,7 @@ def test_scales_by_tensor_reach_the_arithmetic_and_later_ones_win():
         mean, precision = (x[name] for x in expect(base, (a, b), own))
         np.testing.assert_allclose(found[name], mean, rtol=2e-5, atol=2e-6)
         np.testing.assert_allclose(kept[name], precision, rtol=2e-5)
-    assert report.settings["scale"] == (1.0, *rules, 0.8)
+    assert list(report.settings["scale"]) == [1.0, *rules, 0.8]
     assert open_posterior("x.safetensors").info.merge.uneven
 
 
