@@ -85,14 +85,15 @@ def match_tensors(
         written = TensorSpec(config.dtype or spec.dtype, spec.shape)
         own = _scales(config, name, scales, rules, used)
         first = len(models) - len(own)
-        sources: tuple[Found, ...] | None = (Found(0, name),)
+        sources: tuple[Found, ...] = (Found(0, name),)
         merged, reason = 0, None
         if only is not None and not only.search(name):
             reason = "not matched by --only"  # nobody else is asked: heads may differ
         elif config.base is None or any(own):
-            sources = _sources(config, name, own, models, maps, found)
-            if sources is None:
+            asked = _sources(config, name, own, models, maps, found)
+            if asked is None:
                 continue
+            sources = asked
             own = tuple(x if sources[first + t].model == first + t else 0.0 for t, x in enumerate(own))
             merged, reason = _common(config, name, spec, sources, models, found)
             if other_tokens is not None and is_vocabulary(name):
