@@ -484,6 +484,17 @@ def test_the_first_rank_does_what_a_dead_one_left(inputs, tmp_path, monkeypatch)
     assert Path("out.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
+def test_a_rank_that_comes_after_the_first_stopped_waiting_leaves_its_part_to_it(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    with closing(plan_merge(config(inputs, out="out"))) as plan:
+        partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
+        with partial.held(alone=True, force=False):
+            assert engine.join(plan, Part(3, 3)) is None
+            with pytest.raises(CheckpointError, match="another process is at this merge"):
+                engine.join(plan, Part(1, 3))
+
+
 def test_two_processes_cannot_be_at_the_same_part(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(journal, "_MOMENT", 0.05)

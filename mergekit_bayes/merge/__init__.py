@@ -20,7 +20,7 @@ from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.kernels import can_fuse
 from mergekit_bayes.merge.chunks import Known, Reader
 from mergekit_bayes.merge.first import FirstPass
-from mergekit_bayes.merge.journal import Journal, Part, Partial, wait_for
+from mergekit_bayes.merge.journal import BusyError, Journal, Part, Partial, wait_for
 from mergekit_bayes.merge.output import Output, publish, refuse_existing
 from mergekit_bayes.merge.report import MergeReport, Totals, make_report
 from mergekit_bayes.merge.work import Unit, Worker, units_of
@@ -331,7 +331,11 @@ def join(plan: MergePlan, part: Part, **options: Any) -> MergeReport | None:
 
     The first waits for the others and does what they leave undone.
     """
-    carry_out(plan, part=part, **options)
+    try:
+        carry_out(plan, part=part, **options)
+    except BusyError:
+        if part.number == 1:
+            raise  # a later one has come after the first has stopped waiting, and it does their parts, too
     if part.number > 1:
         return None
     partial = Partial(partial_path(plan.target), plan_hash(plan))

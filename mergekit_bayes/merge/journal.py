@@ -44,6 +44,10 @@ class Part(NamedTuple):
         return int(position * self.of) == self.number - 1
 
 
+class BusyError(CheckpointError):
+    """Another process has the merge, or a part of it that this one would have to wait for."""
+
+
 class Partial:
     """The folder of a merge that is not whole yet.
 
@@ -61,8 +65,8 @@ class Partial:
     def held(self, *, alone: bool, force: bool) -> Iterator[None]:
         """Begin the plan there, or go on with it, alone or beside others at their parts.
 
-        Raises `CheckpointError` if the folder is not a merge's, if another merge has begun there (unless `force`), or
-        while another process works there that would be in the way.
+        Raises `CheckpointError` if the folder is not a merge's or another merge has begun there (unless `force`), and
+        `BusyError` while another process works there that would be in the way.
         """
         self._held = self._enter(alone=alone, force=force)
         try:
@@ -86,7 +90,7 @@ class Partial:
                 return file
             if time.monotonic() > until:
                 busy = [f"{p}: that part is still being written. Wait for it." for p in self.running()]
-                raise CheckpointError((busy or [f"{self.folder}: another process is at this merge. Wait for it."])[0])
+                raise BusyError((busy or [f"{self.folder}: another process is at this merge. Wait for it."])[0])
             time.sleep(0.01)
 
     def _begin(self, file: int, *, alone: bool, force: bool) -> bool:
