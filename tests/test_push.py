@@ -239,6 +239,18 @@ def test_what_is_not_of_a_model_stays_and_is_named(hub, merged):
     assert not set(report.left_out) & set(hub.repos["org/ab"].files())
 
 
+def test_every_kind_of_tokenizer_and_the_pooling_of_sentence_transformers_go_along(hub, merged):
+    names = ("tokenizer.model.v3", "spiece.spm", "vocab.bpe", "modules.json")
+    for name in names:
+        (merged / name).write_text("x")
+    (merged / "1_Pooling").mkdir()
+    for name in ("config.json", "notes.txt"):
+        (merged / "1_Pooling" / name).write_text("{}")
+    report = push_folder(merged, "org/ab")
+    assert {*names, "1_Pooling/config.json"} <= set(report.sent)
+    assert "1_Pooling/notes.txt" in report.left_out
+
+
 def test_code_that_the_config_names_goes_along(hub, merged):
     (merged / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.Model"}}')
     (merged / "modeling_x.py").write_text("class Model: ...")

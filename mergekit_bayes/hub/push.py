@@ -25,9 +25,12 @@ CARD = "README.md"
 _SIDE_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+    "vocab.txt", "merges.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
+    "chat_template.jinja", "chat_template.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "merge_report.json", "merge_recipe.yaml", "finetune.yaml", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+_INNER_FILES = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # the second are sentence-transformers'
 _RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
 _WEIGHTS = ("model.safetensors*", "model-?????-of-?????.safetensors", "adapter_model.safetensors*",
             "adapter_model-?????-of-?????.safetensors")  # fmt: skip
@@ -300,8 +303,8 @@ def _model_files(folder: Path) -> dict[str, Path]:
     for file in sorted(folder.iterdir()):
         if file.is_file() and (file.name in names or any(fnmatchcase(file.name, p) for p in _SIDE_FILES)):
             chosen[file.name] = file
-    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        chosen[f"additional_chat_templates/{file.name}"] = file
+    for pattern in _INNER_FILES:
+        chosen |= {f"{file.parent.name}/{file.name}": file for file in sorted(folder.glob(pattern))}
     return chosen
 
 
