@@ -144,17 +144,46 @@ def test_a_front_matter_that_is_not_yaml_is_named(hub, merged):
         model_card(merged)
 
 
+def peft_adapter(path):
+    """An adapter with the README that PEFT itself writes beside it."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from tests.tiny_models import tiny_gpt2
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2(path.parent / "under"))
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    return path
+
+
 def test_what_peft_leaves_is_not_taken_for_a_persons_text(tmp_path):
-    where = adapter(tmp_path / "a", "org/base")
-    (where / "README.md").write_text(
-        "---\nbase_model: /home/x\n---\n[More Information Needed]\n### Framework versions\n\n- PEFT 0.21"
-    )
+    where = peft_adapter(tmp_path / "a")
+    assert "[More Information Needed]" in (where / "README.md").read_text()
     card = model_card(where, repo="org/a")
     assert front(card)["base_model"] == ["org/base"]
     assert front(card)["base_model_relation"] == "adapter"
     assert front(card)["library_name"] == "peft"
     assert "AutoPeftModelForCausalLM" in card
     assert "Framework versions" not in card
+
+
+@pytest.mark.parametrize(
+    ("blank", "written"),
+    [
+        ("# Model Card for Model ID", "# My garden adapter"),
+        ("- **Developed by:** [More Information Needed]", "- **Developed by:** me"),
+        ("## Uses", "## Uses\n\nFor letters to gardeners."),
+        ("library_name: peft", "library_name: peft\nlicense: mit"),
+    ],
+)
+def test_one_word_of_a_person_in_pefts_card_keeps_it(tmp_path, blank, written):
+    where = peft_adapter(tmp_path / "a")
+    text = (where / "README.md").read_text()
+    assert blank in text
+    (where / "README.md").write_text(text.replace(blank, written, 1))
+    assert written.rpartition("\n")[2] in model_card(where, repo="org/a")
 
 
 # The push
@@ -280,6 +309,16 @@ def test_a_persons_card_on_the_hub_is_kept(hub, merged):
     hub.add("org/ab", {"README.md": b"# Mine\n\nBy hand.\n"})
     push_folder(merged, "org/ab")
     assert hub.repos["org/ab"].files()["README.md"].decode().count("# Mine\n\nBy hand.\n\n<!-- bmerge: begin") == 1
+
+
+def test_a_persons_card_on_the_hub_is_kept_though_peft_leaves_one_in_the_folder(hub, tmp_path):
+    where = peft_adapter(tmp_path / "a")
+    hub.add("org/a", {"README.md": b"---\nlicense: mit\n---\n# Mine\n\nBy hand.\n"})
+    push_folder(where, "org/a")
+    card = hub.repos["org/a"].files()["README.md"].decode()
+    assert "# Mine\n\nBy hand.\n\n<!-- bmerge: begin" in card
+    assert front(card)["license"] == "mit"
+    assert "[More Information Needed]" not in card
 
 
 def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_differs(hub, tmp_path):

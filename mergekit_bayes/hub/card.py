@@ -22,7 +22,13 @@ License = Mapping[str, str]  # `license`, and for the licence `other` its name a
 _END = "<!-- bmerge: end -->"
 _SECTION = re.compile(r"<!-- bmerge: begin(?P<ours>[^>]*) -->\n.*?" + re.escape(_END), re.S)
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.S)
-_GENERATED = re.compile(r"\[More Information Needed\].*### Framework versions\s+- PEFT", re.S)  # what PEFT leaves
+_PEFT = re.compile(r"^- PEFT \S+$", re.M)  # in the last section of a card that PEFT made
+_PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}  # of its front matter
+_PEFT_LINE = re.compile(
+    r"### Framework versions|- PEFT \S+|## Training procedure"
+    r"|The following `bitsandbytes` quantization config was used during training:"
+    r"|- (?:quant_method|_?load_in_[48]bit|llm_int8_\w+|bnb_4bit_\w+): .*"
+)
 _RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -81,7 +87,7 @@ def make_card(
     facts = _Facts(folder, repo or folder.resolve().name, posterior=posterior, only=posterior_only)
     if existing is None and (folder / "README.md").exists():
         existing = (folder / "README.md").read_text()
-    if existing is not None and _GENERATED.search(existing):
+    if existing is not None and is_generated(existing):
         existing = None
     theirs, body = _split(existing or "", folder)
     if found := _SECTION.search(body):
@@ -99,6 +105,22 @@ def make_card(
         body = f"# {facts.repo.rpartition('/')[2]}\n\n{section}\n"
     front = yaml.safe_dump(theirs | kept, sort_keys=False, allow_unicode=True, width=10**6)
     return Card(f"---\n{front}---\n\n{body.lstrip()}", tuple(notes))
+
+
+def is_generated(card: str) -> bool:
+    """Whether a card is PEFT's with nobody's word in it: each line is of its template, each field of its making."""
+    if not _PEFT.search(card):
+        return False
+    match = _FRONT.match(card)
+    try:
+        front = yaml.safe_load(match["yaml"]) if match else {}
+    except yaml.YAMLError:
+        return False
+    if front and not (isinstance(front, dict) and set(front) <= _PEFT_KEYS):
+        return False
+    known = _template_lines()
+    lines = (line.strip() for line in card[match.end() if match else 0 :].splitlines())
+    return all(not line or line in known or _PEFT_LINE.fullmatch(line) for line in lines)
 
 
 def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]:
@@ -472,6 +494,15 @@ def _number(value: Any) -> str:
     if isinstance(value, (int, float)):
         return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
     return str(value)
+
+
+def _template_lines() -> set[str]:
+    """The lines of the Hub client's empty model card, with which PEFT begins."""
+    from huggingface_hub import ModelCard
+
+    text = Path(ModelCard.default_template_path).read_text(encoding="utf-8")
+    filled = re.sub(r'\{\{ \w+ \| default\("([^"]*)", true\) ?\}\}', r"\1", text)
+    return {line.strip() for line in filled.splitlines()}
 
 
 def _split(text: str, folder: Path) -> tuple[dict[str, Any], str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, PrecisionError
-from mergekit_bayes.hub.card import Card, License, Parent, make_card, parents, read_license
+from mergekit_bayes.hub.card import Card, License, Parent, is_generated, make_card, parents, read_license
 from mergekit_bayes.posterior import checkpoint_files, precision_files, read_info
 from mergekit_bayes.sources import explain, forget
 from mergekit_bayes.tensors import SafetensorsSource, identity
@@ -378,9 +378,12 @@ def _has_paths(file: Path | None) -> bool:
 
 
 def _own_card(folder: Path, *, only: bool) -> str:
-    """The folder's card; a model's is not that of its posterior alone."""
+    """The folder's card, if it says a person's word or ours; a model's is not that of its posterior alone."""
     file = folder / CARD
-    return file.read_text() if file.is_file() and not (only and not list(folder.glob("precision*.safetensors"))) else ""
+    if not file.is_file() or (only and not list(folder.glob("precision*.safetensors"))):
+        return ""
+    text = file.read_text()
+    return "" if is_generated(text) else text
 
 
 def _planned(
