@@ -6,6 +6,7 @@
 Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
 samples, antithetic pairs, gradient accumulation and DDP are right, and a callback that stops in the middle of a step
 finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step.
+A classifier's loss is the mean over the whole step (`classification_loss`), which transformers' own is not.
 After `load_best_model_at_end` weights and posterior are those of the same, best checkpoint.
 """
 
@@ -32,10 +33,23 @@ def unwrap(optimizer: Any) -> IVON:
     return optimizer
 
 
+def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Cross-entropy, mean over the examples of the whole step.
+
+    The loss inside transformers' classifiers is the mean of one micro-batch, and since they take the step's count
+    without using it, the Trainer adds those means up: with k micro-batches on each of R ranks the gradient is k R times
+    too large.
+    """
+    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels.view(-1), reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 class IvonTrainerMixin:
     """Put in front of `transformers.Trainer` (or trl's `SFTTrainer`); set `max_grad_norm=0`.
 
-    Gradient clipping by norm would act after the samples were taken, so IVON's own `clip_radius` does its work.
+    Gradient clipping by norm would act after the samples were taken, so IVON's own `clip_radius` does its work. A
+    sequence classifier for which no `compute_loss_func` was given has `classification_loss`; one for regression or
+    several labels has the mean of its micro-batches' losses.
     """
 
     model: Any
@@ -44,6 +58,9 @@ class IvonTrainerMixin:
     optimizer_cls_and_kwargs: Any
     args: Any
     state: Any
+    compute_loss_func: Any
+    label_smoother: Any
+    model_accepts_loss_kwargs: bool
     _loss_shifts_labels: bool
     _held: list[dict[str, Any]]
     _observing: int | None = None  # the micro-batch whose curvature is due
@@ -85,11 +102,17 @@ class IvonTrainerMixin:
         self.__dict__.setdefault("_held", []).clear()
         # transformers knows by the class name which losses do not score a row's first token, not GPT2LMHeadModel's, and
         # would divide by too many. This is the loss itself, which such models fall back to.
-        config = getattr(self.model, "config", None)
-        loss = getattr(getattr(self.model, "loss_function", None), "__name__", None)
-        if loss == "ForCausalLMLoss" and not getattr(config, "is_encoder_decoder", False):
+        loss = _loss_name(self.model)
+        if loss == _CAUSAL and not getattr(self.model.config, "is_encoder_decoder", False):
             self._loss_shifts_labels = True
-        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        samples, count = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        ignores_count = loss == _SEQUENCE and self.compute_loss_func is None and self.label_smoother is None
+        if samples and ignores_count and self.model_accepts_loss_kwargs:
+            if _is_single_label(self.model, samples[0].get("labels")):
+                self.compute_loss_func = classification_loss
+            else:  # the Trainer then takes the mean over micro-batches and ranks
+                self.model_accepts_loss_kwargs, count = False, None
+        return samples, count
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Hold micro-batches back until the last one of a step, then run all of them under each sample."""
@@ -143,6 +166,22 @@ class IvonTrainerMixin:
         root = random_root(scored.detach(), likelihood(bare), signs)
         optimizer.add_curvature((root * scored).sum(), len(scored))
         return result
+
+
+# What transformers calls the losses, by `model.loss_function.__name__`.
+_CAUSAL, _SEQUENCE = "ForCausalLMLoss", "ForSequenceClassificationLoss"
+
+
+def _loss_name(model: Any) -> str | None:
+    return getattr(getattr(model, "loss_function", None), "__name__", None)
+
+
+def _is_single_label(model: Any, labels: Tensor | None) -> bool:
+    """Whether transformers takes a sequence classifier's loss for softmax cross-entropy."""
+    kind, count = getattr(model.config, "problem_type", None), getattr(model.config, "num_labels", 0)
+    if kind is None and labels is not None:
+        return bool(count > 1 and labels.dtype in (torch.long, torch.int))
+    return bool(kind == "single_label_classification")
 
 
 def _logits(outputs: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models import Collate, encode_rows, load_model
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
-from tests.tiny_models import tiny_gpt2
+from tests.tiny_models import tiny_bert, tiny_gpt2
 
 ROWS = {"text": ["the cat sat on the mat .", "a dog ran", "good film", "the tree was dull and bad"] * 4}
 
@@ -150,6 +150,44 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp
     expected = true_gradient(load_model(str(tmp_path / "m")).model, batches)
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def classifier(folder, labels, problem_type=None, ivon=None, model=None, **arguments):
+    """A stock Trainer's classifier with the mixin in front and nothing else, on 16 examples of one length."""
+    if model is None:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tiny_bert(folder, labels=labels.shape[-1] if labels.ndim > 1 else 3, problem_type=problem_type)
+        )
+    tokens = torch.randint(3, 20, (16, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}
+            for x, y in zip(tokens, labels, strict=True)]  # fmt: skip
+    settings = {"output_dir": str(folder / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
+                "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, **arguments}  # fmt: skip
+    return Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**settings),
+        train_dataset=rows,
+        optimizer_cls_and_kwargs=(IVON, {"lr": 0.0, "ess": 1e14, **(ivon or {})}),
+    )
+
+
+CLASSES = torch.arange(16) % 3
+TARGETS = torch.linspace(-1, 1, 48).reshape(16, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type"),
+    [(CLASSES, None), (TARGETS, "regression"), ((TARGETS > 0).float(), "multi_label_classification")],
+)
+def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(tmp_path, labels, problem_type):
+    found = []
+    for size, steps in ((16, 1), (4, 4)):
+        t = classifier(tmp_path, labels, problem_type, per_device_train_batch_size=size,
+                       gradient_accumulation_steps=steps)  # fmt: skip
+        t.train()
+        found.append(torch.cat([s["momentum"].flatten() for s in unwrap(t.optimizer).state.values()]))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
 class Scripted(transformers.TrainerCallback):

@@ -17,7 +17,7 @@ from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models import UNIT, Collate, Loaded, observations
 from mergekit_bayes.optim import IVON
-from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
+from mergekit_bayes.trainer import IvonTrainerMixin, classification_loss, unwrap
 
 # sigma at the start, as a share of the typical weight, where `ess` is left out.
 _NOISE = 0.05
@@ -143,16 +143,6 @@ def make_trainer(
         raise
     refuse_accelerator(trainer.accelerator, ivon=ivon)
     return _with_callbacks(trainer, identity, loss_before, quiet=quiet)
-
-
-def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Cross-entropy, mean over the examples of the whole step.
-
-    The loss inside transformers' classifiers is the mean of one micro-batch, and since they take the step's count
-    without using it, the Trainer adds those means up: with k micro-batches the gradient is k times too large.
-    """
-    total = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
