@@ -69,6 +69,11 @@ def load_model(ref: str, task: Task = "auto", *, num_labels: int | None = None, 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes where there are no files
+        raise CheckpointError(
+            f"'{ref}' has no tokenizer, or an empty one. Save that of its base there: "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

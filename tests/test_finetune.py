@@ -413,7 +413,7 @@ def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path,
 
 def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
     run_finetune(config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True)
-    assert sum("of a tensor's weights: raise ess or hess_init" in r.message for r in caplog.records) == 1
+    assert sum("of a tensor's weights: raise ess or weight_decay" in r.message for r in caplog.records) == 1
     caplog.clear()
     settings = config(tmp_path, data, max_steps=4, ess=1e8, beta2=0.9, posterior="ivon", curvature="price", force=True)
     run_finetune(settings, quiet=True)
@@ -476,7 +476,7 @@ def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = load_model(str(tiny_gpt2(tmp_path / "base")))
     examples = encode_rows({"text": ["the cat sat on the mat .", "a dog ran", "good film", "bad film"]}, loaded)
-    names = {"model": loaded.model, "examples": examples, "collate": Collate(2)}
+    names = {"model": loaded.model, "tokenizer": loaded.tokenizer, "examples": examples, "collate": Collate(2)}
     exec(trainer.replace("100", "8").replace('"out",', '"out", report_to=[], use_cpu=True,'), names)
     assert set(names["precision"]) == {n for n, _ in loaded.model.named_parameters()}
     load_model(str(tmp_path / "base"))

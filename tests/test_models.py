@@ -164,3 +164,11 @@ def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):
         assert set(named) == set(file.keys())
         for name, value in named.items():
             assert torch.equal(file.get_tensor(name), value), name
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    path = tiny_gpt2(tmp_path / "m")
+    for file in path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load_model(str(path))

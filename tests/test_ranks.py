@@ -218,6 +218,32 @@ def test_the_processes_get_what_torchrun_would_set(tmp_path):
         assert found[0]["ACCELERATE_USE_CPU"] == "true"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told to its children on Linux only")
+def test_a_killed_command_leaves_no_process_behind(tmp_path):
+    child = (
+        "import os, pathlib, time; pathlib.Path('pid' + os.environ['RANK']).write_text(str(os.getpid())); "
+        "time.sleep(60)"
+    )
+    parent = (
+        f"import sys; from mergekit_bayes.finetune import ranks; ranks.launch([sys.executable, '-c', {child!r}], 2)"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", parent], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    wait_for(lambda: all(f.exists() and f.read_text() for f in files))
+    command.kill()
+    command.wait()
+    wait_for(lambda: not any(Path(f"/proc/{f.read_text()}").exists() for f in files))
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_without_a_launcher_one_gpu_is_used_and_the_others_are_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

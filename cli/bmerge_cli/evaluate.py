@@ -231,9 +231,11 @@ def _show_draws(screen: Any, report: "EvaluateReport") -> None:
             f"--posterior-temperature {draws.ess / draws.observations:.4g} counts each once"
         )
     if draws.sigma_over_rms > WIDE:
+        excess = (draws.sigma_over_rms / WIDE) ** 2  # of the variance; what the prior alone would have to make good
         screen.print(
-            f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, and such models rarely "
-            "predict well: a larger --prior, or a --posterior-temperature below 1"
+            f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, where models often "
+            f"predict worse. With --prior {draws.prior * excess:.1g} or --posterior-temperature "
+            f"{draws.temperature / excess:.1g} they are about {WIDE:g}"
         )
 
 

@@ -33,8 +33,9 @@ def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool
                 "store posterior: flush"
             )
     if health.get("sigma_over_rms", 0.0) > 0.1:
+        floor = "weight_decay" if config.curvature == "ggn" else "hess_init"
         found["sigma_over_rms"] = (
-            f"the noise reached {health['sigma_over_rms']:.2f} of a tensor's weights: raise ess or hess_init"
+            f"the noise reached {health['sigma_over_rms']:.2f} of a tensor's weights: raise ess or {floor}"
         )
     return found
 

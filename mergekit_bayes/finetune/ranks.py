@@ -4,6 +4,7 @@ Without this, a rank that meets an error leaves the others waiting in a collecti
 what another has just made. With one process everything here is a plain call.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -83,7 +84,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     """Run a command as `processes` ranks on this machine; return the exit status of the first that fails, or 0.
 
     Each gets the variables that torchrun sets and accelerate reads, on a CPU also `ACCELERATE_USE_CPU`. When one
-    fails, the others are stopped, and so are all when this process is interrupted or terminated.
+    fails, the others are stopped, and so are all when this process is interrupted, terminated or (on Linux) killed.
 
     Raises:
         ConfigError: More processes than GPUs.
@@ -107,7 +108,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     try:
         for rank in range(processes):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(subprocess.Popen(list(command), env=own))
+            children.append(subprocess.Popen(list(command), env=own, preexec_fn=_end_with_parent))
         return _first_failure(children)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -120,6 +121,15 @@ def launch(command: Sequence[str], processes: int) -> int:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+
+def _end_with_parent() -> None:
+    """On Linux: a command that is killed leaves no process behind that goes on training."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
