@@ -693,6 +693,61 @@ def test_a_ggn_run_resumes_bit_for_bit_and_wants_its_first_estimate():
         optimizer.step()
 
 
+def ggn_step(optimizer, loss, outputs=None, observations=1):
+    with optimizer.sampled_params(train=True):
+        if optimizer.curvature_due and outputs is not None:
+            optimizer.add_curvature(outputs(), observations)
+        loss().backward()
+    optimizer.step()
+
+
+def test_a_parameter_that_is_first_used_between_two_estimates_waits_for_its_own():
+    """A second head, silent in the first step: its momentum gathers, its mean waits, and the first one trains on."""
+    first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = IVON([first, second], lr=0.1, ess=1e6, weight_decay=0.1, beta1=0.5, curvature="ggn", curvature_every=4)
+    ggn_step(optimizer, lambda: first.square().sum(), lambda: first.sum())
+    for k in range(1, 4):
+        before = first.detach().clone()
+        ggn_step(optimizer, lambda: (first + 3 * second).square().sum())
+        assert not torch.equal(first, before)
+        assert torch.equal(second, torch.ones(4))
+        assert optimizer.state[second]["step"] == k
+    assert (optimizer.state[second]["momentum"] > 0).all()
+    ggn_step(optimizer, lambda: (first + 3 * second).square().sum(), lambda: (first + 3 * second).sum())
+    assert (second < 1).all()
+    assert optimizer.state[second]["estimates"] == 1
+
+
+def test_a_step_without_its_first_estimate_changes_nothing():
+    model = net()
+    optimizer = IVON(model.parameters(), lr=0.1, ess=1e3, weight_decay=0.1, curvature="ggn")
+    with optimizer.sampled_params(train=True):
+        loss_of(model, *data()).backward()
+    before = copy.deepcopy(optimizer.state_dict())
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="add_curvature"):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for ours, theirs in zip(after["state"].values(), before["state"].values(), strict=True):
+        assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_an_estimate_of_no_observations_is_none():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([w], lr=0.1, ess=100.0, weight_decay=0.1, curvature="ggn", curvature_every=1)
+    ggn_step(optimizer, lambda: w.square().sum(), lambda: (w * torch.zeros(0, 3)).sum(), 0)
+    assert torch.equal(w, torch.ones(3))
+    ggn_step(optimizer, lambda: w.square().sum(), lambda: w.sum(), 1)
+    hess = optimizer.state[w]["hess"].clone()
+    assert w.isfinite().all()
+    assert (hess > 0).all()
+    ggn_step(optimizer, lambda: w.square().sum(), lambda: (w * torch.zeros(0, 3)).sum(), 0)
+    assert torch.equal(optimizer.state[w]["hess"], hess)
+    assert w.isfinite().all()
+
+
 def test_float64_weights_are_trained_in_float64():
     """Steps too small for float32, with float32 state; nothing is rounded to float32 on the way."""
     w = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))

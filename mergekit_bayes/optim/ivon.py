@@ -322,6 +322,8 @@ class IVON(PosteriorOptimizer):
             for tensor in (count, *whole):
                 dist.all_reduce(tensor)
             observed = int(count)
+        if not observed:  # all labels were masked, on every rank
+            return {}
         for square in squares.values():
             square.div_(observed)
         return squares
@@ -382,15 +384,21 @@ class IVON(PosteriorOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update mean and Hessian from the samples since the last step; parameters without any are skipped.
 
-        A closure is evaluated in `mc_samples` contexts of its own.
+        A closure is evaluated in `mc_samples` contexts of its own. Under `ggn` a parameter whose first gradient comes
+        between two estimates, an expert's say, keeps its mean until it has an estimate.
+
+        Raises:
+            RuntimeError: Before any change: no curvature was ever given under `ggn`, or `rank_noise` with gradients
+                that were already reduced.
         """
         loss = None
         if closure is not None:
             for _ in range(int(self.defaults["mc_samples"])):
                 with self.sampled_params(train=True), torch.enable_grad():
                     loss = closure()
-        squares = self._reduced_curvature()
+        self._check_curvature()
         together = self._sampled_on_any_rank() if self._own_noise else set()
+        squares = self._reduced_curvature()
         seen: list[tuple[Tensor, dict[str, Any], Tensor, int]] = []
         for group in self.param_groups:
             group["steps"] += bool(self._sample)
@@ -408,13 +416,23 @@ class IVON(PosteriorOptimizer):
                 else:
                     looked, noise = self._update(parameter, group, state, sampled)
                     seen.append((parameter, group, noise, looked))
-                if group["adapt_prior"] and parameter.ndim > 1:
+                if group["adapt_prior"] and parameter.ndim > 1 and state.get("estimates", 1) > 0:
                     self._adapt(parameter, group, state)
         for parameter, group, noise, count in _over_shards(seen):
             self.state[parameter]["noise"].lerp_(noise / max(count, 1), 1 - group["beta2"])
         self._samples.clear()
         self._sample = 0
         return loss
+
+    def _check_curvature(self) -> None:
+        """Raise if the first estimate was due in this step and nobody has made one."""
+        group = self.param_groups[0]
+        due = self.curvature == "ggn" and self._samples and group["steps"] % group["curvature_every"] == 0
+        if due and not self._squares and not any(s.get("estimates", 0) > 0 for s in self.state.values()):
+            raise RuntimeError(
+                "IVON: curvature='ggn' has no estimate yet: call add_curvature inside sampled_params whenever "
+                "curvature_due is True."
+            )
 
     def _sampled_on_any_rank(self) -> set[Tensor]:
         """Parameters with a gradient on this rank or another; a collective.
@@ -489,11 +507,10 @@ class IVON(PosteriorOptimizer):
     ) -> None:
         if squares is not None:
             state["estimates"] += 1
-        elif state["estimates"] == 0:
-            raise RuntimeError(
-                f"IVON: curvature='ggn' has no estimate yet for a parameter of shape {list(parameter.shape)}: call "
-                "add_curvature inside sampled_params whenever curvature_due is True."
-            )
+        elif state["estimates"] == 0:  # without a curvature there is no Newton step
+            momentum = local(state["momentum"])
+            momentum.lerp_(grad.to(momentum.dtype), 1 - group["beta1"])
+            return
         centre, decay = self._prior_of(parameter, group, state)
         weights = local(parameter)
         mean = local(state["mean"]) if "mean" in state else weights
