@@ -2,17 +2,20 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes import sources
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.hub import make_card, model_card, parents, plan_push, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -60,9 +63,71 @@ def test_a_card_names_parents_relation_scales_and_commits(hub, merged):
         assert hub.repos[f"org/{name}"].refs["main"] in card
     assert "S = S0 + sum_t scale_t (S_t - S0)" in card
     assert "guard 0.2" in card
-    undo = "bmerge merge org/ab org/b --base org/base --weights precision --scale 1 --scale 0.5 -o without"
-    assert undo in card
+    base, b = (f"org/{n}@{hub.repos[f'org/{n}'].refs['main']}" for n in ("base", "b"))
+    assert f"bmerge merge org/ab {b} --base {base} --weights precision --scale 1 --scale 0.5 -o without" in card
     assert 'open_posterior("org/ab")' in card
+
+
+def printed(card, end):
+    """The words of the command that the card prints with the comment `end`."""
+    (line,) = [line for line in card.splitlines() if line.startswith("bmerge") and line.endswith(f"# {end}")]
+    return shlex.split(line.partition("   #")[0])[1:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shrink": "0.3", "scale": (1.0, 0.1)},
+        {"observations": {"org/base": "2x", "org/a": "5x", "org/b": "3x"}},
+        {"counts": "recorded", "anchor": "none", "only": "^h[.]0|wte$"},
+        {"isotropic": {"org/base": 2.5}, "pool": "row"},
+    ],
+)
+def test_the_printed_commands_take_a_model_out_again_and_merge_further(hub, merged, tmp_path, monkeypatch, settings):
+    together = {"base": "org/base", "weights": "precision"} | settings
+    run_merge(MergeConfig(models=("org/a", "org/b"), out=str(tmp_path / "both"), **together))
+    push_folder(tmp_path / "both", "org/both")
+    card = hub.repos["org/both"].files()["README.md"].decode()
+    hub.repos["org/a"].commit("main", {}, "emptied since")
+    hub.repos["org/base"].commit("main", {}, "emptied since")
+    monkeypatch.setattr(sources, "_COMMITS", {})
+    monkeypatch.chdir(tmp_path)
+    out = RUN.invoke(app, printed(card, "take org/a out again"))
+    assert out.exit_code == 0, out.output
+    alone = together | {"scale": together.get("scale", (1.0,))[-1:]}
+    kept = {n: v for n, v in alone.get("observations", {}).items() if n != "org/a"}
+    names = {"org/base": str(tmp_path / "base"), "org/b": str(tmp_path / "b")}
+    alone = alone | {"base": names["org/base"], "observations": {names[n]: v for n, v in kept.items()},
+                     "isotropic": {names[n]: v for n, v in alone.get("isotropic", {}).items()}}  # fmt: skip
+    run_merge(MergeConfig(models=(names["org/b"],), out=str(tmp_path / "alone"), **alone))
+    without, direct = tiny.read(tmp_path / "without"), tiny.read(tmp_path / "alone")
+    both = tiny.read(tmp_path / "both")
+    for name in direct:
+        numpy.testing.assert_allclose(without[name], direct[name], atol=1e-5, err_msg=name)
+    assert any(numpy.abs(both[n] - direct[n]).max() > 1e-3 for n in direct)
+    further = printed(card, "merge it further")
+    further[further.index("OTHER")] = str(tmp_path / "b")
+    out = RUN.invoke(app, further)
+    assert out.exit_code == 0, out.output
+
+
+def test_an_adapted_model_is_taken_out_as_what_went_in(hub, merged, tmp_path, monkeypatch):
+    hub.add("org/over", files(adapter(tmp_path / "over", "org/base")))
+    run_merge(MergeConfig(models=("org/base+org/over", "org/b"), base="org/base", out=str(tmp_path / "both")))
+    push_folder(tmp_path / "both", "org/both")
+    card = hub.repos["org/both"].files()["README.md"].decode()
+    monkeypatch.chdir(tmp_path)
+    out = RUN.invoke(app, printed(card, "take org/base+org/over out again"))
+    assert out.exit_code == 0, out.output
+    without, b = tiny.read(tmp_path / "without"), tiny.read(tmp_path / "b")
+    for name in b:
+        numpy.testing.assert_allclose(without[name], b[name], atol=1e-5, err_msg=name)
+
+
+def test_no_undo_is_printed_where_its_precision_was_left_out(hub, merged):
+    assert "-o without" in model_card(merged)
+    assert "-o without" not in model_card(merged, posterior=False)
 
 
 def test_a_card_is_a_function_of_the_folder(hub, merged, tmp_path):

@@ -7,6 +7,7 @@ of each value that we put into the front matter, so that later a value of ours i
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ _PEFT_LINE = re.compile(
 )
 _RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_FRAME = {"counts": "equal", "shrink": None, "pool": None, "anchor": "h0", "only": None, "on_missing": "error",
+          "vocab": "error", "on_bad": "error"}  # fmt: skip
 
 
 class Parent(NamedTuple):
@@ -411,25 +415,61 @@ def _further(facts: _Facts) -> str | None:
     if facts.only_posterior:
         return None
     report, lines = facts.report, []
-    base = next((p.name for p in facts.parents if p.role == "base" and len(facts.parents) > 1), None)
-    if not facts.report:
-        base = next((p.name for p in facts.parents if p.role == "base"), None)
+    merged = report.get("models") or []
+    if report:
+        base = next((_pinned(m["ref"], m.get("commit")) for m in merged if m["role"] == "base"), None)
+    else:
+        base = next((_pinned(p.name, p.commit) for p in facts.parents if p.role == "base"), None)
     weights = "precision" if facts.has_posterior else "uniform"
-    on = f" --base {base}" if base and not facts.is_adapter else ""
-    lines.append(f"bmerge merge {facts.repo} OTHER{on} --weights {weights} -o merged       # merge it further")
-    if report.get("models") and on and report["method"] in ("task_arithmetic", "gradient_matching"):
-        for undo in [p for p in facts.parents if p.role == "task" and p.scale][:3]:
-            assert undo.scale is not None
-            lines.append(
-                f"bmerge merge {facts.repo} {undo.name}{on} --weights {report['weights']} --scale 1 "
-                f"--scale {-undo.scale:g} -o without       # take {undo.name} out again"
-            )
+    on = f" --base {shlex.quote(base)}" if base and not facts.is_adapter else ""
+    frame = _frame(facts.recipe, [base]) if merged and weights == facts.recipe.get("weights") else ""
+    lines.append(f"bmerge merge {facts.repo} OTHER{on} --weights {weights}{frame} -o merged       # merge it further")
+    for undo in _undoable(facts) if on else ():
+        task = _pinned(undo["ref"], undo.get("commit"))
+        lines.append(
+            f"bmerge merge {facts.repo} {shlex.quote(task)}{on} --weights {report['weights']} --scale 1 "
+            f"--scale {str(-undo['scale']).removesuffix('.0')}{_frame(facts.recipe, [base, task])} -o without       "
+            f"# take {re.sub(r'@[0-9a-f]{40}', '', task)} out again"
+        )
     if facts.recipe:
         lines.append("bmerge merge merge_recipe.yaml -o again       # make it anew, with the same bytes")
     width = max(line.index("       #") for line in lines)
     aligned = [f"{line.partition('       #')[0]:<{width}}   #{line.partition('       #')[2]}" for line in lines]
     title = "Merge it further, or undo it" if any("-o without" in line for line in lines) else "Merge it further"
     return f"## {title}\n\n```bash\n" + "\n".join(aligned) + "\n```"
+
+
+def _undoable(facts: _Facts) -> list[Mapping[str, Any]]:
+    """Up to three tasks that one scale takes out again; none where the precision to do it with is missing."""
+    report = facts.report
+    if report.get("method") not in ("task_arithmetic", "gradient_matching"):
+        return []
+    if report["weights"] == "precision" and not facts.has_posterior:
+        return []
+    if any(isinstance(scale, str) for scale in facts.recipe.get("scale", ())):  # other scales in some tensors
+        return []
+    return [m for m in report["models"] if m["role"] == "task" and m["scale"]][:3]
+
+
+def _frame(recipe: Mapping[str, Any], refs: Sequence[str | None]) -> str:
+    """The settings of a merge that one with its result must repeat, those of single models only for `refs`."""
+    words = []
+    for key in ("precision", "isotropic", "observations"):
+        named = {_pinned(ref, None): value for ref, value in (recipe.get(key) or {}).items()}
+        words += [f"--{key}={ref}={_shortened(named[ref])}" for ref in refs if ref in named]
+    for key, usual in _FRAME.items():
+        if (value := recipe.get(key, usual)) != usual:
+            words.append(f"--{key.replace('_', '-')}={value}")
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _pinned(ref: str, commits: str | None) -> str:
+    """What to type for a model: each Hub id at its commit, a local path by its last part; BASE+ADAPTER as a whole."""
+    parts = []
+    for p in _named(ref, "", None, commits):
+        places = (p.path or "").split("+")
+        parts += [f"{p.repo}@{p.commit}"] if p.repo and p.commit else [Path(place).name for place in places]
+    return "+".join(parts)
 
 
 def _named(ref: str, role: str, scale: float | None, commits: str | None) -> list[Parent]:
