@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,17 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+_ELSEWHERE = {  # what transformers and peft call the same
+    "lr": "learning_rate",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "scheduler",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "r",
+    "rank": "r",
+}
 _MERGEKIT = {  # its methods in our flags
     "linear": "A B --scale 0.5",
     "task_arithmetic": "A B --base BASE --scale 1",
@@ -114,6 +125,8 @@ def _explain(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     fields: type[BaseModel] | None = kind
     for part in error["loc"][:-1]:
         annotation = fields.model_fields[part].annotation if fields and part in fields.model_fields else None
-        fields = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    close = difflib.get_close_matches(str(error["loc"][-1]), fields.model_fields if fields else [], n=1)
+        kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        fields = kinds[0] if kinds else None
+    known, name = list(fields.model_fields) if fields else [], str(error["loc"][-1])
+    close = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, n=1)
     return f"{where}: unknown key" + (f"; did you mean '{close[0]}'?" if close else ".")

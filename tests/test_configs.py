@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import configs
 from mergekit_bayes.configs import Config, load_config
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.finetune import FinetuneConfig
 
 
 class Inner(Config):
@@ -38,6 +40,15 @@ def test_an_unknown_key_offers_the_nearest_known_one(tmp_path):
         load(tmp_path, "name: x\nsiez: 2\n")
     with pytest.raises(ConfigError, match="did you mean 'rate'"):
         load(tmp_path, "name: x\ninner:\n  rtae: 2\n")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("lr: 1", "learning_rate"), ("num_train_epochs: 2", "epochs"), ("lora: {lora_alpha: 2}", "alpha")],
+)
+def test_names_of_transformers_and_peft_are_answered_with_ours(theirs, ours):
+    with pytest.raises(ConfigError, match=f"did you mean '{ours}'"):
+        configs.parse_config(FinetuneConfig, yaml.safe_load(theirs), "c.yaml")
 
 
 def test_all_errors_are_told_at_once(tmp_path):

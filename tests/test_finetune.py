@@ -470,6 +470,16 @@ def test_a_masked_language_model_is_not_run_as_a_causal_one_unasked(tmp_path):
     assert load_model(str(path), "classification").task == "classification"
 
 
+def test_the_guide_lists_every_setting_with_its_default():
+    guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
+    listed = guide.partition("## All settings")[2].partition("\n## ")[0]
+    for name, field in (FinetuneConfig.model_fields | module.LoraSettings.model_fields).items():
+        assert f"`{name}`" in listed
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            shown = re.search(rf"`{name}` \(([\d.e-]+)", listed)
+            assert float(shown[1]) == field.default, name
+
+
 def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
     trainer, loop, gather = re.findall(r"```python\n(.*?)```", guide, re.S)
