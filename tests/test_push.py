@@ -357,7 +357,8 @@ def test_no_posterior_leaves_it_at_home_and_takes_away_one_of_other_weights(hub,
     assert "posterior/precision.safetensors" in hub.repos["org/ab"].files()  # of the same weights
     other = folder(tmp_path / "other", seed=5)
     report = push_folder(other, "org/ab", posterior=False)
-    assert set(report.deleted) == {"posterior/precision.safetensors", "posterior/posterior.json"}
+    precision = {"posterior/precision.safetensors", "posterior/posterior.json"}
+    assert set(report.deleted) == precision | {"merge_report.json", "merge_recipe.yaml"}
     assert open_posterior("org/ab").precision is None
 
 
@@ -368,6 +369,58 @@ def test_stale_shards_are_deleted(hub, merged):
     report = push_folder(merged, "org/ab")
     assert set(report.deleted) == {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     assert hub.repos["org/ab"].files()["mine.txt"] == b"x"
+
+
+def test_what_a_person_laid_beside_a_posterior_stays(hub, merged):
+    theirs = {"posterior/README.md": b"mine", "posterior/plot.png": b"p", "model.safetensors.md5": b"m"}
+    hub.add("org/ab", theirs | {"posterior/precision-00001-of-00002.safetensors": b"x"})
+    report = push_folder(merged, "org/ab")
+    assert report.deleted == ("posterior/precision-00001-of-00002.safetensors",)
+    assert theirs.items() <= hub.repos["org/ab"].files().items()
+
+
+def test_records_of_other_weights_are_deleted_and_shown_before_the_commit(hub, merged, tmp_path):
+    push_folder(merged, "org/ab")
+    other = folder(tmp_path / "other", seed=5)
+    out = RUN.invoke(app, ["push", str(other), "org/ab", "--json"])
+    assert set(json.loads(out.stdout)["deleted"]) == {"merge_report.json", "merge_recipe.yaml"}
+    assert not set(hub.repos["org/ab"].files()) & {"merge_report.json", "merge_recipe.yaml"}
+    lines = []
+    push_folder(merged, "org/ab")
+    hub_messages = hub.repos["org/ab"].messages
+    before = len(hub_messages)
+    push_folder(other, "org/ab", say=lambda line: lines.append((line.split()[1], len(hub_messages))))
+    assert lines == [("merge_recipe.yaml:", before), ("merge_report.json:", before)]
+    assert "deletes   merge_report.json" in out.stderr
+
+
+def test_records_of_the_same_weights_stay(hub, merged):
+    push_folder(merged, "org/ab")
+    for name in ("merge_report.json", "merge_recipe.yaml"):
+        (merged / name).unlink()
+    assert push_folder(merged, "org/ab").deleted == ()
+
+
+@pytest.mark.parametrize("kinds", [("model", "adapter"), ("adapter", "model")])
+def test_a_model_and_an_adapter_do_not_replace_each_other(hub, tmp_path, kinds):
+    makers = {"model": folder, "adapter": lambda path: adapter(path, "org/base")}
+    there, new = (makers[kind](tmp_path / kind) for kind in kinds)
+    push_folder(there, "org/x")
+    before = hub.repos["org/x"].files()
+    for options in ({}, {"create_pr": True}, {"revision": "v1"}):
+        with pytest.raises(CheckpointError, match=f"holds an? {kinds[0]} .* Push to another repository"):
+            push_folder(new, "org/x", **options)
+    assert list(hub.repos["org/x"].refs) == ["main"]
+    assert hub.repos["org/x"].files() == before
+    hub.repos["org/x"].commit("bare", {}, "emptied")
+    assert push_folder(new, "org/x", revision="bare").changed
+
+
+def test_a_card_that_cannot_be_made_makes_no_repository(hub, merged):
+    (merged / "README.md").write_text("---\na: [\n---\nText\n")
+    with pytest.raises(ConfigError, match="front matter"):
+        push_folder(merged, "org/ab")
+    assert "org/ab" not in hub.repos
 
 
 def test_a_persons_card_on_the_hub_is_kept(hub, merged):

@@ -75,7 +75,7 @@ def push(folder: Path, repo: str, screen: Any, **options: Any) -> "PushReport":
     if hidden:
         disable_progress_bars()
     try:
-        report = push_folder(folder, repo, **options)
+        report = push_folder(folder, repo, say=lambda line: screen.print(line, markup=False), **options)
     finally:
         if hidden:
             enable_progress_bars()

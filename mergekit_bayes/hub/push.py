@@ -8,7 +8,7 @@ The token comes from huggingface_hub's own places and is passed on by it; this m
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,8 +32,9 @@ _SIDE_FILES = (
 )  # fmt: skip
 _INNER_FILES = ("additional_chat_templates/*.jinja", "[0-9]_*/config.json")  # the second are sentence-transformers'
 _RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
-_WEIGHTS = ("model.safetensors*", "model-?????-of-?????.safetensors", "adapter_model.safetensors*",
-            "adapter_model-?????-of-?????.safetensors")  # fmt: skip
+_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_ADAPTER = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_POSTERIOR = re.compile(r"posterior/(precision[^/]*\.safetensors|precision\.safetensors\.index\.json|posterior\.json)")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -62,7 +63,7 @@ class PushReport(Config):
     Attributes:
         commit: Of the repository, the one before if nothing had changed.
         changed: Whether there was anything to commit.
-        sent, unchanged, deleted: Paths in the repository. Deleted are shards and precisions of other weights.
+        sent, unchanged, deleted: Paths in the repository. Deleted are shards, precisions and records of other weights.
         pull_request: Its address, where one was asked for.
         left_out: Files of the folder that do not belong to a model, with the reason.
     """
@@ -107,6 +108,7 @@ def push_folder(
     message: str | None = None,
     posterior: bool = True,
     only_posterior: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> PushReport:
     """Push a model folder and its posterior to `org/name`, which is made if it is not there.
 
@@ -119,9 +121,10 @@ def push_folder(
         message: Of the commit.
         posterior: False leaves the posterior at home.
         only_posterior: Push nothing else, so that anybody can publish a precision of a model that they do not own.
+        say: Called before the commit with a line for each file that it deletes.
 
     Raises:
-        CheckpointError: As `plan_push`; or the Hub refused, with the way out.
+        CheckpointError: As `plan_push`; a model over an adapter or the reverse; or the Hub refused, with the way out.
         ConfigError: As `plan_push`.
         PrecisionError: As `plan_push`.
     """
@@ -129,10 +132,12 @@ def push_folder(
     if create_pr and revision not in (None, "main"):
         raise ConfigError("--create-pr opens a pull request on main; leave --revision out, or push to the branch.")
     files, left_out, notes = _choose(folder, posterior=posterior, only_posterior=only_posterior)
+    make_card(folder, repo=repo, existing=_own_card(folder, only=only_posterior), posterior=posterior,
+              posterior_only=only_posterior)  # what it refuses, it refuses before a repository is made  # fmt: skip
     with _answers(repo):
         return _push(
             _Target(repo, revision or "main", private, create_pr, message), folder, files, left_out, notes,
-            posterior=posterior, only=only_posterior,
+            posterior=posterior, only=only_posterior, say=say,
         )  # fmt: skip
 
 
@@ -168,20 +173,24 @@ class _Remote(NamedTuple):
 
 def _push(
     target: _Target, folder: Path, files: list[PushFile], left_out: Mapping[str, str], notes: list[str], *,
-    posterior: bool, only: bool,
+    posterior: bool, only: bool, say: Callable[[str], None] | None,
 ) -> PushReport:  # fmt: skip
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, repo = HfApi(library_name="mergekit-bayes"), target.repo
     _prepare(api, target)
-    head = str(api.repo_info(repo, revision=target.revision).sha)
+    head, is_new = _head(api, target)
     there = _listing(api, repo, head)
+    if not only:
+        _check_kind(target, [f.path for f in files], there)
     existing = _own_card(folder, only=only)
     if not existing and CARD in there:  # somebody's text on the Hub is kept, too
         existing = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text()
     licenses = _licenses(api, parents(folder, posterior_only=only))
     card = make_card(folder, repo=repo, existing=existing, licenses=licenses, posterior=posterior, posterior_only=only)
     plan = _planned(folder, repo, files, card, left_out, notes)
+    if is_new:
+        api.create_branch(repo, branch=target.revision, exist_ok=True)
     sent, unchanged = [], []
     for file in plan.files:
         content: Any = plan.card.encode() if file.source is None else str(file.source.resolve())
@@ -191,8 +200,11 @@ def _push(
         else:
             sent.append(add)
     new = {f.path for f in plan.files}
-    weights = any(_is_weight(add.path_in_repo) for add in sent)
+    weights = any(re.fullmatch(r"[^/]+\.safetensors", add.path_in_repo) for add in sent)
     stale = [p for p in there if p not in new and _is_stale(p, weights=weights, pushed=new, only=only)]
+    if say is not None:
+        for path in stale:
+            say(f"  deletes   {path}: it does not belong to what is pushed")
     commit, pull_request = head, None
     if sent or stale:
         operations: list[Any] = [*sent, *(CommitOperationDelete(path_in_repo=p, is_folder=False) for p in stale)]
@@ -216,7 +228,7 @@ def _push(
 
 
 def _prepare(api: Any, target: _Target) -> None:
-    """The repository and branch, made where they are not there."""
+    """The repository, made if it is not there."""
     if not target.create_pr:
         api.create_repo(target.repo, private=target.private or None, exist_ok=True)
     if target.private and not api.repo_info(target.repo).private:
@@ -224,8 +236,18 @@ def _prepare(api: Any, target: _Target) -> None:
             f"'{target.repo}' exists and is public, so --private would not hold. Make it private on the Hub first, or "
             "push without --private."
         )
-    if target.revision != "main" and not target.revision.startswith("refs/"):
-        api.create_branch(target.repo, branch=target.revision, exist_ok=True)
+
+
+def _head(api: Any, target: _Target) -> tuple[str, bool]:
+    """The commit to build on, and whether the branch is still to be made (from main)."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return str(api.repo_info(target.repo, revision=target.revision).sha), False
+    except RevisionNotFoundError:
+        if target.revision == "main" or target.revision.startswith("refs/"):
+            raise
+        return str(api.repo_info(target.repo).sha), True
 
 
 def _listing(api: Any, repo: str, commit: str) -> dict[str, _Remote]:
@@ -248,14 +270,29 @@ def _is_same(add: Any, remote: _Remote | None) -> bool:
 
 
 def _is_weight(path: str) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in _WEIGHTS)
+    return bool(_MODEL.fullmatch(path) or _ADAPTER.fullmatch(path))
 
 
 def _is_stale(path: str, *, weights: bool, pushed: set[str], only: bool) -> bool:
-    """Shards of another sharding, and a precision that would lie beside weights which it is not of."""
-    if path.startswith("posterior/"):
+    """Files under our names that belong to other weights: shards, a precision, the records of how they were made."""
+    if _POSTERIOR.fullmatch(path):
         return weights or any(p.startswith("posterior/") for p in pushed)
+    if path in _RECORDS:
+        return not only and (weights or not pushed.isdisjoint(_RECORDS))
     return not only and _is_weight(path)
+
+
+def _check_kind(target: _Target, pushed: list[str], there: Mapping[str, _Remote]) -> None:
+    """Beside each other a model and an adapter break loaders, and replacing one by the other is a person's choice."""
+    is_adapter = any(p.startswith("adapter_model") for p in pushed)
+    other, ours, theirs = (_MODEL, "an adapter", "a model") if is_adapter else (_ADAPTER, "a model", "an adapter")
+    config = () if is_adapter or "adapter_config.json" in pushed else ("adapter_config.json",)
+    found = next((p for p in there if other.fullmatch(p) or p in config), None)
+    if found is not None:
+        raise CheckpointError(
+            f"'{target.repo}' ({target.revision}) holds {theirs} ({found}), and this is {ours}; nothing was changed. "
+            "Push to another repository, or with --revision to a branch that holds none (a new one begins as main)."
+        )
 
 
 def _choose(folder: Path, *, posterior: bool, only_posterior: bool) -> tuple[list[PushFile], dict[str, str], list[str]]:
