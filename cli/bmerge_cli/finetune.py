@@ -47,10 +47,9 @@ def command(
             words = [str(config), *(word for item in overrides or [] for word in ("--set", item))]
             words += [f"--set={item}" for item in given]
             words += [flag for flag, on in (("--json", as_json), ("--quiet", quiet)) if on]
-            status = ranks.launch([sys.executable, "-m", "bmerge_cli.main", NAME, *words], settings.num_processes or 1)
-            if status == 0:
-                delivery.push(screen)
-            raise typer.Exit(status)
+            words += ["--push-to", push_to] if push_to is not None else []  # rank 0 pushes and prints
+            command = [sys.executable, "-m", "bmerge_cli.main", NAME, *words]
+            raise typer.Exit(ranks.launch(command, settings.num_processes or 1))
         if (gpus := ranks.idle_gpus()) > 0:
             screen.print(
                 f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them", markup=False
