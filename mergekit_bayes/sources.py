@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mergekit_bayes.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]+|(?<=Bearer )\S+")
 SIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.spm", "*.vocab", "tokenizer.model.*", "*.py",
         "LICENSE*", "NOTICE*")  # fmt: skip
 CHECKPOINT = (*SIDE, "model*.safetensors", "adapter*.safetensors")
@@ -193,9 +194,10 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import get_token
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines or [type(error).__name__])[:300]
-    token = get_token()
-    return text.replace(token, "...") if token else text
+    text = " ".join(lines or [type(error).__name__])
+    if token := get_token():
+        text = text.replace(token, "...")
+    return _TOKEN.sub("...", text)[:300]  # cut last: no part of a token would be found
 
 
 def _refuse_paths(ref: str) -> None:

@@ -119,6 +119,15 @@ def test_what_cannot_be_fetched_says_the_way_out(hub, tmp_path, monkeypatch, opt
     assert "hf_" not in str(caught.value)
 
 
+@pytest.mark.parametrize("length", range(270, 301, 5))
+def test_no_part_of_a_token_is_in_a_message_however_long(hub, monkeypatch, length):
+    for token in (hub_double.TOKEN, "hf_somebodyElsesToken"):
+        said = sources.explain(ValueError("x" * (length - 1) + " " + token + " more"), "org/a")
+        assert "x" * 200 in said
+        assert token[:4] not in said
+        assert len(said) < 400
+
+
 def test_an_unknown_revision_is_named(hub):
     hub.add("org/a", {"config.json": b"{}"})
     with pytest.raises(CheckpointError, match="no such branch, tag or commit"):
