@@ -439,6 +439,18 @@ def test_a_persons_card_on_the_hub_is_kept_though_peft_leaves_one_in_the_folder(
     assert "[More Information Needed]" not in card
 
 
+@pytest.mark.parametrize("only_posterior", [False, True])
+def test_a_precision_that_names_no_weights_is_not_pushed(hub, tmp_path, only_posterior):
+    where = folder(tmp_path / "a")
+    file = where / "posterior" / "precision.safetensors"
+    file.unlink()
+    tiny.write(file, tiny.precisions(0))
+    with pytest.raises(PrecisionError, match=r"does not say which weights .* --no-posterior"):
+        push_folder(where, "org/a", only_posterior=only_posterior)
+    assert "org/a" not in hub.repos
+    assert push_folder(where, "org/a", posterior=False).changed
+
+
 def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_differs(hub, tmp_path):
     where = folder(tmp_path / "a", seed=0)
     shutil.copy(folder(tmp_path / "b", seed=1) / "model.safetensors", where / "model.safetensors")
@@ -639,6 +651,25 @@ def test_the_whole_way_round(hub, tmp_path):
     assert pulled.info.terms == made.info.terms
     about = front(hub.repos["org/ab"].files()["README.md"].decode())
     assert about["base_model"] == ["org/base", "org/a", "org/b"]
+
+
+def test_a_fine_tune_on_two_ranks_is_pushed_and_its_report_says_so(hub, tmp_path):
+    from tests.tiny_models import tiny_gpt2
+
+    tiny_gpt2(tmp_path / "base")
+    (tmp_path / "a.txt").write_text("the cat sat on a mat .\n" * 8)
+    settings = {"model": str(tmp_path / "base"), "output": str(tmp_path / "a"), "data": str(tmp_path / "a.txt"),
+                "max_steps": 1, "batch_size": 2, "flush_batches": 1}  # fmt: skip
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    environment = os.environ | hub_double.environment(hub, tmp_path / "fresh")
+    line = [sys.executable, "-m", "bmerge_cli.main", "finetune", str(tmp_path / "a.yaml"), "--num-processes", "2",
+            "--push-to", "org/a", "--json", "-q"]  # fmt: skip
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["push"]["commit"] == hub.repos["org/a"].refs["main"]
+    assert report["steps"] == 1
+    assert len(hub.repos["org/a"].messages) == 2  # one push
 
 
 def test_detox_pushes_the_candidate_of_least_perplexity_among_those_that_are_little_toxic():

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mergekit_bayes.configs import Config
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.hub.card import Card, License, Parent, is_generated, make_card, parents, read_license
-from mergekit_bayes.posterior import checkpoint_files, precision_files, read_info
+from mergekit_bayes.posterior import PosteriorInfo, checkpoint_files, precision_files, read_info
 from mergekit_bayes.sources import explain, forget
 from mergekit_bayes.tensors import SafetensorsSource, identity
 
@@ -382,11 +382,7 @@ def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -
 
 def _check_posterior(folder: Path, files: list[Path]) -> None:
     """A precision must be of the weights beside it, by all bytes where they were recorded."""
-    source = SafetensorsSource(files)
-    info = read_info(source)
-    source.close()
-    if info is None:
-        return
+    info = _check_alone(folder / "posterior", files, str(folder), " or leave it at home with --no-posterior.")
     mean = SafetensorsSource(checkpoint_files(folder))
     try:
         full = info.mean.full is not None
@@ -399,15 +395,17 @@ def _check_posterior(folder: Path, files: list[Path]) -> None:
         mean.close()
 
 
-def _check_alone(folder: Path, files: list[Path]) -> None:
+def _check_alone(folder: Path, files: list[Path], model: str = "MODEL", other: str = "") -> PosteriorInfo:
+    """A precision must say which weights it is of."""
     source = SafetensorsSource(files)
     info = read_info(source)
     source.close()
     if info is None:
         raise PrecisionError(
             f"'{files[0]}' does not say which weights it is of, so nobody could check it. Make it with `bmerge "
-            f"precision MODEL --data TEXTS --output {folder}`."
+            f"precision {model} --data TEXTS --out {folder}`{',' + other if other else '.'}"
         )
+    return info
 
 
 def _has_paths(file: Path | None) -> bool:
