@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mergekit_bayes.optim.base as base
+import mergekit_bayes.optim.ivon as module
 from mergekit_bayes.optim import IVON, ivon_update
 from tests.reference import ivon as twin
 
@@ -181,6 +183,62 @@ def test_the_mean_is_restored_exactly_also_after_an_exception():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     optimizer.step()  # the failed sample left nothing to step with
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [{}, {"curvature": "ggn"}, {"restore": "redraw"}])
+def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, monkeypatch):
+    """Ctrl-C at every slice of moving, taking and restoring, in turn."""
+    parameters = [torch.nn.Parameter(torch.randn(300_000, generator=torch.Generator().manual_seed(k))) for k in (0, 1)]
+    means = [p.detach().clone() for p in parameters]
+    inner, interrupts, seen = base.slices, 0, 0
+
+    def slices(*items):
+        nonlocal seen
+        for piece in inner(*items):
+            seen += 1
+            if seen == stop:
+                raise KeyboardInterrupt
+            yield piece
+
+    for number in range(1, 30):
+        optimizer, seen, stop = IVON(parameters, lr=0.1, ess=1e4, **kind), 0, number
+        for p in parameters:
+            p.grad = None
+        for group in optimizer.param_groups:
+            for *_, state in optimizer._trainable(group):
+                if "estimates" in state:
+                    state["estimates"] += 1  # else the sample would be the mean
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "slices", slices)
+            patch.setattr(module, "slices", slices)
+            try:
+                with optimizer.sampled_params(train=True):
+                    assert not torch.equal(parameters[0], means[0])
+                    sum(p.square().sum() for p in parameters).backward()
+            except KeyboardInterrupt:
+                interrupts += 1
+        for p, mean in zip(parameters, means, strict=True):
+            rounding = 1e-6 if "restore" in kind else 0.0  # which redrawing leaves
+            torch.testing.assert_close(p.detach(), mean, rtol=0, atol=rounding)
+    assert interrupts >= 6
+
+
+def test_an_interrupt_while_the_means_are_put_back_waits_until_all_are(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(k))) for k in range(3)]
+    means = [p.detach().clone() for p in parameters]
+    optimizer = IVON(parameters, lr=0.1, ess=10.0)
+    inner, calls = optimizer._restore, []
+
+    def restore(at):
+        calls.append(at)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        inner(at)
+
+    monkeypatch.setattr(optimizer, "_restore", restore)
+    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params():
+        pass
+    assert all(torch.equal(p, m) for p, m in zip(parameters, means, strict=True))
 
 
 def test_contexts_do_not_nest():

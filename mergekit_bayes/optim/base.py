@@ -43,7 +43,8 @@ class Moved:
     draw: Draw | None
     saved: Tensor | None = None  # the mean, where nothing else holds it
     noise: Tensor | None = None  # the noise drawn, where rounded weights do not tell it
-    restored: bool = False
+    moved: int = 0  # entries that have the noise added
+    restored: int = 0  # entries that have been put back, where that goes slice by slice
 
 
 class PosteriorOptimizer(torch.optim.Optimizer):
@@ -165,14 +166,14 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                         if take is not None and completed and at.parameter.grad is not None:
                             take(at)
                 finally:
-                    for at in moved:
-                        self._restore(at)
+                    self._restore_all(moved)
 
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
         if "mean" not in at.state:
             for eps, deviation, factor, w in self._noise(at, weights):
                 w.addcmul_(eps, deviation, value=factor)
+                at.moved += w.numel()
             return
         mean = local(at.state["mean"])
         if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == TRAIN:
@@ -183,17 +184,34 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 kept.copy_(noise)
             w.copy_(noise.add_(m))
 
+    def _restore_all(self, moved: list[Moved]) -> None:
+        """All of them, also if Ctrl-C comes meanwhile, which is raised again at the end."""
+        interrupt: KeyboardInterrupt | None = None
+        while moved:
+            try:
+                self._restore(moved[-1])
+                moved.pop()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
     def _restore(self, at: Moved) -> None:
         weights = local(at.parameter)
-        if at.restored:
-            return
         if "mean" in at.state:
             weights.copy_(local(at.state["mean"]))
         elif at.saved is not None:
-            weights.copy_(at.saved)
-        else:
+            if not at.restored:
+                weights.copy_(at.saved)
+            elif at.restored < weights.numel():  # slice by slice, of flat tensors, and interrupted
+                weights.view(-1)[at.restored :].copy_(at.saved.view(-1)[at.restored :])
+        elif at.restored < at.moved:
+            done = 0
             for eps, deviation, factor, w in self._noise(at, weights):
-                w.addcmul_(eps, deviation, value=-factor)
+                if done >= at.restored and at.restored < at.moved:
+                    w.addcmul_(eps, deviation, value=-factor)
+                    at.restored += w.numel()
+                done += w.numel()
 
     def _take(self, at: Moved) -> None:
         """Add the gradient to those of the step."""

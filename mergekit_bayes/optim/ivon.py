@@ -359,8 +359,9 @@ class IVON(PosteriorOptimizer):
         for w, m, g in slices(local(at.parameter), at.saved, gradient):
             noise = w - m
             w.copy_(m)
+            at.restored += w.numel()  # before the mean is overwritten: an interrupt may come anywhere
             torch.mul(noise, g, out=m)
-        product, at.saved, at.restored = at.saved, None, True
+        product, at.saved = at.saved, None
         return product
 
     def _redrawn_product(self, at: Moved, gradient: Tensor) -> Tensor:
