@@ -198,6 +198,14 @@ def test_refusals_come_before_training(tmp_path, data):
         run_finetune(config(tmp_path, str(tmp_path / "none.jsonl"), force=True))
 
 
+@pytest.mark.parametrize(("labels", "problem_type"), [(3, "multi_label_classification"), (2, "regression"), (1, None)])
+def test_a_head_for_another_loss_is_refused_before_training(tmp_path, data, labels, problem_type):
+    base = tiny_bert(tmp_path / "head", labels=labels, problem_type=problem_type)
+    with pytest.raises(ConfigError, match=f"{labels} output.*{problem_type or 'regression'}; bmerge finetune trains"):
+        run_finetune(config(tmp_path, data, model=base), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_leaves_nothing_under_the_final_name(tmp_path, data, monkeypatch):
     monkeypatch.setattr(store, "save_posterior", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop")))
     with pytest.raises(RuntimeError, match="stop"):

@@ -30,6 +30,7 @@ from mergekit_bayes.finetune.store import base_identity, save_finetuned
 from mergekit_bayes.finetune.training import (
     make_trainer,
     refuse_launcher,
+    refuse_other_heads,
     refuse_quantised,
     run_settings,
     training_arguments,
@@ -136,6 +137,7 @@ def _train(trainer: Any, checkpoint: Checkpoint | None, steps: int, config: Fine
 
 def _load_all(config: FinetuneConfig) -> tuple[Loaded, list[dict[str, Any]]]:
     loaded = _load(config)
+    refuse_other_heads(loaded, config.model)
     return loaded, _examples(config, loaded)
 
 

@@ -170,6 +170,18 @@ def refuse_accelerator(accelerator: Any, *, ivon: bool) -> None:
         raise ConfigError(_NO_FP16)
 
 
+def refuse_other_heads(loaded: Loaded, name: str) -> None:
+    """Raise a `ConfigError` for a classifier whose own loss is not the softmax cross-entropy that is trained here."""
+    if loaded.task != "classification":
+        return
+    kind, outputs = getattr(loaded.model.config, "problem_type", None), loaded.model.config.num_labels
+    if kind not in (None, "single_label_classification") or outputs < 2:
+        raise ConfigError(
+            f"'{name}' is a classifier with {outputs} output(s) for {kind or 'regression'}; bmerge finetune trains one "
+            "label out of two or more. Take such a base, or give num_labels and a base without a head."
+        )
+
+
 def refuse_quantised(model: Any, name: str) -> None:
     """Raise a `ConfigError` if quantised weights themselves would be trained; under an adapter they are frozen."""
     whole = bool(getattr(model, "is_quantized", False)) and not hasattr(model, "peft_config")
