@@ -294,6 +294,10 @@ def test_private_revision_message_and_pull_request(hub, merged):
     assert report.pull_request == f"{hub.url}/org/ab/discussions/1"
     assert repo.refs["main"] == main
     assert repo.files("refs/pr/1")["config.json"] == b'{"model_type": "llama"}'
+    (merged / "config.json").write_text('{"model_type": "gpt2"}')
+    assert push_folder(merged, "org/ab", revision="refs/pr/1").sent == ("config.json",)
+    assert repo.refs["main"] == main
+    assert repo.files("refs/pr/1")["config.json"] == b'{"model_type": "gpt2"}'
     with pytest.raises(ConfigError, match="pull request on main"):
         push_folder(merged, "org/ab", create_pr=True, revision="v1")
 
