@@ -5,7 +5,8 @@
 
 Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
 samples, antithetic pairs, gradient accumulation and DDP are right, and a callback that stops in the middle of a step
-finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step.
+finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step; that is for causal language
+models and classifiers with one label, other losses are refused.
 A classifier's loss is the mean over the whole step (`classification_loss`), which transformers' own is not.
 After `load_best_model_at_end` weights and posterior are those of the same, best checkpoint.
 """
@@ -106,6 +107,8 @@ class IvonTrainerMixin:
         if loss == _CAUSAL and not getattr(self.model.config, "is_encoder_decoder", False):
             self._loss_shifts_labels = True
         samples, count = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if samples and unwrap(self.optimizer).curvature == "ggn":
+            _refuse_other_losses(self.model, loss, samples[0])
         ignores_count = loss == _SEQUENCE and self.compute_loss_func is None and self.label_smoother is None
         if samples and ignores_count and self.model_accepts_loss_kwargs:
             if _is_single_label(self.model, samples[0].get("labels")):
@@ -182,6 +185,21 @@ def _is_single_label(model: Any, labels: Tensor | None) -> bool:
     if kind is None and labels is not None:
         return bool(count > 1 and labels.dtype in (torch.long, torch.int))
     return bool(kind == "single_label_classification")
+
+
+def _refuse_other_losses(model: Any, loss: str | None, batch: Any) -> None:
+    """Raise a `ConfigError` where size or place of the scored logits would not be those of the loss."""
+    labels, tokens = batch.get("labels"), batch.get("input_ids")
+    causal = loss == _CAUSAL and not getattr(model.config, "is_encoder_decoder", False)
+    if causal and labels is not None and tokens is not None and labels.shape == tokens.shape:
+        return
+    if loss == _SEQUENCE and _is_single_label(model, labels):
+        return
+    raise ConfigError(
+        f"curvature='ggn' knows causal language models and classifiers with one label, and the loss of this "
+        f"{type(model).__name__} ({loss or 'unknown'}) is neither, or its labels are of another shape. "
+        "Use curvature='price'."
+    )
 
 
 def _logits(outputs: Any) -> Tensor | None:

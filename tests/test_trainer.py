@@ -190,6 +190,35 @@ def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(tmp_path, l
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["masked", "tokens", "regression", "multi-label"])
+def test_the_ggn_of_a_loss_that_it_does_not_know_is_refused_before_the_first_step(tmp_path, kind):
+    labels, model = CLASSES, None
+    if kind in ("masked", "tokens"):
+        classes = {"masked": transformers.BertForMaskedLM, "tokens": transformers.BertForTokenClassification}
+        model = classes[kind].from_pretrained(tiny_bert(tmp_path))
+        labels = torch.zeros(16, 6, dtype=torch.long)
+    elif kind == "regression":
+        labels = TARGETS[:, :1]
+    else:
+        labels = (TARGETS > 0).float()
+    t = classifier(tmp_path, labels, ivon={**GGN, "ess": 1e4}, model=model)
+    with pytest.raises(ConfigError, match="curvature='price'"):
+        t.train()
+    assert t.state.global_step == 0
+    classifier(tmp_path, labels, model=model).train()
+
+
+def test_the_curvature_of_a_classifier_is_that_of_a_pass_over_the_data(tmp_path):
+    ivon = {**GGN, "ess": 1e14, "curvature_every": 1, "beta2": 0.999}
+    t = classifier(tmp_path, CLASSES, ivon=ivon, max_steps=60, per_device_train_batch_size=4,
+                   gradient_accumulation_steps=2, learning_rate=0.0)  # fmt: skip
+    t.train()
+    batch = {name: torch.stack([row[name] for row in t.train_dataset]) for name in t.train_dataset[0]}
+    whole = ggn_diagonal(t.model, [batch] * 60, seed=8)
+    ours = sum(float(s["hess"].sum()) for s in unwrap(t.optimizer).state.values())
+    assert ours == pytest.approx(sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.2)
+
+
 class Scripted(transformers.TrainerCallback):
     """Decides which step is the best, and remembers the trained parameters of each."""
 
