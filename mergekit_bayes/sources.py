@@ -4,6 +4,7 @@ A revision is looked up once a process, so that all files of one command are of 
 patterns are fetched, into huggingface_hub's cache, whose own settings hold (`HF_HOME`, `HF_HUB_OFFLINE`, the token).
 """
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,17 @@ def resolve(ref: str, patterns: tuple[str, ...] = CHECKPOINT, repo_type: str = "
             ignore_patterns=["*/*"] if patterns and not any("/" in p for p in patterns) else None,
         )
     except Exception as error:  # the client's many errors
-        raise CheckpointError(explain(error, ref)) from None
+        raise CheckpointError(explain(error, ref) + _nearby(path)) from None
     return Path(folder)
+
+
+def _nearby(path: Path) -> str:
+    """What a mistyped local path may have meant, where its folder is there."""
+    if not path.parent.is_dir():
+        return ""
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    meant = f"; did you mean '{path.parent / close[0]}'?" if close else "."
+    return f" There is no such local path either{meant}"
 
 
 def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:

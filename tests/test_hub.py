@@ -220,3 +220,10 @@ def test_a_disk_that_is_full_is_not_called_a_connection(hub):
     full = sources.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
     assert "reading or writing failed here (No space left on device)" in full
     assert "the connection to" in sources.explain(ConnectionResetError(errno.ECONNRESET, "reset"), "org/a")
+
+
+def test_a_mistyped_local_path_is_answered_with_its_neighbour(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no such local path either; did you mean 'runs/base'\?"):
+        sources.resolve("runs/basee")

@@ -423,7 +423,15 @@ def _further(facts: _Facts) -> str | None:
     weights = "precision" if facts.has_posterior else "uniform"
     on = f" --base {shlex.quote(base)}" if base and not facts.is_adapter else ""
     frame = _frame(facts.recipe, [base]) if merged and weights == facts.recipe.get("weights") else ""
-    lines.append(f"bmerge merge {facts.repo} OTHER{on} --weights {weights}{frame} -o merged       # merge it further")
+    if merged or not on or weights == "uniform":
+        lines.append(
+            f"bmerge merge {facts.repo} OTHER{on} --weights {weights}{frame} -o merged       # merge it further"
+        )
+    else:  # a fine-tune's base has no posterior as a rule
+        lines.append(
+            f"bmerge merge {facts.repo} OTHER --weights precision -o merged       # the surer entry counts more"
+        )
+        lines.append(f"bmerge merge {facts.repo} OTHER{on} -o merged       # add what both learnt")
     for undo in _undoable(facts) if on else ():
         task = _pinned(undo["ref"], undo.get("commit"))
         lines.append(
