@@ -483,6 +483,45 @@ def test_a_resumed_run_needs_the_same_prior():
         make(prior=False)[1].load_state_dict(saved.state_dict())
 
 
+@pytest.mark.parametrize("other", ["permuted precision", "negated mean", "exchanged parameters"])
+def test_a_prior_of_the_same_size_is_still_another(other):
+    def make(there):
+        g = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.ones(200_000)) for _ in range(2)]
+        given = [(torch.randn(200_000, generator=g), torch.rand(200_000, generator=g)) for _ in range(2)]
+        if there:
+            m, s = given[0]
+            given = {
+                "permuted precision": [(m, s.flip(0)), given[1]],
+                "negated mean": [(-m, s), given[1]],
+                "exchanged parameters": given[::-1],
+            }[other]
+        return IVON(parameters, lr=0.1, ess=10.0, prior=dict(zip(parameters, given, strict=True)))
+
+    saved = copy.deepcopy(make(False).state_dict())
+    make(False).load_state_dict(saved)
+    with pytest.raises(ValueError, match="another prior"):
+        make(True).load_state_dict(saved)
+    del saved["param_groups"][0]["prior_order"]  # as in checkpoints from before it was kept
+    again = make(False)
+    again.load_state_dict(saved)
+    make(False).load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize("kinds", [("price", "ggn"), ("ggn", "price")])
+@pytest.mark.parametrize("old", [False, True])  # whether the checkpoint is from before the kind was kept
+def test_a_run_does_not_go_on_with_another_curvature(kinds, old):
+    first, second = (IVON(net().parameters(), lr=0.1, ess=1e3, curvature=kind) for kind in kinds)
+    with first.sampled_params():
+        pass
+    saved = copy.deepcopy(first.state_dict())
+    if old:
+        del saved["param_groups"][0]["ggn"]
+    with pytest.raises(ValueError, match=f"made with curvature='{kinds[0]}'"):
+        second.load_state_dict(saved)
+    IVON(net().parameters(), lr=0.1, ess=1e3, curvature=kinds[0]).load_state_dict(saved)
+
+
 def test_a_prior_of_parameters_that_were_exchanged_is_not_forgotten():
     """A launcher that shards the model puts other tensors into the groups."""
     w = torch.nn.Parameter(torch.ones(3))

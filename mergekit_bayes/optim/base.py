@@ -43,7 +43,7 @@ class Moved:
     draw: Draw | None
     saved: Tensor | None = None  # the mean, where nothing else holds it
     noise: Tensor | None = None  # the noise drawn, where rounded weights do not tell it
-    moved: int = 0  # entries that have the noise added
+    moved: int = 0  # entries that have the noise added, where it is to be subtracted again
     restored: int = 0  # entries that have been put back, where that goes slice by slice
 
 
@@ -70,7 +70,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, prior: Prior | None = None, restore: str = "copy"
     ) -> None:
-        super().__init__(params, {**defaults, "steps": 0, "draws": 0, "prior_sum": 0.0})
+        super().__init__(params, {**defaults, "steps": 0, "draws": 0, "prior_sum": 0.0, "prior_order": 0.0})
         if restore not in ("copy", "redraw"):
             raise ValueError(f"{type(self).__name__}: restore={restore!r} is neither 'copy' nor 'redraw'")
         self.restore = restore
@@ -81,7 +81,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter in left:
                     self._prior[parameter] = _entry(parameter, *left.pop(parameter), group, type(self).__name__)
-                    group["prior_sum"] += _sum(self._prior[parameter])
+                    size, order = _checksums(self._prior[parameter])
+                    group["prior_sum"] += size
+                    group["prior_order"] += order * (2 + math.sin(len(self._prior)))  # of parameters too
         if left:
             shapes = [tuple(p.shape) for p in left]
             raise ValueError(f"{type(self).__name__}: the prior names tensors that are not optimized, of {shapes}")
@@ -173,7 +175,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if "mean" not in at.state:
             for eps, deviation, factor, w in self._noise(at, weights):
                 w.addcmul_(eps, deviation, value=factor)
-                at.moved += w.numel()
+                if at.saved is None:
+                    at.moved += max(1, w.numel())  # an empty shard is put back like those of the other ranks
             return
         mean = local(at.state["mean"])
         if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == TRAIN:
@@ -210,7 +213,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             for eps, deviation, factor, w in self._noise(at, weights):
                 if done >= at.restored and at.restored < at.moved:
                     w.addcmul_(eps, deviation, value=-factor)
-                    at.restored += w.numel()
+                    at.restored += max(1, w.numel())
                 done += w.numel()
 
     def _take(self, at: Moved) -> None:
@@ -265,14 +268,18 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             ValueError: The run was made with another `prior` than this optimizer has.
         """
         for here, there in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            mine, theirs = here["prior_sum"], there.get("prior_sum", 0.0)
-            if abs(mine - theirs) > 1e-5 * max(abs(mine), abs(theirs)):
-                raise ValueError(
-                    f"{type(self).__name__}: the checkpoint was made with another prior (checksum {theirs:.9g}, here "
-                    f"{mine:.9g}). It is not part of state_dict: give the same `prior` to the constructor."
-                )
+            size = max(abs(here["prior_sum"]), abs(there.get("prior_sum", 0.0)))
+            for name, unknown in (("prior_sum", 0.0), ("prior_order", here["prior_order"])):
+                mine, theirs = here[name], there.get(name, unknown)
+                if abs(mine - theirs) > 1e-5 * size:
+                    raise ValueError(
+                        f"{type(self).__name__}: the checkpoint was made with another prior (checksum {theirs:.9g}, "
+                        f"here {mine:.9g}). It is not part of state_dict: give the same `prior` to the constructor."
+                    )
+        orders = [group["prior_order"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, order in zip(self.param_groups, orders, strict=True):
+            group["prior_order"] = order  # which older checkpoints do not have
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -495,13 +502,27 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
     return value if isinstance(value, DTensor) else value.contiguous()
 
 
-def _sum(entry: tuple[Tensor | None, Tensor | float]) -> float:
-    """A checksum of a prior, the same however it is sharded."""
-    total = 1.0
+def _checksums(entry: tuple[Tensor | None, Tensor | float]) -> tuple[float, float]:
+    """Size of a prior, and a number that changes with sign and order of its entries; the same however it is sharded."""
+    size, order = 1.0, 0.0
     for weight, value in zip((0.5, 1.0), entry, strict=True):
         if isinstance(value, Tensor):
-            norm = value.double().square().sum()
-            total += weight * float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 0.5
+            norm, scattered = _norm_and_order(value)
+            size += weight * norm
+            order += weight * scattered
         elif value is not None:
-            total += weight * abs(value)
-    return total
+            size += weight * abs(value)
+    return size, order
+
+
+def _norm_and_order(value: Tensor) -> tuple[float, float]:
+    """Euclidean norm, and a sum of about that size with a random factor for every position."""
+    flat = (value.full_tensor() if isinstance(value, DTensor) else value).reshape(-1)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(min(_SLICE, flat.numel()), generator=generator, dtype=torch.float64).to(flat.device)
+    squares = scattered = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for k, piece in enumerate(torch.split(flat, _SLICE)):
+        wide_piece = piece.double()
+        squares = squares + wide_piece.square().sum()
+        scattered = scattered + wide_piece.dot(factors[: piece.numel()]) * (2 + math.sin(k))
+    return float(squares) ** 0.5, float(scattered)

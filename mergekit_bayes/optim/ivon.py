@@ -234,7 +234,7 @@ class IVON(PosteriorOptimizer):
             "lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2,
             "weight_decay": weight_decay, "clip_radius": clip_radius, "mc_samples": mc_samples,
             "rescale_lr": rescale_lr, "debias": debias, "seed": seed, "adapt_prior": adapt_prior,
-            "curvature_every": curvature_every,
+            "curvature_every": curvature_every, "ggn": curvature == "ggn",  # torch's checkpoints hold no strings here
         }  # fmt: skip
         super().__init__(params, defaults, prior=prior, restore=restore)
         self.antithetic = antithetic
@@ -538,6 +538,18 @@ class IVON(PosteriorOptimizer):
                 if not isinstance(start, Tensor):  # else every entry has a prior of its own
                     state["weight_decay"] = torch.full((), start, device=parameter.device)
             yield index, parameter, state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base's; raises `ValueError` also if the run was made with the other `curvature`."""
+        counted = any("estimates" in state for state in state_dict["state"].values())
+        for group in state_dict["param_groups"]:
+            theirs = "ggn" if group.get("ggn", counted) else "price"
+            if (state_dict["state"] or "ggn" in group) and theirs != self.curvature:
+                raise ValueError(
+                    f"IVON: the checkpoint was made with curvature='{theirs}', whose h is another than that of "
+                    f"'{self.curvature}'. Resume with curvature='{theirs}', or give its posterior as the prior."
+                )
+        super().load_state_dict(state_dict)
 
     def _adapt(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         if "weight_decay" not in state:
