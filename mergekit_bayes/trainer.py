@@ -5,8 +5,8 @@
 
 Micro-batches of a step are kept until the last one has come; then each weight sample sees all of them. So several
 samples, antithetic pairs, gradient accumulation and DDP are right, and a callback that stops in the middle of a step
-finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step; that is for causal language
-models and classifiers with one label, other losses are refused.
+finds nothing perturbed. With `curvature="ggn"` every k-th step has one more backward, on the logits of the step; that
+is for causal language models and classifiers with one label, other losses are refused.
 A classifier's loss is the mean over the whole step (`classification_loss`), which transformers' own is not.
 After `load_best_model_at_end` weights and posterior are those of the same, best checkpoint.
 """
