@@ -38,7 +38,16 @@ from mergekit_bayes.metrics.toxicity import (
     sample_continuations,
     score_toxicity,
 )
-from mergekit_bayes.models import Loaded, context_length, hushed, label_ids, load_model, load_rows, start_token
+from mergekit_bayes.models import (
+    Loaded,
+    context_length,
+    hushed,
+    label_ids,
+    load_model,
+    load_rows,
+    other_head,
+    start_token,
+)
 from mergekit_bayes.posterior import Posterior, checkpoint_files, replacing
 from mergekit_bayes.sampling import PosteriorDraws, SamplingReport, open_samplable
 from mergekit_bayes.tensors import SafetensorsSource, identity
@@ -420,11 +429,10 @@ def _check_task(config: EvaluateConfig, loaded: Loaded) -> None:
         raise MismatchError(f"'{config.model}' is a classifier; perplexity and toxicity need a language model.")
     if loaded.task != "classification" and config.classify:
         raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")
-    kind = getattr(loaded.model.config, "problem_type", None)
-    if config.classify and (kind not in (None, "single_label_classification") or loaded.model.config.num_labels < 2):
+    if config.classify and (other := other_head(loaded)):
         raise MismatchError(
-            f"'{config.model}' is a classifier with {loaded.model.config.num_labels} output(s) for "
-            f"{kind or 'regression'}; --classify needs one with a single label of two classes or more."
+            f"'{config.model}' is a classifier with {other}; --classify needs one with a single label of two classes "
+            "or more."
         )
 
 

@@ -124,6 +124,16 @@ def _classifies(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
+def other_head(loaded: Loaded) -> str | None:
+    """The outputs and problem of a classifier that does not tell one label out of two or more; None for others."""
+    if loaded.task != "classification":
+        return None
+    kind, outputs = getattr(loaded.model.config, "problem_type", None), loaded.model.config.num_labels
+    if kind in (None, "single_label_classification") and outputs >= 2:
+        return None
+    return f"{outputs} output(s) for {kind or 'regression'}"
+
+
 def _refuse_masked(config: Any, ref: str) -> None:
     for name in config.architectures or ():
         if name.endswith("ForMaskedLM"):

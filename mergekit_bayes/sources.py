@@ -73,8 +73,7 @@ def _nearby(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    meant = f"; did you mean '{path.parent / close[0]}'?" if close else "."
-    return f" There is no such local path either{meant}"
+    return f" If a local path was meant: did you mean '{path.parent / close[0]}'?" if close else ""
 
 
 def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:

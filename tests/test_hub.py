@@ -225,5 +225,5 @@ def test_a_disk_that_is_full_is_not_called_a_connection(hub):
 def test_a_mistyped_local_path_is_answered_with_its_neighbour(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"no such local path either; did you mean 'runs/base'\?"):
+    with pytest.raises(CheckpointError, match=r"If a local path was meant: did you mean 'runs/base'\?"):
         sources.resolve("runs/basee")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -10,13 +9,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
 from tests.test_ivon import data, loss_of, net
 from tests.test_trainer import ROWS, trainer
 from tests.tiny_models import tiny_gpt2
+from tests.two_ranks import found_by_two
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.5, "beta2": 0.95, "weight_decay": 0.1}
 MODES = {
@@ -205,13 +205,7 @@ def two(tmp_path_factory):
     tiny_gpt2(folder / "m")  # transformers writes on rank 0 only
     rows = [{"text": text} for text in ROWS["text"]]
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = f"from pathlib import Path; from tests.test_rank_noise import child; child(Path({str(folder)!r}))"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert ranks.launch([sys.executable, "-c", code], 2) == 0
-    found = json.loads((folder / "found.json").read_text())
-    assert [f["world"] for f in found] == [2, 2]
-    return folder, found
+    return folder, found_by_two("tests.test_rank_noise", folder)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,8 +1,6 @@
 """Two processes that hold half of every parameter (FSDP2) train and store what one process with all of it does."""
 
 import json
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -20,12 +18,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mergekit_bayes.finetune import ranks
 from mergekit_bayes.optim import IVON, full_tensors
 from mergekit_bayes.optim.base import local, mix
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from mergekit_bayes.tensors import SafetensorsSource
 from tests import tiny
+from tests.two_ranks import found_by_two
 
 WORDS, LENGTH, ROWS, STEPS = 11, 5, 8, 4
 # Of the sharded and the unsharded run; `dtype` and `prior` are taken out by `build`.
@@ -239,16 +237,7 @@ def unreduced():
 def two(tmp_path_factory):
     """The folder in which two gloo processes have trained, and what each found."""
     folder = tmp_path_factory.mktemp("shards")
-    code = f"from pathlib import Path; from tests.test_shards import child; child(Path({str(folder)!r}))"
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        assert ranks.launch([sys.executable, "-c", code], 2) == 0
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
-    found = json.loads((folder / "found.json").read_text())
-    assert [f["world"] for f in found] == [2, 2]
-    return folder, found
+    return folder, found_by_two("tests.test_shards", folder)
 
 
 @pytest.mark.parametrize("mode", COMPARED)

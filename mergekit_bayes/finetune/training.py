@@ -15,7 +15,7 @@ from mergekit_bayes.finetune.health import LOGGED, Watch
 from mergekit_bayes.finetune.ranks import mean_over_ranks
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
-from mergekit_bayes.models import UNIT, Collate, Loaded, observations
+from mergekit_bayes.models import UNIT, Collate, Loaded, observations, other_head
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, classification_loss, unwrap
 
@@ -172,13 +172,10 @@ def refuse_accelerator(accelerator: Any, *, ivon: bool) -> None:
 
 def refuse_other_heads(loaded: Loaded, name: str) -> None:
     """Raise a `ConfigError` for a classifier whose own loss is not the softmax cross-entropy that is trained here."""
-    if loaded.task != "classification":
-        return
-    kind, outputs = getattr(loaded.model.config, "problem_type", None), loaded.model.config.num_labels
-    if kind not in (None, "single_label_classification") or outputs < 2:
+    if other := other_head(loaded):
         raise ConfigError(
-            f"'{name}' is a classifier with {outputs} output(s) for {kind or 'regression'}; bmerge finetune trains one "
-            "label out of two or more. Take such a base, or give num_labels and a base without a head."
+            f"'{name}' is a classifier with {other}; bmerge finetune trains one label out of two or more. Take such a "
+            "base, or give num_labels and a base without a head."
         )
 
 

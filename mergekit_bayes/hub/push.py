@@ -22,6 +22,7 @@ from mergekit_bayes.sources import explain, forget
 from mergekit_bayes.tensors import SafetensorsSource, identity
 
 CARD = "README.md"
+# By name, where a merge copies all that is no tensor (`posterior.side_files`): what is published cannot be taken back.
 _SIDE_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -173,7 +173,7 @@ def _set_dtype(config: Any, dtype: str) -> None:
     for key, value in config.items() if isinstance(config, dict) else ():
         if key in ("dtype", "torch_dtype"):
             config[key] = dtype
-        elif key.endswith("_config") and key != "quantization_config":
+        elif key.endswith("_config"):
             _set_dtype(value, dtype)
 
 

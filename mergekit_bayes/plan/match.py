@@ -70,7 +70,7 @@ def match_tensors(
     """What becomes of every tensor; raises where the rules do not say."""
     donor = models[0].mean
     for model in models:
-        refuse_quantised(model)
+        _refuse_quantised(model)
     other_tokens = _other_tokens(models)
     maps = [_name_map(models[0], m, notes) for m in models]
     only = re.compile(config.only) if config.only else None
@@ -165,7 +165,7 @@ def _scales(
     return tuple(own)
 
 
-def refuse_quantised(model: Posterior) -> None:
+def _refuse_quantised(model: Posterior) -> None:
     """Raise `MismatchError` for weights whose numbers are not the weights themselves."""
     way_out = (
         "Save the model dequantised first (from_pretrained with dtype=torch.bfloat16, model.dequantize(), then "

@@ -1,0 +1,19 @@
+"""Run the `child` of a test module in two gloo processes."""
+
+import json
+import sys
+
+import pytest
+
+from mergekit_bayes.finetune import ranks
+
+
+def found_by_two(module, folder):
+    """What each of two processes has found: `child(folder)` leaves a list of dicts in `folder/found.json`."""
+    code = f"from pathlib import Path; from {module} import child; child(Path({str(folder)!r}))"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert ranks.launch([sys.executable, "-c", code], 2) == 0
+    found = json.loads((folder / "found.json").read_text())
+    assert [f["world"] for f in found] == [2, 2]  # two of the usual commands silently start one
+    return found
