@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "gaussian": 0,
+    "errors": 0, "gaussian": 0, "compiled": 0,
     "methods": 1, "optim": 1, "curvature": 1, "metrics": 1, "tensors": 1, "sources": 1, "configs": 1,
     "kernels": 1.5,
     "posterior": 2, "names": 2,

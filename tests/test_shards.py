@@ -67,8 +67,9 @@ class FixedNoise(IVON):
         eps = torch.randn(at.parameter.shape, generator=fixed)
         if isinstance(at.parameter, DTensor):
             eps = distribute_tensor(eps, at.parameter.device_mesh, at.parameter.placements).to_local()
-        for scratch, deviation, factor, *rest, own in super()._noise(at, *others, eps):
-            yield scratch.copy_(own), deviation, factor, *rest
+        factor = at.draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
+        curvature = local(at.state["hess"]) + self._prior_of(at.parameter, at.group, at.state)[1]
+        yield (eps * factor / curvature.sqrt() if factor else torch.zeros_like(eps)), *others
 
 
 def build(mode, *, sharded, seed=0, mesh=None, kind=FixedNoise, reshard=None):

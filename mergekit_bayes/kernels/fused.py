@@ -12,11 +12,12 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.cpython.unsafe.tuple import tuple_setitem
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from mergekit_bayes import gaussian
+from mergekit_bayes.compiled import compiled, inlined
 from mergekit_bayes.gaussian import Gaussian, constant, rebase, select
 from mergekit_bayes.kernels import base
 from mergekit_bayes.kernels.base import (
@@ -45,20 +46,6 @@ llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
-def _compiled(**options: Any) -> Any:
-    """A compiled function that is kept on disk, or where there is no place to keep it, compiled anew each time."""
-
-    def compile_it(function: Any) -> Any:
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder that it can write to
-            return njit(nogil=True, **options)(function)
-
-    return compile_it
-
-
-# `forceinline`: a call in the loop would keep it from being vectorised.
-inlined = register_jitable(error_model="numpy", forceinline=True)
 for _function in (rebase, alone, follow, follow_anchored, grow, likelihood, strength):
     inlined(_function)
 
@@ -210,7 +197,7 @@ def _draw_by_type(key, entry, zero):  # type: ignore[no-untyped-def]
     return draw
 
 
-@_compiled(fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _tally(  # type: ignore[no-untyped-def]
     start, stop, means, precisions, scales, mean, zero, has_base, bad_means, bad_precisions, stored, counts
 ):
@@ -283,7 +270,7 @@ def _entry(  # type: ignore[no-untyped-def]
 def _make(  # type: ignore[no-untyped-def]
     combine: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, removes: bool, random: bool
 ):
-    @_compiled(error_model="numpy")
+    @compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
         means, precisions, extras, first, row, offset, scales, facts, gains, insides, shares, floors, priors, pulls,
         decays, keys, zero, template, mean, precision, bad_means, bad_precisions, stored, counts, largest,
@@ -368,7 +355,7 @@ def fused_reduction(kind: Kind) -> Reduce:
 def _make_reduction(  # type: ignore[no-untyped-def]
     statistic: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, adds: bool
 ):
-    @_compiled(error_model="numpy")
+    @compiled(error_model="numpy")
     def kernel(  # type: ignore[no-untyped-def]
         means, precisions, extras, first, row, gains, insides, shares, floors, priors, pulls, decays, zero, template,
         count, totals,
@@ -401,7 +388,7 @@ def _make_reduction(  # type: ignore[no-untyped-def]
     return kernel
 
 
-@_compiled()
+@compiled()
 def fused_sums(stored, row, sums):  # type: ignore[no-untyped-def]
     """`row_sums`, compiled."""
     zero = np.float32(0)

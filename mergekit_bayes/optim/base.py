@@ -9,6 +9,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +21,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 
-_SLICE = 1 << 17  # elements; the scratch of one slice stays in cache
+_SLICE = 1 << 18  # elements; the scratch of one slice stays in cache
+_PERIOD = 1 << 17  # of the random factors of a checksum, which checkpoints hold
 TRAIN, PREDICT = 0, 1  # streams of noise
 _COUNTERS = ("step", "estimates")  # of `state`, on the CPU as in torch's optimizers
 
@@ -41,10 +45,16 @@ class Moved:
     state: dict[str, Any]
     index: tuple[int, int]
     draw: Draw | None
-    saved: Tensor | None = None  # the mean, where nothing else holds it
+    saved: Tensor | None = None  # room for the mean, where nothing else holds it
     noise: Tensor | None = None  # the noise drawn, where rounded weights do not tell it
-    moved: int = 0  # entries that have the noise added, where it is to be subtracted again
+    moved: int = 0  # entries that have left the mean, which is in `saved` or to be found by subtraction
     restored: int = 0  # entries that have been put back, where that goes slice by slice
+
+    def leave(self, weights: Tensor, saved: Tensor | None) -> None:
+        """To be called before a slice of the weights is changed."""
+        if saved is not None:
+            saved.copy_(weights)
+        self.moved += max(1, weights.numel())  # an empty shard is put back like those of the other ranks
 
 
 class PosteriorOptimizer(torch.optim.Optimizer):
@@ -52,7 +62,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     Training noise is a function of (seed, step, sample, group, parameter, place): a resumed run continues it, a step
     that is made again gets it again, and draws for prediction do not disturb it. Replicas (DDP) draw the same noise,
-    shards (DTensor) each their own, and with IVON's `rank_noise` every rank for training.
+    shards (DTensor) each their own, and with IVON's `rank_noise` every rank for training. On CPUs it is the same
+    whatever the processor (see `fused`), on GPUs, and where numba is missing, that of torch's generators.
 
     Args:
         params: Parameters or groups; frozen ones are left alone.
@@ -94,6 +105,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         self._sample = 0  # samples taken since the last step
         self._open = False
         self._medians: dict[Tensor, float] = {}
+        self._rooms: dict[Tensor, Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,7 +167,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                         if "mean" in state:
                             _adopt(local(parameter), local(state["mean"]))
                         elif self.restore == "copy" or draw is None:
-                            at.saved = local(parameter).clone()
+                            at.saved = self._room(parameter, local(parameter))
                         moved.append(at)
                         move(at)
             yield
@@ -170,19 +182,31 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 finally:
                     self._restore_all(moved)
 
+    def _room(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """A third tensor of the parameter's size, between steps kept in `_rooms` on a CPU.
+
+        Fresh memory is zeroed page by page when it is touched, which costs as much as the noise.
+        """
+        room = self._rooms.pop(parameter, None)
+        if room is not None and room.dtype == like.dtype and room.shape == like.shape:
+            return room
+        return torch.empty_like(like)
+
+    def _leave_room(self, parameter: Tensor, room: Tensor) -> None:
+        if room.device.type == "cpu" and self.restore == "copy":  # torch keeps the memory of others itself
+            self._rooms[parameter] = room
+
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
         if "mean" not in at.state:
-            for eps, deviation, factor, w in self._noise(at, weights):
-                w.addcmul_(eps, deviation, value=factor)
-                if at.saved is None:
-                    at.moved += max(1, w.numel())  # an empty shard is put back like those of the other ranks
+            for noise, w, saved in self._noise(at, weights, at.saved):
+                at.leave(w, saved)
+                w.add_(noise)
             return
         mean = local(at.state["mean"])
         if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == TRAIN:
-            at.noise = torch.empty_like(mean)
-        for eps, deviation, factor, w, m, kept in self._noise(at, weights, mean, at.noise):
-            noise = eps.mul_(deviation).mul_(factor)
+            at.noise = self._room(at.parameter, mean)
+        for noise, w, m, kept in self._noise(at, weights, mean, at.noise):
             if kept is not None:
                 kept.copy_(noise)
             w.copy_(noise.add_(m))
@@ -204,15 +228,17 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if "mean" in at.state:
             weights.copy_(local(at.state["mean"]))
         elif at.saved is not None:
-            if not at.restored:
+            if at.moved >= weights.numel() and not at.restored:
                 weights.copy_(at.saved)
-            elif at.restored < weights.numel():  # slice by slice, of flat tensors, and interrupted
-                weights.view(-1)[at.restored :].copy_(at.saved.view(-1)[at.restored :])
+            elif at.restored < at.moved:  # slice by slice, of flat tensors, and interrupted
+                part = slice(at.restored, at.moved)
+                weights.view(-1)[part].copy_(at.saved.view(-1)[part])
+            self._leave_room(at.parameter, at.saved)
         elif at.restored < at.moved:
             done = 0
-            for eps, deviation, factor, w in self._noise(at, weights):
+            for noise, w in self._noise(at, weights):
                 if done >= at.restored and at.restored < at.moved:
-                    w.addcmul_(eps, deviation, value=-factor)
+                    w.sub_(noise)
                     at.restored += max(1, w.numel())
                 done += w.numel()
 
@@ -221,23 +247,32 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _noise(self, at: Moved, *others: Any) -> Iterator[tuple[Any, ...]]:
-        """eps and deviation in scratch, and a number, whose product is the noise; with slices of other tensors."""
+        """The noise in scratch, slice by slice, with the slices of other tensors."""
         assert at.draw is not None
-        hess = local(at.state["hess"])
-        if hess.device not in self._generators:
-            self._generators[hess.device] = torch.Generator(hess.device)
-        generator, draw = self._generators[hess.device], at.draw
-        generator.manual_seed(mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, self._place(at)))
+        hess, draw = local(at.state["hess"]), at.draw
+        seed = mix(at.group["seed"], draw.stream, draw.number, draw.sample, *at.index, self._place(at))
         # Before the first estimate nothing is known of the curvature, and the sample is the mean itself.
         factor = draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         _, decay = self._prior_of(at.parameter, at.group, at.state)
-        scratch: list[Tensor] = []
+        passes = fused_passes(hess, decay)
+        generator = None if passes else self._generator(hess.device, seed)
+        scratch, start = torch.empty(0), 0
         for h, d, *rest in slices(hess, decay, *others):
-            if not scratch or scratch[0].shape != h.shape:
-                scratch = [torch.empty_like(h), torch.empty_like(h)]
-            eps = scratch[0].normal_(generator=generator)
-            deviation = torch.add(h, d, out=scratch[1]).rsqrt_() if factor else scratch[1].zero_()
-            yield eps, deviation, factor, *rest
+            if scratch.shape != h.shape or not start:
+                scratch = torch.empty_like(h)
+            if not factor:
+                scratch.zero_()
+            elif passes is not None:
+                passes.noise(scratch, h, d, factor, seed, start)
+            else:
+                scratch.normal_(generator=generator).mul_(torch.add(h, d).rsqrt_()).mul_(factor)
+            start += h.numel()
+            yield scratch, *rest
+
+    def _generator(self, device: torch.device, seed: int) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(seed)
 
     def _place(self, at: Moved) -> int:
         """Which of several draws of a parameter's noise is this rank's."""
@@ -430,6 +465,17 @@ def slices(*items: Any) -> Iterator[tuple[Any, ...]]:
         yield tuple(t[start : start + _SLICE] if isinstance(t, Tensor) and t.ndim > 0 else t for t in flat)
 
 
+@cache
+def _fused() -> Any:
+    return import_module("mergekit_bayes.optim.fused") if find_spec("numba") else None
+
+
+def fused_passes(*items: Any) -> Any:
+    """The module of compiled passes if it is there and fits all of the tensors, else None."""
+    fused = _fused()
+    return fused if fused and fused.fits(*(t for t in items if isinstance(t, Tensor) and t.ndim > 0)) else None
+
+
 def mix(*numbers: int) -> int:
     """A 63-bit seed from a few integers, so that neighbouring ones give unrelated streams (splitmix64)."""
     value = 0
@@ -519,9 +565,9 @@ def _norm_and_order(value: Tensor) -> tuple[float, float]:
     """Euclidean norm, and a sum of about that size with a random factor for every position."""
     flat = (value.full_tensor() if isinstance(value, DTensor) else value).reshape(-1)
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randn(min(_SLICE, flat.numel()), generator=generator, dtype=torch.float64).to(flat.device)
+    factors = torch.randn(min(_PERIOD, flat.numel()), generator=generator, dtype=torch.float64).to(flat.device)
     squares = scattered = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for k, piece in enumerate(torch.split(flat, _SLICE)):
+    for k, piece in enumerate(torch.split(flat, _PERIOD)):
         wide_piece = piece.double()
         squares = squares + wide_piece.square().sum()
         scattered = scattered + wide_piece.dot(factors[: piece.numel()]) * (2 + math.sin(k))

@@ -110,7 +110,9 @@ class BSAM(PosteriorOptimizer):
         _, decay = self._prior_of(at.parameter, at.group, at.state)
         weights = local(at.parameter)
         mean = local(at.state["mean"]) if "mean" in at.state else weights
-        for w, m, g, h, d in slices(weights, mean, self._samples[at.parameter], local(at.state["hess"]), decay):
+        tensors = (weights, at.saved, mean, self._samples[at.parameter], local(at.state["hess"]), decay)
+        for w, saved, m, g, h, d in slices(*tensors):
+            at.leave(w, saved)
             w.copy_((g / (h + d)).mul_(at.group["rho"]).add_(m))
 
     def _take(self, at: Moved) -> None:

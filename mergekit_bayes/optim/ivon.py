@@ -21,6 +21,7 @@ from mergekit_bayes.optim.base import (
     Moved,
     PosteriorOptimizer,
     Prior,
+    fused_passes,
     in_range,
     local,
     newton_step,
@@ -350,6 +351,7 @@ class IVON(PosteriorOptimizer):
         before.draws += 1
         before.grad = wide(before.grad).add_(gradient)
         before.noise_grad.add_(product)
+        self._leave_room(at.parameter, product)
 
     def _product(self, at: Moved, gradient: Tensor) -> Tensor:
         """noise * gradient in the buffer that held the noise, or the mean, which is restored."""
@@ -359,7 +361,7 @@ class IVON(PosteriorOptimizer):
         for w, m, g in slices(local(at.parameter), at.saved, gradient):
             noise = w - m
             w.copy_(m)
-            at.restored += w.numel()  # before the mean is overwritten: an interrupt may come anywhere
+            at.restored += max(1, w.numel())  # before the mean is overwritten: an interrupt may come anywhere
             torch.mul(noise, g, out=m)
         product, at.saved = at.saved, None
         return product
@@ -372,8 +374,8 @@ class IVON(PosteriorOptimizer):
 
     def _redrawn(self, at: Moved, gradient: Tensor, *others: Any) -> Iterator[tuple[Any, ...]]:
         """noise * gradient in scratch, from the noise drawn again, with the slices of other tensors."""
-        for eps, deviation, factor, g, *rest in self._noise(at, gradient, *others):
-            yield eps.mul_(deviation).mul_(factor).mul_(g), *rest
+        for noise, g, *rest in self._noise(at, gradient, *others):
+            yield noise.mul_(g), *rest
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -487,13 +489,15 @@ class IVON(PosteriorOptimizer):
             pieces = self._redrawn(sampled.at, sampled.grad, *tensors)
         else:
             pieces = slices(sampled.noise_grad.div_(sampled.draws), *tensors)
+        passes = fused_passes(mean, state["momentum"], state["hess"], centre, decay)
+        update = passes.ivon_update if passes else ivon_update
         looked, noise = 0, torch.zeros((), device=weights.device)
         for noise_grad, m, momentum, hess, g, m_p, d in pieces:
             grad = g.to(momentum.dtype)
             ratios = _ratios(noise_grad, hess, d, group["ess"])
             noise += ratios.square_().sum()
             looked += ratios.numel()
-            ivon_update(
+            update(
                 m, momentum, hess, grad, noise_grad,
                 step=int(state["step"]), lr=group["lr"] * scale, ess=group["ess"],
                 beta1=group["beta1"], beta2=group["beta2"], weight_decay=d,
@@ -501,6 +505,8 @@ class IVON(PosteriorOptimizer):
             )  # fmt: skip
         if mean is not weights:
             weights.copy_(mean)
+        if sampled.noise_grad is not None:
+            self._leave_room(parameter, sampled.noise_grad)
         return looked, noise
 
     def _update_ggn(
@@ -516,8 +522,10 @@ class IVON(PosteriorOptimizer):
         weights = local(parameter)
         mean = local(state["mean"]) if "mean" in state else weights
         tensors = (mean, local(state["momentum"]), local(state["hess"]), grad, squares, centre, decay)
+        passes = fused_passes(mean, state["momentum"], state["hess"], squares, centre, decay)
+        update = passes.ggn_update if passes else ggn_update
         for m, momentum, hess, g, square, m_p, d in slices(*tensors):
-            ggn_update(
+            update(
                 m, momentum, hess, g.to(momentum.dtype), square,
                 share=(1 - group["beta2"]) / (1 - group["beta2"] ** max(1, int(state["estimates"]))),
                 step=int(state["step"]), lr=group["lr"], beta1=group["beta1"], weight_decay=d,

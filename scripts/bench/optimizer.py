@@ -3,9 +3,9 @@
     python scripts/bench/optimizer.py [--parameters 50000000] [--repeats 7]
 
 Each row is a process of its own with one thread: parameters in ten matrices, gradients that are given (the model's own
-passes are no part of it), two steps to warm up, then the repeats. Printed are the least CPU seconds of a step with all
-its samples, their ratio to AdamW (foreach), and the peak of memory during the steps beyond parameters and gradients
-as a multiple of the parameters' size.
+passes are no part of it), a step of a small tensor and two of these to warm up, then the repeats. Printed are the
+least CPU seconds of a step with all its samples, their ratio to AdamW (foreach), and the peak of memory during the
+steps beyond parameters and gradients as a multiple of the parameters' size.
 """
 
 import argparse
@@ -67,16 +67,19 @@ def measure(row: dict, size: int, repeats: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     dtype = getattr(torch, row.get("dtype", "float32"))
+    options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
+    samples = options.get("mc_samples", 1)
+    small = [torch.nn.Parameter(torch.zeros(10, dtype=dtype))]
+    step(row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples)  # loads code
     parameters = [torch.nn.Parameter(torch.randn(size // 10, dtype=dtype) * 0.02) for _ in range(10)]
     gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
-    options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
     optimizer = make(row["kind"], parameters, options)
     before = resident()
     times = []
     reset_peak()
     for _ in range(repeats + 2):
         start = time.process_time()
-        step(row["kind"], optimizer, parameters, gradients, options.get("mc_samples", 1))
+        step(row["kind"], optimizer, parameters, gradients, samples)
         times.append(time.process_time() - start)
     unit = sum(p.nbytes for p in parameters)
     return {"seconds": min(times[2:]), "peak": (peak() - before) / unit, "after": (resident() - before) / unit}

@@ -1,0 +1,144 @@
+"""The compiled passes: their noise, and the same steps as those in torch."""
+
+import math
+
+import pytest
+import torch
+
+from mergekit_bayes.optim import IVON, base, ggn_update, ivon_update
+from tests.reference import noise as twin
+
+fused = pytest.importorskip("mergekit_bayes.optim.fused", reason="numba is not installed")
+
+
+def normals(n, seed=1, start=0):
+    out = torch.empty(n)
+    fused.noise(out, torch.zeros(n), 1.0, 1.0, seed, start)
+    return out
+
+
+def test_the_twin_gives_the_published_words():
+    ones = 0xFFFFFFFF
+    assert twin.philox((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert twin.philox((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 25])
+@pytest.mark.parametrize("start", [0, fused.BLOCK * 7, fused.BLOCK << 23, fused.BLOCK << 40])
+def test_the_noise_is_that_of_its_twin(seed, start):
+    n = 2 * fused.BLOCK + 700
+    expected = torch.tensor([twin.normal(seed, start + i) for i in range(n)], dtype=torch.float64)
+    torch.testing.assert_close(normals(n, seed, start).double(), expected, rtol=2e-6, atol=5e-7)
+
+
+def test_the_noise_is_normal():
+    n = 1 << 22
+    eps = normals(n)
+    z = eps.double()
+    assert abs(float(z.mean())) < 5 / n**0.5
+    assert abs(float(z.square().mean()) - 1) < 5 * (2 / n) ** 0.5
+    assert abs(float((z**3).mean())) < 5 * (15 / n) ** 0.5
+    assert abs(float((z**4).mean()) - 3) < 5 * (96 / n) ** 0.5
+    steps = torch.arange(1, n + 1, dtype=torch.float64) / n
+    assert float((torch.special.ndtr(z.sort().values) - steps).abs().max()) < 2 / n**0.5  # Kolmogorov and Smirnov
+    for apart in (1, 2, 512, 1024, 2048):
+        assert abs(float((z[apart:] * z[:-apart]).mean())) < 5 / n**0.5, apart
+        assert abs(float((z[apart:].square() * z[:-apart].square()).mean()) - 1) < 5 * (8 / n) ** 0.5, apart
+
+
+@pytest.mark.parametrize("n", [1, 5, 511, 2047, 2048, 2049])
+def test_any_slice_can_be_drawn_alone(n):
+    whole = normals(3 * fused.BLOCK)
+    assert torch.equal(normals(n), whole[:n])
+    assert torch.equal(normals(n, start=fused.BLOCK)[: 2 * fused.BLOCK], whole[fused.BLOCK :][:n])
+    assert not torch.equal(normals(n, seed=2), whole[:n])
+
+
+@pytest.mark.parametrize("entries", [False, True])
+def test_the_noise_has_the_posteriors_deviation(entries):
+    n = 5000
+    hess = torch.rand(n) + 0.01
+    decay = torch.rand(n) if entries else 0.3
+    out = torch.empty(n)
+    fused.noise(out, hess, decay, -0.5, 7, 0)
+    torch.testing.assert_close(out, -0.5 * normals(n, 7) / (hess + decay).sqrt())
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.01])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("kind", ["price", "ggn", "ggn without an estimate"])
+def test_a_compiled_step_is_that_of_torch(kind, prior, clip):
+    torch.manual_seed(0)
+    n = 3001
+    mean, momentum, grad, seen, centre = (torch.randn(n) for _ in range(5))
+    hess, decay = torch.rand(n) + 0.1, torch.rand(n) if prior else 0.2
+    grad[5] = math.nan
+    settings = {"step": 3, "lr": 0.1, "beta1": 0.9, "weight_decay": decay, "clip_radius": clip, "debias": True,
+                "prior_mean": centre if prior else None}  # fmt: skip
+    results = []
+    for module in (None, fused):
+        state = [mean.clone(), momentum.clone(), hess.clone()]
+        if kind == "price":
+            update = module.ivon_update if module else ivon_update
+            update(*state, grad, 0.01 * seen, ess=50.0, beta2=0.9, **settings)
+        else:
+            update = module.ggn_update if module else ggn_update
+            update(*state, grad, seen.square() if kind == "ggn" else None, share=0.3, **settings)
+        results.append(torch.stack(state))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert results[1][0, 5].isnan()
+    assert not results[1][:, 6].isnan().any()
+
+
+@pytest.mark.parametrize("curvature", ["price", "ggn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_steps_as_without_the_compiled_passes(dtype, curvature, monkeypatch):
+    """With noise that the test gives; a tensor of several slices and a small one."""
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter((0.1 * torch.randn(*shape)).to(dtype)) for shape in ((700, 900), (3,))]
+        optimizer = IVON(parameters, lr=0.1, ess=1e4, hess_init=0.1, clip_radius=0.1, curvature=curvature)
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(base, "_fused", lambda: None)
+            assert bool(base.fused_passes(parameters[0].float())) == compiled
+            patch.setattr(optimizer, "_noise", given_noise)
+            for _ in range(3):
+                with optimizer.sampled_params(train=True):
+                    for p in parameters:
+                        p.grad = (p.detach() * 0.3 + 0.01).to(dtype)
+                    if optimizer.curvature_due:
+                        optimizer._squares = {p: p.grad.float().square() for p in parameters}
+                        optimizer._observed = 2
+                optimizer.step()
+        found.append([optimizer.state[p]["momentum"] for p in parameters] + [p.detach().float() for p in parameters])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def given_noise(at, *others):
+    shape = at.state["hess"].shape
+    yield 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(at.index[1])), *others
+
+
+def test_noise_does_not_depend_on_how_a_tensor_is_sliced(monkeypatch):
+    found = []
+    for size in (1 << 20, 2 * fused.BLOCK):
+        monkeypatch.setattr(base, "_SLICE", size)
+        w = torch.nn.Parameter(torch.zeros(5 * fused.BLOCK + 3))
+        with IVON([w], lr=0.1, ess=10.0).sampled_params():
+            found.append(w.detach().clone())
+    assert torch.equal(*found)
+    assert found[0].std() > 0
+
+
+def test_tensors_that_do_not_fit_are_left_to_torch():
+    flat = torch.zeros(4, 4)
+    assert fused.fits(flat, flat)
+    assert not fused.fits(flat, flat.double())
+    assert not fused.fits(flat.T[:2])
+    w = torch.nn.Parameter(torch.zeros(1, 3, 8, 8).to(memory_format=torch.channels_last))
+    with IVON([w], lr=0.1, ess=10.0).sampled_params():
+        assert float(w.detach().std()) > 0
+    assert not w.detach().any()
