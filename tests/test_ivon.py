@@ -1,5 +1,6 @@
 """IVON against its float64 twin, against ivon-opt, and against ordinary misuse."""
 
+import contextlib
 import copy
 import math
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import mergekit_bayes.optim.base as base
 import mergekit_bayes.optim.ivon as module
-from mergekit_bayes.optim import IVON, ivon_update
+from mergekit_bayes.optim import BSAM, IVON, VOGN, ivon_update
 from tests.reference import ivon as twin
 
 SETTINGS = {"ess": 50.0, "hess_init": 0.5, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
@@ -188,10 +189,32 @@ def test_the_mean_is_restored_exactly_also_after_an_exception():
 
 @pytest.mark.parametrize("kind", [{}, {"curvature": "ggn"}, {"restore": "redraw"}])
 def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, monkeypatch):
-    """Ctrl-C at every slice of moving, taking and restoring, in turn."""
+    """Ctrl-C at every slice of moving, taking and restoring, in turn; then the step is made again."""
     parameters = [torch.nn.Parameter(torch.randn(600_000, generator=torch.Generator().manual_seed(k))) for k in (0, 1)]
     means = [p.detach().clone() for p in parameters]
     inner, interrupts, seen = base.slices, 0, 0
+    rounding = 1e-6 if "restore" in kind else 0.0  # which redrawing leaves
+
+    def make():
+        for p, mean in zip(parameters, means, strict=True):
+            p.data.copy_(mean)
+            p.grad = None
+        made = IVON(parameters, lr=0.1, ess=1e4, **kind)
+        for group in made.param_groups:
+            for *_, state in made._trainable(group):
+                if "estimates" in state:
+                    state["estimates"] += 1  # else the sample would be the mean
+        return made
+
+    def step(optimizer):
+        with optimizer.sampled_params(train=True):
+            sum(p.square().sum() for p in parameters).backward()
+            if optimizer.curvature_due:
+                optimizer.add_curvature(sum((0.1 * p).sum() for p in parameters), 1)
+        optimizer.step()
+        return [p.detach().clone() for p in parameters]
+
+    expected = step(make())
 
     def slices(*items):
         nonlocal seen
@@ -202,13 +225,8 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
             yield piece
 
     for number in range(1, 30):
-        optimizer, seen, stop = IVON(parameters, lr=0.1, ess=1e4, **kind), 0, number
-        for p in parameters:
-            p.grad = None
-        for group in optimizer.param_groups:
-            for *_, state in optimizer._trainable(group):
-                if "estimates" in state:
-                    state["estimates"] += 1  # else the sample would be the mean
+        optimizer, seen, stop = make(), 0, number
+        before = interrupts
         with monkeypatch.context() as patch:
             patch.setattr(base, "slices", slices)
             patch.setattr(module, "slices", slices)
@@ -219,8 +237,12 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
             except KeyboardInterrupt:
                 interrupts += 1
         for p, mean in zip(parameters, means, strict=True):
-            rounding = 1e-6 if "restore" in kind else 0.0  # which redrawing leaves
             torch.testing.assert_close(p.detach(), mean, rtol=0, atol=rounding)
+        if interrupts > before:
+            for p in parameters:
+                p.grad = None
+            for found, wanted in zip(step(optimizer), expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=2 * rounding)
     assert interrupts >= 6
 
 
@@ -521,6 +543,16 @@ def test_a_run_does_not_go_on_with_another_curvature(kinds, old):
     with pytest.raises(ValueError, match=f"made with curvature='{kinds[0]}'"):
         second.load_state_dict(saved)
     IVON(net().parameters(), lr=0.1, ess=1e3, curvature=kinds[0]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("first", [IVON, VOGN, BSAM, torch.optim.AdamW])
+@pytest.mark.parametrize("second", [IVON, VOGN, BSAM])
+def test_a_run_does_not_go_on_with_another_optimizer(first, second):
+    kind = {} if first is torch.optim.AdamW else {"ess": 1e3}
+    saved = first(net().parameters(), lr=0.1, **kind).state_dict()
+    guard = pytest.raises(ValueError, match=f"^{second.__name__}: the checkpoint is another optimizer's")
+    with contextlib.nullcontext() if first is second else guard:
+        second(net().parameters(), lr=0.1, ess=1e3).load_state_dict(saved)
 
 
 def test_a_prior_of_parameters_that_were_exchanged_is_not_forgotten():

@@ -50,6 +50,7 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> 
         use_cpu=not torch.cuda.is_available(),
         report_to=list(config.report_to),
         disable_tqdm=quiet,
+        ddp_timeout=24 * 3600,  # rank 0 may download and measure for hours; when a process dies, a launcher ends all
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -117,6 +118,20 @@ def run_settings(
     return settings
 
 
+def chosen(settings: Mapping[str, Any]) -> str:
+    """The settings of a run in a line, those that were left out included."""
+    unit = settings["loss_reduction"].removeprefix("mean over ").removesuffix(" of a step")
+    line = f"{settings['steps']:,} steps of {settings['batch_size']:,.0f} {unit}, {settings['optimizer']}: "
+    line += f"lr {settings['lr']:g}, weight_decay {settings['weight_decay']:g}"
+    if settings["optimizer"] != "ivon":
+        return line
+    line += f", clip_radius {settings['clip_radius']:g}, ess {settings['ess']:.3g}, beta2 {settings['beta2']:.6g}"
+    if settings["curvature"] == "ggn":
+        return f"{line}, curvature ggn every {settings['curvature_every']} steps"
+    samples = f", {settings['mc_samples']} samples" if settings["mc_samples"] > 1 else ""
+    return f"{line}, curvature price, hess_init {settings['hess_init']:g}{samples}"
+
+
 def make_trainer(
     config: FinetuneConfig, arguments: Any, loaded: Loaded, examples: list[dict[str, Any]],
     settings: Mapping[str, Any], identity: Mapping[str, Any], *, quiet: bool, loss_before: float = 0.0,
@@ -142,7 +157,7 @@ def make_trainer(
             raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from None
         raise
     refuse_accelerator(trainer.accelerator, ivon=ivon)
-    return _with_callbacks(trainer, identity, loss_before, quiet=quiet)
+    return _with_callbacks(trainer, settings, identity, loss_before, quiet=quiet)
 
 
 def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
@@ -232,12 +247,19 @@ def _ivon_trainer(config: FinetuneConfig, settings: Mapping[str, Any]) -> Any:
     return IvonTrainer
 
 
-def _with_callbacks(trainer: Any, identity: Mapping[str, Any], loss_before: float, *, quiet: bool) -> Any:
+def _with_callbacks(
+    trainer: Any, settings: Mapping[str, Any], identity: Mapping[str, Any], loss_before: float, *, quiet: bool
+) -> Any:
     """A bar and a line a log on stderr at most: the Trainer's own callbacks print on stdout."""
     import transformers
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                print(chosen(settings), file=sys.stderr)
+            super().on_train_begin(args, state, control, **kwargs)
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if self.training_bar is not None and "loss" in (logs or {}):
                 line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"

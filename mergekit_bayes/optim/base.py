@@ -24,6 +24,7 @@ Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 _SLICE = 1 << 18  # elements; the scratch of one slice stays in cache
 _PERIOD = 1 << 17  # of the random factors of a checksum, which checkpoints hold
 TRAIN, PREDICT = 0, 1  # streams of noise
+_MARKS = {"mc_samples", "rho"}  # settings by which checkpoints of different optimizers are told apart
 _COUNTERS = ("step", "estimates")  # of `state`, on the CPU as in torch's optimizers
 
 
@@ -76,6 +77,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     antithetic: bool = False
     _uses_noise: bool = False  # whether the update needs the noise beside the gradient
     restore: str = "copy"
+    _mark: str | None = None  # the setting in `_MARKS` that it alone has
     _settings: tuple[str, ...] = ("antithetic", "restore", "_prior")  # what a copy keeps beside torch's own
 
     def __init__(
@@ -131,6 +133,11 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if train:
             self._sample += 1
 
+    def _begin_again(self) -> None:
+        """Forget the samples of the step."""
+        self._samples.clear()
+        self._sample = 0
+
     def _check_parameters(self) -> None:
         """Raise for parameters that do not go with the settings; a launcher may exchange them after construction."""
         known = {p for group in self.param_groups for p in group["params"]} if self._prior else set()
@@ -179,6 +186,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                     for at in moved:
                         if take is not None and completed and at.parameter.grad is not None:
                             take(at)
+                except BaseException:
+                    self._begin_again()  # or the parameters taken so far would count this sample twice
+                    raise
                 finally:
                     self._restore_all(moved)
 
@@ -300,8 +310,14 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Load a checkpoint; the state stays float32, where torch would cast it to the parameters' dtype.
 
         Raises:
-            ValueError: The run was made with another `prior` than this optimizer has.
+            ValueError: The run was made with another `prior` than this optimizer has, or with another optimizer.
         """
+        for group in state_dict["param_groups"]:
+            if _MARKS & set(group) != {self._mark} & _MARKS or "ess" not in group:
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint is another optimizer's, whose h and momentum are not the "
+                    "same. Resume with that optimizer, or give its posterior as the prior."
+                )
         for here, there in zip(self.param_groups, state_dict["param_groups"], strict=False):
             size = max(abs(here["prior_sum"]), abs(there.get("prior_sum", 0.0)))
             for name, unknown in (("prior_sum", 0.0), ("prior_order", here["prior_order"])):

@@ -73,6 +73,8 @@ class BSAM(PosteriorOptimizer):
         restore: `copy` or `redraw` as in IVON; the ascent always keeps a copy.
     """
 
+    _mark = "rho"
+
     def __init__(
         self, params: Iterable[Any], lr: float, ess: float, *, hess_init: float = 1.0, beta1: float = 0.9,
         beta2: float = 0.999, weight_decay: float = 1e-4, rho: float = 0.01, damping: float = 0.1, seed: int = 0,
@@ -95,6 +97,10 @@ class BSAM(PosteriorOptimizer):
     def _clear(self) -> None:
         super()._clear()
         self._ascended: dict[Tensor, Tensor] = {}
+
+    def _begin_again(self) -> None:
+        super()._begin_again()
+        self._ascended.clear()
 
     @contextmanager
     def ascended_params(self) -> Iterator[None]:
@@ -152,7 +158,5 @@ class BSAM(PosteriorOptimizer):
                     )  # fmt: skip
                 if mean is not weights:
                     weights.copy_(mean)
-        self._samples.clear()
-        self._ascended.clear()
-        self._sample = 0
+        self._begin_again()
         return loss

@@ -189,6 +189,7 @@ class IVON(PosteriorOptimizer):
             `restore="redraw"` would undo that, and is allowed beside float32 masters only.
     """
 
+    _mark = "mc_samples"
     _settings = (*PosteriorOptimizer._settings, "curvature", "rank_noise", "_uses_noise")
 
     def __init__(
@@ -249,6 +250,10 @@ class IVON(PosteriorOptimizer):
         self._squares: dict[Tensor, Tensor] = {}
         self._observed = 0
         self._told_apart = False
+
+    def _begin_again(self) -> None:
+        super()._begin_again()
+        self._squares, self._observed = {}, 0
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -423,8 +428,7 @@ class IVON(PosteriorOptimizer):
                     self._adapt(parameter, group, state)
         for parameter, group, noise, count in _over_shards(seen):
             self.state[parameter]["noise"].lerp_(noise / max(count, 1), 1 - group["beta2"])
-        self._samples.clear()
-        self._sample = 0
+        self._begin_again()
         return loss
 
     def _check_curvature(self) -> None:

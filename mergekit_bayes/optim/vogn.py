@@ -87,6 +87,10 @@ class VOGN(PosteriorOptimizer):
         self._squares: dict[Tensor, Tensor] = {}  # of the open context
         self._observed = self._count = 0  # examples of the step; of the open context
 
+    def _begin_again(self) -> None:
+        super()._begin_again()
+        self._observed = 0
+
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
         """As in the base; inside, with `train`, call `backward` instead of the loss's own."""
@@ -156,6 +160,5 @@ class VOGN(PosteriorOptimizer):
                     )  # fmt: skip
                 if mean is not weights:
                     weights.copy_(mean)
-        self._samples.clear()
-        self._sample = self._observed = 0
+        self._begin_again()
         return losses
