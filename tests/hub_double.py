@@ -73,6 +73,8 @@ class Hub:
         self.log: list[Request] = []
         self.cut_uploads: int | None = None  # so many large files still arrive, then every connection breaks
         self.cut_downloads: int = 0  # so many answers of more than a kilobyte break off half-way
+        self.auth: dict[str, Any] = {"type": "access_token"}  # what whoami tells of the token, and of groups
+        self.orgs: list[dict[str, Any]] = []
         self.url = ""
 
     def asked(self, method: str, part: str = "") -> list[str]:
@@ -131,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         match parts:
             case ["api", "whoami-v2"]:
                 self._login()
-                self._json({"type": "user", "name": USER, "auth": {"type": "access_token"}, "orgs": []})
+                self._json({"type": "user", "name": USER, "auth": self.hub.auth, "orgs": self.hub.orgs})
             case ["api", "repos", "create"]:
                 self._create()
             case ["api", "validate-yaml"]:

@@ -1,5 +1,6 @@
 """Cards and pushes, with the real client against a hub on the loopback interface."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes import sources
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
-from mergekit_bayes.hub import make_card, model_card, parents, plan_push, push_folder
+from mergekit_bayes.hub import check_login, make_card, model_card, parents, plan_push, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import hub_double, tiny
@@ -613,6 +614,19 @@ def test_a_merge_whose_push_fails_is_kept(hub, merged, tmp_path):
     kept = out.stderr.split("The model is in '")[1].split("'")[0]
     assert os.path.exists(os.path.join(kept, "model.safetensors"))
     shutil.rmtree(os.path.dirname(kept))
+
+
+@pytest.mark.parametrize(("role", "repo", "message"), [
+    ("write", "else/both", "you are logged in as 'me', who may not write to 'else'"),
+    ("write", "readers/both", "Push to 'me/both'"),
+    ("read", "me/both", "your token can only read"),
+    ("write", "me/both", None), ("write", "writers/both", None), ("fineGrained", "else/both", None),
+])  # fmt: skip
+def test_a_token_that_cannot_push_is_found_before_the_work(hub, role, repo, message):
+    hub.auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": role}}
+    hub.orgs = [{"name": "readers", "roleInOrg": "read"}, {"name": "writers", "roleInOrg": "contributor"}]
+    with pytest.raises(CheckpointError, match=message) if message else contextlib.nullcontext():
+        check_login(repo)
 
 
 def test_a_file_is_not_pushed(hub, merged, tmp_path):

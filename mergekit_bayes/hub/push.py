@@ -150,12 +150,26 @@ def check_target(repo: str) -> None:
 
 
 def check_login(repo: str) -> None:
-    """Ask the Hub who we are, before work that is to be pushed to `repo`; raises what a push would."""
+    """Ask the Hub who we are, before work that is to be pushed to `repo`; raises what a push would.
+
+    What a fine-grained token may do only the push finds out.
+    """
     from huggingface_hub import HfApi
 
     check_target(repo)
     with _answers(repo):
-        HfApi(library_name="mergekit-bayes").whoami()
+        me = HfApi(library_name="mergekit-bayes").whoami()
+    owner, token = repo.partition("/")[0], (me.get("auth", {}).get("accessToken") or {}).get("role")
+    roles = {me["name"]: "admin", **{o["name"]: o.get("roleInOrg") or "write" for o in me.get("orgs") or ()}}
+    if token == "read":
+        raise CheckpointError(
+            f"'{repo}': your token can only read. Make one that writes and log in with hf auth login."
+        )
+    if token == "write" and roles.get(owner, "read") == "read":
+        raise CheckpointError(
+            f"'{repo}': you are logged in as '{me['name']}', who may not write to '{owner}'. Push to "
+            f"'{me['name']}/{repo.partition('/')[2]}', or log in as somebody who may."
+        )
 
 
 class _Target(NamedTuple):

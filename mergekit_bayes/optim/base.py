@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 
-_SLICE = 1 << 18  # elements; the scratch of one slice stays in cache
+_SLICE = 1 << 18  # elements; on a CPU the scratch of one slice stays in cache
+_GPU_SLICE = 1 << 24  # and on a GPU it does not grow with the largest embedding
 _PERIOD = 1 << 17  # of the random factors of a checksum, which checkpoints hold
 TRAIN, PREDICT = 0, 1  # streams of noise
 _MARKS = {"mc_samples", "rho"}  # settings by which checkpoints of different optimizers are told apart
@@ -466,19 +467,15 @@ def wide(gradient: Tensor) -> Tensor:
 
 
 def slices(*items: Any) -> Iterator[tuple[Any, ...]]:
-    """Aligned flat views of at most `_SLICE` elements; numbers, None and scalars pass; whole where none is flat."""
+    """Aligned flat views of at most `_SLICE` elements; numbers, None and scalars pass; whole where one is not flat."""
     tensors = [t for t in items if isinstance(t, Tensor) and t.ndim > 0]
-    if (
-        not tensors
-        or tensors[0].numel() <= _SLICE
-        or not all(t.is_contiguous() for t in tensors)
-        or any(t.is_cuda for t in tensors)
-    ):
+    size = _SLICE if all(t.device.type == "cpu" for t in tensors) else _GPU_SLICE
+    if not tensors or tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         yield items
         return
     flat = [t.view(-1) if isinstance(t, Tensor) and t.ndim > 0 else t for t in items]
-    for start in range(0, tensors[0].numel(), _SLICE):
-        yield tuple(t[start : start + _SLICE] if isinstance(t, Tensor) and t.ndim > 0 else t for t in flat)
+    for start in range(0, tensors[0].numel(), size):
+        yield tuple(t[start : start + size] if isinstance(t, Tensor) and t.ndim > 0 else t for t in flat)
 
 
 @cache

@@ -1,11 +1,11 @@
 """What an optimizer step costs: AdamW, ivon-opt and ours, in CPU seconds and in memory.
 
-    python scripts/bench/optimizer.py [--parameters 50000000] [--repeats 7]
+    python scripts/bench/optimizer.py [--parameters 50000000] [--repeats 7] [--device cpu]
 
 Each row is a process of its own with one thread: parameters in ten matrices, gradients that are given (the model's own
 passes are no part of it), a step of a small tensor and two of these to warm up, then the repeats. Printed are the
-least CPU seconds of a step with all its samples, their ratio to AdamW (foreach), and the peak of memory during the
-steps beyond parameters and gradients as a multiple of the parameters' size.
+least CPU seconds of a step with all its samples (on a GPU wall seconds), their ratio to AdamW (foreach; on a GPU
+fused), and the peak of memory during the steps beyond parameters and gradients as a multiple of the parameters' size.
 """
 
 import argparse
@@ -36,53 +36,74 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--parameters", type=int, default=50_000_000)
     arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.row:
-        print(json.dumps(measure(ROWS[given.row], given.parameters, given.repeats)))
+        print(json.dumps(measure(ROWS[given.row], given.parameters, given.repeats, given.device)))
         return
     import torch
 
+    gpu = given.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device.")
     found = {}
     for name in ROWS:
         line = [sys.executable, __file__, "--row", name, "--parameters", str(given.parameters)]
         done = subprocess.run(
-            [*line, "--repeats", str(given.repeats)],
+            [*line, "--repeats", str(given.repeats), "--device", given.device],
             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
         found[name] = json.loads(done.stdout)
-    print(f"{date.today()}, {given.parameters:,} parameters, {cpu()}, one thread, torch {torch.__version__}\n")
-    print("| optimizer | CPU seconds a step | to AdamW foreach | memory, of the parameters | after the step |")
+    where, clock = (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+    against = "AdamW fused" if gpu else "AdamW foreach"
+    print(f"{date.today()}, {given.parameters:,} parameters, {where}, torch {torch.__version__}\n")
+    print(f"| optimizer | {clock} seconds a step | to {against} | memory, of the parameters | after the step |")
     print("| --- | --- | --- | --- | --- |")
     for name, row in found.items():
-        ratio = row["seconds"] / found["AdamW foreach"]["seconds"] if "AdamW foreach" in found else float("nan")
-        print(f"| {name} | {row['seconds']:.3f} | {ratio:.2f} | {row['peak']:.1f} | {row['after']:.1f} |")
+        ratio = row["seconds"] / found[against]["seconds"] if against in found else float("nan")
+        print(
+            f"| {name} | {row['seconds']:.{5 if gpu else 3}f} | {ratio:.2f} | {row['peak']:.1f} | {row['after']:.1f} |"
+        )
 
 
-def measure(row: dict, size: int, repeats: int) -> dict[str, float]:
+def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
     dtype = getattr(torch, row.get("dtype", "float32"))
     options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
     samples = options.get("mc_samples", 1)
-    small = [torch.nn.Parameter(torch.zeros(10, dtype=dtype))]
+    small = [torch.nn.Parameter(torch.zeros(10, dtype=dtype, device=device))]
     step(row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples)  # loads code
-    parameters = [torch.nn.Parameter(torch.randn(size // 10, dtype=dtype) * 0.02) for _ in range(10)]
+    start = [torch.randn(size // 10, dtype=dtype, device=device) for _ in range(10)]
+    parameters = [torch.nn.Parameter(values.mul_(0.02)) for values in start]
     gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
     optimizer = make(row["kind"], parameters, options)
-    before = resident()
+    before, clock = resident(device), time.process_time if device == "cpu" else finished
     times = []
-    reset_peak()
+    reset_peak(device)
     for _ in range(repeats + 2):
-        start = time.process_time()
+        begun = clock()
         step(row["kind"], optimizer, parameters, gradients, samples)
-        times.append(time.process_time() - start)
+        times.append(clock() - begun)
     unit = sum(p.nbytes for p in parameters)
-    return {"seconds": min(times[2:]), "peak": (peak() - before) / unit, "after": (resident() - before) / unit}
+    return {
+        "seconds": min(times[2:]),
+        "peak": (peak(device) - before) / unit,
+        "after": (resident(device) - before) / unit,
+    }
+
+
+def finished() -> float:
+    """Wall seconds when the GPU has done all that it was given."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def make(kind: str, parameters: list, options: dict):
@@ -116,17 +137,30 @@ def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) 
     optimizer.step()
 
 
-def resident() -> int:
+def resident(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def reset_peak() -> None:
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
-def peak() -> int:
+def peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 

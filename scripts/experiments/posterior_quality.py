@@ -11,6 +11,7 @@ compared with what the run would store, per observation and without the prior. S
     overfitted         the same on 128 sentences, until it knows them by heart
     lm                 a GPT-2 of 0.24 M parameters that has learnt a small world, to one subject of it
     finetune           held-out loss of `bmerge finetune` that was told nothing, beside AdamW told nothing
+    wrong              `bmerge finetune` with one setting off at a time: held-out loss, noise, h beside a flush
 
 classifier, overfitted and half of finetune read ../shared/data (jsonl.gz of `text` and `label`) and are left out
 without it.
@@ -46,6 +47,8 @@ from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model, load_rows
 from mergekit_bayes.optim import BSAM, IVON, VOGN
+from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.tensors import read_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_world import write_world
@@ -448,7 +451,7 @@ def overfitted(seed: int, folder: Path) -> Records:
 
 def lm(seed: int, folder: Path) -> Records:
     """At the rate that `bmerge finetune` has, and some at ten times that."""
-    methods = {**FEW, **{n: METHODS[n] for n in ("IVON ggn, k = 1", "bSAM", "Adam, then flush")}}
+    methods = {**FEW, **{n: METHODS[n] for n in ("IVON ggn, k = 1", "VOGN", "bSAM", "Adam, then flush")}}
     some = {n: METHODS[n] for n in ("IVON price", "IVON ggn, k = 8", "IVON ggn, k = 8, then flush")}
     start = folder / f"world{seed}"
     return [
@@ -484,6 +487,67 @@ def finetune(seed: int, folder: Path) -> Records:
                      "seed": seed, **held, "seconds": seconds}
                 )  # fmt: skip
     return found
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "AdamW": {"learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
+    "price": {"": [None], "learning_rate": [0.01, 1.0, 10.0, 100.0], "ess": [1e4, 1e5, 1e6, 1e7, 1e9, 1e10],
+              "hess_init at ess 1e7": [1e-4, 1e-3, 0.1, 1.0], "beta2": [0.9, 0.99, 0.999, 0.99999],
+              "antithetic": [True]},
+    "ggn": {"curvature_every": [8, 1], "learning_rate": [1.0], "ess": [1e6, 1e14], "weight_decay": [1e-4, 1e-9]},
+}  # fmt: skip
+WRONG_LORA: dict[str, dict[str, Any]] = {
+    "AdamW": {"learning_rate": [1e-4, 1e-3, 1e-2]},
+    "price": {"": [None], "learning_rate": [0.03, 0.1, 0.3, 3.0], "ess": [1e4, 1e5, 1e6, 1e8],
+              "hess_init at ess 1e7": [1e-3], "beta2": [0.99999]},
+    "ggn": {"curvature_every": [8]},
+}  # fmt: skip
+
+
+def wrong(seed: int, folder: Path) -> Records:
+    """A short fine-tune, 120 steps of 16 rows, with one setting changed at a time; h is looked at in the layers."""
+    start, texts = tiny_base(folder / f"world{seed}", seed), folder / f"world{seed}" / "texts"
+    found = []
+    for trained, lora, kinds in (("full", None, WRONG), ("LoRA", {"r": 8}, WRONG_LORA)):
+        for kind, changes in kinds.items():
+            for name, value in ((n, v) for n, values in changes.items() for v in values):
+                begun = time.process_time()
+                key, _, at = name.partition(" at ess ")
+                settings = {} if value is None else {key: value}
+                settings |= {"optimizer": "adamw"} if kind == "AdamW" else {"curvature": kind}
+                settings |= {"ess": float(at)} if at else {}
+                config = FinetuneConfig(
+                    model=str(start), output=str(folder / "tuned"), data=str(texts / "garden_train.jsonl"), lora=lora,
+                    batch_size=16, max_steps=120, seed=seed, force=True, logging_steps=10_000, **settings,
+                )  # fmt: skip
+                record = {
+                    "section": "wrong",
+                    "task": trained,
+                    "method": kind,
+                    "changed": f"{name} {value}",
+                    "seed": seed,
+                }
+                if kind == "AdamW":
+                    run_finetune(config.model_copy(update={"posterior": "none"}), quiet=True)
+                else:
+                    flushed = curvature(run_finetune(config, quiet=True))  # the same weights, as the seed is
+                    report = run_finetune(config.model_copy(update={"posterior": "ivon"}), quiet=True)
+                    record |= {"noise": report.health["sigma_over_rms"], **agreement(curvature(report), flushed)}
+                found.append({**record, **held_out(folder / "tuned", texts / "garden_test.jsonl"),
+                              "seconds": time.process_time() - begun})  # fmt: skip
+    return found
+
+
+def curvature(report: Any) -> Tensor:
+    """Of an observation, in the matrices of the layers, from what a fine-tune has stored."""
+    posterior = open_posterior(str(report.path))
+    assert posterior.precision is not None
+    assert posterior.info is not None
+    info, names = posterior.info, [n for n in posterior.precision.specs if is_dense(n) or "lora" in n]
+    prior = float(info.prior.precision or 0.0)
+    stored = [torch.from_numpy(read_tensor(posterior.precision, n)).double().flatten() for n in names]
+    posterior.close()
+    return (torch.cat(stored) - prior) / info.ess
 
 
 def tuning_tasks(seed: int, folder: Path) -> dict[str, tuple[Path, Path, Path, dict[str, Any]]]:
@@ -530,7 +594,7 @@ def held_out(folder: Path, test: Path) -> dict[str, float]:
 
 
 SECTIONS: dict[str, Callable[[int, Path], Records]] = {
-    f.__name__: f for f in (linear, logistic, classifier, overfitted, lm, finetune)
+    f.__name__: f for f in (linear, logistic, classifier, overfitted, lm, finetune, wrong)
 }
 NEEDS_DATA = ("classifier", "overfitted")
 
@@ -558,8 +622,8 @@ def main() -> None:
 
 def table(records: Records) -> str:
     """Markdown: a row for each group of runs that differ in the seed, median [least, greatest]."""
-    labels = [n for n in ("task", "method", "rate", "passes", "steps", "given") if n in records[0]]
-    numbers = [n for n in ("rank", "error", "ratio", "loss", "accuracy", "learnt", "seconds")
+    labels = [n for n in ("task", "method", "changed", "rate", "passes", "steps", "given") if n in records[0]]
+    numbers = [n for n in ("noise", "rank", "error", "ratio", "loss", "accuracy", "learnt", "seconds")
                if any(n in r for r in records)]  # fmt: skip
     groups: dict[tuple[Any, ...], Records] = {}
     for record in records:
