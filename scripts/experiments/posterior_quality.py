@@ -507,7 +507,8 @@ WRONG_LORA: dict[str, dict[str, Any]] = {
 def wrong(seed: int, folder: Path) -> Records:
     """A short fine-tune, 120 steps of 16 rows, with one setting changed at a time; h is looked at in the layers."""
     start, texts = tiny_base(folder / f"world{seed}", seed), folder / f"world{seed}" / "texts"
-    found = []
+    found: Records = [{"section": "wrong", "task": "", "method": "before training", "changed": "", "seed": seed,
+                       **held_out(start, texts / "garden_test.jsonl"), "seconds": 0.0}]  # fmt: skip
     for trained, lora, kinds in (("full", None, WRONG), ("LoRA", {"r": 8}, WRONG_LORA)):
         for kind, changes in kinds.items():
             for name, value in ((n, v) for n, values in changes.items() for v in values):
