@@ -416,7 +416,25 @@ def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path,
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "step 4/6  loss " in shown.err
+    training = info_of(tmp_path / "out").training
+    assert f"6 steps of {training['batch_size']:,.0f} tokens, ivon: lr " in shown.err
+    assert f"ess {training['ess']:.3g}, beta2 0.99, curvature price, hess_init {training['hess_init']:g}" in shown.err
     assert "sigma_over_rms" in shown.err
+
+
+def info_of(path):
+    posterior = open_posterior(str(path))
+    posterior.close()
+    return posterior.info
+
+
+def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, capfd):
+    run_finetune(config(tmp_path, data, max_steps=80))
+    info = info_of(tmp_path / "out")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("80 steps of ")]
+    assert f", ess {info.training['ess']:.3g}, beta2 0.5, curvature ggn every 8 steps" in line
+    run_finetune(config(tmp_path, data, max_steps=2, optimizer="adamw", posterior="none", force=True))
+    assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
 
 
 def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
@@ -442,7 +460,8 @@ def test_reports_go_where_they_are_asked_to_go(tmp_path, data, monkeypatch):
     run_finetune(
         config(tmp_path, data, logging_steps=2, max_steps=2, report_to=["wandb"], posterior="none"), quiet=True
     )
-    assert {"loss", "learning_rate", "kappa", "sigma_over_rms"} <= set(seen[0])
+    assert {"loss", "learning_rate", "sigma_over_rms"} <= set(seen[0])
+    assert not {"kappa", "hess_noise"} & set(seen[0])  # which say nothing under ggn
     with pytest.raises(ConfigError, match=r"report_to: paper is not supported"):
         run_finetune(config(tmp_path, data, report_to=["paper"], force=True), quiet=True)
 

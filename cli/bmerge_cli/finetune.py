@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Fine-tune a language model or classifier; the checkpoint folder gets a posterior/ inside.
 
-    By default IVON takes its curvature every 8 steps and once more, over 64 batches, at the end. That costs 1.1 to 1.2
-    times AdamW's time a step and 64 steps (measured on a CPU; antithetic: true costs 2.2 times).
+    By default IVON takes its curvature every 8 steps and once more, over 64 batches, at the end. That costs 1.1 times
+    AdamW's time a step, and at the end as much as 64 steps (measured on a CPU; antithetic: true costs 2 times).
 
     On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune CONFIG.yaml
     """

@@ -7,8 +7,8 @@ from mergekit_bayes.finetune.settings import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
-# Of the optimizer's health numbers, those that the training log shows.
-LOGGED = ("kappa", "init_fraction", "sigma_over_rms", "hess_noise")
+# Of the optimizer's health numbers, those that the training log shows; under `ggn` the others say nothing.
+LOGGED = {"price": ("kappa", "init_fraction", "sigma_over_rms", "hess_noise"), "ggn": ("sigma_over_rms",)}
 
 
 def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool) -> dict[str, str]:

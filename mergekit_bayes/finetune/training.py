@@ -241,7 +241,7 @@ def _ivon_trainer(config: FinetuneConfig, settings: Mapping[str, Any]) -> Any:
             if "loss" in logs:
                 health = unwrap(self.optimizer).health(settings["batch_size"])
                 watch.look(health, warn=self.is_world_process_zero())
-                logs = {**logs, **{name: health[name] for name in LOGGED if name in health}}
+                logs = {**logs, **{name: health[name] for name in LOGGED[config.curvature]}}
             super().log(logs, *args, **kwargs)
 
     return IvonTrainer
@@ -263,7 +263,7 @@ def _with_callbacks(
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if self.training_bar is not None and "loss" in (logs or {}):
                 line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"
-                for name in ("learning_rate", *LOGGED):
+                for name in ("learning_rate", *LOGGED["price"]):
                     if name in logs:
                         line += f"  {name} {float(logs[name]):.3g}"
                 self.training_bar.write(line, file=sys.stderr)
