@@ -437,6 +437,13 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
     assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
 
 
+def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):
+    for length in (None, 16, 5000):
+        told = {} if length is None else {"max_length": length}
+        run_finetune(config(tmp_path, data, max_steps=1, posterior="none", force=True, **told), quiet=True)
+        assert ("so rows are cut there and not at 5000" in caplog.text) == (length == 5000)
+
+
 def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
     run_finetune(config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True)
     assert sum("of a tensor's weights: raise ess or weight_decay" in r.message for r in caplog.records) == 1

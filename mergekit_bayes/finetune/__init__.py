@@ -35,7 +35,7 @@ from mergekit_bayes.finetune.training import (
     run_settings,
     training_arguments,
 )
-from mergekit_bayes.models import Loaded, encode_rows, hushed, is_classifier, load_model, load_rows
+from mergekit_bayes.models import Loaded, context_length, encode_rows, hushed, is_classifier, load_model, load_rows
 from mergekit_bayes.sources import commit_in, is_hub_id
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "LoraSettings", "run_finetune"]
@@ -159,6 +159,10 @@ def _load(config: FinetuneConfig) -> Loaded:
 
 def _examples(config: FinetuneConfig, loaded: Loaded) -> list[dict[str, Any]]:
     label = config.label_column if loaded.task == "classification" else None
+    if "max_length" in config.model_fields_set and config.max_length > (most := context_length(loaded)) and is_main():
+        logger.warning(
+            "max_length: the model sees %d tokens, so rows are cut there and not at %d", most, config.max_length
+        )
     columns = [config.text_column, *([label] if label else [])]
     rows = load_rows(config.data, where=config.where, max_rows=config.max_rows, columns=columns)
     return encode_rows(
