@@ -142,6 +142,28 @@ def test_noise_does_not_depend_on_how_a_tensor_is_sliced(monkeypatch):
     assert found[0].std() > 0
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"restore": "redraw"}, {"curvature": "ggn", "curvature_every": 1}])
+def test_no_bit_depends_on_the_number_of_threads(kind, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(base, "_fused", lambda: None)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        w = torch.nn.Parameter(torch.linspace(-1, 1, (1 << 20) + 5))
+        optimizer = IVON([w], lr=0.1, ess=1e4, clip_radius=0.1, **kind)
+        for _ in range(2):
+            with optimizer.sampled_params(train=True):
+                w.grad = w.detach() - 0.1
+                if optimizer.curvature_due:
+                    optimizer._squares, optimizer._observed = {w: w.detach().square()}, 2
+            optimizer.step()
+        found.append([w.detach(), optimizer.state[w]["hess"], optimizer.state[w]["momentum"]])
+    torch.set_num_threads(before)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_tensors_that_do_not_fit_are_left_to_torch():
     flat = torch.zeros(4, 4)
     assert fused.fits(flat, flat)
