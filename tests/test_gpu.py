@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-SHAPES = ((300, 400), (17,), (2, 3, 5))
+SHAPES = ((300, 400), (17,), (2, 3, 5), ())
 SETTINGS = {"lr": 0.1, "ess": 1e4, "hess_init": 0.1, "clip_radius": 0.1, "beta2": 0.9, "weight_decay": 0.01}
 KINDS = {
     "price": {},

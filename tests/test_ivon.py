@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import types
 
 import ivon as ivon_opt
 import pytest
@@ -208,8 +209,9 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
         return made
 
     def step(optimizer):
+        """With another loss than that of the sample which is interrupted."""
         with optimizer.sampled_params(train=True):
-            sum(p.square().sum() for p in parameters).backward()
+            sum((p**4).sum() for p in parameters).backward()
             if optimizer.curvature_due:
                 optimizer.add_curvature(sum((0.1 * p).sum() for p in parameters), 1)
         optimizer.step()
@@ -245,6 +247,91 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
             for found, wanted in zip(step(optimizer), expected, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=2 * rounding)
     assert interrupts >= 6
+
+
+@pytest.mark.parametrize("kind", [{}, {"antithetic": True}, {"curvature": "ggn", "curvature_every": 1}])
+def test_a_step_that_is_interrupted_after_a_backward_begins_again_from_its_first_sample(kind, monkeypatch):
+    found = []
+    for interrupted in (False, True):
+        w = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = IVON([w], lr=0.1, ess=1e3, mc_samples=2, **kind)
+
+        def sample(power, w=w, optimizer=optimizer):
+            with optimizer.sampled_params(train=True):
+                w.grad = None
+                if optimizer.curvature_due:
+                    optimizer.add_curvature((power * w).sum(), 1)
+                (w**power).sum().backward()
+
+        def interrupt(at, optimizer=optimizer):
+            monkeypatch.setattr(optimizer, "_restore", types.MethodType(IVON._restore, optimizer))
+            raise KeyboardInterrupt
+
+        for _ in range(2):
+            if interrupted:
+                sample(4)
+                monkeypatch.setattr(optimizer, "_restore", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    sample(4)
+            sample(2)
+            sample(2)
+            optimizer.step()
+        found.append([w.detach(), optimizer.state[w]["hess"], optimizer.state[w]["momentum"]])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_sample_in_inference_mode_leaves_nothing_behind():
+    w = torch.nn.Parameter(torch.ones(5))
+    optimizer = IVON([w], lr=0.1, ess=1e3)
+
+    def step():
+        with optimizer.sampled_params(train=True):
+            w.square().sum().backward()
+        optimizer.step()
+        return float(w[0].detach())
+
+    first = step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with torch.inference_mode(), optimizer.sampled_params():
+        pass
+    assert step() < first
+
+
+@pytest.mark.parametrize("curvature", ["price", "ggn"])
+def test_a_gradient_may_have_strides_of_its_own(curvature):
+    found = []
+    gradient = torch.arange(30.0).reshape(6, 5).t()
+    for turned in (gradient, gradient.contiguous()):
+        w = torch.nn.Parameter(torch.ones(5, 6))
+        optimizer = IVON([w], lr=0.1, ess=1e3, curvature=curvature)
+        with optimizer.sampled_params(train=True):
+            w.grad = turned
+            if optimizer.curvature_due:
+                optimizer.add_curvature((2 * w).sum(), 1)
+        optimizer.step()
+        found.append(w.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_a_step_is_a_change_that_autograd_sees():
+    w = torch.nn.Parameter(torch.ones(5))
+    optimizer = IVON([w], lr=0.1, ess=1e3)
+    with optimizer.sampled_params(train=True):
+        w.square().sum().backward()
+    loss = (w**3).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_group_that_a_distributed_checkpoint_has_not_found_is_not_taken_for_another_optimizers():
+    w = torch.nn.Parameter(torch.ones(5))
+    optimizer = IVON([{"params": []}, {"params": [w]}], lr=0.1, ess=1e3)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] = {"params": []}
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["ess"] == 1e3
 
 
 def test_an_interrupt_while_the_means_are_put_back_waits_until_all_are(monkeypatch):

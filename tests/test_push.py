@@ -620,11 +620,17 @@ def test_a_merge_whose_push_fails_is_kept(hub, merged, tmp_path):
     ("write", "else/both", "you are logged in as 'me', who may not write to 'else'"),
     ("write", "readers/both", "Push to 'me/both'"),
     ("read", "me/both", "your token can only read"),
-    ("write", "me/both", None), ("write", "writers/both", None), ("fineGrained", "else/both", None),
+    ("write", "Me/both", None), ("write", "grouped/both", None), ("write", "writers/both", None),
+    ("fineGrained", "else/both", None),
 ])  # fmt: skip
 def test_a_token_that_cannot_push_is_found_before_the_work(hub, role, repo, message):
     hub.auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": role}}
-    hub.orgs = [{"name": "readers", "roleInOrg": "read"}, {"name": "writers", "roleInOrg": "contributor"}]
+    group = {"name": "g", "role": "write"}
+    hub.orgs = [
+        {"name": "readers", "roleInOrg": "read"},
+        {"name": "writers", "roleInOrg": "contributor"},
+        {"name": "grouped", "roleInOrg": "read", "resourceGroups": [group]},
+    ]
     with pytest.raises(CheckpointError, match=message) if message else contextlib.nullcontext():
         check_login(repo)
 

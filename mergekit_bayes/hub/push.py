@@ -159,15 +159,18 @@ def check_login(repo: str) -> None:
     check_target(repo)
     with _answers(repo):
         me = HfApi(library_name="mergekit-bayes").whoami()
-    owner, token = repo.partition("/")[0], (me.get("auth", {}).get("accessToken") or {}).get("role")
-    roles = {me["name"]: "admin", **{o["name"]: o.get("roleInOrg") or "write" for o in me.get("orgs") or ()}}
+    owner, token = repo.partition("/")[0].casefold(), ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    # A member who reads may yet write to some resource group.
+    groups = {
+        o["name"].casefold() for o in me.get("orgs") or () if o.get("roleInOrg") != "read" or "resourceGroups" in o
+    }
     if token == "read":
         raise CheckpointError(
             f"'{repo}': your token can only read. Make one that writes and log in with hf auth login."
         )
-    if token == "write" and roles.get(owner, "read") == "read":
+    if token == "write" and owner not in groups | {me["name"].casefold()}:
         raise CheckpointError(
-            f"'{repo}': you are logged in as '{me['name']}', who may not write to '{owner}'. Push to "
+            f"'{repo}': you are logged in as '{me['name']}', who may not write to '{repo.partition('/')[0]}'. Push to "
             f"'{me['name']}/{repo.partition('/')[2]}', or log in as somebody who may."
         )
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +63,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     Training noise is a function of (seed, step, sample, group, parameter, place): a resumed run continues it, a step
     that is made again gets it again, and draws for prediction do not disturb it. Replicas (DDP) draw the same noise,
-    shards (DTensor) each their own, and with IVON's `rank_noise` every rank for training. On CPUs it is the same
-    whatever the processor (see `fused`), on GPUs, and where numba is missing, that of torch's generators.
+    shards (DTensor) each their own, and with IVON's `rank_noise` every rank for training. Where `fused` can
+    draw it, it is the same on every processor; on GPUs, without numba and for tensors that are not contiguous it comes
+    from torch's generators.
 
     Args:
         params: Parameters or groups; frozen ones are left alone.
@@ -129,10 +129,16 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """
         self._check_parameters()
         draw = self._next_draw(train)
-        with self._away(self._perturb, self._take if train else None, draw):
-            yield
-        if train:
-            self._sample += 1
+        taking = False
+        try:
+            with self._away(self._perturb, self._take if train else None, draw):
+                yield
+                taking = train
+            self._sample += train
+        except BaseException:
+            if taking:
+                self._begin_again()  # or what was taken before an interrupt would count twice
+            raise
 
     def _begin_again(self) -> None:
         """Forget the samples of the step."""
@@ -165,7 +171,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Parameters moved inside and restored outside; `take` sees those with a gradient before that."""
         if self._open:
             raise RuntimeError("sampled_params cannot be nested")
-        self._open, completed = True, False
+        self._open = True
         moved: list[Moved] = []
         try:
             with torch.no_grad():
@@ -179,19 +185,15 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                         moved.append(at)
                         move(at)
             yield
-            completed = True
-        finally:
-            self._open = False
             with torch.no_grad():
-                try:
-                    for at in moved:
-                        if take is not None and completed and at.parameter.grad is not None:
-                            take(at)
-                except BaseException:
-                    self._begin_again()  # or the parameters taken so far would count this sample twice
-                    raise
-                finally:
-                    self._restore_all(moved)
+                for at in moved:
+                    if take is not None and at.parameter.grad is not None:
+                        take(at)
+        finally:
+            try:
+                self._restore_all(moved)
+            finally:
+                self._open = False
 
     def _room(self, parameter: Tensor, like: Tensor) -> Tensor:
         """A third tensor of the parameter's size, between steps kept in `_rooms` on a CPU.
@@ -199,12 +201,14 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         Fresh memory is zeroed page by page when it is touched, which costs as much as the noise.
         """
         room = self._rooms.pop(parameter, None)
-        if room is not None and room.dtype == like.dtype and room.shape == like.shape:
+        kind = (like.dtype, like.device, like.shape, like.stride())
+        if room is not None and (room.dtype, room.device, room.shape, room.stride()) == kind:
             return room
         return torch.empty_like(like)
 
     def _leave_room(self, parameter: Tensor, room: Tensor) -> None:
-        if room.device.type == "cpu" and self.restore == "copy":  # torch keeps the memory of others itself
+        # Memory of others torch keeps itself; a tensor of inference mode could not be written to outside of it.
+        if room.device.type == "cpu" and self.restore == "copy" and not room.is_inference():
             self._rooms[parameter] = room
 
     def _perturb(self, at: Moved) -> None:
@@ -224,12 +228,13 @@ class PosteriorOptimizer(torch.optim.Optimizer):
 
     def _restore_all(self, moved: list[Moved]) -> None:
         """All of them, also if Ctrl-C comes meanwhile, which is raised again at the end."""
-        interrupt: KeyboardInterrupt | None = None
+        interrupt: BaseException | None = None
         while moved:
             try:
-                self._restore(moved[-1])
+                with torch.no_grad():
+                    self._restore(moved[-1])
                 moved.pop()
-            except KeyboardInterrupt as error:
+            except (KeyboardInterrupt, SystemExit) as error:
                 interrupt = error
         if interrupt is not None:
             raise interrupt
@@ -276,8 +281,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             elif passes is not None:
                 passes.noise(scratch, h, d, factor, seed, start)
             else:
-                for part in torch.split(scratch.view(-1), _SLICE) if scratch.is_contiguous() else (scratch,):
-                    part.normal_(generator=generator)  # the numbers depend on the size
+                size = _SLICE if scratch.device.type == "cpu" else _GPU_SLICE  # on which the numbers depend
+                for part in torch.split(scratch.view(-1), size) if scratch.is_contiguous() else (scratch,):
+                    part.normal_(generator=generator)
                 scratch.mul_(torch.add(h, d).rsqrt_()).mul_(factor)
             start += h.numel()
             yield scratch, *rest
@@ -316,7 +322,8 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             ValueError: The run was made with another `prior` than this optimizer has, or with another optimizer.
         """
         for group in state_dict["param_groups"]:
-            if _MARKS & set(group) != {self._mark} & _MARKS or "ess" not in group:
+            # One of parameters alone is what torch.distributed.checkpoint makes of a group that it has not found.
+            if set(group) != {"params"} and (_MARKS & set(group) != {self._mark} & _MARKS or "ess" not in group):
                 raise ValueError(
                     f"{type(self).__name__}: the checkpoint is another optimizer's, whose h and momentum are not the "
                     "same. Resume with that optimizer, or give its posterior as the prior."
@@ -483,13 +490,21 @@ def slices(*items: Any) -> Iterator[tuple[Any, ...]]:
 
 @cache
 def _fused() -> Any:
-    return import_module("mergekit_bayes.optim.fused") if find_spec("numba") else None
+    try:
+        return import_module("mergekit_bayes.optim.fused")
+    except ImportError:  # numba is missing, or does not go with what else is installed
+        return None
 
 
 def fused_passes(*items: Any) -> Any:
-    """The module of compiled passes if it is there and fits all of the tensors, else None."""
+    """The module of compiled passes if it is there and fits all of the tensors, else None.
+
+    Args:
+        items: A tensor, others of its shape, and numbers, which may be tensors without dimensions.
+    """
     fused = _fused()
-    return fused if fused and fused.fits(*(t for t in items if isinstance(t, Tensor) and t.ndim > 0)) else None
+    tensors = [t for i, t in enumerate(items) if isinstance(t, Tensor) and (i == 0 or t.ndim > 0)]
+    return fused if fused and fused.fits(*tensors) else None
 
 
 def mix(*numbers: int) -> int:

@@ -7,7 +7,7 @@ numbers come out on every processor, whatever the slices and threads.
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import numpy as np
@@ -67,6 +67,7 @@ def ivon_update(
         np.float32(ess), np.float32(1 - beta1), np.float32(1 - beta2), np.float32(0.5 * (1 - beta2) ** 2),
         np.float32(correction), np.float32(clip_radius * correction), np.float32(lr / correction),
     ))  # fmt: skip
+    torch.autograd.graph.increment_version(mean)  # as every change in place does
 
 
 def ggn_update(
@@ -84,6 +85,7 @@ def ggn_update(
         np.float32(share), np.float32(1 - beta1), np.float32(correction), np.float32(clip_radius * correction),
         np.float32(lr / correction),
     ))  # fmt: skip
+    torch.autograd.graph.increment_version(mean)  # as every change in place does
 
 
 def _in_threads(size: int, run: Callable[[slice], None]) -> None:
@@ -93,7 +95,12 @@ def _in_threads(size: int, run: Callable[[slice], None]) -> None:
         run(slice(0, size))
         return
     step = -(-size // (threads * BLOCK)) * BLOCK
-    list(_pool(threads).map(run, (slice(at, min(at + step, size)) for at in range(0, size, step))))
+    parts = [_pool(threads).submit(run, slice(at, min(at + step, size))) for at in range(0, size, step)]
+    try:
+        for part in parts:
+            part.result()
+    finally:
+        wait(parts)  # also after Ctrl-C: nothing is written later
 
 
 @cache
@@ -179,6 +186,12 @@ def _noise(out, hess, decays, decay, factor, key0, key1, first):
 
 
 @inlined
+def _lerp(x, y, share):
+    """From x towards y; in the form that is exact at both ends."""
+    return x + share * (y - x) if share < np.float32(0.5) else y - (np.float32(1) - share) * (y - x)
+
+
+@inlined
 def _moved(mean, centre, momentum, hess, decay, correction, clip, rate):
     """`base.newton_step` of one entry; a NaN passes both bounds."""
     direction = (momentum + decay * correction * (mean - centre)) / (hess + decay)
@@ -192,7 +205,7 @@ def _ivon(mean, momentum, hess, grad, noise_grad, decays, decay, centre, ess, a1
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]
-        momentum[i] += a1 * (grad[i] - momentum[i])
+        momentum[i] = _lerp(momentum[i], grad[i], a1)
         curvature = hess[i] + d
         change = hess[i] - ess * noise_grad[i] * curvature
         hess[i] = hess[i] - a2 * change + half * (change * change / curvature)
@@ -204,7 +217,7 @@ def _ggn(mean, momentum, hess, grad, squares, decays, decay, centre, share, a1, 
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]
-        momentum[i] += a1 * (grad[i] - momentum[i])
+        momentum[i] = _lerp(momentum[i], grad[i], a1)
         if squares is not None:
-            hess[i] += share * (squares[i] - hess[i])
+            hess[i] = _lerp(hess[i], squares[i], share)
         mean[i] = _moved(mean[i], m_p, momentum[i], hess[i], d, correction, clip, rate)

@@ -30,7 +30,7 @@ from mergekit_bayes.optim.base import (
     wide,
 )
 
-_EVERY = 16  # the noise number looks at one entry in so many
+_LOOKED, _EVERY = 4096, 16  # the noise number looks at so many entries in a row, and at one row in so many
 
 
 def ivon_update(
@@ -493,11 +493,11 @@ class IVON(PosteriorOptimizer):
             pieces = self._redrawn(sampled.at, sampled.grad, *tensors)
         else:
             pieces = slices(sampled.noise_grad.div_(sampled.draws), *tensors)
-        passes = fused_passes(mean, state["momentum"], state["hess"], centre, decay)
+        passes = fused_passes(*tensors[:3], centre, decay)
         update = passes.ivon_update if passes else ivon_update
         looked, noise = 0, torch.zeros((), device=weights.device)
         for noise_grad, m, momentum, hess, g, m_p, d in pieces:
-            grad = g.to(momentum.dtype)
+            grad = g.to(momentum.dtype).contiguous()
             ratios = _ratios(noise_grad, hess, d, group["ess"])
             noise += ratios.square_().sum()
             looked += ratios.numel()
@@ -526,11 +526,11 @@ class IVON(PosteriorOptimizer):
         weights = local(parameter)
         mean = local(state["mean"]) if "mean" in state else weights
         tensors = (mean, local(state["momentum"]), local(state["hess"]), grad, squares, centre, decay)
-        passes = fused_passes(mean, state["momentum"], state["hess"], squares, centre, decay)
+        passes = fused_passes(*tensors[:3], squares, centre, decay)
         update = passes.ggn_update if passes else ggn_update
         for m, momentum, hess, g, square, m_p, d in slices(*tensors):
             update(
-                m, momentum, hess, g.to(momentum.dtype), square,
+                m, momentum, hess, g.to(momentum.dtype).contiguous(), square,
                 share=(1 - group["beta2"]) / (1 - group["beta2"] ** max(1, int(state["estimates"]))),
                 step=int(state["step"]), lr=group["lr"], beta1=group["beta1"], weight_decay=d,
                 clip_radius=group["clip_radius"], debias=group["debias"], prior_mean=m_p,
@@ -599,12 +599,17 @@ class IVON(PosteriorOptimizer):
 
 
 def _ratios(noise_grad: Tensor, hess: Tensor, decay: Tensor | float, ess: float) -> Tensor:
-    """(f - h) / (h + d) of some entries: the first of each slice, or evenly spread where there are no slices."""
-    n = hess.numel()
-    some = slice(None) if n <= 4096 else slice(None, None, _EVERY) if hess.is_cuda else slice(0, n // _EVERY)
-    f, h = (t.reshape(-1)[some] for t in (noise_grad, hess))
-    d = decay.reshape(-1)[some] if isinstance(decay, Tensor) and decay.ndim else decay
+    """(f - h) / (h + d) of some entries."""
+    f, h = _some(noise_grad), _some(hess)
+    d = _some(decay) if isinstance(decay, Tensor) and decay.ndim else decay
     return (f * ess).sub_(h / (h + d))
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Rows of a flat tensor, every `_EVERY`th; the same ones in whole tensors and in slices of them."""
+    flat = tensor.reshape(-1)
+    rows = flat.numel() // (_LOOKED * _EVERY)
+    return flat[: rows * _LOOKED * _EVERY].view(rows, -1)[:, :_LOOKED] if rows else flat[:_LOOKED]
 
 
 def _summed_gradients(projected: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
