@@ -171,9 +171,9 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Parameters moved inside and restored outside; `take` sees those with a gradient before that."""
         if self._open:
             raise RuntimeError("sampled_params cannot be nested")
-        self._open = True
         moved: list[Moved] = []
         try:
+            self._open = True
             with torch.no_grad():
                 for g, group in enumerate(self.param_groups):
                     for p, parameter, state in self._trainable(group):
