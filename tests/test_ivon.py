@@ -193,7 +193,6 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
     """Ctrl-C at every slice of moving, taking and restoring, in turn; then the step is made again."""
     parameters = [torch.nn.Parameter(torch.randn(600_000, generator=torch.Generator().manual_seed(k))) for k in (0, 1)]
     means = [p.detach().clone() for p in parameters]
-    monkeypatch.setattr(base, "_SLICE", (1 << 18) // torch.get_num_threads())
     inner, interrupts, seen = base.slices, 0, 0
     rounding = 1e-6 if "restore" in kind else 0.0  # which redrawing leaves
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
 
-_SLICE = 1 << 18  # elements a thread; on a CPU the scratch of one slice stays in cache
+_SLICE = 1 << 18  # elements; on a CPU the scratch of one slice stays in cache
 _GPU_SLICE = 1 << 24  # and on a GPU it does not grow with the largest embedding
 _PERIOD = 1 << 17  # of the random factors of a checksum, which checkpoints hold
 TRAIN, PREDICT = 0, 1  # streams of noise
@@ -281,10 +281,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             elif passes is not None:
                 passes.noise(scratch, h, d, factor, seed, start)
             else:
-                size = _SLICE if scratch.device.type == "cpu" else _GPU_SLICE  # on which the numbers depend
-                for part in torch.split(scratch.view(-1), size) if scratch.is_contiguous() else (scratch,):
-                    part.normal_(generator=generator)
-                scratch.mul_(torch.add(h, d).rsqrt_()).mul_(factor)
+                scratch.normal_(generator=generator).mul_(torch.add(h, d).rsqrt_()).mul_(factor)
             start += h.numel()
             yield scratch, *rest
 
@@ -478,8 +475,7 @@ def wide(gradient: Tensor) -> Tensor:
 def slices(*items: Any) -> Iterator[tuple[Any, ...]]:
     """Aligned flat views of so many elements; numbers, None and scalars pass; whole where one is not flat."""
     tensors = [t for t in items if isinstance(t, Tensor) and t.ndim > 0]
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
-    size = _SLICE * torch.get_num_threads() if on_cpu else _GPU_SLICE
+    size = _SLICE if all(t.device.type == "cpu" for t in tensors) else _GPU_SLICE
     if not tensors or tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         yield items
         return

@@ -2,13 +2,10 @@
 
 The noise is that of Philox 4x32-10 (Salmon et al., SC 2011), which makes a random number from a key and its place, so
 that any slice can be drawn alone, and of Box and Muller's transform. Nothing is contracted or reassociated: the same
-numbers come out on every processor, whatever the slices and threads.
+numbers come out on every processor, whatever the slices.
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
 
 import numpy as np
 import torch
@@ -18,7 +15,6 @@ from mergekit_bayes.compiled import compiled, inlined
 
 _LANES = 512  # counters of a block; written beside each other, so that the loop is vectorised
 BLOCK = 4 * _LANES  # entries drawn together
-_PART = 1 << 16  # entries that are worth a thread
 
 # sin(pi t) / t in t^2 for |t| <= 1/2, and log(1 + x) / x for sqrt(1/2) - 1 <= x <= sqrt(2) - 1, interpolated at the
 # Chebyshev nodes: both within 6e-8 of the function, a unit in float32's last place.
@@ -46,11 +42,10 @@ def noise(out: Tensor, hess: Tensor, decay: Tensor | float, factor: float, seed:
         start: Of how many entries of the same seed this is the continuation; a multiple of `BLOCK`.
     """
     decays, d = _entries_or_number(decay)
-    o, h, low, high = _flat(out), _flat(hess), np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
-    _in_threads(o.size, lambda part: _noise(
-        o[part], h[part], _of(decays, part), np.float32(d), np.float32(factor), low, high,
-        np.uint64((start + part.start) // BLOCK),
-    ))  # fmt: skip
+    _noise(
+        _flat(out), _flat(hess), decays, np.float32(d), np.float32(factor), np.uint32(seed & 0xFFFFFFFF),
+        np.uint32(seed >> 32), np.uint64(start // BLOCK),
+    )  # fmt: skip
 
 
 def ivon_update(
@@ -59,14 +54,14 @@ def ivon_update(
     prior_mean: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`ivon.ivon_update` in one pass; all tensors contiguous float32. `noise_grad` stays as it is."""
-    (decays, d), centres = _entries_or_number(weight_decay), None if prior_mean is None else _flat(prior_mean)
-    m, g, h, new, seen = (_flat(t) for t in (mean, momentum, hess, grad, noise_grad))
+    decays, d = _entries_or_number(weight_decay)
     correction = 1 - beta1**step if debias else 1.0
-    _in_threads(m.size, lambda part: _ivon(
-        m[part], g[part], h[part], new[part], seen[part], _of(decays, part), np.float32(d), _of(centres, part),
-        np.float32(ess), np.float32(1 - beta1), np.float32(1 - beta2), np.float32(0.5 * (1 - beta2) ** 2),
-        np.float32(correction), np.float32(clip_radius * correction), np.float32(lr / correction),
-    ))  # fmt: skip
+    _ivon(
+        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), _flat(noise_grad), decays, np.float32(d),
+        None if prior_mean is None else _flat(prior_mean), np.float32(ess), np.float32(1 - beta1),
+        np.float32(1 - beta2), np.float32(0.5 * (1 - beta2) ** 2), np.float32(correction),
+        np.float32(clip_radius * correction), np.float32(lr / correction),
+    )  # fmt: skip
     torch.autograd.graph.increment_version(mean)  # as every change in place does
 
 
@@ -76,40 +71,14 @@ def ggn_update(
     prior_mean: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`ivon.ggn_update` in one pass; all tensors contiguous float32."""
-    (decays, d), centres = _entries_or_number(weight_decay), None if prior_mean is None else _flat(prior_mean)
-    m, g, h, new = (_flat(t) for t in (mean, momentum, hess, grad))
-    seen = None if squares is None else _flat(squares)
+    decays, d = _entries_or_number(weight_decay)
     correction = 1 - beta1**step if debias else 1.0
-    _in_threads(m.size, lambda part: _ggn(
-        m[part], g[part], h[part], new[part], _of(seen, part), _of(decays, part), np.float32(d), _of(centres, part),
-        np.float32(share), np.float32(1 - beta1), np.float32(correction), np.float32(clip_radius * correction),
-        np.float32(lr / correction),
-    ))  # fmt: skip
+    _ggn(
+        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), None if squares is None else _flat(squares), decays,
+        np.float32(d), None if prior_mean is None else _flat(prior_mean), np.float32(share), np.float32(1 - beta1),
+        np.float32(correction), np.float32(clip_radius * correction), np.float32(lr / correction),
+    )  # fmt: skip
     torch.autograd.graph.increment_version(mean)  # as every change in place does
-
-
-def _in_threads(size: int, run: Callable[[slice], None]) -> None:
-    """Run on parts that begin with a block, in as many threads as torch may use; the passes release Python's lock."""
-    threads = min(torch.get_num_threads(), size // _PART)
-    if threads < 2:
-        run(slice(0, size))
-        return
-    step = -(-size // (threads * BLOCK)) * BLOCK
-    parts = [_pool(threads).submit(run, slice(at, min(at + step, size))) for at in range(0, size, step)]
-    try:
-        for part in parts:
-            part.result()
-    finally:
-        wait(parts)  # also after Ctrl-C: nothing is written later
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="bmerge-optim")
-
-
-def _of(entries: np.ndarray | None, part: slice) -> np.ndarray | None:
-    return None if entries is None else entries[part]
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
