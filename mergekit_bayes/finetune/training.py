@@ -118,10 +118,9 @@ def run_settings(
     return settings
 
 
-def chosen(settings: Mapping[str, Any]) -> str:
+def chosen(settings: Mapping[str, Any], unit: str) -> str:
     """The settings of a run in a line, those that were left out included."""
-    unit = settings["loss_reduction"].removeprefix("mean over ").removesuffix(" of a step")
-    line = f"{settings['steps']:,} steps of {settings['batch_size']:,.0f} {unit}, {settings['optimizer']}: "
+    line = f"{settings['steps']:,} steps of {settings['batch_size']:,.0f} {unit}s, {settings['optimizer']}: "
     line += f"lr {settings['lr']:g}, weight_decay {settings['weight_decay']:g}"
     if settings["optimizer"] != "ivon":
         return line
@@ -157,7 +156,7 @@ def make_trainer(
             raise ConfigError(f"report_to: {str(error).splitlines()[0]}") from None
         raise
     refuse_accelerator(trainer.accelerator, ivon=ivon)
-    return _with_callbacks(trainer, settings, identity, loss_before, quiet=quiet)
+    return _with_callbacks(trainer, chosen(settings, UNIT[loaded.task]), identity, loss_before, quiet=quiet)
 
 
 def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
@@ -248,16 +247,16 @@ def _ivon_trainer(config: FinetuneConfig, settings: Mapping[str, Any]) -> Any:
 
 
 def _with_callbacks(
-    trainer: Any, settings: Mapping[str, Any], identity: Mapping[str, Any], loss_before: float, *, quiet: bool
+    trainer: Any, first_line: str, identity: Mapping[str, Any], loss_before: float, *, quiet: bool
 ) -> Any:
-    """A bar and a line a log on stderr at most: the Trainer's own callbacks print on stdout."""
+    """A first line, a bar and a line a log on stderr at most: the Trainer's own callbacks print on stdout."""
     import transformers
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class Bar(ProgressCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                print(chosen(settings), file=sys.stderr)
+                print(first_line, file=sys.stderr)
             super().on_train_begin(args, state, control, **kwargs)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

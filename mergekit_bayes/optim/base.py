@@ -46,7 +46,7 @@ class Moved:
     state: dict[str, Any]
     index: tuple[int, int]
     draw: Draw | None
-    saved: Tensor | None = None  # room for the mean, where nothing else holds it
+    saved: Tensor | None = None  # a buffer for the mean, where nothing else holds it
     noise: Tensor | None = None  # the noise drawn, where rounded weights do not tell it
     moved: int = 0  # entries that have left the mean, which is in `saved` or to be found by subtraction
     restored: int = 0  # entries that have been put back, where that goes slice by slice
@@ -108,7 +108,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         self._sample = 0  # samples taken since the last step
         self._open = False
         self._medians: dict[Tensor, float] = {}
-        self._rooms: dict[Tensor, Tensor] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,10 +137,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             self._sample += train
         except BaseException:
             if taking:
-                self._begin_again()  # or what was taken before an interrupt would count twice
+                self._forget_samples()  # or what was taken before an interrupt would count twice
             raise
 
-    def _begin_again(self) -> None:
+    def _forget_samples(self) -> None:
         """Forget the samples of the step."""
         self._samples.clear()
         self._sample = 0
@@ -181,7 +181,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                         if "mean" in state:
                             _adopt(local(parameter), local(state["mean"]))
                         elif self.restore == "copy" or draw is None:
-                            at.saved = self._room(parameter, local(parameter))
+                            at.saved = self._buffer(parameter, local(parameter))
                         moved.append(at)
                         move(at)
             yield
@@ -195,21 +195,21 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             finally:
                 self._open = False
 
-    def _room(self, parameter: Tensor, like: Tensor) -> Tensor:
-        """A third tensor of the parameter's size, between steps kept in `_rooms` on a CPU.
+    def _buffer(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """A third tensor of the parameter's size, between steps kept in `_buffers` on a CPU.
 
         Fresh memory is zeroed page by page when it is touched, which costs as much as the noise.
         """
-        room = self._rooms.pop(parameter, None)
+        buffer = self._buffers.pop(parameter, None)
         kind = (like.dtype, like.device, like.shape, like.stride())
-        if room is not None and (room.dtype, room.device, room.shape, room.stride()) == kind:
-            return room
+        if buffer is not None and (buffer.dtype, buffer.device, buffer.shape, buffer.stride()) == kind:
+            return buffer
         return torch.empty_like(like)
 
-    def _leave_room(self, parameter: Tensor, room: Tensor) -> None:
+    def _keep_buffer(self, parameter: Tensor, buffer: Tensor) -> None:
         # Memory of others torch keeps itself; a tensor of inference mode could not be written to outside of it.
-        if room.device.type == "cpu" and self.restore == "copy" and not room.is_inference():
-            self._rooms[parameter] = room
+        if buffer.device.type == "cpu" and self.restore == "copy" and not buffer.is_inference():
+            self._buffers[parameter] = buffer
 
     def _perturb(self, at: Moved) -> None:
         weights = local(at.parameter)
@@ -220,7 +220,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             return
         mean = local(at.state["mean"])
         if self._uses_noise and self.restore == "copy" and at.draw is not None and at.draw.stream == TRAIN:
-            at.noise = self._room(at.parameter, mean)
+            at.noise = self._buffer(at.parameter, mean)
         for noise, w, m, kept in self._noise(at, weights, mean, at.noise):
             if kept is not None:
                 kept.copy_(noise)
@@ -249,7 +249,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             elif at.restored < at.moved:  # slice by slice, of flat tensors, and interrupted
                 part = slice(at.restored, at.moved)
                 weights.view(-1)[part].copy_(at.saved.view(-1)[part])
-            self._leave_room(at.parameter, at.saved)
+            self._keep_buffer(at.parameter, at.saved)
         elif at.restored < at.moved:
             done = 0
             for noise, w in self._noise(at, weights):

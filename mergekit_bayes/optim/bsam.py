@@ -98,8 +98,8 @@ class BSAM(PosteriorOptimizer):
         super()._clear()
         self._ascended: dict[Tensor, Tensor] = {}
 
-    def _begin_again(self) -> None:
-        super()._begin_again()
+    def _forget_samples(self) -> None:
+        super()._forget_samples()
         self._ascended.clear()
 
     @contextmanager
@@ -158,5 +158,5 @@ class BSAM(PosteriorOptimizer):
                     )  # fmt: skip
                 if mean is not weights:
                     weights.copy_(mean)
-        self._begin_again()
+        self._forget_samples()
         return loss

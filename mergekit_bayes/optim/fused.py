@@ -6,6 +6,7 @@ numbers come out on every processor, whatever the slices.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,13 +55,10 @@ def ivon_update(
     prior_mean: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`ivon.ivon_update` in one pass; all tensors contiguous float32. `noise_grad` stays as it is."""
-    decays, d = _entries_or_number(weight_decay)
-    correction = 1 - beta1**step if debias else 1.0
     _ivon(
-        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), _flat(noise_grad), decays, np.float32(d),
-        None if prior_mean is None else _flat(prior_mean), np.float32(ess), np.float32(1 - beta1),
-        np.float32(1 - beta2), np.float32(0.5 * (1 - beta2) ** 2), np.float32(correction),
-        np.float32(clip_radius * correction), np.float32(lr / correction),
+        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), _flat(noise_grad), np.float32(ess),
+        np.float32(1 - beta2), np.float32(0.5 * (1 - beta2) ** 2),
+        *_newton(prior_mean, weight_decay, step, lr, beta1, clip_radius, debias),
     )  # fmt: skip
     torch.autograd.graph.increment_version(mean)  # as every change in place does
 
@@ -71,14 +69,23 @@ def ggn_update(
     prior_mean: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`ivon.ggn_update` in one pass; all tensors contiguous float32."""
-    decays, d = _entries_or_number(weight_decay)
-    correction = 1 - beta1**step if debias else 1.0
     _ggn(
-        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), None if squares is None else _flat(squares), decays,
-        np.float32(d), None if prior_mean is None else _flat(prior_mean), np.float32(share), np.float32(1 - beta1),
-        np.float32(correction), np.float32(clip_radius * correction), np.float32(lr / correction),
+        _flat(mean), _flat(momentum), _flat(hess), _flat(grad), None if squares is None else _flat(squares),
+        np.float32(share), *_newton(prior_mean, weight_decay, step, lr, beta1, clip_radius, debias),
     )  # fmt: skip
     torch.autograd.graph.increment_version(mean)  # as every change in place does
+
+
+def _newton(
+    prior_mean: Tensor | None, weight_decay: float | Tensor, step: int, lr: float, beta1: float, clip_radius: float,
+    debias: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What both passes need for momentum and mean: prior, the momentum's share, its correction, clip and rate."""
+    correction = 1 - beta1**step if debias else 1.0
+    decays, decay = _entries_or_number(weight_decay)
+    centre = None if prior_mean is None else _flat(prior_mean)
+    numbers = (decay, 1 - beta1, correction, clip_radius * correction, lr / correction)
+    return centre, decays, *(np.float32(n) for n in numbers)
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
@@ -170,7 +177,7 @@ def _moved(mean, centre, momentum, hess, decay, correction, clip, rate):
 
 
 @compiled(error_model="numpy")
-def _ivon(mean, momentum, hess, grad, noise_grad, decays, decay, centre, ess, a1, a2, half, correction, clip, rate):
+def _ivon(mean, momentum, hess, grad, noise_grad, ess, a2, half, centre, decays, decay, a1, correction, clip, rate):
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]
@@ -182,7 +189,7 @@ def _ivon(mean, momentum, hess, grad, noise_grad, decays, decay, centre, ess, a1
 
 
 @compiled(error_model="numpy")
-def _ggn(mean, momentum, hess, grad, squares, decays, decay, centre, share, a1, correction, clip, rate):
+def _ggn(mean, momentum, hess, grad, squares, share, centre, decays, decay, a1, correction, clip, rate):
     for i in range(mean.size):
         d = decay if decays is None else decays[i]
         m_p = np.float32(0) if centre is None else centre[i]

@@ -251,8 +251,8 @@ class IVON(PosteriorOptimizer):
         self._observed = 0
         self._told_apart = False
 
-    def _begin_again(self) -> None:
-        super()._begin_again()
+    def _forget_samples(self) -> None:
+        super()._forget_samples()
         self._squares, self._observed = {}, 0
 
     def _check_parameters(self) -> None:
@@ -356,7 +356,7 @@ class IVON(PosteriorOptimizer):
         before.draws += 1
         before.grad = wide(before.grad).add_(gradient)
         before.noise_grad.add_(product)
-        self._leave_room(at.parameter, product)
+        self._keep_buffer(at.parameter, product)
 
     def _product(self, at: Moved, gradient: Tensor) -> Tensor:
         """noise * gradient in the buffer that held the noise, or the mean, which is restored."""
@@ -428,7 +428,7 @@ class IVON(PosteriorOptimizer):
                     self._adapt(parameter, group, state)
         for parameter, group, noise, count in _over_shards(seen):
             self.state[parameter]["noise"].lerp_(noise / max(count, 1), 1 - group["beta2"])
-        self._begin_again()
+        self._forget_samples()
         return loss
 
     def _check_curvature(self) -> None:
@@ -510,7 +510,7 @@ class IVON(PosteriorOptimizer):
         if mean is not weights:
             weights.copy_(mean)
         if sampled.noise_grad is not None:
-            self._leave_room(parameter, sampled.noise_grad)
+            self._keep_buffer(parameter, sampled.noise_grad)
         return looked, noise
 
     def _update_ggn(

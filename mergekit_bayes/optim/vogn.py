@@ -87,8 +87,8 @@ class VOGN(PosteriorOptimizer):
         self._squares: dict[Tensor, Tensor] = {}  # of the open context
         self._observed = self._count = 0  # examples of the step; of the open context
 
-    def _begin_again(self) -> None:
-        super()._begin_again()
+    def _forget_samples(self) -> None:
+        super()._forget_samples()
         self._observed = 0
 
     @contextmanager
@@ -160,5 +160,5 @@ class VOGN(PosteriorOptimizer):
                     )  # fmt: skip
                 if mean is not weights:
                     weights.copy_(mean)
-        self._begin_again()
+        self._forget_samples()
         return losses
