@@ -1,0 +1,165 @@
+"""A precision by row or by tensor merges like the same numbers spread out to every entry."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.posterior import precision_path
+from tests import model_forms, tiny
+from tests.model_forms import POOLED, SHAPES, close, expect, load, merge, model
+
+here = model_forms.here
+
+
+def coarsest(pools):
+    return next(p for p in ("entry", "row", "tensor") if p in pools)
+
+
+@pytest.mark.parametrize("pools", list(itertools.product(POOLED, repeat=3)), ids="-".join)
+def test_pooled_precisions_equal_the_same_numbers_spread_out(pools):
+    base, a, b = (
+        model(n, i, pool=p, kept=("F32", "BF16")[i % 2])
+        for i, (n, p) in enumerate(zip(("base", "a", "b"), pools, strict=True))
+    )
+    merge("a", "b", scale=(1.0, 0.4))
+    mean, precision = expect(base, (a, b), (1.0, 0.4))
+    close(load("x.safetensors"), mean)
+    stored = load("x.precision.safetensors")
+    close(stored, precision)
+    assert {n: s.shape for n, s in stored.items()} == {
+        n: POOLED[coarsest(pools)](np.ones(s, np.float32)).shape for n, s in SHAPES.items()
+    }
+    for name in SHAPES:
+        if coarsest(pools) != "entry":
+            assert (
+                precision[name].size == 1
+                or np.ptp(precision[name].reshape(len(precision[name]), -1), 1).max() == 0
+            )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shrink": "0.3"},
+        {"shrink": "row:0.3"},
+        {"pool": "row"},
+        {"pool": "tensor"},
+        {"pool": "row", "shrink": "row:0.5"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "pools", [("entry", "row", "tensor"), ("tensor", "entry", "row"), ("row",) * 3], ids="-".join
+)
+def test_shrinking_and_pooling_of_pooled_precisions(pools, settings):
+    each = [
+        model(n, i, pool=p) for i, (n, p) in enumerate(zip(("base", "a", "b"), pools, strict=True))
+    ]
+    merge("a", "b", **settings)
+
+    def shape(s, to):
+        axes = tuple(range(1, s.ndim)) if to == "row" else tuple(range(s.ndim))
+        return np.broadcast_to(s.mean(axis=axes, keepdims=True), s.shape)
+
+    def mended(name, s):
+        s = np.broadcast_to(s, SHAPES[name])
+        s = shape(s, settings["pool"]) if "pool" in settings else s
+        amount, by_row = (
+            settings.get("shrink", "0").removeprefix("row:"),
+            "row:" in settings.get("shrink", ""),
+        )
+        return s + float(amount) * shape(s, "row" if by_row else "tensor")
+
+    base, a, b = ((m, {n: mended(n, s) for n, s in p.items()}) for m, p in each)
+    mean, precision = expect(base, (a, b), (1, 1))
+    close(load("x.safetensors"), mean)
+    close(load("x.precision.safetensors"), precision)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shrink": "0.3"},
+        {"shrink": "row:0.3"},
+        {"pool": "row"},
+        {"pool": "tensor", "shrink": "0.5"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "pools", [("row",) * 4, ("tensor",) * 4, ("entry", "row", "tensor", "row")], ids="-".join
+)
+def test_merges_of_pooled_precisions_chain_and_undo(pools, settings):
+    for i, (name, pool) in enumerate(zip(("base", "a", "b", "c"), pools, strict=True)):
+        model(name, i, pool=pool)
+    merge("a", "b", scale=(1.0, 0.7), out="ab.safetensors", **settings)
+    merge("ab", "c", scale=(1.0, 0.3), out="chain.safetensors", **settings)
+    merge("a", "b", "c", scale=(1.0, 0.7, 0.3), out="once.safetensors", **settings)
+    report = merge("chain", "b", scale=(1.0, -0.7), out="undone.safetensors", **settings)
+    merge("a", "c", scale=(1.0, 0.3), out="rest.safetensors", **settings)
+    assert report.guarded_share == 0
+    for suffix in (".safetensors", ".precision.safetensors"):
+        close(load(f"chain{suffix}"), load(f"once{suffix}"), rtol=1e-4, atol=1e-5)
+        close(load(f"undone{suffix}"), load(f"rest{suffix}"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_removal_of_pooled_precisions_is_guarded_like_the_same_numbers_spread_out():
+    base, a = model("base", 0, pool="row"), model("a", 1, pool="row")
+    report = merge("a", scale=(-1.0,))
+    stored, guarded, entries = load("x.precision.safetensors"), 0, 0
+    for name, m0 in base[0].items():
+        s0, h = (np.broadcast_to(p[1][name], m0.shape) for p in (base, a))
+        s = np.maximum(s0 - h, 0.2 * (s0 + h))
+        np.testing.assert_allclose(
+            load("x.safetensors")[name], m0 - (s0 + h) / s * (a[0][name] - m0), rtol=2e-4
+        )
+        np.testing.assert_allclose(np.broadcast_to(stored[name], m0.shape), s, rtol=2e-5)
+        guarded, entries = guarded + np.count_nonzero(s0 - h < 0.2 * (s0 + h)), entries + s.size
+    assert report.guarded_share == pytest.approx(guarded / entries)
+    assert guarded > 0
+
+
+def test_a_pooled_posterior_is_kilobytes():
+    shapes = {"w": (300, 500), "b": (500,)}
+    for i, name in enumerate(("base", "a")):
+        model(name, i, mean=tiny.arrays(i, shapes), precision=tiny.precisions(i, shapes))
+    whole = 4 * 300 * 500
+    for pool, numbers in (("row", 800), ("tensor", 2)):
+        merge("a", pool=pool, out=f"{pool}.safetensors")
+        assert (
+            precision_path(Path(f"{pool}.safetensors")).stat().st_size < 4 * numbers + 4000 < whole
+        )
+        # And it can be pooled or spread out no further: it stays what it is.
+        merge(pool, pool=pool, out="again.safetensors", base="base")
+        assert (
+            load("again.precision.safetensors")["w"].shape
+            == load(f"{pool}.precision.safetensors")["w"].shape
+        )
+
+
+def test_rows_of_vocabularies_that_differ_keep_their_own_pooled_precision():
+    for longer, kept, pool in itertools.product((5, 9), POOLED, (None, "row", "tensor")):
+        shapes = SHAPES | {"wte.weight": (longer, 4)}
+        base = model("base", 0, pool=kept)
+        a = model(
+            "a", 1, pool=kept, mean=tiny.arrays(1, shapes), precision=tiny.precisions(1, shapes)
+        )
+        report = merge("a", vocab="common", pool=pool)
+        rows = min(7, longer)
+        s0, h = base[1]["wte.weight"], a[1]["wte.weight"]
+        s0 = np.broadcast_to(s0, (7, 4))
+        h = np.broadcast_to(h, (longer, 4))[:rows]
+        if pool is not None:
+            axis = 1 if pool == "row" else None
+            s0, h = (np.broadcast_to(x.mean(axis=axis, keepdims=True), x.shape) for x in (s0, h))
+        m0, m = base[0]["wte.weight"], a[0]["wte.weight"][:rows]
+        mean, precision = m0.copy(), s0.copy()
+        precision[:rows] += h
+        mean[:rows] += (s0[:rows] + h) / precision[:rows] * (m - m0[:rows])
+        case = f"{longer} {kept} {pool}"
+        close({"w": load("x.safetensors")["wte.weight"]}, {"w": mean}, what=case)
+        close({"w": load("x.precision.safetensors")["wte.weight"]}, {"w": precision}, what=case)
+        assert str(rows) in report.ruled["wte.weight"]
