@@ -664,7 +664,7 @@ def test_everything_but_tensors_and_what_is_said_of_the_first_model_comes_along(
 
 def test_adapters_bring_the_same_side_files(world, tmp_path):
     from mergekit_bayes.lora import merge_adapters
-    from tests.test_lora import adapter, factors
+    from tests.adapters import adapter, factors
 
     for i, name in enumerate("ab"):
         adapter(Path(name), factors(i))

@@ -1,0 +1,105 @@
+"""Adapters that are no plain product, or do not fit their base, are refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.lora import open_adapted, open_adapter
+from mergekit_bayes.posterior import checkpoint_files, identify
+from mergekit_bayes.tensors import SafetensorsSource, read_tensor
+from tests.adapters import adapter, base, factors, peft_adapter, precise
+from tests.tiny_models import tiny_gpt2
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias=all"),
+        ({"peft_type": "IA3"}, "peft_type=IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_that_are_more_than_a_product_are_refused(tmp_path, config, match):
+    adapter(tmp_path / "a", factors(0), **config)
+    with pytest.raises(ConfigError, match=match):
+        open_adapter(str(tmp_path / "a"))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=match):
+        open_adapter(str(tmp_path / "a"))
+
+
+def test_adapters_of_embeddings_are_refused(tmp_path):
+    folder = tiny_gpt2(tmp_path / "base")
+    peft_adapter(tmp_path / "a", folder, r=2, target_modules=["wte"])
+    with pytest.raises(ConfigError, match=r"Adapters of\s+embeddings"):
+        open_adapter(str(tmp_path / "a"))
+
+
+def test_an_adapter_that_does_not_fit_its_base_or_itself_is_refused(tmp_path):
+    folder = base(tmp_path / "base")
+    adapter(tmp_path / "shape", factors(0, layers={"m.q": (6, 5)}))
+    with pytest.raises(MismatchError, match=r"changes a weight of \[6, 5\], but 'm\.q\.weight'"):
+        open_adapted(f"{folder}+{tmp_path / 'shape'}")
+    adapter(tmp_path / "name", factors(0, layers={"m.other": (6, 4)}))
+    with pytest.raises(MismatchError, match=r"'m\.other\.weight', which .* does not hold"):
+        open_adapted(f"{folder}+{tmp_path / 'name'}")
+    adapter(tmp_path / "rank", factors(0), rank_pattern={"q": 3})
+    with pytest.raises(MismatchError, match=r"gives it rank 3"):
+        open_adapter(str(tmp_path / "rank"))
+    with pytest.raises(CheckpointError, match=r"is not an adapter: it has no adapter_config\.json"):
+        open_adapted(f"{folder}+{folder}")
+    made = factors(0)
+    made["m.q"].b[0, 0] = np.nan
+    adapter(tmp_path / "nan", made)
+    opened = open_adapted(f"{folder}+{tmp_path / 'nan'}")
+    with pytest.raises(
+        CheckpointError, match=r"m\.q\.lora_B\.weight' has entries that are not finite"
+    ):
+        read_tensor(opened.mean, "m.q.weight")
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"peft_type": "LORA"}',
+        '{"r": 0, "lora_alpha": 1}',
+        '{"r": 1, "lora_alpha": "x"}',
+    ],
+)
+def test_a_broken_config_is_named(tmp_path, text):
+    adapter(tmp_path / "a", factors(0))
+    (tmp_path / "a" / "adapter_config.json").write_text(text)
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config\.json: cannot be read as a LoRA config"
+    ):
+        open_adapter(str(tmp_path / "a"))
+
+
+def test_a_precision_of_other_factors_is_refused(tmp_path):
+    made = factors(0)
+    adapter(tmp_path / "a", made, precision=precise(made, 0))
+    adapter(tmp_path / "b", factors(1))
+    (tmp_path / "a" / "posterior").rename(tmp_path / "b" / "posterior")
+    with pytest.raises(PrecisionError, match="taken at other weights"):
+        open_adapter(str(tmp_path / "b"))
+
+
+def test_another_base_than_the_recorded_one_is_told(tmp_path):
+    made = factors(0)
+    folder = base(tmp_path / "base")
+    source = SafetensorsSource(checkpoint_files(folder))
+    adapter(tmp_path / "a", made, precision=precise(made, 0), info={"base": identify(source)})
+    source.close()
+    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
+    assert opened.mean.notes == ()
+    opened.close()
+    other = open_adapted(f"{base(tmp_path / 'half', 'BF16')}+{tmp_path / 'a'}")
+    assert "trained on other weights" in other.mean.notes[0]
+    other.close()
