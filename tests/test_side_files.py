@@ -1,0 +1,108 @@
+"""Side files of the first model come along with a merge, except those that describe its weights."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge import MergeConfig, run_merge, work
+from tests import three_models, tiny
+
+world = three_models.world
+TRAVELS = (
+    "config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "vocab.bpe",
+    "source.spm",
+    "emoji.vocab",
+    "merges.txt",
+    "qwen.tiktoken",
+    "chat_template.jinja",
+    "modeling_own.py",
+    "LICENSE",
+    "NOTICE.md",
+    "1_Pooling/config.json",
+    "additional_chat_templates/tool.jinja",
+)
+STAYS = (
+    "pytorch_model.bin",
+    "model.gguf",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "optimizer.pt",
+    "training_args.bin",
+    ".gitattributes",
+    "trainer_state.json",
+    "all_results.json",
+    "README.md",
+    "evaluation/report.json",
+    "evaluation/documents.jsonl",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "2_Dense/model.safetensors",
+    "2_Dense/config.json",
+    ".cache/x.json",
+    "checkpoint-5/config.json",
+    "checkpoint-5/optimizer.pt",
+    "huge/text.txt",
+    "runs/events.out.tfevents.1",
+    "pytorch_model.bin.index.json",
+)
+
+
+def with_side_files(folder):
+    for name in (*TRAVELS, *STAYS):
+        file = Path(folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}" if name != "huge/text.txt" else " " * (1 << 21))
+
+
+def beside(folder):
+    written = {"model.safetensors", "merge_recipe.yaml", "merge_report.json"}
+    written |= {"adapter_config.json", "adapter_model.safetensors"}
+    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()} - written
+
+
+def test_everything_but_tensors_and_what_is_said_of_the_first_model_comes_along(world):
+    for name in "ab":
+        tiny.write(f"m{name}/model.safetensors", world[name][0])
+    with_side_files("ma")
+    run_merge(MergeConfig(models=("ma", "mb"), out="out"))
+    assert beside("out") == set(TRAVELS)
+
+
+def test_adapters_bring_the_same_side_files(world, tmp_path):
+    from mergekit_bayes.lora import merge_adapters
+    from tests.adapters import adapter, factors
+
+    for i, name in enumerate("ab"):
+        adapter(Path(name), factors(i))
+    with_side_files("a")
+    merge_adapters(("a", "b"), Path("out"))
+    assert beside("out") == set(TRAVELS)
+
+
+def test_a_side_file_that_cannot_be_copied_is_found_before_the_first_tensor_is_merged(
+    world, monkeypatch
+):
+    for name in "ab":
+        tiny.write(f"m{name}/model.safetensors", world[name][0])
+    monkeypatch.setattr(work.Worker, "run", lambda *a: pytest.fail("a tensor was merged"))
+    Path("ma/config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"ma/config\.json: is not JSON"):
+        run_merge(MergeConfig(models=("ma", "mb"), out="out", dtype="BF16"))
+    real = Path.open
+
+    def refusing(self, mode="r", *rest, **options):
+        if self.name == "config.json" and mode == "rb":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(
+        CheckpointError, match=r"ma/config\.json: cannot be read \(Permission denied\)"
+    ):
+        run_merge(MergeConfig(models=("ma", "mb"), out="out"))
+    assert not list(Path().glob("out*"))
