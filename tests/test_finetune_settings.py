@@ -1,0 +1,161 @@
+"""Settings are loaded, chosen and documented, and the chosen values are reported."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergekit_bayes.finetune as module
+import mergekit_bayes.finetune.training as training
+from mergekit_bayes.configs import load_config
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.models import Collate, batches, encode_rows, load_model
+from mergekit_bayes.optim import IVON
+from mergekit_bayes.posterior import open_posterior
+from tests import finetuning
+from tests.finetuning import config, info_of
+from tests.tiny_models import tiny_gpt2
+
+data = finetuning.data
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs" / "finetune").glob("*.yaml"))
+)
+def test_the_shipped_settings_load(path):
+    load_config(FinetuneConfig, path)
+
+
+def test_beta2_follows_from_the_steps_that_are_really_made(tmp_path, data):
+    """Ragged epochs: 48 rows in batches of 5, two of them a step, are five steps an epoch."""
+    settings = config(
+        tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12, curvature="price"
+    )
+    report = run_finetune(settings, quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert posterior.info.training["steps"] == report.steps == 60
+    assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
+    assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
+    posterior.close()
+
+
+def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, capfd):
+    run_finetune(config(tmp_path, data, max_steps=80))
+    info = info_of(tmp_path / "out")
+    (line,) = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("80 steps of ")
+    ]
+    assert f", ess {info.training['ess']:.3g}, beta2 0.5, curvature ggn every 8 steps" in line
+    run_finetune(
+        config(tmp_path, data, max_steps=2, optimizer="adamw", posterior="none", force=True)
+    )
+    assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
+
+
+def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):
+    for length in (None, 16, 5000):
+        told = {} if length is None else {"max_length": length}
+        run_finetune(
+            config(tmp_path, data, max_steps=1, posterior="none", force=True, **told), quiet=True
+        )
+        assert ("so rows are cut there and not at 5000" in caplog.text) == (length == 5000)
+
+
+def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path, data, caplog):
+    run_finetune(
+        config(tmp_path, data, logging_steps=1, max_steps=4, ess=1e3, posterior="none"), quiet=True
+    )
+    assert (
+        sum("of a tensor's weights: raise ess or weight_decay" in r.message for r in caplog.records)
+        == 1
+    )
+    caplog.clear()
+    settings = config(
+        tmp_path,
+        data,
+        max_steps=4,
+        ess=1e8,
+        beta2=0.9,
+        posterior="ivon",
+        curvature="price",
+        force=True,
+    )
+    run_finetune(settings, quiet=True)
+    assert "kappa is" in caplog.text
+    assert "of hess_init is still in the Hessian" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"curvature": "price", "antithetic": True}, {"curvature_every": 2}]
+)
+def test_variants_of_ivon_are_settings(tmp_path, data, changes):
+    run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
+    posterior = open_posterior(str(tmp_path / "out"))
+    assert {k: posterior.info.training[k] for k in changes} == changes
+    assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
+    # h of the root-GGN draws may be merged with a flush, that of the published form may not.
+    assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
+    posterior.close()
+    (tmp_path / "out").rename(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
+    run_finetune(
+        config(tmp_path, data, posterior="ivon", save_steps=4, resume=True, **changes), quiet=True
+    )
+    for file in ("model.safetensors", "posterior/precision.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_the_guide_lists_every_setting_with_its_default():
+    guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
+    listed = guide.partition("## All settings")[2].partition("\n## ")[0]
+    for name, field in (FinetuneConfig.model_fields | module.LoraSettings.model_fields).items():
+        assert f"`{name}`" in listed
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            shown = re.search(rf"`{name}` \(([\d.e-]+)", listed)
+            assert float(shown[1]) == field.default, name
+
+
+def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
+    trainer, loop, gather = re.findall(r"```python\n(.*?)```", guide, re.S)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model(str(tiny_gpt2(tmp_path / "base")))
+    examples = encode_rows(
+        {"text": ["the cat sat on the mat .", "a dog ran", "good film", "bad film"]}, loaded
+    )
+    names = {
+        "model": loaded.model,
+        "tokenizer": loaded.tokenizer,
+        "examples": examples,
+        "collate": Collate(2),
+    }
+    exec(trainer.replace("100", "8").replace('"out",', '"out", report_to=[], use_cpu=True,'), names)
+    assert set(names["precision"]) == {n for n, _ in loaded.model.named_parameters()}
+    load_model(str(tmp_path / "base"))
+    names |= {
+        "batches": batches(examples, 2, Collate(2)),
+        "optimizer": IVON(loaded.model.parameters(), 0.1, 1e6),
+    }
+    before = [p.detach().clone() for p in loaded.model.parameters()]
+    exec(loop, names)
+    assert not all(
+        torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True)
+    )
+    exec(gather, names)
+    assert (
+        set(names["precision"])
+        == {n for n, _ in loaded.model.named_parameters()}
+        <= set(names["mean"])
+    )
+
+
+def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):
+    for optimizer, rate in (("ivon", 0.1), ("adamw", 1e-4)):
+        whole = config(tmp_path, data, optimizer=optimizer)
+        assert training.learning_rate(whole) == rate
+        assert (
+            training.learning_rate(whole.model_copy(update={"lora": module.LoraSettings()}))
+            == 10 * rate
+        )
