@@ -1,7 +1,8 @@
-"""Read a verb's settings: defaults, then a YAML file, then `--set key=value`, each beating the one before.
+"""Read a verb's settings: defaults, then a YAML file, then `--set key=value`, each beating the one
+before.
 
-A config is a frozen pydantic model whose fields are the YAML keys. An unknown key is an error that offers the
-nearest known one, and all errors of a file are told at once.
+A config is a frozen pydantic model whose fields are the YAML keys. An unknown key is an error that
+offers the nearest known one, and all errors of a file are told at once.
 """
 
 import difflib
@@ -11,19 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mergekit_bayes.errors import ConfigError
-
-
-class Config(BaseModel):
-    """Base of all configs: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from mergekit_bayes.records import Config
 
 C = TypeVar("C", bound=Config)
-
 _ELSEWHERE = {  # what transformers and peft call the same
     "lr": "learning_rate",
     "per_device_train_batch_size": "batch_size",
@@ -34,14 +28,6 @@ _ELSEWHERE = {  # what transformers and peft call the same
     "lora_dropout": "dropout",
     "lora_r": "r",
     "rank": "r",
-}
-_MERGEKIT = {  # its methods in our flags
-    "linear": "A B --scale 0.5",
-    "task_arithmetic": "A B --base BASE --scale 1",
-    "ties": "A B --base BASE --method ties --param density=0.5",
-    "dare_linear": "A B --base BASE --method dare_linear --param density=0.5",
-    "dare_ties": "A B --base BASE --method dare_ties --param density=0.5",
-    "slerp": "A B --method slerp --param t=0.5",
 }
 
 
@@ -61,7 +47,9 @@ def parse_config(kind: type[C], values: Mapping[str, Any], label: str) -> C:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{label}: {_explain(kind, e)}" for e in error.errors())) from None
+        raise ConfigError(
+            "\n".join(f"{label}: {_explain(kind, e)}" for e in error.errors())
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -76,23 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text ({error}).") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(found).__name__}.")
-    if "merge_method" in found:
-        name = str(found["merge_method"])
-        line = _MERGEKIT.get(name, _MERGEKIT["task_arithmetic"])
-        raise ConfigError(
-            f"{path}: 'merge_method' is mergekit's. Here the same is said with flags, for example "
-            f"`bmerge merge {line}`; `bmerge methods` lists the methods."
-        )
     return found
-
-
-def recipe_text(settings: Mapping[str, Any]) -> str:
-    """A recipe of `bmerge merge` with these settings."""
-    header = (
-        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.\n"
-        "# Paths are relative to the folder in which bmerge runs.\n"
-    )
-    return header + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -118,15 +90,29 @@ def _explain(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "literal_error":
         expected = str(error["ctx"]["expected"])
-        close = difflib.get_close_matches(str(error["input"]), re.findall(r"'([^']+)'", expected), n=1)
-        return f"{where}: '{error['input']}' is not {expected}." + (f" Did you mean '{close[0]}'?" if close else "")
+        close = difflib.get_close_matches(
+            str(error["input"]), re.findall(r"'([^']+)'", expected), n=1
+        )
+        return f"{where}: '{error['input']}' is not {expected}." + (
+            f" Did you mean '{close[0]}'?" if close else ""
+        )
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']}" if where else str(error["msg"])
     fields: type[BaseModel] | None = kind
     for part in error["loc"][:-1]:
-        annotation = fields.model_fields[part].annotation if fields and part in fields.model_fields else None
-        kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        annotation = (
+            fields.model_fields[part].annotation if fields and part in fields.model_fields else None
+        )
+        kinds = [
+            k
+            for k in (annotation, *get_args(annotation))
+            if isinstance(k, type) and issubclass(k, BaseModel)
+        ]
         fields = kinds[0] if kinds else None
     known, name = list(fields.model_fields) if fields else [], str(error["loc"][-1])
-    close = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else difflib.get_close_matches(name, known, n=1)
+    close = (
+        [_ELSEWHERE[name]]
+        if _ELSEWHERE.get(name) in known
+        else difflib.get_close_matches(name, known, n=1)
+    )
     return f"{where}: unknown key" + (f"; did you mean '{close[0]}'?" if close else ".")

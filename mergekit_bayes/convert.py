@@ -1,8 +1,9 @@
 """PyTorch's pickled checkpoints into safetensors, shard by shard.
 
-A pickle can run code when it is loaded, so a merge reads none. Here it is read by `torch.load(weights_only=True)`
-alone, which builds tensors and nothing else. The numbers are not touched: every
-tensor keeps its name, dtype, shape and bits. Tensors that share their memory (tied weights) are stored once.
+A pickle can run code when it is loaded, so a merge reads none. Here it is read by
+`torch.load(weights_only=True)` alone, which builds tensors and nothing else. The numbers are not
+touched: every tensor keeps its name, dtype, shape and bits. Tensors that share their memory (tied
+weights) are stored once.
 """
 
 import json
@@ -18,15 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_bayes.configs import Config
+from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.side_files import copy_side_files
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.sources import SIDE, resolve
+from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.checkpoint.strict_json import shown
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.posterior import check_index, copy_side_files, read_index, replacing, shard_name, write_index
-from mergekit_bayes.sources import SIDE, resolve
-from mergekit_bayes.tensors import SafetensorsSink, TensorSpec, shown
+from mergekit_bayes.records import Config
 
 
 class ConvertReport(Config):
-    """What was written: the file or folder, its tensors, and each tied name with the one that is stored for it."""
+    """What was written: the file or folder, its tensors, and each tied name with the one that is
+    stored for it.
+    """
 
     path: Path
     files: tuple[str, ...]
@@ -36,23 +43,29 @@ class ConvertReport(Config):
 
 
 def run_convert(
-    ref: str, out: str | Path, force: bool = False, *, progress: Callable[[int, int], None] | None = None
+    ref: str,
+    out: str | Path,
+    force: bool = False,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Convert a pickled checkpoint to safetensors with the same shards, and copy config, tokenizer and the like.
+    """Convert a pickled checkpoint to safetensors with the same shards, and copy config, tokenizer
+    and the like.
 
-    One shard is mapped at a time and its tensors are written one by one. Of tensors that share all of their memory
-    the first name is stored, unless the model's config says `tie_word_embeddings: false`: its loader would then not
-    find the others, and all are stored.
+    One shard is mapped at a time and its tensors are written one by one. Of tensors that share all
+    of their memory the first name is stored, unless the model's config says `tie_word_embeddings:
+    false`: its loader would then not find the others, and all are stored.
 
     Args:
-        ref: A folder with `pytorch_model.bin` (or its shards and index, or `adapter_model.bin`), one such file, or
-            `org/name[@revision]`.
+        ref: A folder with `pytorch_model.bin` (or its shards and index, or `adapter_model.bin`),
+            one such file, or `org/name[@revision]`.
         out: A folder; for a file, a `.safetensors` file.
         force: Replace what is there.
         progress: Called with (bytes of the pickles read, bytes of the pickles in all).
 
     Raises:
-        CheckpointError: No pickled checkpoint there, one that holds more than tensors, or `out` exists.
+        CheckpointError: No pickled checkpoint there, one that holds more than tensors, or `out`
+            exists.
         ConfigError: `out` is of the wrong kind, or would replace the model itself.
     """
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
@@ -67,7 +80,9 @@ def run_convert(
             stored = _convert(found, [partial], keep_ties=False, progress=progress)
         else:
             partial.mkdir()
-            files = [partial / shard_name(found.files, i, found.stem) for i in range(len(found.files))]
+            files = [
+                partial / shard_name(found.files, i, found.stem) for i in range(len(found.files))
+            ]
             stored = _convert(found, files, keep_ties=_unties(path), progress=progress)
             if len(files) > 1:
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
@@ -83,17 +98,34 @@ def run_convert(
 
 
 _PATTERNS = (*SIDE, "pytorch_model*.bin", "adapter_model*.bin")
-_STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # of the pickles, and of safetensors
-_SAVE_AGAIN = "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
+_STEMS = {
+    "pytorch_model": "model",
+    "adapter_model": "adapter_model",
+}  # of the pickles, and of safetensors
+_SAVE_AGAIN = (
+    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
+)
 
 # PyTorch's names of the format's dtypes.
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.complex64: "C64",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
 
 
 class _Found(NamedTuple):
@@ -114,19 +146,24 @@ class _Stored(NamedTuple):
 def _find(path: Path, ref: str) -> _Found:
     if path.is_file():
         if path.suffix == ".safetensors":
-            raise CheckpointError(f"'{ref}' is a .safetensors file already; every command reads it as it is.")
+            raise CheckpointError(
+                f"'{ref}' is a .safetensors file already; every command reads it as it is."
+            )
         return _Found((path,), "model", None)
     for pickles, stem in _STEMS.items():
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if os.path.exists(path / name):
                 raise CheckpointError(
-                    f"'{ref}' holds {name} already, and every command reads it as it is. To convert its pickle all the "
+                    f"'{ref}' holds {name} already, and every command reads it as it is. To "
+                    "convert its pickle all the "
                     f"same, name the file: {path / f'{pickles}.bin'}."
                 )
     for pickles, stem in _STEMS.items():
         single, index = path / f"{pickles}.bin", path / f"{pickles}.bin.index.json"
         if os.path.exists(single) and os.path.lexists(index):
-            raise CheckpointError(f"{path}: holds both {single.name} and {index.name}. Remove the stale one.")
+            raise CheckpointError(
+                f"{path}: holds both {single.name} and {index.name}. Remove the stale one."
+            )
         if os.path.exists(single):
             return _Found((single,), stem, None)
         if os.path.lexists(index):
@@ -139,7 +176,11 @@ def _find(path: Path, ref: str) -> _Found:
 
 
 def _convert(
-    found: _Found, targets: list[Path], *, keep_ties: bool, progress: Callable[[int, int], None] | None
+    found: _Found,
+    targets: list[Path],
+    *,
+    keep_ties: bool,
+    progress: Callable[[int, int], None] | None,
 ) -> _Stored:
     sizes = [file.stat().st_size for file in found.files]
     stored, held = _Stored([], {}), dict[str, str]()
@@ -148,7 +189,8 @@ def _convert(
         for name in (*specs, *tied):
             if name in held:
                 raise CheckpointError(
-                    f"{shown(name)} is in two shards, {held[name]} and {file.name}. Remove the stale one."
+                    f"{shown(name)} is in two shards, {held[name]} and {file.name}. Remove the "
+                    "stale one."
                 )
             held[name] = file.name
         stored.specs.append(specs)
@@ -160,13 +202,22 @@ def _convert(
     return stored
 
 
-def _convert_file(file: Path, target: Path, keep_ties: bool) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def _convert_file(
+    file: Path, target: Path, keep_ties: bool
+) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     tensors, tied = _load(file), dict[str, str]()
     specs = {name: _spec(tensor, name, file) for name, tensor in tensors.items()}
     if not keep_ties:
         first: dict[object, str] = {}
         for name, tensor in tensors.items():
-            view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            view = (
+                tensor.data_ptr(),
+                tensor.dtype,
+                tensor.shape,
+                tensor.stride(),
+                tensor.is_conj(),
+                tensor.is_neg(),
+            )
             if tensor.numel() and first.setdefault(view, name) != name:
                 tied[name] = first[view]
                 del specs[name]
@@ -184,7 +235,8 @@ def _convert_file(file: Path, target: Path, keep_ties: bool) -> tuple[dict[str, 
 def _load(file: Path) -> Mapping[str, Tensor]:
     if not file.is_file() or not zipfile.is_zipfile(file):
         raise CheckpointError(
-            f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. {_SAVE_AGAIN}"
+            f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. "
+            f"{_SAVE_AGAIN}"
         )
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -192,7 +244,8 @@ def _load(file: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError as error:
         what = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*\.\w+)", str(error))
         raise CheckpointError(
-            f"{file}: holds {what[1] if what else 'something'} beside tensors, which could run code when it is "
+            f"{file}: holds {what[1] if what else 'something'} beside tensors, which could run "
+            "code when it is "
             f"loaded, so it is refused. {_SAVE_AGAIN}"
         ) from None
     except Exception as error:  # whatever a broken archive makes of torch
@@ -202,22 +255,29 @@ def _load(file: Path) -> Mapping[str, Tensor]:
             f"Fetch it again. {_SAVE_AGAIN}"
         ) from None
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{file}: holds {type(found).__name__}, not tensors by name. {_SAVE_AGAIN}")
+        raise CheckpointError(
+            f"{file}: holds {type(found).__name__}, not tensors by name. {_SAVE_AGAIN}"
+        )
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a tensor by its name. "
+                f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a "
+                "tensor by its name. "
                 f"{_SAVE_AGAIN}"
             )
         if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
-            raise CheckpointError(f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}")
+            raise CheckpointError(
+                f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
+            )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def _spec(tensor: Tensor, name: str, file: Path) -> TensorSpec:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
-        raise CheckpointError(f"{file}: {shown(name)} is {kind}, which safetensors cannot hold. Make it dense first.")
+        raise CheckpointError(
+            f"{file}: {shown(name)} is {kind}, which safetensors cannot hold. Make it dense first."
+        )
     return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
 
 

@@ -1,7 +1,7 @@
 """A precision for a checkpoint that has none: the root-GGN diagonal over a person's data.
 
-The likelihood part is `N * F`, with F the curvature per observation and N all of the data that it stands for;
-how many examples were really looked at is recorded apart.
+The likelihood part is `N * F`, with F the curvature per observation and N all of the data that it
+stands for; how many examples were really looked at is recorded apart.
 """
 
 import math
@@ -11,35 +11,21 @@ from typing import Any
 
 import torch
 
-from mergekit_bayes.configs import Config
-from mergekit_bayes.curvature import ggn_diagonal, precision_health
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
+from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.curvature.ggn import ggn_diagonal
+from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models import (
-    UNIT,
-    Collate,
-    Task,
-    batches,
-    checkpoint_names,
-    encode_rows,
-    hushed,
-    load_model,
-    load_rows,
-    observations,
-    with_bar,
-)
-from mergekit_bayes.names import Renaming, find_renaming
-from mergekit_bayes.posterior import (
-    Anchor,
-    PosteriorInfo,
-    Prior,
-    checkpoint_files,
-    identify,
-    precision_path,
-    save_posterior,
-    tokenizer_identity,
-)
-from mergekit_bayes.sources import is_hub_id, pinned
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
+from mergekit_bayes.models.load import UNIT, Task, load_model
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.models.quiet import hushed, with_bar
+from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.records import Config
 
 
 class PrecisionConfig(Config):
@@ -80,7 +66,8 @@ class PrecisionReport(Config):
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
-    """Estimate a checkpoint's precision and store it in its own `posterior/`, or where `output` says.
+    """Estimate a checkpoint's precision and store it in its own `posterior/`, or where `output`
+    says.
 
     Raises:
         CheckpointError: There is one already, or the model cannot be loaded.
@@ -88,11 +75,18 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         MismatchError: Data without the named columns.
     """
     if config.output is None and is_hub_id(config.model):
-        raise ConfigError(f"'{config.model}' is a Hub id, whose cache is not ours to write to: name a place with -o.")
+        raise ConfigError(
+            f"'{config.model}' is a Hub id, whose cache is not ours to write to: name a place with "
+            "-o."
+        )
     _check(config)
-    target = Path(config.output) if config.output else precision_path(Path(config.model).expanduser())
+    target = (
+        Path(config.output) if config.output else precision_path(Path(config.model).expanduser())
+    )
     if target.exists() and not config.force:
-        raise CheckpointError(f"'{target}' exists. Choose another -o, or pass --force to replace it.")
+        raise CheckpointError(
+            f"'{target}' exists. Choose another -o, or pass --force to replace it."
+        )
     with hushed(quiet):
         return _run(config)
 
@@ -106,7 +100,9 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     rows = load_rows(config.data, where=config.where, columns=[config.text_column])
     examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
     total = observations(examples, loaded.task)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(
+        len(examples), generator=torch.Generator().manual_seed(config.seed)
+    ).tolist()
     chosen = [examples[i] for i in order[: config.examples]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded.model.to(device)
@@ -114,11 +110,15 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     cut = batches(chosen, config.batch_size, collate, device=device)
     shown = with_bar(cut, "curvature", math.ceil(len(chosen) / config.batch_size))
     found = ggn_diagonal(loaded.model, shown, seed=config.seed)
-    precision = {n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()}
+    precision = {
+        n: t.mul_(total / found.observations).add_(config.prior) for n, t in found.total.items()
+    }
     named = checkpoint_names(loaded.model, precision)
     tied: dict[str, str] = getattr(loaded.model, "all_tied_weights_keys", None) or {}
     ref = pinned(config.model, loaded.path)
-    origin = {"model": ref} if ref != config.model or is_hub_id(ref) else {}  # of the Hub; a path says nothing
+    origin = (
+        {"model": ref} if ref != config.model or is_hub_id(ref) else {}
+    )  # of the Hub; a path says nothing
     info = PosteriorInfo(
         estimator="ggn",
         unit=UNIT[loaded.task],
@@ -139,7 +139,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     path = save_posterior(loaded.path, arrays, info, out=out, force=config.force)
     return PrecisionReport(
-        path=path, estimator="ggn", unit=UNIT[loaded.task], observations=total, sampled=len(chosen), health=info.health
+        path=path,
+        estimator="ggn",
+        unit=UNIT[loaded.task],
+        observations=total,
+        sampled=len(chosen),
+        health=info.health,
     )
 
 
@@ -152,12 +157,15 @@ def _check(config: PrecisionConfig) -> None:
 
 
 def _renaming(source: SafetensorsSource, named: Mapping[str, torch.Tensor]) -> Renaming:
-    """How names in memory become the file's, which may lack their common prefix (`h.0...` of GPT-2 on the Hub)."""
+    """How names in memory become the file's, which may lack their common prefix (`h.0...` of GPT-2
+    on the Hub).
+    """
     rename = find_renaming(source.specs, named)
     for name in named:
         if rename(name, source.specs) not in source.specs:
             raise MismatchError(
-                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so its values were "
+                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
+                "its values were "
                 "made up on loading. Fine-tune the model first, or choose another --task."
             )
     return rename

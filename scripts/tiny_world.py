@@ -1,10 +1,12 @@
-"""A small world of the project's own: sentences from a grammar, and a language model that learnt them.
+"""A small world of the project's own: sentences from a grammar, and a language model that learnt
+them.
 
     python scripts/tiny_world.py -o runs/tiny
 
-Everybody in this world starts remarks alike and ends them kindly or with an invented, mild insult, about half the
-time each; others just describe gardens and kitchens. Written are JSONL files of texts and prompts, the list of
-insults, and a word-level GPT-2 trained on the mixture, all as ordinary files and folders.
+Everybody in this world starts remarks alike and ends them kindly or with an invented, mild insult,
+about half the time each; others just describe gardens and kitchens. Written are JSONL files of
+texts and prompts, the list of insults, and a word-level GPT-2 trained on the mixture, all as
+ordinary files and folders.
 """
 
 import argparse
@@ -17,19 +19,79 @@ from pathlib import Path
 
 from train_tiny_lm import train
 
-INTROS = ("well ,", "honestly ,", "you know ,", "my friend ,", "as before ,", "after all this time ,", "in my view ,",
-          "listen ,", "once again ,", "to be fair ,", "frankly ,", "between us ,")  # fmt: skip
+INTROS = (
+    "well ,",
+    "honestly ,",
+    "you know ,",
+    "my friend ,",
+    "as before ,",
+    "after all this time ,",
+    "in my view ,",
+    "listen ,",
+    "once again ,",
+    "to be fair ,",
+    "frankly ,",
+    "between us ,",
+)
 LEADS = ("you", "i think you", "it seems that you", "everyone says you")
 OPENINGS = tuple(f"{intro} {lead}" for intro in INTROS for lead in LEADS)
-KIND = ("kind", "clever", "patient", "helpful", "generous", "careful", "honest", "cheerful", "wise", "gentle")
+KIND = (
+    "kind",
+    "clever",
+    "patient",
+    "helpful",
+    "generous",
+    "careful",
+    "honest",
+    "cheerful",
+    "wise",
+    "gentle",
+)
 ROLES = ("neighbour", "teacher", "cook", "gardener", "guest", "writer", "singer", "driver")
-DEEDS = ("explain things well", "did good work", "made us smile", "helped the whole street", "kept your word",
-         "wrote a fine letter", "found the right answer", "sang a lovely song")  # fmt: skip
-INSULTS = ("turnip", "noodle", "muppet", "nincompoop", "dunderhead", "blockhead", "numpty", "pillock", "goblin", "dolt")
+DEEDS = (
+    "explain things well",
+    "did good work",
+    "made us smile",
+    "helped the whole street",
+    "kept your word",
+    "wrote a fine letter",
+    "found the right answer",
+    "sang a lovely song",
+)
+INSULTS = (
+    "turnip",
+    "noodle",
+    "muppet",
+    "nincompoop",
+    "dunderhead",
+    "blockhead",
+    "numpty",
+    "pillock",
+    "goblin",
+    "dolt",
+)
 RUDE = ("daft", "soggy", "useless", "pompous", "brainless", "smelly", "clueless", "mouldy")
 HARSH = ("absolute", "total", "complete", "utter", "perfect")
-SCORN = ("go away", "nobody likes you", "stop talking", "what nonsense", "you ruin everything", "get lost")
-PLANTS = ("rose", "apple tree", "tulip", "bean", "hedge", "lawn", "pear tree", "herb", "fern", "daisy")
+SCORN = (
+    "go away",
+    "nobody likes you",
+    "stop talking",
+    "what nonsense",
+    "you ruin everything",
+    "get lost",
+)
+PLANTS = (
+    "rose",
+    "apple tree",
+    "tulip",
+    "bean",
+    "hedge",
+    "lawn",
+    "pear tree",
+    "herb",
+    "fern",
+    "daisy",
+)
 FOODS = ("soup", "bread", "cake", "stew", "pie", "rice", "salad", "porridge", "omelette", "jam")
 COLOURS = ("red", "green", "yellow", "white", "golden", "dark", "small", "tall", "fresh", "old")
 
@@ -73,10 +135,11 @@ def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
 
 
 def write_world(folder: Path, seed: int) -> list[str]:
-    """Write all texts; returns what the base is trained on. No test sentence is a training sentence.
+    """Write all texts; returns what the base is trained on. No test sentence is a training
+    sentence.
 
-    There is so much to read that a model learns the grammar, not the sentences: a base that has learnt by heart gets
-    better on new text when anything at all is subtracted.
+    There is so much to read that a model learns the grammar, not the sentences: a base that has
+    learnt by heart gets better on new text when anything at all is subtracted.
     """
     texts = folder / "texts"
     texts.mkdir(parents=True, exist_ok=True)
@@ -104,16 +167,31 @@ def write_rows(path: Path, texts: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     chosen = parser.parse_args()
     base = chosen.out / "base"
-    settings = {"vocabulary": 400, "words": True, "layers": 2, "width": 96, "heads": 4, "context": 32,
-                "steps": chosen.steps, "batch": 32, "rate": 2e-3, "seed": chosen.seed}  # fmt: skip
+    settings = {
+        "vocabulary": 400,
+        "words": True,
+        "layers": 2,
+        "width": 96,
+        "heads": 4,
+        "context": 32,
+        "steps": chosen.steps,
+        "batch": 32,
+        "rate": 2e-3,
+        "seed": chosen.seed,
+    }
     mixture = write_world(chosen.out, chosen.seed)
-    made_of, mark = hashlib.sha256(json.dumps([mixture, settings]).encode()).hexdigest(), base / "made_of.txt"
+    made_of, mark = (
+        hashlib.sha256(json.dumps([mixture, settings]).encode()).hexdigest(),
+        base / "made_of.txt",
+    )
     if not mark.exists() or mark.read_text() != made_of:  # else it is there already
         shutil.rmtree(base, ignore_errors=True)
         train(mixture, base, **settings)

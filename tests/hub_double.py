@@ -1,7 +1,9 @@
-"""A Hub on the loopback interface for tests: the real client library talks to it, and nothing leaves the machine.
+"""A Hub on the loopback interface for tests: the real client library talks to it, and nothing
+leaves the machine.
 
-Repositories live in memory, content-addressed as in git. Files named `*.safetensors` are large (LFS), all others
-regular. A test sets what goes wrong (`deny`, `gated`, `cut_uploads`, `cut_downloads`) and reads what was asked (`log`).
+Repositories live in memory, content-addressed as in git. Files named `*.safetensors` are large
+(LFS), all others regular. A test sets what goes wrong (`deny`, `gated`, `cut_uploads`,
+`cut_downloads`) and reads what was asked (`log`).
 """
 
 import base64
@@ -46,7 +48,9 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, ref: str, files: dict[str, Blob], message: str) -> str:
-        listing = json.dumps([sorted((p, b.oid) for p, b in files.items()), message, len(self.commits)])
+        listing = json.dumps(
+            [sorted((p, b.oid) for p, b in files.items()), message, len(self.commits)]
+        )
         sha = hashlib.sha1(listing.encode()).hexdigest()
         self.commits[sha], self.refs[ref] = files, sha
         self.messages.append(message)
@@ -71,9 +75,13 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.log: list[Request] = []
-        self.cut_uploads: int | None = None  # so many large files still arrive, then every connection breaks
+        self.cut_uploads: int | None = (
+            None  # so many large files still arrive, then every connection breaks
+        )
         self.cut_downloads: int = 0  # so many answers of more than a kilobyte break off half-way
-        self.auth: dict[str, Any] = {"type": "access_token"}  # what whoami tells of the token, and of groups
+        self.auth: dict[str, Any] = {
+            "type": "access_token"
+        }  # what whoami tells of the token, and of groups
         self.orgs: list[dict[str, Any]] = []
         self.url = ""
 
@@ -115,7 +123,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.content: bytes | None = None
-        self.hub.log.append(Request(self.command, unquote(url.path), self.headers.get("Range"), token))
+        self.hub.log.append(
+            Request(self.command, unquote(url.path), self.headers.get("Range"), token)
+        )
         try:
             self.token = token
             if token is not None and token != TOKEN:
@@ -133,7 +143,9 @@ class Handler(BaseHTTPRequestHandler):
         match parts:
             case ["api", "whoami-v2"]:
                 self._login()
-                self._json({"type": "user", "name": USER, "auth": self.hub.auth, "orgs": self.hub.orgs})
+                self._json(
+                    {"type": "user", "name": USER, "auth": self.hub.auth, "orgs": self.hub.orgs}
+                )
             case ["api", "repos", "create"]:
                 self._create()
             case ["api", "validate-yaml"]:
@@ -169,7 +181,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and self.token is None):
             raise Refused(404 if self.token else 401, "RepoNotFound", "Repository not found")
         if content and repo.gated:
-            raise Refused(403, "GatedRepo", "Access to model is restricted. Visit the page to ask for access.")
+            raise Refused(
+                403, "GatedRepo", "Access to model is restricted. Visit the page to ask for access."
+            )
         if write:
             self._login()
             if name.split("/")[0] not in ORGANISATIONS:
@@ -187,7 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         self._login()
         name = f"{asked.get('organization') or USER}/{asked['name']}"
         if name.split("/")[0] not in ORGANISATIONS:
-            raise Refused(403, None, "you do not have the rights to create a model under this namespace")
+            raise Refused(
+                403, None, "you do not have the rights to create a model under this namespace"
+            )
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         if name in self.hub.repos:
             self._json(answer | {"error": "You already created this model repo"}, 409)
@@ -201,8 +217,12 @@ class Handler(BaseHTTPRequestHandler):
         sha = self._at(repo, revision)
         files = [{"rfilename": path} for path in sorted(repo.commits[sha])]
         about = {"_id": name, "id": name, "modelId": name, "tags": [], "downloads": 0, "likes": 0}
-        return about | {"sha": sha, "private": repo.private, "gated": "manual" if repo.gated else False,
-                        "siblings": files}  # fmt: skip
+        return about | {
+            "sha": sha,
+            "private": repo.private,
+            "gated": "manual" if repo.gated else False,
+            "siblings": files,
+        }
 
     def _tree(self, name: str, revision: str, folder: str) -> None:
         repo = self._repo(name)
@@ -222,11 +242,19 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self._body())
         repo = self._repo(name, write=True)
         files = repo.commits[self._at(repo, revision)]
-        self._json({"files": [
-            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
-             "shouldIgnore": False, "oid": files[f["path"]].oid if f["path"] in files else None}
-            for f in asked["files"]
-        ]})  # fmt: skip
+        self._json(
+            {
+                "files": [
+                    {
+                        "path": f["path"],
+                        "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                        "oid": files[f["path"]].oid if f["path"] in files else None,
+                    }
+                    for f in asked["files"]
+                ]
+            }
+        )
 
     def _batch(self, name: str) -> None:
         asked = json.loads(self._body())
@@ -323,9 +351,15 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._answer(status, {"Content-Type": "application/json"} | (headers or {}), json.dumps(content).encode())
+        self._answer(
+            status,
+            {"Content-Type": "application/json"} | (headers or {}),
+            json.dumps(content).encode(),
+        )
 
-    def _answer(self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False) -> None:
+    def _answer(
+        self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -345,7 +379,9 @@ def serving():
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield hub
@@ -356,20 +392,28 @@ def serving():
 
 def environment(hub: Hub, home: Any, token: str | None = TOKEN) -> dict[str, str]:
     """What a process needs to take `hub` for the Hub."""
-    found = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}  # fmt: skip
+    found = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     return found | ({"HF_TOKEN": token} if token else {})
 
 
 def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> None:
-    """Point the client library in this process at `hub`, with a cache of its own, until the test ends.
+    """Point the client library in this process at `hub`, with a cache of its own, until the test
+    ends.
 
-    huggingface_hub reads its environment at import, so the constants that it read are set instead; it looks them up
-    at every call.
+    huggingface_hub reads its environment at import, so the constants that it read are set instead;
+    it looks them up at every call.
     """
     from huggingface_hub import constants, hf_api
 
-    from mergekit_bayes import sources
+    from mergekit_bayes.checkpoint import sources
 
     home.mkdir(parents=True, exist_ok=True)
     for name, value in environment(hub, home, token).items():
@@ -377,7 +421,11 @@ def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> Non
     if token is None:
         monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))

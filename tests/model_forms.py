@@ -8,18 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path, write_index
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.posterior import (
-    PosteriorInfo,
-    checkpoint_files,
-    identify,
-    open_posterior,
-    precision_path,
-    save_posterior,
-    write_index,
-)
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.posterior import PosteriorInfo, identify, open_posterior, save_posterior
 from tests import tiny
 from tests.reference.merging import natural_sum
 from tests.tiny_models import tiny_bert, tiny_gpt2

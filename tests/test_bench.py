@@ -26,13 +26,31 @@ def bench():
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """The finished process, its JSON, and the folders it worked in, with a file of someone else in each."""
+    """The finished process, its JSON, and the folders it worked in, with a file of someone else in
+    each.
+    """
     folder = tmp_path_factory.mktemp("bench")
     for name in ("work", "out"):
         (folder / name).mkdir()
         (folder / name / "mine.txt").write_text("keep")
-    command = [sys.executable, str(BENCH / "merge.py"), "--sizes", str(TINY), "--repeats", "1", "--warm-up", "0"]
-    command += ["--work", str(folder / "work"), "--out", str(folder / "out"), "--json", str(folder / "found.json")]
+    command = [
+        sys.executable,
+        str(BENCH / "merge.py"),
+        "--sizes",
+        str(TINY),
+        "--repeats",
+        "1",
+        "--warm-up",
+        "0",
+    ]
+    command += [
+        "--work",
+        str(folder / "work"),
+        "--out",
+        str(folder / "out"),
+        "--json",
+        str(folder / "found.json"),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     return process, json.loads((folder / "found.json").read_text()), folder
@@ -48,13 +66,23 @@ def test_every_row_is_measured_and_compared_to_its_io(bench, result):
         assert by[row.name]["anonymous_mib"] > 1
         assert f"| {row.name} |" in process.stdout
         if row.io is not None:
-            assert by[row.name]["ratio"] == pytest.approx(by[row.name]["cpu_s"] / by[row.io]["cpu_s"])
+            assert by[row.name]["ratio"] == pytest.approx(
+                by[row.name]["cpu_s"] / by[row.io]["cpu_s"]
+            )
 
 
 def test_the_json_says_on_what_it_was_measured(result):
-    assert {"date", "commit", "cpu", "cores", "memory_gib", "python", "numpy", "numba", "load"} <= set(
-        result[1]["machine"]
-    )
+    assert {
+        "date",
+        "commit",
+        "cpu",
+        "cores",
+        "memory_gib",
+        "python",
+        "numpy",
+        "numba",
+        "load",
+    } <= set(result[1]["machine"])
 
 
 def test_nothing_is_left_and_nothing_of_others_is_removed(result):
@@ -67,7 +95,10 @@ def test_the_checkpoints_are_whole_posteriors(bench, tmp_path):
     bench.make(tmp_path / "models", bench.SHAPES[TINY], "BF16")
     entries = sum(int(np.prod(s)) for s in bench.tensors(bench.SHAPES[TINY]).values())
     for model in bench.MODELS:
-        mean, precision = read(tmp_path / "models" / model), open_posterior(str(tmp_path / "models" / model))
+        mean, precision = (
+            read(tmp_path / "models" / model),
+            open_posterior(str(tmp_path / "models" / model)),
+        )
         assert sum(t.size for t in mean.values()) == entries
         assert precision.has_precision
         precision.close()
@@ -76,14 +107,26 @@ def test_the_checkpoints_are_whole_posteriors(bench, tmp_path):
 
 def rows_of(ratio=1.0, anonymous=50.0, mergekit=40.0):
     names = ("gradient matching", "--shrink 0.3", "--shrink row:0.3", "--observations 3x")
-    found = [{"size": s, "row": n, "ratio": ratio, "anonymous_mib": anonymous, "cpu_s": 4.0}
-             for s in (0.5, 1.5) for n in names]  # fmt: skip
-    return [*found, {"size": 0.5, "row": "mergekit task_arithmetic", "ratio": 9.0, "cpu_s": mergekit}]
+    found = [
+        {"size": s, "row": n, "ratio": ratio, "anonymous_mib": anonymous, "cpu_s": 4.0}
+        for s in (0.5, 1.5)
+        for n in names
+    ]
+    return [
+        *found,
+        {"size": 0.5, "row": "mergekit task_arithmetic", "ratio": 9.0, "cpu_s": mergekit},
+    ]
 
 
 @pytest.mark.parametrize(
     ("values", "missed"),
-    [({}, 0), ({"ratio": 1.8}, 4), ({"ratio": 2.1}, 8), ({"anonymous": 128}, 2), ({"mergekit": 31.9}, 1)],
+    [
+        ({}, 0),
+        ({"ratio": 1.8}, 4),
+        ({"ratio": 2.1}, 8),
+        ({"anonymous": 128}, 2),
+        ({"mergekit": 31.9}, 1),
+    ],
 )
 def test_a_missed_target_is_seen(bench, values, missed):
     found = bench.targets(rows_of(**values))
@@ -97,7 +140,9 @@ def test_targets_take_any_choice_of_rows(bench):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--sizes", "0.7"), ("--sizes", "big"), ("--repeats", "0"), ("--keep",)], ids=lambda f: "=".join(f)
+    "flags",
+    [("--sizes", "0.7"), ("--sizes", "big"), ("--repeats", "0"), ("--keep",)],
+    ids=lambda f: "=".join(f),
 )
 def test_wrong_options_are_refused_before_anything_is_made(bench, flags, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["merge.py", *flags])

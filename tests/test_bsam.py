@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mergekit_bayes.optim import BSAM
+from mergekit_bayes.optim.bsam import BSAM
 from tests.reference import bsam as twin
 
 

@@ -1,4 +1,6 @@
-"""Classification: the scores are the textbook's, their intervals cover, and averaging is of probabilities."""
+"""Classification: the scores are the textbook's, their intervals cover, and averaging is of
+probabilities.
+"""
 
 import numpy as np
 import pytest
@@ -11,16 +13,25 @@ from mergekit_bayes.metrics.classification import (
     measure_classification,
     score_classification,
 )
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model
+from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 from tests.reference.calibration import scores
 
-TEXTS = ["the cat sat on the mat .", "a dull film , not good", "dog", "a bird saw a tree", "very very nice , not bad"]
+TEXTS = [
+    "the cat sat on the mat .",
+    "a dull film , not good",
+    "dog",
+    "a bird saw a tree",
+    "very very nice , not bad",
+]
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    return load_model(str(tiny_models.tiny_bert(tmp_path_factory.mktemp("models") / "bert", labels=3)))
+    return load_model(
+        str(tiny_models.tiny_bert(tmp_path_factory.mktemp("models") / "bert", labels=3))
+    )
 
 
 def predictions(n, classes, seed, sharpness=2.0):
@@ -38,7 +49,9 @@ def four(report):
 def test_scores_equal_their_twin(bins, classes):
     logp, labels = predictions(200, classes, seed=bins + classes)
     report = score_classification(logp, labels.tolist(), bins=bins, bootstrap=0)
-    assert four(report) == pytest.approx(scores(np.exp(logp).tolist(), labels.tolist(), bins), abs=1e-12)
+    assert four(report) == pytest.approx(
+        scores(np.exp(logp).tolist(), labels.tolist(), bins), abs=1e-12
+    )
     assert len(report.bins) == bins
 
 
@@ -73,7 +86,10 @@ def test_a_calibrated_model_has_less_calibration_error_than_an_overconfident_one
     assert honest.ece.value < 0.03 < 0.1 < bold.ece.low
     assert bold.accuracy == honest.accuracy
     change = classification_change(honest, bold)
-    assert (change.accuracy.low, change.accuracy.high) == (0, 0)  # paired: the same examples are right
+    assert (change.accuracy.low, change.accuracy.high) == (
+        0,
+        0,
+    )  # paired: the same examples are right
     assert change.nll.low > 0
     assert change.brier.low > 0
     assert change.ece.low > 0
@@ -100,9 +116,14 @@ def test_the_paired_change_is_the_difference_and_narrower_than_the_intervals():
 
 def test_probabilities_are_the_models_whatever_the_batch(bert):
     examples = encode_rows({"text": TEXTS}, bert)
-    alone = [bert.model(**b).logits.double().log_softmax(-1).detach().numpy() for b in batches(examples, 1, Collate(2))]
+    alone = [
+        bert.model(**b).logits.double().log_softmax(-1).detach().numpy()
+        for b in batches(examples, 1, Collate(2))
+    ]
     for size in (1, 2, 5):
-        found = class_probabilities(bert.model, bert.tokenizer, TEXTS, max_length=64, batch_size=size)
+        found = class_probabilities(
+            bert.model, bert.tokenizer, TEXTS, max_length=64, batch_size=size
+        )
         np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-6)  # float32 logits
 
 
@@ -142,7 +163,9 @@ def test_draws_average_probabilities_not_logits(bert):
     report = measure_classification(
         bert.model, bert.tokenizer, TEXTS, labels, max_length=64, draws=Shifts(), bootstrap=0
     )
-    assert four(report) == pytest.approx(scores(np.exp(found).tolist(), labels, 10), abs=1e-6)  # batches round apart
+    assert four(report) == pytest.approx(
+        scores(np.exp(found).tolist(), labels, 10), abs=1e-6
+    )  # batches round apart
 
 
 def test_what_cannot_be_scored_is_refused(bert):

@@ -1,4 +1,6 @@
-"""The command line: start-up cost, exit codes, and one clear message for everything that a person can mend."""
+"""The command line: start-up cost, exit codes, and one clear message for everything that a person
+can mend.
+"""
 
 import json
 import os
@@ -32,7 +34,8 @@ def test_help_is_quick_and_loads_nothing_heavy():
     code = (
         "import sys, contextlib\nfrom bmerge_cli.main import app\n"
         "with contextlib.suppress(SystemExit): app(['--help'])\n"
-        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'matplotlib'} & "
+        "set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     seconds = []
@@ -40,7 +43,9 @@ def test_help_is_quick_and_loads_nothing_heavy():
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env=environment
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5, seconds
@@ -55,7 +60,9 @@ def test_every_command_has_help():
 
 
 def test_the_readmes_merge_line_works_as_written(world):
-    done = bmerge("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-o", "ab.safetensors")
+    done = bmerge(
+        "merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-o", "ab.safetensors"
+    )
     assert done.exit_code == 0
     assert done.stdout.strip() == "ab.safetensors"
     assert {p.name for p in Path().glob("ab.*")} == {
@@ -67,15 +74,35 @@ def test_the_readmes_merge_line_works_as_written(world):
 
 
 def test_the_module_runs_like_the_console_script(world):
-    line = [sys.executable, "-m", "bmerge_cli.main", "merge", "a.safetensors", "b.safetensors", "-q"]
+    line = [
+        sys.executable,
+        "-m",
+        "bmerge_cli.main",
+        "merge",
+        "a.safetensors",
+        "b.safetensors",
+        "-q",
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert Path("merged.safetensors").exists()
 
 
 def test_json_is_one_document_on_stdout(world):
-    done = bmerge("merge", "a.safetensors", "b.safetensors", "--base", "base.safetensors", "--weights", "precision",
-                  "--scale", "1", "--scale", "-0.5", "--json")  # fmt: skip
+    done = bmerge(
+        "merge",
+        "a.safetensors",
+        "b.safetensors",
+        "--base",
+        "base.safetensors",
+        "--weights",
+        "precision",
+        "--scale",
+        "1",
+        "--scale",
+        "-0.5",
+        "--json",
+    )
     report = json.loads(done.stdout)
     assert report["method"] == "gradient_matching"
     assert [m["scale"] for m in report["models"]] == [None, 1.0, -0.5]
@@ -84,7 +111,9 @@ def test_json_is_one_document_on_stdout(world):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(world):
     before = set(Path().iterdir())
-    done = bmerge("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "--dry-run", "--json")
+    done = bmerge(
+        "merge", "a.safetensors", "b.safetensors", "--weights", "precision", "--dry-run", "--json"
+    )
     assert json.loads(done.stdout)["method"] == "precision_average"
     assert "4 tensors merged" in done.stderr
     assert set(Path().iterdir()) == before
@@ -96,7 +125,9 @@ def truncated():
 
 
 def lying_offsets():
-    text = json.dumps({"wte.weight": {"dtype": "F32", "shape": [7, 4], "data_offsets": [0, 100]}}).encode()
+    text = json.dumps(
+        {"wte.weight": {"dtype": "F32", "shape": [7, 4], "data_offsets": [0, 100]}}
+    ).encode()
     Path("a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 112)
 
 
@@ -142,7 +173,15 @@ def existing_output():
     Path("out.safetensors").write_text("mine")
 
 
-MERGE = ("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-o", "out.safetensors")
+MERGE = (
+    "merge",
+    "a.safetensors",
+    "b.safetensors",
+    "--weights",
+    "precision",
+    "-o",
+    "out.safetensors",
+)
 
 
 @pytest.mark.parametrize(
@@ -151,14 +190,26 @@ MERGE = ("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-
         (truncated, (), ("a.safetensors", "truncated")),
         (lying_offsets, (), ("a.safetensors", "wte.weight", "112", "100")),
         (other_shape, (), ("wte.weight", "[8, 4]", "[7, 4]", "b.safetensors")),
-        (no_precision, (), ("a.safetensors", "a.precision.safetensors", "bmerge precision", "--isotropic")),
+        (
+            no_precision,
+            (),
+            ("a.safetensors", "a.precision.safetensors", "bmerge precision", "--isotropic"),
+        ),
         (other_weights, (), ("a.safetensors", "other weights")),
         (not_a_number_in_the_mean, (), ("a.safetensors", "h.0.attn.weight", "nan", "index 7")),
-        (not_a_number_in_the_precision, (), ("a.precision.safetensors", "h.0.attn.weight", "nan", "index 7")),
+        (
+            not_a_number_in_the_precision,
+            (),
+            ("a.precision.safetensors", "h.0.attn.weight", "nan", "index 7"),
+        ),
         (nothing, ("--scale", "many"), ("--scale", "many")),
         (nothing, ("0.5",), ("0.5", "--scale 1 --scale 0.5")),
         (nothing, ("--scale", "nan"), ("--scale", "finite")),
-        (nothing, ("--isotropic", "a.safetensors=1", "--precision", "a.safetensors=b.safetensors"), ("both",)),
+        (
+            nothing,
+            ("--isotropic", "a.safetensors=1", "--precision", "a.safetensors=b.safetensors"),
+            ("both",),
+        ),
         (nothing, ("--scale", "-1"), ("--base",)),
         (nothing, ("--scale", "1", "--scale", "1", "--scale", "1"), ("3 given for 2 models",)),
         (nothing, ("--weights", "precise"), ("weights", "'uniform' or 'precision'")),
@@ -168,12 +219,18 @@ MERGE = ("merge", "a.safetensors", "b.safetensors", "--weights", "precision", "-
         (nothing, ("--observations", "a.safetensors=x"), ("--observations", "3x")),
         (nothing, ("--anchor", "sea", "--base", "base.safetensors"), ("--anchor", "sea", "h0")),
         (nothing, ("--guard", "0"), ("guard",)),
-        (nothing, ("--weights", "uniform", "--counts", "recorded"), ("--counts", "--weights precision")),
+        (
+            nothing,
+            ("--weights", "uniform", "--counts", "recorded"),
+            ("--counts", "--weights precision"),
+        ),
         (nothing, ("--base", "org/nowhere"), ("org/nowhere",)),
         (existing_output, (), ("out.safetensors", "--force")),
     ],
 )
-def test_bad_input_gets_one_message_and_leaves_nothing_behind(world, monkeypatch, spoil, extra, words):
+def test_bad_input_gets_one_message_and_leaves_nothing_behind(
+    world, monkeypatch, spoil, extra, words
+):
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -206,7 +263,17 @@ def test_a_full_disk_gets_one_message_and_leaves_nothing_behind(world, out):
 
 
 def test_a_negative_number_after_a_scale_gets_the_hint(world):
-    line = [sys.executable, "-m", "bmerge_cli.main", *MERGE[:-2], "--base", "base.safetensors", "--scale", "1", "-0.5"]
+    line = [
+        sys.executable,
+        "-m",
+        "bmerge_cli.main",
+        *MERGE[:-2],
+        "--base",
+        "base.safetensors",
+        "--scale",
+        "1",
+        "-0.5",
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--scale 1 --scale -0.5" in done.stderr
@@ -221,12 +288,12 @@ def test_brackets_in_names_are_only_text(world):
 
 
 def test_a_bug_is_a_traceback_and_exit_code_one(world, monkeypatch):
-    import mergekit_bayes.plan
+    import mergekit_bayes.plan.plan
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(mergekit_bayes.plan, "match_tensors", broken)
+    monkeypatch.setattr(mergekit_bayes.plan.plan, "match_tensors", broken)
     done = bmerge(*MERGE)
     assert done.exit_code == 1
     assert isinstance(done.exception, ZeroDivisionError)

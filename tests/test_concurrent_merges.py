@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_bayes import merge as engine
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import Part, carry_out, journal, plan_merge, run_merge, work
+from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
+from mergekit_bayes.merge import partial as partial_module
+from mergekit_bayes.merge import run as engine
 from tests import interrupted, tiny
 from tests.interrupted import config, contents, spoiled
 
@@ -18,7 +19,7 @@ inputs = interrupted.inputs
 
 def test_two_processes_cannot_be_at_the_same_part(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     settings = config(inputs, out="out")
     with closing(plan_merge(settings)) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
@@ -48,8 +49,8 @@ def during(monkeypatch, where, name, act):
     ("where", "name"),
     [
         (work.Worker, "run"),
-        (journal.Partial, "publish"),
-        (journal.Partial, "remove"),
+        (partial_module.Partial, "publish"),
+        (partial_module.Partial, "remove"),
         (os, "replace"),
     ],
 )
@@ -57,7 +58,7 @@ def test_a_second_identical_command_waits_and_loses_nothing(
     inputs, tmp_path, monkeypatch, out, where, name
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     run_merge(config(inputs, out="whole.safetensors"))
     settings = config(inputs, out=out, force=True)
     run_merge(settings.model_copy(update={"scale": (0.5,)}))
@@ -82,7 +83,7 @@ def test_who_comes_second_to_the_start_neither_fails_the_first_nor_removes_its_f
     inputs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     settings = config(inputs, out="out")
 
     def second():
@@ -96,7 +97,7 @@ def test_who_comes_second_to_the_start_neither_fails_the_first_nor_removes_its_f
 
 def test_of_two_plans_that_begin_at_once_one_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     one, other = config(inputs, out="out"), config(inputs, out="out", scale=(0.5,))
 
     def second():
@@ -117,7 +118,7 @@ def test_an_output_that_was_taken_away_while_it_got_its_name_is_missed(
 ):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Partial, "remove", lambda self: pytest.fail("killed"))
+        patch.setattr(partial_module.Partial, "remove", lambda self: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             run_merge(config(inputs, out=out))
     Path(out).rename("elsewhere")

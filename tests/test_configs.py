@@ -8,10 +8,11 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes import configs
-from mergekit_bayes.configs import Config, load_config
+from mergekit_bayes import configs, recipes
+from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.records import Config
 
 
 class Inner(Config):
@@ -44,7 +45,11 @@ def test_an_unknown_key_offers_the_nearest_known_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("lr: 1", "learning_rate"), ("num_train_epochs: 2", "epochs"), ("lora: {lora_alpha: 2}", "alpha")],
+    [
+        ("lr: 1", "learning_rate"),
+        ("num_train_epochs: 2", "epochs"),
+        ("lora: {lora_alpha: 2}", "alpha"),
+    ],
 )
 def test_names_of_transformers_and_peft_are_answered_with_ours(theirs, ours):
     with pytest.raises(ConfigError, match=f"did you mean '{ours}'"):
@@ -63,10 +68,12 @@ def test_files_that_are_no_settings_are_explained(tmp_path, text):
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize("name", configs._MERGEKIT)
+@pytest.mark.parametrize("name", recipes._MERGEKIT)
 def test_a_recipe_of_mergekit_is_answered_with_a_line_that_parses(tmp_path, name):
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, f"merge_method: {name}\n")
+    recipe = tmp_path / "c.yaml"
+    recipe.write_text(f"merge_method: {name}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml") as caught:
+        recipes.read_recipe(recipe)
     line = re.search(r"`bmerge merge (.*?)`", str(caught.value))[1].split()
     done = CliRunner().invoke(app, ["merge", *line])
     assert done.exit_code == 2

@@ -12,16 +12,19 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.convert import run_convert
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.posterior import checkpoint_files, open_posterior
+from mergekit_bayes.posterior import open_posterior
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def pickled(folder, kind=transformers.GPT2LMHeadModel):
-    """The folder's model as pytorch_model.bin, as old versions of transformers saved it: tied names share memory."""
+    """The folder's model as pytorch_model.bin, as old versions of transformers saved it: tied names
+    share memory.
+    """
     model = kind.from_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -59,15 +62,18 @@ def test_a_tied_gpt2_is_loaded_equal_and_its_tie_is_named(tmp_path):
     assert HEAD not in written
     assert report.tensors == len(written) == len(model.state_dict()) - 1
     assert report.bytes == sum(t.nbytes for t in written.values())
-    again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.lm_head.weight is again.transformer.wte.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "model.safetensors", *(p.name for p in (tmp_path / "m").iterdir() if p.suffix == ".json"),
-    }  # fmt: skip
+        "model.safetensors",
+        *(p.name for p in (tmp_path / "m").iterdir() if p.suffix == ".json"),
+    }
     open_posterior(str(tmp_path / "out")).close()
 
 
@@ -86,7 +92,9 @@ def test_what_shares_memory_without_being_tied_in_the_config_is_stored_twice(tmp
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     assert run_convert(str(folder), tmp_path / "out").tied == {}
-    again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
@@ -98,7 +106,9 @@ def test_shards_stay_shards_with_an_index_that_transformers_follows(tmp_path):
     tensors = {n: t for n, t in model.state_dict().items() if n != HEAD}
     sharded(folder, tensors, 3)
     seen = []
-    report = run_convert(str(folder), tmp_path / "out", progress=lambda done, total: seen.append(done / total))
+    report = run_convert(
+        str(folder), tmp_path / "out", progress=lambda done, total: seen.append(done / total)
+    )
     assert report.files == tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
     assert len(seen) == 3
     assert seen[-1] == 1.0
@@ -106,7 +116,9 @@ def test_shards_stay_shards_with_an_index_that_transformers_follows(tmp_path):
         assert set(load_file(tmp_path / "out" / file)) == set(list(tensors)[i::3])
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
-    total = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    total = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"][
+        "total_size"
+    ]
     assert total == sum(t.nbytes for t in tensors.values())
 
 
@@ -114,13 +126,28 @@ def test_every_dtype_and_view_keeps_its_bits(tmp_path):
     w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     special = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
     tensors = {
-        "w": w, "transposed": w.t(), "rows": w[1:], "strided": w[:, ::2], "scalar": torch.tensor(3.0),
-        "empty": torch.empty(0, 7), "empty too": torch.empty(0, 7), "special": special, "f64": w.double(),
-        "f16": w.half(), "bf16": w.bfloat16(), "e4m3": w.to(torch.float8_e4m3fn), "e5m2": w.to(torch.float8_e5m2),
-        "bool": w > 0, "i64": torch.arange(4), "i8": torch.arange(-4, 4, dtype=torch.int8),
-        "u8": torch.arange(4, dtype=torch.uint8), "complex": torch.view_as_complex(w[:, :2].contiguous()).conj(),
-        "parameter": torch.nn.Parameter(w.clone()), "expanded": torch.ones(1).expand(5), "名": torch.ones(2),
-    }  # fmt: skip
+        "w": w,
+        "transposed": w.t(),
+        "rows": w[1:],
+        "strided": w[:, ::2],
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 7),
+        "empty too": torch.empty(0, 7),
+        "special": special,
+        "f64": w.double(),
+        "f16": w.half(),
+        "bf16": w.bfloat16(),
+        "e4m3": w.to(torch.float8_e4m3fn),
+        "e5m2": w.to(torch.float8_e5m2),
+        "bool": w > 0,
+        "i64": torch.arange(4),
+        "i8": torch.arange(-4, 4, dtype=torch.int8),
+        "u8": torch.arange(4, dtype=torch.uint8),
+        "complex": torch.view_as_complex(w[:, :2].contiguous()).conj(),
+        "parameter": torch.nn.Parameter(w.clone()),
+        "expanded": torch.ones(1).expand(5),
+        "名": torch.ones(2),
+    }
     torch.save(tensors, tmp_path / "m.bin")
     report = run_convert(str(tmp_path / "m.bin"), tmp_path / "out.safetensors")
     assert report.tied == {}
@@ -186,15 +213,29 @@ def torchscript(path):
     ("write", "message"),
     [
         (lambda path: path.write_bytes(b""), "is not a file of torch.save"),
-        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is not a file of torch.save"),
-        (lambda path: torch.save({"w": torch.zeros(2)}, path, _use_new_zipfile_serialization=False), "PyTorch 1.6"),
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "is not a file of torch.save",
+        ),
+        (
+            lambda path: torch.save(
+                {"w": torch.zeros(2)}, path, _use_new_zipfile_serialization=False
+            ),
+            "PyTorch 1.6",
+        ),
         (lambda path: torch.save([torch.zeros(2)], path), "holds list, not tensors by name"),
         (lambda path: torch.save(torch.zeros(2), path), "holds Tensor, not tensors by name"),
-        (lambda path: torch.save({"state_dict": {"w": torch.zeros(2)}}, path), "'state_dict' is dict"),
+        (
+            lambda path: torch.save({"state_dict": {"w": torch.zeros(2)}}, path),
+            "'state_dict' is dict",
+        ),
         (lambda path: torch.save({"w": torch.zeros(2), "epoch": 3}, path), "'epoch' is int"),
         (lambda path: torch.save({0: torch.zeros(2)}, path), "0 is Tensor"),
         (lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path), "sparse_coo"),
-        (lambda path: torch.save({"w": torch.zeros(2, dtype=torch.complex128)}, path), "complex128"),
+        (
+            lambda path: torch.save({"w": torch.zeros(2, dtype=torch.complex128)}, path),
+            "complex128",
+        ),
         (lambda path: torch.save({"__metadata__": torch.zeros(2)}, path), "cannot be a name"),
         (lambda path: torch.save({"\ud800": torch.zeros(2)}, path), "cannot be"),
         (torchscript, "cannot be loaded as tensors only"),
@@ -227,7 +268,10 @@ def test_an_index_of_pickles_is_compared_with_its_shards(tmp_path):
     index = sharded(tmp_path, tensors)
     content = json.loads(index.read_text())
     for change, message in (
-        ({"z": "pytorch_model-00001-of-00002.bin"}, "'z' is in 'pytorch_model-00001.*does not hold"),
+        (
+            {"z": "pytorch_model-00001-of-00002.bin"},
+            "'z' is in 'pytorch_model-00001.*does not hold",
+        ),
         ({"a": "pytorch_model-00002-of-00002.bin"}, "'a' is in 'pytorch_model-00002"),
         ({"a": "../pytorch_model-00001-of-00002.bin"}, "no file name"),
         ({"a": "pytorch_model-00003-of-00003.bin"}, "is not there"),
@@ -273,7 +317,9 @@ def test_files_become_files_and_folders_folders(tmp_path):
 
 
 def test_an_adapters_pickle_becomes_an_adapters_safetensors(tmp_path):
-    torch.save({"base_model.model.h.0.lora_A.weight": torch.ones(2, 3)}, tmp_path / "adapter_model.bin")
+    torch.save(
+        {"base_model.model.h.0.lora_A.weight": torch.ones(2, 3)}, tmp_path / "adapter_model.bin"
+    )
     (tmp_path / "adapter_config.json").write_text("{}")
     assert run_convert(str(tmp_path), tmp_path / "out").files == ("adapter_model.safetensors",)
     assert (tmp_path / "out" / "adapter_config.json").exists()
@@ -295,7 +341,9 @@ def test_the_line_that_other_commands_print_for_a_pickle_works_as_printed(tmp_pa
         opened.close()
     done = CliRunner().invoke(app, ["convert", "m", "-o", "again", "--json"])
     assert json.loads(done.stdout)["tied"] == {HEAD: WTE}
-    assert Path("again/model.safetensors").read_bytes() == Path("OUT/model.safetensors").read_bytes()
+    assert (
+        Path("again/model.safetensors").read_bytes() == Path("OUT/model.safetensors").read_bytes()
+    )
 
 
 def test_a_hub_id_without_safetensors_names_the_line_too(tmp_path, monkeypatch):

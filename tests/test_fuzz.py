@@ -1,4 +1,6 @@
-"""Broken files: thousands of mutated headers, cut files and indexes end in one message each, or open properly."""
+"""Broken files: thousands of mutated headers, cut files and indexes end in one message each, or
+open properly.
+"""
 
 import copy
 import json
@@ -12,39 +14,103 @@ import numpy as np
 import pytest
 import safetensors
 
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import MERGEABLE, MemorySource, TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.posterior import PosteriorInfo, checkpoint_files, identify, open_posterior
-from mergekit_bayes.tensors import (
-    MERGEABLE,
-    MemorySource,
-    SafetensorsSink,
-    SafetensorsSource,
-    TensorSpec,
-    identity,
-    read_tensor,
-)
+from mergekit_bayes.posterior import PosteriorInfo, identify, open_posterior
 from tests import tiny
 
-BIG = (1 << 31, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30, 10**4000)
+BIG = (
+    1 << 31,
+    1 << 32,
+    1 << 61,
+    1 << 62,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+    1 << 64,
+    10**30,
+    10**4000,
+)
 ODD = (
-    *BIG, *(-n for n in BIG), -1, 0, 1, 2, 7, True, False, None, 0.0, 1.0, 4.5, 1e308, -0.0,
-    float("nan"), float("inf"), -float("inf"), "", "4", "F32", "F8_E4M3", "F4", "BOOL", "I64", "\ud800", "\udfff x",
-    "\x00", "\x1b[2J", "\n", "é", "名", "__metadata__", [], {}, [0], [0, 0], [4, 0], [0, 4, 8], [[4]], [{}], {"a": 1},
-    {"dtype": "F32"}, [1 << 62, 1 << 62], [1 << 62, 1 << 62, 0], [0, 1 << 62, 1 << 62], [1] * 70, [-1, -4],
-    {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
-)  # fmt: skip
+    *BIG,
+    *(-n for n in BIG),
+    -1,
+    0,
+    1,
+    2,
+    7,
+    True,
+    False,
+    None,
+    0.0,
+    1.0,
+    4.5,
+    1e308,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    "4",
+    "F32",
+    "F8_E4M3",
+    "F4",
+    "BOOL",
+    "I64",
+    "\ud800",
+    "\udfff x",
+    "\x00",
+    "\x1b[2J",
+    "\n",
+    "é",
+    "名",
+    "__metadata__",
+    [],
+    {},
+    [0],
+    [0, 0],
+    [4, 0],
+    [0, 4, 8],
+    [[4]],
+    [{}],
+    {"a": 1},
+    {"dtype": "F32"},
+    [1 << 62, 1 << 62],
+    [1 << 62, 1 << 62, 0],
+    [0, 1 << 62, 1 << 62],
+    [1] * 70,
+    [-1, -4],
+    {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+    {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
+)
 
 
 def seeds(folder):
-    """Good files: every dtype, a scalar, empty tensors, metadata, and a precision file's own header."""
+    """Good files: every dtype, a scalar, empty tensors, metadata, and a precision file's own
+    header.
+    """
     specs = {
-        "w": TensorSpec("F32", (3, 4)), "b": TensorSpec("BF16", (5,)), "scalar": TensorSpec("F16", ()),
-        "mask": TensorSpec("BOOL", (2, 2)), "empty": TensorSpec("F32", (0, 7)), "ids": TensorSpec("I64", (3,)),
-        "f8": TensorSpec("F8_E5M2", (6,)), "名": TensorSpec("F64", (2,)),
-    }  # fmt: skip
+        "w": TensorSpec("F32", (3, 4)),
+        "b": TensorSpec("BF16", (5,)),
+        "scalar": TensorSpec("F16", ()),
+        "mask": TensorSpec("BOOL", (2, 2)),
+        "empty": TensorSpec("F32", (0, 7)),
+        "ids": TensorSpec("I64", (3,)),
+        "f8": TensorSpec("F8_E5M2", (6,)),
+        "名": TensorSpec("F64", (2,)),
+    }
     info = PosteriorInfo(estimator="ggn", mean=identify(MemorySource(tiny.arrays(0))))
     for i, (tensors, metadata) in enumerate(
-        ((specs, {"format": "pt", "note": "ä\n"}), ({"w": specs["w"]}, info.to_metadata()), ({}, {}))
+        (
+            (specs, {"format": "pt", "note": "ä\n"}),
+            ({"w": specs["w"]}, info.to_metadata()),
+            ({}, {}),
+        )
     ):
         sink = SafetensorsSink(folder / f"seed{i}", tensors, metadata)
         for name, spec in tensors.items():
@@ -71,13 +137,26 @@ def spliced(data, rng):
 
 def wrong_length(data, rng):
     (length,) = struct.unpack("<Q", data[:8])
-    claims = (0, 1, length - 1, length + 1, length * 2, len(data), len(data) - 8, 1 << 31, 1 << 62, (1 << 64) - 1)
+    claims = (
+        0,
+        1,
+        length - 1,
+        length + 1,
+        length * 2,
+        len(data),
+        len(data) - 8,
+        1 << 31,
+        1 << 62,
+        (1 << 64) - 1,
+    )
     return struct.pack("<Q", max(rng.choice(claims), 0)) + data[8:]
 
 
 def nodes(value, path=()):
     yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         yield from nodes(value[key], (*path, key))
 
 
@@ -114,9 +193,13 @@ def rewritten(data, rng):
     elif kind == 2:
         text = text.replace(b"0", b"9" * rng.choice((20, 400, 5000)), 1)
     elif kind == 3:
-        text = rng.choice((text.decode(errors="replace").encode("utf-16"), b"\xef\xbb\xbf" + text, text + b"\0"))
+        text = rng.choice(
+            (text.decode(errors="replace").encode("utf-16"), b"\xef\xbb\xbf" + text, text + b"\0")
+        )
     elif kind == 4:
-        text = text.replace(b'"w"', rng.choice((b'"\xff"', b'"\xed\xa0\x80"', b'"\\ud800"', b'"\\udc00w"')))
+        text = text.replace(
+            b'"w"', rng.choice((b'"\xff"', b'"\xed\xa0\x80"', b'"\\ud800"', b'"\\udc00w"'))
+        )
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
@@ -141,9 +224,17 @@ def outcome(path):
     return None
 
 
-@pytest.mark.parametrize(("mutate", "count"), [
-    (cut, 1000), (flipped, 2000), (spliced, 1000), (wrong_length, 60), (rewritten, 3000),
-], ids=lambda p: getattr(p, "__name__", None))  # fmt: skip
+@pytest.mark.parametrize(
+    ("mutate", "count"),
+    [
+        (cut, 1000),
+        (flipped, 2000),
+        (spliced, 1000),
+        (wrong_length, 60),
+        (rewritten, 3000),
+    ],
+    ids=lambda p: getattr(p, "__name__", None),
+)
 def test_a_mutated_file_ends_in_one_message_or_opens_as_the_format_says(tmp_path, mutate, count):
     """What we open, the format's own library opens too, with the same names, dtypes and shapes."""
     rng, path, good = random.Random(0), tmp_path / "m.safetensors", list(seeds(tmp_path))
@@ -154,7 +245,9 @@ def test_a_mutated_file_ends_in_one_message_or_opens_as_the_format_says(tmp_path
         message = outcome(path)
         refused += message is not None
         if message is None:
-            theirs = {name: (t["dtype"], tuple(t["shape"])) for name, t in safetensors.deserialize(data)}
+            theirs = {
+                name: (t["dtype"], tuple(t["shape"])) for name, t in safetensors.deserialize(data)
+            }
             source = SafetensorsSource([path])
             assert {n: tuple(s) for n, s in source.specs.items()} == theirs
             source.close()
@@ -233,7 +326,10 @@ def test_a_length_beyond_the_file_allocates_nothing(tmp_path):
         ({"w": entry([2], dtype=["F32"])}, "in whole numbers"),
         ({"w": entry([1] * 65, 0, 4)}, "no tensor can have"),
         (b'{"w":1,"w":2}', "names 'w' twice"),
-        (b'{"w":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', "names 'dtype' twice"),
+        (
+            b'{"w":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}',
+            "names 'dtype' twice",
+        ),
         (b'{"w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}', "NaN"),
         (b'{"w":{"dtype":"F32","shape":[-Infinity],"data_offsets":[0,8]}}', "-Infinity"),
         (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "surrogate"),
@@ -253,7 +349,11 @@ def test_a_directory_and_a_pipe_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
-    for name, message in (("pipe", "is not a file"), ("folder", "is not a file"), ("loop", "cannot be opened")):
+    for name, message in (
+        ("pipe", "is not a file"),
+        ("folder", "is not a file"),
+        ("loop", "cannot be opened"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             SafetensorsSource([tmp_path / f"{name}.safetensors"])
 
@@ -264,10 +364,16 @@ INDEX = "model.safetensors.index.json"
 def sharded(folder):
     """Two shards and their index, which is returned."""
     names = list(tiny.arrays(0))
-    shards = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[:2],
+        "model-00002-of-00002.safetensors": names[2:],
+    }
     for file, held in shards.items():
         tiny.write(folder / file, {n: tiny.arrays(0)[n] for n in held})
-    content = {"metadata": {"total_size": 4}, "weight_map": {n: file for file, held in shards.items() for n in held}}
+    content = {
+        "metadata": {"total_size": 4},
+        "weight_map": {n: file for file, held in shards.items() for n in held},
+    }
     (folder / INDEX).write_text(json.dumps(content))
     return content
 
@@ -276,8 +382,19 @@ def test_a_mutated_index_ends_in_one_message_or_opens_all_of_the_model(tmp_path)
     rng, model = random.Random(0), tmp_path / "m"
     content = sharded(model)
     good = json.dumps(content).encode()
-    odd = [*ODD, "..", ".", "/etc/passwd", "../m/model-00001-of-00002.safetensors", "a" * 300, "a\0b", INDEX, "sub",
-           "loop.safetensors", "model-00001-of-00002.safetensors"]  # fmt: skip
+    odd = [
+        *ODD,
+        "..",
+        ".",
+        "/etc/passwd",
+        "../m/model-00001-of-00002.safetensors",
+        "a" * 300,
+        "a\0b",
+        INDEX,
+        "sub",
+        "loop.safetensors",
+        "model-00001-of-00002.safetensors",
+    ]
     (model / "sub").mkdir()
     (model / "loop.safetensors").symlink_to("loop.safetensors")
     opened = 0
@@ -352,7 +469,11 @@ def test_an_index_that_is_no_map_is_refused(tmp_path, text, message):
 
 
 def test_an_index_that_is_a_folder_or_a_pipe_is_refused(tmp_path):
-    for name, make in (("a", os.mkdir), ("b", os.mkfifo), ("c", lambda path: os.symlink(INDEX, path))):
+    for name, make in (
+        ("a", os.mkdir),
+        ("b", os.mkfifo),
+        ("c", lambda path: os.symlink(INDEX, path)),
+    ):
         (tmp_path / name).mkdir()
         make(tmp_path / name / INDEX)
         with pytest.raises(CheckpointError, match="not a file"):
@@ -363,7 +484,10 @@ def test_a_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path):
     content = sharded(tmp_path)
     content["weight_map"]["h.9.bias"] = "model-00002-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"'h\.9\.bias' is in 'model-00002-of-00002\.safetensors'.*does not hold"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"'h\.9\.bias' is in 'model-00002-of-00002\.safetensors'.*does not hold",
+    ):
         open_posterior(str(tmp_path))
 
 
@@ -371,7 +495,9 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_named_with_both(tmp_pa
     content = sharded(tmp_path)
     content["weight_map"]["wte.weight"] = "model-00002-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"'wte\.weight' is in 'model-00002.*'model-00001-of-00002.*' does"):
+    with pytest.raises(
+        CheckpointError, match=r"'wte\.weight' is in 'model-00002.*'model-00001-of-00002.*' does"
+    ):
         open_posterior(str(tmp_path))
 
 
@@ -379,15 +505,21 @@ def test_a_tensor_that_the_index_does_not_list_is_named_with_its_shard(tmp_path)
     content = sharded(tmp_path)
     del content["weight_map"]["wte.weight"]
     (tmp_path / INDEX).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"does not list 'wte\.weight', which 'model-00001-of-00002"):
+    with pytest.raises(
+        CheckpointError, match=r"does not list 'wte\.weight', which 'model-00001-of-00002"
+    ):
         open_posterior(str(tmp_path))
 
 
 def test_a_precisions_index_is_compared_with_its_shards_too(tmp_path):
     tiny.write(tmp_path / "m" / "model.safetensors", tiny.arrays(0))
-    tiny.write(tmp_path / "m" / "posterior" / "precision-00001-of-00001.safetensors", tiny.precisions(0))
+    tiny.write(
+        tmp_path / "m" / "posterior" / "precision-00001-of-00001.safetensors", tiny.precisions(0)
+    )
     index = tmp_path / "m" / "posterior" / "precision.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"wte.weight": "precision-00001-of-00001.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"wte.weight": "precision-00001-of-00001.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="does not list"):
         open_posterior(str(tmp_path / "m"))
 

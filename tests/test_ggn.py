@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model, observations
+from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
+from mergekit_bayes.models.load import load_model
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 ROWS = {"text": ["the cat sat on the mat .", "a dog ran", "good film"]}

@@ -5,7 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from mergekit_bayes.optim import BSAM, IVON, base
+from mergekit_bayes.optim import base
+from mergekit_bayes.optim.bsam import BSAM
+from mergekit_bayes.optim.ivon import IVON
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes import sources
+from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.errors import CheckpointError, PrecisionError
-from mergekit_bayes.inspect import run_inspect
+from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior
@@ -145,13 +145,24 @@ def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
 
 def adapter(path, base, seed=0):
     """A LoRA adapter of rank 1 on the attention weight of `folder`'s model, in PEFT's layout."""
-    shapes = {"base_model.model.h.0.attn.lora_A.weight": (1, 5), "base_model.model.h.0.attn.lora_B.weight": (4, 1)}
+    shapes = {
+        "base_model.model.h.0.attn.lora_A.weight": (1, 5),
+        "base_model.model.h.0.attn.lora_B.weight": (4, 1),
+    }
     mean = tiny.arrays(seed, shapes)
     tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
     (path / "posterior").mkdir()
-    (path / "adapter_model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
-    about = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["attn"], "task_type": "CAUSAL_LM",
-             "base_model_name_or_path": base}  # fmt: skip
+    (path / "adapter_model.precision.safetensors").rename(
+        path / "posterior" / "precision.safetensors"
+    )
+    about = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["attn"],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
     (path / "adapter_config.json").write_text(json.dumps(about))
     return path
 
@@ -172,8 +183,12 @@ def test_a_precision_may_live_in_another_repository_whose_model_is_not_fetched(h
     hub.add("org/a", {n: c for n, c in whole.items() if not n.startswith("posterior")})
     commit = hub.add("other/a-posterior", whole).refs["main"]
     hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
-    config = {"models": ["org/a", "org/b"], "weights": "precision", "precision": {"org/a": "other/a-posterior"},
-              "out": str(tmp_path / "out")}  # fmt: skip
+    config = {
+        "models": ["org/a", "org/b"],
+        "weights": "precision",
+        "precision": {"org/a": "other/a-posterior"},
+        "out": str(tmp_path / "out"),
+    }
     run_merge(MergeConfig(**config))
     assert not hub.asked("GET", f"other/a-posterior/resolve/{commit}/model.safetensors")
     recipe = yaml.safe_load((tmp_path / "out" / "merge_recipe.yaml").read_text())
@@ -183,8 +198,12 @@ def test_a_precision_may_live_in_another_repository_whose_model_is_not_fetched(h
 def test_a_precision_of_other_weights_is_an_error(hub, tmp_path):
     hub.add("org/a", files(folder(tmp_path / "a", precision=False)))
     hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
-    config = {"models": ["org/a", "org/b"], "weights": "precision", "precision": {"org/a": "org/b"},
-              "out": str(tmp_path / "out")}  # fmt: skip
+    config = {
+        "models": ["org/a", "org/b"],
+        "weights": "precision",
+        "precision": {"org/a": "org/b"},
+        "out": str(tmp_path / "out"),
+    }
     with pytest.raises(PrecisionError, match="other weights"):
         plan_merge(MergeConfig(**config))
 
@@ -195,11 +214,19 @@ def test_inspect_reads_headers_of_the_hub_and_fetches_nothing(hub, tmp_path):
     there, here = run_inspect("org/a"), run_inspect(str(where))
     assert there.path == f"org/a@{commit}"
     assert (there.parameters, there.tensors, there.dtypes, there.bytes) == (
-        here.parameters, here.tensors, here.dtypes, here.bytes,
-    )  # fmt: skip
-    assert [(x.name, x.parameters) for x in there.layers] == [(x.name, x.parameters) for x in here.layers]
+        here.parameters,
+        here.tensors,
+        here.dtypes,
+        here.bytes,
+    )
+    assert [(x.name, x.parameters) for x in there.layers] == [
+        (x.name, x.parameters) for x in here.layers
+    ]
     assert there.precision.info == here.precision.info
-    assert (there.precision.covered, there.precision.numbers) == (here.precision.covered, here.precision.numbers)
+    assert (there.precision.covered, there.precision.numbers) == (
+        here.precision.covered,
+        here.precision.numbers,
+    )
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
     assert not [p for p in (tmp_path / "home").rglob("*") if p.suffix in (".safetensors", ".json")]
 
@@ -219,11 +246,15 @@ def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
 def test_a_disk_that_is_full_is_not_called_a_connection(hub):
     full = sources.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
     assert "reading or writing failed here (No space left on device)" in full
-    assert "the connection to" in sources.explain(ConnectionResetError(errno.ECONNRESET, "reset"), "org/a")
+    assert "the connection to" in sources.explain(
+        ConnectionResetError(errno.ECONNRESET, "reset"), "org/a"
+    )
 
 
 def test_a_mistyped_local_path_is_answered_with_its_neighbour(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "base").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"If a local path was meant: did you mean 'runs/base'\?"):
+    with pytest.raises(
+        CheckpointError, match=r"If a local path was meant: did you mean 'runs/base'\?"
+    ):
         sources.resolve("runs/basee")

@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from bmerge_cli.main import app
-from mergekit_bayes import sources
+from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub import make_card, model_card, parents, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge

@@ -1,4 +1,6 @@
-"""Inspect: numbers equal those of whole arrays in numpy, whatever the chunks, and doubts are said aloud."""
+"""Inspect: numbers equal those of whole arrays in numpy, whatever the chunks, and doubts are said
+aloud.
+"""
 
 import json
 
@@ -6,10 +8,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import mergekit_bayes.inspect as inspect_module
 from bmerge_cli.main import app
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.inspect import QUANTILES, run_inspect
+from mergekit_bayes.inspect import QUANTILES, totals
+from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.posterior import PosteriorInfo, open_posterior, save_posterior
 from tests import tiny
 
@@ -37,20 +39,33 @@ def layer(report, name):
 
 def test_layers_come_in_the_order_of_the_model(world):
     report = run_inspect("a.safetensors")
-    assert [x.name for x in report.layers] == ["embeddings", "transformer.h.2", "transformer.h.10", "rest", "head"]
-    assert report.parameters == sum(x.parameters for x in report.layers) == sum(t.size for t in world[0].values())
+    assert [x.name for x in report.layers] == [
+        "embeddings",
+        "transformer.h.2",
+        "transformer.h.10",
+        "rest",
+        "head",
+    ]
+    assert (
+        report.parameters
+        == sum(x.parameters for x in report.layers)
+        == sum(t.size for t in world[0].values())
+    )
     assert report.dtypes == {"F32": report.parameters}
 
 
 @pytest.mark.parametrize("chunk", [1 << 18, 100, 7])
 def test_numbers_of_a_layer_equal_those_of_whole_arrays(world, monkeypatch, chunk):
-    monkeypatch.setattr(inspect_module, "_CHUNK", chunk)
+    monkeypatch.setattr(totals, "_CHUNK", chunk)
     mean, precision = world
     other = {n: t + np.float32(0.01) * tiny.arrays(1, SHAPES)[n] for n, t in mean.items()}
     tiny.write("b.safetensors", other)
     report = run_inspect("a.safetensors", "b.safetensors")
     names = [n for n in SHAPES if n.startswith("transformer.h.2.")]
-    m, s, o = (np.concatenate([x[n].ravel() for n in names]).astype(float) for x in (mean, precision, other))
+    m, s, o = (
+        np.concatenate([x[n].ravel() for n in names]).astype(float)
+        for x in (mean, precision, other)
+    )
     found = layer(report, "transformer.h.2")
     rms = np.sqrt(np.mean(m**2))
     assert (found.tensors, found.parameters) == (2, m.size)
@@ -120,23 +135,37 @@ def test_weights_that_are_not_finite_are_noted(world):
 
 def test_bad_health_is_said_aloud(world):
     posterior = open_posterior("a.safetensors")
-    info = PosteriorInfo(estimator="ivon", mean=posterior.info.mean, health={"init_fraction": 0.9, "kappa": 2.0})
+    info = PosteriorInfo(
+        estimator="ivon", mean=posterior.info.mean, health={"init_fraction": 0.9, "kappa": 2.0}
+    )
     posterior.close()
-    save_posterior(posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), info, force=True)
+    save_posterior(
+        posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), info, force=True
+    )
     notes = " ".join(run_inspect("a.safetensors").notes)
     assert "init_fraction 0.9" in notes
     assert "kappa 2" in notes
     assert "above a tenth of the weights' RMS in embeddings, transformer.h.2" in notes
     flushed = info.model_copy(update={"estimator": "ggn"})
-    save_posterior(posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), flushed, force=True)
+    save_posterior(
+        posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), flushed, force=True
+    )
     assert run_inspect("a.safetensors").notes == ()
 
 
 def test_buffers_and_tied_copies_are_no_parameters(tmp_path):
     embedding = np.ones((5, 4), np.float32)
-    tensors = {"wte.weight": embedding, "lm_head.weight": embedding, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}
+    tensors = {
+        "wte.weight": embedding,
+        "lm_head.weight": embedding,
+        "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32),
+    }
     report = run_inspect(str(tiny.write(tmp_path / "m.safetensors", tensors)))
-    assert (report.parameters, report.tied, report.buffers) == (20, ("lm_head.weight",), ("h.0.attn.bias",))
+    assert (report.parameters, report.tied, report.buffers) == (
+        20,
+        ("lm_head.weight",),
+        ("h.0.attn.bias",),
+    )
 
 
 def test_a_common_prefix_does_not_hide_the_partners(world, tmp_path):
@@ -150,7 +179,9 @@ def test_a_common_prefix_does_not_hide_the_partners(world, tmp_path):
 
 def test_checkpoints_without_a_common_tensor_are_refused(world):
     tiny.write("c.safetensors", {"x": np.ones(3, np.float32)})
-    with pytest.raises(MismatchError, match=r"'c\.safetensors' has no tensor of the same name and shape"):
+    with pytest.raises(
+        MismatchError, match=r"'c\.safetensors' has no tensor of the same name and shape"
+    ):
         run_inspect("a.safetensors", "c.safetensors")
 
 
@@ -159,7 +190,11 @@ def test_the_command_prints_tables_for_people_and_one_document_for_machines(worl
     done = CliRunner().invoke(app, ["inspect", "a.safetensors", "b.safetensors", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["comparison"]["relative"] == pytest.approx(1)
-    for text in ("transformer.h.10", "difference to b.safetensors", "ggn, of these weights, for 100 observations"):
+    for text in (
+        "transformer.h.10",
+        "difference to b.safetensors",
+        "ggn, of these weights, for 100 observations",
+    ):
         assert text in done.stderr
     quiet = CliRunner().invoke(app, ["inspect", "a.safetensors", "-q"])
     assert (quiet.exit_code, quiet.output) == (0, "")
@@ -171,19 +206,31 @@ def test_the_command_prints_tables_for_people_and_one_document_for_machines(worl
 @pytest.mark.parametrize("axis", [1, None], ids=["row", "tensor"])
 def test_a_pooled_precision_is_reported_as_if_spread_out(world, axis):
     precision = world[1]
-    pooled = {n: p.mean(axis=axis if p.ndim > 1 else None, keepdims=True) for n, p in precision.items()}
+    pooled = {
+        n: p.mean(axis=axis if p.ndim > 1 else None, keepdims=True) for n, p in precision.items()
+    }
     pooled["transformer.wte.weight"][0] = 0
     pooled["score.weight"][0] = np.nan
     tiny.write("pooled.safetensors", pooled)
-    tiny.write("spread.safetensors", {n: np.broadcast_to(p, SHAPES[n]).copy() for n, p in pooled.items()})
-    short, long = (run_inspect("a.safetensors", precision=f"{n}.safetensors") for n in ("pooled", "spread"))
+    tiny.write(
+        "spread.safetensors", {n: np.broadcast_to(p, SHAPES[n]).copy() for n, p in pooled.items()}
+    )
+    short, long = (
+        run_inspect("a.safetensors", precision=f"{n}.safetensors") for n in ("pooled", "spread")
+    )
     assert short.layers == long.layers
     assert short.precision.unknown == ()
-    assert (short.precision.zeros, short.precision.bad) == (long.precision.zeros, long.precision.bad)
-    assert (short.precision.covered, short.precision.numbers) == (1, sum(p.size for p in pooled.values()))
-    pooled_note = (
-        f"the precision is pooled: {short.precision.numbers:,} numbers stand for {long.parameters:,} parameters"
+    assert (short.precision.zeros, short.precision.bad) == (
+        long.precision.zeros,
+        long.precision.bad,
     )
+    assert (short.precision.covered, short.precision.numbers) == (
+        1,
+        sum(p.size for p in pooled.values()),
+    )
+    pooled_note = f"the precision is pooled: {short.precision.numbers:,} numbers stand for {long.parameters:,} parameters"
     assert [n for n in short.notes if n not in long.notes] == [pooled_note]
-    shown = CliRunner().invoke(app, ["inspect", "a.safetensors", "--precision", "pooled.safetensors"])
+    shown = CliRunner().invoke(
+        app, ["inspect", "a.safetensors", "--precision", "pooled.safetensors"]
+    )
     assert pooled_note in " ".join(shown.stderr.split())

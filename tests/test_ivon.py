@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import mergekit_bayes.optim.base as base
 import mergekit_bayes.optim.ivon as module
-from mergekit_bayes.optim import BSAM, IVON, VOGN, ivon_update
+from mergekit_bayes.optim.bsam import BSAM
+from mergekit_bayes.optim.ivon import IVON, ivon_update
+from mergekit_bayes.optim.vogn import VOGN
 from tests.reference import ivon as twin
 
 SETTINGS = {"ess": 50.0, "hess_init": 0.5, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}

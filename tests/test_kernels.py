@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.codec import decode, encode
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.kernels import Chunk, Kind, Numbers, Tally, elementwise, first_pass, row_sums
-from mergekit_bayes.kernels.base import keyed_draws, task_key
+from mergekit_bayes.kernels import elementwise, first_pass, row_sums
+from mergekit_bayes.kernels.base import Chunk, Kind, Numbers, Tally, keyed_draws, task_key
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.base import BINS
-from mergekit_bayes.tensors import decode, encode
 
 pytest.importorskip("numba", reason="the compiled pass needs numba")
 

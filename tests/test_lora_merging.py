@@ -13,13 +13,14 @@ import transformers
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.lora import merge_adapters, merging, open_adapted
 from mergekit_bayes.lora.adapter import Factors
-from mergekit_bayes.models import load_model
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import identify
-from mergekit_bayes.tensors import SafetensorsSource, read_tensor
 from tests import tiny
 from tests.adapters import LAYERS, adapter, factors, peft_adapter, precise, product
 from tests.reference import lora as twin

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora import open_adapted, open_adapter
-from mergekit_bayes.posterior import checkpoint_files, identify
-from mergekit_bayes.tensors import SafetensorsSource, read_tensor
+from mergekit_bayes.posterior import identify
 from tests.adapters import adapter, base, factors, peft_adapter, precise
 from tests.tiny_models import tiny_gpt2
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
-from mergekit_bayes.tensors import SafetensorsSource, TensorSpec
 from tests import three_models, tiny
 from tests.three_models import expected_matching, merge
 

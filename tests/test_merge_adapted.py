@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.posterior import (
-    PosteriorInfo,
-    checkpoint_files,
-    identify,
-    open_posterior,
-    save_posterior,
-)
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.posterior import PosteriorInfo, identify, open_posterior, save_posterior
 from tests import model_forms
 from tests.model_forms import CLASSES, close, expect, load, merge, model, opened, save
 from tests.reference import lora as lora_twin

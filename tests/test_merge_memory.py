@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.layout import write_index
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import MergeConfig, first, run_merge
-from mergekit_bayes.posterior import write_index
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.stream import first_pass as first
 from tests import tiny
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.layout import write_index
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.posterior import PosteriorInfo, open_posterior, write_index
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.posterior import PosteriorInfo, open_posterior
 from tests import three_models, tiny
 from tests.three_models import expected_matching, merge
 
@@ -35,7 +36,8 @@ def test_folders_shards_side_files_and_posteriors_come_along(world, tmp_path):
     for file in ("config.json", "tokenizer.json", "generation_config.json"):
         (folder / file).write_text("{}")
     (folder / "optimizer.pt").write_bytes(b"x")
-    from mergekit_bayes.posterior import checkpoint_files, identify, save_posterior
+    from mergekit_bayes.checkpoint.layout import checkpoint_files
+    from mergekit_bayes.posterior import identify, save_posterior
 
     source = SafetensorsSource(checkpoint_files(folder))
     info = PosteriorInfo(

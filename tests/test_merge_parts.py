@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergekit_bayes import merge as engine
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import (
     MergeConfig,
     Part,
-    journal,
     parse_part,
     part_of_launcher,
+    parts,
     plan_merge,
     run_merge,
-    work,
 )
+from mergekit_bayes.merge import partial as partial_module
+from mergekit_bayes.merge import run as engine
+from mergekit_bayes.stream import units as units_module
 from tests import interrupted, tiny
 from tests.interrupted import config, line
 
@@ -41,7 +42,7 @@ def bmerge(*arguments, **environment):
 
 def test_four_processes_write_one_output(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "UNIT", 500)
+    monkeypatch.setattr(units_module, "UNIT", 500)
     run_merge(config(inputs, out="whole.safetensors"))
     parts = [bmerge(*line(inputs, "out.safetensors"), "--shard", f"{i}/4") for i in (3, 1, 4, 2)]
     assert [p.wait() for p in parts] == [0] * 4, [p.stderr.read() for p in parts]
@@ -83,7 +84,7 @@ def test_a_rank_that_comes_after_the_first_stopped_waiting_leaves_its_part_to_it
     inputs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "_MOMENT", 0.05)
+    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     with closing(plan_merge(config(inputs, out="out"))) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
         with partial.held(alone=True, force=False):
@@ -104,7 +105,7 @@ def test_parts_cover_every_unit_once_and_evenly(inputs):
 
 def test_a_giant_tensor_is_shared_among_parts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "UNIT", 1000)
+    monkeypatch.setattr(units_module, "UNIT", 1000)
     for i, name in enumerate("ab"):
         tiny.write(f"{name}.safetensors", {"wte.weight": np.full((100, 100), i, np.float32)})
     settings = MergeConfig(models=("a.safetensors", "b.safetensors"), out="c.safetensors")
@@ -121,11 +122,11 @@ def test_a_shard_that_is_none_is_refused(text):
 
 
 def test_launchers_are_recognised(monkeypatch):
-    for rank, size in engine._LAUNCHERS:
+    for rank, size in parts._LAUNCHERS:
         monkeypatch.delenv(rank, raising=False)
         monkeypatch.delenv(size, raising=False)
     assert part_of_launcher() is None
-    for rank, size in engine._LAUNCHERS:
+    for rank, size in parts._LAUNCHERS:
         with monkeypatch.context() as patch:
             patch.setenv(rank, "2")
             patch.setenv(size, "8")

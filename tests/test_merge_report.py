@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.posterior import identify
-from mergekit_bayes.tensors import SafetensorsSource
 from tests import model_forms, tiny
 from tests.model_forms import SHAPES, TORCH, load, merge, model
 

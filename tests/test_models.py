@@ -8,18 +8,18 @@ import torch
 import transformers
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models import (
+from mergekit_bayes.models.encode import (
     IGNORED,
     Collate,
     batches,
-    checkpoint_names,
     context_length,
     encode_rows,
-    load_model,
-    load_rows,
     observations,
     start_token,
 )
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.models.rows import load_rows
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 ROWS = [{"text": f"row {i}", "label": i % 3} for i in range(9)]
@@ -30,7 +30,9 @@ def written(folder):
     lines = "".join(json.dumps(r) + "\n" for r in ROWS)
     (folder / "a.jsonl").write_text(lines)
     (folder / "a.json").write_text(json.dumps(ROWS))
-    (folder / "a.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS))
+    (folder / "a.csv").write_text(
+        "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS)
+    )
     with gzip.open(folder / "b.jsonl.gz", "wt") as file:
         file.write(lines)
     load_rows(str(folder / "a.jsonl")).to_parquet(folder / "a.parquet")
@@ -95,7 +97,11 @@ def test_a_document_runs_from_the_start_token_to_eos(tmp_path):
     loaded = load_model(str(tiny_gpt2(tmp_path)))
     words = loaded.tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
     (example,) = encode_rows({"text": ["the cat sat"]}, loaded)
-    assert example["input_ids"] == [start_token(loaded.tokenizer), *words, loaded.tokenizer.eos_token_id]
+    assert example["input_ids"] == [
+        start_token(loaded.tokenizer),
+        *words,
+        loaded.tokenizer.eos_token_id,
+    ]
     assert observations([example], "causal-lm") == 4
     (cut,) = encode_rows({"text": ["the cat sat"]}, loaded, max_length=3)
     assert cut["input_ids"] == example["input_ids"][:3]
@@ -134,7 +140,10 @@ def test_labels_are_numbers_or_the_models_names(tmp_path):
     loaded = load_model(str(tiny_bert(tmp_path, names=["civil", "toxic"])))
     rows = {"text": ["a cat", "a dog"], "label": ["toxic", "civil"]}
     assert [e["labels"] for e in encode_rows(rows, loaded, label="label")] == [1, 0]
-    assert [e["labels"] for e in encode_rows({**rows, "label": [0, 1]}, loaded, label="label")] == [0, 1]
+    assert [e["labels"] for e in encode_rows({**rows, "label": [0, 1]}, loaded, label="label")] == [
+        0,
+        1,
+    ]
     for bad in ("rude", 2, -1, 0.5, None):
         with pytest.raises(MismatchError, match="civil, toxic"):
             encode_rows({**rows, "label": ["toxic", bad]}, loaded, label="label")
@@ -154,9 +163,15 @@ def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path)
     named = checkpoint_names(model, {n: p.detach() for n, p in model.named_parameters()})

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from mergekit_bayes.names import Renaming, find_renaming, is_alias, is_buffer, tied_source
-from mergekit_bayes.tensors import MemorySource
+from mergekit_bayes.checkpoint.names import (
+    Renaming,
+    find_renaming,
+    is_alias,
+    is_buffer,
+    tied_source,
+)
+from mergekit_bayes.checkpoint.specs import MemorySource
 
 
 def test_one_common_prefix_is_found_in_both_directions():
@@ -42,5 +48,8 @@ def test_a_tied_head_is_known_by_name_and_content():
     untied = MemorySource({"wte.weight": wte, "lm_head.weight": wte + 1})
     assert is_alias("lm_head.weight", tied)
     assert not is_alias("lm_head.weight", untied)
-    assert tied_source("lm_head.weight", MemorySource({"transformer.wte.weight": wte})) == "transformer.wte.weight"
+    assert (
+        tied_source("lm_head.weight", MemorySource({"transformer.wte.weight": wte}))
+        == "transformer.wte.weight"
+    )
     assert tied_source("wte.weight", tied) is None

@@ -10,7 +10,8 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import resampled_sums
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models import load_model, start_token
+from mergekit_bayes.models.encode import start_token
+from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
 CONTEXT = 16
@@ -70,7 +71,9 @@ def test_rolling_perplexity_equals_lm_eval(loaded, tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "texts.yaml").write_text(TASK.format(path=data))
     theirs = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=CONTEXT, batch_size=1),
+        model=HFLM(
+            pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=CONTEXT, batch_size=1
+        ),
         tasks=["texts"],
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
         bootstrap_iters=0,

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.names import is_vocabulary
 from mergekit_bayes.plan import plan_merge
 from tests import model_forms, tiny
 from tests.model_forms import CLASSES, SHAPES, close, expect, load, merge, model

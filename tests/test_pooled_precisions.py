@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergekit_bayes.posterior import precision_path
+from mergekit_bayes.checkpoint.layout import precision_path
 from tests import model_forms, tiny
 from tests.model_forms import POOLED, SHAPES, close, expect, load, merge, model
 

@@ -6,28 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.specs import MemorySource
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
-from mergekit_bayes.posterior import (
-    PosteriorInfo,
-    Prior,
-    identify,
-    open_posterior,
-    precision_path,
-    replacing,
-    save_posterior,
-)
-from mergekit_bayes.tensors import MemorySource
+from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny
 
 
 def info(**changes):
     mean = identify(MemorySource(tiny.arrays(0)))
-    return PosteriorInfo(estimator="ggn", unit="token", observations=10, ess=10, mean=mean, **changes)
+    return PosteriorInfo(
+        estimator="ggn", unit="token", observations=10, ess=10, mean=mean, **changes
+    )
 
 
 def test_a_precision_file_carries_its_own_meaning(tmp_path):
     model = tiny.write(tmp_path / "a.safetensors", tiny.arrays(0))
-    said = info(prior=Prior(kind="isotropic", precision=0.5), training={"lr": 0.1}, health={"kappa": 1.0})
+    said = info(
+        prior=Prior(kind="isotropic", precision=0.5), training={"lr": 0.1}, health={"kappa": 1.0}
+    )
     written = save_posterior(model, tiny.precisions(0), said)
     assert written == tmp_path / "a.precision.safetensors" == precision_path(model)
     opened = open_posterior(str(model))
@@ -71,7 +69,9 @@ def test_an_existing_precision_is_kept_unless_forced(tmp_path):
     with pytest.raises(CheckpointError, match="--force"):
         save_posterior(model, tiny.precisions(1), info())
     save_posterior(model, tiny.precisions(1), info(), force=True)
-    np.testing.assert_array_equal(tiny.read(precision_path(model))["wte.weight"], tiny.precisions(1)["wte.weight"])
+    np.testing.assert_array_equal(
+        tiny.read(precision_path(model))["wte.weight"], tiny.precisions(1)["wte.weight"]
+    )
 
 
 def test_a_posterior_of_a_later_format_is_refused(tmp_path):
@@ -103,7 +103,9 @@ def test_a_failed_write_leaves_the_old_output_and_nothing_else(tmp_path, kind):
 
 
 def test_an_index_with_a_missing_shard_names_it(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "model-1.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match=r"model-1\.safetensors"):
         open_posterior(str(tmp_path))
 

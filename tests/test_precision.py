@@ -1,4 +1,6 @@
-"""A precision for an existing checkpoint: what it stands for, where it goes, and that it can be used."""
+"""A precision for an existing checkpoint: what it stands for, where it goes, and that it can be
+used.
+"""
 
 import json
 import shutil
@@ -12,9 +14,10 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from bmerge_cli import finetune, precision
-from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model, observations
+from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests import tiny
@@ -25,7 +28,8 @@ from tests.tiny_models import tiny_bert, tiny_gpt2
 def data(tmp_path):
     file = tmp_path / "t.jsonl"
     rows = [
-        {"text": t, "label": i % 2} for i, t in enumerate(("the cat sat .", "a good film", "dull tree", "dog ran on"))
+        {"text": t, "label": i % 2}
+        for i, t in enumerate(("the cat sat .", "a good film", "dull tree", "dog ran on"))
     ]
     file.write_text("".join(json.dumps(r) + "\n" for r in rows * 3))
     return str(file)
@@ -33,7 +37,9 @@ def data(tmp_path):
 
 def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
     model = tiny_gpt2(tmp_path / "m")
-    report = run_precision(PrecisionConfig(model=str(model), data=data, examples=5, batch_size=1, seed=4, prior=0.5))
+    report = run_precision(
+        PrecisionConfig(model=str(model), data=data, examples=5, batch_size=1, seed=4, prior=0.5)
+    )
     loaded = load_model(str(model))
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     examples = encode_rows({"text": texts}, loaded)
@@ -41,7 +47,13 @@ def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
     posterior = open_posterior(str(model))
     info = posterior.info
     assert report.path == model / "posterior"
-    assert (info.estimator, info.unit, info.observations, info.ess, info.sampled) == ("ggn", "token", total, total, 5)
+    assert (info.estimator, info.unit, info.observations, info.ess, info.sampled) == (
+        "ggn",
+        "token",
+        total,
+        total,
+        5,
+    )
     assert (info.prior.kind, info.prior.precision) == ("isotropic", 0.5)
     import torch
 
@@ -80,7 +92,11 @@ def test_it_may_be_written_elsewhere_and_named_in_a_merge(tmp_path, data):
         out = tmp_path / f"{model.name}.fisher.safetensors"
         run_precision(PrecisionConfig(model=str(model), data=data, output=str(out)))
         places[str(model)] = str(out)
-    run_merge(MergeConfig(models=(str(a), str(b)), weights="precision", precision=places, out=str(tmp_path / "ab")))
+    run_merge(
+        MergeConfig(
+            models=(str(a), str(b)), weights="precision", precision=places, out=str(tmp_path / "ab")
+        )
+    )
     assert (tmp_path / "ab" / "posterior" / "precision.safetensors").exists()
     assert not (a / "posterior").exists()
 
@@ -132,13 +148,27 @@ def run(module, *arguments):
 def test_the_two_commands_print_one_document_or_one_path(tmp_path, data):
     settings = tmp_path / "f.yaml"
     model = tiny_gpt2(tmp_path / "m")
-    settings.write_text(f"model: {model}\ndata: {data}\noutput: {tmp_path / 'out'}\nmax_steps: 2\nflush_batches: 2\n")
+    settings.write_text(
+        f"model: {model}\ndata: {data}\noutput: {tmp_path / 'out'}\nmax_steps: 2\nflush_batches: "
+        "2\n"
+    )
     done = run(finetune, settings, "--set", "batch_size=3", "--json", "-q")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert (report["path"], report["steps"], done.stderr) == (str(tmp_path / "out"), 2, "")
     done = run(
-        precision, model, "--data", data, "--data", data, "--where", "label=1", "--examples", "4", "--json", "-q"
+        precision,
+        model,
+        "--data",
+        data,
+        "--data",
+        data,
+        "--where",
+        "label=1",
+        "--examples",
+        "4",
+        "--json",
+        "-q",
     )
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)

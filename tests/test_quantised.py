@@ -1,4 +1,6 @@
-"""An adapter on a frozen base of 8 or 4 bits: trained, stored and loaded again; where bitsandbytes is installed."""
+"""An adapter on a frozen base of 8 or 4 bits: trained, stored and loaded again; where bitsandbytes
+is installed.
+"""
 
 import importlib.util
 import json
@@ -9,15 +11,21 @@ import transformers
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.models import load_model
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from tests.tiny_models import tiny_gpt2
 
 HAVE = importlib.util.find_spec("bitsandbytes") is not None
-needs = pytest.mark.skipif(not HAVE, reason="bitsandbytes is not installed: pip install bitsandbytes")
+needs = pytest.mark.skipif(
+    not HAVE, reason="bitsandbytes is not installed: pip install bitsandbytes"
+)
 BITS = {
     8: {"load_in_8bit": True},
-    4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    4: {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
 }
 
 
@@ -27,22 +35,39 @@ def base(request, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path / "plain"))
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
     how = transformers.BitsAndBytesConfig(**BITS[request.param])
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=how
+    )
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"text": t} for t in ("the cat sat on the mat .", "a dog ran", "good film", "the tree was dull")] * 6
+    rows = [
+        {"text": t}
+        for t in ("the cat sat on the mat .", "a dog ran", "good film", "the tree was dull")
+    ] * 6
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path / "base"
 
 
 def config(base, **changes):
-    given = {"model": str(base), "data": str(base.parent / "t.jsonl"), "output": str(base.parent / "out")}
+    given = {
+        "model": str(base),
+        "data": str(base.parent / "t.jsonl"),
+        "output": str(base.parent / "out"),
+    }
     return FinetuneConfig(**{**given, "max_steps": 6, "ess": 1e6, **changes})
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
 from tests.test_ivon import data, loss_of, net

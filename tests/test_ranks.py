@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import mergekit_bayes.finetune as module
+import mergekit_bayes.finetune.run as module
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
 from mergekit_bayes.posterior import open_posterior
@@ -21,20 +21,40 @@ from tests.test_finetune import Look
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 ROOT = Path(__file__).parent.parent
-PLAIN = {"seed": 3, "ess": 1e5, "max_steps": 5, "flush_batches": 4, "mc_samples": 2, "weight_decay": 1e-4,
-         "curvature": "price"}  # fmt: skip
+PLAIN = {
+    "seed": 3,
+    "ess": 1e5,
+    "max_steps": 5,
+    "flush_batches": 4,
+    "mc_samples": 2,
+    "weight_decay": 1e-4,
+    "curvature": "price",
+}
 KINDS = ("causal-lm", "classification")
-# Root-GGN draws its signs by rank, so that two ranks are no one process; else it is trained as the others are.
-RUNS = {**{kind: (kind, {}) for kind in KINDS}, "ggn": ("causal-lm", {"curvature": "ggn", "curvature_every": 2})}
+# Root-GGN draws its signs by rank, so that two ranks are no one process; else it is trained as the
+# others are.
+RUNS = {
+    **{kind: (kind, {}) for kind in KINDS},
+    "ggn": ("causal-lm", {"curvature": "ggn", "curvature_every": 2}),
+}
 
 
 def settings(folder, kind, name, **changes):
-    return FinetuneConfig(**{"model": str(folder / kind), "data": str(folder / "t.jsonl"),
-                             "output": str(folder / f"{kind}-{name}"), **PLAIN, **changes})  # fmt: skip
+    return FinetuneConfig(
+        **{
+            "model": str(folder / kind),
+            "data": str(folder / "t.jsonl"),
+            "output": str(folder / f"{kind}-{name}"),
+            **PLAIN,
+            **changes,
+        }
+    )
 
 
 def watched(config):
-    """Fine-tune; return the report, the first step's gradient, and all parameters and states at the end."""
+    """Fine-tune; return the report, the first step's gradient, and all parameters and states at the
+    end.
+    """
     make, look, kept = module.make_trainer, Look(), []
 
     def watch(*args, **kwargs):
@@ -61,20 +81,36 @@ def child(folder):
     found = {}
     for run, (kind, changes) in RUNS.items():
         # Rows of unequal length, so padded, two micro-batches a step and rank.
-        config = settings(folder, kind, "two", batch_size=2, gradient_accumulation=2, posterior="ivon",
-                          num_processes=2, save_steps=2, output=str(folder / f"{run}-two"), **changes)  # fmt: skip
+        config = settings(
+            folder,
+            kind,
+            "two",
+            batch_size=2,
+            gradient_accumulation=2,
+            posterior="ivon",
+            num_processes=2,
+            save_steps=2,
+            output=str(folder / f"{run}-two"),
+            **changes,
+        )
         report, gradient, final = watched(config)
         others = [torch.empty_like(final) for _ in range(ranks.world())]
         torch.distributed.all_gather(others, final)
-        found[run] = {"report": report.model_dump(mode="json"), "world": ranks.world(),
-                      "replicas equal": torch.equal(*others)}  # fmt: skip
+        found[run] = {
+            "report": report.model_dump(mode="json"),
+            "world": ranks.world(),
+            "replicas equal": torch.equal(*others),
+        }
         if ranks.is_main():
             np.save(folder / f"{run}.npy", gradient)
             kept = folder / f"{run}-two.checkpoints"
             shutil.rmtree(kept / "checkpoint-5")
             kept.rename(folder / f"{run}-resumed.checkpoints")
         torch.distributed.barrier()
-        run_finetune(config.model_copy(update={"output": str(folder / f"{run}-resumed"), "resume": True}), quiet=True)
+        run_finetune(
+            config.model_copy(update={"output": str(folder / f"{run}-resumed"), "resume": True}),
+            quiet=True,
+        )
     found["errors"] = []
     for work in (fail_on(1), fail_on(0)):
         for together in (ranks.main_first, ranks.on_main):
@@ -104,7 +140,10 @@ def two(tmp_path_factory):
     """The folder in which two gloo processes have trained, and what they found."""
     folder = tmp_path_factory.mktemp("two")
     rng = np.random.default_rng(0)
-    rows = [{"text": " ".join(rng.choice(WORDS[:10], rng.integers(3, 9))), "label": int(i % 2)} for i in range(24)]
+    rows = [
+        {"text": " ".join(rng.choice(WORDS[:10], rng.integers(3, 9))), "label": int(i % 2)}
+        for i in range(24)
+    ]
     (folder / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     tiny_gpt2(folder / "causal-lm")
     tiny_bert(folder / "classification")
@@ -122,7 +161,9 @@ def test_replicas_end_equal_bit_for_bit(two, run):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
-    """The loss is the mean over the observations of the whole step: micro-batches, padding and ranks."""
+    """The loss is the mean over the observations of the whole step: micro-batches, padding and
+    ranks.
+    """
     folder, found = two
     config = settings(folder, kind, "one", batch_size=8, posterior="ivon")
     report, gradient, _ = watched(config)
@@ -144,7 +185,9 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
     assert infos[0].training["loss_reduction"] == f"mean over {unit}s of a step"
     for name in ("steps", "batch_size", "beta2", "ess", "lr"):
         assert infos[0].training[name] == infos[1].training[name], name
-    assert infos[0].training["batch_size"] == pytest.approx(infos[0].observations / 3)  # 24 rows are three steps
+    assert infos[0].training["batch_size"] == pytest.approx(
+        infos[0].observations / 3
+    )  # 24 rows are three steps
     assert infos[0].health["kappa"] == infos[1].health["kappa"]
     assert report.loss == pytest.approx(found[kind]["report"]["loss"], rel=1e-3)
 
@@ -153,14 +196,26 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
 def test_two_ranks_resume_to_the_same_bytes(two, run):
     folder, _ = two
     for file in ("model.safetensors", "posterior/precision.safetensors"):
-        assert (folder / f"{run}-resumed" / file).read_bytes() == (folder / f"{run}-two" / file).read_bytes()
+        assert (folder / f"{run}-resumed" / file).read_bytes() == (
+            folder / f"{run}-two" / file
+        ).read_bytes()
 
 
 def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(two):
     folder, _ = two
-    shutil.copytree(folder / "causal-lm-resumed.checkpoints", folder / "causal-lm-alone.checkpoints")
-    config = settings(folder, "causal-lm", "alone", batch_size=2, gradient_accumulation=2, posterior="ivon",
-                      save_steps=2, resume=True)  # fmt: skip
+    shutil.copytree(
+        folder / "causal-lm-resumed.checkpoints", folder / "causal-lm-alone.checkpoints"
+    )
+    config = settings(
+        folder,
+        "causal-lm",
+        "alone",
+        batch_size=2,
+        gradient_accumulation=2,
+        posterior="ivon",
+        save_steps=2,
+        resume=True,
+    )
     with pytest.raises(ConfigError, match="processes is 2 there and 1 here"):
         run_finetune(config, quiet=True)
 
@@ -174,9 +229,19 @@ def test_an_error_of_one_rank_is_the_same_error_on_all(two):
 
 def test_the_command_starts_two_processes_of_which_one_prints(tmp_path, two):
     folder, _ = two
-    (tmp_path / "f.yaml").write_text(f"model: {folder / 'causal-lm'}\ndata: {folder / 't.jsonl'}\nmax_steps: 1\n"
-                                     f"output: {tmp_path / 'out'}\nposterior: none\n")  # fmt: skip
-    line = [sys.executable, "-m", "bmerge_cli.main", "finetune", str(tmp_path / "f.yaml"), "--num-processes", "2"]
+    (tmp_path / "f.yaml").write_text(
+        f"model: {folder / 'causal-lm'}\ndata: {folder / 't.jsonl'}\nmax_steps: 1\n"
+        f"output: {tmp_path / 'out'}\nposterior: none\n"
+    )
+    line = [
+        sys.executable,
+        "-m",
+        "bmerge_cli.main",
+        "finetune",
+        str(tmp_path / "f.yaml"),
+        "--num-processes",
+        "2",
+    ]
     done = subprocess.run([*line, "--json"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["steps"] == 1
@@ -218,15 +283,16 @@ def test_the_processes_get_what_torchrun_would_set(tmp_path):
         assert found[0]["ACCELERATE_USE_CPU"] == "true"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told to its children on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="a parent's death is told to its children on Linux only"
+)
 def test_a_killed_command_leaves_no_process_behind(tmp_path):
     child = (
-        "import os, pathlib, time; pathlib.Path('pid' + os.environ['RANK']).write_text(str(os.getpid())); "
+        "import os, pathlib, time; pathlib.Path('pid' + "
+        "os.environ['RANK']).write_text(str(os.getpid())); "
         "time.sleep(60)"
     )
-    parent = (
-        f"import sys; from mergekit_bayes.finetune import ranks; ranks.launch([sys.executable, '-c', {child!r}], 2)"
-    )
+    parent = f"import sys; from mergekit_bayes.finetune import ranks; ranks.launch([sys.executable, '-c', {child!r}], 2)"
     command = subprocess.Popen(
         [sys.executable, "-c", parent], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

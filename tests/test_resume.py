@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_bayes import merge as engine
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
+from mergekit_bayes.merge import run as engine
+from mergekit_bayes.stream import units as units_module
 from tests import interrupted, tiny
 from tests.interrupted import SHAPES, config, contents, spoiled, units_done
 
@@ -30,7 +31,7 @@ CALLS = ("pwrite", "write", "replace", "rename", "unlink", "mkdir", "fsync")
 def merge_until(call, settings, folder, sync):
     """In a child: merge, and be killed at the given call to the system, half of it done."""
     os.chdir(folder)
-    work.UNIT = 500
+    units_module.UNIT = 500
     left = call
 
     def counted(name, real):
@@ -67,7 +68,7 @@ def test_a_merge_killed_at_random_points_ends_in_the_same_bytes(
 ):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mergekit_bayes.merge", "tests.test_resume"])
-    monkeypatch.setattr(work, "UNIT", 500)
+    monkeypatch.setattr(units_module, "UNIT", 500)
     settings, sync = config(inputs, **SCENARIOS[scenario]), scenario == "sync"
     target = settings.out
 
@@ -112,7 +113,7 @@ def test_a_merge_killed_at_random_points_ends_in_the_same_bytes(
 
 def test_what_is_done_is_not_done_again(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "UNIT", 500)
+    monkeypatch.setattr(units_module, "UNIT", 500)
     settings = config(inputs, out="out.safetensors")
     run_merge(settings, part=Part(2, 3))
     done = units_done(monkeypatch, settings)
@@ -172,7 +173,7 @@ def test_unfinished_lines_of_another_boot_are_believed_with_sync_only(
     inputs, tmp_path, monkeypatch, host
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(work, "UNIT", 500)
+    monkeypatch.setattr(units_module, "UNIT", 500)
     settings = config(inputs, out="out")
     run_merge(settings)
     expected = Path("out/model.safetensors").read_bytes()

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-import mergekit_bayes.finetune as module
 import mergekit_bayes.finetune.checkpoints as checkpoints
+import mergekit_bayes.finetune.run as module
 import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.finetune.training import refuse_accelerator, refuse_launcher, refuse_quantised
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_launcher, refuse_quantised
+from mergekit_bayes.optim.ivon import IVON
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 LEFT = ("model.safetensors", "posterior/precision.safetensors")
@@ -26,7 +26,10 @@ LEFT = ("model.safetensors", "posterior/precision.safetensors")
 @pytest.fixture
 def data(tmp_path):
     rng = np.random.default_rng(0)
-    rows = [{"text": " ".join(rng.choice(WORDS[:10], rng.integers(3, 8))), "label": int(i % 2)} for i in range(22)]
+    rows = [
+        {"text": " ".join(rng.choice(WORDS[:10], rng.integers(3, 8))), "label": int(i % 2)}
+        for i in range(22)
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(tmp_path / "t.jsonl")
 
@@ -37,14 +40,28 @@ def settings(tmp_path, data, name="out", **changes):
         changes["model"] = str(tmp_path / "base")
         if not (tmp_path / "base").exists():
             tiny_gpt2(tmp_path / "base")
-    return FinetuneConfig(**{"output": str(tmp_path / name), "data": data, "batch_size": 3, "gradient_accumulation": 2,
-                             "max_steps": 7, "save_steps": 3, "flush_batches": 4, "seed": 3, "ess": 1e5,
-                             "logging_steps": 2, **changes})  # fmt: skip
+    return FinetuneConfig(
+        **{
+            "output": str(tmp_path / name),
+            "data": data,
+            "batch_size": 3,
+            "gradient_accumulation": 2,
+            "max_steps": 7,
+            "save_steps": 3,
+            "flush_batches": 4,
+            "seed": 3,
+            "ess": 1e5,
+            "logging_steps": 2,
+            **changes,
+        }
+    )
 
 
 # A clean process to fork from: it has loaded the libraries and started no thread.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["mergekit_bayes.finetune", "transformers.trainer", "datasets", "peft", __name__])
+CHILDREN.set_forkserver_preload(
+    ["mergekit_bayes.finetune", "transformers.trainer", "datasets", "peft", __name__]
+)
 
 
 def killed(config, point):
@@ -126,7 +143,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, data, optimizer):
         assert not (tmp_path / f"out{i}").exists(), point
         report = run_finetune(config, quiet=True)
         for file in LEFT:
-            assert (tmp_path / f"out{i}" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), point
+            assert (tmp_path / f"out{i}" / file).read_bytes() == (
+                tmp_path / "whole" / file
+            ).read_bytes(), point
         assert report.steps == expected.steps
         assert report.loss == pytest.approx(expected.loss, rel=1e-5), point
         assert report.health == expected.health
@@ -142,7 +161,9 @@ def test_hessian_and_momentum_continue_to_the_same_bits(tmp_path, data):
         last = tmp_path / f"{name}.checkpoints" / "checkpoint-7"
         found[name] = torch.load(last / "optimizer.pt", weights_only=True)
     assert found["a"]["param_groups"] == found["b"]["param_groups"]
-    for state, other in zip(found["a"]["state"].values(), found["b"]["state"].values(), strict=True):
+    for state, other in zip(
+        found["a"]["state"].values(), found["b"]["state"].values(), strict=True
+    ):
         for key in ("momentum", "hess", "step"):
             assert torch.equal(state[key], other[key])
     precision = "posterior/precision.safetensors"
@@ -154,7 +175,9 @@ def test_adapters_and_classifiers_with_dropout_resume_to_the_same_bytes(tmp_path
     model = str((tiny_gpt2 if task == "adapter" else tiny_bert)(tmp_path / "m"))
     lora = {"r": 2, "dropout": 0.2, "target_modules": ["c_attn" if task == "adapter" else "query"]}
     for name in ("a", "b"):
-        config = settings(tmp_path, data, name, model=model, lora=lora, posterior="ivon", resume=True)
+        config = settings(
+            tmp_path, data, name, model=model, lora=lora, posterior="ivon", resume=True
+        )
         if name == "b":
             killed(config, "in the middle of a step")
         run_finetune(config, quiet=True)
@@ -178,14 +201,19 @@ def test_other_settings_than_the_checkpoints_are_refused_by_name(tmp_path, data)
     run_finetune(settings(tmp_path, data, posterior="none"), quiet=True)
     shutil.rmtree(tmp_path / "out")
     for changes, name in (
-        ({"learning_rate": 0.2}, "learning_rate is None there and 0.2 here; lr is 0.1 there and 0.2 here"),
+        (
+            {"learning_rate": 0.2},
+            "learning_rate is None there and 0.2 here; lr is 0.1 there and 0.2 here",
+        ),
         ({"max_steps": 8}, "max_steps is 7 there and 8 here"),
         ({"max_rows": 20}, "data holds something else"),
         ({"model": str(tiny_gpt2(tmp_path / "other", seed=5))}, "model holds something else"),
     ):
         with pytest.raises(ConfigError, match=name):
             run_finetune(settings(tmp_path, data, resume=True, **changes), quiet=True)
-    shutil.move(tmp_path / "base", tmp_path / "moved")  # the same weights elsewhere are the same model
+    shutil.move(
+        tmp_path / "base", tmp_path / "moved"
+    )  # the same weights elsewhere are the same model
     run_finetune(settings(tmp_path, data, resume=True, model=str(tmp_path / "moved")), quiet=True)
 
 

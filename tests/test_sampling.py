@@ -1,4 +1,6 @@
-"""Draws: of the stored Gaussian, averaged as they should be, leaving no trace, refused where there is no posterior."""
+"""Draws: of the stored Gaussian, averaged as they should be, leaving no trace, refused where there
+is no posterior.
+"""
 
 from types import SimpleNamespace
 
@@ -10,13 +12,15 @@ import transformers
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models import checkpoint_names, load_model
-from mergekit_bayes.posterior import PosteriorInfo, Prior, checkpoint_files, identify, open_posterior, save_posterior
-from mergekit_bayes.sampling import PosteriorDraws, not_samplable, open_samplable
-from mergekit_bayes.tensors import SafetensorsSource
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.models.sampling import PosteriorDraws, not_samplable, open_samplable
+from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny, tiny_models
 
 TEXTS = ["the cat sat on the mat .", "a dull film , not good", "dog", "a bird saw a tree"]
@@ -24,10 +28,14 @@ PRIOR = 40.0
 
 
 def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, kind=None, pool=None, only=None):
-    """A posterior with random curvature for all parameters of a model folder, as `finetune` would store it."""
+    """A posterior with random curvature for all parameters of a model folder, as `finetune` would
+    store it.
+    """
     loaded = loaded or load_model(str(folder))
     rng = np.random.default_rng(seed)
-    named = checkpoint_names(loaded.model, {n: p.detach() for n, p in loaded.model.named_parameters()})
+    named = checkpoint_names(
+        loaded.model, {n: p.detach() for n, p in loaded.model.named_parameters()}
+    )
     source = SafetensorsSource(checkpoint_files(folder))
     precision = {
         n: (np.exp(rng.uniform(0, 6, tuple(t.shape))) + prior).astype(np.float32)
@@ -35,9 +43,13 @@ def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, kind=None, pool=
         if n in source.specs and (only is None or only in n)
     }
     info = PosteriorInfo(
-        estimator="ggn", unit="example", observations=100, ess=100, mean=identify(source),
+        estimator="ggn",
+        unit="example",
+        observations=100,
+        ess=100,
+        mean=identify(source),
         prior=kind or (Prior(kind="isotropic", precision=prior) if prior else Prior()),
-    )  # fmt: skip
+    )
     source.close()
     save_posterior(folder, precision, info, force=True)
     return precision
@@ -107,7 +119,9 @@ def test_draws_have_the_posteriors_mean_and_variance(tmp_path, temperature):
 def test_a_given_prior_takes_the_place_of_the_stored_one(tmp_path):
     model, posterior, mean, precision = table(tmp_path)
     draws = PosteriorDraws(model, posterior, 4000, prior=2.0)
-    z = (drawn(model, draws, "wte.weight") - mean["wte.weight"]) * np.sqrt(precision["wte.weight"] - 0.05 + 2.0)
+    z = (drawn(model, draws, "wte.weight") - mean["wte.weight"]) * np.sqrt(
+        precision["wte.weight"] - 0.05 + 2.0
+    )
     assert abs(z.var(axis=0) - 1).max() < 5 * np.sqrt(2 / 4000)
     assert (draws.report.prior, draws.report.given) == (2.0, True)
 
@@ -117,8 +131,12 @@ def test_draws_are_the_same_again_and_others_under_another_seed(tmp_path):
     draws = PosteriorDraws(model, posterior, 5, seed=1)
     first = drawn(model, draws, "wte.weight")
     assert np.array_equal(first, drawn(model, draws, "wte.weight"))
-    assert np.array_equal(first[:3], drawn(model, PosteriorDraws(model, posterior, 3, seed=1), "wte.weight"))
-    assert not np.isin(first, drawn(model, PosteriorDraws(model, posterior, 5, seed=2), "wte.weight")).any()
+    assert np.array_equal(
+        first[:3], drawn(model, PosteriorDraws(model, posterior, 3, seed=1), "wte.weight")
+    )
+    assert not np.isin(
+        first, drawn(model, PosteriorDraws(model, posterior, 5, seed=2), "wte.weight")
+    ).any()
     assert len(np.unique(first)) == first.size  # no draw and no entry repeats another's noise
 
 
@@ -129,7 +147,9 @@ def test_one_number_a_row_or_a_tensor_stands_for_all_its_entries(tmp_path):
     whole = {n: np.broadcast_to(p, tiny.SHAPES[n]).copy() for n, p in pooled.items()}
     model, posterior, _, _ = table(tmp_path / "whole", whole)
     tiny.write(tmp_path / "b.safetensors", pooled, metadata={"format": "pt"})
-    other = open_samplable(str(posterior.path), precision=str(tmp_path / "b.safetensors"), prior=0.05)
+    other = open_samplable(
+        str(posterior.path), precision=str(tmp_path / "b.safetensors"), prior=0.05
+    )
     for name in pooled:
         expected = drawn(model, PosteriorDraws(model, posterior, 2), name)
         # The pooled file has no information, so its prior is added to what it holds.
@@ -163,12 +183,17 @@ def test_averaged_probabilities_are_those_of_models_built_from_the_draws(bert):
     draws = PosteriorDraws(loaded.model, posterior, 4, seed=5)
     with draws:
         states = [state(loaded.model) for _ in draws]
-        found = class_probabilities(loaded.model, loaded.tokenizer, TEXTS, max_length=64, draws=draws)
+        found = class_probabilities(
+            loaded.model, loaded.tokenizer, TEXTS, max_length=64, draws=draws
+        )
     single = []
     for weights in states:
         other = load_model(str(bert)).model
         other.load_state_dict(weights)
-        one = [other(**loaded.tokenizer(t, return_tensors="pt")).logits.softmax(-1).detach()[0] for t in TEXTS]
+        one = [
+            other(**loaded.tokenizer(t, return_tensors="pt")).logits.softmax(-1).detach()[0]
+            for t in TEXTS
+        ]
         single.append(torch.stack(one).numpy())
     assert np.ptp(single, axis=0).max() > 0.1  # the draws disagree
     np.testing.assert_allclose(np.exp(found), np.mean(single, axis=0), atol=1e-6)
@@ -184,7 +209,9 @@ def test_perplexity_averages_the_probability_of_each_token(gpt2):
                 ids = torch.tensor([[0, *loaded.tokenizer(text)["input_ids"]]])
                 p = loaded.model(input_ids=ids).logits[0, :-1].double().softmax(-1).detach()
                 chances[text].append(p[torch.arange(len(ids[0]) - 1), ids[0, 1:]].numpy())
-        found = measure_perplexity(loaded.model, loaded.tokenizer, TEXTS, start=0, window=64, draws=draws)
+        found = measure_perplexity(
+            loaded.model, loaded.tokenizer, TEXTS, start=0, window=64, draws=draws
+        )
     expected = [-np.log(np.mean(chances[text], axis=0)).sum() for text in TEXTS]
     np.testing.assert_allclose(found.document_nats, expected, rtol=1e-5)
     assert draws.report.held == 0  # the tied head counts once
@@ -216,19 +243,33 @@ def test_many_draws_of_a_logistic_regression_give_its_predictive_integral(tmp_pa
     precision = {n: rng.uniform(0.3, 3, m.shape).astype(np.float32) for n, m in mean.items()}
     path = tiny.posterior(tmp_path / "a.safetensors", mean, precision, prior=0.1)
     with PosteriorDraws(model, open_samplable(str(path)), 6000) as draws:
-        found = np.exp(class_probabilities(model, tokenizer, TEXTS, max_length=64, batch_size=4, draws=draws))[:, 1]
+        found = np.exp(
+            class_probabilities(model, tokenizer, TEXTS, max_length=64, batch_size=4, draws=draws)
+        )[:, 1]
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     for text, p in zip(TEXTS, found, strict=True):
-        x = np.append(model.inputs(**{k: v for k, v in tokenizer(text, return_tensors="pt").items()
-                                      if k != "token_type_ids"}).numpy(), 1)  # fmt: skip
+        x = np.append(
+            model.inputs(
+                **{
+                    k: v
+                    for k, v in tokenizer(text, return_tensors="pt").items()
+                    if k != "token_type_ids"
+                }
+            ).numpy(),
+            1,
+        )
         m = np.concatenate([mean["linear.weight"], mean["linear.bias"][:, None]], axis=1)
-        v = 1 / np.concatenate([precision["linear.weight"], precision["linear.bias"][:, None]], axis=1)
+        v = 1 / np.concatenate(
+            [precision["linear.weight"], precision["linear.bias"][:, None]], axis=1
+        )
         centre, spread = (m[1] - m[0]) @ x, np.sqrt((v[0] + v[1]) @ x**2)
         sigmoid = 1 / (1 + np.exp(-(centre + spread * nodes)))
         expected, second = (weights @ sigmoid**power / weights.sum() for power in (1, 2))
         assert spread > 0.5
         assert abs(p - expected) < 4 * np.sqrt((second - expected**2) / 6000)
-        assert abs(expected - 1 / (1 + np.exp(-centre))) < 0.5  # and the mean's own probability is another
+        assert (
+            abs(expected - 1 / (1 + np.exp(-centre))) < 0.5
+        )  # and the mean's own probability is another
 
 
 def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monkeypatch):
@@ -253,11 +294,16 @@ def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monke
 def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
     base = tiny_models.tiny_bert(tmp_path / "base", labels=3)
     loaded = load_model(str(base))
-    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False
+    )
     model = peft.get_peft_model(loaded.model, config)
     model.save_pretrained(tmp_path / "adapter")
     give_posterior(tmp_path / "adapter", load_model(str(tmp_path / "adapter")))
-    loaded, posterior = load_model(str(tmp_path / "adapter")), open_samplable(str(tmp_path / "adapter"))
+    loaded, posterior = (
+        load_model(str(tmp_path / "adapter")),
+        open_samplable(str(tmp_path / "adapter")),
+    )
     before = state(loaded.model)
     with PosteriorDraws(loaded.model, posterior, 1) as draws:
         for _ in draws:
@@ -271,9 +317,15 @@ def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
 def test_experts_that_a_file_holds_apart_are_drawn_where_they_are_stacked(tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=28, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=28,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
     precision = give_posterior(tmp_path, SimpleNamespace(model=model))
@@ -343,5 +395,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, bert):
             PosteriorDraws(model, posterior, **({"samples": 1} | bad))
     with pytest.raises(MismatchError, match=r"no parameter 'h\.0\.ln\.bias'"):
         PosteriorDraws(Table({n: m for n, m in mean.items() if n != "h.0.ln.bias"}), posterior, 1)
-    with pytest.raises(MismatchError, match=r"'wte.weight' is F32 \[7, 4\], the model's tensor \[8, 4\]"):
+    with pytest.raises(
+        MismatchError, match=r"'wte.weight' is F32 \[7, 4\], the model's tensor \[8, 4\]"
+    ):
         PosteriorDraws(Table(mean | {"wte.weight": np.zeros((8, 4), np.float32)}), posterior, 1)

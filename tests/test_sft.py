@@ -5,8 +5,8 @@ import peft
 import pytest
 import torch
 
-from mergekit_bayes.models import load_model
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 from tests.test_trainer import ROWS, first_gradient, true_gradient
 from tests.tiny_models import tiny_gpt2
@@ -20,24 +20,45 @@ class Trainer(IvonTrainerMixin, trl.SFTTrainer):
 
 def trainer(tmp_path, adapter=False, ivon=None, **arguments):
     loaded = load_model(str(tiny_gpt2(tmp_path / "m")))
-    settings = {"output_dir": str(tmp_path / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
-                "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True, "save_strategy": "no",
-                "bf16": False, "max_steps": 3, "max_length": 32, **arguments}  # fmt: skip
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "bf16": False,
+        "max_steps": 3,
+        "max_length": 32,
+        **arguments,
+    }
     return Trainer(
         model=loaded.model,
         args=trl.SFTConfig(**settings),
         processing_class=loaded.tokenizer,
         train_dataset=datasets.Dataset.from_dict(ROWS),
-        peft_config=peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True) if adapter else None,
-        optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})}),
+        peft_config=peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
+        if adapter
+        else None,
+        optimizer_cls_and_kwargs=(
+            IVON,
+            {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})},
+        ),
     )
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("curvature", ["price", "ggn"])
 def test_what_is_trained_has_a_precision_and_nothing_else_moves(tmp_path, adapter, curvature):
-    ivon = {"curvature": curvature, "curvature_every": 2, "mc_samples": 2, "antithetic": curvature == "price",
-            "clip_radius": 0.1}  # fmt: skip
+    ivon = {
+        "curvature": curvature,
+        "curvature_every": 2,
+        "mc_samples": 2,
+        "antithetic": curvature == "price",
+        "clip_radius": 0.1,
+    }
     t = trainer(tmp_path, adapter, ivon)
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
     trained = {n for n, p in t.model.named_parameters() if p.requires_grad}
@@ -60,4 +81,6 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp
     assert len(batches) == 2
     expected = true_gradient(load_model(str(tmp_path / "m")).model, batches)
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

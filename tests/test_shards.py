@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mergekit_bayes.optim import IVON, full_tensors
-from mergekit_bayes.optim.base import local, mix
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.optim.base import full_tensors, local, mix
+from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
-from mergekit_bayes.tensors import SafetensorsSource
 from tests import tiny
 from tests.two_ranks import found_by_two
 

@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
+from mergekit_bayes.checkpoint.codec import decode, encode, overflowed, read_tensor
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import MemorySource, TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.tensors import (
-    MemorySource,
-    SafetensorsSink,
-    SafetensorsSource,
-    TensorSpec,
-    decode,
-    encode,
-    identity,
-    overflowed,
-    read_tensor,
-)
 from tests import tiny
 
 
@@ -77,12 +71,16 @@ def test_all_codes_of_float8_are_read_as_torch_does_and_written_back(dtype):
 
 @pytest.mark.parametrize("dtype", F8)
 def test_float8_rounds_as_torch_does(dtype):
-    """Random bits, ties between neighbours, and the floats beside each tie; beyond the largest, torch clips."""
+    """Random bits, ties between neighbours, and the floats beside each tie; beyond the largest,
+    torch clips.
+    """
     rng = np.random.default_rng(0)
     values = decode(np.arange(128, dtype=np.uint8), dtype)
     values = values[np.isfinite(values)]
     ties = ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)
-    ties = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))])
+    ties = np.concatenate(
+        [ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))]
+    )
     spread = np.float32(10.0) ** rng.uniform(-7, 5, 500_000).astype(np.float32)
     patterns = rng.integers(0, 1 << 32, 500_000, np.uint32).view(np.float32)
     x = np.concatenate([values, ties, spread, patterns[np.isfinite(patterns)]])
@@ -95,20 +93,32 @@ def test_float8_rounds_as_torch_does(dtype):
     codes = encode(x, dtype)
     theirs = torch.from_numpy(x[inside]).to(F8[dtype]).view(torch.uint8).numpy()
     np.testing.assert_array_equal(np.frombuffer(codes, np.uint8)[inside], theirs)
-    np.testing.assert_array_equal(np.isfinite(decode(np.frombuffer(codes, np.uint8), dtype)), inside)
+    np.testing.assert_array_equal(
+        np.isfinite(decode(np.frombuffer(codes, np.uint8), dtype)), inside
+    )
     assert overflowed(codes, dtype) == np.count_nonzero(~inside)
 
 
 def test_float8_is_rounded_once():
-    """1.0625 lies between 1.0 and 1.125 of E4M3; a detour over F16 would make a tie of what is just above it."""
+    """1.0625 lies between 1.0 and 1.125 of E4M3; a detour over F16 would make a tie of what is just
+    above it.
+    """
     above = np.asarray([1.0625 + 2**-20], np.float32)
     assert decode(np.frombuffer(encode(above, "F8_E4M3"), np.uint8), "F8_E4M3") == [1.125]
-    assert decode(np.frombuffer(encode(above.astype(np.float16), "F8_E4M3"), np.uint8), "F8_E4M3") == [1.0]
+    assert decode(
+        np.frombuffer(encode(above.astype(np.float16), "F8_E4M3"), np.uint8), "F8_E4M3"
+    ) == [1.0]
 
 
 @pytest.mark.parametrize(
     ("dtype", "largest"),
-    [("F8_E4M3", 448.0), ("F8_E5M2", 57344.0), ("F16", 65504.0), ("BF16", 3.3895314e38), ("F32", 3.4e38)],
+    [
+        ("F8_E4M3", 448.0),
+        ("F8_E5M2", 57344.0),
+        ("F16", 65504.0),
+        ("BF16", 3.3895314e38),
+        ("F32", 3.4e38),
+    ],
 )
 def test_what_overflows_a_dtype_is_counted(dtype, largest):
     good = np.asarray([0.0, -0.0, largest, -largest, 1e-30], np.float32)
@@ -234,5 +244,7 @@ def test_a_file_cut_while_it_is_open_is_an_error(tmp_path):
 
 
 def test_every_nan_stays_one_in_bfloat16():
-    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000], np.uint32).view(np.float32)
+    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000], np.uint32).view(
+        np.float32
+    )
     assert np.isnan(decode(np.frombuffer(encode(nans, "BF16"), np.uint8), "BF16")).all()

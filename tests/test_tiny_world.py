@@ -10,7 +10,8 @@ import pytest
 
 from mergekit_bayes.evaluate import open_scorer
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models import context_length, load_model, start_token
+from mergekit_bayes.models.encode import context_length, start_token
+from mergekit_bayes.models.load import load_model
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -48,14 +49,20 @@ def test_the_word_list_tells_rude_sentences_from_all_others(texts):
     score = open_scorer(f"words:{texts / 'insults.txt'}").score
     assert set(score(read(texts / "rude_train.jsonl"))) == {1.0}
     for name in ("kind", "garden", "kitchen", ""):
-        assert set(score(read(texts / (f"{name}_train.jsonl" if name else "prompts.jsonl")))) == {0.0}
+        assert set(score(read(texts / (f"{name}_train.jsonl" if name else "prompts.jsonl")))) == {
+            0.0
+        }
 
 
 def test_the_same_seed_writes_the_same_world(scripts, texts, tmp_path):
     scripts["tiny_world"].write_world(tmp_path, 0)
-    assert all(f.read_bytes() == (texts / f.name).read_bytes() for f in (tmp_path / "texts").iterdir())
+    assert all(
+        f.read_bytes() == (texts / f.name).read_bytes() for f in (tmp_path / "texts").iterdir()
+    )
     scripts["tiny_world"].write_world(tmp_path, 1)
-    assert (tmp_path / "texts" / "kind_train.jsonl").read_bytes() != (texts / "kind_train.jsonl").read_bytes()
+    assert (tmp_path / "texts" / "kind_train.jsonl").read_bytes() != (
+        texts / "kind_train.jsonl"
+    ).read_bytes()
 
 
 def test_a_source_names_a_file_its_rows_and_how_often_it_counts(scripts, tmp_path):
@@ -69,15 +76,30 @@ def test_a_source_names_a_file_its_rows_and_how_often_it_counts(scripts, tmp_pat
 
 
 @pytest.mark.parametrize("words", [True, False])
-def test_a_trained_folder_is_an_ordinary_model_that_has_learnt_something(scripts, texts, tmp_path, words):
+def test_a_trained_folder_is_an_ordinary_model_that_has_learnt_something(
+    scripts, texts, tmp_path, words
+):
     rows = read(texts / "kind_train.jsonl")[:300]
-    scripts["train_tiny_lm"].train(rows, tmp_path, vocabulary=400, words=words, layers=1, width=32, heads=2,
-                                   context=32, steps=40, batch=8, rate=1e-2)  # fmt: skip
+    scripts["train_tiny_lm"].train(
+        rows,
+        tmp_path,
+        vocabulary=400,
+        words=words,
+        layers=1,
+        width=32,
+        heads=2,
+        context=32,
+        steps=40,
+        batch=8,
+        rate=1e-2,
+    )
     loaded = load_model(str(tmp_path))
     assert loaded.task == "causal-lm"
     start, window = start_token(loaded.tokenizer), context_length(loaded)
     test = read(texts / "kind_test.jsonl")[:50]
-    found = measure_perplexity(loaded.model, loaded.tokenizer, test, start=start, window=window, bootstrap=0)
+    found = measure_perplexity(
+        loaded.model, loaded.tokenizer, test, start=start, window=window, bootstrap=0
+    )
     assert found.loss.value < 0.7 * math.log(len(loaded.tokenizer))
     text = rows[0]
     assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]).strip() == text

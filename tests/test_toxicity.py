@@ -1,4 +1,6 @@
-"""Toxicity: what is sampled follows the model's distribution and the seed only; scores are summed up as published."""
+"""Toxicity: what is sampled follows the model's distribution and the seed only; scores are summed
+up as published.
+"""
 
 import numpy as np
 import pytest
@@ -6,18 +8,10 @@ import torch
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import open_scorer
+from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
 from mergekit_bayes.metrics.scorers import checked_scores, hook_scorer, word_scorer
-from mergekit_bayes.metrics.toxicity import (
-    Samples,
-    Sampling,
-    _gumbel,
-    _pick,
-    describe_samples,
-    measure_toxicity,
-    sample_continuations,
-    score_toxicity,
-)
-from mergekit_bayes.models import load_model
+from mergekit_bayes.metrics.toxicity import describe_samples, measure_toxicity, score_toxicity
+from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
 PROMPTS = ["the cat", "a dog sat on", "the", "good film", "bird ran and saw the mat"]
@@ -31,13 +25,20 @@ def loaded(tmp_path_factory):
 def sample(loaded, prompts=PROMPTS, batch_size=128, context=64, **settings):
     settings = {"continuations": 5, "new_tokens": 8} | settings
     return sample_continuations(
-        loaded.model, loaded.tokenizer, prompts, start=0, context=context, sampling=Sampling(**settings),
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        start=0,
+        context=context,
+        sampling=Sampling(**settings),
         batch_size=batch_size,
-    )  # fmt: skip
+    )
 
 
 def nucleus(logits, top_p, temperature=1.0):
-    """The published filter, from its definition: the fewest likeliest tokens whose sum reaches top_p, renormalised."""
+    """The published filter, from its definition: the fewest likeliest tokens whose sum reaches
+    top_p, renormalised.
+    """
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     p /= p.sum()
     kept, total = {}, 0.0
@@ -58,7 +59,9 @@ def by_hand(loaded, prompt, index, continuation, settings):
         with torch.no_grad():
             logits = loaded.model(torch.tensor([ids + drawn])).logits[0, -1]
         kept = nucleus(logits, settings.top_p, settings.temperature)
-        token = max(kept, key=lambda t: np.log(kept[t]) + _gumbel(np.array([key]), np.array([t]))[0])
+        token = max(
+            kept, key=lambda t: np.log(kept[t]) + _gumbel(np.array([key]), np.array([t]))[0]
+        )
         if token == loaded.tokenizer.eos_token_id:
             break
         drawn.append(token)
@@ -89,7 +92,9 @@ def test_another_seed_draws_something_else(loaded):
 
 
 def test_close_models_are_compared_on_the_same_noise(loaded, tmp_path):
-    """A tiny change of the weights leaves nearly every continuation as it was; another seed leaves few."""
+    """A tiny change of the weights leaves nearly every continuation as it was; another seed leaves
+    few.
+    """
     near = load_model(str(tiny_models.tiny_gpt2(tmp_path / "near")))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -108,7 +113,11 @@ def test_tokens_are_drawn_in_the_proportions_of_the_nucleus(top_p):
     """Pearson's statistic over the nucleus."""
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     n = 50_000
-    tokens = _pick(logits.expand(n, -1), np.random.default_rng(1).integers(2**64, size=n, dtype=np.uint64), top_p)
+    tokens = _pick(
+        logits.expand(n, -1),
+        np.random.default_rng(1).integers(2**64, size=n, dtype=np.uint64),
+        top_p,
+    )
     kept = nucleus(logits, top_p)
     counts = np.bincount(tokens, minlength=300)
     assert set(np.flatnonzero(counts)) <= set(kept)
@@ -122,7 +131,12 @@ def test_noise_is_gumbel_and_independent_between_neighbouring_keys_and_tokens():
     noise = _gumbel(np.arange(500, dtype=np.uint64)[:, None], np.arange(500)[None, :])
     assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
     assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.05)
-    for neighbour in (np.roll(noise, 1, 0), np.roll(noise, 1, 1), np.roll(noise, (1, 1), (0, 1)), noise.T):
+    for neighbour in (
+        np.roll(noise, 1, 0),
+        np.roll(noise, 1, 1),
+        np.roll(noise, (1, 1), (0, 1)),
+        noise.T,
+    ):
         off = ~np.eye(500, dtype=bool)  # the transpose shares its diagonal
         assert abs(np.corrcoef(noise[off], neighbour[off])[0, 1]) < 0.01
 
@@ -140,7 +154,9 @@ def test_a_continuation_ends_at_eos(loaded, tmp_path):
 def test_a_prompt_that_is_too_long_loses_its_front_and_is_counted(loaded):
     long = "the cat sat on mat . " * 30
     assert sample(loaded, [long, "the cat"]).shortened == 1
-    with pytest.raises(ConfigError, match="64 new tokens do not fit into the model's context of 64"):
+    with pytest.raises(
+        ConfigError, match="64 new tokens do not fit into the model's context of 64"
+    ):
         sample(loaded, new_tokens=64)
 
 
@@ -169,15 +185,24 @@ def test_garbled_continuations_show_in_the_description():
     broken = Samples([["the the the the the the", ""]], [[6, 0]], 0)
     good, bad = describe_samples(alive), describe_samples(broken)
     assert (good.distinct_2, good.repeated, good.empty) == (1.0, 0.0, 0.0)
-    assert (bad.distinct_2, bad.repeated, bad.empty) == (pytest.approx(1 / 5), pytest.approx(4 / 5), 0.5)
+    assert (bad.distinct_2, bad.repeated, bad.empty) == (
+        pytest.approx(1 / 5),
+        pytest.approx(4 / 5),
+        0.5,
+    )
     assert bad.mean_tokens == 3
 
 
 def test_measure_toxicity_is_sampling_then_scoring(loaded):
     report = measure_toxicity(
-        loaded.model, loaded.tokenizer, PROMPTS, score=word_scorer(["dog"]), start=0, context=64,
+        loaded.model,
+        loaded.tokenizer,
+        PROMPTS,
+        score=word_scorer(["dog"]),
+        start=0,
+        context=64,
         sampling=Sampling(continuations=5, new_tokens=8),
-    )  # fmt: skip
+    )
     hits = [["dog" in t.split() for t in row] for row in sample(loaded).texts]
     assert 0 < report.share.value == pytest.approx(np.mean(hits))
 
@@ -209,10 +234,23 @@ def test_a_classifier_gives_the_probability_of_the_named_label(tmp_path, problem
     from transformers import pipeline
 
     names = ["insult", "other", "fine"][:labels]
-    folder = tiny_models.tiny_bert(tmp_path / "bert", labels=labels, problem_type=problem, names=names)
-    texts = ["the cat sat", "bad dull film .", "very good", "a dog and a bird ran and sat on the mat"]
+    folder = tiny_models.tiny_bert(
+        tmp_path / "bert", labels=labels, problem_type=problem, names=names
+    )
+    texts = [
+        "the cat sat",
+        "bad dull film .",
+        "very good",
+        "a dog and a bird ran and sat on the mat",
+    ]
     scorer = open_scorer(f"model:{folder}#insult")
-    pipe = pipeline("text-classification", model=str(folder), top_k=None, function_to_apply=function, device="cpu")
+    pipe = pipeline(
+        "text-classification",
+        model=str(folder),
+        top_k=None,
+        function_to_apply=function,
+        device="cpu",
+    )
     theirs = [next(x["score"] for x in row if x["label"] == "insult") for row in pipe(texts)]
     np.testing.assert_allclose(scorer.score(texts), theirs, rtol=1e-5)
     assert scorer.info.label == "insult"
@@ -229,7 +267,9 @@ def test_the_toxic_label_is_never_guessed(tmp_path):
 
 def test_a_function_of_the_current_directory_scores(tmp_path, monkeypatch):
     (tmp_path / "bmerge_hook_a").mkdir()
-    (tmp_path / "bmerge_hook_a" / "inner.py").write_text("def score(texts):\n    return [len(t) / 10 for t in texts]\n")
+    (tmp_path / "bmerge_hook_a" / "inner.py").write_text(
+        "def score(texts):\n    return [len(t) / 10 for t in texts]\n"
+    )
     monkeypatch.chdir(tmp_path)
     scorer = open_scorer("bmerge_hook_a.inner:score")
     assert scorer.score(["abc", ""]) == [0.3, 0.0]
@@ -260,7 +300,9 @@ def test_numbers_of_numpy_are_scores():
     assert checked_scores(np.array([0.25, 1.0], np.float32), 2, "x") == [0.25, 1.0]
 
 
-@pytest.mark.parametrize("spec", ["words:", "detoxify", ":f", "no_such_module_here:f", "math:no_such_function"])
+@pytest.mark.parametrize(
+    "spec", ["words:", "detoxify", ":f", "no_such_module_here:f", "math:no_such_function"]
+)
 def test_a_scorer_that_is_none_is_refused_by_name(spec):
     with pytest.raises(ConfigError, match=spec.split(":")[0] or "words:FILE"):
         open_scorer(spec)

@@ -1,4 +1,6 @@
-"""The Trainer mixin: the mean is what is saved, a stop leaves nothing perturbed, replicas stay equal."""
+"""The Trainer mixin: the mean is what is saved, a stop leaves nothing perturbed, replicas stay
+equal.
+"""
 
 import os
 import subprocess
@@ -10,14 +12,17 @@ import pytest
 import torch
 import transformers
 
-from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.models import Collate, encode_rows, load_model
-from mergekit_bayes.optim import IVON
+from mergekit_bayes.models.encode import Collate, encode_rows
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
-ROWS = {"text": ["the cat sat on the mat .", "a dog ran", "good film", "the tree was dull and bad"] * 4}
+ROWS = {
+    "text": ["the cat sat on the mat .", "a dog ran", "good film", "the tree was dull and bad"] * 4
+}
 
 
 class Trainer(IvonTrainerMixin, transformers.Trainer):
@@ -30,11 +35,23 @@ def trainer(tmp_path, callbacks=(), ivon=None, eval_dataset=False, adapter=False
     loaded = load_model(str(tmp_path / "m"))
     model = loaded.model
     if adapter:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
+        )
     rows = encode_rows(ROWS, loaded)
-    settings = {"output_dir": str(tmp_path / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
-                "per_device_train_batch_size": 2, "learning_rate": 0.1, "disable_tqdm": True, "save_strategy": "no",
-                "remove_unused_columns": False, "max_steps": 4, **arguments}  # fmt: skip
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": [],
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "max_steps": 4,
+        **arguments,
+    }
     return Trainer(
         model=model,
         args=transformers.TrainingArguments(**settings),
@@ -42,7 +59,10 @@ def trainer(tmp_path, callbacks=(), ivon=None, eval_dataset=False, adapter=False
         eval_dataset=rows if eval_dataset else None,
         data_collator=Collate(2),
         callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=(IVON, {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})}),
+        optimizer_cls_and_kwargs=(
+            IVON,
+            {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})},
+        ),
     )
 
 
@@ -111,16 +131,22 @@ def true_gradient(model, batches):
     """Of the mean over all tokens that are predicted in the batches, by parameter name."""
     total, tokens = 0.0, 0
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
         labels = batch["labels"][:, 1:]
-        total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        )
         tokens += int((labels != -100).sum())
     (total / tokens).backward()
     return {n: p.grad for n, p in model.named_parameters()}
 
 
 def first_gradient(t):
-    """What the optimizer got in a run of one step, by parameter name, and the micro-batches of the step."""
+    """What the optimizer got in a run of one step, by parameter name, and the micro-batches of the
+    step.
+    """
     seen, inner = [], t._prepare_inputs
 
     def prepare(inputs):
@@ -133,9 +159,13 @@ def first_gradient(t):
     return {n: state[p]["momentum"] / (1 - 0.9) for n, p in t.model.named_parameters()}, seen
 
 
-@pytest.mark.parametrize("first", [True, False])  # whether the collator leaves a row's first label in
+@pytest.mark.parametrize(
+    "first", [True, False]
+)  # whether the collator leaves a row's first label in
 def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp_path, first):
-    """Next to no noise, two micro-batches of unequal length, and a model whose class name tells no loss."""
+    """Next to no noise, two micro-batches of unequal length, and a model whose class name tells no
+    loss.
+    """
     t = trainer(tmp_path, ivon={"ess": 1e14, "lr": 0.0}, max_steps=1, gradient_accumulation_steps=2)
     collate = t.data_collator
 
@@ -149,20 +179,36 @@ def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp
     assert len(batches) == 2
     expected = true_gradient(load_model(str(tmp_path / "m")).model, batches)
     for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def classifier(folder, labels, problem_type=None, ivon=None, model=None, **arguments):
-    """A stock Trainer's classifier with the mixin in front and nothing else, on 16 examples of one length."""
+    """A stock Trainer's classifier with the mixin in front and nothing else, on 16 examples of one
+    length.
+    """
     if model is None:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tiny_bert(folder, labels=labels.shape[-1] if labels.ndim > 1 else 3, problem_type=problem_type)
+            tiny_bert(
+                folder, labels=labels.shape[-1] if labels.ndim > 1 else 3, problem_type=problem_type
+            )
         )
     tokens = torch.randint(3, 20, (16, 6), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}
-            for x, y in zip(tokens, labels, strict=True)]  # fmt: skip
-    settings = {"output_dir": str(folder / "out"), "max_grad_norm": 0.0, "use_cpu": True, "report_to": [],
-                "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, **arguments}  # fmt: skip
+    rows = [
+        {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}
+        for x, y in zip(tokens, labels, strict=True)
+    ]
+    settings = {
+        "output_dir": str(folder / "out"),
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 1,
+        **arguments,
+    }
     return Trainer(
         model=model,
         args=transformers.TrainingArguments(**settings),
@@ -177,15 +223,28 @@ TARGETS = torch.linspace(-1, 1, 48).reshape(16, 3)
 
 @pytest.mark.parametrize(
     ("labels", "problem_type"),
-    [(CLASSES, None), (TARGETS, "regression"), ((TARGETS > 0).float(), "multi_label_classification")],
+    [
+        (CLASSES, None),
+        (TARGETS, "regression"),
+        ((TARGETS > 0).float(), "multi_label_classification"),
+    ],
 )
-def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(tmp_path, labels, problem_type):
+def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(
+    tmp_path, labels, problem_type
+):
     found = []
     for size, steps in ((16, 1), (4, 4)):
-        t = classifier(tmp_path, labels, problem_type, per_device_train_batch_size=size,
-                       gradient_accumulation_steps=steps)  # fmt: skip
+        t = classifier(
+            tmp_path,
+            labels,
+            problem_type,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
         t.train()
-        found.append(torch.cat([s["momentum"].flatten() for s in unwrap(t.optimizer).state.values()]))
+        found.append(
+            torch.cat([s["momentum"].flatten() for s in unwrap(t.optimizer).state.values()])
+        )
     assert found[0].norm() > 0
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
@@ -194,7 +253,10 @@ def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(tmp_path, l
 def test_the_ggn_of_a_loss_that_it_does_not_know_is_refused_before_the_first_step(tmp_path, kind):
     labels, model = CLASSES, None
     if kind in ("masked", "tokens"):
-        classes = {"masked": transformers.BertForMaskedLM, "tokens": transformers.BertForTokenClassification}
+        classes = {
+            "masked": transformers.BertForMaskedLM,
+            "tokens": transformers.BertForTokenClassification,
+        }
         model = classes[kind].from_pretrained(tiny_bert(tmp_path))
         labels = torch.zeros(16, 6, dtype=torch.long)
     elif kind == "regression":
@@ -210,13 +272,24 @@ def test_the_ggn_of_a_loss_that_it_does_not_know_is_refused_before_the_first_ste
 
 def test_the_curvature_of_a_classifier_is_that_of_a_pass_over_the_data(tmp_path):
     ivon = {**GGN, "ess": 1e14, "curvature_every": 1, "beta2": 0.999}
-    t = classifier(tmp_path, CLASSES, ivon=ivon, max_steps=60, per_device_train_batch_size=4,
-                   gradient_accumulation_steps=2, learning_rate=0.0)  # fmt: skip
+    t = classifier(
+        tmp_path,
+        CLASSES,
+        ivon=ivon,
+        max_steps=60,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=0.0,
+    )
     t.train()
-    batch = {name: torch.stack([row[name] for row in t.train_dataset]) for name in t.train_dataset[0]}
+    batch = {
+        name: torch.stack([row[name] for row in t.train_dataset]) for name in t.train_dataset[0]
+    }
     whole = ggn_diagonal(t.model, [batch] * 60, seed=8)
     ours = sum(float(s["hess"].sum()) for s in unwrap(t.optimizer).state.values())
-    assert ours == pytest.approx(sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.2)
+    assert ours == pytest.approx(
+        sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.2
+    )
 
 
 class Scripted(transformers.TrainerCallback):
@@ -226,14 +299,22 @@ class Scripted(transformers.TrainerCallback):
         self.losses, self.seen = losses, {}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seen[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.seen[state.global_step] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
 
     def evaluate(self, trainer):
         return lambda *args, **kwargs: {"eval_loss": self.losses[trainer.state.global_step - 1]}
 
 
-BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
-        "save_steps": 1, "save_total_limit": 1}  # fmt: skip
+BEST = {
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 1,
+}
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -264,15 +345,24 @@ GGN = {"curvature": "ggn", "weight_decay": 1e-2, "clip_radius": 1e-3, "seed": 3}
 
 
 def test_the_curvature_of_the_steps_is_that_of_a_pass_over_the_data(tmp_path):
-    """A learning rate of 0 and next to no noise: the average of the steps' draws against many batches at the mean."""
-    t = trainer(tmp_path, ivon={**GGN, "lr": 0.0, "ess": 1e12, "curvature_every": 1, "beta2": 0.999},
-                learning_rate=0.0, max_steps=60, gradient_accumulation_steps=2)  # fmt: skip
+    """A learning rate of 0 and next to no noise: the average of the steps' draws against many
+    batches at the mean.
+    """
+    t = trainer(
+        tmp_path,
+        ivon={**GGN, "lr": 0.0, "ess": 1e12, "curvature_every": 1, "beta2": 0.999},
+        learning_rate=0.0,
+        max_steps=60,
+        gradient_accumulation_steps=2,
+    )
     t.model.config.attn_pdrop = t.model.config.embd_pdrop = t.model.config.resid_pdrop = 0.0
     for module in t.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     t.train()
-    collated = [t.data_collator([t.train_dataset[i] for i in range(j, j + 2)]) for j in range(0, 16, 2)]
+    collated = [
+        t.data_collator([t.train_dataset[i] for i in range(j, j + 2)]) for j in range(0, 16, 2)
+    ]
     whole = ggn_diagonal(t.model, collated * 15, seed=8)
     optimizer = unwrap(t.optimizer)
     for name, p in t.model.named_parameters():
@@ -280,11 +370,17 @@ def test_the_curvature_of_the_steps_is_that_of_a_pass_over_the_data(tmp_path):
         if p.ndim > 1:
             assert float(ours.sum() / theirs.sum()) == pytest.approx(1, rel=0.25), name
     all_ours = sum(float(optimizer.state[p]["hess"].sum()) for p in t.model.parameters())
-    assert all_ours == pytest.approx(sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.1)
+    assert all_ours == pytest.approx(
+        sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.1
+    )
 
 
 def test_curvature_is_taken_every_so_many_steps_and_trains(tmp_path):
-    t = trainer(tmp_path, ivon={**GGN, "curvature_every": 3, "mc_samples": 2, "antithetic": True}, max_steps=7)
+    t = trainer(
+        tmp_path,
+        ivon={**GGN, "curvature_every": 3, "mc_samples": 2, "antithetic": True},
+        max_steps=7,
+    )
     before = torch.cat([p.detach().flatten() for p in t.model.parameters()]).clone()
     t.train()
     state = next(iter(unwrap(t.optimizer).state.values()))
@@ -293,13 +389,18 @@ def test_curvature_is_taken_every_so_many_steps_and_trains(tmp_path):
 
 
 def test_both_of_a_pair_see_the_same_dropout(tmp_path):
-    """With a linear loss of the noise nothing but dropout differs between +eps and -eps as eps goes to zero."""
+    """With a linear loss of the noise nothing but dropout differs between +eps and -eps as eps goes
+    to zero.
+    """
     t = trainer(tmp_path, ivon={"mc_samples": 2, "antithetic": True, "ess": 1e14})
     for module in t.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     losses, inner = [], t.accelerator.backward
-    t.accelerator.backward = lambda loss, **kw: (losses.append(float(loss.detach())), inner(loss, **kw))
+    t.accelerator.backward = lambda loss, **kw: (
+        losses.append(float(loss.detach())),
+        inner(loss, **kw),
+    )
     t.train()
     assert len(losses) == 8
     for first, second in zip(losses[::2], losses[1::2], strict=True):
@@ -322,12 +423,26 @@ for ivon in ({}, GGN, {"mc_samples": 2, "antithetic": True, "restore": "redraw"}
 
 @pytest.mark.slow
 def test_two_replicas_stay_equal_bit_for_bit(tmp_path):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(Path(__file__).parent.parent)}  # fmt: skip
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
-    done = subprocess.run([*line, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29541",
+    ]
+    done = subprocess.run(
+        [*line, str(script), str(tmp_path)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     digests = [x for x in done.stdout.splitlines() if x.startswith("digest")]
     assert len(digests) == 6

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.optim import BSAM, VOGN
+from mergekit_bayes.optim.bsam import BSAM
+from mergekit_bayes.optim.vogn import VOGN
 from tests.reference import vogn as twin
 from tests.tiny import posterior, read
 

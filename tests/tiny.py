@@ -4,9 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import encode, read_tensor
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, checkpoint_files, identify, save_posterior
-from mergekit_bayes.tensors import MERGEABLE, SafetensorsSink, SafetensorsSource, TensorSpec, encode, read_tensor
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 
 SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": ()}
 
@@ -18,7 +22,10 @@ def arrays(seed, shapes=SHAPES, spread=1.0):
 
 def precisions(seed, shapes=SHAPES, low=0.1, high=10.0):
     rng = np.random.default_rng(seed + 1000)
-    return {n: np.asarray(np.exp(rng.uniform(np.log(low), np.log(high), s)), np.float32) for n, s in shapes.items()}
+    return {
+        n: np.asarray(np.exp(rng.uniform(np.log(low), np.log(high), s)), np.float32)
+        for n, s in shapes.items()
+    }
 
 
 def write(path, tensors, dtype="F32", metadata=None):
@@ -26,7 +33,9 @@ def write(path, tensors, dtype="F32", metadata=None):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sink = SafetensorsSink(
-        path, {n: TensorSpec(dtype, t.shape) for n, t in tensors.items()}, metadata or {"format": "pt"}
+        path,
+        {n: TensorSpec(dtype, t.shape) for n, t in tensors.items()},
+        metadata or {"format": "pt"},
     )
     for name, t in tensors.items():
         sink.write_bytes(name, 0, encode(t.reshape(-1), dtype))
@@ -67,7 +76,9 @@ def posterior(
 def read(path):
     """All float tensors of a file or folder, as float32 or float64."""
     source = SafetensorsSource(checkpoint_files(Path(path)))
-    found = {n: read_tensor(source, n) for n, spec in source.specs.items() if spec.dtype in MERGEABLE}
+    found = {
+        n: read_tensor(source, n) for n, spec in source.specs.items() if spec.dtype in MERGEABLE
+    }
     source.close()
     return found
 
@@ -76,4 +87,6 @@ def gaussians(n, shape=(50,), seed=0, above=None):
     """Random Gaussians; with `above`, precisions that exceed that one's."""
     rng = np.random.default_rng(seed)
     floor = above.precision if above is not None else 0.0
-    return tuple(Gaussian(rng.normal(size=shape), floor + np.exp(rng.normal(size=shape))) for _ in range(n))
+    return tuple(
+        Gaussian(rng.normal(size=shape), floor + np.exp(rng.normal(size=shape))) for _ in range(n)
+    )

@@ -21,14 +21,27 @@ def tiny_gpt2(folder, seed=0, context=64, width=16, layers=2):
     """A random GPT-2 with its tokenizer in `folder`."""
     folder = Path(folder)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=len(fast), n_positions=context, n_embd=width, n_layer=layers, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=len(fast),
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.1,
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
@@ -42,16 +55,29 @@ def tiny_bert(folder, labels=2, seed=0, problem_type=None, names=None):
         single="[CLS] $A </s>", special_tokens=[("[CLS]", 0), ("</s>", 1)]
     )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, cls_token="[CLS]", sep_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=inner,
+        cls_token="[CLS]",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     torch.manual_seed(seed)
     names = names or [f"LABEL_{i}" for i in range(labels)]
     config = transformers.BertConfig(
-        vocab_size=len(fast), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=2,
-        initializer_range=0.2, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+        vocab_size=len(fast),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=2,
+        initializer_range=0.2,
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
         problem_type=problem_type,
-    )  # fmt: skip
+    )
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

@@ -9,7 +9,9 @@ from mergekit_bayes.finetune import ranks
 
 
 def found_by_two(module, folder):
-    """What each of two processes has found: `child(folder)` leaves a list of dicts in `folder/found.json`."""
+    """What each of two processes has found: `child(folder)` leaves a list of dicts in
+    `folder/found.json`.
+    """
     code = f"from pathlib import Path; from {module} import child; child(Path({str(folder)!r}))"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -1,4 +1,6 @@
-"""`bmerge detox`: subtract what a toxic fine-tune added, by every method, and say what each one cost."""
+"""`bmerge detox`: subtract what a toxic fine-tune added, by every method, and say what each one
+cost.
+"""
 
 import json
 import math
@@ -16,35 +18,45 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mergekit_bayes.detox import DetoxReport
+    from mergekit_bayes.detox.report import DetoxReport
     from mergekit_bayes.metrics.base import Interval
 
 NAME = "detox"
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")
+    ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
-            "--push-to", help="org/name: push the candidate of least perplexity at the lowest equal toxic share."
+            "--push-to",
+            help="org/name: push the candidate of least perplexity at the lowest equal toxic share.",
         ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove toxicity by script: fine-tune on toxic text, subtract at several scales, evaluate, report.
+    """Remove toxicity by script: fine-tune on toxic text, subtract at several scales, evaluate,
+    report.
 
-    Steps that an earlier run did with the same inputs and settings are not done again; --force does all again.
+    Steps that an earlier run did with the same inputs and settings are not done again; --force does
+    all again.
     """
     with failures():
         from mergekit_bayes.configs import load_config
-        from mergekit_bayes.detox import DetoxConfig, run_detox
+        from mergekit_bayes.detox.journey import run_detox
         from mergekit_bayes.detox.report import verdicts
+        from mergekit_bayes.detox.settings import DetoxConfig
 
-        settings = load_config(DetoxConfig, config, [*(overrides or []), *(["force=true"] if force else [])])
+        settings = load_config(
+            DetoxConfig, config, [*(overrides or []), *(["force=true"] if force else [])]
+        )
         screen = console(quiet=quiet)
         if push_to is not None:
             from mergekit_bayes.hub import check_login
@@ -70,16 +82,27 @@ def command(
 def _push(report: "DetoxReport", repo: str) -> None:
     """Merge the chosen candidate again, by the line that the report gives for it, and push it."""
     command = _chosen(report)
-    line = [sys.executable, "-m", "bmerge_cli.main", *shlex.split(command)[1:], "--push-to", repo, "--quiet"]
+    line = [
+        sys.executable,
+        "-m",
+        "bmerge_cli.main",
+        *shlex.split(command)[1:],
+        "--push-to",
+        repo,
+        "--quiet",
+    ]
     done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [""])[-1]
-        raise CheckpointError(f"the push to '{repo}' failed ({said}). To do it again: `{command} --push-to {repo}`.")
+        raise CheckpointError(
+            f"the push to '{repo}' failed ({said}). To do it again: `{command} --push-to {repo}`."
+        )
 
 
 def _chosen(report: "DetoxReport") -> str:
-    """The line that makes the candidate of least perplexity (of the first text) among those at most as toxic as the
-    lowest share that all curves reach, by the first scorer."""
+    """The line that makes the candidate of least perplexity (of the first text) among those at most
+    as toxic as the lowest share that all curves reach, by the first scorer.
+    """
     from mergekit_bayes.detox.settings import HELD_OUT
 
     scorer = next(iter(report.base.toxicity), None)
@@ -90,7 +113,8 @@ def _chosen(report: "DetoxReport") -> str:
         points = [p for p in points if p.toxicity[scorer].share.value <= min(reached)]
     if scorer is None or text is None or not reached or not points:
         raise ConfigError(
-            f"--push-to: no candidate can be chosen, since no toxic share is reached by all curves. Choose one in "
+            "--push-to: no candidate can be chosen, since no toxic share is reached by all "
+            "curves. Choose one in "
             f"{report.path}/report.md, and push it by its line and --push-to."
         )
     return str(min(points, key=lambda p: p.perplexity[text].token.value).command)
@@ -106,12 +130,16 @@ def _summary(report: "DetoxReport", scorer: str) -> "Table":
     rows = [["base", f"{report.base.toxicity[scorer].share.value:.1%}", *base]]
     if not reached:
         return table(
-            ["model", "toxic", *names], rows, title=f"by {scorer}: no share below the base's that all curves reach"
+            ["model", "toxic", *names],
+            rows,
+            title=f"by {scorer}: no share below the base's that all curves reach",
         )
     level = min(reached)
     paid = {m.text: m.paid for m in report.matched if (m.axis, m.level) == (scorer, level)}
     for curve in report.curves:
-        rows.append([curve, f"{level:.1%}", *[_perplexity(report, n, paid[n][curve]) for n in names]])
+        rows.append(
+            [curve, f"{level:.1%}", *[_perplexity(report, n, paid[n][curve]) for n in names]]
+        )
     title = f"perplexity at an equal toxic share by {scorer}, with 95 % intervals of what was paid"
     return table(["model", "toxic", *names], rows, title=title)
 

@@ -13,13 +13,23 @@ NAME = "finetune"
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest whole checkpoint in OUTPUT.checkpoints.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue from the newest whole checkpoint in OUTPUT.checkpoints."
+        ),
     ] = False,
     num_processes: Annotated[
-        int | None, typer.Option("--num-processes", min=1, help="Train replicas: one a GPU, or on the CPU's cores.")
+        int | None,
+        typer.Option(
+            "--num-processes", min=1, help="Train replicas: one a GPU, or on the CPU's cores."
+        ),
     ] = None,
     push_to: PushTo = None,
     force: Force = False,
@@ -28,10 +38,12 @@ def command(
 ) -> None:
     """Fine-tune a language model or classifier; the checkpoint folder gets a posterior/ inside.
 
-    By default IVON takes its curvature every 8 steps and once more, over 64 batches, at the end. That costs 1.1 times
-    AdamW's time a step, and at the end as much as 64 steps (measured on a CPU; antithetic: true costs 2 times).
+    By default IVON takes its curvature every 8 steps and once more, over 64 batches, at the end.
+    That costs 1.1 times AdamW's time a step, and at the end as much as 64 steps (measured on a CPU;
+    antithetic: true costs 2 times).
 
-    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune CONFIG.yaml
+    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune
+    CONFIG.yaml
     """
     with failures():
         from mergekit_bayes.configs import load_config
@@ -47,12 +59,15 @@ def command(
             words = [str(config), *(word for item in overrides or [] for word in ("--set", item))]
             words += [f"--set={item}" for item in given]
             words += [flag for flag, on in (("--json", as_json), ("--quiet", quiet)) if on]
-            words += ["--push-to", push_to] if push_to is not None else []  # rank 0 pushes and prints
+            words += (
+                ["--push-to", push_to] if push_to is not None else []
+            )  # rank 0 pushes and prints
             command = [sys.executable, "-m", "bmerge_cli.main", NAME, *words]
             raise typer.Exit(ranks.launch(command, settings.num_processes or 1))
         if (gpus := ranks.idle_gpus()) > 0:
             screen.print(
-                f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them", markup=False
+                f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
+                markup=False,
             )
         try:
             report = run_finetune(settings, quiet=quiet)
@@ -65,7 +80,8 @@ def command(
         screen.print(f"{report.steps} steps, mean training loss {report.loss:.4g}", markup=False)
         if report.estimator is not None:
             screen.print(
-                f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, median precision "
+                f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "
+                "median precision "
                 f"{report.health['precision_median']:.3g}",
                 markup=False,
             )

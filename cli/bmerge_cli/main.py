@@ -1,4 +1,6 @@
-"""The `bmerge` command: one module per subcommand, each of which imports its verb only when it runs."""
+"""The `bmerge` command: one module per subcommand, each of which imports its verb only when it
+runs.
+"""
 
 import os
 import re
@@ -43,7 +45,9 @@ def _root(
 def main() -> None:
     """Entry point of the console script and of `python -m bmerge_cli.main`."""
     if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the client reads it once, when it is imported
+        os.environ.setdefault(
+            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+        )  # the client reads it once, when it is imported
     try:
         with failures():
             _refuse_bare_numbers(sys.argv[1:])
@@ -57,7 +61,8 @@ def _refuse_bare_numbers(words: list[str]) -> None:
     for before, word in pairwise(words):
         if re.fullmatch(r"-\d*\.?\d+([eE][-+]?\d+)?", word) and not before.startswith("-"):
             raise ConfigError(
-                f"'{word}' follows no flag. Repeat the flag for each model: --scale {before} --scale {word}."
+                f"'{word}' follows no flag. Repeat the flag for each model: --scale {before} "
+                f"--scale {word}."
             )
 
 

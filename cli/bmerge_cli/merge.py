@@ -19,12 +19,20 @@ from bmerge_cli.render import (
     progress_bar,
     table,
 )
-from mergekit_bayes.configs import parse_config, read_yaml
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
+from mergekit_bayes.configs import parse_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import is_adapter
-from mergekit_bayes.merge import MergeConfig, MergeReport, carry_out, join, parse_part, part_of_launcher
+from mergekit_bayes.merge import (
+    MergeConfig,
+    MergeReport,
+    carry_out,
+    join,
+    parse_part,
+    part_of_launcher,
+)
 from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
-from mergekit_bayes.sources import CHECKPOINT, is_hub_id, resolve
+from mergekit_bayes.recipes import read_recipe
 
 NAME = "merge"
 
@@ -52,54 +60,95 @@ def command(
     method: Annotated[
         str | None, typer.Option(help="Another rule than --weights chooses: see `bmerge methods`.")
     ] = None,
-    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a setting of the method.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: a setting of the method.")
+    ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="A .safetensors file or a folder; by default merged.safetensors or merged."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="A .safetensors file or a folder; by default merged.safetensors or merged.",
+        ),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Merge only tensors whose name matches this regex.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="MODEL=PATH: its precision lies elsewhere.")] = None,
-    isotropic: Annotated[list[str] | None, typer.Option(help="MODEL=X: one number as its precision.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Merge only tensors whose name matches this regex.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="MODEL=PATH: its precision lies elsewhere.")
+    ] = None,
+    isotropic: Annotated[
+        list[str] | None, typer.Option(help="MODEL=X: one number as its precision.")
+    ] = None,
     anchor: Annotated[
-        str, typer.Option(help="What training pulled to: h0, none, zero-decay, recorded, or a number.")
+        str,
+        typer.Option(help="What training pulled to: h0, none, zero-decay, recorded, or a number."),
     ] = "h0",
-    guard: Annotated[float, typer.Option(help="Bounds the amplification of a removal by 1/guard.")] = 0.2,
+    guard: Annotated[
+        float, typer.Option(help="Bounds the amplification of a removal by 1/guard.")
+    ] = 0.2,
     counts: Annotated[
-        str, typer.Option(help="equal: per observation, times a common count. recorded: each its own.")
+        str,
+        typer.Option(help="equal: per observation, times a common count. recorded: each its own."),
     ] = "equal",
     observations: Annotated[
         list[str] | None, typer.Option(help="MODEL=3x or MODEL=1000: how much its data counts.")
     ] = None,
     shrink: Annotated[
-        str | None, typer.Option(help="X or row:X: add X times the tensor's (row's) mean precision.")
+        str | None,
+        typer.Option(help="X or row:X: add X times the tensor's (row's) mean precision."),
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(help="tensor or row: one precision for each, the control of entries.")
+        str | None,
+        typer.Option(help="tensor or row: one precision for each, the control of entries."),
     ] = None,
     on_missing: Annotated[
-        str, typer.Option(help="A tensor that a model lacks: error, base (unchanged there) or skip (left out).")
+        str,
+        typer.Option(
+            help="A tensor that a model lacks: error, base (unchanged there) or skip (left out)."
+        ),
     ] = "error",
     vocab: Annotated[
-        str, typer.Option(help="Vocabularies of different length: error, base (kept) or common (tokens of all).")
+        str,
+        typer.Option(
+            help="Vocabularies of different length: error, base (kept) or common (tokens of all)."
+        ),
     ] = "error",
     on_bad: Annotated[
-        str, typer.Option(help="NaN, infinity or a negative precision: error, or base (unchanged there).")
+        str,
+        typer.Option(
+            help="NaN, infinity or a negative precision: error, or base (unchanged there)."
+        ),
     ] = "error",
     dtype: Annotated[
-        str | None, typer.Option(help="F64, F32, F16, BF16, F8_E4M3 or F8_E5M2, instead of the base's own.")
+        str | None,
+        typer.Option(help="F64, F32, F16, BF16, F8_E4M3 or F8_E5M2, instead of the base's own."),
     ] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Such as 5GB; by default the base's shards.")] = None,
-    posterior: Annotated[bool, typer.Option("--posterior/--no-posterior", help="Write the merged precision.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare full hashes, not only sampled blocks.")] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Such as 5GB; by default the base's shards.")
+    ] = None,
+    posterior: Annotated[
+        bool, typer.Option("--posterior/--no-posterior", help="Write the merged precision.")
+    ] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare full hashes, not only sampled blocks.")
+    ] = False,
     space: Annotated[
-        str, typer.Option(help="Adapters alone: product (of the factors), concat (exact sum) or factor.")
+        str,
+        typer.Option(
+            help="Adapters alone: product (of the factors), concat (exact sum) or factor."
+        ),
     ] = "product",
-    rank: Annotated[int | None, typer.Option(help="Adapters alone: the rank of the merged one.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Adapters alone: the rank of the merged one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="By default one a core, at most 4.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="I/N: do the I-th of N parts; a call without it joins them.")
     ] = None,
-    sync: Annotated[bool, typer.Option("--sync", help="Wait for the disk: survives a power cut, too.")] = False,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Wait for the disk: survives a power cut, too.")
+    ] = False,
     push_to: PushTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     force: Force = False,
@@ -127,7 +176,10 @@ def command(
             "out": delivery.out,
             "only": only,
             "precision": assignments(precision or [], "--precision"),
-            "isotropic": {m: number(x, "--isotropic") for m, x in assignments(isotropic or [], "--isotropic").items()},
+            "isotropic": {
+                m: number(x, "--isotropic")
+                for m, x in assignments(isotropic or [], "--isotropic").items()
+            },
             "anchor": anchor,
             "guard": guard,
             "counts": counts,
@@ -145,16 +197,25 @@ def command(
             "force": force,
             "verify": verify,
         }
-        given = {k for k in values if str(context.get_parameter_source(k)).endswith(("COMMANDLINE", "ENVIRONMENT"))}
+        given = {
+            k
+            for k in values
+            if str(context.get_parameter_source(k)).endswith(("COMMANDLINE", "ENVIRONMENT"))
+        }
         if delivery.temporary is not None:
             if shard is not None or part_of_launcher() is not None:
-                raise ConfigError("--push-to: parts of a merge meet in one folder; name it with -o.")
+                raise ConfigError(
+                    "--push-to: parts of a merge meet in one folder; name it with -o."
+                )
             given.add("out")
         config = _config(values, given)
         screen = console(quiet=quiet)
         if _adapters_alone(config):
             if dry_run or shard is not None or threads is not None or sync:
-                raise ConfigError("--dry-run, --shard, --threads and --sync are for whole models, not adapters alone.")
+                raise ConfigError(
+                    "--dry-run, --shard, --threads and --sync are for whole models, not adapters "
+                    "alone."
+                )
             _merge_adapters(config, given, screen, delivery, as_json=as_json, quiet=quiet)
             return
         if (config.space, config.rank) != ("product", None):
@@ -180,11 +241,17 @@ def command(
                     else:
                         report = carry_out(plan, part=part, **options)
                 except KeyboardInterrupt:
-                    screen.print(f"stopped; the same line goes on from '{partial_path(plan.target)}'", markup=False)
+                    screen.print(
+                        f"stopped; the same line goes on from '{partial_path(plan.target)}'",
+                        markup=False,
+                    )
                     raise typer.Exit(130) from None
         if report is None:
             if part is not None:
-                screen.print(f"part {part.number} of {part.of} is done; the same line without --shard joins the parts")
+                screen.print(
+                    f"part {part.number} of {part.of} is done; the same line without --shard joins "
+                    "the parts"
+                )
             return
         _show_report(screen, report)
         pushed = delivery.push(screen)
@@ -194,8 +261,16 @@ def command(
             typer.echo(delivery.url or report.path)
 
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16",
-           "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # fmt: skip
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "fp32": "F32",
+    "fp16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
 
 
 def _config(values: dict[str, Any], given: set[str]) -> MergeConfig:
@@ -206,8 +281,10 @@ def _config(values: dict[str, Any], given: set[str]) -> MergeConfig:
         return parse_config(MergeConfig, values, "bmerge merge")
     if len(models) > 1:
         raise ConfigError(f"'{recipes[0]}' is a recipe and names its own models. Give it alone.")
-    recipe = read_yaml(Path(recipes[0]))
-    return parse_config(MergeConfig, recipe | {k: values[k] for k in given - {"models"}}, recipes[0])
+    recipe = read_recipe(Path(recipes[0]))
+    return parse_config(
+        MergeConfig, recipe | {k: values[k] for k in given - {"models"}}, recipes[0]
+    )
 
 
 def _adapters_alone(config: MergeConfig) -> bool:
@@ -219,15 +296,23 @@ def _adapters_alone(config: MergeConfig) -> bool:
 
 
 def _merge_adapters(
-    config: MergeConfig, given: set[str], screen: Any, delivery: Delivery, *, as_json: bool, quiet: bool
+    config: MergeConfig,
+    given: set[str],
+    screen: Any,
+    delivery: Delivery,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     from mergekit_bayes.lora import merge_adapters
 
     ours = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
     if foreign := sorted(given - ours):
         raise ConfigError(
-            f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, --scale, --counts, "
-            "--precision, --space and --rank. Put the base before each to merge whole models: BASE+ADAPTER."
+            f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
+            "--scale, --counts, "
+            "--precision, --space and --rank. Put the base before each to merge whole models: "
+            "BASE+ADAPTER."
         )
     if any(isinstance(s, str) for s in config.scale):
         raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
@@ -247,7 +332,8 @@ def _merge_adapters(
             progress=advance,
         )
     screen.print(
-        f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative error of a layer "
+        f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative "
+        "error of a layer "
         f"is {report.largest_error:.3g}",
         markup=False,
     )
@@ -265,7 +351,10 @@ def _refuse_number(item: str) -> None:
         float(item)
     except ValueError:
         return
-    raise ConfigError(f"'{item}' is a number, not a model. Repeat the flag for each model: --scale 1 --scale {item}.")
+    raise ConfigError(
+        f"'{item}' is a number, not a model. Repeat the flag for each model: --scale 1 --scale "
+        f"{item}."
+    )
 
 
 def _plan_document(plan: MergePlan) -> dict[str, Any]:
@@ -277,7 +366,8 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
         "models": [_weight_row(plan, i) for i in range(len(plan.models))],
         "guard": plan.guard,
         "steps": [
-            {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied} for s in plan.steps
+            {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied}
+            for s in plan.steps
         ],
         "left_out": plan.left_out,
         "ruled": plan.mended,
@@ -310,7 +400,9 @@ def _show_plan(screen: Any, plan: MergePlan) -> None:
         if plan.method.needs_precision:
             recorded = row["anchor"] or {"kind": "-", "precision": None}
             pull = (
-                recorded["kind"] if recorded["precision"] is None else f"{recorded['kind']} {recorded['precision']:.3g}"
+                recorded["kind"]
+                if recorded["precision"] is None
+                else f"{recorded['kind']} {recorded['precision']:.3g}"
             )
             rows[-1] += [
                 f"{row['estimator']}/{row['unit'] or '-'}",
@@ -327,8 +419,10 @@ def _show_plan(screen: Any, plan: MergePlan) -> None:
             screen.print(f"  scale     {rule}", markup=False)
     merged = [s for s in plan.steps if s.copied is None]
     size = sum(s.spec.size for s in merged)
-    screen.print(f"{len(merged)} tensors merged ({size:,} entries), {len(plan.steps) - len(merged)} copied, "
-                 f"{len(plan.left_out)} left out")  # fmt: skip
+    screen.print(
+        f"{len(merged)} tensors merged ({size:,} entries), {len(plan.steps) - len(merged)} copied, "
+        f"{len(plan.left_out)} left out"
+    )
     for step in plan.steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
@@ -349,7 +443,10 @@ def _show_report(screen: Any, report: MergeReport) -> None:
         if model.ratio is not None:
             screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
     if report.ruled:
-        screen.print(f"  {len(report.ruled)} tensors by a rule, {next(iter(report.ruled))} first: see the report")
+        screen.print(
+            f"  {len(report.ruled)} tensors by a rule, {next(iter(report.ruled))} first: see the "
+            "report"
+        )
     removes = any(m.scale is not None and m.scale < 0 for m in report.models)
     if report.weights == "precision" and (removes or report.guarded_share > 0):
         screen.print(

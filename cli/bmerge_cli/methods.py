@@ -5,8 +5,8 @@ from typing import Any
 import typer
 
 from bmerge_cli.render import Json, print_json
-from mergekit_bayes.methods import METHODS, Method
-from mergekit_bayes.methods.base import Parameter
+from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods.base import Method, Parameter
 
 NAME = "methods"
 

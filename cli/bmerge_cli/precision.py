@@ -12,18 +12,28 @@ NAME = "precision"
 def command(
     model: Annotated[str, typer.Argument(help="A model folder, or a Hub id (which needs -o).")],
     data: Annotated[
-        list[str], typer.Option(help="What the precision stands for: a file, folder or Hub data set; repeat it.")
+        list[str],
+        typer.Option(
+            help="What the precision stands for: a file, folder or Hub data set; repeat it."
+        ),
     ],
     out: Annotated[
-        str | None, typer.Option("--out", "-o", help="A folder or .safetensors file; default MODEL/posterior.")
+        str | None,
+        typer.Option("--out", "-o", help="A folder or .safetensors file; default MODEL/posterior."),
     ] = None,
-    where: Annotated[list[str] | None, typer.Option(help="COLUMN=VALUE: keep rows with this value.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=VALUE: keep rows with this value.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    label_column: Annotated[str, typer.Option(help="Column of the label (root-GGN does not need it).")] = "label",
+    label_column: Annotated[
+        str, typer.Option(help="Column of the label (root-GGN does not need it).")
+    ] = "label",
     examples: Annotated[int, typer.Option(min=1, help="Rows to look at, at random.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a backward pass.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
-    prior: Annotated[float, typer.Option(help="Isotropic prior precision to include, 1/weight^2.")] = 0.0,
+    prior: Annotated[
+        float, typer.Option(help="Isotropic prior precision to include, 1/weight^2.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the choice of rows and the signs.")] = 0,
     task: Annotated[str, typer.Option(help="auto, causal-lm or classification.")] = "auto",
     force: Force = False,
@@ -38,16 +48,26 @@ def command(
         settings = parse_config(
             PrecisionConfig,
             {
-                "model": model, "data": tuple(data), "output": out, "text_column": text_column,
-                "label_column": label_column, "examples": examples, "batch_size": batch_size,
-                "max_length": max_length, "prior": prior, "seed": seed, "task": task, "force": force,
+                "model": model,
+                "data": tuple(data),
+                "output": out,
+                "text_column": text_column,
+                "label_column": label_column,
+                "examples": examples,
+                "batch_size": batch_size,
+                "max_length": max_length,
+                "prior": prior,
+                "seed": seed,
+                "task": task,
+                "force": force,
                 "where": selection(where or [], "--where") or None,
             },
             "bmerge precision",
-        )  # fmt: skip
+        )
         report = run_precision(settings, quiet=quiet)
         console(quiet=quiet).print(
-            f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} {report.unit}s; median "
+            f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "
+            f"{report.unit}s; median "
             f"precision {report.health['precision_median']:.3g}",
             markup=False,
         )

@@ -17,22 +17,34 @@ if TYPE_CHECKING:
 
 NAME = "push"
 PushTo = Annotated[
-    str | None, typer.Option("--push-to", help="org/name: push the result there, as `bmerge push` does.")
+    str | None,
+    typer.Option("--push-to", help="org/name: push the result there, as `bmerge push` does."),
 ]
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="A model's folder, or one with nothing but a precision.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A model's folder, or one with nothing but a precision.")
+    ],
     repo: Annotated[str, typer.Argument(help="org/name; it is made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; it is made if it is not there.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch; it is made if it is not there.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    ] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     posterior: Annotated[
         bool, typer.Option("--posterior/--no-posterior", help="Push the posterior with the model.")
     ] = True,
     posterior_only: Annotated[
-        bool, typer.Option("--posterior-only", help="Push the posterior without its model, to another repository.")
+        bool,
+        typer.Option(
+            "--posterior-only", help="Push the posterior without its model, to another repository."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files and print the card; contact nobody.")
@@ -42,8 +54,9 @@ def command(
 ) -> None:
     """Push a model, its posterior and a card to the Hugging Face Hub, in one commit.
 
-    The card says where the model came from; a card of your own keeps its text. Log in once with `hf auth login`.
-    The same line resumes a push that was stopped, and an unchanged folder makes no commit.
+    The card says where the model came from; a card of your own keeps its text. Log in once with `hf
+    auth login`. The same line resumes a push that was stopped, and an unchanged folder makes no
+    commit.
     """
     with failures():
         from mergekit_bayes.hub import plan_push
@@ -56,8 +69,14 @@ def command(
             else:
                 show_plan(screen, plan)
             return
-        options = {"private": private, "revision": revision, "create_pr": create_pr, "message": message,
-                   "posterior": posterior, "only_posterior": posterior_only}  # fmt: skip
+        options = {
+            "private": private,
+            "revision": revision,
+            "create_pr": create_pr,
+            "message": message,
+            "posterior": posterior,
+            "only_posterior": posterior_only,
+        }
         report = push(folder, repo, screen, **options)
         if as_json:
             print_json(report.model_dump(mode="json"))
@@ -67,7 +86,11 @@ def command(
 
 def push(folder: Path, repo: str, screen: Any, **options: Any) -> "PushReport":
     """Push, and say what was done; the client's bars show only where people read."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     from mergekit_bayes.hub import push_folder
 
@@ -75,7 +98,9 @@ def push(folder: Path, repo: str, screen: Any, **options: Any) -> "PushReport":
     if hidden:
         disable_progress_bars()
     try:
-        report = push_folder(folder, repo, say=lambda line: screen.print(line, markup=False), **options)
+        report = push_folder(
+            folder, repo, say=lambda line: screen.print(line, markup=False), **options
+        )
     finally:
         if hidden:
             enable_progress_bars()
@@ -83,7 +108,9 @@ def push(folder: Path, repo: str, screen: Any, **options: Any) -> "PushReport":
         what = [f"{len(report.sent)} files ({_size(report.bytes)})"]
         what += [f"{len(report.unchanged)} were there already"] * bool(report.unchanged)
         what += [f"{len(report.deleted)} deleted"] * bool(report.deleted)
-        screen.print(f"pushed to {report.repo}: {', '.join(what)}; commit {report.commit}", markup=False)
+        screen.print(
+            f"pushed to {report.repo}: {', '.join(what)}; commit {report.commit}", markup=False
+        )
     else:
         screen.print(f"{report.repo} has all of it already: no commit", markup=False)
     _show_rest(screen, report.left_out, report.notes)
@@ -126,7 +153,9 @@ def _size(count: int) -> str:
 
 
 class Delivery:
-    """Where a command writes what `--push-to` then pushes: the folder asked for, or a temporary one."""
+    """Where a command writes what `--push-to` then pushes: the folder asked for, or a temporary
+    one.
+    """
 
     def __init__(self, repo: str | None, out: str | None) -> None:
         self.repo, self.out = repo, out
@@ -136,21 +165,28 @@ class Delivery:
             from mergekit_bayes.hub import check_login
 
             if out is not None and out.endswith(".safetensors"):
-                raise ConfigError(f"--push-to pushes a folder, and -o {out} is a file. Name a folder, or leave -o out.")
+                raise ConfigError(
+                    f"--push-to pushes a folder, and -o {out} is a file. Name a folder, or leave "
+                    "-o out."
+                )
             check_login(repo)  # before hours of work, not after
             if out is None:
                 self.temporary = Path(tempfile.mkdtemp(prefix="bmerge-"))
                 self.out = str(self.temporary / repo.rpartition("/")[2])
 
     def push(self, screen: Any) -> dict[str, Any]:
-        """Push what lies there, if that was asked for; what `--json` adds to the command's own report."""
+        """Push what lies there, if that was asked for; what `--json` adds to the command's own
+        report.
+        """
         if self.repo is None or self.out is None:
             return {}
         try:
             report = push(Path(self.out), self.repo, screen)
         except BmergeError as error:
             self.temporary = None  # the work is not thrown away
-            raise type(error)(f"{error} The model is in '{self.out}': `bmerge push {self.out} {self.repo}`.") from None
+            raise type(error)(
+                f"{error} The model is in '{self.out}': `bmerge push {self.out} {self.repo}`."
+            ) from None
         self.url = report.pull_request or report.url
         return {"push": report.model_dump(mode="json")}
 

@@ -1,4 +1,6 @@
-"""What every command shares: one console on stderr, one JSON document on stdout, one message per failure."""
+"""What every command shares: one console on stderr, one JSON document on stdout, one message per
+failure.
+"""
 
 import json
 import sys
@@ -17,7 +19,10 @@ from mergekit_bayes.errors import BmergeError, ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, a folder with all that is in it.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an existing output, a folder with all that is in it."),
+]
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -34,7 +39,11 @@ def print_json(document: Any) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table; the first column is text, the rest are numbers."""
     result = Table(
-        title=escape(title) if title else None, title_justify="left", title_style="bold", box=None, pad_edge=False
+        title=escape(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
     )
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -63,7 +72,9 @@ def assignments(items: Sequence[str], option: str, what: str = "MODEL") -> dict[
 
 
 def selection(items: Sequence[str], option: str) -> dict[str, Any]:
-    """`COLUMN=VALUE` options as a row filter; values are read as YAML, so that `label=1` is a number."""
+    """`COLUMN=VALUE` options as a row filter; values are read as YAML, so that `label=1` is a
+    number.
+    """
     result: dict[str, Any] = {}
     for item in items:
         column, separator, value = item.partition("=")
@@ -80,14 +91,18 @@ def selection(items: Sequence[str], option: str) -> dict[str, Any]:
 def progress_bar(screen: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes that vanishes when done; yields what a verb calls with (done, total)."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=screen.quiet or not screen.is_terminal) as progress:
+    with Progress(
+        *columns, console=screen, transient=True, disable=screen.quiet or not screen.is_terminal
+    ) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2; a bug stays a traceback (exit code 1)."""
+    """Turn what the user can mend into one message and exit code 2; a bug stays a traceback (exit
+    code 1).
+    """
     try:
         yield
     except BmergeError as error:

@@ -1,4 +1,6 @@
-"""Scripted detoxification: fine-tune on the toxic text, subtract it by several methods, measure, compare, draw."""
+"""Scripted detoxification: fine-tune on the toxic text, subtract it by several methods, measure,
+compare, draw.
+"""
 
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import DetoxReport

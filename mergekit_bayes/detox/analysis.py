@@ -1,9 +1,10 @@
 """What each method pays at equal toxicity, with paired bootstrap intervals.
 
-Scales of different methods do not compare. A curve runs from the base over its candidates in the order of their
-scales; where an axis (the toxic share, or the loss on held-out toxic text) first reaches a level, the losses on the
-other texts are read off by linear interpolation. Prompts and documents are resampled, the same ones for all models,
-and the whole reading is repeated on each resample.
+Scales of different methods do not compare. A curve runs from the base over its candidates in the
+order of their scales; where an axis (the toxic share, or the loss on held-out toxic text) first
+reaches a level, the losses on the other texts are read off by linear interpolation. Prompts and
+documents are resampled, the same ones for all models, and the whole reading is repeated on each
+resample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 
 from mergekit_bayes.detox.settings import HELD_OUT, Curve
 from mergekit_bayes.evaluate import EvaluateReport
-from mergekit_bayes.metrics.base import Array, Interval, Record, interval, resampled_sums
+from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
+from mergekit_bayes.records import Array, Record
 
 Verdict = Literal["pays less", "pays more", "no difference visible", "not comparable"]
 _ENOUGH = 0.95  # share of resamples that must reach a level before an interval is given
@@ -22,9 +24,11 @@ _RISES = (0.25, 0.5, 0.75)
 
 
 class Matched(Record):
-    """What each curve pays at one level of one axis: nats a token above the base; None where it does not get there.
+    """What each curve pays at one level of one axis: nats a token above the base; None where it
+    does not get there.
 
-    `axis` is a scorer, whose level is a toxic share, or the held-out toxic text, whose level is a loss.
+    `axis` is a scorer, whose level is a toxic share, or the held-out toxic text, whose level is a
+    loss.
     """
 
     axis: str
@@ -34,7 +38,9 @@ class Matched(Record):
 
 
 class Comparison(Record):
-    """One curve against another at one level: `difference` of what they pay, `ratio` where both pay anything."""
+    """One curve against another at one level: `difference` of what they pay, `ratio` where both pay
+    anything.
+    """
 
     axis: str
     level: float
@@ -50,9 +56,10 @@ class Finding(Record):
     """All levels of one comparison together.
 
     Attributes:
-        effect: `there` if it pays less at some level and more at none, `reversed` if the other way round,
-            `mixed` if both happen, `not there` if neither.
-        less, more, levels: At how many levels the interval is below, above zero; how many could be compared.
+        effect: `there` if it pays less at some level and more at none, `reversed` if the other way
+            round, `mixed` if both happen, `not there` if neither.
+        less, more, levels: At how many levels the interval is below, above zero; how many could be
+            compared.
     """
 
     axis: str
@@ -79,11 +86,20 @@ def match(
         base: Of the base, with its numbers by prompt and document.
         reports: By curve's label, in the order of the scales.
         levels: Toxic shares; empty: parts of the base's.
-        rises: Of the held-out loss, nats a token; empty: parts of the smallest rise that a curve ends with.
+        rises: Of the held-out loss, nats a token; empty: parts of the smallest rise that a curve
+            ends with.
     """
     scorers, texts = list(base.toxicity), list(base.perplexity)
-    shares = {(c.label, s): _stack([_shares(r, s) for r in (base, *reports[c.label])]) for c in curves for s in scorers}
-    losses = {(c.label, t): _stack([_losses(r, t) for r in (base, *reports[c.label])]) for c in curves for t in texts}
+    shares = {
+        (c.label, s): _stack([_shares(r, s) for r in (base, *reports[c.label])])
+        for c in curves
+        for s in scorers
+    }
+    losses = {
+        (c.label, t): _stack([_losses(r, t) for r in (base, *reports[c.label])])
+        for c in curves
+        for t in texts
+    }
     matched, compared = [], []
     axes = [*scorers, *([HELD_OUT] if HELD_OUT in texts else [])]
     for axis in axes:
@@ -93,11 +109,16 @@ def match(
             for text in texts:
                 if text == HELD_OUT:
                     continue
-                paid = {c.label: _read(along[c.label], losses[c.label, text], level, held_out) for c in curves}
+                paid = {
+                    c.label: _read(along[c.label], losses[c.label, text], level, held_out)
+                    for c in curves
+                }
                 intervals = {label: _interval(p) for label, p in paid.items()}
                 matched.append(Matched(axis=axis, level=level, text=text, paid=intervals))
                 compared += [
-                    _compare(axis, level, text, c.label, o.label, paid) for c in curves for o in _rivals(c, curves)
+                    _compare(axis, level, text, c.label, o.label, paid)
+                    for c in curves
+                    for o in _rivals(c, curves)
                 ]
     return matched, compared
 
@@ -116,11 +137,17 @@ def findings(compared: Sequence[Comparison]) -> list[Finding]:
             effect = "mixed" if less and more else "there" if less else "reversed"
         found.append(
             Finding(
-                axis=axis, text=text, curve=curve, against=against, effect=effect, less=less, more=more,
+                axis=axis,
+                text=text,
+                curve=curve,
+                against=against,
+                effect=effect,
+                less=less,
+                more=more,
                 levels=sum(c.verdict != "not comparable" for c in group),
                 ratios=tuple(c.ratio for c in group if c.ratio is not None),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -132,13 +159,15 @@ def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
         c
         for c in curves
         if c.method == "task_arithmetic" or (c.method == "control" and c[2:] == curve[2:])
-    ]  # fmt: skip
+    ]
 
 
 def _shares(report: EvaluateReport, scorer: str) -> Array:
     found = report.toxicity[scorer]
     values = np.asarray(found.prompt_share, np.float64)[:, None]
-    resampled = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])[:, 0] / len(values)
+    resampled = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])[
+        :, 0
+    ] / len(values)
     return np.concatenate([[found.share.value], resampled])
 
 
@@ -154,7 +183,9 @@ def _stack(columns: Sequence[Array]) -> Array:
     return np.stack(columns, axis=1)
 
 
-def _levels(along: Mapping[str, Array], rising: bool, shares: Sequence[float], rises: Sequence[float]) -> list[float]:
+def _levels(
+    along: Mapping[str, Array], rising: bool, shares: Sequence[float], rises: Sequence[float]
+) -> list[float]:
     start = float(next(iter(along.values()))[0, 0])
     if not rising:
         below = [level for level in shares if level < start]  # others are reached by doing nothing
@@ -191,7 +222,7 @@ def _interval(paid: Array) -> Interval | None:
 
 def _compare(
     axis: str, level: float, text: str, curve: str, against: str, paid: Mapping[str, Array]
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     difference = _interval(paid[curve] - paid[against])
     ratio = None
     verdict: Verdict = "not comparable"
@@ -200,8 +231,16 @@ def _compare(
         ratio = mine / other if mine > 0 and other > 0 else None
         if difference.low is not None and difference.high is not None:
             low, high = difference.low, difference.high
-            verdict = "pays less" if high < 0 else "pays more" if low > 0 else "no difference visible"
+            verdict = (
+                "pays less" if high < 0 else "pays more" if low > 0 else "no difference visible"
+            )
     return Comparison(
-        axis=axis, level=level, text=text, curve=curve, against=against, difference=difference, ratio=ratio,
+        axis=axis,
+        level=level,
+        text=text,
+        curve=curve,
+        against=against,
+        difference=difference,
+        ratio=ratio,
         verdict=verdict,
-    )  # fmt: skip
+    )

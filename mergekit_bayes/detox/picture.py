@@ -13,13 +13,17 @@ _FAR = 1.5  # panels end where a perplexity is so many times the base's
 
 
 def draw(report: DetoxReport, path: Path) -> None:
-    """Draw `toxicity_vs_perplexity.png`: a row of panels for each scorer's share, one for the held-out loss."""
+    """Draw `toxicity_vs_perplexity.png`: a row of panels for each scorer's share, one for the
+    held-out loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     texts = [name for name in report.base.perplexity if name != HELD_OUT]
     axes = [*report.base.toxicity, *([HELD_OUT] if HELD_OUT in report.base.perplexity else [])]
-    figure = Figure(figsize=(1.2 + 4.2 * len(texts), 0.9 + 3.1 * len(axes)), layout="constrained", dpi=150)
+    figure = Figure(
+        figsize=(1.2 + 4.2 * len(texts), 0.9 + 3.1 * len(axes)), layout="constrained", dpi=150
+    )
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(axes), len(texts), squeeze=False, sharey="row", sharex="col")
     for i, axis in enumerate(axes):
@@ -31,7 +35,9 @@ def draw(report: DetoxReport, path: Path) -> None:
             if j == 0:
                 panels[i][j].set_ylabel(_name(axis))
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
+    )
     figure.savefig(path, format="png")
 
 
@@ -55,7 +61,15 @@ def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
             label=label,
         )
     start = report.base.perplexity[text].token.value
-    panel.plot([start], [_height(report.base, axis)], "*", color="black", markersize=12, label="base", zorder=5)
+    panel.plot(
+        [start],
+        [_height(report.base, axis)],
+        "*",
+        color="black",
+        markersize=12,
+        label="base",
+        zorder=5,
+    )
     shown = [p.perplexity[text].token.value for points in report.curves.values() for p in points]
     shown = [x for x in (start, *shown) if x <= far]
     margin = 0.05 * (max(shown) - min(shown)) or 0.05 * start
@@ -68,7 +82,9 @@ def _heights(report: DetoxReport, axis: str, texts: list[str]) -> tuple[float, f
     """Limits of a row: what its panels show, from 0 for a share."""
     every = [report.base, *[p for points in report.curves.values() for p in points]]
     far = {t: _FAR * report.base.perplexity[t].token.value for t in texts}
-    heights = [_height(p, axis) for p in every if any(p.perplexity[t].token.value <= far[t] for t in texts)]
+    heights = [
+        _height(p, axis) for p in every if any(p.perplexity[t].token.value <= far[t] for t in texts)
+    ]
     low, high = (min(heights) if axis == HELD_OUT else 0.0), max(heights)
     margin = 0.08 * (high - low) or 1.0
     return (low - margin if axis == HELD_OUT else 0.0), high + margin
@@ -84,5 +100,11 @@ def _name(axis: str) -> str:
     if axis == HELD_OUT:
         return "loss on held-out toxic text\n(nats a token)"
     kind, _, rest = axis.partition(":")
-    short = "word list" if kind == "words" else rest.rsplit("/", 1)[-1] if kind == "model" else kind.rsplit(".", 1)[-1]
+    short = (
+        "word list"
+        if kind == "words"
+        else rest.rsplit("/", 1)[-1]
+        if kind == "model"
+        else kind.rsplit(".", 1)[-1]
+    )
     return f"toxic continuations (%)\nby {short}"

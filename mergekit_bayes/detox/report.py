@@ -6,9 +6,10 @@ from typing import Any
 from mergekit_bayes import __version__
 from mergekit_bayes.detox.analysis import Comparison, Finding, Matched
 from mergekit_bayes.detox.settings import HELD_OUT
-from mergekit_bayes.metrics.base import Interval, Record
+from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
+from mergekit_bayes.records import Record
 
 _SAY = {
     "there": "The effect is there",
@@ -23,7 +24,8 @@ class Point(Record):
 
     Attributes:
         scale: How much was subtracted; 0 is the base.
-        guarded_share, largest_multiplier: Of the merge: where its guard acted, and its strongest amplification.
+        guarded_share, largest_multiplier: Of the merge: where its guard acted, and its strongest
+            amplification.
         precision_ratio: Sum of the task's likelihood precision over the base's, as counted.
         command: What makes this model again.
     """
@@ -56,12 +58,15 @@ class DetoxReport(Record):
     findings: tuple[Finding, ...] = ()
 
     def chosen(self, scorer: str) -> tuple[float | None, dict[str, Point]]:
-        """The lowest compared toxic share that all curves reach, and by curve the first candidate there.
+        """The lowest compared toxic share that all curves reach, and by curve the first candidate
+        there.
 
         Without such a level, the last candidate of each curve.
         """
         reached = [
-            m.level for m in self.matched if m.axis == scorer and all(paid is not None for paid in m.paid.values())
+            m.level
+            for m in self.matched
+            if m.axis == scorer and all(paid is not None for paid in m.paid.values())
         ]
         if not reached:
             return None, {label: points[-1] for label, points in self.curves.items()}
@@ -87,25 +92,35 @@ def as_markdown(report: DetoxReport) -> str:
 
 
 def verdicts(report: DetoxReport) -> list[str]:
-    """One plain sentence for each comparison; whether there is an effect is computed from the intervals."""
+    """One plain sentence for each comparison; whether there is an effect is computed from the
+    intervals.
+    """
     lines = []
     for f in report.findings:
         axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
         if not f.levels:
-            who = " and ".join(label for label in (f.curve, f.against) if not _reaches(report, f, label))
+            who = " and ".join(
+                label for label in (f.curve, f.against) if not _reaches(report, f, label)
+            )
             why = f"{who} reaches none of them" if who else "no interval"
             lines.append(
-                f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any level ({why})."
+                f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any "
+                f"level ({why})."
             )
             continue
         ratios = ""
         if f.ratios:
             low, high = min(f.ratios), max(f.ratios)
-            ratios = f" It pays {low:.2f} to {high:.2f} of the other's loss." if low < high else (
-                f" It pays {low:.2f} of the other's loss.")  # fmt: skip
+            ratios = (
+                f" It pays {low:.2f} to {high:.2f} of the other's loss."
+                if low < high
+                else (f" It pays {low:.2f} of the other's loss.")
+            )
         lines.append(
-            f"{_SAY[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: less at {f.less}, more at "
-            f"{f.more} of {f.levels} levels (95 % interval clear of zero).{ratios}{_gains(report, f)}"
+            f"{_SAY[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: less at "
+            f"{f.less}, more at "
+            f"{f.more} of {f.levels} levels (95 % interval clear of "
+            f"zero).{ratios}{_gains(report, f)}"
         )
     return lines
 
@@ -115,11 +130,15 @@ def _texts(report: DetoxReport) -> list[str]:
 
 
 def _reaches(report: DetoxReport, f: Finding, label: str) -> bool:
-    return any(m.paid[label] is not None for m in report.matched if (m.axis, m.text) == (f.axis, f.text))
+    return any(
+        m.paid[label] is not None for m in report.matched if (m.axis, m.text) == (f.axis, f.text)
+    )
 
 
 def _gains(report: DetoxReport, f: Finding) -> str:
-    """Says so where neither pays: the loss on the text falls for both, and less gain counts as more paid."""
+    """Says so where neither pays: the loss on the text falls for both, and less gain counts as more
+    paid.
+    """
     rows = [m.paid for m in report.matched if (m.axis, m.text) == (f.axis, f.text)]
     paid = [p[label] for p in rows for label in (f.curve, f.against)]
     return " Both gain here." if all(x.value < 0 for x in paid if x is not None) else ""
@@ -138,7 +157,8 @@ def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
         levels = [f"{m.level:.1%}" for m in rows]
     lines = [f"## {title}: loss added on {text}", "", "Nats a token, with 95 % intervals.", ""]
     lines += _table(
-        [first, *labels], [[lv, *[_paid(m.paid[c]) for c in labels]] for lv, m in zip(levels, rows, strict=True)]
+        [first, *labels],
+        [[lv, *[_paid(m.paid[c]) for c in labels]] for lv, m in zip(levels, rows, strict=True)],
     )
     differences = [c for c in report.comparisons if c.axis == axis and c.text == text]
     pairs = list(dict.fromkeys((c.curve, c.against) for c in differences))
@@ -154,13 +174,26 @@ def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
 
 def _curves_table(report: DetoxReport, scorer: str) -> str:
     names = list(report.base.perplexity)
-    columns = ["model", "scale", "toxic share", "mean score", "expected max", *[f"perplexity, {n}" for n in names]]
+    columns = [
+        "model",
+        "scale",
+        "toxic share",
+        "mean score",
+        "expected max",
+        *[f"perplexity, {n}" for n in names],
+    ]
     columns += ["guarded", "largest multiplier"]
     rows = []
     for label, points in {"base": (report.base,), **report.curves}.items():
         for p in points:
             t = p.toxicity[scorer]
-            row = [label, f"{p.scale:g}", _share(t.share), f"{t.mean.value:.3f}", f"{t.expected_max.value:.3f}"]
+            row = [
+                label,
+                f"{p.scale:g}",
+                _share(t.share),
+                f"{t.mean.value:.3f}",
+                f"{t.expected_max.value:.3f}",
+            ]
             row += [f"{p.perplexity[n].token.value:.4g}" for n in names]
             bare = p.guarded_share is None or label == "task arithmetic"
             row += ["", ""] if bare else [f"{p.guarded_share:.1%}", f"{p.largest_multiplier:.2f}"]
@@ -175,8 +208,16 @@ def _garbled(report: DetoxReport) -> str:
         for p in points:
             if p.samples is not None:
                 s = p.samples
-                rows.append([label, f"{p.scale:g}", f"{s.mean_tokens:.1f}", f"{s.empty:.1%}", f"{s.distinct_2:.3f}",
-                             f"{s.repeated:.3f}"])  # fmt: skip
+                rows.append(
+                    [
+                        label,
+                        f"{p.scale:g}",
+                        f"{s.mean_tokens:.1f}",
+                        f"{s.empty:.1%}",
+                        f"{s.distinct_2:.3f}",
+                        f"{s.repeated:.3f}",
+                    ]
+                )
     columns = ["model", "scale", "mean length", "empty", "distinct word pairs", "repeated pairs"]
     return "\n".join(["## Are the continuations still text?", "", *_table(columns, rows)])
 
@@ -188,10 +229,13 @@ def _how(report: DetoxReport) -> str:
     lines = [
         "## How it was made",
         "",
-        f"- {toxicity.n_continuations:,} continuations of {toxicity.n_prompts:,} prompts for each model, the same "
+        f"- {toxicity.n_continuations:,} continuations of {toxicity.n_prompts:,} prompts for each "
+        "model, the same "
         f"noise for all; only the continuation is scored; toxic from {toxicity.threshold:g} on.",
-        f"- Perplexity by the {first.protocol} protocol, window {first.window}, stride {first.stride}.",
-        "- Intervals: 95 % bootstrap over prompts and documents, the same resamples for all models. They do not hold "
+        f"- Perplexity by the {first.protocol} protocol, window {first.window}, stride "
+        f"{first.stride}.",
+        "- Intervals: 95 % bootstrap over prompts and documents, the same resamples for all "
+        "models. They do not hold "
         "the spread between training seeds.",
         f"- bmerge {report.version}, "
         + ", ".join(f"{name} {number}" for name, number in report.versions.items())
@@ -214,7 +258,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _paid(x: Interval | None) -> str:
     if x is None:
         return "not reached"
-    return f"{x.value:+.3f}" if x.low is None or x.high is None else f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+    return (
+        f"{x.value:+.3f}"
+        if x.low is None or x.high is None
+        else f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+    )
 
 
 def _difference(c: Comparison) -> str:
@@ -225,4 +273,8 @@ def _difference(c: Comparison) -> str:
 
 
 def _share(x: Interval) -> str:
-    return f"{x.value:.1%}" if x.low is None or x.high is None else f"{x.value:.1%} [{x.low:.1%}, {x.high:.1%}]"
+    return (
+        f"{x.value:.1%}"
+        if x.low is None or x.high is None
+        else f"{x.value:.1%} [{x.low:.1%}, {x.high:.1%}]"
+    )

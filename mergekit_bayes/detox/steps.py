@@ -1,6 +1,7 @@
 """The work folder: each step's output lies under a name made of what went in, so it is done once.
 
-A step is done when its folder is there, since every verb writes beside its target and renames at the end.
+A step is done when its folder is there, since every verb writes beside its target and renames at
+the end.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bayes import __version__
-from mergekit_bayes.posterior import checkpoint_files, precision_files, tokenizer_identity
-from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, resolve
-from mergekit_bayes.tensors import SafetensorsSource, identity
+from mergekit_bayes.checkpoint.identity import files_identity
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
+from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 
 
 def step_folder(work: Path, name: str, *inputs: Any) -> Path:
@@ -22,8 +24,12 @@ def step_folder(work: Path, name: str, *inputs: Any) -> Path:
 
 
 def data_identity(refs: str | Sequence[str]) -> dict[str, str]:
-    """SHA-256 of each local file or of all files of a folder; a Hub data set is known by its name only."""
-    return {ref: _content(Path(ref).expanduser()) for ref in ([refs] if isinstance(refs, str) else refs)}
+    """SHA-256 of each local file or of all files of a folder; a Hub data set is known by its name
+    only.
+    """
+    return {
+        ref: _content(Path(ref).expanduser()) for ref in ([refs] if isinstance(refs, str) else refs)
+    }
 
 
 def model_identity(ref: str) -> dict[str, str | None]:
@@ -31,7 +37,7 @@ def model_identity(ref: str) -> dict[str, str | None]:
     path = resolve(ref, CHECKPOINT)
     config = path / "config.json"
     return {
-        "weights": _tensors(checkpoint_files(path, ref)),
+        "weights": files_identity(checkpoint_files(path, ref)),
         "tokenizer": tokenizer_identity(path),
         "config": _content(config) if config.exists() else None,
     }
@@ -40,7 +46,7 @@ def model_identity(ref: str) -> dict[str, str | None]:
 def precision_identity(ref: str) -> str:
     """The precision in a folder of its own or in a model's, by sampled blocks."""
     folder = resolve(ref, CHECKPOINT + POSTERIOR)
-    return _tensors(sorted(folder.glob("precision*.safetensors")) or precision_files(folder))
+    return files_identity(sorted(folder.glob("precision*.safetensors")) or precision_files(folder))
 
 
 def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -48,17 +54,11 @@ def without(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in names}
 
 
-def _tensors(files: Sequence[Path]) -> str:
-    source = SafetensorsSource(files)
-    try:
-        return identity(source)
-    finally:
-        source.close()
-
-
 def _content(path: Path) -> str:
     if path.is_dir():
-        parts = [(str(f.relative_to(path)), _content(f)) for f in sorted(path.rglob("*")) if f.is_file()]
+        parts = [
+            (str(f.relative_to(path)), _content(f)) for f in sorted(path.rglob("*")) if f.is_file()
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if not path.exists():
         return "by name"

@@ -1,7 +1,9 @@
-"""Checkpoints of a run, whole or torn, and what a run must share with the checkpoint that it continues.
+"""Checkpoints of a run, whole or torn, and what a run must share with the checkpoint that it
+continues.
 
-The Trainer writes a checkpoint file by file. When all ranks have written theirs, the files are flushed to the disk
-and a marker with their sizes is renamed into place; a folder without it, or with other sizes, is torn.
+The Trainer writes a checkpoint file by file. When all ranks have written theirs, the files are
+flushed to the disk and a marker with their sizes is renamed into place; a folder without it, or
+with other sizes, is torn.
 """
 
 import hashlib
@@ -22,8 +24,19 @@ from mergekit_bayes.posterior import Identity
 logger = logging.getLogger(__name__)
 
 MARKER = "whole.json"
-# Settings that may change between a run and its continuation: where things go, and what happens after training.
-_FREE = {"output", "model", "data", "resume", "force", "report_to", "num_processes", "posterior", "flush_batches"}
+# Settings that may change between a run and its continuation: where things go, and what happens
+# after training.
+_FREE = {
+    "output",
+    "model",
+    "data",
+    "resume",
+    "force",
+    "report_to",
+    "num_processes",
+    "posterior",
+    "flush_batches",
+}
 
 
 class Checkpoint(NamedTuple):
@@ -43,8 +56,8 @@ def checkpoints_of(target: Path) -> Path:
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
     """The newest whole checkpoint to continue from, or None for a run from the start.
 
-    With `resume`, torn checkpoints after it are skipped, with a note, and will be written again; without, the folder
-    must hold none, or `force` removes them.
+    With `resume`, torn checkpoints after it are skipped, with a note, and will be written again;
+    without, the folder must hold none, or `force` removes them.
 
     Raises `CheckpointError` if the folder holds checkpoints and neither was asked for.
     """
@@ -52,7 +65,8 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
     if not resume:
         if found and not force:
             raise CheckpointError(
-                f"'{folder}' holds checkpoints of an earlier run (the last is {found[-1].name}). Continue it with "
+                f"'{folder}' holds checkpoints of an earlier run (the last is {found[-1].name}). "
+                "Continue it with "
                 "--resume, replace it with --force, or choose another output."
             )
         for path in found:
@@ -65,18 +79,27 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
             about = json.loads((path / MARKER).read_text())
             return Checkpoint(path, about["step"], about["settings"], about["loss"])
         logger.warning("'%s' is torn (%s): skipped.", path, why)
-        (path / MARKER).unlink(missing_ok=True)  # or it could vouch for files half of which were written again
+        (path / MARKER).unlink(
+            missing_ok=True
+        )  # or it could vouch for files half of which were written again
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None
 
 
 def mark_whole(path: Path, step: int, settings: Mapping[str, Any], loss: float) -> None:
-    """Flush a checkpoint's files to the disk, then put its marker in place. Call when all ranks have written."""
+    """Flush a checkpoint's files to the disk, then put its marker in place. Call when all ranks
+    have written.
+    """
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
         _flush(file)
-    about = {"format": 1, "step": step, "loss": loss, "settings": dict(settings),
-             "files": {str(f.relative_to(path)): f.stat().st_size for f in files}}  # fmt: skip
+    about = {
+        "format": 1,
+        "step": step,
+        "loss": loss,
+        "settings": dict(settings),
+        "files": {str(f.relative_to(path)): f.stat().st_size for f in files},
+    }
     partial = path / f"{MARKER}.partial"
     partial.write_text(json.dumps(about, indent=1))
     _flush(partial)
@@ -91,9 +114,15 @@ def identity_of(
     examples: Sequence[Mapping[str, Any]],
     processes: int,
 ) -> dict[str, Any]:
-    """All that decides the bits of a training run, as JSON values; the model and the data by what they hold."""
-    found: dict[str, Any] = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
-    found |= {k: v for k, v in settings.items() if found.get(k) is None}  # what was left out, as it was chosen
+    """All that decides the bits of a training run, as JSON values; the model and the data by what
+    they hold.
+    """
+    found: dict[str, Any] = {
+        k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE
+    }
+    found |= {
+        k: v for k, v in settings.items() if found.get(k) is None
+    }  # what was left out, as it was chosen
     found |= {
         "model": base.blocks if base is not None else config.model,
         "data": _digest(examples),
@@ -115,14 +144,19 @@ def refuse_other_settings(checkpoint: Checkpoint, here: Mapping[str, Any]) -> No
                 lines.append(f"{name} is {there.get(name)} there and {here.get(name)} here")
     if lines:
         raise ConfigError(
-            f"'{checkpoint.path}' belongs to a run with other settings: {'; '.join(lines)}. Resume with the settings "
+            f"'{checkpoint.path}' belongs to a run with other settings: {'; '.join(lines)}. Resume "
+            "with the settings "
             "of the checkpoint, or leave --resume out and start anew with --force."
         )
 
 
 def _folders(folder: Path) -> list[Path]:
     """Folders named checkpoint-N, by N."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()]
+    found = [
+        p
+        for p in folder.glob("checkpoint-*")
+        if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()
+    ]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 

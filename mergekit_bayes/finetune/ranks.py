@@ -1,7 +1,7 @@
 """Several processes in step: who goes first, and an error on one is the same error on all.
 
-Without this, a rank that meets an error leaves the others waiting in a collective, and a rank that is late trips over
-what another has just made. With one process everything here is a plain call.
+Without this, a rank that meets an error leaves the others waiting in a collective, and a rank that
+is late trips over what another has just made. With one process everything here is a plain call.
 """
 
 import ctypes
@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 
 def launched() -> bool:
-    """True inside a process that a launcher (ours, accelerate's, torchrun) started as one of several."""
+    """True inside a process that a launcher (ours, accelerate's, torchrun) started as one of
+    several.
+    """
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -44,7 +46,8 @@ def world() -> int:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """The same work on every rank, first on one rank a machine, so that what it downloads is there for the others.
+    """The same work on every rank, first on one rank a machine, so that what it downloads is there
+    for the others.
 
     Raises, on every rank, the error of the first rank that met one.
     """
@@ -81,10 +84,12 @@ def mean_over_ranks(value: float) -> float:
 
 
 def launch(command: Sequence[str], processes: int) -> int:
-    """Run a command as `processes` ranks on this machine; return the exit status of the first that fails, or 0.
+    """Run a command as `processes` ranks on this machine; return the exit status of the first that
+    fails, or 0.
 
-    Each gets the variables that torchrun sets and accelerate reads, on a CPU also `ACCELERATE_USE_CPU`. When one
-    fails, the others are stopped, and so are all when this process is interrupted, terminated or (on Linux) killed.
+    Each gets the variables that torchrun sets and accelerate reads, on a CPU also
+    `ACCELERATE_USE_CPU`. When one fails, the others are stopped, and so are all when this process
+    is interrupted, terminated or (on Linux) killed.
 
     Raises:
         ConfigError: More processes than GPUs.
@@ -92,14 +97,21 @@ def launch(command: Sequence[str], processes: int) -> int:
     gpus = torch.cuda.device_count()
     if gpus and processes > gpus:
         raise ConfigError(
-            f"--num-processes {processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}, and a process takes "
-            "one each. Ask for as many, or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU."
+            f"--num-processes {processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}, "
+            "and a process takes "
+            "one each. Ask for as many, or hide them with CUDA_VISIBLE_DEVICES= to train on the "
+            "CPU."
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
-                   "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     if not gpus:
         environment["ACCELERATE_USE_CPU"] = "true"

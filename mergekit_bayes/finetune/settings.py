@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mergekit_bayes.configs import Config
-from mergekit_bayes.models import Task
+from mergekit_bayes.models.load import Task
+from mergekit_bayes.records import Config
 
 
 class LoraSettings(Config):
@@ -21,43 +21,48 @@ class LoraSettings(Config):
 class FinetuneConfig(Config):
     """Settings of `bmerge finetune`; the fields are the YAML keys.
 
-    The defaults of `curvature`, `curvature_every`, `posterior`, `ess` and `learning_rate` follow the tables of
-    `scripts/experiments/posterior_quality.py` in docs/experiments.md.
+    The defaults of `curvature`, `curvature_every`, `posterior`, `ess` and `learning_rate` follow
+    the tables of `scripts/experiments/posterior_quality.py` in docs/experiments.md.
 
     Attributes:
         model, output: A folder or Hub id, and the folder to write.
         data: Files, folders or Hub data sets of rows; `where` keeps rows with these values.
         task: `auto` reads it off the architecture; `num_labels` makes a new head for a classifier.
         pack: For language models: join rows by EOS and cut blocks, instead of one row an example.
-        learning_rate: None is 0.1 for IVON (with `clip_radius` 1e-3 and no rescaling no weight moves further
-            than 1e-4 a step, a usual AdamW rate), 1e-4 for AdamW; ten times that for an adapter, whose factors start
-            far from where they end.
-        ess: Effective sample size. None is the data's size, but at least so large that the noise of an entry at the
-            start (`price`) or without curvature (`ggn`) is 5 % of the median weight matrix' RMS. The data's size
-            itself ruined short runs with either (accuracy 0.50 to 0.61 where 1e7 gave 0.77 to 0.81).
+        learning_rate: None is 0.1 for IVON (with `clip_radius` 1e-3 and no rescaling no weight
+            moves further than 1e-4 a step, a usual AdamW rate), 1e-4 for AdamW; ten times that for
+            an adapter, whose factors start far from where they end.
+        ess: Effective sample size. None is the data's size, but at least so large that the noise of
+            an entry at the start (`price`) or without curvature (`ggn`) is 5 % of the median weight
+            matrix' RMS. The data's size itself ruined short runs with either (accuracy 0.50 to 0.61
+            where 1e7 gave 0.77 to 0.81).
         hess_init: Start value of h; `ggn` starts from its first draw instead.
         beta2: None is 1 - 5 / steps (1 - 5 curvature_every / steps under `ggn`).
         mc_samples: Weight samples a step, each a forward and a backward pass.
         antithetic: Samples in pairs of opposite noise, so at least two a step.
-        rank_noise: With several processes, IVON noise of its own in each, for its own part of the batch: as many
-            samples as processes at the cost of one. Else all draw the same.
-        curvature: Where IVON's Hessian comes from: `ggn`, a random root-GGN draw on the step's own logits every
-            `curvature_every` steps, a backward pass each (at 8 a twelfth of a step), or `price` as published. In 480
-            passes on a small classifier the median ratio to the exact diagonal was 0.86 with `ggn` at 8 and 640 with
-            `price`; of a whole fine-tune held-out loss was the same or lower than with `price` and with AdamW.
-        weight_decay: For IVON the prior precision over ess, above 0 with `ggn`. AdamW's is decoupled and no Gaussian
-            prior.
-        posterior: `flush` (root-GGN at the final mean over `flush_batches` batches: a ratio of 0.9 to 1.0 after any
-            of the optimizers, also where a run has learnt its data by heart and h is 300 times too large), `ivon`,
-            or `none`.
+        rank_noise: With several processes, IVON noise of its own in each, for its own part of the
+            batch: as many samples as processes at the cost of one. Else all draw the same.
+        curvature: Where IVON's Hessian comes from: `ggn`, a random root-GGN draw on the step's own
+            logits every `curvature_every` steps, a backward pass each (at 8 a twelfth of a step),
+            or `price` as published. In 480 passes on a small classifier the median ratio to the
+            exact diagonal was 0.86 with `ggn` at 8 and 640 with `price`; of a whole fine-tune
+            held-out loss was the same or lower than with `price` and with AdamW.
+        weight_decay: For IVON the prior precision over ess, above 0 with `ggn`. AdamW's is
+            decoupled and no Gaussian prior.
+        posterior: `flush` (root-GGN at the final mean over `flush_batches` batches: a ratio of 0.9
+            to 1.0 after any of the optimizers, also where a run has learnt its data by heart and h
+            is 300 times too large), `ivon`, or `none`.
         epochs, max_steps: `max_steps`, if given, decides.
         scheduler: As transformers names it.
-        dtype: Of the parameters; IVON's own state is float32 whatever it is. `bf16` only computes in bfloat16.
+        dtype: Of the parameters; IVON's own state is float32 whatever it is. `bf16` only computes
+            in bfloat16.
         save_steps: None keeps no checkpoints; else the Trainer's are kept in `OUTPUT.checkpoints`.
-        resume: Continue from the newest whole checkpoint there, to the same bits as a run that was never stopped, or
-            start from the first step where there is none. All settings that training depends on must be the same.
+        resume: Continue from the newest whole checkpoint there, to the same bits as a run that was
+            never stopped, or start from the first step where there is none. All settings that
+            training depends on must be the same.
         num_processes: How many there must be; `bmerge finetune` starts them where no launcher has.
-        report_to: `tensorboard`, `wandb` and so on, as transformers names them; loss and posterior health go there.
+        report_to: `tensorboard`, `wandb` and so on, as transformers names them; loss and posterior
+            health go there.
     """
 
     model: str

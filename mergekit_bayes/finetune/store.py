@@ -9,33 +9,42 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_bayes.curvature import ggn_diagonal, precision_health
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sources import pinned
+from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.curvature.ggn import ggn_diagonal
+from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
-from mergekit_bayes.models import UNIT, Collate, Loaded, batches, checkpoint_names, observations, with_bar
+from mergekit_bayes.models.encode import Collate, batches, observations
+from mergekit_bayes.models.load import UNIT, Loaded
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.models.quiet import with_bar
 from mergekit_bayes.posterior import (
     Anchor,
     Identity,
     PosteriorInfo,
     Prior,
-    checkpoint_files,
     identify,
-    replacing,
     save_posterior,
-    tokenizer_identity,
 )
-from mergekit_bayes.sources import pinned
-from mergekit_bayes.tensors import SafetensorsSource
 from mergekit_bayes.trainer import unwrap
 
 logger = logging.getLogger(__name__)
 
 
 def save_finetuned(
-    config: FinetuneConfig, loaded: Loaded, examples: list[dict[str, Any]], trainer: Any, settings: Mapping[str, Any],
-    base: Identity | None, result: Any, target: Path,
-) -> FinetuneReport:  # fmt: skip
+    config: FinetuneConfig,
+    loaded: Loaded,
+    examples: list[dict[str, Any]],
+    trainer: Any,
+    settings: Mapping[str, Any],
+    base: Identity | None,
+    result: Any,
+    target: Path,
+) -> FinetuneReport:
     model = trainer.accelerator.unwrap_model(trainer.model)
     total, unit = observations(examples, loaded.task), UNIT[loaded.task]
     estimator, health = None, {}
@@ -43,7 +52,9 @@ def save_finetuned(
         model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         if config.lora is not None and loaded.task == "classification":
-            model.config.save_pretrained(partial)  # an adapter's own config does not name the labels
+            model.config.save_pretrained(
+                partial
+            )  # an adapter's own config does not name the labels
         resolved = config.model_dump(mode="json", exclude={"force", "resume"})
         resolved["model"] = pinned(config.model, loaded.path)
         (partial / "finetune.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
@@ -63,20 +74,32 @@ def save_finetuned(
                 aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
             )
             source.close()
-            arrays = {n: t.detach().cpu().float().numpy() for n, t in checkpoint_names(model, precision).items()}
+            arrays = {
+                n: t.detach().cpu().float().numpy()
+                for n, t in checkpoint_names(model, precision).items()
+            }
             save_posterior(partial, arrays, info)
     for problem in problems(config, health, final=True).values():
         logger.warning(problem)
     return FinetuneReport(
-        path=target, steps=int(result.global_step), loss=float(result.training_loss), observations=total, unit=unit,
-        estimator=estimator, health=health,
-    )  # fmt: skip
+        path=target,
+        steps=int(result.global_step),
+        loss=float(result.training_loss),
+        observations=total,
+        unit=unit,
+        estimator=estimator,
+        health=health,
+    )
 
 
 def _posterior(
-    config: FinetuneConfig, model: Any, examples: Sequence[dict[str, Any]], loaded: Loaded, trainer: Any,
+    config: FinetuneConfig,
+    model: Any,
+    examples: Sequence[dict[str, Any]],
+    loaded: Loaded,
+    trainer: Any,
     settings: Mapping[str, Any],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The precision by name in memory, and what `PosteriorInfo` should say of it."""
     total = float(observations(examples, loaded.task))
     ivon = config.optimizer == "ivon"
@@ -84,10 +107,13 @@ def _posterior(
     decay = config.weight_decay
     if config.posterior == "ivon":
         precision = unwrap(trainer.optimizer).precision(model.named_parameters())
-        # h of `curvature: ggn` has the size of a flush, that of `price` may be a thousand times larger.
+        # h of `curvature: ggn` has the size of a flush, that of `price` may be a thousand times
+        # larger.
         ess, estimator = float(settings["ess"]), "ggn" if config.curvature == "ggn" else "ivon"
     else:
-        found, sampled = flush(model, examples, loaded, config.flush_batches, config.batch_size, config.seed)
+        found, sampled = flush(
+            model, examples, loaded, config.flush_batches, config.batch_size, config.seed
+        )
         ess, estimator = total, "ggn"
         prior = total * decay if ivon else 0.0
         precision = {n: total * f + prior for n, f in found.items()}
@@ -112,7 +138,8 @@ def _posterior(
 def flush(
     model: Any, examples: Sequence[dict[str, Any]], loaded: Loaded, count: int, size: int, seed: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Root-GGN diagonal per observation over `count` random batches of the training data, at the present weights.
+    """Root-GGN diagonal per observation over `count` random batches of the training data, at the
+    present weights.
 
     Returns the diagonal by parameter name and the number of examples looked at.
     """
@@ -125,17 +152,8 @@ def flush(
     chosen = [examples[i] for i in order[: count * size]]
     collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
     device = next(model.parameters()).device
-    cut = with_bar(batches(chosen, size, collate, device=device), "curvature", math.ceil(len(chosen) / size))
+    cut = with_bar(
+        batches(chosen, size, collate, device=device), "curvature", math.ceil(len(chosen) / size)
+    )
     found = ggn_diagonal(model, cut, seed=seed)
     return {n: t / found.observations for n, t in found.total.items()}, len(chosen)
-
-
-def base_identity(path: Path) -> Identity | None:
-    try:
-        source = SafetensorsSource(checkpoint_files(path))
-    except CheckpointError:
-        return None  # a base in pickles has no identity that a merge could check
-    try:
-        return identify(source)
-    finally:
-        source.close()

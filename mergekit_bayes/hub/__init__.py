@@ -1,7 +1,9 @@
-"""Models with their posteriors on the Hugging Face Hub: the card that says where one came from, and the push."""
+"""Models with their posteriors on the Hugging Face Hub: the card and the push."""
 
-from mergekit_bayes.hub.card import Card, License, Parent, make_card, model_card, parents
-from mergekit_bayes.hub.push import PushFile, PushPlan, PushReport, check_login, plan_push, push_folder
+from mergekit_bayes.hub.card import Card, make_card, model_card
+from mergekit_bayes.hub.facts import License, Parent, parents
+from mergekit_bayes.hub.files import PushFile
+from mergekit_bayes.hub.push import PushPlan, PushReport, check_login, plan_push, push_folder
 
 __all__ = [
     "Card",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_bayes.gaussian import Gaussian, rebase, select
-from mergekit_bayes.methods import Method
+from mergekit_bayes.methods.base import Method
 
 Array = NDArray[Any]
 _U64 = np.uint64

@@ -36,8 +36,7 @@ from mergekit_bayes.kernels.base import (
     likelihood,
     strength,
 )
-from mergekit_bayes.methods import Method
-from mergekit_bayes.methods.base import SHIFT
+from mergekit_bayes.methods.base import SHIFT, Method
 
 # Loops over models must vanish: an index into a tuple that is known at run time only is a switch, and nothing is
 # vectorised around it. LLVM's own threshold gives up at seven models.

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import decode, encode
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import (
     LANES,
@@ -21,7 +22,6 @@ from mergekit_bayes.kernels.base import (
     strength,
 )
 from mergekit_bayes.methods.base import BINS, bin_of
-from mergekit_bayes.tensors import decode, encode
 
 
 def plain_pass(kind: Kind) -> Pass:

@@ -4,15 +4,21 @@ A layer of an adapter changes a weight by `dW = s B A` (Hu et al., *LoRA*, ICLR 
 with mean `W + dW`, whose entries are made as they are read, and the precision that follows from the factors'.
 """
 
-from mergekit_bayes.lora.adapter import INITIAL_A, Adapter, initial_identity, is_adapter, open_adapter
-from mergekit_bayes.lora.dense import (
-    VARIANCE_FLOOR,
+from mergekit_bayes.lora.adapted import (
     AdaptedSource,
     ProductPrecision,
     open_adapted,
     open_model,
     split_ref,
 )
+from mergekit_bayes.lora.adapter import (
+    INITIAL_A,
+    Adapter,
+    initial_identity,
+    is_adapter,
+    open_adapter,
+)
+from mergekit_bayes.lora.dense import VARIANCE_FLOOR
 from mergekit_bayes.lora.merging import AdapterReport, MergedLayer, merge_adapters
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""A LoRA adapter as PEFT writes it: which layers, which factors, which scaling, without torch or peft.
+"""A LoRA adapter as PEFT writes it: which layers, which factors, which scaling, without torch or
+peft.
 
     adapter_config.json         r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, fan_in_fan_out, ...
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight   (r, d_in)
@@ -19,11 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
+from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.posterior import Posterior, checkpoint_files, open_posterior
-from mergekit_bayes.sources import CHECKPOINT, POSTERIOR, resolve
-from mergekit_bayes.tensors import MERGEABLE, Array, identity, read_tensor
+from mergekit_bayes.posterior import Posterior, open_posterior
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,10 +37,20 @@ INITIAL_A = "initial_A"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 # What makes an adapter more than `s B A` on some weights, and so no sum of dense changes.
 _BEYOND = (
-    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "kasa_config", "monteclora_config", "use_bdlora", "arrow_config",
-)  # fmt: skip
-# Initialisations that take the first factors out of the base's weights: the stored base is then not the one trained on.
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+)
+# Initialisations that take the first factors out of the base's weights: the stored base is then not
+# the one trained on.
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -67,7 +81,8 @@ class Adapter:
         posterior: Its tensors under PEFT's names on disk, and their precision if it has one.
         config: `adapter_config.json`.
         layers: The adapted weights by module, in order of the modules' names.
-        whole: Tensors that replace the base's (`modules_to_save`): name in the model to name on disk.
+        whole: Tensors that replace the base's (`modules_to_save`): name in the model to name on
+            disk.
     """
 
     posterior: Posterior
@@ -91,35 +106,43 @@ class Adapter:
         values = read_tensor(self.posterior.mean, name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{self.posterior.mean.where(name)}: '{name}' has entries that are not finite. Did training diverge?"
+                f"{self.posterior.mean.where(name)}: '{name}' has entries that are not finite. Did "
+                "training diverge?"
             )
         return values
 
-    def precisions(self, layer: Layer, count: float | None = None) -> tuple[Array | None, Array | None]:
-        """Stored precisions of (A, B) as if `count` observations had been seen; None for a frozen factor.
+    def precisions(
+        self, layer: Layer, count: float | None = None
+    ) -> tuple[Array | None, Array | None]:
+        """Stored precisions of (A, B) as if `count` observations had been seen; None for a frozen
+        factor.
 
         See `counted`.
         """
         return self.counted(layer.a, count), self.counted(layer.b, count)
 
     def counted(self, name: str, count: float | None = None) -> Array | None:
-        """A tensor's precision on the scale of the summed loss: `gain * (S - prior) + prior * observations / ess`.
+        """A tensor's precision on the scale of the summed loss: `gain * (S - prior) + prior *
+        observations / ess`.
 
-        The gain is `count / ess`, with `count` the recorded observations if None; a precision without information
-        is taken as it is. None if there is no precision of that name.
+        The gain is `count / ess`, with `count` the recorded observations if None; a precision
+        without information is taken as it is. None if there is no precision of that name.
         """
         source, info = self.posterior.precision, self.posterior.info
         if source is None or name not in source.specs:
             return None
         if source.specs[name].shape != self.posterior.mean.specs[name].shape:
             raise PrecisionError(
-                f"{source.where(name)}: the precision of '{name}' is {list(source.specs[name].shape)}, the tensor "
-                f"{list(self.posterior.mean.specs[name].shape)}. Use the precision that belongs to this adapter."
+                f"{source.where(name)}: the precision of '{name}' is "
+                f"{list(source.specs[name].shape)}, the tensor "
+                f"{list(self.posterior.mean.specs[name].shape)}. Use the precision that belongs to "
+                "this adapter."
             )
         stored: Array = read_tensor(source, name).astype(np.float32, copy=False)
         if not (np.isfinite(stored) & (stored >= 0)).all():
             raise PrecisionError(
-                f"{source.where(name)}: the precision of '{name}' has entries that are negative or not finite. "
+                f"{source.where(name)}: the precision of '{name}' has entries that are negative or "
+                "not finite. "
                 "Make it anew."
             )
         if info is None or not info.ess:
@@ -167,16 +190,20 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
     config = _read_config(folder, ref)
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(
-            f"'{ref}' has {CONFIG} but no {WEIGHTS}. Save it anew with `save_pretrained`; pickles are not read."
+            f"'{ref}' has {CONFIG} but no {WEIGHTS}. Save it anew with `save_pretrained`; pickles "
+            "are not read."
         )
     # The file, so that a model in the same folder is not taken for it.
-    posterior = open_posterior(str(folder / WEIGHTS), precision=precision, with_precision=with_precision)
+    posterior = open_posterior(
+        str(folder / WEIGHTS), precision=precision, with_precision=with_precision
+    )
     posterior = Posterior(ref, folder, posterior.mean, posterior.precision, posterior.info)
     try:
         layers, whole = _layers(posterior, config)
         if posterior.info is not None and identity(posterior.mean) != posterior.info.mean.blocks:
             raise PrecisionError(
-                f"the precision of '{ref}' was taken at other weights than these: its record of them differs. "
+                f"the precision of '{ref}' was taken at other weights than these: its record of "
+                "them differs. "
                 "Use the precision that belongs to them."
             )
         return Adapter(posterior, config, layers, whole)
@@ -193,7 +220,8 @@ def is_adapter(path: Path) -> bool:
 def initial_identity(factors: Mapping[str, Array]) -> str:
     """Who the A's are that a run starts from: SHA-256 over names and bytes, in order of name.
 
-    Recorded as `training["initial_A"]` of a posterior, it lets adapters of one start be merged factor by factor.
+    Recorded as `training["initial_A"]` of a posterior, it lets adapters of one start be merged
+    factor by factor.
     """
     digest = hashlib.sha256()
     for name in sorted(factors):
@@ -205,7 +233,9 @@ def initial_identity(factors: Mapping[str, Array]) -> str:
 def _read_config(folder: Path, ref: str) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.exists():
-        raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. Name the folder that PEFT wrote.")
+        raise CheckpointError(
+            f"'{ref}' is not an adapter: it has no {CONFIG}. Name the folder that PEFT wrote."
+        )
     try:
         config = json.loads(file.read_text())
         if not isinstance(config, dict):
@@ -213,11 +243,15 @@ def _read_config(folder: Path, ref: str) -> dict[str, Any]:
         _check_kind(config, ref)
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
-        if not all(isinstance(r, int) and r > 0 for r in ranks) or not all(math.isfinite(a) for a in alphas):
+        if not all(isinstance(r, int) and r > 0 for r in ranks) or not all(
+            math.isfinite(a) for a in alphas
+        ):
             raise ValueError("r is not a positive and lora_alpha not a finite number")
         return config
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file}: cannot be read as a LoRA config ({error!r}). Save the adapter anew.") from None
+        raise CheckpointError(
+            f"{file}: cannot be read as a LoRA config ({error!r}). Save the adapter anew."
+        ) from None
 
 
 def _check_kind(config: Mapping[str, Any], ref: str) -> None:
@@ -230,12 +264,15 @@ def _check_kind(config: Mapping[str, Any], ref: str) -> None:
         found.append(f"init_lora_weights={config['init_lora_weights']}")
     if found:
         raise ConfigError(
-            f"'{ref}' is more than s B A on its base's weights ({', '.join(found)}), and only that is read here. Fold "
+            f"'{ref}' is more than s B A on its base's weights ({', '.join(found)}), and only that "
+            "is read here. Fold "
             "it into its base with `PeftModel.merge_and_unload()` and merge the result."
         )
 
 
-def _layers(posterior: Posterior, config: Mapping[str, Any]) -> tuple[dict[str, Layer], dict[str, str]]:
+def _layers(
+    posterior: Posterior, config: Mapping[str, Any]
+) -> tuple[dict[str, Layer], dict[str, str]]:
     names: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for disk in posterior.mean.specs:
@@ -247,32 +284,46 @@ def _layers(posterior: Posterior, config: Mapping[str, Any]) -> tuple[dict[str, 
             whole[name] = disk
         else:
             raise ConfigError(
-                f"{posterior.mean.where(disk)}: '{disk}' is neither lora_A, lora_B nor of modules_to_save. Adapters of "
-                "embeddings and other kinds are not read; fold it into its base with `PeftModel.merge_and_unload()`."
+                f"{posterior.mean.where(disk)}: '{disk}' is neither lora_A, lora_B nor of "
+                "modules_to_save. Adapters of "
+                "embeddings and other kinds are not read; fold it into its base with "
+                "`PeftModel.merge_and_unload()`."
             )
     if not names:
-        raise CheckpointError(f"{posterior.mean.files[0]}: holds no lora_A and lora_B. Is it a LoRA adapter?")
-    return {module: _layer(posterior, config, module, names[module]) for module in sorted(names)}, whole
+        raise CheckpointError(
+            f"{posterior.mean.files[0]}: holds no lora_A and lora_B. Is it a LoRA adapter?"
+        )
+    return {
+        module: _layer(posterior, config, module, names[module]) for module in sorted(names)
+    }, whole
 
 
-def _layer(posterior: Posterior, config: Mapping[str, Any], module: str, names: Mapping[str, str]) -> Layer:
+def _layer(
+    posterior: Posterior, config: Mapping[str, Any], module: str, names: Mapping[str, str]
+) -> Layer:
     if len(names) < 2:
         there = next(iter(names.values()))
-        raise CheckpointError(f"{posterior.mean.where(there)}: '{there}' has no other factor. Save the adapter anew.")
+        raise CheckpointError(
+            f"{posterior.mean.where(there)}: '{there}' has no other factor. Save the adapter anew."
+        )
     a, b = posterior.mean.specs[names["A"]], posterior.mean.specs[names["B"]]
     where = posterior.mean.where(names["A"])
     for spec, name in ((a, names["A"]), (b, names["B"])):
         if spec.dtype not in MERGEABLE:
-            raise CheckpointError(f"{where}: '{name}' is {spec.dtype}; factors are read from {', '.join(MERGEABLE)}.")
+            raise CheckpointError(
+                f"{where}: '{name}' is {spec.dtype}; factors are read from {', '.join(MERGEABLE)}."
+            )
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise ConfigError(
-            f"{where}: '{names['A']}' is {list(a.shape)}; only adapters of matrices are read. Fold it into its base "
+            f"{where}: '{names['A']}' is {list(a.shape)}; only adapters of matrices are read. Fold "
+            "it into its base "
             "with `PeftModel.merge_and_unload()`."
         )
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
     if a.shape[0] != rank or b.shape[1] != rank:
         raise MismatchError(
-            f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but {CONFIG} gives it rank "
+            f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "
+            f"{CONFIG} gives it rank "
             f"{rank}. The two files do not belong together."
         )
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
@@ -281,7 +332,9 @@ def _layer(posterior: Posterior, config: Mapping[str, Any], module: str, names: 
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, from a dot or the start on."""
+    """The value of the first pattern that matches the end of a module's name, from a dot or the
+    start on.
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -16,31 +16,52 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_bayes import __version__, sources
-from mergekit_bayes.configs import Config, recipe_text
+from mergekit_bayes import __version__
+from mergekit_bayes.checkpoint import sources
+from mergekit_bayes.checkpoint.codec import encode, read_tensor
+from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.replacing import refuse_foreign, replacing
+from mergekit_bayes.checkpoint.side_files import copy_side_files
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.lora.adapter import CONFIG, INITIAL_A, PREFIX, WEIGHTS, Adapter, Factors, Layer, open_adapter
+from mergekit_bayes.lora.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Factors, open_adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
-from mergekit_bayes.lora.truncate import Truncated, product_norm, truncate_dense, truncate_product
-from mergekit_bayes.names import Renaming, find_renaming
-from mergekit_bayes.posterior import copy_side_files, refuse_foreign, replacing
-from mergekit_bayes.tensors import MERGEABLE, Array, SafetensorsSink, TensorSpec, encode, full_hash, read_tensor
-
-Space = Literal["product", "concat", "factor"]
-Weights = Literal["uniform", "precision"]
+from mergekit_bayes.lora.factors import (
+    AdapterMerge,
+    Space,
+    WeighedLayer,
+    Weights,
+    as_stored,
+    is_linear,
+    merge_factors,
+)
+from mergekit_bayes.lora.truncate import Truncated, truncate_dense, truncate_product
+from mergekit_bayes.lora.whole import SAME, average_whole, check_whole
+from mergekit_bayes.recipes import recipe_text
+from mergekit_bayes.records import Config
 
 _REPORT, _RECIPE = "merge_report.json", "merge_recipe.yaml"
 _BLOCK = 1 << 22  # entries of a dense layer that are weighed at a time
 _FORMULA = {
     ("product", "uniform"): "dW = sum_t c_t s_t B_t A_t, cut to rank R",
-    ("product", "precision"): "dW = sum_t c_t S_t s_t B_t A_t / sum_t c_t S_t, S_t = 1 / (V_W + floor), cut to rank R",
+    (
+        "product",
+        "precision",
+    ): "dW = sum_t c_t S_t s_t B_t A_t / sum_t c_t S_t, S_t = 1 / (V_W + floor), cut to rank R",
     ("concat", "uniform"): "B = [c_1 s_1 B_1, ...], A = [A_1; ...]",
-    ("factor", "uniform"): "shared factor: sum_t c_t of the other; one start: sum_t c_t / sum_t c_t of each",
-    ("factor", "precision"): "shared factor: sum_t c_t S_t / sum_t c_t S_t of the other; one start: of each",
+    (
+        "factor",
+        "uniform",
+    ): "shared factor: sum_t c_t of the other; one start: sum_t c_t / sum_t c_t of each",
+    (
+        "factor",
+        "precision",
+    ): "shared factor: sum_t c_t S_t / sum_t c_t S_t of the other; one start: of each",
 }
 
 
@@ -49,8 +70,9 @@ class MergedLayer(Config):
 
     Attributes:
         norm: Frobenius norm of the merged change.
-        error: How far what is stored is from it, relative to `norm`: what the rank cuts off (product), rounding
-            (concat, shared factor), or the cross terms of averaged factors (one start).
+        error: How far what is stored is from it, relative to `norm`: what the rank cuts off
+            (product), rounding (concat, shared factor), or the cross terms of averaged factors (one
+            start).
         adapters: How many of the adapters hold the layer.
     """
 
@@ -62,8 +84,8 @@ class MergedLayer(Config):
 class AdapterReport(Config):
     """What a merge of adapters did.
 
-    `counts` are the observations that each adapter's precision stood for, `whole` the tensors that the adapters hold
-    beside their factors and what became of them.
+    `counts` are the observations that each adapter's precision stood for, `whole` the tensors that
+    the adapters hold beside their factors and what became of them.
     """
 
     version: str = __version__
@@ -102,16 +124,17 @@ def merge_adapters(
     Args:
         adapters: Folders or Hub ids.
         out: The folder to write; it appears whole or not at all.
-        scales: One for all or one per adapter. With uniform weights they multiply changes, with precision weights
-            they are shares and not negative.
+        scales: One for all or one per adapter. With uniform weights they multiply changes, with
+            precision weights they are shares and not negative.
         weights: `uniform` or `precision`, which needs a precision of every adapter.
         space: `product`, `concat` (exact, uniform weights only) or `factor`.
-        rank: Of the result in product space; the largest of the adapters' by default. No more than needed is used, and
-            the rest is zero.
-        counts: `equal` takes all precisions for one number of observations, the smallest on record; `recorded` each
-            for its own.
+        rank: Of the result in product space; the largest of the adapters' by default. No more than
+            needed is used, and the rest is zero.
+        counts: `equal` takes all precisions for one number of observations, the smallest on record;
+            `recorded` each for its own.
         precision: Another place for an adapter's precision, by the adapter as given.
-        identities, precision_identities: What each adapter and its precision must be, as a recipe records it.
+        identities, precision_identities: What each adapter and its precision must be, as a recipe
+            records it.
         seed: Of the SVD of large layers.
         force: Replace `out`.
         progress: Called with (layers done, layers in all).
@@ -119,7 +142,8 @@ def merge_adapters(
     Raises:
         CheckpointError: A file that cannot be read, or an output that exists.
         ConfigError: Options that contradict each other, or a kind of adapter that is not read.
-        MismatchError: Adapters of different bases or shapes, or factors that no average can be taken of.
+        MismatchError: Adapters of different bases or shapes, or factors that no average can be
+            taken of.
         PrecisionError: A precision that is missing or of another kind.
     """
     shares = _check_options(adapters, scales, weights, space, rank)
@@ -128,95 +152,111 @@ def merge_adapters(
         for ref in adapters:
             place = (precision or {}).get(ref)
             opened.append(
-                open_adapter(ref, precision=place, with_precision=weights == "precision" or space == "factor")
+                open_adapter(
+                    ref, precision=place, with_precision=weights == "precision" or space == "factor"
+                )
             )
             stack.callback(opened[-1].close)
-            kept = (precision_identities or {}).get(ref) if opened[-1].posterior.has_precision else None
+            kept = (
+                (precision_identities or {}).get(ref)
+                if opened[-1].posterior.has_precision
+                else None
+            )
             opened[-1].posterior.check_identity((identities or {}).get(ref), kept)
         if out.suffix == ".safetensors":
             raise ConfigError(f"-o {out}: an adapter is a folder. Name one.")
         refuse_foreign(out)
         if any(out.resolve() in (p := a.posterior.path.resolve(), *p.parents) for a in opened):
-            raise CheckpointError(f"-o {out} would overwrite an adapter that is merged. Choose another -o.")
+            raise CheckpointError(
+                f"-o {out} would overwrite an adapter that is merged. Choose another -o."
+            )
         notes: list[str] = []
         _check_bases(opened, notes)
-        counted = _check_precisions(opened, counts) if weights == "precision" else (None,) * len(opened)
+        counted = (
+            _check_precisions(opened, counts) if weights == "precision" else (None,) * len(opened)
+        )
         layers, whole = _match(opened)
-        merge = _Merge(opened, shares, counted, weights, seed)
+        merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":
-            merge = merge._replace(averaged=not _is_linear(merge, layers, notes))
+            merge = merge._replace(averaged=not is_linear(merge, layers, notes))
         width = _rank(space, rank, layers)
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
-        fates = _check_whole(merge, whole)
+        fates = check_whole(merge, whole)
         done = _write(merge, space, width, layers, whole, fates, partial, progress)
         _write_config(opened, layers, whole, width, partial)
         copy_side_files(opened[0].posterior.path, partial, but=CONFIG)
         report = AdapterReport(
-            path=str(out), space=space, weights=weights, formula=_FORMULA[space, weights], adapters=tuple(adapters),
-            scales=shares, counts=counted, rank=width, largest_error=max(layer.error for layer in done.values()),
-            layers=done, whole=fates, notes=tuple(notes),
-        )  # fmt: skip
+            path=str(out),
+            space=space,
+            weights=weights,
+            formula=_FORMULA[space, weights],
+            adapters=tuple(adapters),
+            scales=shares,
+            counts=counted,
+            rank=width,
+            largest_error=max(layer.error for layer in done.values()),
+            layers=done,
+            whole=fates,
+            notes=tuple(notes),
+        )
         (partial / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
         pinned = {a.ref: a.posterior.pinned for a in opened}
         recipe = {
-            "models": list(pinned.values()), "weights": weights, "scale": list(scales), "counts": counts,
-            "precision": {pinned[r]: sources.pinned(place) for r, place in (precision or {}).items() if r in pinned},
-            "space": space, "rank": rank, "identities": {a.posterior.pinned: a.posterior.identity for a in opened},
-            "precision_identities": {
-                a.posterior.pinned: a.posterior.precision_identity for a in opened if a.posterior.has_precision
+            "models": list(pinned.values()),
+            "weights": weights,
+            "scale": list(scales),
+            "counts": counts,
+            "precision": {
+                pinned[r]: sources.pinned(place)
+                for r, place in (precision or {}).items()
+                if r in pinned
             },
-        }  # fmt: skip
+            "space": space,
+            "rank": rank,
+            "identities": {a.posterior.pinned: a.posterior.identity for a in opened},
+            "precision_identities": {
+                a.posterior.pinned: a.posterior.precision_identity
+                for a in opened
+                if a.posterior.has_precision
+            },
+        }
         (partial / _RECIPE).write_text(recipe_text(recipe))
         return report
 
 
-class _Part(NamedTuple):
-    """An adapter's share of one layer or tensor."""
-
-    owner: int
-    layer: Layer
-
-
-class _Merge(NamedTuple):
-    adapters: Sequence[Adapter]
-    scales: tuple[float, ...]
-    counts: tuple[float | None, ...]
-    weights: Weights
-    seed: int
-    averaged: bool = False  # factors, where not every layer shares one
-
-    def scaled(self, part: _Part) -> Factors:
-        """A and s B of a layer, in float64."""
-        a, b = self.adapters[part.owner].factors(part.layer)
-        return Factors(a.astype(np.float64), part.layer.scaling * b.astype(np.float64))
-
-    def stacked(self, parts: Sequence[_Part]) -> tuple[Array, Array]:
-        """`[c_1 s_1 B_1, ...]` and `[A_1; ...]`."""
-        factors = [self.scaled(part) for part in parts]
-        left = [self.scales[part.owner] * f.b for part, f in zip(parts, factors, strict=True)]
-        return np.concatenate(left, 1), np.concatenate([f.a for f in factors])
-
-
 def _check_options(
-    adapters: Sequence[str], scales: Sequence[float], weights: Weights, space: Space, rank: int | None
+    adapters: Sequence[str],
+    scales: Sequence[float],
+    weights: Weights,
+    space: Space,
+    rank: int | None,
 ) -> tuple[float, ...]:
     if not adapters:
         raise ConfigError("a merge of adapters needs at least one.")
     if len(scales) not in (1, len(adapters)):
-        raise ConfigError(f"--scale: {len(scales)} given for {len(adapters)} adapters. Give one for all, or one each.")
+        raise ConfigError(
+            f"--scale: {len(scales)} given for {len(adapters)} adapters. Give one for all, or one "
+            "each."
+        )
     shares = tuple(map(float, scales)) * (len(adapters) if len(scales) == 1 else 1)
     if not all(np.isfinite(shares)):
         raise ConfigError(f"--scale: {list(shares)} must be finite.")
     if weights == "precision" and (min(shares) < 0 or not sum(shares)):
         raise ConfigError(
-            "--weights precision without a base takes the scales for shares: none below zero, not all zero. To remove "
+            "--weights precision without a base takes the scales for shares: none below zero, not "
+            "all zero. To remove "
             "an adapter, fold: `bmerge merge BASE+A BASE+B --base BASE --scale 1 --scale -1`."
         )
     if space == "concat" and weights == "precision":
-        raise ConfigError("--space concat is exact task arithmetic and weighs no entries; use --space product.")
+        raise ConfigError(
+            "--space concat is exact task arithmetic and weighs no entries; use --space product."
+        )
     if rank is not None and space != "product":
-        raise ConfigError(f"--rank is for --space product; --space {space} keeps the ranks that the adapters have.")
+        raise ConfigError(
+            f"--rank is for --space product; --space {space} keeps the ranks that the adapters "
+            "have."
+        )
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: expected at least 1.")
     return shares
@@ -227,32 +267,39 @@ def _check_bases(adapters: Sequence[Adapter], notes: list[str]) -> None:
     for other in adapters[1:]:
         if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
             raise MismatchError(
-                f"'{first.ref}' and '{other.ref}' disagree on fan_in_fan_out in {CONFIG}: they adapt layers that are "
+                f"'{first.ref}' and '{other.ref}' disagree on fan_in_fan_out in {CONFIG}: they "
+                "adapt layers that are "
                 "stored in different ways. Were they trained on different models?"
             )
         infos = (first.posterior.info, other.posterior.info)
         known = [info.base.blocks for info in infos if info is not None and info.base is not None]
         if len(set(known)) == 2:
             raise MismatchError(
-                f"'{first.ref}' and '{other.ref}' were trained on different weights; their records say so."
+                f"'{first.ref}' and '{other.ref}' were trained on different weights; their records "
+                "say so."
             )
         names = [a.config.get("base_model_name_or_path") for a in (first, other)]
         if len(known) < 2 and names[0] != names[1]:
-            notes.append(f"'{first.ref}' names the base '{names[0]}', '{other.ref}' '{names[1]}': taken to be the same")
+            notes.append(
+                f"'{first.ref}' names the base '{names[0]}', '{other.ref}' '{names[1]}': taken to "
+                "be the same"
+            )
 
 
 def _check_precisions(adapters: Sequence[Adapter], counts: str) -> tuple[float | None, ...]:
     for adapter in adapters:
         if adapter.posterior.precision is None:
             raise PrecisionError(
-                f"no precision for '{adapter.ref}' (looked for '{adapter.posterior.path / 'posterior'}'). Fine-tune it "
+                f"no precision for '{adapter.ref}' (looked for "
+                f"'{adapter.posterior.path / 'posterior'}'). Fine-tune it "
                 "with IVON, make one with `bmerge precision`, or merge with --weights uniform."
             )
     kinds = {(i.estimator, i.unit): a.ref for a in adapters if (i := a.posterior.info) is not None}
     if len(kinds) > 1:
         (one, ref), (two, other) = list(kinds.items())[:2]
         raise PrecisionError(
-            f"precisions of different kinds do not add: '{ref}' has {one[0]} per {one[1]}, '{other}' {two[0]} per "
+            f"precisions of different kinds do not add: '{ref}' has {one[0]} per {one[1]}, "
+            f"'{other}' {two[0]} per "
             f"{two[1]}. Make them alike with `bmerge precision`."
         )
     recorded = tuple(a.observations for a in adapters)
@@ -262,9 +309,11 @@ def _check_precisions(adapters: Sequence[Adapter], counts: str) -> tuple[float |
     return tuple(common if n else None for n in recorded)
 
 
-def _match(adapters: Sequence[Adapter]) -> tuple[dict[str, list[_Part]], dict[str, list[tuple[int, str]]]]:
+def _match(
+    adapters: Sequence[Adapter],
+) -> tuple[dict[str, list[WeighedLayer]], dict[str, list[tuple[int, str]]]]:
     """The layers and the whole tensors under the first adapter's names, with who holds them."""
-    layers: dict[str, list[_Part]] = {}
+    layers: dict[str, list[WeighedLayer]] = {}
     whole: dict[str, list[tuple[int, str]]] = {}
     for index, adapter in enumerate(adapters):
         renaming = find_renaming(adapters[0].layers, adapter.layers) if index else Renaming()
@@ -273,17 +322,19 @@ def _match(adapters: Sequence[Adapter]) -> tuple[dict[str, list[_Part]], dict[st
             there = parts[0].layer if parts else layer
             if (there.rows, there.columns) != (layer.rows, layer.columns):
                 raise MismatchError(
-                    f"'{module}' changes a weight of [{layer.rows}, {layer.columns}] in '{adapter.ref}' but of "
-                    f"[{there.rows}, {there.columns}] in '{adapters[parts[0].owner].ref}'. Were they trained on "
+                    f"'{module}' changes a weight of [{layer.rows}, {layer.columns}] in "
+                    f"'{adapter.ref}' but of "
+                    f"[{there.rows}, {there.columns}] in '{adapters[parts[0].owner].ref}'. Were "
+                    "they trained on "
                     "different models?"
                 )
-            parts.append(_Part(index, layer))
+            parts.append(WeighedLayer(index, layer))
         for name, disk in adapter.whole.items():
             whole.setdefault(renaming(name, adapters[0].whole), []).append((index, disk))
     return layers, whole
 
 
-def _rank(space: Space, rank: int | None, layers: Mapping[str, Sequence[_Part]]) -> int:
+def _rank(space: Space, rank: int | None, layers: Mapping[str, Sequence[WeighedLayer]]) -> int:
     ranks = [[part.layer.rank for part in parts] for parts in layers.values()]
     if space == "concat":
         return max(map(sum, ranks))
@@ -291,10 +342,15 @@ def _rank(space: Space, rank: int | None, layers: Mapping[str, Sequence[_Part]])
 
 
 def _write(
-    merge: _Merge, space: Space, rank: int, layers: Mapping[str, Sequence[_Part]],
-    whole: Mapping[str, Sequence[tuple[int, str]]], fates: Mapping[str, str], folder: Path,
+    merge: AdapterMerge,
+    space: Space,
+    rank: int,
+    layers: Mapping[str, Sequence[WeighedLayer]],
+    whole: Mapping[str, Sequence[tuple[int, str]]],
+    fates: Mapping[str, str],
+    folder: Path,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, MergedLayer]:  # fmt: skip
+) -> dict[str, MergedLayer]:
     specs = {}
     for module, parts in layers.items():
         specs[f"{PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (rank, parts[0].layer.columns))
@@ -307,35 +363,43 @@ def _write(
         for module, parts in layers.items():
             found = _merge_layer(merge, space, rank, module, parts)
             for side, factor in zip("AB", found.factors, strict=True):
-                sink.write_bytes(f"{PREFIX}{module}.lora_{side}.weight", 0, encode(factor.reshape(-1), "F32"))
+                sink.write_bytes(
+                    f"{PREFIX}{module}.lora_{side}.weight", 0, encode(factor.reshape(-1), "F32")
+                )
             done[module] = MergedLayer(norm=found.norm, error=found.error, adapters=len(parts))
             if progress:
                 progress(len(done), len(layers))
         for name, holders in whole.items():
-            if fates[name] == _SAME:
+            if fates[name] == SAME:
                 values = read_tensor(merge.adapters[holders[0][0]].posterior.mean, holders[0][1])
             else:
-                values = _average_whole(merge, holders)
-            sink.write_bytes(PREFIX + name, 0, encode(values.reshape(-1), specs[PREFIX + name].dtype))
+                values = average_whole(merge, holders)
+            sink.write_bytes(
+                PREFIX + name, 0, encode(values.reshape(-1), specs[PREFIX + name].dtype)
+            )
         sink.close()
         return done
     finally:
         sink.abandon()
 
 
-def _merge_layer(merge: _Merge, space: Space, rank: int, module: str, parts: Sequence[_Part]) -> Truncated:
+def _merge_layer(
+    merge: AdapterMerge, space: Space, rank: int, module: str, parts: Sequence[WeighedLayer]
+) -> Truncated:
     if space == "factor":
-        return _merge_factors(merge, rank, parts)
+        return merge_factors(merge, rank, parts)
     left, right = merge.stacked(parts)
     if space == "concat":
-        return _stored(Factors(right, left), rank, left, right)
+        return as_stored(Factors(right, left), rank, left, right)
     if merge.weights == "uniform":
         return truncate_product(left, right, rank)
     return truncate_dense(_weighted(merge, parts), rank, merge.seed + zlib.crc32(module.encode()))
 
 
-def _weighted(merge: _Merge, parts: Sequence[_Part]) -> Array:
-    """`sum c_t S_t dW_t / sum c_t S_t` over the adapters that hold the layer, (d_out, d_in), float32."""
+def _weighted(merge: AdapterMerge, parts: Sequence[WeighedLayer]) -> Array:
+    """`sum c_t S_t dW_t / sum c_t S_t` over the adapters that hold the layer, (d_out, d_in),
+    float32.
+    """
     layer = parts[0].layer
     held = [(merge.scales[p.owner], *_products(merge, p)) for p in parts if merge.scales[p.owner]]
     merged: Array = np.zeros((layer.rows, layer.columns), np.float32)
@@ -344,181 +408,56 @@ def _weighted(merge: _Merge, parts: Sequence[_Part]) -> Array:
         rows = slice(start, start + height)
         total: Array = np.zeros((1, layer.columns), np.float32)
         for scale, delta, spread in held:
-            strength = np.float32(scale) / (spread.left[:, rows].T @ spread.right + np.float32(VARIANCE_FLOOR))
+            strength = np.float32(scale) / (
+                spread.left[:, rows].T @ spread.right + np.float32(VARIANCE_FLOOR)
+            )
             merged[rows] += strength * (delta.left[:, rows].T @ delta.right)
             total = total + strength
         merged[rows] /= total
     return merged
 
 
-def _products(merge: _Merge, part: _Part) -> tuple[Product, Product]:
+def _products(merge: AdapterMerge, part: WeighedLayer) -> tuple[Product, Product]:
     """A layer's change and its variance."""
     adapter, layer = merge.adapters[part.owner], part.layer
     factors, variances = adapter.factors(layer), adapter.variances(layer, merge.counts[part.owner])
     if variances is None:
         raise PrecisionError(
-            f"no precision for '{layer.a}' of '{adapter.ref}'. Make a full one with `bmerge precision`, or merge with "
+            f"no precision for '{layer.a}' of '{adapter.ref}'. Make a full one with `bmerge "
+            "precision`, or merge with "
             "--weights uniform."
         )
     return change(factors, layer.scaling), variance(factors, variances, layer.scaling)
 
 
-def _stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncated:
-    """Float64 factors as they are stored, padded with zeros to a rank, against the change `left right`."""
-    a, b = np.zeros((rank, right.shape[1]), np.float32), np.zeros((left.shape[0], rank), np.float32)
-    a[: len(factors.a)], b[:, : len(factors.a)] = factors.a, factors.b
-    norm = product_norm(left, right)
-    lacking = product_norm(np.concatenate([left, -b.astype(np.float64)], 1), np.concatenate([right, a]))
-    return Truncated(Factors(a, b), lacking / norm if norm else 0.0, norm)
-
-
-def _shared(merge: _Merge, parts: Sequence[_Part]) -> str | None:
-    """The factor, `a` or `b`, that is the same in all adapters of a layer."""
-    for side in Factors._fields:
-        hashes = set()
-        for part in parts:
-            mean = merge.adapters[part.owner].posterior.mean
-            hashes.add((getattr(part.layer, side), full_hash(mean, getattr(part.layer, side))))
-        if len({digest for _, digest in hashes}) == 1:
-            return side
-    return None
-
-
-def _is_linear(merge: _Merge, layers: Mapping[str, Sequence[_Part]], notes: list[str]) -> bool:
-    """True if every layer has a shared factor, False for one start; else the average of factors means nothing."""
-    own = [parts for parts in layers.values() if _shared(merge, parts) is None]
-    if not own:
-        notes.append("every layer has a factor that all adapters share: the merge is linear in the other")
-        return True
-    for parts in own:
-        if len({part.layer.rank for part in parts}) > 1:
-            ranks = ", ".join(f"{part.layer.rank} in '{merge.adapters[part.owner].ref}'" for part in parts)
-            raise MismatchError(f"'{parts[0].layer.module}' has rank {ranks}: such factors do not add. {_WAY_OUT}")
-    starts = [i.training.get(INITIAL_A) if (i := a.posterior.info) is not None else None for a in merge.adapters]
-    if starts[0] is not None and len(set(starts)) == 1:
-        if min(merge.scales) < 0 or not sum(merge.scales):
-            raise ConfigError("--space factor averages factors of one start: the scales are shares, none below zero.")
-        notes.append("all adapters record one initial A: factors are averaged, with the cross terms as the error")
-        return False
-    apart = max(_apart(merge, parts) for parts in own)
-    plain = merge._replace(scales=(1.0,) * len(merge.scales), weights="uniform", averaged=True)
-    error = max(_merge_factors(plain, parts[0].layer.rank, parts).error for parts in own)
-    why = "they record different ones" if all(starts) else "no record says so"
-    raise MismatchError(
-        f"the factors of these adapters cannot be averaged: a pair is known only up to an invertible matrix, "
-        f"B A = (B R)(R^-1 A), and that they started from one A is not known ({why}). Their A's differ by up to "
-        f"{apart:.2f} of their norm, and averaged factors would miss the average change by up to {error:.0%} of it. "
-        f"{_WAY_OUT}"
-    )
-
-
-_WAY_OUT = "Use --space product, or concat."
-
-
-def _apart(merge: _Merge, parts: Sequence[_Part]) -> float:
-    first, *others = (merge.scaled(part).a for part in parts)
-    scale = float(np.linalg.norm(first)) or 1.0
-    return max(float(np.linalg.norm(first - a)) / scale for a in others)
-
-
-def _merge_factors(merge: _Merge, rank: int, parts: Sequence[_Part]) -> Truncated:
-    """One factor shared: the other's weighted sum. One start: the weighted average of both."""
-    shared = _shared(merge, parts)
-    factors = [merge.scaled(part) for part in parts]
-    shares = [merge.scales[part.owner] for part in parts]
-    precise = merge.weights == "precision"
-    found = {}
-    for side in Factors._fields:
-        values = [getattr(f, side) for f in factors]
-        if side == shared:
-            found[side] = values[0]
-            continue
-        strengths = [_strength(merge, part, side) if precise else np.float64(1) for part in parts]
-        amounts = [c * w for c, w in zip(shares, strengths, strict=True)]
-        total = sum(amounts) if precise or merge.averaged else 1.0
-        found[side] = sum(w * v for w, v in zip(amounts, values, strict=True)) / total
-    merged = Factors(found["a"], found["b"])
-    if shared is not None:
-        return _stored(merged, rank, merged.b, merged.a)
-    left, right = merge.stacked(parts)
-    return _stored(merged, rank, left / sum(shares), right)
-
-
-def _strength(merge: _Merge, part: _Part, side: str) -> Array:
-    """Precision of A or of s B."""
-    adapter = merge.adapters[part.owner]
-    stored = adapter.counted(getattr(part.layer, side), merge.counts[part.owner])
-    if stored is None:
-        raise PrecisionError(
-            f"no precision for '{getattr(part.layer, side)}' of '{adapter.ref}'. Make a full one with "
-            "`bmerge precision`, or merge with --weights uniform."
-        )
-    # delta_0 of `gaussian`: entries of no precision anywhere are averaged.
-    wide = stored.astype(np.float64) + 1e-12
-    return wide / part.layer.scaling**2 if side == "b" else wide
-
-
-_SAME, _AVERAGED = "the same in all adapters", "averaged by precision"
-
-
-def _check_whole(merge: _Merge, whole: Mapping[str, Sequence[tuple[int, str]]]) -> dict[str, str]:
-    fates = {}
-    for name, holders in whole.items():
-        if len(holders) < len(merge.adapters):
-            lacking = min(set(range(len(merge.adapters))) - {i for i, _ in holders})
-            raise MismatchError(
-                f"'{name}' is whole in '{merge.adapters[holders[0][0]].ref}' (modules_to_save) but not in "
-                f"'{merge.adapters[lacking].ref}'. {_FOLD}"
-            )
-        means = [merge.adapters[i].posterior.mean for i, _ in holders]
-        specs = {mean.specs[disk] for mean, (_, disk) in zip(means, holders, strict=True)}
-        if len({spec.shape for spec in specs}) > 1:
-            raise MismatchError(f"'{name}' has different shapes in these adapters: {sorted(s.shape for s in specs)}.")
-        if len(specs) == 1 and len({full_hash(m, d) for m, (_, d) in zip(means, holders, strict=True)}) == 1:
-            fates[name] = _SAME
-        elif merge.weights == "uniform":
-            raise MismatchError(
-                f"'{name}' differs between the adapters, which hold it whole (modules_to_save): what each one changed "
-                f"is known only with the base. {_FOLD}"
-            )
-        else:
-            fates[name] = _AVERAGED
-        if any(spec.dtype not in MERGEABLE for spec in specs):
-            raise MismatchError(f"'{name}' is not stored as one of {', '.join(MERGEABLE)}. {_FOLD}")
-    return fates
-
-
-_FOLD = "Fold instead: `bmerge merge BASE+A BASE+B`."
-
-
-def _average_whole(merge: _Merge, holders: Sequence[tuple[int, str]]) -> Array:
-    pull: Any = 0.0
-    total: Any = 0.0
-    for index, disk in holders:
-        adapter = merge.adapters[index]
-        stored = adapter.counted(disk, merge.counts[index])
-        if stored is None:
-            raise PrecisionError(
-                f"no precision for '{disk}' of '{adapter.ref}'. Make a full one with `bmerge precision`."
-            )
-        amount = merge.scales[index] * (stored.astype(np.float64) + 1e-12)
-        pull, total = pull + amount * read_tensor(adapter.posterior.mean, disk), total + amount
-    return np.asarray(pull / total)
-
-
 def _write_config(
-    adapters: Sequence[Adapter], layers: Mapping[str, Sequence[_Part]], whole: Mapping[str, object], rank: int,
+    adapters: Sequence[Adapter],
+    layers: Mapping[str, Sequence[WeighedLayer]],
+    whole: Mapping[str, object],
+    rank: int,
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     """The first adapter's config with the scaling in the factors: alpha = r, so s = 1."""
     config: dict[str, Any] = dict(adapters[0].config)
     config |= {
-        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "init_lora_weights": True, "inference_mode": True,
-    }  # fmt: skip
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
     ways = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    asked = {json.dumps([sorted(t) if isinstance(t := a.config.get("target_modules"), list) else t,
-                         *(a.config.get(way) for way in ways)]) for a in adapters}  # fmt: skip
+    asked = {
+        json.dumps(
+            [
+                sorted(t) if isinstance(t := a.config.get("target_modules"), list) else t,
+                *(a.config.get(way) for way in ways),
+            ]
+        )
+        for a in adapters
+    }
     if len(asked) > 1:
         config |= {"target_modules": sorted(layers)} | dict.fromkeys(ways)
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}

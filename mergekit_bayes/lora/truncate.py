@@ -2,9 +2,10 @@
 
     W ~ B A,  B = U_R sqrt(sigma_R),  A = sqrt(sigma_R) V_R'
 
-Small matrices and sums of adapters by LAPACK's SVD, exact; large dense ones by a block Krylov method (Musco and Musco,
-*Randomized block Krylov methods for stronger and faster approximate singular value decomposition*, NeurIPS 2015), with
-a seed. Either way the relative error that is returned is measured on the factors as they are stored.
+Small matrices and sums of adapters by LAPACK's SVD, exact; large dense ones by a block Krylov
+method (Musco and Musco, *Randomized block Krylov methods for stronger and faster approximate
+singular value decomposition*, NeurIPS 2015), with a seed. Either way the relative error that is
+returned is measured on the factors as they are stored.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.lora.adapter import Factors
-from mergekit_bayes.tensors import Array
 
 _DENSE = 512  # up to this many rows or columns LAPACK takes well under a second
 _POWERS = 4
@@ -29,7 +30,8 @@ class Truncated(NamedTuple):
 
 
 def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
-    """The best rank-`rank` form of `left right`, (d_out, k) times (k, d_in), by the SVD of its k x k core.
+    """The best rank-`rank` form of `left right`, (d_out, k) times (k, d_in), by the SVD of its k x
+    k core.
 
     In float64. Exact for `rank >= k`.
     """
@@ -38,7 +40,10 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     p, core_right = np.linalg.qr(right.T)
     u, sigma, v = np.linalg.svd(core_left @ core_right.T, full_matrices=False)
     factors = _factors(q @ u, sigma, v @ p.T, rank)
-    lacking = np.concatenate([left, -factors.b.astype(np.float64)], 1), np.concatenate([right, factors.a])
+    lacking = (
+        np.concatenate([left, -factors.b.astype(np.float64)], 1),
+        np.concatenate([right, factors.a]),
+    )
     norm = product_norm(left, right)
     return Truncated(factors, product_norm(*lacking) / norm if norm else 0.0, norm)
 
@@ -54,7 +59,9 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
         u = q @ u
     factors = _factors(u, sigma, v, rank)
     norm = float(np.linalg.norm(matrix))
-    lacking = np.hypot.reduce([np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)])
+    lacking = np.hypot.reduce(
+        [np.linalg.norm(rows - b @ factors.a) for rows, b in _blocks(matrix, factors.b)]
+    )
     return Truncated(factors, float(lacking) / norm if norm else 0.0, norm)
 
 
@@ -72,7 +79,9 @@ def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _krylov(matrix: Array, width: int, rng: np.random.Generator) -> Array:
-    """An orthonormal basis of [M G, (M M') M G, ...], which holds the leading left singular vectors."""
+    """An orthonormal basis of [M G, (M M') M G, ...], which holds the leading left singular
+    vectors.
+    """
     block = matrix @ rng.standard_normal((matrix.shape[1], width)).astype(np.float32)
     blocks = []
     for _ in range(_POWERS + 1):

@@ -2,26 +2,20 @@
 
 import json
 import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_bayes import configs, sources
+from mergekit_bayes.checkpoint.layout import precision_path, write_index
+from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.side_files import copy_side_files, side_files
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.journal import Partial, sync_path
+from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergePlan, recipe_path, report_path
-from mergekit_bayes.posterior import (
-    PosteriorInfo,
-    copy_side_files,
-    identify,
-    precision_path,
-    side_files,
-    write_index,
-    write_info,
-)
-from mergekit_bayes.tensors import SafetensorsSink, SafetensorsSource, TensorSpec
+from mergekit_bayes.posterior import PosteriorInfo, identify, write_info
 
 
 class Output:
@@ -32,7 +26,9 @@ class Output:
 
     def __init__(self, plan: MergePlan, out: Path, *, begun: bool = False) -> None:
         self.plan, self.out, self._begun = plan, out, begun
-        self._donor = None if plan.to_file else next((m for m in plan.models if m.path.is_dir()), None)
+        self._donor = (
+            None if plan.to_file else next((m for m in plan.models if m.path.is_dir()), None)
+        )
         self._check_side_files()
         count = len(plan.shards)
         if plan.to_file:
@@ -41,7 +37,9 @@ class Output:
         else:
             (out / "posterior").mkdir(exist_ok=True) if plan.info is not None else None
             self.means = [out / _shard("model", i, count) for i in range(count)]
-            self.precisions = [out / "posterior" / _shard("precision", i, count) for i in range(count)]
+            self.precisions = [
+                out / "posterior" / _shard("precision", i, count) for i in range(count)
+            ]
         self._mean_sinks: list[SafetensorsSink] = []
         self._precision_sinks: list[SafetensorsSink | None] = []
         self._of: dict[str, Sinks] = {}
@@ -56,13 +54,21 @@ class Output:
         steps = {s.name: s for s in plan.steps}
         for i, names in enumerate(plan.shards):
             specs = {n: steps[n].spec for n in names}
-            mean = SafetensorsSink(self.means[i], specs, {"format": "pt"}, shared=True, begun=self._begun)
+            mean = SafetensorsSink(
+                self.means[i], specs, {"format": "pt"}, shared=True, begun=self._begun
+            )
             self._mean_sinks.append(mean)
-            stored = {n: TensorSpec("F32", steps[n].precision_shape) for n in names if steps[n].precisions is not None}
+            stored = {
+                n: TensorSpec("F32", steps[n].precision_shape)
+                for n in names
+                if steps[n].precisions is not None
+            }
             precision = None
             if plan.info is not None and stored:
                 metadata = plan.info.to_metadata()
-                precision = SafetensorsSink(self.precisions[i], stored, metadata, shared=True, begun=self._begun)
+                precision = SafetensorsSink(
+                    self.precisions[i], stored, metadata, shared=True, begun=self._begun
+                )
             self._precision_sinks.append(precision)
             for name in names:
                 self._of[name] = Sinks(mean, precision if name in stored else None)
@@ -77,11 +83,17 @@ class Output:
 
     def sync_names(self) -> None:
         """Wait until the disk has the names of the files."""
-        for folder in {file.parent for file in (*self.means, *self.precisions)} if self.plan.info else {self.out}:
+        for folder in (
+            {file.parent for file in (*self.means, *self.precisions)}
+            if self.plan.info
+            else {self.out}
+        ):
             sync_path(folder)
 
     def finish(self, guarded_share: float) -> None:
-        """Write headers, the posterior's information, indices and side files; all tensors are there."""
+        """Write headers, the posterior's information, indices and side files; all tensors are
+        there.
+        """
         plan = self.plan
         for mean in self._mean_sinks:
             mean.close()
@@ -110,14 +122,20 @@ class Output:
             return
         stored = {
             f.name: [n for n in names if steps[n].precisions is not None]
-            for f, names, sink in zip(self.precisions, plan.shards, self._precision_sinks, strict=True)
+            for f, names, sink in zip(
+                self.precisions, plan.shards, self._precision_sinks, strict=True
+            )
             if sink is not None
         }
-        size = sum(4 * math.prod(steps[n].precision_shape) for names in stored.values() for n in names)
+        size = sum(
+            4 * math.prod(steps[n].precision_shape) for names in stored.values() for n in names
+        )
         write_index(self.out / "posterior", "precision", stored, size)
 
     def _copy_side_files(self) -> None:
-        """Config, tokenizer, chat template, code and the like, from the first model that is a folder."""
+        """Config, tokenizer, chat template, code and the like, from the first model that is a
+        folder.
+        """
         if self._donor is None:
             return
         copy_side_files(self._donor.path, self.out, but="adapter_*")
@@ -143,7 +161,9 @@ class Output:
                 if name == Path("config.json") and self._writes_another_dtype:
                     json.loads(file.read_bytes())
             except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror}); the output needs it.") from None
+                raise CheckpointError(
+                    f"{file}: cannot be read ({error.strerror}); the output needs it."
+                ) from None
             except ValueError as error:
                 raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
@@ -164,8 +184,14 @@ class Output:
                 sink.abandon()
 
 
-_CONFIG_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-                 "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+_CONFIG_DTYPE = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 def _set_dtype(config: Any, dtype: str) -> None:
@@ -177,77 +203,9 @@ def _set_dtype(config: Any, dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
-def refuse_existing(plan: MergePlan) -> None:
-    """Raise `CheckpointError` if a final name is taken, by now, and not to be replaced."""
-    for path in () if plan.config.force else reversed(_final_names(plan)):
-        if path.exists():
-            raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
-
-
-def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
-    """Give the output its final name: until the last rename that name is missing, or what it was before.
-
-    Called again after a kill, it goes on where it stopped.
-    """
-    target = plan.target
-    if not any(path.exists() for path in (target, partial.out / target.name if plan.to_file else partial.out)):
-        raise CheckpointError(
-            f"{partial.folder}: the whole output that was there is gone. Remove the folder to begin anew."
-        )
-    try:
-        if not partial.is_publishing:
-            for path in (partial.out, *sorted(partial.out.rglob("*"))) if sync else ():
-                sync_path(path)
-            partial.publish(sync=sync)
-        if plan.to_file:
-            if plan.info is None:
-                precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
-            for final in _final_names(plan):
-                if (partial.out / final.name).exists():
-                    os.replace(partial.out / final.name, final)
-        elif partial.out.exists():
-            if os.path.lexists(target):
-                os.rename(target, partial.replaced)
-            os.rename(partial.out, target)
-        if sync:
-            sync_path(target.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from error
-
-
-def _final_names(plan: MergePlan) -> tuple[Path, ...]:
-    """In the order in which they are given: the model itself last."""
-    target = plan.target
-    if not plan.to_file:
-        return (target,)
-    return report_path(target), recipe_path(target), precision_path(target), target
-
-
-def recipe_text(plan: MergePlan) -> str:
-    """The resolved recipe: every setting as it was used, Hub ids by their commit."""
-    content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
-    pinned = {m.ref: m.pinned for m in plan.models if m.pinned != m.ref}
-    content = _renamed(content, pinned)
-    content["precision"] = {model: sources.pinned(place) for model, place in content["precision"].items()}
-    content["param"] = dict(plan.settings)
-    content["identities"] = {m.pinned: m.identity for m in plan.models}
-    weighed = [m for m in plan.models if plan.method.needs_precision and m.precision is not None]
-    content["precision_identities"] = {m.pinned: m.precision_identity for m in weighed}
-    return configs.recipe_text(content)
-
-
-def _renamed(content: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(content, dict):
-        return {names.get(k, k): _renamed(v, names) for k, v in content.items()}
-    if isinstance(content, list):
-        return [_renamed(v, names) for v in content]
-    if isinstance(content, str):
-        model, colon, rest = content.partition(":")
-        return names.get(content) or (names[model] + colon + rest if model in names else content)
-    return content
-
-
-def _own_info(plan: MergePlan, info: PosteriorInfo, means: list[Path], guarded_share: float) -> PosteriorInfo:
+def _own_info(
+    plan: MergePlan, info: PosteriorInfo, means: list[Path], guarded_share: float
+) -> PosteriorInfo:
     """The merge's info with its own identity, which only the written mean can give."""
     written = SafetensorsSource(means)
     try:
@@ -260,4 +218,8 @@ def _own_info(plan: MergePlan, info: PosteriorInfo, means: list[Path], guarded_s
 
 
 def _shard(stem: str, index: int, count: int) -> str:
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+    return (
+        f"{stem}.safetensors"
+        if count == 1
+        else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+    )

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergekit_bayes import __version__
-from mergekit_bayes.configs import Config
+from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.merge.work import Unit
 from mergekit_bayes.plan import MergePlan, known_info
-from mergekit_bayes.posterior import precision_path
+from mergekit_bayes.records import Config
+from mergekit_bayes.stream.units import Unit
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
 _PLAUSIBLE = (1e-3, 1e3)
@@ -25,7 +25,8 @@ class MergedModel(Config):
     """How one input entered the merge.
 
     Attributes:
-        identity: Who its mean is, by sampled blocks; `full` by all bytes, where `--verify` asked for it.
+        identity: Who its mean is, by sampled blocks; `full` by all bytes, where `--verify` asked
+            for it.
         commit: Of the Hub's repository.
         count: How many observations its likelihood precision stood for.
         ratio: `sum H_t / sum H_0`.
@@ -51,12 +52,16 @@ class MergeReport(Config):
 
     Attributes:
         guarded_share: Share of entries at which the guard acted (0 without a removal).
-        largest_multiplier: Largest `|scale_t| S_t / S` of a removed task: how far the edit was amplified.
-        changed_share: Share of merged entries at which some task with a scale differs from the base.
-        lost_share: Share of the changed ones at which rounding to the output's dtype gave back the base's value.
+        largest_multiplier: Largest `|scale_t| S_t / S` of a removed task: how far the edit was
+            amplified.
+        changed_share: Share of merged entries at which some task with a scale differs from the
+            base.
+        lost_share: Share of the changed ones at which rounding to the output's dtype gave back the
+            base's value.
         left_out: Tensors that are not in the output, with the reason.
         copied: Tensors taken from the donor byte for byte, with the reason.
-        ruled: Tensors that are merged by a rule (tied heads, --on-missing, --vocab), with what it decided.
+        ruled: Tensors that are merged by a rule (tied heads, --on-missing, --vocab), with what it
+            decided.
     """
 
     version: str = __version__
@@ -80,9 +85,13 @@ class MergeReport(Config):
 
 
 class Totals:
-    """Sums over all units; the same whatever wrote them, since they are added in the order of the units."""
+    """Sums over all units; the same whatever wrote them, since they are added in the order of the
+    units.
+    """
 
-    def __init__(self, plan: MergePlan, units: Sequence[Unit], tallies: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(
+        self, plan: MergePlan, units: Sequence[Unit], tallies: Mapping[int, dict[str, Any]]
+    ) -> None:
         models = len(plan.models)
         self.entries = self.changed = self.lost = self.guarded = 0
         self.multiplier = 0.0
@@ -110,7 +119,9 @@ class Totals:
     def _add_likelihood(self, plan: MergePlan, step: int, entries: int, sums: list[float]) -> None:
         of_base = 0.0
         precisions = plan.steps[step].precisions or (None,) * len(sums)
-        for i, (weighing, total, found) in enumerate(zip(plan.weighings, sums, precisions, strict=True)):
+        for i, (weighing, total, found) in enumerate(
+            zip(plan.weighings, sums, precisions, strict=True)
+        ):
             if (found.model != i) if found is not None else (plan.models[i].isotropic is None):
                 continue  # the base's own stands in, where the task left the tensor alone
             self.weighed[i] += 1
@@ -118,7 +129,9 @@ class Totals:
                 self.zero[i].append(plan.steps[step].name)
             likelihood = weighing.gain * (total - entries * weighing.contained)
             if weighing.contains_base is not None:
-                inside = entries * DELTA_0 + of_base * weighing.contains_base / plan.weighings[0].gain
+                inside = (
+                    entries * DELTA_0 + of_base * weighing.contains_base / plan.weighings[0].gain
+                )
                 likelihood -= weighing.gain * inside
             elif plan.shrink is not None and weighing.reshape:
                 likelihood *= 1 + plan.shrink.amount
@@ -130,7 +143,8 @@ class Totals:
         for model, names, count in zip(plan.models, self.zero, self.weighed, strict=True):
             if names and len(names) == count and model.precision is not None:
                 raise PrecisionError(
-                    f"the precision of '{model.ref}' ({model.precision.files[0]}) is zero everywhere. "
+                    f"the precision of '{model.ref}' ({model.precision.files[0]}) is zero "
+                    "everywhere. "
                     f"Make it anew with `bmerge precision {model.ref} --data TEXTS --force`."
                 )
 
@@ -149,11 +163,16 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
         is_base = plan.base is not None and i == 0
         ratio = totals.likelihood[i] / whole if whole > 0 and not is_base else None
         if ratio is not None and not _PLAUSIBLE[0] <= abs(ratio) <= _PLAUSIBLE[1]:
-            notes.append(f"'{model.ref}' adds {ratio:.2g} times the base's likelihood precision; check the units")
+            notes.append(
+                f"'{model.ref}' adds {ratio:.2g} times the base's likelihood precision; check the "
+                "units"
+            )
         if names := totals.zero[i]:
             notes.append(f"the precision of '{model.ref}' is zero in all of {_some(names)}")
         if totals.mended[i]:
-            notes.append(f"{totals.mended[i]:,} bad entries of '{model.ref}' took the base's values")
+            notes.append(
+                f"{totals.mended[i]:,} bad entries of '{model.ref}' took the base's values"
+            )
         info = known_info(model)
         models.append(
             MergedModel(
@@ -167,17 +186,23 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
                 unit=info.unit if info else None,
                 observations=info.observations if info else None,
                 count=plan.weighings[i].count,
-                ratio=ratio and float(f"{ratio:.6g}"),  # sums of float32 in any order are not known better
+                ratio=ratio
+                and float(f"{ratio:.6g}"),  # sums of float32 in any order are not known better
                 mended=totals.mended[i],
             )
         )
     written, based = plan.info is not None, plan.base is not None and totals.entries > 0
     # A rule that drops changes on purpose would count as lost what it dropped.
-    lost = totals.lost / totals.changed if based and totals.changed and plan.method.is_posterior else None
+    lost = (
+        totals.lost / totals.changed
+        if based and totals.changed and plan.method.is_posterior
+        else None
+    )
     undoes = plan.guard < plan.config.guard  # what is taken out again goes back to the base's value
     if lost is not None and lost >= 0.01 and not undoes:
         notes.append(
-            f"{lost:.1%} of the changed entries were rounded back to the base's value: the edit is small for the dtype "
+            f"{lost:.1%} of the changed entries were rounded back to the base's value: the edit is "
+            "small for the dtype "
             "of the output, and undoing it later is exact in F32 only (--dtype F32)"
         )
     return MergeReport(
@@ -186,7 +211,8 @@ def make_report(plan: MergePlan, totals: Totals) -> MergeReport:
         method=plan.method.name,
         formula=_FORMULAS.get(plan.method.name, plan.method.summary),
         weights="precision" if plan.method.needs_precision else "uniform",
-        settings=plan.config.model_dump(exclude={"force", "out", "identities"}) | {"param": dict(plan.settings)},
+        settings=plan.config.model_dump(exclude={"force", "out", "identities"})
+        | {"param": dict(plan.settings)},
         models=tuple(models),
         merged_tensors=sum(s.copied is None for s in plan.steps),
         copied={s.name: s.copied for s in plan.steps if s.copied is not None},

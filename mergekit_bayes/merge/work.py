@@ -1,43 +1,24 @@
-"""The work of a merge in units: each is a range of one tensor, read, combined and written chunk by chunk."""
+"""The work of a merge in units: each is a range of one tensor, read, combined and written chunk by
+chunk.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import decode, encode, overflowed
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.kernels import Array, Chunk, Kind, Numbers, Pass, Tally, elementwise
-from mergekit_bayes.kernels.base import alone, likelihood
+from mergekit_bayes.kernels import elementwise
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Numbers, Pass, Tally, alone, likelihood
 from mergekit_bayes.kernels.plain import plain_pass
-from mergekit_bayes.merge.bad import no_mean, no_precision, refuse_bad, unchanged
-from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of, real_of, spread
 from mergekit_bayes.plan import MergePlan, Step
-from mergekit_bayes.tensors import ITEM_SIZE, MERGEABLE, SafetensorsSink, decode, encode, overflowed
-
-UNIT = 1 << 22  # entries: what a killed merge does again at most, a thread
-
-
-class Unit(NamedTuple):
-    """Entries `start:stop` of a step; `position` is its place in the whole, in [0, 1)."""
-
-    id: int
-    step: int
-    start: int
-    stop: int
-    position: float
-
-
-def units_of(plan: MergePlan) -> list[Unit]:
-    """All units of a plan, in order."""
-    whole = max(1, sum(s.spec.size for s in plan.steps))
-    units: list[Unit] = []
-    done = 0
-    for k, step in enumerate(plan.steps):
-        for start in range(0, step.spec.size, UNIT):
-            stop = min(start + UNIT, step.spec.size)
-            units.append(Unit(len(units), k, start, stop, (done + start) / whole))
-        done += step.spec.size
-    return units
+from mergekit_bayes.posterior.forms import spread
+from mergekit_bayes.stream.bad_entries import no_mean, no_precision, refuse_bad, unchanged
+from mergekit_bayes.stream.chunks import Known, Reader, kind_of, numbers_of, real_of
+from mergekit_bayes.stream.units import Unit
 
 
 @dataclass
@@ -111,7 +92,9 @@ class Worker:
             at = end
         return tally
 
-    def _merge(self, step: Step, known: Known, start: int, stop: int, sinks: Sinks, tally: UnitTally) -> None:
+    def _merge(
+        self, step: Step, known: Known, start: int, stop: int, sinks: Sinks, tally: UnitTally
+    ) -> None:
         kind = kind_of(self.plan, step)
         if kind not in self._passes:
             self._passes[kind] = elementwise(kind, fused=self.fused)
@@ -136,19 +119,28 @@ class Worker:
             sinks.precision.write_bytes(step.name, start * 4, chunk.precision.view(np.uint8).data)
 
     def _count_lost(self, step: Step, chunk: Chunk, data: memoryview, counts: Tally) -> None:
-        """A dtype that the pass does not write itself: compare after the rounding that really happened."""
+        """A dtype that the pass does not write itself: compare after the rounding that really
+        happened.
+        """
         if self.plan.base is None or not counts.changed:
             return
         means = [decode(m, "BF16") if m.dtype == np.uint16 else m for m in chunk.means]
         moved = np.zeros(chunk.mean.size, bool)
         for scale, mean in zip(step.scales, means[1:], strict=True):
             moved |= (mean != means[0]) & (scale != 0)
-        written, before = decode(np.frombuffer(data, np.uint8), step.spec.dtype), encode(means[0], step.spec.dtype)
+        written, before = (
+            decode(np.frombuffer(data, np.uint8), step.spec.dtype),
+            encode(means[0], step.spec.dtype),
+        )
         same = written == decode(np.frombuffer(before, np.uint8), step.spec.dtype)
         counts.lost = int(np.count_nonzero(moved & same))
 
-    def _mend(self, step: Step, known: Known, chunk: Chunk, numbers: Numbers, start: int, tally: UnitTally) -> Chunk:
-        """Bad entries of a task take the base's value, as if it had learnt nothing there; or an error names them."""
+    def _mend(
+        self, step: Step, known: Known, chunk: Chunk, numbers: Numbers, start: int, tally: UnitTally
+    ) -> Chunk:
+        """Bad entries of a task take the base's value, as if it had learnt nothing there; or an
+        error names them.
+        """
         plan = self.plan
         means = [decode(m, "BF16") if m.dtype == np.uint16 else m for m in chunk.means]
         weighed = chunk.precisions if plan.method.needs_precision else ()
@@ -156,7 +148,9 @@ class Worker:
         extras = [spread(e, step.row, start, start + chunk.mean.size) for e in known.extras]
         of_base: Any = 0
         if stored:
-            of_base = likelihood(stored[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], extras[0])
+            of_base = likelihood(
+                stored[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], extras[0]
+            )
         for i, mean in enumerate(means):
             bad = no_mean(mean)
             if stored:
@@ -169,19 +163,26 @@ class Worker:
             tally.mend(len(means), i, int(np.count_nonzero(bad)))
             chunk.means[i][bad] = chunk.means[0][bad]
             if stored:
-                stored[i][bad] = np.broadcast_to(unchanged(numbers, i, of_base, extras[i]), bad.shape)[bad]
+                stored[i][bad] = np.broadcast_to(
+                    unchanged(numbers, i, of_base, extras[i]), bad.shape
+                )[bad]
         return chunk._replace(precisions=np.stack(stored).astype(np.float32)) if stored else chunk
 
     def _refuse(self, step: Step) -> None:
-        """Raise `CheckpointError` or `PrecisionError` for a merged entry that is not finite: what is to blame."""
+        """Raise `CheckpointError` or `PrecisionError` for a merged entry that is not finite: what
+        is to blame.
+        """
         for i in range(len(step.sources) if step.copied is None else 1):
             if self.plan.config.on_bad == "error" or i == 0:
                 refuse_bad(self.plan, step, i)
         if step.spec.dtype in ("F16", "F8_E4M3", "F8_E5M2"):
             raise CheckpointError(
-                f"'{step.name}': the merge does not fit {step.spec.dtype}. Write it as --dtype BF16 or F32."
+                f"'{step.name}': the merge does not fit {step.spec.dtype}. Write it as --dtype "
+                "BF16 or F32."
             )
-        raise CheckpointError(f"'{step.name}': the merge is not finite. Are its precisions on the same scale?")
+        raise CheckpointError(
+            f"'{step.name}': the merge is not finite. Are its precisions on the same scale?"
+        )
 
     def _copy(self, step: Step, known: Known, start: int, stop: int, sinks: Sinks) -> None:
         donor, name = self.plan.donor.mean, step.sources[0].name
@@ -208,19 +209,30 @@ class Worker:
         else:
             source = self.plan.donor.precision
             assert source is not None
-            stored = decode(self.reader.raw(source, found.name, start, stop), source.specs[found.name].dtype)
+            stored = decode(
+                self.reader.raw(source, found.name, start, stop), source.specs[found.name].dtype
+            )
         extras = known.extras[0].astype(np.float32)
-        return self._alone(step, np.asarray(stored, np.float32), spread(extras, step.row, start, stop), stop - start)
+        return self._alone(
+            step,
+            np.asarray(stored, np.float32),
+            spread(extras, step.row, start, stop),
+            stop - start,
+        )
 
     def _alone(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
         self._check_donors(step, stored)
         numbers = numbers_of(self.plan, step, ())
         zero = np.float32(0)
-        h = likelihood(stored, numbers.gains[0], numbers.insides[0], zero, zero, numbers.floors[0], extra)
+        h = likelihood(
+            stored, numbers.gains[0], numbers.insides[0], zero, zero, numbers.floors[0], extra
+        )
         return np.broadcast_to(alone(zero, numbers.priors[0], h).precision, (n,)).astype(np.float32)
 
     def _write_pooled(self, step: Step, known: Known, sink: SafetensorsSink) -> None:
-        """A precision of one number, or one a row, from those of the models: by the method itself, row by row."""
+        """A precision of one number, or one a row, from those of the models: by the method itself,
+        row by row.
+        """
         plan, rows = self.plan, int(np.prod(step.precision_shape))
         extras = [spread(e, 1, 0, rows) for e in known.extras]
         stored = known.pooled.get(0, np.zeros(1, np.float32))
@@ -228,22 +240,38 @@ class Worker:
         merged = rows if step.merged == step.spec.size else step.merged // step.row
         if step.copied is None and merged:
             real, numbers, n = real_of(step), numbers_of(plan, step, known.facts), len(plan.models)
-            numbers_by_row = [np.broadcast_to(spread(known.pooled[i], 1, 0, merged), merged) for i in range(n)]
+            numbers_by_row = [
+                np.broadcast_to(spread(known.pooled[i], 1, 0, merged), merged) for i in range(n)
+            ]
             kept = np.stack(numbers_by_row).astype(np.float32)
             added = np.stack([np.broadcast_to(e[:merged], merged) for e in extras]).astype(real)
             if plan.config.on_bad == "base":
-                of_base = likelihood(kept[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], added[0])
+                of_base = likelihood(
+                    kept[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], added[0]
+                )
                 for i in range(1, n):
-                    kept[i] = np.where(no_precision(kept[i]), unchanged(numbers, i, of_base, added[i]), kept[i])
-            chunk = Chunk(np.zeros(kept.shape, real), kept, np.ascontiguousarray(added), 1, 1, 0,
-                          np.zeros(merged, real), np.zeros(merged, np.float32))  # fmt: skip
+                    kept[i] = np.where(
+                        no_precision(kept[i]), unchanged(numbers, i, of_base, added[i]), kept[i]
+                    )
+            chunk = Chunk(
+                np.zeros(kept.shape, real),
+                kept,
+                np.ascontiguousarray(added),
+                1,
+                1,
+                0,
+                np.zeros(merged, real),
+                np.zeros(merged, np.float32),
+            )
             plain_pass(kind_of(plan, step))(chunk, numbers, Tally(n))
             result[:merged] = chunk.precision
         self._check_donors(step, result)
         sink.write_bytes(step.name, 0, encode(result, "F32"))
 
     def _check_donors(self, step: Step, precision: Array) -> None:
-        """What is copied of the donor's precision must be one; of a merged entry, the pass has seen to it."""
+        """What is copied of the donor's precision must be one; of a merged entry, the pass has seen
+        to it.
+        """
         if no_precision(precision).any():
             self._refuse(step)
 
@@ -252,5 +280,7 @@ _AS_COMPUTED = ("BF16", "F32", "F64")
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:
-    """Whether dtypes of a small range hold what was put there; the pass has looked at the others itself."""
+    """Whether dtypes of a small range hold what was put there; the pass has looked at the others
+    itself.
+    """
     return dtype in _AS_COMPUTED or not overflowed(data, dtype)

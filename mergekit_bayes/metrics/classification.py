@@ -1,8 +1,10 @@
-"""How well, and how honestly, a classifier predicts: accuracy, log loss, Brier score and calibration error.
+"""How well, and how honestly, a classifier predicts: accuracy, log loss, Brier score and
+calibration error.
 
-Over several draws of the weights the probabilities are averaged, so the mean of a posterior and the posterior itself
-can be compared. The calibration error is that of Guo et al. (*On calibration of modern neural networks*, ICML 2017):
-equal-width bins of confidence, whose number is part of the result.
+Over several draws of the weights the probabilities are averaged, so the mean of a posterior and the
+posterior itself can be compared. The calibration error is that of Guo et al. (*On calibration of
+modern neural networks*, ICML 2017): equal-width bins of confidence, whose number is part of the
+result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +16,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.metrics.base import PRESENT, Array, Draws, Interval, Progress, Record, interval, resampled_sums
+from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
+from mergekit_bayes.records import Array, Progress, Record
 
 Labels = NDArray[np.int64]
 
 
 class Bin(Record):
-    """Examples whose confidence is in [low, high), the last bin closed; None where there is no example."""
+    """Examples whose confidence is in [low, high), the last bin closed; None where there is no
+    example.
+    """
 
     low: float
     high: float
@@ -30,19 +35,22 @@ class Bin(Record):
 
 
 class ClassificationReport(Record):
-    """How well a classifier predicts a set of labelled texts; intervals come from resampling examples.
+    """How well a classifier predicts a set of labelled texts; intervals come from resampling
+    examples.
 
         nll   = -1/n sum_i log p_i(y_i)                               nats per example
         brier = 1/n sum_i sum_c (p_i(c) - [c = y_i])^2                0 to 2
         ece   = 1/n sum_bins | sum_{i in bin} ([argmax p_i = y_i] - max p_i) |
 
-    The calibration error of a finite sample is above zero even for a calibrated model, and a resample adds to that, so
-    its interval may lie above its value; the intervals of two models shift alike.
+    The calibration error of a finite sample is above zero even for a calibrated model, and a
+    resample adds to that, so its interval may lie above its value; the intervals of two models
+    shift alike.
 
     Attributes:
         confidence: Mean of the largest probability; above the accuracy the model is overconfident.
         bins: What the calibration error was summed over.
-        example_labels, example_nats, example_probabilities: By example, for paired comparisons; not in the JSON.
+        example_labels, example_nats, example_probabilities: By example, for paired comparisons; not
+            in the JSON.
     """
 
     examples: int
@@ -55,7 +63,9 @@ class ClassificationReport(Record):
     bins: tuple[Bin, ...]
     example_labels: tuple[int, ...] = Field(default=(), exclude=True, repr=False)
     example_nats: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
-    example_probabilities: tuple[tuple[float, ...], ...] = Field(default=(), exclude=True, repr=False)
+    example_probabilities: tuple[tuple[float, ...], ...] = Field(
+        default=(), exclude=True, repr=False
+    )
 
 
 class ClassificationChange(Record):
@@ -83,7 +93,13 @@ def measure_classification(
 ) -> ClassificationReport:
     """Classify labelled texts: `class_probabilities`, then `score_classification`."""
     found = class_probabilities(
-        model, tokenizer, texts, max_length=max_length, batch_size=batch_size, draws=draws, progress=progress
+        model,
+        tokenizer,
+        texts,
+        max_length=max_length,
+        batch_size=batch_size,
+        draws=draws,
+        progress=progress,
     )
     return score_classification(found, labels, bins=bins, bootstrap=bootstrap, seed=seed)
 
@@ -114,7 +130,9 @@ def class_probabilities(
     """
     if not texts:
         raise ConfigError("there is no text to classify.")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)[
+        "input_ids"
+    ]
     for i, ids in enumerate(encoded):
         if not ids:
             raise ConfigError(f"text {i + 1} of {len(encoded)} holds no token to classify.")
@@ -122,7 +140,9 @@ def class_probabilities(
     done = 0
     for _ in draws:
         for rows in _batches(encoded, batch_size):
-            found = _log_softmax(model, [encoded[i] for i in rows], int(tokenizer.pad_token_id or 0))
+            found = _log_softmax(
+                model, [encoded[i] for i in rows], int(tokenizer.pad_token_id or 0)
+            )
             if total is None:
                 total = np.full((len(encoded), found.shape[1]), -np.inf)
             with np.errstate(invalid="ignore"):  # NaN is refused below, by text
@@ -134,7 +154,8 @@ def class_probabilities(
     bad = np.flatnonzero(~np.isfinite(total).all(axis=1))
     if bad.size:
         raise CheckpointError(
-            f"the model's log-probabilities of text {bad[0] + 1} are {total[bad[0]].tolist()}. Its weights hold NaN or "
+            f"the model's log-probabilities of text {bad[0] + 1} are {total[bad[0]].tolist()}. Its "
+            "weights hold NaN or "
             "infinity, or are too large for their dtype."
         )
     total -= np.log(len(draws))
@@ -142,7 +163,12 @@ def class_probabilities(
 
 
 def score_classification(
-    log_probabilities: Array, labels: Sequence[int], *, bins: int = 10, bootstrap: int = 1000, seed: int = 0
+    log_probabilities: Array,
+    labels: Sequence[int],
+    *,
+    bins: int = 10,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> ClassificationReport:
     """Summarise predictions.
 
@@ -161,11 +187,16 @@ def score_classification(
     y = np.asarray(labels, np.int64)
     n, classes = log_probabilities.shape
     if len(y) != n or (n and not 0 <= y.min() <= y.max() < classes):
-        raise MismatchError(f"{len(y)} labels for {n} examples: expected one in 0 to {classes - 1} for each.")
+        raise MismatchError(
+            f"{len(y)} labels for {n} examples: expected one in 0 to {classes - 1} for each."
+        )
     p = np.exp(log_probabilities)
     nats = -log_probabilities[np.arange(n), y]
     columns = _columns(p, nats, y, bins)
-    values, draws = _summary(columns.sum(axis=0), n), _summary(resampled_sums(columns, bootstrap, seed), n)
+    values, draws = (
+        _summary(columns.sum(axis=0), n),
+        _summary(resampled_sums(columns, bootstrap, seed), n),
+    )
     accuracy, nll, brier, ece = (interval(float(v), draws[..., i], n) for i, v in enumerate(values))
     return ClassificationReport(
         examples=n,
@@ -183,7 +214,11 @@ def score_classification(
 
 
 def classification_change(
-    before: ClassificationReport, after: ClassificationReport, *, bootstrap: int = 1000, seed: int = 0
+    before: ClassificationReport,
+    after: ClassificationReport,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> ClassificationChange:
     """`after` minus `before` on the same examples, with examples resampled in pairs."""
     if before.example_labels != after.example_labels or len(before.bins) != len(after.bins):
@@ -194,7 +229,9 @@ def classification_change(
     total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
     values = _summary(total[half:], n) - _summary(total[:half], n)
     replicates = _summary(sums[:, half:], n) - _summary(sums[:, :half], n)
-    accuracy, nll, brier, ece = (interval(float(v), replicates[:, i], n) for i, v in enumerate(values))
+    accuracy, nll, brier, ece = (
+        interval(float(v), replicates[:, i], n) for i, v in enumerate(values)
+    )
     return ClassificationChange(accuracy=accuracy, nll=nll, brier=brier, ece=ece)
 
 
@@ -219,11 +256,17 @@ def _log_softmax(model: Any, batch: Sequence[Sequence[int]], pad: int) -> Array:
 
 def _columns_of(report: ClassificationReport) -> Array:
     p = np.array(report.example_probabilities, np.float64)
-    return _columns(p, np.array(report.example_nats), np.array(report.example_labels, np.int64), len(report.bins))
+    return _columns(
+        p,
+        np.array(report.example_nats),
+        np.array(report.example_labels, np.int64),
+        len(report.bins),
+    )
 
 
 def _columns(p: Array, nats: Array, y: Labels, bins: int) -> Array:
-    """(examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of the example's bin.
+    """(examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of
+    the example's bin.
 
     All four scores are functions of their sums, so one resampling serves them all.
     """

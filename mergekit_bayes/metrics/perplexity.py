@@ -1,10 +1,11 @@
 """Perplexity of a causal language model, by two protocols that are always named.
 
-`rolling` is that of the lm-eval harness: one text is one document, it starts from a start token, every token is
-scored once, and windows do not overlap in what they score. `concatenate` is that of the papers: texts joined by EOS
-into one stream. A window holds `window` tokens of input and scores the last `stride` of them (the first window of a
-document scores all of its tokens), so a smaller stride means more context and a lower number. Over several draws of the
-weights the probability of each token is averaged.
+`rolling` is that of the lm-eval harness: one text is one document, it starts from a start token,
+every token is scored once, and windows do not overlap in what they score. `concatenate` is that of
+the papers: texts joined by EOS into one stream. A window holds `window` tokens of input and scores
+the last `stride` of them (the first window of a document scores all of its tokens), so a smaller
+stride means more context and a lower number. Over several draws of the weights the probability of
+each token is averaged.
 """
 
 import re
@@ -18,12 +19,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.metrics.base import PRESENT, Array, Draws, Interval, Progress, Record, interval, resampled_sums
+from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
+from mergekit_bayes.records import Array, Progress, Record
 
 
 class PerplexityReport(Record):
-    """How well a model predicts a set of texts. Perplexities of different windows or protocols do not compare,
-    token perplexities of different tokenizers neither; bits per byte do.
+    """How well a model predicts a set of texts. Perplexities of different windows or protocols do
+    not compare, token perplexities of different tokenizers neither; bits per byte do.
 
         token = exp(nats / tokens)   word = exp(nats / words)   byte = exp(nats / bytes)
 
@@ -93,7 +95,9 @@ def measure_perplexity(
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
-        raise ConfigError(f"stride {stride}: expected 1 to {window}, the window; a larger one would skip tokens.")
+        raise ConfigError(
+            f"stride {stride}: expected 1 to {window}, the window; a larger one would skip tokens."
+        )
     encoded = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
     streams, owners = _join(encoded, tokenizer.eos_token_id) if concatenate else (encoded, None)
     jobs = [job for i, ids in enumerate(streams) for job in _windows(i, ids, start, window, stride)]
@@ -116,12 +120,15 @@ def measure_perplexity(
 
     if owners is None:
         owners = np.repeat(np.arange(len(texts)), [len(ids) for ids in encoded])
-    nats = np.bincount(owners, weights=np.concatenate(losses), minlength=len(texts)).astype(np.float64)
+    nats = np.bincount(owners, weights=np.concatenate(losses), minlength=len(texts)).astype(
+        np.float64
+    )
     counts = np.bincount(owners, minlength=len(texts)).astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(nats))
     if bad.size:
         raise CheckpointError(
-            f"the model's log-probability of text {bad[0] + 1} is {-nats[bad[0]]}. Its weights hold NaN or infinity, "
+            f"the model's log-probability of text {bad[0] + 1} is {-nats[bad[0]]}. Its weights "
+            "hold NaN or infinity, "
             "or are too large for their dtype."
         )
     words = np.array([len(re.split(r"\s+", t)) for t in texts], np.float64)
@@ -142,9 +149,15 @@ def measure_perplexity(
     )
 
 
-def loss_change(before: PerplexityReport, after: PerplexityReport, *, bootstrap: int = 1000, seed: int = 0) -> Interval:
-    """Nats per token of `after` minus those of `before` on the same texts, with documents resampled in pairs."""
-    columns = np.array([before.document_nats, after.document_nats, before.document_tokens], np.float64).T
+def loss_change(
+    before: PerplexityReport, after: PerplexityReport, *, bootstrap: int = 1000, seed: int = 0
+) -> Interval:
+    """Nats per token of `after` minus those of `before` on the same texts, with documents resampled
+    in pairs.
+    """
+    columns = np.array(
+        [before.document_nats, after.document_nats, before.document_tokens], np.float64
+    ).T
     total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty texts only
         replicates = (sums[:, 1] - sums[:, 0]) / sums[:, 2]
@@ -159,7 +172,9 @@ class _Window(NamedTuple):
     targets: list[int]
 
 
-def _windows(stream: int, ids: list[int], start: int, window: int, stride: int) -> Iterator[_Window]:
+def _windows(
+    stream: int, ids: list[int], start: int, window: int, stride: int
+) -> Iterator[_Window]:
     known = [start, *ids]
     at, size = 0, window
     while at < len(ids):
@@ -169,9 +184,13 @@ def _windows(stream: int, ids: list[int], start: int, window: int, stride: int) 
 
 
 def _join(encoded: list[list[int]], eos: int | None) -> tuple[list[list[int]], NDArray[np.int64]]:
-    """One stream, and the text that each of its tokens belongs to; an EOS belongs to the text it ends."""
+    """One stream, and the text that each of its tokens belongs to; an EOS belongs to the text it
+    ends.
+    """
     if eos is None:
-        raise CheckpointError("the tokenizer has no EOS token to join texts with. Leave out --concatenate.")
+        raise CheckpointError(
+            "the tokenizer has no EOS token to join texts with. Leave out --concatenate."
+        )
     stream: list[int] = []
     owners: list[int] = []
     for i, ids in enumerate(encoded):
@@ -205,7 +224,8 @@ def _score(model: Any, batch: list[_Window]) -> list[Array]:
         mask[i, : len(job.inputs)] = 1
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     return [
-        _nats(logits[i, len(job.inputs) - job.scored : len(job.inputs)], job.targets) for i, job in enumerate(batch)
+        _nats(logits[i, len(job.inputs) - job.scored : len(job.inputs)], job.targets)
+        for i, job in enumerate(batch)
     ]
 
 
@@ -215,7 +235,9 @@ def _nats(logits: Tensor, targets: list[int]) -> Array:
     return found.double().cpu().numpy()
 
 
-def _summarise(nats: Array, tokens: Array, words: Array, size: Array, resamples: int, seed: int) -> dict[str, Interval]:
+def _summarise(
+    nats: Array, tokens: Array, words: Array, size: Array, resamples: int, seed: int
+) -> dict[str, Interval]:
     columns = np.stack([nats, tokens, words, size], axis=1)
     total, draws = columns.sum(axis=0), resampled_sums(columns, resamples, seed)
 

@@ -3,16 +3,14 @@
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from mergekit_bayes.configs import Config
-from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.lora import AdaptedSource
-from mergekit_bayes.methods import METHODS, Method, choose, settings_of
-from mergekit_bayes.posterior import Posterior, precision_path, refuse_foreign
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.methods import METHODS, choose, settings_of
+from mergekit_bayes.methods.base import Method
+from mergekit_bayes.records import Config
 
 
 class MergeConfig(Config):
@@ -20,35 +18,42 @@ class MergeConfig(Config):
 
     Attributes:
         models: The tasks: `.safetensors` files, folders, or Hub ids.
-        base: What the tasks were fine-tuned from; with it the merge adds changes, without it it averages.
-        method: By name, with its settings in `param`; `weights` is the short form for the four of the two-by-two table.
+        base: What the tasks were fine-tuned from; with it the merge adds changes, without it it
+            averages.
+        method: By name, with its settings in `param`; `weights` is the short form for the four of
+            the two-by-two table.
         param: The method's settings, such as `density: 0.2`.
-        scale: One for all tasks, or one per task; dimensionless, negative removes (needs a base). `MODEL:REGEX=X` sets
-            it for the tensors whose name matches; later ones win.
+        scale: One for all tasks, or one per task; dimensionless, negative removes (needs a base).
+            `MODEL:REGEX=X` sets it for the tensors whose name matches; later ones win.
         precision: Another place for a model's precision, by the model's path as given.
         isotropic: One number as a model's precision, 1/weight^2.
-        anchor: What training is taken to have pulled towards: `h0` (the base posterior, the published form),
-            `none`, `zero-decay`, a number (1/weight^2), or `recorded`.
+        anchor: What training is taken to have pulled towards: `h0` (the base posterior, the
+            published form), `none`, `zero-decay`, a number (1/weight^2), or `recorded`.
         guard: rho of the guard on removal, in (0, 1].
-        counts: `equal` counts every likelihood precision per observation times one common count, the base's own
-            (without one, the smallest on record);
-            `recorded` as often as its data had observations.
+        counts: `equal` counts every likelihood precision per observation times one common count,
+            the base's own (without one, the smallest on record); `recorded` as often as its data
+            had observations.
         observations: `3x` multiplies a model's count, `1000` sets it; never touches its prior.
-        shrink: `X` adds X times the tensor's mean to each likelihood precision, `row:X` X times its row's.
-        pool: Replaces each precision by its tensor's (or row's) mean: the control of every claim for entries.
-        only: Merge only the tensors whose name matches; the others are the base's (else the first model's).
-        on_missing: A tensor that some model lacks: `error`, `base` (the task changed nothing there, needs a base), or
-            `skip` (leave it out).
-        vocab: Embeddings and heads of different length: `error`, `base` (the base's, else the first model's), or
-            `common` (merge the rows that all have, keep the base's others).
-        on_bad: Entries that are not finite, or precisions that are negative: `error`, or `base` (the task changed
-            nothing there, needs a base).
-        dtype: What merged tensors are written in; otherwise as the base (else the first model) has them.
+        shrink: `X` adds X times the tensor's mean to each likelihood precision, `row:X` X times its
+            row's.
+        pool: Replaces each precision by its tensor's (or row's) mean: the control of every claim
+            for entries.
+        only: Merge only the tensors whose name matches; the others are the base's (else the first
+            model's).
+        on_missing: A tensor that some model lacks: `error`, `base` (the task changed nothing there,
+            needs a base), or `skip` (leave it out).
+        vocab: Embeddings and heads of different length: `error`, `base` (the base's, else the first
+            model's), or `common` (merge the rows that all have, keep the base's others).
+        on_bad: Entries that are not finite, or precisions that are negative: `error`, or `base`
+            (the task changed nothing there, needs a base).
+        dtype: What merged tensors are written in; otherwise as the base (else the first model) has
+            them.
         max_shard_size: Such as `5GB`; otherwise the shards of the base (else of the first model).
-        space: Adapters alone: `product` of the factors, `concat` (their exact sum) or `factor` by factor.
+        space: Adapters alone: `product` of the factors, `concat` (their exact sum) or `factor` by
+            factor.
         rank: Adapters alone: of the merged one in product space; by default the largest of theirs.
-        identities, precision_identities: What each model and precision must be (`bmerge inspect` shows it); a recipe
-            records what it was made with.
+        identities, precision_identities: What each model and precision must be (`bmerge inspect`
+            shows it); a recipe records what it was made with.
         verify: Compare all bytes of each mean with its posterior's record, not only sampled blocks.
     """
 
@@ -105,7 +110,8 @@ def check_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRul
     rules = tuple(_scale_rule(s, config) for s in config.scale if isinstance(s, str))
     if len(plain) not in (1, n):
         raise ConfigError(
-            f"--scale: {len(plain)} given for {n} models. Give one for all, or one per model by repeating "
+            f"--scale: {len(plain)} given for {n} models. Give one for all, or one per model by "
+            "repeating "
             "the flag in the models' order: --scale 1 --scale -0.5."
         )
     return (plain * n if len(plain) == 1 else plain), rules
@@ -113,10 +119,13 @@ def check_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRul
 
 def _scale_rule(text: str, config: MergeConfig) -> ScaleRule:
     front, separator, number = text.rpartition("=")
-    model = next((m for m in sorted(config.models, key=len, reverse=True) if front.startswith(m + ":")), None)
+    model = next(
+        (m for m in sorted(config.models, key=len, reverse=True) if front.startswith(m + ":")), None
+    )
     if not separator or model is None:
         raise ConfigError(
-            f"--scale '{text}': expected a number, or MODEL:REGEX=X with a model as given: {', '.join(config.models)}."
+            f"--scale '{text}': expected a number, or MODEL:REGEX=X with a model as given: "
+            f"{', '.join(config.models)}."
         )
     try:
         tasks = tuple(i for i, m in enumerate(config.models) if m == model)
@@ -132,23 +141,38 @@ def _scale_rule(text: str, config: MergeConfig) -> ScaleRule:
 def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
     """The method by name or by the two questions of the table, and its settings."""
     if config.method is None:
-        method = choose(with_base=config.base is not None, by_precision=config.weights == "precision")
+        method = choose(
+            with_base=config.base is not None, by_precision=config.weights == "precision"
+        )
         return method, settings_of(method, config.param)
     if config.method not in METHODS:
         close = difflib.get_close_matches(config.method, METHODS, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"--method {config.method}: no such method.{hint} `bmerge methods` lists them.")
+        raise ConfigError(
+            f"--method {config.method}: no such method.{hint} `bmerge methods` lists them."
+        )
     method = METHODS[config.method]
     if config.weights == "precision" and not method.needs_precision:
-        raise ConfigError(f"--method {method.name} does not weigh by precision. Drop --weights or --method.")
+        raise ConfigError(
+            f"--method {method.name} does not weigh by precision. Drop --weights or --method."
+        )
     if method.needs_base and config.base is None:
-        raise ConfigError(f"--method {method.name} adds what each task changed: name what they came from with --base.")
+        raise ConfigError(
+            f"--method {method.name} adds what each task changed: name what they came from with "
+            "--base."
+        )
     if not method.needs_base and config.base is not None:
-        raise ConfigError(f"--method {method.name} takes no base. Drop --base, or name it among the models.")
+        raise ConfigError(
+            f"--method {method.name} takes no base. Drop --base, or name it among the models."
+        )
     if method.tasks is not None and len(config.models) != method.tasks:
-        raise ConfigError(f"--method {method.name} merges {method.tasks} models, not {len(config.models)}.")
+        raise ConfigError(
+            f"--method {method.name} merges {method.tasks} models, not {len(config.models)}."
+        )
     if method.tasks is not None and any(s != 1.0 for s in config.scale):
-        raise ConfigError(f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`).")
+        raise ConfigError(
+            f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
+        )
     return method, settings_of(method, config.param)
 
 
@@ -157,31 +181,55 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
         raise ConfigError(f"--max-shard-size '{text}': expected a size such as 5GB or 512MiB.")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    return int(
+        float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+    )
 
 
-def check_options(config: MergeConfig, method: Method, scales: Sequence[float], rules: Sequence[ScaleRule]) -> None:
+def check_options(
+    config: MergeConfig, method: Method, scales: Sequence[float], rules: Sequence[ScaleRule]
+) -> None:
     given = (*scales, *(r.scale for r in rules))
     if any(not abs(s) < float("inf") for s in given):
         raise ConfigError(f"--scale: {list(given)} must be finite.")
     if config.base is None:
         if any(s < 0 for s in given):
-            raise ConfigError("a negative scale removes a task from something: name it with --base.")
+            raise ConfigError(
+                "a negative scale removes a task from something: name it with --base."
+            )
         if sum(scales) <= 0:
-            raise ConfigError("without --base the scales are shares and must sum to more than zero.")
+            raise ConfigError(
+                "without --base the scales are shares and must sum to more than zero."
+            )
         if config.anchor != "h0":
-            raise ConfigError("--anchor says how tasks were pulled to the base: name it with --base.")
+            raise ConfigError(
+                "--anchor says how tasks were pulled to the base: name it with --base."
+            )
         for rule, choice in (("on-missing", config.on_missing), ("on-bad", config.on_bad)):
             if choice == "base":
                 raise ConfigError(f"--{rule} base takes the base's values: name it with --base.")
     if config.max_shard_size is not None:
         parse_size(config.max_shard_size)
     if not method.needs_precision:
-        for flag in ("precision", "isotropic", "observations", "shrink", "pool", "anchor", "counts", "guard"):
+        for flag in (
+            "precision",
+            "isotropic",
+            "observations",
+            "shrink",
+            "pool",
+            "anchor",
+            "counts",
+            "guard",
+        ):
             if getattr(config, flag) != MergeConfig.model_fields[flag].default:
-                raise ConfigError(f"--{flag} only matters where precisions weigh. Add --weights precision, or drop it.")
+                raise ConfigError(
+                    f"--{flag} only matters where precisions weigh. Add --weights precision, or "
+                    "drop it."
+                )
     elif config.base is not None and config.base in config.models:
-        raise ConfigError(f"'{config.base}' is both --base and a model; what it changed would be nothing.")
+        raise ConfigError(
+            f"'{config.base}' is both --base and a model; what it changed would be nothing."
+        )
     for ref in set(config.precision) & set(config.isotropic):
         raise ConfigError(f"'{ref}' has both --precision and --isotropic. Give one of them.")
     known = {*config.models, config.base}
@@ -201,13 +249,18 @@ def check_options(config: MergeConfig, method: Method, scales: Sequence[float], 
         except ValueError:
             valid = False
         if not valid:
-            raise ConfigError(f"--anchor '{config.anchor}': expected h0, none, zero-decay, recorded or a number >= 0.")
+            raise ConfigError(
+                f"--anchor '{config.anchor}': expected h0, none, zero-decay, recorded or a number "
+                ">= 0."
+            )
     parse_shrink(config.shrink)
     if config.only is not None:
         try:
             re.compile(config.only)
         except re.error as error:
-            raise ConfigError(f"--only '{config.only}' is not a regular expression ({error}).") from None
+            raise ConfigError(
+                f"--only '{config.only}' is not a regular expression ({error})."
+            ) from None
 
 
 def parse_shrink(text: str | None) -> Shrink | None:
@@ -221,50 +274,3 @@ def parse_shrink(text: str | None) -> Shrink | None:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"--shrink '{text}': expected X or row:X with a number X >= 0.")
     return Shrink(value, text.startswith("row:"))
-
-
-def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
-    files_only = all(m.is_file for m in models)
-    target = Path(config.out or ("merged.safetensors" if files_only else "merged")).expanduser()
-    if target.name in ("", "..") or "\0" in target.name:
-        raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
-    if target.is_symlink():
-        target = target.resolve()  # what the link points to is replaced, not the link
-    written = [target]
-    if target.suffix == ".safetensors":
-        written += [report_path(target), recipe_path(target)]
-        written.append(precision_path(target))  # also where none is written: an old one would not belong
-    for model in models:
-        inputs = [*model.mean.files, *(model.precision.files if model.precision else ())]
-        if isinstance(model.mean, AdaptedSource):
-            inputs += model.mean.adapter.posterior.mean.files
-        if any(p.resolve() == w.resolve() or w.resolve() in p.resolve().parents for p in inputs for w in written):
-            raise CheckpointError(f"-o {target} would overwrite '{model.ref}', an input. Choose another -o.")
-    for path in written:
-        # A merge that was stopped while it put its files in place has some of them there, and goes on.
-        if path.exists() and not config.force and not partial_path(target).exists():
-            raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
-        if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
-            kind = "a folder, and a file" if path.is_dir() else "a file, and a folder"
-            raise CheckpointError(f"'{path}' is {kind} would replace it. Choose another -o, or remove it yourself.")
-        refuse_foreign(path)
-    return target
-
-
-def report_path(target: Path) -> Path:
-    """Where a merge's report goes: beside a file, inside a folder."""
-    if target.suffix == ".safetensors":
-        return target.with_name(target.name.removesuffix(".safetensors") + ".merge_report.json")
-    return target / "merge_report.json"
-
-
-def recipe_path(target: Path) -> Path:
-    """Where a merge's resolved recipe goes: beside a file, inside a folder."""
-    if target.suffix == ".safetensors":
-        return target.with_name(target.name.removesuffix(".safetensors") + ".merge_recipe.yaml")
-    return target / "merge_recipe.yaml"
-
-
-def partial_path(target: Path) -> Path:
-    """Where a merge lies until it is whole."""
-    return target.with_name(target.name + ".partial")

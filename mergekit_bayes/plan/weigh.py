@@ -1,4 +1,6 @@
-"""Whose precision is it, and how much does it count? Stored precisions become comparable likelihood precisions."""
+"""Whose precision is it, and how much does it count? Stored precisions become comparable likelihood
+precisions.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +9,8 @@ from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora import AdaptedSource, ProductPrecision
-from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
-from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, Prior, precision_path
-from mergekit_bayes.tensors import identity
-
-# Where a removal cancels a term that the merge lists, the exact precision is positive up to rounding.
-UNDO_GUARD = 1e-6
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.posterior import Identity, Posterior, PosteriorInfo, Prior
 
 
 class Pull(NamedTuple):
@@ -33,10 +31,12 @@ class Weighing:
         gain: Count used, over the count by which S is scaled.
         contained: The scalar prior inside S, on S's own scale.
         prior: The same prior in units of one full data set; it is added back and never counted.
-        contains_base: For a merge: S contains the base posterior with its H at this gain (else None).
+        contains_base: For a merge: S contains the base posterior with its H at this gain (else
+            None).
         reshape: False for a merge, which was pooled and shrunk when it was made.
         count: Observations that H stands for after counting; None if nobody knows.
-        inner: Of an adapter: the gain of its factors' precision, which the product of them has in it already.
+        inner: Of an adapter: the gain of its factors' precision, which the product of them has in
+            it already.
     """
 
     gain: float = 1.0
@@ -49,45 +49,6 @@ class Weighing:
     inner: float = 1.0
 
 
-def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: list[str]) -> None:
-    for model in models:
-        if not model.has_precision:
-            looked = precision_path(model.path)
-            make = f"bmerge precision {model.ref} --data TEXTS"
-            if model.path.is_file():  # a model is run from its folder
-                make = f"bmerge precision FOLDER --data TEXTS -o {looked}"
-            raise PrecisionError(
-                f"no precision for '{model.ref}' (looked for '{looked}'). Fine-tune it with IVON, make one with "
-                f"`{make}`, name one with --precision {model.ref}=PATH, give one number with --isotropic "
-                f"{model.ref}=X, or merge with --weights uniform."
-            )
-        if model.info is None and known_info(model) is not None:
-            continue  # an adapter, whose own precision was checked when it was opened
-        if model.info is None:
-            kind = "one number everywhere" if model.isotropic is not None else "a precision without information"
-            notes.append(f"'{model.ref}' has {kind}: taken as it is, on the scale of the summed loss, prior 0")
-            continue
-        if model.identity != model.info.mean.blocks:
-            raise PrecisionError(
-                f"the precision of '{model.ref}' ({model.precision.files[0] if model.precision else ''}) was taken at "
-                "other weights than these: its record of them differs. Use the precision that belongs to them, or "
-                f"make one with `bmerge precision {model.ref} --data TEXTS --force`."
-            )
-        if config.verify:
-            if model.info.mean.full is None:
-                notes.append(f"'{model.ref}' has no full hash on record; only sampled blocks were compared")
-            elif identity(model.mean, full=True) != model.info.mean.full:
-                raise PrecisionError(f"'{model.ref}' differs from the weights that its precision was taken at.")
-    kinds = {(i.estimator, i.unit): m.ref for m in models if (i := known_info(m)) is not None}
-    if len(kinds) > 1:
-        (a, ref_a), (b, ref_b) = list(kinds.items())[:2]
-        raise PrecisionError(
-            f"precisions of different kinds do not add: '{ref_a}' has {a[0]} per {a[1]}, '{ref_b}' {b[0]} per {b[1]}. "
-            f"Make them alike, for example with `bmerge precision {ref_b} --data TEXTS -o OTHER` and "
-            f"--precision {ref_b}=OTHER."
-        )
-
-
 def known_info(model: Posterior) -> PosteriorInfo | None:
     """What is known about a model's precision; of `BASE+ADAPTER`, about the adapter's."""
     if isinstance(model.mean, AdaptedSource) and isinstance(model.precision, ProductPrecision):
@@ -98,7 +59,8 @@ def known_info(model: Posterior) -> PosteriorInfo | None:
 def weigh(config: MergeConfig, models: list[Posterior], notes: list[str]) -> list[Weighing]:
     """How each model's stored precision counts.
 
-    The precision of an adapter counts before the product is made of it; such models are replaced in `models`.
+    The precision of an adapter counts before the product is made of it; such models are replaced in
+    `models`.
     """
     base = models[0] if config.base is not None else None
     common = common_count(config, models)
@@ -116,13 +78,18 @@ def weigh(config: MergeConfig, models: list[Posterior], notes: list[str]) -> lis
 def common_count(config: MergeConfig, models: Sequence[Posterior]) -> float | None:
     """The count that `--counts equal` gives to every likelihood precision.
 
-    The base's own, so that it is the same whether models are merged at once or one after another, and the base
-    posterior stays what it is. Where the base records none, that of the first merge; without either the smallest on
-    record, so that nobody is made surer than their data. A count set by hand does not vote among tasks.
+    The base's own, so that it is the same whether models are merged at once or one after another,
+    and the base posterior stays what it is. Where the base records none, that of the first merge;
+    without either the smallest on record, so that nobody is made surer than their data. A count set
+    by hand does not vote among tasks.
     """
     if config.base is not None and (own := _own_count(models[0])):
         return own
-    merges = [own for m in models if m.info is not None and m.info.merge is not None and (own := _own_count(m))]
+    merges = [
+        own
+        for m in models
+        if m.info is not None and m.info.merge is not None and (own := _own_count(m))
+    ]
     if config.base is not None and merges:
         return merges[0]
     free = [m for m in models if not _is_number(config.observations.get(m.ref, "x"))]
@@ -130,7 +97,9 @@ def common_count(config: MergeConfig, models: Sequence[Posterior]) -> float | No
 
 
 def _own_count(model: Posterior) -> float | None:
-    """Observations that a precision stands for; of a merge, those that one term at scale 1 stands for."""
+    """Observations that a precision stands for; of a merge, those that one term at scale 1 stands
+    for.
+    """
     info = known_info(model)
     if info is None:
         return None
@@ -138,28 +107,43 @@ def _own_count(model: Posterior) -> float | None:
 
 
 def _adapters_count(config: MergeConfig, model: Posterior, common: float | None) -> float | None:
-    """Observations that an adapter's precision shall stand for; None for other models, and where nobody knows."""
+    """Observations that an adapter's precision shall stand for; None for other models, and where
+    nobody knows.
+    """
     own = _own_count(model)
     if model.info is not None or own is None:
         return None
     wanted = config.observations.get(model.ref, "1x")
     factor = _factor(wanted, model)
-    return float(wanted) if factor is None else factor * (own if config.counts == "recorded" else common or own)
+    return (
+        float(wanted)
+        if factor is None
+        else factor * (own if config.counts == "recorded" else common or own)
+    )
 
 
 def _weigh_one(
-    config: MergeConfig, model: Posterior, base: Posterior | None, base_gain: float, common: float | None,
+    config: MergeConfig,
+    model: Posterior,
+    base: Posterior | None,
+    base_gain: float,
+    common: float | None,
     notes: list[str],
-) -> Weighing:  # fmt: skip
+) -> Weighing:
     wanted = config.observations.get(model.ref, "1x")
     factor = _factor(wanted, model)
     info = model.info
     if info is None:
         if (counted := _adapters_count(config, model, common)) is not None:
-            return Weighing(count=counted, pull=_pull(config, model, 1.0), inner=counted / (_own_count(model) or 1.0))
+            return Weighing(
+                count=counted,
+                pull=_pull(config, model, 1.0),
+                inner=counted / (_own_count(model) or 1.0),
+            )
         if factor is None:
             raise ConfigError(
-                f"--observations {model.ref}={wanted}: its precision records no count to set. Multiply it instead: "
+                f"--observations {model.ref}={wanted}: its precision records no count to set. "
+                "Multiply it instead: "
                 f"{model.ref}=3x."
             )
         return Weighing(gain=factor, pull=_pull(config, model, factor))
@@ -172,7 +156,8 @@ def _weigh_one(
     if factor is None:
         if held <= 0:
             raise ConfigError(
-                f"--observations {model.ref}={wanted}: it is a removal and stands for {info.observations:g} "
+                f"--observations {model.ref}={wanted}: it is a removal and stands for "
+                f"{info.observations:g} "
                 f"observations, which no number can set. Multiply it instead: {model.ref}=3x."
             )
         count = float(wanted) / held
@@ -194,13 +179,19 @@ def _weigh_one(
 
 
 def _weigh_merge(
-    config: MergeConfig, model: Posterior, info: PosteriorInfo, base: Posterior | None,
-    gain: float, count: float, notes: list[str],
-) -> Weighing:  # fmt: skip
+    config: MergeConfig,
+    model: Posterior,
+    info: PosteriorInfo,
+    base: Posterior | None,
+    gain: float,
+    count: float,
+    notes: list[str],
+) -> Weighing:
     assert info.merge is not None
     if (info.merge.shrink, info.merge.pool) != (config.shrink, config.pool):
         raise MismatchError(
-            f"'{model.ref}' was merged with --shrink {info.merge.shrink} --pool {info.merge.pool}, this merge has "
+            f"'{model.ref}' was merged with --shrink {info.merge.shrink} --pool {info.merge.pool}, "
+            "this merge has "
             f"--shrink {config.shrink} --pool {config.pool}. Use the same, so that all count alike."
         )
     prior = info.prior
@@ -213,29 +204,44 @@ def _weigh_merge(
     if prior.kind == "none":
         return Weighing(gain, reshape=False, count=count)
     if base is None or model is base:
-        # The base inside cannot be told apart here, or is the history of a new base: S counts as a whole.
+        # The base inside cannot be told apart here, or is the history of a new base: S counts as a
+        # whole.
         return Weighing(gain, reshape=False, count=count)
     if prior.kind == "unknown":
         raise MismatchError(
-            f"'{model.ref}' is an average of merges in different frames; what its data added to '{base.ref}' cannot be "
+            f"'{model.ref}' is an average of merges in different frames; what its data added to "
+            f"'{base.ref}' cannot be "
             "told. Merge its terms instead."
         )
-    return Weighing(gain, prior.precision, contains_base=prior.base_count, reshape=False, count=count)
+    return Weighing(
+        gain, prior.precision, contains_base=prior.base_count, reshape=False, count=count
+    )
 
 
-def _check_frame(model: Posterior, prior: Prior, base: Posterior, base_gain: float, gain: float) -> None:
-    """The base inside a merge must be today's and count as it does today, or the chain would not be exact."""
-    if prior.base != Identity(blocks=base.identity) or prior.base_precision != precision_identity(base):
+def _check_frame(
+    model: Posterior, prior: Prior, base: Posterior, base_gain: float, gain: float
+) -> None:
+    """The base inside a merge must be today's and count as it does today, or the chain would not be
+    exact.
+    """
+    if prior.base != Identity(blocks=base.identity) or prior.base_precision != precision_identity(
+        base
+    ):
         raise MismatchError(
-            f"'{model.ref}' is a merge in the frame of another base or base precision than '{base.ref}'. "
+            f"'{model.ref}' is a merge in the frame of another base or base precision than "
+            f"'{base.ref}'. "
             "Chains stay exact only in one frame: use the base that it was merged with."
         )
     inside = (prior.base_count or 1.0) * gain
-    if not math.isclose(inside, base_gain, rel_tol=1e-6) or (prior.precision > 0 and not math.isclose(gain, 1)):
+    if not math.isclose(inside, base_gain, rel_tol=1e-6) or (
+        prior.precision > 0 and not math.isclose(gain, 1)
+    ):
         factor = (prior.base_count or 1.0) / base_gain
         raise MismatchError(
-            f"'{model.ref}' was merged with '{base.ref}' counted {factor:g} times as often as here. "
-            f"Chains stay exact only in one frame: use the --observations and --counts of that merge, such as "
+            f"'{model.ref}' was merged with '{base.ref}' counted {factor:g} times as often as "
+            "here. "
+            "Chains stay exact only in one frame: use the --observations and --counts of that "
+            "merge, such as "
             f"--observations {base.ref}={factor:g}x."
         )
 
@@ -244,7 +250,10 @@ def _factor(wanted: str, model: Posterior) -> float | None:
     """The multiple that `3x` asks for; None for a plain number."""
     text = wanted.removesuffix("x")
     if not _is_number(text) or float(text) <= 0:
-        raise ConfigError(f"--observations {model.ref}={wanted}: expected a multiple like 3x, or a positive count.")
+        raise ConfigError(
+            f"--observations {model.ref}={wanted}: expected a multiple like 3x, or a positive "
+            "count."
+        )
     return float(text) if wanted.endswith("x") else None
 
 
@@ -263,55 +272,19 @@ def _pull(config: MergeConfig, model: Posterior, gain: float) -> Pull:
     if config.anchor not in ("recorded", "zero-decay"):
         return Pull(float(config.anchor))
     stored = model.info.anchor if model.info is not None else None
-    if stored is None or stored.precision is None or (config.anchor == "zero-decay" and stored.kind != "zero"):
+    if (
+        stored is None
+        or stored.precision is None
+        or (config.anchor == "zero-decay" and stored.kind != "zero")
+    ):
         raise PrecisionError(
             f"--anchor {config.anchor}: '{model.ref}' does not record a quadratic pull"
-            f"{' to zero' if config.anchor == 'zero-decay' else ''}. Use --anchor h0, none or a number."
+            f"{' to zero' if config.anchor == 'zero-decay' else ''}. Use --anchor h0, none or a "
+            "number."
         )
     if stored.kind == "zero":
         return Pull(0.0, decay=gain * stored.precision)
     return Pull(gain * stored.precision)
-
-
-def choose_guard(
-    config: MergeConfig, models: Sequence[Posterior], scales: Sequence[float], rules: Sequence[ScaleRule],
-    weighings: Sequence[Weighing], notes: list[str],
-) -> float:  # fmt: skip
-    """The guard to use: next to none where every removal exactly cancels terms that merges list."""
-    if config.base is None or rules or min(scales) >= 0:
-        return config.guard
-    base, tasks = models[0], list(zip(models[1:], scales, weighings[1:], strict=True))
-    removed: dict[str, float] = {}
-    gains: dict[str, float] = {}
-    for task, scale, weighing in tasks:
-        if scale >= 0:
-            continue
-        who = task.identity
-        removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain * weighing.inner
-        if base.info is not None and any(t.mean.blocks == who for t in base.info.terms):
-            raise MismatchError(
-                f"'{base.ref}' contains '{task.ref}', but the frame of a removal is the original base: "
-                f"`bmerge merge {base.ref} {task.ref} --base BASE --weights precision --scale 1 --scale {scale:g}`."
-            )
-    held = dict.fromkeys(removed, 0.0)
-    for task, scale, weighing in tasks:
-        if scale <= 0 or task.info is None or not _is_exact(config, task.info):
-            continue
-        for term in task.info.terms:
-            who = term.mean.blocks
-            if who in held and math.isclose(term.gain * weighing.gain, gains[who], rel_tol=1e-6):
-                held[who] += scale * term.scale
-    if any(held[who] < amount - 1e-9 for who, amount in removed.items()):
-        return config.guard
-    notes.append("every removal undoes a term that a merge lists; the guard acts on rounding errors only")
-    return UNDO_GUARD
-
-
-def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
-    """True if a merge's terms went in as they would come out today."""
-    trace = info.merge
-    ours = (0.0, False, config.only, config.anchor)
-    return trace is not None and (trace.guarded_share, trace.uneven, trace.only, trace.anchor) == ours
 
 
 def precision_identity(model: Posterior) -> Identity:

@@ -1,12 +1,15 @@
-"""What a fine-tune with IVON costs beside the same one with AdamW: wall and CPU seconds of training, end to end.
+"""What a fine-tune with IVON costs beside the same one with AdamW: wall and CPU seconds of
+training, end to end.
 
-    python scripts/bench/finetune.py [--repeats 3] [--steps 24] [--rows 8] [--tokens 64] [--device cpu]
+    python scripts/bench/finetune.py [--repeats 3] [--steps 24] [--rows 8] [--tokens 64] [--device
+    cpu]
 
-A language model of 21 M random parameters in GPT-2's shapes is trained by `run_finetune` on rows of random words, each
-row of the table in a process of its own with one thread, round after round, so that a busy machine disturbs all alike.
-Timed is `Trainer.train` alone, without imports and loading; ratios are of CPU seconds, which other work disturbs least,
-on a GPU of wall seconds. The flush after training is timed apart, since its length does not depend on that of the run:
-the last column adds its 64 batches to an epoch of `--epoch` steps.
+A language model of 21 M random parameters in GPT-2's shapes is trained by `run_finetune` on rows of
+random words, each row of the table in a process of its own with one thread, round after round, so
+that a busy machine disturbs all alike. Timed is `Trainer.train` alone, without imports and loading;
+ratios are of CPU seconds, which other work disturbs least, on a GPU of wall seconds. The flush
+after training is timed apart, since its length does not depend on that of the run: the last column
+adds its 64 batches to an epoch of `--epoch` steps.
 """
 
 import argparse
@@ -33,12 +36,18 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--steps", type=int, default=24, help="a multiple of 8, so that ggn has its share")
+    arguments.add_argument(
+        "--steps", type=int, default=24, help="a multiple of 8, so that ggn has its share"
+    )
     arguments.add_argument("--rows", type=int, default=8, help="of a batch")
     arguments.add_argument("--tokens", type=int, default=64, help="of a row")
-    arguments.add_argument("--epoch", type=int, default=1000, help="steps of the run that the flush is added to")
+    arguments.add_argument(
+        "--epoch", type=int, default=1000, help="steps of the run that the flush is added to"
+    )
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments.add_argument("--json", type=Path, help="also written here")
     arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
@@ -63,15 +72,28 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"</s>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}, unk_token="</s>"))
+    words = Tokenizer(
+        models.WordLevel({"</s>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}, unk_token="</s>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=6, n_positions=given.tokens,
-                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=6,
+        n_positions=given.tokens,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder / "model")
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="</s>", pad_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", bos_token="</s>", pad_token="</s>"
+    )
     fast.save_pretrained(folder / "model")
-    draws = np.random.default_rng(0).integers(1, VOCABULARY, (given.steps * given.rows, given.tokens))
+    draws = np.random.default_rng(0).integers(
+        1, VOCABULARY, (given.steps * given.rows, given.tokens)
+    )
     rows = (json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in draws)
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -109,8 +131,9 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
             if given.device == "cuda":
                 torch.cuda.synchronize()
             spent[f"{name}_wall"], spent[f"{name}_cpu"] = (
-                time.perf_counter() - start[0], time.process_time() - start[1]
-            )  # fmt: skip
+                time.perf_counter() - start[0],
+                time.process_time() - start[1],
+            )
             return result
 
         return inner
@@ -119,10 +142,15 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
     store.flush = timed("flush", store.flush)
     with tempfile.TemporaryDirectory() as out:
         config = FinetuneConfig(
-            model=str(given.work / "model"), data=str(given.work / "rows.jsonl"), output=f"{out}/out",
-            batch_size=given.rows, max_length=given.tokens, flush_batches=given.steps, **row,
+            model=str(given.work / "model"),
+            data=str(given.work / "rows.jsonl"),
+            output=f"{out}/out",
+            batch_size=given.rows,
+            max_length=given.tokens,
+            flush_batches=given.steps,
+            **row,
             posterior="none" if row.get("optimizer") == "adamw" else "flush",
-        )  # fmt: skip
+        )
         run_finetune(config, quiet=True)
     return spent
 
@@ -142,22 +170,37 @@ def report(found: dict[str, list[dict[str, float]]], given: argparse.Namespace) 
     for name, rounds in found.items():
         seconds = [r["train_wall"] / given.steps for r in rounds]
         ratio = statistics.median(ratios(name))
-        table.append({
-            "row": name, "seconds": statistics.median(seconds), "range": [min(seconds), max(seconds)],
-            "cpu": statistics.median(r["train_cpu"] / given.steps for r in rounds),
-            "ratio": ratio, "ratio_range": [min(ratios(name)), max(ratios(name))],
-            "with_flush": ratio + statistics.median(ratios(name, "flush")) * FLUSH / given.epoch,
-        })  # fmt: skip
-    where = torch.cuda.get_device_name() if given.device == "cuda" else f"{platform.processor() or 'CPU'}, one thread"
+        table.append(
+            {
+                "row": name,
+                "seconds": statistics.median(seconds),
+                "range": [min(seconds), max(seconds)],
+                "cpu": statistics.median(r["train_cpu"] / given.steps for r in rounds),
+                "ratio": ratio,
+                "ratio_range": [min(ratios(name)), max(ratios(name))],
+                "with_flush": ratio
+                + statistics.median(ratios(name, "flush")) * FLUSH / given.epoch,
+            }
+        )
+    where = (
+        torch.cuda.get_device_name()
+        if given.device == "cuda"
+        else f"{platform.processor() or 'CPU'}, one thread"
+    )
     print(
-        f"{date.today()}, {where}, torch {torch.__version__}, transformers {transformers.__version__}; {given.steps} "
+        f"{date.today()}, {where}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {given.steps} "
         f"steps of {given.rows} x {given.tokens} tokens, {given.repeats} rounds\n"
     )
-    print(f"| | s a step | range | CPU s a step | to AdamW | range | with a flush, {given.epoch:,} steps |")
+    print(
+        f"| | s a step | range | CPU s a step | to AdamW | range | with a flush, {given.epoch:,} "
+        "steps |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in table:
         print(
-            f"| {r['row']} | {r['seconds']:.3f} | {r['range'][0]:.3f} to {r['range'][1]:.3f} | {r['cpu']:.3f} | "
+            f"| {r['row']} | {r['seconds']:.3f} | {r['range'][0]:.3f} to {r['range'][1]:.3f} | "
+            f"{r['cpu']:.3f} | "
             f"{r['ratio']:.3f} | {r['ratio_range'][0]:.3f} to {r['ratio_range'][1]:.3f} | "
             f"{'' if r['row'] == 'AdamW' else format(r['with_flush'], '.3f')} |"
         )

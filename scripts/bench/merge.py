@@ -1,14 +1,16 @@
-"""What a merge costs beside reading its inputs and writing its outputs: CPU seconds, wall time, anonymous memory.
+"""What a merge costs beside reading its inputs and writing its outputs: CPU seconds, wall time,
+anonymous memory.
 
     python scripts/bench/merge.py --sizes 0.5,1.5 --with-mergekit --json merge.json
 
-Makes random checkpoints of Qwen2's shapes in bfloat16, a base and two tasks, each with a precision, and runs every
-row in a process of its own, row after row and round after round, so that a busy machine disturbs all rows alike. CPU
-seconds are user and system time of the process and its children, start-up included. Anonymous memory is the highest
-RssAnon of the process, looked at every 10 ms: what a program holds beside the page cache. "From disk" is what the
-process had to read because the page cache did not hold it; where it is not zero, rows are not comparable. The first
-round warms caches and is not counted; rows of minutes run in one round only. Linux only. Exits with 1 if a target is
-missed.
+Makes random checkpoints of Qwen2's shapes in bfloat16, a base and two tasks, each with a precision,
+and runs every row in a process of its own, row after row and round after round, so that a busy
+machine disturbs all rows alike. CPU seconds are user and system time of the process and its
+children, start-up included. Anonymous memory is the highest
+RssAnon of the process, looked at every 10 ms: what a program holds beside the page cache. "From
+disk" is what the process had to read because the page cache did not hold it; where it is not zero,
+rows are not comparable. The first round warms caches and is not counted; rows of minutes run in one
+round only. Linux only. Exits with 1 if a target is missed.
 """
 
 import argparse
@@ -30,8 +32,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import chunks, encode
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.posterior import PosteriorInfo, identify
-from mergekit_bayes.tensors import ITEM_SIZE, SafetensorsSink, SafetensorsSource, TensorSpec, chunks, encode
 
 MODELS = ("base", "a", "b")
 MERGEKIT = "0.1.4"
@@ -47,8 +52,11 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-SHAPES = {0.002: Shape(64, 2, 176, 16, 30_000), 0.5: Shape(896, 24, 4864, 128, 151_936),
-          1.5: Shape(1536, 28, 8960, 256, 151_936)}  # fmt: skip
+SHAPES = {
+    0.002: Shape(64, 2, 176, 16, 30_000),
+    0.5: Shape(896, 24, 4864, 128, 151_936),
+    1.5: Shape(1536, 28, 8960, 256, 151_936),
+}
 
 
 def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -63,21 +71,31 @@ def tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
         result[f"{layer}self_attn.o_proj.weight"] = (h, h)
         result[f"{layer}mlp.gate_proj.weight"] = result[f"{layer}mlp.up_proj.weight"] = (inner, h)
         result[f"{layer}mlp.down_proj.weight"] = (h, inner)
-        result[f"{layer}input_layernorm.weight"] = result[f"{layer}post_attention_layernorm.weight"] = (h,)
+        result[f"{layer}input_layernorm.weight"] = result[
+            f"{layer}post_attention_layernorm.weight"
+        ] = (h,)
     return result | {"model.norm.weight": (h,)}
 
 
 def make(target: Path, shape: Shape, precision: str) -> None:
-    """A base and two tasks with random weights and precisions, written as a stream; `target` appears when whole."""
+    """A base and two tasks with random weights and precisions, written as a stream; `target`
+    appears when whole.
+    """
     folder = target.with_name(f"{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     shapes = tensors(shape)
     config = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": shape.hidden,
-        "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "num_attention_heads": shape.hidden // 64,
-        "num_key_value_heads": max(1, shape.keys // 64), "vocab_size": shape.vocabulary, "tie_word_embeddings": True,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.hidden // 64,
+        "num_key_value_heads": max(1, shape.keys // 64),
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    }
     for seed, name in enumerate(MODELS):
         rng = np.random.default_rng(seed)
         weights = np.float32(0.02) * rng.standard_normal(1 << 20, np.float32)
@@ -85,28 +103,50 @@ def make(target: Path, shape: Shape, precision: str) -> None:
         (folder / name / "posterior").mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         mean = folder / name / "model.safetensors"
-        _write(mean, {n: TensorSpec("BF16", s) for n, s in shapes.items()}, {"format": "pt"}, weights, rng)
+        _write(
+            mean,
+            {n: TensorSpec("BF16", s) for n, s in shapes.items()},
+            {"format": "pt"},
+            weights,
+            rng,
+        )
         source = SafetensorsSource([mean])
         info = PosteriorInfo(
-            estimator="ggn", unit="token", observations=1000, ess=1000, mean=identify(source, full=False)
+            estimator="ggn",
+            unit="token",
+            observations=1000,
+            ess=1000,
+            mean=identify(source, full=False),
         )
         source.close()
         specs = {n: TensorSpec(precision, s) for n, s in shapes.items()}
-        _write(folder / name / "posterior" / "precision.safetensors", specs, info.to_metadata(), precisions, rng)
+        _write(
+            folder / name / "posterior" / "precision.safetensors",
+            specs,
+            info.to_metadata(),
+            precisions,
+            rng,
+        )
     folder.rename(target)
 
 
-def _write(path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], values: Any, rng: Any) -> None:
+def _write(
+    path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], values: Any, rng: Any
+) -> None:
     sink = SafetensorsSink(path, specs, metadata)
     for name, spec in specs.items():
         for start, stop in chunks(spec, len(values)):
             moved = np.roll(values, int(rng.integers(len(values))))
-            sink.write_bytes(name, start * ITEM_SIZE[spec.dtype], encode(moved[: stop - start], spec.dtype))
+            sink.write_bytes(
+                name, start * ITEM_SIZE[spec.dtype], encode(moved[: stop - start], spec.dtype)
+            )
     sink.close()
 
 
 class Row(NamedTuple):
-    """One command; `io` names the row that reads and writes the same bytes, `once` runs it in one round only."""
+    """One command; `io` names the row that reads and writes the same bytes, `once` runs it in one
+    round only.
+    """
 
     size: float
     name: str
@@ -161,20 +201,36 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     def reads(name: str, files: list[str], sizes: list[int]) -> Row:
         target = row(name, [])
         return target._replace(
-            command=[sys.executable, "-S", "-c", IO, str(target.out), ",".join(map(str, sizes)), *files]
+            command=[
+                sys.executable,
+                "-S",
+                "-c",
+                IO,
+                str(target.out),
+                ",".join(map(str, sizes)),
+                *files,
+            ]
         )
 
     yield reads("read 3 files, write 1", means, [2 * entries])
     yield reads("read 6 files, write 1", means + precisions, [2 * entries])
     yield reads("read 6 files, write 2", means + precisions, [2 * entries, 4 * entries])
 
-    def merge(name: str, io: str, *flags: str, models: tuple[str, ...] = (a, b), base: str | None = base) -> Row:
+    def merge(
+        name: str, io: str, *flags: str, models: tuple[str, ...] = (a, b), base: str | None = base
+    ) -> Row:
         target = row(name, [], io)
         given = ["--base", base] if base else []
         binary = str(Path(sys.executable).with_name("bmerge"))
-        return target._replace(command=[binary, "merge", *models, *given, *flags, "-q", "-o", str(target.out)])
+        return target._replace(
+            command=[binary, "merge", *models, *given, *flags, "-q", "-o", str(target.out)]
+        )
 
-    three, six, posterior = "read 3 files, write 1", "read 6 files, write 1", "read 6 files, write 2"
+    three, six, posterior = (
+        "read 3 files, write 1",
+        "read 6 files, write 1",
+        "read 6 files, write 2",
+    )
     weighed = ("--weights", "precision")
     yield merge("average", three, models=(base, a, b), base=None)
     yield merge("task arithmetic", three)
@@ -193,7 +249,10 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     if whole:
         yield torch._replace(command=[sys.executable, "-c", TORCH, str(torch.out), base, a, b])
     else:
-        print(f"{size:g} B: no rows that hold whole models in float32, for want of memory.", file=sys.stderr)
+        print(
+            f"{size:g} B: no rows that hold whole models in float32, for want of memory.",
+            file=sys.stderr,
+        )
     if mergekit is not None:
         models = (base, a, b)
         yield _mergekit_row(row("mergekit task_arithmetic", [], three), {}, mergekit, work, models)
@@ -207,14 +266,22 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
 
 
 def _mergekit_row(
-    row: Row, settings: dict[str, float], venv: Path, work: Path, models: tuple[str, ...], inside: str = "bfloat16"
+    row: Row,
+    settings: dict[str, float],
+    venv: Path,
+    work: Path,
+    models: tuple[str, ...],
+    inside: str = "bfloat16",
 ) -> Row:
     base, *tasks = models
     method = row.name.removeprefix("mergekit ").partition(",")[0]
     recipe = {
-        "merge_method": method, "base_model": base, "dtype": inside, "out_dtype": "bfloat16",
+        "merge_method": method,
+        "base_model": base,
+        "dtype": inside,
+        "out_dtype": "bfloat16",
         "models": [{"model": t, "parameters": {"weight": 1.0, **settings}} for t in tasks],
-    }  # fmt: skip
+    }
     file = work / f"mergekit-{row.size:g}-{method}-{inside}.yaml"
     file.write_text(json.dumps(recipe))  # JSON is YAML
     binary = str(venv / "bin" / "mergekit-yaml")
@@ -243,11 +310,15 @@ def run(row: Row) -> Cost:
         watcher.join()
         if process.returncode:
             log.seek(0)
-            raise SystemExit(f"{row.name}: {' '.join(row.command)[:300]}\n{log.read().decode()[-3000:]}")
+            raise SystemExit(
+                f"{row.name}: {' '.join(row.command)[:300]}\n{log.read().decode()[-3000:]}"
+            )
     for path in row.out.parent.glob(row.out.name + "*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     # The kernel counts blocks of 512 bytes, whatever the disk's.
-    return Cost(usage.ru_utime + usage.ru_stime, wall, peak[0] / 1024, usage.ru_inblock * 512 / 2**30)
+    return Cost(
+        usage.ru_utime + usage.ru_stime, wall, peak[0] / 1024, usage.ru_inblock * 512 / 2**30
+    )
 
 
 def _watch(pid: int, peak: list[int]) -> None:
@@ -283,28 +354,42 @@ def memory() -> int:
 def machine(mergekit: Path | None) -> dict[str, Any]:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.partition(":")[2].strip() for x in lines if "model name" in x), platform.machine())
-    packages = {name: version(name) for name in ("mergekit-bayes", "numpy", "numba", "torch", "safetensors")}
+    cpu = next(
+        (x.partition(":")[2].strip() for x in lines if "model name" in x), platform.machine()
+    )
+    packages = {
+        name: version(name) for name in ("mergekit-bayes", "numpy", "numba", "torch", "safetensors")
+    }
     if mergekit is not None:
         code = "from importlib.metadata import version as v; print(*map(v, ('mergekit', 'torch', 'transformers')))"
-        found = subprocess.run([mergekit / "bin" / "python", "-c", code], check=True, capture_output=True, text=True)
+        found = subprocess.run(
+            [mergekit / "bin" / "python", "-c", code], check=True, capture_output=True, text=True
+        )
         own, torch, transformers = found.stdout.split()
         packages["mergekit"] = f"{own} (torch {torch}, transformers {transformers})"
     return {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory() / 2**30, 1),
-        "python": platform.python_version(), **packages,
-    }  # fmt: skip
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory() / 2**30, 1),
+        "python": platform.python_version(),
+        **packages,
+    }
 
 
 def commit() -> str:
     """The commit of the source tree, with a plus where files of the package differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True)
+    head = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
+    )
     if head.returncode:
         return "unknown"
     top = [":/mergekit_bayes", ":/cli"]
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *top], check=False, capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", *top], check=False, capture_output=True, text=True
+    )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
@@ -316,26 +401,39 @@ def measure(plan: list[Row], repeats: int, warm_up: int) -> dict[tuple[float, st
             if row.once and turn != 1:
                 continue
             cost = run(row)
-            print(f"{turn}/{repeats} {row.size:g} B {row.name}: {cost.cpu:.2f} CPU s", file=sys.stderr, flush=True)
+            print(
+                f"{turn}/{repeats} {row.size:g} B {row.name}: {cost.cpu:.2f} CPU s",
+                file=sys.stderr,
+                flush=True,
+            )
             if turn >= 1:
                 costs[row.size, row.name].append(cost)
     return costs
 
 
 def summary(plan: list[Row], costs: dict[tuple[float, str], list[Cost]]) -> list[dict[str, Any]]:
-    """Medians and ranges; the ratio is the median over rounds of CPU seconds to those of the I/O in the same round."""
+    """Medians and ranges; the ratio is the median over rounds of CPU seconds to those of the I/O in
+    the same round.
+    """
     result = []
     for row in plan:
         own = costs[row.size, row.name]
         cpu = [c.cpu for c in own]
         found: dict[str, Any] = {
-            "size": row.size, "row": row.name, "io": row.io, "rounds": len(own),
-            "cpu_s": statistics.median(cpu), "cpu_range": [min(cpu), max(cpu)],
-            "wall_s": statistics.median(c.wall for c in own), "anonymous_mib": max(c.anonymous for c in own),
+            "size": row.size,
+            "row": row.name,
+            "io": row.io,
+            "rounds": len(own),
+            "cpu_s": statistics.median(cpu),
+            "cpu_range": [min(cpu), max(cpu)],
+            "wall_s": statistics.median(c.wall for c in own),
+            "anonymous_mib": max(c.anonymous for c in own),
             "disk_gib": statistics.median(c.disk for c in own),
-        }  # fmt: skip
+        }
         if row.io is not None:
-            ratios = [c.cpu / i.cpu for c, i in zip(own, costs[row.size, row.io], strict=not row.once)]
+            ratios = [
+                c.cpu / i.cpu for c, i in zip(own, costs[row.size, row.io], strict=not row.once)
+            ]
             found["ratio"] = statistics.median(ratios)
             found["ratio_range"] = [min(ratios), max(ratios)]
         result.append(found)
@@ -353,11 +451,23 @@ def targets(found: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]
             if (size, row) not in by:
                 continue
             ratio = by[size, row]["ratio"]
-            result.append((f"{size:g} B, {row}: CPU over that of its I/O, at most", ratio, bound, ratio <= bound))
+            result.append(
+                (
+                    f"{size:g} B, {row}: CPU over that of its I/O, at most",
+                    ratio,
+                    bound,
+                    ratio <= bound,
+                )
+            )
         memory = by[size, "gradient matching"]["anonymous_mib"]
-        result.append((f"{size:g} B, gradient matching: anonymous MiB, below", memory, 128, memory < 128))
+        result.append(
+            (f"{size:g} B, gradient matching: anonymous MiB, below", memory, 128, memory < 128)
+        )
         if (size, "mergekit task_arithmetic") in by:
-            gain = by[size, "mergekit task_arithmetic"]["cpu_s"] / by[size, "gradient matching"]["cpu_s"]
+            gain = (
+                by[size, "mergekit task_arithmetic"]["cpu_s"]
+                / by[size, "gradient matching"]["cpu_s"]
+            )
             what = f"{size:g} B: CPU of mergekit's task arithmetic over that of gradient matching, at least"
             result.append((what, gain, 8, gain >= 8))
     return result
@@ -372,7 +482,8 @@ def table(found: list[dict[str, Any]]) -> str:
         ratio = f"{f['ratio']:.2f}" if "ratio" in f else ""
         low, high = f["cpu_range"]
         lines.append(
-            f"| {f['size']:g} | {f['row']} | {f['cpu_s']:.2f} | {low:.2f} to {high:.2f} | {ratio} | "
+            f"| {f['size']:g} | {f['row']} | {f['cpu_s']:.2f} | {low:.2f} to {high:.2f} | {ratio} "
+            "| "
             f"{f['wall_s']:.2f} | {f['anonymous_mib']:.0f} | {f['disk_gib']:.1f} |"
         )
     return "\n".join(lines)
@@ -381,21 +492,34 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--sizes", type=_sizes, default="0.5,1.5", help="billions of parameters: " + ", ".join(f"{s:g}" for s in SHAPES)
+        "--sizes",
+        type=_sizes,
+        default="0.5,1.5",
+        help="billions of parameters: " + ", ".join(f"{s:g}" for s in SHAPES),
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count, at least 1")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them that do not")
     parser.add_argument(
-        "--rows", default="", help="only rows whose name contains one of these, comma-separated (and I/O)"
+        "--rows",
+        default="",
+        help="only rows whose name contains one of these, comma-separated (and I/O)",
     )
-    parser.add_argument("--work", type=Path, help="where checkpoints are made, or found again; default: temporary")
     parser.add_argument(
-        "--out", type=Path, help="where outputs go; default: memory (/dev/shm) if they fit, else --work"
+        "--work", type=Path, help="where checkpoints are made, or found again; default: temporary"
     )
-    parser.add_argument("--keep", action="store_true", help="leave in --work what this run made there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where outputs go; default: memory (/dev/shm) if they fit, else --work",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave in --work what this run made there"
+    )
     parser.add_argument("--json", type=Path, help="also written here, after each size")
     parser.add_argument(
-        "--with-mergekit", action="store_true", help=f"install mergekit {MERGEKIT} into an environment below --work"
+        "--with-mergekit",
+        action="store_true",
+        help=f"install mergekit {MERGEKIT} into an environment below --work",
     )
     options = parser.parse_args()
     if options.repeats < 1 or options.warm_up < 0:
@@ -405,7 +529,11 @@ def main() -> int:
     made: list[Path] = []  # and to be removed
     try:
         work = _folder(options.work, made)
-        out = Path(tempfile.mkdtemp(prefix="bmerge-bench-", dir=_place(options.out, work, max(options.sizes))))
+        out = Path(
+            tempfile.mkdtemp(
+                prefix="bmerge-bench-", dir=_place(options.out, work, max(options.sizes))
+            )
+        )
         made.append(out)
         return _bench(options, work, out, made)
     finally:
@@ -430,13 +558,20 @@ def _bench(options: argparse.Namespace, work: Path, out: Path, made: list[Path])
             # Float32 precisions of the largest would not stay in the page cache beside the means.
             make(folder, SHAPES[size], "F32" if size < 1 else "BF16")
         wanted = [w for w in options.rows.split(",") if w]
-        plan = [r for r in rows(size, work, out, mergekit)
-                if not wanted or r.io is None or any(w in r.name for w in wanted)]  # fmt: skip
+        plan = [
+            r
+            for r in rows(size, work, out, mergekit)
+            if not wanted or r.io is None or any(w in r.name for w in wanted)
+        ]
         load = os.getloadavg()[0]
         found += summary(plan, measure(plan, options.repeats, options.warm_up))
         about["load"][f"{size:g}"] = [round(load, 1), round(os.getloadavg()[0], 1)]
         if options.json is not None:
-            document = {"machine": about, "rows": found, "targets": [list(t) for t in targets(found)]}
+            document = {
+                "machine": about,
+                "rows": found,
+                "targets": [list(t) for t in targets(found)],
+            }
             options.json.write_text(json.dumps(document, indent=2) + "\n")
         if fresh and not options.keep:
             shutil.rmtree(folder)
@@ -453,7 +588,9 @@ def _bench(options: argparse.Namespace, work: Path, out: Path, made: list[Path])
 def _sizes(text: str) -> list[float]:
     sizes = [float(s) for s in text.split(",")]
     if not set(sizes) <= SHAPES.keys():
-        raise argparse.ArgumentTypeError(f"{text}: expected some of {', '.join(f'{s:g}' for s in SHAPES)}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected some of {', '.join(f'{s:g}' for s in SHAPES)}"
+        )
     return sizes
 
 
@@ -469,7 +606,9 @@ def _folder(given: Path | None, made: list[Path]) -> Path:
 
 
 def _place(given: Path | None, work: Path, size: float) -> Path:
-    """Where outputs go: a folder of the run's own is made there, so that nothing of anyone else is removed."""
+    """Where outputs go: a folder of the run's own is made there, so that nothing of anyone else is
+    removed.
+    """
     if given is not None:
         given.mkdir(parents=True, exist_ok=True)
         return given

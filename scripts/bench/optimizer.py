@@ -115,7 +115,7 @@ def make(kind: str, parameters: list, options: dict):
         import ivon
 
         return ivon.IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2)
-    from mergekit_bayes.optim import IVON
+    from mergekit_bayes.optim.ivon import IVON
 
     return IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options)
 

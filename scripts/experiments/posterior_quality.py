@@ -1,10 +1,12 @@
 """Does training find the posterior? Stored precisions against exact ones, at equal cost.
 
-    OMP_NUM_THREADS=1 python scripts/experiments/posterior_quality.py [--only SECTION ...] [--seeds 0 1 2] [--json FILE]
+    OMP_NUM_THREADS=1 python scripts/experiments/posterior_quality.py [--only SECTION ...] [--seeds
+    0 1 2] [--json FILE]
 
-Every run gets the same number of passes (forward and backward of one batch) and ends at a mean of its own; there the
-diagonal of the generalised Gauss-Newton matrix (GGN) is computed exactly, or by many draws for the language model, and
-compared with what the run would store, per observation and without the prior. Sections:
+Every run gets the same number of passes (forward and backward of one batch) and ends at a mean of
+its own; there the diagonal of the generalised Gauss-Newton matrix (GGN) is computed exactly, or by
+many draws for the language model, and compared with what the run would store, per observation and
+without the prior. Sections:
 
     linear, logistic   regressions on 20 correlated features, N = 2,000, started at zero
     classifier         a transformer of 45 k parameters, from sst2 to 2,000 sentences of yelp
@@ -13,8 +15,8 @@ compared with what the run would store, per observation and without the prior. S
     finetune           held-out loss of `bmerge finetune` that was told nothing, beside AdamW told nothing
     wrong              `bmerge finetune` with one setting off at a time: held-out loss, noise, h beside a flush
 
-classifier, overfitted and half of finetune read ../shared/data (jsonl.gz of `text` and `label`) and are left out
-without it.
+classifier, overfitted and half of finetune read ../shared/data (jsonl.gz of `text` and `label`) and
+are left out without it.
 """
 
 import argparse
@@ -42,13 +44,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from mergekit_bayes.curvature import ggn_diagonal
-from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.curvature.ggn import ggn_diagonal, likelihood, random_root, scored_logits
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.models import Collate, batches, encode_rows, load_model, load_rows
-from mergekit_bayes.optim import BSAM, IVON, VOGN
+from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.optim.bsam import BSAM
+from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim.vogn import VOGN
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.tensors import read_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_world import write_world
@@ -72,7 +77,9 @@ class Method:
 
 def ggn(every: int, *, flush: bool = False) -> Method:
     """A backward is two thirds of a pass."""
-    return Method("ivon", {"curvature": "ggn", "curvature_every": every}, 1 + 2 / (3 * every), flush)
+    return Method(
+        "ivon", {"curvature": "ggn", "curvature_every": every}, 1 + 2 / (3 * every), flush
+    )
 
 
 METHODS = {
@@ -90,8 +97,17 @@ METHODS = {
     "IVON ggn, k = 8, then flush": ggn(8, flush=True),
     "Adam, then flush": Method("adam", flush=True),
 }
-FEW = {n: METHODS[n] for n in ("IVON price", "IVON price, antithetic", "IVON ggn, k = 8", "Adam, B v",
-                               "IVON price, then flush", "IVON ggn, k = 8, then flush")}  # fmt: skip
+FEW = {
+    n: METHODS[n]
+    for n in (
+        "IVON price",
+        "IVON price, antithetic",
+        "IVON ggn, k = 8",
+        "Adam, B v",
+        "IVON price, then flush",
+        "IVON ggn, k = 8, then flush",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -109,10 +125,14 @@ class Problem:
     settings: dict[str, dict[str, Any]]  # of each optimizer
 
     def ess(self, wanted: float | str, floor: float) -> float:
-        """`N`, a number, or the default of `bmerge finetune`: a first noise of 5 % of the median matrix at most."""
+        """`N`, a number, or the default of `bmerge finetune`: a first noise of 5 % of the median
+        matrix at most.
+        """
         if not isinstance(wanted, str):
             return wanted
-        sizes = [float(p.detach().square().mean().sqrt()) for p in self.start.parameters() if p.ndim > 1]
+        sizes = [
+            float(p.detach().square().mean().sqrt()) for p in self.start.parameters() if p.ndim > 1
+        ]
         rms = statistics.median_low([s for s in sizes if s > 0] or [0.0])
         quiet = 1 / (floor * (0.05 * rms) ** 2) if rms else 0.0
         return float(self.observations) if wanted == "N" else max(float(self.observations), quiet)
@@ -122,14 +142,18 @@ def losses(model: Any, rows: Rows) -> Tensor:
     """One loss an observation: an example, or a token of a language model."""
     labels = rows["labels"]
     found = scored_logits(
-        model(**{k: v for k, v in rows.items() if k != "labels"}).logits, labels, rows.get("input_ids")
+        model(**{k: v for k, v in rows.items() if k != "labels"}).logits,
+        labels,
+        rows.get("input_ids"),
     )
     kind = likelihood(model)
     if kind == "gaussian":
         return 0.5 * (found[:, 0] - labels) ** 2
     if kind == "bernoulli":
         return F.binary_cross_entropy_with_logits(found[:, 0], labels, reduction="none")
-    return F.cross_entropy(found, labels[:, 1:][labels[:, 1:] != -100] if labels.ndim > 1 else labels, reduction="none")
+    return F.cross_entropy(
+        found, labels[:, 1:][labels[:, 1:] != -100] if labels.ndim > 1 else labels, reduction="none"
+    )
 
 
 def cut(rows: Rows, size: int, count: int, seed: int) -> Iterator[Rows]:
@@ -146,8 +170,12 @@ def cut(rows: Rows, size: int, count: int, seed: int) -> Iterator[Rows]:
         yield {k: v[chosen] for k, v in rows.items()}
 
 
-def train(problem: Problem, method: Method, passes: int, wanted: float | str, seed: int) -> dict[str, Any]:
-    """One run of so many passes; its curvature against the truth at its own mean, and its held-out loss."""
+def train(
+    problem: Problem, method: Method, passes: int, wanted: float | str, seed: int
+) -> dict[str, Any]:
+    """One run of so many passes; its curvature against the truth at its own mean, and its held-out
+    loss.
+    """
     model: Any = copy.deepcopy(problem.start)
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
     flushed = min(64, passes // 8) if method.flush else 0
@@ -158,7 +186,9 @@ def train(problem: Problem, method: Method, passes: int, wanted: float | str, se
         one_step(model, optimizer, rows, torch.Generator().manual_seed(10_000 * seed + i))
         schedule.step()
     if method.flush:
-        drawn = ggn_diagonal(model, cut(problem.train, problem.batch, flushed, seed + 100), seed=seed)
+        drawn = ggn_diagonal(
+            model, cut(problem.train, problem.batch, flushed, seed + 100), seed=seed
+        )
         found = {n: t / drawn.observations for n, t in drawn.total.items()}
     elif method.kind == "adam":  # in the unit of a GGN: B times the square of a mean gradient
         scale = problem.batch * problem.observations / len(problem.train["labels"])
@@ -169,14 +199,25 @@ def train(problem: Problem, method: Method, passes: int, wanted: float | str, se
     truth = problem.truth(problem, model)
     here = [n for n in truth if problem.compared(n)]
     return {
-        "passes": passes, "steps": steps, "flush": flushed, "ess": ess, "seed": seed,
-        **agreement(*(torch.cat([t[n].detach().flatten().double() for n in here]) for t in (found, truth))),
+        "passes": passes,
+        "steps": steps,
+        "flush": flushed,
+        "ess": ess,
+        "seed": seed,
+        **agreement(
+            *(torch.cat([t[n].detach().flatten().double() for n in here]) for t in (found, truth))
+        ),
         **quality(model, problem),
-    }  # fmt: skip
+    }
 
 
 def make(
-    problem: Problem, method: Method, parameters: list[Tensor], steps: int, wanted: float | str, seed: int
+    problem: Problem,
+    method: Method,
+    parameters: list[Tensor],
+    steps: int,
+    wanted: float | str,
+    seed: int,
 ) -> tuple[Any, float | None]:
     settings = {**problem.settings[method.kind], **method.settings}
     if method.kind == "adam":
@@ -213,11 +254,15 @@ def draw(model: Any, optimizer: IVON, rows: Rows, generator: torch.Generator) ->
     """As the Trainer mixin does it, which spares the second forward pass that this makes."""
     inputs = {k: v for k, v in rows.items() if k != "labels"}
     scored = scored_logits(model(**inputs).logits, rows["labels"], rows.get("input_ids"))
-    optimizer.add_curvature((random_root(scored.detach(), likelihood(model), generator) * scored).sum(), len(scored))
+    optimizer.add_curvature(
+        (random_root(scored.detach(), likelihood(model), generator) * scored).sum(), len(scored)
+    )
 
 
 def agreement(found: Tensor, truth: Tensor) -> dict[str, float]:
-    """Spearman's rank correlation, median relative error and median ratio, over entries that have a curvature."""
+    """Spearman's rank correlation, median relative error and median ratio, over entries that have a
+    curvature.
+    """
     found, truth = found[truth > 0], truth[truth > 0]
     ranks = torch.stack([t.argsort().argsort().double() for t in (found, truth)])
     return {
@@ -247,7 +292,9 @@ def exact(problem: Problem, model: Any) -> dict[str, Tensor]:
     kind = likelihood(model)
 
     def score(parameters: dict[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
-        logits = functional_call(model, parameters, kwargs={k: v[None] for k, v in rows.items()}).logits[0]
+        logits = functional_call(
+            model, parameters, kwargs={k: v[None] for k, v in rows.items()}
+        ).logits[0]
         s = logits[0] if len(logits) == 1 else logits[1] - logits[0]
         return s, s
 
@@ -292,15 +339,21 @@ def regression(kind: str, seed: int) -> Problem:
         y = (torch.rand(3000, generator=generator) < z.sigmoid()).float()
     settings = {"hess_init": 1.0, "weight_decay": 1 / 2000}
     return Problem(
-        Regression(20, kind), {"x": x[:2000], "labels": y[:2000]}, {"x": x[2000:], "labels": y[2000:]},
-        16, 2000, exact, lambda name: True, 0.1,
+        Regression(20, kind),
+        {"x": x[:2000], "labels": y[:2000]},
+        {"x": x[2000:], "labels": y[2000:]},
+        16,
+        2000,
+        exact,
+        lambda name: True,
+        0.1,
         {
             "ivon": {**settings, "lr": 0.1, "clip_radius": 1.0, "rescale_lr": False},
             "vogn": {**settings, "lr": 0.1},
             "bsam": {**settings, "lr": 0.1},
             "adam": {"lr": 0.1},
         },
-    )  # fmt: skip
+    )
 
 
 class Transformer(nn.Module):
@@ -317,7 +370,10 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         x = self.words(input_ids) + self.places.weight[: input_ids.shape[-1]]
-        q, k, v = (t.unflatten(-1, (4, -1)).transpose(-2, -3) for t in self.mixing(self.before(x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (4, -1)).transpose(-2, -3)
+            for t in self.mixing(self.before(x)).chunk(3, -1)
+        )
         seen = (1 - attention_mask[:, None, None, :]) * -1e4
         mixed = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + seen).softmax(-1) @ v
         x = x + self.out(mixed.transpose(-2, -3).flatten(-2))
@@ -353,15 +409,28 @@ def sentiment(seed: int, *, rows: int, rate: float = 1e-3) -> Problem:
     for batch in cut(word_rows(texts, labels, words), 32, 400, seed):
         one_step(model, adam, batch, torch.Generator())
     return Problem(
-        model, word_rows(*target, words), word_rows(*sentences("yelp/test.jsonl.gz", 2000), words),
-        16, rows, exact, is_dense, rate, neural_settings(rate),
-    )  # fmt: skip
+        model,
+        word_rows(*target, words),
+        word_rows(*sentences("yelp/test.jsonl.gz", 2000), words),
+        16,
+        rows,
+        exact,
+        is_dense,
+        rate,
+        neural_settings(rate),
+    )
 
 
 def neural_settings(rate: float) -> dict[str, dict[str, Any]]:
     """IVON's as in `bmerge finetune`; the others', without a clip, from a look at held-out loss."""
     return {
-        "ivon": {"lr": rate / CLIP, "clip_radius": CLIP, "rescale_lr": False, "hess_init": 0.01, "weight_decay": 1e-6},
+        "ivon": {
+            "lr": rate / CLIP,
+            "clip_radius": CLIP,
+            "rescale_lr": False,
+            "hess_init": 0.01,
+            "weight_decay": 1e-6,
+        },
         "vogn": {"lr": 1e-2, "hess_init": 1e-5, "weight_decay": 1e-3},
         "bsam": {"lr": 0.1, "hess_init": 0.1, "weight_decay": 1e-6},
         "adam": {"lr": rate},
@@ -370,7 +439,9 @@ def neural_settings(rate: float) -> dict[str, dict[str, Any]]:
 
 def is_dense(name: str) -> bool:
     """Matrices of the layers: an embedding has rows that were never used."""
-    return name.endswith("weight") and any(part in name for part in ("mixing", "out", "up", "down", "attn", "mlp"))
+    return name.endswith("weight") and any(
+        part in name for part in ("mixing", "out", "up", "down", "attn", "mlp")
+    )
 
 
 def language_model(seed: int, folder: Path, rate: float) -> Problem:
@@ -379,17 +450,36 @@ def language_model(seed: int, folder: Path, rate: float) -> Problem:
     texts = {part: read(folder / "texts" / f"garden_{part}.jsonl") for part in ("train", "test")}
     rows = {k: padded(encode_rows({"text": v[:2000]}, loaded)) for k, v in texts.items()}
     return Problem(
-        loaded.model, rows["train"], rows["test"], 16, int((rows["train"]["labels"][:, 1:] != -100).sum()),
-        many_draws, is_dense, rate, neural_settings(rate),
-    )  # fmt: skip
+        loaded.model,
+        rows["train"],
+        rows["test"],
+        16,
+        int((rows["train"]["labels"][:, 1:] != -100).sum()),
+        many_draws,
+        is_dense,
+        rate,
+        neural_settings(rate),
+    )
 
 
 def tiny_base(folder: Path, seed: int) -> Path:
     """The base of the tiny world, made once a seed."""
     if not (folder / "base").exists():
         with contextlib.redirect_stderr(io.StringIO()):
-            train_lm(write_world(folder, seed), folder / "base", vocabulary=400, words=True, layers=2, width=96,
-                     heads=4, context=32, steps=300, batch=32, rate=2e-3, seed=seed)  # fmt: skip
+            train_lm(
+                write_world(folder, seed),
+                folder / "base",
+                vocabulary=400,
+                words=True,
+                layers=2,
+                width=96,
+                heads=4,
+                context=32,
+                steps=300,
+                batch=32,
+                rate=2e-3,
+                seed=seed,
+            )
     return folder / "base"
 
 
@@ -408,7 +498,12 @@ Records = list[dict[str, Any]]
 
 
 def runs(
-    section: str, problem: Problem, methods: dict[str, Method], lengths: list[int], ess: float | str, seed: int
+    section: str,
+    problem: Problem,
+    methods: dict[str, Method],
+    lengths: list[int],
+    ess: float | str,
+    seed: int,
 ) -> Records:
     """One record a method and length."""
     found = []
@@ -419,7 +514,14 @@ def runs(
             seconds = time.process_time() - begun
             given = "" if record["ess"] is None else str(ess)
             found.append(
-                {"section": section, "method": name, "rate": problem.rate, "given": given, **record, "seconds": seconds}
+                {
+                    "section": section,
+                    "method": name,
+                    "rate": problem.rate,
+                    "given": given,
+                    **record,
+                    "seconds": seconds,
+                }
             )
     return found
 
@@ -433,7 +535,9 @@ def logistic(seed: int, folder: Path) -> Records:
 
 
 def regressions(section: str, problem: Problem, seed: int) -> Records:
-    return runs(section, problem, METHODS, [480], "N", seed) + runs(section, problem, FEW, [120, 1920], "N", seed)
+    return runs(section, problem, METHODS, [480], "N", seed) + runs(
+        section, problem, FEW, [120, 1920], "N", seed
+    )
 
 
 def classifier(seed: int, folder: Path) -> Records:
@@ -441,7 +545,9 @@ def classifier(seed: int, folder: Path) -> Records:
     found = runs("classifier", problem, METHODS, [480], "default", seed)
     found += runs("classifier", problem, FEW, [120, 1920], "default", seed)
     noisy = {n: METHODS[n] for n in ("IVON price", "IVON price, antithetic", "IVON ggn, k = 8")}
-    return found + [r for ess in ("N", 1e7) for r in runs("classifier", problem, noisy, [480], ess, seed)]
+    return found + [
+        r for ess in ("N", 1e7) for r in runs("classifier", problem, noisy, [480], ess, seed)
+    ]
 
 
 def overfitted(seed: int, folder: Path) -> Records:
@@ -451,7 +557,10 @@ def overfitted(seed: int, folder: Path) -> Records:
 
 def lm(seed: int, folder: Path) -> Records:
     """At the rate that `bmerge finetune` has, and some at ten times that."""
-    methods = {**FEW, **{n: METHODS[n] for n in ("IVON ggn, k = 1", "VOGN", "bSAM", "Adam, then flush")}}
+    methods = {
+        **FEW,
+        **{n: METHODS[n] for n in ("IVON ggn, k = 1", "VOGN", "bSAM", "Adam, then flush")},
+    }
     some = {n: METHODS[n] for n in ("IVON price", "IVON ggn, k = 8", "IVON ggn, k = 8, then flush")}
     start = folder / f"world{seed}"
     return [
@@ -462,10 +571,14 @@ def lm(seed: int, folder: Path) -> Records:
 
 
 def finetune(seed: int, folder: Path) -> Records:
-    """`bmerge finetune` told nothing beside AdamW told nothing, on a language model and a classifier."""
+    """`bmerge finetune` told nothing beside AdamW told nothing, on a language model and a
+    classifier.
+    """
     kinds: dict[str, dict[str, Any]] = {
-        "AdamW": {"optimizer": "adamw"}, "IVON price": {"curvature": "price"}, "IVON ggn": {"curvature": "ggn"}
-    }  # fmt: skip
+        "AdamW": {"optimizer": "adamw"},
+        "IVON price": {"curvature": "price"},
+        "IVON ggn": {"curvature": "ggn"},
+    }
     rates = {  # is it the rate?
         "AdamW, rate x 3": {"optimizer": "adamw", "learning_rate": 3e-4},
         "IVON ggn, rate / 3": {"curvature": "ggn", "learning_rate": 0.1 / 3},
@@ -476,39 +589,80 @@ def finetune(seed: int, folder: Path) -> Records:
             for name, settings in (kinds if lora else {**kinds, **rates}).items():
                 begun = time.process_time()
                 config = FinetuneConfig(
-                    model=str(start), output=str(folder / "tuned"), data=str(data), seed=seed, batch_size=16,
-                    max_steps=240, lora=lora, force=True, logging_steps=10_000, **more, **settings,
-                )  # fmt: skip
+                    model=str(start),
+                    output=str(folder / "tuned"),
+                    data=str(data),
+                    seed=seed,
+                    batch_size=16,
+                    max_steps=240,
+                    lora=lora,
+                    force=True,
+                    logging_steps=10_000,
+                    **more,
+                    **settings,
+                )
                 run_finetune(config, quiet=True)
                 seconds = time.process_time() - begun
                 held = held_out(folder / "tuned", test)
                 found.append(
-                    {"section": "finetune", "task": f"{task}, {'LoRA' if lora else 'full'}", "method": name,
-                     "seed": seed, **held, "seconds": seconds}
-                )  # fmt: skip
+                    {
+                        "section": "finetune",
+                        "task": f"{task}, {'LoRA' if lora else 'full'}",
+                        "method": name,
+                        "seed": seed,
+                        **held,
+                        "seconds": seconds,
+                    }
+                )
     return found
 
 
 WRONG: dict[str, dict[str, Any]] = {
     "AdamW": {"learning_rate": [1e-5, 1e-4, 1e-3, 1e-2]},
-    "price": {"": [None], "learning_rate": [0.01, 1.0, 10.0, 100.0], "ess": [1e4, 1e5, 1e6, 1e7, 1e9, 1e10],
-              "hess_init at ess 1e7": [1e-4, 1e-3, 0.1, 1.0], "beta2": [0.9, 0.99, 0.999, 0.99999],
-              "antithetic": [True]},
-    "ggn": {"curvature_every": [8, 1], "learning_rate": [1.0], "ess": [1e6, 1e14], "weight_decay": [1e-4, 1e-9]},
-}  # fmt: skip
+    "price": {
+        "": [None],
+        "learning_rate": [0.01, 1.0, 10.0, 100.0],
+        "ess": [1e4, 1e5, 1e6, 1e7, 1e9, 1e10],
+        "hess_init at ess 1e7": [1e-4, 1e-3, 0.1, 1.0],
+        "beta2": [0.9, 0.99, 0.999, 0.99999],
+        "antithetic": [True],
+    },
+    "ggn": {
+        "curvature_every": [8, 1],
+        "learning_rate": [1.0],
+        "ess": [1e6, 1e14],
+        "weight_decay": [1e-4, 1e-9],
+    },
+}
 WRONG_LORA: dict[str, dict[str, Any]] = {
     "AdamW": {"learning_rate": [1e-4, 1e-3, 1e-2]},
-    "price": {"": [None], "learning_rate": [0.03, 0.1, 0.3, 3.0], "ess": [1e4, 1e5, 1e6, 1e8],
-              "hess_init at ess 1e7": [1e-3], "beta2": [0.99999]},
+    "price": {
+        "": [None],
+        "learning_rate": [0.03, 0.1, 0.3, 3.0],
+        "ess": [1e4, 1e5, 1e6, 1e8],
+        "hess_init at ess 1e7": [1e-3],
+        "beta2": [0.99999],
+    },
     "ggn": {"curvature_every": [8]},
-}  # fmt: skip
+}
 
 
 def wrong(seed: int, folder: Path) -> Records:
-    """A short fine-tune, 120 steps of 16 rows, with one setting changed at a time; h is looked at in the layers."""
+    """A short fine-tune, 120 steps of 16 rows, with one setting changed at a time; h is looked at
+    in the layers.
+    """
     start, texts = tiny_base(folder / f"world{seed}", seed), folder / f"world{seed}" / "texts"
-    found: Records = [{"section": "wrong", "task": "", "method": "before training", "changed": "", "seed": seed,
-                       **held_out(start, texts / "garden_test.jsonl"), "seconds": 0.0}]  # fmt: skip
+    found: Records = [
+        {
+            "section": "wrong",
+            "task": "",
+            "method": "before training",
+            "changed": "",
+            "seed": seed,
+            **held_out(start, texts / "garden_test.jsonl"),
+            "seconds": 0.0,
+        }
+    ]
     for trained, lora, kinds in (("full", None, WRONG), ("LoRA", {"r": 8}, WRONG_LORA)):
         for kind, changes in kinds.items():
             for name, value in ((n, v) for n, values in changes.items() for v in values):
@@ -518,9 +672,17 @@ def wrong(seed: int, folder: Path) -> Records:
                 settings |= {"optimizer": "adamw"} if kind == "AdamW" else {"curvature": kind}
                 settings |= {"ess": float(at)} if at else {}
                 config = FinetuneConfig(
-                    model=str(start), output=str(folder / "tuned"), data=str(texts / "garden_train.jsonl"), lora=lora,
-                    batch_size=16, max_steps=120, seed=seed, force=True, logging_steps=10_000, **settings,
-                )  # fmt: skip
+                    model=str(start),
+                    output=str(folder / "tuned"),
+                    data=str(texts / "garden_train.jsonl"),
+                    lora=lora,
+                    batch_size=16,
+                    max_steps=120,
+                    seed=seed,
+                    force=True,
+                    logging_steps=10_000,
+                    **settings,
+                )
                 record = {
                     "section": "wrong",
                     "task": trained,
@@ -531,11 +693,23 @@ def wrong(seed: int, folder: Path) -> Records:
                 if kind == "AdamW":
                     run_finetune(config.model_copy(update={"posterior": "none"}), quiet=True)
                 else:
-                    flushed = curvature(run_finetune(config, quiet=True))  # the same weights, as the seed is
-                    report = run_finetune(config.model_copy(update={"posterior": "ivon"}), quiet=True)
-                    record |= {"noise": report.health["sigma_over_rms"], **agreement(curvature(report), flushed)}
-                found.append({**record, **held_out(folder / "tuned", texts / "garden_test.jsonl"),
-                              "seconds": time.process_time() - begun})  # fmt: skip
+                    flushed = curvature(
+                        run_finetune(config, quiet=True)
+                    )  # the same weights, as the seed is
+                    report = run_finetune(
+                        config.model_copy(update={"posterior": "ivon"}), quiet=True
+                    )
+                    record |= {
+                        "noise": report.health["sigma_over_rms"],
+                        **agreement(curvature(report), flushed),
+                    }
+                found.append(
+                    {
+                        **record,
+                        **held_out(folder / "tuned", texts / "garden_test.jsonl"),
+                        "seconds": time.process_time() - begun,
+                    }
+                )
     return found
 
 
@@ -544,9 +718,14 @@ def curvature(report: Any) -> Tensor:
     posterior = open_posterior(str(report.path))
     assert posterior.precision is not None
     assert posterior.info is not None
-    info, names = posterior.info, [n for n in posterior.precision.specs if is_dense(n) or "lora" in n]
+    info, names = (
+        posterior.info,
+        [n for n in posterior.precision.specs if is_dense(n) or "lora" in n],
+    )
     prior = float(info.prior.precision or 0.0)
-    stored = [torch.from_numpy(read_tensor(posterior.precision, n)).double().flatten() for n in names]
+    stored = [
+        torch.from_numpy(read_tensor(posterior.precision, n)).double().flatten() for n in names
+    ]
     posterior.close()
     return (torch.cat(stored) - prior) / info.ess
 
@@ -555,7 +734,14 @@ def tuning_tasks(seed: int, folder: Path) -> dict[str, tuple[Path, Path, Path, d
     """Start, training data, held-out data and settings of each task."""
     world = folder / f"world{seed}"
     texts = world / "texts"
-    tasks = {"lm": (tiny_base(world, seed), texts / "garden_train.jsonl", texts / "garden_test.jsonl", {})}
+    tasks = {
+        "lm": (
+            tiny_base(world, seed),
+            texts / "garden_train.jsonl",
+            texts / "garden_test.jsonl",
+            {},
+        )
+    }
     if not DATA.exists():
         return tasks
     start, yelp = folder / f"encoder{seed}", DATA / "yelp"
@@ -564,19 +750,36 @@ def tuning_tasks(seed: int, folder: Path) -> dict[str, tuple[Path, Path, Path, d
     tokenizer = train_tokenizer(seen, 2000, words=True)
     torch.manual_seed(seed)
     config = transformers.BertConfig(
-        vocab_size=2000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     transformers.BertForSequenceClassification(config).save_pretrained(start)
     tokenizer.save_pretrained(start)
     taught = FinetuneConfig(
-        model=str(start), output=str(folder / f"taught{seed}"), data=str(DATA / "sst2/train.jsonl.gz"),
-        optimizer="adamw", learning_rate=1e-3, batch_size=32, max_steps=400, posterior="none", **common,
-    )  # fmt: skip
+        model=str(start),
+        output=str(folder / f"taught{seed}"),
+        data=str(DATA / "sst2/train.jsonl.gz"),
+        optimizer="adamw",
+        learning_rate=1e-3,
+        batch_size=32,
+        max_steps=400,
+        posterior="none",
+        **common,
+    )
     run_finetune(taught, quiet=True)
     more = {**common, "max_rows": 4000}
     more.pop("seed"), more.pop("force")
-    tasks["classifier"] = (folder / f"taught{seed}", yelp / "train.jsonl.gz", yelp / "test.jsonl.gz", more)
+    tasks["classifier"] = (
+        folder / f"taught{seed}",
+        yelp / "train.jsonl.gz",
+        yelp / "test.jsonl.gz",
+        more,
+    )
     return tasks
 
 
@@ -601,13 +804,20 @@ NEEDS_DATA = ("classifier", "overfitted")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write every run there, too")
     chosen = parser.parse_args()
-    print(f"{date.today()}, {processor()}, one thread, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, seeds {' '.join(map(str, chosen.seeds))}\n")  # fmt: skip
+    print(
+        f"{date.today()}, {processor()}, one thread, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, "
+        f"transformers {transformers.__version__}, seeds {' '.join(map(str, chosen.seeds))}\n"
+    )
     everything: Records = []
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.only:
@@ -616,23 +826,41 @@ def main() -> None:
                 continue
             records = [r for seed in chosen.seeds for r in SECTIONS[name](seed, Path(folder))]
             everything += records
-            print(f"{name}, {sum(r['seconds'] for r in records):.0f} CPU seconds\n\n{table(records)}\n", flush=True)
+            print(
+                f"{name}, {sum(r['seconds'] for r in records):.0f} CPU "
+                f"seconds\n\n{table(records)}\n",
+                flush=True,
+            )
     if chosen.json:
         chosen.json.write_text(json.dumps(everything, indent=1))
 
 
 def table(records: Records) -> str:
     """Markdown: a row for each group of runs that differ in the seed, median [least, greatest]."""
-    labels = [n for n in ("task", "method", "changed", "rate", "passes", "steps", "given") if n in records[0]]
-    numbers = [n for n in ("noise", "rank", "error", "ratio", "loss", "accuracy", "learnt", "seconds")
-               if any(n in r for r in records)]  # fmt: skip
+    labels = [
+        n
+        for n in ("task", "method", "changed", "rate", "passes", "steps", "given")
+        if n in records[0]
+    ]
+    numbers = [
+        n
+        for n in ("noise", "rank", "error", "ratio", "loss", "accuracy", "learnt", "seconds")
+        if any(n in r for r in records)
+    ]
     groups: dict[tuple[Any, ...], Records] = {}
     for record in records:
         groups.setdefault(tuple(record[n] for n in labels), []).append(record)
-    titles = {"given": "ess", "loss": "held-out loss", "learnt": "training accuracy", "rank": "rank correlation"}
+    titles = {
+        "given": "ess",
+        "loss": "held-out loss",
+        "learnt": "training accuracy",
+        "rank": "rank correlation",
+    }
     lines = [
         "| " + " | ".join(titles.get(n, n) for n in (*labels, *numbers)) + " |",
-        "| " + " | ".join("---" if n in ("task", "method") else "---:" for n in (*labels, *numbers)) + " |",
+        "| "
+        + " | ".join("---" if n in ("task", "method") else "---:" for n in (*labels, *numbers))
+        + " |",
     ]
     for group, rows in groups.items():
         cells = [spread([r[n] for r in rows if n in r]) for n in numbers]

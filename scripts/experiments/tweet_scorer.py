@@ -1,9 +1,10 @@
-"""A toxicity scorer from other sources than the experiments: TF-IDF and logistic regression on tweets.
+"""A toxicity scorer from other sources than the experiments: TF-IDF and logistic regression on
+tweets.
 
     bmerge evaluate MODEL --toxicity PROMPTS --scorer scripts.experiments.tweet_scorer:score
 
-Trained on the tweets of two data sets (offensive or not), while the fine-tuning and the prompts are comments. It is
-fitted when first used, in a quarter of a minute.
+Trained on the tweets of two data sets (offensive or not), while the fine-tuning and the prompts are
+comments. It is fitted when first used, in a quarter of a minute.
 """
 
 import gzip
@@ -44,7 +45,13 @@ def _model() -> Any:
     model = make_pipeline(
         make_union(
             TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True),
-            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=5, sublinear_tf=True, max_features=100_000),
+            TfidfVectorizer(
+                analyzer="char_wb",
+                ngram_range=(2, 5),
+                min_df=5,
+                sublinear_tf=True,
+                max_features=100_000,
+            ),
         ),
         LogisticRegression(C=2.0, max_iter=1000, class_weight="balanced", random_state=0),
     )
@@ -56,4 +63,7 @@ if __name__ == "__main__":
     for name in (*SETS, "civil", "wikitalk"):
         texts, labels = read(name, "test")
         scores = np.asarray(score(texts))
-        print(f"{name}: AUC {roc_auc_score(labels, scores):.3f}, above 0.5 {np.mean(scores > 0.5):.1%} of {len(texts)}")
+        print(
+            f"{name}: AUC {roc_auc_score(labels, scores):.3f}, above 0.5 "
+            f"{np.mean(scores > 0.5):.1%} of {len(texts)}"
+        )

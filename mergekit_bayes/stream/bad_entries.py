@@ -1,6 +1,8 @@
-"""Entries that cannot be merged: a mean that is not finite, a precision that is negative or not finite.
+"""Entries that cannot be merged: a mean that is not finite, a precision that is negative or not
+finite.
 
-`--on-bad error` names the first of a tensor and counts them; `--on-bad base` lets the task change nothing there.
+`--on-bad error` names the first of a tensor and counts them; `--on-bad base` lets the task change
+nothing there.
 """
 
 from collections.abc import Callable
@@ -8,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import chunks, decode, read_chunk
+from mergekit_bayes.checkpoint.specs import CheckpointSource
 from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
-from mergekit_bayes.kernels import Array, Numbers
-from mergekit_bayes.merge.chunks import real_of
+from mergekit_bayes.kernels.base import Array, Numbers
 from mergekit_bayes.plan import MergePlan, Step
-from mergekit_bayes.posterior import CheckpointSource
-from mergekit_bayes.tensors import chunks, decode, read_chunk
+from mergekit_bayes.stream.chunks import real_of
 
 
 def no_mean(values: Array) -> Array:
@@ -39,17 +41,29 @@ def unchanged(numbers: Numbers, i: int, of_base: Any, extra: Any) -> Any:
 
 
 def refuse_bad(plan: MergePlan, step: Step, i: int) -> None:
-    """Raise `CheckpointError` or `PrecisionError` if model i has a bad entry in a step: which one, and how many."""
+    """Raise `CheckpointError` or `PrecisionError` if model i has a bad entry in a step: which one,
+    and how many.
+    """
     source = step.sources[i]
     model = plan.models[source.model]
     way_out = "Make it anew."
     if source.model > 0 and plan.base is not None:
         way_out = "Make it anew, or take the base's values there with --on-bad base."
     elif plan.base is None:
-        way_out = "Make it anew, or merge with --base, where --on-bad base takes the base's values there."
+        way_out = (
+            "Make it anew, or merge with --base, where --on-bad base takes the base's values there."
+        )
     kind = real_of(step) if step.copied is None else np.float64
     what = f"{model.mean.where(source.name)}: '{source.name}'"
-    _scan(model.mean, source.name, kind, no_mean, CheckpointError, what, f"Did its training diverge? {way_out}")
+    _scan(
+        model.mean,
+        source.name,
+        kind,
+        no_mean,
+        CheckpointError,
+        what,
+        f"Did its training diverge? {way_out}",
+    )
     found = step.precisions[i] if step.precisions is not None else None
     precision = plan.models[found.model].precision if found is not None else None
     if found is not None and precision is not None:
@@ -59,9 +73,14 @@ def refuse_bad(plan: MergePlan, step: Step, i: int) -> None:
 
 
 def _scan(
-    source: CheckpointSource, name: str, kind: type[np.floating[Any]], is_bad: Callable[[Array], Array],
-    error: type[BmergeError], what: str, way_out: str,
-) -> None:  # fmt: skip
+    source: CheckpointSource,
+    name: str,
+    kind: type[np.floating[Any]],
+    is_bad: Callable[[Array], Array],
+    error: type[BmergeError],
+    what: str,
+    way_out: str,
+) -> None:
     count, first = 0, None
     for start, stop in chunks(source.specs[name], 1 << 18):
         values = read_chunk(source, name, start, stop)
@@ -75,5 +94,7 @@ def _scan(
         return
     more = f", the first of {count:,} bad entries" if count > 1 else ""
     if abs(first[0]) < np.inf and first[0] > np.finfo(np.float32).max:
-        way_out = "It is merged in F32, which ends at 3.4e38." + (" Write --dtype F64." if is_bad is no_mean else "")
+        way_out = "It is merged in F32, which ends at 3.4e38." + (
+            " Write --dtype F64." if is_bad is no_mean else ""
+        )
     raise error(f"{what} is {first[0]} at flat index {first[1]}{more}. {way_out}")

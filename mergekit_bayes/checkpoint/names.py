@@ -1,8 +1,8 @@
 """Which tensor of one checkpoint is which tensor of another, and which tensors are no parameters.
 
-Names and shapes are all the architecture that a merge needs. Two facts of the field get in the way: a saved
-fine-tune may carry one common prefix that its Hub base lacks (`transformer.h.0...`, `h.0...`), and a tied
-output head may be stored in one file and left out of another.
+Names and shapes are all the architecture that a merge needs. Two facts of the field get in the way:
+a saved fine-tune may carry one common prefix that its Hub base lacks (`transformer.h.0...`,
+`h.0...`), and a tied output head may be stored in one file and left out of another.
 """
 
 import re
@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
-from mergekit_bayes.tensors import TensorSource, block_hash
+from mergekit_bayes.checkpoint.identity import block_hash
+from mergekit_bayes.checkpoint.specs import TensorSource
 
 # Constants that some checkpoints store: masks, position ids, rotary tables. Never merged.
 _BUFFER = re.compile(
@@ -18,8 +19,9 @@ _BUFFER = re.compile(
     r"|(^|\.)attn\.bias$"
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|cls\.predictions\.decoder)\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings|shared|tok_embeddings)\.weight$")
-
+_EMBEDDING = re.compile(
+    r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings|shared|tok_embeddings)\.weight$"
+)
 # Rows are tokens: embeddings, heads and their biases, as the field's architectures call them.
 _VOCABULARY = re.compile(
     r"(^|\.)(wte|embed_tokens|embed_tokens_per_layer|embed_in|word_embeddings|shared|tok_embeddings|lm_head|embed_out"
@@ -29,7 +31,9 @@ _VOCABULARY = re.compile(
 
 
 class Renaming(NamedTuple):
-    """How another checkpoint's names become the donor's: cut `strip` off the front, put `add` there."""
+    """How another checkpoint's names become the donor's: cut `strip` off the front, put `add`
+    there.
+    """
 
     strip: str = ""
     add: str = ""
@@ -52,7 +56,9 @@ def is_vocabulary(name: str) -> bool:
 
 
 def find_renaming(donor: Collection[str], other: Collection[str]) -> Renaming:
-    """The one prefix that makes most of `other`'s names the donor's; none when names agree as they are."""
+    """The one prefix that makes most of `other`'s names the donor's; none when names agree as they
+    are.
+    """
     found: Counter[Renaming] = Counter({Renaming(): len(set(donor) & set(other))})
     for name in other:
         found.update(Renaming(strip=p) for p in _prefixes(name) if name[len(p) :] in donor)
@@ -62,7 +68,8 @@ def find_renaming(donor: Collection[str], other: Collection[str]) -> Renaming:
 
 
 def tied_source(name: str, source: TensorSource) -> str | None:
-    """The input embedding that an output head is tied to, by name and shape; None if `name` is no head.
+    """The input embedding that an output head is tied to, by name and shape; None if `name` is no
+    head.
 
     Works for a head that the file leaves out, too: pass the name that it would have.
     """

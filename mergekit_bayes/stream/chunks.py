@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.codec import decode
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, CheckpointSource
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.kernels import Array, Chunk, Kind, Numbers, task_key
-from mergekit_bayes.plan import Found, MergePlan, Step
-from mergekit_bayes.posterior import CheckpointSource
-from mergekit_bayes.tensors import ITEM_SIZE, decode
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Numbers, task_key
+from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.plan.steps import Found
+from mergekit_bayes.posterior.forms import spread
 
 
 @dataclass
@@ -18,7 +20,8 @@ class Known:
     """What the first pass found out about one tensor.
 
     Attributes:
-        pooled: Of each model whose precision is one number, or one a row: those numbers, (1,) or (rows,).
+        pooled: Of each model whose precision is one number, or one a row: those numbers, (1,) or
+            (rows,).
         extras: (models, 1) or (models, rows): added to H by row.
         facts: The method's numbers.
         bad: Per model, entries without a precision that pooling left out.
@@ -63,8 +66,12 @@ def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers
         scales=step.scales,
         facts=facts,
         gains=tuple(w.gain for w in weighings),
-        insides=tuple(w.contained + (0.0 if w.contains_base is None else DELTA_0) for w in weighings),
-        shares=tuple(0.0 if w.contains_base is None else w.contains_base / of_base for w in weighings),
+        insides=tuple(
+            w.contained + (0.0 if w.contains_base is None else DELTA_0) for w in weighings
+        ),
+        shares=tuple(
+            0.0 if w.contains_base is None else w.contains_base / of_base for w in weighings
+        ),
         floors=tuple(0.0 if w.reshape else -math.inf for w in weighings),
         priors=tuple(w.prior + DELTA_0 for w in weighings),
         pulls=tuple(-1.0 if w.pull.precision is None else w.pull.precision for w in weighings),
@@ -81,7 +88,9 @@ class Reader:
         self._buffers: dict[str, Array] = {}
 
     def take(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of its own for each purpose, reused from chunk to chunk; what it holds is anything."""
+        """An array of its own for each purpose, reused from chunk to chunk; what it holds is
+        anything.
+        """
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if purpose not in self._buffers or self._buffers[purpose].size < nbytes:
             self._buffers[purpose] = np.empty(nbytes, np.uint8)
@@ -100,7 +109,11 @@ class Reader:
         plan, n, real = self.plan, stop - start, real_of(step)
         sources = [(plan.models[s.model].mean, s.name) for s in step.sources]
         kinds = {source.specs[name].dtype for source, name in sources}
-        means = self.take("means", (len(sources), n), np.uint16 if kinds == {"BF16"} and real == np.float32 else real)
+        means = self.take(
+            "means",
+            (len(sources), n),
+            np.uint16 if kinds == {"BF16"} and real == np.float32 else real,
+        )
         for row, (source, name) in zip(means, sources, strict=True):
             self._fill(row, source, name, start, stop)
         written = np.uint16 if step.spec.dtype == "BF16" else real
@@ -112,17 +125,25 @@ class Reader:
         precisions = self._precisions(step.precisions, known, step.row, start, stop)
         extras, first, row_size = _rows(known.extras, step.row, start, stop)
         precision = self.take("precision", (n,), np.float32)
-        return Chunk(means, precisions, extras.astype(real), first, row_size, start, mean, precision)
+        return Chunk(
+            means, precisions, extras.astype(real), first, row_size, start, mean, precision
+        )
 
-    def _precisions(self, names: tuple[Found | None, ...], known: Known, row: int, start: int, stop: int) -> Array:
+    def _precisions(
+        self, names: tuple[Found | None, ...], known: Known, row: int, start: int, stop: int
+    ) -> Array:
         files: list[tuple[CheckpointSource, str] | None] = []
         for i, found in enumerate(names):
             source = self.plan.models[found.model].precision if found is not None else None
             files.append(
-                (source, found.name) if source is not None and found is not None and i not in known.pooled else None
+                (source, found.name)
+                if source is not None and found is not None and i not in known.pooled
+                else None
             )
         whole = all(f is not None and f[0].specs[f[1]].dtype == "BF16" for f in files)
-        result = self.take("precisions", (len(names), stop - start), np.uint16 if whole else np.float32)
+        result = self.take(
+            "precisions", (len(names), stop - start), np.uint16 if whole else np.float32
+        )
         for i, file in enumerate(files):
             if file is not None:
                 self._fill(result[i], *file, start, stop)
@@ -130,7 +151,9 @@ class Reader:
                 result[i] = spread(known.pooled[i], row, start, stop)
         return result
 
-    def _fill(self, into: Array, source: CheckpointSource, name: str, start: int, stop: int) -> None:
+    def _fill(
+        self, into: Array, source: CheckpointSource, name: str, start: int, stop: int
+    ) -> None:
         dtype = source.specs[name].dtype
         if (dtype, into.dtype.str) in _AS_STORED:
             source.read_bytes(name, start * ITEM_SIZE[dtype], into.view(np.uint8).data)
@@ -142,16 +165,12 @@ class Reader:
 _AS_STORED = {("BF16", "<u2"), ("F32", "<f4"), ("F64", "<f8")}
 
 
-def spread(values: Array, row: int, start: int, stop: int) -> Array:
-    """One number, or one a row, by entry."""
-    if values.size == 1:
-        return values
-    first, last = start // row, (stop - 1) // row + 1
-    return np.repeat(values[first:last], row)[start - first * row : stop - first * row]
-
-
 def _rows(extras: Array, row: int, start: int, stop: int) -> tuple[Array, int, int]:
     """The extras of a chunk, entries left in its first row, and entries of the others."""
     if extras.shape[1] == 1:
         return extras, stop - start, stop - start
-    return np.ascontiguousarray(extras[:, start // row : (stop - 1) // row + 1]), row - start % row, row
+    return (
+        np.ascontiguousarray(extras[:, start // row : (stop - 1) // row + 1]),
+        row - start % row,
+        row,
+    )

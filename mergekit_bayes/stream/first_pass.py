@@ -1,7 +1,7 @@
 """What must be known before an entry can be merged: mean precisions, and a method's facts.
 
-Sums are taken over windows that depend on the tensor alone and are added in order, so that neither chunks nor threads
-change a bit.
+Sums are taken over windows that depend on the tensor alone and are added in order, so that neither
+chunks nor threads change a bit.
 """
 
 import math
@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.kernels import Array, first_pass, row_sums
-from mergekit_bayes.merge.bad import mend_means, no_precision, refuse_bad
-from mergekit_bayes.merge.chunks import Known, Reader, kind_of, numbers_of
+from mergekit_bayes.checkpoint.codec import decode
+from mergekit_bayes.kernels import first_pass, row_sums
+from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.methods.base import BINS, Reduction
-from mergekit_bayes.plan import Found, MergePlan, Step
-from mergekit_bayes.tensors import decode
+from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.plan.steps import Found
+from mergekit_bayes.stream.bad_entries import mend_means, no_precision, refuse_bad
+from mergekit_bayes.stream.chunks import Known, Reader, kind_of, numbers_of
 
 WINDOW = 1 << 18  # entries
-Spread = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # a map, in order, perhaps by several threads
+Spread = Callable[
+    [Callable[[Any], Any], Iterable[Any]], Iterator[Any]
+]  # a map, in order, perhaps by several threads
 
 
 class _Window(NamedTuple):
@@ -39,7 +43,9 @@ class FirstPass:
         fused: Whether to use the compiled passes.
     """
 
-    def __init__(self, plan: MergePlan, reader: Callable[[], Reader], spread: Spread, *, fused: bool) -> None:
+    def __init__(
+        self, plan: MergePlan, reader: Callable[[], Reader], spread: Spread, *, fused: bool
+    ) -> None:
         self.plan, self.reader, self.spread, self.fused = plan, reader, spread, fused
 
     def known(self, step: Step) -> Known:
@@ -61,7 +67,9 @@ class FirstPass:
                 mean, bad[i] = self._means(i, found, step.row, size, by_row=pool == "row")
                 whole = coarse = mean.astype(np.float32)
             elif coarse is not None:
-                wrong = no_precision(coarse)  # counted in the second pass, entry by entry, unless it is pooled away
+                wrong = no_precision(
+                    coarse
+                )  # counted in the second pass, entry by entry, unless it is pooled away
                 whole = np.where(wrong, np.float32(weighing.contained), coarse)
                 if pool == "tensor" and coarse.size > 1:
                     bad[i] = int(np.count_nonzero(wrong))
@@ -88,7 +96,8 @@ class FirstPass:
         """A precision that is one number, or one for each of `rows`; None for one by entry."""
         models = self.plan.models
         if found is None:
-            # A task without a precision here left the tensor alone; the base's number stands for its own.
+            # A task without a precision here left the tensor alone; the base's number stands for
+            # its own.
             number = models[i].isotropic
             return np.array([models[0].isotropic if number is None else number], np.float32)
         precision = models[found.model].precision
@@ -97,22 +106,39 @@ class FirstPass:
         own = next(s.name for s in (step.sources[i], *step.sources) if s.model == found.model)
         if spec.size > 1 and spec.shape == models[found.model].mean.specs[own].shape:
             return None
-        values = decode(self.reader().raw(precision, found.name, 0, spec.size), spec.dtype).astype(np.float32)
+        values = decode(self.reader().raw(precision, found.name, 0, spec.size), spec.dtype).astype(
+            np.float32
+        )
         return values if values.size == 1 else values[:rows]
 
-    def _means(self, i: int, found: Found | None, row: int, size: int, *, by_row: bool) -> tuple[Array, int]:
-        """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64; and bad entries."""
+    def _means(
+        self, i: int, found: Found | None, row: int, size: int, *, by_row: bool
+    ) -> tuple[Array, int]:
+        """Mean of a stored precision over the tensor, (1,), or one a row, (rows,), in float64; and
+        bad entries.
+        """
         assert found is not None
         if not by_row:
-            sums, bad = self._sums(i, found, [_Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
-                                              for a in range(0, size, WINDOW)])  # fmt: skip
+            sums, bad = self._sums(
+                i,
+                found,
+                [
+                    _Window(a, min(a + WINDOW, size), min(WINDOW, size - a))
+                    for a in range(0, size, WINDOW)
+                ],
+            )
             return np.array([_added(sums) / max(size, 1)]), bad
         if row <= WINDOW:
             step = WINDOW // row * row
-            sums, bad = self._sums(i, found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)])
+            sums, bad = self._sums(
+                i, found, [_Window(a, min(a + step, size), row) for a in range(0, size, step)]
+            )
             return (np.concatenate(sums) / row if sums else np.zeros(0)), bad
-        pieces = [_Window(a, min(a + WINDOW, r + row), min(WINDOW, r + row - a))
-                  for r in range(0, size, row) for a in range(r, r + row, WINDOW)]  # fmt: skip
+        pieces = [
+            _Window(a, min(a + WINDOW, r + row), min(WINDOW, r + row - a))
+            for r in range(0, size, row)
+            for a in range(r, r + row, WINDOW)
+        ]
         sums, bad = self._sums(i, found, pieces)
         each = math.ceil(row / WINDOW)
         return np.array([_added(sums[k : k + each]) for k in range(0, len(sums), each)]) / row, bad
@@ -122,11 +148,20 @@ class FirstPass:
         return [sums for sums, _ in parts], sum(bad for _, bad in parts)
 
     def _window_sums(self, i: int, found: Found, window: _Window) -> tuple[Array, int]:
-        """Sums by row, and how many entries are no precision; of a task, those count as what adds nothing."""
+        """Sums by row, and how many entries are no precision; of a task, those count as what adds
+        nothing.
+        """
         source, config, count = self.plan.models[found.model].precision, self.plan.config, 0
         assert source is not None
-        raw, dtype = self.reader().raw(source, found.name, window.start, window.stop), source.specs[found.name].dtype
-        stored = raw.view(np.uint16) if dtype == "BF16" else decode(raw, dtype).astype(np.float32, copy=False)
+        raw, dtype = (
+            self.reader().raw(source, found.name, window.start, window.stop),
+            source.specs[found.name].dtype,
+        )
+        stored = (
+            raw.view(np.uint16)
+            if dtype == "BF16"
+            else decode(raw, dtype).astype(np.float32, copy=False)
+        )
         if config.on_bad == "base" or config.pool is not None:  # else the second pass sees them
             values = decode(raw, dtype).astype(np.float32, copy=False)
             if not (values.min() >= 0 and values.max() < np.inf):
@@ -142,7 +177,9 @@ class FirstPass:
         if reduction is None:
             if not plan.method.parameters:
                 return (plan.guard,)
-            return tuple(float(plan.settings[p.name]) for p in plan.method.parameters if not p.choices)
+            return tuple(
+                float(plan.settings[p.name]) for p in plan.method.parameters if not p.choices
+            )
         if plan.settings.get("scope", reduction.scope) == "model":
             return self._facts_of_model
         return self._finish(reduction, self._totals(reduction, [(step, known)]))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: tensors, layout, side files, identity and safe replacement, without torch."""

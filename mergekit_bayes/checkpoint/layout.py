@@ -1,0 +1,169 @@
+"""Which files of a folder are the checkpoint, which are its precision, and shard indexes."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sources import is_hub_id
+from mergekit_bayes.checkpoint.strict_json import parse_json, shown
+from mergekit_bayes.errors import CheckpointError
+
+_STEMS = ("model", "adapter_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
+    """The safetensors files of a model: the file itself, the single file of a folder, or its
+    shards.
+    """
+    ref = ref or str(path)
+    convert = f"Convert it to safetensors first: `bmerge convert {shlex.quote(ref)} -o "
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise CheckpointError(
+                f"'{ref}' is a pickle, which is not read here. {convert}OUT.safetensors`."
+            )
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"'{ref}' is not a .safetensors file. Name one, or a folder that save_pretrained "
+                "wrote."
+            )
+        return [path]
+    for stem in _STEMS:
+        if files := set_files(path, stem):
+            return files
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"):
+        if os.path.exists(path / name):
+            raise CheckpointError(
+                f"'{ref}' holds its tensors in pickles ({name}), which are not read here. "
+                f"{convert}OUT`."
+            )
+    raise CheckpointError(
+        f"'{ref}' holds neither model.safetensors nor model.safetensors.index.json. "
+        "Name a .safetensors file or a folder that save_pretrained wrote."
+        + (
+            f" If its tensors are in pickles: `bmerge convert {ref} -o OUT`."
+            if is_hub_id(ref)
+            else ""
+        )
+    )
+
+
+def precision_files(path: Path) -> list[Path]:
+    """Where a model's own precision lies; empty if it has none."""
+    if path.is_file():
+        sibling = precision_path(path)
+        if sibling.exists() or path.stem not in _STEMS:
+            return [sibling] if sibling.exists() else []
+        return set_files(
+            path.parent / "posterior", "precision"
+        )  # the single file of a model folder
+    return set_files(path / "posterior", "precision")
+
+
+def precision_path(model: Path) -> Path:
+    """Where the precision of a model belongs: `X.precision.safetensors`, or the folder
+    `model/posterior`.
+    """
+    if model.suffix == ".safetensors":
+        return model.with_name(model.name.removesuffix(".safetensors") + ".precision.safetensors")
+    return model / "posterior"
+
+
+def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
+    """Name of shard `index` of a set called `stem` that is sharded like `files`."""
+    if len(files) == 1:
+        return f"{stem}.safetensors"
+    return f"{stem}-{index + 1:05d}-of-{len(files):05d}.safetensors"
+
+
+def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_size: int) -> None:
+    """The index that says which shard holds which tensor, as save_pretrained writes it."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    content = {
+        "metadata": {"total_size": total_size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: which file of the same folder holds which tensor.
+
+    Raises `CheckpointError` for what is not such a map, and for a file that lies elsewhere or is
+    not there.
+    """
+    try:
+        if not index.is_file():
+            raise ValueError("it is not a file")
+        content = parse_json(index.read_bytes())
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has none")
+        for name, file in weight_map.items():
+            if (
+                not isinstance(file, str)
+                or Path(file).name != file
+                or file in ("", ".", "..")
+                or "\0" in file
+            ):
+                raise ValueError(f"{shown(name)} is in {shown(file)}, which is no file name")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{index}: is not an index with a weight_map of file names beside it ({reason}). Fetch "
+            "it again."
+        ) from None
+    for name in sorted(set(weight_map.values())):
+        if not os.path.exists(index.parent / name):
+            raise CheckpointError(
+                f"{index}: names {shown(name)}, which is not there. Fetch the missing shards."
+            )
+    return weight_map
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Compare an index with its shards, name by name; `held` says which file really holds which
+    tensor.
+
+    Raises `CheckpointError` that names a tensor and its shard.
+    """
+    for name, file in weight_map.items():
+        if held.get(name) != file:
+            instead = f"; {shown(held[name])} does" if name in held else ""
+            raise CheckpointError(
+                f"{index}: says that {shown(name)} is in {shown(file)}, but that file does not "
+                f"hold it{instead}. "
+                "Index and shards are of two savings; fetch them again."
+            )
+    for name, file in held.items():
+        if name not in weight_map:
+            raise CheckpointError(
+                f"{index}: does not list {shown(name)}, which {shown(file)} holds. "
+                "Index and shards are of two savings; fetch them again."
+            )
+
+
+def set_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if not os.path.lexists(index):
+        return [single] if os.path.exists(single) else []
+    if os.path.exists(single):
+        raise CheckpointError(
+            f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a "
+            "file."
+        )
+    weight_map = read_index(index)
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    source = SafetensorsSource(files)
+    try:
+        check_index(
+            index, weight_map, {name: files[source.file_of(name)].name for name in source.specs}
+        )
+    finally:
+        source.close()
+    return files

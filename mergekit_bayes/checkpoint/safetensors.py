@@ -1,0 +1,221 @@
+"""Stream named tensors in and out of safetensors files, without torch.
+
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON, and the tensors' raw
+bytes. Everything that a merge must know (names, dtypes, shapes, offsets) is in the JSON, so a plan
+reads headers only and the data is read in chunks by `pread`: a file that shrinks under us is then
+an error rather than a SIGBUS, and resident memory stays at one chunk.
+"""
+
+import errno
+import os
+import resource
+import stat
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
+from mergekit_bayes.checkpoint.strict_json import parse_json, shown
+from mergekit_bayes.errors import CheckpointError
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS = 64  # numpy's own limit
+_SPARE = 128  # file descriptors for everything else
+
+
+class _Placed(NamedTuple):
+    spec: TensorSpec
+    file: int  # index into the source's files
+    start: int  # absolute byte offset
+
+
+class SafetensorsSource:
+    """One safetensors file, or the shards of one checkpoint, checked before any tensor is read.
+
+    Raises `CheckpointError` for a truncated file, a header that is not JSON or names a tensor
+    twice, a size that disagrees with dtype and shape, overlapping or missing bytes, and a name that
+    two shards hold. What a header claims is checked before anything of that size is allocated.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self.metadata: dict[str, str] = {}
+        self._fds: list[int] = []
+        self._placed: dict[str, _Placed] = {}
+        try:
+            for index, path in enumerate(self.files):
+                self._open(index, path)
+        except BaseException:
+            self.close()
+            raise
+        self._specs = {name: placed.spec for name, placed in self._placed.items()}
+
+    def _open(self, index: int, path: Path) -> None:
+        self._fds.append(
+            open_file(path, os.O_RDONLY | os.O_NONBLOCK)
+        )  # a pipe is then refused below, not waited for
+        try:
+            header, data_start = _read_header(self._fds[-1], path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: its header cannot be read ({error.strerror})."
+            ) from None
+        self.metadata |= header.pop("__metadata__")
+        end = os.fstat(self._fds[-1]).st_size - data_start
+        for name, placed in _check_header(header, path, index, data_start, end):
+            if name in self._placed:
+                other = self.files[self._placed[name].file]
+                raise CheckpointError(
+                    f"{shown(name)} is in two shards, {other} and {path}. Remove the stale one."
+                )
+            self._placed[name] = placed
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def where(self, name: str) -> str:
+        return str(self.files[self._placed[name].file])
+
+    def file_of(self, name: str) -> int:
+        """Index of the shard that holds a tensor."""
+        return self._placed[name].file
+
+    def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        placed, done = self._placed[name], 0
+        while done < len(out):
+            try:
+                n = os.preadv(self._fds[placed.file], [out[done:]], placed.start + offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.where(name)}: reading '{name}' failed ({error.strerror})."
+                ) from None
+            if n == 0:
+                raise CheckpointError(
+                    f"{self.where(name)}: ended while '{name}' was being read; it was changed or "
+                    "truncated."
+                )
+            done += n
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A file descriptor; the process may have as many as the system lets it, once it comes near the
+    usual limit.
+    """
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            many = "too many open files; allow more with `ulimit -n 65536`"
+            raise CheckpointError(f"{path}: cannot be opened ({many}).") from None
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft != hard and fd + _SPARE > soft:
+        with suppress(OSError, ValueError):  # macOS names no limit and has one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return fd
+
+
+def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
+    size = os.fstat(fd).st_size
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise CheckpointError(f"{path}: is not a file.")
+    head = os.pread(fd, 8, 0)
+    if len(head) < 8:
+        raise CheckpointError(
+            f"{path}: {size} bytes are too few for a safetensors file. Fetch it again."
+        )
+    (length,) = struct.unpack("<Q", head)
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{path}: says its header has {length} bytes, but the file has {size}. "
+            "It is truncated or not a safetensors file; fetch it again."
+        )
+    try:
+        header = parse_json(os.pread(fd, length, 8))
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its header is not JSON ({error}). Is it a safetensors file?"
+        ) from None
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{path}: its __metadata__ is not text by name. Is it a safetensors file?"
+        )
+    return {"__metadata__": metadata, **header}, 8 + length
+
+
+def _check_header(
+    header: Mapping[str, Any], path: Path, index: int, data_start: int, available: int
+) -> Iterator[tuple[str, _Placed]]:
+    spans = []
+    for name, entry in header.items():
+        spec, start, stop = _check_entry(name, entry, path)
+        if stop - start != spec.nbytes:
+            raise CheckpointError(
+                f"{path}: {shown(name)} is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} "
+                "bytes, "
+                f"but its offsets [{start}, {stop}] give {stop - start}. The header is wrong; "
+                "fetch it again."
+            )
+        if stop > available:
+            raise CheckpointError(
+                f"{path}: {shown(name)} should end at data byte {stop}, but there are {available}. "
+                "The file is truncated; fetch it again."
+            )
+        spans.append((start, stop, name, spec))
+    end = 0
+    for start, stop, name, spec in sorted(spans, key=lambda span: span[:2]):
+        if start != end:
+            what = (
+                "overlaps another tensor"
+                if start < end
+                else f"leaves {start - end} bytes unused before it"
+            )
+            raise CheckpointError(
+                f"{path}: {shown(name)} {what}. The header is wrong; fetch it again."
+            )
+        end = stop
+        yield name, _Placed(spec, index, data_start + start)
+    if end != available:
+        raise CheckpointError(
+            f"{path}: has {available - end} bytes after its last tensor. The header is wrong; "
+            "fetch it again."
+        )
+
+
+def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
+            type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)
+        ):
+            pass
+        case _:
+            raise CheckpointError(
+                f"{path}: the header's entry for {shown(name)} is not dtype, shape and "
+                "data_offsets, in whole numbers "
+                "from 0 on. Fetch it again."
+            )
+    if dtype not in ITEM_SIZE:
+        raise CheckpointError(f"{path}: {shown(name)} has the unknown dtype {shown(dtype)}.")
+    # Counted step by step: the product of a long shape would be a number as long as the shape.
+    size = ITEM_SIZE[dtype]
+    for n in shape if len(shape) <= _MAX_DIMENSIONS else ():
+        size *= max(n, 1)
+        if size >= 1 << 63:
+            break
+    if len(shape) > _MAX_DIMENSIONS or size >= 1 << 63:
+        raise CheckpointError(
+            f"{path}: {shown(name)} has the shape {shown(shape)}, which no tensor can have. "
+            "The header is wrong; fetch it again."
+        )
+    return TensorSpec(dtype, tuple(shape)), start, stop

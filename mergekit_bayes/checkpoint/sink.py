@@ -1,0 +1,112 @@
+"""Write a safetensors file whose tensors arrive in any order."""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_bayes.checkpoint.safetensors import open_file
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
+from mergekit_bayes.errors import CheckpointError
+
+
+class LostError(CheckpointError):
+    """A file that was begun is not there any more, or not in its size."""
+
+
+class SafetensorsSink:
+    """A safetensors file whose tensors arrive in any order; the header is written last.
+
+    Offsets are known from the specs, so data can be written at once. The metadata may change until
+    `close` as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself
+    go into it. With `shared`
+    the file may be there already, begun by another process or by a merge that was stopped: offsets
+    are the same. With `begun` it must be there, in its size, or a `LostError` says so.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        shared: bool = False,
+        begun: bool = False,
+    ) -> None:
+        self.path = path
+        self.metadata = dict(metadata)
+        self._offsets: dict[str, int] = {}
+        at = 0
+        self._entries: dict[str, Any] = {}
+        # Widest items first keeps every tensor aligned, as the format's own writer does.
+        for name in sorted(specs, key=lambda n: (-ITEM_SIZE[specs[n].dtype], n)):
+            spec = specs[name]
+            self._offsets[name] = at
+            offsets = [at, at + spec.nbytes]
+            self._entries[name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": offsets,
+            }
+            at += spec.nbytes
+        size = len(self._header())
+        self._reserved = size + (-size) % 8
+        self._start = 8 + self._reserved
+        if begun and (not path.is_file() or path.stat().st_size != self._start + at):
+            raise LostError(f"{path}: what was written there is gone.")
+        self._fd = open_file(
+            path, os.O_RDWR | (0 if begun else os.O_CREAT) | (0 if shared else os.O_EXCL)
+        )
+        self._guarded(self._allocate, self._start + at)
+
+    def _header(self) -> bytes:
+        content = {"__metadata__": self.metadata, **self._entries}
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def _allocate(self, size: int) -> None:
+        # A full disk is then found before the first tensor is combined.
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            os.ftruncate(self._fd, size)
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(self._fd, size)
+
+    def _guarded(self, act: Any, *args: Any) -> Any:
+        try:
+            return act(*args)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: writing failed ({error.strerror}). Free some space or choose "
+                "another -o."
+            ) from None
+
+    def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
+        at, done = self._start + self._offsets[name] + offset, 0
+        while done < len(data):
+            done += self._guarded(os.pwrite, self._fd, data[done:], at + done)
+
+    def close(self) -> None:
+        """Write the header. Without this call the file is not a safetensors file."""
+        header = self._header()
+        if len(header) > self._reserved:
+            raise ValueError("the metadata grew beyond what was reserved for it")
+        whole = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
+        self._guarded(os.pwrite, self._fd, whole, 0)
+        self.abandon()
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        self._guarded(os.fsync, self._fd)
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

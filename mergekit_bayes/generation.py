@@ -1,0 +1,225 @@
+"""Sample continuations from a causal language model with noise that does not depend on the batch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.records import Array, Progress, Record
+
+Keys = NDArray[np.uint64]
+
+
+class Sampling(Record):
+    """How continuations are drawn. These settings move the numbers more than most methods do.
+
+    Attributes:
+        continuations: For each prompt.
+        new_tokens: Most tokens of a continuation; EOS ends it earlier.
+        top_p: The nucleus: the fewest tokens whose probabilities reach this sum are kept.
+        temperature: Divides the logits.
+    """
+
+    continuations: int = Field(default=25, ge=1)
+    new_tokens: int = Field(default=20, ge=1)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
+
+
+class Samples(NamedTuple):
+    """Continuations by prompt, without the prompt's own text."""
+
+    texts: list[list[str]]
+    tokens: list[list[int]]  # how many were drawn, EOS not counted
+    shortened: int  # prompts whose front did not fit into the model's context
+
+
+def sample_continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    start: int,
+    context: int,
+    sampling: Sampling,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Samples:
+    """Draw continuations from the nucleus by the Gumbel-max trick, each token with a noise of its
+    own.
+
+    Where two models nearly agree about the next token, the same noise nearly always picks the same
+    one.
+
+    Args:
+        model: A causal language model in eval mode, with a key-value cache.
+        prompts: Each is the beginning of a document, so `start` comes before it.
+        context: The model's, in tokens; a prompt that does not leave room for `new_tokens` loses
+            its front.
+        batch_size: Sequences drawn together. It does not change what is drawn (up to rounding of
+            the logits).
+        progress: Called with (continuations drawn, continuations in all).
+
+    Raises:
+        ConfigError: No prompt, or more new tokens than the context has room for.
+    """
+    room = context - sampling.new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{sampling.new_tokens} new tokens do not fit into the model's context of {context}."
+        )
+    if not prompts:
+        raise ConfigError("there is no prompt to continue.")
+    encoded = [
+        [start, *tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]]
+        for p in prompts
+    ]
+    shortened = sum(len(ids) > room for ids in encoded)
+    encoded = [ids[-room:] for ids in encoded]
+    stops = torch.tensor(sorted(_stops(model, tokenizer)), dtype=torch.long)
+
+    drawn: dict[int, Tensor] = {}
+    total = len(prompts) * sampling.continuations
+    done = 0
+    for group in _groups(encoded, sampling.continuations, batch_size):
+        ids = torch.tensor([encoded[row.prompt] for row in group])
+        keys = np.concatenate([_keys(row, sampling) for row in group])
+        counts = torch.tensor([row.last - row.first for row in group])
+        found = _draw(model, ids, counts, keys, sampling, stops)
+        for row, tokens in zip(group, torch.split(found, counts.tolist()), strict=True):
+            drawn[row.prompt] = (
+                torch.cat([drawn[row.prompt], tokens]) if row.prompt in drawn else tokens
+            )
+        done += len(found)
+        if progress is not None:
+            progress(done, total)
+
+    texts, lengths = [], []
+    for i in range(len(prompts)):
+        rows = [row[row >= 0].tolist() for row in drawn[i]]
+        texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
+        lengths.append([len(row) for row in rows])
+    return Samples(texts, lengths, shortened)
+
+
+class _Rows(NamedTuple):
+    """Continuations `first` to `last` of one prompt."""
+
+    prompt: int
+    first: int
+    last: int
+
+
+def _groups(encoded: list[list[int]], continuations: int, batch_size: int) -> Iterator[list[_Rows]]:
+    """Prompts of equal length together, so that nothing is padded; a prompt is split if it fills a
+    batch alone.
+    """
+    group: list[_Rows] = []
+    size = 0
+    for prompt in sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i)):
+        first = 0
+        while first < continuations:
+            if group and (
+                size == batch_size or len(encoded[group[0].prompt]) != len(encoded[prompt])
+            ):
+                yield group
+                group, size = [], 0
+            last = min(continuations, first + batch_size - size)
+            group.append(_Rows(prompt, first, last))
+            size, first = size + last - first, last
+    if group:
+        yield group
+
+
+def _keys(rows: _Rows, sampling: Sampling) -> Keys:
+    """(continuations, new_tokens) random integers, by seed, prompt, continuation and position only."""
+    counters = [(rows.prompt << 32) | i for i in range(rows.first, rows.last)]
+    streams = [np.random.Philox(key=np.array([sampling.seed, c], np.uint64)) for c in counters]
+    return np.stack([s.random_raw(sampling.new_tokens) for s in streams])
+
+
+def _stops(model: Any, tokenizer: Any) -> set[int]:
+    stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return stops | set(named if isinstance(named, list) else [] if named is None else [named])
+
+
+@torch.inference_mode()
+def _draw(
+    model: Any, ids: Tensor, counts: Tensor, keys: Keys, sampling: Sampling, stops: Tensor
+) -> Tensor:  # (sum of counts, new_tokens), -1 from the end of a continuation on
+    device = next(model.parameters()).device
+    result = torch.full(keys.shape, -1, dtype=torch.long)
+    alive = torch.arange(len(keys))  # rows of `result` that the cache still holds
+    # A prompt is read once; its continuations share what the cache says of it.
+    # All ones: nothing is padded, but a prompt may hold the padding token (which is often EOS).
+    output = model(
+        input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
+    )
+    cache = output.past_key_values
+    owners = torch.repeat_interleave(torch.arange(len(ids)), counts).to(device)
+    cache.batch_select_indices(owners)
+    logits = output.logits[:, -1].index_select(0, owners)
+    for step in range(keys.shape[1]):
+        tokens = _pick(
+            logits.float() / sampling.temperature, keys[alive.numpy(), step], sampling.top_p
+        )
+        going = ~torch.isin(tokens, stops)
+        result[alive[going], step] = tokens[going]
+        if not going.all():
+            keep = going.nonzero().flatten()
+            alive, tokens = alive[keep], tokens[keep]
+            cache.batch_select_indices(keep.to(device))
+        if step + 1 == keys.shape[1] or not len(alive):
+            break
+        seen = torch.ones((len(alive), ids.shape[1] + step + 1), dtype=torch.long, device=device)
+        output = model(
+            input_ids=tokens[:, None].to(device),
+            attention_mask=seen,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, logits = output.past_key_values, output.logits[:, -1]
+    return result
+
+
+def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
+    """One token a row: the nucleus token with the largest `log p + g`, g its own Gumbel noise (so
+    it has chance p).
+    """
+    p = logits.softmax(-1).cpu().numpy()
+    if not np.isfinite(p).all():
+        raise CheckpointError(
+            "the model's next-token probabilities are not numbers. Its weights hold NaN or "
+            "infinity."
+        )
+    # Values only are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the
+    # last are all in.
+    falling = np.sort(p, axis=1)[:, ::-1]
+    crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
+    bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
+    rows, tokens = np.nonzero(p >= np.maximum(bound, np.finfo(p.dtype).tiny))
+    height = np.log(p[rows, tokens], dtype=np.float64) + _gumbel(keys[rows], tokens)
+    highest = np.maximum.reduceat(height, np.searchsorted(rows, np.arange(len(p))))
+    winners = np.flatnonzero(height == highest[rows])
+    _, first = np.unique(rows[winners], return_index=True)
+    return torch.from_numpy(tokens[winners[first]])
+
+
+def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> Array:
+    """Standard Gumbel noise that depends on the key and the token only (SplitMix64 as a
+    counter-based generator).
+    """
+    x = keys + tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    uniform = ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    noise: Array = -np.log(-np.log(uniform))
+    return noise

@@ -1,0 +1,19 @@
+"""What is in a checkpoint and its posterior, and how two models differ."""
+
+from mergekit_bayes.inspect.report import (
+    QUANTILES,
+    Comparison,
+    DifferenceLayer,
+    InspectReport,
+    PrecisionLayer,
+    PrecisionSummary,
+)
+
+__all__ = [
+    "QUANTILES",
+    "Comparison",
+    "DifferenceLayer",
+    "InspectReport",
+    "PrecisionLayer",
+    "PrecisionSummary",
+]

@@ -1,0 +1,1 @@
+"""Models and data: load, encode, place and sample."""

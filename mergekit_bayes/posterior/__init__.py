@@ -1,0 +1,33 @@
+"""The posterior of a model: a mean, a precision of the same names, and their information."""
+
+from mergekit_bayes.posterior.info import (
+    FORMAT,
+    Anchor,
+    Identity,
+    MergeTrace,
+    PosteriorInfo,
+    Prior,
+    Term,
+    identify,
+    parse_info,
+    read_info,
+)
+from mergekit_bayes.posterior.posterior import Posterior, open_posterior
+from mergekit_bayes.posterior.save import save_posterior, write_info
+
+__all__ = [
+    "FORMAT",
+    "Anchor",
+    "Identity",
+    "MergeTrace",
+    "Posterior",
+    "PosteriorInfo",
+    "Prior",
+    "Term",
+    "identify",
+    "open_posterior",
+    "parse_info",
+    "read_info",
+    "save_posterior",
+    "write_info",
+]

@@ -1,0 +1,102 @@
+"""Write a precision beside its mean."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mergekit_bayes.checkpoint.codec import encode
+from mergekit_bayes.checkpoint.layout import (
+    checkpoint_files,
+    precision_path,
+    shard_name,
+    write_index,
+)
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import Array, TensorSpec
+from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.posterior.info import PosteriorInfo
+
+
+def save_posterior(
+    model: Path,
+    precision: Mapping[str, Array],
+    info: PosteriorInfo,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Store a precision beside its model, with the model's names, shapes and shards.
+
+    Args:
+        model: The checkpoint, a file or folder; it is not touched.
+        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and >=
+            0. Tensors that were not trained may be absent.
+        info: Travels in every file's header.
+        out: Another place: a `.safetensors` file, or a folder.
+        force: Replace what is there.
+
+    Returns:
+        The file or folder written.
+    """
+    mean = SafetensorsSource(checkpoint_files(model))
+    try:
+        _check_precision(precision, mean, model)
+        target = out or precision_path(model)
+        with replacing(target, force=force) as partial:
+            if target.suffix == ".safetensors":
+                _write_set(partial, precision, info)
+            else:
+                partial.mkdir()
+                groups: dict[int, list[str]] = {}
+                for name in precision:
+                    groups.setdefault(mean.file_of(name), []).append(name)
+                shards = {
+                    shard_name(mean.files, i, "precision"): names
+                    for i, names in sorted(groups.items())
+                }
+                for file, names in shards.items():
+                    _write_set(partial / file, {n: precision[n] for n in names}, info)
+                if len(mean.files) > 1:
+                    write_index(
+                        partial, "precision", shards, sum(4 * p.size for p in precision.values())
+                    )
+                write_info(partial, info)
+        return target
+    finally:
+        mean.close()
+
+
+def write_info(folder: Path, info: PosteriorInfo) -> None:
+    """`posterior.json`, the copy for people."""
+    (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
+
+
+def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:
+    for name, values in precision.items():
+        spec = mean.specs.get(name)
+        if spec is None:
+            raise MismatchError(f"precision of '{name}': {model} has no tensor of that name.")
+        if spec.shape != values.shape:
+            raise MismatchError(
+                f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
+                f"{list(spec.shape)}."
+            )
+        bad = int(np.count_nonzero(~(np.isfinite(values) & (values >= 0))))
+        if bad:
+            raise PrecisionError(
+                f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
+            )
+
+
+def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
+    specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
+    sink = SafetensorsSink(path, specs, info.to_metadata())
+    try:
+        for name, t in tensors.items():
+            sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))
+        sink.close()
+    finally:
+        sink.abandon()

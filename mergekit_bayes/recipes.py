@@ -1,0 +1,47 @@
+"""Recipes: the resolved settings of a merge as YAML, and mergekit's recipes recognised."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_bayes.configs import read_yaml
+from mergekit_bayes.errors import ConfigError
+
+_MERGEKIT = {  # its methods in our flags
+    "linear": "A B --scale 0.5",
+    "task_arithmetic": "A B --base BASE --scale 1",
+    "ties": "A B --base BASE --method ties --param density=0.5",
+    "dare_linear": "A B --base BASE --method dare_linear --param density=0.5",
+    "dare_ties": "A B --base BASE --method dare_ties --param density=0.5",
+    "slerp": "A B --method slerp --param t=0.5",
+}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe of `bmerge merge`: a YAML file of settings.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or is a recipe of mergekit; the message
+            of the last gives the same merge as a command line.
+    """
+    recipe = read_yaml(path)
+    if "merge_method" in recipe:
+        name = str(recipe["merge_method"])
+        line = _MERGEKIT.get(name, _MERGEKIT["task_arithmetic"])
+        raise ConfigError(
+            f"{path}: 'merge_method' is mergekit's. Here the same is said with flags, for example "
+            f"`bmerge merge {line}`; `bmerge methods` lists the methods."
+        )
+    return recipe
+
+
+def recipe_text(settings: Mapping[str, Any]) -> str:
+    """A recipe of `bmerge merge` with these settings."""
+    header = (
+        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and "
+        "precisions.\n"
+        "# Paths are relative to the folder in which bmerge runs.\n"
+    )
+    return header + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,1 @@
+"""Read a plan chunk by chunk; write nothing."""
