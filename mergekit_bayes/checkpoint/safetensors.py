@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
 from mergekit_bayes.errors import CheckpointError
 
@@ -31,7 +31,7 @@ class _Placed(NamedTuple):
     start: int  # absolute byte offset
 
 
-class SafetensorsSource:
+class SafetensorsSource(Closing):
     """One safetensors file, or the shards of one checkpoint, checked before any tensor is read.
 
     Raises `CheckpointError` for a truncated file, a header that is not JSON or names a tensor

@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mergekit_bayes.checkpoint.safetensors import open_file
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
@@ -100,6 +100,17 @@ class SafetensorsSink:
         whole = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
         self._guarded(os.pwrite, self._fd, whole, 0)
         self.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Write the header; after an error leave the file without one, as it is."""
+        try:
+            if error is None and self._fd >= 0:
+                self.close()
+        finally:
+            self.abandon()
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""

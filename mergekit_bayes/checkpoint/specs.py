@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,20 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.size * ITEM_SIZE[self.dtype]
+
+
+class Closing:
+    """A resource that a `with` block closes, however the block ends."""
+
+    def close(self) -> None:
+        """Release the resource. Calling it again does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class TensorSource(Protocol):
@@ -52,7 +66,13 @@ class CheckpointSource(TensorSource, Protocol):
         """Index of the shard to which a tensor belongs."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the files."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 Array = NDArray[Any]

@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.specs import (
     MERGEABLE,
     Array,
     CheckpointSource,
+    Closing,
     TensorSpec,
 )
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -25,7 +26,7 @@ from mergekit_bayes.posterior import Posterior, open_posterior
 _KEPT = 8  # layers whose factors stay in memory; a merge goes through them one after another
 
 
-class AdaptedSource:
+class AdaptedSource(Closing):
     """A base with an adapter folded in: names, shapes and shards of the base.
 
     An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is made there;
@@ -105,7 +106,7 @@ class AdaptedSource:
         self.adapter.posterior.mean.close()
 
 
-class ProductPrecision:
+class ProductPrecision(Closing):
     """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the tensors that the
     adapter holds.
 

@@ -24,7 +24,7 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
-from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
+from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, Closing
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.posterior import Posterior, open_posterior
@@ -74,7 +74,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Closing):
     """A LoRA adapter. Opening one reads headers and the config only.
 
     Attributes:

@@ -24,10 +24,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mergekit_bayes.checkpoint.specs import Closing
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Journal:
+class Journal(Closing):
     """The lines of one part. Data is written before its line."""
 
     def __init__(self, path: Path, file: int, plan: str, *, sync: bool) -> None:

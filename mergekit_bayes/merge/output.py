@@ -10,7 +10,7 @@ from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import copy_side_files, side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.checkpoint.specs import Closing, TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.merge.work import Sinks
@@ -18,7 +18,7 @@ from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 from mergekit_bayes.posterior import PosteriorInfo, identify, write_info
 
 
-class Output:
+class Output(Closing):
     """The sinks of a merge, by tensor. Any number of processes may hold them at once.
 
     Raises `LostError` if the files should have `begun` and one is not there or not in its size.

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices
+from mergekit_bayes.optim.base import (
+    Moved,
+    PosteriorOptimizer,
+    Prior,
+    in_range,
+    local,
+    own_gradient,
+    slices,
+)
 
 
 def bsam_update(

@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergekit_bayes.optim.base import Moved, PosteriorOptimizer, Prior, in_range, local, own_gradient, slices, wide
+from mergekit_bayes.optim.base import (
+    Moved,
+    PosteriorOptimizer,
+    Prior,
+    in_range,
+    local,
+    own_gradient,
+    slices,
+    wide,
+)
 
 
 def vogn_update(

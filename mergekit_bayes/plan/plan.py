@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import AdaptedSource, is_adapter, open_model
 from mergekit_bayes.methods.base import Method
@@ -31,7 +32,7 @@ from mergekit_bayes.posterior import Posterior, PosteriorInfo
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Closing):
     """A merge that can be carried out: `models` is the base, if any, and then the tasks.
 
     Attributes:

@@ -28,13 +28,13 @@ from mergekit_bayes.checkpoint.sources import (
     pinned,
     resolve,
 )
-from mergekit_bayes.checkpoint.specs import CheckpointSource
+from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Closing):
     """A mean, perhaps a precision, and what is known about it. Opening one reads headers only.
 
     `isotropic` stands for a precision that is one number everywhere. A precision without `info` is
