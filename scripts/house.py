@@ -6,7 +6,8 @@ The floors are read from the README: under the heading "The house", a code block
 line. A line that starts with a number opens a floor, and the lines below it belong to that floor.
 A room is a module (`precision`) or a package (`merge/`), followed by two spaces and what it does.
 A line that starts with a colon lists the modules of the package above it, importer first: ` > `
-separates steps, and the modules of one step do not import each other.
+separates steps, and the modules of one step do not import each other. A second such line continues
+the first.
 
     1  shop/       sells
        : till shelf > price
@@ -109,7 +110,7 @@ def parse_floors(readme: Path) -> dict[str, Room]:
     if not block:
         raise ValueError(f"{readme}: no section '## The house' with a code block")
     rooms: dict[str, Room] = {}
-    steps: dict[str, dict[str, int]] = {}
+    texts: dict[str, str] = {}
     floor: float | None = None
     last: Room | None = None
     for line in block[1].splitlines():
@@ -118,7 +119,7 @@ def parse_floors(readme: Path) -> dict[str, Room]:
         if modules := _MODULES.match(line):
             if last is None or not last.is_package:
                 raise ValueError(f"{readme}: modules without a package above them: {line!r}")
-            _add_steps(steps[last.name], modules["steps"], f"{readme}: {last.name}/")
+            texts[last.name] += f" {modules['steps']}"
             continue
         match = _ROOM.match(line)
         if not match:
@@ -132,26 +133,31 @@ def parse_floors(readme: Path) -> dict[str, Room]:
             raise ValueError(f"{readme}: the first room has no floor: {line!r}")
         if match["name"] in rooms:
             raise ValueError(f"{readme}: {match['name']} is listed twice")
-        steps[match["name"]] = {}
+        texts[match["name"]] = ""
         last = Room(
             name=match["name"],
             floor=floor,
             is_package=bool(match["folder"]),
             text=match["text"] or "",
-            steps=steps[match["name"]],
         )
         rooms[last.name] = last
-    return rooms
+    return {
+        name: dataclasses.replace(room, steps=_parse_steps(texts[name], f"{readme}: {name}/"))
+        for name, room in rooms.items()
+    }
 
 
-def _add_steps(steps: dict[str, int], text: str, where: str) -> None:
-    """Append `a b > c` to the steps of a package. A second line continues with a new step."""
-    start = max(steps.values(), default=-1) + 1
-    for number, names in enumerate(text.strip(" >").split(">")):
+def _parse_steps(text: str, where: str) -> dict[str, int]:
+    """Read `a b > c`: the number of each module's step."""
+    steps: dict[str, int] = {}
+    for number, names in enumerate(text.split(">")):
+        if text and not names.strip():
+            raise ValueError(f"{where} an empty step in {text.strip()!r}")
         for name in names.split():
             if name in steps:
                 raise ValueError(f"{where} {name} is listed twice")
-            steps[name] = start + number
+            steps[name] = number
+    return steps
 
 
 # --- the imports ----------------------------------------------------------------------------------
@@ -619,7 +625,11 @@ def main(arguments: list[str] | None = None) -> int:
         for room, steps in suggest_steps(options.root).items():
             print(f"{room}/\n   : {' > '.join(' '.join(step) for step in steps)}")
         return 0
-    numbers = figures(options.root)
+    try:
+        numbers = figures(options.root)
+    except ValueError as unreadable:
+        print(f"error: {unreadable}", file=sys.stderr)
+        return 1
     errors = numbers.hard_errors()
     if options.json:
         print(json.dumps({**dataclasses.asdict(numbers), "hard_errors": errors}, indent=1))

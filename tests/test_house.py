@@ -121,12 +121,25 @@ def test_the_floors_are_read_from_the_readme(tree):
         ("0  errors      every exception", "0  errors\n   : a > b", "without a package"),
         ("0  errors      every exception", "0  two words here", "cannot read"),
         ("3  cli/", "   cli/", "no floor"),
+        ("shelf > price", "shelf > > price", "an empty step"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_refused(tree, was, becomes, message):
     write(tree / "README.md", HOUSE.replace(was, becomes))
     with pytest.raises(ValueError, match=message):
         parse_floors(tree / "README.md")
+
+
+def test_a_second_line_of_modules_continues_the_first(tree):
+    write(tree / "README.md", HOUSE.replace("till shelf > price", "till\n   : shelf\n   : > price"))
+    steps = parse_floors(tree / "README.md")["shop"].steps
+    assert steps == {"till": 0, "shelf": 0, "price": 1}
+
+
+def test_a_readme_without_a_house_is_one_message(tree, capsys):
+    write(tree / "README.md", "# x\n")
+    assert main(["--root", str(tree)]) == 1
+    assert "no section '## The house'" in capsys.readouterr().err
 
 
 def test_imports_are_followed_to_the_module_that_they_name(tree):
