@@ -187,14 +187,14 @@ def import_graph(root: Path) -> list[Edge]:
     `package` itself.
     """
     names = modules(root)
-    edges = []
+    edges: dict[Edge, None] = {}
     for name, path in names.items():
         is_package = path.name == "__init__.py"
         for target, line, typing_only in _imported(ast.parse(path.read_text()), name, is_package):
             module = _module_of(target, names)
             if module and module != name:
-                edges.append(Edge(name, module, line, typing_only))
-    return edges
+                edges[Edge(name, module, line, typing_only)] = None
+    return list(edges)
 
 
 def _imported(tree: ast.Module, name: str, is_package: bool) -> Iterator[tuple[str, int, bool]]:
