@@ -511,7 +511,7 @@ class Figures:
         return [name for name, has in self.documented.items() if not has]
 
     def files_from(self, lines: int) -> dict[str, int]:
-        """Files of the package and the command line that have so many lines or more."""
+        """Files of the package and the command line of at least this many lines."""
         return {f: n for f, n in {**self.lines, **self.command_lines}.items() if n >= lines}
 
     def hard_errors(self) -> list[str]:
