@@ -18,7 +18,9 @@ def exact_diagonal(model, batch, scored, factor):
     for z in logits:
         values, vectors = torch.linalg.eigh(factor(z.detach()))
         for column in (vectors * values.clamp(min=0).sqrt()).T:
-            grads = torch.autograd.grad((column * z).sum(), parameters, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                (column * z).sum(), parameters, retain_graph=True, allow_unused=True
+            )
             for t, g in zip(total, grads, strict=True):
                 if g is not None:
                     t += g.double().square()
@@ -46,13 +48,20 @@ def test_many_draws_average_to_the_exact_diagonal(kind, tmp_path):
             return logits
         return logits[:, :-1][batch["labels"][:, 1:] != -100]
 
-    factor = (lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))) if kind == "multi-label" else softmax_factor
+    factor = (
+        (lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid())))
+        if kind == "multi-label"
+        else softmax_factor
+    )
     truth = exact_diagonal(loaded.model, batch, scored, factor)
     draws = 600 if kind == "causal-lm" else 2000
     found = ggn_diagonal(loaded.model, [batch] * draws, seed=1)
     assert found.observations == draws * observations(examples, loaded.task)
     a = torch.cat([t.flatten() for t in truth])
-    b = torch.cat([found.total[n].flatten() for n, p in loaded.model.named_parameters()]).double() / draws
+    b = (
+        torch.cat([found.total[n].flatten() for n, p in loaded.model.named_parameters()]).double()
+        / draws
+    )
     assert (b[a == 0] == 0).all()
     big = a > a.max() * 1e-6
     deviation = (2 / draws) ** 0.5  # relative, of one entry; entries of one draw move together

@@ -13,7 +13,7 @@ from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
-from tests.test_ivon import data, loss_of, net
+from tests.cases import data, loss_of, net
 from tests.test_trainer import ROWS, trainer
 from tests.tiny_models import tiny_gpt2
 from tests.two_ranks import found_by_two
@@ -37,7 +37,9 @@ class OneProcess(IVON):
 
     def _noise(self, at, *others):
         self.rank, sample = divmod(at.draw.sample, self.each)
-        yield from super()._noise(dataclasses.replace(at, draw=at.draw._replace(sample=sample)), *others)
+        yield from super()._noise(
+            dataclasses.replace(at, draw=at.draw._replace(sample=sample)), *others
+        )
 
     def _place(self, at):
         return self.rank
@@ -49,7 +51,11 @@ def model_of(mode):
 
 def part(rank, mode):
     x, y = (t.to(torch.bfloat16) if "bfloat16" in mode else t for t in data())
-    return (x, y) if mode == "whole batch" else (x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8])
+    return (
+        (x, y)
+        if mode == "whole batch"
+        else (x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8])
+    )
 
 
 def one(mode):
@@ -92,7 +98,12 @@ def child(folder):
         if dist.get_rank() == 0:
             torch.save(tensors, folder / f"{mode}.pt")
     found["finetune"] = finetuned(folder)
-    found |= {"curvature": curvature(), "absent": absent(), "reduced": reduced(), "sharded": sharded()}
+    found |= {
+        "curvature": curvature(),
+        "absent": absent(),
+        "reduced": reduced(),
+        "sharded": sharded(),
+    }
     found["draws"] = draws()
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)
@@ -130,7 +141,9 @@ def mixin(folder):
         assert t.accelerator.num_processes == 2
         t.train()
         optimizer = unwrap(t.optimizer)
-        momenta.append(torch.cat([optimizer.state[p]["momentum"].flatten() for p in t.model.parameters()]))
+        momenta.append(
+            torch.cat([optimizer.state[p]["momentum"].flatten() for p in t.model.parameters()])
+        )
     away = float((momenta[0] - momenta[1]).norm() / momenta[0].norm())
     t = trainer(folder, ivon={"rank_noise": True}, max_steps=3, gradient_accumulation_steps=2)
     t.train()
@@ -142,8 +155,17 @@ def curvature():
     found = []
     for early in (False, True):
         w = torch.nn.Parameter(torch.zeros(4000))
-        optimizer = IVON([w], lr=0.0, ess=10.0, hess_init=2.0, beta2=0.98, weight_decay=1.0, rank_noise=True, seed=5)
-        optimizer._told_apart = early  # the wrong way is refused
+        optimizer = IVON(
+            [w],
+            lr=0.0,
+            ess=10.0,
+            hess_init=2.0,
+            beta2=0.98,
+            weight_decay=1.0,
+            rank_noise=True,
+            seed=5,
+        )
+        optimizer._transient.ranks_differ = early  # the wrong way is refused
         for _ in range(250):
             with optimizer.sampled_params(train=True):
                 w.grad = None

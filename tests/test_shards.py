@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mergekit_bayes.optim import IVON, full_tensors
-from mergekit_bayes.optim.base import local, mix
+from mergekit_bayes.optim.noise import mix
+from mergekit_bayes.optim.shards import local
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from mergekit_bayes.tensors import SafetensorsSource
 from tests import tiny
@@ -36,7 +37,9 @@ MODES = {
     "ggn": {"curvature": "ggn", "curvature_every": 2, "clip_radius": 0.05},
     "bfloat16": {"dtype": torch.bfloat16},
 }
-COMPARED = [m for m in MODES if m != "bfloat16"]  # whose gradients are rounded where they are reduced
+COMPARED = [
+    m for m in MODES if m != "bfloat16"
+]  # whose gradients are rounded where they are reduced
 RESUMED = ("adapted", "ggn", "bfloat16")
 
 
@@ -47,7 +50,8 @@ class Tiny(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(WORDS, 6)
         self.layers = torch.nn.ModuleList(
-            torch.nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True) for _ in range(2)
+            torch.nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True)
+            for _ in range(2)
         )
         self.head = torch.nn.Linear(6, WORDS)
         self.scale = torch.nn.Parameter(torch.ones(1))
@@ -66,14 +70,23 @@ class FixedNoise(IVON):
         fixed = torch.Generator().manual_seed(mix(at.draw.number, at.draw.sample, *at.index))
         eps = torch.randn(at.parameter.shape, generator=fixed)
         if isinstance(at.parameter, DTensor):
-            eps = distribute_tensor(eps, at.parameter.device_mesh, at.parameter.placements).to_local()
+            eps = distribute_tensor(
+                eps, at.parameter.device_mesh, at.parameter.placements
+            ).to_local()
         factor = at.draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         curvature = local(at.state["hess"]) + self._prior_of(at.parameter, at.group, at.state)[1]
         yield (eps * factor / curvature.sqrt() if factor else torch.zeros_like(eps)), *others
 
 
 def build(mode, *, sharded, seed=0, mesh=None, kind=FixedNoise, reshard=None):
-    settings = {"lr": 0.1, "ess": 1e3, "hess_init": 0.1, "beta2": 0.9, "weight_decay": 1e-2, **MODES[mode]}
+    settings = {
+        "lr": 0.1,
+        "ess": 1e3,
+        "hess_init": 0.1,
+        "beta2": 0.9,
+        "weight_decay": 1e-2,
+        **MODES[mode],
+    }
     dtype, general = settings.pop("dtype", torch.float32), settings.pop("prior", False)
     torch.manual_seed(seed)
     model = Tiny().to(dtype)
@@ -107,7 +120,9 @@ def train(model, optimizer, steps):
                 logits = model(tokens)
                 if optimizer.curvature_due:
                     optimizer.add_curvature((roots * logits).sum(), labels.numel())
-                torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
+                torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), labels.flatten()
+                ).backward()
         optimizer.step()
 
 
@@ -136,7 +151,12 @@ def child(folder):
     for mode in RESUMED:
         found[f"{mode} resumed"] = resume(folder, mode)
     store(folder)
-    found |= {"replicas": replicas(), "noise": noise(), "prediction": prediction(), "unreduced": unreduced()}
+    found |= {
+        "replicas": replicas(),
+        "noise": noise(),
+        "prediction": prediction(),
+        "unreduced": unreduced(),
+    }
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)
     if dist.get_rank() == 0:
@@ -148,10 +168,15 @@ def resume(folder, mode):
     """Train, save shards and train on; load the shards into another model and train on: which tensors differ."""
     model, optimizer = build(mode, sharded=True, kind=IVON)
     train(model, optimizer, range(3))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.save(state, checkpoint_id=folder / mode)
     at_save = full_tensors(trained(model, optimizer))
-    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if dist.get_rank() == 0:
         torch.save((at_save, full), folder / f"{mode}-full.pt")
     train(model, optimizer, range(3, 5))
@@ -163,7 +188,10 @@ def resume(folder, mode):
 
 
 def load(model, optimizer, folder):
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -220,7 +248,11 @@ def prediction():
         plain = Tiny()
         plain.load_state_dict(whole)
         expected = plain(tokens)
-    return [torch.equal(before, after), float((sampled - expected).abs().max()), float((before - sampled).abs().max())]
+    return [
+        torch.equal(before, after),
+        float((sampled - expected).abs().max()),
+        float((before - sampled).abs().max()),
+    ]
 
 
 def unreduced():
@@ -253,7 +285,9 @@ def test_each_shard_is_updated_as_in_an_unsharded_run_with_the_same_noise(two, m
     assert found[1][f"{mode} elsewhere"] == 0
     for name, tensor in ours.items():
         assert theirs[name].shape == tensor.shape, name
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert all(float((ours[n] - start[n]).abs().max()) > 1e-4 for n in start)
     for name, value in optimizer.health(ROWS).items():
         tolerance = 0.3 if name == "sigma_over_rms" else 1e-3  # a shard's median is not its matrix'
@@ -296,7 +330,9 @@ def test_the_gathered_precision_is_stored_for_every_parameter(two):
         posterior.close()
     source = SafetensorsSource([folder / "stored.precision.safetensors"])
     for name in names:
-        np.testing.assert_allclose(tiny.read_tensor(source, name), expected[name].numpy(), rtol=1e-3)
+        np.testing.assert_allclose(
+            tiny.read_tensor(source, name), expected[name].numpy(), rtol=1e-3
+        )
     source.close()
 
 

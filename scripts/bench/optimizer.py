@@ -33,7 +33,9 @@ ROWS = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--parameters", type=int, default=50_000_000)
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -58,10 +60,14 @@ def main() -> None:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
         found[name] = json.loads(done.stdout)
-    where, clock = (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+    where, clock = (
+        (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+    )
     against = "AdamW fused" if gpu else "AdamW foreach"
     print(f"{date.today()}, {given.parameters:,} parameters, {where}, torch {torch.__version__}\n")
-    print(f"| optimizer | {clock} seconds a step | to {against} | memory, of the parameters | after the step |")
+    print(
+        f"| optimizer | {clock} seconds a step | to {against} | memory, of the parameters | after the step |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for name, row in found.items():
         ratio = row["seconds"] / found[against]["seconds"] if against in found else float("nan")
@@ -78,7 +84,9 @@ def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]
     options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
     samples = options.get("mc_samples", 1)
     small = [torch.nn.Parameter(torch.zeros(10, dtype=dtype, device=device))]
-    step(row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples)  # loads code
+    step(
+        row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples
+    )  # loads code
     start = [torch.randn(size // 10, dtype=dtype, device=device) for _ in range(10)]
     parameters = [torch.nn.Parameter(values.mul_(0.02)) for values in start]
     gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
@@ -117,7 +125,9 @@ def make(kind: str, parameters: list, options: dict):
         return ivon.IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2)
     from mergekit_bayes.optim import IVON
 
-    return IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options)
+    return IVON(
+        parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options
+    )
 
 
 def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) -> None:
@@ -132,8 +142,9 @@ def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) 
                 p.grad = g
             if getattr(optimizer, "curvature_due", False):
                 # One draw's squares, without the backward that finds them.
-                optimizer._squares = {p: g.float().square() for p, g in zip(parameters, gradients, strict=True)}
-                optimizer._observed = 1
+                pairs = zip(parameters, gradients, strict=True)
+                optimizer._transient.squares = {p: g.float().square() for p, g in pairs}
+                optimizer._transient.observations = 1
     optimizer.step()
 
 
@@ -168,7 +179,9 @@ def peak(device: str) -> int:
 def cpu() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor()
 

@@ -43,7 +43,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from mergekit_bayes.curvature import ggn_diagonal
-from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
+from mergekit_bayes.curvature.ggn import random_root
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model, load_rows
 from mergekit_bayes.optim import BSAM, IVON, VOGN
