@@ -98,3 +98,54 @@ def test_a_master_is_saved_in_float32_and_follows_weights_that_are_loaded():
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+COUNTERS = ["draws", "prior_order", "prior_sum", "steps"]
+OF_ALL = ["beta1", "beta2", "ess", "hess_init", "lr", "params", "seed", "weight_decay", *COUNTERS]
+OF_IVON = [
+    "adapt_prior",
+    "clip_radius",
+    "curvature_every",
+    "debias",
+    "ggn",
+    "mc_samples",
+    "rescale_lr",
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "dtype", "of_weights", "of_groups"),
+    [
+        (IVON, {}, torch.float32, ["hess", "momentum", "noise", "step"], OF_IVON),
+        (IVON, {}, torch.bfloat16, ["hess", "mean", "momentum", "noise", "step"], OF_IVON),
+        (
+            IVON,
+            {"adapt_prior": True},
+            torch.float32,
+            ["hess", "momentum", "noise", "step", "weight_decay"],
+            OF_IVON,
+        ),
+        (
+            IVON,
+            {"curvature": "ggn"},
+            torch.float32,
+            ["estimates", "hess", "momentum", "step"],
+            OF_IVON,
+        ),
+        (VOGN, {}, torch.float32, ["hess", "momentum", "step"], []),
+        (VOGN, {}, torch.bfloat16, ["hess", "mean", "momentum", "step"], []),
+        (BSAM, {}, torch.float32, ["hess", "momentum", "step"], ["damping", "rho"]),
+        (BSAM, {}, torch.bfloat16, ["hess", "mean", "momentum", "step"], ["damping", "rho"]),
+    ],
+)
+def test_checkpoints_have_these_keys_and_no_others(kind, settings, dtype, of_weights, of_groups):
+    """Written down, because checkpoints on disk have them."""
+    model = net(dtype=dtype)
+    optimizer = kind(model.parameters(), lr=0.1, ess=1e3, **settings)
+    with optimizer.sampled_params(train=True):
+        pass
+    saved = optimizer.state_dict()
+    assert sorted(saved) == ["param_groups", "state"]
+    assert sorted(saved["state"][0]) == of_weights  # a matrix; vectors have no prior of their own
+    assert sorted(saved["state"][1]) == [name for name in of_weights if name != "weight_decay"]
+    assert [sorted(group) for group in saved["param_groups"]] == [sorted(OF_ALL + of_groups)]
