@@ -39,15 +39,25 @@ def test_steps_agree_with_the_twin():
         for i in range(3):
             delta, a, c = float(precision[i]) / 50, float(curvature[i]), float(centre[i])
             epsilon = (sampled[i] - slow[i][0]) * math.sqrt(50 * (slow[i][2] + delta))
-            slow[i] = twin.step(*slow[i], lambda t, a=a, c=c: a * (t - c), epsilon, delta=delta,
-                                centre=float(prior_mean[i]), **kw)  # fmt: skip
+            slow[i] = twin.step(
+                *slow[i],
+                lambda t, a=a, c=c: a * (t - c),
+                epsilon,
+                delta=delta,
+                centre=float(prior_mean[i]),
+                **kw,
+            )
     state = optimizer.state[w]
-    torch.testing.assert_close(torch.stack([w.detach(), state["momentum"], state["hess"]]), torch.tensor(slow).T,
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        torch.stack([w.detach(), state["momentum"], state["hess"]]),
+        torch.tensor(slow).T,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_the_fixed_point_of_a_quadratic_is_the_papers():
-    """Mean A c / (A + delta) up to rho; s = A sqrt(2 / (pi ess)) + damping + delta, which is no Hessian."""
+    """Mean A c / (A + delta) up to rho; s = A sqrt(2 / (pi ess)) + damping + delta, no Hessian."""
     n, ess, delta, damping = 2000, 50.0, 1e-4, 0.01
     curvature = torch.tensor([0.5, 2.0, 8.0]).repeat_interleave(n)
     centre = torch.tensor([1.0, -2.0, 3.0]).repeat_interleave(n)

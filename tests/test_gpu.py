@@ -1,4 +1,4 @@
-"""On a CUDA device: the steps of the CPU, whole restores, and no third copy where none is asked for."""
+"""On a CUDA device: the steps of the CPU, exact restores, and no third copy under "redraw"."""
 
 import contextlib
 
@@ -63,13 +63,13 @@ def given_noise(at, *others):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_are_those_of_the_cpu_with_the_same_noise(kind, dtype, monkeypatch):
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         parameters, optimizer = made(device, dtype, **KINDS[kind])
         monkeypatch.setattr(optimizer, "_noise", given_noise)
-        found.append(train(parameters, optimizer))
+        results.append(train(parameters, optimizer))
     rounding = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding / 100)
 
 

@@ -10,11 +10,22 @@ from tests.cases import data, loss_of, net
 
 
 def fit_exactly(k, c, start, **settings):
-    """Mean and precision of the sum 0.5 k (w - c)^2, its curvature from one observation of output sqrt(k) w."""
+    """Mean and precision of the sum 0.5 k (w - c)^2, of one observation with output sqrt(k) w."""
     w = torch.nn.Parameter(start.clone())
     prior = settings.pop("prior", None)
-    optimizer = IVON([w], lr=1.0, ess=1.0, beta1=0.0, beta2=0.9, curvature="ggn", curvature_every=2, mc_samples=2,
-                     antithetic=True, prior=prior and {w: prior}, **settings)  # fmt: skip
+    optimizer = IVON(
+        [w],
+        lr=1.0,
+        ess=1.0,
+        beta1=0.0,
+        beta2=0.9,
+        curvature="ggn",
+        curvature_every=2,
+        mc_samples=2,
+        antithetic=True,
+        prior=prior and {w: prior},
+        **settings,
+    )
     for _ in range(6):
         while optimizer._transient.samples < 2:
             with optimizer.sampled_params(train=True):
@@ -26,7 +37,7 @@ def fit_exactly(k, c, start, **settings):
 
 
 def test_with_the_ggn_one_task_after_the_other_is_both_at_once_exactly():
-    """Test 9 of the reference page: pairs cancel the noise of a quadratic's gradient, so nothing is random."""
+    """Pairs cancel the noise of a quadratic's gradient, so nothing is random."""
     first = fit_exactly(4.0, 3.0, torch.zeros(3), weight_decay=0.5)
     torch.testing.assert_close(
         torch.stack(first)[:, 0], torch.tensor([2.666666666667, 4.5]), rtol=1e-6, atol=0
@@ -62,8 +73,16 @@ def test_the_ggn_is_averaged_from_zero_without_a_trace_of_the_start():
 def test_a_ggn_run_resumes_bit_for_bit_and_wants_its_first_estimate():
     def make():
         model = net()
-        return model, IVON(model.parameters(), lr=0.1, ess=1e3, beta2=0.9, weight_decay=0.1, curvature="ggn",
-                           curvature_every=3, clip_radius=0.1)  # fmt: skip
+        return model, IVON(
+            model.parameters(),
+            lr=0.1,
+            ess=1e3,
+            beta2=0.9,
+            weight_decay=0.1,
+            curvature="ggn",
+            curvature_every=3,
+            clip_radius=0.1,
+        )
 
     def go(model, optimizer, steps):
         x, y = data()
@@ -108,7 +127,7 @@ def ggn_step(optimizer, loss, outputs=None, observations=1):
 
 
 def test_a_parameter_that_is_first_used_between_two_estimates_waits_for_its_own():
-    """A second head, silent in the first step: its momentum gathers, its mean waits, and the first one trains on."""
+    """A second head, silent in the first step: its momentum gathers, and its mean waits."""
     first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
     optimizer = IVON(
         [first, second],

@@ -26,8 +26,15 @@ def test_a_step_under_a_general_prior_agrees_with_the_twin():
         for i, at in enumerate(applied):
             delta = float(precision[i]) / 20
             epsilon = (at - slow[i][0]) * math.sqrt(20 * (slow[i][2] + delta))
-            slow[i] = twin.step(*slow[i], [(epsilon, 2 * (at - 1))], k=k, delta=delta, centre=float(centre[i]),
-                                rescale_lr=False, **kw)  # fmt: skip
+            slow[i] = twin.step(
+                *slow[i],
+                [(epsilon, 2 * (at - 1))],
+                k=k,
+                delta=delta,
+                centre=float(centre[i]),
+                rescale_lr=False,
+                **kw,
+            )
     expected = torch.tensor(slow).T
     state = optimizer.state[w]
     torch.testing.assert_close(
@@ -39,7 +46,7 @@ def test_a_step_under_a_general_prior_agrees_with_the_twin():
 
 
 def settled(optimizer, w, k, c, steps=3000):
-    """Where the run on the sum of 0.5 k (w - c)^2 settles: mean and precision over its second half and all entries."""
+    """Mean and precision of the sum 0.5 k (w - c)^2, over the second half and all entries."""
     means, precisions = [], []
     for i in range(steps):
         with optimizer.sampled_params(train=True):
@@ -52,7 +59,7 @@ def settled(optimizer, w, k, c, steps=3000):
 
 
 def test_one_task_after_the_other_with_its_posterior_as_prior_is_both_at_once():
-    """Test 9 of the reference page; 500 independent copies of one weight average the noise out."""
+    """500 independent copies of one weight average the noise out."""
     kw = {"lr": 0.05, "ess": 10.0, "hess_init": 0.5, "beta2": 0.998, "rescale_lr": False}
     w = torch.nn.Parameter(torch.zeros(500))
     first = settled(IVON([w], weight_decay=0.05, **kw), w, 4.0, 3.0)
@@ -67,8 +74,11 @@ def test_a_prior_of_numbers_equals_one_of_tensors_and_the_plain_one():
     for kind in ("plain", "numbers", "tensors"):
         model = net()
         ones = {p: torch.ones_like(p) for p in model.parameters()}
-        prior = {"plain": None, "numbers": dict.fromkeys(ones, (None, 5.0)),
-                 "tensors": {p: (0 * one, 5.0 * one) for p, one in ones.items()}}[kind]  # fmt: skip
+        prior = {
+            "plain": None,
+            "numbers": dict.fromkeys(ones, (None, 5.0)),
+            "tensors": {p: (0 * one, 5.0 * one) for p, one in ones.items()},
+        }[kind]
         train(model, IVON(model.parameters(), lr=0.1, prior=prior, **SETTINGS), 5)
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(runs[1], runs[0])
@@ -102,13 +112,13 @@ def test_a_resumed_run_needs_the_same_prior():
 
 @pytest.mark.parametrize("other", ["permuted precision", "negated mean", "exchanged parameters"])
 def test_a_prior_of_the_same_size_is_still_another(other):
-    def make(there):
+    def make(is_other):
         g = torch.Generator().manual_seed(0)
         parameters = [torch.nn.Parameter(torch.ones(200_000)) for _ in range(2)]
         given = [
             (torch.randn(200_000, generator=g), torch.rand(200_000, generator=g)) for _ in range(2)
         ]
-        if there:
+        if is_other:
             m, s = given[0]
             given = {
                 "permuted precision": [(m, s.flip(0)), given[1]],
@@ -138,9 +148,13 @@ def test_a_prior_of_parameters_that_were_exchanged_is_not_forgotten():
 
 @pytest.mark.parametrize(
     ("prior", "match"),
-    [((torch.zeros(2), None), "mean is"), ((None, torch.zeros(2)), "precision is"), ((None, -1.0), "negative"),
-     ((None, torch.full((3,), math.nan)), "not finite")],
-)  # fmt: skip
+    [
+        ((torch.zeros(2), None), "mean is"),
+        ((None, torch.zeros(2)), "precision is"),
+        ((None, -1.0), "negative"),
+        ((None, torch.full((3,), math.nan)), "not finite"),
+    ],
+)
 def test_priors_that_do_not_fit_are_refused(prior, match):
     w = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match=match):
@@ -150,12 +164,20 @@ def test_priors_that_do_not_fit_are_refused(prior, match):
 
 
 def test_an_adapted_prior_settles_at_the_optimum_of_the_evidence():
-    """delta = 1 / (ess mean(m^2 + sigma^2)) for matrices; vectors keep theirs, and a checkpoint keeps it."""
+    """delta = 1 / (ess mean(m^2 + sigma^2)) for matrices, also resumed; vectors keep theirs."""
     centres = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)) * 0.5
     w, bias = torch.nn.Parameter(torch.zeros(30, 40)), torch.nn.Parameter(torch.zeros(40))
     ess = 20.0
-    optimizer = IVON([w, bias], lr=0.1, ess=ess, hess_init=1.0, beta2=0.99, weight_decay=0.5, rescale_lr=False,
-                     adapt_prior=True)  # fmt: skip
+    optimizer = IVON(
+        [w, bias],
+        lr=0.1,
+        ess=ess,
+        hess_init=1.0,
+        beta2=0.99,
+        weight_decay=0.5,
+        rescale_lr=False,
+        adapt_prior=True,
+    )
     for _ in range(1500):
         with optimizer.sampled_params(train=True):
             (0.5 * (w - centres).square().sum() + 0.5 * bias.square().sum()).backward()

@@ -22,7 +22,7 @@ def test_the_mean_is_restored_exactly_also_after_an_exception():
 
 @pytest.mark.parametrize("kind", [{}, {"curvature": "ggn"}, {"restore": "redraw"}])
 def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, monkeypatch):
-    """Ctrl-C at every slice of moving, taking and restoring, in turn; then the step is made again."""
+    """Ctrl-C at every slice of moving, taking and restoring in turn; then the step is repeated."""
     parameters = [
         torch.nn.Parameter(torch.randn(600_000, generator=torch.Generator().manual_seed(k)))
         for k in (0, 1)
@@ -78,8 +78,8 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
         if interrupts > before:
             for p in parameters:
                 p.grad = None
-            for found, wanted in zip(step(optimizer), expected, strict=True):
-                torch.testing.assert_close(found, wanted, rtol=0, atol=2 * rounding)
+            for a, b in zip(step(optimizer), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=2 * rounding)
     assert interrupts >= 6
 
 
@@ -89,7 +89,7 @@ def test_the_mean_is_restored_when_an_interrupt_comes_between_two_slices(kind, m
 def test_a_step_that_is_interrupted_after_a_backward_begins_again_from_its_first_sample(
     kind, monkeypatch
 ):
-    found = []
+    results = []
     for interrupted in (False, True):
         w = torch.nn.Parameter(torch.linspace(-1, 1, 50))
         optimizer = IVON([w], lr=0.1, ess=1e3, mc_samples=2, **kind)
@@ -114,8 +114,8 @@ def test_a_step_that_is_interrupted_after_a_backward_begins_again_from_its_first
             sample(2)
             sample(2)
             optimizer.step()
-        found.append([w.detach(), optimizer.state[w]["hess"], optimizer.state[w]["momentum"]])
-    for a, b in zip(*found, strict=True):
+        results.append([w.detach(), optimizer.state[w]["hess"], optimizer.state[w]["momentum"]])
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 

@@ -24,8 +24,16 @@ def test_a_copied_optimizer_draws_the_same_noise():
 def curvature_of_one_step(loss, antithetic):
     """f of 2,000 independent weights, from one step of beta2 = 0 and two samples."""
     w = torch.nn.Parameter(torch.zeros(2000))
-    optimizer = IVON([w], lr=0.0, ess=100.0, hess_init=1.0, beta2=0.999999, weight_decay=0.0, mc_samples=2,
-                     antithetic=antithetic)  # fmt: skip
+    optimizer = IVON(
+        [w],
+        lr=0.0,
+        ess=100.0,
+        hess_init=1.0,
+        beta2=0.999999,
+        weight_decay=0.0,
+        mc_samples=2,
+        antithetic=antithetic,
+    )
     for _ in range(2):
         with optimizer.sampled_params(train=True):
             loss(w).backward()
@@ -33,7 +41,7 @@ def curvature_of_one_step(loss, antithetic):
 
 
 def test_antithetic_pairs_cancel_the_gradients_own_noise():
-    """Reference page 2.7: a linear loss has f = 0 (else sd sqrt(ess) |g|); a quadratic keeps A eps^2, sd sqrt(2) A."""
+    """A linear loss has f = 0, without pairs of sd sqrt(ess) |g|; a quadratic keeps A eps^2."""
     slope = torch.randn(2000, generator=torch.Generator().manual_seed(0))
     assert curvature_of_one_step(lambda w: (slope * w).sum(), True).abs().max() < 1e-4
     plain = curvature_of_one_step(lambda w: (slope * w).sum(), False)
@@ -98,7 +106,7 @@ def test_small_steps_add_up_in_bfloat16():
 @pytest.mark.parametrize("restore", ["copy", "redraw"])
 @pytest.mark.parametrize("ulps", [0.1, 1.0])
 def test_in_bfloat16_the_curvature_is_right_even_where_rounding_hides_the_noise(ulps, restore):
-    """Noise of a tenth of a unit in the last place: weights seldom move, f = A on average all the same."""
+    """Weights seldom move by noise of a tenth of a unit in the last place, but f = A on average."""
     sigma, n = ulps * 2**-8, 4000
     start = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.55
     w = torch.nn.Parameter(start.to(torch.bfloat16))

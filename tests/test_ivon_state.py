@@ -137,6 +137,7 @@ OF_IVON = [
         (BSAM, {}, torch.float32, ["hess", "momentum", "step"], ["damping", "rho"]),
         (BSAM, {}, torch.bfloat16, ["hess", "mean", "momentum", "step"], ["damping", "rho"]),
     ],
+    ids=("price", "master", "adapted", "ggn", "VOGN", "VOGN master", "bSAM", "bSAM master"),
 )
 def test_checkpoints_have_these_keys_and_no_others(kind, settings, dtype, of_weights, of_groups):
     """Written down, because checkpoints on disk have them."""

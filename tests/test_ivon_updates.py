@@ -18,7 +18,7 @@ from tests.reference import ivon as twin
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_ivon_agrees_with_ivon_opt_step_by_step(rescale_lr, debias, samples, monkeypatch):
-    """Both get the same noise: ivon-opt draws one flat vector, ours takes it apart per parameter."""
+    """Both get the same noise: ivon-opt draws one flat vector, ours splits it by parameter."""
     kw = {
         **SETTINGS,
         "lr": 0.1,
@@ -85,10 +85,32 @@ def test_ivon_agrees_with_its_twin_for_ten_steps(rescale_lr, debias):
         grad, noise_grad = grads.mean(0), (noise * sigma * grads).mean(0)
         for i in range(6):
             pairs = [(float(noise[s, i]), float(grads[s, i])) for s in range(2)]
-            slow[i] = twin.step(*slow[i], pairs, k=k, lr=0.1, delta=0.1, clip=0.5, rescale_lr=rescale_lr,
-                                debias=debias, **kw)  # fmt: skip
-        ivon_update(mean, momentum, hess, grad, noise_grad, step=k, lr=0.1 * (0.4 if rescale_lr else 1), ess=20,
-                    beta1=0.9, beta2=0.99, weight_decay=0.1, clip_radius=0.5, debias=debias)  # fmt: skip
+            slow[i] = twin.step(
+                *slow[i],
+                pairs,
+                k=k,
+                lr=0.1,
+                delta=0.1,
+                clip=0.5,
+                rescale_lr=rescale_lr,
+                debias=debias,
+                **kw,
+            )
+        ivon_update(
+            mean,
+            momentum,
+            hess,
+            grad,
+            noise_grad,
+            step=k,
+            lr=0.1 * (0.4 if rescale_lr else 1),
+            ess=20,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.1,
+            clip_radius=0.5,
+            debias=debias,
+        )
     expected = torch.tensor(slow).T
     torch.testing.assert_close(torch.stack([mean, momentum, hess]), expected, rtol=1e-4, atol=1e-6)
 
@@ -129,13 +151,26 @@ def test_the_hessian_never_loses_more_than_half(h, f, beta2):
     hess = torch.tensor([h], dtype=torch.float64)
     noise_grad = torch.tensor([f / (10 * (h + delta))], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    ivon_update(zero.clone(), zero.clone(), hess, zero, noise_grad, step=1, lr=0, ess=10, beta1=0.9, beta2=beta2,
-                weight_decay=delta, clip_radius=math.inf, debias=True)  # fmt: skip
+    ivon_update(
+        zero.clone(),
+        zero.clone(),
+        hess,
+        zero,
+        noise_grad,
+        step=1,
+        lr=0,
+        ess=10,
+        beta1=0.9,
+        beta2=beta2,
+        weight_decay=delta,
+        clip_radius=math.inf,
+        debias=True,
+    )
     assert hess.item() + delta >= 0.5 * (h + delta) * (1 - 1e-9) - 1e-9 * abs(f)
 
 
 def test_the_posterior_of_a_linear_regression_is_found():
-    """Stationary posterior of a quadratic: mean A c / (A + delta), precision ess (A + delta), for a diagonal A."""
+    """With a diagonal A: mean A c / (A + delta), precision ess (A + delta)."""
     curvature, centre = torch.tensor([0.5, 2.0, 8.0]), torch.tensor([1.0, -2.0, 3.0])
     w = torch.nn.Parameter(torch.zeros(3))
     ess, delta, beta2 = 100.0, 0.5, 0.999
@@ -159,7 +194,7 @@ def test_the_posterior_of_a_linear_regression_is_found():
 
 @pytest.mark.parametrize("curvature", ["price", "ggn"])
 def test_a_gradient_may_have_strides_of_its_own(curvature):
-    found = []
+    results = []
     gradient = torch.arange(30.0).reshape(6, 5).t()
     for turned in (gradient, gradient.contiguous()):
         w = torch.nn.Parameter(torch.ones(5, 6))
@@ -169,8 +204,8 @@ def test_a_gradient_may_have_strides_of_its_own(curvature):
             if optimizer.curvature_due:
                 optimizer.add_curvature((2 * w).sum(), 1)
         optimizer.step()
-        found.append(w.detach())
-    torch.testing.assert_close(*found)
+        results.append(w.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_a_step_is_a_change_that_autograd_sees():
@@ -272,7 +307,7 @@ def test_settings_out_of_range_are_refused(bad):
 
 
 def test_the_noise_number_is_the_variance_of_the_curvature_seen():
-    """Gradients of sd s unrelated to the noise: (f - h) / (h + d) has variance ess s^2 / (h + d), mean -h / (h + d)."""
+    """Gradients of sd s: (f - h) / (h + d) has mean -h / (h + d), variance ess s^2 / (h + d)."""
     w = torch.nn.Parameter(torch.zeros(40, 1000))
     ess, h, d, beta2 = 50.0, 2.0, 0.5, 0.99999
     optimizer = IVON([w], lr=0.0, ess=ess, hess_init=h, weight_decay=d, beta2=beta2)
@@ -289,8 +324,16 @@ def test_float64_weights_are_trained_in_float64():
     """Steps too small for float32, with float32 state; nothing is rounded to float32 on the way."""
     w = torch.nn.Parameter(torch.ones(8, dtype=torch.float64))
     for kind in ({}, {"restore": "redraw"}, {"mc_samples": 2, "antithetic": True}):
-        optimizer = IVON([w], lr=1e-9, ess=1e4, hess_init=1.0, weight_decay=0.0, rescale_lr=False, clip_radius=1.0,
-                         **kind)  # fmt: skip
+        optimizer = IVON(
+            [w],
+            lr=1e-9,
+            ess=1e4,
+            hess_init=1.0,
+            weight_decay=0.0,
+            rescale_lr=False,
+            clip_radius=1.0,
+            **kind,
+        )
         before = w.detach().clone()
         for _ in range(10):
             for _ in range(optimizer.defaults["mc_samples"]):

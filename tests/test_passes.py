@@ -93,8 +93,15 @@ def test_a_compiled_step_is_that_of_torch(kind, prior, clip, beta1, share):
     hess, decay = torch.rand(n) + 0.1, torch.rand(n) if prior else 0.2
     grad[5] = math.nan
     momentum[7:9], grad[7:9] = 1e4, 1e-4  # of which nothing must be lost
-    settings = {"step": 3, "lr": 0.1, "beta1": beta1, "weight_decay": decay, "clip_radius": clip, "debias": True,
-                "prior_mean": centre if prior else None}  # fmt: skip
+    settings = {
+        "step": 3,
+        "lr": 0.1,
+        "beta1": beta1,
+        "weight_decay": decay,
+        "clip_radius": clip,
+        "debias": True,
+        "prior_mean": centre if prior else None,
+    }
     results = []
     for module in (None, passes):
         state = [mean.clone(), momentum.clone(), hess.clone()]
@@ -114,7 +121,7 @@ def test_a_compiled_step_is_that_of_torch(kind, prior, clip, beta1, share):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_steps_as_without_the_compiled_passes(dtype, curvature, monkeypatch):
     """With noise that the test gives; a tensor of several slices and a small one."""
-    found = []
+    results = []
     for compiled in (True, False):
         torch.manual_seed(0)
         parameters = [
@@ -139,8 +146,8 @@ def test_an_optimizer_steps_as_without_the_compiled_passes(dtype, curvature, mon
                         optimizer._transient.observations = 2
                 optimizer.step()
         states = [optimizer.state[p][name] for p in parameters for name in ("momentum", "hess")]
-        found.append(states + [p.detach().float() for p in parameters])
-    for a, b in zip(*found, strict=True):
+        results.append(states + [p.detach().float() for p in parameters])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
@@ -150,14 +157,14 @@ def given_noise(at, *others):
 
 
 def test_noise_does_not_depend_on_how_a_tensor_is_sliced(monkeypatch):
-    found = []
+    results = []
     for size in (1 << 20, 2 * passes.BLOCK):
         monkeypatch.setattr(slicing, "SLICE", size)
         w = torch.nn.Parameter(torch.zeros(5 * passes.BLOCK + 3))
         with IVON([w], lr=0.1, ess=10.0).sampled_params():
-            found.append(w.detach().clone())
-    assert torch.equal(*found)
-    assert found[0].std() > 0
+            results.append(w.detach().clone())
+    assert torch.equal(*results)
+    assert results[0].std() > 0
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -167,7 +174,7 @@ def test_noise_does_not_depend_on_how_a_tensor_is_sliced(monkeypatch):
 def test_no_bit_depends_on_the_number_of_threads(kind, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(slicing, "passes_module", lambda: None)
-    found, before = [], torch.get_num_threads()
+    results, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
         w = torch.nn.Parameter(torch.linspace(-1, 1, (1 << 20) + 5))
@@ -179,13 +186,13 @@ def test_no_bit_depends_on_the_number_of_threads(kind, compiled, monkeypatch):
                     optimizer._transient.squares[w] = w.detach().square()
                     optimizer._transient.observations = 2
             optimizer.step()
-        found.append({"w": w.detach(), **optimizer.state[w]})
+        results.append({"w": w.detach(), **optimizer.state[w]})
         torch.set_num_threads(before)
-    for name, value in found[0].items():
+    for name, value in results[0].items():
         if name == "noise":  # a sum over slices
-            torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=0)
+            torch.testing.assert_close(value, results[1][name], rtol=1e-3, atol=0)
         else:
-            assert torch.equal(value, found[1][name]), name
+            assert torch.equal(value, results[1][name]), name
 
 
 def test_tensors_that_do_not_fit_are_left_to_torch():

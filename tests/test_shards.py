@@ -1,4 +1,4 @@
-"""Two processes that hold half of every parameter (FSDP2) train and store what one process with all of it does."""
+"""Two processes with half of every parameter (FSDP2) train and store what one process does."""
 
 import json
 
@@ -44,7 +44,7 @@ RESUMED = ("adapted", "ggn", "bfloat16")
 
 
 class Tiny(torch.nn.Module):
-    """A transformer with rows that two ranks cannot share evenly, and a parameter of which one rank has nothing."""
+    """A transformer with rows that two ranks cannot share evenly, and a parameter of one entry."""
 
     def __init__(self):
         super().__init__()
@@ -128,17 +128,17 @@ def train(model, optimizer, steps):
 
 def trained(model, optimizer):
     """Everything that training has changed, by name; shards as they are."""
-    found = {}
+    reports = {}
     for name, p in model.named_parameters():
-        found[name] = p.detach()
-        found |= {f"{name}/{k}": v for k, v in optimizer.state[p].items()}
-    return found
+        reports[name] = p.detach()
+        reports |= {f"{name}/{k}": v for k, v in optimizer.state[p].items()}
+    return reports
 
 
 def child(folder):
     """What each of two ranks does; rank 0 writes what the tests read."""
     dist.init_process_group("gloo")
-    found = {"world": dist.get_world_size()}
+    reports = {"world": dist.get_world_size()}
     for mode in COMPARED:
         model, optimizer = build(mode, sharded=True)
         train(model, optimizer, range(STEPS))
@@ -147,25 +147,25 @@ def child(folder):
         if dist.get_rank() == 0:
             torch.save((whole, health), folder / f"{mode}.pt")
         else:
-            found[f"{mode} elsewhere"] = len(whole)
+            reports[f"{mode} elsewhere"] = len(whole)
     for mode in RESUMED:
-        found[f"{mode} resumed"] = resume(folder, mode)
+        reports[f"{mode} resumed"] = resume(folder, mode)
     store(folder)
-    found |= {
+    reports |= {
         "replicas": replicas(),
         "noise": noise(),
         "prediction": prediction(),
         "unreduced": unreduced(),
     }
     everywhere = [None, None]
-    dist.all_gather_object(everywhere, found)
+    dist.all_gather_object(everywhere, reports)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(everywhere))
     dist.destroy_process_group()
 
 
 def resume(folder, mode):
-    """Train, save shards and train on; load the shards into another model and train on: which tensors differ."""
+    """Names of tensors that differ after a run that was resumed from shards."""
     model, optimizer = build(mode, sharded=True, kind=IVON)
     train(model, optimizer, range(3))
     state = {
@@ -206,8 +206,14 @@ def store(folder):
     if dist.get_rank() == 0:
         path = tiny.write(folder / "stored.safetensors", {n: t.numpy() for n, t in mean.items()})
         source = SafetensorsSource([path])
-        info = PosteriorInfo(estimator="ivon", unit="token", observations=1e3, ess=1e3, mean=identify(source),
-                             prior=Prior(kind="isotropic", precision=10.0))  # fmt: skip
+        info = PosteriorInfo(
+            estimator="ivon",
+            unit="token",
+            observations=1e3,
+            ess=1e3,
+            mean=identify(source),
+            prior=Prior(kind="isotropic", precision=10.0),
+        )
         source.close()
         save_posterior(path, {n: t.numpy() for n, t in precision.items()}, info)
 
@@ -236,7 +242,7 @@ def noise():
 
 
 def prediction():
-    """Whether a sample drawn for prediction is seen by every parameter, and leaves nothing behind."""
+    """Whether a sample for prediction reaches every parameter, and leaves nothing behind."""
     model, optimizer = build("price", sharded=True, reshard=True)
     tokens = own_rows(0)[0]
     with torch.no_grad():
@@ -275,14 +281,14 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", COMPARED)
 def test_each_shard_is_updated_as_in_an_unsharded_run_with_the_same_noise(two, mode):
-    folder, found = two
+    folder, reports = two
     theirs, health = torch.load(folder / f"{mode}.pt")
     model, optimizer = build(mode, sharded=False)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, optimizer, range(STEPS))
     ours = trained(model, optimizer)
     assert set(ours) == set(theirs)
-    assert found[1][f"{mode} elsewhere"] == 0
+    assert reports[1][f"{mode} elsewhere"] == 0
     for name, tensor in ours.items():
         assert theirs[name].shape == tensor.shape, name
         torch.testing.assert_close(
@@ -296,8 +302,8 @@ def test_each_shard_is_updated_as_in_an_unsharded_run_with_the_same_noise(two, m
 
 @pytest.mark.parametrize("mode", RESUMED)
 def test_a_sharded_checkpoint_continues_bit_for_bit(two, mode):
-    _, found = two
-    assert [f[f"{mode} resumed"] for f in found] == [[], []]
+    _, reports = two
+    assert [f[f"{mode} resumed"] for f in reports] == [[], []]
 
 
 @pytest.mark.parametrize("mode", RESUMED)
@@ -337,19 +343,19 @@ def test_the_gathered_precision_is_stored_for_every_parameter(two):
 
 
 def test_replicas_of_a_shard_draw_the_same_noise_and_other_shards_their_own(two):
-    _, found = two
-    assert [f["replicas"] for f in found] == [[], []]
-    assert abs(found[0]["noise"]) < 0.1  # 2,048 pairs: five standard deviations
+    _, reports = two
+    assert [f["replicas"] for f in reports] == [[], []]
+    assert abs(reports[0]["noise"]) < 0.1  # 2,048 pairs: five standard deviations
 
 
 def test_a_sample_for_prediction_reaches_every_shard_and_leaves_nothing(two):
-    _, found = two
-    for f in found:
+    _, reports = two
+    for f in reports:
         unchanged, away, moved = f["prediction"]
         assert unchanged
         assert away < 1e-5 < 1e-3 < moved
 
 
 def test_curvature_without_reduced_gradients_is_refused(two):
-    _, found = two
-    assert all("model.set_requires_gradient_sync(True)" in f["unreduced"] for f in found)
+    _, reports = two
+    assert all("model.set_requires_gradient_sync(True)" in f["unreduced"] for f in reports)

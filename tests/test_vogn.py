@@ -11,7 +11,7 @@ from tests.tiny import posterior, read
 
 
 def regression(n=64, seed=0):
-    """Orthogonal inputs of different sizes, residuals +1 and -1: the empirical Fisher is the Hessian exactly."""
+    """Orthogonal inputs, residuals +1 and -1: the empirical Fisher is the Hessian exactly."""
     signs = torch.tensor(
         [
             [1.0 if bin(i & mask).count("1") % 2 == 0 else -1.0 for mask in (1, 2, 4)]
@@ -43,11 +43,23 @@ def test_steps_agree_with_the_twin():
             optimizer.backward(0.5 * (inputs[:3] @ w - targets[:3]).square())
             optimizer.backward(0.5 * (inputs[3:] @ w - targets[3:]).square())
         optimizer.step()
-        slow = [twin.step(*slow[i], gradients[:, i].tolist(), delta=float(precision[i]) / 50, centre=float(centre[i]),
-                          **kw) for i in range(3)]  # fmt: skip
+        slow = [
+            twin.step(
+                *slow[i],
+                gradients[:, i].tolist(),
+                delta=float(precision[i]) / 50,
+                centre=float(centre[i]),
+                **kw,
+            )
+            for i in range(3)
+        ]
     state = optimizer.state[w]
-    torch.testing.assert_close(torch.stack([w.detach(), state["momentum"], state["hess"]]), torch.tensor(slow).T,
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        torch.stack([w.detach(), state["momentum"], state["hess"]]),
+        torch.tensor(slow).T,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_the_posterior_of_a_linear_regression_is_found():
@@ -130,13 +142,13 @@ def small_run(kind, c):
 @pytest.mark.parametrize("kind", [VOGN, BSAM])
 def test_their_posteriors_merge_like_any_other(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = [small_run(kind, c) for c in (1.0, -0.5)]
-    for i, (mean, precision) in enumerate(found):
+    posteriors = [small_run(kind, c) for c in (1.0, -0.5)]
+    for i, (mean, precision) in enumerate(posteriors):
         posterior(
             f"{i}.safetensors", {"w": mean}, {"w": precision}, estimator=kind.__name__.lower()
         )
     run_merge(MergeConfig(models=("0.safetensors", "1.safetensors"), weights="precision"))
-    (m, s), (n, t) = [(np.float64(mean), np.float64(precision)) for mean, precision in found]
+    (m, s), (n, t) = [(np.float64(mean), np.float64(precision)) for mean, precision in posteriors]
     np.testing.assert_allclose(
         read("merged.safetensors")["w"], (s * m + t * n) / (s + t), rtol=1e-5, atol=1e-6
     )
