@@ -1,8 +1,11 @@
 """Root-GGN of language models and classifiers against the exact diagonal."""
 
+import doctest
+
 import pytest
 import torch
 
+from mergekit_bayes.curvature import ggn
 from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root
 from mergekit_bayes.models import Collate, batches, encode_rows, load_model, observations
 from tests.cases import exact_ggn_diagonal, flat, output_factor
@@ -39,6 +42,10 @@ def test_many_draws_average_to_the_exact_diagonal(kind, tmp_path):
     assert (b.sum() / a.sum()).item() == pytest.approx(1, abs=4 * deviation)
     assert ((b[big] / a[big]) - 1).abs().max() < 8 * deviation
     assert ((b[big] / a[big]) - 1).abs().mean() < 2 * deviation
+
+
+def test_the_examples_of_the_estimator_run():
+    assert doctest.testmod(ggn) == (0, 2)  # two lines, no failure
 
 
 def test_the_random_root_has_the_right_second_moment():

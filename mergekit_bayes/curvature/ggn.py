@@ -94,6 +94,16 @@ def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> 
 
     Returns:
         One v for each observation, shape (n, C).
+
+    Example:
+        With p = (1/2, 1/2), v is (0, 0) for equal signs, else (1, -1) / sqrt(2) or its negative:
+        E[v v'] is [[1/4, -1/4], [-1/4, 1/4]].
+
+        >>> v = random_root(torch.zeros(1000, 2), "categorical", torch.Generator().manual_seed(0))
+        >>> v.unique(dim=0)
+        tensor([[-0.7071,  0.7071],
+                [ 0.0000,  0.0000],
+                [ 0.7071, -0.7071]])
     """
     signs = torch.empty_like(logits).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
     if likelihood == "gaussian":

@@ -25,9 +25,10 @@ from mergekit_bayes.optim.moves import (
     restore_all,
 )
 from mergekit_bayes.optim.noise import PREDICT, TRAIN, Draw, mix, noise_slices
-from mergekit_bayes.optim.prior import Prior, Term, check_prior, checksums, prior_term
+from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, checksums, prior_term
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index
+from mergekit_bayes.optim.slicing import Items
 from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
 from mergekit_bayes.optim.transient import Transient
 
@@ -73,7 +74,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        prior: Prior | None = None,
+        prior: Priors | None = None,
         restore: str = "copy",
     ) -> None:
         counters = {"steps": 0, "draws": 0, "prior_sum": 0.0, "prior_order": 0.0}
@@ -82,7 +83,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         if restore not in ("copy", "redraw"):
             raise ValueError(f"{name}: restore={restore!r} is neither 'copy' nor 'redraw'")
         self.restore = restore
-        self._prior: dict[Tensor, Term] = {}
+        self._prior: dict[Tensor, PriorTerm] = {}
         self._clear()
         unused = dict(prior or {})
         for group in self.param_groups:
@@ -207,7 +208,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Add the gradient of a sample to the sums of the step."""
         raise NotImplementedError
 
-    def _noise(self, at: Moved, *others: Tensor | float | None) -> Iterator[tuple[Any, ...]]:
+    def _noise(self, at: Moved, *others: Tensor | float | None) -> Iterator[Items]:
         """Return the slices of the noise, and of other tensors along with it."""
         draw, group, state = at.draw, at.group, at.state
         assert draw is not None
@@ -223,7 +224,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         """Return the number that tells this rank's noise of a parameter from that of others."""
         return shard_index(at.parameter)
 
-    def _prior_of(self, parameter: Tensor, group: Group, state: ParameterState) -> Term:
+    def _prior_of(self, parameter: Tensor, group: Group, state: ParameterState) -> PriorTerm:
         """Return centre and precision over ess of a prior, of this rank's shard."""
         centre, decay = self._prior.get(parameter, (None, float(group["weight_decay"])))
         if "weight_decay" in state:  # adapted

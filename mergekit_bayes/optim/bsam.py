@@ -14,11 +14,11 @@ from torch.optim.optimizer import ParamsT
 
 from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
 from mergekit_bayes.optim.moves import Moved
-from mergekit_bayes.optim.prior import Prior
+from mergekit_bayes.optim.prior import Priors
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, take_gradient
 from mergekit_bayes.optim.slicing import slices
-from mergekit_bayes.optim.state import Group, ParameterState, mean_of
+from mergekit_bayes.optim.state import Group, ParameterState, mean_of, update_weights
 
 
 def bsam_update(
@@ -104,7 +104,7 @@ class BSAM(PosteriorOptimizer):
         rho: float = 0.01,
         damping: float = 0.1,
         seed: int = 0,
-        prior: Prior | None = None,
+        prior: Priors | None = None,
         restore: str = "copy",
     ) -> None:
         rules = (
@@ -220,7 +220,6 @@ class BSAM(PosteriorOptimizer):
                     damping=group["damping"],
                     prior_mean=m_p,
                 )
-            if "mean" in state:
-                local(parameter).copy_(mean)
+            update_weights(parameter, state)
         transient.forget_step()
         return loss

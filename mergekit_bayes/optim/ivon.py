@@ -21,7 +21,7 @@ from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
 from mergekit_bayes.optim.health import curvature_noise
 from mergekit_bayes.optim.moves import Moved
 from mergekit_bayes.optim.noise import TRAIN
-from mergekit_bayes.optim.prior import Prior
+from mergekit_bayes.optim.prior import Priors
 from mergekit_bayes.optim.rank_noise import mean_over_ranks, sampled_on_any_rank
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
@@ -123,7 +123,7 @@ class IVON(PosteriorOptimizer):
         rescale_lr: bool = True,
         debias: bool = True,
         seed: int = 0,
-        prior: Prior | None = None,
+        prior: Priors | None = None,
         antithetic: bool = False,
         restore: str = "copy",
         adapt_prior: bool = False,
@@ -210,12 +210,12 @@ class IVON(PosteriorOptimizer):
         return self.curvature == "ggn" and is_due and self._transient.samples == 0
 
     def add_curvature(self, projected: Tensor, observations: int) -> None:
-        """Add the squared gradient of one micro-batch' randomly projected outputs.
+        """Add the squared gradient of the randomly projected outputs of one micro-batch.
 
             g~ = grad sum_n <v_n, z_n>
             F  = sum over micro-batches and ranks of g~^2 / observations
 
-        To be called inside `sampled_params`, before the micro-batch' backward. With E[v v'] the
+        To be called inside `sampled_params`, before the backward of the loss. With E[v v'] the
         Hessian of the loss in the outputs z (`curvature.ggn.random_root`), F is unbiased for the
         diagonal of the GGN at any batch size. Draw the v of each rank by a seed of its own.
 

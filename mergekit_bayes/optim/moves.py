@@ -7,15 +7,15 @@ between. Blocking signals would not do: it would leave errors of memory, and rep
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.optim.noise import Draw
 from mergekit_bayes.optim.shards import local
-from mergekit_bayes.optim.slicing import slices
-from mergekit_bayes.optim.state import Group, ParameterState
+from mergekit_bayes.optim.slicing import Items, slices
+from mergekit_bayes.optim.state import Group, ParameterState, update_weights
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Moved:
 class Noise(Protocol):
     """How an optimizer draws the noise of a parameter: slice by slice, with other tensors."""
 
-    def __call__(self, at: Moved, *others: Tensor | float | None) -> Iterator[tuple[Any, ...]]:
+    def __call__(self, at: Moved, *others: Tensor | float | None) -> Iterator[Items]:
         """Yield the noise of a slice in scratch, and the slices of `others`."""
 
 
@@ -135,10 +135,11 @@ def add_noise(at: Moved, noise: Noise) -> None:
 
 def restore(at: Moved, noise: Noise, buffers: Buffers) -> None:
     """Put the mean of a parameter back; it may have been moved, or put back, only in part."""
-    weights = local(at.parameter)
     if "mean" in at.state:
-        weights.copy_(local(at.state["mean"]))
-    elif at.saved is not None:
+        update_weights(at.parameter, at.state)
+        return
+    weights = local(at.parameter)
+    if at.saved is not None:
         if at.left >= weights.numel() and not at.returned:
             weights.copy_(at.saved)
         elif at.returned < at.left:  # only flat tensors are moved slice by slice

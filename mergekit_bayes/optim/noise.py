@@ -1,12 +1,12 @@
 """The noise of weight samples: named draws, their seeds, and the noise slice by slice."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mergekit_bayes.optim.slicing import compiled_passes, slices
+from mergekit_bayes.optim.slicing import Items, compiled_passes, slices
 
 TRAIN, PREDICT = 0, 1  # streams of noise
 
@@ -45,7 +45,7 @@ def noise_slices(
     seed: int,
     generators: dict[torch.device, torch.Generator],
     *others: Tensor | float | None,
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[Items]:
     """Draw `eps factor / sqrt(h + d)`, eps ~ N(0, 1), slice by slice into one scratch tensor.
 
     Args:

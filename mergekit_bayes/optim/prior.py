@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mergekit_bayes.optim.state import Group
 
-Prior = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
-Term = tuple[Tensor | None, Tensor | float]  # centre (None is zero), and precision over ess
+Priors = Mapping[Tensor, tuple[Tensor | None, Tensor | float | None]]
+PriorTerm = tuple[Tensor | None, Tensor | float]  # centre (None is zero), precision over ess
 
 _PERIOD = 1 << 17  # of the random factors; checkpoints hold sums made with them
 
@@ -26,7 +26,7 @@ def prior_term(
     precision: Tensor | float | None,
     group: Group,
     optimizer: str,
-) -> Term:
+) -> PriorTerm:
     """Return centre and precision over `ess`, float32, laid out like the parameter.
 
     Args:
@@ -60,7 +60,7 @@ def prior_term(
     return (None if centre is None else _laid_out_like(parameter, centre)), decay
 
 
-def checksums(term: Term) -> tuple[float, float]:
+def checksums(term: PriorTerm) -> tuple[float, float]:
     """Return two checksums of a prior, which do not depend on how it is sharded.
 
     The first is its size. The second changes with the sign and the order of its entries.

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.optim.moves import Buffers, Moved, Noise
 from mergekit_bayes.optim.shards import at_least_float32, local
-from mergekit_bayes.optim.slicing import slices
+from mergekit_bayes.optim.slicing import Items, slices
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ def redrawn_product(at: Moved, gradient: Tensor, noise: Noise) -> Tensor:
 
 def redrawn(
     at: Moved, gradient: Tensor, noise: Noise, *others: Tensor | float | None
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[Items]:
     """Yield noise * gradient in scratch, from the noise drawn again, and slices of `others`."""
     for drawn, g, *rest in noise(at, gradient, *others):
         yield drawn.mul_(g), *rest

@@ -64,26 +64,26 @@ def at_least_float32(gradient: Tensor) -> Tensor:
 
 
 def sum_over_shards(
-    parts: list[tuple[Tensor, T, Tensor, int]],
+    entries: list[tuple[Tensor, T, Tensor, int]],
 ) -> Iterator[tuple[Tensor, T, Tensor, float]]:
     """Add up a sum and a count of each parameter over its shards; one collective for each mesh.
 
     Args:
-        parts: Parameter, anything, sum over this rank's entries (a scalar), and their count.
+        entries: Parameter, anything, sum over this rank's entries (a scalar), and their count.
 
     Yields:
         The same with sum and count over all shards. Parameters without shards come first.
     """
     meshes: dict[DeviceMesh, list[tuple[Tensor, T, Tensor, int]]] = {}
-    for part in parts:
-        if isinstance(part[0], DTensor):
-            meshes.setdefault(part[0].device_mesh, []).append(part)
+    for entry in entries:
+        if isinstance(entry[0], DTensor):
+            meshes.setdefault(entry[0].device_mesh, []).append(entry)
         else:
-            yield part
-    for mesh, entries in meshes.items():
-        device = entries[0][2].device
-        counts = torch.tensor([e[3] for e in entries], dtype=torch.float32, device=device)
-        ours = torch.stack([torch.stack([e[2] for e in entries]), counts])
+            yield entry
+    for mesh, sharded in meshes.items():
+        device = sharded[0][2].device
+        counts = torch.tensor([e[3] for e in sharded], dtype=torch.float32, device=device)
+        ours = torch.stack([torch.stack([e[2] for e in sharded]), counts])
         sums, totals = DTensor.from_local(ours, mesh, [Partial()] * mesh.ndim).full_tensor()
-        for entry, total, count in zip(entries, sums, totals.tolist(), strict=True):
+        for entry, total, count in zip(sharded, sums, totals.tolist(), strict=True):
             yield entry[0], entry[1], total, count

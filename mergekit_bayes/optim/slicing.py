@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+Items: TypeAlias = tuple[Any, ...]  # tensors, numbers and None, in the order they were given
 
 SLICE = 1 << 18  # elements; on a CPU the scratch tensors of one slice stay in cache
 GPU_SLICE = 1 << 24  # on a GPU scratch memory does not grow with the largest embedding
 
 
-def slices(*items: Tensor | float | None) -> Iterator[tuple[Any, ...]]:
+def slices(*items: Tensor | float | None) -> Iterator[Items]:
     """Yield aligned flat views of at most `SLICE` (or `GPU_SLICE`) elements.
 
     Numbers, None and tensors without dimensions are repeated in every slice. If one of the
@@ -41,7 +43,7 @@ def passes_module() -> ModuleType | None:
         return None
 
 
-def compiled_passes(*items: Tensor | float | None) -> Any:
+def compiled_passes(*items: Tensor | float | None) -> ModuleType | None:
     """Return the module of compiled passes if it is available and fits all tensors, else None.
 
     Args:

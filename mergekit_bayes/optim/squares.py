@@ -1,4 +1,4 @@
-"""Squares of the gradients of projected outputs: the curvature that IVON's "ggn" is given."""
+"""Squared gradients of projected outputs: the curvature that IVON is given under "ggn"."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mergekit_bayes.optim.shards import local
 def add_squares(
     squares: dict[Tensor, Tensor], projected: Tensor, parameters: Sequence[Tensor]
 ) -> None:
-    """Add the squared gradient of one micro-batch' projected outputs.
+    """Add the squared gradient of the projected outputs of one micro-batch.
 
         squares <- squares + (grad sum_n <v_n, z_n>)^2
 

@@ -45,3 +45,9 @@ def mean_of(parameter: Tensor, state: ParameterState) -> Tensor:
     sampled, `moves.Moved` says where the mean of a parameter without a master is.
     """
     return local(state["mean"]) if "mean" in state else local(parameter)
+
+
+def update_weights(parameter: Tensor, state: ParameterState) -> None:
+    """Round a float32 master, where there is one, to the parameter."""
+    if "mean" in state:
+        local(parameter).copy_(local(state["mean"]))

@@ -9,11 +9,11 @@ from torch.distributed.tensor import DTensor
 
 from mergekit_bayes.optim.health import curvature_ratios
 from mergekit_bayes.optim.moves import Noise
-from mergekit_bayes.optim.prior import Term
+from mergekit_bayes.optim.prior import PriorTerm
 from mergekit_bayes.optim.samples import Sampled, redrawn
 from mergekit_bayes.optim.shards import local
 from mergekit_bayes.optim.slicing import compiled_passes, slices
-from mergekit_bayes.optim.state import Group, ParameterState, mean_of
+from mergekit_bayes.optim.state import Group, ParameterState, mean_of, update_weights
 from mergekit_bayes.optim.updates import ggn_update, ivon_update
 
 
@@ -24,7 +24,7 @@ def price_step(
     sampled: Sampled,
     *,
     lr: float,
-    prior: Term,
+    prior: PriorTerm,
     noise: Noise,
 ) -> tuple[Tensor, int]:
     """Make the step of `ivon_update`.
@@ -71,8 +71,7 @@ def price_step(
             debias=group["debias"],
             prior_mean=m_p,
         )
-    if "mean" in state:
-        local(parameter).copy_(mean)
+    update_weights(parameter, state)
     return total, count
 
 
@@ -83,7 +82,7 @@ def ggn_step(
     grad: Tensor,
     squares: Tensor | None,
     *,
-    prior: Term,
+    prior: PriorTerm,
 ) -> None:
     """Make the step of `ggn_update`; before the first estimate only that of the momentum.
 
@@ -122,8 +121,7 @@ def ggn_step(
             debias=group["debias"],
             prior_mean=m_p,
         )
-    if "mean" in state:
-        local(parameter).copy_(mean)
+    update_weights(parameter, state)
 
 
 def adapt_prior(

@@ -15,11 +15,11 @@ from torch.optim.optimizer import ParamsT
 
 from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
 from mergekit_bayes.optim.moves import Moved
-from mergekit_bayes.optim.prior import Prior
+from mergekit_bayes.optim.prior import Priors
 from mergekit_bayes.optim.samples import Sampled
-from mergekit_bayes.optim.shards import at_least_float32, local, take_gradient
+from mergekit_bayes.optim.shards import at_least_float32, take_gradient
 from mergekit_bayes.optim.slicing import slices
-from mergekit_bayes.optim.state import mean_of
+from mergekit_bayes.optim.state import mean_of, update_weights
 
 
 def vogn_update(
@@ -93,7 +93,7 @@ class VOGN(PosteriorOptimizer):
         beta2: float = 0.999,
         weight_decay: float = 1e-4,
         seed: int = 0,
-        prior: Prior | None = None,
+        prior: Priors | None = None,
         restore: str = "copy",
     ) -> None:
         rules = (
@@ -220,7 +220,6 @@ class VOGN(PosteriorOptimizer):
                     weight_decay=d,
                     prior_mean=m_p,
                 )
-            if "mean" in state:
-                local(parameter).copy_(mean)
+            update_weights(parameter, state)
         self._transient.forget_step()
         return losses
