@@ -169,11 +169,12 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         draw: Draw | None,
     ) -> Iterator[None]:
         """Move all parameters, and restore them on leaving; `take` sees those with a gradient."""
-        if self._transient.is_open:
+        transient = self._transient
+        if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
         moved: list[Moved] = []
         try:
-            self._transient.is_open = True
+            transient.is_open = True
             with torch.no_grad():
                 for g, group in enumerate(self.param_groups):
                     for p, parameter, state in self._trainable(group):
@@ -181,7 +182,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                         if "mean" in state:
                             follow_weights(local(parameter), local(state["mean"]))
                         elif self.restore == "copy" or draw is None:
-                            at.saved = self._transient.buffers.take(parameter, local(parameter))
+                            at.saved = transient.buffers.take(parameter, local(parameter))
                         moved.append(at)
                         move(at)
             yield
@@ -193,7 +194,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
             try:
                 restore_all(moved, self._restore)
             finally:
-                self._transient.is_open = False
+                transient.is_open = False
 
     def _add_noise(self, at: Moved) -> None:
         is_training = at.draw is not None and at.draw.stream == TRAIN

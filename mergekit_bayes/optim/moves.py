@@ -61,10 +61,6 @@ class Moved:
             saved.copy_(weights)
         self.left += max(1, weights.numel())  # 1: an empty shard is put back like the others
 
-    def arrive(self, weights: Tensor) -> None:
-        """Count a slice of the parameter as put back."""
-        self.returned += max(1, weights.numel())
-
 
 class Noise(Protocol):
     """How an optimizer draws the noise of a parameter: slice by slice, with other tensors."""
@@ -149,9 +145,10 @@ def restore(at: Moved, noise: Noise, buffers: Buffers) -> None:
     elif at.returned < at.left:
         seen = 0
         for drawn, w in noise(at, weights):
+            count = max(1, w.numel())
             if seen >= at.returned and at.returned < at.left:
                 w.sub_(drawn)
-                at.arrive(w)
+                at.returned += count  # right after, lest an interrupt has it subtracted twice
             seen += w.numel()
 
 

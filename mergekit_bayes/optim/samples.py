@@ -79,7 +79,7 @@ def product_in_place(at: Moved, gradient: Tensor) -> Tensor:
     for w, m, g in slices(local(at.parameter), at.saved, gradient):
         noise = w - m
         w.copy_(m)
-        at.arrive(w)  # before the mean is overwritten: an interrupt may come between the two
+        at.returned += max(1, w.numel())  # before the mean is overwritten, in case of an interrupt
         torch.mul(noise, g, out=m)
     product, at.saved = at.saved, None
     return product
