@@ -13,8 +13,8 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora import is_adapter, open_adapted, open_adapter, open_model, split_ref
-from mergekit_bayes.lora.adapter import Factors
 from mergekit_bayes.lora.dense import change, variance
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import Prior
 from tests import tiny
 from tests.adapters import BASE, LAYERS, adapter, base, factors, peft_adapter, precise

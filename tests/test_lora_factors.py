@@ -7,7 +7,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora import INITIAL_A, initial_identity, merge_adapters
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
 from tests.adapters import LAYERS, adapter, factors, precise, product

@@ -17,8 +17,8 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.lora import merge_adapters, merging, open_adapted
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora import merge_adapters, open_adapted, products
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import identify
 from tests import tiny
@@ -98,7 +98,7 @@ def test_product_space_at_full_rank_is_concatenation_and_below_it_the_best_of_it
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_precision_weights_are_those_of_the_products(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(merging, "_BLOCK", block)
+    monkeypatch.setattr(products, "_BLOCK", block)
     refs = two(tmp_path)
     report = merge_adapters(refs, tmp_path / "out", weights="precision", scales=(1.0, 2.0), rank=4)
     pairs = [factors(1), factors(2, rank=3, layers={"m.q": (6, 4), "m.wide": (3, 70)})]
