@@ -70,11 +70,12 @@ def test_adapters_whose_names_differ_by_a_prefix_are_matched_and_their_bases_com
     expected = product(refs[0], "m.q") + product(refs[1], "model.m.q")
     np.testing.assert_allclose(product(tmp_path / "out", "m.q"), expected, atol=1e-5)
     for i, name in enumerate("cd"):
-        source = SafetensorsSource(
+        with SafetensorsSource(
             [tiny.write(tmp_path / f"base{i}" / "model.safetensors", tiny.arrays(i))]
-        )
-        adapter(tmp_path / name, made, precision=precise(made, 0), info={"base": identify(source)})
-        source.close()
+        ) as source:
+            adapter(
+                tmp_path / name, made, precision=precise(made, 0), info={"base": identify(source)}
+            )
     with pytest.raises(MismatchError, match="trained on different weights"):
         merge_adapters([str(tmp_path / n) for n in "cd"], tmp_path / "no", weights="precision")
 
@@ -189,16 +190,15 @@ def test_fine_tuned_adapters_open_and_merge_with_the_posteriors_that_training_le
             ),
             quiet=True,
         )
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    assert opened.mean.notes == ()
-    assert set(opened.precision.specs) == {
-        f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)
-    }
-    for name in opened.precision.specs:
-        found = read_tensor(opened.precision, name)
-        assert np.isfinite(found).all()
-        assert (found > 0).all()
-    opened.close()
+    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
+        assert opened.mean.notes == ()
+        assert set(opened.precision.specs) == {
+            f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)
+        }
+        for name in opened.precision.specs:
+            found = read_tensor(opened.precision, name)
+            assert np.isfinite(found).all()
+            assert (found > 0).all()
     report = merge_adapters([str(tmp_path / n) for n in "ab"], tmp_path / "ab", weights="precision")
     assert report.notes == ()
     assert report.counts[0] == report.counts[1] > 0
