@@ -19,7 +19,7 @@ from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.sampling import PosteriorDraws, not_samplable, open_samplable
+from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable, sampling_obstacle
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny, tiny_models
 
@@ -288,7 +288,7 @@ def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monke
         assert len(list(draws)) == 2
     average = CliRunner().invoke(app, ["merge", "a", "b", "--weights", "precision", "-o", "mean"])
     assert average.exit_code == 0, average.output
-    assert not_samplable(open_posterior("mean").info) is None
+    assert sampling_obstacle(open_posterior("mean").info) is None
 
 
 def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
@@ -364,7 +364,7 @@ def test_parameters_without_a_precision_stay(bert, tmp_path):
 def test_a_posterior_without_a_proper_prior_is_refused_until_one_is_given(tmp_path, kind, reason):
     folder = tiny_models.tiny_bert(tmp_path / "bert")
     give_posterior(folder, kind=kind, prior=0)
-    assert reason in not_samplable(open_posterior(str(folder)).info)
+    assert reason in sampling_obstacle(open_posterior(str(folder)).info)
     with pytest.raises(PrecisionError, match=f"cannot be sampled: .*{reason}.*--prior X"):
         open_samplable(str(folder))
     posterior = open_samplable(str(folder), prior=10.0)
