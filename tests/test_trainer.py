@@ -112,7 +112,7 @@ def test_a_stop_in_the_middle_of_a_step_leaves_nothing_perturbed(tmp_path):
 
 def test_what_an_interrupted_step_left_is_dropped(tmp_path):
     t = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1)
-    t._held = [{"input_ids": torch.full((2, 4), 10**9)}]  # would raise if it were run
+    t._collected = [{"input_ids": torch.full((2, 4), 10**9)}]  # would raise if it were run
     t.train()
     assert t.state.global_step == 1
 
