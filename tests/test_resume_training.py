@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import mergekit_bayes.finetune.checkpoints as checkpoints
-import mergekit_bayes.finetune.run as module
+import mergekit_bayes.finetune.refusals as refusals
 import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
@@ -111,16 +111,16 @@ def die_writing(kind, at):
 
 def die_marking(at):
     """Die when all files of the `at`-th checkpoint are there and its marker is not."""
-    original, calls = checkpoints._flush, [0]
+    original, calls = checkpoints.sync_path, [0]
 
-    def flush(path):
+    def sync(path):
         original(path)
         if path.name.startswith(checkpoints.MARKER):
             calls[0] += 1
             if calls[0] == at:
                 die()
 
-    checkpoints._flush = flush
+    checkpoints.sync_path = sync
 
 
 POINTS = {
@@ -128,7 +128,7 @@ POINTS = {
     "in the middle of a step": lambda: die_in_a_step(6),
     "in the middle of a checkpoint": lambda: die_writing("optimizer.pt", 2),
     "before a checkpoint's marker": lambda: die_marking(2),
-    "after the last step": lambda: setattr(store, "flush", die),
+    "after the last step": lambda: setattr(store, "final_curvature", die),
 }
 
 
@@ -286,7 +286,7 @@ def test_quantised_weights_are_not_trained_but_an_adapter_on_them_is():
 
 
 def test_the_accelerators_scaler_is_seen_before_training(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(module, "refuse_launcher", lambda config: None)
+    monkeypatch.setattr(refusals, "refuse_launcher", lambda config: None)
     monkeypatch.setattr("accelerate.Accelerator.scaler", object(), raising=False)
     monkeypatch.setattr(IVON, "step", die)
     original = transformers.Trainer.__init__
