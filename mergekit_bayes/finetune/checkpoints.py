@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     step: int
-    settings: dict[str, Any]
+    settings: dict[str, object]
     loss: float
 
 
@@ -97,7 +97,7 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
     return None
 
 
-def mark_whole(path: Path, step: int, settings: Mapping[str, Any], loss: float) -> None:
+def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
     """Flush a checkpoint's files to the disk, then put its marker in place.
 
     Call this when all ranks have written their files.
@@ -129,8 +129,8 @@ def identity_of(
     config: FinetuneConfig,
     choices: Mapping[str, str | float],
     base: Identity | None,
-    examples: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    examples: Sequence[Mapping[str, object]],
+) -> dict[str, object]:
     """All that decides the bits of a training run, as JSON values.
 
     Args:
@@ -139,7 +139,7 @@ def identity_of(
         base: Content hash of the model, which replaces its name.
         examples: Training data, of which the hash is kept.
     """
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
     }
     settings |= {name: value for name, value in choices.items() if settings.get(name) is None}
@@ -147,11 +147,11 @@ def identity_of(
         "model": base.blocks if base is not None else config.model,
         "data": _digest(examples),
     }
-    identity: dict[str, Any] = json.loads(json.dumps(settings))
+    identity: dict[str, object] = json.loads(json.dumps(settings))
     return identity
 
 
-def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]) -> None:
     """Refuse to continue from a checkpoint of another run.
 
     Raises:
@@ -200,7 +200,7 @@ def _torn(path: Path) -> str | None:
     return None
 
 
-def _digest(examples: Sequence[Mapping[str, Any]]) -> str:
+def _digest(examples: Sequence[Mapping[str, object]]) -> str:
     """SHA-256 of the encoded training data, in order."""
     digest = hashlib.sha256()
     for example in examples:

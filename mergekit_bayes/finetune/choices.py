@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -117,7 +117,7 @@ class Choices:
 
 
 def choose(
-    config: FinetuneConfig, loaded: Loaded, examples: Sequence[Mapping[str, Any]], processes: int
+    config: FinetuneConfig, loaded: Loaded, examples: Sequence[Mapping[str, object]], processes: int
 ) -> Choices:
     """Fill in what the settings leave open.
 

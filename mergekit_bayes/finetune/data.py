@@ -44,7 +44,7 @@ class Run:
     examples: Examples
     choices: Choices
     base: Identity | None
-    identity: dict[str, Any]
+    identity: dict[str, object]
 
     @property
     def observations(self) -> int:

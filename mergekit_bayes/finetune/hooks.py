@@ -6,7 +6,6 @@ transformers' own callbacks print on stdout, which belongs to the result of the 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -21,13 +20,13 @@ from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
     """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
 
-    def __init__(self, run: Run, **arguments: Any) -> None:
+    def __init__(self, run: Run, **arguments: object) -> None:
         self._step_observations = run.choices.batch_size
         self._logged = LOGGED[run.config.curvature]
         self._monitor = HealthMonitor(run.config)
         super().__init__(**arguments)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Add the health numbers to the log of a step, and warn of problems."""
         if "loss" in logs:
             health = unwrap(self.optimizer).health(self._step_observations)
@@ -44,7 +43,11 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         self._first_line = first_line
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Print the first line and open the bar."""
         if state.is_world_process_zero:
@@ -57,7 +60,7 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Print loss, learning rate and health above the bar."""
         if self.training_bar is None or logs is None or "loss" not in logs:
@@ -79,13 +82,19 @@ class CheckpointMarker(TrainerCallback):  # type: ignore[misc]
         loss_before: Sum of the training loss over the steps before this start.
     """
 
-    def __init__(self, trainer: Trainer, identity: Mapping[str, Any], loss_before: float) -> None:
+    def __init__(
+        self, trainer: Trainer, identity: Mapping[str, object], loss_before: float
+    ) -> None:
         self._trainer = trainer
         self._identity = identity
         self._loss_before = loss_before
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         """Mark the checkpoint. Every rank comes here after writing, and the mean waits for all."""
         total = self._trainer._total_loss_scalar + float(self._trainer._tr_loss)

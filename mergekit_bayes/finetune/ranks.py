@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its p
 
 
 def launched() -> bool:
-    """Whether a launcher (bmerge, accelerate or torchrun) started this process as one of several."""
+    """Whether a launcher (bmerge, accelerate, torchrun) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -192,7 +192,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 def _agree(error: Exception | None) -> None:
     """Raise on every rank what any of them met; a rank raises its own error unchanged."""
-    failures: list[Any] = [None] * world()
+    failures: list[tuple[str, str] | None] = [None] * world()
     if world() > 1:
         failure = None if error is None else (type(error).__name__, str(error))
         dist.all_gather_object(failures, failure)

@@ -1,7 +1,7 @@
 """The Trainer of a fine-tune: its arguments, its optimizer and its loss."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -86,7 +86,7 @@ def make_trainer(
     from mergekit_bayes.finetune.hooks import CheckpointMarker, IvonTrainer, ProgressBar
 
     config, loaded = run.config, run.loaded
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "model": loaded.model,
         "args": arguments,
         "train_dataset": run.examples,

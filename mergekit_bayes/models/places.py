@@ -1,7 +1,7 @@
 """Where each checkpoint tensor lives in a loaded model."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.names import find_renaming, is_buffer
 from mergekit_bayes.checkpoint.specs import MERGEABLE
@@ -9,6 +9,7 @@ from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -36,7 +37,9 @@ class Place(NamedTuple):
         return parameter.as_strided(self.shape, self.stride, self.offset)
 
 
-def checkpoint_names(model: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def checkpoint_names(
+    model: "torch.nn.Module", tensors: "Mapping[str, Tensor]"
+) -> "dict[str, Tensor]":
     """Rename tensors from their names in memory to those that `save_pretrained` writes.
 
     PEFT drops the adapter's name. Mixture-of-experts models stack on loading what their files hold
@@ -51,7 +54,7 @@ def checkpoint_names(model: Any, tensors: "Mapping[str, Tensor]") -> "dict[str, 
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-def find_places(model: Any, posterior: Posterior) -> list[Place]:
+def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
     """The place of every precision in a model. Tied parameters come once.
 
     Args:
@@ -100,7 +103,7 @@ def find_places(model: Any, posterior: Posterior) -> list[Place]:
     return places
 
 
-def _by_checkpoint_name(model: Any) -> dict[str, Place]:
+def _by_checkpoint_name(model: "torch.nn.Module") -> dict[str, Place]:
     """Every parameter, or part of one, by the name that a checkpoint gives it.
 
     Most parameters are only renamed, which empty tensors show. Of a parameter that is stored in

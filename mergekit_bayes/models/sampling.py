@@ -14,7 +14,7 @@ proper prior in S there is nothing to draw from, and the user must name one.
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.records import Config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WIDE = 0.1  # draws further from the mean than this share of a matrix's RMS rarely predict well
@@ -163,7 +164,7 @@ class PosteriorDraws:
 
     def __init__(
         self,
-        model: Any,
+        model: "torch.nn.Module",
         posterior: Posterior,
         samples: int,
         *,
@@ -255,7 +256,7 @@ class PosteriorDraws:
         # The square root of a tensor without axes is a number, which must become an array again.
         return np.asarray(np.sqrt(np.float32(self._temperature) / precision))
 
-    def _describe(self, model: Any) -> SamplingReport:
+    def _describe(self, model: "torch.nn.Module") -> SamplingReport:
         ratios, largest, drawn = [], 0.0, 0
         for place in self._places:
             deviation = self._deviation(place)

@@ -1,19 +1,24 @@
 """Which loss a transformers model trains with, and a classifier's mean over a whole step."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
 # Names of transformers' losses, in `model.loss_function.__name__`.
 CAUSAL, SEQUENCE = "ForCausalLMLoss", "ForSequenceClassificationLoss"
 
 
 def classification_loss(
-    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    outputs: "SequenceClassifierOutput",
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy, mean over the examples of the whole step.
 
@@ -32,18 +37,18 @@ def classification_loss(
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-def loss_name(model: Any) -> str | None:
+def loss_name(model: torch.nn.Module) -> str | None:
     """Name of the loss function of a transformers model; None where it has none."""
     return getattr(getattr(model, "loss_function", None), "__name__", None)
 
 
-def is_causal(model: Any) -> bool:
+def is_causal(model: torch.nn.Module) -> bool:
     """Whether the loss scores each next token of a decoder."""
     is_pair = getattr(model.config, "is_encoder_decoder", False)
     return loss_name(model) == CAUSAL and not is_pair
 
 
-def is_single_label(model: Any, labels: Tensor | None) -> bool:
+def is_single_label(model: torch.nn.Module, labels: Tensor | None) -> bool:
     """Whether transformers gives a sequence classifier softmax cross-entropy for such labels."""
     problem = getattr(model.config, "problem_type", None)
     if problem is None and labels is not None:
@@ -52,7 +57,7 @@ def is_single_label(model: Any, labels: Tensor | None) -> bool:
     return bool(problem == "single_label_classification")
 
 
-def refuse_other_losses(model: Any, batch: Mapping[str, Tensor]) -> None:
+def refuse_other_losses(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> None:
     """Refuse a loss that `curvature="ggn"` cannot use: its logits have another size or place.
 
     Raises:

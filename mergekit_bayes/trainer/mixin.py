@@ -13,7 +13,7 @@ classifier's loss is the mean over the whole step (`classification_loss`), unlik
 After `load_best_model_at_end` the weights and the posterior are those of the same checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from mergekit_bayes.trainer.losses import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainerState, TrainingArguments
+    from transformers.trainer_utils import TrainOutput
 
 
 def unwrap(optimizer: object) -> IVON:
@@ -61,17 +62,18 @@ class IvonTrainerMixin:
     micro-batches' losses.
     """
 
-    model: Any
-    optimizer: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
     accelerator: "Accelerator"
-    optimizer_cls_and_kwargs: Any
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]]
     args: "TrainingArguments"
     state: "TrainerState"
-    compute_loss_func: Any
+    compute_loss_func: Callable[..., Tensor] | None
     label_smoother: object
     model_accepts_loss_kwargs: bool
     _loss_shifts_labels: bool
-    _collected: list[dict[str, Any]]  # micro-batches of the step that have come
+    _random: tuple[Tensor, Tensor | None]  # states of the generators before the last sample
+    _collected: list[dict[str, Tensor]]  # micro-batches of the step that have come
     _observed: int | None = None  # index of the micro-batch whose curvature is due
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -100,9 +102,9 @@ class IvonTrainerMixin:
             model = self.model if model is None else model
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = optimizer_class(trainable, **arguments)
-        return self.optimizer  # type: ignore[no-any-return]
+        return self.optimizer
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: object, **kwargs: object) -> "TrainOutput":
         """Train. Micro-batches that an interrupted step left are dropped first."""
         self._collected = []
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -118,7 +120,9 @@ class IvonTrainerMixin:
             )
         self._load_optimizer_and_scheduler(best)  # type: ignore[attr-defined]
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, *args: object, **kwargs: object
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
         """Fetch the micro-batches of a step, and correct what transformers assumes of the loss.
 
         Raises:
@@ -145,7 +149,7 @@ class IvonTrainerMixin:
     def training_step(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Collect micro-batches up to the last one of a step, then run all under each sample.
@@ -180,19 +184,20 @@ class IvonTrainerMixin:
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, object]:
         """The Trainer's loss. Where the curvature is due, one more backward pass gives its squares.
 
         Raises:
             ConfigError: The curvature is due and the model returns no logits.
         """
+        result: Tensor | tuple[Tensor, object]
         if self._observed is None:
-            return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
-        labels, tokens = inputs.get("labels"), inputs.get("input_ids")
+            result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
+            return result
         module = self.accelerator.unwrap_model(model)
         outputs: list[Tensor | None] = []
         hook = module.register_forward_hook(lambda *call: outputs.append(_logits(call[-1])))
@@ -209,15 +214,20 @@ class IvonTrainerMixin:
             raise ConfigError(
                 "curvature='ggn' needs a model that returns its logits. Use curvature='price'."
             )
+        self._add_curvature(module, logits, inputs, self._observed)
+        return result
+
+    def _add_curvature(
+        self, module: torch.nn.Module, logits: Tensor, inputs: dict[str, Tensor], index: int
+    ) -> None:
+        """Give IVON one root-GGN draw on the logits of micro-batch `index`."""
         optimizer = unwrap(self.optimizer)
         group = optimizer.param_groups[0]
-        rank = self.accelerator.process_index
-        seed = mix(group["seed"], group["steps"], self._observed, rank, 1)
-        scored = scored_logits(logits, labels, tokens).float()
+        seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
+        scored = scored_logits(logits, inputs.get("labels"), inputs.get("input_ids")).float()
         signs = torch.Generator(scored.device).manual_seed(seed)
         root = random_root(scored.detach(), likelihood(module), signs)
         optimizer.add_curvature((root * scored).sum(), len(scored))
-        return result
 
 
 def _logits(outputs: object) -> Tensor | None:
@@ -227,16 +237,17 @@ def _logits(outputs: object) -> Tensor | None:
 
 
 @contextmanager
-def _dropout(trainer: Any, *, repeat: bool) -> Iterator[None]:
+def _dropout(trainer: IvonTrainerMixin, *, repeat: bool) -> Iterator[None]:
     """Keep the state of the dropout masks, or `repeat` those of the sample before.
 
     The second sample of an antithetic pair sees the masks of the first.
     """
-    on_gpu = torch.cuda.is_available()
     if repeat:
-        torch.set_rng_state(trainer._random[0])
-        if on_gpu:
-            torch.cuda.set_rng_state(trainer._random[1])
+        on_cpu, on_gpu = trainer._random
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
     else:
-        trainer._random = (torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None)
+        on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        trainer._random = (torch.get_rng_state(), on_gpu)
     yield
