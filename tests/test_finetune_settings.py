@@ -12,7 +12,7 @@ from mergekit_bayes.finetune import FinetuneConfig, LoraSettings, run_finetune
 from mergekit_bayes.finetune.choices import learning_rate
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
 from tests import finetuning
 from tests.finetuning import config, info_of
@@ -34,11 +34,10 @@ def test_beta2_follows_from_the_steps_that_are_really_made(tmp_path, data):
         tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12, curvature="price"
     )
     report = run_finetune(settings, quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert posterior.info.training["steps"] == report.steps == 60
-    assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
-    assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert posterior.info.training["steps"] == report.steps == 60
+        assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
+        assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
 
 
 def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, capfd):
@@ -92,12 +91,11 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
 )
 def test_variants_of_ivon_are_settings(tmp_path, data, changes):
     run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert {k: posterior.info.training[k] for k in changes} == changes
-    assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
-    # h of the root-GGN draws may be merged with a flush, that of the published form may not.
-    assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert {k: posterior.info.training[k] for k in changes} == changes
+        assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
+        # h of the root-GGN draws may be merged with a flush, that of the published form may not.
+        assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
     run_finetune(

@@ -17,7 +17,7 @@ import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_launcher, refuse_quantised
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import IVON
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 LEFT = ("model.safetensors", "posterior/precision.safetensors")
@@ -94,13 +94,13 @@ def die_in_a_step(step):
     transformers.Trainer.training_step = training_step
 
 
-def die_writing(kind, at):
-    """Die in the middle of the `at`-th optimizer.pt, rng_state.pth, ..., with half of it written."""
+def die_writing(name, at):
+    """Die when half of the `at`-th optimizer.pt (or rng_state.pth, ...) is written."""
     original, calls = torch.save, [0]
 
     def half(value, file, *args, **kwargs):
         original(value, file, *args, **kwargs)
-        if kind in str(file):
+        if name in str(file):
             calls[0] += 1
             if calls[0] == at:
                 os.truncate(file, os.path.getsize(file) // 2)
@@ -152,17 +152,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, data, optimizer):
 
 
 def test_hessian_and_momentum_continue_to_the_same_bits(tmp_path, data):
-    found = {}
+    states = {}
     for name in ("a", "b"):
         config = settings(tmp_path, data, name, posterior="ivon", mc_samples=2, resume=True)
         if name == "b":
             killed(config, "in the middle of a step")
         run_finetune(config, quiet=True)
         last = tmp_path / f"{name}.checkpoints" / "checkpoint-7"
-        found[name] = torch.load(last / "optimizer.pt", weights_only=True)
-    assert found["a"]["param_groups"] == found["b"]["param_groups"]
+        states[name] = torch.load(last / "optimizer.pt", weights_only=True)
+    assert states["a"]["param_groups"] == states["b"]["param_groups"]
     for state, other in zip(
-        found["a"]["state"].values(), found["b"]["state"].values(), strict=True
+        states["a"]["state"].values(), states["b"]["state"].values(), strict=True
     ):
         for key in ("momentum", "hess", "step"):
             assert torch.equal(state[key], other[key])
@@ -190,8 +190,10 @@ def test_a_torn_checkpoint_is_skipped_with_a_note(tmp_path, data, caplog):
     for name in ("checkpoint-6", "checkpoint-7"):
         file = tmp_path / "out.checkpoints" / name / "optimizer.pt"
         os.truncate(file, file.stat().st_size - 1)
-    found = checkpoints.open_checkpoints(tmp_path / "out.checkpoints", resume=True, force=False)
-    assert found.step == 3
+    checkpoint = checkpoints.open_checkpoints(
+        tmp_path / "out.checkpoints", resume=True, force=False
+    )
+    assert checkpoint.step == 3
     assert "checkpoint-7' is torn (optimizer.pt should hold" in caplog.text
     # Its marker must not vouch for files that the resumed run has only begun to write again.
     assert not (tmp_path / "out.checkpoints" / "checkpoint-6" / checkpoints.MARKER).exists()
