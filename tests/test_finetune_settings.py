@@ -53,6 +53,32 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
     assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
 
 
+# In the order of the record; `initial_A` of an adapter stands between the two.
+ALWAYS = (
+    *("optimizer", "lr", "weight_decay", "scheduler", "steps", "batch_size", "processes"),
+    "loss_reduction",
+)
+WITH_IVON = (
+    *("ess", "hess_init", "beta1", "beta2", "clip_radius", "rescale_lr", "mc_samples"),
+    *("antithetic", "rank_noise", "curvature", "curvature_every"),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, [*ALWAYS, *WITH_IVON]),
+        ({"optimizer": "adamw"}, [*ALWAYS]),
+        ({"lora": {"r": 2}}, [*ALWAYS, "initial_A", *WITH_IVON]),
+    ],
+)
+def test_a_posterior_stores_the_settings_of_its_run_under_these_names(
+    tmp_path, data, changes, names
+):
+    run_finetune(config(tmp_path, data, max_steps=1, flush_batches=1, **changes), quiet=True)
+    assert list(info_of(tmp_path / "out").training) == names
+
+
 def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):
     for length in (None, 16, 5000):
         told = {} if length is None else {"max_length": length}
