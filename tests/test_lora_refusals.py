@@ -57,8 +57,11 @@ def test_an_adapter_that_does_not_fit_its_base_or_itself_is_refused(tmp_path):
     made = factors(0)
     made["m.q"].b[0, 0] = np.nan
     adapter(tmp_path / "nan", made)
-    with open_adapted(f"{folder}+{tmp_path / 'nan'}") as opened, pytest.raises(
-        CheckpointError, match=r"m\.q\.lora_B\.weight' has entries that are not finite"
+    with (
+        open_adapted(f"{folder}+{tmp_path / 'nan'}") as opened,
+        pytest.raises(
+            CheckpointError, match=r"m\.q\.lora_B\.weight' has entries that are not finite"
+        ),
     ):
         read_tensor(opened.mean, "m.q.weight")
 

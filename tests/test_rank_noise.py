@@ -14,8 +14,8 @@ from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
 from tests.cases import data, loss_of, net
-from tests.test_trainer import ROWS, trainer
 from tests.tiny_models import tiny_gpt2
+from tests.trainers import ROWS, trainer
 from tests.two_ranks import found_by_two
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.5, "beta2": 0.95, "weight_decay": 0.1}

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.draws import mix
 from mergekit_bayes.optim import IVON, full_tensors
-from mergekit_bayes.optim.noise import mix
 from mergekit_bayes.optim.shards import local
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny

@@ -97,9 +97,9 @@ def test_a_trained_folder_is_an_ordinary_model_that_has_learnt_something(
     assert loaded.task == "causal-lm"
     start, window = start_token(loaded.tokenizer), context_length(loaded)
     test = read(texts / "kind_test.jsonl")[:50]
-    found = measure_perplexity(
+    perplexity = measure_perplexity(
         loaded.model, loaded.tokenizer, test, start=start, window=window, bootstrap=0
     )
-    assert found.loss.value < 0.7 * math.log(len(loaded.tokenizer))
+    assert perplexity.loss.value < 0.7 * math.log(len(loaded.tokenizer))
     text = rows[0]
     assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]).strip() == text

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from mergekit_bayes.draws import mix
 from mergekit_bayes.optim.health import Entry, posterior_health
 from mergekit_bayes.optim.moves import (
     Buffers,
@@ -24,7 +25,7 @@ from mergekit_bayes.optim.moves import (
     restore,
     restore_all,
 )
-from mergekit_bayes.optim.noise import PREDICT, TRAIN, Draw, mix, noise_slices
+from mergekit_bayes.optim.noise import PREDICT, TRAIN, Draw, noise_slices
 from mergekit_bayes.optim.prior import Priors, PriorTerm, check_prior, checksums, prior_term
 from mergekit_bayes.optim.samples import Sampled
 from mergekit_bayes.optim.shards import local, shard_index

@@ -27,17 +27,6 @@ class Draw(NamedTuple):
     sign: float
 
 
-def mix(*numbers: int) -> int:
-    """Mix integers into a 63-bit seed, so that neighbours give unrelated streams (SplitMix64)."""
-    value = 0
-    for number in numbers:
-        value = (value + 0x9E3779B97F4A7C15 + number) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-    return value >> 1
-
-
 def noise_slices(
     hess: Tensor,
     decay: Tensor | float,

@@ -139,7 +139,7 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
         return inner
 
     transformers.Trainer.train = timed("train", transformers.Trainer.train)
-    store.flush = timed("flush", store.flush)
+    store.final_curvature = timed("flush", store.final_curvature)
     with tempfile.TemporaryDirectory() as out:
         config = FinetuneConfig(
             model=str(given.work / "model"),
