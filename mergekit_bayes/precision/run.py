@@ -7,7 +7,6 @@ stands for; how many examples were really looked at is recorded apart.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,49 +19,12 @@ from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
-from mergekit_bayes.models.load import UNIT, Task, load_model
+from mergekit_bayes.models.load import UNIT, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import hushed, with_bar
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.records import Config
-
-
-class PrecisionConfig(Config):
-    """Settings of `bmerge precision`.
-
-    Attributes:
-        model: A folder or Hub id; a Hub id needs `output`.
-        data: What the precision stands for; `where` keeps rows with these values.
-        examples: How many rows are looked at, at random.
-        batch_size: Rows a backward pass; smaller batches give more draws of the same data.
-        prior: Isotropic prior precision to include, 1/weight^2.
-    """
-
-    model: str
-    data: str | tuple[str, ...]
-    output: str | None = None
-    where: dict[str, Any] | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    examples: int = 2000
-    batch_size: int = 8
-    max_length: int = 512
-    prior: float = 0.0
-    seed: int = 0
-    task: Task = "auto"
-    force: bool = False
-
-
-class PrecisionReport(Config):
-    """Where the precision was written, and what it stands for."""
-
-    path: Path
-    estimator: str
-    unit: str
-    observations: int
-    sampled: int
-    health: dict[str, float]
+from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
