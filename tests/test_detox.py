@@ -18,7 +18,8 @@ from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.evaluate import EvaluateReport, read_report
+from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
@@ -104,7 +105,8 @@ def test_an_evaluated_candidate_scores_as_its_merge_does(world, first, tmp_path)
             models=(report.toxic_model,), base=world["base"], scale=(-0.5,), out=str(tmp_path / "m")
         )
     )
-    from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+    from mergekit_bayes.evaluate import EvaluateConfig
+    from mergekit_bayes.evaluate.run import run_evaluate
 
     again = run_evaluate(EvaluateConfig(model=str(tmp_path / "m"), **world["evaluate"]), quiet=True)
     point = report.curves["task arithmetic"][0]
@@ -323,7 +325,8 @@ def test_a_level_that_a_curve_does_not_reach_is_not_compared():
 
 
 def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, first, tmp_path):
-    from mergekit_bayes.precision import PrecisionConfig, run_precision
+    from mergekit_bayes.precision import PrecisionConfig
+    from mergekit_bayes.precision.run import run_precision
 
     base = tmp_path / "base"
     shutil.copytree(world["base"], base)

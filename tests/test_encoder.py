@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sentiment"
 TASKS = ("sst2", "yelp")

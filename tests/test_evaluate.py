@@ -13,7 +13,9 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
+from mergekit_bayes.evaluate import EvaluateConfig
+from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, save_posterior

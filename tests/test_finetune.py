@@ -12,12 +12,13 @@ import yaml
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 from tests import finetuning, tiny
 from tests.finetuning import Look, config, texts
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2

@@ -10,9 +10,10 @@ import pytest
 import transformers
 
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 from tests import finetuning
 from tests.finetuning import config, info_of
 from tests.tiny_models import tiny_gpt2

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.finetune import FinetuneConfig, LoraSettings, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig, LoraSettings
 from mergekit_bayes.finetune.choices import learning_rate
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
+from scripts.settings_table import BEGIN, END, settings_table
 from tests import finetuning
 from tests.finetuning import config, info_of
 from tests.tiny_models import tiny_gpt2
@@ -131,14 +133,17 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_the_guide_lists_every_setting_with_its_default():
+def test_the_guide_lists_every_setting_with_its_default_and_meaning():
+    """The table is the one that the fields make: a changed field needs the new table there."""
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
     listed = guide.partition("## All settings")[2].partition("\n## ")[0]
+    table = listed.partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
+    assert table == settings_table(), "run scripts/settings_table.py and paste its output"
     for name, field in (FinetuneConfig.model_fields | LoraSettings.model_fields).items():
-        assert f"`{name}`" in listed
+        (row,) = re.findall(rf"^\| `(?:lora\.)?{name}` \| (.*?) \| (.+) \|$", listed, re.M)
+        assert row[1] == field.description
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-            shown = re.search(rf"`{name}` \(([\d.e-]+)", listed)
-            assert float(shown[1]) == field.default, name
+            assert float(row[0]) == field.default, name
 
 
 def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):

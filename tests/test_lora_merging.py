@@ -16,7 +16,8 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.lora import merge_adapters, open_adapted, products
 from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.models.load import load_model

@@ -14,7 +14,8 @@ import torch
 
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig, ranks
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
 from tests.finetuning import Look

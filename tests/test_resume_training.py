@@ -15,8 +15,9 @@ import mergekit_bayes.finetune.checkpoints as checkpoints
 import mergekit_bayes.finetune.refusals as refusals
 import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_launcher, refuse_quantised
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.optim import IVON
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_bayes.evaluate import open_scorer
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.encode import context_length, start_token
 from mergekit_bayes.models.load import load_model

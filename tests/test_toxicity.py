@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.evaluate import open_scorer
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
 from mergekit_bayes.metrics.scorers import checked_scores, hook_scorer, word_scorer
 from mergekit_bayes.metrics.toxicity import describe_samples, measure_toxicity, score_toxicity

@@ -2,13 +2,14 @@
 
 import typer
 
-from bmerge_cli.render import Json, print_json
+from bmerge_cli.render import Json, failures, print_json
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.base import Method, Parameter
 
 NAME = "methods"
 
 
+@failures()
 def command(as_json: Json = False) -> None:
     """List the merging rules, their settings, and a line to try each.
 
@@ -21,8 +22,8 @@ def command(as_json: Json = False) -> None:
         typer.echo(f"{method.name}: {method.summary}")
         typer.echo(f"  {_needs(method)}")
         for parameter in method.parameters:
-            setting = f"{parameter.name}={_number(parameter.default)}"
-            typer.echo(f"  --param {setting}: {parameter.meaning}{_bounds(parameter)}")
+            setting = f"--param {parameter.name}={_number(parameter.default)}"
+            typer.echo(f"  {setting}: {parameter.meaning}{_bounds(parameter)}")
         typer.echo(f"  {method.example}\n")
 
 

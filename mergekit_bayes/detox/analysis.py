@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from mergekit_bayes.detox.settings import HELD_OUT, Curve
-from mergekit_bayes.evaluate import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
 from mergekit_bayes.records import Array, Record
 

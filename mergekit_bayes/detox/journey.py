@@ -32,11 +32,14 @@ from mergekit_bayes.detox.steps import (
     without,
 )
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.evaluate import EvaluateReport, open_scorer, read_report, run_evaluate
-from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.run import run_evaluate
+from mergekit_bayes.evaluate.scorers import open_scorer
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import run_precision
+from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")

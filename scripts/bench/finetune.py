@@ -116,7 +116,8 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
     import torch
     import transformers
 
-    from mergekit_bayes.finetune import FinetuneConfig, run_finetune, store
+    from mergekit_bayes.finetune import FinetuneConfig, store
+    from mergekit_bayes.finetune.run import run_finetune
 
     if given.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"

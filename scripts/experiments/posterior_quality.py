@@ -44,10 +44,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.curvature.ggn import random_root
 from mergekit_bayes.curvature.outputs import likelihood, scored_logits
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.rows import load_rows

@@ -6,7 +6,6 @@ observations of all the data. How many examples the estimate looked at is record
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,66 +18,12 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_ggn, random_examples
-from mergekit_bayes.models.load import UNIT, Task, load_model
+from mergekit_bayes.models.load import UNIT, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import hushed
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.records import Config
-
-
-class PrecisionConfig(Config):
-    """Settings of `bmerge precision`.
-
-    Attributes:
-        model: A folder or Hub id; a Hub id needs `output`.
-        data: What the precision stands for: files, folders or Hub data sets of rows.
-        output: Where to write the posterior; None is inside the model's folder.
-        where: Keep only rows with these values, by column.
-        text_column: Column of the texts.
-        label_column: Column of the labels, which the estimate does not use.
-        examples: Number of random rows that the estimate looks at.
-        batch_size: Rows in a backward pass. Smaller batches give more draws of the same data.
-        max_length: Tokens at which a row is cut.
-        prior: Isotropic prior precision to include, 1/weight^2.
-        seed: Seed of the choice of rows and of the random signs.
-        task: `auto` reads it from the architecture.
-        force: Replace a precision that exists.
-    """
-
-    model: str
-    data: str | tuple[str, ...]
-    output: str | None = None
-    where: dict[str, Any] | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    examples: int = 2000
-    batch_size: int = 8
-    max_length: int = 512
-    prior: float = 0.0
-    seed: int = 0
-    task: Task = "auto"
-    force: bool = False
-
-
-class PrecisionReport(Config):
-    """Where the precision was written, and what it stands for.
-
-    Attributes:
-        path: The posterior's folder or file.
-        estimator: How the curvature was estimated, `ggn`.
-        unit: Name of one observation, `token` or `example`.
-        observations: Number of observations in the data.
-        sampled: Number of examples that the estimate looked at.
-        health: Numbers of `precision_health`.
-    """
-
-    path: Path
-    estimator: str
-    unit: str
-    observations: int
-    sampled: int
-    health: dict[str, float]
+from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
