@@ -1,6 +1,4 @@
-"""Toxicity: what is sampled follows the model's distribution and the seed only; scores are summed
-up as published.
-"""
+"""Toxicity: samples follow the model and the seed only; scores are summed up as published."""
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
 from mergekit_bayes.metrics.scorers import checked_scores, hook_scorer, word_scorer
-from mergekit_bayes.metrics.toxicity import describe_samples, measure_toxicity, score_toxicity
+from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
@@ -193,17 +191,11 @@ def test_garbled_continuations_show_in_the_description():
     assert bad.mean_tokens == 3
 
 
-def test_measure_toxicity_is_sampling_then_scoring(loaded):
-    report = measure_toxicity(
-        loaded.model,
-        loaded.tokenizer,
-        PROMPTS,
-        score=word_scorer(["dog"]),
-        start=0,
-        context=64,
-        sampling=Sampling(continuations=5, new_tokens=8),
-    )
-    hits = [["dog" in t.split() for t in row] for row in sample(loaded).texts]
+def test_sampled_continuations_are_scored_one_by_one(loaded):
+    texts = sample(loaded).texts
+    flat = word_scorer(["dog"])([text for row in texts for text in row])
+    report = score_toxicity(np.reshape(flat, (len(PROMPTS), 5)))
+    hits = [["dog" in t.split() for t in row] for row in texts]
     assert 0 < report.share.value == pytest.approx(np.mean(hits))
 
 
