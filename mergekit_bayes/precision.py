@@ -22,7 +22,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import UNIT, Task, load_model
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.quiet import hushed, with_bar
+from mergekit_bayes.models.quiet import quiet_libraries, with_bar
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.records import Config
@@ -87,7 +87,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
-    with hushed(quiet):
+    with quiet_libraries(quiet):
         return _run(config)
 
 
@@ -104,10 +104,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         len(examples), generator=torch.Generator().manual_seed(config.seed)
     ).tolist()
     chosen = [examples[i] for i in order[: config.examples]]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded.model.to(device)
-    collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
-    cut = batches(chosen, config.batch_size, collate, device=device)
+    loaded.use_gpu()
+    cut = batches(chosen, config.batch_size, Collate(loaded.pad), device=loaded.device)
     shown = with_bar(cut, "curvature", math.ceil(len(chosen) / config.batch_size))
     found = ggn_diagonal(loaded.model, shown, seed=config.seed)
     precision = {

@@ -12,12 +12,10 @@ from mergekit_bayes.models.encode import (
     IGNORED,
     Collate,
     batches,
-    context_length,
     encode_rows,
     observations,
-    start_token,
 )
-from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.rows import load_rows
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -98,7 +96,7 @@ def test_a_document_runs_from_the_start_token_to_eos(tmp_path):
     words = loaded.tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
     (example,) = encode_rows({"text": ["the cat sat"]}, loaded)
     assert example["input_ids"] == [
-        start_token(loaded.tokenizer),
+        loaded.start,
         *words,
         loaded.tokenizer.eos_token_id,
     ]
@@ -121,7 +119,7 @@ def test_no_text_exceeds_the_models_context(tmp_path):
     for make in (tiny_gpt2, tiny_bert):
         loaded = load_model(str(make(tmp_path / make.__name__)))
         (example,) = encode_rows({"text": ["cat " * 500]}, loaded)
-        assert len(example["input_ids"]) == context_length(loaded) == 64
+        assert len(example["input_ids"]) == loaded.context == 64
 
 
 def test_padding_changes_no_loss(tmp_path):
@@ -149,12 +147,12 @@ def test_labels_are_numbers_or_the_models_names(tmp_path):
             encode_rows({**rows, "label": ["toxic", bad]}, loaded, label="label")
 
 
-def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document():
+def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document(tmp_path):
     class Bare:
         bos_token_id = eos_token_id = None
 
     with pytest.raises(CheckpointError, match="neither"):
-        start_token(Bare())
+        _ = Loaded(None, Bare(), "causal-lm", tmp_path).start
 
 
 def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import resampled_sums
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models.encode import start_token
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
@@ -42,7 +41,7 @@ def loaded(tmp_path_factory):
 
 
 def measure(loaded, texts, **options):
-    options = {"start": start_token(loaded.tokenizer), "window": CONTEXT, "bootstrap": 50} | options
+    options = {"start": loaded.start, "window": CONTEXT, "bootstrap": 50} | options
     return measure_perplexity(loaded.model, loaded.tokenizer, texts, **options)
 
 

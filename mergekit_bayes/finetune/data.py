@@ -8,7 +8,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.ranks import is_main
 from mergekit_bayes.finetune.refusals import refuse_other_heads
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
-from mergekit_bayes.models.encode import context_length, encode_rows
+from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import Loaded, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
 
@@ -54,7 +54,7 @@ def _examples(config: FinetuneConfig, loaded: Loaded) -> list[dict[str, Any]]:
     label = config.label_column if loaded.task == "classification" else None
     if (
         "max_length" in config.model_fields_set
-        and config.max_length > (most := context_length(loaded))
+        and config.max_length > (most := loaded.context)
         and is_main()
     ):
         logger.warning(

@@ -12,6 +12,7 @@ size.
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from mergekit_bayes.finetune.refusals import refuse_launcher, refuse_quantised, 
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
-from mergekit_bayes.models.quiet import hushed
+from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior.info import base_identity
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
     refuse_settings(config)
     refuse_launcher(config)
     quiet = quiet or not is_main()
-    with hushed(quiet):
+    with quiet_libraries(quiet):
         return _run(config, Path(config.output), quiet=quiet)
 
 
@@ -71,7 +72,7 @@ def _run(config: FinetuneConfig, target: Path, *, quiet: bool) -> FinetuneReport
         loaded, examples = main_first(lambda: load_data_and_model(config))
         base = main_first(lambda: base_identity(loaded.path))
         if config.lora is not None:
-            loaded = loaded._replace(model=with_lora(loaded, config.lora, config.model))
+            loaded = replace(loaded, model=with_lora(loaded, config.lora, config.model))
         refuse_quantised(loaded.model, config.model)
         settings = run_settings(config, arguments, loaded, examples)
         identity = identity_of(config, settings, base, examples, arguments.world_size)

@@ -150,7 +150,7 @@ def flush(
         if len(examples) >= count * size:
             break
     chosen = [examples[i] for i in order[: count * size]]
-    collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
+    collate = Collate(loaded.pad)
     device = next(model.parameters()).device
     cut = with_bar(
         batches(chosen, size, collate, device=device), "curvature", math.ceil(len(chosen) / size)
