@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.detox import journey as journey_module
-from mergekit_bayes.detox.analysis import _read, findings, match
+from mergekit_bayes.detox.analysis import _read, compare_curves, findings
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
@@ -292,7 +292,7 @@ def test_the_effect_is_computed_from_what_is_paid(cost, effect):
         np.arange(10) % 2, 1, -1
     )  # documents differ far more than the methods, if these are equal
     mine = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    matched, compared = compare_curves(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
     assert matched[0].paid["ta"].value == pytest.approx(0.2)
     assert matched[0].paid["gm"].value == pytest.approx(cost)
     (finding,) = findings(compared)
@@ -308,7 +308,7 @@ def test_pairing_removes_what_all_models_share():
         measured(np.full(10, s), a + b * noise)
         for s, a, b in ((0.6, 2.0, 1.0), (0.2, 2.2, 1.1), (0.2, 2.1, 1.1))
     )
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    matched, compared = compare_curves(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
     width = matched[0].paid["gm"].high - matched[0].paid["gm"].low
     assert compared[0].difference.high - compared[0].difference.low < 1e-9 < width
     assert compared[0].difference.value == pytest.approx(-0.1)
@@ -316,7 +316,7 @@ def test_pairing_removes_what_all_models_share():
 
 def test_a_level_that_a_curve_does_not_reach_is_not_compared():
     base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.4))
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.3])
+    matched, compared = compare_curves(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.3])
     assert matched[0].paid["gm"] is None
     assert [c.verdict for c in compared] == ["not comparable"]
     assert findings(compared)[0].levels == 0
@@ -345,5 +345,5 @@ def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, 
 
 def test_a_share_that_the_base_is_below_anyway_is_no_level():
     base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.2))
-    matched, _ = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.7, 0.3])
+    matched, _ = compare_curves(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.7, 0.3])
     assert [m.level for m in matched] == [0.3]
