@@ -1,4 +1,4 @@
-"""Rows and models in, batches out: what is read, what is refused, what counts as an observation."""
+"""Rows and models in, batches out: what is read, refused, and counted as an observation."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_unusable_data_is_named(tmp_path):
     file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     (tmp_path / "bad.jsonl").write_text("{not json\n")
     (tmp_path / "a.xls").write_text("x")
-    for refs, options, kind, message in (
+    for refs, options, error, message in (
         (str(file), {"columns": ["body"]}, MismatchError, "no column 'body'; it has text, label"),
         (str(file), {"where": {"toxic": 1}}, MismatchError, "no column 'toxic'"),
         (str(file), {"where": {"label": 7}}, MismatchError, "no row of"),
@@ -72,7 +72,7 @@ def test_unusable_data_is_named(tmp_path):
         (str(tmp_path / "none.jsonl"), {}, CheckpointError, "no such file"),
         ([], {}, ConfigError, "no data"),
     ):
-        with pytest.raises(kind, match=message):
+        with pytest.raises(error, match=message):
             load_rows(refs, **options)
 
 
@@ -153,6 +153,18 @@ def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document(tmp_path):
 
     with pytest.raises(CheckpointError, match="neither"):
         _ = Loaded(None, Bare(), "causal-lm", tmp_path).start
+
+
+def test_a_loaded_model_says_what_running_it_needs(tmp_path):
+    gpt2, bert = (
+        load_model(str(tiny_gpt2(tmp_path / "g"))),
+        load_model(str(tiny_bert(tmp_path / "b"))),
+    )
+    assert (gpt2.start, gpt2.context, gpt2.device.type) == (0, 64, "cpu")
+    assert gpt2.pad == gpt2.tokenizer.pad_token_id
+    bert.tokenizer.bos_token = bert.tokenizer.eos_token = None
+    assert bert.context == 64
+    assert "labels" in encode_rows({"text": ["a cat"], "label": [0]}, bert, label="label")[0]
 
 
 def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):

@@ -101,8 +101,8 @@ class _Journey:
     def __init__(self, config: DetoxConfig, quiet: bool, tell: Tell) -> None:
         self.config, self.quiet, self.tell = config, quiet, tell
         output = Path(config.output)
-        ours = (output / _SETTINGS).exists()
-        if output.exists() and any(output.iterdir()) and not ours:
+        is_ours = (output / _SETTINGS).exists()
+        if output.exists() and any(output.iterdir()) and not is_ours:
             raise CheckpointError(
                 f"'{output}' exists and is no output of detox. Choose another output."
             )
@@ -111,7 +111,7 @@ class _Journey:
         finetune = finetune_config(config, "")
         evaluate = evaluate_config(config, config.base, "")
         self.base = model_identity(config.base)
-        self.identities: dict[str, Any] = {
+        self.identities: dict[str, object] = {
             "base": self.base,
             "toxic": data_identity(config.toxic.data),
             "texts": {name: data_identity(ref) for name, ref in evaluate.perplexity.items()},
@@ -131,7 +131,7 @@ class _Journey:
         ]
         if needs_precision(config):
             self.identities["precision"] = data_identity(precision_config(config, "").data)
-        if config.force and ours:
+        if config.force and is_ours:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)

@@ -1,7 +1,6 @@
 """The report of a removal: one document for programs (JSON) and one for readers (Markdown)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mergekit_bayes import __version__
 from mergekit_bayes.detox.analysis import Comparison, Finding, Payment
@@ -64,12 +63,12 @@ class DetoxReport(Record):
 
     version: str = __version__
     path: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     versions: dict[str, str]
-    identities: dict[str, Any]
+    identities: dict[str, object]
     toxic_model: str
     base_precision: str | None
-    scorers: dict[str, dict[str, Any]]
+    scorers: dict[str, dict[str, object]]
     base: Point
     curves: dict[str, tuple[Point, ...]]
     matched: tuple[Payment, ...] = ()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.evaluate.predictions import StepProgress
+from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.generation import Samples, sample_continuations

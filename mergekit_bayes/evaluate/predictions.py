@@ -1,10 +1,10 @@
 """Measure how well a model predicts texts and labels: at the mean, and over posterior samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
-from mergekit_bayes.evaluate.report import SampledReport
+from mergekit_bayes.evaluate.report import SampledReport, StepProgress
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import Examples
 from mergekit_bayes.metrics.base import Draws
@@ -16,8 +16,6 @@ from mergekit_bayes.metrics.classification import (
 from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change, measure_perplexity
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.sampling import PosteriorDraws
-
-StepProgress = Callable[[str, int, int], None]  # (step, done, of)
 
 
 class Predictions(NamedTuple):

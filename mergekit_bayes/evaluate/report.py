@@ -1,5 +1,6 @@
 """What `bmerge evaluate` reports."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from mergekit_bayes import __version__
@@ -10,6 +11,8 @@ from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
 from mergekit_bayes.models.sampling import SamplingReport
 from mergekit_bayes.records import Config
+
+StepProgress = Callable[[str, int, int], None]  # (step, done, of)
 
 
 class ScorerInfo(Config):

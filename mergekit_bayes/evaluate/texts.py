@@ -1,7 +1,7 @@
 """Read and check the data sets of an evaluation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
@@ -81,12 +81,12 @@ def number_classes(
     return result
 
 
-def is_by_name(where: Mapping[str, Any]) -> bool:
+def is_by_name(where: Mapping[str, object]) -> bool:
     """Whether `where` holds one condition for each set, rather than one for all."""
     return bool(where) and all(isinstance(condition, Mapping) for condition in where.values())
 
 
-def _where(config: EvaluateConfig, name: str) -> dict[str, Any] | None:
+def _where(config: EvaluateConfig, name: str) -> Mapping[str, object] | None:
     return (config.where.get(name) if is_by_name(config.where) else config.where) or None
 
 

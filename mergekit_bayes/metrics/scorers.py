@@ -114,8 +114,8 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         ConfigError: There is no such module or function.
     """
     module_name, _, function_name = spec.partition(":")
-    here = str(Path.cwd())
-    with _importable(here):
+    folder = str(Path.cwd())
+    with _importable(folder):
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -127,7 +127,7 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         raise ConfigError(f"--scorer '{spec}': {module_name} has no function '{function_name}'.")
 
     def score(texts: list[str]) -> list[float]:
-        with _importable(here):
+        with _importable(folder):
             try:
                 returned = function(texts)
             except Exception as error:

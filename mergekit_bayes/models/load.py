@@ -7,7 +7,7 @@ token of a row is context only), one row for a classifier.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -159,7 +159,7 @@ def _load_checkpoint(
     if task == "auto":
         task = "classification" if _has_classification_head(config) else "causal-lm"
         _refuse_masked(config, ref)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, object] = {"dtype": dtype}
     if num_labels is not None:
         options["num_labels"] = num_labels
     if task == "classification":
