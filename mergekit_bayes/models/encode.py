@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100  # a label that no loss counts, transformers' convention
-Example: TypeAlias = dict[str, Any]  # `input_ids`, a list; `labels`, a list or one number
+Example: TypeAlias = Mapping[str, Any]  # `input_ids`, a list; `labels`, a list or one number
 
 
 def encode_rows(
@@ -24,7 +24,7 @@ def encode_rows(
     label: str | None = None,
     max_length: int = 512,
     pack: bool = False,
-) -> list[Example]:
+) -> list[dict[str, Any]]:
     """Tokenise rows into examples of Python lists, ready for `Collate`.
 
     A row of a language model becomes its start token, the text and EOS, cut at `max_length`. With
@@ -47,7 +47,7 @@ def encode_rows(
     max_length = min(max_length, loaded.context)
     if loaded.task == "classification":
         encoded = loaded.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        examples: list[Example] = [{"input_ids": ids} for ids in encoded]
+        examples = [{"input_ids": ids} for ids in encoded]
         if label is not None:
             labels = label_ids(rows[label], loaded.model, label)
             for example, value in zip(examples, labels, strict=True):
