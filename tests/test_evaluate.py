@@ -315,23 +315,11 @@ def test_the_command_shows_mean_and_samples_side_by_side(
     report = json.loads(done.stdout)
     for measured in (report, report["sampled"]):
         scores = measured["classification"]["test"]
-        assert set(scores) == {
-            "examples",
-            "classes",
-            "accuracy",
-            "nll",
-            "brier",
-            "ece",
-            "confidence",
-            "bins",
-        }
+        others = {"examples", "classes", "confidence", "bins"}
+        assert set(scores) == {"accuracy", "nll", "brier", "ece"} | others
         assert sum(b["examples"] for b in scores["bins"]) == 4
-    assert set(report["sampled"]["classification_change"]["test"]) == {
-        "accuracy",
-        "nll",
-        "brier",
-        "ece",
-    }
+    change = report["sampled"]["classification_change"]["test"]
+    assert set(change) == {"accuracy", "nll", "brier", "ece"}
     assert report["sampled"]["draws"]["held"] == 0
     for text in (
         "ECE by 4 bins",
@@ -365,33 +353,10 @@ def bmerge(*args):
 
 
 def test_the_command_measures_prints_and_writes(model, world):
-    done = bmerge(
-        "evaluate",
-        model,
-        "--perplexity",
-        "civil=texts.jsonl",
-        "--perplexity",
-        "texts.jsonl",
-        "--where",
-        "label=0",
-        "--toxicity",
-        "prompts.jsonl",
-        "--scorer",
-        "words:words.txt",
-        "--continuations",
-        3,
-        "--new-tokens",
-        4,
-        "--prompts",
-        2,
-        "--window",
-        8,
-        "--stride",
-        4,
-        "-o",
-        "out",
-        "--json",
-    )
+    texts = "--perplexity civil=texts.jsonl --perplexity texts.jsonl --where label=0 --window 8"
+    prompts = "--toxicity prompts.jsonl --prompts 2 --continuations 3 --new-tokens 4"
+    scorer = "--scorer words:words.txt --stride 4 -o out --json"
+    done = bmerge("evaluate", model, *texts.split(), *prompts.split(), *scorer.split())
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert set(report["perplexity"]) == {"civil", "texts.jsonl"}
