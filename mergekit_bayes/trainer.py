@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_bayes.curvature.ggn import likelihood, random_root, scored_logits
+from mergekit_bayes.curvature.ggn import random_root
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.optim.base import mix
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import IVON
+from mergekit_bayes.optim.noise import mix
 
 
 def unwrap(optimizer: Any) -> IVON:

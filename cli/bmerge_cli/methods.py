@@ -1,7 +1,5 @@
 """`bmerge methods`: the merging rules, their settings, and a line to try each."""
 
-from typing import Any
-
 import typer
 
 from bmerge_cli.render import Json, print_json
@@ -23,20 +21,19 @@ def command(as_json: Json = False) -> None:
         typer.echo(f"{method.name}: {method.summary}")
         typer.echo(f"  {_needs(method)}")
         for parameter in method.parameters:
-            typer.echo(
-                f"  --param {parameter.name}={_number(parameter.default)}: {parameter.meaning}{_bounds(parameter)}"
-            )
+            setting = f"{parameter.name}={_number(parameter.default)}"
+            typer.echo(f"  --param {setting}: {parameter.meaning}{_bounds(parameter)}")
         typer.echo(f"  {method.example}\n")
 
 
-def _document(method: Method) -> dict[str, Any]:
+def _document(method: Method) -> dict[str, object]:
     return {
         "name": method.name,
         "summary": method.summary,
         "needs_base": method.needs_base,
         "needs_precision": method.needs_precision,
         "models": method.tasks,
-        "writes_posterior": method.is_posterior and method.needs_precision,
+        "writes_posterior": method.writes_posterior,
         "parameters": [
             {
                 "name": p.name,
@@ -56,7 +53,7 @@ def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
     models = f", {method.tasks} models" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
-    posterior = "; writes a posterior" if method.is_posterior and method.needs_precision else ""
+    posterior = "; writes a posterior" if method.writes_posterior else ""
     return base + models + precision + posterior
 
 

@@ -44,8 +44,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.curvature.ggn import ggn_diagonal, likelihood, random_root, scored_logits
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.ggn import random_root
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
