@@ -1,7 +1,7 @@
 """Load the model and the training data, and put together what a run works on."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
@@ -11,7 +11,7 @@ from mergekit_bayes.finetune.choices import Choices, choose
 from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
-from mergekit_bayes.models.encode import context_length, encode_rows, observations
+from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
@@ -79,7 +79,7 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     loaded = _load_model(config)
     if config.lora is not None:
         model = _with_lora(loaded, config.lora, config.model)
-        loaded = loaded._replace(model=model)
+        loaded = replace(loaded, model=model)
     refuse_after(config, loaded)
     return loaded, _load_examples(config, loaded), base_identity(loaded.path)
 
@@ -136,7 +136,7 @@ def _with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
 
 def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
     length_is_given = "max_length" in config.model_fields_set
-    if length_is_given and config.max_length > (context := context_length(loaded)) and is_main():
+    if length_is_given and config.max_length > (context := loaded.context) and is_main():
         logger.warning(
             "max_length: the model sees %d tokens, so rows are cut there and not at %d",
             context,

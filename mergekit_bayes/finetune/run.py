@@ -30,7 +30,7 @@ from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
-from mergekit_bayes.models.quiet import hushed
+from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.trainer import unwrap
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
     refuse_before(config)
     quiet = quiet or not is_main()
-    with hushed(quiet), _checkpoint_folder(config) as folder:
+    with quiet_libraries(quiet), _checkpoint_folder(config) as folder:
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
         checkpoint = on_main(lambda: _open_output(config))

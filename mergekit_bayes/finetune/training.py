@@ -90,7 +90,7 @@ def make_trainer(
         "model": loaded.model,
         "args": arguments,
         "train_dataset": run.examples,
-        "data_collator": Collate(int(loaded.tokenizer.pad_token_id or 0)),
+        "data_collator": Collate(loaded.pad),
     }
     if loaded.task == "classification":
         options["compute_loss_func"] = classification_loss

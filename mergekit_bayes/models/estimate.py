@@ -27,8 +27,8 @@ def estimate_ggn(
         batch_size: Examples in a backward pass. Smaller batches give more draws of the same data.
         seed: Seed of the random signs.
     """
-    collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
-    device = next(loaded.model.parameters()).device
+    collate = Collate(loaded.pad)
+    device = loaded.device
     steps = batches(examples, batch_size, collate, device=device)
     shown = with_bar(steps, "curvature", math.ceil(len(examples) / batch_size))
     return ggn_diagonal(loaded.model, shown, seed=seed)

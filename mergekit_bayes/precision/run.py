@@ -20,7 +20,7 @@ from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_ggn, random_examples
 from mergekit_bayes.models.load import UNIT, load_model
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.quiet import hushed
+from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
@@ -40,7 +40,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
             does not hold.
     """
     _refuse_settings(config)
-    with hushed(quiet):
+    with quiet_libraries(quiet):
         return _run(config)
 
 
@@ -76,7 +76,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.use_gpu()
         curvature = estimate_ggn(
             loaded,
             random_examples(examples, count, config.seed),

@@ -792,7 +792,7 @@ def held_out(folder: Path, test: Path) -> dict[str, float]:
     label = "label" if loaded.task == "classification" else None
     examples = encode_rows(load_rows(str(test), max_rows=2000), loaded, label=label)
     found, right = [], []
-    for rows in batches(examples, 100, Collate(int(loaded.tokenizer.pad_token_id))):
+    for rows in batches(examples, 100, Collate(loaded.pad)):
         found.append(losses(loaded.model, rows))
         if label:
             right.append(loaded.model(**rows).logits.argmax(-1) == rows["labels"])
