@@ -1,5 +1,6 @@
 """The order of the house: imports go down, and heavy libraries stay where they are used."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,22 @@ def test_members_of_a_family_do_not_import_each_other():
 
 def test_the_package_never_imports_the_command_line():
     assert not [e for e in EDGES if e.target.startswith("bmerge_cli") and "bmerge" not in e.source]
+
+
+def test_every_init_only_hands_names_on():
+    """An `__init__` holds no definition, so that each name has one home.
+
+    A module `__getattr__` that imports a name on first use hands it on, too.
+    """
+    for name, path in modules(ROOT).items():
+        if path.name != "__init__.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            defined = [getattr(node, "name", "")]
+            if isinstance(node, ast.Assign):
+                defined = [ast.unparse(target) for target in node.targets]
+            allowed = {"", "__all__", "__version__", "__getattr__", "_MODULES"}
+            assert set(defined) <= allowed, f"{name} defines {defined}"
 
 
 def loaded_by(code: str) -> set[str]:
