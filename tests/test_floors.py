@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.house import circles, import_graph, list_errors, parse_floors, upward_imports
+from scripts.house import circles, import_graph, list_errors, modules, parse_floors, upward_imports
 
 ROOT = Path(__file__).parent.parent
 ROOMS = parse_floors(ROOT / "README.md")
@@ -79,5 +79,5 @@ def test_the_command_line_and_the_merge_load_no_heavy_library():
         "sklearn",
         "huggingface_hub",
     }
-    modules = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
-    assert not heavy & loaded_by(f"import {modules}")
+    light = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
+    assert not heavy & loaded_by(f"import {light}")
