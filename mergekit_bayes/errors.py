@@ -9,6 +9,9 @@
 The command line turns these into one message and exit code 2; anything else is a bug.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class BmergeError(Exception):
     """Something that the user can mend."""
@@ -28,3 +31,15 @@ class PrecisionError(BmergeError):
 
 class ConfigError(BmergeError):
     """An option or a config key makes no sense."""
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that is most like a misspelled word; None if none is close."""
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return close[0] if close else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """The hint "did you mean 'x'?" for a misspelled word; empty if no candidate is close."""
+    match = nearest(word, candidates)
+    return "" if match is None else f"did you mean '{match}'?"

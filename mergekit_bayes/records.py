@@ -1,4 +1,4 @@
-"""Frozen pydantic bases of configs and reports, and the small types that rooms share."""
+"""Frozen pydantic bases of settings, reports and stored records, and types that rooms share."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-
-class Config(BaseModel):
-    """Base of all configs: frozen, and strict about its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]  # (done, of)
 
 
-class Record(BaseModel):
-    """Base of all reports: frozen, and strict about its keys."""
+class Frozen(BaseModel):
+    """Base of everything that is read from or written to YAML or JSON: frozen, no unknown keys."""
 
-    # A ruined model's perplexity may be infinite, for which JSON has no number.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Config = Frozen  # the name under which the settings of a verb use it
+
+
+class Record(Frozen):
+    """Base of measurements that may be infinite, which is written as the string "Infinity".
+
+    The perplexity of a ruined model may be infinite, and JSON has no such number.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
