@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.checkpoint import sources
+from mergekit_bayes.checkpoint import hub_errors, remote, sources
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -122,7 +122,7 @@ def test_what_cannot_be_fetched_says_the_way_out(hub, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize("length", range(270, 301, 5))
 def test_no_part_of_a_token_is_in_a_message_however_long(hub, monkeypatch, length):
     for token in (hub_double.TOKEN, "hf_somebodyElsesToken"):
-        said = sources.explain(ValueError("x" * (length - 1) + " " + token + " more"), "org/a")
+        said = hub_errors.explain(ValueError("x" * (length - 1) + " " + token + " more"), "org/a")
         assert "x" * 200 in said
         assert token[:4] not in said
         assert len(said) < 400
@@ -136,7 +136,7 @@ def test_an_unknown_revision_is_named(hub):
 
 def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
     hub.add("org/a", files(folder(tmp_path / "a")))
-    (header,) = sources.read_headers("org/a", ("posterior/precision.safetensors",))
+    (header,) = remote.read_headers("org/a", ("posterior/precision.safetensors",))
     assert {n: t.shape for n, t in header.tensors.items()} == tiny.SHAPES
     assert '"estimator":"ggn"' in header.metadata["bmerge"]
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
@@ -244,9 +244,9 @@ def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
 
 
 def test_a_disk_that_is_full_is_not_called_a_connection(hub):
-    full = sources.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
+    full = hub_errors.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
     assert "reading or writing failed here (No space left on device)" in full
-    assert "the connection to" in sources.explain(
+    assert "the connection to" in hub_errors.explain(
         ConnectionResetError(errno.ECONNRESET, "reset"), "org/a"
     )
 

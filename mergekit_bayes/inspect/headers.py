@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.names import is_buffer
-from mergekit_bayes.checkpoint.sources import file_sizes, pinned, read_headers
+from mergekit_bayes.checkpoint.remote import file_sizes, read_headers
+from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.inspect.layers import group_layers
