@@ -2,8 +2,8 @@
 leaves the machine.
 
 Repositories live in memory, content-addressed as in git. Files named `*.safetensors` are large
-(LFS), all others regular. A test sets what goes wrong (`deny`, `gated`, `cut_uploads`,
-`cut_downloads`) and reads what was asked (`log`).
+(LFS), all others regular. A test sets what goes wrong (`gated`,
+`cut_uploads`, `cut_downloads`) and reads what was asked (`log`).
 """
 
 import base64
@@ -69,19 +69,27 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """The state of the server; `url` is its address."""
+    """The state of the server.
+
+    Attributes:
+        repos: Repositories by name.
+        large: Content of large files by SHA-256.
+        log: The requests so far.
+        cut_uploads: Number of large files that still arrive; then every connection breaks. None
+            for no limit.
+        cut_downloads: Number of answers of more than a kilobyte that break off half-way.
+        auth: What whoami says of the token.
+        orgs: What whoami says of the user's organisations.
+        url: Address of the server.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.log: list[Request] = []
-        self.cut_uploads: int | None = (
-            None  # so many large files still arrive, then every connection breaks
-        )
-        self.cut_downloads: int = 0  # so many answers of more than a kilobyte break off half-way
-        self.auth: dict[str, Any] = {
-            "type": "access_token"
-        }  # what whoami tells of the token, and of groups
+        self.cut_uploads: int | None = None
+        self.cut_downloads = 0
+        self.auth: dict[str, Any] = {"type": "access_token"}
         self.orgs: list[dict[str, Any]] = []
         self.url = ""
 
@@ -227,11 +235,11 @@ class Handler(BaseHTTPRequestHandler):
     def _tree(self, name: str, revision: str, folder: str) -> None:
         repo = self._repo(name)
         files = repo.commits[self._at(repo, revision)]
-        found = {p: b for p, b in files.items() if not folder or p.startswith(folder + "/")}
-        if folder and not found:
+        inside = {p: b for p, b in files.items() if not folder or p.startswith(folder + "/")}
+        if folder and not inside:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
         rows: list[dict[str, Any]] = []
-        for path, blob in sorted(found.items()):
+        for path, blob in sorted(inside.items()):
             row = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.sha1}
             if blob.lfs:
                 row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
@@ -342,12 +350,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            found = b""
+            content = b""
             while size := int(self.rfile.readline().split(b";")[0], 16):
-                found += self.rfile.read(size)
+                content += self.rfile.read(size)
                 self.rfile.readline()
             self.rfile.readline()
-            return found
+            return content
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -392,7 +400,7 @@ def serving():
 
 def environment(hub: Hub, home: Any, token: str | None = TOKEN) -> dict[str, str]:
     """What a process needs to take `hub` for the Hub."""
-    found = {
+    variables = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
@@ -401,7 +409,7 @@ def environment(hub: Hub, home: Any, token: str | None = TOKEN) -> dict[str, str
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return found | ({"HF_TOKEN": token} if token else {})
+    return variables | ({"HF_TOKEN": token} if token else {})
 
 
 def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> None:

@@ -14,32 +14,10 @@ from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior
-from tests import hub_double, tiny
+from tests import hub_double, pushing, tiny
+from tests.pushing import adapter, files, folder
 
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_double.serving() as server:
-        hub_double.use(server, monkeypatch, tmp_path / "home")
-        yield server
-
-
-def folder(path, seed=0, precision=True):
-    """A model folder with a posterior."""
-    mean = tiny.arrays(seed)
-    if precision:
-        tiny.posterior(path / "model.safetensors", mean, tiny.precisions(seed))
-        (path / "posterior").mkdir()
-        (path / "model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
-        (path / "posterior" / "posterior.json").write_text("{}")
-    else:
-        tiny.write(path / "model.safetensors", mean)
-    (path / "config.json").write_text('{"model_type": "gpt2"}')
-    return path
-
-
-def files(path):
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+hub = pushing.hub
 
 
 def test_a_hub_id_is_fetched_with_its_commit(hub, tmp_path):
@@ -141,30 +119,6 @@ def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
     assert '"estimator":"ggn"' in header.metadata["bmerge"]
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-
-
-def adapter(path, base, seed=0):
-    """A LoRA adapter of rank 1 on the attention weight of `folder`'s model, in PEFT's layout."""
-    shapes = {
-        "base_model.model.h.0.attn.lora_A.weight": (1, 5),
-        "base_model.model.h.0.attn.lora_B.weight": (4, 1),
-    }
-    mean = tiny.arrays(seed, shapes)
-    tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
-    (path / "posterior").mkdir()
-    (path / "adapter_model.precision.safetensors").rename(
-        path / "posterior" / "precision.safetensors"
-    )
-    about = {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": ["attn"],
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-    }
-    (path / "adapter_config.json").write_text(json.dumps(about))
-    return path
 
 
 def test_base_plus_adapter_is_pinned_by_both_commits(hub, tmp_path):
