@@ -1,13 +1,17 @@
 """Frozen pydantic bases of settings, reports and stored records, and types that rooms share."""
 
 from collections.abc import Callable
+from typing import Annotated, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-Array = NDArray[np.float64]
-Progress = Callable[[int, int], None]  # (done, of)
+Array: TypeAlias = NDArray[np.float64]
+Progress: TypeAlias = Callable[[int, int], None]  # (done, of)
+
+FORCE = "Replace an existing output; of a folder, everything in it."
+Force: TypeAlias = Annotated[bool, Field(description=FORCE)]
 
 
 class Frozen(BaseModel):
@@ -16,13 +20,17 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Config = Frozen  # the name under which the settings of a verb use it
+class Config(Frozen):
+    """Base of all settings."""
+
+    # Validators are built on first use, which keeps the start of the command line short.
+    model_config = ConfigDict(defer_build=True)
 
 
 class Record(Frozen):
     """Base of measurements that may be infinite, which is written as the string "Infinity".
 
-    The perplexity of a ruined model may be infinite, and JSON has no such number.
+    The perplexity of a broken model may be infinite, for which JSON has no number.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")

@@ -10,9 +10,9 @@ from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import MERGE_RECIPE, MergedModel
 from mergekit_bayes.hub.local_paths import last_parts
 from mergekit_bayes.hub.parents import named_parents
+from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import MergeConfig
 
-_CAN_BE_UNDONE = ("task_arithmetic", "gradient_matching")
 _MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
 _MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
 _AUTO_MODELS = {
@@ -113,7 +113,8 @@ def _undoable(facts: Facts) -> list[MergedModel]:
     missing.
     """
     report = facts.report
-    if report.get("method") not in _CAN_BE_UNDONE:
+    method = METHODS.get(report.get("method", ""))
+    if method is None or not method.can_be_undone:
         return []
     if report["weights"] == "precision" and not facts.has_posterior:
         return []

@@ -10,7 +10,7 @@ from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
 from mergekit_bayes.inspect.report import InspectReport, Layer, PrecisionSummary
-from mergekit_bayes.models.sampling import not_samplable
+from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
 
@@ -98,5 +98,5 @@ def _precision_summary(
         unknown=unknown_tensors(precision, mean) if mean else (),
         zeros=None,
         bad=None,
-        not_samplable=not_samplable(info),
+        not_samplable=sampling_obstacle(info),
     )

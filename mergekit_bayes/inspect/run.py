@@ -17,7 +17,7 @@ from mergekit_bayes.inspect.notes import layer_notes
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
-from mergekit_bayes.models.sampling import not_samplable
+from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import Posterior, identify
 from mergekit_bayes.records import Progress
 
@@ -160,5 +160,5 @@ def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> Preci
         unknown=unknown_tensors(precision.specs, mean.specs),
         zeros=sum(total.precision.zeros for total in totals),
         bad=sum(total.precision.bad for total in totals),
-        not_samplable=not_samplable(info),
+        not_samplable=sampling_obstacle(info),
     )

@@ -12,7 +12,16 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
-from mergekit_bayes.kernels.base import Array, Chunk, Kind, Numbers, Pass, Tally, alone, likelihood
+from mergekit_bayes.kernels.base import (
+    Array,
+    Chunk,
+    Kind,
+    Numbers,
+    Pass,
+    Tally,
+    likelihood_precision,
+    own_posterior,
+)
 from mergekit_bayes.kernels.plain import plain_pass
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior.forms import spread
@@ -148,9 +157,7 @@ class Worker:
         extras = [spread(e, step.row, start, start + chunk.mean.size) for e in known.extras]
         of_base: Any = 0
         if stored:
-            of_base = likelihood(
-                stored[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], extras[0]
-            )
+            of_base = likelihood_precision(numbers, 0, stored[0], 0, extras[0])
         for i, mean in enumerate(means):
             bad = no_mean(mean)
             if stored:
@@ -224,10 +231,9 @@ class Worker:
         self._check_donors(step, stored)
         numbers = numbers_of(self.plan, step, ())
         zero = np.float32(0)
-        h = likelihood(
-            stored, numbers.gains[0], numbers.insides[0], zero, zero, numbers.floors[0], extra
-        )
-        return np.broadcast_to(alone(zero, numbers.priors[0], h).precision, (n,)).astype(np.float32)
+        h = likelihood_precision(numbers, 0, stored, zero, extra)
+        precision = own_posterior(zero, numbers.priors[0], h).precision
+        return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_pooled(self, step: Step, known: Known, sink: SafetensorsSink) -> None:
         """A precision of one number, or one a row, from those of the models: by the method itself,
@@ -246,9 +252,7 @@ class Worker:
             kept = np.stack(numbers_by_row).astype(np.float32)
             added = np.stack([np.broadcast_to(e[:merged], merged) for e in extras]).astype(real)
             if plan.config.on_bad == "base":
-                of_base = likelihood(
-                    kept[0], numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], added[0]
-                )
+                of_base = likelihood_precision(numbers, 0, kept[0], 0, added[0])
                 for i in range(1, n):
                     kept[i] = np.where(
                         no_precision(kept[i]), unchanged(numbers, i, of_base, added[i]), kept[i]

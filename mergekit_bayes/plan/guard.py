@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
+from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.weigh import Weighing
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
 

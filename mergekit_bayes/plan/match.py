@@ -18,7 +18,8 @@ from mergekit_bayes.checkpoint.tokenizers import tokens_apart
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.precisions import donor_precision, match_precisions, precision_shape
-from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
+from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Found, Matched, Step
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import refuse_quantised

@@ -16,16 +16,11 @@ from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
+from mergekit_bayes.plan.options import Shrink, check_options, choose_method, parse_shrink
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precisions import check_precisions
-from mergekit_bayes.plan.settings import (
-    MergeConfig,
-    Shrink,
-    check_options,
-    check_scales,
-    choose_method,
-    parse_shrink,
-)
+from mergekit_bayes.plan.scales import check_scales
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.weigh import Weighing, weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo

@@ -37,7 +37,7 @@ def mend_means(means: Array) -> None:
 
 def unchanged(numbers: Numbers, i: int, of_base: Any, extra: Any) -> Any:
     """The stored precision at which model i's data added nothing: its likelihood precision is zero."""
-    return numbers.insides[i] + numbers.shares[i] * of_base - extra / numbers.gains[i]
+    return numbers.contained[i] + numbers.base_shares[i] * of_base - extra / numbers.gains[i]
 
 
 def refuse_bad(plan: MergePlan, step: Step, i: int) -> None:

@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, CheckpointSource
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Numbers, task_key
+from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.plan.steps import Found
 from mergekit_bayes.posterior.forms import spread
@@ -29,7 +30,7 @@ class Known:
 
     pooled: dict[int, Array]
     extras: Array
-    facts: tuple[float, ...] = ()
+    facts: Facts = None
     bad: tuple[int, ...] = ()
 
 
@@ -42,8 +43,7 @@ def kind_of(plan: MergePlan, step: Step) -> Kind:
         has_base=has_base,
         anchored=any(w.pull.precision is not None for w in plan.weighings[has_base:]),
         # A merge among the models may be a removal itself.
-        removes=weighs
-        and has_base
+        removes=plan.method.unguarded_precision is not None
         and (min(step.scales, default=0.0) < 0 or not all(w.reshape for w in plan.weighings)),
     )
 
@@ -53,7 +53,7 @@ def real_of(step: Step) -> type[np.float32] | type[np.float64]:
     return np.float64 if step.spec.dtype == "F64" else np.float32
 
 
-def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers:
+def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
     """The constants of a step."""
     weighings = plan.weighings
     of_base = weighings[0].gain
@@ -66,15 +66,15 @@ def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers
         scales=step.scales,
         facts=facts,
         gains=tuple(w.gain for w in weighings),
-        insides=tuple(
+        contained=tuple(
             w.contained + (0.0 if w.contains_base is None else DELTA_0) for w in weighings
         ),
-        shares=tuple(
+        base_shares=tuple(
             0.0 if w.contains_base is None else w.contains_base / of_base for w in weighings
         ),
         floors=tuple(0.0 if w.reshape else -math.inf for w in weighings),
         priors=tuple(w.prior + DELTA_0 for w in weighings),
-        pulls=tuple(-1.0 if w.pull.precision is None else w.pull.precision for w in weighings),
+        anchors=tuple(-1.0 if w.pull.precision is None else w.pull.precision for w in weighings),
         decays=tuple(w.pull.decay for w in weighings),
         keys=keys,
     ).cast(real_of(step))

@@ -15,7 +15,8 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.kernels import first_pass, row_sums
 from mergekit_bayes.kernels.base import Array
-from mergekit_bayes.methods.base import BINS, Reduction
+from mergekit_bayes.methods.base import FactInputs, Facts, Reduction
+from mergekit_bayes.methods.histogram import BINS
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.plan.steps import Found
 from mergekit_bayes.stream.bad_entries import mend_means, no_precision, refuse_bad
@@ -172,28 +173,27 @@ class FirstPass:
         row_sums(stored, window.row, sums, fused=self.fused)
         return sums, count
 
-    def _facts(self, step: Step, known: Known) -> tuple[float, ...]:
+    def _facts(self, step: Step, known: Known) -> Facts:
         plan, reduction = self.plan, self.plan.method.reduction
         if reduction is None:
-            if not plan.method.parameters:
-                return (plan.guard,)
-            return tuple(
-                float(plan.settings[p.name]) for p in plan.method.parameters if not p.choices
-            )
+            return self._finish(np.zeros(0))
         if plan.settings.get("scope", reduction.scope) == "model":
             return self._facts_of_model
-        return self._finish(reduction, self._totals(reduction, [(step, known)]))
+        return self._finish(self._totals(reduction, [(step, known)]))
 
     @cached_property
-    def _facts_of_model(self) -> tuple[float, ...]:
+    def _facts_of_model(self) -> Facts:
         reduction = self.plan.method.reduction
         assert reduction is not None
         steps = [(s, self._precisions(s)) for s in self.plan.steps if s.copied is None]
-        return self._finish(reduction, self._totals(reduction, steps))
+        return self._finish(self._totals(reduction, steps))
 
-    def _finish(self, reduction: Reduction, totals: Array) -> tuple[float, ...]:
-        counts = tuple(w.count or 1.0 for w in self.plan.weighings[self.plan.base is not None :])
-        return reduction.facts(totals, self.plan.settings, counts)
+    def _finish(self, totals: Array) -> Facts:
+        plan = self.plan
+        if plan.method.facts is None:
+            return None
+        counts = tuple(w.count or 1.0 for w in plan.weighings[plan.base is not None :])
+        return plan.method.facts(FactInputs(plan.settings, plan.guard, counts, totals))
 
     def _totals(self, reduction: Reduction, steps: Sequence[tuple[Step, Known]]) -> Array:
         count = reduction.count(len(self.plan.tasks))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from mergekit_bayes.curvature.ggn import ggn_diagonal, likelihood, scored_logits
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 

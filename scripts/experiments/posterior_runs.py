@@ -8,7 +8,9 @@ import torch
 from posterior_problems import Problem, Rows, cut, losses
 from torch import Tensor
 
-from mergekit_bayes.curvature.ggn import ggn_diagonal, likelihood, random_root, scored_logits
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.ggn import random_root
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 from mergekit_bayes.optim.bsam import BSAM
 from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.optim.vogn import VOGN
