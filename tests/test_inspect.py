@@ -239,7 +239,10 @@ def test_a_pooled_precision_is_reported_as_if_spread_out(world, axis):
     assert pooled_note in " ".join(shown.stderr.split())
 
 
-def test_the_totals_need_no_torch():
-    code = "import sys, mergekit_bayes.inspect.totals; print('torch' in sys.modules)"
+def test_inspect_needs_no_torch(world):
+    code = (
+        "import sys; from mergekit_bayes.inspect import run_inspect; "
+        "run_inspect('a.safetensors'); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
