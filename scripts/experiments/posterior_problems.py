@@ -153,6 +153,7 @@ class Regression(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, features))
 
     def forward(self, x: Tensor) -> Any:
+        """Logits of shape (rows, 1), in an object as of transformers."""
         return SimpleNamespace(logits=F.linear(x, self.weight))
 
 
@@ -198,6 +199,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Logits of shape (rows, 2), in an object as of transformers."""
         x = self.words(input_ids) + self.places.weight[: input_ids.shape[-1]]
         q, k, v = (
             t.unflatten(-1, (4, -1)).transpose(-2, -3)
