@@ -23,24 +23,31 @@ ORGANISATIONS = ("org", "me")
 
 
 class Blob(NamedTuple):
+    """The content of a file; `lfs` says whether it is stored as a large one."""
+
     content: bytes
     lfs: bool
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the content."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
     def sha1(self) -> str:
+        """The git hash."""
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
     def oid(self) -> str:
+        """The hash by which the Hub names the file."""
         return self.sha256 if self.lfs else self.sha1
 
 
 @dataclass
 class Repo:
+    """A repository: commits as listings of files, and refs that name them."""
+
     private: bool = False
     gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
@@ -48,6 +55,7 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, ref: str, files: dict[str, Blob], message: str) -> str:
+        """Replace all files of a ref in one commit; returns its hash."""
         listing = json.dumps(
             [sorted((p, b.oid) for p, b in files.items()), message, len(self.commits)]
         )
@@ -62,6 +70,8 @@ class Repo:
 
 
 class Request(NamedTuple):
+    """A request that the server received."""
+
     method: str
     path: str
     range: str | None
@@ -107,21 +117,26 @@ class Hub:
 
 
 class Refused(Exception):
+    """An answer that is an error of the Hub, with its own code."""
+
     def __init__(self, status: int, code: str | None = None, message: str = "") -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers the requests that the client library sends."""
+
     protocol_version = "HTTP/1.1"
     wbufsize = 1 << 16  # headers and body in one packet: two would wait for each other
     disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, *args: Any) -> None:
-        pass
+        """Print nothing."""
 
     def handle_one_request(self) -> None:
+        """Answer, unless the client has gone."""
         try:
             super().handle_one_request()
         except (ConnectionError, TimeoutError):

@@ -194,7 +194,7 @@ def _path_notes(chosen: Mapping[str, Path]) -> Iterator[str]:
     config = chosen.get("adapter_config.json")
     if config is not None and names_paths(config):
         yield (
-            "adapter_config.json names a base on this machine, where nobody else can load it; put "
+            "adapter_config.json names a base on this machine, where others cannot load it; put "
             "its Hub id there"
         )
 

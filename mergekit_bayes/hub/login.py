@@ -1,6 +1,7 @@
 """Checks of a push's target: the name of the repository, and the account that is to write to it.
 
-The token comes from huggingface_hub's own places and is passed on by it; our code never reads it.
+The token comes from where huggingface_hub keeps it and is passed on by it; it is read here only to
+keep it out of messages (checkpoint/hub_errors).
 """
 
 import re
@@ -55,7 +56,7 @@ def check_login(repo: str) -> None:
     if role == "write" and owner.casefold() not in writable | {user.casefold()}:
         raise CheckpointError(
             f"'{repo}': you are logged in as '{user}', who may not write to '{owner}'. Push to "
-            f"'{user}/{name}', or log in as somebody who may."
+            f"'{user}/{name}', or log in to an account that may."
         )
 
 
