@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import decode, encode
+from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_precision
 from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.kernels.base import (
     LANES,
@@ -144,7 +144,7 @@ def _count_bad(chunk: Chunk, tally: Tally) -> None:
         tally.bad_means[i] += np.count_nonzero(~np.isfinite(_widened(chunk.means[i])))
         if chunk.precisions.size:
             stored = _widened(chunk.precisions[i])
-            tally.bad_precisions[i] += np.count_nonzero(~(np.isfinite(stored) & (stored >= 0)))
+            tally.bad_precisions[i] += np.count_nonzero(is_bad_precision(stored))
             tally.stored[i] += float(stored.sum(dtype=np.float64))
 
 

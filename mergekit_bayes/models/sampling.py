@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array
@@ -237,7 +237,7 @@ class PosteriorDraws:
         source = self._posterior.precision
         assert source is not None
         stored = read_tensor(source, place.name)
-        bad = int(np.count_nonzero(~(np.isfinite(stored) & (stored >= 0))))
+        bad = int(np.count_nonzero(is_bad_precision(stored)))
         if bad:
             raise PrecisionError(
                 f"{source.where(place.name)}: the precision of '{place.name}' has {bad} entries "
