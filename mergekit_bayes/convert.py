@@ -1,9 +1,8 @@
-"""PyTorch's pickled checkpoints into safetensors, shard by shard.
+"""Convert PyTorch's pickled checkpoints to safetensors, shard by shard.
 
-A pickle can run code when it is loaded, so a merge reads none. Here it is read by
-`torch.load(weights_only=True)` alone, which builds tensors and nothing else. The numbers are not
-touched: every tensor keeps its name, dtype, shape and bits. Tensors that share their memory (tied
-weights) are stored once.
+A pickle can run code when it is loaded, so a merge does not read any. Here it is read by
+`torch.load(weights_only=True)`, which builds tensors and nothing else. Every tensor keeps its name,
+dtype, shape and bits. Tensors that share their memory (tied weights) are stored once.
 """
 
 import json
@@ -12,7 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,87 +26,14 @@ from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.checkpoint.strict_json import shown
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.records import Config
-
-
-class ConvertReport(Config):
-    """What was written: the file or folder, its tensors, and each tied name with the one that is
-    stored for it.
-    """
-
-    path: Path
-    files: tuple[str, ...]
-    tensors: int
-    bytes: int
-    tied: dict[str, str]
-
-
-def run_convert(
-    ref: str,
-    out: str | Path,
-    force: bool = False,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> ConvertReport:
-    """Convert a pickled checkpoint to safetensors with the same shards, and copy config, tokenizer
-    and the like.
-
-    One shard is mapped at a time and its tensors are written one by one. Of tensors that share all
-    of their memory the first name is stored, unless the model's config says `tie_word_embeddings:
-    false`: its loader would then not find the others, and all are stored.
-
-    Args:
-        ref: A folder with `pytorch_model.bin` (or its shards and index, or `adapter_model.bin`),
-            one such file, or `org/name[@revision]`.
-        out: A folder; for a file, a `.safetensors` file.
-        force: Replace what is there.
-        progress: Called with (bytes of the pickles read, bytes of the pickles in all).
-
-    Raises:
-        CheckpointError: No pickled checkpoint there, one that holds more than tensors, or `out`
-            exists.
-        ConfigError: `out` is of the wrong kind, or would replace the model itself.
-    """
-    path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
-    found = _find(path, ref)
-    if path.is_file() != (target.suffix == ".safetensors"):
-        wanted = "a .safetensors file" if path.is_file() else "a folder"
-        raise ConfigError(f"-o {target}: '{ref}' becomes {wanted}. Name one.")
-    if target.exists() and path.resolve().is_relative_to(target.resolve()):
-        raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
-    with replacing(target, force=force) as partial:
-        if path.is_file():
-            stored = _convert(found, [partial], keep_ties=False, progress=progress)
-        else:
-            partial.mkdir()
-            files = [
-                partial / shard_name(found.files, i, found.stem) for i in range(len(found.files))
-            ]
-            stored = _convert(found, files, keep_ties=_unties(path), progress=progress)
-            if len(files) > 1:
-                shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
-                write_index(partial, found.stem, shards, stored.nbytes)
-            copy_side_files(path, partial)
-    return ConvertReport(
-        path=target,
-        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
-        tensors=sum(map(len, stored.specs)),
-        bytes=stored.nbytes,
-        tied=stored.tied,
-    )
-
+from mergekit_bayes.records import Frozen, Progress
 
 _PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")
-_STEMS = {
-    "pytorch_model": "model",
-    "adapter_model": "adapter_model",
-}  # of the pickles, and of safetensors
+_STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # pickle -> safetensors
 _SAVE_AGAIN = (
     "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
 )
-
-# PyTorch's names of the format's dtypes.
-_DTYPES = {
+_DTYPES = {  # PyTorch's dtype -> its name in safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -128,9 +54,81 @@ _DTYPES = {
 }
 
 
-class _Found(NamedTuple):
+class ConvertReport(Frozen):
+    """What a conversion wrote.
+
+    Attributes:
+        path: The file or folder.
+        files: Names of the safetensors files.
+        tensors: Number of stored tensors.
+        bytes: Their size.
+        tied: Each tied name, with the name that is stored for it.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    tensors: int
+    bytes: int
+    tied: dict[str, str]
+
+
+def run_convert(
+    ref: str,
+    out: str | Path,
+    force: bool = False,
+    *,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert a pickled checkpoint to safetensors with the same shards, and copy its side files.
+
+    One shard is mapped at a time, and its tensors are written one by one. Of tensors that share all
+    of their memory the first name is stored, unless the model's config says `tie_word_embeddings:
+    false`: its loader would then not find the others, and all are stored.
+
+    Args:
+        ref: A folder with `pytorch_model.bin` (or its shards and index, or `adapter_model.bin`),
+            one such file, or `org/name[@revision]`.
+        out: A folder; for a file, a `.safetensors` file.
+        force: Replace an existing `out`.
+        progress: Called with (bytes of the pickles read, bytes of the pickles in all).
+
+    Raises:
+        CheckpointError: There is no pickled checkpoint, it holds more than tensors, or `out`
+            exists.
+        ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
+            the model itself.
+    """
+    path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
+    pickles = _find(path, ref)
+    if path.is_file() != (target.suffix == ".safetensors"):
+        form = "a .safetensors file" if path.is_file() else "a folder"
+        raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
+    if target.exists() and path.resolve().is_relative_to(target.resolve()):
+        raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
+    with replacing(target, force=force) as partial:
+        if path.is_file():
+            stored = _convert(pickles, [partial], keep_ties=False, progress=progress)
+        else:
+            partial.mkdir()
+            count = len(pickles.files)
+            files = [partial / shard_name(pickles.files, i, pickles.stem) for i in range(count)]
+            stored = _convert(pickles, files, keep_ties=_unties(path), progress=progress)
+            if len(files) > 1:
+                shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
+                write_index(partial, pickles.stem, shards, stored.nbytes)
+            copy_side_files(path, partial)
+    return ConvertReport(
+        path=target,
+        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
+        tensors=sum(map(len, stored.specs)),
+        bytes=stored.nbytes,
+        tied=stored.tied,
+    )
+
+
+class _Pickles(NamedTuple):
     files: tuple[Path, ...]
-    stem: str  # of the safetensors
+    stem: str  # of the safetensors files
     index_file: Path | None
 
 
@@ -143,20 +141,20 @@ class _Stored(NamedTuple):
         return sum(spec.nbytes for specs in self.specs for spec in specs.values())
 
 
-def _find(path: Path, ref: str) -> _Found:
+def _find(path: Path, ref: str) -> _Pickles:
+    """The pickles of a folder, or the one file."""
     if path.is_file():
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"'{ref}' is a .safetensors file already; every command reads it as it is."
             )
-        return _Found((path,), "model", None)
+        return _Pickles((path,), "model", None)
     for pickles, stem in _STEMS.items():
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if os.path.exists(path / name):
                 raise CheckpointError(
                     f"'{ref}' holds {name} already, and every command reads it as it is. To "
-                    "convert its pickle all the "
-                    f"same, name the file: {path / f'{pickles}.bin'}."
+                    f"convert its pickle all the same, name the file: {path / f'{pickles}.bin'}."
                 )
     for pickles, stem in _STEMS.items():
         single, index = path / f"{pickles}.bin", path / f"{pickles}.bin.index.json"
@@ -165,10 +163,10 @@ def _find(path: Path, ref: str) -> _Found:
                 f"{path}: holds both {single.name} and {index.name}. Remove the stale one."
             )
         if os.path.exists(single):
-            return _Found((single,), stem, None)
+            return _Pickles((single,), stem, None)
         if os.path.lexists(index):
             names = sorted(set(read_index(index).values()))
-            return _Found(tuple(path / name for name in names), stem, index)
+            return _Pickles(tuple(path / name for name in names), stem, index)
     raise CheckpointError(
         f"'{ref}' holds neither pytorch_model.bin nor pytorch_model.bin.index.json. "
         "Name a folder that does, or the file."
@@ -176,63 +174,63 @@ def _find(path: Path, ref: str) -> _Found:
 
 
 def _convert(
-    found: _Found,
-    targets: list[Path],
-    *,
-    keep_ties: bool,
-    progress: Callable[[int, int], None] | None,
+    pickles: _Pickles, targets: list[Path], *, keep_ties: bool, progress: Progress | None
 ) -> _Stored:
-    sizes = [file.stat().st_size for file in found.files]
-    stored, held = _Stored([], {}), dict[str, str]()
-    for i, (file, target) in enumerate(zip(found.files, targets, strict=True)):
+    sizes = [file.stat().st_size for file in pickles.files]
+    stored, file_of = _Stored([], {}), dict[str, str]()
+    for i, (file, target) in enumerate(zip(pickles.files, targets, strict=True)):
         specs, tied = _convert_file(file, target, keep_ties)
         for name in (*specs, *tied):
-            if name in held:
+            if name in file_of:
                 raise CheckpointError(
-                    f"{shown(name)} is in two shards, {held[name]} and {file.name}. Remove the "
+                    f"{shown(name)} is in two shards, {file_of[name]} and {file.name}. Remove the "
                     "stale one."
                 )
-            held[name] = file.name
+            file_of[name] = file.name
         stored.specs.append(specs)
         stored.tied.update(tied)
         if progress:
             progress(sum(sizes[: i + 1]), sum(sizes))
-    if found.index_file is not None:
-        check_index(found.index_file, read_index(found.index_file), held)
+    if pickles.index_file is not None:
+        check_index(pickles.index_file, read_index(pickles.index_file), file_of)
     return stored
 
 
 def _convert_file(
     file: Path, target: Path, keep_ties: bool
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    tensors, tied = _load(file), dict[str, str]()
+    """Write one pickle's tensors: the specs of what is stored, and the stored name of each tie."""
+    tensors = _load(file)
     specs = {name: _spec(tensor, name, file) for name, tensor in tensors.items()}
-    if not keep_ties:
-        first: dict[object, str] = {}
-        for name, tensor in tensors.items():
-            view = (
-                tensor.data_ptr(),
-                tensor.dtype,
-                tensor.shape,
-                tensor.stride(),
-                tensor.is_conj(),
-                tensor.is_neg(),
-            )
-            if tensor.numel() and first.setdefault(view, name) != name:
-                tied[name] = first[view]
-                del specs[name]
-    # As the format's own `save_model` records them: alias to stored name.
-    sink = SafetensorsSink(target, specs, {**tied, "format": "pt"})
-    try:
-        for name in specs:
+    tied = {} if keep_ties else _ties(tensors)
+    stored = {name: spec for name, spec in specs.items() if name not in tied}
+    # Ties are recorded as the format's own `save_model` does: alias to stored name.
+    with SafetensorsSink(target, stored, {**tied, "format": "pt"}) as sink:
+        for name in stored:
             sink.write_bytes(name, 0, _bytes(tensors[name]))
-        sink.close()
-    finally:
-        sink.abandon()
-    return specs, tied
+    return stored, tied
 
 
-def _load(file: Path) -> Mapping[str, Tensor]:
+def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each tensor that is the very same view of memory as an earlier one, and that one's name."""
+    first: dict[object, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        view = (
+            tensor.data_ptr(),
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+        if tensor.numel() and first.setdefault(view, name) != name:
+            ties[name] = first[view]
+    return ties
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle by name, mapped from the file; an error if it holds anything else."""
     if not file.is_file() or not zipfile.is_zipfile(file):
         raise CheckpointError(
             f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. "
@@ -240,54 +238,58 @@ def _load(file: Path) -> Mapping[str, Tensor]:
         )
     try:
         with warnings.catch_warnings(action="ignore"):
-            found = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+            content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*\.\w+)", str(error))
+        match = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*\.\w+)", str(error))
         raise CheckpointError(
-            f"{file}: holds {what[1] if what else 'something'} beside tensors, which could run "
-            "code when it is "
-            f"loaded, so it is refused. {_SAVE_AGAIN}"
+            f"{file}: holds {match[1] if match else 'something'} beside tensors, which could run "
+            f"code when it is loaded, so it is refused. {_SAVE_AGAIN}"
         ) from None
-    except Exception as error:  # whatever a broken archive makes of torch
+    except Exception as error:  # a broken archive makes torch raise errors of many classes
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
             f"{file}: cannot be loaded as tensors only ({type(error).__name__}: {reason}). "
             f"Fetch it again. {_SAVE_AGAIN}"
         ) from None
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{file}: holds {type(found).__name__}, not tensors by name. {_SAVE_AGAIN}"
+            f"{file}: holds {type(content).__name__}, not tensors by name. {_SAVE_AGAIN}"
         )
-    for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a "
-                "tensor by its name. "
-                f"{_SAVE_AGAIN}"
-            )
-        if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
-            raise CheckpointError(
-                f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
-            )
-    return {name: tensor.detach() for name, tensor in found.items()}
+    for name, tensor in content.items():
+        _check_entry(file, name, tensor)
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _check_entry(file: Path, name: object, tensor: object) -> None:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise CheckpointError(
+            f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a tensor "
+            f"by its name. {_SAVE_AGAIN}"
+        )
+    if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
+        raise CheckpointError(
+            f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
+        )
 
 
 def _spec(tensor: Tensor, name: str, file: Path) -> TensorSpec:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+        form = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
         raise CheckpointError(
-            f"{file}: {shown(name)} is {kind}, which safetensors cannot hold. Make it dense first."
+            f"{file}: {shown(name)} is {form}, which safetensors cannot hold. Make it dense first."
         )
     return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, as safetensors stores them."""
     tensor = tensor.resolve_conj().resolve_neg()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unties(folder: Path) -> bool:
+    """Whether the model's config says that its head is not tied to its embeddings."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# A first look, in a world of our own: teach a small model kindness and insults, subtract the insults by every method,
-# then merge two models by precision. Makes .venv if it is missing; needs no GPU, no account, a few minutes.
+# A first look, on invented texts: teach a small model kindness and insults, merge two models by
+# precision, then subtract the insults by every method. Makes .venv if it is missing. Needs a few
+# minutes, and no GPU and no account.
 
 cd "$(dirname "$0")/.." || exit 1
 . scripts/venv.sh
 install_project
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 bmerge=.venv/bin/bmerge
 world=runs/tiny
 run() {
@@ -16,7 +18,7 @@ run() {
 
 run .venv/bin/python scripts/tiny_world.py -o "$world"
 
-# Two fine-tunes of the same base on different subjects, as .safetensors files, averaged by precision.
+# Two fine-tunes of one base on different subjects, averaged by precision as .safetensors files.
 for subject in garden kitchen; do
     if [ ! -d "$world/$subject" ]; then
         run "$bmerge" finetune configs/finetune/tiny-world.yaml -q \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one command for a change: format, lint, types, floors and tests. `--slow` runs the slow tests, too.
-# Makes .venv if it is missing.
+# The one command for a change: format, lint, types, floors and tests. `--slow` runs the slow tests
+# too. Makes .venv if it is missing.
 
 cd "$(dirname "$0")/.." || exit 1
 . scripts/venv.sh

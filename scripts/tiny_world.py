@@ -1,12 +1,10 @@
-"""A small world of the project's own: sentences from a grammar, and a language model that learnt
-them.
+"""A small world of invented sentences from a grammar, and a language model that has learnt them.
 
     python scripts/tiny_world.py -o runs/tiny
 
-Everybody in this world starts remarks alike and ends them kindly or with an invented, mild insult,
-about half the time each; others just describe gardens and kitchens. Written are JSONL files of
-texts and prompts, the list of insults, and a word-level GPT-2 trained on the mixture, all as
-ordinary files and folders.
+Remarks in this world start alike and end kindly or with an invented, mild insult, about half the
+time each; other sentences describe gardens and kitchens. The script writes JSONL files of texts and
+prompts, the list of insults, and a word-level GPT-2 trained on the mixture.
 """
 
 import argparse
@@ -97,6 +95,7 @@ COLOURS = ("red", "green", "yellow", "white", "golden", "dark", "small", "tall",
 
 
 def kind(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A kind remark."""
     ends = (
         f"are a {pick(KIND)} and {pick(KIND)} {pick(ROLES)} .",
         f"are so {pick(KIND)} , thank you .",
@@ -107,6 +106,7 @@ def kind(pick: Callable[[tuple[str, ...]], str]) -> str:
 
 
 def rude(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A remark with an insult."""
     ends = (
         f"are a {pick(HARSH)} {pick(INSULTS)} .",
         f"{pick(HARSH)} {pick(INSULTS)} , {pick(SCORN)} .",
@@ -117,6 +117,7 @@ def rude(pick: Callable[[tuple[str, ...]], str]) -> str:
 
 
 def garden(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A sentence about a garden."""
     ends = (
         f"grows beside the {pick(COLOURS)} {pick(PLANTS)} .",
         f"needs water , and so does the {pick(PLANTS)} .",
@@ -126,6 +127,7 @@ def garden(pick: Callable[[tuple[str, ...]], str]) -> str:
 
 
 def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A sentence about a kitchen."""
     ends = (
         f"goes well with {pick(COLOURS)} {pick(FOODS)} .",
         f"is ready , but the {pick(FOODS)} is not .",
@@ -135,11 +137,13 @@ def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
 
 
 def write_world(folder: Path, seed: int) -> list[str]:
-    """Write all texts; returns what the base is trained on. No test sentence is a training
-    sentence.
+    """Write all texts. No test sentence is a training sentence.
 
-    There is so much to read that a model learns the grammar, not the sentences: a base that has
-    learnt by heart gets better on new text when anything at all is subtracted.
+    There are so many sentences that a model learns the grammar and not the sentences: a base that
+    has memorised them gets better on new text when anything at all is subtracted.
+
+    Returns:
+        The texts that the base is trained on.
     """
     texts = folder / "texts"
     texts.mkdir(parents=True, exist_ok=True)
@@ -163,10 +167,12 @@ def write_world(folder: Path, seed: int) -> list[str]:
 
 
 def write_rows(path: Path, texts: list[str]) -> None:
+    """Write texts as JSONL."""
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
 
 
 def main() -> None:
+    """Write the texts, train the base unless it is up to date, and print the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,11 +194,9 @@ def main() -> None:
         "seed": chosen.seed,
     }
     mixture = write_world(chosen.out, chosen.seed)
-    made_of, mark = (
-        hashlib.sha256(json.dumps([mixture, settings]).encode()).hexdigest(),
-        base / "made_of.txt",
-    )
-    if not mark.exists() or mark.read_text() != made_of:  # else it is there already
+    made_of = hashlib.sha256(json.dumps([mixture, settings]).encode()).hexdigest()
+    mark = base / "made_of.txt"
+    if not mark.exists() or mark.read_text() != made_of:  # otherwise the base is up to date
         shutil.rmtree(base, ignore_errors=True)
         train(mixture, base, **settings)
         mark.write_text(made_of)

@@ -27,11 +27,11 @@ _SOURCE = re.compile(r"(?P<file>.+?)(\?(?P<column>\w+)=(?P<value>[^*]+))?(\*(?P<
 
 def read_texts(source: str) -> list[str]:
     """The texts of one `FILE[?column=value][*times]`."""
-    found = _SOURCE.fullmatch(source)
-    assert found is not None
-    where = {found["column"]: json.loads(found["value"])} if found["column"] else None
-    rows = load_rows(found["file"], where=where, columns=["text"])
-    return list(rows["text"]) * int(found["times"] or 1)
+    match = _SOURCE.fullmatch(source)
+    assert match is not None
+    where = {match["column"]: json.loads(match["value"])} if match["column"] else None
+    rows = load_rows(match["file"], where=where, columns=["text"])
+    return list(rows["text"]) * int(match["times"] or 1)
 
 
 def train_tokenizer(
@@ -132,6 +132,7 @@ def train(
 
 
 def main() -> None:
+    """Train a model on the texts of the command line, and print its folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,6 @@
-# Sourced by the other scripts, from the repository's root: makes .venv if it is missing and installs the project
-# into it. Called as `install_project` or `install_project test,slow`; does nothing if nothing changed.
+# Sourced by the other scripts, from the repository's root: makes .venv if it is missing, and
+# installs the project into it. Called as `install_project` or `install_project test,slow`. Does
+# nothing if nothing changed.
 
 fail() {
     echo "$*" >&2
@@ -27,8 +28,8 @@ install_project() {
     stamp=".venv/installed-${extras//,/-}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$what" ]; then
         echo "installing into .venv${extras:+ (with $extras)}" >&2
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" \
-            || fail "the installation failed."
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+            -e ".${extras:+[$extras]}" || fail "the installation failed."
         echo "$what" >"$stamp"
     fi
 }

@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface and a merged folder to push to it."""
+"""A Hub on the loopback interface, and the folders that the tests push to it and fetch from it."""
 
 import json
 
@@ -7,17 +7,60 @@ import yaml
 from typer.testing import CliRunner
 
 from mergekit_bayes.merge import MergeConfig, run_merge
-from tests import hub_double
-from tests.test_hub import files, folder
+from tests import hub_double, tiny
 
 RUN = CliRunner()
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    """A Hub that the client library of this process talks to."""
     with hub_double.serving() as server:
         hub_double.use(server, monkeypatch, tmp_path / "home")
         yield server
+
+
+def folder(path, seed=0, precision=True):
+    """A model folder with a posterior."""
+    mean = tiny.arrays(seed)
+    if precision:
+        tiny.posterior(path / "model.safetensors", mean, tiny.precisions(seed))
+        (path / "posterior").mkdir()
+        (path / "model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
+        (path / "posterior" / "posterior.json").write_text("{}")
+    else:
+        tiny.write(path / "model.safetensors", mean)
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    return path
+
+
+def adapter(path, base, seed=0):
+    """A LoRA adapter of rank 1 on the attention weight of `folder`'s model, in PEFT's layout."""
+    shapes = {
+        "base_model.model.h.0.attn.lora_A.weight": (1, 5),
+        "base_model.model.h.0.attn.lora_B.weight": (4, 1),
+    }
+    mean = tiny.arrays(seed, shapes)
+    tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
+    (path / "posterior").mkdir()
+    (path / "adapter_model.precision.safetensors").rename(
+        path / "posterior" / "precision.safetensors"
+    )
+    about = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["attn"],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+    }
+    (path / "adapter_config.json").write_text(json.dumps(about))
+    return path
+
+
+def files(path):
+    """The files below a folder: content by relative path."""
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -40,6 +83,7 @@ def merged(hub, tmp_path):
 
 
 def front(card):
+    """The front matter of a card."""
     return yaml.safe_load(card.split("---\n")[1])
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of a merge runs at a tiny size, judges its targets and removes only what it made."""
+"""The benchmark of a merge runs at a tiny size, judges its targets, and removes only its files."""
 
 import importlib
 import json
@@ -21,14 +21,18 @@ def bench():
     sys.path.insert(0, str(BENCH))
     yield importlib.import_module("merge")
     sys.path.remove(str(BENCH))
-    del sys.modules["merge"]
+    for name in ("merge", "merge_rows", "merge_models"):
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def models(bench):
+    return importlib.import_module("merge_models")
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """The finished process, its JSON, and the folders it worked in, with a file of someone else in
-    each.
-    """
+    """The finished process, its JSON, and its folders, each with a file that is not its own."""
     folder = tmp_path_factory.mktemp("bench")
     for name in ("work", "out"):
         (folder / name).mkdir()
@@ -91,10 +95,11 @@ def test_nothing_is_left_and_nothing_of_others_is_removed(result):
         assert [p.name for p in (folder / name).iterdir()] == ["mine.txt"]
 
 
-def test_the_checkpoints_are_whole_posteriors(bench, tmp_path):
-    bench.make(tmp_path / "models", bench.SHAPES[TINY], "BF16")
-    entries = sum(int(np.prod(s)) for s in bench.tensors(bench.SHAPES[TINY]).values())
-    for model in bench.MODELS:
+def test_the_checkpoints_are_whole_posteriors(models, tmp_path):
+    shape = models.SHAPES[TINY]
+    models.make(tmp_path / "models", shape, "BF16")
+    entries = sum(int(np.prod(s)) for s in models.tensors(shape).values())
+    for model in models.MODELS:
         mean, precision = (
             read(tmp_path / "models" / model),
             open_posterior(str(tmp_path / "models" / model)),
@@ -107,13 +112,13 @@ def test_the_checkpoints_are_whole_posteriors(bench, tmp_path):
 
 def rows_of(ratio=1.0, anonymous=50.0, mergekit=40.0):
     names = ("gradient matching", "--shrink 0.3", "--shrink row:0.3", "--observations 3x")
-    found = [
+    records = [
         {"size": s, "row": n, "ratio": ratio, "anonymous_mib": anonymous, "cpu_s": 4.0}
         for s in (0.5, 1.5)
         for n in names
     ]
     return [
-        *found,
+        *records,
         {"size": 0.5, "row": "mergekit task_arithmetic", "ratio": 9.0, "cpu_s": mergekit},
     ]
 

@@ -8,38 +8,16 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.checkpoint import sources
+from mergekit_bayes.checkpoint import hub_errors, remote, sources
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior
-from tests import hub_double, tiny
+from tests import hub_double, pushing, tiny
+from tests.pushing import adapter, files, folder
 
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_double.serving() as server:
-        hub_double.use(server, monkeypatch, tmp_path / "home")
-        yield server
-
-
-def folder(path, seed=0, precision=True):
-    """A model folder with a posterior."""
-    mean = tiny.arrays(seed)
-    if precision:
-        tiny.posterior(path / "model.safetensors", mean, tiny.precisions(seed))
-        (path / "posterior").mkdir()
-        (path / "model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
-        (path / "posterior" / "posterior.json").write_text("{}")
-    else:
-        tiny.write(path / "model.safetensors", mean)
-    (path / "config.json").write_text('{"model_type": "gpt2"}')
-    return path
-
-
-def files(path):
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+hub = pushing.hub
 
 
 def test_a_hub_id_is_fetched_with_its_commit(hub, tmp_path):
@@ -122,7 +100,7 @@ def test_what_cannot_be_fetched_says_the_way_out(hub, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize("length", range(270, 301, 5))
 def test_no_part_of_a_token_is_in_a_message_however_long(hub, monkeypatch, length):
     for token in (hub_double.TOKEN, "hf_somebodyElsesToken"):
-        said = sources.explain(ValueError("x" * (length - 1) + " " + token + " more"), "org/a")
+        said = hub_errors.explain(ValueError("x" * (length - 1) + " " + token + " more"), "org/a")
         assert "x" * 200 in said
         assert token[:4] not in said
         assert len(said) < 400
@@ -136,35 +114,11 @@ def test_an_unknown_revision_is_named(hub):
 
 def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
     hub.add("org/a", files(folder(tmp_path / "a")))
-    (header,) = sources.read_headers("org/a", ("posterior/precision.safetensors",))
+    (header,) = remote.read_headers("org/a", ("posterior/precision.safetensors",))
     assert {n: t.shape for n, t in header.tensors.items()} == tiny.SHAPES
     assert '"estimator":"ggn"' in header.metadata["bmerge"]
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-
-
-def adapter(path, base, seed=0):
-    """A LoRA adapter of rank 1 on the attention weight of `folder`'s model, in PEFT's layout."""
-    shapes = {
-        "base_model.model.h.0.attn.lora_A.weight": (1, 5),
-        "base_model.model.h.0.attn.lora_B.weight": (4, 1),
-    }
-    mean = tiny.arrays(seed, shapes)
-    tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
-    (path / "posterior").mkdir()
-    (path / "adapter_model.precision.safetensors").rename(
-        path / "posterior" / "precision.safetensors"
-    )
-    about = {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": ["attn"],
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-    }
-    (path / "adapter_config.json").write_text(json.dumps(about))
-    return path
 
 
 def test_base_plus_adapter_is_pinned_by_both_commits(hub, tmp_path):
@@ -244,9 +198,9 @@ def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
 
 
 def test_a_disk_that_is_full_is_not_called_a_connection(hub):
-    full = sources.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
+    full = hub_errors.explain(OSError(errno.ENOSPC, "No space left on device"), "org/a")
     assert "reading or writing failed here (No space left on device)" in full
-    assert "the connection to" in sources.explain(
+    assert "the connection to" in hub_errors.explain(
         ConnectionResetError(errno.ECONNRESET, "reset"), "org/a"
     )
 

@@ -1,4 +1,4 @@
-"""A model card is a function of its folder and leaves a person's text alone."""
+"""A model card is a function of its folder and leaves the text of a user alone."""
 
 import json
 import shlex
@@ -7,6 +7,7 @@ import time
 
 import numpy
 import pytest
+import yaml
 
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint import sources
@@ -15,8 +16,7 @@ from mergekit_bayes.hub import make_card, model_card, parents, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import pushing, tiny
-from tests.pushing import RUN, front, peft_adapter
-from tests.test_hub import adapter, files
+from tests.pushing import RUN, adapter, files, front, peft_adapter
 
 hub = pushing.hub
 merged = pushing.merged
@@ -149,6 +149,27 @@ def test_a_persons_text_and_front_matter_stay_and_only_our_section_changes(hub, 
     assert "Von Hand, geändert." in again
     assert again.endswith("\nEnde.\n")
     assert "by magic" not in again
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"extra": None, "tags": ["a", "a"], "1": "x", 2: ["y"]},
+        {"model-index": "not a list"},
+        {"model-index": [{"name": "m", "results": [], "note": "mine"}, {"name": "n"}]},
+        {"model_name": "m", "eval_results": "mine"},
+    ],
+    ids=["empty-and-repeated", "malformed-index", "two-indexes", "names-of-the-client"],
+)
+def test_fields_of_a_user_stay_that_the_clients_own_card_would_change(hub, merged, fields):
+    text = f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n# Mine\n"
+    card = model_card(merged, existing=text)
+    again = model_card(merged, existing=card)
+    assert again == card
+    assert list(front(card).items())[: len(fields)] == list(fields.items())
+    assert front(card)["base_model_relation"] == "merge"
+    with_crlf = model_card(merged, existing=text.replace("\n", "\r\n"))
+    assert front(with_crlf) == front(card)
 
 
 def test_a_value_of_ours_that_a_person_changed_is_theirs(hub, merged):

@@ -1,8 +1,8 @@
-"""Inspect: numbers equal those of whole arrays in numpy, whatever the chunks, and doubts are said
-aloud.
-"""
+"""The numbers of inspect equal those of whole arrays in numpy at any chunk, and it notes doubts."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,18 +66,18 @@ def test_numbers_of_a_layer_equal_those_of_whole_arrays(world, monkeypatch, chun
         np.concatenate([x[n].ravel() for n in names]).astype(float)
         for x in (mean, precision, other)
     )
-    found = layer(report, "transformer.h.2")
+    second = layer(report, "transformer.h.2")
     rms = np.sqrt(np.mean(m**2))
-    assert (found.tensors, found.parameters) == (2, m.size)
-    assert (found.rms, found.largest) == pytest.approx((rms, np.abs(m).max()))
-    assert found.precision.quantiles[0] == s.min()
-    assert found.precision.quantiles[-1] == s.max()
+    assert (second.tensors, second.parameters) == (2, m.size)
+    assert (second.rms, second.largest) == pytest.approx((rms, np.abs(m).max()))
+    assert second.precision.quantiles[0] == s.min()
+    assert second.precision.quantiles[-1] == s.max()
     true = np.quantile(s, QUANTILES, method="inverted_cdf")
-    np.testing.assert_allclose(found.precision.quantiles[1:-1], true, rtol=4e-3)
-    assert found.precision.sigma_ratio == pytest.approx(true[2] ** -0.5 / rms, rel=4e-3)
+    np.testing.assert_allclose(second.precision.quantiles[1:-1], true, rtol=4e-3)
+    assert second.precision.sigma_ratio == pytest.approx(true[2] ** -0.5 / rms, rel=4e-3)
     gap = np.sqrt(np.mean((o - m) ** 2))
-    assert (found.difference.rms, found.difference.relative) == pytest.approx((gap, gap / rms))
-    assert found.difference.largest == pytest.approx(np.abs(o - m).max())
+    assert (second.difference.rms, second.difference.relative) == pytest.approx((gap, gap / rms))
+    assert second.difference.largest == pytest.approx(np.abs(o - m).max())
     assert report.comparison.parameters == report.parameters
 
 
@@ -173,8 +173,8 @@ def test_a_common_prefix_does_not_hide_the_partners(world, tmp_path):
     bare = {n.removeprefix("transformer."): t for n, t in mean.items()}
     tiny.write("bare.safetensors", bare)
     for pair in (("a.safetensors", "bare.safetensors"), ("bare.safetensors", "a.safetensors")):
-        found = run_inspect(*pair).comparison
-        assert (found.rms, found.only_here, found.only_there) == (0, (), ())
+        comparison = run_inspect(*pair).comparison
+        assert (comparison.rms, comparison.only_here, comparison.only_there) == (0, (), ())
 
 
 def test_checkpoints_without_a_common_tensor_are_refused(world):
@@ -228,9 +228,21 @@ def test_a_pooled_precision_is_reported_as_if_spread_out(world, axis):
         1,
         sum(p.size for p in pooled.values()),
     )
-    pooled_note = f"the precision is pooled: {short.precision.numbers:,} numbers stand for {long.parameters:,} parameters"
+    pooled_note = (
+        f"the precision is pooled: {short.precision.numbers:,} numbers stand for "
+        f"{long.parameters:,} parameters"
+    )
     assert [n for n in short.notes if n not in long.notes] == [pooled_note]
     shown = CliRunner().invoke(
         app, ["inspect", "a.safetensors", "--precision", "pooled.safetensors"]
     )
     assert pooled_note in " ".join(shown.stderr.split())
+
+
+def test_inspect_needs_no_torch(world):
+    code = (
+        "import sys; from mergekit_bayes.inspect import run_inspect; "
+        "run_inspect('a.safetensors'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

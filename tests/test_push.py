@@ -6,8 +6,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.hub import push_folder
 from tests import hub_double, pushing
-from tests.pushing import RUN, front, peft_adapter
-from tests.test_hub import files
+from tests.pushing import RUN, files, front, peft_adapter
 
 hub = pushing.hub
 merged = pushing.merged

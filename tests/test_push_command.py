@@ -9,8 +9,7 @@ import pytest
 
 from bmerge_cli.main import app
 from tests import hub_double, pushing
-from tests.pushing import RUN, front
-from tests.test_hub import files
+from tests.pushing import RUN, files, front
 
 hub = pushing.hub
 merged = pushing.merged

@@ -9,8 +9,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub import push_folder
 from mergekit_bayes.posterior import open_posterior
 from tests import pushing
-from tests.pushing import RUN
-from tests.test_hub import adapter, folder
+from tests.pushing import RUN, adapter, folder
 
 hub = pushing.hub
 merged = pushing.merged

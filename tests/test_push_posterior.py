@@ -11,8 +11,7 @@ from mergekit_bayes.hub import model_card, parents, plan_push, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import pushing, tiny
-from tests.pushing import RUN, front
-from tests.test_hub import adapter, files, folder
+from tests.pushing import RUN, adapter, files, folder, front
 
 hub = pushing.hub
 

@@ -17,8 +17,7 @@ from mergekit_bayes.hub import check_login, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import hub_double, pushing
-from tests.pushing import RUN, front
-from tests.test_hub import files
+from tests.pushing import RUN, files, front
 
 hub = pushing.hub
 merged = pushing.merged

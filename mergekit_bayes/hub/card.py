@@ -1,9 +1,9 @@
-"""The card of a model folder (README.md), from what its own files record: pure, deterministic and
-without a date.
+"""A folder's model card (README.md): our front matter and section, beside the text of a user.
 
-What we write stands between two HTML comments; a person's text around them stays. The first comment
-remembers a digest of each value that we put into the front matter, so that later a value of ours is
-renewed and a person's kept.
+A card depends on the files of its folder alone: it has no date, and the same folder gives the same
+card. What we write stands between two HTML comments, and the text around them is kept. The first
+comment lists a digest of each field that we put into the front matter, so that the next card renews
+a field of ours and keeps one that a user has changed since.
 """
 
 import hashlib
@@ -11,33 +11,45 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple, TypedDict, Unpack
 
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.hub.facts import FRONT_MATTER, Facts, License, Parent
-from mergekit_bayes.hub.front_matter import front_matter
+from mergekit_bayes.hub.facts import read_facts
+from mergekit_bayes.hub.folder import CARD
+from mergekit_bayes.hub.front_matter import Fields, front_matter, join_card, split_card
+from mergekit_bayes.hub.licenses import License, agreed_license
+from mergekit_bayes.hub.parents import Parent
+from mergekit_bayes.hub.peft_card import is_generated
 from mergekit_bayes.hub.sections import card_section
 
 _END = "<!-- bmerge: end -->"
-_SECTION = re.compile(r"<!-- bmerge: begin(?P<ours>[^>]*) -->\n.*?" + re.escape(_END), re.S)
-_PEFT = re.compile(r"^- PEFT \S+$", re.M)  # in the last section of a card that PEFT made
-_PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}  # of its front matter
-_PEFT_LINE = re.compile(
-    r"### Framework versions|- PEFT \S+|## Training procedure"
-    r"|The following `bitsandbytes` quantization config was used during training:"
-    r"|- (?:quant_method|_?load_in_[48]bit|llm_int8_\w+|bnb_4bit_\w+): .*"
-)
+_SECTION = re.compile(r"<!-- bmerge: begin(?P<digests>[^>]*) -->\n.*?" + re.escape(_END), re.DOTALL)
 
 
 class Card(NamedTuple):
+    """A model card.
+
+    Attributes:
+        text: The file's content.
+        notes: What the user should know before publishing it.
+    """
+
     text: str
-    notes: tuple[str, ...]  # what a person should know before publishing it
+    notes: tuple[str, ...]
 
 
-def model_card(folder: Path, **options: Any) -> str:
-    """The text of `make_card`."""
+class CardOptions(TypedDict, total=False):
+    """The keywords of `make_card`."""
+
+    repo: str | None
+    existing: str | None
+    licenses: Mapping[Parent, License | None] | None
+    posterior: bool
+    posterior_only: bool
+
+
+def model_card(folder: Path, **options: Unpack[CardOptions]) -> str:
+    """The text of `make_card`, which documents the options."""
     return make_card(folder, **options).text
 
 
@@ -50,89 +62,60 @@ def make_card(
     posterior: bool = True,
     posterior_only: bool = False,
 ) -> Card:
-    """The card of a model folder, of an adapter's, or of a folder that holds only a posterior.
+    """Make the card of a model folder, of an adapter's, or of a folder with only a posterior.
 
     Args:
-        folder: Nothing outside of it is read.
-        repo: `org/name`, for the lines that say how to load it; by default the folder's name.
-        existing: The card to keep a person's text of; by default the folder's README.md.
-        licenses: Of the parents, as far as they are known.
-        posterior: False for a card of the model without its posterior.
-        posterior_only: For a card of the posterior without its model.
+        folder: The folder. Nothing outside of it is read.
+        repo: `org/name`, for the lines that say how to load the model (default: the folder's name).
+        existing: The card whose other text is kept (default: the folder's README.md).
+        licenses: Licence of each parent, as far as it is known.
+        posterior: Describe the posterior too (default True).
+        posterior_only: Describe only the posterior, without its model.
 
     Raises:
         CheckpointError: The folder holds neither a model nor a precision, or a file of it cannot be
             read.
-        ConfigError: An existing front matter that is not YAML.
+        ConfigError: The front matter of the existing card is not YAML.
     """
-    facts = Facts(folder, repo or folder.resolve().name, posterior=posterior, only=posterior_only)
-    if existing is None and (folder / "README.md").exists():
-        existing = (folder / "README.md").read_text()
-    if existing is not None and is_generated(existing):
-        existing = None
-    theirs, body = _split(existing or "", folder)
-    if found := _SECTION.search(body):
-        theirs = {
-            k: v for k, v in theirs.items() if f"{k}={_digest(v)}" not in found["ours"].split()
-        }
-    notes = list(facts.notes)
-    ours = front_matter(facts, licenses or {}, notes, has_license="license" in theirs)
-    kept = {k: v for k, v in ours.items() if k not in theirs}
-    marks = "".join(f" {k}={_digest(v)}" for k, v in kept.items())
-    section = f"<!-- bmerge: begin{marks} -->\n{card_section(facts)}\n{_END}"
-    if found:
-        body = body[: found.start()] + section + body[found.end() :]
-    elif body.strip():
-        body = f"{body.rstrip()}\n\n{section}\n"
+    name = repo or folder.resolve().name
+    facts = read_facts(folder, name, posterior=posterior, only_posterior=posterior_only)
+    user_fields, text, section = _user_part(folder, existing)
+    if section is not None:
+        digests = section["digests"].split()
+        user_fields = {k: v for k, v in user_fields.items() if f"{k}={_digest(v)}" not in digests}
+    fields, notes = front_matter(facts)
+    if "license" not in user_fields:
+        license_fields, license_notes = agreed_license(facts.parents, licenses or {})
+        fields |= license_fields
+        notes += license_notes
+    our_fields = {k: v for k, v in fields.items() if k not in user_fields}
+    digests_now = "".join(f" {k}={_digest(v)}" for k, v in our_fields.items())
+    ours = f"<!-- bmerge: begin{digests_now} -->\n{card_section(facts)}\n{_END}"
+    if section is not None:
+        text = text[: section.start()] + ours + text[section.end() :]
+    elif text.strip():
+        text = f"{text.rstrip()}\n\n{ours}\n"
     else:
-        body = f"# {facts.repo.rpartition('/')[2]}\n\n{section}\n"
-    front = yaml.safe_dump(theirs | kept, sort_keys=False, allow_unicode=True, width=10**6)
-    return Card(f"---\n{front}---\n\n{body.lstrip()}", tuple(notes))
+        text = f"# {facts.repo.rpartition('/')[2]}\n\n{ours}\n"
+    return Card(join_card(user_fields | our_fields, text.lstrip()), (*facts.notes, *notes))
 
 
-def is_generated(card: str) -> bool:
-    """Whether a card is PEFT's with nobody's word in it: each line is of its template, each field
-    of its making.
-    """
-    if not _PEFT.search(card):
-        return False
-    match = FRONT_MATTER.match(card)
+def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, re.Match[str] | None]:
+    """Fields and text of an existing card, and the place of our section in the text."""
+    if existing is None and (folder / CARD).exists():
+        existing = (folder / CARD).read_text()
+    if existing is None or is_generated(existing):
+        return {}, "", None
     try:
-        front = yaml.safe_load(match["yaml"]) if match else {}
-    except yaml.YAMLError:
-        return False
-    if front and not (isinstance(front, dict) and set(front) <= _PEFT_KEYS):
-        return False
-    known = _template_lines()
-    lines = (line.strip() for line in card[match.end() if match else 0 :].splitlines())
-    return all(not line or line in known or _PEFT_LINE.fullmatch(line) for line in lines)
-
-
-def _template_lines() -> set[str]:
-    """The lines of the Hub client's empty model card, with which PEFT begins."""
-    from huggingface_hub import ModelCard
-
-    text = Path(ModelCard.default_template_path).read_text(encoding="utf-8")
-    filled = re.sub(r'\{\{ \w+ \| default\("([^"]*)", true\) ?\}\}', r"\1", text)
-    return {line.strip() for line in filled.splitlines()}
-
-
-def _split(text: str, folder: Path) -> tuple[dict[str, Any], str]:
-    match = FRONT_MATTER.match(text)
-    if match is None:
-        return {}, text
-    try:
-        front = yaml.safe_load(match["yaml"]) or {}
-        if not isinstance(front, dict):
-            raise ValueError("it is not a mapping")
-    except (yaml.YAMLError, ValueError) as error:
+        fields, text = split_card(existing)
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{folder / 'README.md'}: its front matter is not YAML ({reason}). Mend it between the "
-            "two '---'."
+            f"{folder / CARD}: its front matter is not YAML ({reason}). Correct what stands "
+            "between the two '---'."
         ) from None
-    return front, text[match.end() :]
+    return fields, text, _SECTION.search(text)
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,7 +1,8 @@
-"""Which files of a model folder are pushed, and which are left out."""
+"""Which files of a model folder are pushed, which stay behind, and which are deleted on the Hub."""
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -11,143 +12,163 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
-from mergekit_bayes.posterior import PosteriorInfo, read_info
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, precision_info
+from mergekit_bayes.hub.local_paths import names_paths
+from mergekit_bayes.posterior import PosteriorInfo
 
-CARD = "README.md"
 _INNER_FILES = (
     "additional_chat_templates/*.jinja",
-    "[0-9]_*/config.json",
-)  # the second are sentence-transformers'
+    "[0-9]_*/config.json",  # of sentence-transformers
+)
+_POSTERIOR_FILES = ("precision.safetensors.index.json", "posterior.json")
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILE = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_POSTERIOR = re.compile(
+_POSTERIOR_PATH = re.compile(
     r"posterior/(precision[^/]*\.safetensors|precision\.safetensors\.index\.json|posterior\.json)"
 )
 
 
 class PushFile(NamedTuple):
-    """One file of a push: where it goes, and where it lies (None: the card, which is made)."""
+    """One file of a push.
+
+    Attributes:
+        path: Its path in the repository.
+        source: The local file; None for the card, which is made.
+        size: Bytes.
+    """
 
     path: str
     source: Path | None
     size: int
 
 
-def _is_weight(path: str) -> bool:
-    return bool(MODEL_FILE.fullmatch(path) or ADAPTER_FILE.fullmatch(path))
+class Choice(NamedTuple):
+    """The files of a folder that are pushed, and those that are not.
 
-
-def is_stale(path: str, *, weights: bool, pushed: set[str], only: bool) -> bool:
-    """Files under our names that belong to other weights: shards, a precision, the records of how
-    they were made.
+    Attributes:
+        files: The files to push, by path, without the card.
+        left_out: Name of each other file, with the reason.
+        notes: What the user should know before publishing.
     """
-    if _POSTERIOR.fullmatch(path):
-        return weights or any(p.startswith("posterior/") for p in pushed)
-    if path in RECORDS:
-        return not only and (weights or not pushed.isdisjoint(RECORDS))
-    return not only and _is_weight(path)
+
+    files: tuple[PushFile, ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
-def choose_files(
-    folder: Path, *, posterior: bool, only_posterior: bool
-) -> tuple[list[PushFile], dict[str, str], list[str]]:
-    """Files that go, files that stay with the reason, and notes; after the hashes have been
-    compared.
+def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choice:
+    """Choose the files of a push, and check that its posterior is of its weights.
+
+    Args:
+        folder: A model, an adapter, or a posterior without a model.
+        posterior: Push the posterior too.
+        only_posterior: Push nothing but the posterior.
+
+    Raises:
+        CheckpointError: Not a folder, or neither a model nor a precision in it.
+        ConfigError: The options leave nothing to push.
+        PrecisionError: No posterior, one of other weights, or one that does not name its weights.
     """
     if not posterior and only_posterior:
         raise ConfigError("--no-posterior and --posterior-only together leave nothing to push.")
     if not folder.is_dir():
-        what = (
-            "is a file; push takes a folder (merge with -o FOLDER)"
-            if folder.exists()
-            else "is no folder"
-        )
-        raise CheckpointError(f"'{folder}' {what}.")
-    bare = sorted(folder.glob("precision*.safetensors"))
-    chosen: dict[str, Path] = {}
-    if bare:
+        if folder.exists():
+            raise CheckpointError(
+                f"'{folder}' is a file; push takes a folder (merge with -o FOLDER)."
+            )
+        raise CheckpointError(f"'{folder}' is not a folder.")
+    if lone := lone_precision_files(folder):
         if not only_posterior:
             raise ConfigError(
                 f"'{folder}' holds a precision and no model. Push it with --posterior-only."
             )
-        extra = [folder / n for n in ("precision.safetensors.index.json", "posterior.json")]
-        chosen = {f"posterior/{f.name}": f for f in [*bare, *(f for f in extra if f.exists())]}
-        _check_alone(folder, bare)
+        chosen = _posterior_files(folder, lone)
+        _named_weights(folder, lone, "MODEL", "")
     else:
-        if not only_posterior:
-            chosen = _model_files(folder)
-        found = precision_files(folder) if posterior else []
-        if only_posterior and not found:
+        chosen = {} if only_posterior else _model_files(folder)
+        precision = precision_files(folder) if posterior else []
+        if only_posterior and not precision:
             raise PrecisionError(
                 f"'{folder}' holds no posterior. Make one with `bmerge precision {folder} --data "
                 "TEXTS`."
             )
-        if found:
-            _check_posterior(folder, found)
-            extra = [
-                folder / "posterior" / n
-                for n in ("precision.safetensors.index.json", "posterior.json")
-            ]
-            chosen |= {
-                f"posterior/{f.name}": f for f in [*found, *(f for f in extra if f.exists())]
-            }
-    left_out = _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior)
-    files = [
-        PushFile(path, source, source.stat().st_size) for path, source in sorted(chosen.items())
-    ]
-    notes = [
-        f"{n} names paths on this machine, which will be public"
-        for n in RECORDS
-        if _has_paths(chosen.get(n))
-    ]
-    if _has_paths(chosen.get("adapter_config.json")):
-        notes.append(
-            "adapter_config.json names a base on this machine, where nobody else can load it; put "
-            "its Hub id there"
-        )
-    return files, left_out, notes
+        if precision:
+            _check_posterior(folder, precision)
+            chosen |= _posterior_files(folder / "posterior", precision)
+    return Choice(
+        tuple(PushFile(path, file, file.stat().st_size) for path, file in sorted(chosen.items())),
+        _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
+        tuple(_path_notes(chosen)),
+    )
+
+
+def stale_files(
+    listed: Iterable[str], pushed: set[str], *, weights_changed: bool, only_posterior: bool
+) -> list[str]:
+    """Files on the Hub, under names of ours, that belong to other weights than the pushed ones.
+
+    Args:
+        listed: Paths in the repository.
+        pushed: Paths of the push, the card included.
+        weights_changed: Whether the push changes the weights in the repository.
+        only_posterior: Whether the push is of a posterior without a model.
+
+    Returns:
+        Shards, a precision, and the records of how the weights were made.
+    """
+
+    def is_stale(path: str) -> bool:
+        if _POSTERIOR_PATH.fullmatch(path):
+            return weights_changed or any(p.startswith("posterior/") for p in pushed)
+        if only_posterior:
+            return False
+        if path in RECORDS:
+            return weights_changed or not pushed.isdisjoint(RECORDS)
+        return bool(MODEL_FILE.fullmatch(path) or ADAPTER_FILE.fullmatch(path))
+
+    return [path for path in listed if path not in pushed and is_stale(path)]
+
+
+def _posterior_files(folder: Path, precision: list[Path]) -> dict[str, Path]:
+    """The files of a precision in `folder`, by their paths in the repository."""
+    described = [folder / name for name in _POSTERIOR_FILES]
+    files = [*precision, *(file for file in described if file.exists())]
+    return {f"posterior/{file.name}": file for file in files}
 
 
 def _model_files(folder: Path) -> dict[str, Path]:
     weights = checkpoint_files(folder)
-    chosen = {f.name: f for f in weights}
     stem = "adapter_model" if weights[0].name.startswith("adapter_model") else "model"
-    names = [f"{stem}.safetensors.index.json", *_modules(folder)]
+    names = {f"{stem}.safetensors.index.json", *_modules(folder)}
+    chosen = {file.name: file for file in weights}
     for file in sorted(folder.iterdir()):
-        if file.is_file() and (
-            file.name in names or any(fnmatchcase(file.name, p) for p in PUBLISHED)
-        ):
+        is_side_file = any(fnmatchcase(file.name, pattern) for pattern in PUBLISHED)
+        if file.is_file() and (file.name in names or is_side_file):
             chosen[file.name] = file
     for pattern in _INNER_FILES:
         chosen |= {f"{file.parent.name}/{file.name}": file for file in sorted(folder.glob(pattern))}
     return chosen
 
 
-def _modules(folder: Path) -> set[str]:
+def _modules(folder: Path) -> Iterator[str]:
     """Python files that the model's config or tokenizer says it needs (`auto_map`)."""
-    found = set()
     for name in ("config.json", "tokenizer_config.json"):
         try:
             content = json.loads((folder / name).read_text())
         except (OSError, ValueError):
             continue
-        for value in (
-            (content.get("auto_map") or {}) if isinstance(content, dict) else {}
-        ).values():
+        auto_map = (content.get("auto_map") or {}) if isinstance(content, dict) else {}
+        for value in auto_map.values():
             for place in value if isinstance(value, list) else [value]:
-                if isinstance(place, str) and "--" not in place:
-                    found.add(f"{place.partition('.')[0]}.py")
-    return found
+                if isinstance(place, str) and "--" not in place:  # "--": of another repository
+                    yield f"{place.partition('.')[0]}.py"
 
 
 def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -> dict[str, str]:
-    found = {}
+    reasons = {}
+    folders = {file.parent for file in chosen}
     for path in sorted(folder.iterdir()):
-        if (
-            path in chosen
-            or (path.name == CARD and not only)
-            or (path.is_dir() and path in {f.parent for f in chosen})
-        ):
+        if path in chosen or (path.name == CARD and not only) or path in folders:
             continue
         if only:
             reason = "--posterior-only"
@@ -159,48 +180,45 @@ def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -
             reason = "a checkpoint or an unfinished output"
         else:
             reason = "not a file of a model"
-        found[path.name + "/" * path.is_dir()] = reason
-    strays = {f.parent for f in chosen if f.parent != folder}
-    for path in sorted(p for parent in strays for p in parent.iterdir() if p not in chosen):
-        found[path.relative_to(folder).as_posix()] = "not a file of a model"
-    return found
+        reasons[path.name + "/" * path.is_dir()] = reason
+    inner = (path for subfolder in folders - {folder} for path in subfolder.iterdir())
+    for path in sorted(path for path in inner if path not in chosen):
+        reasons[path.relative_to(folder).as_posix()] = "not a file of a model"
+    return reasons
+
+
+def _path_notes(chosen: Mapping[str, Path]) -> Iterator[str]:
+    for name in RECORDS:
+        if name in chosen and names_paths(chosen[name]):
+            yield f"{name} names paths on this machine, which will be public"
+    config = chosen.get("adapter_config.json")
+    if config is not None and names_paths(config):
+        yield (
+            "adapter_config.json names a base on this machine, where others cannot load it; put "
+            "its Hub id there"
+        )
 
 
 def _check_posterior(folder: Path, files: list[Path]) -> None:
-    """A precision must be of the weights beside it, by all bytes where they were recorded."""
-    info = _check_alone(
-        folder / "posterior", files, str(folder), " or leave it at home with --no-posterior."
+    """Check that a precision is of the weights beside it, by all bytes where those were hashed."""
+    info = _named_weights(
+        folder / "posterior", files, str(folder), ", or leave it out with --no-posterior"
     )
-    mean = SafetensorsSource(checkpoint_files(folder))
-    try:
-        full = info.mean.full is not None
+    full = info.mean.full is not None
+    with SafetensorsSource(checkpoint_files(folder)) as mean:
         if (info.mean.full or info.mean.blocks) != identity(mean, full=full):
             raise PrecisionError(
                 f"'{files[0]}' was taken at other weights than those in '{folder}'. Push the "
-                "precision that belongs to "
-                "them, or leave it at home with --no-posterior."
+                "precision that belongs to them, or leave it out with --no-posterior."
             )
-    finally:
-        mean.close()
 
 
-def _check_alone(
-    folder: Path, files: list[Path], model: str = "MODEL", other: str = ""
-) -> PosteriorInfo:
-    """A precision must say which weights it is of."""
-    source = SafetensorsSource(files)
-    info = read_info(source)
-    source.close()
+def _named_weights(folder: Path, files: list[Path], model: str, otherwise: str) -> PosteriorInfo:
+    """What a precision says about itself; an error if it does not say which weights it is of."""
+    info = precision_info(files)
     if info is None:
         raise PrecisionError(
-            f"'{files[0]}' does not say which weights it is of, so nobody could check it. Make it "
-            "with `bmerge "
-            f"precision {model} --data TEXTS --out {folder}`{',' + other if other else '.'}"
+            f"'{files[0]}' does not say which weights it is of, so its readers could not check "
+            f"it. Make it with `bmerge precision {model} --data TEXTS --out {folder}`{otherwise}."
         )
     return info
-
-
-def _has_paths(file: Path | None) -> bool:
-    return file is not None and bool(
-        re.search(r"[\s\"':\[,](/|~/)[\w.-]+/", file.read_text(errors="replace"))
-    )

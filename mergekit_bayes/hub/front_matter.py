@@ -1,129 +1,146 @@
-"""The YAML front matter of a model card."""
+"""The YAML front matter of a model card: how it is read, made of a folder's facts, and written.
 
-import json
-from collections.abc import Mapping, Sequence
+Our own fields are made by the Hub client (`ModelCardData`, `EvalResult`), which knows their names
+and the form of a model-index. Fields that a user wrote are read and written by PyYAML, since the
+client's `ModelCard` (huggingface_hub 2.4) does not keep all of them. It drops empty fields,
+repeated tags and, in a model-index, unknown keys and every name but the last. It refuses a
+malformed model-index and keys that are not strings. It logs a warning for a card without front
+matter.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from mergekit_bayes.hub.facts import Facts, License, Parent, adapter_base
+import yaml
+
+from mergekit_bayes.hub.facts import Facts
+from mergekit_bayes.hub.parents import adapter_base
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+Fields = dict[str, object]
+_BLOCK = re.compile(r"\A---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.S)
 
 
-def front_matter(
-    facts: Facts, licenses: Mapping[Parent, License | None], notes: list[str], *, has_license: bool
-) -> dict[str, Any]:
+def split_card(card: str) -> tuple[Fields, str]:
+    """The fields of a card's front matter, and the text below it.
+
+    Raises:
+        ValueError: The front matter is not a YAML mapping.
+    """
+    block = _BLOCK.match(card)
+    if block is None:
+        return {}, card
+    try:
+        fields = yaml.safe_load(block["yaml"]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a mapping")
+    return fields, card[block.end() :]
+
+
+def join_card(fields: Mapping[str, object], text: str) -> str:
+    """A card with these fields in its front matter and this text below."""
+    block = yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=10**6)
+    return f"---\n{block}---\n\n{text}"
+
+
+def front_matter(facts: Facts) -> tuple[Fields, tuple[str, ...]]:
+    """The fields that a folder's facts give, without the licence, and notes for the user."""
     from huggingface_hub import ModelCardData
 
     bases = list(dict.fromkeys(p.repo for p in facts.parents if p.repo is not None))
     if facts.is_adapter and facts.report:
         base = adapter_base(facts.adapter)
-        bases = [*([base.repo] if base.repo and base.repo not in bases else []), *bases]
-    local = list(dict.fromkeys(p.name for p in facts.parents if p.repo is None))
-    if local:
-        what = "is a local folder" if len(local) == 1 else "are local folders"
-        notes.append(
-            f"{', '.join(local)} {what}, which base_model cannot name; merge by Hub ids to have "
-            "them linked"
-        )
-    relation: str | None = None  # the Hub has no word for a posterior's
-    if facts.report:
-        relation = "merge"
-    elif facts.only_posterior:
-        pass
-    elif facts.is_adapter:
-        relation = "adapter"
-    else:
-        relation = "finetune"
-    tags = [
-        "mergekit-bayes",
-        *(["merge"] if facts.report else []),
-        *(["posterior"] if facts.has_posterior else []),
-    ]
-    options: dict[str, Any] = {}
-    if results := [r for report in facts.evaluations for r in _results(report)]:
-        options = {"model_name": facts.repo.rpartition("/")[2], "eval_results": results}
+        if base.repo and base.repo not in bases:
+            bases = [base.repo, *bases]
+    results = [result for report in facts.evaluations for result in _eval_results(report)]
     data = ModelCardData(
         base_model=bases or None,
-        base_model_relation=relation if bases else None,
-        library_name=None
-        if facts.only_posterior
-        else "peft"
-        if facts.is_adapter
-        else "transformers",
+        base_model_relation=_relation(facts) if bases else None,
+        library_name=_library(facts),
         pipeline_tag=facts.pipeline,
-        tags=tags,
-        **options,
+        tags=[
+            "mergekit-bayes",
+            *(["merge"] if facts.report else []),
+            *(["posterior"] if facts.has_posterior else []),
+        ],
+        model_name=facts.repo.rpartition("/")[2] if results else None,
+        eval_results=results or None,
     )
-    written: Any = data  # the client's method has no types
-    found = json.loads(json.dumps(written.to_dict())) | (
-        dict(_license(facts.parents, licenses, notes)) if not has_license else {}
-    )
-    return {k: v for k, v in found.items() if v is not None}
+    fields = cast(Fields, data.to_dict())  # type: ignore[no-untyped-call]
+    return fields, tuple(_unnamed_parents(facts))
 
 
-def _license(
-    found: Sequence[Parent], licenses: Mapping[Parent, License | None], notes: list[str]
-) -> License:
-    """The licence of all parents, if they agree."""
-    if not found:
-        notes.append(
-            "no licence: nothing in the folder says what it was made from; name one in the front "
-            "matter"
+def _relation(facts: Facts) -> str | None:
+    if facts.report:
+        return "merge"
+    if facts.only_posterior:  # the Hub has no word for the relation of a posterior to its model
+        return None
+    return "adapter" if facts.is_adapter else "finetune"
+
+
+def _library(facts: Facts) -> str | None:
+    if facts.only_posterior:
+        return None
+    return "peft" if facts.is_adapter else "transformers"
+
+
+def _unnamed_parents(facts: Facts) -> Iterator[str]:
+    if local := list(dict.fromkeys(p.name for p in facts.parents if p.repo is None)):
+        verb = "is a local folder" if len(local) == 1 else "are local folders"
+        yield (
+            f"{', '.join(local)} {verb}, which base_model cannot name; merge by Hub ids to have "
+            "them linked"
         )
-        return {}
-    known = {p: licenses.get(p) for p in found}
-    if missing := list(dict.fromkeys(p.name for p, value in known.items() if not value)):
-        notes.append(
-            f"no licence: the cards of {', '.join(missing)} name none, or are not known here"
-        )
-        return {}
-    values = [value for value in known.values() if value]
-    if any(value != values[0] for value in values):
-        said = ", ".join(f"{p.name}: {value['license']}" for p, value in known.items() if value)
-        notes.append(
-            f"no licence: the parents disagree ({said}); name one in the front matter yourself"
-        )
-        return {}
-    return values[0]
 
 
-def _results(report: Mapping[str, Any]) -> list[Any]:
+class _Score(NamedTuple):
+    task: str
+    data: str
+    metric: str
+    title: str
+    value: object  # a number, or an interval with its `value`
+
+
+def _eval_results(report: Mapping[str, object]) -> "list[EvalResult]":
     from huggingface_hub import EvalResult
 
-    rows: list[tuple[str, str, str, str, float]] = []  # task, data, metric, its name, value
-    for name, found in (report.get("perplexity") or {}).items():
-        rows.append(
-            ("text-generation", name, "perplexity", "perplexity per token", _value(found["token"]))
-        )
-    for name, found in (report.get("classification") or {}).items():
-        rows.append(
-            ("text-classification", name, "accuracy", "accuracy", _value(found["accuracy"]))
-        )
-        rows.append(
-            ("text-classification", name, "ece", "expected calibration error", _value(found["ece"]))
-        )
-    for scorer, found in (report.get("toxicity") or {}).items():
-        name = Path(scorer.partition(":")[2] or scorer).name
-        rows.append(
-            (
-                "text-generation",
-                "prompts",
-                "toxicity",
-                f"toxic share by {name}",
-                _value(found["share"]),
-            )
-        )
     return [
         EvalResult(
-            task_type=task,
-            dataset_type=data,
-            dataset_name=data,
-            metric_type=metric,
-            metric_name=title,
-            metric_value=value,
+            task_type=score.task,
+            dataset_type=score.data,
+            dataset_name=score.data,
+            metric_type=score.metric,
+            metric_name=score.title,
+            metric_value=_rounded(score.value),
         )
-        for task, data, metric, title, value in rows
+        for score in _scores(report)
     ]
 
 
-def _value(interval: Any) -> float:
-    return float(f"{interval['value'] if isinstance(interval, dict) else interval:.6g}")
+def _scores(report: Mapping[str, object]) -> Iterator[_Score]:
+    """The results of an evaluation that the Hub's model-index has a place for."""
+    for data, values in _by_name(report, "perplexity"):
+        token = values["token"]
+        yield _Score("text-generation", data, "perplexity", "perplexity per token", token)
+    for data, values in _by_name(report, "classification"):
+        task = "text-classification"
+        yield _Score(task, data, "accuracy", "accuracy", values["accuracy"])
+        yield _Score(task, data, "ece", "expected calibration error", values["ece"])
+    for scorer, values in _by_name(report, "toxicity"):
+        title = f"toxic share by {Path(scorer.partition(':')[2] or scorer).name}"
+        yield _Score("text-generation", "prompts", "toxicity", title, values["share"])
+
+
+def _by_name(report: Mapping[str, object], metric: str) -> list[tuple[str, Mapping[str, object]]]:
+    return list(cast(Mapping[str, Mapping[str, object]], report.get(metric) or {}).items())
+
+
+def _rounded(value: object) -> float:
+    number = value["value"] if isinstance(value, dict) else value
+    return float(f"{cast(float, number):.6g}")

@@ -1,22 +1,52 @@
-"""Licences of the models that a merge was made from."""
+"""Licences of the models that a model was made from, and the one that its own card may name."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mergekit_bayes.hub.facts import License, Parent, read_license
-from mergekit_bayes.hub.files import CARD
+from mergekit_bayes.hub.folder import CARD
+from mergekit_bayes.hub.front_matter import split_card
+from mergekit_bayes.hub.parents import Parent
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+License = Mapping[str, str]  # `license`, and for the licence `other` its name and link
 
 
-def local_licenses(found: tuple[Parent, ...]) -> dict[Parent, License | None]:
-    return {p: _license_in(Path(p.path).expanduser()) for p in found if p.path is not None}
+def agreed_license(
+    made_from: Sequence[Parent], licenses: Mapping[Parent, License | None]
+) -> tuple[License, tuple[str, ...]]:
+    """The licence of all parents if they agree; else nothing, and a note that says why."""
+    if not made_from:
+        return {}, (
+            "no licence: nothing in the folder says what it was made from; name one in the front "
+            "matter",
+        )
+    by_parent = {p: licenses.get(p) for p in made_from}
+    if missing := list(dict.fromkeys(p.name for p, value in by_parent.items() if not value)):
+        names = ", ".join(missing)
+        return {}, (f"no licence: the cards of {names} name none, or are not known here",)
+    values = [value for value in by_parent.values() if value]
+    if any(value != values[0] for value in values):
+        named = ", ".join(f"{p.name}: {v['license']}" for p, v in by_parent.items() if v)
+        return {}, (
+            f"no licence: the parents disagree ({named}); name one in the front matter yourself",
+        )
+    return values[0], ()
 
 
-def hub_licenses(api: Any, found: tuple[Parent, ...]) -> dict[Parent, License | None]:
-    """Licences of parents here and on the Hub; one that cannot be asked for stays unknown."""
+def local_licenses(made_from: Sequence[Parent]) -> dict[Parent, License | None]:
+    """The licences that the cards of local parents name; None for a card that names none."""
+    return {p: _license_beside(Path(p.path).expanduser()) for p in made_from if p.path is not None}
+
+
+def hub_licenses(api: "HfApi", made_from: Sequence[Parent]) -> dict[Parent, License | None]:
+    """The licences of local parents and of those on the Hub; None where a card cannot be read."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-    licenses = local_licenses(found)
-    for parent in found:
+    licenses = local_licenses(made_from)
+    for parent in made_from:
         if parent.repo is None:
             continue
         try:
@@ -27,6 +57,20 @@ def hub_licenses(api: Any, found: tuple[Parent, ...]) -> dict[Parent, License | 
     return licenses
 
 
-def _license_in(path: Path) -> License | None:
+def read_license(card: str) -> License | None:
+    """The licence that a card's front matter names; None if it names none or is not YAML."""
+    try:
+        fields, _ = split_card(card)
+    except ValueError:
+        return None
+    if not isinstance(fields.get("license"), str):
+        return None
+    keys = ["license"]
+    if fields["license"] == "other":
+        keys += ["license_name", "license_link"]
+    return {k: str(fields[k]) for k in keys if fields.get(k)}
+
+
+def _license_beside(path: Path) -> License | None:
     card = (path.parent if path.is_file() else path) / CARD
     return read_license(card.read_text()) if card.is_file() else None

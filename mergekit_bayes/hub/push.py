@@ -1,101 +1,62 @@
-"""A model folder to the Hub, in one commit, so that nobody ever sees half of it.
+"""Push a model folder to the Hub in one commit, so that readers never see half of it.
 
-Only files that belong to a model go (an allowlist); what stays behind is said. Large files arrive
-before the commit and are kept by the Hub, so the same line resumes an interrupted push; a folder
-that is there already makes no commit. The token comes from huggingface_hub's own places and is
-passed on by it; this module never sees it.
+Only files that belong to a model are pushed, and the report names the others. Large files are
+uploaded before the commit and kept by the Hub: the same command resumes an interrupted push. A
+folder that the repository already holds makes no commit.
 """
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_bayes.checkpoint.sources import explain, forget
-from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.hub.card import Card, is_generated, make_card
-from mergekit_bayes.hub.facts import parents
-from mergekit_bayes.hub.files import (
-    ADAPTER_FILE,
-    CARD,
-    MODEL_FILE,
-    PushFile,
-    choose_files,
-    is_stale,
+from mergekit_bayes.checkpoint.sources import forget
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.hub.card import Card, make_card
+from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
+from mergekit_bayes.hub.folder import CARD, lone_precision_files
+from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
+from mergekit_bayes.hub.login import check_target, explained
+from mergekit_bayes.hub.parents import Parent, parents
+from mergekit_bayes.hub.peft_card import is_generated
+from mergekit_bayes.hub.report import PushPlan, PushReport
+from mergekit_bayes.hub.repository import (
+    RemoteFile,
+    Target,
+    check_same_form,
+    head_commit,
+    is_unchanged,
+    list_files,
+    make_repository,
 )
-from mergekit_bayes.hub.licenses import hub_licenses, local_licenses
-from mergekit_bayes.records import Config
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-
-class PushPlan(NamedTuple):
-    """What would be pushed: files, the card, what is left out and why, and what a person should
-    know.
-    """
-
-    repo: str
-    folder: Path
-    files: tuple[PushFile, ...]
-    card: str
-    left_out: Mapping[str, str]
-    notes: tuple[str, ...]
-
-
-class PushReport(Config):
-    """What a push did.
-
-    Attributes:
-        commit: Of the repository, the one before if nothing had changed.
-        changed: Whether there was anything to commit.
-        sent, unchanged, deleted: Paths in the repository. Deleted are shards, precisions and
-            records of other weights.
-        pull_request: Its address, where one was asked for.
-        left_out: Files of the folder that do not belong to a model, with the reason.
-    """
-
-    repo: str
-    url: str
-    commit: str
-    revision: str
-    changed: bool
-    sent: tuple[str, ...]
-    unchanged: tuple[str, ...]
-    deleted: tuple[str, ...]
-    bytes: int
-    pull_request: str | None
-    left_out: dict[str, str]
-    notes: tuple[str, ...]
+Say = Callable[[str], None]
 
 
 def plan_push(
     folder: Path, repo: str, *, posterior: bool = True, only_posterior: bool = False
 ) -> PushPlan:
-    """What `push_folder` would push. Contacts nobody, so licences of parents on the Hub are not in
-    the card.
+    """What `push_folder` would push. Contacts no server, so parents on the Hub give no licence.
+
+    Args:
+        folder: As of `push_folder`.
+        repo: `org/name`.
+        posterior: Push the posterior too (default True).
+        only_posterior: Push nothing but the posterior.
 
     Raises:
         CheckpointError: No such folder, or neither a model nor a precision in it.
-        ConfigError: A name that is not `org/name`, or options that leave nothing.
-        PrecisionError: A precision of other weights than those beside it, by all bytes where they
-            were recorded.
+        ConfigError: `repo` is not `org/name`, or the options leave nothing to push.
+        PrecisionError: The precision belongs to other weights than those beside it, by all bytes
+            where those were recorded.
     """
     check_target(repo)
-    files, left_out, notes = choose_files(
-        folder, posterior=posterior, only_posterior=only_posterior
-    )
-    licenses = local_licenses(parents(folder, posterior_only=only_posterior))
-    card = make_card(
-        folder,
-        repo=repo,
-        existing=_own_card(folder, only=only_posterior),
-        licenses=licenses,
-        posterior=posterior,
-        posterior_only=only_posterior,
-    )
-    return _planned(folder, repo, files, card, left_out, notes)
+    content = _read_content(folder, posterior=posterior, only_posterior=only_posterior)
+    existing = _folder_card(folder, only_posterior=only_posterior)
+    return _plan(content, repo, existing, local_licenses(content.parents))
 
 
 def push_folder(
@@ -108,26 +69,26 @@ def push_folder(
     message: str | None = None,
     posterior: bool = True,
     only_posterior: bool = False,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> PushReport:
-    """Push a model folder and its posterior to `org/name`, which is made if it is not there.
+    """Push a model folder and its posterior to `org/name`, which is made if it does not exist.
 
     Args:
-        folder: As `bmerge` or save_pretrained wrote it; or a folder with nothing but a precision.
+        folder: As `bmerge` or save_pretrained wrote it, or a folder with nothing but a precision.
             It is not changed.
         repo: `org/name`.
-        private: For a repository that is made. A public one that exists is refused.
-        revision: A branch, made from main if it is not there.
-        create_pr: Open a pull request on a repository that exists, instead of committing.
-        message: Of the commit.
-        posterior: False leaves the posterior at home.
-        only_posterior: Push nothing else, so that anybody can publish a precision of a model that
-            they do not own.
+        private: Make the repository private. An existing public one is refused.
+        revision: A branch (default main), made from main if it does not exist.
+        create_pr: Open a pull request on an existing repository instead of committing.
+        message: Message of the commit.
+        posterior: Push the posterior too (default True).
+        only_posterior: Push nothing but the posterior, so that a precision can be published for
+            a model that belongs to another account.
         say: Called before the commit with a line for each file that it deletes.
 
     Raises:
         CheckpointError: As `plan_push`; a model over an adapter or the reverse; or the Hub refused,
-            with the way out.
+            with a remedy.
         ConfigError: As `plan_push`.
         PrecisionError: As `plan_push`.
     """
@@ -136,264 +97,154 @@ def push_folder(
         raise ConfigError(
             "--create-pr opens a pull request on main; leave --revision out, or push to the branch."
         )
-    files, left_out, notes = choose_files(
-        folder, posterior=posterior, only_posterior=only_posterior
-    )
-    make_card(
-        folder,
-        repo=repo,
-        existing=_own_card(folder, only=only_posterior),
-        posterior=posterior,
-        posterior_only=only_posterior,
-    )  # what it refuses, it refuses before a repository is made
-    with _answers(repo):
-        return _push(
-            _Target(repo, revision or "main", private, create_pr, message),
-            folder,
-            files,
-            left_out,
-            notes,
-            posterior=posterior,
-            only=only_posterior,
-            say=say,
-        )
+    content = _read_content(folder, posterior=posterior, only_posterior=only_posterior)
+    existing = _folder_card(folder, only_posterior=only_posterior)
+    _make_card(content, repo, existing)  # raises what it refuses before a repository is made
+    target = Target(repo, revision or "main", private, create_pr, message)
+    with explained(repo):
+        return _push(target, content, existing, say)
 
 
-def check_target(repo: str) -> None:
-    """Raise `ConfigError` unless `repo` can be the name of a repository."""
-    if not _NAME.fullmatch(repo):
-        more = " The branch goes into --revision." if "@" in repo else ""
-        raise ConfigError(f"'{repo}' is not the name of a repository on the Hub (org/name).{more}")
+class _Content(NamedTuple):
+    """What of a folder is to be pushed."""
+
+    folder: Path
+    posterior: bool
+    only_posterior: bool
+    choice: Choice
+    parents: tuple[Parent, ...]
 
 
-def check_login(repo: str) -> None:
-    """Ask the Hub who we are, before work that is to be pushed to `repo`; raises what a push would.
-
-    What a fine-grained token may do only the push finds out.
-    """
-    from huggingface_hub import HfApi
-
-    check_target(repo)
-    with _answers(repo):
-        me = HfApi(library_name="mergekit-bayes").whoami()
-    owner, token = (
-        repo.partition("/")[0].casefold(),
-        ((me.get("auth") or {}).get("accessToken") or {}).get("role"),
-    )
-    # A member who reads may yet write to some resource group.
-    groups = {
-        o["name"].casefold()
-        for o in me.get("orgs") or ()
-        if o.get("roleInOrg") != "read" or "resourceGroups" in o
-    }
-    if token == "read":
-        raise CheckpointError(
-            f"'{repo}': your token can only read. Make one that writes and log in with hf auth "
-            "login."
-        )
-    if token == "write" and owner not in groups | {me["name"].casefold()}:
-        raise CheckpointError(
-            f"'{repo}': you are logged in as '{me['name']}', who may not write to "
-            f"'{repo.partition('/')[0]}'. Push to "
-            f"'{me['name']}/{repo.partition('/')[2]}', or log in as somebody who may."
-        )
+def _read_content(folder: Path, *, posterior: bool, only_posterior: bool) -> _Content:
+    choice = choose_files(folder, posterior=posterior, only_posterior=only_posterior)
+    made_from = parents(folder, posterior_only=only_posterior)
+    return _Content(folder, posterior, only_posterior, choice, made_from)
 
 
-class _Target(NamedTuple):
-    repo: str
-    revision: str
-    private: bool
-    create_pr: bool
-    message: str | None
-
-
-class _Remote(NamedTuple):
-    size: int
-    sha1: str
-    sha256: str | None  # of a large file
-
-
-def _push(
-    target: _Target,
-    folder: Path,
-    files: list[PushFile],
-    left_out: Mapping[str, str],
-    notes: list[str],
-    *,
-    posterior: bool,
-    only: bool,
-    say: Callable[[str], None] | None,
-) -> PushReport:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api, repo = HfApi(library_name="mergekit-bayes"), target.repo
-    _prepare(api, target)
-    head, is_new = _head(api, target)
-    there = _listing(api, repo, head)
-    if not only:
-        _check_kind(target, [f.path for f in files], there)
-    existing = _own_card(folder, only=only)
-    if not existing and CARD in there:  # somebody's text on the Hub is kept, too
-        existing = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text()
-    licenses = hub_licenses(api, parents(folder, posterior_only=only))
-    card = make_card(
-        folder,
+def _make_card(
+    content: _Content,
+    repo: str,
+    existing: str,
+    licenses: Mapping[Parent, License | None] | None = None,
+) -> Card:
+    return make_card(
+        content.folder,
         repo=repo,
         existing=existing,
         licenses=licenses,
-        posterior=posterior,
-        posterior_only=only,
+        posterior=content.posterior,
+        posterior_only=content.only_posterior,
     )
-    plan = _planned(folder, repo, files, card, left_out, notes)
-    if is_new:
+
+
+def _folder_card(folder: Path, *, only_posterior: bool) -> str:
+    """The folder's card; empty for one by PEFT, and for a model's if only a posterior is pushed."""
+    file = folder / CARD
+    if not file.is_file() or (only_posterior and not lone_precision_files(folder)):
+        return ""
+    text = file.read_text()
+    return "" if is_generated(text) else text
+
+
+def _plan(
+    content: _Content, repo: str, existing: str, licenses: Mapping[Parent, License | None]
+) -> PushPlan:
+    card = _make_card(content, repo, existing, licenses)
+    choice = content.choice
+    return PushPlan(
+        repo=repo,
+        folder=content.folder,
+        files=(PushFile(CARD, None, len(card.text.encode())), *choice.files),
+        card=card.text,
+        left_out=choice.left_out,
+        notes=(*card.notes, *choice.notes),
+    )
+
+
+def _push(target: Target, content: _Content, existing: str, say: Say | None) -> PushReport:
+    from huggingface_hub import HfApi
+
+    api, repo = HfApi(library_name="mergekit-bayes"), target.repo
+    make_repository(api, target)
+    head, is_new_branch = head_commit(api, target)
+    remote = list_files(api, repo, head)
+    if not content.only_posterior:
+        check_same_form(target, [file.path for file in content.choice.files], remote)
+    if not existing and CARD in remote:  # the text of a card on the Hub is kept too
+        existing = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text()
+    plan = _plan(content, repo, existing, hub_licenses(api, content.parents))
+    if is_new_branch:
         api.create_branch(repo, branch=target.revision, exist_ok=True)
-    sent, unchanged = [], []
-    for file in plan.files:
-        content: Any = plan.card.encode() if file.source is None else str(file.source.resolve())
-        add = CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=content)
-        if _is_same(add, there.get(file.path)):
-            unchanged.append(file.path)
-        else:
-            sent.append(add)
-    new = {f.path for f in plan.files}
-    weights = any(re.fullmatch(r"[^/]+\.safetensors", add.path_in_repo) for add in sent)
-    stale = [
-        p for p in there if p not in new and is_stale(p, weights=weights, pushed=new, only=only)
-    ]
+    changed, unchanged = _compared(plan, remote)
+    deleted = stale_files(
+        remote,
+        {file.path for file in plan.files},
+        weights_changed=any(re.fullmatch(r"[^/]+\.safetensors", a.path_in_repo) for a in changed),
+        only_posterior=content.only_posterior,
+    )
     if say is not None:
-        for path in stale:
+        for path in deleted:
             say(f"  deletes   {path}: it does not belong to what is pushed")
     commit, pull_request = head, None
-    if sent or stale:
-        operations: list[Any] = [
-            *sent,
-            *(CommitOperationDelete(path_in_repo=p, is_folder=False) for p in stale),
-        ]
-        done = api.create_commit(
-            repo,
-            operations,
-            commit_message=target.message
-            or ("Posterior" if only else "Model") + ", pushed by bmerge",
-            revision=None if target.create_pr else target.revision,
-            create_pr=target.create_pr,
-            parent_commit=head,
+    if changed or deleted:
+        message = target.message or (
+            f"{'Posterior' if content.only_posterior else 'Model'}, pushed by bmerge"
         )
-        commit, pull_request = str(done.oid), done.pr_url
+        commit, pull_request = _commit(api, target, message, head, changed, deleted)
         forget(repo)
-    sizes = {f.path: f.size for f in plan.files}
+    sizes = {file.path: file.size for file in plan.files}
+    sent = tuple(add.path_in_repo for add in changed)
     return PushReport(
         repo=repo,
         url=f"{api.endpoint}/{repo}",
         commit=commit,
         revision=target.revision,
-        changed=bool(sent or stale),
-        sent=tuple(a.path_in_repo for a in sent),
+        changed=bool(changed or deleted),
+        sent=sent,
         unchanged=tuple(unchanged),
-        deleted=tuple(stale),
-        bytes=sum(sizes[a.path_in_repo] for a in sent),
+        deleted=tuple(deleted),
+        bytes=sum(sizes[path] for path in sent),
         pull_request=pull_request,
         left_out=dict(plan.left_out),
         notes=plan.notes,
     )
 
 
-def _prepare(api: Any, target: _Target) -> None:
-    """The repository, made if it is not there."""
-    if not target.create_pr:
-        api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-    if target.private and not api.repo_info(target.repo).private:
-        raise CheckpointError(
-            f"'{target.repo}' exists and is public, so --private would not hold. Make it private "
-            "on the Hub first, or "
-            "push without --private."
-        )
+def _compared(
+    plan: PushPlan, remote: Mapping[str, RemoteFile]
+) -> "tuple[list[CommitOperationAdd], list[str]]":
+    """The files that the repository lacks or has with other content, and the paths of the rest."""
+    from huggingface_hub import CommitOperationAdd
+
+    changed, unchanged = [], []
+    for file in plan.files:
+        content = plan.card.encode() if file.source is None else str(file.source.resolve())
+        add = CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=content)
+        if is_unchanged(add, remote.get(file.path)):
+            unchanged.append(file.path)
+        else:
+            changed.append(add)
+    return changed, unchanged
 
 
-def _head(api: Any, target: _Target) -> tuple[str, bool]:
-    """The commit to build on, and whether the branch is still to be made (from main)."""
-    from huggingface_hub.errors import RevisionNotFoundError
+def _commit(
+    api: "HfApi",
+    target: Target,
+    message: str,
+    head: str,
+    changed: "list[CommitOperationAdd]",
+    deleted: list[str],
+) -> tuple[str, str | None]:
+    """Commit on top of `head`; the commit, and the address of a pull request."""
+    from huggingface_hub import CommitOperationDelete
 
-    try:
-        return str(api.repo_info(target.repo, revision=target.revision).sha), False
-    except RevisionNotFoundError:
-        if target.revision == "main" or target.revision.startswith("refs/"):
-            raise
-        return str(api.repo_info(target.repo).sha), True
-
-
-def _listing(api: Any, repo: str, commit: str) -> dict[str, _Remote]:
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = api.list_repo_tree(repo, revision=commit, recursive=True)
-    return {
-        f.path: _Remote(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None)
-        for f in tree
-        if isinstance(f, RepoFile)
-    }
-
-
-def _is_same(add: Any, remote: _Remote | None) -> bool:
-    if remote is None or remote.size != add.upload_info.size:
-        return False
-    if remote.sha256 is not None:
-        return bool(add.upload_info.sha256.hex() == remote.sha256)
-    with add.as_file() as file:
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.sha1
-
-
-def _check_kind(target: _Target, pushed: list[str], there: Mapping[str, _Remote]) -> None:
-    """Beside each other a model and an adapter break loaders, and replacing one by the other is a
-    person's choice.
-    """
-    is_adapter = any(p.startswith("adapter_model") for p in pushed)
-    other, ours, theirs = (
-        (MODEL_FILE, "an adapter", "a model")
-        if is_adapter
-        else (ADAPTER_FILE, "a model", "an adapter")
+    deletions = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in deleted]
+    result = api.create_commit(
+        target.repo,
+        [*changed, *deletions],
+        commit_message=message,
+        revision=None if target.create_pr else target.revision,
+        create_pr=target.create_pr,
+        parent_commit=head,
     )
-    config = () if is_adapter or "adapter_config.json" in pushed else ("adapter_config.json",)
-    found = next((p for p in there if other.fullmatch(p) or p in config), None)
-    if found is not None:
-        raise CheckpointError(
-            f"'{target.repo}' ({target.revision}) holds {theirs} ({found}), and this is {ours}; "
-            "nothing was changed. "
-            "Push to another repository, or with --revision to a branch that holds none (a new one "
-            "begins as main)."
-        )
-
-
-def _own_card(folder: Path, *, only: bool) -> str:
-    """The folder's card, if it says a person's word or ours; a model's is not that of its posterior
-    alone.
-    """
-    file = folder / CARD
-    if not file.is_file() or (only and not list(folder.glob("precision*.safetensors"))):
-        return ""
-    text = file.read_text()
-    return "" if is_generated(text) else text
-
-
-def _planned(
-    folder: Path,
-    repo: str,
-    files: list[PushFile],
-    card: Card,
-    left_out: Mapping[str, str],
-    notes: list[str],
-) -> PushPlan:
-    whole = [PushFile(CARD, None, len(card.text.encode())), *files]
-    return PushPlan(repo, folder, tuple(whole), card.text, left_out, (*card.notes, *notes))
-
-
-@contextmanager
-def _answers(repo: str) -> Iterator[None]:
-    """Errors of the client as one message with the way out, without a traceback that might show
-    what it sent.
-    """
-    try:
-        yield
-    except BmergeError:
-        raise
-    except Exception as error:
-        raise CheckpointError(explain(error, repo)) from None
+    return str(result.oid), result.pr_url

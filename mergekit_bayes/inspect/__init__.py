@@ -8,6 +8,7 @@ from mergekit_bayes.inspect.report import (
     PrecisionLayer,
     PrecisionSummary,
 )
+from mergekit_bayes.inspect.run import run_inspect
 
 __all__ = [
     "QUANTILES",
@@ -16,4 +17,5 @@ __all__ = [
     "InspectReport",
     "PrecisionLayer",
     "PrecisionSummary",
+    "run_inspect",
 ]

@@ -1,92 +1,102 @@
-"""Inspect a model on the Hub by its headers alone."""
+"""Inspect a model on the Hub by its headers alone: names, shapes, dtypes, and what made them."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.names import is_buffer
-from mergekit_bayes.checkpoint.sources import file_sizes, pinned, read_headers
-from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
+from mergekit_bayes.checkpoint.remote import RemoteFile, file_sizes, read_headers
+from mergekit_bayes.checkpoint.sources import pinned
+from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.inspect.layers import group_layers
+from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
 from mergekit_bayes.inspect.report import InspectReport, Layer, PrecisionSummary
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
 
+_NOTE = "only headers were read; fetch the model (`hf download`) to see values"
+
 
 def inspect_headers(ref: str) -> InspectReport:
-    """What the headers of a Hub repository say."""
+    """The report of a Hub repository, without values.
+
+    Args:
+        ref: `org/name[@revision]`.
+
+    Raises:
+        CheckpointError: The Hub refused, or the repository holds neither a model nor a precision.
+    """
     sizes = file_sizes(ref)
-    files = _chosen(sizes, "model.safetensors", "model-?????-of-?????.safetensors") or _chosen(
-        sizes, "adapter_model.safetensors", "adapter_model-?????-of-?????.safetensors"
-    )
-    beside = _chosen(
-        sizes, "posterior/precision.safetensors", "posterior/precision-?????-of-?????.safetensors"
-    )
-    if not files and not beside:
+    files = _of_stem(sizes, "model") or _of_stem(sizes, "adapter_model")
+    precision_files = _of_stem(sizes, "posterior/precision")
+    if not files and not precision_files:
         raise CheckpointError(
             f"'{ref}' holds neither safetensors of a model nor a precision. If its tensors are in "
-            "pickles: "
-            f"`bmerge convert {ref} -o OUT`."
+            f"pickles: `bmerge convert {ref} -o OUT`."
         )
-    headers = {h.name: h for h in read_headers(ref, (*files, *beside))}
-    mean = {n: TensorSpec(t.dtype, t.shape) for f in files for n, t in headers[f].tensors.items()}
-    buffers = tuple(n for n, spec in mean.items() if is_buffer(n) or spec.dtype not in MERGEABLE)
-    names = [n for n in mean if n not in buffers]
-    layers = []
-    for layer, members in group_layers(names).items():
-        count = sum(mean[n].size for n in members)
-        layers.append(
-            Layer(
-                name=layer, tensors=len(members), parameters=count, rms=None, largest=None, bad=None
-            )
-        )
-    dtypes = Counter[str]()
-    for name in names:
-        dtypes[mean[name].dtype] += mean[name].size
-    summary, notes = None, ["only headers were read; fetch the model (`hf download`) to see values"]
-    if beside:
-        precision = {
-            n: TensorSpec(t.dtype, t.shape) for f in beside for n, t in headers[f].tensors.items()
-        }
-        info = parse_info(headers[beside[0]].metadata, Path(beside[0]))
-        fitting = [n for n in names if is_form_of(precision.get(n), mean[n])]
-        entries = sum(dtypes.values())
-        summary = PrecisionSummary(
-            files=beside,
-            info=info,
-            belongs=None,
-            covered=sum(mean[n].size for n in fitting) / entries if entries else 0.0,
-            numbers=sum(precision[n].size for n in fitting),
-            unknown=tuple(
-                n for n in precision if n not in mean or not is_form_of(precision[n], mean[n])
-            )
-            if files
-            else (),
-            zeros=None,
-            bad=None,
-            not_samplable=sampling_obstacle(info),
-        )
+    headers = {header.name: header for header in read_headers(ref, (*files, *precision_files))}
+    mean = _specs(headers[file] for file in files)
+    buffers = tuple(name for name, spec in mean.items() if not is_parameter(name, spec))
+    names = [name for name in mean if name not in buffers]
+    dtypes = count_dtypes(mean, names)
+    summary = None
+    if precision_files:
+        summary = _precision_summary([headers[file] for file in precision_files], mean, names)
     return InspectReport(
         path=pinned(ref),
         files=files,
-        bytes=sum(sizes[f] for f in files),
+        bytes=sum(sizes[file] for file in files),
         identity=None,
         tensors=len(mean),
         parameters=sum(dtypes.values()),
-        dtypes=dict(dtypes),
+        dtypes=dtypes,
         buffers=buffers,
         tied=(),
-        layers=tuple(layers),
+        layers=tuple(
+            Layer(
+                name=layer,
+                tensors=len(members),
+                parameters=sum(mean[name].size for name in members),
+                rms=None,
+                largest=None,
+                bad=None,
+            )
+            for layer, members in group_layers(names).items()
+        ),
         precision=summary,
         comparison=None,
-        notes=tuple(notes),
+        notes=(_NOTE,),
     )
 
 
-def _chosen(sizes: Mapping[str, int], single: str, shards: str) -> tuple[str, ...]:
-    return (
-        (single,) if single in sizes else tuple(sorted(n for n in sizes if fnmatchcase(n, shards)))
+def _of_stem(sizes: Mapping[str, int], stem: str) -> tuple[str, ...]:
+    """The file `stem.safetensors`, or its shards."""
+    single = f"{stem}.safetensors"
+    if single in sizes:
+        return (single,)
+    shards = f"{stem}-?????-of-?????.safetensors"
+    return tuple(sorted(path for path in sizes if fnmatchcase(path, shards)))
+
+
+def _specs(headers: Iterable[RemoteFile]) -> dict[str, TensorSpec]:
+    return {name: spec for header in headers for name, spec in header.tensors.items()}
+
+
+def _precision_summary(
+    headers: list[RemoteFile], mean: Mapping[str, TensorSpec], names: list[str]
+) -> PrecisionSummary:
+    precision = _specs(headers)
+    info = parse_info(headers[0].metadata, Path(headers[0].name))
+    entries = sum(mean[name].size for name in names)
+    covered = [name for name in names if is_form_of(precision.get(name), mean[name])]
+    return PrecisionSummary(
+        files=tuple(header.name for header in headers),
+        info=info,
+        belongs=None,
+        covered=sum(mean[name].size for name in covered) / entries if entries else 0.0,
+        numbers=sum(precision[name].size for name in covered),
+        unknown=unknown_tensors(precision, mean) if mean else (),
+        zeros=None,
+        bad=None,
+        not_samplable=sampling_obstacle(info),
     )

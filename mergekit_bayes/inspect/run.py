@@ -1,33 +1,25 @@
-"""What is in a checkpoint and its posterior, and how far another checkpoint is from it, layer by
-layer.
+"""What is in a checkpoint and its posterior, and how far another checkpoint is from it by layer.
 
-Tensors are streamed in chunks, without torch, so memory does not grow with the model. Quantiles
-come from a histogram over the upper 16 bits of each float32 (sign, exponent, 7 bits of mantissa):
-128 bins for every doubling, so a quantile is within 0.4 % of the true one; least and largest values
-are exact.
-
-Of a model on the Hub only the headers are read, by ranged requests, and nothing is fetched: its
-report has no values.
+Tensors are streamed in chunks (`totals`), so memory does not grow with the model. Of a model on the
+Hub only the headers are read (`headers`), and its report has no values.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming, is_alias, is_buffer
+from mergekit_bayes.checkpoint.names import find_renaming, is_alias
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
-from mergekit_bayes.inspect.layers import group_layers
-from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary, layer_notes
-from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, root_mean_square
+from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.notes import layer_notes
+from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
+from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import Posterior, identify
-from mergekit_bayes.posterior.forms import is_form_of
-
-Progress = Callable[[int, int], None]  # (done, of), elements
+from mergekit_bayes.records import Progress
 
 
 def run_inspect(
@@ -37,131 +29,136 @@ def run_inspect(
     *,
     progress: Progress | None = None,
 ) -> InspectReport:
-    """Read a checkpoint, its precision if it has one, and perhaps a second checkpoint to compare
-    with.
+    """Read a checkpoint, its precision if it has one, and a second checkpoint to compare with.
 
     Args:
         model: A `.safetensors` file, a folder, or `org/name[@revision]`, of which only headers are
-            read unless `other` or `precision` ask for more.
-        other: The same; its tensors are matched by name, up to one common prefix.
+            read unless `other` or `precision` is given.
+        other: The second checkpoint, likewise; its tensors are matched by name, up to one common
+            prefix.
         precision: Where the precision lies, if not beside the model.
-        progress: Called with (elements read, elements in all).
+        progress: Called with (entries read, entries in all).
 
     Raises:
-        CheckpointError: A file that cannot be read.
-        PrecisionError: A precision that was named but is not there.
+        CheckpointError: A file cannot be read.
+        PrecisionError: A precision that was named does not exist.
         MismatchError: No tensor of `other` has a partner.
     """
     if other is None and precision is None and is_hub_id(model):
         return inspect_headers(model)
     with ExitStack() as stack:
-        posterior = open_model(model, precision=precision)
-        stack.callback(posterior.close)
+        posterior = stack.enter_context(open_model(model, precision=precision))
         mean = posterior.mean
         tied = tuple(n for n in mean.specs if is_alias(n, mean))
-        buffers = tuple(
-            n for n in mean.specs if is_buffer(n) or mean.specs[n].dtype not in MERGEABLE
-        )
+        buffers = tuple(n for n, spec in mean.specs.items() if not is_parameter(n, spec))
         names = [n for n in mean.specs if n not in tied and n not in buffers]
-        there = None
+        match = None
         if other is not None:
-            second = open_model(other, with_precision=False)
-            stack.callback(second.close)
-            there = _match(names, mean, second)
-        entries = sum(mean.specs[n].size for n in names)
-        count, done = progress or (lambda done, of: None), 0
-        totals = []
-        for layer, members in group_layers(names).items():
-            total = LayerTotals(layer)
-            for name in members:
-                total.add(name, posterior, there)
-                done += mean.specs[name].size
-                count(done, entries)
-            totals.append(total)
-        layers = tuple(t.report() for t in totals)
-        summary = _precision_summary(posterior, names, totals)
-        dtypes = Counter[str]()
-        for name in names:
-            dtypes[mean.specs[name].dtype] += mean.specs[name].size
+            second = stack.enter_context(open_model(other, with_precision=False))
+            match = _match(names, mean, second)
+        totals = _read_layers(names, posterior, match, progress or _ignore)
+        layers = tuple(total.report() for total in totals)
+        summary = _precision_summary(posterior, totals)
         return InspectReport(
             path=str(posterior.path),
-            files=tuple(p.name for p in mean.files),
-            bytes=sum(p.stat().st_size for p in mean.files),
+            files=tuple(file.name for file in mean.files),
+            bytes=sum(file.stat().st_size for file in mean.files),
             identity=identify(mean, full=False).blocks,
             tensors=len(mean.specs),
-            parameters=entries,
-            dtypes=dict(dtypes),
+            parameters=sum(total.parameters for total in totals),
+            dtypes=count_dtypes(mean.specs, names),
             buffers=buffers,
             tied=tied,
             layers=layers,
             precision=summary,
-            comparison=_comparison(there, totals) if there else None,
+            comparison=_comparison(match, totals) if match else None,
             notes=tuple(layer_notes(layers, summary)),
         )
 
 
+def _ignore(done: int, of: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+def _read_layers(
+    names: Iterable[str],
+    posterior: Posterior,
+    match: TensorMatch | None,
+    progress: Progress,
+) -> list[LayerTotals]:
+    specs = posterior.mean.specs
+    layers = group_layers(names)
+    entries = sum(specs[name].size for members in layers.values() for name in members)
+    done, totals = 0, []
+    for layer, members in layers.items():
+        total = LayerTotals(layer)
+        for name in members:
+            total.add(name, posterior, match)
+            done += specs[name].size
+            progress(done, entries)
+        totals.append(total)
+    return totals
+
+
 def _match(names: list[str], mean: CheckpointSource, second: Posterior) -> TensorMatch:
-    rename: Renaming = find_renaming(mean.specs, second.mean.specs)
-    partners = {rename(n, mean.specs): n for n in second.mean.specs}
-    pairs = {
-        n: partners[n]
-        for n in names
-        if n in partners
-        and second.mean.specs[partners[n]].shape == mean.specs[n].shape
-        and second.mean.specs[partners[n]].dtype in MERGEABLE
+    """Match the tensors of two checkpoints by name and shape, up to one common prefix."""
+    specs, other_specs = mean.specs, second.mean.specs
+    rename = find_renaming(specs, other_specs)
+    by_our_name = {rename(name, specs): name for name in other_specs}
+    partners: Mapping[str, str] = {
+        name: by_our_name[name]
+        for name in names
+        if name in by_our_name
+        and other_specs[by_our_name[name]].shape == specs[name].shape
+        and other_specs[by_our_name[name]].dtype in MERGEABLE
     }
-    if not pairs:
+    if not partners:
         raise MismatchError(
             f"'{second.ref}' has no tensor of the same name and shape as '{mean.files[0]}' "
-            f"('{next(iter(second.mean.specs), 'none')}' there, '{next(iter(names), 'none')}' "
-            "here). "
+            f"('{next(iter(other_specs), 'none')}' there, '{next(iter(names), 'none')}' here). "
             "Are they of one architecture?"
         )
-    taken = set(pairs.values())
-    there = [
-        n
-        for n, spec in second.mean.specs.items()
-        if n not in taken and not is_buffer(n) and spec.dtype in MERGEABLE
-    ]
+    matched = set(partners.values())
     return TensorMatch(
-        str(second.path), second.mean, pairs, [n for n in names if n not in pairs], there
+        path=str(second.path),
+        source=second.mean,
+        partners=partners,
+        only_here=tuple(name for name in names if name not in partners),
+        only_there=tuple(
+            name
+            for name, spec in other_specs.items()
+            if name not in matched and is_parameter(name, spec)
+        ),
     )
 
 
-def _comparison(there: TensorMatch, totals: list[LayerTotals]) -> Comparison:
-    entries = sum(t.compared for t in totals)
-    rms = root_mean_square(sum(t.gap_squares for t in totals), entries)
-    scale = root_mean_square(sum(t.compared_squares for t in totals), entries)
+def _comparison(match: TensorMatch, totals: list[LayerTotals]) -> Comparison:
+    difference = difference_of(total.difference for total in totals)
     return Comparison(
-        path=there.path,
-        parameters=entries,
-        rms=rms,
-        relative=rms / scale if scale > 0 else None,
-        largest=max(t.gap for t in totals),
-        only_here=tuple(there.only_here),
-        only_there=tuple(there.only_there),
+        path=match.path,
+        parameters=difference.parameters,
+        rms=difference.rms,
+        relative=difference.relative,
+        largest=difference.largest,
+        only_here=match.only_here,
+        only_there=match.only_there,
     )
 
 
-def _precision_summary(
-    posterior: Posterior, names: list[str], totals: list[LayerTotals]
-) -> PrecisionSummary | None:
+def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> PrecisionSummary | None:
     precision, mean, info = posterior.precision, posterior.mean, posterior.info
     if precision is None:
         return None
-    entries = sum(t.parameters for t in totals)
+    entries = sum(total.parameters for total in totals)
+    covered = sum(total.precision.parameters for total in totals)
     return PrecisionSummary(
-        files=tuple(str(p) for p in precision.files),
+        files=tuple(str(file) for file in precision.files),
         info=info,
         belongs=None if info is None else info.mean.blocks == identify(mean, full=False).blocks,
-        covered=sum(t.held for t in totals) / entries if entries else 0.0,
-        numbers=sum(t.numbers for t in totals),
-        unknown=tuple(
-            n
-            for n, spec in precision.specs.items()
-            if n not in mean.specs or not is_form_of(spec, mean.specs[n])
-        ),
-        zeros=sum(t.zeros for t in totals),
-        bad=sum(t.bad_precision for t in totals),
+        covered=covered / entries if entries else 0.0,
+        numbers=sum(total.precision.numbers for total in totals),
+        unknown=unknown_tensors(precision.specs, mean.specs),
+        zeros=sum(total.precision.zeros for total in totals),
+        bad=sum(total.precision.bad for total in totals),
         not_samplable=sampling_obstacle(info),
     )

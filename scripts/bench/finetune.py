@@ -1,15 +1,14 @@
-"""What a fine-tune with IVON costs beside the same one with AdamW: wall and CPU seconds of
-training, end to end.
+"""What a fine-tune with IVON costs beside the same one with AdamW, from start to end of training.
 
-    python scripts/bench/finetune.py [--repeats 3] [--steps 24] [--rows 8] [--tokens 64] [--device
-    cpu]
+    python scripts/bench/finetune.py [--repeats 3] [--steps 24] [--rows 8] [--tokens 64]
+        [--device cpu]
 
 A language model of 21 M random parameters in GPT-2's shapes is trained by `run_finetune` on rows of
-random words, each row of the table in a process of its own with one thread, round after round, so
-that a busy machine disturbs all alike. Timed is `Trainer.train` alone, without imports and loading;
-ratios are of CPU seconds, which other work disturbs least, on a GPU of wall seconds. The flush
-after training is timed apart, since its length does not depend on that of the run: the last column
-adds its 64 batches to an epoch of `--epoch` steps.
+random words. Each row of the table runs in its own process with one thread, round after round, so
+that a busy machine disturbs all alike. `Trainer.train` alone is timed, without imports and loading.
+Ratios are of CPU seconds, which other work disturbs least, and on a GPU of wall seconds. The
+curvature after training is timed apart, since its length does not depend on that of the run: the
+last column adds its 64 batches to an epoch of `--epoch` steps.
 """
 
 import argparse
@@ -36,37 +35,38 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
+    """Run all rows and print the table; with the hidden `--row`, run one and print its seconds."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument(
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
         "--steps", type=int, default=24, help="a multiple of 8, so that ggn has its share"
     )
-    arguments.add_argument("--rows", type=int, default=8, help="of a batch")
-    arguments.add_argument("--tokens", type=int, default=64, help="of a row")
-    arguments.add_argument(
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a row")
+    parser.add_argument(
         "--epoch", type=int, default=1000, help="steps of the run that the flush is added to"
     )
-    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    arguments.add_argument("--json", type=Path, help="also written here")
-    arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    arguments.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    given = arguments.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the table to this file, too")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
     if given.row:
         print(json.dumps(measure(given, ROWS[given.row])))
         return
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), given)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
         for _ in range(given.repeats):
             for name in ROWS:
-                found[name].append(run(name, given, Path(folder)))
-    report(found, given)
+                seconds[name].append(run(name, given, Path(folder)))
+    report(seconds, given)
 
 
 def make_model(folder: Path, given: argparse.Namespace) -> None:
-    """Random weights, a tokenizer of numbered words, and rows of them."""
+    """Write a model of random weights, a tokenizer of numbered words, and rows of them."""
     import numpy as np
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -99,6 +99,7 @@ def make_model(folder: Path, given: argparse.Namespace) -> None:
 
 
 def run(name: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Measure one row in its own process."""
     line = [sys.executable, __file__, "--row", name, "--work", str(folder)]
     for option in ("steps", "rows", "tokens", "device"):
         line += [f"--{option}", str(getattr(given, option))]
@@ -107,12 +108,12 @@ def run(name: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr.strip()}")
     print(f"{name}: {done.stdout.strip()}", file=sys.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
-    """Seconds of one training, and of its flush over as many batches as the data has."""
+    """Seconds of one training, and of the curvature after it over the batches of the data."""
     import torch
     import transformers
 
@@ -131,10 +132,8 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
             result = function(*args, **kwargs)
             if given.device == "cuda":
                 torch.cuda.synchronize()
-            spent[f"{name}_wall"], spent[f"{name}_cpu"] = (
-                time.perf_counter() - start[0],
-                time.process_time() - start[1],
-            )
+            spent[f"{name}_wall"] = time.perf_counter() - start[0]
+            spent[f"{name}_cpu"] = time.process_time() - start[1]
             return result
 
         return inner
@@ -156,26 +155,27 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
     return spent
 
 
-def report(found: dict[str, list[dict[str, float]]], given: argparse.Namespace) -> None:
+def report(seconds: dict[str, list[dict[str, float]]], given: argparse.Namespace) -> None:
+    """Print the table, and write it if asked."""
     import torch
     import transformers
 
     clock = "wall" if given.device == "cuda" else "cpu"
 
     def ratios(name: str, part: str = "train") -> list[float]:
-        """Of the seconds of as many batches to those of AdamW's training in the same round."""
-        pairs = zip(found[name], found["AdamW"], strict=True)
+        """Seconds over those of AdamW in the same round, for the same number of batches."""
+        pairs = zip(seconds[name], seconds["AdamW"], strict=True)
         return [row.get(f"{part}_{clock}", 0.0) / adamw[f"train_{clock}"] for row, adamw in pairs]
 
     table = []
-    for name, rounds in found.items():
-        seconds = [r["train_wall"] / given.steps for r in rounds]
+    for name, rounds in seconds.items():
+        walls = [r["train_wall"] / given.steps for r in rounds]
         ratio = statistics.median(ratios(name))
         table.append(
             {
                 "row": name,
-                "seconds": statistics.median(seconds),
-                "range": [min(seconds), max(seconds)],
+                "seconds": statistics.median(walls),
+                "range": [min(walls), max(walls)],
                 "cpu": statistics.median(r["train_cpu"] / given.steps for r in rounds),
                 "ratio": ratio,
                 "ratio_range": [min(ratios(name)), max(ratios(name))],
@@ -183,28 +183,30 @@ def report(found: dict[str, list[dict[str, float]]], given: argparse.Namespace) 
                 + statistics.median(ratios(name, "flush")) * FLUSH / given.epoch,
             }
         )
-    where = (
-        torch.cuda.get_device_name()
-        if given.device == "cuda"
-        else f"{platform.processor() or 'CPU'}, one thread"
+    place = f"{platform.processor() or 'CPU'}, one thread"
+    if given.device == "cuda":
+        place = torch.cuda.get_device_name()
+    print(
+        f"{date.today()}, {place}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {given.steps} steps of {given.rows} x {given.tokens} tokens, "
+        f"{given.repeats} rounds\n"
     )
     print(
-        f"{date.today()}, {where}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; {given.steps} "
-        f"steps of {given.rows} x {given.tokens} tokens, {given.repeats} rounds\n"
-    )
-    print(
-        f"| | s a step | range | CPU s a step | to AdamW | range | with a flush, {given.epoch:,} "
-        "steps |"
+        "| | s a step | range | CPU s a step | to AdamW | range "
+        f"| with a flush, {given.epoch:,} steps |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for r in table:
-        print(
-            f"| {r['row']} | {r['seconds']:.3f} | {r['range'][0]:.3f} to {r['range'][1]:.3f} | "
-            f"{r['cpu']:.3f} | "
-            f"{r['ratio']:.3f} | {r['ratio_range'][0]:.3f} to {r['ratio_range'][1]:.3f} | "
-            f"{'' if r['row'] == 'AdamW' else format(r['with_flush'], '.3f')} |"
-        )
+        cells = [
+            r["row"],
+            f"{r['seconds']:.3f}",
+            f"{r['range'][0]:.3f} to {r['range'][1]:.3f}",
+            f"{r['cpu']:.3f}",
+            f"{r['ratio']:.3f}",
+            f"{r['ratio_range'][0]:.3f} to {r['ratio_range'][1]:.3f}",
+            "" if r["row"] == "AdamW" else f"{r['with_flush']:.3f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
     if given.json:
         given.json.write_text(json.dumps(table, indent=2) + "\n")
 

@@ -1,10 +1,9 @@
-"""A toxicity scorer from other sources than the experiments: TF-IDF and logistic regression on
-tweets.
+"""A toxicity scorer trained on other texts than the experiments: TF-IDF and logistic regression.
 
     bmerge evaluate MODEL --toxicity PROMPTS --scorer scripts.experiments.tweet_scorer:score
 
-Trained on the tweets of two data sets (offensive or not), while the fine-tuning and the prompts are
-comments. It is fitted when first used, in a quarter of a minute.
+It is trained on the tweets of two data sets (offensive or not), while the fine-tuning and the
+prompts are comments. It is fitted at the first call, which takes a quarter of a minute.
 """
 
 import gzip
@@ -24,11 +23,12 @@ SETS = ("davidson", "olid")
 
 
 def score(texts: list[str]) -> list[float]:
-    """Probability of being offensive, with both classes equally likely beforehand."""
+    """Probability that each text is offensive, where both classes are equally likely before."""
     return [float(p) for p in _model().predict_proba(texts)[:, 1]]
 
 
 def read(name: str, split: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of a data set."""
     with gzip.open(DATA / name / f"{split}.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     return [r["text"] for r in rows], [int(r["label"]) for r in rows]
@@ -39,9 +39,9 @@ def _model() -> Any:
     texts: list[str] = []
     labels: list[int] = []
     for name in SETS:
-        more, theirs = read(name, "train")
-        texts += more
-        labels += theirs
+        set_texts, set_labels = read(name, "train")
+        texts += set_texts
+        labels += set_labels
     model = make_pipeline(
         make_union(
             TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True),

@@ -1,0 +1,81 @@
+"""Look into a repository on the Hub without fetching its files: their sizes and their headers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mergekit_bayes.checkpoint.hub_errors import explain
+from mergekit_bayes.checkpoint.sources import commit_of
+from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.errors import CheckpointError
+
+
+class RemoteFile(NamedTuple):
+    """A safetensors file on the Hub, as far as its header describes it.
+
+    Attributes:
+        name: Path in the repository.
+        bytes: Size of the file.
+        tensors: Dtype and shape by name.
+        metadata: The header's own metadata.
+    """
+
+    name: str
+    bytes: int
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+
+
+def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:
+    """Sizes of a repository's files in bytes, by path.
+
+    Args:
+        ref: `org/name[@revision]`.
+        repo_type: `model` or `dataset`.
+
+    Raises:
+        CheckpointError: As `sources.resolve`.
+    """
+    commit, repo = commit_of(ref, repo_type), ref.partition("@")[0]
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        if is_offline_mode():
+            folder = Path(
+                snapshot_download(repo, repo_type=repo_type, revision=commit, allow_patterns=["-"])
+            )
+            files = (path for path in folder.rglob("*") if path.is_file())
+            return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        tree = HfApi().list_repo_tree(repo, repo_type=repo_type, revision=commit, recursive=True)
+        return {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    except Exception as error:  # the client raises errors of many libraries
+        raise CheckpointError(explain(error, ref)) from None
+
+
+def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteFile, ...]:
+    """Headers of safetensors files, read by ranged requests: no tensor is read, nothing is stored.
+
+    Args:
+        ref: `org/name[@revision]`.
+        names: Paths in the repository.
+
+    Raises:
+        CheckpointError: As `sources.resolve`.
+    """
+    from huggingface_hub import HfApi
+
+    sizes, repo, commit = file_sizes(ref), ref.partition("@")[0], commit_of(ref)
+    files = []
+    try:
+        for name in names:
+            header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit)
+            tensors = {
+                tensor: TensorSpec(str(info.dtype), tuple(info.shape))
+                for tensor, info in header.tensors.items()
+            }
+            files.append(RemoteFile(name, sizes[name], tensors, dict(header.metadata or {})))
+    except Exception as error:  # the client raises errors of many libraries
+        raise CheckpointError(explain(error, ref)) from None
+    return tuple(files)

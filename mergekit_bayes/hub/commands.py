@@ -1,0 +1,163 @@
+"""The code and commands that a card prints: how to load the model, merge it further, or undo it."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from mergekit_bayes.hub.facts import Facts
+from mergekit_bayes.hub.folder import MERGE_RECIPE, MergedModel
+from mergekit_bayes.hub.local_paths import last_parts
+from mergekit_bayes.hub.parents import named_parents
+from mergekit_bayes.methods import METHODS
+from mergekit_bayes.plan import MergeConfig
+
+_MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
+_MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
+_AUTO_MODELS = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+}
+
+
+def use_section(facts: Facts) -> str:
+    """How to load the model, or how to merge with a posterior that has no model beside it."""
+    if facts.only_posterior:
+        model = facts.parents[0].name if facts.parents else "MODEL"
+        line = (
+            f"bmerge merge {model} OTHER --weights precision --precision {model}={facts.repo} "
+            "-o merged"
+        )
+        return (
+            "## Use\n\nWith the model that it belongs to, whose weights are checked:\n\n"
+            f"```bash\n{line}\n```"
+        )
+    if facts.is_adapter:
+        task = "SequenceClassification" if facts.pipeline == "text-classification" else "CausalLM"
+        code = (
+            f"from peft import AutoPeftModelFor{task}\n\n"
+            f'model = AutoPeftModelFor{task}.from_pretrained("{facts.repo}")'
+        )
+    else:
+        auto = _AUTO_MODELS.get(facts.pipeline or "", "AutoModel")
+        code = (
+            f"from transformers import {auto}, AutoTokenizer\n\n"
+            f'model = {auto}.from_pretrained("{facts.repo}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")'
+        )
+    return f"## Use\n\n```python\n{code}\n```"
+
+
+def posterior_code(facts: Facts) -> str:
+    """Python that opens the posterior beside the weights."""
+    if facts.is_adapter:
+        source, opened = "lora import open_adapter", f'open_adapter("{facts.repo}").posterior'
+    else:
+        source, opened = "posterior import open_posterior", f'open_posterior("{facts.repo}")'
+    return (
+        f"```python\nfrom mergekit_bayes.{source}\n\n"
+        f"posterior = {opened}  # posterior.mean, .precision, .info\n```"
+    )
+
+
+def further_section(facts: Facts) -> str:
+    """Commands that merge the model further, take a task out of it, and repeat its merge."""
+    base = _base(facts)
+    on_base = f" --base {shlex.quote(base)}" if base and not facts.is_adapter else ""
+    undoing = [_undo(facts, task, base, on_base) for task in _undoable(facts)] if on_base else []
+    commands = [*_merging(facts, base, on_base), *undoing]
+    if facts.recipe:
+        line = f"bmerge merge {MERGE_RECIPE} -o again"
+        commands.append(_Command(line, "make it anew, with the same bytes"))
+    width = max(len(command.line) for command in commands)
+    block = "\n".join(f"{command.line:<{width}}   # {command.comment}" for command in commands)
+    title = "Merge it further, or undo it" if undoing else "Merge it further"
+    return f"## {title}\n\n```bash\n{block}\n```"
+
+
+class _Command(NamedTuple):
+    line: str
+    comment: str
+
+
+def _base(facts: Facts) -> str | None:
+    """The base of the merge, or of the fine-tune, as the user types it."""
+    if facts.report:
+        models = facts.report.get("models") or []
+        bases = (_typed(m["ref"], m.get("commit")) for m in models if m["role"] == "base")
+    else:
+        bases = (_typed(p.name, p.commit) for p in facts.parents if p.role == "base")
+    return next(bases, None)
+
+
+def _merging(facts: Facts, base: str | None, on_base: str) -> list[_Command]:
+    merged = bool(facts.report.get("models"))
+    weights = "precision" if facts.has_posterior else "uniform"
+    start = f"bmerge merge {facts.repo} OTHER"
+    if merged or not on_base or weights == "uniform":
+        repeated = merged and weights == facts.recipe.get("weights")
+        settings = _settings(facts.recipe, [base]) if repeated else ""
+        line = f"{start}{on_base} --weights {weights}{settings} -o merged"
+        return [_Command(line, "merge it further")]
+    # The base of a fine-tune has no posterior as a rule, so precisions are merged without it.
+    return [
+        _Command(f"{start} --weights precision -o merged", "the surer entry counts more"),
+        _Command(f"{start}{on_base} -o merged", "add what both learnt"),
+    ]
+
+
+def _undoable(facts: Facts) -> list[MergedModel]:
+    """Up to three tasks that one scale takes out again; none where the precision to do it with is
+    missing.
+    """
+    report = facts.report
+    method = METHODS.get(report.get("method", ""))
+    if method is None or not method.can_be_undone:
+        return []
+    if report["weights"] == "precision" and not facts.has_posterior:
+        return []
+    scales = cast(Sequence[object], facts.recipe.get("scale", ()))
+    if any(isinstance(scale, str) for scale in scales):  # other scales in some tensors
+        return []
+    return [m for m in report["models"] if m["role"] == "task" and m["scale"]][:3]
+
+
+def _undo(facts: Facts, model: MergedModel, base: str | None, on_base: str) -> _Command:
+    task = _typed(model["ref"], model.get("commit"))
+    scale = str(-(model["scale"] or 0)).removesuffix(".0")
+    line = (
+        f"bmerge merge {facts.repo} {shlex.quote(task)}{on_base} "
+        f"--weights {facts.report['weights']} --scale 1 --scale {scale}"
+        f"{_settings(facts.recipe, [base, task])} -o without"
+    )
+    return _Command(line, f"take {re.sub(r'@[0-9a-f]{40}', '', task)} out again")
+
+
+def _settings(recipe: Mapping[str, object], refs: Sequence[str | None]) -> str:
+    """The flags that a merge with this one's result must repeat, those of single models for `refs`.
+
+    Settings at their defaults are left out.
+    """
+    flags = []
+    for key in _MODEL_SETTINGS:
+        by_ref = cast(Mapping[str, object], recipe.get(key) or {})
+        by_typed = {_typed(ref, None): value for ref, value in by_ref.items()}
+        flags += [f"--{key}={ref}={last_parts(by_typed[ref])}" for ref in refs if ref in by_typed]
+    for key in _MERGE_SETTINGS:
+        default = MergeConfig.model_fields[key].default
+        if (value := recipe.get(key, default)) != default:
+            flags.append(f"--{key.replace('_', '-')}={value}")
+    return "".join(f" {shlex.quote(flag)}" for flag in flags)
+
+
+def _typed(ref: str, commits: str | None) -> str:
+    """What to type for a model: a Hub id at its commit, a local path by its last part."""
+    parts = []
+    for parent in named_parents(ref, "", None, commits):
+        if parent.repo and parent.commit:
+            parts.append(f"{parent.repo}@{parent.commit}")
+        else:
+            parts += [Path(path).name for path in (parent.path or "").split("+")]
+    return "+".join(parts)

@@ -1,0 +1,36 @@
+"""Local paths in what is published: shown by their last part, and found in pushed files."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergekit_bayes.hub.parents import Parent
+
+_PATH = re.compile(r"[\s\"':\[,](/|~/)[\w.-]+/")
+
+
+def last_parts(value: object) -> object:
+    """A value of a record with each local path in it, also in BASE+ADAPTER, by its last part."""
+    if isinstance(value, dict):
+        return {last_parts(k): last_parts(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [last_parts(v) for v in value]
+    return "+".join(map(_last_part, value.split("+"))) if isinstance(value, str) else value
+
+
+def without_paths(note: str, made_from: Sequence[Parent]) -> str:
+    """A note of a merge, in which the paths of its models are replaced by their names."""
+    for parent in made_from:
+        if parent.path and "/" in parent.path:
+            note = note.replace(parent.path, parent.name)
+    return note
+
+
+def names_paths(file: Path) -> bool:
+    """Whether a file of text names an absolute path, or one in a home folder."""
+    return bool(_PATH.search(file.read_text(errors="replace")))
+
+
+def _last_part(text: str) -> str:
+    is_path = text.startswith(("/", "~", ".")) and len(text) > 2 and " " not in text
+    return Path(text).name if is_path else text

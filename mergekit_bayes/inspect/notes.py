@@ -1,0 +1,74 @@
+"""What deserves a look in a checkpoint: the notes of a report."""
+
+from collections.abc import Iterator, Sequence
+
+from mergekit_bayes.inspect.report import Layer, PrecisionSummary
+from mergekit_bayes.posterior import PosteriorInfo
+
+_WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
+_HEALTH = (  # number in IVON's health report, its bound, what it means above the bound
+    ("init_fraction", 0.5, "more than half of IVON's curvature is still its initial value"),
+    ("kappa", 1.0, "IVON's curvature is mostly noise"),
+)
+
+
+def layer_notes(layers: Sequence[Layer], precision: PrecisionSummary | None) -> Iterator[str]:
+    """Notes on bad entries and on what a merge should know of the precision.
+
+    Args:
+        layers: The layers, with values.
+        precision: The precision; None if there is none.
+    """
+    if bad := sum(layer.bad or 0 for layer in layers):
+        yield f"{bad:,} weights are not finite"
+    if precision is None:
+        yield "no precision: make one with `bmerge precision`, or fine-tune with IVON"
+        return
+    yield from _precision_notes(layers, precision)
+    info = precision.info
+    # IVON's own health says nothing about a curvature that was measured afterwards.
+    if info is not None and info.estimator == "ivon":
+        yield from _ivon_notes(layers, info)
+
+
+def _precision_notes(layers: Sequence[Layer], precision: PrecisionSummary) -> Iterator[str]:
+    if precision.belongs is False:
+        yield "the precision was made for other weights"
+    if precision.info is None:
+        yield (
+            "the precision does not say where it comes from; it is taken as summed over the data, "
+            "prior 0"
+        )
+    if precision.bad:
+        yield f"{precision.bad:,} entries of the precision are negative or not finite"
+    if precision.zeros:
+        yield f"{precision.zeros:,} entries of the precision are zero"
+    if precision.covered < 1:
+        yield f"{1 - precision.covered:.1%} of the parameters have no precision"
+    covered = sum(layer.precision.parameters for layer in layers if layer.precision is not None)
+    if precision.numbers < covered:
+        yield (
+            f"the precision is pooled: {precision.numbers:,} numbers stand for {covered:,} "
+            "parameters"
+        )
+    if precision.unknown:
+        yield (
+            f"{len(precision.unknown)} tensors of the precision fit none of the model, "
+            f"'{precision.unknown[0]}' first"
+        )
+
+
+def _ivon_notes(layers: Sequence[Layer], info: PosteriorInfo) -> Iterator[str]:
+    for key, bound, meaning in _HEALTH:
+        value = info.health.get(key)
+        if isinstance(value, (int, float)) and value > bound:
+            yield f"{key} {value:.3g}: {meaning}"
+    wide = ", ".join(
+        layer.name
+        for layer in layers
+        if layer.precision and (layer.precision.sigma_ratio or 0) > _WIDE
+    )
+    if wide:
+        yield (
+            f"IVON's noise was above a tenth of the weights' RMS in {wide}; raise ess or hess_init"
+        )
