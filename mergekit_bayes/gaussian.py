@@ -8,6 +8,7 @@ of uncertainty-based gradient matching (Daheim et al., ICLR 2024), written for o
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Added once to the base's precision (without a base: to every precision), so that an entry whose
 # curvature is zero everywhere falls back to task arithmetic instead of 0/0. Underflows in float16.
@@ -62,3 +63,15 @@ def rebase(base: Gaussian, mean: Any, likelihood: Any, anchor: Any, decay: Any) 
     precision = base.precision + likelihood
     pull = (likelihood + anchor) * (mean - base.mean) + decay * mean
     return Gaussian(base.mean + pull / precision, precision)
+
+
+def is_bad_mean(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which entries are no mean: infinite, or not a number."""
+    bad: NDArray[np.bool_] = ~np.isfinite(values)
+    return bad
+
+
+def is_bad_precision(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which entries are no precision: negative, infinite, or not a number. Zero is a precision."""
+    bad: NDArray[np.bool_] = ~(np.isfinite(values) & (values >= 0))
+    return bad

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
@@ -38,6 +38,9 @@ class SafetensorsSource(Closing):
     twice, a size that disagrees with dtype and shape, overlapping or missing bytes, and a name that
     two shards hold. What a header claims is checked before anything of that size is allocated.
     """
+
+    notes: tuple[str, ...] = ()
+    is_computed = False
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
@@ -75,6 +78,15 @@ class SafetensorsSource(Closing):
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         return self._specs
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files themselves."""
+        return self.files
+
+    def counted(self, count: float) -> Self:
+        """The same source: the count of a stored precision is a factor."""
+        return self
 
     def where(self, name: str) -> str:
         return str(self.files[self._placed[name].file])

@@ -36,6 +36,8 @@ class AdaptedSource(Closing):
     Raises `MismatchError` where a layer of the adapter has no weight of its shape in the base.
     """
 
+    is_computed = True
+
     def __init__(self, base: CheckpointSource, adapter: Adapter) -> None:
         self.base, self.adapter = base, adapter
         self.adapted, self.whole = _place(base, adapter)
@@ -61,6 +63,11 @@ class AdaptedSource(Closing):
     @property
     def files(self) -> tuple[Path, ...]:
         return self.base.files
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files of the base and of the adapter."""
+        return (*self.base.inputs, *self.adapter.posterior.mean.inputs)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -120,6 +127,9 @@ class ProductPrecision(Closing):
             recorded number.
     """
 
+    notes: tuple[str, ...] = ()
+    is_computed = True
+
     def __init__(self, mean: AdaptedSource, count: float | None = None) -> None:
         self._mean, self._adapter, self._count = mean, mean.adapter, count
         assert mean.adapter.posterior.precision is not None
@@ -158,6 +168,15 @@ class ProductPrecision(Closing):
     @property
     def files(self) -> tuple[Path, ...]:
         return self._source.files
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files of the adapter's precision."""
+        return self._source.inputs
+
+    def counted(self, count: float) -> "ProductPrecision":
+        """The product's precision with the factors' taken as if `count` observations were seen."""
+        return ProductPrecision(self._mean, count)
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -26,7 +26,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, Closing
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.gaussian import DELTA_0, is_bad_precision
 from mergekit_bayes.posterior import Posterior, open_posterior
 
 PREFIX = "base_model.model."
@@ -139,7 +139,7 @@ class Adapter(Closing):
                 "this adapter."
             )
         stored: Array = read_tensor(source, name).astype(np.float32, copy=False)
-        if not (np.isfinite(stored) & (stored >= 0)).all():
+        if is_bad_precision(stored).any():
             raise PrecisionError(
                 f"{source.where(name)}: the precision of '{name}' has entries that are negative or "
                 "not finite. "

@@ -24,7 +24,7 @@ from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import ConfigError, PrecisionError
-from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.gaussian import DELTA_0, is_bad_precision
 from mergekit_bayes.models.places import Place, find_places
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.records import Config
@@ -244,7 +244,7 @@ class PosteriorDraws:
         source = self._posterior.precision
         assert source is not None
         stored = read_tensor(source, place.name)
-        bad = int(np.count_nonzero(~(np.isfinite(stored) & (stored >= 0))))
+        bad = int(np.count_nonzero(is_bad_precision(stored)))
         if bad:
             raise PrecisionError(
                 f"{source.where(place.name)}: the precision of '{place.name}' has {bad} entries "

@@ -17,6 +17,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.gaussian import is_bad_precision
 from mergekit_bayes.posterior.info import PosteriorInfo
 
 
@@ -84,7 +85,7 @@ def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, mo
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
-        bad = int(np.count_nonzero(~(np.isfinite(values) & (values >= 0))))
+        bad = int(np.count_nonzero(is_bad_precision(values)))
         if bad:
             raise PrecisionError(
                 f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
