@@ -48,7 +48,7 @@ def test_a_bad_mean_is_named_and_counted_and_nothing_is_left_behind(value, dtype
             match=rf"'{AT[0]}' is {value} at flat index 13, the first of 2 bad entri",
         ):
             merge("a", weights=weights)
-        with pytest.raises(CheckpointError, match=r"Make it anew\.$"):
+        with pytest.raises(CheckpointError, match=r"Make it again\.$"):
             merge("base", base="a", weights=weights, on_bad="base")
         assert sorted(Path().iterdir()) == before
 

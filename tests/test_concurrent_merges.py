@@ -23,7 +23,7 @@ def test_two_processes_cannot_be_at_the_same_part(inputs, tmp_path, monkeypatch)
     settings = config(inputs, out="out")
     with closing(plan_merge(settings)) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
-        with partial.held(alone=False, force=False), partial.journal(Part(1, 2), sync=False):
+        with partial.locked(alone=False, force=False), partial.journal(Part(1, 2), sync=False):
             with pytest.raises(CheckpointError, match="another process"):
                 carry_out(plan, part=Part(1, 2))
             carry_out(plan, part=Part(2, 2))
@@ -123,7 +123,7 @@ def test_an_output_that_was_taken_away_while_it_got_its_name_is_missed(
             run_merge(config(inputs, out=out))
     Path(out).rename("elsewhere")
     with pytest.raises(
-        CheckpointError, match=rf"{out}\.partial: the whole output that was there is gone\. Remove"
+        CheckpointError, match=rf"{out}\.partial: the complete output that was in it is gone\. Remove"
     ):
         run_merge(config(inputs, out=out))
 

@@ -87,7 +87,7 @@ def test_a_rank_that_comes_after_the_first_stopped_waiting_leaves_its_part_to_it
     monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
     with closing(plan_merge(config(inputs, out="out"))) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
-        with partial.held(alone=True, force=False):
+        with partial.locked(alone=True, force=False):
             assert engine.join(plan, Part(3, 3)) is None
             with pytest.raises(CheckpointError, match="another process is at this merge"):
                 engine.join(plan, Part(1, 3))

@@ -247,13 +247,13 @@ def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, 
             run_merge(settings, part=Part(2, 2))
             act(Path("out.partial/out", name))
             with pytest.raises(
-                CheckpointError, match=r"is gone\. The same line without --shard starts anew"
+                CheckpointError, match=r"is gone\. The same command without --shard starts again"
             ):
                 run_merge(settings, part=Part(2, 2))
             said = []
             with closing(plan_merge(settings)) as plan:
                 carry_out(plan, say=said.append)
-            assert any("is gone. Everything is done anew" in line for line in said)
+            assert any("is gone. The merge starts again" in line for line in said)
             assert contents("out") == expected
             shutil.rmtree("out")
 

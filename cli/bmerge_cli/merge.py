@@ -31,7 +31,7 @@ from mergekit_bayes.merge import (
     parse_part,
     part_of_launcher,
 )
-from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
+from mergekit_bayes.plan import Input, MergePlan, partial_path, plan_merge
 from mergekit_bayes.recipes import read_recipe
 
 NAME = "merge"
@@ -363,30 +363,29 @@ def _plan_document(plan: MergePlan) -> dict[str, Any]:
         "settings": plan.settings,
         "target": str(plan.target),
         "shards": [len(names) for names in plan.shards],
-        "models": [_weight_row(plan, i) for i in range(len(plan.models))],
+        "models": [_weight_row(plan, model) for model in plan.inputs],
         "guard": plan.guard,
         "steps": [
             {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied}
             for s in plan.steps
         ],
         "left_out": plan.left_out,
-        "ruled": plan.mended,
+        "ruled": plan.decisions,
         "notes": plan.notes,
     }
 
 
-def _weight_row(plan: MergePlan, i: int) -> dict[str, Any]:
-    model, weighing = plan.models[i], plan.weighings[i]
-    is_base = plan.base is not None and i == 0
-    scale = None if is_base else plan.scales[i - (plan.base is not None)]
+def _weight_row(plan: MergePlan, model: Input) -> dict[str, Any]:
+    is_base = model is plan.base
+    scale = None if is_base else model.scale
     row: dict[str, Any] = {"ref": model.ref, "role": "base" if is_base else "task", "scale": scale}
     if plan.method.needs_precision:
-        info = model.info
+        info = model.posterior.info
         row |= {
             "estimator": info.estimator if info else "given",
             "unit": info.unit if info else None,
             "observations": info.observations if info else None,
-            "counted": weighing.count,
+            "counted": model.weighing.count,
             "anchor": info.anchor.model_dump() if info else None,
         }
     return row
@@ -394,8 +393,8 @@ def _weight_row(plan: MergePlan, i: int) -> dict[str, Any]:
 
 def _show_plan(screen: Any, plan: MergePlan) -> None:
     rows = []
-    for i in range(len(plan.models)):
-        row = _weight_row(plan, i)
+    for model in plan.inputs:
+        row = _weight_row(plan, model)
         rows.append([str(row["ref"]), str(row["role"]), _text(row["scale"])])
         if plan.method.needs_precision:
             recorded = row["anchor"] or {"kind": "-", "precision": None}
@@ -426,7 +425,7 @@ def _show_plan(screen: Any, plan: MergePlan) -> None:
     for step in plan.steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
-    for name, why in plan.mended.items():
+    for name, why in plan.decisions.items():
         screen.print(f"  ruled     {name}: {why}", markup=False)
     for name, why in plan.left_out.items():
         screen.print(f"  left out  {name}: {why}", markup=False)

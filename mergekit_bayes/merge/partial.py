@@ -37,7 +37,7 @@ class Partial:
         self._held: int | None = None
 
     @contextmanager
-    def held(self, *, alone: bool, force: bool) -> Iterator[None]:
+    def locked(self, *, alone: bool, force: bool) -> Iterator[None]:
         """Begin the plan there, or go on with it, alone or beside others at their parts.
 
         Raises `CheckpointError` if the folder is not a merge's or another merge has begun there
