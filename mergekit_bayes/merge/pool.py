@@ -95,9 +95,9 @@ class Pool:
         steps.
         """
         pending: set[Future[Unit]] = set()
-        for step, first, batch in self._batches(pool, units):
+        for step, measured, batch in self._batches(pool, units):
             for unit in batch:
-                pending.add(pool.submit(self._one, step, first, unit, output, journal))
+                pending.add(pool.submit(self._one, step, measured, unit, output, journal))
                 if len(pending) > AHEAD * self._threads:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from finished
@@ -136,9 +136,9 @@ class Pool:
         return worker
 
     def _one(
-        self, step: Step, first: FirstPassResult, unit: Unit, output: Output, journal: Journal
+        self, step: Step, measured: FirstPassResult, unit: Unit, output: Output, journal: Journal
     ) -> Unit:
-        tally = self._worker().run(unit, first, output.sinks(step.name))
+        tally = self._worker().run(unit, measured, output.sinks(step.name))
         with self._writing:
             if self.sync:
                 output.sync()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.merge.work import TallyLine, UnitTally
+from mergekit_bayes.merge.tally import TallyLine, UnitTally
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.stream.units import Unit
 

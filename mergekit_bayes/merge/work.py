@@ -1,8 +1,6 @@
 """Carry out units of work: read, combine and write ranges of one tensor, chunk by chunk."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,79 +11,16 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.gaussian import is_bad_mean, is_bad_precision
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally
-from mergekit_bayes.kernels.plain import plain_pass
+from mergekit_bayes.merge.coarse import merged_rows
+from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Step
-from mergekit_bayes.posterior.forms import by_row, spread
+from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.numbers import (
-    donor_likelihood,
-    donor_precision,
-    kind_of,
-    numbers_of,
-    real_of,
-    unchanged_precision,
-)
+from mergekit_bayes.stream.numbers import donor_precision, kind_of, numbers_of
 from mergekit_bayes.stream.units import Unit
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
-TallyLine = Mapping[str, Any]  # the tally of a unit as JSON, as journals keep it
-
-
-@dataclass
-class UnitTally:
-    """What happened in a unit.
-
-    Attributes:
-        entries: Merged entries; copied ones do not count.
-        changed: Entries at which some task differs from the base.
-        lost: Those of them that rounding gave back the base's value.
-        guarded: Entries at which the guard acted.
-        multiplier: The largest multiplier of a removal.
-        stored: For each model, the sum of its stored (or pooled) precisions.
-        replaced: For each model, entries that `--on-bad base` replaced.
-    """
-
-    entries: int = 0
-    changed: int = 0
-    lost: int = 0
-    guarded: int = 0
-    multiplier: float = 0.0
-    stored: list[float] = field(default_factory=list)
-    replaced: list[int] = field(default_factory=list)
-
-    def add(self, tally: Tally) -> None:
-        """Add what a pass counted."""
-        self.entries += tally.entries
-        self.changed += tally.changed
-        self.lost += tally.lost
-        self.guarded += tally.guarded
-        self.multiplier = max(self.multiplier, tally.multiplier)
-        sums = self.stored or [0.0] * tally.models
-        self.stored = [a + float(b) for a, b in zip(sums, tally.stored, strict=True)]
-
-    def add_replaced(self, counts: list[int]) -> None:
-        """Add how many entries of each model were replaced."""
-        before = self.replaced or [0] * len(counts)
-        self.replaced = [a + b for a, b in zip(before, counts, strict=True)]
-
-    @classmethod
-    def from_json(cls, line: TallyLine) -> "UnitTally":
-        """The tally that `to_json` made a line of."""
-        replaced = line["mended"]
-        return cls(**{k: v for k, v in line.items() if k != "mended"}, replaced=replaced)
-
-    def to_json(self) -> TallyLine:
-        """The tally as a journal keeps it."""
-        return {
-            "entries": self.entries,
-            "changed": self.changed,
-            "lost": self.lost,
-            "guarded": self.guarded,
-            "multiplier": self.multiplier,
-            "stored": self.stored,
-            "mended": self.replaced,
-        }
 
 
 class Sinks(NamedTuple):
@@ -114,12 +49,12 @@ class Worker:
         self._plan, self._reader, self._size, self._fused = plan, reader, chunk, fused
         self._passes: dict[Kind, Pass] = {}
 
-    def run(self, unit: Unit, first: FirstPassResult, sinks: Sinks) -> UnitTally:
+    def run(self, unit: Unit, measured: FirstPassResult, sinks: Sinks) -> UnitTally:
         """Read, combine and write one unit.
 
         Args:
             unit: The entries.
-            first: What is known of their tensor.
+            measured: What is known of their tensor.
             sinks: Where they are written.
 
         Raises:
@@ -128,24 +63,24 @@ class Worker:
         """
         step, tally = self._plan.steps[unit.step], UnitTally()
         if unit.start == 0:
-            tally.add_replaced(list(first.bad))
+            tally.add_replaced(measured.bad)
             if sinks.precision is not None and step.has_coarse_precision:
-                self._write_coarse(step, first, sinks.precision)
+                self._write_coarse(step, measured, sinks.precision)
         start = unit.start
         while start < unit.stop:
             stop = min(start + self._size, unit.stop)
             if start < step.merged:
                 stop = min(stop, step.merged)
-                self._merge(step, first, start, stop, sinks, tally)
+                self._merge(step, measured, start, stop, sinks, tally)
             else:
-                self._copy(step, first, start, stop, sinks)
+                self._copy(step, measured, start, stop, sinks)
             start = stop
         return tally
 
     def _merge(
         self,
         step: Step,
-        first: FirstPassResult,
+        measured: FirstPassResult,
         start: int,
         stop: int,
         sinks: Sinks,
@@ -154,12 +89,12 @@ class Worker:
         kind = kind_of(self._plan, step)
         if kind not in self._passes:
             self._passes[kind] = elementwise(kind, fused=self._fused)
-        numbers = numbers_of(self._plan, step, first.facts)
-        chunk = self._reader.chunk(step, first, start, stop)
+        numbers = numbers_of(self._plan, step, measured.facts)
+        chunk = self._reader.chunk(step, measured, start, stop)
         counts = Tally(len(chunk.means))
         self._passes[kind](chunk, numbers, counts)
         if counts.bad_means.any() or counts.bad_precisions.any():
-            chunk, replaced = replace_bad_entries(self._plan, step, first, chunk, numbers)
+            chunk, replaced = replace_bad_entries(self._plan, step, measured, chunk, numbers)
             tally.add_replaced(replaced)
             counts = Tally(len(chunk.means))
             self._passes[kind](chunk, numbers, counts)
@@ -207,7 +142,7 @@ class Worker:
         )
 
     def _copy(
-        self, step: Step, first: FirstPassResult, start: int, stop: int, sinks: Sinks
+        self, step: Step, measured: FirstPassResult, start: int, stop: int, sinks: Sinks
     ) -> None:
         """Write entries of the donor."""
         mean = step.donor.mean
@@ -221,22 +156,22 @@ class Worker:
                 self._refuse(step)
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[written], data)
         if sinks.precision is not None and not step.has_coarse_precision:
-            precision = self._donor_entries(step, first, start, stop)
+            precision = self._donor_entries(step, measured, start, stop)
             self._refuse_bad_precision(step, precision)
             sinks.precision.write_bytes(step.name, start * 4, encode(precision, "F32"))
 
-    def _donor_entries(self, step: Step, first: FirstPassResult, start: int, stop: int) -> Array:
+    def _donor_entries(self, step: Step, measured: FirstPassResult, start: int, stop: int) -> Array:
         """The donor's own precision at some entries, counted as in the rest of the merge."""
         donor = step.donor
-        if donor.input in first.pooled:
-            stored = spread(first.pooled[donor.input], step.row, start, stop)
+        if donor.input in measured.pooled:
+            stored = spread(measured.pooled[donor.input], step.row, start, stop)
         else:
             assert donor.precision is not None
             assert donor.precision.source is not None
             source, name = donor.precision.source, donor.precision.name
             raw = self._reader.raw(source, name, start, stop)
             stored = decode(raw, source.specs[name].dtype)
-        extra = spread(first.donor_extra.astype(np.float32), step.row, start, stop)
+        extra = spread(measured.donor_extra.astype(np.float32), step.row, start, stop)
         return self._counted(step, np.asarray(stored, np.float32), extra, stop - start)
 
     def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
@@ -245,7 +180,7 @@ class Worker:
         precision = donor_precision(numbers_of(self._plan, step, ()), stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
-    def _write_coarse(self, step: Step, first: FirstPassResult, sink: SafetensorsSink) -> None:
+    def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
         """Write a precision of one number, or one a row: merged by the method itself, row by row.
 
         Rows that are not merged keep the donor's.
@@ -253,43 +188,14 @@ class Worker:
         assert step.precision_shape is not None
         rows = int(np.prod(step.precision_shape))
         donor = step.donor.input
-        stored = first.pooled.get(donor, np.zeros(1, np.float32))
-        extra = spread(first.donor_extra, 1, 0, rows).astype(np.float32)
+        stored = measured.pooled.get(donor, np.zeros(1, np.float32))
+        extra = spread(measured.donor_extra, 1, 0, rows).astype(np.float32)
         precision = self._counted(step, stored, extra, rows)
         merged = rows if step.merged == step.spec.size else step.merged // step.row
         if step.copied is None and merged:
-            precision[:merged] = self._merged_rows(step, first, merged)
+            precision[:merged] = merged_rows(self._plan, step, measured, merged)
         self._refuse_bad_precision(step, precision)
         sink.write_bytes(step.name, 0, encode(precision, "F32"))
-
-    def _merged_rows(self, step: Step, first: FirstPassResult, rows: int) -> Array:
-        """The merged precision of the first rows, from the coarse precisions of all inputs."""
-        plan, real = self._plan, real_of(step)
-        numbers = numbers_of(plan, step, first.facts)
-        stored = np.stack([by_row(first.pooled[p.input], rows) for p in step.operands]).astype(
-            np.float32
-        )
-        extras = np.stack([by_row(extra, rows) for extra in first.extras]).astype(real)
-        if plan.config.on_bad == "base":
-            base_likelihood = donor_likelihood(numbers, next(iter(stored)), next(iter(extras)))
-            for position, (operand, values) in enumerate(zip(step.operands, stored, strict=True)):
-                if operand is not step.donor:
-                    unchanged = unchanged_precision(
-                        numbers, position, base_likelihood, extras[position]
-                    )
-                    values[:] = np.where(is_bad_precision(values), unchanged, values)
-        chunk = Chunk(
-            means=np.zeros(stored.shape, real),
-            precisions=stored,
-            extras=np.ascontiguousarray(extras),
-            first=1,
-            row=1,
-            offset=0,
-            mean=np.zeros(rows, real),
-            precision=np.zeros(rows, np.float32),
-        )
-        plain_pass(kind_of(plan, step))(chunk, numbers, Tally(len(stored)))
-        return chunk.precision
 
     def _refuse_bad_precision(self, step: Step, precision: Array) -> None:
         """Raise an error if the donor's precision, which is copied, is none.

@@ -34,14 +34,14 @@ def replace_bad_means(means: Array) -> None:
 
 
 def replace_bad_entries(
-    plan: MergePlan, step: Step, first: FirstPassResult, chunk: Chunk, numbers: Numbers
+    plan: MergePlan, step: Step, measured: FirstPassResult, chunk: Chunk, numbers: Numbers
 ) -> tuple[Chunk, list[int]]:
     """A chunk whose bad entries change nothing: mean of the base, and nothing added to its H.
 
     Args:
         plan: The merge.
         step: The tensor.
-        first: What is known of it.
+        measured: What is known of it.
         chunk: Its entries; the means are changed in place.
         numbers: The constants of the step.
 
@@ -56,7 +56,7 @@ def replace_bad_entries(
     means = [_widened(mean) for mean in chunk.means]
     weighed = chunk.precisions if plan.method.needs_precision else ()
     stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in weighed]
-    extras = [spread(extra, step.row, start, stop) for extra in first.extras]
+    extras = [spread(extra, step.row, start, stop) for extra in measured.extras]
     base_mean, base_likelihood = next(iter(chunk.means)), None
     if stored:
         base_likelihood = donor_likelihood(numbers, next(iter(stored)), next(iter(extras)))

@@ -70,7 +70,7 @@ class Reader:
         source.read_bytes(name, start * item, buffer.data)
         return buffer
 
-    def chunk(self, step: Step, first: FirstPassResult, start: int, stop: int) -> Chunk:
+    def chunk(self, step: Step, measured: FirstPassResult, start: int, stop: int) -> Chunk:
         """Entries `start:stop` of a step, all of them to be merged, in buffers.
 
         This is where the models of a plan become the rows of a pass's arrays: the base first, if
@@ -88,17 +88,22 @@ class Reader:
             empty = np.zeros((len(operands), 0), np.float32)
             extras = np.zeros((len(operands), 1), real)
             return Chunk(means, empty, extras, n, n, start, mean, np.zeros(0, np.float32))
-        precisions = self._precisions(operands, first, step.row, start, stop)
-        extras, left_in_row, row_size = _extras(first.extras, step.row, start, stop)
+        precisions = self._precisions(operands, measured, step.row, start, stop)
+        extras, left_in_row, row_size = _extras(measured.extras, step.row, start, stop)
         precision = self.buffer("precision", (n,), np.float32)
         return Chunk(
             means, precisions, extras.astype(real), left_in_row, row_size, start, mean, precision
         )
 
     def _precisions(
-        self, operands: tuple[Operand, ...], first: FirstPassResult, row: int, start: int, stop: int
+        self,
+        operands: tuple[Operand, ...],
+        measured: FirstPassResult,
+        row: int,
+        start: int,
+        stop: int,
     ) -> Array:
-        stored = [_by_entry(operand, first) for operand in operands]
+        stored = [_by_entry(operand, measured) for operand in operands]
         are_bits = all(s is not None and s[0].specs[s[1]].dtype == "BF16" for s in stored)
         shape = (len(operands), stop - start)
         precisions = self.buffer("precisions", shape, np.uint16 if are_bits else np.float32)
@@ -106,7 +111,7 @@ class Reader:
             if tensor is not None:
                 self._fill(values, *tensor, start, stop)
             else:
-                values[:] = spread(first.pooled[operand.input], row, start, stop)
+                values[:] = spread(measured.pooled[operand.input], row, start, stop)
         return precisions
 
     def _fill(
@@ -120,10 +125,10 @@ class Reader:
                 into[:] = decode(self.raw(source, name, start, stop), dtype)
 
 
-def _by_entry(operand: Operand, first: FirstPassResult) -> _Stored | None:
+def _by_entry(operand: Operand, measured: FirstPassResult) -> _Stored | None:
     """The stored precision with one number an entry; None if it is coarser, or was pooled."""
     precision = operand.precision
-    if precision is None or precision.source is None or operand.input in first.pooled:
+    if precision is None or precision.source is None or operand.input in measured.pooled:
         return None
     return precision.source, precision.name
 
