@@ -232,7 +232,7 @@ def test_a_part_that_began_before_a_power_cut_and_was_finished_after_it_is_belie
     (tmp_path / "journal-1-of-1.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    assert set(engine.Partial(tmp_path, "p").done()) == {1, 2}
+    assert set(engine.Partial(tmp_path, "p").journals.done()) == {1, 2}
 
 
 def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, monkeypatch):

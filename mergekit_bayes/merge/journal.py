@@ -32,7 +32,7 @@ Line = dict[str, Any]  # one line, as JSON
 class Journal:
     """Adds lines to the journal of one part. The data of a unit is written before its line.
 
-    `Partial.journal` opens, locks and closes the file.
+    `Journals.open` opens, locks and closes the file.
 
     Args:
         path: The file.

@@ -185,8 +185,8 @@ def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
         return
     refuse_existing(plan)
     _check_space(plan, partial)
-    with partial.journal(part, sync=pool.sync) as journal:
-        done = partial.done()
+    with partial.journals.open(part, sync=pool.sync) as journal:
+        done = partial.journals.done()
         try:
             output = Output(plan, partial.out, begun=bool(done))
         except LostError as error:
@@ -202,36 +202,36 @@ def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
 
 
 def _do_all(pool: Pool, partial: Partial, say: Callable[[str], None]) -> None:
-    plan, units, is_fresh = pool.plan, units_of(pool.plan), not partial.journals()
+    plan, units, is_fresh = pool.plan, units_of(pool.plan), not partial.journals.paths()
     try:
         refuse_existing(plan)
         _check_space(plan, partial)
         with (
             _open_output(plan, partial, say) as output,
-            partial.journal(_ALL, sync=pool.sync) as journal,
+            partial.journals.open(_ALL, sync=pool.sync) as journal,
         ):
-            done = partial.done()
+            done = partial.journals.done()
             _tell(plan, units, done, partial, say)
             pool.run(units, done, output, journal)
-            totals = MergeTotals(plan, units, partial.done())
+            totals = MergeTotals(plan, units, partial.journals.done())
             totals.refuse_zero(plan)
             output.finish(totals.guarded_share)
             output.write_report(make_report(plan, totals).model_dump_json(indent=2) + "\n")
     except BmergeError as error:
         # Data that is refused will be refused again, and nothing is kept of the merge. What a disk
         # refuses is kept, to be resumed.
-        if is_fresh and not (isinstance(error.__context__, OSError) and partial.done()):
+        if is_fresh and not (isinstance(error.__context__, OSError) and partial.journals.done()):
             partial.remove()
         raise
 
 
 def _open_output(plan: MergePlan, partial: Partial, say: Callable[[str], None]) -> Output:
-    if partial.done():
+    if partial.journals.done():
         try:
             return Output(plan, partial.out, begun=True)
         except LostError as error:
             say(f"{error} The merge starts again from the beginning.")
-            partial.forget()
+            partial.journals.forget()
     return Output(plan, partial.out)
 
 
@@ -247,7 +247,7 @@ def _tell(
         total = max(1, sum(unit.stop - unit.start for unit in units))
         written = sum(unit.stop - unit.start for unit in units if unit.id in done)
         say(f"resuming '{plan.target}': {written / total:.0%} was there")
-    if missing := partial.missing_parts():
+    if missing := partial.journals.missing_parts():
         say(f"parts that never began are done here: {', '.join(missing)}")
 
 
