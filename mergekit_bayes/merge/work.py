@@ -17,7 +17,7 @@ from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.numbers import donor_precision, kind_of, numbers_of
+from mergekit_bayes.stream.numbers import donor_posterior_precision, kind_of, numbers_of
 from mergekit_bayes.stream.units import Unit
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
@@ -177,7 +177,7 @@ class Worker:
     def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
         """The donor's precision by its own prior: (n,) in float32."""
         self._refuse_bad_precision(step, stored)
-        precision = donor_precision(numbers_of(self._plan, step, ()), stored, extra)
+        precision = donor_posterior_precision(numbers_of(self._plan, step, ()), stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:

@@ -57,7 +57,8 @@ def replace_bad_entries(
     weighed = chunk.precisions if plan.method.needs_precision else ()
     stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in weighed]
     extras = [spread(extra, step.row, start, stop) for extra in measured.extras]
-    base_mean, base_likelihood = next(iter(chunk.means)), None
+    base_mean, *_ = chunk.means
+    base_likelihood = np.zeros(0)
     if stored:
         base_likelihood = donor_likelihood(numbers, next(iter(stored)), next(iter(extras)))
     replaced = [0] * len(means)

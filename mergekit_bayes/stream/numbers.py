@@ -1,7 +1,6 @@
 """The constants of a pass over one tensor, from the plan."""
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,7 @@ def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers
     ).cast(real_of(step))
 
 
-def donor_likelihood(numbers: Numbers, stored: Array, extra: Array) -> Any:
+def donor_likelihood(numbers: Numbers, stored: Array, extra: Array) -> Array:
     """H of the donor, the first model of a pass, from its stored precision.
 
     Args:
@@ -74,16 +73,21 @@ def donor_likelihood(numbers: Numbers, stored: Array, extra: Array) -> Any:
         stored: The stored precision, (n,) or (1,).
         extra: What shrinkage adds, (n,) or (1,).
     """
-    return likelihood(stored, numbers.gains[0], numbers.insides[0], 0, 0, numbers.floors[0], extra)
+    gain, inside, floor = numbers.gains[0], numbers.insides[0], numbers.floors[0]
+    h: Array = likelihood(stored, gain, inside, 0, 0, floor, extra)
+    return h
 
 
-def donor_precision(numbers: Numbers, stored: Array, extra: Array) -> Any:
-    """The donor's precision as the merge counts it, by its own prior; arguments as above."""
+def donor_posterior_precision(numbers: Numbers, stored: Array, extra: Array) -> Array:
+    """The donor's precision by its own prior, as the merge counts it; arguments as above."""
     h = donor_likelihood(numbers, stored, extra)
-    return alone(np.float32(0), numbers.priors[0], h).precision
+    precision: Array = alone(np.float32(0), numbers.priors[0], h).precision
+    return precision
 
 
-def unchanged_precision(numbers: Numbers, position: int, base_likelihood: Any, extra: Any) -> Any:
+def unchanged_precision(
+    numbers: Numbers, position: int, base_likelihood: Array, extra: Array
+) -> Array:
     """The stored precision at which a task's data added nothing: its likelihood precision is 0.
 
     Args:
@@ -93,4 +97,5 @@ def unchanged_precision(numbers: Numbers, position: int, base_likelihood: Any, e
         extra: What shrinkage adds to the task's H.
     """
     shared = numbers.shares[position] * base_likelihood
-    return numbers.insides[position] + shared - extra / numbers.gains[position]
+    stored: Array = numbers.insides[position] + shared - extra / numbers.gains[position]
+    return stored
