@@ -1,5 +1,6 @@
-"""Functions compiled by numba, for those who have found it installed."""
+"""numba helpers. Import only after checking that numba is installed."""
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import njit
@@ -9,10 +10,17 @@ from numba.extending import register_jitable
 inlined = register_jitable(error_model="numpy", forceinline=True)
 
 
-def compiled(**options: Any) -> Any:
-    """A compiled function that is kept on disk, or where there is no place to keep it, compiled anew each time."""
+def compiled(**options: object) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that compiles a function when it is first called.
 
-    def compile_it(function: Any) -> Any:
+    The result is cached on disk; where no cache folder can be written, it is compiled once a
+    process.
+
+    Args:
+        options: Further options of `numba.njit`.
+    """
+
+    def compile_it(function: Callable[..., Any]) -> Any:
         try:
             return njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # numba found no folder that it can write to

@@ -1,8 +1,8 @@
-"""Read a verb's settings: defaults, then a YAML file, then `--set key=value`, each beating the one
-before.
+"""Read the settings of a command: defaults, then a YAML file, then `--set key=value`, where the
+later beat the earlier.
 
 A config is a frozen pydantic model whose fields are the YAML keys. An unknown key is an error that
-offers the nearest known one, and all errors of a file are told at once.
+offers the nearest one that exists, and all errors of a file are reported at once.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.records import Config
 
 C = TypeVar("C", bound=Config)
-_ELSEWHERE = {  # what transformers and peft call the same
+_FOREIGN_NAMES = {  # of transformers and peft, in ours
     "lr": "learning_rate",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
@@ -31,88 +31,113 @@ _ELSEWHERE = {  # what transformers and peft call the same
 }
 
 
-def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+def load_config(config: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Read a YAML file into a config.
 
     Args:
-        kind: The config class.
-        path: The YAML file; its keys are the fields of `kind`.
+        config: The config class.
+        path: The YAML file; its keys are the fields of the config.
         overrides: `key=value` or `outer.inner=value`, values as YAML.
+
+    Raises:
+        ConfigError: The file or an override cannot be read, or a setting is invalid.
     """
-    return parse_config(kind, with_overrides(read_yaml(path), overrides), str(path))
+    return parse_config(config, with_overrides(read_yaml(path), overrides), str(path))
 
 
-def parse_config(kind: type[C], values: Mapping[str, Any], label: str) -> C:
-    """Check a mapping against a config; `label` names it in messages."""
+def parse_config(config: type[C], values: Mapping[str, object], label: str) -> C:
+    """Check values against a config.
+
+    Args:
+        config: The config class.
+        values: Values by field.
+        label: Where the values come from, for messages.
+
+    Raises:
+        ConfigError: A field is missing or unknown, or a value is invalid; all of them at once.
+    """
     try:
-        return kind.model_validate(dict(values))
+        return config.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(f"{label}: {_explain(kind, e)}" for e in error.errors())
-        ) from None
+        lines = [f"{label}: {_explain(config, e)}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping."""
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is no YAML, or holds something else.
+    """
     try:
-        found = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())}).") from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not UTF-8 text ({error}).") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(found).__name__}.")
-    return found
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
+    return values
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with each `key=value` set; dots go into nested mappings."""
-    for item in overrides:
-        key, separator, text = item.partition("=")
+    """Set each `key=value` in a mapping, which is changed; dots go into nested mappings.
+
+    Raises:
+        ConfigError: An override without key or value, whose value is no YAML, or which goes into
+            something that is no mapping.
+    """
+    for override in overrides:
+        key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set: expected key=value, found '{item}'.")
-        *outer, last = key.split(".")
-        here = values
-        for part in outer:
-            here = here.setdefault(part, {})
-            if not isinstance(here, dict):
-                raise ConfigError(f"--set {key}: '{part}' holds a value, not keys.")
+            raise ConfigError(f"--set: expected key=value, found '{override}'.")
+        *outer_keys, last_key = key.split(".")
+        mapping = values
+        for outer_key in outer_keys:
+            mapping = mapping.setdefault(outer_key, {})
+            if not isinstance(mapping, dict):
+                raise ConfigError(f"--set {key}: '{outer_key}' holds a value, not keys.")
         try:
-            here[last] = yaml.safe_load(text)
+            mapping[last_key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {key}: '{text}' is not a YAML value.") from None
     return values
 
 
-def _explain(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _explain(config: type[BaseModel], error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as a line that names the setting and offers a near match."""
+    path = error["loc"]
+    where = ".".join(str(key) for key in path)
     if error["type"] == "literal_error":
         expected = str(error["ctx"]["expected"])
-        close = difflib.get_close_matches(
-            str(error["input"]), re.findall(r"'([^']+)'", expected), n=1
-        )
-        return f"{where}: '{error['input']}' is not {expected}." + (
-            f" Did you mean '{close[0]}'?" if close else ""
-        )
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']}" if where else str(error["msg"])
-    fields: type[BaseModel] | None = kind
-    for part in error["loc"][:-1]:
-        annotation = (
-            fields.model_fields[part].annotation if fields and part in fields.model_fields else None
-        )
-        kinds = [
-            k
-            for k in (annotation, *get_args(annotation))
-            if isinstance(k, type) and issubclass(k, BaseModel)
-        ]
-        fields = kinds[0] if kinds else None
-    known, name = list(fields.model_fields) if fields else [], str(error["loc"][-1])
-    close = (
-        [_ELSEWHERE[name]]
-        if _ELSEWHERE.get(name) in known
-        else difflib.get_close_matches(name, known, n=1)
-    )
-    return f"{where}: unknown key" + (f"; did you mean '{close[0]}'?" if close else ".")
+        choices = re.findall(r"'([^']+)'", expected)
+        close = difflib.get_close_matches(str(error["input"]), choices, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"{where}: '{error['input']}' is not {expected}.{hint}"
+    if error["type"] == "extra_forbidden":
+        close = _near_fields(_config_at(config, path[:-1]), str(path[-1]))
+        return f"{where}: unknown key" + (f"; did you mean '{close[0]}'?" if close else ".")
+    return f"{where}: {error['msg']}" if where else str(error["msg"])
+
+
+def _config_at(config: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel] | None:
+    """The nested config to which these keys lead, if they lead to one."""
+    inner: type[BaseModel] | None = config
+    for key in keys:
+        field = inner.model_fields.get(str(key)) if inner else None
+        annotation = field.annotation if field else None
+        inner = next((m for m in (annotation, *get_args(annotation)) if _is_config(m)), None)
+    return inner
+
+
+def _is_config(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _near_fields(config: type[BaseModel] | None, name: str) -> list[str]:
+    """The field that an unknown name means, at most one."""
+    fields = list(config.model_fields) if config else []
+    foreign = _FOREIGN_NAMES.get(name)
+    return [foreign] if foreign in fields else difflib.get_close_matches(name, fields, n=1)

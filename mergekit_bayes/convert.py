@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import copy_side_files
+from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.sources import SIDE, resolve
+from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.checkpoint.strict_json import shown
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -97,7 +97,7 @@ def run_convert(
     )
 
 
-_PATTERNS = (*SIDE, "pytorch_model*.bin", "adapter_model*.bin")
+_PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")
 _STEMS = {
     "pytorch_model": "model",
     "adapter_model": "adapter_model",

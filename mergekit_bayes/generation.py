@@ -1,7 +1,7 @@
-"""Sample continuations from a causal language model with noise that does not depend on the batch."""
+"""Sample continuations of a causal language model, with noise that does not depend on the batch."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.records import Array, Progress, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Keys = NDArray[np.uint64]
 
@@ -19,10 +23,11 @@ class Sampling(Record):
     """How continuations are drawn. These settings move the numbers more than most methods do.
 
     Attributes:
-        continuations: For each prompt.
-        new_tokens: Most tokens of a continuation; EOS ends it earlier.
+        continuations: Number of continuations of each prompt.
+        new_tokens: Largest number of tokens of a continuation; EOS ends it earlier.
         top_p: The nucleus: the fewest tokens whose probabilities reach this sum are kept.
         temperature: Divides the logits.
+        seed: Seed of the noise.
     """
 
     continuations: int = Field(default=25, ge=1)
@@ -33,16 +38,16 @@ class Sampling(Record):
 
 
 class Samples(NamedTuple):
-    """Continuations by prompt, without the prompt's own text."""
+    """Continuations by prompt, without the prompt's text."""
 
     texts: list[list[str]]
-    tokens: list[list[int]]  # how many were drawn, EOS not counted
+    tokens: list[list[int]]  # the number of tokens drawn, EOS not counted
     shortened: int  # prompts whose front did not fit into the model's context
 
 
 def sample_continuations(
-    model: Any,
-    tokenizer: Any,
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
     start: int,
@@ -51,23 +56,27 @@ def sample_continuations(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Samples:
-    """Draw continuations from the nucleus by the Gumbel-max trick, each token with a noise of its
-    own.
+    """Draw continuations from the nucleus by the Gumbel-max trick, with separate noise per token.
 
-    Where two models nearly agree about the next token, the same noise nearly always picks the same
-    one.
+    The noise of a token depends on the seed, the prompt's and the continuation's number, the
+    position and the token, never on the model or the batch. Where two models nearly agree about the
+    next token, they nearly always draw the same one.
 
     Args:
         model: A causal language model in eval mode, with a key-value cache.
+        tokenizer: Its tokenizer.
         prompts: Each is the beginning of a document, so `start` comes before it.
-        context: The model's, in tokens; a prompt that does not leave room for `new_tokens` loses
-            its front.
-        batch_size: Sequences drawn together. It does not change what is drawn (up to rounding of
-            the logits).
+        start: The token that a document starts from.
+        context: The model's context in tokens. A prompt that does not leave room for `new_tokens`
+            loses its front.
+        sampling: How to draw.
+        batch_size: Sequences drawn together. It does not change what is drawn, up to rounding of
+            the logits.
         progress: Called with (continuations drawn, continuations in all).
 
     Raises:
-        ConfigError: No prompt, or more new tokens than the context has room for.
+        ConfigError: There is no prompt, or the context has no room for the new tokens.
+        CheckpointError: The model's probabilities are not numbers.
     """
     room = context - sampling.new_tokens
     if room < 1:
@@ -84,27 +93,24 @@ def sample_continuations(
     encoded = [ids[-room:] for ids in encoded]
     stops = torch.tensor(sorted(_stops(model, tokenizer)), dtype=torch.long)
 
-    drawn: dict[int, Tensor] = {}
-    total = len(prompts) * sampling.continuations
-    done = 0
+    drawn: list[list[Tensor]] = [[] for _ in prompts]
+    done, total = 0, len(prompts) * sampling.continuations
     for group in _groups(encoded, sampling.continuations, batch_size):
-        ids = torch.tensor([encoded[row.prompt] for row in group])
-        keys = np.concatenate([_keys(row, sampling) for row in group])
-        counts = torch.tensor([row.last - row.first for row in group])
-        found = _draw(model, ids, counts, keys, sampling, stops)
-        for row, tokens in zip(group, torch.split(found, counts.tolist()), strict=True):
-            drawn[row.prompt] = (
-                torch.cat([drawn[row.prompt], tokens]) if row.prompt in drawn else tokens
-            )
-        done += len(found)
+        ids = torch.tensor([encoded[rows.prompt] for rows in group])
+        keys = np.concatenate([_keys(rows, sampling) for rows in group])
+        counts = torch.tensor([rows.last - rows.first for rows in group])
+        tokens = _draw(model, ids, counts, keys, sampling, stops)
+        for rows, block in zip(group, torch.split(tokens, counts.tolist()), strict=True):
+            drawn[rows.prompt].append(block)
+        done += len(tokens)
         if progress is not None:
             progress(done, total)
 
     texts, lengths = [], []
-    for i in range(len(prompts)):
-        rows = [row[row >= 0].tolist() for row in drawn[i]]
-        texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
-        lengths.append([len(row) for row in rows])
+    for blocks in drawn:
+        continuations = [row[row >= 0].tolist() for row in torch.cat(blocks)]
+        texts.append(tokenizer.batch_decode(continuations, skip_special_tokens=True))
+        lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
 
 
@@ -117,8 +123,9 @@ class _Rows(NamedTuple):
 
 
 def _groups(encoded: list[list[int]], continuations: int, batch_size: int) -> Iterator[list[_Rows]]:
-    """Prompts of equal length together, so that nothing is padded; a prompt is split if it fills a
-    batch alone.
+    """Prompts of equal length together, so that nothing is padded.
+
+    A prompt is split if it fills a batch alone.
     """
     group: list[_Rows] = []
     size = 0
@@ -138,27 +145,35 @@ def _groups(encoded: list[list[int]], continuations: int, batch_size: int) -> It
 
 
 def _keys(rows: _Rows, sampling: Sampling) -> Keys:
-    """(continuations, new_tokens) random integers, by seed, prompt, continuation and position only."""
+    """(continuations, new_tokens) random integers from seed, prompt, continuation and position."""
     counters = [(rows.prompt << 32) | i for i in range(rows.first, rows.last)]
     streams = [np.random.Philox(key=np.array([sampling.seed, c], np.uint64)) for c in counters]
     return np.stack([s.random_raw(sampling.new_tokens) for s in streams])
 
 
-def _stops(model: Any, tokenizer: Any) -> set[int]:
+def _stops(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """The tokens that end a continuation, by the tokenizer and by the model's own settings."""
     stops = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return stops | set(named if isinstance(named, list) else [] if named is None else [named])
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        return stops
+    return stops | set(eos if isinstance(eos, list) else [eos])
 
 
 @torch.inference_mode()
 def _draw(
-    model: Any, ids: Tensor, counts: Tensor, keys: Keys, sampling: Sampling, stops: Tensor
+    model: torch.nn.Module,
+    ids: Tensor,
+    counts: Tensor,
+    keys: Keys,
+    sampling: Sampling,
+    stops: Tensor,
 ) -> Tensor:  # (sum of counts, new_tokens), -1 from the end of a continuation on
     device = next(model.parameters()).device
     result = torch.full(keys.shape, -1, dtype=torch.long)
-    alive = torch.arange(len(keys))  # rows of `result` that the cache still holds
-    # A prompt is read once; its continuations share what the cache says of it.
-    # All ones: nothing is padded, but a prompt may hold the padding token (which is often EOS).
+    alive = torch.arange(len(keys))  # rows of `result` that are still in the cache
+    # A prompt is read once; its continuations share its part of the cache.
+    # All ones: nothing is padded, but a prompt may contain the padding token (which is often EOS).
     output = model(
         input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
     )
@@ -190,8 +205,9 @@ def _draw(
 
 
 def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
-    """One token a row: the nucleus token with the largest `log p + g`, g its own Gumbel noise (so
-    it has chance p).
+    """One token for each row: the token of the nucleus with the largest `log p + g`.
+
+    g is Gumbel noise, independent for each token, so that a token is drawn with probability p.
     """
     p = logits.softmax(-1).cpu().numpy()
     if not np.isfinite(p).all():
@@ -199,8 +215,8 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
             "the model's next-token probabilities are not numbers. Its weights hold NaN or "
             "infinity."
         )
-    # Values only are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the
-    # last are all in.
+    # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the
+    # last one are all kept.
     falling = np.sort(p, axis=1)[:, ::-1]
     crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
     bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
@@ -213,13 +229,8 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
 
 
 def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> Array:
-    """Standard Gumbel noise that depends on the key and the token only (SplitMix64 as a
-    counter-based generator).
-    """
-    x = keys + tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    uniform = ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """Standard Gumbel noise that depends on the key and the token only."""
+    words = word(keys, tokens.astype(np.uint64))
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     noise: Array = -np.log(-np.log(uniform))
     return noise

@@ -1,4 +1,4 @@
-"""Recipes: the resolved settings of a merge as YAML, and mergekit's recipes recognised."""
+"""Recipes: the resolved settings of a merge as YAML. Recipes of mergekit are recognised."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,10 @@ _MERGEKIT = {  # its methods in our flags
     "dare_ties": "A B --base BASE --method dare_ties --param density=0.5",
     "slerp": "A B --method slerp --param t=0.5",
 }
+_HEADER = """\
+# bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.
+# Paths are relative to the folder in which bmerge runs.
+"""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -28,8 +32,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     recipe = read_yaml(path)
     if "merge_method" in recipe:
-        name = str(recipe["merge_method"])
-        line = _MERGEKIT.get(name, _MERGEKIT["task_arithmetic"])
+        method = str(recipe["merge_method"])
+        line = _MERGEKIT.get(method, _MERGEKIT["task_arithmetic"])
         raise ConfigError(
             f"{path}: 'merge_method' is mergekit's. Here the same is said with flags, for example "
             f"`bmerge merge {line}`; `bmerge methods` lists the methods."
@@ -37,11 +41,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def recipe_text(settings: Mapping[str, Any]) -> str:
-    """A recipe of `bmerge merge` with these settings."""
-    header = (
-        "# bmerge merge THIS -o OUT gives the same bytes again, from the same models and "
-        "precisions.\n"
-        "# Paths are relative to the folder in which bmerge runs.\n"
-    )
-    return header + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
+def recipe_text(settings: Mapping[str, object]) -> str:
+    """The text of a recipe with these settings."""
+    return _HEADER + yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)

@@ -1,24 +1,36 @@
-"""Frozen pydantic bases of configs and reports, and the small types that rooms share."""
+"""Frozen pydantic bases of settings, reports and stored records, and types that rooms share."""
 
 from collections.abc import Callable
+from typing import Annotated, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+Array: TypeAlias = NDArray[np.float64]
+Progress: TypeAlias = Callable[[int, int], None]  # (done, of)
+
+FORCE = "Replace an existing output; of a folder, everything in it."
+Force: TypeAlias = Annotated[bool, Field(description=FORCE)]
 
 
-class Config(BaseModel):
-    """Base of all configs: frozen, and strict about its keys."""
+class Frozen(BaseModel):
+    """Base of everything that is read from or written to YAML or JSON: frozen, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Array = NDArray[np.float64]
-Progress = Callable[[int, int], None]  # (done, of)
+class Config(Frozen):
+    """Base of all settings."""
+
+    # Validators are built on first use, which keeps the start of the command line short.
+    model_config = ConfigDict(defer_build=True)
 
 
-class Record(BaseModel):
-    """Base of all reports: frozen, and strict about its keys."""
+class Record(Frozen):
+    """Base of measurements that may be infinite, which is written as the string "Infinity".
 
-    # A ruined model's perplexity may be infinite, for which JSON has no number.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    The perplexity of a broken model may be infinite, for which JSON has no number.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")

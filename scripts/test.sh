@@ -23,5 +23,6 @@ run() {
 run .venv/bin/ruff format --check .
 run .venv/bin/ruff check .
 run .venv/bin/mypy
+run .venv/bin/python scripts/house.py
 run .venv/bin/pytest -q -n 2 -m "$select"
 exit "$status"

@@ -10,7 +10,7 @@ import transformers
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.lora import open_adapter
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
 from tests.reference import lora as twin

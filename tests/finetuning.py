@@ -54,6 +54,5 @@ class Look(transformers.TrainerCallback):
 
 
 def info_of(path):
-    posterior = open_posterior(str(path))
-    posterior.close()
-    return posterior.info
+    with open_posterior(str(path)) as posterior:
+        return posterior.info

@@ -39,25 +39,41 @@ def test_steps_agree_with_the_twin():
         for i in range(3):
             delta, a, c = float(precision[i]) / 50, float(curvature[i]), float(centre[i])
             epsilon = (sampled[i] - slow[i][0]) * math.sqrt(50 * (slow[i][2] + delta))
-            slow[i] = twin.step(*slow[i], lambda t, a=a, c=c: a * (t - c), epsilon, delta=delta,
-                                centre=float(prior_mean[i]), **kw)  # fmt: skip
+            slow[i] = twin.step(
+                *slow[i],
+                lambda t, a=a, c=c: a * (t - c),
+                epsilon,
+                delta=delta,
+                centre=float(prior_mean[i]),
+                **kw,
+            )
     state = optimizer.state[w]
-    torch.testing.assert_close(torch.stack([w.detach(), state["momentum"], state["hess"]]), torch.tensor(slow).T,
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        torch.stack([w.detach(), state["momentum"], state["hess"]]),
+        torch.tensor(slow).T,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_the_fixed_point_of_a_quadratic_is_the_papers():
-    """Mean A c / (A + delta) up to rho; s = A sqrt(2 / (pi ess)) + damping + delta, which is no Hessian."""
+    """Mean A c / (A + delta) up to rho; s = A sqrt(2 / (pi ess)) + damping + delta, no Hessian."""
     n, ess, delta, damping = 2000, 50.0, 1e-4, 0.01
     curvature = torch.tensor([0.5, 2.0, 8.0]).repeat_interleave(n)
     centre = torch.tensor([1.0, -2.0, 3.0]).repeat_interleave(n)
     w = torch.nn.Parameter(centre.clone())  # far away s follows the gradient, and w hardly moves
-    optimizer = BSAM([w], lr=0.005, ess=ess, beta2=0.98, weight_decay=delta, rho=1e-4, damping=damping)
+    optimizer = BSAM(
+        [w], lr=0.005, ess=ess, beta2=0.98, weight_decay=delta, rho=1e-4, damping=damping
+    )
     train(optimizer, w, 1000, curvature, centre)
     s = optimizer.precision([("w", w)])["w"].view(3, n).mean(1) / ess
     a = torch.tensor([0.5, 2.0, 8.0])
-    torch.testing.assert_close(s, a * math.sqrt(2 / (math.pi * ess)) + damping + delta, rtol=0.05, atol=0)
-    torch.testing.assert_close(w.detach().view(3, n).mean(1), torch.tensor([1.0, -2.0, 3.0]), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(
+        s, a * math.sqrt(2 / (math.pi * ess)) + damping + delta, rtol=0.05, atol=0
+    )
+    torch.testing.assert_close(
+        w.detach().view(3, n).mean(1), torch.tensor([1.0, -2.0, 3.0]), rtol=0.01, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,7 +117,10 @@ def test_passes_out_of_order_are_refused():
         w.square().sum().backward()
     with pytest.raises(RuntimeError, match="is missing"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match="one sampled_params"), optimizer.sampled_params(train=True):
+    with (
+        pytest.raises(RuntimeError, match="one sampled_params"),
+        optimizer.sampled_params(train=True),
+    ):
         w.square().sum().backward()
     assert torch.equal(w, torch.ones(3))
     with pytest.raises(ValueError, match="rho"):

@@ -1,6 +1,4 @@
-"""Classification: the scores are the textbook's, their intervals cover, and averaging is of
-probabilities.
-"""
+"""Classification: textbook scores, intervals that cover, and averages of probabilities."""
 
 import numpy as np
 import pytest
@@ -86,10 +84,8 @@ def test_a_calibrated_model_has_less_calibration_error_than_an_overconfident_one
     assert honest.ece.value < 0.03 < 0.1 < bold.ece.low
     assert bold.accuracy == honest.accuracy
     change = classification_change(honest, bold)
-    assert (change.accuracy.low, change.accuracy.high) == (
-        0,
-        0,
-    )  # paired: the same examples are right
+    # Paired: the same examples are right.
+    assert (change.accuracy.low, change.accuracy.high) == (0, 0)
     assert change.nll.low > 0
     assert change.brier.low > 0
     assert change.ece.low > 0
@@ -121,10 +117,10 @@ def test_probabilities_are_the_models_whatever_the_batch(bert):
         for b in batches(examples, 1, Collate(2))
     ]
     for size in (1, 2, 5):
-        found = class_probabilities(
+        log_p = class_probabilities(
             bert.model, bert.tokenizer, TEXTS, max_length=64, batch_size=size
         )
-        np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-6)  # float32 logits
+        np.testing.assert_allclose(log_p, np.concatenate(alone), atol=1e-6)  # float32 logits
 
 
 def test_draws_average_probabilities_not_logits(bert):
@@ -147,24 +143,24 @@ def test_draws_average_probabilities_not_logits(bert):
     single = []
     for _ in Shifts():
         single.append(np.exp(class_probabilities(bert.model, bert.tokenizer, TEXTS, max_length=64)))
-    told = []
-    found = class_probabilities(
+    calls = []
+    log_p = class_probabilities(
         bert.model,
         bert.tokenizer,
         TEXTS,
         max_length=64,
         batch_size=2,
         draws=Shifts(),
-        progress=lambda *x: told.append(x),
+        progress=lambda *x: calls.append(x),
     )
-    np.testing.assert_allclose(np.exp(found), (single[0] + single[1]) / 2, rtol=1e-6)
-    assert told[-1] == (10, 10)
+    np.testing.assert_allclose(np.exp(log_p), (single[0] + single[1]) / 2, rtol=1e-6)
+    assert calls[-1] == (10, 10)
     labels = [0, 1, 2, 0, 1]
     report = measure_classification(
         bert.model, bert.tokenizer, TEXTS, labels, max_length=64, draws=Shifts(), bootstrap=0
     )
     assert four(report) == pytest.approx(
-        scores(np.exp(found).tolist(), labels, 10), abs=1e-6
+        scores(np.exp(log_p).tolist(), labels, 10), abs=1e-6
     )  # batches round apart
 
 

@@ -1,5 +1,5 @@
-"""The command line: start-up cost, exit codes, and one clear message for everything that a person
-can mend.
+"""The command line: start-up cost, exit codes, and one clear message for each error that the user
+can correct.
 """
 
 import json

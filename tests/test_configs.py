@@ -10,9 +10,23 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes import configs, recipes
 from mergekit_bayes.configs import load_config
+from mergekit_bayes.detox.settings import DetoxConfig, Rows
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.records import Config
+
+CONFIGS = (
+    DetoxConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    LoraSettings,
+    MergeConfig,
+    PrecisionConfig,
+    Rows,
+)
 
 
 class Inner(Config):
@@ -84,3 +98,10 @@ def test_a_recipe_of_mergekit_is_answered_with_a_line_that_parses(tmp_path, name
 def test_a_bad_override_is_named(tmp_path, override):
     with pytest.raises(ConfigError, match="--set"):
         load(tmp_path, "name: x\n", [override])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_setting_says_what_it_does(config):
+    for name, field in config.model_fields.items():
+        assert field.description, f"{config.__name__}.{name}"
+        assert field.description.endswith("."), f"{config.__name__}.{name}"

@@ -1,6 +1,4 @@
-"""The scripted removal: curves are read at equal toxicity, steps are done once, and the report says
-what was found.
-"""
+"""The scripted removal: curves are read at equal toxicity, and every step is done once."""
 
 import json
 import random
@@ -13,12 +11,13 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.detox import journey as journey_module
-from mergekit_bayes.detox.analysis import _read, findings, match
+from mergekit_bayes.detox.analysis import _read, compare_curves, findings
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.evaluate import EvaluateReport, read_report
+from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
@@ -104,7 +103,8 @@ def test_an_evaluated_candidate_scores_as_its_merge_does(world, first, tmp_path)
             models=(report.toxic_model,), base=world["base"], scale=(-0.5,), out=str(tmp_path / "m")
         )
     )
-    from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+    from mergekit_bayes.evaluate import EvaluateConfig
+    from mergekit_bayes.evaluate.run import run_evaluate
 
     again = run_evaluate(EvaluateConfig(model=str(tmp_path / "m"), **world["evaluate"]), quiet=True)
     point = report.curves["task arithmetic"][0]
@@ -217,11 +217,11 @@ def test_a_folder_that_is_not_its_own_is_refused(world, tmp_path):
 
 
 def test_lists_are_swept_and_curves_are_named_by_what_differs(world):
-    found = curves(DetoxConfig(**{**world, "base_count": [1, 3], "shrink": [None, 0.3]}))
-    assert [c.label for c in found if c.method == "gradient_matching"] == [
+    compared = curves(DetoxConfig(**{**world, "base_count": [1, 3], "shrink": [None, 0.3]}))
+    assert [c.label for c in compared if c.method == "gradient_matching"] == [
         f"gradient matching, base {n}x, shrink {s}" for n in (1, 3) for s in ("none", "0.3")
     ]
-    assert sum(c.method == "task_arithmetic" for c in found) == 1
+    assert sum(c.method == "task_arithmetic" for c in compared) == 1
 
 
 def test_a_curve_is_read_where_it_first_reaches_the_level():
@@ -287,12 +287,11 @@ NOISE = np.linspace(0, 1, 10)
 )
 def test_the_effect_is_computed_from_what_is_paid(cost, effect):
     base = measured(np.full(10, 0.6), 2 + NOISE)
-    other = measured(np.full(10, 0.2), 2.2 + NOISE)
-    jitter = 0.3 * np.where(
-        np.arange(10) % 2, 1, -1
-    )  # documents differ far more than the methods, if these are equal
-    mine = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    rival = measured(np.full(10, 0.2), 2.2 + NOISE)
+    # Documents differ far more than the methods, if these are equal.
+    jitter = 0.3 * np.where(np.arange(10) % 2, 1, -1)
+    judged = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
+    matched, compared = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.2])
     assert matched[0].paid["ta"].value == pytest.approx(0.2)
     assert matched[0].paid["gm"].value == pytest.approx(cost)
     (finding,) = findings(compared)
@@ -300,30 +299,29 @@ def test_the_effect_is_computed_from_what_is_paid(cost, effect):
 
 
 def test_pairing_removes_what_all_models_share():
-    """Documents that are hard for everybody widen each curve's interval, not that of the
-    difference.
-    """
+    """Documents that are hard for all models widen each interval, not that of the difference."""
     noise = 5 * NOISE
-    base, other, mine = (
+    base, rival, judged = (
         measured(np.full(10, s), a + b * noise)
         for s, a, b in ((0.6, 2.0, 1.0), (0.2, 2.2, 1.1), (0.2, 2.1, 1.1))
     )
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.2])
+    matched, compared = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.2])
     width = matched[0].paid["gm"].high - matched[0].paid["gm"].low
     assert compared[0].difference.high - compared[0].difference.low < 1e-9 < width
     assert compared[0].difference.value == pytest.approx(-0.1)
 
 
 def test_a_level_that_a_curve_does_not_reach_is_not_compared():
-    base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.4))
-    matched, compared = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.3])
+    base, rival, judged = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.4))
+    matched, compared = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.3])
     assert matched[0].paid["gm"] is None
     assert [c.verdict for c in compared] == ["not comparable"]
     assert findings(compared)[0].levels == 0
 
 
 def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, first, tmp_path):
-    from mergekit_bayes.precision import PrecisionConfig, run_precision
+    from mergekit_bayes.precision import PrecisionConfig
+    from mergekit_bayes.precision.run import run_precision
 
     base = tmp_path / "base"
     shutil.copytree(world["base"], base)
@@ -344,6 +342,6 @@ def test_a_base_s_own_precision_is_reused_only_if_it_is_of_these_weights(world, 
 
 
 def test_a_share_that_the_base_is_below_anyway_is_no_level():
-    base, other, mine = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.2))
-    matched, _ = match(PAIR, base, {"ta": [other], "gm": [mine]}, levels=[0.7, 0.3])
+    base, rival, judged = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.2))
+    matched, _ = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.7, 0.3])
     assert [m.level for m in matched] == [0.3]

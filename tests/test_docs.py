@@ -8,11 +8,14 @@ from typer.main import get_command
 
 from bmerge_cli.main import app
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.detox.settings import DetoxConfig
+from mergekit_bayes.detox import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
+from scripts.changelog import changelog
+from scripts.house import list_errors, parse_floors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 KINDS = {"detox": DetoxConfig, "finetune": FinetuneConfig}
 
 
@@ -33,18 +36,17 @@ def test_every_command_is_in_the_readme():
 
 
 def test_every_flag_that_the_documents_name_exists():
-    texts = [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
-    known = {
+    flags = {
         option
         for command in commands().values()
-        for p in command.params
-        for option in p.opts + p.secondary_opts
+        for parameter in command.params
+        for option in parameter.opts + parameter.secondary_opts
     }
-    known |= {"--slow", "--version", "--help"}
-    for text in texts:
-        for line in re.findall(r"bmerge [a-z]+ .*", text):
+    flags |= {"--slow", "--version", "--help"}
+    for path in DOCUMENTS:
+        for line in re.findall(r"bmerge [a-z]+ .*", path.read_text().replace("\\\n", " ")):
             for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", line):
-                assert flag in known, f"{flag} in: {line}"
+                assert flag in flags, f"{flag} in: {line}"
 
 
 def test_every_option_says_what_it_does():
@@ -55,20 +57,45 @@ def test_every_option_says_what_it_does():
                 assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
-def test_the_files_that_the_readme_names_exist():
-    for path in re.findall(
-        r"\((docs/[\w./-]+)\)|`((?:docs|tests|configs|scripts|mergekit_bayes)/[\w./-]+)`", README
-    ):
-        name = path[0] or path[1]
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_files_that_a_document_links_to_exist(path):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_sections_that_a_document_links_to_exist(path):
+    for target, section in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", path.read_text()):
+        linked = (path.parent / target) if target else path
+        assert section in anchors(linked), f"{target}#{section}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_files_that_a_document_names_exist(path):
+    names = re.findall(
+        r"(?:`|bash |python )((?:docs|tests|configs|scripts|mergekit_bayes)/[\w./-]+)",
+        path.read_text(),
+    )
+    for name in names:
         assert (ROOT / name).exists(), name
 
 
 def test_the_house_in_the_readme_is_the_house():
-    listed = set(re.findall(r"^[0-9 ]  (\w+)(?:/|\.py)", README, re.M)) - {"cli"}
-    listed |= {"gaussian", "errors"}
-    rooms = {
-        p.stem if p.is_file() else p.name
-        for p in (ROOT / "mergekit_bayes").iterdir()
-        if p.name[0] != "_" and (p.is_dir() or p.suffix == ".py")
-    }
-    assert listed == rooms
+    assert list_errors(ROOT, parse_floors(ROOT / "README.md")) == []
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/index.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "index.md" or f"]({path.name})" in index, path.name
+
+
+def test_the_changelog_is_made_of_the_fragments():
+    assert (ROOT / "CHANGELOG.md").read_text() == changelog(ROOT)
+
+
+def anchors(path: Path) -> set[str]:
+    """Sections of a document as links name them: lower case, spaces as hyphens, no punctuation."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

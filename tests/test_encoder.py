@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sentiment"
 TASKS = ("sst2", "yelp")
@@ -36,14 +38,14 @@ def encoder():
 
 def accuracy(folder, task, rows=250):
     with gzip.open(DATA / task / "test.jsonl.gz", "rt") as file:
-        found = [json.loads(line) for _, line in zip(range(rows), file, strict=False)]
+        examples = [json.loads(line) for _, line in zip(range(rows), file, strict=False)]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     right = 0
     for i in range(0, rows, 50):
-        part = found[i : i + 50]
+        chunk = examples[i : i + 50]
         batch = tokenizer(
-            [r["text"] for r in part],
+            [r["text"] for r in chunk],
             padding=True,
             truncation=True,
             max_length=40,
@@ -51,7 +53,7 @@ def accuracy(folder, task, rows=250):
         )
         with torch.no_grad():
             predicted = model(**batch).logits.argmax(-1)
-        right += int((predicted == torch.tensor([r["label"] for r in part])).sum())
+        right += int((predicted == torch.tensor([r["label"] for r in chunk])).sum())
     return right / rows
 
 
@@ -103,10 +105,9 @@ def test_a_merge_of_two_sentiment_classifiers_classifies_both(trained, with_base
             out=str(out),
         )
     )
-    posterior = open_posterior(str(out))
-    assert (posterior.info.estimator, posterior.info.unit) == ("ggn", "example")
-    assert len(posterior.info.terms) == 2
-    posterior.close()
+    with open_posterior(str(out)) as posterior:
+        assert (posterior.info.estimator, posterior.info.unit) == ("ggn", "example")
+        assert len(posterior.info.terms) == 2
     for task in TASKS:
         specialist, merged, base = (accuracy(trained / m, task) for m in (task, out.name, "base"))
         print(

@@ -1,6 +1,4 @@
-"""Evaluate: one report of real numbers, nothing half-written, and a plain message for what a person
-can mend.
-"""
+"""Evaluate: one report, nothing half-written, and a message for each error of the user."""
 
 import json
 
@@ -13,7 +11,9 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
+from mergekit_bayes.evaluate import EvaluateConfig
+from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, save_posterior
@@ -182,8 +182,8 @@ def test_an_infinite_perplexity_is_still_json(model, world):
     loaded.tokenizer.save_pretrained("ruined")
     done = bmerge("evaluate", "ruined", "--perplexity", "texts.jsonl", "--json", "-o", "out")
     assert done.exit_code == 0
-    found = json.loads(done.stdout, parse_constant=pytest.fail)["perplexity"]["texts.jsonl"]
-    assert found["word"]["value"] == "Infinity"
+    perplexity = json.loads(done.stdout, parse_constant=pytest.fail)["perplexity"]["texts.jsonl"]
+    assert perplexity["word"]["value"] == "Infinity"
     assert read_report("out").perplexity["texts.jsonl"].word.value == float("inf")
 
 
@@ -200,9 +200,8 @@ def test_samples_are_measured_beside_the_mean_and_change_nothing_else(sampled_mo
         averaged.loss.value - plain.perplexity["civil"].loss.value, abs=1e-12
     )
     assert change.low <= change.value <= change.high
-    assert (
-        both.toxicity == run_evaluate(config(sampled_model)).toxicity
-    )  # continuations are the mean's
+    # Continuations are drawn at the mean.
+    assert both.toxicity == run_evaluate(config(sampled_model)).toxicity
     assert read_report("out") == both
     assert "samples" not in json.loads(
         (world / "out" / "documents.jsonl").read_text().splitlines()[0]
@@ -218,34 +217,36 @@ def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, wor
             model=classifier, classify={"a": "texts.jsonl"}, samples=4, bins=5, output="out"
         )
     )
-    found = report.classification["a"]
-    assert (found.examples, found.classes, len(found.bins)) == (4, 2, 5)
-    assert found.example_labels == tuple(n for _, n in TEXTS)
+    at_mean = report.classification["a"]
+    assert (at_mean.examples, at_mean.classes, len(at_mean.bins)) == (4, 2, 5)
+    assert at_mean.example_labels == tuple(n for _, n in TEXTS)
     loaded = load_model(classifier)
     logits = [
         loaded.model(**loaded.tokenizer(t, return_tensors="pt")).logits[0].detach()
         for t, _ in TEXTS
     ]
     p = torch.stack(logits).softmax(-1).numpy()
-    np.testing.assert_allclose(found.example_probabilities, p, atol=1e-6)
-    assert found.accuracy.value == np.mean([p[i].argmax() == n for i, (_, n) in enumerate(TEXTS)])
+    np.testing.assert_allclose(at_mean.example_probabilities, p, atol=1e-6)
+    assert at_mean.accuracy.value == np.mean([p[i].argmax() == n for i, (_, n) in enumerate(TEXTS)])
     averaged, change = report.sampled.classification["a"], report.sampled.classification_change["a"]
-    assert averaged.example_probabilities != found.example_probabilities
-    assert change.brier.value == pytest.approx(averaged.brier.value - found.brier.value, abs=1e-12)
+    assert averaged.example_probabilities != at_mean.example_probabilities
+    assert change.brier.value == pytest.approx(
+        averaged.brier.value - at_mean.brier.value, abs=1e-12
+    )
     assert read_report("out") == report
     by_name = run_evaluate(
         EvaluateConfig(model=classifier, classify={"b": "named.jsonl"}, label_column="kind", bins=5)
     )
-    assert by_name.classification["b"] == found
+    assert by_name.classification["b"] == at_mean
 
 
 def test_a_bare_curvature_is_refused_until_a_prior_is_given(curvature_only, world):
-    asked = {"model": curvature_only, "classify": {"a": "texts.jsonl"}, "samples": 2}
+    settings = {"model": curvature_only, "classify": {"a": "texts.jsonl"}, "samples": 2}
     with pytest.raises(PrecisionError, match=r"cannot be sampled: .*bare curvature.*--prior X"):
-        run_evaluate(EvaluateConfig(**asked))
-    report = run_evaluate(EvaluateConfig(**asked, prior=50.0))
+        run_evaluate(EvaluateConfig(**settings))
+    report = run_evaluate(EvaluateConfig(**settings, prior=50.0))
     assert (report.sampled.draws.prior, report.sampled.draws.given) == (50.0, True)
-    colder = run_evaluate(EvaluateConfig(**asked, prior=50.0, posterior_temperature=0.01))
+    colder = run_evaluate(EvaluateConfig(**settings, prior=50.0, posterior_temperature=0.01))
     assert colder.sampled.draws.largest_sigma == pytest.approx(
         0.1 * report.sampled.draws.largest_sigma
     )
@@ -310,29 +311,17 @@ def test_a_language_model_and_a_regression_classify_nothing(model, world):
 def test_the_command_shows_mean_and_samples_side_by_side(
     classifier, sampled_model, curvature_only, world
 ):
-    asked = ("--classify", "test=texts.jsonl", "--samples", 3, "--bins", 4)
-    done = bmerge("evaluate", classifier, *asked, "--json")
+    options = ("--classify", "test=texts.jsonl", "--samples", 3, "--bins", 4)
+    done = bmerge("evaluate", classifier, *options, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    for part in (report, report["sampled"]):
-        found = part["classification"]["test"]
-        assert set(found) == {
-            "examples",
-            "classes",
-            "accuracy",
-            "nll",
-            "brier",
-            "ece",
-            "confidence",
-            "bins",
-        }
-        assert sum(b["examples"] for b in found["bins"]) == 4
-    assert set(report["sampled"]["classification_change"]["test"]) == {
-        "accuracy",
-        "nll",
-        "brier",
-        "ece",
-    }
+    for measured in (report, report["sampled"]):
+        scores = measured["classification"]["test"]
+        others = {"examples", "classes", "confidence", "bins"}
+        assert set(scores) == {"accuracy", "nll", "brier", "ece"} | others
+        assert sum(b["examples"] for b in scores["bins"]) == 4
+    change = report["sampled"]["classification_change"]["test"]
+    assert set(change) == {"accuracy", "nll", "brier", "ece"}
     assert report["sampled"]["draws"]["held"] == 0
     for text in (
         "ECE by 4 bins",
@@ -344,14 +333,14 @@ def test_the_command_shows_mean_and_samples_side_by_side(
     ):
         assert text in done.stderr, text
     lines = [line for line in done.stderr.splitlines() if line.startswith(("test", "  3 samples"))]
-    for line, part in zip(lines, (report, report["sampled"]), strict=True):
-        assert f"{part['classification']['test']['nll']['value']:.4g}" in line
+    for line, measured in zip(lines, (report, report["sampled"]), strict=True):
+        assert f"{measured['classification']['test']['nll']['value']:.4g}" in line
     done = bmerge("evaluate", sampled_model, "--perplexity", "civil=texts.jsonl", "--samples", 2)
     assert done.exit_code == 0, done.output
     assert "  2 samples" in done.stderr
-    refused = bmerge("evaluate", curvature_only, *asked)
+    refused = bmerge("evaluate", curvature_only, *options)
     assert (refused.exit_code, refused.stderr.count("PrecisionError")) == (2, 1)
-    given = bmerge("evaluate", curvature_only, *asked, "--prior", 30)
+    given = bmerge("evaluate", curvature_only, *options, "--prior", 30)
     assert given.exit_code == 0
     assert "prior precision 30 (given)" in given.stderr
     assert (
@@ -366,33 +355,10 @@ def bmerge(*args):
 
 
 def test_the_command_measures_prints_and_writes(model, world):
-    done = bmerge(
-        "evaluate",
-        model,
-        "--perplexity",
-        "civil=texts.jsonl",
-        "--perplexity",
-        "texts.jsonl",
-        "--where",
-        "label=0",
-        "--toxicity",
-        "prompts.jsonl",
-        "--scorer",
-        "words:words.txt",
-        "--continuations",
-        3,
-        "--new-tokens",
-        4,
-        "--prompts",
-        2,
-        "--window",
-        8,
-        "--stride",
-        4,
-        "-o",
-        "out",
-        "--json",
-    )
+    texts = "--perplexity civil=texts.jsonl --perplexity texts.jsonl --where label=0 --window 8"
+    prompts = "--toxicity prompts.jsonl --prompts 2 --continuations 3 --new-tokens 4"
+    scorer = "--scorer words:words.txt --stride 4 -o out --json"
+    done = bmerge("evaluate", model, *texts.split(), *prompts.split(), *scorer.split())
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert set(report["perplexity"]) == {"civil", "texts.jsonl"}

@@ -12,12 +12,13 @@ import yaml
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 from tests import finetuning, tiny
 from tests.finetuning import Look, config, texts
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
@@ -30,42 +31,48 @@ def test_a_language_model_leaves_a_checkpoint_and_a_full_posterior(tmp_path, dat
     folder = tmp_path / "out"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(folder)
-    posterior = open_posterior(str(folder))
-    info = posterior.info
-    loaded = load_model(str(folder))
-    examples = encode_rows(
-        {"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]}, loaded
-    )
-    scored = sum(len(e["input_ids"]) - 1 for e in examples)
-    assert (info.estimator, info.unit, info.observations, info.ess) == (
-        "ggn",
-        "token",
-        scored,
-        scored,
-    )
-    assert info.prior.precision == info.anchor.precision == pytest.approx(scored * 1e-6)
-    assert (info.prior.kind, info.anchor.kind, info.sampled) == ("isotropic", "zero", 24)
-    assert info.training["steps"] == report.steps == 12
-    assert (info.training["curvature"], info.training["curvature_every"]) == ("ggn", 8)
-    assert info.training["beta2"] == pytest.approx(max(0.5, 1 - 5 * 8 / 12))
-    assert {"lr", "ess", "hess_init", "beta1", "weight_decay", "mc_samples", "batch_size"} <= set(
-        info.training
-    )
-    assert {"init_fraction", "kappa", "hess_median", "precision_median", "not_positive"} <= set(
-        info.health
-    )
-    assert info.base.blocks != info.mean.blocks
-    assert info.tokenizer
-    assert info.dtype == "float32"
-    assert (
-        set(posterior.precision.specs)
-        == {n for n, _ in model.named_parameters()}
-        == set(posterior.mean.specs)
-    )
-    assert info.aliases == {"lm_head.weight": "transformer.wte.weight"}
-    assert yaml.safe_load((folder / "finetune.yaml").read_text())["seed"] == 3
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    posterior.close()
+    with open_posterior(str(folder)) as posterior:
+        info = posterior.info
+        loaded = load_model(str(folder))
+        examples = encode_rows(
+            {"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]},
+            loaded,
+        )
+        scored = sum(len(e["input_ids"]) - 1 for e in examples)
+        assert (info.estimator, info.unit, info.observations, info.ess) == (
+            "ggn",
+            "token",
+            scored,
+            scored,
+        )
+        assert info.prior.precision == info.anchor.precision == pytest.approx(scored * 1e-6)
+        assert (info.prior.kind, info.anchor.kind, info.sampled) == ("isotropic", "zero", 24)
+        assert info.training["steps"] == report.steps == 12
+        assert (info.training["curvature"], info.training["curvature_every"]) == ("ggn", 8)
+        assert info.training["beta2"] == pytest.approx(max(0.5, 1 - 5 * 8 / 12))
+        assert {
+            "lr",
+            "ess",
+            "hess_init",
+            "beta1",
+            "weight_decay",
+            "mc_samples",
+            "batch_size",
+        } <= set(info.training)
+        assert {"init_fraction", "kappa", "hess_median", "precision_median", "not_positive"} <= set(
+            info.health
+        )
+        assert info.base.blocks != info.mean.blocks
+        assert info.tokenizer
+        assert info.dtype == "float32"
+        assert (
+            set(posterior.precision.specs)
+            == {n for n, _ in model.named_parameters()}
+            == set(posterior.mean.specs)
+        )
+        assert info.aliases == {"lm_head.weight": "transformer.wte.weight"}
+        assert yaml.safe_load((folder / "finetune.yaml").read_text())["seed"] == 3
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, data):
@@ -74,18 +81,17 @@ def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, d
     examples = encode_rows(
         {"text": [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]}, loaded
     )
-    found = ggn_diagonal(loaded.model, list(batches(examples, 4, Collate(2))) * 30, seed=9)
-    posterior = open_posterior(str(tmp_path / "out"))
-    n = posterior.info.observations
-    name = "transformer.h.0.mlp.c_fc.weight"
-    stored = torch.from_numpy(
-        tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")[name]
-    )
-    expected = n * found.total[name] / found.observations + n * 0.01
-    assert (stored > n * 0.01).all()
-    # 12 batches: a relative deviation of 0.4 per entry, much less for a tensor's sum.
-    assert stored.sum().item() == pytest.approx(expected.sum().item(), rel=0.35)
-    posterior.close()
+    curvature = ggn_diagonal(loaded.model, list(batches(examples, 4, Collate(2))) * 30, seed=9)
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        n = posterior.info.observations
+        name = "transformer.h.0.mlp.c_fc.weight"
+        stored = torch.from_numpy(
+            tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")[name]
+        )
+        expected = n * curvature.total[name] / curvature.observations + n * 0.01
+        assert (stored > n * 0.01).all()
+        # 12 batches: a relative deviation of 0.4 per entry, much less for a tensor's sum.
+        assert stored.sum().item() == pytest.approx(expected.sum().item(), rel=0.35)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, data):
@@ -127,12 +133,11 @@ def test_ivons_own_posterior_is_stored_on_request(tmp_path, data):
         config(tmp_path, data, curvature="price", posterior="ivon", ess=1e5, weight_decay=1e-3),
         quiet=True,
     )
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert (posterior.info.estimator, posterior.info.ess) == ("ivon", 1e5)
-    assert posterior.info.prior.precision == pytest.approx(1e5 * 1e-3)
-    stored = tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")
-    assert all((v > 0).all() for v in stored.values())
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert (posterior.info.estimator, posterior.info.ess) == ("ivon", 1e5)
+        assert posterior.info.prior.precision == pytest.approx(1e5 * 1e-3)
+        stored = tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")
+        assert all((v > 0).all() for v in stored.values())
     with pytest.raises(ConfigError, match="AdamW leaves none"):
         run_finetune(
             config(tmp_path, data, posterior="ivon", optimizer="adamw", output=str(tmp_path / "z"))
@@ -166,9 +171,8 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path, data, samples):
 def test_a_classifier_counts_examples(tmp_path, data):
     base = tiny_bert(tmp_path / "bert")
     run_finetune(config(tmp_path, data, model=base, epochs=20, learning_rate=3.0), quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert (posterior.info.unit, posterior.info.observations) == ("example", 48)
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert (posterior.info.unit, posterior.info.observations) == ("example", 48)
     loaded = load_model(str(tmp_path / "out"))
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     batch = loaded.tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
@@ -181,15 +185,14 @@ def test_a_classifier_counts_examples(tmp_path, data):
 def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
     settings = config(tmp_path, data, lora={"r": 2, "target_modules": ["c_attn"]})
     run_finetune(settings, quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert set(posterior.precision.specs) == set(posterior.mean.specs)
-    assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
-    assert (
-        len(posterior.info.training["initial_A"]) == 64
-    )  # lets adapters of one start be merged by factors
-    assert posterior.info.unit == "token"
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+        assert set(posterior.precision.specs) == set(posterior.mean.specs)
+        assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
+        assert (
+            len(posterior.info.training["initial_A"]) == 64
+        )  # lets adapters of one start be merged by factors
+        assert posterior.info.unit == "token"
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str((tmp_path / "base").resolve())
     assert load_model(str(tmp_path / "out")).task == "causal-lm"
@@ -214,11 +217,11 @@ def test_fine_tunes_merge_and_load(tmp_path, data):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ivon"])
-@pytest.mark.parametrize("kind", ["causal-lm", "classification"])
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_the_gradient_is_the_mean_over_a_steps_observations(
-    tmp_path, data, kind, optimizer, monkeypatch
+    tmp_path, data, task, optimizer, monkeypatch
 ):
-    base = (tiny_gpt2 if kind == "causal-lm" else tiny_bert)(tmp_path / "base")
+    base = (tiny_gpt2 if task == "causal-lm" else tiny_bert)(tmp_path / "base")
     make = module.make_trainer
     look = Look()
 
@@ -229,7 +232,7 @@ def test_the_gradient_is_the_mean_over_a_steps_observations(
         return trainer
 
     monkeypatch.setattr(module, "make_trainer", watched)
-    found = {}
+    gradients = {}
     for size, accumulation in ((12, 1), (3, 4), (5, 3)):
         # Rows of unequal length, a ragged last micro-batch, and an ess that leaves no noise.
         settings = config(
@@ -246,10 +249,10 @@ def test_the_gradient_is_the_mean_over_a_steps_observations(
             ess=1e30,
         )
         run_finetune(settings, quiet=True)
-        found[size] = look.gradient
+        gradients[size] = look.gradient
     for size in (3, 5):
         np.testing.assert_allclose(
-            found[size], found[12], rtol=1e-3, atol=1e-6 * abs(found[12]).max()
+            gradients[size], gradients[12], rtol=1e-3, atol=1e-6 * abs(gradients[12]).max()
         )
 
 
@@ -282,10 +285,9 @@ def test_an_encoder_gets_a_head_for_the_labels_of_the_data(tmp_path, encoder, la
     loaded = load_model(str(tmp_path / "out"))
     assert loaded.task == "classification"
     assert list(loaded.model.config.id2label.values()) == names
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert {n for n in posterior.precision.specs if n.endswith("classifier.weight")}
-    assert set(posterior.precision.specs) <= set(posterior.mean.specs)
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert {n for n in posterior.precision.specs if n.endswith("classifier.weight")}
+        assert set(posterior.precision.specs) <= set(posterior.mean.specs)
 
 
 def test_an_adapter_can_be_given_a_precision_of_its_own(tmp_path, data):
@@ -294,16 +296,14 @@ def test_an_adapter_can_be_given_a_precision_of_its_own(tmp_path, data):
         quiet=True,
     )
     run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data))
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert set(posterior.precision.specs) == set(posterior.mean.specs)
-    assert all("lora_" in n for n in posterior.precision.specs)
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert set(posterior.precision.specs) == set(posterior.mean.specs)
+        assert all("lora_" in n for n in posterior.precision.specs)
 
 
 def test_bfloat16_weights_train_and_leave_a_float32_precision(tmp_path, data):
     run_finetune(config(tmp_path, data, dtype="bfloat16"), quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert {s.dtype for s in posterior.mean.specs.values()} == {"BF16"}
-    assert {s.dtype for s in posterior.precision.specs.values()} == {"F32"}
-    assert posterior.info.dtype == "bfloat16"
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert {s.dtype for s in posterior.mean.specs.values()} == {"BF16"}
+        assert {s.dtype for s in posterior.precision.specs.values()} == {"F32"}
+        assert posterior.info.dtype == "bfloat16"

@@ -9,7 +9,8 @@ import mergekit_bayes.finetune.store as store
 import mergekit_bayes.finetune.training as training
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.load import load_model
 from tests import finetuning
 from tests.finetuning import config

@@ -10,9 +10,10 @@ import pytest
 import transformers
 
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune import run_finetune
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 from tests import finetuning
 from tests.finetuning import config, info_of
 from tests.tiny_models import tiny_gpt2
@@ -77,11 +78,10 @@ def test_two_processes_write_one_model_and_give_one_report(tmp_path, data):
     reports = [x for x in done.stdout.splitlines() if x.startswith("report")]
     assert len(reports) == 2
     assert reports[0] == reports[1]
-    posterior = open_posterior(str(out))
-    assert (
-        posterior.info.training["steps"] == 6
-    )  # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes
-    posterior.close()
+    with open_posterior(str(out)) as posterior:
+        assert (
+            posterior.info.training["steps"] == 6
+        )  # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes
 
 
 @pytest.mark.slow
@@ -128,9 +128,8 @@ def test_accelerate_launch_trains_as_many_processes_as_asked(tmp_path, data):
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["steps"] == 2
     for folder in ("moved", "out"):
-        posterior = open_posterior(str(tmp_path / folder))
-        assert posterior.info.training["processes"] == 2
-        posterior.close()
+        with open_posterior(str(tmp_path / folder)) as posterior:
+            assert posterior.info.training["processes"] == 2
 
 
 def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path, data, capfd):
@@ -151,15 +150,14 @@ def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path,
     )
     logs = [entry for entry in history["log_history"] if "loss" in entry]
     assert [entry["step"] for entry in logs] == [2, 4, 6]
-    posterior = open_posterior(str(tmp_path / "out"))
-    for entry in logs:
-        assert entry["init_fraction"] == pytest.approx(0.99 ** entry["step"])
-        # (1 - beta2) ess / (2 B), B the observations of a step
-        assert entry["kappa"] == pytest.approx(
-            0.01 * 1e7 / (2 * posterior.info.training["batch_size"])
-        )
-    assert logs[-1]["sigma_over_rms"] == pytest.approx(posterior.info.health["sigma_over_rms"])
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        for entry in logs:
+            assert entry["init_fraction"] == pytest.approx(0.99 ** entry["step"])
+            # (1 - beta2) ess / (2 B), B the observations of a step
+            assert entry["kappa"] == pytest.approx(
+                0.01 * 1e7 / (2 * posterior.info.training["batch_size"])
+            )
+        assert logs[-1]["sigma_over_rms"] == pytest.approx(posterior.info.health["sigma_over_rms"])
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "step 4/6  loss " in shown.err

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.finetune import FinetuneConfig, LoraSettings, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig, LoraSettings
 from mergekit_bayes.finetune.choices import learning_rate
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
+from scripts.settings_table import BEGIN, END, settings_table
 from tests import finetuning
 from tests.finetuning import config, info_of
 from tests.tiny_models import tiny_gpt2
@@ -34,11 +36,10 @@ def test_beta2_follows_from_the_steps_that_are_really_made(tmp_path, data):
         tmp_path, data, batch_size=5, gradient_accumulation=2, epochs=12, curvature="price"
     )
     report = run_finetune(settings, quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert posterior.info.training["steps"] == report.steps == 60
-    assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
-    assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert posterior.info.training["steps"] == report.steps == 60
+        assert posterior.info.training["beta2"] == pytest.approx(1 - 5 / 60)
+        assert report.health["init_fraction"] == pytest.approx((1 - 5 / 60) ** 60)
 
 
 def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, capfd):
@@ -52,6 +53,32 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
         config(tmp_path, data, max_steps=2, optimizer="adamw", posterior="none", force=True)
     )
     assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
+
+
+# In the order of the record; `initial_A` of an adapter stands between the two.
+ALWAYS = (
+    *("optimizer", "lr", "weight_decay", "scheduler", "steps", "batch_size", "processes"),
+    "loss_reduction",
+)
+WITH_IVON = (
+    *("ess", "hess_init", "beta1", "beta2", "clip_radius", "rescale_lr", "mc_samples"),
+    *("antithetic", "rank_noise", "curvature", "curvature_every"),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, [*ALWAYS, *WITH_IVON]),
+        ({"optimizer": "adamw"}, [*ALWAYS]),
+        ({"lora": {"r": 2}}, [*ALWAYS, "initial_A", *WITH_IVON]),
+    ],
+)
+def test_a_posterior_stores_the_settings_of_its_run_under_these_names(
+    tmp_path, data, changes, names
+):
+    run_finetune(config(tmp_path, data, max_steps=1, flush_batches=1, **changes), quiet=True)
+    assert list(info_of(tmp_path / "out").training) == names
 
 
 def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):
@@ -92,12 +119,11 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
 )
 def test_variants_of_ivon_are_settings(tmp_path, data, changes):
     run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
-    posterior = open_posterior(str(tmp_path / "out"))
-    assert {k: posterior.info.training[k] for k in changes} == changes
-    assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
-    # h of the root-GGN draws may be merged with a flush, that of the published form may not.
-    assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
-    posterior.close()
+    with open_posterior(str(tmp_path / "out")) as posterior:
+        assert {k: posterior.info.training[k] for k in changes} == changes
+        assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
+        # h of the root-GGN draws may be merged with a flush, that of the published form may not.
+        assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
     run_finetune(
@@ -107,14 +133,17 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_the_guide_lists_every_setting_with_its_default():
+def test_the_guide_lists_every_setting_with_its_default_and_meaning():
+    """The table is the one that the fields make: a changed field needs the new table there."""
     guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
     listed = guide.partition("## All settings")[2].partition("\n## ")[0]
+    table = listed.partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
+    assert table == settings_table(), "run scripts/settings_table.py and paste its output"
     for name, field in (FinetuneConfig.model_fields | LoraSettings.model_fields).items():
-        assert f"`{name}`" in listed
+        (row,) = re.findall(rf"^\| `(?:lora\.)?{name}` \| (.*?) \| (.+) \|$", listed, re.M)
+        assert row[1] == field.description
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-            shown = re.search(rf"`{name}` \(([\d.e-]+)", listed)
-            assert float(shown[1]) == field.default, name
+            assert float(row[0]) == field.default, name
 
 
 def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):

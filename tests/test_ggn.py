@@ -1,34 +1,18 @@
-"""Root-GGN against the exact diagonal, computed row by row from the Jacobian."""
+"""Root-GGN of language models and classifiers against the exact diagonal."""
+
+import doctest
 
 import pytest
 import torch
 
+from mergekit_bayes.curvature import ggn
 from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
+from tests.cases import exact_ggn_diagonal, flat, output_factor
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
 ROWS = {"text": ["the cat sat on the mat .", "a dog ran", "good film"]}
-
-
-def exact_diagonal(model, batch, scored, factor):
-    """sum over observations of diag( J' A J ), one backward per entry of a square root of A."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    logits = scored(model(**{k: v for k, v in batch.items() if k != "labels"}).logits)
-    for z in logits:
-        values, vectors = torch.linalg.eigh(factor(z.detach()))
-        for column in (vectors * values.clamp(min=0).sqrt()).T:
-            grads = torch.autograd.grad((column * z).sum(), parameters, retain_graph=True, allow_unused=True)
-            for t, g in zip(total, grads, strict=True):
-                if g is not None:
-                    t += g.double().square()
-    return total
-
-
-def softmax_factor(z):
-    p = z.softmax(-1)
-    return torch.diag(p) - torch.outer(p, p)
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "classification", "multi-label"])
@@ -42,18 +26,17 @@ def test_many_draws_average_to_the_exact_diagonal(kind, tmp_path):
     examples = encode_rows(ROWS, loaded)
     (batch,) = batches(examples, 3, Collate(2))
 
-    def scored(logits):
-        if kind != "causal-lm":
-            return logits
-        return logits[:, :-1][batch["labels"][:, 1:] != -100]
-
-    factor = (lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))) if kind == "multi-label" else softmax_factor
-    truth = exact_diagonal(loaded.model, batch, scored, factor)
+    logits = loaded.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    if kind == "causal-lm":
+        logits = logits[:, :-1][batch["labels"][:, 1:] != -100]
+    likelihood = "bernoulli" if kind == "multi-label" else "categorical"
+    parameters = [p for p in loaded.model.parameters() if p.requires_grad]
+    exact = exact_ggn_diagonal(likelihood, logits, parameters)
     draws = 600 if kind == "causal-lm" else 2000
-    found = ggn_diagonal(loaded.model, [batch] * draws, seed=1)
-    assert found.observations == draws * observations(examples, loaded.task)
-    a = torch.cat([t.flatten() for t in truth])
-    b = torch.cat([found.total[n].flatten() for n, p in loaded.model.named_parameters()]).double() / draws
+    estimate = ggn_diagonal(loaded.model, [batch] * draws, seed=1)
+    assert estimate.observations == draws * observations(examples, loaded.task)
+    a = flat(exact)
+    b = flat(estimate.total[n] for n, _ in loaded.model.named_parameters()) / draws
     assert (b[a == 0] == 0).all()
     big = a > a.max() * 1e-6
     deviation = (2 / draws) ** 0.5  # relative, of one entry; entries of one draw move together
@@ -62,11 +45,16 @@ def test_many_draws_average_to_the_exact_diagonal(kind, tmp_path):
     assert ((b[big] / a[big]) - 1).abs().mean() < 2 * deviation
 
 
+def test_the_examples_of_the_estimator_run():
+    assert doctest.testmod(ggn) == (0, 2)  # two lines, no failure
+
+
 def test_the_random_root_has_the_right_second_moment():
     z = torch.tensor([[2.0, 0.0, -1.0]])
     generator = torch.Generator().manual_seed(0)
     v = random_root(z.expand(200_000, 3), "categorical", generator)
-    torch.testing.assert_close(v.T @ v / len(v), softmax_factor(z[0]), rtol=0, atol=2e-3)
+    factor = output_factor("categorical", z[0])
+    torch.testing.assert_close(v.T @ v / len(v), factor, rtol=0, atol=2e-3)
     assert v.abs().max() <= 2.0
 
 
@@ -89,7 +77,7 @@ def test_frozen_parameters_have_no_curvature_and_the_mode_is_kept(tmp_path):
     loaded.model.transformer.wte.weight.requires_grad_(False)
     loaded.model.train()
     examples = encode_rows(ROWS, loaded)
-    found = ggn_diagonal(loaded.model, batches(examples, 2, Collate(2)))
+    estimate = ggn_diagonal(loaded.model, batches(examples, 2, Collate(2)))
     assert loaded.model.training
-    assert "transformer.wte.weight" not in found.total
-    assert "transformer.wpe.weight" in found.total
+    assert "transformer.wte.weight" not in estimate.total
+    assert "transformer.wpe.weight" in estimate.total

@@ -1,20 +1,25 @@
-"""On a CUDA device: the steps of the CPU, whole restores, and no third copy where none is asked for."""
+"""On a CUDA device: the steps of the CPU, exact restores, and no third copy under "redraw"."""
 
 import contextlib
 
 import pytest
 import torch
 
-from mergekit_bayes.optim import base
-from mergekit_bayes.optim.bsam import BSAM
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import BSAM, IVON, slicing
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 SHAPES = ((300, 400), (17,), (2, 3, 5), ())
-SETTINGS = {"lr": 0.1, "ess": 1e4, "hess_init": 0.1, "clip_radius": 0.1, "beta2": 0.9, "weight_decay": 0.01}
+SETTINGS = {
+    "lr": 0.1,
+    "ess": 1e4,
+    "hess_init": 0.1,
+    "clip_radius": 0.1,
+    "beta2": 0.9,
+    "weight_decay": 0.01,
+}
 KINDS = {
     "price": {},
     "pairs": {"antithetic": True, "mc_samples": 2},
@@ -26,7 +31,9 @@ KINDS = {
 
 def made(device, dtype=torch.float32, **kind):
     g = torch.Generator().manual_seed(0)
-    start = [(0.1 * torch.randn(*shape, generator=g)).to(device=device, dtype=dtype) for shape in SHAPES]
+    start = [
+        (0.1 * torch.randn(*shape, generator=g)).to(device=device, dtype=dtype) for shape in SHAPES
+    ]
     parameters = [torch.nn.Parameter(values) for values in start]
     return parameters, IVON(parameters, **{**SETTINGS, **kind})
 
@@ -38,37 +45,43 @@ def train(parameters, optimizer, steps=4):
                 for p in parameters:
                     p.grad = None
                 if optimizer.curvature_due:
-                    optimizer.add_curvature(sum((0.3 * p.float()).square().sum() for p in parameters), 7)
+                    optimizer.add_curvature(
+                        sum((0.3 * p.float()).square().sum() for p in parameters), 7
+                    )
                 sum((p.float() - 0.01).square().sum() for p in parameters).backward()
         optimizer.step()
     return [t.detach().float().cpu() for p in parameters for t in (p, *optimizer.state[p].values())]
 
 
 def given_noise(at, *others):
-    noise = 0.01 * torch.randn(at.state["hess"].shape, generator=torch.Generator().manual_seed(at.index[1]))
+    noise = 0.01 * torch.randn(
+        at.state["hess"].shape, generator=torch.Generator().manual_seed(at.index[1])
+    )
     yield (at.draw.sign * noise).to(at.parameter.device), *others
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_are_those_of_the_cpu_with_the_same_noise(kind, dtype, monkeypatch):
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         parameters, optimizer = made(device, dtype, **KINDS[kind])
         monkeypatch.setattr(optimizer, "_noise", given_noise)
-        found.append(train(parameters, optimizer))
+        results.append(train(parameters, optimizer))
     rounding = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding / 100)
 
 
 @pytest.mark.parametrize("slice_size", [1 << 24, 1000])
 def test_the_noise_is_normal_and_comes_again(slice_size, monkeypatch):
-    monkeypatch.setattr(base, "_GPU_SLICE", slice_size)
+    monkeypatch.setattr(slicing, "GPU_SLICE", slice_size)
     drawn = []
     for _ in range(2):
         w = torch.nn.Parameter(torch.zeros(300_000, device="cuda"))
-        with IVON([w], lr=0.1, ess=1.0, hess_init=1.0, weight_decay=1e-12, seed=3).sampled_params(train=True):
+        with IVON([w], lr=0.1, ess=1.0, hess_init=1.0, weight_decay=1e-12, seed=3).sampled_params(
+            train=True
+        ):
             drawn.append(w.detach().clone())
     assert torch.equal(*drawn)
     z = drawn[0].double()
@@ -101,7 +114,7 @@ def test_a_run_resumes_to_the_same_bits(kind):
 
 
 def test_redrawing_keeps_nothing_but_momentum_and_hessian(monkeypatch):
-    monkeypatch.setattr(base, "_GPU_SLICE", 1 << 16)
+    monkeypatch.setattr(slicing, "GPU_SLICE", 1 << 16)
     w = torch.nn.Parameter(torch.zeros(1 << 24, device="cuda"))
     optimizer = IVON([w], restore="redraw", **SETTINGS)
     torch.cuda.synchronize()
@@ -111,7 +124,9 @@ def test_redrawing_keeps_nothing_but_momentum_and_hessian(monkeypatch):
         with optimizer.sampled_params(train=True):
             w.grad = torch.ones_like(w)
         optimizer.step()
-    assert torch.cuda.max_memory_allocated() - before < 3.1 * w.nbytes  # gradient, momentum and Hessian
+    assert (
+        torch.cuda.max_memory_allocated() - before < 3.1 * w.nbytes
+    )  # gradient, momentum and Hessian
     assert torch.cuda.memory_allocated() - before < 2.1 * w.nbytes
 
 

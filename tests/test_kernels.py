@@ -1,18 +1,29 @@
-"""The compiled pass gives the bits of the numpy pass, for every method and kind of numbers, whatever the chunks."""
+"""The compiled pass gives the bits of numpy, for every method and dtype, whatever the chunks."""
 
+import importlib
+import sys
 import time
+from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint.codec import decode, encode
-from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.kernels import elementwise, first_pass, row_sums
-from mergekit_bayes.kernels.base import Chunk, Kind, Numbers, Tally, keyed_draws, task_key
+from mergekit_bayes.draws import mix, word
+from mergekit_bayes.gaussian import DELTA_0, Gaussian, constant, select
+from mergekit_bayes.kernels import Chunk, Kind, Numbers, Tally, elementwise, first_pass, row_sums
+from mergekit_bayes.kernels.base import keyed_draws, task_key
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS
-from mergekit_bayes.methods.base import BINS
+from mergekit_bayes.methods.base import Reduction
+from mergekit_bayes.methods.histogram import BINS
+from tests import tiny
+from tests.facts import facts_of
 
 pytest.importorskip("numba", reason="the compiled pass needs numba")
+fused = importlib.import_module("mergekit_bayes.kernels.fused")
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a pass that fell back to numpy
 
 N, OFFSET = 5000, 12345
 STORED = {"BF16": np.uint16, "F32": np.float32, "F64": np.float64}
@@ -22,7 +33,16 @@ def stored(values, dtype):
     return np.frombuffer(encode(values, dtype), STORED[dtype]).reshape(values.shape)
 
 
-def case(name, dtype="F32", precision="F32", rows=None, removes=False, anchored=False, models=None, seed=0):
+def case(
+    name,
+    dtype="F32",
+    precision="F32",
+    rows=None,
+    removes=False,
+    anchored=False,
+    models=None,
+    seed=0,
+):
     """A kind, a chunk that starts in the middle of a row, and numbers."""
     method = METHODS[name]
     rng = np.random.default_rng(seed)
@@ -35,32 +55,51 @@ def case(name, dtype="F32", precision="F32", rows=None, removes=False, anchored=
     if weighs:
         precisions = stored(np.exp(rng.normal(size=(models, N))), precision)
     count = 1 if rows is None else N // rows + 2
-    facts = tuple(rng.uniform(0.1, 0.9, size=_facts(method, tasks)))
+    facts = random_facts(method, tasks, rng)
     scales = rng.uniform(0.2, 1.0, size=tasks)
     if removes:
         scales[0] = -0.7
     numbers = Numbers(
-        scales=tuple(scales), facts=facts, gains=tuple(rng.uniform(0.5, 2, models)),
-        insides=tuple(rng.uniform(0, 0.5, models)), shares=(0.0, *rng.uniform(0, 0.1, models - 1)),
+        scales=tuple(scales),
+        facts=facts,
+        gains=tuple(rng.uniform(0.5, 2, models)),
+        contained=tuple(rng.uniform(0, 0.5, models)),
+        base_shares=(0.0, *rng.uniform(0, 0.1, models - 1)),
         floors=tuple(-np.inf if i == 1 else 0.0 for i in range(models)),
-        priors=(DELTA_0,) * models, pulls=tuple([0.5, -1.0, 0.3][:models]) if anchored else (-1.0,) * models,
+        priors=(DELTA_0,) * models,
+        anchors=tuple([0.5, -1.0, 0.3][:models]) if anchored else (-1.0,) * models,
         decays=tuple([0.0, 0.0, 0.2][:models]) if anchored else (0.0,) * models,
         keys=tuple(task_key(0, "t", str(i)) for i in range(tasks)),
-    ).cast(real)  # fmt: skip
+    ).cast(real)
     chunk = Chunk(
-        means, precisions, rng.uniform(0, 0.1, (models, count)).astype(real), (rows or 2 * N) // 2, rows or N, OFFSET,
-        np.zeros(N, STORED[dtype]), np.zeros(N if weighs else 0, np.float32),
-    )  # fmt: skip
-    return Kind(method, weighs, method.needs_base, anchored and weighs, removes and weighs), chunk, numbers
+        means,
+        precisions,
+        rng.uniform(0, 0.1, (models, count)).astype(real),
+        (rows or 2 * N) // 2,
+        rows or N,
+        OFFSET,
+        np.zeros(N, STORED[dtype]),
+        np.zeros(N if weighs else 0, np.float32),
+    )
+    return (
+        Kind(method, weighs, method.needs_base, anchored and weighs, removes and weighs),
+        chunk,
+        numbers,
+    )
 
 
-def _facts(method, tasks):
-    if method.reduction is None:
-        return max(1, sum(not p.choices for p in method.parameters))
-    settings = {p.name: p.default for p in method.parameters}
-    count = method.reduction.count(tasks)
-    totals = np.ones((count, BINS), np.int64) if method.reduction.kind == "histogram" else np.ones(count)
-    return len(method.reduction.facts(totals, settings, (1.0,) * tasks))
+def random_facts(method, tasks, rng):
+    """Facts of the method's own type with numbers in [0.1, 0.9)."""
+
+    def filled(value):
+        if value is None:
+            return None
+        if not isinstance(value, tuple):
+            return rng.uniform(0.1, 0.9)
+        items = [filled(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+    return filled(facts_of(method, tasks))
 
 
 def run(kind, chunk, numbers, *, fused, cut=None):
@@ -77,9 +116,12 @@ def run(kind, chunk, numbers, *, fused, cut=None):
         part = chunk._replace(
             means=np.ascontiguousarray(chunk.means[:, a:b]),
             precisions=np.ascontiguousarray(chunk.precisions[:, a:b]),
-            extras=np.ascontiguousarray(chunk.extras[:, rows:last]), first=first, offset=OFFSET + a,
-            mean=mean[a:b], precision=precision[a:b],
-        )  # fmt: skip
+            extras=np.ascontiguousarray(chunk.extras[:, rows:last]),
+            first=first,
+            offset=OFFSET + a,
+            mean=mean[a:b],
+            precision=precision[a:b],
+        )
         act(part, numbers, tally)
     return mean, precision, tally
 
@@ -123,7 +165,23 @@ def test_the_bits_do_not_depend_on_the_chunks(name):
 
 
 def test_the_compiled_bits_do_not_depend_on_the_chunks():
-    check(*case("gradient_matching", dtype="BF16", rows=77, removes=True, anchored=True), fused=True, cut=1234)
+    check(
+        *case("gradient_matching", dtype="BF16", rows=77, removes=True, anchored=True),
+        fused=True,
+        cut=1234,
+    )
+
+
+def test_a_second_process_finds_the_compiled_pass_in_the_cache():
+    """Its key holds what a kernel closes over, pickled: by name, or it would never match."""
+    for name, method in METHODS.items():
+        kernels = [fused._make(case(name)[0], type(facts_of(method, 2)))]
+        if method.reduction is not None:
+            kernels.append(fused._make_reduction(case(name)[0]))
+        for cell in (c for k in kernels for c in k.py_func.__closure__):
+            content = cell.cell_contents
+            if isinstance(content, FunctionType | type):
+                assert getattr(sys.modules[content.__module__], content.__qualname__) is content
 
 
 def test_many_models_are_still_one_vectorised_loop():
@@ -168,7 +226,9 @@ def test_the_compiled_first_pass_gives_the_bits_of_numpy(name):
     kind, chunk, numbers = case(name, rows=77)
     reduction = METHODS[name].reduction
     count = reduction.count(len(numbers.scales))
-    shape, dtype = ((count, BINS), np.int64) if reduction.kind == "histogram" else ((count,), np.float64)
+    shape, dtype = (
+        ((count, BINS), np.int64) if reduction.kind == "histogram" else ((count,), np.float64)
+    )
     plain, fused = np.zeros(shape, dtype), np.zeros(shape, dtype)
     first_pass(kind, fused=False)(chunk, numbers, plain)
     first_pass(kind, fused=True)(chunk, numbers, fused)
@@ -188,6 +248,102 @@ def test_sums_of_rows_are_the_same_to_the_bit_and_right(dtype, rows, row):
     np.testing.assert_allclose(plain, expected, rtol=1e-13)
 
 
+def by_count(base, tasks, scales, facts):
+    """A rule that breaks the contract: a count in the arithmetic widens float32 when compiled."""
+    mean = base.mean
+    for i in range(len(tasks)):
+        mean = mean + (scales[i] / len(tasks)) * (tasks[i].mean - base.mean)
+    return Gaussian(mean, base.precision)
+
+
+def by_literal(base, tasks, scales, facts):
+    """A rule that numba compiles, to float64 in between and other bits than numpy's."""
+    return Gaussian(base.mean + (tasks[0].mean - base.mean) * 0.3 / len(tasks), base.precision)
+
+
+def by_zip(base, tasks, scales, facts):
+    """A rule in Python that numba does not know."""
+    moves = [s * (t.mean - base.mean) for s, t in zip(scales, tasks, strict=True)]
+    return Gaussian(base.mean + sum(moves), base.precision)
+
+
+def by_constant(base, tasks, scales, facts):
+    """The contract kept: a number of its own is a constant, a branch a select, a helper plain."""
+    mean, count = base.mean, constant(len(tasks), base.mean)
+    for i in range(len(tasks)):
+        mean = mean + (scales[i] / count) * capped(tasks[i].mean - base.mean)
+    return Gaussian(mean, base.precision)
+
+
+def capped(delta):
+    one = constant(1, delta)
+    return select(abs(delta) > one, delta / abs(delta), delta)
+
+
+def with_rule(monkeypatch, combine, **fields):
+    fields = {"name": combine.__name__, "combine": combine} | fields
+    monkeypatch.setitem(METHODS, fields["name"], METHODS["task_arithmetic"]._replace(**fields))
+    return fields["name"]
+
+
+@pytest.mark.parametrize("rule", [by_count, by_literal, by_zip])
+def test_a_rule_that_cannot_be_compiled_merges_in_numpy_and_says_why_once(monkeypatch, rule):
+    name = with_rule(monkeypatch, rule)
+    with pytest.warns(RuntimeWarning) as caught:
+        check(*case(name), fused=True, cut=1234)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert f"'{name}'" in text
+    assert "constant(number, like)" in text
+    assert "methods/base.py" in text
+    assert len(text.splitlines()) == 1
+    assert len(text) < 600
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F64"])
+def test_a_rule_that_keeps_the_contract_is_compiled_with_its_helpers(monkeypatch, dtype):
+    check(*case(with_rule(monkeypatch, by_constant), dtype=dtype), fused=True)
+
+
+def test_a_rule_with_a_first_pass_that_cannot_be_compiled_runs_it_in_numpy(monkeypatch):
+    halves = Reduction(
+        "sum", lambda base, tasks, k: tasks[k].mean * 0.5, lambda tasks: tasks, "model"
+    )
+    kind, chunk, numbers = case(
+        with_rule(monkeypatch, by_constant, name="halves", reduction=halves)
+    )
+    plain, fused = np.zeros(2), np.zeros(2)
+    first_pass(kind, fused=False)(chunk, numbers, plain)
+    with pytest.warns(RuntimeWarning, match="'halves'"):
+        first_pass(kind, fused=True)(chunk, numbers, fused)
+    np.testing.assert_array_equal(plain, fused)
+
+
+def test_a_strangers_rule_merges_whatever_the_size(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("base", "a", "b")):
+        tiny.write(f"{name}.safetensors", tiny.arrays(i))
+    config = MergeConfig(
+        models=("a.safetensors", "b.safetensors"),
+        base="base.safetensors",
+        method=with_rule(monkeypatch, by_count, name="strange"),
+        out="plain.safetensors",
+    )
+    run_merge(config, fused=False)
+    with pytest.warns(RuntimeWarning, match="'strange' cannot be compiled"):
+        run_merge(config.model_copy(update={"out": "fused.safetensors"}), fused=True, chunk=8)
+    assert Path("plain.safetensors").read_bytes() == Path("fused.safetensors").read_bytes()
+
+
+def test_words_are_those_of_splitmix64():
+    assert word(np.zeros(1, np.uint64), np.uint64(1)) == 0xE220A8397B1DCDAF
+    words = word(np.uint64(1234567), np.arange(1, 4, dtype=np.uint64))
+    assert words.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    seed = word(word(np.full(1, 5, np.uint64), np.uint64(1)) + np.uint64(7), np.uint64(1))
+    assert mix(5, 7) == int(seed[0]) >> 1
+
+
 def test_draws_are_uniform_and_a_matter_of_key_and_entry_alone():
     key = task_key(0, "h.0.weight", "a")
     draws = keyed_draws(key, 0, 200_000)
@@ -198,6 +354,10 @@ def test_draws_are_uniform_and_a_matter_of_key_and_entry_alone():
     assert chi_squared < 95  # 49 degrees of freedom: p = 1e-4
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.01
     np.testing.assert_array_equal(keyed_draws(key, 777, 100), draws[777:877])
-    others = [task_key(1, "h.0.weight", "a"), task_key(0, "h.1.weight", "a"), task_key(0, "h.0.weight", "b")]
+    others = [
+        task_key(1, "h.0.weight", "a"),
+        task_key(0, "h.1.weight", "a"),
+        task_key(0, "h.0.weight", "b"),
+    ]
     for other in others:
         assert abs(np.corrcoef(draws[:50_000], keyed_draws(other, 0, 50_000))[0, 1]) < 0.02

@@ -13,8 +13,8 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora import is_adapter, open_adapted, open_adapter, open_model, split_ref
-from mergekit_bayes.lora.adapter import Factors
 from mergekit_bayes.lora.dense import change, variance
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import Prior
 from tests import tiny
 from tests.adapters import BASE, LAYERS, adapter, base, factors, peft_adapter, precise
@@ -60,11 +60,10 @@ def test_the_variance_of_a_product_is_that_of_the_worked_example():
 def test_an_adapted_gpt2_is_what_peft_merges(tmp_path, config):
     folder = tiny_gpt2(tmp_path / "base")
     model = peft_adapter(tmp_path / "a", folder, task_type="CAUSAL_LM", **config)
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    assert opened.precision is None
-    assert {s.dtype for s in opened.mean.specs.values()} == {"F32"}
-    equals_merged(model, opened)
-    opened.close()
+    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
+        assert opened.precision is None
+        assert {s.dtype for s in opened.mean.specs.values()} == {"F32"}
+        equals_merged(model, opened)
 
 
 def test_an_adapted_classifier_is_what_peft_merges_and_has_its_head(tmp_path):
@@ -79,11 +78,10 @@ def test_an_adapted_classifier_is_what_peft_merges_and_has_its_head(tmp_path):
         target_modules=["query", "dense"],
         task_type="SEQ_CLS",
     )
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    head = read_tensor(opened.mean, "classifier.weight")
-    assert not np.array_equal(head, tiny.read(folder)["classifier.weight"])
-    equals_merged(model, opened)
-    opened.close()
+    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
+        head = read_tensor(opened.mean, "classifier.weight")
+        assert not np.array_equal(head, tiny.read(folder)["classifier.weight"])
+        equals_merged(model, opened)
 
 
 def test_names_may_differ_by_a_prefix(tmp_path):
@@ -93,31 +91,29 @@ def test_names_may_differ_by_a_prefix(tmp_path):
     )
     bare = {n.removeprefix("transformer."): t for n, t in tiny.read(folder).items()}
     tiny.write(tmp_path / "hub" / "model.safetensors", bare)
-    opened = open_adapted(f"{tmp_path / 'hub'}+{tmp_path / 'a'}")
-    merged = model.merge_and_unload().state_dict()
-    name = "h.1.attn.c_attn.weight"
-    np.testing.assert_allclose(
-        read_tensor(opened.mean, name), merged[f"transformer.{name}"].numpy(), atol=2e-6
-    )
-    opened.close()
+    with open_adapted(f"{tmp_path / 'hub'}+{tmp_path / 'a'}") as opened:
+        merged = model.merge_and_unload().state_dict()
+        name = "h.1.attn.c_attn.weight"
+        np.testing.assert_allclose(
+            read_tensor(opened.mean, name), merged[f"transformer.{name}"].numpy(), atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F64", "BF16"])
 def test_an_entry_has_the_same_bits_whatever_the_chunk(tmp_path, dtype):
     made = factors(0, rank=5)
     adapter(tmp_path / "a", made, alpha=7, precision=precise(made, 0))
-    opened = open_adapted(f"{base(tmp_path / 'base', dtype)}+{tmp_path / 'a'}")
-    rng = np.random.default_rng(1)
-    for source in (opened.mean, opened.precision):
-        for name, spec in source.specs.items():
-            whole = np.empty(spec.nbytes, np.uint8)
-            source.read_bytes(name, 0, whole.data)
-            for _ in range(40):
-                start, stop = np.sort(rng.integers(0, spec.nbytes + 1, 2))
-                part = np.empty(stop - start, np.uint8)
-                source.read_bytes(name, int(start), part.data)
-                np.testing.assert_array_equal(part, whole[start:stop])
-    opened.close()
+    with open_adapted(f"{base(tmp_path / 'base', dtype)}+{tmp_path / 'a'}") as opened:
+        rng = np.random.default_rng(1)
+        for source in (opened.mean, opened.precision):
+            for name, spec in source.specs.items():
+                whole = np.empty(spec.nbytes, np.uint8)
+                source.read_bytes(name, 0, whole.data)
+                for _ in range(40):
+                    start, stop = np.sort(rng.integers(0, spec.nbytes + 1, 2))
+                    part = np.empty(stop - start, np.uint8)
+                    source.read_bytes(name, int(start), part.data)
+                    np.testing.assert_array_equal(part, whole[start:stop])
 
 
 def test_wide_rows_and_many_rows_have_the_bits_of_single_entries():
@@ -136,31 +132,30 @@ def test_wide_rows_and_many_rows_have_the_bits_of_single_entries():
 
 def test_threads_read_the_same_bits(tmp_path):
     adapter(tmp_path / "a", factors(0, rank=5))
-    opened = open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}")
-    expected = identity(opened.mean, full=True)
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(lambda _: identity(opened.mean, full=True), range(12))) == {expected}
-    opened.close()
+    with open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}") as opened:
+        expected = identity(opened.mean, full=True)
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(lambda _: identity(opened.mean, full=True), range(12))) == {
+                expected
+            }
 
 
 def test_tensors_that_the_adapter_leaves_alone_keep_their_bytes_and_type(tmp_path):
     adapter(tmp_path / "a", factors(0, layers={"m.q": (6, 4)}))
     folder = base(tmp_path / "base", "BF16")
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    plain = SafetensorsSource(checkpoint_files(folder))
-    for name, spec in plain.specs.items():
-        assert opened.mean.specs[name] == (
-            TensorSpec("F32", spec.shape) if name == "m.q.weight" else spec
-        )
-        assert opened.mean.file_of(name) == 0
-        if name != "m.q.weight":
-            mine, theirs = np.empty(spec.nbytes, np.uint8), np.empty(spec.nbytes, np.uint8)
-            opened.mean.read_bytes(name, 0, mine.data)
-            plain.read_bytes(name, 0, theirs.data)
-            np.testing.assert_array_equal(mine, theirs)
-    assert opened.mean.files == plain.files
-    plain.close()
-    opened.close()
+    ref = f"{folder}+{tmp_path / 'a'}"
+    with open_adapted(ref) as opened, SafetensorsSource(checkpoint_files(folder)) as plain:
+        for name, spec in plain.specs.items():
+            assert opened.mean.specs[name] == (
+                TensorSpec("F32", spec.shape) if name == "m.q.weight" else spec
+            )
+            assert opened.mean.file_of(name) == 0
+            if name != "m.q.weight":
+                actual, stored = np.empty(spec.nbytes, np.uint8), np.empty(spec.nbytes, np.uint8)
+                opened.mean.read_bytes(name, 0, actual.data)
+                plain.read_bytes(name, 0, stored.data)
+                np.testing.assert_array_equal(actual, stored)
+        assert opened.mean.files == plain.files
 
 
 def test_the_precision_of_an_adapted_base_follows_from_the_moments_of_its_factors(tmp_path):
@@ -168,31 +163,28 @@ def test_the_precision_of_an_adapted_base_follows_from_the_moments_of_its_factor
     stored = precise(made, 0)
     stored["m.wide"] = Factors(None, stored["m.wide"].b)  # A was frozen
     adapter(tmp_path / "a", made, alpha=3, precision=stored)
-    opened = open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}")
-    assert opened.info is None
-    assert set(opened.precision.specs) == {f"{m}.weight" for m in LAYERS}
-    for module, pair in made.items():
-        a, b = stored[module]
-        expected = 1 / twin.variance(
-            *pair, np.zeros_like(pair.a) if a is None else 1 / a, 1 / b, 1.5
-        )
-        np.testing.assert_allclose(
-            read_tensor(opened.precision, f"{module}.weight"), expected, rtol=1e-5
-        )
-    opened.close()
-    uniform = open_adapted(opened.ref, with_precision=False)
-    assert not uniform.has_precision
-    uniform.close()
+    with open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}") as opened:
+        assert opened.info is None
+        assert set(opened.precision.specs) == {f"{m}.weight" for m in LAYERS}
+        for module, pair in made.items():
+            a, b = stored[module]
+            expected = 1 / twin.variance(
+                *pair, np.zeros_like(pair.a) if a is None else 1 / a, 1 / b, 1.5
+            )
+            np.testing.assert_allclose(
+                read_tensor(opened.precision, f"{module}.weight"), expected, rtol=1e-5
+            )
+    with open_adapted(opened.ref, with_precision=False) as uniform:
+        assert not uniform.has_precision
 
 
 def test_a_transposed_layer_has_the_transposed_precision(tmp_path):
     made = {"m.q": Factors(*(f for f in factors(0, layers={"m.q": (4, 6)})["m.q"]))}
     stored = precise(made, 0)
     adapter(tmp_path / "a", made, precision=stored)
-    opened = open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}")
-    expected = 1 / twin.variance(*made["m.q"], *(1 / s for s in stored["m.q"]), 1.5).T
-    np.testing.assert_allclose(read_tensor(opened.precision, "m.q.weight"), expected, rtol=1e-5)
-    opened.close()
+    with open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}") as opened:
+        expected = 1 / twin.variance(*made["m.q"], *(1 / s for s in stored["m.q"]), 1.5).T
+        np.testing.assert_allclose(read_tensor(opened.precision, "m.q.weight"), expected, rtol=1e-5)
 
 
 def test_square_layers_are_laid_out_as_the_others_and_else_as_the_config_says(tmp_path):
@@ -205,14 +197,13 @@ def test_square_layers_are_laid_out_as_the_others_and_else_as_the_config_says(tm
     ):
         made = factors(0, layers=layers)
         adapter(tmp_path / name, made, fan_in_fan_out=flag)
-        opened = open_adapted(f"{folder}+{tmp_path / name}")
-        moved = twin.change(*made["m.k"], 1.5)
-        np.testing.assert_allclose(
-            read_tensor(opened.mean, "m.k.weight"),
-            plain + (moved.T if transposed else moved),
-            atol=1e-5,
-        )
-        opened.close()
+        with open_adapted(f"{folder}+{tmp_path / name}") as opened:
+            moved = twin.change(*made["m.k"], 1.5)
+            np.testing.assert_allclose(
+                read_tensor(opened.mean, "m.k.weight"),
+                plain + (moved.T if transposed else moved),
+                atol=1e-5,
+            )
     adapter(tmp_path / "both", factors(0, layers={"m.k": (4, 4), "m.q": (4, 6), "m.wide": (3, 70)}))
     with pytest.raises(ConfigError, match=r"the square 'm\.k\.weight' may be either"):
         open_adapted(f"{folder}+{tmp_path / 'both'}")
@@ -227,13 +218,12 @@ def test_precisions_are_taken_for_the_recorded_observations_or_any_other_number(
         precision=stored,
         info={"observations": 100.0, "ess": 400.0, "prior": Prior(kind="isotropic", precision=8.0)},
     )
-    opened = open_adapter(str(tmp_path / "a"))
-    for count in (None, 300.0):
-        for found, s in zip(
-            opened.precisions(opened.layers["m.q"], count), stored["m.q"], strict=True
-        ):
-            np.testing.assert_allclose(found, (count or 100) / 400 * (s - 8) + 2, rtol=1e-6)
-    opened.close()
+    with open_adapter(str(tmp_path / "a")) as opened:
+        for count in (None, 300.0):
+            for found, s in zip(
+                opened.precisions(opened.layers["m.q"], count), stored["m.q"], strict=True
+            ):
+                np.testing.assert_allclose(found, (count or 100) / 400 * (s - 8) + 2, rtol=1e-6)
 
 
 def test_entries_of_no_curvature_have_a_tiny_finite_precision(tmp_path):
@@ -241,20 +231,18 @@ def test_entries_of_no_curvature_have_a_tiny_finite_precision(tmp_path):
     adapter(
         tmp_path / "a", made, precision={"m.q": Factors(*(np.zeros_like(f) for f in made["m.q"]))}
     )
-    opened = open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}")
-    found = read_tensor(opened.precision, "m.q.weight")
-    assert np.isfinite(found).all()
-    assert (found > 0).all()
-    assert found.max() < 1e-20
-    opened.close()
+    with open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}") as opened:
+        found = read_tensor(opened.precision, "m.q.weight")
+        assert np.isfinite(found).all()
+        assert (found > 0).all()
+        assert found.max() < 1e-20
 
 
 def test_a_plus_in_an_existing_path_is_no_adapter(tmp_path):
     tiny.write(tmp_path / "a+b" / "model.safetensors", tiny.arrays(0))
     assert split_ref(str(tmp_path / "a+b")) is None
-    opened = open_model(str(tmp_path / "a+b"))
-    assert isinstance(opened.mean, SafetensorsSource)
-    opened.close()
+    with open_model(str(tmp_path / "a+b")) as opened:
+        assert isinstance(opened.mean, SafetensorsSource)
     assert split_ref("org/base@main+org/adapter") == ("org/base@main", "org/adapter")
     (tmp_path / "x").mkdir()
     assert split_ref(f"{tmp_path}/a+b+{tmp_path}/x") == (f"{tmp_path}/a+b", f"{tmp_path}/x")

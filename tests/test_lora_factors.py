@@ -7,7 +7,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora import INITIAL_A, initial_identity, merge_adapters
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests import tiny
 from tests.adapters import LAYERS, adapter, factors, precise, product
@@ -94,14 +94,13 @@ def test_tensors_held_whole_are_kept_if_equal_averaged_by_precision_and_else_ref
     with pytest.raises(MismatchError, match=r"'head\.weight' differs between the adapters"):
         merge_adapters([a, c], tmp_path / "no")
     for name, amount in (("a", 1.0), ("c", 3.0)):
-        source = SafetensorsSource(checkpoint_files(tmp_path / name))
-        stored = {n: np.full(s.shape, amount, np.float32) for n, s in source.specs.items()}
-        save_posterior(
-            tmp_path / name,
-            stored,
-            PosteriorInfo(estimator="ggn", unit="token", mean=identify(source)),
-        )
-        source.close()
+        with SafetensorsSource(checkpoint_files(tmp_path / name)) as source:
+            stored = {n: np.full(s.shape, amount, np.float32) for n, s in source.specs.items()}
+            save_posterior(
+                tmp_path / name,
+                stored,
+                PosteriorInfo(estimator="ggn", unit="token", mean=identify(source)),
+            )
     merge_adapters([a, c], tmp_path / "weighted", weights="precision")
     merged = tiny.read(tmp_path / "weighted")["base_model.model.head.weight"]
     np.testing.assert_allclose(merged, heads[0] / 4 + 0.75 * heads[1], rtol=1e-6)

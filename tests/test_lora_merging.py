@@ -16,9 +16,10 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
-from mergekit_bayes.lora import merge_adapters, merging, open_adapted
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.lora import merge_adapters, open_adapted, products
+from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import identify
 from tests import tiny
@@ -70,11 +71,12 @@ def test_adapters_whose_names_differ_by_a_prefix_are_matched_and_their_bases_com
     expected = product(refs[0], "m.q") + product(refs[1], "model.m.q")
     np.testing.assert_allclose(product(tmp_path / "out", "m.q"), expected, atol=1e-5)
     for i, name in enumerate("cd"):
-        source = SafetensorsSource(
+        with SafetensorsSource(
             [tiny.write(tmp_path / f"base{i}" / "model.safetensors", tiny.arrays(i))]
-        )
-        adapter(tmp_path / name, made, precision=precise(made, 0), info={"base": identify(source)})
-        source.close()
+        ) as source:
+            adapter(
+                tmp_path / name, made, precision=precise(made, 0), info={"base": identify(source)}
+            )
     with pytest.raises(MismatchError, match="trained on different weights"):
         merge_adapters([str(tmp_path / n) for n in "cd"], tmp_path / "no", weights="precision")
 
@@ -98,7 +100,7 @@ def test_product_space_at_full_rank_is_concatenation_and_below_it_the_best_of_it
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_precision_weights_are_those_of_the_products(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(merging, "_BLOCK", block)
+    monkeypatch.setattr(products, "_BLOCK", block)
     refs = two(tmp_path)
     report = merge_adapters(refs, tmp_path / "out", weights="precision", scales=(1.0, 2.0), rank=4)
     pairs = [factors(1), factors(2, rank=3, layers={"m.q": (6, 4), "m.wide": (3, 70)})]
@@ -189,16 +191,15 @@ def test_fine_tuned_adapters_open_and_merge_with_the_posteriors_that_training_le
             ),
             quiet=True,
         )
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    assert opened.mean.notes == ()
-    assert set(opened.precision.specs) == {
-        f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)
-    }
-    for name in opened.precision.specs:
-        found = read_tensor(opened.precision, name)
-        assert np.isfinite(found).all()
-        assert (found > 0).all()
-    opened.close()
+    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
+        assert opened.mean.notes == ()
+        assert set(opened.precision.specs) == {
+            f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)
+        }
+        for name in opened.precision.specs:
+            found = read_tensor(opened.precision, name)
+            assert np.isfinite(found).all()
+            assert (found > 0).all()
     report = merge_adapters([str(tmp_path / n) for n in "ab"], tmp_path / "ab", weights="precision")
     assert report.notes == ()
     assert report.counts[0] == report.counts[1] > 0

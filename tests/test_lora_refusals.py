@@ -57,12 +57,13 @@ def test_an_adapter_that_does_not_fit_its_base_or_itself_is_refused(tmp_path):
     made = factors(0)
     made["m.q"].b[0, 0] = np.nan
     adapter(tmp_path / "nan", made)
-    opened = open_adapted(f"{folder}+{tmp_path / 'nan'}")
-    with pytest.raises(
-        CheckpointError, match=r"m\.q\.lora_B\.weight' has entries that are not finite"
+    with (
+        open_adapted(f"{folder}+{tmp_path / 'nan'}") as opened,
+        pytest.raises(
+            CheckpointError, match=r"m\.q\.lora_B\.weight' has entries that are not finite"
+        ),
     ):
         read_tensor(opened.mean, "m.q.weight")
-    opened.close()
 
 
 @pytest.mark.parametrize(
@@ -96,12 +97,9 @@ def test_a_precision_of_other_factors_is_refused(tmp_path):
 def test_another_base_than_the_recorded_one_is_told(tmp_path):
     made = factors(0)
     folder = base(tmp_path / "base")
-    source = SafetensorsSource(checkpoint_files(folder))
-    adapter(tmp_path / "a", made, precision=precise(made, 0), info={"base": identify(source)})
-    source.close()
-    opened = open_adapted(f"{folder}+{tmp_path / 'a'}")
-    assert opened.mean.notes == ()
-    opened.close()
-    other = open_adapted(f"{base(tmp_path / 'half', 'BF16')}+{tmp_path / 'a'}")
-    assert "trained on other weights" in other.mean.notes[0]
-    other.close()
+    with SafetensorsSource(checkpoint_files(folder)) as source:
+        adapter(tmp_path / "a", made, precision=precise(made, 0), info={"base": identify(source)})
+    with open_adapted(f"{folder}+{tmp_path / 'a'}") as opened:
+        assert opened.mean.notes == ()
+    with open_adapted(f"{base(tmp_path / 'half', 'BF16')}+{tmp_path / 'a'}") as other:
+        assert "trained on other weights" in other.mean.notes[0]

@@ -51,15 +51,14 @@ def lora(folder, base, seed, modules, rank, alpha, observations):
         "target_modules": ["q_proj", "down_proj"],
     }
     (path / "adapter_config.json").write_text(json.dumps(config))
-    source = SafetensorsSource(checkpoint_files(path))
-    info = PosteriorInfo(
-        estimator="ggn",
-        unit="token",
-        observations=observations,
-        ess=observations,
-        mean=identify(source),
-    )
-    source.close()
+    with SafetensorsSource(checkpoint_files(path)) as source:
+        info = PosteriorInfo(
+            estimator="ggn",
+            unit="token",
+            observations=observations,
+            ess=observations,
+            mean=identify(source),
+        )
     save_posterior(path, kept, info, force=True)
     return result
 
@@ -159,11 +158,10 @@ def test_a_merge_of_adapters_can_be_undone(adapters):
 
 def test_an_adapter_of_another_estimator_does_not_add_to_the_bases(adapters):
     stored = load_file("a/posterior/precision.safetensors")
-    source = SafetensorsSource([Path("a/adapter_model.safetensors")])
-    info = PosteriorInfo(
-        estimator="ivon", unit="token", observations=50, ess=50, mean=identify(source)
-    )
-    source.close()
+    with SafetensorsSource([Path("a/adapter_model.safetensors")]) as source:
+        info = PosteriorInfo(
+            estimator="ivon", unit="token", observations=50, ess=50, mean=identify(source)
+        )
     save_file(stored, "a/posterior/precision.safetensors", info.to_metadata())
     with pytest.raises(PrecisionError, match=r"different kinds .*'base\+a' (has )?ivon per token"):
         merge("base+a", out="x")

@@ -1,4 +1,4 @@
-"""Rows and models in, batches out: what is read, what is refused, what counts as an observation."""
+"""Rows and models in, batches out: what is read, refused, and counted as an observation."""
 
 import gzip
 import json
@@ -12,12 +12,10 @@ from mergekit_bayes.models.encode import (
     IGNORED,
     Collate,
     batches,
-    context_length,
     encode_rows,
     observations,
-    start_token,
 )
-from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.rows import load_rows
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -65,7 +63,7 @@ def test_unusable_data_is_named(tmp_path):
     file.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     (tmp_path / "bad.jsonl").write_text("{not json\n")
     (tmp_path / "a.xls").write_text("x")
-    for refs, options, kind, message in (
+    for refs, options, error, message in (
         (str(file), {"columns": ["body"]}, MismatchError, "no column 'body'; it has text, label"),
         (str(file), {"where": {"toxic": 1}}, MismatchError, "no column 'toxic'"),
         (str(file), {"where": {"label": 7}}, MismatchError, "no row of"),
@@ -74,7 +72,7 @@ def test_unusable_data_is_named(tmp_path):
         (str(tmp_path / "none.jsonl"), {}, CheckpointError, "no such file"),
         ([], {}, ConfigError, "no data"),
     ):
-        with pytest.raises(kind, match=message):
+        with pytest.raises(error, match=message):
             load_rows(refs, **options)
 
 
@@ -98,7 +96,7 @@ def test_a_document_runs_from_the_start_token_to_eos(tmp_path):
     words = loaded.tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
     (example,) = encode_rows({"text": ["the cat sat"]}, loaded)
     assert example["input_ids"] == [
-        start_token(loaded.tokenizer),
+        loaded.start,
         *words,
         loaded.tokenizer.eos_token_id,
     ]
@@ -121,7 +119,7 @@ def test_no_text_exceeds_the_models_context(tmp_path):
     for make in (tiny_gpt2, tiny_bert):
         loaded = load_model(str(make(tmp_path / make.__name__)))
         (example,) = encode_rows({"text": ["cat " * 500]}, loaded)
-        assert len(example["input_ids"]) == context_length(loaded) == 64
+        assert len(example["input_ids"]) == loaded.context == 64
 
 
 def test_padding_changes_no_loss(tmp_path):
@@ -149,12 +147,24 @@ def test_labels_are_numbers_or_the_models_names(tmp_path):
             encode_rows({**rows, "label": ["toxic", bad]}, loaded, label="label")
 
 
-def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document():
+def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document(tmp_path):
     class Bare:
         bos_token_id = eos_token_id = None
 
     with pytest.raises(CheckpointError, match="neither"):
-        start_token(Bare())
+        _ = Loaded(None, Bare(), "causal-lm", tmp_path).start
+
+
+def test_a_loaded_model_says_what_running_it_needs(tmp_path):
+    gpt2, bert = (
+        load_model(str(tiny_gpt2(tmp_path / "g"))),
+        load_model(str(tiny_bert(tmp_path / "b"))),
+    )
+    assert (gpt2.start, gpt2.context, gpt2.device.type) == (0, 64, "cpu")
+    assert gpt2.pad == gpt2.tokenizer.pad_token_id
+    bert.tokenizer.bos_token = bert.tokenizer.eos_token = None
+    assert bert.context == 64
+    assert "labels" in encode_rows({"text": ["a cat"], "label": [0]}, bert, label="label")[0]
 
 
 def test_stacked_experts_get_the_names_and_shapes_of_the_saved_file(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import resampled_sums
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models.encode import start_token
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
@@ -42,16 +41,16 @@ def loaded(tmp_path_factory):
 
 
 def measure(loaded, texts, **options):
-    options = {"start": start_token(loaded.tokenizer), "window": CONTEXT, "bootstrap": 50} | options
+    options = {"start": loaded.start, "window": CONTEXT, "bootstrap": 50} | options
     return measure_perplexity(loaded.model, loaded.tokenizer, texts, **options)
 
 
 def by_hand(loaded, ids, start, window, stride):
     """Nats of a stream, one window at a time, from the definition."""
-    known, nats, at = [start, *ids], [], 0
+    stream, nats, at = [start, *ids], [], 0
     while at < len(ids):
         end = min(at + (window if at == 0 else stride), len(ids))
-        inputs = known[max(0, end - window) : end]
+        inputs = stream[max(0, end - window) : end]
         with torch.no_grad():
             logp = loaded.model(torch.tensor([inputs])).logits[0].double().log_softmax(-1)
         nats += [-logp[len(inputs) - end + i, ids[i]].item() for i in range(at, end)]
@@ -70,7 +69,7 @@ def test_rolling_perplexity_equals_lm_eval(loaded, tmp_path, monkeypatch):
     data.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "texts.yaml").write_text(TASK.format(path=data))
-    theirs = lm_eval.simple_evaluate(
+    expected = lm_eval.simple_evaluate(
         model=HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=CONTEXT, batch_size=1
         ),
@@ -78,11 +77,11 @@ def test_rolling_perplexity_equals_lm_eval(loaded, tmp_path, monkeypatch):
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
         bootstrap_iters=0,
     )["results"]["texts"]
-    ours = measure(loaded, texts)
-    assert ours.protocol == "rolling"
-    assert ours.word.value == pytest.approx(theirs["word_perplexity,none"], rel=1e-6)
-    assert ours.byte.value == pytest.approx(theirs["byte_perplexity,none"], rel=1e-6)
-    assert ours.bits_per_byte.value == pytest.approx(theirs["bits_per_byte,none"], rel=1e-6)
+    report = measure(loaded, texts)
+    assert report.protocol == "rolling"
+    assert report.word.value == pytest.approx(expected["word_perplexity,none"], rel=1e-6)
+    assert report.byte.value == pytest.approx(expected["byte_perplexity,none"], rel=1e-6)
+    assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte,none"], rel=1e-6)
 
 
 @pytest.mark.parametrize("stride", [16, 5, 1])
@@ -128,8 +127,8 @@ def test_the_interval_is_that_of_the_ratio_over_resampled_documents(loaded):
     nats, tokens = np.array(report.document_nats), np.array(report.document_tokens)
     draws = []
     for _ in range(400):
-        some = rng.integers(len(nats), size=len(nats))
-        draws.append(nats[some].sum() / tokens[some].sum())
+        rows = rng.integers(len(nats), size=len(nats))
+        draws.append(nats[rows].sum() / tokens[rows].sum())
     low, high = np.percentile(draws, (2.5, 97.5), method="nearest")
     assert (report.loss.low, report.loss.high) == pytest.approx((low, high))
     assert report.token.low == pytest.approx(math.exp(low))

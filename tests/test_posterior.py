@@ -28,9 +28,8 @@ def test_a_precision_file_carries_its_own_meaning(tmp_path):
     )
     written = save_posterior(model, tiny.precisions(0), said)
     assert written == tmp_path / "a.precision.safetensors" == precision_path(model)
-    opened = open_posterior(str(model))
-    assert opened.info == said
-    opened.close()
+    with open_posterior(str(model)) as opened:
+        assert opened.info == said
 
 
 def test_a_folder_keeps_its_posterior_in_a_subfolder(tmp_path):
@@ -44,10 +43,9 @@ def test_a_folder_keeps_its_posterior_in_a_subfolder(tmp_path):
 def test_a_posterior_may_lie_elsewhere(tmp_path):
     model = tiny.write(tmp_path / "m" / "model.safetensors", tiny.arrays(0)).parent
     elsewhere = save_posterior(model, tiny.precisions(0), info(), out=tmp_path / "p")
-    opened = open_posterior(str(model), precision=str(elsewhere))
-    assert opened.info is not None
-    assert opened.precision.files == (tmp_path / "p" / "precision.safetensors",)
-    opened.close()
+    with open_posterior(str(model), precision=str(elsewhere)) as opened:
+        assert opened.info is not None
+        assert opened.precision.files == (tmp_path / "p" / "precision.safetensors",)
 
 
 def test_a_precision_that_does_not_fit_is_refused(tmp_path):
@@ -131,10 +129,9 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for ref in ("org/name", f"org/name@{commit}"):
-        opened = open_posterior(ref)
-        assert opened.path == Path(snapshot)
-        assert opened.info is not None
-        opened.close()
+        with open_posterior(ref) as opened:
+            assert opened.path == Path(snapshot)
+            assert opened.info is not None
     with pytest.raises(CheckpointError, match=r"'org/other'.*offline mode is on"):
         open_posterior("org/other")
 

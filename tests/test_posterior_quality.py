@@ -22,33 +22,33 @@ def experiment():
         sys.path.remove(str(SCRIPTS))
 
 
-def runs(experiment, kind, methods, passes=480, seeds=(0, 1)):
+def runs(experiment, likelihood, methods, passes=480, seeds=(0, 1)):
     """Means over seeds, by method."""
-    found = {}
+    means = {}
     for name in methods:
         records = [
             experiment.train(
-                experiment.regression(kind, seed), experiment.METHODS[name], passes, "N", seed
+                experiment.regression(likelihood, seed), experiment.METHODS[name], passes, "N", seed
             )
             for seed in seeds
         ]
-        found[name] = {
+        means[name] = {
             key: sum(r[key] for r in records) / len(records)
             for key in ("rank", "error", "ratio", "loss")
         }
-    return found
+    return means
 
 
-@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("likelihood", ["regression", "multi_label_classification"])
 def test_root_ggn_has_the_right_size_and_a_better_order_than_price_on_a_known_posterior(
-    experiment, kind
+    experiment, likelihood
 ):
-    found = runs(
+    results = runs(
         experiment,
-        kind,
+        likelihood,
         ["IVON price", "IVON ggn, k = 1", "IVON ggn, k = 8", "IVON ggn, k = 8, then flush"],
     )
-    price, every, eighth, flush = found.values()
+    price, every, eighth, flush = results.values()
     assert price["ratio"] > 1.3  # the positivity term
     for row in (every, eighth, flush):
         assert 0.8 < row["ratio"] < 1.25
@@ -59,13 +59,13 @@ def test_root_ggn_has_the_right_size_and_a_better_order_than_price_on_a_known_po
 
 
 def test_the_truth_of_a_regression_is_its_closed_form(experiment):
-    for kind in ("regression", "multi_label_classification"):
-        problem = experiment.regression(kind, 0)
+    for likelihood in ("regression", "multi_label_classification"):
+        problem = experiment.regression(likelihood, 0)
         model = problem.start
         torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(1))
         x = problem.train["x"].double()
         p = (x @ model.weight.detach()[0].double()).sigmoid()
-        weight = torch.ones_like(p) if kind == "regression" else p * (1 - p)
+        weight = torch.ones_like(p) if likelihood == "regression" else p * (1 - p)
         expected = (weight[:, None] * x.square()).mean(0)
         truth = experiment.exact(problem, model)["weight"][0]
         torch.testing.assert_close(truth.double(), expected, rtol=1e-4, atol=1e-7)

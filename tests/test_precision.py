@@ -19,7 +19,8 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig, run_precision
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import tiny_bert, tiny_gpt2
 
@@ -44,33 +45,33 @@ def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     examples = encode_rows({"text": texts}, loaded)
     total = observations(examples, "causal-lm")
-    posterior = open_posterior(str(model))
-    info = posterior.info
-    assert report.path == model / "posterior"
-    assert (info.estimator, info.unit, info.observations, info.ess, info.sampled) == (
-        "ggn",
-        "token",
-        total,
-        total,
-        5,
-    )
-    assert (info.prior.kind, info.prior.precision) == ("isotropic", 0.5)
-    import torch
+    with open_posterior(str(model)) as posterior:
+        info = posterior.info
+        assert report.path == model / "posterior"
+        assert (info.estimator, info.unit, info.observations, info.ess, info.sampled) == (
+            "ggn",
+            "token",
+            total,
+            total,
+            5,
+        )
+        assert (info.prior.kind, info.prior.precision) == ("isotropic", 0.5)
+        import torch
 
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(4)).tolist()[:5]
-    found = ggn_diagonal(loaded.model, batches([examples[i] for i in order], 1, Collate(2)), seed=4)
-    for name, value in tiny.read(model / "posterior" / "precision.safetensors").items():
-        expected = found.total[name].numpy() * (total / found.observations) + 0.5
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-    posterior.close()
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(4)).tolist()[:5]
+        curvature = ggn_diagonal(
+            loaded.model, batches([examples[i] for i in order], 1, Collate(2)), seed=4
+        )
+        for name, value in tiny.read(model / "posterior" / "precision.safetensors").items():
+            expected = curvature.total[name].numpy() * (total / curvature.observations) + 0.5
+            np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_a_classifier_needs_no_labels_and_counts_rows(tmp_path, data):
     model = tiny_bert(tmp_path / "m")
     run_precision(PrecisionConfig(model=str(model), data=data, where={"label": 1}))
-    posterior = open_posterior(str(model))
-    assert (posterior.info.unit, posterior.info.observations) == ("example", 6)
-    posterior.close()
+    with open_posterior(str(model)) as posterior:
+        assert (posterior.info.unit, posterior.info.observations) == ("example", 6)
 
 
 def test_the_model_is_not_touched_and_a_second_run_needs_force(tmp_path, data):
@@ -121,13 +122,12 @@ def test_a_file_without_the_common_prefix_keeps_its_own_names(tmp_path, data):
     tensors = {n.removeprefix("transformer."): v for n, v in tiny.read(model).items()}
     save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
     run_precision(PrecisionConfig(model=str(short), data=data))
-    found = tiny.read(short / "posterior" / "precision.safetensors")
-    assert set(found) == set(tensors)
-    for name, value in found.items():
+    stored = tiny.read(short / "posterior" / "precision.safetensors")
+    assert set(stored) == set(tensors)
+    for name, value in stored.items():
         np.testing.assert_array_equal(value, expected[f"transformer.{name}"])
-    posterior = open_posterior(str(short))
-    assert posterior.info.aliases == {"lm_head.weight": "wte.weight"}
-    posterior.close()
+    with open_posterior(str(short)) as posterior:
+        assert posterior.info.aliases == {"lm_head.weight": "wte.weight"}
 
 
 def test_a_head_that_the_file_does_not_hold_has_no_precision(tmp_path, data):
@@ -177,7 +177,7 @@ def test_the_two_commands_print_one_document_or_one_path(tmp_path, data):
     assert done.stdout == f"{model / 'posterior'}\n"
 
 
-def test_what_the_user_can_mend_is_one_message_and_exit_code_two(tmp_path, data):
+def test_what_the_user_can_correct_is_one_message_and_exit_code_two(tmp_path, data):
     settings = tmp_path / "f.yaml"
     model = tiny_gpt2(tmp_path / "m")
     settings.write_text(f"model: {model}\ndata: {data}\noutput: {model}\n")

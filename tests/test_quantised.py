@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from tests.tiny_models import tiny_gpt2

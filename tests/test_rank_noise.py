@@ -1,4 +1,4 @@
-"""Two ranks that draw noise of their own are two samples of one process, and stay equal bit for bit."""
+"""Two ranks with noise of their own are two samples of one process, and stay equal bit for bit."""
 
 import dataclasses
 import json
@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.optim.ivon import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.trainer import unwrap
-from tests.test_ivon import data, loss_of, net
-from tests.test_trainer import ROWS, trainer
+from tests.cases import data, loss_of, net
 from tests.tiny_models import tiny_gpt2
+from tests.trainers import ROWS, trainer
 from tests.two_ranks import found_by_two
 
 SETTINGS = {"lr": 0.1, "ess": 50.0, "hess_init": 0.5, "beta2": 0.95, "weight_decay": 0.1}
@@ -37,7 +38,9 @@ class OneProcess(IVON):
 
     def _noise(self, at, *others):
         self.rank, sample = divmod(at.draw.sample, self.each)
-        yield from super()._noise(dataclasses.replace(at, draw=at.draw._replace(sample=sample)), *others)
+        yield from super()._noise(
+            dataclasses.replace(at, draw=at.draw._replace(sample=sample)), *others
+        )
 
     def _place(self, at):
         return self.rank
@@ -49,7 +52,11 @@ def model_of(mode):
 
 def part(rank, mode):
     x, y = (t.to(torch.bfloat16) if "bfloat16" in mode else t for t in data())
-    return (x, y) if mode == "whole batch" else (x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8])
+    return (
+        (x, y)
+        if mode == "whole batch"
+        else (x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8])
+    )
 
 
 def one(mode):
@@ -75,8 +82,8 @@ def trained(model, optimizer):
 
 def child(folder):
     """What each of two ranks does; rank 0 writes what the tests read."""
-    found = {"mixin": mixin(folder)}  # its arguments start the process group
-    found["world"] = dist.get_world_size()
+    reports = {"mixin": mixin(folder)}  # its arguments start the process group
+    reports["world"] = dist.get_world_size()
     for mode, settings in MODES.items():
         model = model_of(mode)
         replica = DistributedDataParallel(model)
@@ -88,27 +95,40 @@ def child(folder):
                     loss_of(replica, *part(dist.get_rank(), mode)).backward()
             optimizer.step()
         tensors = trained(model, optimizer)
-        found[f"{mode} equal"] = equal(tensors)
+        reports[f"{mode} equal"] = equal(tensors)
         if dist.get_rank() == 0:
             torch.save(tensors, folder / f"{mode}.pt")
-    found["finetune"] = finetuned(folder)
-    found |= {"curvature": curvature(), "absent": absent(), "reduced": reduced(), "sharded": sharded()}
-    found["draws"] = draws()
+    reports["finetune"] = finetuned(folder)
+    reports |= {
+        "curvature": curvature(),
+        "absent": absent(),
+        "reduced": reduced(),
+        "sharded": sharded(),
+    }
+    reports["draws"] = draws()
     everywhere = [None, None]
-    dist.all_gather_object(everywhere, found)
+    dist.all_gather_object(everywhere, reports)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(everywhere))
     dist.destroy_process_group()
 
 
 def finetuned(folder):
-    """A fine-tune with the setting, and without: the loss of each, which only the noise sets apart."""
+    """The loss of a fine-tune without the setting and with it; only the noise differs."""
     losses = []
     for own in (False, True):
         settings = FinetuneConfig(
-            model=str(folder / "m"), data=str(folder / "t.jsonl"), output=str(folder / f"out-{own}"), max_steps=3,
-            batch_size=2, ess=1e4, rank_noise=own, posterior="ivon", curvature="price", num_processes=2,
-        )  # fmt: skip
+            model=str(folder / "m"),
+            data=str(folder / "t.jsonl"),
+            output=str(folder / f"out-{own}"),
+            max_steps=3,
+            batch_size=2,
+            ess=1e4,
+            rank_noise=own,
+            posterior="ivon",
+            curvature="price",
+            num_processes=2,
+        )
         losses.append(run_finetune(settings, quiet=True).loss)
     return losses
 
@@ -122,7 +142,11 @@ def equal(tensors):
 
 
 def mixin(folder):
-    """The Trainer with and without noise of the ranks' own, nearly none of it: momentum after one step; and trained."""
+    """The Trainer with and without noise of each rank's own.
+
+    Returns how far the momenta are apart after one step with hardly any noise, and whether the
+    ranks are equal after training with it.
+    """
     momenta = []
     for own in (False, True):
         ivon = {"rank_noise": own, "ess": 1e12, "mc_samples": 2}
@@ -130,7 +154,9 @@ def mixin(folder):
         assert t.accelerator.num_processes == 2
         t.train()
         optimizer = unwrap(t.optimizer)
-        momenta.append(torch.cat([optimizer.state[p]["momentum"].flatten() for p in t.model.parameters()]))
+        momenta.append(
+            torch.cat([optimizer.state[p]["momentum"].flatten() for p in t.model.parameters()])
+        )
     away = float((momenta[0] - momenta[1]).norm() / momenta[0].norm())
     t = trainer(folder, ivon={"rank_noise": True}, max_steps=3, gradient_accumulation_steps=2)
     t.train()
@@ -138,12 +164,21 @@ def mixin(folder):
 
 
 def curvature():
-    """The mean h of a quadratic of curvature 2: gradients kept apart until `step`, and averaged before."""
-    found = []
+    """The mean h of a quadratic of curvature 2: gradients reduced in `step`, and before it."""
+    reports = []
     for early in (False, True):
         w = torch.nn.Parameter(torch.zeros(4000))
-        optimizer = IVON([w], lr=0.0, ess=10.0, hess_init=2.0, beta2=0.98, weight_decay=1.0, rank_noise=True, seed=5)
-        optimizer._told_apart = early  # the wrong way is refused
+        optimizer = IVON(
+            [w],
+            lr=0.0,
+            ess=10.0,
+            hess_init=2.0,
+            beta2=0.98,
+            weight_decay=1.0,
+            rank_noise=True,
+            seed=5,
+        )
+        optimizer._transient.ranks_differ = early  # the wrong way is refused
         for _ in range(250):
             with optimizer.sampled_params(train=True):
                 w.grad = None
@@ -152,12 +187,12 @@ def curvature():
                     dist.all_reduce(w.grad)
                     w.grad /= 2
             optimizer.step()
-        found.append(float(optimizer.state[w]["hess"].mean()))
-    return found
+        reports.append(float(optimizer.state[w]["hess"].mean()))
+    return reports
 
 
 def absent():
-    """The momentum of a parameter that only rank 0 has a gradient of 3 for, after one step with beta1 of 0.9."""
+    """The momentum after one step of a parameter that only rank 0 has a gradient for, of 3."""
     for restore, dtype in (("redraw", torch.bfloat16), ("copy", torch.float32)):
         w, rare = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(2))
         optimizer = IVON([w, rare], rank_noise=True, restore=restore, **SETTINGS)
@@ -191,11 +226,11 @@ def draws():
     """Whether training noise differs between the ranks, and that of a prediction does not."""
     w = torch.nn.Parameter(torch.zeros(8))
     optimizer = IVON([w], rank_noise=True, **SETTINGS)
-    found = []
+    reports = []
     for train in (True, False):
         with optimizer.sampled_params(train=train):
-            found.append(equal([w]))
-    return found
+            reports.append(equal([w]))
+    return reports
 
 
 @pytest.fixture(scope="module")
@@ -210,29 +245,29 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_are_two_samples_of_one_process(two, mode):
-    """f = mean over ranks of noise_r * g_r, where sample r of the one process sees the batch of rank r."""
-    folder, found = two
-    assert [f[f"{mode} equal"] for f in found] == [True, True]
+    """f is the mean of noise_r * g_r over ranks, and over samples with the batches of the ranks."""
+    folder, reports = two
+    assert [f[f"{mode} equal"] for f in reports] == [True, True]
     for theirs, ours in zip(torch.load(folder / f"{mode}.pt"), one(mode), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_the_curvature_is_not_divided_by_the_number_of_ranks(two):
-    """Section 2.10 of the reference: gradients that are averaged before they meet the noise leave H / R."""
-    _, found = two
-    for ours, wrong in (f["curvature"] for f in found):
+    """Gradients that are averaged before they are multiplied by the noise give H / R."""
+    _, reports = two
+    for ours, wrong in (f["curvature"] for f in reports):
         assert ours == pytest.approx(2.0, rel=0.05)
         assert wrong == pytest.approx(1.0, rel=0.1)
 
 
 def test_gradients_that_ddp_has_reduced_are_refused(two):
-    _, found = two
-    assert all("DDP's no_sync()" in f["reduced"] for f in found)
+    _, reports = two
+    assert all("DDP's no_sync()" in f["reduced"] for f in reports)
 
 
 def test_shards_have_no_noise_of_their_ranks_own(two):
-    _, found = two
-    assert all("needs replicas" in f["sharded"] for f in found)
+    _, reports = two
+    assert all("needs replicas" in f["sharded"] for f in reports)
 
 
 def test_replicas_are_not_left_to_the_rounding_of_their_own_noise():
@@ -241,19 +276,19 @@ def test_replicas_are_not_left_to_the_rounding_of_their_own_noise():
 
 
 def test_a_parameter_without_a_gradient_on_one_rank_gets_the_mean_with_zero(two):
-    _, found = two
-    assert [f["absent"] for f in found] == [[pytest.approx(0.15)] * 2] * 2
+    _, reports = two
+    assert [f["absent"] for f in reports] == [[pytest.approx(0.15)] * 2] * 2
 
 
 def test_ranks_differ_in_training_noise_and_agree_on_samples_for_prediction(two):
-    _, found = two
-    assert [f["draws"] for f in found] == [[False, True]] * 2
+    _, reports = two
+    assert [f["draws"] for f in reports] == [[False, True]] * 2
 
 
 def test_it_is_a_setting_of_finetune(two):
-    folder, found = two
-    shared, own = found[0]["finetune"]
-    assert found[1]["finetune"] == [shared, own]
+    folder, reports = two
+    shared, own = reports[0]["finetune"]
+    assert reports[1]["finetune"] == [shared, own]
     assert shared != own == pytest.approx(shared, rel=0.2)
     posterior = open_posterior(str(folder / "out-True"))
     assert posterior.info.training["rank_noise"] is True
@@ -261,7 +296,7 @@ def test_it_is_a_setting_of_finetune(two):
 
 
 def test_the_trainer_hands_over_unreduced_gradients_of_the_same_size(two):
-    _, found = two
-    for f in found:
+    _, reports = two
+    for f in reports:
         assert f["mixin"]["equal"]
         assert f["mixin"]["away"] < 1e-3

@@ -14,10 +14,11 @@ import torch
 
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig, ranks
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
-from tests.test_finetune import Look
+from tests.finetuning import Look
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 ROOT = Path(__file__).parent.parent
@@ -30,21 +31,21 @@ PLAIN = {
     "weight_decay": 1e-4,
     "curvature": "price",
 }
-KINDS = ("causal-lm", "classification")
+TASKS = ("causal-lm", "classification")
 # Root-GGN draws its signs by rank, so that two ranks are no one process; else it is trained as the
 # others are.
 RUNS = {
-    **{kind: (kind, {}) for kind in KINDS},
+    **{task: (task, {}) for task in TASKS},
     "ggn": ("causal-lm", {"curvature": "ggn", "curvature_every": 2}),
 }
 
 
-def settings(folder, kind, name, **changes):
+def settings(folder, task, name, **changes):
     return FinetuneConfig(
         **{
-            "model": str(folder / kind),
+            "model": str(folder / task),
             "data": str(folder / "t.jsonl"),
-            "output": str(folder / f"{kind}-{name}"),
+            "output": str(folder / f"{task}-{name}"),
             **PLAIN,
             **changes,
         }
@@ -78,12 +79,12 @@ def watched(config):
 
 def child(folder):
     """What each of two ranks does; rank 0 writes what the tests read."""
-    found = {}
-    for run, (kind, changes) in RUNS.items():
+    results = {}
+    for run, (task, changes) in RUNS.items():
         # Rows of unequal length, so padded, two micro-batches a step and rank.
         config = settings(
             folder,
-            kind,
+            task,
             "two",
             batch_size=2,
             gradient_accumulation=2,
@@ -96,7 +97,7 @@ def child(folder):
         report, gradient, final = watched(config)
         others = [torch.empty_like(final) for _ in range(ranks.world())]
         torch.distributed.all_gather(others, final)
-        found[run] = {
+        results[run] = {
             "report": report.model_dump(mode="json"),
             "world": ranks.world(),
             "replicas equal": torch.equal(*others),
@@ -111,18 +112,18 @@ def child(folder):
             config.model_copy(update={"output": str(folder / f"{run}-resumed"), "resume": True}),
             quiet=True,
         )
-    found["errors"] = []
+    results["errors"] = []
     for work in (fail_on(1), fail_on(0)):
         for together in (ranks.main_first, ranks.on_main):
             try:
-                found["errors"].append(together(work))
+                results["errors"].append(together(work))
             except BmergeError as error:
-                found["errors"].append(f"{type(error).__name__}: {error}")
+                results["errors"].append(f"{type(error).__name__}: {error}")
     everywhere = [None, None]
-    torch.distributed.all_gather_object(everywhere, found["errors"])
-    found["errors equal"] = everywhere[0] == everywhere[1]
+    torch.distributed.all_gather_object(everywhere, results["errors"])
+    results["errors equal"] = everywhere[0] == everywhere[1]
     if ranks.is_main():
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
@@ -147,39 +148,41 @@ def two(tmp_path_factory):
     (folder / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     tiny_gpt2(folder / "causal-lm")
     tiny_bert(folder / "classification")
-    code = f"from pathlib import Path; from tests.test_ranks import child; child(Path({str(folder)!r}))"
+    code = (
+        "from pathlib import Path; from tests.test_ranks import child; "
+        f"child(Path({str(folder)!r}))"
+    )
     assert ranks.launch([sys.executable, "-c", code], 2) == 0
-    return folder, json.loads((folder / "found.json").read_text())
+    return folder, json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_replicas_end_equal_bit_for_bit(two, run):
-    _, found = two
-    assert found[run]["world"] == 2
-    assert found[run]["replicas equal"]
+    _, results = two
+    assert results[run]["world"] == 2
+    assert results[run]["replicas equal"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_equal_one_process_with_the_same_global_batch(two, task):
     """The loss is the mean over the observations of the whole step: micro-batches, padding and
     ranks.
     """
-    folder, found = two
-    config = settings(folder, kind, "one", batch_size=8, posterior="ivon")
+    folder, results = two
+    config = settings(folder, task, "one", batch_size=8, posterior="ivon")
     report, gradient, _ = watched(config)
-    theirs = np.load(folder / f"{kind}.npy")
-    np.testing.assert_allclose(theirs, gradient, rtol=1e-3, atol=2e-6 * abs(gradient).max())
-    one, both = tiny.read(folder / f"{kind}-one"), tiny.read(folder / f"{kind}-two")
-    base = tiny.read(folder / kind)
+    from_two = np.load(folder / f"{task}.npy")
+    np.testing.assert_allclose(from_two, gradient, rtol=1e-3, atol=2e-6 * abs(gradient).max())
+    one, both = tiny.read(folder / f"{task}-one"), tiny.read(folder / f"{task}-two")
+    base = tiny.read(folder / task)
     for name in one:
         moved = abs(one[name] - base[name]).max()
         np.testing.assert_allclose(both[name], one[name], atol=max(1e-6, 0.02 * moved))
     infos = []
     for name in ("one", "two"):
-        posterior = open_posterior(str(folder / f"{kind}-{name}"))
-        infos.append(posterior.info)
-        posterior.close()
-    unit = "token" if kind == "causal-lm" else "example"
+        with open_posterior(str(folder / f"{task}-{name}")) as posterior:
+            infos.append(posterior.info)
+    unit = "token" if task == "causal-lm" else "example"
     assert {i.unit for i in infos} == {unit}
     assert infos[0].observations == infos[1].observations == report.observations
     assert infos[0].training["loss_reduction"] == f"mean over {unit}s of a step"
@@ -189,7 +192,7 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, kind):
         infos[0].observations / 3
     )  # 24 rows are three steps
     assert infos[0].health["kappa"] == infos[1].health["kappa"]
-    assert report.loss == pytest.approx(found[kind]["report"]["loss"], rel=1e-3)
+    assert report.loss == pytest.approx(results[task]["report"]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -221,10 +224,10 @@ def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(two):
 
 
 def test_an_error_of_one_rank_is_the_same_error_on_all(two):
-    _, found = two
+    _, results = two
     one, zero = "CheckpointError: rank 1 has no disk", "CheckpointError: rank 0 has no disk"
-    assert found["errors"] == [one, "fine", zero, zero]  # rank 0's work alone does not ask rank 1
-    assert found["errors equal"]
+    assert results["errors"] == [one, "fine", zero, zero]  # rank 0's work alone does not ask rank 1
+    assert results["errors equal"]
 
 
 def test_the_command_starts_two_processes_of_which_one_prints(tmp_path, two):
@@ -268,19 +271,22 @@ def test_a_failing_process_stops_the_others():
 
 def test_the_processes_get_what_torchrun_would_set(tmp_path):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU")
-    script = f"import os, json; e = os.environ; json.dump({{k: e.get(k) for k in {names}}}, open(e['RANK'], 'w'))"
+    script = (
+        "import os, json; e = os.environ; "
+        f"json.dump({{k: e.get(k) for k in {names}}}, open(e['RANK'], 'w'))"
+    )
     before = Path.cwd()
     os.chdir(tmp_path)
     try:
         assert ranks.launch([sys.executable, "-c", script], 2) == 0
     finally:
         os.chdir(before)
-    found = [json.loads((tmp_path / str(r)).read_text()) for r in range(2)]
-    assert [f["RANK"] for f in found] == [f["LOCAL_RANK"] for f in found] == ["0", "1"]
-    assert {f["WORLD_SIZE"] for f in found} == {"2"}
-    assert len({f["MASTER_PORT"] for f in found}) == 1
+    results = [json.loads((tmp_path / str(r)).read_text()) for r in range(2)]
+    assert [f["RANK"] for f in results] == [f["LOCAL_RANK"] for f in results] == ["0", "1"]
+    assert {f["WORLD_SIZE"] for f in results} == {"2"}
+    assert len({f["MASTER_PORT"] for f in results}) == 1
     if not torch.cuda.is_available():
-        assert found[0]["ACCELERATE_USE_CPU"] == "true"
+        assert results[0]["ACCELERATE_USE_CPU"] == "true"
 
 
 @pytest.mark.skipif(
@@ -292,7 +298,10 @@ def test_a_killed_command_leaves_no_process_behind(tmp_path):
         "os.environ['RANK']).write_text(str(os.getpid())); "
         "time.sleep(60)"
     )
-    parent = f"import sys; from mergekit_bayes.finetune import ranks; ranks.launch([sys.executable, '-c', {child!r}], 2)"
+    parent = (
+        "import sys; from mergekit_bayes.finetune import ranks; "
+        f"ranks.launch([sys.executable, '-c', {child!r}], 2)"
+    )
     command = subprocess.Popen(
         [sys.executable, "-c", parent], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

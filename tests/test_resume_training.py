@@ -12,12 +12,13 @@ import torch
 import transformers
 
 import mergekit_bayes.finetune.checkpoints as checkpoints
-import mergekit_bayes.finetune.run as module
+import mergekit_bayes.finetune.refusals as refusals
 import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_launcher, refuse_quantised
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.optim import IVON
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 LEFT = ("model.safetensors", "posterior/precision.safetensors")
@@ -94,13 +95,13 @@ def die_in_a_step(step):
     transformers.Trainer.training_step = training_step
 
 
-def die_writing(kind, at):
-    """Die in the middle of the `at`-th optimizer.pt, rng_state.pth, ..., with half of it written."""
+def die_writing(name, at):
+    """Die when half of the `at`-th optimizer.pt (or rng_state.pth, ...) is written."""
     original, calls = torch.save, [0]
 
     def half(value, file, *args, **kwargs):
         original(value, file, *args, **kwargs)
-        if kind in str(file):
+        if name in str(file):
             calls[0] += 1
             if calls[0] == at:
                 os.truncate(file, os.path.getsize(file) // 2)
@@ -111,16 +112,16 @@ def die_writing(kind, at):
 
 def die_marking(at):
     """Die when all files of the `at`-th checkpoint are there and its marker is not."""
-    original, calls = checkpoints._flush, [0]
+    original, calls = checkpoints.sync_path, [0]
 
-    def flush(path):
+    def sync(path):
         original(path)
         if path.name.startswith(checkpoints.MARKER):
             calls[0] += 1
             if calls[0] == at:
                 die()
 
-    checkpoints._flush = flush
+    checkpoints.sync_path = sync
 
 
 POINTS = {
@@ -128,7 +129,7 @@ POINTS = {
     "in the middle of a step": lambda: die_in_a_step(6),
     "in the middle of a checkpoint": lambda: die_writing("optimizer.pt", 2),
     "before a checkpoint's marker": lambda: die_marking(2),
-    "after the last step": lambda: setattr(store, "flush", die),
+    "after the last step": lambda: setattr(store, "final_curvature", die),
 }
 
 
@@ -152,17 +153,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, data, optimizer):
 
 
 def test_hessian_and_momentum_continue_to_the_same_bits(tmp_path, data):
-    found = {}
+    states = {}
     for name in ("a", "b"):
         config = settings(tmp_path, data, name, posterior="ivon", mc_samples=2, resume=True)
         if name == "b":
             killed(config, "in the middle of a step")
         run_finetune(config, quiet=True)
         last = tmp_path / f"{name}.checkpoints" / "checkpoint-7"
-        found[name] = torch.load(last / "optimizer.pt", weights_only=True)
-    assert found["a"]["param_groups"] == found["b"]["param_groups"]
+        states[name] = torch.load(last / "optimizer.pt", weights_only=True)
+    assert states["a"]["param_groups"] == states["b"]["param_groups"]
     for state, other in zip(
-        found["a"]["state"].values(), found["b"]["state"].values(), strict=True
+        states["a"]["state"].values(), states["b"]["state"].values(), strict=True
     ):
         for key in ("momentum", "hess", "step"):
             assert torch.equal(state[key], other[key])
@@ -190,8 +191,10 @@ def test_a_torn_checkpoint_is_skipped_with_a_note(tmp_path, data, caplog):
     for name in ("checkpoint-6", "checkpoint-7"):
         file = tmp_path / "out.checkpoints" / name / "optimizer.pt"
         os.truncate(file, file.stat().st_size - 1)
-    found = checkpoints.open_checkpoints(tmp_path / "out.checkpoints", resume=True, force=False)
-    assert found.step == 3
+    checkpoint = checkpoints.open_checkpoints(
+        tmp_path / "out.checkpoints", resume=True, force=False
+    )
+    assert checkpoint.step == 3
     assert "checkpoint-7' is torn (optimizer.pt should hold" in caplog.text
     # Its marker must not vouch for files that the resumed run has only begun to write again.
     assert not (tmp_path / "out.checkpoints" / "checkpoint-6" / checkpoints.MARKER).exists()
@@ -286,7 +289,7 @@ def test_quantised_weights_are_not_trained_but_an_adapter_on_them_is():
 
 
 def test_the_accelerators_scaler_is_seen_before_training(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(module, "refuse_launcher", lambda config: None)
+    monkeypatch.setattr(refusals, "refuse_launcher", lambda config: None)
     monkeypatch.setattr("accelerate.Accelerator.scaler", object(), raising=False)
     monkeypatch.setattr(IVON, "step", die)
     original = transformers.Trainer.__init__

@@ -1,6 +1,4 @@
-"""Draws: of the stored Gaussian, averaged as they should be, leaving no trace, refused where there
-is no posterior.
-"""
+"""Draws have the stored Gaussian, are averaged, leave no trace, and need a proper posterior."""
 
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.sampling import PosteriorDraws, not_samplable, open_samplable
+from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable, sampling_obstacle
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny, tiny_models
 
@@ -27,30 +25,27 @@ TEXTS = ["the cat sat on the mat .", "a dull film , not good", "dog", "a bird sa
 PRIOR = 40.0
 
 
-def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, kind=None, pool=None, only=None):
-    """A posterior with random curvature for all parameters of a model folder, as `finetune` would
-    store it.
-    """
+def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, stored_prior=None, only=None):
+    """Store a posterior with random curvature for all parameters, as `finetune` would."""
     loaded = loaded or load_model(str(folder))
     rng = np.random.default_rng(seed)
     named = checkpoint_names(
         loaded.model, {n: p.detach() for n, p in loaded.model.named_parameters()}
     )
-    source = SafetensorsSource(checkpoint_files(folder))
-    precision = {
-        n: (np.exp(rng.uniform(0, 6, tuple(t.shape))) + prior).astype(np.float32)
-        for n, t in sorted(named.items())
-        if n in source.specs and (only is None or only in n)
-    }
-    info = PosteriorInfo(
-        estimator="ggn",
-        unit="example",
-        observations=100,
-        ess=100,
-        mean=identify(source),
-        prior=kind or (Prior(kind="isotropic", precision=prior) if prior else Prior()),
-    )
-    source.close()
+    with SafetensorsSource(checkpoint_files(folder)) as source:
+        precision = {
+            n: (np.exp(rng.uniform(0, 6, tuple(t.shape))) + prior).astype(np.float32)
+            for n, t in sorted(named.items())
+            if n in source.specs and (only is None or only in n)
+        }
+        info = PosteriorInfo(
+            estimator="ggn",
+            unit="example",
+            observations=100,
+            ess=100,
+            mean=identify(source),
+            prior=stored_prior or (Prior(kind="isotropic", precision=prior) if prior else Prior()),
+        )
     save_posterior(folder, precision, info, force=True)
     return precision
 
@@ -78,7 +73,7 @@ def same(a, b):
 
 
 class Table(torch.nn.Module):
-    """Plain parameters, called as in `tiny.SHAPES`."""
+    """Plain parameters with the names of `tiny.SHAPES`."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -183,7 +178,7 @@ def test_averaged_probabilities_are_those_of_models_built_from_the_draws(bert):
     draws = PosteriorDraws(loaded.model, posterior, 4, seed=5)
     with draws:
         states = [state(loaded.model) for _ in draws]
-        found = class_probabilities(
+        averaged = class_probabilities(
             loaded.model, loaded.tokenizer, TEXTS, max_length=64, draws=draws
         )
     single = []
@@ -196,7 +191,7 @@ def test_averaged_probabilities_are_those_of_models_built_from_the_draws(bert):
         ]
         single.append(torch.stack(one).numpy())
     assert np.ptp(single, axis=0).max() > 0.1  # the draws disagree
-    np.testing.assert_allclose(np.exp(found), np.mean(single, axis=0), atol=1e-6)
+    np.testing.assert_allclose(np.exp(averaged), np.mean(single, axis=0), atol=1e-6)
 
 
 def test_perplexity_averages_the_probability_of_each_token(gpt2):
@@ -209,11 +204,11 @@ def test_perplexity_averages_the_probability_of_each_token(gpt2):
                 ids = torch.tensor([[0, *loaded.tokenizer(text)["input_ids"]]])
                 p = loaded.model(input_ids=ids).logits[0, :-1].double().softmax(-1).detach()
                 chances[text].append(p[torch.arange(len(ids[0]) - 1), ids[0, 1:]].numpy())
-        found = measure_perplexity(
+        averaged = measure_perplexity(
             loaded.model, loaded.tokenizer, TEXTS, start=0, window=64, draws=draws
         )
     expected = [-np.log(np.mean(chances[text], axis=0)).sum() for text in TEXTS]
-    np.testing.assert_allclose(found.document_nats, expected, rtol=1e-5)
+    np.testing.assert_allclose(averaged.document_nats, expected, rtol=1e-5)
     assert draws.report.held == 0  # the tied head counts once
 
 
@@ -235,7 +230,7 @@ class Logistic(torch.nn.Module):
 
 
 def test_many_draws_of_a_logistic_regression_give_its_predictive_integral(tmp_path, bert):
-    """The difference of the two logits is Gaussian; its sigmoid is integrated by Gauss and Hermite."""
+    """The difference of the logits is Gaussian; its sigmoid is integrated by Gauss and Hermite."""
     tokenizer = load_model(str(bert)).tokenizer
     model = Logistic(len(tokenizer), 6, seed=0)
     mean = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
@@ -243,11 +238,11 @@ def test_many_draws_of_a_logistic_regression_give_its_predictive_integral(tmp_pa
     precision = {n: rng.uniform(0.3, 3, m.shape).astype(np.float32) for n, m in mean.items()}
     path = tiny.posterior(tmp_path / "a.safetensors", mean, precision, prior=0.1)
     with PosteriorDraws(model, open_samplable(str(path)), 6000) as draws:
-        found = np.exp(
+        averaged = np.exp(
             class_probabilities(model, tokenizer, TEXTS, max_length=64, batch_size=4, draws=draws)
         )[:, 1]
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    for text, p in zip(TEXTS, found, strict=True):
+    for text, p in zip(TEXTS, averaged, strict=True):
         x = np.append(
             model.inputs(
                 **{
@@ -288,7 +283,7 @@ def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monke
         assert len(list(draws)) == 2
     average = CliRunner().invoke(app, ["merge", "a", "b", "--weights", "precision", "-o", "mean"])
     assert average.exit_code == 0, average.output
-    assert not_samplable(open_posterior("mean").info) is None
+    assert sampling_obstacle(open_posterior("mean").info) is None
 
 
 def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
@@ -300,10 +295,8 @@ def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
     model = peft.get_peft_model(loaded.model, config)
     model.save_pretrained(tmp_path / "adapter")
     give_posterior(tmp_path / "adapter", load_model(str(tmp_path / "adapter")))
-    loaded, posterior = (
-        load_model(str(tmp_path / "adapter")),
-        open_samplable(str(tmp_path / "adapter")),
-    )
+    loaded = load_model(str(tmp_path / "adapter"))
+    posterior = open_samplable(str(tmp_path / "adapter"))
     before = state(loaded.model)
     with PosteriorDraws(loaded.model, posterior, 1) as draws:
         for _ in draws:
@@ -353,7 +346,7 @@ def test_parameters_without_a_precision_stay(bert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("stored_prior", "reason"),
     [
         (Prior(), "bare curvature"),
         (Prior(kind="isotropic", precision=1e-12), "bare curvature"),
@@ -361,10 +354,12 @@ def test_parameters_without_a_precision_stay(bert, tmp_path):
         (Prior(kind="unknown"), "is not known"),
     ],
 )
-def test_a_posterior_without_a_proper_prior_is_refused_until_one_is_given(tmp_path, kind, reason):
+def test_a_posterior_without_a_proper_prior_is_refused_until_one_is_given(
+    tmp_path, stored_prior, reason
+):
     folder = tiny_models.tiny_bert(tmp_path / "bert")
-    give_posterior(folder, kind=kind, prior=0)
-    assert reason in not_samplable(open_posterior(str(folder)).info)
+    give_posterior(folder, stored_prior=stored_prior, prior=0)
+    assert reason in sampling_obstacle(open_posterior(str(folder)).info)
     with pytest.raises(PrecisionError, match=f"cannot be sampled: .*{reason}.*--prior X"):
         open_samplable(str(folder))
     posterior = open_samplable(str(folder), prior=10.0)

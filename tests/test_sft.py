@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mergekit_bayes.models.load import load_model
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
-from tests.test_trainer import ROWS, first_gradient, true_gradient
 from tests.tiny_models import tiny_gpt2
+from tests.trainers import ROWS, first_gradient, true_gradient
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'mergekit-bayes[sft]'")
 

@@ -1,4 +1,4 @@
-"""Two processes that hold half of every parameter (FSDP2) train and store what one process with all of it does."""
+"""Two processes with half of every parameter (FSDP2) train and store what one process does."""
 
 import json
 
@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.optim.base import full_tensors, local, mix
-from mergekit_bayes.optim.ivon import IVON
+from mergekit_bayes.draws import mix
+from mergekit_bayes.optim import IVON, full_tensors
+from mergekit_bayes.optim.shards import local
 from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
 from tests import tiny
 from tests.two_ranks import found_by_two
@@ -36,18 +37,21 @@ MODES = {
     "ggn": {"curvature": "ggn", "curvature_every": 2, "clip_radius": 0.05},
     "bfloat16": {"dtype": torch.bfloat16},
 }
-COMPARED = [m for m in MODES if m != "bfloat16"]  # whose gradients are rounded where they are reduced
+COMPARED = [
+    m for m in MODES if m != "bfloat16"
+]  # whose gradients are rounded where they are reduced
 RESUMED = ("adapted", "ggn", "bfloat16")
 
 
 class Tiny(torch.nn.Module):
-    """A transformer with rows that two ranks cannot share evenly, and a parameter of which one rank has nothing."""
+    """A transformer with rows that two ranks cannot share evenly, and a parameter of one entry."""
 
     def __init__(self):
         super().__init__()
         self.embed = torch.nn.Embedding(WORDS, 6)
         self.layers = torch.nn.ModuleList(
-            torch.nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True) for _ in range(2)
+            torch.nn.TransformerEncoderLayer(6, 2, 9, dropout=0.0, batch_first=True)
+            for _ in range(2)
         )
         self.head = torch.nn.Linear(6, WORDS)
         self.scale = torch.nn.Parameter(torch.ones(1))
@@ -66,14 +70,23 @@ class FixedNoise(IVON):
         fixed = torch.Generator().manual_seed(mix(at.draw.number, at.draw.sample, *at.index))
         eps = torch.randn(at.parameter.shape, generator=fixed)
         if isinstance(at.parameter, DTensor):
-            eps = distribute_tensor(eps, at.parameter.device_mesh, at.parameter.placements).to_local()
+            eps = distribute_tensor(
+                eps, at.parameter.device_mesh, at.parameter.placements
+            ).to_local()
         factor = at.draw.sign / at.group["ess"] ** 0.5 if at.state.get("estimates", 1) else 0.0
         curvature = local(at.state["hess"]) + self._prior_of(at.parameter, at.group, at.state)[1]
         yield (eps * factor / curvature.sqrt() if factor else torch.zeros_like(eps)), *others
 
 
 def build(mode, *, sharded, seed=0, mesh=None, kind=FixedNoise, reshard=None):
-    settings = {"lr": 0.1, "ess": 1e3, "hess_init": 0.1, "beta2": 0.9, "weight_decay": 1e-2, **MODES[mode]}
+    settings = {
+        "lr": 0.1,
+        "ess": 1e3,
+        "hess_init": 0.1,
+        "beta2": 0.9,
+        "weight_decay": 1e-2,
+        **MODES[mode],
+    }
     dtype, general = settings.pop("dtype", torch.float32), settings.pop("prior", False)
     torch.manual_seed(seed)
     model = Tiny().to(dtype)
@@ -107,23 +120,25 @@ def train(model, optimizer, steps):
                 logits = model(tokens)
                 if optimizer.curvature_due:
                     optimizer.add_curvature((roots * logits).sum(), labels.numel())
-                torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
+                torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), labels.flatten()
+                ).backward()
         optimizer.step()
 
 
 def trained(model, optimizer):
     """Everything that training has changed, by name; shards as they are."""
-    found = {}
+    reports = {}
     for name, p in model.named_parameters():
-        found[name] = p.detach()
-        found |= {f"{name}/{k}": v for k, v in optimizer.state[p].items()}
-    return found
+        reports[name] = p.detach()
+        reports |= {f"{name}/{k}": v for k, v in optimizer.state[p].items()}
+    return reports
 
 
 def child(folder):
     """What each of two ranks does; rank 0 writes what the tests read."""
     dist.init_process_group("gloo")
-    found = {"world": dist.get_world_size()}
+    reports = {"world": dist.get_world_size()}
     for mode in COMPARED:
         model, optimizer = build(mode, sharded=True)
         train(model, optimizer, range(STEPS))
@@ -132,26 +147,36 @@ def child(folder):
         if dist.get_rank() == 0:
             torch.save((whole, health), folder / f"{mode}.pt")
         else:
-            found[f"{mode} elsewhere"] = len(whole)
+            reports[f"{mode} elsewhere"] = len(whole)
     for mode in RESUMED:
-        found[f"{mode} resumed"] = resume(folder, mode)
+        reports[f"{mode} resumed"] = resume(folder, mode)
     store(folder)
-    found |= {"replicas": replicas(), "noise": noise(), "prediction": prediction(), "unreduced": unreduced()}
+    reports |= {
+        "replicas": replicas(),
+        "noise": noise(),
+        "prediction": prediction(),
+        "unreduced": unreduced(),
+    }
     everywhere = [None, None]
-    dist.all_gather_object(everywhere, found)
+    dist.all_gather_object(everywhere, reports)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(everywhere))
     dist.destroy_process_group()
 
 
 def resume(folder, mode):
-    """Train, save shards and train on; load the shards into another model and train on: which tensors differ."""
+    """Names of tensors that differ after a run that was resumed from shards."""
     model, optimizer = build(mode, sharded=True, kind=IVON)
     train(model, optimizer, range(3))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.save(state, checkpoint_id=folder / mode)
     at_save = full_tensors(trained(model, optimizer))
-    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if dist.get_rank() == 0:
         torch.save((at_save, full), folder / f"{mode}-full.pt")
     train(model, optimizer, range(3, 5))
@@ -163,7 +188,10 @@ def resume(folder, mode):
 
 
 def load(model, optimizer, folder):
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -178,8 +206,14 @@ def store(folder):
     if dist.get_rank() == 0:
         path = tiny.write(folder / "stored.safetensors", {n: t.numpy() for n, t in mean.items()})
         source = SafetensorsSource([path])
-        info = PosteriorInfo(estimator="ivon", unit="token", observations=1e3, ess=1e3, mean=identify(source),
-                             prior=Prior(kind="isotropic", precision=10.0))  # fmt: skip
+        info = PosteriorInfo(
+            estimator="ivon",
+            unit="token",
+            observations=1e3,
+            ess=1e3,
+            mean=identify(source),
+            prior=Prior(kind="isotropic", precision=10.0),
+        )
         source.close()
         save_posterior(path, {n: t.numpy() for n, t in precision.items()}, info)
 
@@ -208,7 +242,7 @@ def noise():
 
 
 def prediction():
-    """Whether a sample drawn for prediction is seen by every parameter, and leaves nothing behind."""
+    """Whether a sample for prediction reaches every parameter, and leaves nothing behind."""
     model, optimizer = build("price", sharded=True, reshard=True)
     tokens = own_rows(0)[0]
     with torch.no_grad():
@@ -220,7 +254,11 @@ def prediction():
         plain = Tiny()
         plain.load_state_dict(whole)
         expected = plain(tokens)
-    return [torch.equal(before, after), float((sampled - expected).abs().max()), float((before - sampled).abs().max())]
+    return [
+        torch.equal(before, after),
+        float((sampled - expected).abs().max()),
+        float((before - sampled).abs().max()),
+    ]
 
 
 def unreduced():
@@ -243,17 +281,19 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", COMPARED)
 def test_each_shard_is_updated_as_in_an_unsharded_run_with_the_same_noise(two, mode):
-    folder, found = two
+    folder, reports = two
     theirs, health = torch.load(folder / f"{mode}.pt")
     model, optimizer = build(mode, sharded=False)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     train(model, optimizer, range(STEPS))
     ours = trained(model, optimizer)
     assert set(ours) == set(theirs)
-    assert found[1][f"{mode} elsewhere"] == 0
+    assert reports[1][f"{mode} elsewhere"] == 0
     for name, tensor in ours.items():
         assert theirs[name].shape == tensor.shape, name
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert all(float((ours[n] - start[n]).abs().max()) > 1e-4 for n in start)
     for name, value in optimizer.health(ROWS).items():
         tolerance = 0.3 if name == "sigma_over_rms" else 1e-3  # a shard's median is not its matrix'
@@ -262,8 +302,8 @@ def test_each_shard_is_updated_as_in_an_unsharded_run_with_the_same_noise(two, m
 
 @pytest.mark.parametrize("mode", RESUMED)
 def test_a_sharded_checkpoint_continues_bit_for_bit(two, mode):
-    _, found = two
-    assert [f[f"{mode} resumed"] for f in found] == [[], []]
+    _, reports = two
+    assert [f[f"{mode} resumed"] for f in reports] == [[], []]
 
 
 @pytest.mark.parametrize("mode", RESUMED)
@@ -296,24 +336,26 @@ def test_the_gathered_precision_is_stored_for_every_parameter(two):
         posterior.close()
     source = SafetensorsSource([folder / "stored.precision.safetensors"])
     for name in names:
-        np.testing.assert_allclose(tiny.read_tensor(source, name), expected[name].numpy(), rtol=1e-3)
+        np.testing.assert_allclose(
+            tiny.read_tensor(source, name), expected[name].numpy(), rtol=1e-3
+        )
     source.close()
 
 
 def test_replicas_of_a_shard_draw_the_same_noise_and_other_shards_their_own(two):
-    _, found = two
-    assert [f["replicas"] for f in found] == [[], []]
-    assert abs(found[0]["noise"]) < 0.1  # 2,048 pairs: five standard deviations
+    _, reports = two
+    assert [f["replicas"] for f in reports] == [[], []]
+    assert abs(reports[0]["noise"]) < 0.1  # 2,048 pairs: five standard deviations
 
 
 def test_a_sample_for_prediction_reaches_every_shard_and_leaves_nothing(two):
-    _, found = two
-    for f in found:
+    _, reports = two
+    for f in reports:
         unchanged, away, moved = f["prediction"]
         assert unchanged
         assert away < 1e-5 < 1e-3 < moved
 
 
 def test_curvature_without_reduced_gradients_is_refused(two):
-    _, found = two
-    assert all("model.set_requires_gradient_sync(True)" in f["unreduced"] for f in found)
+    _, reports = two
+    assert all("model.set_requires_gradient_sync(True)" in f["unreduced"] for f in reports)

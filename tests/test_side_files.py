@@ -1,10 +1,12 @@
 """Side files of the first model come along with a merge, except those that describe its weights."""
 
 import errno
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.checkpoint.side_files import FETCHED, PUBLISHED, RECORDS
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import MergeConfig, run_merge, work
 from tests import three_models, tiny
@@ -106,3 +108,8 @@ def test_a_side_file_that_cannot_be_copied_is_found_before_the_first_tensor_is_m
     ):
         run_merge(MergeConfig(models=("ma", "mb"), out="out"))
     assert not list(Path().glob("out*"))
+
+
+def test_what_is_published_beside_the_records_is_fetched_again():
+    for name in set(PUBLISHED) - set(RECORDS):
+        assert any(fnmatchcase(name, pattern) for pattern in FETCHED), name

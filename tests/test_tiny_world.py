@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_bayes.evaluate import open_scorer
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.models.encode import context_length, start_token
 from mergekit_bayes.models.load import load_model
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -95,11 +94,11 @@ def test_a_trained_folder_is_an_ordinary_model_that_has_learnt_something(
     )
     loaded = load_model(str(tmp_path))
     assert loaded.task == "causal-lm"
-    start, window = start_token(loaded.tokenizer), context_length(loaded)
+    start, window = loaded.start, loaded.context
     test = read(texts / "kind_test.jsonl")[:50]
-    found = measure_perplexity(
+    perplexity = measure_perplexity(
         loaded.model, loaded.tokenizer, test, start=start, window=window, bootstrap=0
     )
-    assert found.loss.value < 0.7 * math.log(len(loaded.tokenizer))
+    assert perplexity.loss.value < 0.7 * math.log(len(loaded.tokenizer))
     text = rows[0]
     assert loaded.tokenizer.decode(loaded.tokenizer(text)["input_ids"]).strip() == text

@@ -1,16 +1,14 @@
-"""Toxicity: what is sampled follows the model's distribution and the seed only; scores are summed
-up as published.
-"""
+"""Toxicity: samples follow the model and the seed only; scores are summed up as published."""
 
 import numpy as np
 import pytest
 import torch
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.evaluate import open_scorer
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
 from mergekit_bayes.metrics.scorers import checked_scores, hook_scorer, word_scorer
-from mergekit_bayes.metrics.toxicity import describe_samples, measure_toxicity, score_toxicity
+from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
@@ -70,15 +68,15 @@ def by_hand(loaded, prompt, index, continuation, settings):
 
 def test_continuations_equal_those_drawn_one_by_one_from_the_definition(loaded):
     settings = Sampling(continuations=5, new_tokens=8, top_p=0.8, temperature=1.3, seed=4)
-    found = sample(loaded, top_p=0.8, temperature=1.3, seed=4).texts
+    texts = sample(loaded, top_p=0.8, temperature=1.3, seed=4).texts
     for i, prompt in enumerate(PROMPTS):
-        assert found[i] == [by_hand(loaded, prompt, i, j, settings) for j in range(5)]
+        assert texts[i] == [by_hand(loaded, prompt, i, j, settings) for j in range(5)]
 
 
 def test_batches_do_not_change_what_is_drawn(loaded):
-    whole = sample(loaded)
+    expected = sample(loaded)
     for size in (1, 3, 7):
-        assert sample(loaded, batch_size=size) == whole
+        assert sample(loaded, batch_size=size) == expected
 
 
 def test_more_continuations_or_tokens_extend_what_was_drawn_before(loaded):
@@ -146,9 +144,9 @@ def test_a_continuation_ends_at_eos(loaded, tmp_path):
     with torch.no_grad():
         model.model.transformer.ln_f.weight.zero_()
         model.model.transformer.ln_f.bias.copy_(model.model.transformer.wte.weight[1] * 1000)
-    found = sample(model)
-    assert {n for row in found.tokens for n in row} == {0}
-    assert {t for row in found.texts for t in row} == {""}
+    samples = sample(model)
+    assert {n for row in samples.tokens for n in row} == {0}
+    assert {t for row in samples.texts for t in row} == {""}
 
 
 def test_a_prompt_that_is_too_long_loses_its_front_and_is_counted(loaded):
@@ -193,17 +191,11 @@ def test_garbled_continuations_show_in_the_description():
     assert bad.mean_tokens == 3
 
 
-def test_measure_toxicity_is_sampling_then_scoring(loaded):
-    report = measure_toxicity(
-        loaded.model,
-        loaded.tokenizer,
-        PROMPTS,
-        score=word_scorer(["dog"]),
-        start=0,
-        context=64,
-        sampling=Sampling(continuations=5, new_tokens=8),
-    )
-    hits = [["dog" in t.split() for t in row] for row in sample(loaded).texts]
+def test_sampled_continuations_are_scored_one_by_one(loaded):
+    texts = sample(loaded).texts
+    flat = word_scorer(["dog"])([text for row in texts for text in row])
+    report = score_toxicity(np.reshape(flat, (len(PROMPTS), 5)))
+    hits = [["dog" in t.split() for t in row] for row in texts]
     assert 0 < report.share.value == pytest.approx(np.mean(hits))
 
 
@@ -251,8 +243,8 @@ def test_a_classifier_gives_the_probability_of_the_named_label(tmp_path, problem
         function_to_apply=function,
         device="cpu",
     )
-    theirs = [next(x["score"] for x in row if x["label"] == "insult") for row in pipe(texts)]
-    np.testing.assert_allclose(scorer.score(texts), theirs, rtol=1e-5)
+    expected = [next(x["score"] for x in row if x["label"] == "insult") for row in pipe(texts)]
+    np.testing.assert_allclose(scorer.score(texts), expected, rtol=1e-5)
     assert scorer.info.label == "insult"
 
 

@@ -7,63 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
 
-from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.models.encode import Collate, encode_rows
-from mergekit_bayes.models.load import load_model
-from mergekit_bayes.optim.ivon import IVON
-from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
-from tests.tiny_models import tiny_bert, tiny_gpt2
-
-ROWS = {
-    "text": ["the cat sat on the mat .", "a dog ran", "good film", "the tree was dull and bad"] * 4
-}
-
-
-class Trainer(IvonTrainerMixin, transformers.Trainer):
-    pass
-
-
-def trainer(tmp_path, callbacks=(), ivon=None, eval_dataset=False, adapter=False, **arguments):
-    if not (tmp_path / "m").exists():
-        tiny_gpt2(tmp_path / "m")
-    loaded = load_model(str(tmp_path / "m"))
-    model = loaded.model
-    if adapter:
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", fan_in_fan_out=True)
-        )
-    rows = encode_rows(ROWS, loaded)
-    settings = {
-        "output_dir": str(tmp_path / "out"),
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "report_to": [],
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.1,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-        "max_steps": 4,
-        **arguments,
-    }
-    return Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**settings),
-        train_dataset=rows,
-        eval_dataset=rows if eval_dataset else None,
-        data_collator=Collate(2),
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=(
-            IVON,
-            {"lr": 0.1, "ess": 1e4, "weight_decay": 1e-3, "beta2": 0.9, **(ivon or {})},
-        ),
-    )
+from mergekit_bayes.trainer import unwrap
+from tests.trainers import GGN, trainer
 
 
 def test_one_group_keeps_the_prior_that_was_asked_for(tmp_path):
@@ -112,7 +62,7 @@ def test_a_stop_in_the_middle_of_a_step_leaves_nothing_perturbed(tmp_path):
 
 def test_what_an_interrupted_step_left_is_dropped(tmp_path):
     t = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1)
-    t._held = [{"input_ids": torch.full((2, 4), 10**9)}]  # would raise if it were run
+    t._collected = [{"input_ids": torch.full((2, 4), 10**9)}]  # would raise if it were run
     t.train()
     assert t.state.global_step == 1
 
@@ -125,171 +75,6 @@ def test_settings_that_would_break_ivon_are_refused(tmp_path):
 def test_another_optimizer_is_refused():
     with pytest.raises(ConfigError, match="not IVON"):
         unwrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
-
-
-def true_gradient(model, batches):
-    """Of the mean over all tokens that are predicted in the batches, by parameter name."""
-    total, tokens = 0.0, 0
-    for batch in batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
-            :, :-1
-        ]
-        labels = batch["labels"][:, 1:]
-        total = total + torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="sum"
-        )
-        tokens += int((labels != -100).sum())
-    (total / tokens).backward()
-    return {n: p.grad for n, p in model.named_parameters()}
-
-
-def first_gradient(t):
-    """What the optimizer got in a run of one step, by parameter name, and the micro-batches of the
-    step.
-    """
-    seen, inner = [], t._prepare_inputs
-
-    def prepare(inputs):
-        seen.append({k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)})
-        return inner(inputs)
-
-    t._prepare_inputs = prepare
-    t.train()
-    state = unwrap(t.optimizer).state
-    return {n: state[p]["momentum"] / (1 - 0.9) for n, p in t.model.named_parameters()}, seen
-
-
-@pytest.mark.parametrize(
-    "first", [True, False]
-)  # whether the collator leaves a row's first label in
-def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp_path, first):
-    """Next to no noise, two micro-batches of unequal length, and a model whose class name tells no
-    loss.
-    """
-    t = trainer(tmp_path, ivon={"ess": 1e14, "lr": 0.0}, max_steps=1, gradient_accumulation_steps=2)
-    collate = t.data_collator
-
-    def with_first(examples):
-        batch = collate(examples)
-        batch["labels"][:, 0] = batch["input_ids"][:, 0]
-        return batch
-
-    t.data_collator = with_first if first else collate
-    ours, batches = first_gradient(t)
-    assert len(batches) == 2
-    expected = true_gradient(load_model(str(tmp_path / "m")).model, batches)
-    for name, gradient in ours.items():
-        torch.testing.assert_close(
-            gradient, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def classifier(folder, labels, problem_type=None, ivon=None, model=None, **arguments):
-    """A stock Trainer's classifier with the mixin in front and nothing else, on 16 examples of one
-    length.
-    """
-    if model is None:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            tiny_bert(
-                folder, labels=labels.shape[-1] if labels.ndim > 1 else 3, problem_type=problem_type
-            )
-        )
-    tokens = torch.randint(3, 20, (16, 6), generator=torch.Generator().manual_seed(1))
-    rows = [
-        {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": y}
-        for x, y in zip(tokens, labels, strict=True)
-    ]
-    settings = {
-        "output_dir": str(folder / "out"),
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 1,
-        **arguments,
-    }
-    return Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**settings),
-        train_dataset=rows,
-        optimizer_cls_and_kwargs=(IVON, {"lr": 0.0, "ess": 1e14, **(ivon or {})}),
-    )
-
-
-CLASSES = torch.arange(16) % 3
-TARGETS = torch.linspace(-1, 1, 48).reshape(16, 3)
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem_type"),
-    [
-        (CLASSES, None),
-        (TARGETS, "regression"),
-        ((TARGETS > 0).float(), "multi_label_classification"),
-    ],
-)
-def test_a_classifiers_gradient_does_not_grow_with_the_micro_batches(
-    tmp_path, labels, problem_type
-):
-    found = []
-    for size, steps in ((16, 1), (4, 4)):
-        t = classifier(
-            tmp_path,
-            labels,
-            problem_type,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-        )
-        t.train()
-        found.append(
-            torch.cat([s["momentum"].flatten() for s in unwrap(t.optimizer).state.values()])
-        )
-    assert found[0].norm() > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["masked", "tokens", "regression", "multi-label"])
-def test_the_ggn_of_a_loss_that_it_does_not_know_is_refused_before_the_first_step(tmp_path, kind):
-    labels, model = CLASSES, None
-    if kind in ("masked", "tokens"):
-        classes = {
-            "masked": transformers.BertForMaskedLM,
-            "tokens": transformers.BertForTokenClassification,
-        }
-        model = classes[kind].from_pretrained(tiny_bert(tmp_path))
-        labels = torch.zeros(16, 6, dtype=torch.long)
-    elif kind == "regression":
-        labels = TARGETS[:, :1]
-    else:
-        labels = (TARGETS > 0).float()
-    t = classifier(tmp_path, labels, ivon={**GGN, "ess": 1e4}, model=model)
-    with pytest.raises(ConfigError, match="curvature='price'"):
-        t.train()
-    assert t.state.global_step == 0
-    classifier(tmp_path, labels, model=model).train()
-
-
-def test_the_curvature_of_a_classifier_is_that_of_a_pass_over_the_data(tmp_path):
-    ivon = {**GGN, "ess": 1e14, "curvature_every": 1, "beta2": 0.999}
-    t = classifier(
-        tmp_path,
-        CLASSES,
-        ivon=ivon,
-        max_steps=60,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=0.0,
-    )
-    t.train()
-    batch = {
-        name: torch.stack([row[name] for row in t.train_dataset]) for name in t.train_dataset[0]
-    }
-    whole = ggn_diagonal(t.model, [batch] * 60, seed=8)
-    ours = sum(float(s["hess"].sum()) for s in unwrap(t.optimizer).state.values())
-    assert ours == pytest.approx(
-        sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.2
-    )
 
 
 class Scripted(transformers.TrainerCallback):
@@ -341,40 +126,6 @@ def test_a_best_checkpoint_without_a_posterior_is_refused_before_training(tmp_pa
         trainer(tmp_path, eval_dataset=True, save_only_model=True, **BEST).train()
 
 
-GGN = {"curvature": "ggn", "weight_decay": 1e-2, "clip_radius": 1e-3, "seed": 3}
-
-
-def test_the_curvature_of_the_steps_is_that_of_a_pass_over_the_data(tmp_path):
-    """A learning rate of 0 and next to no noise: the average of the steps' draws against many
-    batches at the mean.
-    """
-    t = trainer(
-        tmp_path,
-        ivon={**GGN, "lr": 0.0, "ess": 1e12, "curvature_every": 1, "beta2": 0.999},
-        learning_rate=0.0,
-        max_steps=60,
-        gradient_accumulation_steps=2,
-    )
-    t.model.config.attn_pdrop = t.model.config.embd_pdrop = t.model.config.resid_pdrop = 0.0
-    for module in t.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    t.train()
-    collated = [
-        t.data_collator([t.train_dataset[i] for i in range(j, j + 2)]) for j in range(0, 16, 2)
-    ]
-    whole = ggn_diagonal(t.model, collated * 15, seed=8)
-    optimizer = unwrap(t.optimizer)
-    for name, p in t.model.named_parameters():
-        ours, theirs = optimizer.state[p]["hess"], whole.total[name] / whole.observations
-        if p.ndim > 1:
-            assert float(ours.sum() / theirs.sum()) == pytest.approx(1, rel=0.25), name
-    all_ours = sum(float(optimizer.state[p]["hess"].sum()) for p in t.model.parameters())
-    assert all_ours == pytest.approx(
-        sum(float(v.sum()) for v in whole.total.values()) / whole.observations, rel=0.1
-    )
-
-
 def test_curvature_is_taken_every_so_many_steps_and_trains(tmp_path):
     t = trainer(
         tmp_path,
@@ -411,7 +162,7 @@ def test_both_of_a_pair_see_the_same_dropout(tmp_path):
 DDP = """
 import sys, torch
 from pathlib import Path
-from tests.test_trainer import GGN, trainer
+from tests.trainers import GGN, trainer
 for ivon in ({}, GGN, {"mc_samples": 2, "antithetic": True, "restore": "redraw"}):
     t = trainer(Path(sys.argv[1]) / str(__import__('os').environ['RANK']), ivon=ivon)
     assert t.accelerator.num_processes == 2, t.accelerator.num_processes

@@ -12,8 +12,13 @@ from tests.tiny import posterior, read
 
 
 def regression(n=64, seed=0):
-    """Orthogonal inputs of different sizes, residuals +1 and -1: the empirical Fisher is the Hessian exactly."""
-    signs = torch.tensor([[1.0 if bin(i & mask).count("1") % 2 == 0 else -1.0 for mask in (1, 2, 4)] for i in range(n)])
+    """Orthogonal inputs, residuals +1 and -1: the empirical Fisher is the Hessian exactly."""
+    signs = torch.tensor(
+        [
+            [1.0 if bin(i & mask).count("1") % 2 == 0 else -1.0 for mask in (1, 2, 4)]
+            for i in range(n)
+        ]
+    )
     inputs = signs * torch.tensor([0.5, 1.0, 2.0])
     residual = torch.tensor([1.0 if bin(i & 56).count("1") % 2 == 0 else -1.0 for i in range(n)])
     return inputs, inputs @ torch.tensor([1.0, -2.0, 0.5]) + residual
@@ -39,11 +44,23 @@ def test_steps_agree_with_the_twin():
             optimizer.backward(0.5 * (inputs[:3] @ w - targets[:3]).square())
             optimizer.backward(0.5 * (inputs[3:] @ w - targets[3:]).square())
         optimizer.step()
-        slow = [twin.step(*slow[i], gradients[:, i].tolist(), delta=float(precision[i]) / 50, centre=float(centre[i]),
-                          **kw) for i in range(3)]  # fmt: skip
+        slow = [
+            twin.step(
+                *slow[i],
+                gradients[:, i].tolist(),
+                delta=float(precision[i]) / 50,
+                centre=float(centre[i]),
+                **kw,
+            )
+            for i in range(3)
+        ]
     state = optimizer.state[w]
-    torch.testing.assert_close(torch.stack([w.detach(), state["momentum"], state["hess"]]), torch.tensor(slow).T,
-                               rtol=1e-5, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(
+        torch.stack([w.detach(), state["momentum"], state["hess"]]),
+        torch.tensor(slow).T,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_the_posterior_of_a_linear_regression_is_found():
@@ -53,9 +70,13 @@ def test_the_posterior_of_a_linear_regression_is_found():
     optimizer = VOGN([w], lr=0.1, ess=ess, beta2=0.98, weight_decay=delta)
     train(optimizer, w, 500, inputs, targets)
     a = inputs.square().mean(0)
-    torch.testing.assert_close(w.detach(), (inputs.T @ targets / 64) / (a + delta), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        w.detach(), (inputs.T @ targets / 64) / (a + delta), rtol=2e-3, atol=2e-3
+    )
     # the prior's pull leaves residuals that are not exactly +1 and -1
-    torch.testing.assert_close(optimizer.precision([("w", w)])["w"], ess * (a + delta), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        optimizer.precision([("w", w)])["w"], ess * (a + delta), rtol=0.1, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,9 +143,13 @@ def small_run(kind, c):
 @pytest.mark.parametrize("kind", [VOGN, BSAM])
 def test_their_posteriors_merge_like_any_other(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = [small_run(kind, c) for c in (1.0, -0.5)]
-    for i, (mean, precision) in enumerate(found):
-        posterior(f"{i}.safetensors", {"w": mean}, {"w": precision}, estimator=kind.__name__.lower())
+    posteriors = [small_run(kind, c) for c in (1.0, -0.5)]
+    for i, (mean, precision) in enumerate(posteriors):
+        posterior(
+            f"{i}.safetensors", {"w": mean}, {"w": precision}, estimator=kind.__name__.lower()
+        )
     run_merge(MergeConfig(models=("0.safetensors", "1.safetensors"), weights="precision"))
-    (m, s), (n, t) = [(np.float64(mean), np.float64(precision)) for mean, precision in found]
-    np.testing.assert_allclose(read("merged.safetensors")["w"], (s * m + t * n) / (s + t), rtol=1e-5, atol=1e-6)
+    (m, s), (n, t) = [(np.float64(mean), np.float64(precision)) for mean, precision in posteriors]
+    np.testing.assert_allclose(
+        read("merged.safetensors")["w"], (s * m + t * n) / (s + t), rtol=1e-5, atol=1e-6
+    )

@@ -9,13 +9,11 @@ from mergekit_bayes.finetune import ranks
 
 
 def found_by_two(module, folder):
-    """What each of two processes has found: `child(folder)` leaves a list of dicts in
-    `folder/found.json`.
-    """
+    """What each of two processes found: `child(folder)` writes a list of dicts to found.json."""
     code = f"from pathlib import Path; from {module} import child; child(Path({str(folder)!r}))"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         assert ranks.launch([sys.executable, "-c", code], 2) == 0
-    found = json.loads((folder / "found.json").read_text())
-    assert [f["world"] for f in found] == [2, 2]  # two of the usual commands silently start one
-    return found
+    results = json.loads((folder / "found.json").read_text())
+    assert [f["world"] for f in results] == [2, 2]  # some launcher commands silently start one
+    return results

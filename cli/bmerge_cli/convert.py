@@ -4,11 +4,12 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json, progress_bar
+from bmerge_cli.render import Force, Json, Quiet, console, failures, print_result, progress_bar
 
 NAME = "convert"
 
 
+@failures()
 def command(
     model: Annotated[
         str,
@@ -29,20 +30,15 @@ def command(
     Reads tensors only: a pickle that holds anything else is refused, so no code runs. Tied tensors
     are stored once.
     """
-    with failures():
-        from mergekit_bayes.convert import run_convert
+    from mergekit_bayes.convert import run_convert
 
-        screen = console(quiet=quiet)
-        with progress_bar(screen, "converting") as advance:
-            report = run_convert(model, out, force, progress=advance)
-        files = f"{len(report.files)} file{'s' * (len(report.files) > 1)}"
-        line = f"{report.tensors} tensors, {report.bytes / 1e6:,.1f} MB, in {files}"
-        if report.tied:
-            line += "; tied and stored once: " + ", ".join(
-                f"{a} = {b}" for a, b in report.tied.items()
-            )
-        screen.print(line, markup=False)
-        if as_json:
-            print_json(report.model_dump(mode="json"))
-        elif not quiet:
-            typer.echo(str(report.path))
+    screen = console(quiet=quiet)
+    with progress_bar(screen, "converting") as advance:
+        report = run_convert(model, out, force, progress=advance)
+    files = f"{len(report.files)} file{'s' * (len(report.files) > 1)}"
+    line = f"{report.tensors} tensors, {report.bytes / 1e6:,.1f} MB, in {files}"
+    if report.tied:
+        pairs = ", ".join(f"{alias} = {name}" for alias, name in report.tied.items())
+        line += f"; tied and stored once: {pairs}"
+    screen.print(line, markup=False)
+    print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -1,6 +1,4 @@
-"""`bmerge detox`: subtract what a toxic fine-tune added, by every method, and say what each one
-cost.
-"""
+"""`bmerge detox`: subtract what a toxic fine-tune added, by every method, and report the cost."""
 
 import json
 import math
@@ -12,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json, table
+from bmerge_cli.render import (
+    Force,
+    Json,
+    Quiet,
+    console,
+    failures,
+    is_interactive,
+    print_json,
+    table,
+)
+from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -24,18 +32,21 @@ if TYPE_CHECKING:
 NAME = "detox"
 
 
+@failures()
 def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")
+        list[str] | None,
+        typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
     ] = None,
     push_to: Annotated[
         str | None,
         typer.Option(
             "--push-to",
-            help="org/name: push the candidate of least perplexity at the lowest equal toxic share.",
+            help="org/name: push the candidate of lowest perplexity at the lowest equal toxic "
+            "share.",
         ),
     ] = None,
     force: Force = False,
@@ -45,63 +56,59 @@ def command(
     """Remove toxicity by script: fine-tune on toxic text, subtract at several scales, evaluate,
     report.
 
-    Steps that an earlier run did with the same inputs and settings are not done again; --force does
-    all again.
+    Steps that an earlier run did with the same inputs and settings are not repeated; --force
+    repeats all of them.
     """
-    with failures():
-        from mergekit_bayes.configs import load_config
-        from mergekit_bayes.detox.journey import run_detox
-        from mergekit_bayes.detox.report import verdicts
-        from mergekit_bayes.detox.settings import DetoxConfig
+    from mergekit_bayes.detox import DetoxConfig, run_detox
+    from mergekit_bayes.detox.report import verdicts
 
-        settings = load_config(
-            DetoxConfig, config, [*(overrides or []), *(["force=true"] if force else [])]
-        )
-        screen = console(quiet=quiet)
-        if push_to is not None:
-            from mergekit_bayes.hub import check_login
+    words = [*(overrides or []), *(["force=true"] if force else [])]
+    settings = load_config(DetoxConfig, config, words)
+    screen = console(quiet=quiet)
+    if push_to is not None:
+        from mergekit_bayes.hub import check_login
 
-            check_login(push_to)  # before hours of work, not after
-        report = run_detox(
-            settings,
-            quiet=quiet or not screen.is_terminal,
-            progress=lambda line: screen.print(line, markup=False),
-        )
-        for line in verdicts(report):
-            screen.print(line, markup=False)
-        for scorer in report.base.toxicity:
-            screen.print(_summary(report, scorer))
-        if push_to is not None:
-            _push(report, push_to)
-        if as_json:
-            print_json(json.loads(report.model_dump_json()))
-        elif not quiet:
-            typer.echo(str(Path(report.path) / "report.md"))
+        check_login(push_to)  # before hours of work, not after
+    report = run_detox(
+        settings,
+        quiet=not is_interactive(screen),
+        progress=lambda line: screen.print(line, markup=False),
+    )
+    for line in verdicts(report):
+        screen.print(line, markup=False)
+    for scorer in report.base.toxicity:
+        screen.print(_summary(report, scorer))
+    if push_to is not None:
+        _push(report, push_to)
+    if as_json:
+        print_json(json.loads(report.model_dump_json()))
+    elif not quiet:
+        typer.echo(str(Path(report.path) / "report.md"))
 
 
 def _push(report: "DetoxReport", repo: str) -> None:
     """Merge the chosen candidate again, by the line that the report gives for it, and push it."""
     command = _chosen(report)
-    line = [
-        sys.executable,
-        "-m",
-        "bmerge_cli.main",
-        *shlex.split(command)[1:],
-        "--push-to",
-        repo,
-        "--quiet",
-    ]
-    done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [*shlex.split(command)[1:], "--push-to", repo, "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bmerge_cli.main", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [""])[-1]
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
         raise CheckpointError(
-            f"the push to '{repo}' failed ({said}). To do it again: `{command} --push-to {repo}`."
+            f"the push to '{repo}' failed ({last_line}). To do it again: `{command} --push-to "
+            f"{repo}`."
         )
 
 
 def _chosen(report: "DetoxReport") -> str:
-    """The line that makes the candidate of least perplexity (of the first text) among those at most
-    as toxic as the lowest share that all curves reach, by the first scorer.
+    """The line that makes the candidate to push.
+
+    By the first scorer, among the candidates that are at most as toxic as the lowest share that
+    all curves reach, the one of lowest perplexity on the first text.
     """
     from mergekit_bayes.detox.settings import HELD_OUT
 
@@ -114,14 +121,14 @@ def _chosen(report: "DetoxReport") -> str:
     if scorer is None or text is None or not reached or not points:
         raise ConfigError(
             "--push-to: no candidate can be chosen, since no toxic share is reached by all "
-            "curves. Choose one in "
-            f"{report.path}/report.md, and push it by its line and --push-to."
+            f"curves. Choose one in {report.path}/report.md, and push it by its line and "
+            "--push-to."
         )
     return str(min(points, key=lambda p: p.perplexity[text].token.value).command)
 
 
 def _summary(report: "DetoxReport", scorer: str) -> "Table":
-    """Perplexities where all curves are equally toxic, at the lowest share that all of them reach."""
+    """Perplexities at equal toxicity: at the lowest toxic share that all curves reach."""
     from mergekit_bayes.detox.settings import HELD_OUT
 
     names = [name for name in report.base.perplexity if name != HELD_OUT]
@@ -137,9 +144,8 @@ def _summary(report: "DetoxReport", scorer: str) -> "Table":
     level = min(reached)
     paid = {m.text: m.paid for m in report.matched if (m.axis, m.level) == (scorer, level)}
     for curve in report.curves:
-        rows.append(
-            [curve, f"{level:.1%}", *[_perplexity(report, n, paid[n][curve]) for n in names]]
-        )
+        perplexities = [_perplexity(report, n, paid[n][curve]) for n in names]
+        rows.append([curve, f"{level:.1%}", *perplexities])
     title = f"perplexity at an equal toxic share by {scorer}, with 95 % intervals of what was paid"
     return table(["model", "toxic", *names], rows, title=title)
 

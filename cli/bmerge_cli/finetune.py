@@ -6,33 +6,34 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli.push import Delivery, PushTo
-from bmerge_cli.render import Force, Json, Quiet, console, failures, print_json
+from bmerge_cli.delivery import Delivery, PushTo
+from bmerge_cli.flags import Settings, flags_of, option
+from bmerge_cli.render import Json, Quiet, console, failures
+from mergekit_bayes.configs import load_config
+from mergekit_bayes.errors import BmergeError
+from mergekit_bayes.finetune.settings import FinetuneConfig
 
 NAME = "finetune"
 
 
+@failures()
+@flags_of(
+    FinetuneConfig,
+    option("resume"),
+    option("num_processes", low=1),
+    option("force"),
+)
 def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, beats the file; repeat it.")
+        list[str] | None,
+        typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue from the newest whole checkpoint in OUTPUT.checkpoints."
-        ),
-    ] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            "--num-processes", min=1, help="Train replicas: one a GPU, or on the CPU's cores."
-        ),
-    ] = None,
+    *,
+    settings: Settings,
     push_to: PushTo = None,
-    force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,48 +46,42 @@ def command(
     On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune
     CONFIG.yaml
     """
-    with failures():
-        from mergekit_bayes.configs import load_config
-        from mergekit_bayes.errors import BmergeError
-        from mergekit_bayes.finetune import FinetuneConfig, ranks, run_finetune
+    from mergekit_bayes.finetune import ranks
+    from mergekit_bayes.finetune.run import run_finetune
 
-        switches = {"force": force, "resume": resume, "num_processes": num_processes}
-        given = [f"{name}={str(value).lower()}" for name, value in switches.items() if value]
-        settings = load_config(FinetuneConfig, config, [*(overrides or []), *given])
-        screen = console(quiet=quiet or not ranks.is_main())
-        delivery = Delivery(push_to if ranks.is_main() else None, str(settings.output))
-        if (settings.num_processes or 1) > 1 and not ranks.launched():
-            words = [str(config), *(word for item in overrides or [] for word in ("--set", item))]
-            words += [f"--set={item}" for item in given]
-            words += [flag for flag, on in (("--json", as_json), ("--quiet", quiet)) if on]
-            words += (
-                ["--push-to", push_to] if push_to is not None else []
-            )  # rank 0 pushes and prints
-            command = [sys.executable, "-m", "bmerge_cli.main", NAME, *words]
-            raise typer.Exit(ranks.launch(command, settings.num_processes or 1))
-        if (gpus := ranks.idle_gpus()) > 0:
-            screen.print(
-                f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
-                markup=False,
-            )
-        try:
-            report = run_finetune(settings, quiet=quiet)
-        except BmergeError:
-            if ranks.is_main():
-                raise
-            raise typer.Exit(2) from None  # rank 0 raises the same and prints it
-        if not ranks.is_main():
-            return
-        screen.print(f"{report.steps} steps, mean training loss {report.loss:.4g}", markup=False)
-        if report.estimator is not None:
-            screen.print(
-                f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "
-                "median precision "
-                f"{report.health['precision_median']:.3g}",
-                markup=False,
-            )
-        pushed = delivery.push(screen)
-        if as_json:
-            print_json(report.model_dump(mode="json") | pushed)
-        elif not quiet:
-            typer.echo(delivery.url or str(report.path))
+    # As text, so that the same words can start the other processes.
+    words = list(overrides or [])
+    words += [f"{key}={str(value).lower()}" for key, value in settings.items()]
+    loaded = load_config(FinetuneConfig, config, words)
+    screen = console(quiet=quiet or not ranks.is_main())
+    delivery = Delivery(push_to if ranks.is_main() else None, str(loaded.output))
+    if (loaded.num_processes or 1) > 1 and not ranks.launched():
+        line = [str(config), *(f"--set={word}" for word in words)]
+        line += [flag for flag, given in (("--json", as_json), ("--quiet", quiet)) if given]
+        if push_to is not None:  # the first process pushes and prints
+            line += ["--push-to", push_to]
+        code = ranks.launch(
+            [sys.executable, "-m", "bmerge_cli.main", NAME, *line], loaded.num_processes or 1
+        )
+        raise typer.Exit(code)
+    if (gpus := ranks.idle_gpus()) > 0:
+        screen.print(
+            f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
+            markup=False,
+        )
+    try:
+        report = run_finetune(loaded, quiet=quiet)
+    except BmergeError:
+        if ranks.is_main():
+            raise
+        raise typer.Exit(2) from None  # the first process raises the same and prints it
+    if not ranks.is_main():
+        return
+    screen.print(f"{report.steps} steps, mean training loss {report.loss:.4g}", markup=False)
+    if report.estimator is not None:
+        screen.print(
+            f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "
+            f"median precision {report.health['precision_median']:.3g}",
+            markup=False,
+        )
+    delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)

@@ -1,6 +1,4 @@
-"""The `bmerge` command: one module per subcommand, each of which imports its verb only when it
-runs.
-"""
+"""The `bmerge` command: one module per subcommand, which imports torch only when it runs."""
 
 import os
 import re
@@ -27,8 +25,8 @@ for module in (merge, methods, finetune, precision, evaluate, inspect, convert, 
     app.command(module.NAME)(module.command)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(given: bool) -> None:
+    if given:
         typer.echo(f"bmerge {__version__}")
         raise typer.Exit
 
@@ -45,9 +43,8 @@ def _root(
 def main() -> None:
     """Entry point of the console script and of `python -m bmerge_cli.main`."""
     if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
-        os.environ.setdefault(
-            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
-        )  # the client reads it once, when it is imported
+        # The Hub's client reads it once, when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with failures():
             _refuse_bare_numbers(sys.argv[1:])
@@ -57,7 +54,7 @@ def main() -> None:
 
 
 def _refuse_bare_numbers(words: list[str]) -> None:
-    """`--scale 1 -0.5`: a flag takes one value, and the parser would call -0.5 an unknown option."""
+    """Explain `--scale 1 -0.5`, whose second number the parser would call an unknown option."""
     for before, word in pairwise(words):
         if re.fullmatch(r"-\d*\.?\d+([eE][-+]?\d+)?", word) and not before.startswith("-"):
             raise ConfigError(

@@ -1,16 +1,15 @@
 """`bmerge methods`: the merging rules, their settings, and a line to try each."""
 
-from typing import Any
-
 import typer
 
-from bmerge_cli.render import Json, print_json
+from bmerge_cli.render import Json, failures, print_json
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.base import Method, Parameter
 
 NAME = "methods"
 
 
+@failures()
 def command(as_json: Json = False) -> None:
     """List the merging rules, their settings, and a line to try each.
 
@@ -23,20 +22,19 @@ def command(as_json: Json = False) -> None:
         typer.echo(f"{method.name}: {method.summary}")
         typer.echo(f"  {_needs(method)}")
         for parameter in method.parameters:
-            typer.echo(
-                f"  --param {parameter.name}={_number(parameter.default)}: {parameter.meaning}{_bounds(parameter)}"
-            )
+            setting = f"--param {parameter.name}={_number(parameter.default)}"
+            typer.echo(f"  {setting}: {parameter.meaning}{_bounds(parameter)}")
         typer.echo(f"  {method.example}\n")
 
 
-def _document(method: Method) -> dict[str, Any]:
+def _document(method: Method) -> dict[str, object]:
     return {
         "name": method.name,
         "summary": method.summary,
         "needs_base": method.needs_base,
         "needs_precision": method.needs_precision,
         "models": method.tasks,
-        "writes_posterior": method.is_posterior and method.needs_precision,
+        "writes_posterior": method.writes_posterior,
         "parameters": [
             {
                 "name": p.name,
@@ -56,7 +54,7 @@ def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
     models = f", {method.tasks} models" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
-    posterior = "; writes a posterior" if method.is_posterior and method.needs_precision else ""
+    posterior = "; writes a posterior" if method.writes_posterior else ""
     return base + models + precision + posterior
 
 

@@ -1,4 +1,4 @@
-"""What every command shares: one console on stderr, one JSON document on stdout, one message per
+"""What every command shares: its output on stderr, one JSON document on stdout, one message per
 failure.
 """
 
@@ -6,34 +6,50 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mergekit_bayes.errors import BmergeError, ConfigError
+from mergekit_bayes.errors import BmergeError
+from mergekit_bayes.records import FORCE
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace an existing output, a folder with all that is in it."),
-]
+Force = Annotated[bool, typer.Option("--force", help=FORCE)]
 
 
 def console(*, quiet: bool = False) -> Console:
-    """Where people read: stderr, so that stdout stays machine-readable."""
+    """A console on stderr, so that stdout stays machine-readable."""
     width = None if sys.stderr.isatty() else 160  # a log file has no edge at which to cut tables
     return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, width=width)
 
 
-def print_json(document: Any) -> None:
-    """The one document of `--json`."""
+def print_json(document: object) -> None:
+    """Print the one document of `--json`."""
     typer.echo(json.dumps(document, indent=2))
+
+
+def print_result(
+    report: BaseModel, result: object, *, as_json: bool, quiet: bool, push: object = None
+) -> None:
+    """End a command: print its report as JSON, or where the result is unless `quiet`.
+
+    Args:
+        report: What the command did.
+        result: Path or URL of the output.
+        as_json: Whether `--json` was given.
+        quiet: Whether `--quiet` was given.
+        push: Report of the push that followed, if any: one more key of the document.
+    """
+    if as_json:
+        print_json(report.model_dump(mode="json") | ({"push": push} if push is not None else {}))
+    elif not quiet:
+        typer.echo(str(result))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -52,62 +68,43 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     return result
 
 
-def number(text: str, option: str) -> float:
-    """A number given to an option, or a `ConfigError` that names both."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{option}: '{text}' is not a number.") from None
-
-
-def assignments(items: Sequence[str], option: str, what: str = "MODEL") -> dict[str, str]:
-    """`MODEL=VALUE` options as a mapping; the last '=' separates, since paths may hold one."""
-    result = {}
-    for item in items:
-        name, separator, value = item.rpartition("=")
-        if not separator or not name or not value:
-            raise ConfigError(f"{option}: expected {what}=VALUE, found '{item}'.")
-        result[name] = value
-    return result
-
-
-def selection(items: Sequence[str], option: str) -> dict[str, Any]:
-    """`COLUMN=VALUE` options as a row filter; values are read as YAML, so that `label=1` is a
-    number.
-    """
-    result: dict[str, Any] = {}
-    for item in items:
-        column, separator, value = item.partition("=")
-        if not separator or not column or not value:
-            raise ConfigError(f"{option}: expected COLUMN=VALUE, found '{item}'.")
-        try:
-            result[column] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            result[column] = value
-    return result
+def is_interactive(screen: Console) -> bool:
+    """Whether the console is a terminal that is not quiet, so that bars make sense."""
+    return screen.is_terminal and not screen.quiet
 
 
 @contextmanager
 def progress_bar(screen: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes that vanishes when done; yields what a verb calls with (done, total)."""
+    """A bar of bytes that vanishes when done; yields a function of (done, total)."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(
-        *columns, console=screen, transient=True, disable=screen.quiet or not screen.is_terminal
+        *columns, console=screen, transient=True, disable=not is_interactive(screen)
     ) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
+def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that names the step and vanishes when done; yields a function of (step, done, of)."""
+    with Progress(console=screen, transient=True, disable=not is_interactive(screen)) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda step, done, of: progress.update(
+            task, description=step, completed=done, total=of
+        )
+
+
+@contextmanager
 def failures() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2; a bug stays a traceback (exit
-    code 1).
+    """Turn errors that the user can correct into one message and exit code 2.
+
+    Every command is decorated with it. A bug stays a traceback (exit code 1).
     """
     try:
         yield
     except BmergeError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None
-    except BrokenPipeError:  # somebody closed our stdout, as `| head` does
+    except BrokenPipeError:  # stdout was closed, as `| head` does
         sys.stderr.close()
         raise typer.Exit(0) from None

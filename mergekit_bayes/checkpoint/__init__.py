@@ -1,1 +1,1 @@
-"""Checkpoints on disk: tensors, layout, side files, identity and safe replacement, without torch."""
+"""Checkpoints on disk, without torch: tensors, layout, side files, content hashes, replacement."""

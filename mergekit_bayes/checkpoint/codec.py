@@ -6,12 +6,16 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSource, TensorSpec
 
 
 def decode(raw: Array, dtype: str) -> Array:
-    """Raw bytes of a mergeable dtype as float32 (float64 for F64); may share memory with `raw`."""
+    """Convert raw bytes of a mergeable dtype to float32 (float64 for F64).
+
+    The result may share memory with `raw`.
+    """
     if dtype == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if dtype == "F16":
@@ -25,7 +29,7 @@ def encode(values: Array, dtype: str) -> memoryview:
     """Round float32 (float64 for F64) to nearest even, once, into the bytes of a mergeable dtype.
 
     A value that rounds beyond the largest becomes infinity, or NaN in F8_E4M3, which has no
-    infinity: nothing is clipped to the largest, so that `overflowed` finds it.
+    infinity. Nothing is clipped to the largest value, so that `overflowed` can count it.
     """
     if dtype in _F8:
         return _encode_f8(values, dtype)
@@ -33,7 +37,7 @@ def encode(values: Array, dtype: str) -> memoryview:
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
         if (nan := (bits & 0x7FFFFFFF) > 0x7F800000).any():
-            rounded[nan] = 0x7FC0  # rounding up would carry some of them over to zero
+            rounded[nan] = 0x7FC0  # rounding up would carry some NaNs over to zero
         return rounded.view(np.uint8).data
     numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     with np.errstate(over="ignore"):
@@ -41,9 +45,7 @@ def encode(values: Array, dtype: str) -> memoryview:
 
 
 def overflowed(data: memoryview, dtype: str) -> int:
-    """How many entries are infinity or NaN in the bytes of a mergeable dtype, as `encode` gives
-    them.
-    """
+    """Count the entries that are infinity or NaN in bytes that `encode` returned for `dtype`."""
     if dtype in _F8:
         return int(np.count_nonzero((np.frombuffer(data, np.uint8) & 0x7F) >= _F8[dtype].infinity))
     if dtype == "BF16":
@@ -52,14 +54,25 @@ def overflowed(data: memoryview, dtype: str) -> int:
     return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, numpy_dtype))))
 
 
+def is_bad_mean(values: Array) -> NDArray[np.bool_]:
+    """Which entries are not a mean: infinite or NaN."""
+    bad: NDArray[np.bool_] = ~np.isfinite(values)
+    return bad
+
+
+def is_bad_precision(values: Array) -> NDArray[np.bool_]:
+    """Which entries are not a precision: negative, infinite or NaN. Zero of either sign is one."""
+    return ~(np.isfinite(values) & (values >= 0))
+
+
 def chunks(spec: TensorSpec, size: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of at most `size` elements that cover a tensor; none for an empty one."""
+    """Yield half-open ranges of at most `size` elements that together cover a tensor."""
     for start in range(0, spec.size, size):
         yield start, min(start + size, spec.size)
 
 
 def read_chunk(source: TensorSource, name: str, start: int, stop: int) -> Array:
-    """Elements `start:stop` of a tensor in flat order, as float32 (float64 for F64)."""
+    """Read elements `start:stop` of a tensor in flat order, as float32 (float64 for F64)."""
     dtype = source.specs[name].dtype
     item = ITEM_SIZE[dtype]
     raw = np.empty((stop - start) * item, np.uint8)
@@ -68,15 +81,17 @@ def read_chunk(source: TensorSource, name: str, start: int, stop: int) -> Array:
 
 
 def read_tensor(source: TensorSource, name: str) -> Array:
-    """A whole tensor in its shape, as float32 (float64 for F64)."""
+    """Read all of a tensor in its shape, as float32 (float64 for F64)."""
     spec = source.specs[name]
     return read_chunk(source, name, 0, spec.size).reshape(spec.shape)
 
 
 class _Float8(NamedTuple):
+    """An 8-bit floating-point format."""
+
     mantissa: int  # bits
     bias: int  # of the exponent
-    infinity: int  # the first code that is no finite number
+    infinity: int  # the first code that is not a finite number
     values: Array  # float32 of all 256 codes
 
 
@@ -96,8 +111,9 @@ _F8 = {"F8_E4M3": _float8(3, 7, 0x7F, math.nan), "F8_E5M2": _float8(2, 15, 0x7C,
 
 
 def _encode_f8(values: Array, dtype: str) -> memoryview:
-    # Half of the bits are enough if the last one says whether the others held anything ("round to
-    # odd"); the code of each is then looked up, which takes a sixth of the time.
+    # The upper half of the bits is enough if its last bit also says whether the lower half held
+    # anything ("round to odd"). The code of each upper half is then looked up in a table, which is
+    # several times faster than computing it.
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> 16) | ((bits & np.uint32(0xFFFF)) != 0)
     codes: Array = _f8_codes(dtype)[odd]
@@ -106,26 +122,26 @@ def _encode_f8(values: Array, dtype: str) -> memoryview:
 
 @cache
 def _f8_codes(dtype: str) -> Array:
-    """The code of every float32 whose lower sixteen bits are zero, by its upper ones."""
-    kind, bits = _F8[dtype], np.arange(1 << 16, dtype=np.uint32) << 16
+    """Code of every float32 whose lower sixteen bits are zero, indexed by its upper sixteen."""
+    f8, bits = _F8[dtype], np.arange(1 << 16, dtype=np.uint32) << 16
     magnitude = bits & np.uint32(0x7FFFFFFF)
     # Normal numbers: drop the low bits of the fraction to nearest even; a carry moves into the
     # exponent by itself.
-    dropped = 23 - kind.mantissa
+    dropped = 23 - f8.mantissa
     code = (
         magnitude + np.uint32((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & np.uint32(1))
     ) >> dropped
     # Subnormal ones: the sum's last bit is worth one step, so that the addition itself rounds to
     # nearest even.
-    step = 2.0 ** (1 - kind.bias - kind.mantissa)
+    step = 2.0 ** (1 - f8.bias - f8.mantissa)
     offset = np.float32(step * 2**23)
     with np.errstate(invalid="ignore"):
         steps = (magnitude.view(np.float32) + offset).view(np.uint32) - offset.view(np.uint32)
-    smallest_normal = np.float32(2.0 ** (1 - kind.bias)).view(np.uint32)
+    smallest_normal = np.float32(2.0 ** (1 - f8.bias)).view(np.uint32)
     code = np.where(
-        magnitude < smallest_normal, steps, code - np.uint32((127 - kind.bias) << kind.mantissa)
+        magnitude < smallest_normal, steps, code - np.uint32((127 - f8.bias) << f8.mantissa)
     )
-    code = np.minimum(code, np.uint32(kind.infinity))
+    code = np.minimum(code, np.uint32(f8.infinity))
     code[magnitude > 0x7F800000] = 0x7F
     signed: Array = (code | ((bits >> 24) & np.uint32(0x80))).astype(np.uint8)
     return signed

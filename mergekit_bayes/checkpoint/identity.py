@@ -1,6 +1,7 @@
-"""Content hashes of tensors, checkpoints and files."""
+"""Content hashes: of a tensor, of a set of tensors, of a checkpoint, and of any file or folder."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,34 +9,58 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSource
 
+_BLOCK, _BLOCKS = 4096, 16  # bytes of a block, blocks of a tensor
+_STEP = 1 << 20  # bytes read at a time where all of a tensor is hashed
+
+
+def identity(source: TensorSource, *, full: bool = False) -> str:
+    """Content hash of a set of tensors: SHA-256 over name, dtype, shape and content, by name.
+
+    It does not depend on how the tensors are sharded.
+
+    Args:
+        source: The tensors.
+        full: Hash all bytes instead of sixteen 4-KiB blocks of each tensor.
+    """
+    content = full_hash if full else block_hash
+    digest = hashlib.sha256()
+    for name in sorted(source.specs):
+        spec = source.specs[name]
+        digest.update(f"{name}\0{spec.dtype}\0{list(spec.shape)}\0".encode())
+        digest.update(content(source, name))
+    return digest.hexdigest()
+
 
 def files_identity(files: Sequence[Path]) -> str:
-    source = SafetensorsSource(files)
-    try:
+    """`identity` of the tensors in safetensors files, by sampled blocks."""
+    with SafetensorsSource(files) as source:
         return identity(source)
-    finally:
-        source.close()
 
 
 def checkpoint_identity(path: Path) -> str:
-    source = SafetensorsSource(checkpoint_files(path))
-    try:
-        return identity(source)
-    finally:
-        source.close()
+    """`identity` of the tensors of a model file or folder, by sampled blocks."""
+    return files_identity(checkpoint_files(path))
 
 
-_BLOCK, _BLOCKS = 4096, 16  # identity: sixteen blocks a tensor
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it."""
+    if path.is_dir():
+        files = (f for f in sorted(path.rglob("*")) if f.is_file())
+        hashes = [(str(f.relative_to(path)), content_hash(f)) for f in files]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def block_hash(source: TensorSource, name: str) -> bytes:
-    """SHA-256 of sixteen 4-KiB blocks spread over a tensor's bytes (all of a small one's)."""
+    """SHA-256 of sixteen 4-KiB blocks spread over a tensor's bytes; of all bytes if it is small."""
     nbytes = source.specs[name].nbytes
     digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
+    starts: Sequence[int]
     if nbytes <= _BLOCK * _BLOCKS:
         starts = range(0, nbytes, _BLOCK)
     else:
-        starts = [(nbytes - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]  # type: ignore[assignment]
+        starts = [(nbytes - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
     for start in starts:
         out = memoryview(buffer)[: min(_BLOCK, nbytes - start)]
         source.read_bytes(name, start, out)
@@ -45,25 +70,10 @@ def block_hash(source: TensorSource, name: str) -> bytes:
 
 def full_hash(source: TensorSource, name: str) -> bytes:
     """SHA-256 of all of a tensor's bytes."""
-    nbytes, step = source.specs[name].nbytes, 1 << 20
-    digest, buffer = hashlib.sha256(), bytearray(step)
-    for start in range(0, nbytes, step):
-        out = memoryview(buffer)[: min(step, nbytes - start)]
+    nbytes = source.specs[name].nbytes
+    digest, buffer = hashlib.sha256(), bytearray(_STEP)
+    for start in range(0, nbytes, _STEP):
+        out = memoryview(buffer)[: min(_STEP, nbytes - start)]
         source.read_bytes(name, start, out)
         digest.update(out)
     return digest.digest()
-
-
-def identity(source: TensorSource, *, full: bool = False) -> str:
-    """Who these tensors are: SHA-256 over each one's name, dtype, shape and content, in order of
-    name.
-
-    Content is sixteen 4-KiB blocks a tensor, or all of it if `full`. Independent of sharding.
-    """
-    content = full_hash if full else block_hash
-    digest = hashlib.sha256()
-    for name in sorted(source.specs):
-        spec = source.specs[name]
-        digest.update(f"{name}\0{spec.dtype}\0{list(spec.shape)}\0".encode())
-        digest.update(content(source, name))
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Which files of a folder are the checkpoint, which are its precision, and shard indexes."""
+"""Which files of a folder hold its tensors, which hold their precision, and shard indexes."""
 
 import json
 import os
@@ -16,8 +16,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
-    """The safetensors files of a model: the file itself, the single file of a folder, or its
-    shards.
+    """The safetensors files of a model: the file itself, or a folder's single file or shards.
+
+    Args:
+        path: A file or folder.
+        ref: What messages call it; the path by default.
+
+    Raises:
+        CheckpointError: There is no safetensors file, or an index and its shards disagree.
     """
     ref = ref or str(path)
     convert = f"Convert it to safetensors first: `bmerge convert {shlex.quote(ref)} -o "
@@ -53,35 +59,68 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
 
 
 def precision_files(path: Path) -> list[Path]:
-    """Where a model's own precision lies; empty if it has none."""
+    """The safetensors files of a model's own precision; empty if it has none."""
     if path.is_file():
         sibling = precision_path(path)
         if sibling.exists() or path.stem not in _STEMS:
             return [sibling] if sibling.exists() else []
-        return set_files(
-            path.parent / "posterior", "precision"
-        )  # the single file of a model folder
+        path = path.parent  # the single file of a model folder
     return set_files(path / "posterior", "precision")
 
 
 def precision_path(model: Path) -> Path:
-    """Where the precision of a model belongs: `X.precision.safetensors`, or the folder
-    `model/posterior`.
+    """Where a model's precision belongs.
+
+    `X.precision.safetensors` beside the file `X.safetensors`, the folder `posterior` in a folder.
     """
     if model.suffix == ".safetensors":
         return model.with_name(model.name.removesuffix(".safetensors") + ".precision.safetensors")
     return model / "posterior"
 
 
+def set_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of the set `stem` in a folder: its single file or its shards.
+
+    Returns:
+        The files; empty if the folder holds no such set.
+
+    Raises:
+        CheckpointError: There are both a single file and an index, or the index and its shards
+            disagree.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if not os.path.lexists(index):
+        return [single] if os.path.exists(single) else []
+    if os.path.exists(single):
+        raise CheckpointError(
+            f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a "
+            "file."
+        )
+    weight_map = read_index(index)
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    with SafetensorsSource(files) as source:
+        stored = {name: files[source.file_of(name)].name for name in source.specs}
+    check_index(index, weight_map, stored)
+    return files
+
+
 def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
-    """Name of shard `index` of a set called `stem` that is sharded like `files`."""
+    """File name of shard `index` (from 0) of a set called `stem` with as many shards as `files`."""
     if len(files) == 1:
         return f"{stem}.safetensors"
     return f"{stem}-{index + 1:05d}-of-{len(files):05d}.safetensors"
 
 
 def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_size: int) -> None:
-    """The index that says which shard holds which tensor, as save_pretrained writes it."""
+    """Write a shard index as save_pretrained does.
+
+    Args:
+        folder: Where the shards are.
+        stem: What the set is called: `model`, `precision`.
+        shards: The tensors' names by file name.
+        total_size: Bytes of all tensors.
+    """
     weight_map = {name: file for file, names in shards.items() for name in names}
     content = {
         "metadata": {"total_size": total_size},
@@ -91,10 +130,10 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: which file of the same folder holds which tensor.
+    """Read the `weight_map` of an index: which file of the same folder holds which tensor.
 
-    Raises `CheckpointError` for what is not such a map, and for a file that lies elsewhere or is
-    not there.
+    Raises:
+        CheckpointError: It is not such a map, or names a file elsewhere or one that is missing.
     """
     try:
         if not index.is_file():
@@ -125,45 +164,27 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
-    """Compare an index with its shards, name by name; `held` says which file really holds which
-    tensor.
+def check_index(index: Path, weight_map: Mapping[str, str], stored: Mapping[str, str]) -> None:
+    """Compare an index with its shards, name by name.
 
-    Raises `CheckpointError` that names a tensor and its shard.
+    Args:
+        index: The index file, for messages.
+        weight_map: File name by tensor, as the index has it.
+        stored: File name by tensor, as the shards' headers have it.
+
+    Raises:
+        CheckpointError: The two disagree; the message names a tensor and its shard.
     """
     for name, file in weight_map.items():
-        if held.get(name) != file:
-            instead = f"; {shown(held[name])} does" if name in held else ""
+        if stored.get(name) != file:
+            instead = f"; {shown(stored[name])} does" if name in stored else ""
             raise CheckpointError(
                 f"{index}: says that {shown(name)} is in {shown(file)}, but that file does not "
-                f"hold it{instead}. "
-                "Index and shards are of two savings; fetch them again."
+                f"hold it{instead}. Index and shards are of two savings; fetch them again."
             )
-    for name, file in held.items():
+    for name, file in stored.items():
         if name not in weight_map:
             raise CheckpointError(
-                f"{index}: does not list {shown(name)}, which {shown(file)} holds. "
-                "Index and shards are of two savings; fetch them again."
+                f"{index}: does not list {shown(name)}, which {shown(file)} holds. Index and "
+                "shards are of two savings; fetch them again."
             )
-
-
-def set_files(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    if not os.path.lexists(index):
-        return [single] if os.path.exists(single) else []
-    if os.path.exists(single):
-        raise CheckpointError(
-            f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a "
-            "file."
-        )
-    weight_map = read_index(index)
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    source = SafetensorsSource(files)
-    try:
-        check_index(
-            index, weight_map, {name: files[source.file_of(name)].name for name in source.specs}
-        )
-    finally:
-        source.close()
-    return files

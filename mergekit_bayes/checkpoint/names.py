@@ -1,8 +1,9 @@
-"""Which tensor of one checkpoint is which tensor of another, and which tensors are no parameters.
+"""Which tensors are tied, which are buffers, and which names of two checkpoints mean one tensor.
 
-Names and shapes are all the architecture that a merge needs. Two facts of the field get in the way:
-a saved fine-tune may carry one common prefix that its Hub base lacks (`transformer.h.0...`,
-`h.0...`), and a tied output head may be stored in one file and left out of another.
+Names and shapes are all that a merge needs to know of an architecture. Two habits of the field get
+in the way: a saved fine-tune may carry one common prefix that its Hub base lacks (`transformer.h.0`
+against `h.0`), and a tied output head may be stored in one file and left out of another.
+`tied_source` and `is_alias` decide whether a tensor is tied.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import TensorSource
 
-# Constants that some checkpoints store: masks, position ids, rotary tables. Never merged.
+# Constants that some checkpoints store (masks, position ids, rotary tables), which are not merged.
 _BUFFER = re.compile(
     r"(^|\.)(position_ids|token_type_ids|masked_bias|inv_freq|original_inv_freq|num_batches_tracked)$"
     r"|(^|\.)attn\.bias$"
@@ -24,54 +25,17 @@ _EMBEDDING = re.compile(
 )
 # Rows are tokens: embeddings, heads and their biases, as the field's architectures call them.
 _VOCABULARY = re.compile(
-    r"(^|\.)(wte|embed_tokens|embed_tokens_per_layer|embed_in|word_embeddings|shared|tok_embeddings|lm_head|embed_out"
-    r"|output_layer|proj_out|generator_lm_head|predictions|(predictions|lm_head)\.decoder)\.(weight|bias)$"
+    r"(^|\.)(wte|embed_tokens|embed_tokens_per_layer|embed_in|word_embeddings|shared|tok_embeddings"
+    r"|lm_head|embed_out|output_layer|proj_out|generator_lm_head|predictions"
+    r"|(predictions|lm_head)\.decoder)\.(weight|bias)$"
     r"|^((backbone|model)\.)?(embeddings|output)\.weight$"
 )
 
 
-class Renaming(NamedTuple):
-    """How another checkpoint's names become the donor's: cut `strip` off the front, put `add`
-    there.
-    """
-
-    strip: str = ""
-    add: str = ""
-
-    def __call__(self, name: str, donor: Collection[str]) -> str:
-        if name in donor:
-            return name
-        renamed = self.add + name.removeprefix(self.strip)
-        return renamed if renamed in donor else name
-
-
-def is_buffer(name: str) -> bool:
-    """True for tensors that no optimizer moves, whatever their dtype."""
-    return bool(_BUFFER.search(name))
-
-
-def is_vocabulary(name: str) -> bool:
-    """True for tensors with one row a token."""
-    return bool(_VOCABULARY.search(name))
-
-
-def find_renaming(donor: Collection[str], other: Collection[str]) -> Renaming:
-    """The one prefix that makes most of `other`'s names the donor's; none when names agree as they
-    are.
-    """
-    found: Counter[Renaming] = Counter({Renaming(): len(set(donor) & set(other))})
-    for name in other:
-        found.update(Renaming(strip=p) for p in _prefixes(name) if name[len(p) :] in donor)
-    for name in donor:
-        found.update(Renaming(add=p) for p in _prefixes(name) if name[len(p) :] in other)
-    return found.most_common(1)[0][0]
-
-
 def tied_source(name: str, source: TensorSource) -> str | None:
-    """The input embedding that an output head is tied to, by name and shape; None if `name` is no
-    head.
+    """The input embedding to which an output head is tied, by name; None if `name` is not a head.
 
-    Works for a head that the file leaves out, too: pass the name that it would have.
+    It also answers for a head that the file leaves out: pass the name that it would have.
     """
     if not _HEAD.search(name):
         return None
@@ -80,15 +44,58 @@ def tied_source(name: str, source: TensorSource) -> str | None:
 
 
 def is_alias(name: str, source: TensorSource) -> bool:
-    """True if a stored output head holds the same values as the input embedding."""
-    twin = tied_source(name, source)
+    """Whether a stored output head is tied: it holds the same values as the input embedding."""
+    embedding = tied_source(name, source)
     return (
-        twin is not None
-        and source.specs[twin] == source.specs[name]
-        and block_hash(source, twin) == block_hash(source, name)
+        embedding is not None
+        and source.specs[embedding] == source.specs[name]
+        and block_hash(source, embedding) == block_hash(source, name)
     )
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a constant that no optimizer moves, judged by its name."""
+    return bool(_BUFFER.search(name))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has one row per token, judged by its name."""
+    return bool(_VOCABULARY.search(name))
+
+
+class Renaming(NamedTuple):
+    """How another checkpoint's names become the donor's.
+
+    Attributes:
+        strip: The prefix that is removed.
+        add: The prefix that is put in its place.
+    """
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str, donor: Collection[str]) -> str:
+        """The donor's name of a tensor; `name` itself if the donor has none."""
+        if name in donor:
+            return name
+        renamed = self.add + name.removeprefix(self.strip)
+        return renamed if renamed in donor else name
+
+
+def find_renaming(donor: Collection[str], other: Collection[str]) -> Renaming:
+    """The renaming by one common prefix that gives most of `other`'s tensors the donor's names.
+
+    Names that agree already win a tie, so that they are left alone.
+    """
+    matches: Counter[Renaming] = Counter({Renaming(): len(set(donor) & set(other))})
+    for name in other:
+        matches.update(Renaming(strip=p) for p in _prefixes(name) if name[len(p) :] in donor)
+    for name in donor:
+        matches.update(Renaming(add=p) for p in _prefixes(name) if name[len(p) :] in other)
+    return matches.most_common(1)[0][0]
+
+
 def _prefixes(name: str) -> list[str]:
+    """The beginnings of a name that end in a dot."""
     parts = name.split(".")
     return [".".join(parts[:i]) + "." for i in range(1, len(parts))]

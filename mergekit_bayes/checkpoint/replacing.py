@@ -1,49 +1,30 @@
-"""Write beside the target and rename at the end, so that a final name is never half written."""
+"""Write beside the target and rename at the end, so that no output is ever half written."""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mergekit_bayes.errors import CheckpointError
 
-
-def sync_path(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raise `CheckpointError` for a folder that holds something else than a model: `--force` leaves
-    it alone.
-    """
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any(f for g in _OF_A_MODEL for f in folder.glob(g))
-    ):
-        raise CheckpointError(
-            f"'{folder}' is a folder without a model in it, which --force leaves alone. Choose "
-            "another -o, or remove "
-            "it yourself."
-        )
-
-
+# A folder with one of these files may be replaced by `--force`.
 _OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
 
 
 @contextmanager
 def replacing(target: Path, *, force: bool) -> Iterator[Path]:
-    """A path beside `target` to write to, renamed to it at the end; nothing is left behind on
-    failure.
+    """Yield a path beside `target` to write to, and rename it to `target` at the end.
 
-    Raises `CheckpointError` if the target exists and `force` is False, or when the disk says no.
+    After a failure the target is as it was, and nothing else is left behind.
+
+    Args:
+        target: The file or folder to make.
+        force: Replace what is there.
+
+    Raises:
+        CheckpointError: The target exists and `force` is False, or the disk refuses to write.
     """
     if target.exists() and not force:
         raise CheckpointError(
@@ -66,10 +47,33 @@ def replacing(target: Path, *, force: bool) -> Iterator[Path]:
             shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def _swap_folder(target: Path, new: Path, aside: Path) -> None:
-    """A folder cannot be replaced in one step: move it aside, and back if the new one cannot take
-    its place.
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace a folder that holds something other than a model, even with `--force`.
+
+    Raises:
+        CheckpointError: The folder holds files, and none of them is a model's.
     """
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any(f for g in _OF_A_MODEL for f in folder.glob(g))
+    ):
+        raise CheckpointError(
+            f"'{folder}' is a folder without a model in it, which --force leaves alone. Choose "
+            "another -o, or remove it yourself."
+        )
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    with ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        os.fsync(descriptor)
+
+
+def _swap_folder(target: Path, new: Path, aside: Path) -> None:
+    """Replace a folder, which takes two steps: the old one moves aside, and back on failure."""
     os.rename(target, aside)
     try:
         os.rename(new, target)

@@ -2,8 +2,8 @@
 
 A safetensors file is an 8-byte little-endian length, that many bytes of JSON, and the tensors' raw
 bytes. Everything that a merge must know (names, dtypes, shapes, offsets) is in the JSON, so a plan
-reads headers only and the data is read in chunks by `pread`: a file that shrinks under us is then
-an error rather than a SIGBUS, and resident memory stays at one chunk.
+reads headers only. The data is read in chunks by `pread` instead of a memory map: a file that
+shrinks meanwhile is then an error rather than a SIGBUS, and resident memory stays at one chunk.
 """
 
 import errno
@@ -12,9 +12,9 @@ import resource
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
@@ -22,10 +22,12 @@ from mergekit_bayes.errors import CheckpointError
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 64  # numpy's own limit
-_SPARE = 128  # file descriptors for everything else
+_SPARE = 128  # file descriptors left for everything else
 
 
 class _Placed(NamedTuple):
+    """A tensor and where its bytes lie."""
+
     spec: TensorSpec
     file: int  # index into the source's files
     start: int  # absolute byte offset
@@ -34,38 +36,47 @@ class _Placed(NamedTuple):
 class SafetensorsSource(Closing):
     """One safetensors file, or the shards of one checkpoint, checked before any tensor is read.
 
-    Raises `CheckpointError` for a truncated file, a header that is not JSON or names a tensor
-    twice, a size that disagrees with dtype and shape, overlapping or missing bytes, and a name that
-    two shards hold. What a header claims is checked before anything of that size is allocated.
+    What a header claims is checked before anything of that size is allocated.
+
+    Attributes:
+        files: The files, in the order given.
+        metadata: The `__metadata__` of all headers, merged.
+        notes: None.
+        is_computed: False.
     """
 
     notes: tuple[str, ...] = ()
     is_computed = False
 
     def __init__(self, files: Sequence[Path]) -> None:
+        """Open the files and check their headers.
+
+        Raises:
+            CheckpointError: A file is truncated; a header is not JSON or names a tensor twice; a
+                size disagrees with dtype and shape; bytes overlap or are missing; or two shards
+                hold one name.
+        """
         self.files = tuple(files)
         self.metadata: dict[str, str] = {}
         self._fds: list[int] = []
         self._placed: dict[str, _Placed] = {}
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
             for index, path in enumerate(self.files):
                 self._open(index, path)
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()  # opened in full: the caller closes it from here on
         self._specs = {name: placed.spec for name, placed in self._placed.items()}
 
     def _open(self, index: int, path: Path) -> None:
-        self._fds.append(
-            open_file(path, os.O_RDONLY | os.O_NONBLOCK)
-        )  # a pipe is then refused below, not waited for
+        # Without O_NONBLOCK a pipe would be waited for; with it, the check of its mode refuses it.
+        self._fds.append(open_file(path, os.O_RDONLY | os.O_NONBLOCK))
         try:
-            header, data_start = _read_header(self._fds[-1], path)
+            header, metadata, data_start = _read_header(self._fds[-1], path)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: its header cannot be read ({error.strerror})."
             ) from None
-        self.metadata |= header.pop("__metadata__")
+        self.metadata |= metadata
         end = os.fstat(self._fds[-1]).st_size - data_start
         for name, placed in _check_header(header, path, index, data_start, end):
             if name in self._placed:
@@ -77,6 +88,7 @@ class SafetensorsSource(Closing):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor, by name."""
         return self._specs
 
     @property
@@ -89,6 +101,7 @@ class SafetensorsSource(Closing):
         return self
 
     def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
         return str(self.files[self._placed[name].file])
 
     def file_of(self, name: str) -> int:
@@ -96,6 +109,13 @@ class SafetensorsSource(Closing):
         return self._placed[name].file
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's raw bytes, starting at byte `offset`.
+
+        Safe in several threads at once.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is shorter than it was when opened.
+        """
         placed, done = self._placed[name], 0
         while done < len(out):
             try:
@@ -112,13 +132,19 @@ class SafetensorsSource(Closing):
             done += n
 
     def close(self) -> None:
+        """Close the files. Calling it again does nothing."""
         while self._fds:
             os.close(self._fds.pop())
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A file descriptor; the process may have as many as the system lets it, once it comes near the
-    usual limit.
+    """Open a file and return its descriptor.
+
+    Near the soft limit of open files, the limit is raised to the hard one, since a merge of many
+    sharded models keeps many files open.
+
+    Raises:
+        CheckpointError: The file cannot be opened.
     """
     try:
         fd = os.open(path, flags, 0o666)
@@ -129,12 +155,13 @@ def open_file(path: Path, flags: int) -> int:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft != hard and fd + _SPARE > soft:
-        with suppress(OSError, ValueError):  # macOS names no limit and has one
+        with suppress(OSError, ValueError):  # macOS reports no hard limit, yet has one
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return fd
 
 
-def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(fd: int, path: Path) -> tuple[dict[str, object], dict[str, str], int]:
+    """The header's entries by tensor, its metadata, and the byte at which the data starts."""
     size = os.fstat(fd).st_size
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise CheckpointError(f"{path}: is not a file.")
@@ -163,21 +190,21 @@ def _read_header(fd: int, path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(
             f"{path}: its __metadata__ is not text by name. Is it a safetensors file?"
         )
-    return {"__metadata__": metadata, **header}, 8 + length
+    return header, metadata, 8 + length
 
 
 def _check_header(
-    header: Mapping[str, Any], path: Path, index: int, data_start: int, available: int
+    header: Mapping[str, object], path: Path, index: int, data_start: int, available: int
 ) -> Iterator[tuple[str, _Placed]]:
+    """Yield each tensor with its place, in order of the bytes, which must be covered exactly."""
     spans = []
     for name, entry in header.items():
         spec, start, stop = _check_entry(name, entry, path)
         if stop - start != spec.nbytes:
             raise CheckpointError(
                 f"{path}: {shown(name)} is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} "
-                "bytes, "
-                f"but its offsets [{start}, {stop}] give {stop - start}. The header is wrong; "
-                "fetch it again."
+                f"bytes, but its offsets [{start}, {stop}] give {stop - start}. The header is "
+                "wrong; fetch it again."
             )
         if stop > available:
             raise CheckpointError(
@@ -205,7 +232,8 @@ def _check_header(
         )
 
 
-def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+def _check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    """Spec, first byte and end of a tensor, from its entry in the header."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
             type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)
@@ -214,12 +242,12 @@ def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, in
         case _:
             raise CheckpointError(
                 f"{path}: the header's entry for {shown(name)} is not dtype, shape and "
-                "data_offsets, in whole numbers "
-                "from 0 on. Fetch it again."
+                "data_offsets, in whole numbers from 0 on. Fetch it again."
             )
     if dtype not in ITEM_SIZE:
         raise CheckpointError(f"{path}: {shown(name)} has the unknown dtype {shown(dtype)}.")
-    # Counted step by step: the product of a long shape would be a number as long as the shape.
+    # Multiplied step by step with an early stop, because the product of a forged shape could be an
+    # integer of arbitrary length.
     size = ITEM_SIZE[dtype]
     for n in shape if len(shape) <= _MAX_DIMENSIONS else ():
         size *= max(n, 1)

@@ -4,27 +4,34 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import ParamSpec, Self, TypeVar
 
 from mergekit_bayes.checkpoint.safetensors import open_file
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.errors import CheckpointError
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 
 class LostError(CheckpointError):
-    """A file that was begun is not there any more, or not in its size."""
+    """A file that was begun before no longer exists, or has another size."""
 
 
 class SafetensorsSink:
     """A safetensors file whose tensors arrive in any order; the header is written last.
 
-    Offsets are known from the specs, so data can be written at once. The metadata may change until
-    `close` as long as its JSON does not grow beyond `reserve`, which lets a hash of the data itself
-    go into it. With `shared`
-    the file may be there already, begun by another process or by a merge that was stopped: offsets
-    are the same. With `begun` it must be there, in its size, or a `LostError` says so.
+    Offsets follow from the specs, so data can be written at once. The metadata may change until
+    `close`, as long as the header does not grow, which lets a hash of the data itself go into it.
+    Used as a context manager, it writes the header at the end, and after an error leaves the file
+    without one.
+
+    Attributes:
+        path: The file.
+        metadata: The `__metadata__` that `close` will write.
     """
 
     def __init__(
@@ -36,11 +43,24 @@ class SafetensorsSink:
         shared: bool = False,
         begun: bool = False,
     ) -> None:
+        """Create the file at its final size.
+
+        Args:
+            path: The file; it must not exist unless `shared` or `begun`.
+            specs: Dtype and shape of every tensor, by name.
+            metadata: The header's `__metadata__`; its length reserves the room for later changes.
+            shared: The file may exist, begun by another process or by a merge that was stopped.
+            begun: The file must exist, at its final size.
+
+        Raises:
+            CheckpointError: The file cannot be created, or the disk is full.
+            LostError: `begun`, and the file is missing or has another size.
+        """
         self.path = path
         self.metadata = dict(metadata)
         self._offsets: dict[str, int] = {}
         at = 0
-        self._entries: dict[str, Any] = {}
+        self._entries: dict[str, object] = {}
         # Widest items first keeps every tensor aligned, as the format's own writer does.
         for name in sorted(specs, key=lambda n: (-ITEM_SIZE[specs[n].dtype], n)):
             spec = specs[name]
@@ -67,7 +87,7 @@ class SafetensorsSink:
         return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
     def _allocate(self, size: int) -> None:
-        # A full disk is then found before the first tensor is combined.
+        # A full disk is found here, before the first tensor is combined.
         if not hasattr(os, "posix_fallocate"):  # macOS
             os.ftruncate(self._fd, size)
             return
@@ -78,9 +98,9 @@ class SafetensorsSink:
                 raise
             os.ftruncate(self._fd, size)
 
-    def _guarded(self, act: Any, *args: Any) -> Any:
+    def _guarded(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return act(*args)
+            return call(*args, **kwargs)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: writing failed ({error.strerror}). Free some space or choose "
@@ -88,36 +108,44 @@ class SafetensorsSink:
             ) from None
 
     def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
+        """Write raw bytes of a tensor, starting at its byte `offset`.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
         at, done = self._start + self._offsets[name] + offset, 0
         while done < len(data):
             done += self._guarded(os.pwrite, self._fd, data[done:], at + done)
 
     def close(self) -> None:
-        """Write the header. Without this call the file is not a safetensors file."""
+        """Write the header and close the file, which is no safetensors file without this call.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+            ValueError: The metadata grew beyond the room that was reserved for it.
+        """
         header = self._header()
         if len(header) > self._reserved:
             raise ValueError("the metadata grew beyond what was reserved for it")
-        whole = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
-        self._guarded(os.pwrite, self._fd, whole, 0)
+        content = struct.pack("<Q", self._reserved) + header.ljust(self._reserved, b" ")
+        self._guarded(os.pwrite, self._fd, content, 0)
         self.abandon()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Write the header; after an error leave the file without one, as it is."""
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.abandon)
             if error is None and self._fd >= 0:
                 self.close()
-        finally:
-            self.abandon()
 
     def sync(self) -> None:
-        """Wait until the disk has what was written."""
+        """Flush the file to the disk."""
         self._guarded(os.fsync, self._fd)
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file as it is. Calling it again does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

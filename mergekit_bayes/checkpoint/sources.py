@@ -5,31 +5,17 @@ files that match the patterns are fetched, into huggingface_hub's cache, whose o
 (`HF_HOME`, `HF_HUB_OFFLINE`, the token).
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.checkpoint.side_files import FETCHED
+from mergekit_bayes.errors import CheckpointError, nearest
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]+|(?<=Bearer )\S+")
-SIDE = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "*.bpe",
-    "*.spm",
-    "*.vocab",
-    "tokenizer.model.*",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
-CHECKPOINT = (*SIDE, "model*.safetensors", "adapter*.safetensors")
+CHECKPOINT = (*FETCHED, "model*.safetensors", "adapter*.safetensors")
 POSTERIOR = ("posterior/*",)
 PRECISION = ("posterior/*", "precision*")
 _COMMITS: dict[
@@ -92,8 +78,8 @@ def _nearby(path: Path) -> str:
     """What a mistyped local path may have meant, where its folder is there."""
     if not path.parent.is_dir():
         return ""
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f" If a local path was meant: did you mean '{path.parent / close[0]}'?" if close else ""
+    name = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    return f" If a local path was meant: did you mean '{path.parent / name}'?" if name else ""
 
 
 def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:

@@ -1,43 +1,44 @@
-"""JSON as checkpoints mean it: no duplicate name, no NaN, no invalid text."""
+"""JSON as checkpoints use it: no name twice in an object, no NaN, no invalid text."""
 
 import json
-from typing import Any
+from collections import Counter
 
 
-def parse_json(text: bytes) -> Any:
-    """JSON as checkpoints mean it: UTF-8, no name twice in an object, no NaN or infinity, no half
-    of a character.
+def parse_json(text: bytes) -> object:
+    """Parse JSON strictly: UTF-8, no name twice in an object, no NaN or infinity.
 
-    Raises `ValueError` that says what is wrong.
+    An escaped half of a surrogate pair is refused as well, because it is not a character.
+
+    Raises:
+        ValueError: If the text is not such JSON; the message says what is wrong.
     """
     try:
-        found = json.loads(
+        content: object = json.loads(
             text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
         )
-        if b"\\u" in text:  # only an escape can bring half of a surrogate pair
-            json.dumps(found, ensure_ascii=False).encode()
+        if b"\\u" in text:  # only an escape can produce half of a surrogate pair
+            json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair") from None
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    return found
+    return content
 
 
 def shown(value: object) -> str:
-    """What a file says, for a message: quoted, control characters escaped, cut where it is long."""
+    """A value from a file as a message shows it: quoted, escaped, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]}...{text[-1]}"
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"it names {shown(twice)} twice")
-    return found
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it names {shown(counts.most_common(1)[0][0])} twice")
+    return content
 
 
 def _refuse_constant(text: str) -> None:

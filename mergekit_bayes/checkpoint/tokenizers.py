@@ -1,42 +1,43 @@
 """Compare the tokenizers of two model folders without loading them."""
 
-import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+
+from mergekit_bayes.checkpoint.identity import content_hash
 
 
 def tokenizer_identity(folder: Path) -> str | None:
-    """SHA-256 of `tokenizer.json`; None for a tokenizer without one."""
+    """SHA-256 of a folder's `tokenizer.json`; None if it has none."""
     file = folder / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+    return content_hash(file) if file.exists() else None
 
 
 def tokens_apart(one: Path, other: Path) -> list[tuple[int, str, str]]:
-    """Numbers that two folders' tokenizers give to different tokens, with both; empty where one has
-    no tokenizer.
+    """Ids to which the tokenizers of two folders give different tokens.
+
+    Returns:
+        The id and both tokens of each, by id; empty if one of the folders has no tokenizer.
     """
-    if (
-        tokenizer_identity(one) in (None, tokenizer_identity(other))
-        or tokenizer_identity(other) is None
-    ):
+    identities = (tokenizer_identity(one), tokenizer_identity(other))
+    if None in identities or identities[0] == identities[1]:
         return []
-    here, there = _tokens(one), _tokens(other)
-    return [
-        (n, here[n], there[n]) for n in sorted(here.keys() & there.keys()) if here[n] != there[n]
-    ]
+    tokens, others = _tokens(one), _tokens(other)
+    common = sorted(tokens.keys() & others.keys())
+    return [(i, tokens[i], others[i]) for i in common if tokens[i] != others[i]]
 
 
 def _tokens(folder: Path) -> dict[int, str]:
-    """Token by number, as far as `tokenizer.json` says it plainly."""
+    """Token by id, as far as `tokenizer.json` lists them; empty if it does not."""
     try:
         content = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = content["model"]["vocab"]
-        pairs = (
-            vocabulary.items()
-            if isinstance(vocabulary, dict)
-            else ((v[0], i) for i, v in enumerate(vocabulary))
-        )
-        found = {int(number): str(token) for token, number in pairs}
-        return found | {int(t["id"]): str(t["content"]) for t in content.get("added_tokens", ())}
+        pairs: Iterable[tuple[object, int]]
+        if isinstance(vocabulary, dict):
+            pairs = vocabulary.items()
+        else:  # Unigram: a list of [token, score]
+            pairs = ((entry[0], i) for i, entry in enumerate(vocabulary))
+        tokens = {int(i): str(token) for token, i in pairs}
+        return tokens | {int(t["id"]): str(t["content"]) for t in content.get("added_tokens", ())}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return {}

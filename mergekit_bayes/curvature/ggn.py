@@ -1,72 +1,109 @@
 """The diagonal of the generalised Gauss-Newton matrix by random square roots (root-GGN).
 
-For a softmax likelihood the GGN is the Fisher information. Its output factor `diag(p) - p p'` has the random
-square root below, which needs no labels, no per-example gradients, and stays bounded on confident models,
-where sampling labels hardly ever shows the other class.
+For a softmax likelihood the GGN is the Fisher information. Its output factor `diag(p) - p p'` has
+the random square root below, which needs no labels and no per-example gradients, and stays bounded
+on confident models, where sampled labels hardly ever show the other class.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-_IGNORED = -100
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
 
 
 class Curvature(NamedTuple):
-    """Diagonal curvature of the summed loss over `observations`; divide to get it per observation."""
+    """Diagonal curvature of the loss summed over observations.
 
-    total: dict[str, Tensor]  # 1/weight^2, float32, >= 0, by parameter name
+    Attributes:
+        total: By parameter name: float32, >= 0, of the parameter's shape, summed loss/weight^2.
+        observations: Number of observations; divide by it for the curvature of the mean loss.
+    """
+
+    total: dict[str, Tensor]
     observations: int
 
 
-def ggn_diagonal(model: Any, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0) -> Curvature:
-    """Estimate the GGN diagonal of the summed loss over some batches, at the model's present weights.
+def ggn_diagonal(
+    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+) -> Curvature:
+    """Estimate the GGN diagonal of the summed loss over some batches, at the model's weights.
 
         p   = softmax(z)                               per observation, a constant
-        v   = sqrt(p) * r - p * sum(sqrt(p) * r)       r in {-1, +1}^C at random; E[v v'] = diag(p) - p p'
+        v   = sqrt(p) * r - p * sum(sqrt(p) * r)       r in {-1, +1}^C at random
         F   = sum over batches of ( grad sum_n <v_n, z_n> )^2
 
-    One backward a batch. Observations of one batch have independent signs, so their cross terms vanish in
-    expectation: unbiased at any batch size; more batches mean more draws. Relative error about
-    sqrt(2 / batches).
+    One backward a batch. It is unbiased at any batch size: with z_n the logits of observation n,
+    J_n their Jacobian and E[v_n v_n'] = A_n (see `random_root`),
+
+        E[( sum_n J_n' v_n )( sum_m J_m' v_m )'] = sum_n J_n' A_n J_n
+
+    because observations of one batch have independent signs, whose cross terms vanish. More
+    batches mean more draws; the relative error is about sqrt(2 / batches).
 
     Args:
-        model: A causal language model if batches hold `labels` of the inputs' shape (a token is scored where the
-            next label is not -100), else a classifier. Dropout is off meanwhile.
+        model: A causal language model if batches hold `labels` of the inputs' shape (a token is
+            scored where the next label is not -100), else a classifier. Dropout is off meanwhile.
         batches: Mappings with `input_ids`, `attention_mask` and, for language models, `labels`.
-        seed: Of the signs.
+        seed: Seed of the signs.
 
     Returns:
-        float32 tensors for every parameter that requires a gradient; tied parameters once.
+        Tensors for every parameter that requires a gradient; tied parameters once.
     """
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     observations, was_training = 0, model.training
     model.eval()
     try:
         for batch in batches:
             labels, tokens = batch.get("labels"), batch.get("input_ids")
-            logits = scored_logits(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, labels, tokens)
+            outputs = model(**{name: v for name, v in batch.items() if name != "labels"})
+            logits = scored_logits(outputs.logits, labels, tokens)
             root = random_root(logits.detach().float(), likelihood(model), generator)
-            gradients = torch.autograd.grad((root * logits.float()).sum(), parameters, allow_unused=True)
-            for sum_, g in zip(total, gradients, strict=True):
-                if g is not None:
-                    sum_.addcmul_(g.float(), g.float())
+            projected = (root * logits.float()).sum()
+            gradients = torch.autograd.grad(projected, parameters, allow_unused=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient.float(), gradient.float())
             observations += logits.shape[0]
     finally:
         model.train(was_training)
-    return Curvature(dict(zip(names, total, strict=True)), observations)
+    return Curvature(dict(zip(names, totals, strict=True)), observations)
 
 
 def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:
-    """Vectors v with `E[v v']` the Hessian of the loss in the logits; shape as the logits, (n, C).
+    """Draw vectors v with `E[v v']` the Hessian of the loss in the logits.
 
-    `categorical` is softmax, `bernoulli` an independent sigmoid per logit, `gaussian` the squared error
-    `0.5 |z - y|^2`.
+        categorical    v = sqrt(p) * r - p * sum(sqrt(p) * r),   p = softmax(z)
+        bernoulli      v = sqrt(p (1 - p)) * r,                  p = sigmoid(z)
+        gaussian       v = r
+
+    with r in {-1, +1}^C at random, so that E[r r'] is the identity. For the categorical,
+    v = (I - p 1') diag(sqrt(p)) r, and (I - p 1') diag(p) (I - 1 p') = diag(p) - p p'.
+
+    Args:
+        logits: z, shape (n, C); without a graph.
+        likelihood: "categorical" for softmax, "bernoulli" for an independent sigmoid per logit,
+            "gaussian" for the squared error `0.5 |z - y|^2`.
+        generator: Generator of the signs, on the device of the logits.
+
+    Returns:
+        One v for each observation, shape (n, C).
+
+    Example:
+        With p = (1/2, 1/2), v is (0, 0) for equal signs, else (1, -1) / sqrt(2) or its negative:
+        E[v v'] is [[1/4, -1/4], [-1/4, 1/4]].
+
+        >>> v = random_root(torch.zeros(1000, 2), "categorical", torch.Generator().manual_seed(0))
+        >>> v.unique(dim=0)
+        tensor([[-0.7071,  0.7071],
+                [ 0.0000,  0.0000],
+                [ 0.7071, -0.7071]])
     """
     signs = torch.empty_like(logits).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
     if likelihood == "gaussian":
@@ -75,20 +112,5 @@ def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> 
         p = logits.sigmoid()
         return signs * (p * (1 - p)).sqrt()
     p = logits.softmax(-1)
-    drawn = p.sqrt() * signs
-    return drawn - p * drawn.sum(-1, keepdim=True)
-
-
-def scored_logits(logits: Tensor, labels: Tensor | None, tokens: Tensor | None) -> Tensor:
-    """The logits that the loss looks at, (n, C): of a language model where the next label is not -100."""
-    if labels is not None and tokens is not None and labels.shape == tokens.shape and logits.ndim == 3:
-        return logits[:, :-1][labels[:, 1:] != _IGNORED]
-    return logits.reshape(-1, logits.shape[-1])
-
-
-def likelihood(model: Any) -> str:
-    """Which `random_root` belongs to the loss that the model trains with."""
-    kind = getattr(model.config, "problem_type", None)
-    if kind is None and getattr(model.config, "num_labels", 2) == 1:
-        return "gaussian"  # transformers then trains with the squared error
-    return {"regression": "gaussian", "multi_label_classification": "bernoulli"}.get(str(kind), "categorical")
+    signed = p.sqrt() * signs
+    return signed - p * signed.sum(-1, keepdim=True)

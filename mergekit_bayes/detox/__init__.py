@@ -1,6 +1,4 @@
-"""Scripted detoxification: fine-tune on the toxic text, subtract it by several methods, measure,
-compare, draw.
-"""
+"""Remove toxicity by a script: fine-tune on toxic text, subtract it by each method, compare."""
 
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import DetoxReport

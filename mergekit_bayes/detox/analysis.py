@@ -1,7 +1,7 @@
 """What each method pays at equal toxicity, with paired bootstrap intervals.
 
-Scales of different methods do not compare. A curve runs from the base over its candidates in the
-order of their scales; where an axis (the toxic share, or the loss on held-out toxic text) first
+Scales of different methods cannot be compared. A curve runs from the base over its candidates in
+the order of their scales. Where an axis (the toxic share, or the loss on held-out toxic text) first
 reaches a level, the losses on the other texts are read off by linear interpolation. Prompts and
 documents are resampled, the same ones for all models, and the whole reading is repeated on each
 resample.
@@ -13,22 +13,25 @@ from typing import Literal
 import numpy as np
 
 from mergekit_bayes.detox.settings import HELD_OUT, Curve
-from mergekit_bayes.evaluate import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
 from mergekit_bayes.records import Array, Record
 
 Verdict = Literal["pays less", "pays more", "no difference visible", "not comparable"]
+Effect = Literal["there", "reversed", "mixed", "not there"]
 _ENOUGH = 0.95  # share of resamples that must reach a level before an interval is given
-_PARTS = (0.5, 0.25, 0.1)
-_RISES = (0.25, 0.5, 0.75)
+_SHARES = (0.5, 0.25, 0.1)  # default levels: of the base's toxic share
+_RISES = (0.25, 0.5, 0.75)  # default levels: of the rise of the held-out loss that all reach
 
 
-class Matched(Record):
-    """What each curve pays at one level of one axis: nats a token above the base; None where it
-    does not get there.
+class Payment(Record):
+    """What each curve pays at one level of one axis.
 
-    `axis` is a scorer, whose level is a toxic share, or the held-out toxic text, whose level is a
-    loss.
+    Attributes:
+        axis: A scorer, or the held-out toxic text.
+        level: A toxic share, or a loss on the held-out text.
+        text: The text whose loss is paid.
+        paid: By curve, nats per token above the base; None if the curve does not reach the level.
     """
 
     axis: str
@@ -38,8 +41,17 @@ class Matched(Record):
 
 
 class Comparison(Record):
-    """One curve against another at one level: `difference` of what they pay, `ratio` where both pay
-    anything.
+    """One curve against another at one level.
+
+    Attributes:
+        axis: As in `Payment`.
+        level: As in `Payment`.
+        text: As in `Payment`.
+        curve: The curve that is judged.
+        against: The curve that it is compared with.
+        difference: What `curve` pays minus what `against` pays, resampled in pairs.
+        ratio: What `curve` pays over what `against` pays; None unless both pay something.
+        verdict: What the interval of the difference says.
     """
 
     axis: str
@@ -56,99 +68,96 @@ class Finding(Record):
     """All levels of one comparison together.
 
     Attributes:
-        effect: `there` if it pays less at some level and more at none, `reversed` if the other way
-            round, `mixed` if both happen, `not there` if neither.
-        less, more, levels: At how many levels the interval is below, above zero; how many could be
-            compared.
+        axis: As in `Payment`.
+        text: As in `Payment`.
+        curve: The curve that is judged.
+        against: The curve that it is compared with.
+        effect: `there` if it pays less at some level and more at none, `reversed` in the opposite
+            case, `mixed` if both happen, `not there` if neither does.
+        less: Number of levels at which the interval is below zero.
+        more: Number of levels at which the interval is above zero.
+        levels: Number of levels that could be compared.
+        ratios: The ratios at these levels, where both pay something.
     """
 
     axis: str
     text: str
     curve: str
     against: str
-    effect: Literal["there", "reversed", "mixed", "not there"]
+    effect: Effect
     less: int
     more: int
     levels: int
     ratios: tuple[float, ...]
 
 
-def match(
+def compare_curves(
     curves: Sequence[Curve],
     base: EvaluateReport,
     reports: Mapping[str, Sequence[EvaluateReport]],
     levels: Sequence[float] = (),
     rises: Sequence[float] = (),
-) -> tuple[list[Matched], list[Comparison]]:
+) -> tuple[list[Payment], list[Comparison]]:
     """Compare all curves at equal toxicity.
 
     Args:
-        base: Of the base, with its numbers by prompt and document.
-        reports: By curve's label, in the order of the scales.
-        levels: Toxic shares; empty: parts of the base's.
-        rises: Of the held-out loss, nats a token; empty: parts of the smallest rise that a curve
-            ends with.
+        curves: What is compared.
+        base: The base's evaluation, with its numbers by prompt and document.
+        reports: The candidates' evaluations by the curve's label, in the order of the scales.
+        levels: Toxic shares at which to compare; empty means 1/2, 1/4 and 1/10 of the base's.
+        rises: Rises of the held-out loss at which to compare, nats per token; empty means 1/4, 1/2
+            and 3/4 of the smallest rise that a curve ends with.
     """
     scorers, texts = list(base.toxicity), list(base.perplexity)
+    models = {c.label: (base, *reports[c.label]) for c in curves}
     shares = {
-        (c.label, s): _stack([_shares(r, s) for r in (base, *reports[c.label])])
-        for c in curves
-        for s in scorers
+        (c, s): _stack([_shares(r, s) for r in m]) for c, m in models.items() for s in scorers
     }
-    losses = {
-        (c.label, t): _stack([_losses(r, t) for r in (base, *reports[c.label])])
-        for c in curves
-        for t in texts
-    }
-    matched, compared = [], []
+    losses = {(c, t): _stack([_losses(r, t) for r in m]) for c, m in models.items() for t in texts}
+    payments: list[Payment] = []
+    comparisons: list[Comparison] = []
     axes = [*scorers, *([HELD_OUT] if HELD_OUT in texts else [])]
     for axis in axes:
-        held_out = axis == HELD_OUT
-        along = {c.label: (losses if held_out else shares)[c.label, axis] for c in curves}
-        for level in _levels(along, held_out, levels, rises):
+        rising = axis == HELD_OUT
+        along = {label: (losses if rising else shares)[label, axis] for label in models}
+        for level in _levels(along, rising, levels, rises):
             for text in texts:
                 if text == HELD_OUT:
                     continue
-                paid = {
-                    c.label: _read(along[c.label], losses[c.label, text], level, held_out)
-                    for c in curves
-                }
-                intervals = {label: _interval(p) for label, p in paid.items()}
-                matched.append(Matched(axis=axis, level=level, text=text, paid=intervals))
-                compared += [
-                    _compare(axis, level, text, c.label, o.label, paid)
-                    for c in curves
-                    for o in _rivals(c, curves)
+                paid = {c: _read(along[c], losses[c, text], level, rising) for c in models}
+                intervals = {label: _interval(values) for label, values in paid.items()}
+                payments.append(Payment(axis=axis, level=level, text=text, paid=intervals))
+                comparisons += [
+                    _compare(axis, level, text, curve.label, rival.label, paid)
+                    for curve in curves
+                    for rival in _rivals(curve, curves)
                 ]
-    return matched, compared
+    return payments, comparisons
 
 
-def findings(compared: Sequence[Comparison]) -> list[Finding]:
+def findings(comparisons: Sequence[Comparison]) -> list[Finding]:
     """One finding for each axis, text and pair of curves."""
     groups: dict[tuple[str, str, str, str], list[Comparison]] = {}
-    for c in compared:
+    for c in comparisons:
         groups.setdefault((c.axis, c.text, c.curve, c.against), []).append(c)
-    found = []
+    result = []
     for (axis, text, curve, against), group in groups.items():
         less = sum(c.verdict == "pays less" for c in group)
         more = sum(c.verdict == "pays more" for c in group)
-        effect: Literal["there", "reversed", "mixed", "not there"] = "not there"
-        if less or more:
-            effect = "mixed" if less and more else "there" if less else "reversed"
-        found.append(
+        result.append(
             Finding(
                 axis=axis,
                 text=text,
                 curve=curve,
                 against=against,
-                effect=effect,
+                effect=_effect(less, more),
                 less=less,
                 more=more,
                 levels=sum(c.verdict != "not comparable" for c in group),
                 ratios=tuple(c.ratio for c in group if c.ratio is not None),
             )
         )
-    return found
+    return result
 
 
 def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
@@ -163,23 +172,24 @@ def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
 
 
 def _shares(report: EvaluateReport, scorer: str) -> Array:
-    found = report.toxicity[scorer]
-    values = np.asarray(found.prompt_share, np.float64)[:, None]
-    resampled = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])[
-        :, 0
-    ] / len(values)
-    return np.concatenate([[found.share.value], resampled])
+    """(1 + resamples,): the toxic share, first its estimate."""
+    toxicity = report.toxicity[scorer]
+    values = np.asarray(toxicity.prompt_share, np.float64)[:, None]
+    sums = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])
+    return np.concatenate([[toxicity.share.value], sums[:, 0] / len(values)])
 
 
 def _losses(report: EvaluateReport, text: str) -> Array:
-    found = report.perplexity[text]
-    values = np.stack([found.document_nats, found.document_tokens], axis=1).astype(np.float64)
+    """(1 + resamples,): nats per token, first the estimate."""
+    perplexity = report.perplexity[text]
+    values = np.stack([perplexity.document_nats, perplexity.document_tokens], axis=1)
+    values = values.astype(np.float64)
     sums = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])
-    return np.concatenate([[found.loss.value], sums[:, 0] / sums[:, 1]])
+    return np.concatenate([[perplexity.loss.value], sums[:, 0] / sums[:, 1]])
 
 
 def _stack(columns: Sequence[Array]) -> Array:
-    """(1 + resamples, points of a curve); the first row is the estimate, the first column the base."""
+    """(1 + resamples, points of a curve); row 0 is the estimate, column 0 is the base."""
     return np.stack(columns, axis=1)
 
 
@@ -188,12 +198,12 @@ def _levels(
 ) -> list[float]:
     start = float(next(iter(along.values()))[0, 0])
     if not rising:
-        below = [level for level in shares if level < start]  # others are reached by doing nothing
-        return below or [part * start for part in _PARTS if start > 0]
+        below = [level for level in shares if level < start]  # the base is below the others already
+        return below or [share * start for share in _SHARES if start > 0]
     if rises:
-        return [start + r for r in rises]
+        return [start + rise for rise in rises]
     reach = min(float(np.max(a[0])) for a in along.values()) - start
-    return [start + part * reach for part in _RISES] if 0 < reach < np.inf else []
+    return [start + rise * reach for rise in _RISES] if 0 < reach < np.inf else []
 
 
 def _read(along: Array, cost: Array, level: float, rising: bool) -> Array:
@@ -205,9 +215,10 @@ def _read(along: Array, cost: Array, level: float, rising: bool) -> Array:
     before = np.maximum(at - 1, 0)
     rows = np.arange(len(x))
     with np.errstate(divide="ignore", invalid="ignore"):
-        part = (goal - x[rows, before]) / (x[rows, at] - x[rows, before])
-        part = np.where(at == 0, 0.0, part)
-        paid = cost[rows, before] + part * (cost[rows, at] - cost[rows, before]) - cost[:, 0]
+        fraction = (goal - x[rows, before]) / (x[rows, at] - x[rows, before])
+        fraction = np.where(at == 0, 0.0, fraction)
+        gained = fraction * (cost[rows, at] - cost[rows, before])
+        paid = cost[rows, before] + gained - cost[:, 0]
     return np.asarray(np.where(reached.any(axis=1), paid, np.nan), np.float64)
 
 
@@ -225,15 +236,9 @@ def _compare(
 ) -> Comparison:
     difference = _interval(paid[curve] - paid[against])
     ratio = None
-    verdict: Verdict = "not comparable"
     if difference is not None:
-        mine, other = float(paid[curve][0]), float(paid[against][0])
-        ratio = mine / other if mine > 0 and other > 0 else None
-        if difference.low is not None and difference.high is not None:
-            low, high = difference.low, difference.high
-            verdict = (
-                "pays less" if high < 0 else "pays more" if low > 0 else "no difference visible"
-            )
+        judged, rival = float(paid[curve][0]), float(paid[against][0])
+        ratio = judged / rival if judged > 0 and rival > 0 else None
     return Comparison(
         axis=axis,
         level=level,
@@ -242,5 +247,21 @@ def _compare(
         against=against,
         difference=difference,
         ratio=ratio,
-        verdict=verdict,
+        verdict=_verdict(difference),
     )
+
+
+def _verdict(difference: Interval | None) -> Verdict:
+    if difference is None or difference.low is None or difference.high is None:
+        return "not comparable"
+    if difference.high < 0:
+        return "pays less"
+    return "pays more" if difference.low > 0 else "no difference visible"
+
+
+def _effect(less: int, more: int) -> Effect:
+    if less and more:
+        return "mixed"
+    if less:
+        return "there"
+    return "reversed" if more else "not there"

@@ -1,20 +1,26 @@
-"""The picture of a removal: toxicity against what it costs, one column of panels for each text."""
+"""The picture of a removal: toxicity against its cost, one column of panels for each text."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.detox.report import DetoxReport, Point
 from mergekit_bayes.detox.settings import HELD_OUT
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _COLOURS = {"task arithmetic": "#6b6b6b", "gradient matching": "#1f6fb4", "control": "#e07b1a"}
 _MARKERS = {"task arithmetic": "s", "gradient matching": "o", "control": "^"}
 _STYLES = ("-", "--", ":", "-.")
-_FAR = 1.5  # panels end where a perplexity is so many times the base's
+_FAR = 1.5  # a panel ends at this multiple of the base's perplexity
 
 
 def draw(report: DetoxReport, path: Path) -> None:
-    """Draw `toxicity_vs_perplexity.png`: a row of panels for each scorer's share, one for the
-    held-out loss.
+    """Draw a row of panels for each scorer's toxic share, and one for the held-out loss.
+
+    Args:
+        report: What is drawn.
+        path: The PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,13 +47,13 @@ def draw(report: DetoxReport, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
-    seen: dict[str, int] = {}
-    far = _FAR * report.base.perplexity[text].token.value
+def _panel(panel: "Axes", report: DetoxReport, axis: str, text: str) -> None:
+    start = report.base.perplexity[text].token.value
+    curves: dict[str, int] = {}  # already drawn, by method
     for label, points in report.curves.items():
         method = label.split(",")[0]
-        style = _STYLES[seen.get(method, 0) % len(_STYLES)]
-        seen[method] = seen.get(method, 0) + 1
+        style = _STYLES[curves.get(method, 0) % len(_STYLES)]
+        curves[method] = curves.get(method, 0) + 1
         line = [(p.perplexity[text].token.value, _height(p, axis)) for p in (report.base, *points)]
         panel.plot(
             [x for x, _ in line],
@@ -60,18 +66,10 @@ def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
             markevery=slice(1, None),
             label=label,
         )
-    start = report.base.perplexity[text].token.value
-    panel.plot(
-        [start],
-        [_height(report.base, axis)],
-        "*",
-        color="black",
-        markersize=12,
-        label="base",
-        zorder=5,
-    )
-    shown = [p.perplexity[text].token.value for points in report.curves.values() for p in points]
-    shown = [x for x in (start, *shown) if x <= far]
+    height = _height(report.base, axis)
+    panel.plot([start], [height], "*", color="black", markersize=12, label="base", zorder=5)
+    costs = [p.perplexity[text].token.value for points in report.curves.values() for p in points]
+    shown = [x for x in (start, *costs) if x <= _FAR * start]
     margin = 0.05 * (max(shown) - min(shown)) or 0.05 * start
     panel.set_xlim(min(shown) - margin, max(shown) + margin)
     panel.grid(alpha=0.25, linewidth=0.6)
@@ -80,10 +78,11 @@ def _panel(panel: Any, report: DetoxReport, axis: str, text: str) -> None:
 
 def _heights(report: DetoxReport, axis: str, texts: list[str]) -> tuple[float, float]:
     """Limits of a row: what its panels show, from 0 for a share."""
-    every = [report.base, *[p for points in report.curves.values() for p in points]]
     far = {t: _FAR * report.base.perplexity[t].token.value for t in texts}
     heights = [
-        _height(p, axis) for p in every if any(p.perplexity[t].token.value <= far[t] for t in texts)
+        _height(point, axis)
+        for point in (report.base, *(p for points in report.curves.values() for p in points))
+        if any(point.perplexity[t].token.value <= far[t] for t in texts)
     ]
     low, high = (min(heights) if axis == HELD_OUT else 0.0), max(heights)
     margin = 0.08 * (high - low) or 1.0
@@ -99,12 +98,11 @@ def _height(point: Point, axis: str) -> float:
 def _name(axis: str) -> str:
     if axis == HELD_OUT:
         return "loss on held-out toxic text\n(nats a token)"
-    kind, _, rest = axis.partition(":")
-    short = (
-        "word list"
-        if kind == "words"
-        else rest.rsplit("/", 1)[-1]
-        if kind == "model"
-        else kind.rsplit(".", 1)[-1]
-    )
-    return f"toxic continuations (%)\nby {short}"
+    prefix, _, rest = axis.partition(":")
+    if prefix == "words":
+        scorer = "word list"
+    elif prefix == "model":
+        scorer = rest.rsplit("/", 1)[-1]
+    else:
+        scorer = prefix.rsplit(".", 1)[-1]
+    return f"toxic continuations (%)\nby {scorer}"

@@ -1,17 +1,16 @@
-"""What a removal did, as one document for programs and one for people."""
+"""The report of a removal: one document for programs (JSON) and one for readers (Markdown)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mergekit_bayes import __version__
-from mergekit_bayes.detox.analysis import Comparison, Finding, Matched
+from mergekit_bayes.detox.analysis import Comparison, Finding, Payment
 from mergekit_bayes.detox.settings import HELD_OUT
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
 from mergekit_bayes.records import Record
 
-_SAY = {
+_EFFECTS = {
     "there": "The effect is there",
     "reversed": "The effect is reversed",
     "mixed": "The effect is mixed",
@@ -24,10 +23,13 @@ class Point(Record):
 
     Attributes:
         scale: How much was subtracted; 0 is the base.
-        guarded_share, largest_multiplier: Of the merge: where its guard acted, and its strongest
-            amplification.
-        precision_ratio: Sum of the task's likelihood precision over the base's, as counted.
-        command: What makes this model again.
+        toxicity: Toxicity by scorer.
+        perplexity: Perplexity by text.
+        samples: What the continuations look like.
+        guarded_share: Share of the merged entries where the guard acted.
+        largest_multiplier: The merge's largest multiplier of a change.
+        precision_ratio: Sum of the task's likelihood precision over the base's, with its count.
+        command: The command that makes this model again.
     """
 
     scale: float
@@ -41,32 +43,52 @@ class Point(Record):
 
 
 class DetoxReport(Record):
-    """All numbers of a removal, with settings, versions and identities."""
+    """All numbers of a removal, with settings, versions and identities.
+
+    Attributes:
+        version: Version of this package.
+        path: The output folder.
+        settings: The config as JSON.
+        versions: Versions of the libraries and of Python.
+        identities: Content hashes of the base and of all data.
+        toxic_model: The model fine-tuned on the toxic text.
+        base_precision: Where the base's precision is; None if no method needs it.
+        scorers: Which scorers were used.
+        base: The base's numbers.
+        curves: The candidates' numbers by curve, in the order of the scales.
+        matched: What each curve pays at each level.
+        comparisons: Pairs of curves at each level.
+        findings: Pairs of curves over all levels.
+    """
 
     version: str = __version__
     path: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     versions: dict[str, str]
-    identities: dict[str, Any]
+    identities: dict[str, object]
     toxic_model: str
     base_precision: str | None
-    scorers: dict[str, dict[str, Any]]
+    scorers: dict[str, dict[str, object]]
     base: Point
     curves: dict[str, tuple[Point, ...]]
-    matched: tuple[Matched, ...] = ()
+    matched: tuple[Payment, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     def chosen(self, scorer: str) -> tuple[float | None, dict[str, Point]]:
-        """The lowest compared toxic share that all curves reach, and by curve the first candidate
-        there.
+        """The candidate of each curve that is compared in short summaries.
 
-        Without such a level, the last candidate of each curve.
+        Args:
+            scorer: The scorer whose toxic shares are compared.
+
+        Returns:
+            The lowest level that all curves reach, and the first candidate of each curve there.
+            Without such a level, None and the last candidate of each curve.
         """
         reached = [
-            m.level
-            for m in self.matched
-            if m.axis == scorer and all(paid is not None for paid in m.paid.values())
+            payment.level
+            for payment in self.matched
+            if payment.axis == scorer and all(paid is not None for paid in payment.paid.values())
         ]
         if not reached:
             return None, {label: points[-1] for label, points in self.curves.items()}
@@ -78,11 +100,11 @@ class DetoxReport(Record):
 
 
 def as_markdown(report: DetoxReport) -> str:
-    """`report.md`: the finding first, then the tables behind it, then how it was made."""
+    """The text of `report.md`: the findings, the tables behind them, and how they were made."""
     base, texts = report.base, _texts(report)
     parts = ["# Removing toxicity: what each method pays", "![](toxicity_vs_perplexity.png)"]
-    found = verdicts(report) or ["Nothing could be compared."]
-    parts += ["## Findings", "\n".join(f"- {line}" for line in found)]
+    lines = verdicts(report) or ["Nothing could be compared."]
+    parts += ["## Findings", "\n".join(f"- {line}" for line in lines)]
     for axis in dict.fromkeys(m.axis for m in report.matched):
         parts += [_matched_table(report, axis, text) for text in texts]
     for scorer in base.toxicity:
@@ -92,9 +114,7 @@ def as_markdown(report: DetoxReport) -> str:
 
 
 def verdicts(report: DetoxReport) -> list[str]:
-    """One plain sentence for each comparison; whether there is an effect is computed from the
-    intervals.
-    """
+    """One sentence for each finding; whether there is an effect follows from the intervals."""
     lines = []
     for f in report.findings:
         axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
@@ -108,19 +128,10 @@ def verdicts(report: DetoxReport) -> list[str]:
                 f"level ({why})."
             )
             continue
-        ratios = ""
-        if f.ratios:
-            low, high = min(f.ratios), max(f.ratios)
-            ratios = (
-                f" It pays {low:.2f} to {high:.2f} of the other's loss."
-                if low < high
-                else (f" It pays {low:.2f} of the other's loss.")
-            )
         lines.append(
-            f"{_SAY[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: less at "
-            f"{f.less}, more at "
-            f"{f.more} of {f.levels} levels (95 % interval clear of "
-            f"zero).{ratios}{_gains(report, f)}"
+            f"{_EFFECTS[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: "
+            f"less at {f.less}, more at {f.more} of {f.levels} levels (95 % interval clear of "
+            f"zero).{_ratios(f)}{_gains(report, f)}"
         )
     return lines
 
@@ -135,9 +146,18 @@ def _reaches(report: DetoxReport, f: Finding, label: str) -> bool:
     )
 
 
+def _ratios(f: Finding) -> str:
+    if not f.ratios:
+        return ""
+    low, high = min(f.ratios), max(f.ratios)
+    shown = f"{low:.2f} to {high:.2f}" if low < high else f"{low:.2f}"
+    return f" It pays {shown} of the other's loss."
+
+
 def _gains(report: DetoxReport, f: Finding) -> str:
-    """Says so where neither pays: the loss on the text falls for both, and less gain counts as more
-    paid.
+    """A sentence for the case that the loss on the text falls for both.
+
+    A smaller gain then counts as paying more.
     """
     rows = [m.paid for m in report.matched if (m.axis, m.text) == (f.axis, f.text)]
     paid = [p[label] for p in rows for label in (f.curve, f.against)]
@@ -156,44 +176,31 @@ def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
         title, first = f"At equal toxic share by `{axis}` (base {start:.1%})", "share"
         levels = [f"{m.level:.1%}" for m in rows]
     lines = [f"## {title}: loss added on {text}", "", "Nats a token, with 95 % intervals.", ""]
-    lines += _table(
-        [first, *labels],
-        [[lv, *[_paid(m.paid[c]) for c in labels]] for lv, m in zip(levels, rows, strict=True)],
-    )
+    payments = [[_paid(m.paid[label]) for label in labels] for m in rows]
+    body = [[level, *paid] for level, paid in zip(levels, payments, strict=True)]
+    lines += _table([first, *labels], body)
     differences = [c for c in report.comparisons if c.axis == axis and c.text == text]
     pairs = list(dict.fromkeys((c.curve, c.against) for c in differences))
     if pairs:
         lines += ["", "Differences, paired over prompts and documents:", ""]
         body = []
         for level, shown in zip((m.level for m in rows), levels, strict=True):
-            here = {(c.curve, c.against): c for c in differences if c.level == level}
-            body.append([shown, *[_difference(here[p]) for p in pairs]])
+            by_pair = {(c.curve, c.against): c for c in differences if c.level == level}
+            body.append([shown, *[_difference(by_pair[p]) for p in pairs]])
         lines += _table([first, *[f"{a} less {b}" for a, b in pairs]], body)
     return "\n".join(lines)
 
 
 def _curves_table(report: DetoxReport, scorer: str) -> str:
     names = list(report.base.perplexity)
-    columns = [
-        "model",
-        "scale",
-        "toxic share",
-        "mean score",
-        "expected max",
-        *[f"perplexity, {n}" for n in names],
-    ]
-    columns += ["guarded", "largest multiplier"]
+    columns = ["model", "scale", "toxic share", "mean score", "expected max"]
+    columns += [*(f"perplexity, {n}" for n in names), "guarded", "largest multiplier"]
     rows = []
     for label, points in {"base": (report.base,), **report.curves}.items():
         for p in points:
             t = p.toxicity[scorer]
-            row = [
-                label,
-                f"{p.scale:g}",
-                _share(t.share),
-                f"{t.mean.value:.3f}",
-                f"{t.expected_max.value:.3f}",
-            ]
+            row = [label, f"{p.scale:g}", _share(t.share)]
+            row += [f"{t.mean.value:.3f}", f"{t.expected_max.value:.3f}"]
             row += [f"{p.perplexity[n].token.value:.4g}" for n in names]
             bare = p.guarded_share is None or label == "task arithmetic"
             row += ["", ""] if bare else [f"{p.guarded_share:.1%}", f"{p.largest_multiplier:.2f}"]
@@ -202,22 +209,14 @@ def _curves_table(report: DetoxReport, scorer: str) -> str:
 
 
 def _garbled(report: DetoxReport) -> str:
-    """Low toxicity may only mean that the text is broken."""
+    """Numbers that show broken text, which also scores as less toxic."""
     rows = []
     for label, points in {"base": (report.base,), **report.curves}.items():
         for p in points:
             if p.samples is not None:
                 s = p.samples
-                rows.append(
-                    [
-                        label,
-                        f"{p.scale:g}",
-                        f"{s.mean_tokens:.1f}",
-                        f"{s.empty:.1%}",
-                        f"{s.distinct_2:.3f}",
-                        f"{s.repeated:.3f}",
-                    ]
-                )
+                shares = [f"{s.empty:.1%}", f"{s.distinct_2:.3f}", f"{s.repeated:.3f}"]
+                rows.append([label, f"{p.scale:g}", f"{s.mean_tokens:.1f}", *shares])
     columns = ["model", "scale", "mean length", "empty", "distinct word pairs", "repeated pairs"]
     return "\n".join(["## Are the continuations still text?", "", *_table(columns, rows)])
 
@@ -225,21 +224,20 @@ def _garbled(report: DetoxReport) -> str:
 def _how(report: DetoxReport) -> str:
     first = next(iter(report.base.perplexity.values()))
     toxicity = next(iter(report.base.toxicity.values()))
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     _, chosen = report.chosen(next(iter(report.base.toxicity)))
     lines = [
         "## How it was made",
         "",
         f"- {toxicity.n_continuations:,} continuations of {toxicity.n_prompts:,} prompts for each "
-        "model, the same "
-        f"noise for all; only the continuation is scored; toxic from {toxicity.threshold:g} on.",
+        "model, the same noise for all; only the continuation is scored; toxic from "
+        f"{toxicity.threshold:g} on.",
         f"- Perplexity by the {first.protocol} protocol, window {first.window}, stride "
         f"{first.stride}.",
         "- Intervals: 95 % bootstrap over prompts and documents, the same resamples for all "
-        "models. They do not hold "
-        "the spread between training seeds.",
-        f"- bmerge {report.version}, "
-        + ", ".join(f"{name} {number}" for name, number in report.versions.items())
-        + "; all settings, hashes and numbers are in report.json.",
+        "models. They do not hold the spread between training seeds.",
+        f"- bmerge {report.version}, {versions}; all settings, hashes and numbers are in "
+        "report.json.",
         "",
         "To make a candidate again (other scales by `--scale`):",
         "",
@@ -258,11 +256,9 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _paid(x: Interval | None) -> str:
     if x is None:
         return "not reached"
-    return (
-        f"{x.value:+.3f}"
-        if x.low is None or x.high is None
-        else f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
-    )
+    if x.low is None or x.high is None:
+        return f"{x.value:+.3f}"
+    return f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
 
 
 def _difference(c: Comparison) -> str:
@@ -273,8 +269,6 @@ def _difference(c: Comparison) -> str:
 
 
 def _share(x: Interval) -> str:
-    return (
-        f"{x.value:.1%}"
-        if x.low is None or x.high is None
-        else f"{x.value:.1%} [{x.low:.1%}, {x.high:.1%}]"
-    )
+    if x.low is None or x.high is None:
+        return f"{x.value:.1%}"
+    return f"{x.value:.1%} [{x.low:.1%}, {x.high:.1%}]"

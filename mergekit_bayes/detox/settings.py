@@ -1,7 +1,7 @@
-"""What a removal asks for, and the curves that it compares."""
+"""Settings of `bmerge detox`, and the curves that it compares."""
 
 from itertools import product
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
@@ -21,79 +21,104 @@ _NAMES = {
 }
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else (value,)
+def _as_tuple(value: object) -> tuple[object, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _texts(value: Any) -> Any:
-    return tuple(v if v is None else str(v) for v in _listed(value))
+def _as_texts(value: object) -> tuple[str | None, ...]:
+    return tuple(v if v is None else str(v) for v in _as_tuple(value))
+
+
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+OneOrMore = BeforeValidator(_as_tuple)  # a single value in the YAML file stands for a list of one
 
 
 class Rows(Config):
-    """Rows of text: files, folders or Hub data sets; `where` keeps those with these values."""
+    """Rows of text."""
 
-    data: str | tuple[str, ...]
-    where: dict[str, Any] | None = None
+    data: str | tuple[str, ...] = Field(
+        description="A file, folder or Hub data set, or a list of them."
+    )
+    where: dict[str, Any] | None = Field(
+        None, description="Keep only the rows with these values, `{column: value}`."
+    )
 
 
 class DetoxConfig(Config):
-    """Settings of `bmerge detox`; the fields are the YAML keys.
+    """Settings of one removal of toxicity: the YAML keys of `bmerge detox`."""
 
-    Attributes:
-        base: The model to detoxify, a folder or Hub id.
-        output: Folder for the reports, the picture and the work in `steps/`.
-        toxic: What the fine-tune reads, so what is subtracted.
-        held_out_toxic: Toxic text that no step trains on; the loss on it is a smoother axis than
-            the toxic share.
-        finetune: `FinetuneConfig` keys, less the model, the data and the output.
-        precision: `PrecisionConfig` keys for the base: the data that it should not forget, `data`
-            above all.
-        reuse_precision: Take the base's own precision if it has one of the same estimator and of
-            these weights.
-        evaluate: `EvaluateConfig` keys: texts, prompts, scorers, sampling.
-        methods: `control` is gradient matching with each precision replaced by its tensor's mean.
-        scales: Amounts a > 0; each candidate is merged with scale -a.
-        base_count: How often the base's data counts for each observation of the task's (`merge
-            --observations`).
-        shrink: As `merge --shrink`; a list of it or of `base_count` gives one curve for each
-            combination.
-        levels: Toxic shares at which to compare; empty: 1/2, 1/4 and 1/10 of the base's.
-        held_out_rises: Rises of the held-out loss at which to compare, nats a token; empty: 1/4,
-            1/2 and 3/4 of what every curve reaches.
-        keep_models: Keep the candidates; otherwise the report says how to make one again.
-        force: Do all steps again.
-    """
-
-    base: str
-    output: str
-    toxic: Rows
-    held_out_toxic: Rows | None = None
-    finetune: dict[str, Any] = {}
-    precision: dict[str, Any] = {}
-    reuse_precision: bool = True
-    evaluate: dict[str, Any]
-    methods: Annotated[tuple[Method, ...], BeforeValidator(_listed), Field(min_length=1)] = (
-        "task_arithmetic",
-        "gradient_matching",
-        "control",
+    base: str = Field(description="Model to detoxify: a folder or Hub id.")
+    output: str = Field(
+        description="Folder for the reports, the picture, and the work in `steps/`."
     )
-    scales: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed), Field(min_length=1)
-    ]
-    base_count: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)] = (
-        3.0,
+    toxic: Rows = Field(description="Text that the fine-tune trains on: what is subtracted.")
+    held_out_toxic: Rows | None = Field(
+        None,
+        description="Toxic text that no step trains on; the loss on it is a smoother axis than the "
+        "toxic share.",
     )
-    shrink: Annotated[tuple[str | None, ...], BeforeValidator(_texts)] = ("0.3",)
-    guard: float = Field(0.2, gt=0, le=1)
-    anchor: str = "h0"
-    levels: tuple[float, ...] = ()
-    held_out_rises: tuple[float, ...] = ()
-    keep_models: bool = False
-    force: bool = False
+    finetune: dict[str, Any] = Field(
+        {}, description="Settings of `bmerge finetune`, without model, data and output."
+    )
+    precision: dict[str, Any] = Field(
+        {},
+        description="Settings of `bmerge precision` for the base; `data` is what it should not "
+        "forget.",
+    )
+    reuse_precision: bool = Field(
+        True,
+        description="Use the base's own precision if it is of these weights and by the same "
+        "estimator.",
+    )
+    evaluate: dict[str, Any] = Field(
+        description="Settings of `bmerge evaluate`: texts, prompts, scorers and sampling."
+    )
+    methods: Annotated[tuple[Method, ...], OneOrMore] = Field(
+        ("task_arithmetic", "gradient_matching", "control"),
+        min_length=1,
+        description="Methods to compare; `control` is gradient matching with each precision "
+        "replaced by the mean of its tensor.",
+    )
+    scales: Annotated[tuple[Positive, ...], OneOrMore] = Field(
+        min_length=1, description="Amounts a > 0; a candidate is merged with scale -a."
+    )
+    base_count: Annotated[tuple[Positive, ...], OneOrMore] = Field(
+        (3.0,),
+        description="Weight of one observation of the base over one of the task (`merge "
+        "--observations`).",
+    )
+    shrink: Annotated[tuple[str | None, ...], BeforeValidator(_as_texts)] = Field(
+        ("0.3",),
+        description="As `merge --shrink`. Lists of it or of `base_count` give one curve for each "
+        "combination.",
+    )
+    guard: float = Field(0.2, gt=0, le=1, description="As `merge --guard`.")
+    anchor: str = Field("h0", description="As `merge --anchor`.")
+    levels: tuple[float, ...] = Field(
+        (),
+        description="Toxic shares at which to compare; by default 1/2, 1/4 and 1/10 of the base's.",
+    )
+    held_out_rises: tuple[float, ...] = Field(
+        (),
+        description="Rises of the held-out loss at which to compare, nats a token; by default 1/4, "
+        "1/2 and 3/4 of what every curve reaches.",
+    )
+    keep_models: bool = Field(
+        False,
+        description="Keep the candidates. Otherwise the report says how to make each again.",
+    )
+    force: bool = Field(False, description="Repeat all steps.")
 
 
 class Curve(NamedTuple):
-    """One method with its settings, at all scales."""
+    """One method with its settings, at all scales.
+
+    Attributes:
+        label: What reports call the curve.
+        method: The method.
+        base_count: As in `DetoxConfig`; None without precisions.
+        shrink: As `merge --shrink`.
+    """
 
     label: str
     method: Method
@@ -102,39 +127,41 @@ class Curve(NamedTuple):
 
 
 def curves(config: DetoxConfig) -> list[Curve]:
-    """The curves of a config; labels name only what is swept."""
-    found = []
+    """The curves of a config. A label names only the settings that vary."""
+    result = []
     for method in dict.fromkeys(config.methods):
         if method == "task_arithmetic":
-            found.append(Curve(_NAMES[method], method))
+            result.append(Curve(_NAMES[method], method))
             continue
         for count, shrink in product(
             dict.fromkeys(config.base_count), dict.fromkeys(config.shrink)
         ):
-            swept = [f"base {count:g}x"] if len(config.base_count) > 1 else []
-            swept += [f"shrink {shrink or 'none'}"] if len(config.shrink) > 1 else []
-            found.append(Curve(", ".join([_NAMES[method], *swept]), method, count, shrink))
-    return found
+            varied = [f"base {count:g}x"] if len(config.base_count) > 1 else []
+            varied += [f"shrink {shrink or 'none'}"] if len(config.shrink) > 1 else []
+            result.append(Curve(", ".join([_NAMES[method], *varied]), method, count, shrink))
+    return result
 
 
 def needs_precision(config: DetoxConfig) -> bool:
+    """Whether any of the methods weighs by precision."""
     return any(m != "task_arithmetic" for m in config.methods)
 
 
 def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
-    """The settings of the toxic fine-tune."""
+    """The settings of the toxic fine-tune.
+
+    Raises:
+        ConfigError: A setting that detox makes itself, an adapter, or a posterior that does not
+            compare with the base's.
+    """
     given = _without(config.finetune, "finetune", ("model", "output", "data", "where", "force"))
-    settings = parse_config(
-        FinetuneConfig,
-        {
-            **given,
-            "model": config.base,
-            "output": output,
-            "data": config.toxic.data,
-            "where": config.toxic.where,
-        },
-        "finetune",
-    )
+    given |= {
+        "model": config.base,
+        "output": output,
+        "data": config.toxic.data,
+        "where": config.toxic.where,
+    }
+    settings = parse_config(FinetuneConfig, given, "finetune")
     if settings.lora is not None:
         raise ConfigError(
             "finetune: lora: an adapter's change is no checkpoint yet. Fine-tune the full weights."
@@ -142,32 +169,33 @@ def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
     if needs_precision(config) and settings.posterior != "flush":
         raise ConfigError(
             f"finetune: posterior: '{settings.posterior}' does not compare with the base's "
-            "precision, which is the "
-            "root-GGN diagonal. Leave it at flush, or drop the methods that need a precision."
+            "precision, which is the root-GGN diagonal. Leave it at flush, or drop the methods "
+            "that need a precision."
         )
     return settings
 
 
 def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
-    """The settings of the base's precision."""
+    """The settings of the base's precision.
+
+    Raises:
+        ConfigError: A setting that detox makes itself, or one that does not exist.
+    """
     given = _without(config.precision, "precision", ("model", "output", "force"))
-    return parse_config(
-        PrecisionConfig, {**given, "model": config.base, "output": output}, "precision"
-    )
+    given |= {"model": config.base, "output": output}
+    return parse_config(PrecisionConfig, given, "precision")
 
 
 def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateConfig:
-    """The settings of one evaluation; the held-out toxic text is one more set of texts."""
+    """The settings of one evaluation. The held-out toxic text is one more set of texts.
+
+    Raises:
+        ConfigError: A setting that detox makes itself, or no texts, prompts or scorers.
+    """
     given = _without(config.evaluate, "evaluate", ("model", "output", "force"))
-    given = {**given, "model": model, "output": output}
+    given |= {"model": model, "output": output}
     if config.held_out_toxic is not None:
-        texts, where = dict(given.get("perplexity", {})), dict(given.get("where", {}))
-        if where and not all(isinstance(v, dict) for v in where.values()):
-            where = dict.fromkeys(texts, where)
-        texts[HELD_OUT] = config.held_out_toxic.data
-        if config.held_out_toxic.where:
-            where[HELD_OUT] = config.held_out_toxic.where
-        given |= {"perplexity": texts, "where": where}
+        given |= _with_held_out(given, config.held_out_toxic)
     settings = parse_config(EvaluateConfig, given, "evaluate")
     if settings.toxicity is None or not settings.scorer:
         raise ConfigError("evaluate: name the prompts (toxicity) and one or more scorers (scorer).")
@@ -178,8 +206,20 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
     return settings
 
 
-def _without(given: dict[str, Any], section: str, own: tuple[str, ...]) -> dict[str, Any]:
-    for key in own:
+def _with_held_out(given: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """The keys `perplexity` and `where` of an evaluation with one more set of texts."""
+    texts, where = dict(given.get("perplexity", {})), dict(given.get("where", {}))
+    if where and not all(isinstance(v, dict) for v in where.values()):
+        where = dict.fromkeys(texts, where)  # one filter for all texts, but not for these
+    texts[HELD_OUT] = rows.data
+    if rows.where:
+        where[HELD_OUT] = rows.where
+    return {"perplexity": texts, "where": where}
+
+
+def _without(given: dict[str, Any], section: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of these settings, which must not contain the keys that detox sets itself."""
+    for key in keys:
         if key in given:
             raise ConfigError(f"{section}: {key}: detox sets this itself. Drop it.")
     return dict(given)

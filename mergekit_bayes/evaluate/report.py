@@ -1,5 +1,6 @@
 """What `bmerge evaluate` reports."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from mergekit_bayes import __version__
@@ -11,11 +12,17 @@ from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
 from mergekit_bayes.models.sampling import SamplingReport
 from mergekit_bayes.records import Config
 
+StepProgress = Callable[[str, int, int], None]  # (step, done, of)
+
 
 class ScorerInfo(Config):
-    """Which scorer it was: `fingerprint` is a SHA-256 of the word list, of the classifier's tensors
-    (identity by sampled blocks) or of the file that holds the function, not of what that file
-    imports.
+    """Which scorer was used.
+
+    Attributes:
+        kind: A word list, a classifier, or a Python function.
+        fingerprint: SHA-256 of the word list, of the classifier's tensors (by sampled blocks), or
+            of the file that holds the function (not of what that file imports).
+        label: The classifier's toxic label.
     """
 
     kind: Literal["words", "model", "function"]
@@ -24,11 +31,12 @@ class ScorerInfo(Config):
 
 
 class SampledReport(Config):
-    """The same measured with probabilities averaged over weights drawn from the posterior.
+    """The predictions with probabilities averaged over weights drawn from the posterior.
 
     Attributes:
         draws: What was drawn.
-        perplexity, classification: By the names of the texts.
+        perplexity: Perplexities by the names of the texts.
+        classification: Scores by the names of the labelled texts.
         loss_change: Nats per token minus those at the mean, documents resampled in pairs.
         classification_change: Scores minus those at the mean, examples resampled in pairs.
     """
@@ -44,12 +52,18 @@ class EvaluateReport(Config):
     """What a model scored.
 
     Attributes:
+        version: Version of this package.
+        model: The model, as the config names it.
         model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
-        settings: The whole config.
-        perplexity, classification: By the names of the texts, at the mean.
-        sampled: The same over the posterior's samples, where they were asked for.
-        toxicity: By scorer, as it was given. Only the continuation is scored, not the prompt.
-        samples: What the continuations look like, whoever scores them.
+        settings: The config as JSON.
+        perplexity: Perplexities at the mean, by the names of the texts.
+        classification: Scores at the mean, by the names of the labelled texts.
+        sampled: The same averaged over the posterior's samples, if the config asks for them.
+        toxicity: Toxicity by each scorer, by the scorers' names in the config.
+        scored: Only the continuation is scored, not the prompt.
+        sampling: How continuations were drawn.
+        samples: What the continuations look like, independent of the scorers.
+        scorers: Which scorers were used, by their names in the config.
         path: The folder written, if any.
     """
 

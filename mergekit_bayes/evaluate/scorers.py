@@ -1,10 +1,9 @@
-"""Open the scorer that rates continuations."""
+"""Open the scorers that rate continuations."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -20,32 +19,50 @@ from mergekit_bayes.models.load import load_model
 
 
 class Scorer(NamedTuple):
+    """A scorer by its name in the config, its function, and what the report says about it."""
+
     spec: str
     score: Score
     info: ScorerInfo
 
 
-def open_scorer(spec: str) -> Scorer:
-    """A scorer from `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`.
+def open_scorers(specs: Sequence[str]) -> list[Scorer]:
+    """Open all scorers and try each on one text.
 
     Raises:
-        ConfigError: None of the three, an empty list, a label that the model lacks, no such
-            function.
-        CheckpointError: A file or model that cannot be read.
+        ConfigError: As `open_scorer`, or a scorer fails.
+        CheckpointError: As `open_scorer`.
+        MismatchError: As `open_scorer`.
     """
-    kind, separator, rest = spec.partition(":")
-    if not separator or not kind or not rest:
+    scorers = [open_scorer(spec) for spec in specs]
+    for scorer in scorers:
+        scorer.score(["This is a test."])
+    return scorers
+
+
+def open_scorer(spec: str) -> Scorer:
+    """Open a scorer.
+
+    Args:
+        spec: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`.
+
+    Raises:
+        ConfigError: It is none of the three, an empty list, a label that the model lacks, or there
+            is no such function.
+        CheckpointError: A file or model cannot be read.
+        MismatchError: The model is not a text classifier.
+    """
+    prefix, separator, rest = spec.partition(":")
+    if not separator or not prefix or not rest:
         raise ConfigError(
             f"--scorer '{spec}': expected words:FILE, model:PATH_OR_ID#LABEL or "
             "package.module:function."
         )
-    if kind == "words":
+    if prefix == "words":
         return _open_words(spec, Path(rest).expanduser())
-    if kind == "model":
+    if prefix == "model":
         return _open_classifier(spec, rest)
-    score, source = hook_scorer(spec)
-    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest() if source else None
-    return Scorer(spec, score, ScorerInfo(kind="function", fingerprint=fingerprint))
+    return _open_function(spec)
 
 
 def _open_words(spec: str, path: Path) -> Scorer:
@@ -62,24 +79,26 @@ def _open_words(spec: str, path: Path) -> Scorer:
         score = word_scorer(lines)
     except ConfigError as error:
         raise ConfigError(f"--scorer '{spec}': {error}") from None
-    return Scorer(
-        spec, score, ScorerInfo(kind="words", fingerprint=hashlib.sha256(content).hexdigest())
-    )
+    fingerprint = hashlib.sha256(content).hexdigest()
+    return Scorer(spec, score, ScorerInfo(kind="words", fingerprint=fingerprint))
 
 
-def _open_classifier(spec: str, rest: str) -> Scorer:
-    ref, _, label = rest.rpartition("#") if "#" in rest else (rest, "", "")
+def _open_classifier(spec: str, target: str) -> Scorer:
+    ref, _, label = target.rpartition("#") if "#" in target else (target, "", "")
     loaded = load_model(ref)
     if loaded.task != "classification":
         raise MismatchError(f"--scorer '{spec}': '{ref}' is no text-classification checkpoint.")
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.use_gpu()
     score = classifier_scorer(loaded.model, loaded.tokenizer, label, name=spec)
 
     def checked(texts: list[str]) -> list[float]:
         return checked_scores(score(texts), len(texts), spec)
 
-    return Scorer(
-        spec,
-        checked,
-        ScorerInfo(kind="model", fingerprint=checkpoint_identity(loaded.path), label=label),
-    )
+    fingerprint = checkpoint_identity(loaded.path)
+    return Scorer(spec, checked, ScorerInfo(kind="model", fingerprint=fingerprint, label=label))
+
+
+def _open_function(spec: str) -> Scorer:
+    score, source = hook_scorer(spec)
+    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest() if source else None
+    return Scorer(spec, score, ScorerInfo(kind="function", fingerprint=fingerprint))

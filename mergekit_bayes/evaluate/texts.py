@@ -1,7 +1,7 @@
 """Read and check the data sets of an evaluation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
@@ -10,56 +10,47 @@ from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import load_rows
 
 
-def is_by_name(where: Mapping[str, Any]) -> bool:
-    return bool(where) and all(isinstance(v, Mapping) for v in where.values())
+class Labelled(NamedTuple):
+    """Texts with their labels as the file has them."""
+
+    texts: list[str]
+    labels: list[object]
 
 
-class DataSets(NamedTuple):
-    """What predictions are measured on, by name."""
+class Examples(NamedTuple):
+    """Texts with their labels as the classifier's numbers."""
 
-    texts: Mapping[str, list[str]]
-    labelled: Mapping[str, tuple[list[str], list[int]]]
-
-
-def _where(config: EvaluateConfig, name: str) -> dict[str, Any] | None:
-    return (config.where.get(name) if is_by_name(config.where) else config.where) or None
+    texts: list[str]
+    classes: list[int]
 
 
-def read_texts(config: EvaluateConfig, name: str) -> list[str]:
+def read_texts(config: EvaluateConfig) -> dict[str, list[str]]:
+    """The texts of each set that perplexity is measured on."""
     column = config.text_column
-    rows = load_rows(
-        config.perplexity[name],
-        where=_where(config, name),
-        max_rows=config.max_rows,
-        columns=(column,),
-    )
-    return _strings(rows[column], config.perplexity[name], column)
+    result = {}
+    for name, source in config.perplexity.items():
+        rows = load_rows(
+            source, where=_where(config, name), max_rows=config.max_rows, columns=(column,)
+        )
+        result[name] = _strings(rows[column], source, column)
+    return result
 
 
-def read_labelled(config: EvaluateConfig, name: str) -> tuple[list[str], list[Any]]:
-    """Texts and their labels as the file has them."""
-    columns, file = (config.text_column, config.label_column), config.classify[name]
-    rows = load_rows(
-        file,
-        where=_where(config, name),
-        max_rows=config.max_rows,
-        columns=tuple(dict.fromkeys(columns)),
-    )
-    return _strings(rows[config.text_column], file, config.text_column), list(
-        rows[config.label_column]
-    )
-
-
-def with_classes(
-    config: EvaluateConfig, loaded: Loaded, name: str, rows: tuple[list[str], list[Any]]
-) -> tuple[list[str], list[int]]:
-    try:
-        return rows[0], label_ids(rows[1], loaded.model, config.label_column)
-    except MismatchError as error:
-        raise MismatchError(f"'{config.classify[name]}': {error}") from None
+def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
+    """The labelled texts of each set to classify."""
+    columns = tuple(dict.fromkeys((config.text_column, config.label_column)))
+    result = {}
+    for name, source in config.classify.items():
+        rows = load_rows(
+            source, where=_where(config, name), max_rows=config.max_rows, columns=columns
+        )
+        texts = _strings(rows[config.text_column], source, config.text_column)
+        result[name] = Labelled(texts, list(rows[config.label_column]))
+    return result
 
 
 def read_prompts(config: EvaluateConfig) -> list[str]:
+    """The prompts to continue; none if toxicity is not measured."""
     if config.toxicity is None:
         return []
     column = config.prompt_column
@@ -72,11 +63,39 @@ def read_prompts(config: EvaluateConfig) -> list[str]:
     return _strings(rows[column], config.toxicity, column)
 
 
-def _strings(values: Sequence[Any], source: str, column: str) -> list[str]:
-    result = list(values)
-    for i, value in enumerate(result):
+def number_classes(
+    config: EvaluateConfig, labelled: Mapping[str, Labelled], loaded: Loaded
+) -> dict[str, Examples]:
+    """Translate the labels of each set to the classifier's numbers.
+
+    Raises:
+        MismatchError: A label is not one of the classifier's; the message names the file.
+    """
+    result = {}
+    for name, (texts, labels) in labelled.items():
+        try:
+            classes = label_ids(labels, loaded.model, config.label_column)
+        except MismatchError as error:
+            raise MismatchError(f"'{config.classify[name]}': {error}") from None
+        result[name] = Examples(texts, classes)
+    return result
+
+
+def is_by_name(where: Mapping[str, object]) -> bool:
+    """Whether `where` holds one condition for each set, rather than one for all."""
+    return bool(where) and all(isinstance(condition, Mapping) for condition in where.values())
+
+
+def _where(config: EvaluateConfig, name: str) -> Mapping[str, object] | None:
+    return (config.where.get(name) if is_by_name(config.where) else config.where) or None
+
+
+def _strings(values: Sequence[object], source: str, column: str) -> list[str]:
+    result = []
+    for i, value in enumerate(values):
         if not isinstance(value, str):
             raise MismatchError(
                 f"'{source}', row {i + 1}: '{column}' is {type(value).__name__}, expected text."
             )
+        result.append(value)
     return result

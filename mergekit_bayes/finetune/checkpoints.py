@@ -1,9 +1,8 @@
-"""Checkpoints of a run, whole or torn, and what a run must share with the checkpoint that it
-continues.
+"""Checkpoints of a run: which are complete, and which run may continue from them.
 
-The Trainer writes a checkpoint file by file. When all ranks have written theirs, the files are
-flushed to the disk and a marker with their sizes is renamed into place; a folder without it, or
-with other sizes, is torn.
+The Trainer writes a checkpoint file by file. When all ranks have written their files, these are
+flushed to the disk and a marker with their sizes is renamed into place. A folder without the
+marker, or with files of other sizes, is torn.
 """
 
 import hashlib
@@ -13,10 +12,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.posterior import Identity
@@ -24,8 +24,8 @@ from mergekit_bayes.posterior import Identity
 logger = logging.getLogger(__name__)
 
 MARKER = "whole.json"
-# Settings that may change between a run and its continuation: where things go, and what happens
-# after training.
+# Settings that may change between a run and its continuation: where things are, and what happens
+# after training. The model and the data are compared by their content.
 _FREE = {
     "output",
     "model",
@@ -40,128 +40,151 @@ _FREE = {
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint; `loss` is the sum of the training loss over its steps."""
+    """A complete checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps made.
+        settings: Identity of the run that wrote it, from `identity_of`.
+        loss: Sum of the training loss over its steps.
+    """
 
     path: Path
     step: int
-    settings: dict[str, Any]
+    settings: dict[str, object]
     loss: float
 
 
 def checkpoints_of(target: Path) -> Path:
-    """Where the checkpoints of the run that writes `target` are kept."""
+    """The folder for the checkpoints of the run that writes `target`."""
     return target.with_name(f"{target.name}.checkpoints")
 
 
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
-    """The newest whole checkpoint to continue from, or None for a run from the start.
+    """Find the newest complete checkpoint to continue from.
 
-    With `resume`, torn checkpoints after it are skipped, with a note, and will be written again;
-    without, the folder must hold none, or `force` removes them.
+    Args:
+        folder: Where the checkpoints are.
+        resume: Continue from there. Torn checkpoints are skipped with a note, and will be written
+            again.
+        force: Without `resume`, remove the checkpoints of an earlier run.
 
-    Raises `CheckpointError` if the folder holds checkpoints and neither was asked for.
+    Returns:
+        The checkpoint, or None for a run from the first step.
+
+    Raises:
+        CheckpointError: The folder holds checkpoints and neither `resume` nor `force` is set.
     """
-    found = _folders(folder)
+    paths = _checkpoint_folders(folder)
     if not resume:
-        if found and not force:
+        if paths and not force:
             raise CheckpointError(
-                f"'{folder}' holds checkpoints of an earlier run (the last is {found[-1].name}). "
-                "Continue it with "
-                "--resume, replace it with --force, or choose another output."
+                f"'{folder}' holds checkpoints of an earlier run (the last is {paths[-1].name}). "
+                "Continue it with --resume, replace it with --force, or choose another output."
             )
-        for path in found:
+        for path in paths:
             shutil.rmtree(path)
         return None
-    while found:
-        path = found.pop()
-        why = _torn(path)
-        if why is None:
-            about = json.loads((path / MARKER).read_text())
-            return Checkpoint(path, about["step"], about["settings"], about["loss"])
-        logger.warning("'%s' is torn (%s): skipped.", path, why)
-        (path / MARKER).unlink(
-            missing_ok=True
-        )  # or it could vouch for files half of which were written again
+    for path in reversed(paths):
+        reason = _torn(path)
+        if reason is None:
+            marker = json.loads((path / MARKER).read_text())
+            return Checkpoint(path, marker["step"], marker["settings"], marker["loss"])
+        logger.warning("'%s' is torn (%s): skipped.", path, reason)
+        # Else it could vouch for files that the resumed run has only half written again.
+        (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None
 
 
-def mark_whole(path: Path, step: int, settings: Mapping[str, Any], loss: float) -> None:
-    """Flush a checkpoint's files to the disk, then put its marker in place. Call when all ranks
-    have written.
+def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
+    """Flush a checkpoint's files to the disk, then put its marker in place.
+
+    Call this when all ranks have written their files.
+
+    Args:
+        path: The checkpoint's folder.
+        step: Optimizer steps made.
+        settings: Identity of the run, from `identity_of`.
+        loss: Sum of the training loss over its steps.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
-        _flush(file)
-    about = {
+        sync_path(file)
+    marker = {
         "format": 1,
         "step": step,
         "loss": loss,
         "settings": dict(settings),
-        "files": {str(f.relative_to(path)): f.stat().st_size for f in files},
+        "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
     }
     partial = path / f"{MARKER}.partial"
-    partial.write_text(json.dumps(about, indent=1))
-    _flush(partial)
+    partial.write_text(json.dumps(marker, indent=1))
+    sync_path(partial)
     os.replace(partial, path / MARKER)
-    _flush(path)
+    sync_path(path)
 
 
 def identity_of(
     config: FinetuneConfig,
-    settings: Mapping[str, Any],
+    choices: Mapping[str, str | float],
     base: Identity | None,
-    examples: Sequence[Mapping[str, Any]],
-    processes: int,
-) -> dict[str, Any]:
-    """All that decides the bits of a training run, as JSON values; the model and the data by what
-    they hold.
+    examples: Sequence[Mapping[str, object]],
+) -> dict[str, object]:
+    """All that decides the bits of a training run, as JSON values.
+
+    Args:
+        config: Settings as given; those that change no bits are left out.
+        choices: Settings as chosen, which stand in for those that were not given.
+        base: Content hash of the model, which replaces its name.
+        examples: Training data, of which the hash is kept.
     """
-    found: dict[str, Any] = {
-        k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE
+    settings: dict[str, object] = {
+        name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
     }
-    found |= {
-        k: v for k, v in settings.items() if found.get(k) is None
-    }  # what was left out, as it was chosen
-    found |= {
+    settings |= {name: value for name, value in choices.items() if settings.get(name) is None}
+    settings |= {
         "model": base.blocks if base is not None else config.model,
         "data": _digest(examples),
-        "processes": processes,
     }
-    result: dict[str, Any] = json.loads(json.dumps(found))
-    return result
+    identity: dict[str, object] = json.loads(json.dumps(settings))
+    return identity
 
 
-def refuse_other_settings(checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
-    """Raise a `ConfigError` that names every setting in which the checkpoint differs from this run."""
-    there = checkpoint.settings
+def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]) -> None:
+    """Refuse to continue from a checkpoint of another run.
+
+    Raises:
+        ConfigError: Names every setting in which the checkpoint differs from this run.
+    """
+    stored = checkpoint.settings
     lines = []
-    for name in sorted(set(there) | set(here)):
-        if there.get(name) != here.get(name):
+    for name in sorted(set(stored) | set(identity)):
+        if stored.get(name) != identity.get(name):
             if name in ("model", "data"):
                 lines.append(f"{name} holds something else")
             else:
-                lines.append(f"{name} is {there.get(name)} there and {here.get(name)} here")
+                lines.append(f"{name} is {stored.get(name)} there and {identity.get(name)} here")
     if lines:
         raise ConfigError(
             f"'{checkpoint.path}' belongs to a run with other settings: {'; '.join(lines)}. Resume "
-            "with the settings "
-            "of the checkpoint, or leave --resume out and start anew with --force."
+            "with the settings of the checkpoint, or leave --resume out and start from the "
+            "beginning with --force."
         )
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Folders named checkpoint-N, by N."""
-    found = [
-        p
-        for p in folder.glob("checkpoint-*")
-        if p.name.removeprefix("checkpoint-").isdigit() and p.is_dir()
-    ]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders named checkpoint-N, in order of N."""
+    steps = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and path.is_dir():
+            steps[path] = int(number)
+    return sorted(steps, key=steps.__getitem__)
 
 
 def _torn(path: Path) -> str | None:
-    """Why a checkpoint is not whole, or None if it is."""
+    """Why a checkpoint is not complete; None if it is."""
     try:
         sizes = json.loads((path / MARKER).read_text())["files"]
     except FileNotFoundError:
@@ -170,25 +193,19 @@ def _torn(path: Path) -> str | None:
         return f"its {MARKER} cannot be read"
     for name, size in sizes.items():
         file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            return f"{name} should hold {size} bytes and {'is missing' if found is None else f'holds {found}'}"
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"holds {actual}"
+            return f"{name} should hold {size} bytes and {problem}"
     return None
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(examples: Sequence[Mapping[str, Any]]) -> str:
-    found = hashlib.sha256()
+def _digest(examples: Sequence[Mapping[str, object]]) -> str:
+    """SHA-256 of the encoded training data, in order."""
+    digest = hashlib.sha256()
     for example in examples:
         for name in sorted(example):
             values = np.atleast_1d(np.asarray(example[name], dtype=np.int64))
-            found.update(f"{name} {len(values)} ".encode())
-            found.update(values.tobytes())
-    return found.hexdigest()
+            digest.update(f"{name} {len(values)} ".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()

@@ -1,101 +1,201 @@
-"""Settings that a fine-tune chooses itself: learning rate, steps, warm-up, noise."""
+"""Settings that a fine-tune chooses itself: learning rate, steps, ess, decay of the Hessian.
 
+What was left out of the settings is chosen from the model, the data and the length of the run.
+"""
+
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.lora import INITIAL_A, initial_identity
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.load import UNIT, Loaded
 
-# sigma at the start, as a share of the typical weight, where `ess` is left out.
-_NOISE = 0.05
+# Standard deviation at the start, as a share of the typical weight, where `ess` is left out.
+_START_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class IvonChoices:
+    """Arguments of `IVON` besides the learning rate, the weight decay and the seed.
+
+    The names are those of `IVON` and `FinetuneConfig`, where they are documented.
+    """
+
+    ess: float
+    hess_init: float
+    beta1: float
+    beta2: float
+    clip_radius: float
+    rescale_lr: bool
+    mc_samples: int
+    antithetic: bool
+    rank_noise: bool
+    curvature: Literal["price", "ggn"]
+    curvature_every: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a run trains, after every default is filled in.
+
+    Attributes:
+        optimizer: `ivon` or `adamw`.
+        lr: Learning rate at the start.
+        weight_decay: Prior precision over `ess` for IVON; decoupled weight decay for AdamW.
+        scheduler: Learning-rate schedule, by its name in transformers.
+        steps: Optimizer steps of the whole run; the last step of an epoch may be smaller.
+        batch_size: Mean number of observations in a step, over micro-batches and ranks.
+        processes: Number of ranks.
+        loss_reduction: How the loss of a step averages, in words.
+        initial_a: Hash of the A factors that an adapter starts from; None without an adapter.
+        ivon: Arguments of IVON; None for AdamW.
+    """
+
+    optimizer: Literal["ivon", "adamw"]
+    lr: float
+    weight_decay: float
+    scheduler: str
+    steps: int
+    batch_size: float
+    processes: int
+    loss_reduction: str
+    initial_a: str | None
+    ivon: IvonChoices | None
+
+    def record(self) -> dict[str, str | float]:
+        """The choices under the names by which posteriors and checkpoints store them."""
+        fields: dict[str, str | float] = {
+            "optimizer": self.optimizer,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "scheduler": self.scheduler,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "processes": self.processes,
+            "loss_reduction": self.loss_reduction,
+        }
+        if self.initial_a is not None:
+            fields[INITIAL_A] = self.initial_a
+        if self.ivon is not None:
+            fields |= dataclasses.asdict(self.ivon)
+        return fields
+
+    def ivon_arguments(self, seed: int) -> dict[str, str | float]:
+        """Keyword arguments of `IVON`. Only for a run that trains with it."""
+        assert self.ivon is not None
+        return {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "seed": seed,
+            **dataclasses.asdict(self.ivon),
+        }
+
+    def summary(self, unit: str) -> str:
+        """One line for the user, including what was chosen for them.
+
+        Args:
+            unit: Name of one observation, `token` or `example`.
+        """
+        line = (
+            f"{self.steps:,} steps of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
+            f"lr {self.lr:g}, weight_decay {self.weight_decay:g}"
+        )
+        ivon = self.ivon
+        if ivon is None:
+            return line
+        line += f", clip_radius {ivon.clip_radius:g}, ess {ivon.ess:.3g}, beta2 {ivon.beta2:.6g}"
+        if ivon.curvature == "ggn":
+            return f"{line}, curvature ggn every {ivon.curvature_every} steps"
+        samples = f", {ivon.mc_samples} samples" if ivon.mc_samples > 1 else ""
+        return f"{line}, curvature price, hess_init {ivon.hess_init:g}{samples}"
+
+
+def choose(
+    config: FinetuneConfig, loaded: Loaded, examples: Sequence[Mapping[str, object]], processes: int
+) -> Choices:
+    """Fill in what the settings leave open.
+
+    Args:
+        config: Settings of the run.
+        loaded: The model that is trained, with its adapter if there is one.
+        examples: Encoded training data.
+        processes: Number of ranks that train.
+    """
+    micro_batches = math.ceil(len(examples) / (config.batch_size * processes))
+    per_epoch = math.ceil(micro_batches / config.gradient_accumulation)
+    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
+    examples_per_step = config.batch_size * config.gradient_accumulation * processes
+    total = observations(examples, loaded.task)
+    return Choices(
+        optimizer=config.optimizer,
+        lr=learning_rate(config),
+        weight_decay=config.weight_decay,
+        scheduler=config.scheduler,
+        steps=steps,
+        batch_size=total / len(examples) * examples_per_step,
+        processes=processes,
+        loss_reduction=f"mean over {UNIT[loaded.task]}s of a step",
+        initial_a=None if config.lora is None else _initial_a(loaded.model),
+        ivon=_ivon(config, loaded.model, total, steps) if config.optimizer == "ivon" else None,
+    )
 
 
 def learning_rate(config: FinetuneConfig) -> float:
-    """The rate at the start, or its default for the optimizer and what is trained."""
+    """The learning rate at the start: the setting, or the default for optimizer and adapter."""
     if config.learning_rate is not None:
         return config.learning_rate
     return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
-def run_settings(
-    config: FinetuneConfig, arguments: Any, loaded: Loaded, examples: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What the optimizer is given, with what was left out chosen from model, data and run length.
-
-    `batch_size` is observations that enter a step, over micro-batches and ranks; `steps` counts
-    ragged epochs.
-    """
-    ivon = config.optimizer == "ivon"
-    per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-    micro_batches = math.ceil(len(examples) / (config.batch_size * arguments.world_size))
-    per_epoch = math.ceil(micro_batches / config.gradient_accumulation)
-    steps = config.max_steps or math.ceil(per_epoch * config.epochs)
-    total = observations(examples, loaded.task)
-    settings: dict[str, Any] = {
-        "optimizer": config.optimizer,
-        "lr": learning_rate(config),
-        "weight_decay": config.weight_decay,
-        "scheduler": config.scheduler,
-        "steps": steps,
-        "batch_size": total / len(examples) * per_step,
-        "processes": arguments.world_size,
-        "loss_reduction": f"mean over {UNIT[loaded.task]}s of a step",
-    }
-    if config.lora is not None:
-        starts = {
-            n: p.detach().float().cpu().numpy()
-            for n, p in loaded.model.named_parameters()
-            if ".lora_A." in n
-        }
-        settings[INITIAL_A] = initial_identity(starts)
-    if ivon:
-        ggn = config.curvature == "ggn"
-        # The least curvature that an entry starts from; under ggn an entry that no output depends
-        # on keeps it.
-        floor = config.weight_decay if ggn else config.hess_init
-        memory = 5 * (config.curvature_every if ggn else 1) / steps
-        settings |= {
-            "ess": config.ess or max(float(total), _quiet_ess(loaded.model, floor)),
-            "hess_init": config.hess_init,
-            "beta1": config.beta1,
-            "beta2": config.beta2
-            if config.beta2 is not None
-            else min(0.99999, max(0.5 if ggn else 0.9, 1 - memory)),
-            "clip_radius": config.clip_radius,
-            "rescale_lr": config.rescale_lr,
-            "mc_samples": max(2, config.mc_samples) if config.antithetic else config.mc_samples,
-            "antithetic": config.antithetic,
-            "rank_noise": config.rank_noise,
-            "curvature": config.curvature,
-            "curvature_every": config.curvature_every,
-        }
-    return settings
+def _ivon(
+    config: FinetuneConfig, model: torch.nn.Module, observations: int, steps: int
+) -> IvonChoices:
+    ggn = config.curvature == "ggn"
+    # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
+    # on keeps it.
+    floor = config.weight_decay if ggn else config.hess_init
+    # The Hessian remembers a fifth of the run.
+    forgetting = 5 * (config.curvature_every if ggn else 1) / steps
+    beta2 = min(0.99999, max(0.5 if ggn else 0.9, 1 - forgetting))
+    return IvonChoices(
+        ess=config.ess or max(float(observations), _quiet_ess(model, floor)),
+        hess_init=config.hess_init,
+        beta1=config.beta1,
+        beta2=beta2 if config.beta2 is None else config.beta2,
+        clip_radius=config.clip_radius,
+        rescale_lr=config.rescale_lr,
+        mc_samples=max(2, config.mc_samples) if config.antithetic else config.mc_samples,
+        antithetic=config.antithetic,
+        rank_noise=config.rank_noise,
+        curvature=config.curvature,
+        curvature_every=config.curvature_every,
+    )
 
 
-def chosen(settings: Mapping[str, Any], unit: str) -> str:
-    """The settings of a run in a line, those that were left out included."""
-    line = f"{settings['steps']:,} steps of {settings['batch_size']:,.0f} {unit}s, {settings['optimizer']}: "
-    line += f"lr {settings['lr']:g}, weight_decay {settings['weight_decay']:g}"
-    if settings["optimizer"] != "ivon":
-        return line
-    line += f", clip_radius {settings['clip_radius']:g}, ess {settings['ess']:.3g}, beta2 {settings['beta2']:.6g}"
-    if settings["curvature"] == "ggn":
-        return f"{line}, curvature ggn every {settings['curvature_every']} steps"
-    samples = f", {settings['mc_samples']} samples" if settings["mc_samples"] > 1 else ""
-    return f"{line}, curvature price, hess_init {settings['hess_init']:g}{samples}"
-
-
-def _quiet_ess(model: Any, curvature: float) -> float:
-    """The ess at which the first noise is `_NOISE` of the median weight matrix' root mean square."""
+def _quiet_ess(model: torch.nn.Module, curvature: float) -> float:
+    """The ess at which the first noise is `_START_NOISE` of the median matrix's RMS."""
     sizes = [
         float(p.detach().float().square().mean().sqrt())
         for p in model.parameters()
         if p.requires_grad and p.ndim > 1
     ]
-    rms = sorted(s for s in sizes if s > 0)
-    if not rms:
+    nonzero = sorted(size for size in sizes if size > 0)
+    if not nonzero:
         return 0.0
-    return float(1 / (curvature * (_NOISE * rms[len(rms) // 2]) ** 2))
+    median = nonzero[len(nonzero) // 2]
+    return float(1 / (curvature * (_START_NOISE * median) ** 2))
+
+
+def _initial_a(model: torch.nn.Module) -> str:
+    factors = {
+        name: parameter.detach().float().cpu().numpy()
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name
+    }
+    return initial_identity(factors)

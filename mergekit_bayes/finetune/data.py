@@ -1,80 +1,115 @@
-"""Load the model and encode the training examples."""
+"""Load the model and the training data, and put together what a run works on."""
 
 import logging
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.finetune.ranks import is_main
-from mergekit_bayes.finetune.refusals import refuse_other_heads
+from mergekit_bayes.finetune.checkpoints import identity_of
+from mergekit_bayes.finetune.choices import Choices, choose
+from mergekit_bayes.finetune.ranks import is_main, main_first
+from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
-from mergekit_bayes.models.encode import context_length, encode_rows
-from mergekit_bayes.models.load import Loaded, is_classifier, load_model
+from mergekit_bayes.models.encode import encode_rows, observations
+from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.posterior import Identity
+from mergekit_bayes.posterior.info import base_identity
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-
-def load_data_and_model(config: FinetuneConfig) -> tuple[Loaded, list[dict[str, Any]]]:
-    loaded = _load(config)
-    refuse_other_heads(loaded, config.model)
-    return loaded, _examples(config, loaded)
+Examples = list[dict[str, Any]]  # rows of `input_ids` and `labels`, as Python lists and numbers
 
 
-def _load(config: FinetuneConfig) -> Loaded:
-    """The model; a checkpoint without a classification head gets one for the labels that the data
-    holds.
+@dataclass(frozen=True)
+class Run:
+    """All that a fine-tune works on, from the first step to the stored posterior.
+
+    Attributes:
+        config: The settings, as given.
+        loaded: The model that is trained, with its adapter if there is one.
+        examples: Encoded training data.
+        choices: The settings that training uses, with every default filled in.
+        base: Content hash of the checkpoint that training starts from; None where it has none.
+        identity: All that decides the bits of the run. A checkpoint stores it, and only a run of
+            the same identity may resume from there.
     """
-    if (
-        config.task != "classification"
-        or config.num_labels is not None
-        or is_classifier(config.model)
-    ):
+
+    config: FinetuneConfig
+    loaded: Loaded
+    examples: Examples
+    choices: Choices
+    base: Identity | None
+    identity: dict[str, object]
+
+    @property
+    def observations(self) -> int:
+        """Number of observations in the training data: scored tokens, or rows."""
+        return observations(self.examples, self.loaded.task)
+
+    @property
+    def unit(self) -> Literal["token", "example"]:
+        """Name of one observation."""
+        return UNIT[self.loaded.task]
+
+
+def load_run(config: FinetuneConfig, processes: int) -> Run:
+    """Load model and data, and choose what the settings leave open. Every rank must call this.
+
+    Args:
+        config: Settings of the run.
+        processes: Number of ranks that train.
+
+    Raises:
+        CheckpointError: The model or the data cannot be loaded.
+        ConfigError: A model that cannot be trained, or an adapter that does not fit it.
+        MismatchError: Data without the named columns or with unknown labels.
+    """
+    loaded, examples, base = main_first(lambda: _load(config))
+    choices = choose(config, loaded, examples, processes)
+    identity = identity_of(config, choices.record(), base, examples)
+    return Run(config, loaded, examples, choices, base, identity)
+
+
+def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
+    loaded = _load_model(config)
+    if config.lora is not None:
+        model = _with_lora(loaded, config.lora, config.model)
+        loaded = replace(loaded, model=model)
+    refuse_after(config, loaded)
+    return loaded, _load_examples(config, loaded), base_identity(loaded.path)
+
+
+def _load_model(config: FinetuneConfig) -> Loaded:
+    """Load the model; a checkpoint without a head gets one for the labels in the data."""
+    needs_head = config.task == "classification" and config.num_labels is None
+    if not needs_head or is_classifier(config.model):
         return load_model(
             config.model, config.task, num_labels=config.num_labels, dtype=config.dtype
         )
     rows = load_rows(
         config.data, where=config.where, max_rows=config.max_rows, columns=[config.label_column]
     )
-    values = sorted(set(rows[config.label_column]), key=lambda v: (str(type(v)), v))
-    named = not all(isinstance(v, int) for v in values)
+    labels = sorted(set(rows[config.label_column]), key=lambda label: (str(type(label)), label))
+    are_names = not all(isinstance(label, int) for label in labels)
     loaded = load_model(
         config.model,
         config.task,
-        num_labels=len(values) if named else max(1, *values) + 1,
+        num_labels=len(labels) if are_names else max(1, *labels) + 1,
         dtype=config.dtype,
     )
-    if named:
-        loaded.model.config.id2label = {i: str(v) for i, v in enumerate(values)}
-        loaded.model.config.label2id = {str(v): i for i, v in enumerate(values)}
+    if are_names:
+        loaded.model.config.id2label = {i: str(label) for i, label in enumerate(labels)}
+        loaded.model.config.label2id = {str(label): i for i, label in enumerate(labels)}
     return loaded
 
 
-def _examples(config: FinetuneConfig, loaded: Loaded) -> list[dict[str, Any]]:
-    label = config.label_column if loaded.task == "classification" else None
-    if (
-        "max_length" in config.model_fields_set
-        and config.max_length > (most := context_length(loaded))
-        and is_main()
-    ):
-        logger.warning(
-            "max_length: the model sees %d tokens, so rows are cut there and not at %d",
-            most,
-            config.max_length,
-        )
-    columns = [config.text_column, *([label] if label else [])]
-    rows = load_rows(config.data, where=config.where, max_rows=config.max_rows, columns=columns)
-    return encode_rows(
-        rows,
-        loaded,
-        text=config.text_column,
-        label=label,
-        max_length=config.max_length,
-        pack=config.pack,
-    )
-
-
-def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> Any:
+def _with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
+    """Put a new adapter on the model; `name` is how the user named the base."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     modules = lora.target_modules
@@ -84,17 +119,37 @@ def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> Any:
         lora_dropout=lora.dropout,
         target_modules=list(modules) if isinstance(modules, tuple) else modules,
         task_type=TaskType.SEQ_CLS if loaded.task == "classification" else TaskType.CAUSAL_LM,
-        fan_in_fan_out=loaded.model.config.model_type
-        == "gpt2",  # its layers store weights transposed
+        # The layers of GPT-2 store their weights transposed.
+        fan_in_fan_out=loaded.model.config.model_type == "gpt2",
     )
     try:
         model = get_peft_model(loaded.model, settings)
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).splitlines()[0]}") from None
-    # What the adapter will be loaded on: the Hub id as given, or a folder from wherever one stands.
-    settings, (repo, _, revision) = model.peft_config["default"], name.partition("@")
-    settings.base_model_name_or_path = repo if is_hub_id(name) else str(loaded.path.resolve())
-    settings.revision = (
-        commit_in(name, loaded.path) or (revision if is_hub_id(name) else None) or None
-    )
+    # Where the adapter will look for its base: the Hub id as given, or the folder's full path.
+    stored, (repo, _, revision) = model.peft_config["default"], name.partition("@")
+    stored.base_model_name_or_path = repo if is_hub_id(name) else str(loaded.path.resolve())
+    commit = commit_in(name, loaded.path)
+    stored.revision = commit or (revision if is_hub_id(name) else None) or None
     return model
+
+
+def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
+    length_is_given = "max_length" in config.model_fields_set
+    if length_is_given and config.max_length > (context := loaded.context) and is_main():
+        logger.warning(
+            "max_length: the model sees %d tokens, so rows are cut there and not at %d",
+            context,
+            config.max_length,
+        )
+    label = config.label_column if loaded.task == "classification" else None
+    columns = [config.text_column] if label is None else [config.text_column, label]
+    rows = load_rows(config.data, where=config.where, max_rows=config.max_rows, columns=columns)
+    return encode_rows(
+        rows,
+        loaded,
+        text=config.text_column,
+        label=label,
+        max_length=config.max_length,
+        pack=config.pack,
+    )

@@ -1,7 +1,8 @@
-"""Several processes in step: who goes first, and an error on one is the same error on all.
+"""Several processes in step: who goes first, and an error on one rank is the same error on all.
 
-Without this, a rank that meets an error leaves the others waiting in a collective, and a rank that
-is late trips over what another has just made. With one process everything here is a plain call.
+Without this, a rank that meets an error would leave the others waiting in a collective operation,
+and a late rank would find what another one has just written. With one process every function here
+is a plain call.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,74 +23,89 @@ from mergekit_bayes.errors import BmergeError, ConfigError
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent dies
+
 
 def launched() -> bool:
-    """True inside a process that a launcher (ours, accelerate's, torchrun) started as one of
-    several.
-    """
+    """Whether a launcher (bmerge, accelerate, torchrun) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_main() -> bool:
-    """True in the one process that prints and writes."""
+    """Whether this is the one process that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def idle_gpus() -> int:
-    """GPUs that a run without a launcher leaves unused."""
+    """Number of GPUs that a run without a launcher leaves unused."""
     return 0 if launched() else max(0, torch.cuda.device_count() - 1)
 
 
 def world() -> int:
-    """Processes of the group, 1 where there is none."""
+    """Number of processes in the group; 1 where there is no group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """The same work on every rank, first on one rank a machine, so that what it downloads is there
-    for the others.
+    """Do the same work on every rank, first on one rank of each machine.
 
-    Raises, on every rank, the error of the first rank that met one.
+    The other ranks then find in the cache what the first one downloaded.
+
+    Raises:
+        BmergeError: On every rank, the error of the first rank that failed.
+        RuntimeError: Likewise, where that error was of another class.
     """
-    here = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    result: Any = None
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    result: T | None = None
     for turn in (True, False):
         error = None
-        if here == turn:
+        if is_first == turn:
             result, error = _attempt(work)
         _agree(error)
         if world() == 1:
             break
-    return result  # type: ignore[no-any-return]
+    return cast(T, result)
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Work of rank 0 alone; every rank gets its result, which must pickle, or raises its error."""
+    """Do work on rank 0 alone; every rank returns its result, which must be picklable.
+
+    Raises:
+        BmergeError: On every rank, the error of rank 0.
+        RuntimeError: Likewise, where that error was of another class.
+    """
     result, error = _attempt(work) if is_main() or world() == 1 else (None, None)
     _agree(error)
     if world() == 1:
-        return result  # type: ignore[return-value]
-    held = [result]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]  # type: ignore[return-value]
+        return cast(T, result)
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def mean_over_ranks(value: float) -> float:
-    """Collective: the mean of one number of each rank."""
+    """Mean of one number of each rank. Every rank must call this."""
     if world() == 1:
         return value
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return float(sum(found) / len(found))
+    values: list[float] = [0.0] * world()
+    dist.all_gather_object(values, value)
+    return float(sum(values) / len(values))
 
 
 def launch(command: Sequence[str], processes: int) -> int:
-    """Run a command as `processes` ranks on this machine; return the exit status of the first that
-    fails, or 0.
+    """Run a command as several ranks on this machine.
 
-    Each gets the variables that torchrun sets and accelerate reads, on a CPU also
-    `ACCELERATE_USE_CPU`. When one fails, the others are stopped, and so are all when this process
-    is interrupted, terminated or (on Linux) killed.
+    Each process gets the variables that torchrun sets and accelerate reads, and on a CPU
+    `ACCELERATE_USE_CPU`. When one fails, the others are stopped. All are stopped when this process
+    is interrupted, terminated or (on Linux) killed. torchrun itself leaves its processes running
+    when it is killed, and prints a table of failures below the command's own message.
+
+    Args:
+        command: Program and arguments.
+        processes: Number of ranks to start.
+
+    Returns:
+        The exit status of the first process that fails, or 0.
 
     Raises:
         ConfigError: More processes than GPUs.
@@ -98,10 +114,26 @@ def launch(command: Sequence[str], processes: int) -> int:
     if gpus and processes > gpus:
         raise ConfigError(
             f"--num-processes {processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}, "
-            "and a process takes "
-            "one each. Ask for as many, or hide them with CUDA_VISIBLE_DEVICES= to train on the "
-            "CPU."
+            "and each process takes one. Use that many, or hide them with CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU."
         )
+    environment = _environment(processes, on_cpu=not gpus)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(processes):
+            variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            children.append(
+                subprocess.Popen(list(command), env=variables, preexec_fn=_end_with_parent)
+            )
+        return _first_failure(children)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _stop(children)
+
+
+def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
+    """This process's variables and those by which the ranks find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,48 +145,42 @@ def launch(command: Sequence[str], processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if not gpus:
+    if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(processes):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(subprocess.Popen(list(command), env=own, preexec_fn=_end_with_parent))
-        return _first_failure(children)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-        for child in children:
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+    return environment
 
 
 def _end_with_parent() -> None:
-    """On Linux: a command that is killed leaves no process behind that goes on training."""
+    """Have the kernel end this child when the command is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-_PR_SET_PDEATHSIG = 1
-
-
 def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all children or for the first that fails; return its exit status, or 0."""
     while True:
-        states = [child.poll() for child in children]
-        bad = [state for state in states if state]
-        if bad:
-            # One error is told by every rank: let rank 0 finish its message.
+        statuses = [child.poll() for child in children]
+        failures = [status for status in statuses if status]
+        if failures:
+            # Every rank raises the same error: let rank 0 finish its message.
             time.sleep(1)
-            return bad[0] if bad[0] > 0 else 128 - bad[0]
-        if None not in states:
+            return failures[0] if failures[0] > 0 else 128 - failures[0]
+        if None not in statuses:
             return 0
         time.sleep(0.05)
+
+
+def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Terminate the children that still run, and kill those that do not end within 10 seconds."""
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    for child in children:
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -165,18 +191,17 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _agree(error: Exception | None) -> None:
-    """Raise on every rank what any of them met; a rank's own error is raised as it is."""
+    """Raise on every rank what any of them met; a rank raises its own error unchanged."""
+    failures: list[tuple[str, str] | None] = [None] * world()
     if world() > 1:
-        found: list[Any] = [None] * world()
-        dist.all_gather_object(found, None if error is None else (type(error).__name__, str(error)))
+        failure = None if error is None else (type(error).__name__, str(error))
+        dist.all_gather_object(failures, failure)
     if error is not None:
         raise error
-    if world() == 1:
-        return
-    for rank, other in enumerate(found):
-        if other is not None:
-            kind, text = other
-            known = getattr(errors, kind, None)
-            if isinstance(known, type) and issubclass(known, BmergeError):
-                raise known(text)
-            raise RuntimeError(f"process {rank} failed: {kind}: {text}")
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            name, text = failure
+            error_class = getattr(errors, name, None)
+            if isinstance(error_class, type) and issubclass(error_class, BmergeError):
+                raise error_class(text)
+            raise RuntimeError(f"process {rank} failed: {name}: {text}")

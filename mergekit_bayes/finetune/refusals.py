@@ -1,16 +1,135 @@
-"""Settings, launchers and models that a fine-tune refuses."""
+"""Settings, launchers and models that a fine-tune refuses.
+
+`refuse_before` comes before anything is loaded and `refuse_after` as soon as the model is there.
+The other two ask what exists only later: the process group and transformers' accelerator.
+"""
 
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.load import Loaded, other_head
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def refuse_settings(config: FinetuneConfig) -> None:
+_REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
+_NO_FP16 = (
+    "fp16 with a gradient scaler is switched on (by the launcher, if not by the settings), and "
+    "IVON takes its gradients before they are unscaled. Use bf16 (bf16: true, or "
+    "--mixed_precision bf16), or no mixed precision."
+)
+_NO_SHARDING = {
+    "DeepSpeed": "DeepSpeed keeps flat copies of the weights, so that IVON would perturb weights "
+    "that no forward pass reads",
+    "FSDP1": "FSDP1 keeps flat views of the weights, which have no names under which a posterior "
+    "could be stored",
+    "FSDP2": "under FSDP2 bmerge finetune cannot yet write its model and posterior from shards "
+    "(the optimizer itself works on fully_shard, in a training script)",
+}
+
+
+def refuse_before(config: FinetuneConfig) -> None:
+    """Refuse settings and launchers, before anything is loaded.
+
+    Raises:
+        ConfigError: Settings that contradict each other, an unknown scheduler, or something that
+            the launcher has switched on and a fine-tune cannot do.
+    """
+    _refuse_settings(config)
+    refuse_launcher(config)
+
+
+def refuse_after(config: FinetuneConfig, loaded: Loaded) -> None:
+    """Refuse models, once they are loaded and have their adapter.
+
+    Raises:
+        ConfigError: A classifier with another loss, or quantised weights that would be trained.
+    """
+    _refuse_other_heads(loaded, config.model)
+    refuse_quantised(loaded.model, config.model)
+
+
+def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what a launcher has switched on by its environment variables.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP; fp16 with IVON.
+    """
+
+    def is_on(name: str) -> bool:
+        return environment.get(name, "false").lower() in ("1", "true", "yes", "y", "on")
+
+    if is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise _sharding_error("DeepSpeed")
+    if is_on("ACCELERATE_USE_FSDP"):
+        raise _sharding_error("FSDP2" if environment.get("FSDP_VERSION", "1") == "2" else "FSDP1")
+    if config.optimizer == "ivon" and environment.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
+        raise ConfigError(_NO_FP16)
+
+
+def refuse_accelerator(accelerator: "Accelerator", *, ivon: bool) -> None:
+    """Refuse the same once more, whichever way it was switched on.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP; a gradient scaler with IVON.
+    """
+    backend = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if backend == "DEEPSPEED":
+        raise _sharding_error("DeepSpeed")
+    if backend == "FSDP":
+        raise _sharding_error("FSDP2" if getattr(accelerator, "is_fsdp2", False) else "FSDP1")
+    if ivon and accelerator.scaler is not None:
+        raise ConfigError(_NO_FP16)
+
+
+def refuse_other_processes(config: FinetuneConfig, processes: int) -> None:
+    """Refuse a process group of another size than the settings name.
+
+    Raises:
+        ConfigError: `num_processes` is set and is not the number of ranks.
+    """
+    if config.num_processes is not None and processes != config.num_processes:
+        raise ConfigError(
+            f"num_processes: {config.num_processes} were asked for and {processes} run. Start them "
+            f"with bmerge finetune --num-processes {config.num_processes}, or with accelerate "
+            "launch."
+        )
+
+
+def refuse_quantised(model: torch.nn.Module, name: str) -> None:
+    """Refuse to train quantised weights; below an adapter they are frozen and may stay.
+
+    Args:
+        model: The model, with its adapter if there is one.
+        name: How the user named it.
+
+    Raises:
+        ConfigError: A quantised weight would be trained.
+    """
+    is_quantised = bool(getattr(model, "is_quantized", False)) and not hasattr(model, "peft_config")
+    for parameter_name, parameter in model.named_parameters():
+        is_coded = not parameter.is_floating_point() or parameter.dtype.itemsize == 1
+        if is_coded and (is_quantised or parameter.requires_grad):
+            raise ConfigError(
+                f"'{name}' is quantised ('{parameter_name}' is "
+                f"{str(parameter.dtype).removeprefix('torch.')}), and a quantised weight has no "
+                "gradient step. Train an adapter on it (lora: {r: 8}), or start from its "
+                "unquantised checkpoint."
+            )
+    if is_quantised:
+        raise ConfigError(
+            f"'{name}' is quantised, and quantised weights have no gradient step. Train an adapter "
+            "on it (lora: {r: 8}), or start from its unquantised checkpoint."
+        )
+
+
+def _refuse_settings(config: FinetuneConfig) -> None:
     from transformers import SchedulerType
 
     if config.posterior == "ivon" and config.optimizer != "ivon":
@@ -25,109 +144,30 @@ def refuse_settings(config: FinetuneConfig) -> None:
     if config.optimizer == "ivon" and config.curvature == "ggn" and not config.weight_decay:
         raise ConfigError(
             "curvature: ggn needs weight_decay > 0, or entries without curvature have no "
-            "precision. Give one (1e-6), "
-            "or curvature: price."
+            "precision. Give one (1e-6), or curvature: price."
         )
     if config.resume and config.save_steps is None:
         raise ConfigError(
             "resume: checkpoints are kept only with save_steps; give the save_steps of the first "
             "run."
         )
-    known = [kind.value for kind in SchedulerType]
-    if config.scheduler not in known:
-        close = difflib.get_close_matches(config.scheduler, known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}."
+    schedulers = [scheduler.value for scheduler in SchedulerType]
+    if config.scheduler not in schedulers:
+        close = difflib.get_close_matches(config.scheduler, schedulers, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(schedulers)}."
         raise ConfigError(f"scheduler: transformers knows no '{config.scheduler}'; {hint}")
 
 
-_REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
-
-
-def refuse_launcher(config: FinetuneConfig, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise a `ConfigError` for what a launcher has switched on and this cannot do, before anything
-    is loaded.
-    """
-
-    def on(name: str) -> bool:
-        return environment.get(name, "false").lower() in ("1", "true", "yes", "y", "on")
-
-    if on("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(_no_sharding("DeepSpeed"))
-    if on("ACCELERATE_USE_FSDP"):
+def _refuse_other_heads(loaded: Loaded, name: str) -> None:
+    """Refuse a classifier whose own loss is not the softmax cross-entropy that is trained here."""
+    if head := other_head(loaded):
         raise ConfigError(
-            _no_sharding("FSDP2" if environment.get("FSDP_VERSION", "1") == "2" else "FSDP1")
-        )
-    if config.optimizer == "ivon" and environment.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
-        raise ConfigError(_NO_FP16)
-
-
-def refuse_accelerator(accelerator: Any, *, ivon: bool) -> None:
-    """The same, asked of the accelerator itself, which knows of every other way in which it can be
-    switched on.
-    """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind == "DEEPSPEED":
-        raise ConfigError(_no_sharding("DeepSpeed"))
-    if kind == "FSDP":
-        raise ConfigError(
-            _no_sharding("FSDP2" if getattr(accelerator, "is_fsdp2", False) else "FSDP1")
-        )
-    if ivon and accelerator.scaler is not None:
-        raise ConfigError(_NO_FP16)
-
-
-def refuse_other_heads(loaded: Loaded, name: str) -> None:
-    """Raise a `ConfigError` for a classifier whose own loss is not the softmax cross-entropy that
-    is trained here.
-    """
-    if other := other_head(loaded):
-        raise ConfigError(
-            f"'{name}' is a classifier with {other}; bmerge finetune trains one label out of two "
-            "or more. Take such a "
-            "base, or give num_labels and a base without a head."
+            f"'{name}' is a classifier with {head}; bmerge finetune trains one label out of two or "
+            "more. Use such a base, or give num_labels and a base without a head."
         )
 
 
-def refuse_quantised(model: Any, name: str) -> None:
-    """Raise a `ConfigError` if quantised weights themselves would be trained; under an adapter they
-    are frozen.
-    """
-    whole = bool(getattr(model, "is_quantized", False)) and not hasattr(model, "peft_config")
-    for parameter_name, parameter in model.named_parameters():
-        quantised = not parameter.is_floating_point() or parameter.dtype.itemsize == 1
-        if quantised and (whole or parameter.requires_grad):
-            raise ConfigError(
-                f"'{name}' is quantised ('{parameter_name}' is "
-                f"{str(parameter.dtype).removeprefix('torch.')}), and a "
-                "quantised weight has no gradient step. Train an adapter on it (lora: {r: 8}), or "
-                "start from its "
-                "unquantised checkpoint."
-            )
-    if whole:
-        raise ConfigError(
-            f"'{name}' is quantised, and quantised weights have no gradient step. Train an adapter "
-            "on it "
-            "(lora: {r: 8}), or start from its unquantised checkpoint."
-        )
-
-
-_NO_FP16 = (
-    "fp16 with a gradient scaler is switched on (by the launcher, if not by the settings), and "
-    "IVON takes its "
-    "gradients before they are unscaled. Use bf16 (bf16: true, or --mixed_precision bf16), or no "
-    "mixed precision."
-)
-
-
-def _no_sharding(what: str) -> str:
-    if what == "DeepSpeed":
-        why = "DeepSpeed keeps flat copies of the weights, so that IVON would perturb what no forward pass reads"
-    elif what == "FSDP1":
-        why = "FSDP1 keeps flat views of the weights, which have no names that a posterior could be stored under"
-    else:
-        why = (
-            "under FSDP2 bmerge finetune cannot yet write its model and posterior from shards (the "
-            "optimizer itself "
-            "works on fully_shard, in a script of one's own)"
-        )
-    return f"{what} is switched on by the launcher: {why}. {_REPLICAS}."
+def _sharding_error(backend: str) -> ConfigError:
+    return ConfigError(
+        f"{backend} is switched on by the launcher: {_NO_SHARDING[backend]}. {_REPLICAS}."
+    )

@@ -1,20 +1,19 @@
-"""Fine-tune a model and keep its posterior: an ordinary checkpoint folder with a `posterior/`
-inside.
+"""Fine-tune a model and keep its posterior: a checkpoint folder with a `posterior/` inside.
 
-Built on `transformers.Trainer`, so it runs unchanged under `accelerate launch`. What is stored by
-default is a
-flush: the root-GGN diagonal at the final mean times the number of observations, plus the prior.
-`posterior: ivon` stores the optimizer's own h, which lags behind where the curvature falls and,
-under `curvature: price`, has the right order but after a short run up to a thousand times the right
-size.
+Built on `transformers.Trainer`, so it runs unchanged under `accelerate launch`. By default the
+posterior is estimated at the end (`posterior: flush`): the root-GGN diagonal at the final mean
+times the number of observations, plus the prior. `posterior: ivon` stores the optimizer's own
+Hessian. That lags behind where the curvature falls, and under `curvature: price` its entries have
+the right order but, after a short run, not the right size.
 """
 
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,79 +21,83 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
-    identity_of,
     open_checkpoints,
     refuse_other_settings,
 )
-from mergekit_bayes.finetune.choices import run_settings
-from mergekit_bayes.finetune.data import load_data_and_model, with_lora
-from mergekit_bayes.finetune.ranks import is_main, main_first, mean_over_ranks, on_main
-from mergekit_bayes.finetune.refusals import refuse_launcher, refuse_quantised, refuse_settings
+from mergekit_bayes.finetune.data import load_run
+from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks, on_main
+from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
-from mergekit_bayes.models.quiet import hushed
-from mergekit_bayes.posterior.info import base_identity
+from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.trainer import unwrap
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneReport:
-    """Fine-tune, store the model and its posterior, and return what happened.
+    """Fine-tune a model, and store it with its posterior.
 
-    Under a launcher every rank calls this and gets the same report, or the same error; rank 0
+    Under a launcher every rank calls this and gets the same report, or the same error. Rank 0
     writes.
+
+    Args:
+        config: Settings of the run.
+        quiet: Print nothing and show no progress bars.
 
     Raises:
         CheckpointError: The output or its checkpoints exist, or the model cannot be loaded.
-        ConfigError: Settings that contradict each other, or those of the checkpoint that is
-            resumed.
+        ConfigError: Settings that contradict each other or the checkpoint that is resumed, or a
+            model that cannot be trained.
         MismatchError: Data without the named columns or with unknown labels.
     """
-    refuse_settings(config)
-    refuse_launcher(config)
-    quiet = quiet or not is_main()
-    with hushed(quiet):
-        return _run(config, Path(config.output), quiet=quiet)
-
-
-def _run(config: FinetuneConfig, target: Path, *, quiet: bool) -> FinetuneReport:
     import transformers
 
-    transformers.set_seed(config.seed)
+    refuse_before(config)
+    quiet = quiet or not is_main()
+    with quiet_libraries(quiet), _checkpoint_folder(config) as folder:
+        transformers.set_seed(config.seed)
+        arguments = training_arguments(config, folder, quiet=quiet)
+        checkpoint = on_main(lambda: _open_output(config))
+        run = load_run(config, arguments.world_size)
+        if checkpoint is not None:
+            refuse_other_settings(checkpoint, run.identity)
+            logger.info("resuming from %s", checkpoint.path)
+        loss_before = 0.0 if checkpoint is None else checkpoint.loss
+        trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)
+        if checkpoint is not None and checkpoint.step >= run.choices.steps:
+            trained = _load_trained(trainer, checkpoint, is_ivon=run.choices.ivon is not None)
+        else:
+            trained = _train(trainer, checkpoint)
+        trainer.accelerator.wait_for_everyone()
+        optimizer = None if run.choices.ivon is None else unwrap(trainer.optimizer)
+        return on_main(lambda: save_finetuned(run, optimizer, trained.steps, trained.loss))
+
+
+class _Trained(NamedTuple):
+    """The whole run, over all its starts: steps made, and mean training loss of a step."""
+
+    steps: int
+    loss: float
+
+
+@contextmanager
+def _checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
+    """Where the Trainer writes: beside the output, or a folder that is removed at the end."""
     scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
     try:
-        arguments = training_arguments(
-            config, scratch if config.save_steps is None else checkpoints_of(target), quiet=quiet
-        )
-        checkpoint = on_main(lambda: _open_output(config, target))
-        loaded, examples = main_first(lambda: load_data_and_model(config))
-        base = main_first(lambda: base_identity(loaded.path))
-        if config.lora is not None:
-            loaded = loaded._replace(model=with_lora(loaded, config.lora, config.model))
-        refuse_quantised(loaded.model, config.model)
-        settings = run_settings(config, arguments, loaded, examples)
-        identity = identity_of(config, settings, base, examples, arguments.world_size)
-        before = 0.0
-        if checkpoint is not None:
-            refuse_other_settings(checkpoint, identity)
-            before = checkpoint.loss
-            logger.info("resuming from %s", checkpoint.path)
-        trainer = make_trainer(
-            config, arguments, loaded, examples, settings, identity, quiet=quiet, loss_before=before
-        )
-        result = _train(trainer, checkpoint, settings["steps"], config)
-        trainer.accelerator.wait_for_everyone()
-        return on_main(
-            lambda: save_finetuned(
-                config, loaded, examples, trainer, settings, base, result, target
-            )
-        )
+        yield scratch if config.save_steps is None else checkpoints_of(Path(config.output))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _open_output(config: FinetuneConfig, target: Path) -> Checkpoint | None:
+def _open_output(config: FinetuneConfig) -> Checkpoint | None:
+    """Make sure that the output may be written, and find the checkpoint to continue from."""
+    target = Path(config.output)
     if target.exists() and not config.force:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
@@ -104,29 +107,24 @@ def _open_output(config: FinetuneConfig, target: Path) -> Checkpoint | None:
     return open_checkpoints(checkpoints_of(target), resume=config.resume, force=config.force)
 
 
-def _train(trainer: Any, checkpoint: Checkpoint | None, steps: int, config: FinetuneConfig) -> Any:
-    """Train from the start or the checkpoint; what comes back has `global_step` and the whole run's
-    `training_loss`.
+def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:
+    """Train from the first step, or on from a checkpoint."""
+    step, loss, path = 0, 0.0, None
+    if checkpoint is not None:
+        step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
+    output = trainer.train(resume_from_checkpoint=path)
+    loss += mean_over_ranks(output.training_loss) * (output.global_step - step)
+    return _Trained(output.global_step, loss / max(1, output.global_step))
+
+
+def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) -> _Trained:
+    """Load a run that was stopped after its last step.
+
+    The Trainer itself would make one more step if that lies in the middle of an epoch.
     """
-    if checkpoint is not None and checkpoint.step >= steps:
-        # Killed after the last step: the Trainer would make one more in the middle of an epoch.
-        trainer._load_from_checkpoint(str(checkpoint.path))
-        if config.optimizer == "ivon":
-            trainer.create_optimizer()
-            state = torch.load(
-                checkpoint.path / "optimizer.pt", map_location="cpu", weights_only=True
-            )
-            trainer.optimizer.load_state_dict(state)
-        return SimpleNamespace(
-            global_step=checkpoint.step, training_loss=checkpoint.loss / checkpoint.step
-        )
-    step, loss, path = (
-        (0, 0.0, None)
-        if checkpoint is None
-        else (checkpoint.step, checkpoint.loss, checkpoint.path)
-    )
-    done = trainer.train(resume_from_checkpoint=None if path is None else str(path))
-    loss += mean_over_ranks(done.training_loss) * (done.global_step - step)
-    return SimpleNamespace(
-        global_step=done.global_step, training_loss=loss / max(1, done.global_step)
-    )
+    trainer._load_from_checkpoint(str(checkpoint.path))
+    if is_ivon:
+        trainer.create_optimizer()
+        file = checkpoint.path / "optimizer.pt"
+        trainer.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return _Trained(checkpoint.step, checkpoint.loss / checkpoint.step)

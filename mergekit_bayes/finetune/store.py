@@ -1,10 +1,8 @@
 """From a trained model to a checkpoint folder with its posterior inside."""
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -14,146 +12,158 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
-from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import problems
-from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
-from mergekit_bayes.models.encode import Collate, batches, observations
-from mergekit_bayes.models.load import UNIT, Loaded
+from mergekit_bayes.finetune.settings import FinetuneReport
+from mergekit_bayes.models.estimate import estimate_ggn, random_examples
 from mergekit_bayes.models.places import checkpoint_names
-from mergekit_bayes.models.quiet import with_bar
-from mergekit_bayes.posterior import (
-    Anchor,
-    Identity,
-    PosteriorInfo,
-    Prior,
-    identify,
-    save_posterior,
-)
-from mergekit_bayes.trainer import unwrap
+from mergekit_bayes.optim import IVON
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 
 logger = logging.getLogger(__name__)
 
 
-def save_finetuned(
-    config: FinetuneConfig,
-    loaded: Loaded,
-    examples: list[dict[str, Any]],
-    trainer: Any,
-    settings: Mapping[str, Any],
-    base: Identity | None,
-    result: Any,
-    target: Path,
-) -> FinetuneReport:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    total, unit = observations(examples, loaded.task), UNIT[loaded.task]
-    estimator, health = None, {}
+class FinalPrecision(NamedTuple):
+    """The precision that a run leaves.
+
+    Attributes:
+        tensors: Precision by parameter name, 1/weight^2, float32.
+        estimator: Where its curvature comes from, `ggn` or `ivon`.
+        ess: Number of observations by which it is scaled.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    estimator: str
+    ess: float
+
+
+def save_finetuned(run: Run, optimizer: IVON | None, steps: int, loss: float) -> FinetuneReport:
+    """Write the checkpoint folder and its posterior, and say what was written.
+
+    Args:
+        run: The run, whose model is trained now.
+        optimizer: IVON at the end of training; None after AdamW.
+        steps: Optimizer steps made.
+        loss: Mean training loss of a step.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    config, target = run.config, Path(run.config.output)
+    precision, health = None, {}
     with replacing(target, force=config.force) as partial:
-        model.save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        if config.lora is not None and loaded.task == "classification":
-            model.config.save_pretrained(
-                partial
-            )  # an adapter's own config does not name the labels
-        resolved = config.model_dump(mode="json", exclude={"force", "resume"})
-        resolved["model"] = pinned(config.model, loaded.path)
-        (partial / "finetune.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        _save_model(run, partial)
         if config.posterior != "none":
-            precision, about = _posterior(config, model, examples, loaded, trainer, settings)
-            estimator, health = about["estimator"], about["health"]
-            source = SafetensorsSource(checkpoint_files(partial))
-            info = PosteriorInfo(
-                **about,
-                unit=unit,
-                observations=total,
-                mean=identify(source),
-                base=base,
-                tokenizer=tokenizer_identity(partial),
-                dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-                training=dict(settings),
-                aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
-            )
-            source.close()
-            arrays = {
-                n: t.detach().cpu().float().numpy()
-                for n, t in checkpoint_names(model, precision).items()
-            }
-            save_posterior(partial, arrays, info)
+            precision = final_precision(run, optimizer)
+            health = _health(run, optimizer, precision)
+            _save_posterior(run, precision, health, partial)
     for problem in problems(config, health, final=True).values():
         logger.warning(problem)
     return FinetuneReport(
         path=target,
-        steps=int(result.global_step),
-        loss=float(result.training_loss),
-        observations=total,
-        unit=unit,
-        estimator=estimator,
+        steps=steps,
+        loss=loss,
+        observations=run.observations,
+        unit=run.unit,
+        estimator=None if precision is None else precision.estimator,
         health=health,
     )
 
 
-def _posterior(
-    config: FinetuneConfig,
-    model: Any,
-    examples: Sequence[dict[str, Any]],
-    loaded: Loaded,
-    trainer: Any,
-    settings: Mapping[str, Any],
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The precision by name in memory, and what `PosteriorInfo` should say of it."""
-    total = float(observations(examples, loaded.task))
-    ivon = config.optimizer == "ivon"
-    health = unwrap(trainer.optimizer).health(settings["batch_size"]) if ivon else {}
-    decay = config.weight_decay
+def final_precision(run: Run, optimizer: IVON | None) -> FinalPrecision:
+    """The precision at the end of training, by the estimate that the settings name."""
+    config = run.config
     if config.posterior == "ivon":
-        precision = unwrap(trainer.optimizer).precision(model.named_parameters())
-        # h of `curvature: ggn` has the size of a flush, that of `price` may be a thousand times
-        # larger.
-        ess, estimator = float(settings["ess"]), "ggn" if config.curvature == "ggn" else "ivon"
-    else:
-        found, sampled = flush(
-            model, examples, loaded, config.flush_batches, config.batch_size, config.seed
-        )
-        ess, estimator = total, "ggn"
-        prior = total * decay if ivon else 0.0
-        precision = {n: total * f + prior for n, f in found.items()}
-        health = health | {"flush_examples": float(sampled)}
-    if ivon:
-        prior_info = Prior(kind="isotropic", precision=ess * decay) if decay else Prior()
-        anchor = Anchor(kind="zero", precision=ess * decay) if decay else Anchor()
-    else:
-        prior_info = Prior()
-        anchor = Anchor(kind="zero", precision=None) if decay else Anchor()
-    about = {
-        "estimator": estimator,
-        "ess": ess,
-        "sampled": health.get("flush_examples"),
-        "prior": prior_info,
-        "anchor": anchor,
-        "health": health | precision_health(precision),
-    }
-    return precision, about
+        assert optimizer is not None
+        assert run.choices.ivon is not None
+        tensors = optimizer.precision(run.loaded.model.named_parameters())
+        # The Hessian of `curvature: ggn` has the size of the final estimate. That of `price` may
+        # be much too large, so a merge must not mix the two.
+        estimator = "ggn" if config.curvature == "ggn" else "ivon"
+        return FinalPrecision(tensors, estimator, float(run.choices.ivon.ess))
+    total = float(run.observations)
+    prior = 0.0 if optimizer is None else total * config.weight_decay
+    tensors = {name: total * mean + prior for name, mean in final_curvature(run).items()}
+    return FinalPrecision(tensors, "ggn", total)
 
 
-def flush(
-    model: Any, examples: Sequence[dict[str, Any]], loaded: Loaded, count: int, size: int, seed: int
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Root-GGN diagonal per observation over `count` random batches of the training data, at the
-    present weights.
+def final_curvature(run: Run) -> dict[str, torch.Tensor]:
+    """Root-GGN diagonal per observation at the final weights (`posterior: flush`).
 
-    Returns the diagonal by parameter name and the number of examples looked at.
+    Taken over `flush_batches` random batches of the training data.
+
+    Returns:
+        float32 tensors by parameter name, 1/weight^2.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < count * size:
-        order += torch.randperm(len(examples), generator=generator).tolist()
-        if len(examples) >= count * size:
-            break
-    chosen = [examples[i] for i in order[: count * size]]
-    collate = Collate(int(loaded.tokenizer.pad_token_id or 0))
-    device = next(model.parameters()).device
-    cut = with_bar(
-        batches(chosen, size, collate, device=device), "curvature", math.ceil(len(chosen) / size)
+    config = run.config
+    examples = random_examples(run.examples, config.flush_batches * config.batch_size, config.seed)
+    curvature = estimate_ggn(run.loaded, examples, batch_size=config.batch_size, seed=config.seed)
+    return {name: sum_ / curvature.observations for name, sum_ in curvature.total.items()}
+
+
+def _save_model(run: Run, folder: Path) -> None:
+    """Write model, tokenizer and the settings of the run."""
+    config, model = run.config, run.loaded.model
+    model.save_pretrained(folder)
+    run.loaded.tokenizer.save_pretrained(folder)
+    if config.lora is not None and run.loaded.task == "classification":
+        model.config.save_pretrained(folder)  # an adapter's own config does not name the labels
+    settings = config.model_dump(mode="json", exclude={"force", "resume"})
+    settings["model"] = pinned(config.model, run.loaded.path)
+    (folder / "finetune.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _save_posterior(
+    run: Run, precision: FinalPrecision, health: dict[str, float], folder: Path
+) -> None:
+    """Write the posterior beside the model that `_save_model` wrote."""
+    model = run.loaded.model
+    prior, anchor = _prior_and_anchor(run, precision.ess)
+    with SafetensorsSource(checkpoint_files(folder)) as source:
+        mean = identify(source)
+    info = PosteriorInfo(
+        estimator=precision.estimator,
+        ess=precision.ess,
+        sampled=health.get("flush_examples"),
+        prior=prior,
+        anchor=anchor,
+        health=health,
+        unit=run.unit,
+        observations=run.observations,
+        mean=mean,
+        base=run.base,
+        tokenizer=tokenizer_identity(folder),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        training=run.choices.record(),
+        aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
-    found = ggn_diagonal(model, cut, seed=seed)
-    return {n: t / found.observations for n, t in found.total.items()}, len(chosen)
+    arrays = {
+        name: tensor.detach().cpu().float().numpy()
+        for name, tensor in checkpoint_names(model, precision.tensors).items()
+    }
+    save_posterior(folder, arrays, info)
+
+
+def _health(run: Run, optimizer: IVON | None, precision: FinalPrecision) -> dict[str, float]:
+    config = run.config
+    health = {} if optimizer is None else optimizer.health(run.choices.batch_size)
+    if config.posterior == "flush":
+        health["flush_examples"] = float(config.flush_batches * config.batch_size)
+    return health | precision_health(precision.tensors)
+
+
+def _prior_and_anchor(run: Run, ess: float) -> tuple[Prior, Anchor]:
+    """What the precision contains besides its data, and what training pulled towards.
+
+    The decoupled weight decay of AdamW pulls towards zero but is no Gaussian prior.
+    """
+    decay = run.config.weight_decay
+    if not decay:
+        return Prior(), Anchor()
+    if run.choices.ivon is None:
+        return Prior(), Anchor(kind="zero", precision=None)
+    return (
+        Prior(kind="isotropic", precision=ess * decay),
+        Anchor(kind="zero", precision=ess * decay),
+    )

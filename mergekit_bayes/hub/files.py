@@ -9,47 +9,15 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.posterior import PosteriorInfo, read_info
 
 CARD = "README.md"
-# By name, where a merge copies all that is no tensor (`posterior.side_files`): what is published
-# cannot be taken back.
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "tokenizer.model.*",
-    "*.tiktoken",
-    "*.spm",
-    "*.vocab",
-    "*.bpe",
-    "chat_template.jinja",
-    "chat_template.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "merge_report.json",
-    "merge_recipe.yaml",
-    "finetune.yaml",
-    "LICENSE*",
-    "NOTICE*",
-)
 _INNER_FILES = (
     "additional_chat_templates/*.jinja",
     "[0-9]_*/config.json",
 )  # the second are sentence-transformers'
-_RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILE = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _POSTERIOR = re.compile(
@@ -75,8 +43,8 @@ def is_stale(path: str, *, weights: bool, pushed: set[str], only: bool) -> bool:
     """
     if _POSTERIOR.fullmatch(path):
         return weights or any(p.startswith("posterior/") for p in pushed)
-    if path in _RECORDS:
-        return not only and (weights or not pushed.isdisjoint(_RECORDS))
+    if path in RECORDS:
+        return not only and (weights or not pushed.isdisjoint(RECORDS))
     return not only and _is_weight(path)
 
 
@@ -129,7 +97,7 @@ def choose_files(
     ]
     notes = [
         f"{n} names paths on this machine, which will be public"
-        for n in _RECORDS
+        for n in RECORDS
         if _has_paths(chosen.get(n))
     ]
     if _has_paths(chosen.get("adapter_config.json")):
@@ -147,7 +115,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
     names = [f"{stem}.safetensors.index.json", *_modules(folder)]
     for file in sorted(folder.iterdir()):
         if file.is_file() and (
-            file.name in names or any(fnmatchcase(file.name, p) for p in _SIDE_FILES)
+            file.name in names or any(fnmatchcase(file.name, p) for p in PUBLISHED)
         ):
             chosen[file.name] = file
     for pattern in _INNER_FILES:

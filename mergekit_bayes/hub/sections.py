@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mergekit_bayes.hub.facts import Facts, named_parents
+from mergekit_bayes.methods import METHODS
 
 _FRAME = {
     "counts": "equal",
@@ -253,7 +254,8 @@ def _undoable(facts: Facts) -> list[Mapping[str, Any]]:
     missing.
     """
     report = facts.report
-    if report.get("method") not in ("task_arithmetic", "gradient_matching"):
+    method = METHODS.get(report.get("method", ""))
+    if method is None or not method.can_be_undone:
         return []
     if report["weights"] == "precision" and not facts.has_posterior:
         return []

@@ -11,7 +11,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.inspect.layers import group_layers
 from mergekit_bayes.inspect.report import InspectReport, Layer, PrecisionSummary
-from mergekit_bayes.models.sampling import not_samplable
+from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
 
@@ -67,7 +67,7 @@ def inspect_headers(ref: str) -> InspectReport:
             else (),
             zeros=None,
             bad=None,
-            not_samplable=not_samplable(info),
+            not_samplable=sampling_obstacle(info),
         )
     return InspectReport(
         path=pinned(ref),

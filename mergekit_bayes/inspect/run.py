@@ -23,7 +23,7 @@ from mergekit_bayes.inspect.layers import group_layers
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary, layer_notes
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, root_mean_square
 from mergekit_bayes.lora import open_model
-from mergekit_bayes.models.sampling import not_samplable
+from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import Posterior, identify
 from mergekit_bayes.posterior.forms import is_form_of
 
@@ -163,5 +163,5 @@ def _precision_summary(
         ),
         zeros=sum(t.zeros for t in totals),
         bad=sum(t.bad_precision for t in totals),
-        not_samplable=not_samplable(info),
+        not_samplable=sampling_obstacle(info),
     )

@@ -1,18 +1,27 @@
-"""What a pass takes and gives, whoever carries it out."""
+"""What a pass takes and gives, whichever library carries it out, and the steps that both share.
+
+The one convention about the base: wherever something is listed per model (`Chunk.means`,
+`Numbers.gains`, `Tally.stored`), the base comes first, as model 0, and the tasks follow; without a
+base, model 0 is the first task. What is listed per task (`Numbers.scales`, `Numbers.keys`) leaves
+the base out.
+"""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.gaussian import Gaussian, rebase, select
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.draws import word
+from mergekit_bayes.gaussian import Gaussian, Number, rebase, select
+from mergekit_bayes.methods.base import Facts, Method
 
-Array = NDArray[Any]
-_U64 = np.uint64
+Array: TypeAlias = NDArray[Any]
+Constants: TypeAlias = tuple[Number, ...]
+
+LANES = 8  # interleaved partial sums: a fixed order of addition that also vectorises
 
 
 class Kind(NamedTuple):
@@ -20,10 +29,10 @@ class Kind(NamedTuple):
 
     Attributes:
         method: The rule.
-        weighs: Precisions are read and written.
-        has_base: Model 0 is the base.
-        anchored: Some task was pulled to something else than the base posterior.
-        removes: Some scale is negative; the guard is then counted.
+        weighs: Whether precisions are read and written.
+        has_base: Whether model 0 is the base.
+        anchored: Whether some task was pulled to something else than the base posterior.
+        removes: Whether the guard on removal may act; it is then counted.
     """
 
     method: Method
@@ -34,26 +43,52 @@ class Kind(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The constants of a pass. Per model, base first; `scales`, `facts` and `keys` per task.
+    """The constants of a pass.
 
-    The likelihood precision of model i at an entry with stored precision x, in row r of the chunk, is
-    `max(gain_i * (x - (inside_i + share_i * H_0)) + extra_ir, floor_i)`, with H_0 that of the base.
+    The likelihood precision of model i at an entry with stored precision S, in row r of the chunk:
+
+        H_i = max(gain_i (S - (contained_i + base_share_i H_0)) + extra_ir, floor_i)
+
+    with H_0 that of the base.
+
+    Attributes:
+        scales: Per task.
+        facts: What the method's first pass and settings told it.
+        gains: Per model: observations that count, over those by which S is scaled.
+        contained: Per model: the scalar prior inside S.
+        base_shares: Per model: multiple of H_0 inside S; 0 for a model that is not a merge.
+        floors: Per model: 0, or minus infinity for a merge, which may itself be a removal.
+        priors: Per model: added to H where a posterior stands on its own.
+        anchors: Per model: precision of the pull to the base in training; below zero for the
+            published choice, the base's own precision.
+        decays: Per model: precision of the pull to zero in training.
+        keys: Per task: of the random numbers; empty unless the method draws.
     """
 
-    scales: tuple[Any, ...]
-    facts: tuple[Any, ...]
-    gains: tuple[Any, ...]
-    insides: tuple[Any, ...]
-    shares: tuple[Any, ...]
-    floors: tuple[Any, ...]  # of H: 0, or minus infinity for a merge, which may be a removal
-    priors: tuple[Any, ...]  # added to H where a model stands alone
-    pulls: tuple[Any, ...]  # anchor precision, below zero for the published choice
-    decays: tuple[Any, ...]
-    keys: tuple[np.uint64, ...]  # of the random numbers
+    scales: Constants
+    facts: Facts
+    gains: Constants
+    contained: Constants
+    base_shares: Constants
+    floors: Constants
+    priors: Constants
+    anchors: Constants
+    decays: Constants
+    keys: tuple[np.uint64, ...]
 
-    def cast(self, kind: Any) -> "Numbers":
-        """All of them as float32 or float64, as the entries are."""
-        return self._replace(**{name: tuple(kind(x) for x in getattr(self, name)) for name in self._fields[:-1]})
+    def cast(self, dtype: type[np.floating[Any]]) -> "Numbers":
+        """The same numbers as float32 or float64, as the entries are; keys stay integers."""
+        numbers: Numbers = _cast(self._replace(keys=()), dtype)
+        return numbers._replace(keys=self.keys)
+
+
+def _cast(value: Any, dtype: type[np.floating[Any]]) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, tuple):
+        return dtype(value)
+    items = [_cast(item, dtype) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 class Chunk(NamedTuple):
@@ -62,7 +97,7 @@ class Chunk(NamedTuple):
     Attributes:
         means: (models, n), uint16 for bfloat16 bits, float32 or float64.
         precisions: (models, n), uint16 for bfloat16 bits or float32; (models, 0) without.
-        extras: (models, rows), float32: added to H by row.
+        extras: (models, rows), float32 or float64 as the arithmetic: added to H by row.
         first: Entries of the first row that are still to come.
         row: Entries of every other row.
         offset: Index of the first entry in its tensor.
@@ -85,13 +120,16 @@ class Tally:
     """Sums over entries, for the report.
 
     Attributes:
-        bad_means, bad_precisions: Per model: entries not finite; precisions negative or not finite.
+        models: Number of models.
+        bad_means: Per model, entries that are not finite.
+        bad_precisions: Per model, precisions that are negative or not finite.
+        stored: Per model, sum of stored precisions.
+        entries: Entries merged.
         bad: Merged entries that are not finite after rounding.
-        changed, lost: Entries at which some task with a scale differs from the base, and those of them at which
-            rounding gave back the base's value.
+        changed: Entries at which some task with a scale differs from the base.
+        lost: Those of the changed at which rounding gave back the base's value.
         guarded: Entries at which the guard acted.
         multiplier: Largest `|scale_t| (H_t + P_t) / S` of a removal.
-        stored: Per model: sum of stored precisions.
     """
 
     models: int
@@ -111,62 +149,80 @@ class Tally:
         self.stored = np.zeros(self.models)
 
 
-Pass = Callable[[Chunk, Numbers, Tally], None]
+Pass: TypeAlias = Callable[[Chunk, Numbers, Tally], None]
 # Adds a chunk's statistics to `totals`: (statistics,) of float64 or (statistics, BINS) of int64.
-Reduce = Callable[[Chunk, Numbers, Array], None]
-
-LANES = 8  # interleaved partial sums: a fixed order of addition that also vectorises
+Reduce: TypeAlias = Callable[[Chunk, Numbers, Array], None]
 
 
-def likelihood(stored: Any, gain: Any, inside: Any, share: Any, of_base: Any, floor: Any, extra: Any) -> Any:
-    """`max(gain (S - (inside + share H_0)) + extra, floor)`: what a model's data added, from its stored precision.
+def likelihood_precision(
+    numbers: Numbers, model: int, stored: Number, of_base: Number, extra: Number
+) -> Number:
+    """H, what a model's data added, from its stored precision; see `Numbers`.
 
-    IVON's h may lie a little below zero, and S below its prior; a gain would stretch that below the prior itself.
+    IVON's h may lie a little below zero, and S below its prior; a gain would stretch that below the
+    prior itself.
+
+    Args:
+        numbers: The constants of the pass.
+        model: Index of the model.
+        stored: S, its stored precision.
+        of_base: H_0, that of the base; for the base itself, zero.
+        extra: Added by row.
     """
-    added = gain * (stored - (inside + share * of_base)) + extra
+    contained = numbers.contained[model] + numbers.base_shares[model] * of_base
+    added = numbers.gains[model] * (stored - contained) + extra
+    floor = numbers.floors[model]
     return select(added < floor, floor, added)
 
 
-def alone(mean: Any, prior: Any, likelihood: Any) -> Gaussian:
-    """A posterior by its own prior: the base, or a model of an average."""
+def own_posterior(mean: Number, prior: Number, likelihood: Number) -> Gaussian:
+    """The posterior of a model with its own prior: the base, or a model of an average."""
     return Gaussian(mean, prior + likelihood)
 
 
-def follow(base: Gaussian, mean: Any, likelihood: Any) -> Gaussian:
-    """A task by the base posterior as prior, under the published anchor."""
+def task_posterior(base: Gaussian, mean: Number, likelihood: Number) -> Gaussian:
+    """The posterior of a task with the base posterior as prior, under the published anchor."""
     return Gaussian(mean, base.precision + likelihood)
 
 
-def follow_anchored(base: Gaussian, mean: Any, likelihood: Any, pull: Any, decay: Any) -> Gaussian:
-    """A task under its own anchor; a pull below zero stands for the published one."""
-    task = rebase(base, mean, likelihood, pull, decay)
-    return Gaussian(select(pull < 0, mean, task.mean), task.precision)
+def anchored_task_posterior(
+    base: Gaussian, mean: Number, likelihood: Number, anchor: Number, decay: Number
+) -> Gaussian:
+    """The posterior of a task under its own anchor; one below zero stands for the published."""
+    task = rebase(base, mean, likelihood, anchor, decay)
+    return Gaussian(select(anchor < 0, mean, task.mean), task.precision)
 
 
-def grow(precision: Any, base: Gaussian, task: Gaussian, scale: Any) -> Any:
-    """One term of gradient matching's precision before its guard, by the same operations."""
-    return precision + scale * (task.precision - base.precision)
+def removal_multiplier(
+    base: Gaussian, task: Gaussian, scale: Number, anchor: Number, precision: Number
+) -> Number:
+    """`-scale (H + P) / S`: the multiple of its task vector by which a removal moves the mean.
 
-
-def strength(base: Gaussian, task: Gaussian, pull: Any) -> Any:
-    """`H + P`, by which a task's own vector is multiplied (before its scale and the division)."""
-    return select(pull < 0, task.precision, task.precision - base.precision + pull)
+    Args:
+        base: The base posterior.
+        task: The task's posterior, re-based.
+        scale: Below zero.
+        anchor: P; below zero for the published choice.
+        precision: S, the merged precision.
+    """
+    pulled = select(anchor < 0, task.precision, task.precision - base.precision + anchor)
+    return -scale * pulled / precision
 
 
 def task_key(seed: int, tensor: str, task: str) -> np.uint64:
-    """The key of a task's random numbers in one tensor; `task` is who it is, not where it stands."""
+    """The key of a task's random numbers in one tensor.
+
+    Args:
+        seed: The merge's.
+        tensor: Its name.
+        task: The identity of the task's mean, so that the order of tasks does not matter.
+    """
     digest = hashlib.sha256(f"{seed}\0{tensor}\0{task}".encode()).digest()
-    return _U64(int.from_bytes(digest[:8], "little"))
+    return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 def keyed_draws(key: np.uint64, start: int, n: int) -> Array:
-    """Uniform float32 numbers in [0, 1) of entries `start` to `start + n`: 24 bits of SplitMix64 (Steele et al., 2014).
-
-    A number depends on key and entry alone, so that chunks, threads and machines agree.
-    """
-    with np.errstate(over="ignore"):
-        z = key + (np.arange(start, start + n, dtype=_U64) + _U64(1)) * _U64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
-        z = z ^ (z >> _U64(31))
-    return (z >> _U64(40)).astype(np.float32) * np.float32(2.0**-24)
+    """Uniform float32 numbers in [0, 1) of entries `start` to `start + n`: 24 bits of each word."""
+    counters = np.arange(start, start + n, dtype=np.uint64) + np.uint64(1)
+    bits: NDArray[np.uint64] = word(key, counters) >> np.uint64(40)
+    return bits.astype(np.float32) * np.float32(2.0**-24)

@@ -1,25 +1,21 @@
 """The pass compiled by numba: a method's own function, inlined into one loop over stored bits.
 
-Compiled once a method, number of models and kind of numbers, and cached on disk beside this file (where that cannot be
-written, in the user's cache folder). The loop works on blocks that stay in the first caches and is written so that LLVM
-vectorises it: two-dimensional inputs, an inner loop from zero, no sum in it. float32 stays float32 and nothing is
-reassociated or contracted, so that it gives the bits of `plain_pass`.
+Compiled once a method, number of models and kind of numbers, and cached on disk beside this file
+(where that cannot be written, in the user's cache folder). The loop works on blocks that stay in
+the first caches and is written so that LLVM vectorises it: two-dimensional inputs, an inner loop
+from zero, no sum in it. float32 stays float32 and nothing is reassociated or contracted, so that it
+gives the bits of `plain_pass`.
 """
 
-import inspect
-import zlib
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import types
 from numba.cpython.unsafe.tuple import tuple_setitem
-from numba.extending import overload
 
-from mergekit_bayes import gaussian
 from mergekit_bayes.compiled import compiled, inlined
-from mergekit_bayes.gaussian import Gaussian, constant, rebase, select
-from mergekit_bayes.kernels import base
+from mergekit_bayes.gaussian import Gaussian, select
 from mergekit_bayes.kernels.base import (
     LANES,
     Array,
@@ -29,57 +25,50 @@ from mergekit_bayes.kernels.base import (
     Pass,
     Reduce,
     Tally,
-    alone,
-    follow,
-    follow_anchored,
-    grow,
-    likelihood,
-    strength,
+    anchored_task_posterior,
+    likelihood_precision,
+    own_posterior,
+    removal_multiplier,
+    task_posterior,
 )
-from mergekit_bayes.methods.base import SHIFT, Method
+from mergekit_bayes.kernels.bits import (
+    draw,
+    infinity,
+    is_bad,
+    is_bad_precision,
+    magnitude,
+    precision_bits,
+    rounded,
+    unwidened,
+    widen,
+)
+from mergekit_bayes.kernels.inlining import facts_maker, inline, stamp
+from mergekit_bayes.methods.histogram import SHIFT
 
-# Loops over models must vanish: an index into a tuple that is known at run time only is a switch, and nothing is
-# vectorised around it. LLVM's own threshold gives up at seven models.
+# Loops over models must vanish: an index into a tuple that is known at run time only is a switch,
+# and nothing is vectorised around it. LLVM's own threshold gives up at seven models.
 llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
-for _function in (rebase, alone, follow, follow_anchored, grow, likelihood, strength):
-    inlined(_function)
-
-
-@overload(select, jit_options={"forceinline": True})
-def _select(condition, yes, no):  # type: ignore[no-untyped-def]
-    return lambda condition, yes, no: yes if condition else no
-
-
-@overload(constant, jit_options={"forceinline": True})
-def _constant(value, like):  # type: ignore[no-untyped-def]
-    if like == types.float32:
-        return lambda value, like: np.float32(value)
-    return lambda value, like: np.float64(value)
-
-
 def fused_pass(kind: Kind) -> Pass:
-    """The pass of `kind`, compiled (or from the cache) when it first runs."""
-    if kind not in _KERNELS:
-        _KERNELS[kind] = _make(
-            inlined(kind.method.combine), _stamp(kind.method), kind.weighs, kind.has_base, kind.anchored, kind.removes,
-            kind.method.random,
-        )  # fmt: skip
-    kernel = _KERNELS[kind]
+    """The pass of `kind`, compiled (or loaded from the cache) when it first runs.
+
+    For a method that cannot be compiled it then raises as numba does, before it writes anything.
+    """
 
     def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
-        zero = chunk.extras.dtype.type(0)
-        template = tuple(Gaussian(zero, zero) for _ in numbers.scales)
+        kernel = _make(kind, type(numbers.facts))
         counts, largest = np.zeros(4, np.int64), np.zeros(1)
         kernel(
-            chunk.means, chunk.precisions, chunk.extras, chunk.first, chunk.row, np.uint64(chunk.offset),
-            numbers.scales, numbers.facts, numbers.gains, numbers.insides, numbers.shares, numbers.floors,
-            numbers.priors, numbers.pulls, numbers.decays, numbers.keys, zero, template, chunk.mean, chunk.precision,
-            tally.bad_means, tally.bad_precisions, tally.stored, counts, largest,
-        )  # fmt: skip
+            *_bare(chunk, numbers),
+            tally.bad_means,
+            tally.bad_precisions,
+            tally.stored,
+            counts,
+            largest,
+        )
         tally.entries += chunk.mean.size
         tally.bad += int(counts[0])
         tally.changed += int(counts[1])
@@ -90,140 +79,69 @@ def fused_pass(kind: Kind) -> Pass:
     return run
 
 
-_KERNELS: dict[Any, Any] = {}
+def fused_reduction(kind: Kind) -> Reduce:
+    """The method's first pass, compiled (or loaded from the cache) when it first runs.
+
+    It raises as `fused_pass` does.
+    """
+
+    def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
+        kernel = _make_reduction(kind)
+        kernel(*_bare(chunk, numbers._replace(facts=())), len(totals), totals)
+
+    return run
 
 
-def _stamp(method: Method) -> int:
-    """Changes with any source that is compiled into a kernel: numba's cache looks at this file alone."""
-    sources = (inspect.getsource(inspect.getmodule(method.combine) or base), inspect.getsource(base),
-               inspect.getsource(gaussian))  # fmt: skip
-    return zlib.crc32("".join(sources).encode())
+def _bare(chunk: Chunk, numbers: Numbers) -> tuple[Any, ...]:
+    """Chunk and numbers as plain tuples, a zero of the arithmetic, and a Gaussian of it per task.
 
-
-# Compiled by type: bfloat16 bits are widened and rounded, anything else is cast to the kind of the arithmetic.
-def _widen(stored: Any, zero: Any) -> Any: ...
-def _round(value: Any, like: Any) -> Any: ...
-def _magnitude(stored: Any) -> Any: ...
-def _bits(stored: Any) -> Any: ...
-def _infinity(stored: Any) -> Any: ...
-def _is_bad(stored: Any) -> Any: ...
-def _is_bad_precision(stored: Any) -> Any: ...
-def _draw(key: Any, entry: Any, zero: Any) -> Any: ...
-
-
-@overload(_widen, jit_options={"forceinline": True})
-def _widen_by_type(stored, zero):  # type: ignore[no-untyped-def]
-    if isinstance(stored, types.Integer):
-        if zero == types.float32:
-            return lambda stored, zero: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
-        return lambda stored, zero: np.float64(np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32))
-    if zero == types.float32:
-        return lambda stored, zero: np.float32(stored)
-    return lambda stored, zero: np.float64(stored)
-
-
-@overload(_round, jit_options={"forceinline": True})
-def _round_by_type(value, like):  # type: ignore[no-untyped-def]
-    if isinstance(like, types.Integer):
-
-        def to_nearest_even(value, like):  # type: ignore[no-untyped-def]
-            bits = np.float32(value).view(np.uint32)
-            return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-        return to_nearest_even
-    if like == types.float32:
-        return lambda value, like: np.float32(value)
-    return lambda value, like: np.float64(value)
-
-
-@overload(_is_bad, jit_options={"forceinline": True})
-def _is_bad_by_type(stored):  # type: ignore[no-untyped-def]
-    if isinstance(stored, types.Integer):
-        return lambda stored: (np.uint32(stored) & np.uint32(0x7F80)) == np.uint32(0x7F80)
-    if stored == types.float32:
-        return lambda stored: (np.float32(stored).view(np.uint32) & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-    return lambda stored: not np.isfinite(stored)
-
-
-@overload(_is_bad_precision, jit_options={"forceinline": True})
-def _is_bad_precision_by_type(stored):  # type: ignore[no-untyped-def]
-    # As integers, the good ones lie below infinity; minus zero is good, too.
-    if isinstance(stored, types.Integer):
-        return lambda stored: (np.uint32(stored) >= np.uint32(0x7F80)) & (np.uint32(stored) != np.uint32(0x8000))
-    return lambda stored: (
-        (np.float32(stored).view(np.uint32) >= np.uint32(0x7F800000))
-        & (np.float32(stored).view(np.uint32) != np.uint32(0x80000000))
-    )
-
-
-# The bits without the sign: in order of magnitude, infinity and NaN last.
-@overload(_magnitude, jit_options={"forceinline": True})
-def _magnitude_by_type(stored):  # type: ignore[no-untyped-def]
-    if isinstance(stored, types.Integer):
-        return lambda stored: np.uint16(np.uint32(stored) & np.uint32(0x7FFF))
-    if stored == types.float32:
-        return lambda stored: np.uint32(np.float32(stored).view(np.uint32) & np.uint32(0x7FFFFFFF))
-    return lambda stored: np.uint64(np.float64(stored).view(np.uint64) & np.uint64(0x7FFFFFFFFFFFFFFF))
-
-
-@overload(_bits, jit_options={"forceinline": True})
-def _bits_by_type(stored):  # type: ignore[no-untyped-def]
-    if isinstance(stored, types.Integer):
-        return lambda stored: stored
-    return lambda stored: np.float32(stored).view(np.uint32)
-
-
-@overload(_infinity, jit_options={"forceinline": True})
-def _infinity_by_type(stored):  # type: ignore[no-untyped-def]
-    if isinstance(stored, types.Integer):
-        return lambda stored: np.uint16(0x7F80)
-    if stored == types.float32:
-        return lambda stored: np.uint32(0x7F800000)
-    return lambda stored: np.uint64(0x7FF0000000000000)
-
-
-@overload(_draw, jit_options={"forceinline": True})
-def _draw_by_type(key, entry, zero):  # type: ignore[no-untyped-def]
-    kind = np.float32 if zero == types.float32 else np.float64
-
-    def draw(key, entry, zero):  # type: ignore[no-untyped-def]
-        z = key + (entry + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-        return kind(np.float32(z >> np.uint64(40)) * np.float32(2.0**-24))
-
-    return draw
+    numba's cache on disk names the classes of arguments, and could not be read any more after one
+    was renamed.
+    """
+    zero = chunk.extras.dtype.type(0)
+    constants = numbers._replace(facts=tuple(numbers.facts or ()))
+    return tuple(chunk), tuple(constants), zero, tuple(Gaussian(zero, zero) for _ in numbers.scales)
 
 
 @compiled(fastmath={"reassoc"})
-def _tally(  # type: ignore[no-untyped-def]
-    start, stop, means, precisions, scales, mean, zero, has_base, bad_means, bad_precisions, stored, counts
+def _tally(
+    start,
+    stop,
+    means,
+    precisions,
+    scales,
+    mean,
+    zero,
+    has_base,
+    bad_means,
+    bad_precisions,
+    stored,
+    counts,
 ):
-    """Count over one block. Sums are float32 within a block, which is enough for the report's ratios."""
-    # A maximum of bits is several times cheaper than a count; the count follows only where it can be above zero.
+    """Count over one block. Sums are float32 within a block: enough for the report's ratios."""
+    # A maximum of bits is several times cheaper than a count, which follows only where needed.
     for i in range(means.shape[0]):
-        worst = _magnitude(means[i, start])
+        worst = magnitude(means[i, start])
         for j in range(start, stop):
-            worst = max(worst, _magnitude(means[i, j]))
-        if worst >= _infinity(means[i, start]):
+            worst = max(worst, magnitude(means[i, j]))
+        if worst >= infinity(means[i, start]):
             for j in range(start, stop):
-                bad_means[i] += _is_bad(means[i, j])
+                bad_means[i] += is_bad(means[i, j])
         if precisions.shape[1] > 0:
-            highest, total = _bits(precisions[i, start]), zero
+            highest, total = precision_bits(precisions[i, start]), zero
             for j in range(start, stop):
-                highest = max(highest, _bits(precisions[i, j]))
-                total += _widen(precisions[i, j], zero)
+                highest = max(highest, precision_bits(precisions[i, j]))
+                total += widen(precisions[i, j], zero)
             stored[i] += total
-            if highest >= _infinity(precisions[i, start]):
+            if highest >= infinity(precisions[i, start]):
                 for j in range(start, stop):
-                    bad_precisions[i] += _is_bad_precision(precisions[i, j])
-    worst = _magnitude(mean[start])
+                    bad_precisions[i] += is_bad_precision(precisions[i, j])
+    worst = magnitude(mean[start])
     for j in range(start, stop):
-        worst = max(worst, _magnitude(mean[j]))
-    if worst >= _infinity(mean[start]):
+        worst = max(worst, magnitude(mean[j]))
+    if worst >= infinity(mean[start]):
         for j in range(start, stop):
-            counts[0] += _is_bad(mean[j])
+            counts[0] += is_bad(mean[j])
     if has_base:
         changed, lost = 0, 0
         for j in range(start, stop):
@@ -231,94 +149,120 @@ def _tally(  # type: ignore[no-untyped-def]
             for t in range(len(scales)):
                 moved |= (means[t + 1, j] != means[0, j]) & (scales[t] != 0)
             changed += moved
-            lost += moved & (mean[j] == _round(_widen(means[0, j], zero), mean[j]))
+            lost += moved & (mean[j] == rounded(widen(means[0, j], zero), mean[j]))
         counts[1] += changed
         counts[2] += lost
 
 
 @inlined
-def _entry(  # type: ignore[no-untyped-def]
-    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero, template, weighs,
-    has_base, anchored,
-):  # fmt: skip
+def _entry(j, means, precisions, extra, numbers, template, flags):
     """The base (or the first task) and the tasks at entry j of a chunk."""
-    tasks = template
+    weighs, has_base, anchored = flags
+    tasks, zero = template, template[0].mean
     if not weighs:
-        m = _widen(means[0, j], zero)
+        m = widen(means[0, j], zero)
         for t in range(len(template)):
-            task = _widen(means[t + has_base, j], zero)
+            task = widen(means[t + has_base, j], zero)
             tasks = tuple_setitem(tasks, t, Gaussian(task, task))
         return Gaussian(m, m), tasks
-    x = _widen(precisions[0, j], zero)
-    of_base = likelihood(x, gains[0], insides[0], shares[0], x - x, floors[0], extra[0])
-    centre = alone(_widen(means[0, j], zero), priors[0], of_base)
+    x = widen(precisions[0, j], zero)
+    of_base = likelihood_precision(numbers, 0, x, x - x, extra[0])
+    centre = own_posterior(widen(means[0, j], zero), numbers.priors[0], of_base)
     for t in range(len(template)):
         i = t + has_base
-        m, x = _widen(means[i, j], zero), _widen(precisions[i, j], zero)
-        h = likelihood(x, gains[i], insides[i], shares[i], of_base, floors[i], extra[i])
+        m, x = widen(means[i, j], zero), widen(precisions[i, j], zero)
+        h = likelihood_precision(numbers, i, x, of_base, extra[i])
         if not has_base:
-            task = alone(m, priors[i], h)
+            task = own_posterior(m, numbers.priors[i], h)
         elif anchored:
-            task = follow_anchored(centre, m, h, pulls[i], decays[i])
+            task = anchored_task_posterior(centre, m, h, numbers.anchors[i], numbers.decays[i])
         else:
-            task = follow(centre, m, h)
+            task = task_posterior(centre, m, h)
         tasks = tuple_setitem(tasks, t, task)
     return centre, tasks
 
 
-def _make(  # type: ignore[no-untyped-def]
-    combine: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, removes: bool, random: bool
-):
+def _never_guarded(base, tasks, scales):
+    return base.precision
+
+
+@cache
+def _make(kind: Kind, facts_type: type) -> Any:
+    # All of this is in the kernel's closure, and so in the key of numba's cache: nothing may be a
+    # function or class that was made here, since no two processes pickle such a thing alike.
+    method, weighs, has_base, anchored, removes = kind
+    random, sources, flags = method.random, stamp(method), (weighs, has_base, anchored)
+    facts_of, combine = facts_maker(facts_type), inline(method.combine)
+    unguarded_precision = inline(method.unguarded_precision or _never_guarded)
+
     @compiled(error_model="numpy")
-    def kernel(  # type: ignore[no-untyped-def]
-        means, precisions, extras, first, row, offset, scales, facts, gains, insides, shares, floors, priors, pulls,
-        decays, keys, zero, template, mean, precision, bad_means, bad_precisions, stored, counts, largest,
-    ):  # fmt: skip
-        _ = stamp
+    def kernel(
+        chunk,
+        constants,
+        zero,
+        template,
+        bad_means,
+        bad_precisions,
+        stored,
+        counts,
+        largest,
+    ):
+        _ = sources
+        means, precisions, extras, first, row, offset, mean, precision = chunk
+        numbers = Numbers(*constants)
+        scales, facts = numbers.scales, facts_of(*numbers.facts)
         entries = mean.size
         begin, segment, r = 0, min(first, entries), 0
         while begin < entries:
             end = min(begin + _BLOCK, segment)
-            # Unsigned: an index that might be negative would be wrapped around, and the loop not vectorised.
+            # Unsigned: a signed index would be wrapped around, and the loop not vectorised.
             start, stop = np.uint64(begin), np.uint64(end)
-            extra = gains
-            for i in range(len(gains)):
+            extra = numbers.gains
+            for i in range(len(extra)):
                 extra = tuple_setitem(extra, i, extras[i, r])
             for j in range(start, stop):
-                centre, tasks = _entry(
-                    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero, template,
-                    weighs, has_base, anchored,
-                )  # fmt: skip
+                centre, tasks = _entry(j, means, precisions, extra, numbers, template, flags)
                 if random:
                     draws = scales
                     for t in range(len(scales)):
-                        draws = tuple_setitem(draws, t, _draw(keys[t], offset + j, zero))
+                        draws = tuple_setitem(
+                            draws, t, draw(numbers.keys[t], np.uint64(offset) + j, zero)
+                        )
                     merged = combine(centre, tasks, scales, facts, draws)
                 else:
                     merged = combine(centre, tasks, scales, facts)
-                mean[j] = _round(merged.mean, mean[j])
+                mean[j] = rounded(unwidened(merged.mean, zero), mean[j])
                 if weighs:
-                    precision[j] = merged.precision
+                    precision[j] = unwidened(merged.precision, zero)
             _tally(
-                start, stop, means, precisions, scales, mean, zero, has_base, bad_means, bad_precisions, stored, counts
+                start,
+                stop,
+                means,
+                precisions,
+                scales,
+                mean,
+                zero,
+                has_base,
+                bad_means,
+                bad_precisions,
+                stored,
+                counts,
             )
             if removes:
                 guarded, most = 0, np.uint32(0)
                 for j in range(start, stop):
-                    centre, tasks = _entry(
-                        j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero,
-                        template, weighs, has_base, anchored,
-                    )  # fmt: skip
-                    exact = centre.precision
-                    # Not what was stored: that is float32 whatever the arithmetic.
+                    centre, tasks = _entry(j, means, precisions, extra, numbers, template, flags)
+                    # Computed again, since what was stored is float32 whatever the arithmetic.
                     guard = combine(centre, tasks, scales, facts).precision
                     for t in range(len(scales)):
-                        exact = grow(exact, centre, tasks[t], scales[t])
                         if scales[t] < 0:
-                            stretched = -scales[t] * strength(centre, tasks[t], pulls[t + 1]) / guard
-                            # The bits of positive numbers are in their order, and their maximum vectorises.
-                            most = max(most, np.float32(select(stretched > 0, stretched, zero)).view(np.uint32))
-                    guarded += guard > exact
+                            multiplier = removal_multiplier(
+                                centre, tasks[t], scales[t], numbers.anchors[t + 1], guard
+                            )
+                            # Bits of positive numbers are in their order; their maximum vectorises.
+                            positive = np.float32(select(multiplier > 0, multiplier, zero))
+                            most = max(most, positive.view(np.uint32))
+                    guarded += guard > unguarded_precision(centre, tasks, scales)
                 counts[3] += guarded
                 largest[0] = max(largest[0], np.float64(np.uint32(most).view(np.float32)))
             begin = end
@@ -328,57 +272,35 @@ def _make(  # type: ignore[no-untyped-def]
     return kernel
 
 
-def fused_reduction(kind: Kind) -> Reduce:
-    """The method's first pass, compiled (or from the cache) when it first runs."""
+@cache
+def _make_reduction(kind: Kind) -> Any:
     reduction = kind.method.reduction
     assert reduction is not None
-    if (kind, "first") not in _KERNELS:
-        _KERNELS[kind, "first"] = _make_reduction(
-            inlined(reduction.statistic), _stamp(kind.method), kind.weighs, kind.has_base, kind.anchored,
-            reduction.kind == "sum",
-        )  # fmt: skip
-    kernel = _KERNELS[kind, "first"]
+    sources, adds = stamp(kind.method), reduction.kind == "sum"
+    flags, statistic = (kind.weighs, kind.has_base, kind.anchored), inline(reduction.statistic)
 
-    def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
-        zero = chunk.extras.dtype.type(0)
-        template = tuple(Gaussian(zero, zero) for _ in numbers.scales)
-        kernel(
-            chunk.means, chunk.precisions, chunk.extras, chunk.first, chunk.row, numbers.gains, numbers.insides,
-            numbers.shares, numbers.floors, numbers.priors, numbers.pulls, numbers.decays, zero, template,
-            len(totals), totals,
-        )  # fmt: skip
-
-    return run
-
-
-def _make_reduction(  # type: ignore[no-untyped-def]
-    statistic: Any, stamp: int, weighs: bool, has_base: bool, anchored: bool, adds: bool
-):
     @compiled(error_model="numpy")
-    def kernel(  # type: ignore[no-untyped-def]
-        means, precisions, extras, first, row, gains, insides, shares, floors, priors, pulls, decays, zero, template,
-        count, totals,
-    ):  # fmt: skip
-        _ = stamp
+    def kernel(chunk, constants, zero, template, count, totals):
+        _ = sources
+        means, precisions, extras, first, row = chunk[:5]
+        numbers = Numbers(*constants)
         entries = means.shape[1]
         lanes = np.zeros((count, LANES))
         start, stop, r = np.uint64(0), np.uint64(min(first, entries)), 0
         while start < entries:
-            extra = gains
-            for i in range(len(gains)):
+            extra = numbers.gains
+            for i in range(len(extra)):
                 extra = tuple_setitem(extra, i, extras[i, r])
             for j in range(start, stop):
-                centre, tasks = _entry(
-                    j, means, precisions, extra, gains, insides, shares, floors, priors, pulls, decays, zero,
-                    template, weighs, has_base, anchored,
-                )  # fmt: skip
+                centre, tasks = _entry(j, means, precisions, extra, numbers, template, flags)
                 for k in range(count):
-                    value = statistic(centre, tasks, k)
+                    value = unwidened(statistic(centre, tasks, k), zero)
                     if adds:
                         lanes[k, j % np.uint64(LANES)] += value
                     else:
-                        totals[k, (np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)] += 1
-            start, stop, r = stop, np.uint64(min(stop + np.uint64(row), np.uint64(entries))), r + 1
+                        pattern = np.float32(value).view(np.uint32) & np.uint32(0x7FFFFFFF)
+                        totals[k, pattern >> np.uint32(SHIFT)] += 1
+            start, stop, r = stop, min(stop + np.uint64(row), np.uint64(entries)), r + 1
         if adds:
             for k in range(count):
                 for lane in range(LANES):
@@ -388,24 +310,24 @@ def _make_reduction(  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def fused_sums(stored, row, sums):  # type: ignore[no-untyped-def]
-    """`row_sums`, compiled."""
+def fused_sums(stored, row, sums):
+    """`plain_sums`, compiled."""
     zero = np.float32(0)
     for r in range(sums.size):
         begin, end = np.uint64(r * row), np.uint64((r + 1) * row)
         a, b, c, d = 0.0, 0.0, 0.0, 0.0
         e, f, g, h = 0.0, 0.0, 0.0, 0.0
-        whole = begin + (end - begin) // np.uint64(LANES) * np.uint64(LANES)
-        for j in range(begin, whole, np.uint64(LANES)):
-            a += _widen(stored[j], zero)
-            b += _widen(stored[j + np.uint64(1)], zero)
-            c += _widen(stored[j + np.uint64(2)], zero)
-            d += _widen(stored[j + np.uint64(3)], zero)
-            e += _widen(stored[j + np.uint64(4)], zero)
-            f += _widen(stored[j + np.uint64(5)], zero)
-            g += _widen(stored[j + np.uint64(6)], zero)
-            h += _widen(stored[j + np.uint64(7)], zero)
+        in_lanes = begin + (end - begin) // np.uint64(LANES) * np.uint64(LANES)
+        for j in range(begin, in_lanes, np.uint64(LANES)):
+            a += widen(stored[j], zero)
+            b += widen(stored[j + np.uint64(1)], zero)
+            c += widen(stored[j + np.uint64(2)], zero)
+            d += widen(stored[j + np.uint64(3)], zero)
+            e += widen(stored[j + np.uint64(4)], zero)
+            f += widen(stored[j + np.uint64(5)], zero)
+            g += widen(stored[j + np.uint64(6)], zero)
+            h += widen(stored[j + np.uint64(7)], zero)
         total = a + b + c + d + e + f + g + h
-        for j in range(whole, end):
-            total += _widen(stored[j], zero)
+        for j in range(in_lanes, end):
+            total += widen(stored[j], zero)
         sums[r] = total

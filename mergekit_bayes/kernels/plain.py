@@ -1,9 +1,9 @@
-"""The pass in numpy: what the fused one must equal bit for bit, and what runs where numba is missing."""
+"""The pass in numpy: what the fused one must equal bit for bit, and what runs without numba."""
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import decode, encode
-from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_precision
+from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.kernels.base import (
     LANES,
     Array,
@@ -13,15 +13,15 @@ from mergekit_bayes.kernels.base import (
     Pass,
     Reduce,
     Tally,
-    alone,
-    follow,
-    follow_anchored,
-    grow,
+    anchored_task_posterior,
     keyed_draws,
-    likelihood,
-    strength,
+    likelihood_precision,
+    own_posterior,
+    removal_multiplier,
+    task_posterior,
 )
-from mergekit_bayes.methods.base import BINS, bin_of
+from mergekit_bayes.methods.base import Tasks
+from mergekit_bayes.methods.histogram import BINS, bin_of
 
 
 def plain_pass(kind: Kind) -> Pass:
@@ -41,7 +41,11 @@ def plain_pass(kind: Kind) -> Pass:
             chunk.mean[:] = _rounded(merged.mean, chunk.mean)
             if kind.weighs:
                 chunk.precision[:] = merged.precision
-            _count(kind, chunk, numbers, base, tasks, merged, tally)
+            tally.bad += int(np.count_nonzero(~np.isfinite(_widened(chunk.mean))))
+            if base is not None:
+                _count_changed(chunk, numbers, base, tally)
+                if kind.removes:
+                    _count_guarded(kind, numbers, base, tasks, merged, tally)
 
     return run
 
@@ -66,15 +70,21 @@ def plain_reduction(kind: Kind) -> Reduce:
 
 
 def plain_sums(stored: Array, row: int, sums: Array) -> None:
-    """Sums of consecutive rows of `row` entries, in float64, into `sums` (rows,); `stored` as in a `Chunk`."""
+    """Sums of consecutive rows of stored numbers, in float64 and a fixed order.
+
+    Args:
+        stored: (rows * row,), as in a `Chunk`.
+        row: Entries of a row.
+        sums: (rows,), where the result goes.
+    """
     values = _widened(stored).reshape(len(sums), row).astype(np.float64)
-    whole = row // LANES * LANES
-    lanes = values[:, :whole].reshape(len(sums), -1, LANES)
-    parts = np.add.reduce(lanes, axis=1) if whole else np.zeros((len(sums), LANES))
+    in_lanes = row // LANES * LANES
+    lanes = values[:, :in_lanes].reshape(len(sums), -1, LANES)
+    parts = np.add.reduce(lanes, axis=1) if in_lanes else np.zeros((len(sums), LANES))
     sums[:] = 0.0
     for lane in range(LANES):
         sums += parts[:, lane]
-    for j in range(whole, row):
+    for j in range(in_lanes, row):
         sums += values[:, j]
 
 
@@ -94,29 +104,29 @@ def _rounded(values: Array, like: Array) -> Array:
     return np.frombuffer(encode(values, "BF16"), np.uint16) if like.dtype == np.uint16 else values
 
 
-def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | None, tuple[Gaussian, ...]]:
+def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | None, Tasks]:
     means = [_widened(m) for m in chunk.means]
     if not kind.weighs:
-        all_of_them = [Gaussian(m, m) for m in means]
-        return (all_of_them[0] if kind.has_base else None), tuple(all_of_them[kind.has_base :])
-    stored = [_widened(p).astype(chunk.means.dtype if means[0].dtype == np.float64 else np.float32, copy=False)
-              for p in chunk.precisions]  # fmt: skip
+        models = [Gaussian(m, m) for m in means]
+        return (models[0] if kind.has_base else None), tuple(models[kind.has_base :])
+    real = np.float64 if means[0].dtype == np.float64 else np.float32
+    stored = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
     extras = _by_entry(chunk)
-    of_base = stored[0] - stored[0]
-    data = []
-    for i, x in enumerate(stored):
-        h = likelihood(
-            x, numbers.gains[i], numbers.insides[i], numbers.shares[i], of_base, numbers.floors[i], extras[i]
-        )  # fmt: skip
+    of_base = constant(0, stored[0])
+    likelihoods: list[Array] = []
+    for i, precision in enumerate(stored):
+        h = likelihood_precision(numbers, i, precision, of_base, extras[i])
         of_base = h if i == 0 else of_base
-        data.append(h)
+        likelihoods.append(h)
     if not kind.has_base:
-        return None, tuple(alone(m, p, h) for m, p, h in zip(means, numbers.priors, data, strict=True))
-    base = alone(means[0], numbers.priors[0], data[0])
+        own = zip(means, numbers.priors, likelihoods, strict=True)
+        return None, tuple(own_posterior(m, p, h) for m, p, h in own)
+    base = own_posterior(means[0], numbers.priors[0], likelihoods[0])
     if not kind.anchored:
-        return base, tuple(follow(base, m, h) for m, h in zip(means[1:], data[1:], strict=True))
-    rest = zip(means[1:], data[1:], numbers.pulls[1:], numbers.decays[1:], strict=True)
-    return base, tuple(follow_anchored(base, m, h, p, d) for m, h, p, d in rest)
+        tasks = zip(means[1:], likelihoods[1:], strict=True)
+        return base, tuple(task_posterior(base, m, h) for m, h in tasks)
+    anchored = zip(means[1:], likelihoods[1:], numbers.anchors[1:], numbers.decays[1:], strict=True)
+    return base, tuple(anchored_task_posterior(base, m, h, p, d) for m, h, p, d in anchored)
 
 
 def _by_entry(chunk: Chunk) -> Array:
@@ -134,30 +144,28 @@ def _count_bad(chunk: Chunk, tally: Tally) -> None:
         tally.bad_means[i] += np.count_nonzero(~np.isfinite(_widened(chunk.means[i])))
         if chunk.precisions.size:
             stored = _widened(chunk.precisions[i])
-            tally.bad_precisions[i] += np.count_nonzero(~(np.isfinite(stored) & (stored >= 0)))
+            tally.bad_precisions[i] += np.count_nonzero(is_bad_precision(stored))
             tally.stored[i] += float(stored.sum(dtype=np.float64))
 
 
-def _count(
-    kind: Kind, chunk: Chunk, numbers: Numbers, base: Gaussian | None, tasks: tuple[Gaussian, ...], merged: Gaussian,
-    tally: Tally,
-) -> None:  # fmt: skip
-    tally.bad += int(np.count_nonzero(~np.isfinite(_widened(chunk.mean))))
-    if base is None:
-        return
+def _count_changed(chunk: Chunk, numbers: Numbers, base: Gaussian, tally: Tally) -> None:
     moved = np.zeros(chunk.mean.size, bool)
     for scale, mean in zip(numbers.scales, chunk.means[1:], strict=True):
         if scale != 0:
-            moved |= mean != chunk.means[0]  # as stored: an anchor moves a task's centre, not what it learnt
+            # As stored: an anchor moves a task's centre, not what the task learnt.
+            moved |= mean != chunk.means[0]
     tally.changed += int(np.count_nonzero(moved))
     tally.lost += int(np.count_nonzero(moved & (chunk.mean == _rounded(base.mean, chunk.mean))))
-    if not (kind.weighs and kind.removes):
-        return
-    exact = base.precision
-    for scale, task in zip(numbers.scales, tasks, strict=True):
-        exact = grow(exact, base, task, scale)
+
+
+def _count_guarded(
+    kind: Kind, numbers: Numbers, base: Gaussian, tasks: Tasks, merged: Gaussian, tally: Tally
+) -> None:
+    assert kind.method.unguarded_precision is not None
+    exact = kind.method.unguarded_precision(base, tasks, numbers.scales)
     tally.guarded += int(np.count_nonzero(merged.precision > exact))
-    for i, task in enumerate(tasks):
-        if numbers.scales[i] < 0:
-            stretched = -numbers.scales[i] * strength(base, task, numbers.pulls[i + 1]) / merged.precision
-            tally.multiplier = max(tally.multiplier, float(np.fmax.reduce(stretched, initial=0.0)))
+    for task, scale, anchor in zip(tasks, numbers.scales, numbers.anchors[1:], strict=True):
+        if scale < 0:
+            multipliers = removal_multiplier(base, task, scale, anchor, merged.precision)
+            largest = float(np.fmax.reduce(multipliers, initial=0.0))
+            tally.multiplier = max(tally.multiplier, largest)

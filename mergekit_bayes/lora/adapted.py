@@ -1,4 +1,4 @@
-"""A base with an adapter as one dense model: open it, read it, weigh it."""
+"""A base with an adapter as one dense model, whose entries are computed as they are read."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -8,39 +8,40 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.names import find_renaming
-from mergekit_bayes.checkpoint.sources import is_hub_id
-from mergekit_bayes.checkpoint.specs import (
-    ITEM_SIZE,
-    MERGEABLE,
-    Array,
-    CheckpointSource,
-    Closing,
-    TensorSpec,
-)
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.lora.adapter import CONFIG, Adapter, Factors, Layer, open_adapter
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
+from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
-from mergekit_bayes.posterior import Posterior, open_posterior
+from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.lora.placing import place_adapter
 
-_KEPT = 8  # layers whose factors stay in memory; a merge goes through them one after another
+_KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
 
 
 class AdaptedSource(Closing):
     """A base with an adapter folded in: names, shapes and shards of the base.
 
-    An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is made there;
-    `modules_to_save` are the adapter's bytes; all others are the base's. Reading is safe in several
+    An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
+    `modules_to_save` are the adapter's bytes, all others the base's. Reading is safe in several
     threads at once.
 
-    Raises `MismatchError` where a layer of the adapter has no weight of its shape in the base.
+    Attributes:
+        base: The base's tensors.
+        adapter: The adapter.
+        adapted: The layers by the tensor that they change.
+        whole: The tensors that the adapter replaces, from the base's name to the adapter's on disk.
     """
 
     is_computed = True
 
     def __init__(self, base: CheckpointSource, adapter: Adapter) -> None:
+        """Match the adapter with the base; the source then owns both.
+
+        Raises:
+            ConfigError: The layout of a square weight is ambiguous.
+            MismatchError: A layer or tensor of the adapter does not fit the base.
+        """
         self.base, self.adapter = base, adapter
-        self.adapted, self.whole = _place(base, adapter)
+        self.adapted, self.whole = place_adapter(base, adapter)
         self._specs = {n: self._spec(n, s) for n, s in base.specs.items()}
         self._specs |= {n: adapter.posterior.mean.specs[disk] for n, disk in self.whole.items()}
         self._product = lru_cache(_KEPT)(self._make)
@@ -52,16 +53,18 @@ class AdaptedSource(Closing):
 
     def _make(self, name: str) -> Product:
         layer, transposed = self.adapted[name]
-        kind = np.float64 if self._specs[name].dtype == "F64" else np.float32
-        factors = Factors(*(f.astype(kind, copy=False) for f in self.adapter.factors(layer)))
+        dtype = np.float64 if self._specs[name].dtype == "F64" else np.float32
+        factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
         return change(factors, layer.scaling, transposed=transposed)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor, by name."""
         return self._specs
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The base's files."""
         return self.base.files
 
     @property
@@ -71,15 +74,14 @@ class AdaptedSource(Closing):
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """The metadata of the base's files."""
         return self.base.metadata
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a plan should tell: that this is not the base which the adapter's posterior records."""
-        info, named = (
-            self.adapter.posterior.info,
-            self.adapter.config.get("base_model_name_or_path"),
-        )
+        """What a plan reports of it: a base other than the one that the adapter's record names."""
+        info = self.adapter.posterior.info
+        named = self.adapter.config.get("base_model_name_or_path")
         if info is not None and info.base is not None and identity(self.base) != info.base.blocks:
             return (
                 f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
@@ -88,16 +90,20 @@ class AdaptedSource(Closing):
         return ()
 
     def where(self, name: str) -> str:
+        """The file or files of which a tensor is made, for messages."""
+        stored = self.adapter.posterior.mean
         if name in self.whole:
-            return self.adapter.posterior.mean.where(self.whole[name])
+            return stored.where(self.whole[name])
         if name in self.adapted:
-            return f"{self.base.where(name)} + {self.adapter.posterior.mean.where(self.adapted[name][0].a)}"
+            return f"{self.base.where(name)} + {stored.where(self.adapted[name].layer.a)}"
         return self.base.where(name)
 
     def file_of(self, name: str) -> int:
+        """Index of the base's shard to which a tensor belongs; 0 if only the adapter has it."""
         return self.base.file_of(name) if name in self.base.specs else 0
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         if name in self.whole:
             self.adapter.posterior.mean.read_bytes(self.whole[name], offset, out)
         elif name not in self.adapted:
@@ -109,28 +115,30 @@ class AdaptedSource(Closing):
             out[:] = values.view(np.uint8).data[skipped : skipped + len(out)]
 
     def close(self) -> None:
+        """Close the files of the base and the adapter."""
         self.base.close()
         self.adapter.posterior.mean.close()
 
 
 class ProductPrecision(Closing):
-    """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the tensors that the
-    adapter holds.
+    """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the adapter's tensors.
 
-    `variance` gives V_W and says what this precision is not. A factor without a stored precision
-    was frozen and has variance 0. Tensors that the adapter replaces whole have their stored
+    `dense.variance` computes V_W and says what this precision is not. A factor without a stored
+    precision was frozen and has variance 0. Tensors that the adapter replaces have their stored
     precision.
-
-    Args:
-        mean: The adapted base.
-        count: Take the factors' precisions as if this many observations had been seen; None for the
-            recorded number.
     """
 
     notes: tuple[str, ...] = ()
     is_computed = True
 
     def __init__(self, mean: AdaptedSource, count: float | None = None) -> None:
+        """Derive the precision from the factors' precisions.
+
+        Args:
+            mean: The adapted base; its adapter has a precision.
+            count: Number of observations for which the factors' precisions are counted; the
+                recorded number if None.
+        """
         self._mean, self._adapter, self._count = mean, mean.adapter, count
         assert mean.adapter.posterior.precision is not None
         self._source = mean.adapter.posterior.precision
@@ -163,10 +171,12 @@ class ProductPrecision(Closing):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor that has a precision, by the base's name."""
         return self._specs
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The files of the adapter's precision."""
         return self._source.files
 
     @property
@@ -180,17 +190,21 @@ class ProductPrecision(Closing):
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Empty: the adapter's record is not that of the product."""
         return {}
 
     def where(self, name: str) -> str:
+        """The file that holds the precision of a factor of the tensor, for messages."""
         adapted = self._mean.adapted
-        disk = self._mean.whole[name] if name in self._mean.whole else adapted[name][0].a
-        return self._source.where(disk if disk in self._source.specs else adapted[name][0].b)
+        disk = self._mean.whole[name] if name in self._mean.whole else adapted[name].layer.a
+        return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
 
     def file_of(self, name: str) -> int:
+        """Always 0: the precision is not sharded."""
         return 0
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
         if name in self._mean.whole:
             values = self._stored(name)[start:stop]
@@ -201,174 +215,14 @@ class ProductPrecision(Closing):
         out[:] = values.view(np.uint8).data[skipped : skipped + len(out)]
 
     def close(self) -> None:
+        """Close the files of the adapter's precision."""
         self._source.close()
 
 
-def open_model(
-    ref: str,
-    *,
-    precision: str | None = None,
-    isotropic: float | None = None,
-    with_precision: bool = True,
-    count: float | None = None,
-) -> Posterior:
-    """`open_posterior`, or for `BASE+ADAPTER` `open_adapted`."""
-    if split_ref(ref) is None:
-        return open_posterior(
-            ref, precision=precision, isotropic=isotropic, with_precision=with_precision
-        )
-    return open_adapted(
-        ref, precision=precision, isotropic=isotropic, with_precision=with_precision, count=count
-    )
-
-
-def open_adapted(
-    ref: str,
-    *,
-    precision: str | None = None,
-    isotropic: float | None = None,
-    with_precision: bool = True,
-    count: float | None = None,
-) -> Posterior:
-    """Open `BASE+ADAPTER` as one dense posterior. Reads headers and the adapter's config only.
-
-    Its precision, if the adapter has one, is a `ProductPrecision`, on the scale of the summed loss
-    and without
-    `info`: it is taken as it is, with prior 0.
-
-    Args:
-        ref: Two paths or Hub ids with a `+` between them.
-        precision: Another place for the adapter's precision.
-        isotropic: One precision for every entry, 1/weight^2, instead of a file.
-        with_precision: False leaves precisions alone.
-        count: Observations that the adapter's precision shall stand for; the recorded number if
-            None.
-
-    Raises:
-        CheckpointError: No such base or adapter.
-        ConfigError: A kind of adapter that is not read.
-        MismatchError: An adapter that does not fit this base.
-        PrecisionError: A precision taken at other weights than this adapter's.
-    """
-    parts = split_ref(ref)
-    if parts is None:
-        raise CheckpointError(f"'{ref}': not of the form BASE+ADAPTER.")
-    stored = with_precision and isotropic is None
-    base = open_posterior(parts[0], with_precision=False)
-    try:
-        adapter = open_adapter(parts[1], precision=precision, with_precision=stored)
-    except BaseException:
-        base.close()
-        raise
-    try:
-        mean = AdaptedSource(base.mean, adapter)
-        product = None if adapter.posterior.precision is None else ProductPrecision(mean, count)
-        return Posterior(
-            ref, base.path, mean, product, isotropic=isotropic, parts=(base, adapter.posterior)
-        )
-    except BaseException:
-        base.close()
-        adapter.close()
-        raise
-
-
-def split_ref(ref: str) -> tuple[str, str] | None:
-    """The two parts of `BASE+ADAPTER`; None for anything else, a path with a `+` in it included.
-
-    Raises `CheckpointError` if neither the whole nor two parts of it are paths or Hub ids.
-    """
-    if "+" not in ref or _exists(ref):
-        return None
-    pairs = [(ref[:i], ref[i + 1 :]) for i, c in enumerate(ref) if c == "+"]
-    pairs.sort(key=lambda pair: -sum(map(_exists, pair)))
-    for pair in pairs:
-        if all(_exists(part) or is_hub_id(part) for part in pair):
-            return pair
-    missing = next(part for part in pairs[0] if not (_exists(part) or is_hub_id(part)))
-    raise CheckpointError(
-        f"'{ref}': no such path, and not BASE+ADAPTER either: '{missing}' is no path and no Hub "
-        "id. Name two folders, "
-        "the model's and the adapter's."
-    )
-
-
-def _exists(ref: str) -> bool:
-    return bool(ref) and Path(ref).expanduser().exists()
-
-
 def _entries_of(offset: int, size: int, item: int) -> tuple[int, int, int]:
-    """The entries that hold some bytes, which may begin inside one, and how many of their first
-    bytes to skip.
+    """The entries that hold a range of bytes, and how many of their first bytes to skip.
+
+    The range may begin and end inside an entry.
     """
     start, stop = offset // item, -(-(offset + size) // item)
     return start, stop, offset - start * item
-
-
-def _place(
-    base: CheckpointSource, adapter: Adapter
-) -> tuple[dict[str, tuple[Layer, bool]], dict[str, str]]:
-    """Which tensors of the base are adapted (and whether they are stored transposed), and which are
-    replaced.
-    """
-    weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
-    renaming = find_renaming(base.specs, [*weights, *adapter.whole])
-    placed = {renaming(name, base.specs): layer for name, layer in weights.items()}
-    for name, layer in placed.items():
-        spec = base.specs.get(name)
-        if spec is None:
-            raise MismatchError(
-                f"'{layer.a}' of '{adapter.ref}' adapts '{name}', which {base.files[0]} does not "
-                "hold. Was it trained "
-                f"on another model than this ({_named(adapter)}), or on a head that is tied to the "
-                "embedding?"
-            )
-        if spec.shape not in ((layer.rows, layer.columns), (layer.columns, layer.rows)):
-            raise MismatchError(
-                f"'{layer.a}' of '{adapter.ref}' changes a weight of [{layer.rows}, "
-                f"{layer.columns}], but '{name}' in "
-                f"{base.where(name)} is {list(spec.shape)}. Was it trained on another model "
-                f"({_named(adapter)})?"
-            )
-        if spec.dtype not in MERGEABLE:
-            raise MismatchError(
-                f"'{name}' in {base.where(name)} is {spec.dtype}; adapters are applied to "
-                f"{', '.join(MERGEABLE)}. "
-                "Cast that model to BF16 first."
-            )
-    transposed = _transposed(base, adapter, placed)
-    whole = {renaming(name, base.specs): disk for name, disk in adapter.whole.items()}
-    for name, disk in whole.items():
-        found = adapter.posterior.mean.specs[disk]
-        if name in base.specs and base.specs[name].shape != found.shape:
-            raise MismatchError(
-                f"'{disk}' of '{adapter.ref}' is {list(found.shape)}, but '{name}' in "
-                f"{base.where(name)} is "
-                f"{list(base.specs[name].shape)}. Was it trained on another model "
-                f"({_named(adapter)})?"
-            )
-    return {name: (layer, name in transposed) for name, layer in placed.items()}, whole
-
-
-def _transposed(base: CheckpointSource, adapter: Adapter, placed: Mapping[str, Layer]) -> set[str]:
-    """The tensors stored as (d_in, d_out): by shape; square ones as the others are, or as the
-    config says.
-    """
-    votes, square = {}, []
-    for name, layer in placed.items():
-        if layer.rows == layer.columns:
-            square.append(name)
-        else:
-            votes[name] = base.specs[name].shape == (layer.columns, layer.rows)
-    seen = set(votes.values())
-    if square and len(seen) > 1:
-        raise ConfigError(
-            f"'{adapter.ref}' adapts transposed and ordinary layers, and the square '{square[0]}' "
-            "may be either. Fold "
-            "it into its base with `PeftModel.merge_and_unload()`."
-        )
-    usual = seen.pop() if len(seen) == 1 else bool(adapter.config.get("fan_in_fan_out"))
-    return {n for n, vote in votes.items() if vote} | (set(square) if usual else set())
-
-
-def _named(adapter: Adapter) -> str:
-    return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"

@@ -1,9 +1,8 @@
-"""An adapter on its base as a dense posterior: `W + s B A`, and the precision that the product
-inherits.
+"""The change of an adapted weight and its variance, `s B A` and `V_W`, computed as they are read.
 
-Nothing dense is stored: entries are computed as they are read, each by the same operations in the
-same order (products summed over the rank, from the first on), so that its bits depend on neither
-the chunk nor the machine's linear algebra.
+Nothing dense is stored. Every entry is computed by the same operations in the same order (products
+summed over the rank, from the first on), so that its bits depend neither on the chunk nor on the
+machine's linear algebra.
 """
 
 from collections.abc import Iterator
@@ -12,24 +11,22 @@ from typing import NamedTuple
 import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora.layers import Factors
 
-# Added to every variance, weight^2: entries that nothing moves get a large precision instead of an
-# infinite one.
+# Added to every variance, weight^2, so that an entry that nothing moves has a large precision
+# instead of an infinite one.
 VARIANCE_FLOOR = 1e-20
-_TILE = 1 << 16  # entries of one block, which stays in the second cache over all ranks
+_TILE = 1 << 16  # entries of a block, which stays in the second-level cache over all ranks
 
 
 class Product(NamedTuple):
-    """A matrix `left' right` of low rank, laid out as the stored weight is."""
+    """A matrix `left' right` of rank k, laid out as the stored weight is."""
 
     left: Array  # (k, rows)
     right: Array  # (k, columns)
 
     def entries(self, start: int, stop: int) -> Array:
-        """Entries `start:stop` in flat order: `sum_k left_k[row] right_k[column]`, added in the
-        order of k.
-        """
+        """Entries `start:stop` in flat order: `sum_k left_k[row] right_k[column]`, k ascending."""
         out = np.empty(stop - start, self.left.dtype)
         scratch = np.empty(min(_TILE, stop - start), out.dtype)
         for rows, columns, at in _rectangles(start, stop, self.right.shape[1]):
@@ -44,10 +41,12 @@ class Product(NamedTuple):
 
 
 def change(factors: Factors, scaling: float, *, transposed: bool = False) -> Product:
-    """`s B A`, shape (d_out, d_in), in the factors' kind of numbers; its transpose for weights
-    stored as (d_in, d_out).
+    """`s B A`, shape (d_out, d_in), in the factors' number format.
 
-    The scaling goes into the factor, which is small.
+    Args:
+        factors: A and B.
+        scaling: s, which is multiplied into B.
+        transposed: Return the transpose, for a weight that is stored as (d_in, d_out).
     """
     return _oriented(factors.b.dtype.type(scaling) * factors.b.T, factors.a, transposed=transposed)
 
@@ -55,15 +54,20 @@ def change(factors: Factors, scaling: float, *, transposed: bool = False) -> Pro
 def variance(
     factors: Factors, variances: Factors, scaling: float, *, transposed: bool = False
 ) -> Product:
-    """Elementwise variance of `s B A` for independent Gaussian factors, exact (no first-order
-    approximation).
+    """Elementwise variance of `s B A` for independent Gaussian factors.
 
         V_W = s^2 [ V_B (A*A) + (B*B) V_A + V_B V_A ] = s^2 [ V_B (A*A + V_A) + (B*B) V_A ]
 
-    with `*` elementwise and the rest ordinary matrix products. Its inverse is a marginal precision:
-    entries of a product are strongly correlated (the rank of their covariance is at most r (d_in +
-    d_out)), so that it overstates what is known. Use it to weigh adapters against each other, not
-    as a likelihood.
+    with `*` elementwise and the rest ordinary matrix products. It is exact, not a first-order
+    approximation. Its inverse is a marginal precision: entries of a product are strongly correlated
+    (the rank of their covariance is at most r (d_in + d_out)), so that it overstates what is known.
+    Use it to weigh adapters against each other, not as a likelihood.
+
+    Args:
+        factors: Means of A and B.
+        variances: Variances of A and B.
+        scaling: s.
+        transposed: Return the transpose, for a weight that is stored as (d_in, d_out).
     """
     square = np.float32(scaling) * np.float32(scaling)
     left = np.concatenate([square * variances.b.T, square * factors.b.T**2])
@@ -77,8 +81,9 @@ def _oriented(left: Array, right: Array, *, transposed: bool) -> Product:
 
 
 def _rectangles(start: int, stop: int, width: int) -> Iterator[tuple[slice, slice, int]]:
-    """A flat range of a matrix as blocks (rows, columns, where in the range): ends of rows, then
-    many whole rows.
+    """Yield a flat range of a matrix as blocks (rows, columns, offset in the range).
+
+    An incomplete row is a block of its own; complete rows come many at a time.
     """
     at = start
     while at < stop:

@@ -2,10 +2,10 @@
 
     W ~ B A,  B = U_R sqrt(sigma_R),  A = sqrt(sigma_R) V_R'
 
-Small matrices and sums of adapters by LAPACK's SVD, exact; large dense ones by a block Krylov
-method (Musco and Musco, *Randomized block Krylov methods for stronger and faster approximate
-singular value decomposition*, NeurIPS 2015), with a seed. Either way the relative error that is
-returned is measured on the factors as they are stored.
+Small matrices and sums of adapters are truncated exactly, by LAPACK's SVD. Large dense ones go
+through a block Krylov method (Musco and Musco, *Randomized block Krylov methods for stronger and
+faster approximate singular value decomposition*, NeurIPS 2015), with a seed. The relative error is
+always measured on the factors as they are stored.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
-from mergekit_bayes.lora.adapter import Factors
+from mergekit_bayes.lora.layers import Factors
 
-_DENSE = 512  # up to this many rows or columns LAPACK takes well under a second
-_POWERS = 4
-_OVERSAMPLING = 8
+_DENSE = 512  # rows or columns up to which LAPACK's SVD is fast
+_POWERS = 4  # blocks of the Krylov space beyond the first
+_OVERSAMPLING = 8  # columns of a block beyond the rank
 
 
 class Truncated(NamedTuple):
-    """A product of float32 factors of some rank, zeros beyond the matrix' own, and what it lacks."""
+    """Float32 factors of some rank (zeros beyond the matrix's own), and what they lack."""
 
     factors: Factors
     error: float  # ||W - B A||_F / ||W||_F, 0 for a zero matrix
@@ -30,10 +30,14 @@ class Truncated(NamedTuple):
 
 
 def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
-    """The best rank-`rank` form of `left right`, (d_out, k) times (k, d_in), by the SVD of its k x
-    k core.
+    """The best approximation of `left right` by factors of a given rank.
 
-    In float64. Exact for `rank >= k`.
+    It is the SVD of the product's k x k core, in float64; exact for `rank >= k`.
+
+    Args:
+        left: Shape (d_out, k).
+        right: Shape (k, d_in).
+        rank: Rank of the result.
     """
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     q, core_left = np.linalg.qr(left)
@@ -49,7 +53,13 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
 
 
 def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
-    """The best (if large: all but the best) rank-`rank` form of a float32 matrix (d_out, d_in)."""
+    """The best approximation of a matrix by factors of a given rank; near the best if it is large.
+
+    Args:
+        matrix: float32, shape (d_out, d_in).
+        rank: Rank of the result.
+        seed: Seed of the Krylov method's first block.
+    """
     width = (_POWERS + 1) * (rank + _OVERSAMPLING)
     if min(matrix.shape) <= max(_DENSE, width):
         u, sigma, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
@@ -66,22 +76,38 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
 
 
 def product_norm(left: Array, right: Array) -> float:
-    """Frobenius norm of `left right`, (d_out, k) times (k, d_in), without making it."""
-    one = np.linalg.qr(np.asarray(left, np.float64)).R
-    two = np.linalg.qr(np.asarray(right, np.float64).T).R
-    return float(np.linalg.norm(one @ two.T))
+    """Frobenius norm of `left right`, (d_out, k) times (k, d_in), without forming the product."""
+    core_left = np.linalg.qr(np.asarray(left, np.float64)).R
+    core_right = np.linalg.qr(np.asarray(right, np.float64).T).R
+    return float(np.linalg.norm(core_left @ core_right.T))
+
+
+def as_stored(factors: Factors, rank: int, left: Array, right: Array) -> Truncated:
+    """Factors as they are stored: float32, padded with zeros to a rank.
+
+    Args:
+        factors: float64 factors of at most that rank.
+        rank: Rank of the result.
+        left: With `right`, the change `left right` against which the error is measured.
+        right: See `left`.
+    """
+    a, b = np.zeros((rank, right.shape[1]), np.float32), np.zeros((left.shape[0], rank), np.float32)
+    a[: len(factors.a)], b[:, : len(factors.a)] = factors.a, factors.b
+    norm = product_norm(left, right)
+    lacking = product_norm(
+        np.concatenate([left, -b.astype(np.float64)], 1), np.concatenate([right, a])
+    )
+    return Truncated(Factors(a, b), lacking / norm if norm else 0.0, norm)
 
 
 def _blocks(matrix: Array, b: Array) -> Iterator[tuple[Array, Array]]:
-    """Some rows at a time, so that a large matrix is not held twice."""
+    """Yield some rows at a time, so that a large matrix is not in memory twice."""
     for start in range(0, len(matrix), _DENSE):
         yield matrix[start : start + _DENSE], b[start : start + _DENSE]
 
 
 def _krylov(matrix: Array, width: int, rng: np.random.Generator) -> Array:
-    """An orthonormal basis of [M G, (M M') M G, ...], which holds the leading left singular
-    vectors.
-    """
+    """An orthonormal basis of [M G, (M M') M G, ...], near the leading left singular vectors."""
     block = matrix @ rng.standard_normal((matrix.shape[1], width)).astype(np.float32)
     blocks = []
     for _ in range(_POWERS + 1):
@@ -92,7 +118,7 @@ def _krylov(matrix: Array, width: int, rng: np.random.Generator) -> Array:
 
 
 def _factors(u: Array, sigma: Array, v: Array, rank: int) -> Factors:
-    root, own = np.sqrt(sigma[:rank]), min(rank, sigma.size)
+    root, used = np.sqrt(sigma[:rank]), min(rank, sigma.size)
     a, b = np.zeros((rank, v.shape[1]), np.float32), np.zeros((u.shape[0], rank), np.float32)
-    b[:, :own], a[:own] = u[:, :own] * root, root[:, None] * v[:own]
+    b[:, :used], a[:used] = u[:, :used] * root, root[:, None] * v[:used]
     return Factors(a, b)

@@ -1,7 +1,6 @@
-"""Whole tensors that adapters carry beside their factors (`modules_to_save`)."""
+"""Tensors that adapters hold beside their factors, in place of the base's (`modules_to_save`)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,62 +8,78 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.identity import full_hash
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
 from mergekit_bayes.errors import MismatchError, PrecisionError
-from mergekit_bayes.lora.factors import AdapterMerge
+from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.lora.inputs import AdapterMerge, TensorCopy, Whole
 
-SAME, _AVERAGED = "the same in all adapters", "averaged by precision"
+_SAME, _AVERAGED = "the same in all adapters", "averaged by precision"
+_FOLD = "Fold instead: `bmerge merge BASE+A BASE+B`."
 
 
-def check_whole(
-    merge: AdapterMerge, whole: Mapping[str, Sequence[tuple[int, str]]]
-) -> dict[str, str]:
-    fates = {}
-    for name, holders in whole.items():
-        if len(holders) < len(merge.adapters):
-            lacking = min(set(range(len(merge.adapters))) - {i for i, _ in holders})
+def decide_whole(merge: AdapterMerge, whole: Whole) -> dict[str, str]:
+    """Decide what becomes of each tensor: kept if all adapters agree, else averaged by precision.
+
+    Raises:
+        MismatchError: A tensor is missing in an adapter, has different shapes, differs under
+            uniform weights, or is not stored as numbers.
+    """
+    outcomes = {}
+    for name, copies in whole.items():
+        if len(copies) < len(merge.adapters):
+            lacking = min(set(range(len(merge.adapters))) - {copy.owner for copy in copies})
             raise MismatchError(
-                f"'{name}' is whole in '{merge.adapters[holders[0][0]].ref}' (modules_to_save) but "
-                "not in "
-                f"'{merge.adapters[lacking].ref}'. {_FOLD}"
+                f"'{name}' is whole in '{merge.adapters[copies[0].owner].ref}' (modules_to_save) "
+                f"but not in '{merge.adapters[lacking].ref}'. {_FOLD}"
             )
-        means = [merge.adapters[i].posterior.mean for i, _ in holders]
-        specs = {mean.specs[disk] for mean, (_, disk) in zip(means, holders, strict=True)}
+        means = [merge.adapters[copy.owner].posterior.mean for copy in copies]
+        specs = {mean.specs[copy.disk] for mean, copy in zip(means, copies, strict=True)}
         if len({spec.shape for spec in specs}) > 1:
             raise MismatchError(
                 f"'{name}' has different shapes in these adapters: "
                 f"{sorted(s.shape for s in specs)}."
             )
-        if (
-            len(specs) == 1
-            and len({full_hash(m, d) for m, (_, d) in zip(means, holders, strict=True)}) == 1
-        ):
-            fates[name] = SAME
+        if len(specs) == 1 and _are_equal(merge, copies):
+            outcomes[name] = _SAME
         elif merge.weights == "uniform":
             raise MismatchError(
                 f"'{name}' differs between the adapters, which hold it whole (modules_to_save): "
-                "what each one changed "
-                f"is known only with the base. {_FOLD}"
+                f"what each one changed is known only with the base. {_FOLD}"
             )
         else:
-            fates[name] = _AVERAGED
+            outcomes[name] = _AVERAGED
         if any(spec.dtype not in MERGEABLE for spec in specs):
             raise MismatchError(f"'{name}' is not stored as one of {', '.join(MERGEABLE)}. {_FOLD}")
-    return fates
+    return outcomes
 
 
-_FOLD = "Fold instead: `bmerge merge BASE+A BASE+B`."
+def merge_whole(merge: AdapterMerge, copies: Sequence[TensorCopy], outcome: str) -> Array:
+    """The merged tensor, by the outcome that `decide_whole` gave it.
+
+    Raises:
+        PrecisionError: It is averaged, and a precision is missing.
+    """
+    if outcome == _SAME:
+        return read_tensor(merge.adapters[copies[0].owner].posterior.mean, copies[0].disk)
+    return _average(merge, copies)
 
 
-def average_whole(merge: AdapterMerge, holders: Sequence[tuple[int, str]]) -> Array:
-    pull: Any = 0.0
-    total: Any = 0.0
-    for index, disk in holders:
-        adapter = merge.adapters[index]
-        stored = adapter.counted(disk, merge.counts[index])
+def _are_equal(merge: AdapterMerge, copies: Sequence[TensorCopy]) -> bool:
+    hashes = {full_hash(merge.adapters[c.owner].posterior.mean, c.disk) for c in copies}
+    return len(hashes) == 1
+
+
+def _average(merge: AdapterMerge, copies: Sequence[TensorCopy]) -> Array:
+    """`sum_t c_t S_t m_t / sum_t c_t S_t`, in float64."""
+    shape = merge.adapters[copies[0].owner].posterior.mean.specs[copies[0].disk].shape
+    weighted, total = np.zeros(shape), np.zeros(shape)
+    for copy in copies:
+        adapter = merge.adapters[copy.owner]
+        stored = adapter.counted(copy.disk, merge.counts[copy.owner])
         if stored is None:
             raise PrecisionError(
-                f"no precision for '{disk}' of '{adapter.ref}'. Make a full one with `bmerge "
+                f"no precision for '{copy.disk}' of '{adapter.ref}'. Make a full one with `bmerge "
                 "precision`."
             )
-        amount = merge.scales[index] * (stored.astype(np.float64) + 1e-12)
-        pull, total = pull + amount * read_tensor(adapter.posterior.mean, disk), total + amount
-    return np.asarray(pull / total)
+        amount = merge.scales[copy.owner] * (stored.astype(np.float64) + DELTA_0)
+        weighted += amount * read_tensor(adapter.posterior.mean, copy.disk)
+        total += amount
+    return weighted / total

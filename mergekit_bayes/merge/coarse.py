@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mergekit_bayes.gaussian import is_bad_precision
+from mergekit_bayes.checkpoint.codec import is_bad_precision
 from mergekit_bayes.kernels.base import Array, Chunk, Numbers, Tally
 from mergekit_bayes.kernels.plain import plain_pass
 from mergekit_bayes.plan import MergePlan, Step

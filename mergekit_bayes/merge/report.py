@@ -11,16 +11,6 @@ from mergekit_bayes.records import Config
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
 _PLAUSIBLE = (1e-3, 1e3)
-_FORMULAS = {
-    "average": "m = sum_t scale_t m_t / sum_t scale_t",
-    "precision_average": (
-        "m = sum_t scale_t S_t m_t / sum_t scale_t S_t,  S = sum_t scale_t S_t / sum_t scale_t"
-    ),
-    "task_arithmetic": "m = m0 + sum_t scale_t (m_t - m0)",
-    "gradient_matching": (
-        "m = m0 + sum_t scale_t S_t (m_t - m0) / S,  S = S0 + sum_t scale_t (S_t - S0)"
-    ),
-}
 
 
 class MergedModel(Config):
@@ -117,7 +107,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,
         method=plan.method.name,
-        formula=_FORMULAS.get(plan.method.name, plan.method.summary),
+        formula=plan.method.formula or plan.method.summary,
         weights="precision" if plan.method.needs_precision else "uniform",
         settings=plan.config.model_dump(exclude={"force", "out", "identities"})
         | {"param": dict(plan.settings)},

@@ -4,11 +4,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import decode, encode, overflowed
+from mergekit_bayes.checkpoint.codec import (
+    decode,
+    encode,
+    is_bad_mean,
+    is_bad_precision,
+    overflowed,
+)
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.gaussian import is_bad_mean, is_bad_precision
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally
 from mergekit_bayes.merge.coarse import merged_rows
@@ -177,7 +182,7 @@ class Worker:
     def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
         """The donor's precision by its own prior: (n,) in float32."""
         self._refuse_bad_precision(step, stored)
-        precision = donor_posterior_precision(numbers_of(self._plan, step, ()), stored, extra)
+        precision = donor_posterior_precision(numbers_of(self._plan, step, None), stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:

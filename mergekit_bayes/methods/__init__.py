@@ -19,14 +19,20 @@ from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 from mergekit_bayes.methods.ties import TIES
 
-TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)  # chosen by --weights and --base
+# The methods that --weights and --base choose among.
+TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
 METHODS = {m.name: m for m in (*TABLE, FISHER, TIES, DARE_LINEAR, DARE_TIES, SLERP)}
 
 __all__ = ["METHODS", "TABLE", "Method", "choose", "settings_of"]
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:
-    """The method that two questions decide: is there a base, and do precisions weigh?"""
+    """The method that two questions decide.
+
+    Args:
+        with_base: Whether there is a base.
+        by_precision: Whether precisions weigh.
+    """
     for method in TABLE:
         if method.needs_base == with_base and method.needs_precision == by_precision:
             return method
@@ -34,33 +40,38 @@ def choose(*, with_base: bool, by_precision: bool) -> Method:
 
 
 def settings_of(method: Method, given: Mapping[str, float | str]) -> dict[str, float | str]:
-    """The method's settings: its defaults with what is given, checked.
+    """A method's settings: its defaults, overridden by what is given.
 
-    Raises `ConfigError` for an unknown name, a value out of bounds, or a word that is no choice.
+    Raises:
+        ConfigError: An unknown name, a value out of bounds, or a word that is not a choice.
     """
-    known = {p.name: p for p in method.parameters}
-    result = {name: p.default for name, p in known.items()}
+    parameters = {p.name: p for p in method.parameters}
+    settings = {name: p.default for name, p in parameters.items()}
     for name, value in given.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else f" It has {', '.join(known) or 'none'}."
+        if name not in parameters:
+            close = difflib.get_close_matches(name, parameters, n=1)
+            names = ", ".join(parameters) or "none"
+            hint = f" Did you mean '{close[0]}'?" if close else f" It has {names}."
             raise ConfigError(f"--param {name}: {method.name} has no such setting.{hint}")
-        result[name] = _checked(known[name], value)
-    return result
+        settings[name] = _checked(parameters[name], value)
+    return settings
 
 
 def _checked(parameter: Parameter, value: float | str) -> float | str:
     if parameter.choices:
         if value not in parameter.choices:
-            raise ConfigError(f"--param {parameter.name}={value}: expected {' or '.join(parameter.choices)}.")
+            choices = " or ".join(parameter.choices)
+            raise ConfigError(f"--param {parameter.name}={value}: expected {choices}.")
         return value
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
-    whole = isinstance(parameter.default, int)
-    if not (math.isfinite(number) and parameter.low <= number <= parameter.high) or (whole and number % 1):
+    integer = isinstance(parameter.default, int)
+    is_allowed = math.isfinite(number) and parameter.low <= number <= parameter.high
+    if not is_allowed or (integer and number % 1):
         bounds = f" from {parameter.low:.16g}" if math.isfinite(parameter.low) else ""
         bounds += f" to {parameter.high:.16g}" if math.isfinite(parameter.high) else ""
-        raise ConfigError(f"--param {parameter.name}={value}: expected a {'whole ' if whole else ''}number{bounds}.")
+        expected = f"a {'whole ' if integer else ''}number{bounds}"
+        raise ConfigError(f"--param {parameter.name}={value}: expected {expected}.")
     return number

@@ -1,12 +1,10 @@
 """The weighted average of checkpoints, also known as model soup (Wortsman et al., ICML 2022)."""
 
 from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import Method, Scales, Tasks
 
 
-def average(
-    base: Gaussian | None, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
-) -> Gaussian:
+def average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
     """Average the means; all precisions count as equal.
 
         mean = sum_t scale_t m_t / sum_t scale_t
@@ -15,7 +13,7 @@ def average(
         base: Not needed.
         tasks: Floats or arrays of one shape.
         scales: One per task, dimensionless, of positive sum.
-        facts: Not needed.
+        facts: None.
     """
     total = scales[0]
     for i in range(1, len(scales)):
@@ -33,5 +31,6 @@ AVERAGE = Method(
     needs_precision=False,
     summary="The mean of the weights; scales are shares (model soup, Wortsman et al., ICML 2022).",
     example="bmerge merge A B",
+    formula="m = sum_t scale_t m_t / sum_t scale_t",
     is_posterior=True,
 )

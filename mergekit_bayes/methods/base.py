@@ -1,32 +1,44 @@
-"""What every merging rule looks like."""
+"""The contract of a merging rule, and how one is declared.
+
+A rule is one function, `combine(base, tasks, scales, facts)`, which states it for one entry. The
+same function runs on floats, on numpy arrays and compiled by numba, with the same bits:
+
+1. It is pure and elementwise: plain operators and numpy's elementwise functions.
+2. A branch is `select(condition, yes, no)`.
+3. A number of its own is `constant(number, like)`. When compiled, a bare `0.5` or a `len(tasks)` in
+   the arithmetic would widen float32 to float64.
+4. Tasks, scales and draws are tuples, taken by index: `for t in range(len(tasks))`.
+5. What it must know beforehand comes as `facts`, a NamedTuple of its own that holds numbers and
+   tuples of numbers.
+
+A rule that cannot be compiled still merges: in numpy, more slowly, with a warning.
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.gaussian import Gaussian, Number
 
-# (base, tasks, scales, facts) -> Gaussian; a random method gets `draws` as its fifth argument.
-Combine = Callable[..., Gaussian]
-Totals = NDArray[Any]  # (statistics,) of float64, or (statistics, BINS) of int64
-Settings = Mapping[str, float | str]
-
-# A histogram of magnitudes bins a float32 by its upper 19 bits without the sign: the exponent and 11 bits of the
-# mantissa, so that an edge is known to one part in 2,048.
-SHIFT = 12
-BINS = 1 << (31 - SHIFT)
+Tasks: TypeAlias = tuple[Gaussian, ...]
+Scales: TypeAlias = tuple[Number, ...]  # one per task, dimensionless
+Draws: TypeAlias = tuple[Number, ...]  # one per task, uniform in [0, 1)
+Facts: TypeAlias = tuple[object, ...] | None
+Totals: TypeAlias = NDArray[Any]  # (statistics,) of float64, or (statistics, BINS) of int64
+Settings: TypeAlias = Mapping[str, float | str]
 
 
 class Parameter(NamedTuple):
     """One setting of a method: `--param name=value`.
 
     Attributes:
+        name: As the user writes it.
         default: An int where only whole numbers are allowed.
         meaning: One line, with the unit.
-        low, high: Bounds of a number, both allowed.
-        choices: The words allowed, for a setting that is no number.
+        low: Least number allowed.
+        high: Largest number allowed.
+        choices: The words allowed, for a setting that is not a number.
     """
 
     name: str
@@ -38,70 +50,80 @@ class Parameter(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """A first pass over all entries of a tensor (or of the model), for what a method must know beforehand.
+    """A first pass over all entries, for what a method must know before it combines them.
 
     Attributes:
-        kind: `sum` adds the statistic up in float64; `histogram` counts its magnitudes by `bin_of`.
-        statistic: `(base, tasks, k) -> value`, elementwise and pure; statistic k of an entry.
-        count: Number of statistics for this many tasks.
-        facts: `(totals, settings, counts) -> numbers` that `combine` gets. `counts` holds the observations that each
-            task's precision stands for (1 where nobody knows).
-        scope: Over each `tensor` or over the whole `model`; a method may let `--param scope=` override it.
+        kind: `sum` adds each statistic up in float64; `histogram` counts its magnitudes.
+        statistic: `(base, tasks, k) -> value` of one entry, for k below `count(len(tasks))`, under
+            the contract of `combine`.
+        count: `number of tasks -> number of statistics`.
+        scope: Totals over each `tensor` or over the `model`; `--param scope=` overrides it where
+            the method has that setting.
     """
 
     kind: Literal["sum", "histogram"]
-    statistic: Callable[[Any, tuple[Gaussian, ...], int], Any]
+    statistic: Callable[[Any, Tasks, int], Number]
     count: Callable[[int], int]
-    facts: Callable[[Totals, Settings, tuple[float, ...]], tuple[float, ...]]
     scope: Literal["tensor", "model"]
+
+
+class FactInputs(NamedTuple):
+    """What a method makes its facts of.
+
+    Attributes:
+        settings: The method's settings, checked.
+        guard: Bound on the amplification of a removal, in (0, 1].
+        counts: Observations that each task's precision stands for; 1 where unknown.
+        totals: What the method's reduction added up; empty without one.
+    """
+
+    settings: Settings
+    guard: float
+    counts: tuple[float, ...]
+    totals: Totals
 
 
 class Method(NamedTuple):
     """A merging rule.
 
     Attributes:
-        combine: `(base, tasks, scales, facts) -> Gaussian`, elementwise and pure; a `random` method takes a fifth
-            argument `draws`, one uniform number in [0, 1) per task and entry. `base` is None for a method that needs
-            none. A method that needs no precision passes on what it was given.
-        needs_base, needs_precision: What it cannot do without; what it does not need it is not given.
+        name: Its key in `METHODS` and the value of `--method`.
+        combine: `(base, tasks, scales, facts) -> Gaussian`, under the contract above. A `random`
+            method takes a fifth argument, `draws`. `base` may be None unless `needs_base`. A
+            method that needs no precision returns the one that it was given.
+        needs_base: Whether it requires a base; otherwise it takes none.
+        needs_precision: Whether it requires precisions; otherwise it is given none.
         summary: One line for `bmerge methods`, with the paper.
         example: A command line.
+        formula: What the report and the card state; the summary where there is none.
         parameters: Its settings.
-        reduction: The first pass that it needs, if any.
-        random: It takes `draws`.
-        is_posterior: The precision that it returns is one, to be written and merged again.
-        tasks: How many it takes; None for any number.
+        reduction: Its first pass, if any.
+        facts: Makes the facts that `combine` takes; without it they are None.
+        unguarded_precision: `(base, tasks, scales) -> precision` as it would be without the guard
+            on removal, by the same operations; None for a method without a guard.
+        random: Whether it takes draws. It then has a setting `seed`.
+        is_posterior: Whether a merge can be merged again: natural parameters add up.
+        can_be_undone: Whether the opposite scale takes a task out of a merge again.
+        tasks: Number of tasks that it takes; None for any.
     """
 
     name: str
-    combine: Combine
+    combine: Callable[..., Gaussian]
     needs_base: bool
     needs_precision: bool
     summary: str
     example: str
+    formula: str | None = None
     parameters: tuple[Parameter, ...] = ()
     reduction: Reduction | None = None
+    facts: Callable[[FactInputs], Facts] | None = None
+    unguarded_precision: Callable[[Gaussian, Tasks, Scales], Number] | None = None
     random: bool = False
     is_posterior: bool = False
+    can_be_undone: bool = False
     tasks: int | None = None
 
-
-def bin_of(magnitude: NDArray[np.float32]) -> NDArray[Any]:
-    """The histogram bin of non-negative float32 values; bins are in order of magnitude."""
-    return (np.ascontiguousarray(magnitude, np.float32).view(np.uint32) & 0x7FFFFFFF) >> SHIFT
-
-
-def edge(index: int) -> float:
-    """The smallest magnitude in a bin."""
-    return float(np.array(index << SHIFT, np.uint32).view(np.float32))
-
-
-def threshold(histogram: NDArray[np.int64], density: float) -> float:
-    """The magnitude of the last entry among the share `density` of largest ones, down to the edge of its bin.
-
-    Kept is at least that share, and what lies within one part in 2,048 below the exact threshold. Entries tied at the
-    threshold are all kept, as published: changes of a bfloat16 model have few magnitudes, and the share then grows.
-    """
-    kept = histogram[::-1].cumsum()[::-1]  # entries in this bin and above
-    least = max(1, round(density * int(kept[0])))
-    return edge(max(0, int(np.searchsorted(-kept, -least, side="right")) - 1))
+    @property
+    def writes_posterior(self) -> bool:
+        """Whether a merge writes a precision beside its mean."""
+        return self.is_posterior and self.needs_precision

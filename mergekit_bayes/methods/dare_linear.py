@@ -1,15 +1,23 @@
 """DARE: drop and rescale, then task arithmetic (Yu et al., ICML 2024)."""
 
+from typing import NamedTuple
+
 from mergekit_bayes.gaussian import Gaussian, constant, select
-from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.base import Draws, FactInputs, Method, Parameter, Scales, Tasks
+
+
+class Drop(NamedTuple):
+    """How much is dropped.
+
+    Attributes:
+        density: Share of each task vector that is kept, in (0, 1].
+    """
+
+    density: float
 
 
 def dare_linear(
-    base: Gaussian,
-    tasks: tuple[Gaussian, ...],
-    scales: tuple[float, ...],
-    facts: tuple[float, ...],
-    draws: tuple[float, ...],
+    base: Gaussian, tasks: Tasks, scales: Scales, facts: Drop, draws: Draws
 ) -> Gaussian:
     """Drop entries of the task vectors at random, rescale the others, and add them up.
 
@@ -19,14 +27,18 @@ def dare_linear(
         base: What all tasks were fine-tuned from.
         tasks: Floats or arrays of one shape.
         scales: One per task, dimensionless; negative removes the task.
-        facts: The density first.
+        facts: The density.
         draws: Uniform numbers in [0, 1), one per task.
     """
     zero, mean = constant(0, base.mean), base.mean
     for t in range(len(tasks)):
-        delta = select(draws[t] < facts[0], tasks[t].mean - base.mean, zero)
-        mean = mean + scales[t] * (delta / facts[0])
+        delta = select(draws[t] < facts.density, tasks[t].mean - base.mean, zero)
+        mean = mean + scales[t] * (delta / facts.density)
     return Gaussian(mean, base.precision)
+
+
+def _drop(inputs: FactInputs) -> Drop:
+    return Drop(float(inputs.settings["density"]))
 
 
 DARE_LINEAR = Method(
@@ -34,11 +46,15 @@ DARE_LINEAR = Method(
     dare_linear,
     needs_base=True,
     needs_precision=False,
-    summary="A random share of each change, rescaled, then task arithmetic (DARE, Yu et al., ICML 2024).",
+    summary="A random share of each change, rescaled, then task arithmetic "
+    "(DARE, Yu et al., ICML 2024).",
     example="bmerge merge A B --base BASE --method dare_linear --param density=0.1",
     parameters=(
-        Parameter("density", 0.1, "share of each task vector that is kept; the paper drops 90 %", 1e-6, 1),
+        Parameter(
+            "density", 0.1, "share of each task vector that is kept; the paper drops 90 %", 1e-6, 1
+        ),
         Parameter("seed", 0, "of the random numbers, a whole number", 0, 2**53),
     ),
+    facts=_drop,
     random=True,
 )

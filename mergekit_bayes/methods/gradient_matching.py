@@ -1,38 +1,68 @@
-"""Uncertainty-based gradient matching (Daheim et al., ICLR 2024): task arithmetic in natural parameters."""
+"""Uncertainty-based gradient matching: task arithmetic in natural parameters.
+
+Daheim et al., Model Merging by Uncertainty-Based Gradient Matching, ICLR 2024.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.gaussian import Gaussian, constant
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.gaussian import Gaussian, Number, constant
+from mergekit_bayes.methods.base import FactInputs, Method, Scales, Tasks
 
 
-def gradient_matching(
-    base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
-) -> Gaussian:
+class Removal(NamedTuple):
+    """How a removal is bounded.
+
+    Attributes:
+        guard: rho, in (0, 1]: one task moves the mean by at most `max(scale, 1 / rho)` times its
+            task vector, for |scale| <= 1.
+    """
+
+    guard: float
+
+
+def gradient_matching(base: Gaussian, tasks: Tasks, scales: Scales, facts: Removal) -> Gaussian:
     """Add each task's change in natural parameters to the base.
 
-        precision = S0 + sum_t scale_t (S_t - S0),  guarded from below on removal
+        exact     = S0 + sum_t scale_t (S_t - S0)
+        precision = max(exact, guard (S0 + sum_t |scale_t (S_t - S0)|))
         mean      = m0 + sum_t scale_t S_t (m_t - m0) / precision
 
-    Exact for quadratic losses. Removal can make the exact precision small or negative, which would amplify
-    the edit without bound or flip its sign; the guard bounds how far one task moves the mean by
-    `max(scale, 1 / guard)` times its task vector, for |scale| <= 1.
+    Exact for quadratic losses. Removal can make the exact precision small or negative, which would
+    amplify the edit without bound or flip its sign; the guard acts there.
 
     Args:
         base: Shared prior; floats or arrays of one shape, precision in 1/weight^2, > 0.
         tasks: Posteriors trained from `base` or re-based to it, same shape.
         scales: One per task, dimensionless; negative removes the task.
-        facts: The guard alone: keeps precision >= guard * (S0 + sum_t |scale_t (S_t - S0)|), 0 < guard <= 1.
+        facts: The guard.
     """
     precision, bound = base.precision, base.precision
-    pull = constant(0, base.mean)
+    weighted = constant(0, base.mean)  # sum_t scale_t S_t (m_t - m0)
     for i in range(len(tasks)):
-        gain = tasks[i].precision - base.precision
-        precision = precision + scales[i] * gain
-        bound = bound + abs(scales[i] * gain)
-        pull = pull + scales[i] * tasks[i].precision * (tasks[i].mean - base.mean)
-    precision = np.maximum(precision, facts[0] * bound)
-    return Gaussian(base.mean + pull / precision, precision)
+        gain = scaled_gain(base, tasks[i], scales[i])
+        precision, bound = precision + gain, bound + abs(gain)
+        weighted = weighted + scales[i] * tasks[i].precision * (tasks[i].mean - base.mean)
+    precision = np.maximum(precision, facts.guard * bound)
+    return Gaussian(base.mean + weighted / precision, precision)
+
+
+def scaled_gain(base: Gaussian, task: Gaussian, scale: Number) -> Number:
+    """`scale (S_t - S0)`: what one task adds to the precision."""
+    return scale * (task.precision - base.precision)
+
+
+def unguarded_precision(base: Gaussian, tasks: Tasks, scales: Scales) -> Number:
+    """`S0 + sum_t scale_t (S_t - S0)`, which a removal can make negative."""
+    precision = base.precision
+    for i in range(len(tasks)):
+        precision = precision + scaled_gain(base, tasks[i], scales[i])
+    return precision
+
+
+def _removal(inputs: FactInputs) -> Removal:
+    return Removal(inputs.guard)
 
 
 GRADIENT_MATCHING = Method(
@@ -40,7 +70,12 @@ GRADIENT_MATCHING = Method(
     gradient_matching,
     needs_base=True,
     needs_precision=True,
-    summary="Task arithmetic in natural parameters: each change by its precision (Daheim et al., ICLR 2024).",
+    summary="Task arithmetic in natural parameters: each change by its precision "
+    "(Daheim et al., ICLR 2024).",
     example="bmerge merge A B --base BASE --weights precision",
+    formula="m = m0 + sum_t scale_t S_t (m_t - m0) / S,  S = S0 + sum_t scale_t (S_t - S0)",
+    facts=_removal,
+    unguarded_precision=unguarded_precision,
     is_posterior=True,
+    can_be_undone=True,
 )

@@ -1,16 +1,27 @@
 """Spherical interpolation of two models (Shoemake, SIGGRAPH 1985)."""
 
 import math
+from typing import NamedTuple
 
-from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.methods.base import Method, Parameter, Reduction, Settings, Totals
+from mergekit_bayes.gaussian import Gaussian, Number
+from mergekit_bayes.methods.base import FactInputs, Method, Parameter, Reduction, Scales, Tasks
 
 _PARALLEL = 0.9995  # above this cosine the arc is a line, and its sine too small to divide by
 
 
-def slerp(
-    base: Gaussian | None, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
-) -> Gaussian:
+class Arc(NamedTuple):
+    """A point on the arc between two models.
+
+    Attributes:
+        first: Coefficient of the first model.
+        second: Coefficient of the second model.
+    """
+
+    first: float
+    second: float
+
+
+def slerp(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: Arc) -> Gaussian:
     """Go along the arc from the first model to the second.
 
         cos a = <m_1, m_2> / (|m_1| |m_2|)
@@ -21,25 +32,26 @@ def slerp(
     Args:
         base: Not needed.
         tasks: Two; floats or arrays of one shape.
-        scales: Not needed; `t` says how far to go.
+        scales: Not needed; the setting `t` says how far to go.
         facts: The two coefficients.
     """
-    return Gaussian(facts[0] * tasks[0].mean + facts[1] * tasks[1].mean, tasks[0].precision)
+    mean = facts.first * tasks[0].mean + facts.second * tasks[1].mean
+    return Gaussian(mean, tasks[0].precision)
 
 
-def _product(base: Gaussian | None, tasks: tuple[Gaussian, ...], k: int) -> float:
+def _product(base: Gaussian | None, tasks: Tasks, k: int) -> Number:
     # 0: <m_1, m_1>, 1: <m_1, m_2>, 2: <m_2, m_2>
-    return tasks[k // 2].mean * tasks[(k + 1) // 2].mean  # type: ignore[no-any-return]
+    return tasks[k // 2].mean * tasks[(k + 1) // 2].mean
 
 
-def _coefficients(totals: Totals, settings: Settings, counts: tuple[float, ...]) -> tuple[float, ...]:
-    t, (first, both, second) = float(settings["t"]), (float(x) for x in totals)
+def _arc(inputs: FactInputs) -> Arc:
+    t, (first, both, second) = float(inputs.settings["t"]), (float(x) for x in inputs.totals)
     norm = math.sqrt(first * second)
     cosine = max(-1.0, min(1.0, both / norm)) if norm > 0 else 1.0
     angle = math.acos(cosine)
     if abs(cosine) > _PARALLEL:
-        return 1 - t, t
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+        return Arc(1 - t, t)
+    return Arc(math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
 
 
 SLERP = Method(
@@ -51,9 +63,14 @@ SLERP = Method(
     example="bmerge merge A B --method slerp --param t=0.3",
     parameters=(
         Parameter("t", 0.5, "how far from the first model to the second, of the whole way", 0, 1),
-        Parameter("scope", "tensor", "over what the angle is taken: each tensor, or the whole model",
-                  choices=("tensor", "model")),
+        Parameter(
+            "scope",
+            "tensor",
+            "over what the angle is taken: each tensor, or the whole model",
+            choices=("tensor", "model"),
+        ),
     ),
-    reduction=Reduction("sum", _product, lambda tasks: 3, _coefficients, "tensor"),
+    reduction=Reduction("sum", _product, lambda tasks: 3, "tensor"),
+    facts=_arc,
     tasks=2,
-)  # fmt: skip
+)

@@ -1,12 +1,10 @@
-"""Task arithmetic (Ilharco et al., ICLR 2023): add, or with a negative scale subtract, what each task changed."""
+"""Task arithmetic (Ilharco et al., ICLR 2023): add or subtract what each task changed."""
 
 from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import Method, Scales, Tasks
 
 
-def task_arithmetic(
-    base: Gaussian, tasks: tuple[Gaussian, ...], scales: tuple[float, ...], facts: tuple[float, ...]
-) -> Gaussian:
+def task_arithmetic(base: Gaussian, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
     """Add each task vector to the base; gradient matching with all precisions equal to the base's.
 
         mean = m0 + sum_t scale_t (m_t - m0)
@@ -15,7 +13,7 @@ def task_arithmetic(
         base: What all tasks were fine-tuned from.
         tasks: Floats or arrays of one shape.
         scales: One per task, dimensionless; negative removes the task.
-        facts: Not needed.
+        facts: None.
     """
     mean = base.mean
     for i in range(len(tasks)):
@@ -28,7 +26,10 @@ TASK_ARITHMETIC = Method(
     task_arithmetic,
     needs_base=True,
     needs_precision=False,
-    summary="The base plus what each task changed; a negative scale removes (Ilharco et al., ICLR 2023).",
+    summary="The base plus what each task changed; a negative scale removes "
+    "(Ilharco et al., ICLR 2023).",
     example="bmerge merge A B --base BASE --scale 0.5",
+    formula="m = m0 + sum_t scale_t (m_t - m0)",
     is_posterior=True,
+    can_be_undone=True,
 )

@@ -3,21 +3,14 @@
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.classification import ClassificationReport, measure_classification
 from mergekit_bayes.metrics.perplexity import PerplexityReport, measure_perplexity
-from mergekit_bayes.metrics.toxicity import ToxicityReport, measure_toxicity
-
-METRICS = {
-    "perplexity": measure_perplexity,
-    "toxicity": measure_toxicity,
-    "classification": measure_classification,
-}
+from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
 
 __all__ = [
-    "METRICS",
     "ClassificationReport",
     "Interval",
     "PerplexityReport",
     "ToxicityReport",
     "measure_classification",
     "measure_perplexity",
-    "measure_toxicity",
+    "score_toxicity",
 ]

@@ -1,8 +1,8 @@
-"""What every metric shares: intervals by the bootstrap, over the things that were drawn
-independently.
+"""What all metrics share: draws of the weights, and bootstrap intervals.
 
-Documents and prompts are resampled with replacement, never tokens or continuations, which depend on
-each other (Efron's percentile interval, 95 %).
+An interval comes from resampling, with replacement, the things that were drawn independently:
+documents, prompts or examples. Tokens and continuations depend on each other and are never
+resampled (Efron's percentile interval, 95 %).
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,15 @@ import numpy as np
 
 from mergekit_bayes.records import Array, Record
 
-_LEVEL = (2.5, 97.5)  # percentiles
-_CELLS = 16_000_000  # resampled numbers held at a time
+_PERCENTILES = (2.5, 97.5)
+_CELLS = 16_000_000  # resampled numbers in memory at once
 
 
 class Draws(Protocol):
-    """Weights to average a prediction over: while item k is being looked at, the model's weights
-    are the k-th draw.
+    """Weights over which a prediction is averaged.
+
+    Iterating puts them into the model one after the other: while item k is in use, the model's
+    weights are the k-th draw.
     """
 
     def __len__(self) -> int: ...
@@ -30,8 +32,13 @@ PRESENT: Draws = (0,)  # one draw: the weights that the model has
 
 
 class Interval(Record):
-    """A number and its 95 % bootstrap interval; no interval for a single draw, or where none was
-    asked for.
+    """A number and its 95 % bootstrap interval.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end; None without an interval: for a single document, prompt or example, or
+            without resamples.
+        high: Upper end, or None.
     """
 
     value: float
@@ -43,10 +50,10 @@ def resampled_sums(values: Array, resamples: int, seed: int) -> Array:
     """Column sums of bootstrap resamples of the rows.
 
     Args:
-        values: (n, k), one row for each independent draw.
-        resamples: B, how many resamples.
-        seed: The same seed and n resample the same rows, so differences between two models may be
-            taken.
+        values: (n, k), one row for each document, prompt or example.
+        resamples: B, the number of resamples.
+        seed: Seed of the resampling. The same seed and n give the same rows, so that differences
+            between two models are paired.
 
     Returns:
         (B, k).
@@ -54,18 +61,23 @@ def resampled_sums(values: Array, resamples: int, seed: int) -> Array:
     n, k = values.shape
     rng = np.random.default_rng(seed)
     step = max(1, _CELLS // max(n * k, 1))
-    parts = [
+    blocks = [
         values[rng.integers(n, size=(min(step, resamples - done), n))].sum(axis=1)
         for done in range(0, resamples, step)
     ]
-    return np.concatenate(parts) if parts else np.empty((0, values.shape[1]))
+    return np.concatenate(blocks) if blocks else np.empty((0, values.shape[1]))
 
 
-def interval(value: float, replicates: Array, draws: int) -> Interval:
-    """The percentile interval of `replicates`, if there were at least two independent draws."""
-    if draws < 2 or not len(replicates):
+def interval(value: float, replicates: Array, count: int) -> Interval:
+    """The estimate with the percentile interval of its bootstrap replicates.
+
+    Args:
+        value: The estimate.
+        replicates: (B,), the same number of every resample.
+        count: Number of rows that were resampled; fewer than two give no interval.
+    """
+    if count < 2 or not len(replicates):
         return Interval(value=value)
-    low, high = np.percentile(
-        replicates, _LEVEL, method="nearest"
-    )  # no arithmetic between infinities
+    # "nearest" does no arithmetic between infinities.
+    low, high = np.percentile(replicates, _PERCENTILES, method="nearest")
     return Interval(value=value, low=float(low), high=float(high))

@@ -1,14 +1,13 @@
-"""How well, and how honestly, a classifier predicts: accuracy, log loss, Brier score and
-calibration error.
+"""Accuracy, log loss, Brier score and calibration error of a classifier.
 
-Over several draws of the weights the probabilities are averaged, so the mean of a posterior and the
-posterior itself can be compared. The calibration error is that of Guo et al. (*On calibration of
-modern neural networks*, ICML 2017): equal-width bins of confidence, whose number is part of the
-result.
+Over several draws of the weights the probabilities are averaged, so that the mean of a posterior
+and the posterior itself can be compared. The calibration error is that of Guo et al. (*On
+calibration of modern neural networks*, ICML 2017): equal-width bins of confidence, whose number is
+part of the result.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +18,21 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.records import Array, Progress, Record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Labels = NDArray[np.int64]
 
 
 class Bin(Record):
-    """Examples whose confidence is in [low, high), the last bin closed; None where there is no
-    example.
+    """Examples whose confidence is in [low, high); the last bin includes its upper end.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+        examples: Number of examples.
+        confidence: Their mean confidence; None without an example.
+        accuracy: Their share of right predictions; None without an example.
     """
 
     low: float
@@ -42,15 +50,23 @@ class ClassificationReport(Record):
         brier = 1/n sum_i sum_c (p_i(c) - [c = y_i])^2                0 to 2
         ece   = 1/n sum_bins | sum_{i in bin} ([argmax p_i = y_i] - max p_i) |
 
-    The calibration error of a finite sample is above zero even for a calibrated model, and a
-    resample adds to that, so its interval may lie above its value; the intervals of two models
-    shift alike.
+    The calibration error of a finite sample is above zero even for a calibrated model, and
+    resampling adds to it, so that its interval may lie above its value. The intervals of two models
+    shift in the same way.
 
     Attributes:
-        confidence: Mean of the largest probability; above the accuracy the model is overconfident.
-        bins: What the calibration error was summed over.
-        example_labels, example_nats, example_probabilities: By example, for paired comparisons; not
-            in the JSON.
+        examples: Number of texts.
+        classes: Number of labels that the model knows.
+        accuracy: Share of right predictions.
+        nll: Log loss, nats per example.
+        brier: Brier score.
+        ece: Expected calibration error.
+        confidence: Mean of the largest probability; a model is overconfident if it is above the
+            accuracy.
+        bins: The bins that the calibration error is summed over.
+        example_labels: True class of each example, for paired comparisons; not in the JSON.
+        example_nats: Log loss of each example; not in the JSON.
+        example_probabilities: Probabilities of each example, by class; not in the JSON.
     """
 
     examples: int
@@ -69,7 +85,14 @@ class ClassificationReport(Record):
 
 
 class ClassificationChange(Record):
-    """What one prediction scores minus what another does on the same examples, resampled in pairs."""
+    """The scores of one prediction minus those of another, with examples resampled in pairs.
+
+    Attributes:
+        accuracy: Change of the share of right predictions.
+        nll: Change of the log loss, nats per example.
+        brier: Change of the Brier score.
+        ece: Change of the expected calibration error.
+    """
 
     accuracy: Interval
     nll: Interval
@@ -78,8 +101,8 @@ class ClassificationChange(Record):
 
 
 def measure_classification(
-    model: Any,
-    tokenizer: Any,
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     labels: Sequence[int],
     *,
@@ -91,8 +114,27 @@ def measure_classification(
     draws: Draws = PRESENT,
     progress: Progress | None = None,
 ) -> ClassificationReport:
-    """Classify labelled texts: `class_probabilities`, then `score_classification`."""
-    found = class_probabilities(
+    """Classify labelled texts: `class_probabilities`, then `score_classification`.
+
+    Args:
+        model: A softmax classifier in eval mode.
+        tokenizer: Its tokenizer.
+        texts: The examples.
+        labels: The true class of each, 0 to classes - 1.
+        max_length: Tokens of a text; longer texts lose their end.
+        batch_size: Texts classified together.
+        bins: Number of bins of confidence.
+        bootstrap: Number of resamples of the examples; 0 gives no intervals.
+        seed: Seed of the bootstrap.
+        draws: Weights to average over; iterating puts them into `model`.
+        progress: Called with (texts classified, texts in all), over all draws.
+
+    Raises:
+        ConfigError: There is no text, a text without a token, or no bin.
+        CheckpointError: The model's log-probabilities are not numbers.
+        MismatchError: A label is no class of the model.
+    """
+    log_probabilities = class_probabilities(
         model,
         tokenizer,
         texts,
@@ -101,12 +143,14 @@ def measure_classification(
         draws=draws,
         progress=progress,
     )
-    return score_classification(found, labels, bins=bins, bootstrap=bootstrap, seed=seed)
+    return score_classification(
+        log_probabilities, labels, bins=bins, bootstrap=bootstrap, seed=seed
+    )
 
 
 def class_probabilities(
-    model: Any,
-    tokenizer: Any,
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     *,
     max_length: int,
@@ -114,39 +158,43 @@ def class_probabilities(
     draws: Draws = PRESENT,
     progress: Progress | None = None,
 ) -> Array:
-    """Log-probabilities of the classes, (texts, classes), float64; over K draws of the weights
+    """Log-probabilities of the classes.
 
-        log p_i(c) = logsumexp_k log_softmax(z_ik)(c) - log K
+        log p_i(c) = logsumexp_k log_softmax(z_ik)(c) - log K    over K draws of the weights
 
     Args:
         model: A softmax classifier in eval mode: `model(input_ids, attention_mask).logits`.
-        max_length: Tokens of a text; longer ones lose their end.
-        draws: Put other weights into `model` as they are gone through.
+        tokenizer: Its tokenizer.
+        texts: The texts to classify.
+        max_length: Tokens of a text; longer texts lose their end.
+        batch_size: Texts classified together.
+        draws: Weights to average over; iterating puts them into `model`.
         progress: Called with (texts classified, texts in all), over all draws.
 
+    Returns:
+        (texts, classes), float64, nats.
+
     Raises:
-        ConfigError: No text, or one without any token.
+        ConfigError: There is no text, or a text without a token.
         CheckpointError: The model's log-probabilities are not numbers.
     """
     if not texts:
         raise ConfigError("there is no text to classify.")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)[
-        "input_ids"
-    ]
+    options = {"truncation": True, "max_length": max_length, "verbose": False}
+    encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     for i, ids in enumerate(encoded):
         if not ids:
             raise ConfigError(f"text {i + 1} of {len(encoded)} holds no token to classify.")
+    pad = int(tokenizer.pad_token_id or 0)
     total: Array | None = None
     done = 0
     for _ in draws:
         for rows in _batches(encoded, batch_size):
-            found = _log_softmax(
-                model, [encoded[i] for i in rows], int(tokenizer.pad_token_id or 0)
-            )
+            log_p = _log_softmax(model, [encoded[i] for i in rows], pad)
             if total is None:
-                total = np.full((len(encoded), found.shape[1]), -np.inf)
+                total = np.full((len(encoded), log_p.shape[1]), -np.inf)
             with np.errstate(invalid="ignore"):  # NaN is refused below, by text
-                total[rows] = np.logaddexp(total[rows], found)
+                total[rows] = np.logaddexp(total[rows], log_p)
             done += len(rows)
             if progress is not None:
                 progress(done, len(encoded) * len(draws))
@@ -155,8 +203,7 @@ def class_probabilities(
     if bad.size:
         raise CheckpointError(
             f"the model's log-probabilities of text {bad[0] + 1} are {total[bad[0]].tolist()}. Its "
-            "weights hold NaN or "
-            "infinity, or are too large for their dtype."
+            "weights hold NaN or infinity, or are too large for their dtype."
         )
     total -= np.log(len(draws))
     return total
@@ -170,17 +217,18 @@ def score_classification(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> ClassificationReport:
-    """Summarise predictions.
+    """Summarise the predictions of labelled examples.
 
     Args:
         log_probabilities: (examples, classes), nats.
         labels: The true class of each example, 0 to classes - 1.
-        bins: Of confidence, equally wide from 0 to 1.
-        bootstrap: Resamples of the examples; 0 for no intervals.
+        bins: Number of bins of confidence, equally wide from 0 to 1.
+        bootstrap: Number of resamples of the examples; 0 gives no intervals.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ConfigError: No bin.
-        MismatchError: A label that is no class.
+        ConfigError: There is no bin.
+        MismatchError: A label is no class, or there is not one for each example.
     """
     if bins < 1:
         raise ConfigError(f"{bins} bins: expected at least one.")
@@ -193,11 +241,11 @@ def score_classification(
     p = np.exp(log_probabilities)
     nats = -log_probabilities[np.arange(n), y]
     columns = _columns(p, nats, y, bins)
-    values, draws = (
-        _summary(columns.sum(axis=0), n),
-        _summary(resampled_sums(columns, bootstrap, seed), n),
+    values = _scores(columns.sum(axis=0), n)
+    replicates = _scores(resampled_sums(columns, bootstrap, seed), n)
+    accuracy, nll, brier, ece = (
+        interval(float(value), replicates[..., i], n) for i, value in enumerate(values)
     )
-    accuracy, nll, brier, ece = (interval(float(v), draws[..., i], n) for i, v in enumerate(values))
     return ClassificationReport(
         examples=n,
         classes=classes,
@@ -220,38 +268,51 @@ def classification_change(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> ClassificationChange:
-    """`after` minus `before` on the same examples, with examples resampled in pairs."""
+    """The scores of `after` minus those of `before`, with examples resampled in pairs.
+
+    Args:
+        before: The report to compare with.
+        after: A report on the same examples and bins.
+        bootstrap: Number of resamples; 0 gives no intervals.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        MismatchError: The reports are about other examples or bins.
+    """
     if before.example_labels != after.example_labels or len(before.bins) != len(after.bins):
         raise MismatchError("the two reports are not about the same examples and bins.")
     n = before.examples
     columns = np.concatenate([_columns_of(before), _columns_of(after)], axis=1)
     half = columns.shape[1] // 2
     total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
-    values = _summary(total[half:], n) - _summary(total[:half], n)
-    replicates = _summary(sums[:, half:], n) - _summary(sums[:, :half], n)
+    values = _scores(total[half:], n) - _scores(total[:half], n)
+    replicates = _scores(sums[:, half:], n) - _scores(sums[:, :half], n)
     accuracy, nll, brier, ece = (
-        interval(float(v), replicates[:, i], n) for i, v in enumerate(values)
+        interval(float(value), replicates[:, i], n) for i, value in enumerate(values)
     )
     return ClassificationChange(accuracy=accuracy, nll=nll, brier=brier, ece=ece)
 
 
 def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of texts of like length, so that little is padded."""
+    """Indices of texts of similar length, so that little is padded."""
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 @torch.inference_mode()
-def _log_softmax(model: Any, batch: Sequence[Sequence[int]], pad: int) -> Array:
-    device = next(model.parameters()).device
+def _log_softmax(
+    model: torch.nn.Module, batch: Sequence[Sequence[int]], pad: int
+) -> Array:  # (batch, classes)
     ids = torch.full((len(batch), max(len(row) for row in batch)), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(batch):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
+    device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    return logits.double().log_softmax(-1).cpu().numpy()  # type: ignore[no-any-return]
+    log_p: Array = logits.double().log_softmax(-1).cpu().numpy()
+    return log_p
 
 
 def _columns_of(report: ClassificationReport) -> Array:
@@ -265,10 +326,10 @@ def _columns_of(report: ClassificationReport) -> Array:
 
 
 def _columns(p: Array, nats: Array, y: Labels, bins: int) -> Array:
-    """(examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of
-    the example's bin.
+    """Columns whose sums determine all four scores, so that one resampling serves them all.
 
-    All four scores are functions of their sums, so one resampling serves them all.
+    (examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of the
+    example's bin.
     """
     n = len(y)
     right = (p.argmax(axis=1) == y).astype(np.float64)
@@ -280,31 +341,32 @@ def _columns(p: Array, nats: Array, y: Labels, bins: int) -> Array:
     return columns
 
 
-def _summary(sums: Array, n: int) -> Array:
-    """Accuracy, nll, brier, ece along the last axis, from the sums of `_columns`."""
+def _scores(sums: Array, n: int) -> Array:
+    """Accuracy, nll, brier and ece along the last axis, from the sums of `_columns`."""
     ece = np.abs(sums[..., 3:]).sum(axis=-1, keepdims=True)
-    summary: Array = np.concatenate([sums[..., :3], ece], axis=-1) / n
-    return summary
+    scores: Array = np.concatenate([sums[..., :3], ece], axis=-1) / n
+    return scores
 
 
 def _bin_of(p: Array, bins: int) -> Labels:
-    which: Labels = np.minimum((p.max(axis=1) * bins).astype(np.int64), bins - 1)
-    return which
+    """The bin that the confidence of each example falls into."""
+    index: Labels = np.minimum((p.max(axis=1) * bins).astype(np.int64), bins - 1)
+    return index
 
 
 def _bins(p: Array, y: Labels, bins: int) -> tuple[Bin, ...]:
-    which, confidence, right = _bin_of(p, bins), p.max(axis=1), p.argmax(axis=1) == y
-    found = []
+    index, confidence, right = _bin_of(p, bins), p.max(axis=1), p.argmax(axis=1) == y
+    result = []
     for b in range(bins):
-        here = which == b
-        some = bool(here.any())
-        found.append(
+        inside = index == b
+        filled = bool(inside.any())
+        result.append(
             Bin(
                 low=b / bins,
                 high=(b + 1) / bins,
-                examples=int(here.sum()),
-                confidence=float(confidence[here].mean()) if some else None,
-                accuracy=float(right[here].mean()) if some else None,
+                examples=int(inside.sum()),
+                confidence=float(confidence[inside].mean()) if filled else None,
+                accuracy=float(right[inside].mean()) if filled else None,
             )
         )
-    return tuple(found)
+    return tuple(result)

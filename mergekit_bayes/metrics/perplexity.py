@@ -1,6 +1,6 @@
-"""Perplexity of a causal language model, by two protocols that are always named.
+"""Perplexity of a causal language model, by two protocols that the report names.
 
-`rolling` is that of the lm-eval harness: one text is one document, it starts from a start token,
+`rolling` is that of the lm-eval harness: each text is one document, it starts from a start token,
 every token is scored once, and windows do not overlap in what they score. `concatenate` is that of
 the papers: texts joined by EOS into one stream. A window holds `window` tokens of input and scores
 the last `stride` of them (the first window of a document scores all of its tokens), so a smaller
@@ -10,7 +10,7 @@ each token is averaged.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,23 +22,34 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.records import Array, Progress, Record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class PerplexityReport(Record):
-    """How well a model predicts a set of texts. Perplexities of different windows or protocols do
-    not compare, token perplexities of different tokenizers neither; bits per byte do.
+    """How well a model predicts a set of texts.
 
         token = exp(nats / tokens)   word = exp(nats / words)   byte = exp(nats / bytes)
 
+    Do not compare perplexities of different windows or protocols, nor token perplexities of
+    different tokenizers. Bits per byte can be compared between tokenizers.
+
     Attributes:
         protocol: `rolling` or `concatenate`.
-        window: Most tokens of input at a time.
-        stride: Tokens that a window after the first scores.
+        window: Largest number of tokens read at once.
+        stride: Tokens that each window after the first one scores.
+        documents: Number of texts.
+        tokens: Number of scored tokens.
         words: Pieces between white space in the texts, as lm-eval counts them.
-        bytes: Of the texts in UTF-8.
+        bytes: Length of the texts in UTF-8.
         nats: Minus the log-probability of all texts.
         loss: Nats per token.
-        document_nats: The same by text, for paired comparisons; not in the JSON.
-        document_tokens: Scored tokens by text; not in the JSON.
+        token: Perplexity per token.
+        word: Perplexity per word.
+        byte: Perplexity per byte.
+        bits_per_byte: log2 of the perplexity per byte.
+        document_nats: `nats` of each text, for paired comparisons; not in the JSON.
+        document_tokens: `tokens` of each text; not in the JSON.
     """
 
     protocol: Literal["rolling", "concatenate"]
@@ -59,8 +70,8 @@ class PerplexityReport(Record):
 
 
 def measure_perplexity(
-    model: Any,
-    tokenizer: Any,
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     *,
     start: int,
@@ -73,25 +84,30 @@ def measure_perplexity(
     draws: Draws = PRESENT,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """Score every token of `texts` once; over K draws of the weights
+    """Score every token of `texts` once.
 
-        p(token | before) = 1/K sum_k p_k(token | before)
+        p(token | before) = 1/K sum_k p_k(token | before)    over K draws of the weights
 
-    Equal to lm-eval's `loglikelihood_rolling` with `add_bos_token=False`, whatever the batch size.
+    Equal to lm-eval's `loglikelihood_rolling` with `add_bos_token=False`, for every batch size.
 
     Args:
         model: A causal language model in eval mode: `model(input_ids, attention_mask).logits`.
+        tokenizer: Its tokenizer.
         texts: The documents; intervals come from resampling them.
-        start: The token that a document (with `concatenate`, the stream) starts from; never scored.
-        window: Tokens of input at a time, at most the model's context.
-        stride: None: no overlap, `stride = window`.
-        batch_size: Full windows in a batch; short ones are packed more to a batch.
-        draws: Put other weights into `model` as they are gone through.
+        start: The token that a document (with `concatenate`, the stream) starts from; it is not
+            scored.
+        window: Tokens of input at once, at most the model's context.
+        stride: Tokens that a window scores; None scores the whole window, without overlap.
+        concatenate: Join the texts by EOS into one stream.
+        batch_size: Full windows in a batch; more short ones fit into one.
+        bootstrap: Number of resamples of the documents; 0 gives no intervals.
+        seed: Seed of the bootstrap.
+        draws: Weights to average over; iterating puts them into `model`.
         progress: Called with (tokens scored, tokens in all), over all draws.
 
     Raises:
-        ConfigError: A window or stride that makes no sense, or no token to score.
-        CheckpointError: The model's log-probabilities are not numbers.
+        ConfigError: The stride does not fit the window, or there is no token to score.
+        CheckpointError: The model's log-probabilities are not numbers, or `concatenate` has no EOS.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
@@ -99,61 +115,49 @@ def measure_perplexity(
             f"stride {stride}: expected 1 to {window}, the window; a larger one would skip tokens."
         )
     encoded = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
-    streams, owners = _join(encoded, tokenizer.eos_token_id) if concatenate else (encoded, None)
-    jobs = [job for i, ids in enumerate(streams) for job in _windows(i, ids, start, window, stride)]
-    tokens = sum(job.scored for job in jobs)
-    if not tokens:
+    streams = _joined(encoded, tokenizer.eos_token_id) if concatenate else _separate(encoded)
+    windows = [
+        w for i, ids in enumerate(streams.ids) for w in _windows(i, ids, start, window, stride)
+    ]
+    if not windows:
         raise ConfigError(f"{len(texts)} texts hold no token to score.")
 
-    chances = [np.full(len(ids), -np.inf) for ids in streams]  # log of the sum over draws
-    done = 0
-    for _ in draws:
-        for batch in _batches(jobs, window * batch_size):
-            for job, found in zip(batch, _score(model, batch), strict=True):
-                scored = chances[job.stream][job.at : job.at + job.scored]
-                with np.errstate(invalid="ignore"):  # NaN is refused below, by text
-                    np.logaddexp(scored, -found, out=scored)
-            done += sum(job.scored for job in batch)
-            if progress is not None:
-                progress(done, tokens * len(draws))
-    losses = [np.log(len(draws)) - c for c in chances]
-
-    if owners is None:
-        owners = np.repeat(np.arange(len(texts)), [len(ids) for ids in encoded])
-    nats = np.bincount(owners, weights=np.concatenate(losses), minlength=len(texts)).astype(
-        np.float64
-    )
-    counts = np.bincount(owners, minlength=len(texts)).astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(nats))
+    nats = _nats_of_streams(model, streams, windows, window * batch_size, draws, progress)
+    by_text = np.bincount(streams.owners, weights=nats, minlength=len(texts)).astype(np.float64)
+    tokens = np.bincount(streams.owners, minlength=len(texts)).astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(by_text))
     if bad.size:
         raise CheckpointError(
-            f"the model's log-probability of text {bad[0] + 1} is {-nats[bad[0]]}. Its weights "
-            "hold NaN or infinity, "
-            "or are too large for their dtype."
+            f"the model's log-probability of text {bad[0] + 1} is {-by_text[bad[0]]}. Its weights "
+            "hold NaN or infinity, or are too large for their dtype."
         )
     words = np.array([len(re.split(r"\s+", t)) for t in texts], np.float64)
     size = np.array([len(t.encode()) for t in texts], np.float64)
-    numbers = _summarise(nats, counts, words, size, bootstrap, seed)
     return PerplexityReport(
         protocol="concatenate" if concatenate else "rolling",
         window=window,
         stride=stride,
         documents=len(texts),
-        tokens=tokens,
+        tokens=int(tokens.sum()),
         words=int(words.sum()),
         bytes=int(size.sum()),
-        nats=float(nats.sum()),
-        document_nats=tuple(nats.tolist()),
-        document_tokens=tuple(counts.astype(int).tolist()),
-        **numbers,
+        nats=float(by_text.sum()),
+        document_nats=tuple(by_text.tolist()),
+        document_tokens=tuple(tokens.astype(int).tolist()),
+        **_ratios(by_text, tokens, words, size, bootstrap, seed),
     )
 
 
 def loss_change(
     before: PerplexityReport, after: PerplexityReport, *, bootstrap: int = 1000, seed: int = 0
 ) -> Interval:
-    """Nats per token of `after` minus those of `before` on the same texts, with documents resampled
-    in pairs.
+    """Nats per token of `after` minus those of `before`, with documents resampled in pairs.
+
+    Args:
+        before: The report to compare with.
+        after: A report on the same texts.
+        bootstrap: Number of resamples; 0 gives no interval.
+        seed: Seed of the bootstrap.
     """
     columns = np.array(
         [before.document_nats, after.document_nats, before.document_tokens], np.float64
@@ -162,6 +166,32 @@ def loss_change(
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty texts only
         replicates = (sums[:, 1] - sums[:, 0]) / sums[:, 2]
     return interval(float((total[1] - total[0]) / total[2]), replicates, len(columns))
+
+
+class _Streams(NamedTuple):
+    ids: list[list[int]]
+    owners: NDArray[np.int64]  # (tokens of all streams,), the text that each token belongs to
+
+
+def _separate(encoded: list[list[int]]) -> _Streams:
+    """One stream for each text."""
+    lengths = np.array([len(ids) for ids in encoded], np.int64)
+    return _Streams(encoded, np.repeat(np.arange(len(encoded)), lengths))
+
+
+def _joined(encoded: list[list[int]], eos: int | None) -> _Streams:
+    """One stream of all texts; an EOS belongs to the text that it ends."""
+    if eos is None:
+        raise CheckpointError(
+            "the tokenizer has no EOS token to join texts with. Leave out --concatenate."
+        )
+    stream: list[int] = []
+    owners: list[int] = []
+    for i, ids in enumerate(encoded):
+        ended = [*ids, eos] if i + 1 < len(encoded) else ids
+        stream += ended
+        owners += [i] * len(ended)
+    return _Streams([stream], np.array(owners, np.int64))
 
 
 class _Window(NamedTuple):
@@ -175,77 +205,84 @@ class _Window(NamedTuple):
 def _windows(
     stream: int, ids: list[int], start: int, window: int, stride: int
 ) -> Iterator[_Window]:
-    known = [start, *ids]
+    """Cut a stream so that each token is scored once: `window` tokens first, then `stride` each."""
+    inputs = [start, *ids]
     at, size = 0, window
     while at < len(ids):
         end = min(at + size, len(ids))
-        yield _Window(stream, at, end - at, known[max(0, end - window) : end], ids[at:end])
+        yield _Window(stream, at, end - at, inputs[max(0, end - window) : end], ids[at:end])
         at, size = end, stride
 
 
-def _join(encoded: list[list[int]], eos: int | None) -> tuple[list[list[int]], NDArray[np.int64]]:
-    """One stream, and the text that each of its tokens belongs to; an EOS belongs to the text it
-    ends.
-    """
-    if eos is None:
-        raise CheckpointError(
-            "the tokenizer has no EOS token to join texts with. Leave out --concatenate."
-        )
-    stream: list[int] = []
-    owners: list[int] = []
-    for i, ids in enumerate(encoded):
-        joined = [*ids, eos] if i + 1 < len(encoded) else ids
-        stream += joined
-        owners += [i] * len(joined)
-    return [stream], np.array(owners, np.int64)
+def _nats_of_streams(
+    model: torch.nn.Module,
+    streams: _Streams,
+    windows: Sequence[_Window],
+    budget: int,
+    draws: Draws,
+    progress: Progress | None,
+) -> Array:
+    """Minus the log of each token's mean probability, all streams after each other."""
+    log_sums = [np.full(len(ids), -np.inf) for ids in streams.ids]  # over draws
+    tokens, done = sum(w.scored for w in windows), 0
+    for _ in draws:
+        for batch in _batches(windows, budget):
+            for window, nats in zip(batch, _score(model, batch), strict=True):
+                scored = log_sums[window.stream][window.at : window.at + window.scored]
+                with np.errstate(invalid="ignore"):  # the caller refuses NaN and names the text
+                    np.logaddexp(scored, -nats, out=scored)
+            done += sum(w.scored for w in batch)
+            if progress is not None:
+                progress(done, tokens * len(draws))
+    return np.concatenate([np.log(len(draws)) - log_sum for log_sum in log_sums])
 
 
-def _batches(jobs: Sequence[_Window], budget: int) -> Iterator[list[_Window]]:
-    """Windows of like length together, at most `budget` tokens with padding."""
+def _batches(windows: Sequence[_Window], budget: int) -> Iterator[list[_Window]]:
+    """Windows of similar length together, at most `budget` tokens with padding."""
     batch: list[_Window] = []
-    for job in sorted(jobs, key=lambda j: -len(j.inputs)):
+    for window in sorted(windows, key=lambda w: -len(w.inputs)):
         if batch and len(batch[0].inputs) * (len(batch) + 1) > budget:
             yield batch
             batch = []
-        batch.append(job)
+        batch.append(window)
     if batch:
         yield batch
 
 
 @torch.inference_mode()
-def _score(model: Any, batch: list[_Window]) -> list[Array]:
+def _score(model: torch.nn.Module, batch: list[_Window]) -> list[Array]:
     """Nats of each window's targets. Padding goes right, where a causal model cannot see it."""
-    device = next(model.parameters()).device
-    width = len(batch[0].inputs)
-    ids = torch.zeros((len(batch), width), dtype=torch.long)
+    ids = torch.zeros((len(batch), len(batch[0].inputs)), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for i, job in enumerate(batch):
-        ids[i, : len(job.inputs)] = torch.tensor(job.inputs)
-        mask[i, : len(job.inputs)] = 1
+    for i, window in enumerate(batch):
+        ids[i, : len(window.inputs)] = torch.tensor(window.inputs)
+        mask[i, : len(window.inputs)] = 1
+    device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     return [
-        _nats(logits[i, len(job.inputs) - job.scored : len(job.inputs)], job.targets)
-        for i, job in enumerate(batch)
+        _nats(logits[i, len(w.inputs) - w.scored : len(w.inputs)], w.targets)
+        for i, w in enumerate(batch)
     ]
 
 
 def _nats(logits: Tensor, targets: list[int]) -> Array:
-    chosen = torch.tensor(targets, device=logits.device)
-    found = torch.nn.functional.cross_entropy(logits.float(), chosen, reduction="none")
-    return found.double().cpu().numpy()
+    labels = torch.tensor(targets, device=logits.device)
+    nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return nats.double().cpu().numpy()
 
 
-def _summarise(
+def _ratios(
     nats: Array, tokens: Array, words: Array, size: Array, resamples: int, seed: int
 ) -> dict[str, Interval]:
+    """Nats of all texts over their tokens, words and bytes, as the report gives them."""
     columns = np.stack([nats, tokens, words, size], axis=1)
-    total, draws = columns.sum(axis=0), resampled_sums(columns, resamples, seed)
+    total, sums = columns.sum(axis=0), resampled_sums(columns, resamples, seed)
 
-    def ratio(column: int, finish: Callable[[Any], Any]) -> Interval:
-        # exp of a ruined model's loss may be infinite; that is its honest perplexity.
+    def ratio(column: int, finish: Callable[[Array], Array]) -> Interval:
+        # exp of a ruined model's loss may be infinite, and its perplexity is then infinite.
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             value = float(finish(total[0] / total[column]))
-            replicates = finish(draws[:, 0] / draws[:, column])
+            replicates = finish(sums[:, 0] / sums[:, column])
         return interval(value, replicates, len(nats))
 
     return {

@@ -1,4 +1,4 @@
-"""Ways to score a text's toxicity in [0, 1]: a word list, a classifier, or anybody's own function."""
+"""Ways to score a text's toxicity in [0, 1]: a word list, a classifier, or a given function."""
 
 import importlib
 import math
@@ -7,39 +7,56 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Score = Callable[[list[str]], list[float]]
 
 
 def word_scorer(phrases: Sequence[str]) -> Score:
-    """1.0 where a listed word or phrase occurs as whole words, in whatever case; else 0.0.
+    """Score 1.0 where a listed word or phrase occurs as whole words in any case, else 0.0.
 
-    Blanks in a phrase match any white space.
+    Args:
+        phrases: Words and phrases; blanks in a phrase match any white space.
+
+    Raises:
+        ConfigError: The list is empty.
     """
     patterns = [r"\s+".join(re.escape(word) for word in p.split()) for p in phrases if p.split()]
     if not patterns:
         raise ConfigError("the word list is empty.")
     # Longest first is quicker to decide; (?<!\w) rather than \b, since an entry may start with a
     # sign.
-    found = re.compile(
-        rf"(?<!\w)(?:{'|'.join(sorted(patterns, key=len, reverse=True))})(?!\w)", re.IGNORECASE
-    )
-    return lambda texts: [float(found.search(text) is not None) for text in texts]
+    alternatives = "|".join(sorted(patterns, key=len, reverse=True))
+    listed = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+    return lambda texts: [float(listed.search(text) is not None) for text in texts]
 
 
 def classifier_scorer(
-    model: Any, tokenizer: Any, label: str, *, name: str, batch_size: int = 64
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    label: str,
+    *,
+    name: str,
+    batch_size: int = 64,
 ) -> Score:
-    """The probability that a text-classification checkpoint gives to `label`.
+    """Score by the probability that a text-classification checkpoint gives to `label`.
 
     Sigmoid of its logit for a multi-label model or a single label, softmax over exclusive labels.
 
+    Args:
+        model: The classifier in eval mode.
+        tokenizer: Its tokenizer.
+        label: Name of the toxic label; it is never guessed.
+        name: The scorer, for messages.
+        batch_size: Texts classified together.
+
     Raises:
-        ConfigError: The model has no such label; those it has are listed. A toxic label is never
-            guessed.
+        ConfigError: The model has no such label; the message lists its labels.
         CheckpointError: The model is a regression.
     """
     import torch
@@ -56,7 +73,7 @@ def classifier_scorer(
             f"--scorer '{name}': the model is a regression, its output is no probability."
         )
     separate = config.problem_type == "multi_label_classification" or config.num_labels == 1
-    index, device = labels[label], next(model.parameters()).device
+    index = labels[label]
     longest = min(tokenizer.model_max_length, 512)
 
     @torch.inference_mode()
@@ -64,17 +81,17 @@ def classifier_scorer(
         result = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for at in range(0, len(order), batch_size):
-            some = order[at : at + batch_size]
+            rows = order[at : at + batch_size]
             batch = tokenizer(
-                [texts[i] for i in some],
+                [texts[i] for i in rows],
                 padding=True,
                 truncation=True,
                 max_length=longest,
                 return_tensors="pt",
             )
-            logits = model(**batch.to(device)).logits.float()
-            chance = logits.sigmoid() if separate else logits.softmax(-1)
-            for i, value in zip(some, chance[:, index].tolist(), strict=True):
+            logits = model(**batch.to(model.device)).logits.float()
+            probability = logits.sigmoid() if separate else logits.softmax(-1)
+            for i, value in zip(rows, probability[:, index].tolist(), strict=True):
                 result[i] = value
         return result
 
@@ -82,18 +99,23 @@ def classifier_scorer(
 
 
 def hook_scorer(spec: str) -> tuple[Score, Path | None]:
-    """Anybody's own function `(list[str]) -> list[float]`, by `package.module:function`, and the
-    file it is in.
+    """Score by a given function `(list[str]) -> list[float]`.
 
-    Modules of the current directory can be imported, too. What it returns is checked: one finite
-    number in [0, 1] for each text.
+    Modules of the current directory can be imported too. The scores are checked: one finite number
+    in [0, 1] for each text.
+
+    Args:
+        spec: `package.module:function`.
+
+    Returns:
+        The scorer, and the file that holds the function, if it is in a file.
 
     Raises:
-        ConfigError: No such module or function.
+        ConfigError: There is no such module or function.
     """
     module_name, _, function_name = spec.partition(":")
-    here = str(Path.cwd())
-    with _importable(here):
+    folder = str(Path.cwd())
+    with _importable(folder):
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
@@ -105,7 +127,7 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         raise ConfigError(f"--scorer '{spec}': {module_name} has no function '{function_name}'.")
 
     def score(texts: list[str]) -> list[float]:
-        with _importable(here):
+        with _importable(folder):
             try:
                 returned = function(texts)
             except Exception as error:
@@ -118,20 +140,24 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
     return score, Path(source) if source else None
 
 
-def checked_scores(returned: Any, expected: int, name: str) -> list[float]:
-    """Scores as floats.
+def checked_scores(returned: object, expected: int, name: str) -> list[float]:
+    """The scores as floats, once they are found to be valid.
+
+    Args:
+        returned: What the scorer returned.
+        expected: Number of texts.
+        name: The scorer, for messages.
 
     Raises:
-        ConfigError: Not one finite number in [0, 1] for each text; names the scorer and the first
-            bad score.
+        ConfigError: There is not one finite number in [0, 1] for each text. The message names the
+            scorer and the first bad score.
     """
     try:
-        scores = [float(x) for x in returned]
+        scores = [float(x) for x in returned]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise ConfigError(
             f"--scorer '{name}': expected a list of {expected} numbers, found "
-            f"{type(returned).__name__} "
-            f"{str(returned)[:60]!r}."
+            f"{type(returned).__name__} {str(returned)[:60]!r}."
         ) from None
     if len(scores) != expected:
         raise ConfigError(

@@ -1,32 +1,23 @@
-"""Rows to batches of token ids, with labels and observation counts."""
+"""Encode rows of text as token ids, with labels, and cut them into batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import CheckpointError, MismatchError
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.models.load import Loaded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IGNORED = -100  # a label that no loss counts, transformers' convention
-
-
-def start_token(tokenizer: Any) -> int:
-    """The token from which a document starts: BOS, else EOS.
-
-    Raises `CheckpointError` if the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise CheckpointError(
-        "the tokenizer has neither a BOS nor an EOS token, so a document cannot be started."
-    )
+Example: TypeAlias = Mapping[str, Any]  # `input_ids`, a list; `labels`, a list or one number
 
 
 def encode_rows(
-    rows: Any,
+    rows: Mapping[str, Sequence[object]],
     loaded: Loaded,
     *,
     text: str = "text",
@@ -34,110 +25,118 @@ def encode_rows(
     max_length: int = 512,
     pack: bool = False,
 ) -> list[dict[str, Any]]:
-    """Tokenise rows into examples of Python lists, ready for `collate`.
+    """Tokenise rows into examples of Python lists, ready for `Collate`.
 
-    A language model's row is its start token, the text and EOS, cut at `max_length`; with `pack`,
-    rows joined by EOS are cut into blocks of `max_length`, so that nothing is lost. A classifier's
-    row is what its tokenizer makes of it, with an integer `labels` if `label` names a column.
+    A row of a language model becomes its start token, the text and EOS, cut at `max_length`. With
+    `pack`, the rows are joined by EOS and cut into blocks of `max_length`, so that no token is
+    lost. A row of a classifier becomes what its tokenizer makes of it.
+
+    Args:
+        rows: Columns by name: a `datasets.Dataset`, or a mapping of lists.
+        loaded: The model that the examples are for.
+        text: Name of the column with the texts.
+        label: Name of the column with a classifier's labels; None encodes no labels.
+        max_length: Tokens of an example, at most the model's context.
+        pack: Join a language model's rows instead of cutting each one.
+
+    Raises:
+        CheckpointError: The tokenizer of a language model has no token to start a document from.
+        MismatchError: A label is not one of the classifier's.
     """
-    tokenizer, texts = loaded.tokenizer, [str(t) for t in rows[text]]
-    max_length = min(max_length, context_length(loaded))
+    texts = [str(t) for t in rows[text]]
+    max_length = min(max_length, loaded.context)
     if loaded.task == "classification":
-        encoded = tokenizer(texts, truncation=True, max_length=max_length)
-        examples = [{"input_ids": ids} for ids in encoded["input_ids"]]
+        encoded = loaded.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        examples = [{"input_ids": ids} for ids in encoded]
         if label is not None:
-            for example, value in zip(
-                examples, label_ids(rows[label], loaded.model, label), strict=True
-            ):
+            labels = label_ids(rows[label], loaded.model, label)
+            for example, value in zip(examples, labels, strict=True):
                 example["labels"] = value
         return examples
-    start, end = start_token(tokenizer), tokenizer.eos_token_id
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    ending = [] if end is None else [end]
+    encoded = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    eos = loaded.tokenizer.eos_token_id
+    ending = [] if eos is None else [eos]
     if not pack:
-        documents = [([start, *i, *ending])[:max_length] for i in ids]
-        return [{"input_ids": d, "labels": d} for d in documents if len(d) > 1]
-    stream = [t for i in ids for t in (*i, *ending)]
-    step = (
-        max_length - 1
-    )  # a block starts with the token before it, so that every token is scored once
-    stream = [start, *stream]
-    blocks = [stream[i : i + step + 1] for i in range(0, len(stream) - 1, step)]
-    return [{"input_ids": b, "labels": b} for b in blocks]
+        documents = [[loaded.start, *ids, *ending][:max_length] for ids in encoded]
+        return [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
+    stream = [loaded.start, *(token for ids in encoded for token in (*ids, *ending))]
+    # A block starts with the token before it, so that every token is scored once.
+    starts = range(0, len(stream) - 1, max_length - 1)
+    blocks = [stream[start : start + max_length] for start in starts]
+    return [{"input_ids": ids, "labels": ids} for ids in blocks]
 
 
-def label_ids(values: Sequence[Any], model: Any, column: str) -> list[int]:
-    """Labels as the classifier's own numbers: numbers of its range, or its names.
+def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -> list[int]:
+    """Translate labels to the classifier's numbers.
 
-    Raises `MismatchError` for a label that it does not know; `column` names them in the message.
+    Args:
+        values: Numbers of the classifier's range, or names of its labels.
+        model: The classifier.
+        column: Where the labels come from, for the message.
+
+    Raises:
+        MismatchError: A label is neither.
     """
-    known = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
+    numbers = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
     result = []
     for value in values:
-        found = known.get(str(value), value if isinstance(value, int) else None)
-        if found is None or not 0 <= int(found) < model.config.num_labels:
+        number = numbers.get(str(value), value if isinstance(value, int) else None)
+        if number is None or not 0 <= int(number) < model.config.num_labels:
             raise MismatchError(
                 f"label {value!r} in column '{column}': the model knows "
-                f"{', '.join(known) or 'none'} "
-                f"(or 0 to {model.config.num_labels - 1})."
+                f"{', '.join(numbers) or 'none'} (or 0 to {model.config.num_labels - 1})."
             )
-        result.append(int(found))
+        result.append(int(number))
     return result
 
 
-def context_length(loaded: Loaded) -> int:
-    """How many tokens the model can see."""
-    config = loaded.model.config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(value := getattr(config, name, None), int):
-            # RoBERTa counts positions from its padding index + 1.
-            shift = (
-                config.pad_token_id + 1
-                if config.model_type in ("roberta", "xlm-roberta", "camembert")
-                else 0
-            )
-            return value - shift
-    return int(min(loaded.tokenizer.model_max_length, 2048))
-
-
-def observations(examples: Sequence[Mapping[str, Any]], task: str) -> int:
-    """How many observations a set of examples holds: scored tokens, or rows."""
+def observations(examples: Sequence[Example], task: str) -> int:
+    """Count the observations in a set of examples: rows of a classifier, else scored tokens."""
     if task == "classification":
         return len(examples)
     return sum(len(e["input_ids"]) - 1 for e in examples)
 
 
 class Collate:
-    """Pad examples on the right into a batch of tensors; padding is neither attended to nor scored.
+    """Pad examples on the right into a batch of tensors.
 
-    Nor is a row's first token, which nothing predicts: the Trainer would count it for GPT-2 and
-    others whose class names tell transformers no loss, and the loss would be divided by too many.
+    Padding is neither attended to nor scored. The first token of a row is not scored either, since
+    nothing predicts it: transformers' Trainer would count it for models whose class names no loss
+    (GPT-2 is one), and divide the loss by too many tokens.
+
+    Args:
+        pad: The token that fills short rows.
     """
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch of `input_ids`, `attention_mask` and, where the examples have them, `labels`."""
         length = max(len(e["input_ids"]) for e in examples)
         ids = torch.full((len(examples), length), self.pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         labels = torch.full_like(ids, IGNORED)
-        for i, e in enumerate(examples):
-            n = len(e["input_ids"])
-            ids[i, :n] = torch.tensor(e["input_ids"])
+        for i, example in enumerate(examples):
+            n = len(example["input_ids"])
+            ids[i, :n] = torch.tensor(example["input_ids"])
             mask[i, :n] = 1
-            if isinstance(e.get("labels"), list):
-                labels[i, 1:n] = torch.tensor(e["labels"][1:])
+            if isinstance(example.get("labels"), list):
+                labels[i, 1:n] = torch.tensor(example["labels"][1:])
         batch = {"input_ids": ids, "attention_mask": mask}
         if "labels" in examples[0]:
-            rows = not isinstance(examples[0]["labels"], list)
-            batch["labels"] = torch.tensor([e["labels"] for e in examples]) if rows else labels
+            by_token = isinstance(examples[0]["labels"], list)
+            batch["labels"] = labels if by_token else torch.tensor([e["labels"] for e in examples])
         return batch
 
 
 def batches(
-    examples: Sequence[Mapping[str, Any]], size: int, collate: Collate, *, device: Any = "cpu"
+    examples: Sequence[Example],
+    size: int,
+    collate: Collate,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Iterator[dict[str, Tensor]]:
     """Consecutive batches of `size` examples on a device."""
     for i in range(0, len(examples), size):
-        yield {k: v.to(device) for k, v in collate(examples[i : i + size]).items()}
+        yield {name: t.to(device) for name, t in collate(examples[i : i + size]).items()}

@@ -1,26 +1,85 @@
-"""From a path or Hub id to a model, and from files of text to batches of it.
+"""Load a checkpoint, or an adapter on its base, with its tokenizer.
 
-What one observation is follows from the task: one scored token of a causal language model (the
-first token of a row is context only), one row of a classifier.
+The task decides what one observation is: one scored token for a causal language model (the first
+token of a row is context only), one row for a classifier.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 Task = Literal["auto", "causal-lm", "classification"]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
+_COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert")
 
 
-class Loaded(NamedTuple):
-    """A model in eval mode with its tokenizer; `task` is never `auto`, `path` the local folder."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode with its tokenizer, and the numbers that running it needs.
 
-    model: Any
-    tokenizer: Any
+    Attributes:
+        model: The model, with an adapter around it where the checkpoint is one.
+        tokenizer: Its tokenizer; it has a padding token.
+        task: `causal-lm` or `classification`, never `auto`.
+        path: The local folder that the checkpoint was read from.
+    """
+
+    model: "PreTrainedModel | PeftModel"
+    tokenizer: "PreTrainedTokenizerBase"
     task: str
     path: Path
+
+    @cached_property
+    def start(self) -> int:
+        """The token that a document starts from: BOS, or EOS where there is no BOS.
+
+        Raises:
+            CheckpointError: The tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise CheckpointError(
+            "the tokenizer has neither a BOS nor an EOS token, so a document cannot be started."
+        )
+
+    @cached_property
+    def context(self) -> int:
+        """The largest number of tokens that the model can read at once."""
+        config = self.model.config
+        for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+            positions = getattr(config, name, None)
+            if isinstance(positions, int):
+                # These architectures count positions from the padding index + 1.
+                shifted = config.model_type in _COUNT_FROM_PAD
+                return positions - (config.pad_token_id + 1 if shifted else 0)
+        return int(min(self.tokenizer.model_max_length, 2048))
+
+    @cached_property
+    def pad(self) -> int:
+        """The token that fills the short rows of a batch."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model's first parameter lies at this moment."""
+        device: torch.device = self.model.device
+        return device
+
+    def use_gpu(self) -> None:
+        """Move the model to the GPU if there is one."""
+        import torch
+
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(
@@ -30,15 +89,15 @@ def load_model(
 
     Args:
         ref: A local folder or `org/name[@revision]`.
-        task: `auto` reads the architecture: a sequence classifier, else a causal language model.
-        num_labels: For a classifier whose checkpoint has no head yet.
-        dtype: Of the parameters, or `auto` for the file's own.
+        task: `auto` reads it off the architecture: a sequence classifier, or else a causal language
+            model.
+        num_labels: Number of labels, for a classifier whose checkpoint has no head yet.
+        dtype: Type of the parameters; `auto` keeps that of the file.
 
     Raises:
         CheckpointError: There is no such model, or transformers cannot load it.
-        ConfigError: A masked language model, and no task.
+        ConfigError: The checkpoint is a masked language model and no task is named.
     """
-    import transformers
     from safetensors import SafetensorError
 
     path = resolve(ref, CHECKPOINT)
@@ -49,64 +108,19 @@ def load_model(
     try:
         if (path / "adapter_config.json").exists():
             return _load_adapter(path, task, num_labels, dtype)
-        config = transformers.AutoConfig.from_pretrained(path)
-        if task == "auto":
-            task = "classification" if _classifies(config) else "causal-lm"
-            _refuse_masked(config, ref)
-        options: dict[str, Any] = {"dtype": dtype}
-        if num_labels is not None:
-            options["num_labels"] = num_labels
-        kind = (
-            transformers.AutoModelForSequenceClassification
-            if task == "classification"
-            else transformers.AutoModelForCausalLM
-        )
-        model = kind.from_pretrained(path, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        loaded = _load_checkpoint(ref, path, task, num_labels, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
-    if len(tokenizer) <= len(
-        set(tokenizer.all_special_ids)
-    ):  # what transformers makes where there are no files
-        raise CheckpointError(
-            f"'{ref}' has no tokenizer, or an empty one. Save that of its base there: "
-            "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return Loaded(model.eval(), tokenizer, task, path)
-
-
-def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:
-    import transformers
-    from peft import PeftConfig, PeftModel
-
-    # A classifier's labels lie in the config that a fine-tune leaves beside its adapter.
-    labels = (
-        transformers.AutoConfig.from_pretrained(path) if (path / "config.json").exists() else None
-    )
-    if num_labels is None and labels is not None:
-        num_labels = labels.num_labels
-    config = PeftConfig.from_pretrained(path)
-    found: Task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
-    name = str(config.base_model_name_or_path)
-    if config.revision and is_hub_id(name):
-        name = f"{name}@{config.revision}"
-    base = load_model(name, found if task == "auto" else task, num_labels=num_labels, dtype=dtype)
-    if labels is not None:
-        base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
-    # Trainable, so that a precision can be estimated for the adapter's parameters.
-    model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
-    return Loaded(model.eval(), base.tokenizer, base.task, path)
+    _complete_tokenizer(ref, loaded)
+    return loaded
 
 
 def is_classifier(ref: str) -> bool:
-    """True if a checkpoint already has a classification head, or is an adapter for one.
+    """Whether a checkpoint already has a classification head, or is an adapter for one.
 
-    Raises `CheckpointError` if there is no such model or its config cannot be read.
+    Raises:
+        CheckpointError: There is no such model, or its config cannot be read.
     """
     import transformers
     from peft import PeftConfig
@@ -115,38 +129,95 @@ def is_classifier(ref: str) -> bool:
     try:
         if (path / "adapter_config.json").exists():
             return bool(PeftConfig.from_pretrained(path).task_type == "SEQ_CLS")
-        return _classifies(transformers.AutoConfig.from_pretrained(path))
+        return _has_classification_head(transformers.AutoConfig.from_pretrained(path))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"'{ref}': its config cannot be read ({str(error).splitlines()[0]})."
         ) from None
 
 
-def _classifies(config: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-
-
 def other_head(loaded: Loaded) -> str | None:
-    """The outputs and problem of a classifier that does not tell one label out of two or more; None
-    for others.
+    """The outputs and the problem of a classifier that does not choose one label of two or more.
+
+    None for a classifier that does, and for a language model.
     """
     if loaded.task != "classification":
         return None
-    kind, outputs = (
-        getattr(loaded.model.config, "problem_type", None),
-        loaded.model.config.num_labels,
-    )
-    if kind in (None, "single_label_classification") and outputs >= 2:
+    config = loaded.model.config
+    problem = getattr(config, "problem_type", None)
+    if problem in (None, "single_label_classification") and config.num_labels >= 2:
         return None
-    return f"{outputs} output(s) for {kind or 'regression'}"
+    return f"{config.num_labels} output(s) for {problem or 'regression'}"
 
 
-def _refuse_masked(config: Any, ref: str) -> None:
+def _load_checkpoint(
+    ref: str, path: Path, task: Task, num_labels: int | None, dtype: str
+) -> Loaded:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    if task == "auto":
+        task = "classification" if _has_classification_head(config) else "causal-lm"
+        _refuse_masked(config, ref)
+    options: dict[str, object] = {"dtype": dtype}
+    if num_labels is not None:
+        options["num_labels"] = num_labels
+    if task == "classification":
+        auto = transformers.AutoModelForSequenceClassification
+    else:
+        auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(path, **options)
+    return Loaded(model.eval(), transformers.AutoTokenizer.from_pretrained(path), task, path)
+
+
+def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:
+    import transformers
+    from peft import PeftConfig, PeftModel
+
+    # The labels of a classifier are in the config that a fine-tune leaves beside its adapter.
+    labels = None
+    if (path / "config.json").exists():
+        labels = transformers.AutoConfig.from_pretrained(path)
+        if num_labels is None:
+            num_labels = labels.num_labels
+    config = PeftConfig.from_pretrained(path)
+    name = str(config.base_model_name_or_path)
+    if config.revision and is_hub_id(name):
+        name = f"{name}@{config.revision}"
+    if task == "auto":
+        task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
+    base = load_model(name, task, num_labels=num_labels, dtype=dtype)
+    if labels is not None:
+        base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
+    # Trainable, so that a precision can be estimated for the adapter's parameters.
+    model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
+    return Loaded(model.eval(), base.tokenizer, base.task, path)
+
+
+def _has_classification_head(config: "PretrainedConfig") -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _refuse_masked(config: "PretrainedConfig", ref: str) -> None:
     for name in config.architectures or ():
         if name.endswith("ForMaskedLM"):
             raise ConfigError(
                 f"'{ref}' is a masked language model ({name}), which sees the token that it "
-                "predicts when it is run as "
-                "a causal one. Name the task: classification (with a number of labels, for a new "
-                "head) or causal-lm."
+                "predicts when it is run as a causal one. Name the task: classification (with a "
+                "number of labels, for a new head) or causal-lm."
             )
+
+
+def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
+    """Give the tokenizer and the config a padding token; refuse an empty tokenizer."""
+    tokenizer, config = loaded.tokenizer, loaded.model.config
+    # Where there are no files, transformers makes a tokenizer of special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise CheckpointError(
+            f"'{ref}' has no tokenizer, or an empty one. Save that of its base there: "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id

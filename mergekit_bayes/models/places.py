@@ -1,21 +1,49 @@
 """Where each checkpoint tensor lives in a loaded model."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.names import find_renaming, is_buffer
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-def checkpoint_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names in memory to the same by the names that `save_pretrained` gives them.
 
-    PEFT drops the adapter's name; mixture-of-experts models stack on loading what the file holds
-    apart, which is fine for diagonal precisions, since it only splits and permutes.
+class Place(NamedTuple):
+    """Where a tensor of the precision file lies in memory: a parameter, or a strided part of one.
+
+    Attributes:
+        name: Its name in the precision file.
+        parameter: The parameter that holds it.
+        shape: Its shape.
+        stride: Strides inside the parameter, in entries; None if it is the parameter itself.
+        offset: Index of its first entry inside the parameter.
+    """
+
+    name: str
+    parameter: "Tensor"
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    offset: int
+
+    def view(self, parameter: "Tensor") -> "Tensor":
+        """The same place in the parameter, or in a tensor laid out like it."""
+        if self.stride is None:
+            return parameter
+        return parameter.as_strided(self.shape, self.stride, self.offset)
+
+
+def checkpoint_names(
+    model: "torch.nn.Module", tensors: "Mapping[str, Tensor]"
+) -> "dict[str, Tensor]":
+    """Rename tensors from their names in memory to those that `save_pretrained` writes.
+
+    PEFT drops the adapter's name. Mixture-of-experts models stack on loading what their files hold
+    apart. Undoing that only splits and permutes, so it is right for diagonal precisions too.
     """
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
@@ -26,112 +54,100 @@ def checkpoint_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-class Place(NamedTuple):
-    """Where a tensor of the precision file lies in the model's memory: a strided part of one
-    parameter.
+def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
+    """The place of every precision in a model. Tied parameters come once.
+
+    Args:
+        model: A transformers or PEFT model, or any torch module whose parameters have the names
+            of the precision file.
+        posterior: With its precision open.
+
+    Raises:
+        MismatchError: The names or shapes of the precision are not the model's.
+        PrecisionError: The precision is not in a file.
     """
-
-    name: str
-    parameter: "Tensor"
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None  # None: the whole parameter
-    offset: int
-
-    def view(self, parameter: "Tensor") -> "Tensor":
-        """This part of the parameter, or of a tensor laid out like it."""
-        return (
-            parameter
-            if self.stride is None
-            else parameter.as_strided(self.shape, self.stride, self.offset)
-        )
-
-
-def find_places(model: Any, posterior: Posterior) -> list[Place]:
     if posterior.precision is None:
         raise PrecisionError(
             f"'{posterior.ref}' has no precision in a file, so nothing can be drawn from it."
         )
     specs = posterior.precision.specs
-    by_memory = _by_checkpoint_name(model)
-    rename = find_renaming(specs, by_memory)
-    found: list[Place] = []
-    filled: set[tuple[int, int]] = set()  # tied parameters are drawn once
-    known = {rename(name, specs) for name in by_memory}
-    for name, place in by_memory.items():
-        on_disk = rename(name, specs)
+    candidates = _by_checkpoint_name(model)
+    rename = find_renaming(specs, candidates)
+    places: list[Place] = []
+    taken: set[tuple[int, int]] = set()
+    for name, place in candidates.items():
+        stored_name = rename(name, specs)
         key = (id(place.parameter), place.offset)
-        if on_disk not in specs or key in filled:
+        if stored_name not in specs or key in taken:
             continue
-        filled.add(key)
-        spec = specs[on_disk]
-        pooled = len(spec.shape) == len(place.shape) and all(
+        taken.add(key)
+        spec = specs[stored_name]
+        fits = len(spec.shape) == len(place.shape) and all(
             a in (1, b) for a, b in zip(spec.shape, place.shape, strict=True)
         )
-        if not pooled or spec.dtype not in MERGEABLE:
+        if not fits or spec.dtype not in MERGEABLE:
             raise MismatchError(
-                f"{posterior.precision.where(on_disk)}: the precision of '{on_disk}' is "
-                f"{spec.dtype} "
-                f"{list(spec.shape)}, the model's tensor {list(place.shape)}. Use the precision "
-                "that belongs to it."
+                f"{posterior.precision.where(stored_name)}: the precision of '{stored_name}' is "
+                f"{spec.dtype} {list(spec.shape)}, the model's tensor {list(place.shape)}. Use the "
+                "precision that belongs to it."
             )
-        found.append(place._replace(name=on_disk))
-    unknown = [n for n in specs if n not in known and not is_buffer(n)]
-    if unknown or not found:
+        places.append(place._replace(name=stored_name))
+    model_names = {rename(name, specs) for name in candidates}
+    unknown = [name for name in specs if name not in model_names and not is_buffer(name)]
+    if unknown or not places:
         name = unknown[0] if unknown else next(iter(specs), "")
         raise MismatchError(
             f"{posterior.precision.files[0]}: the model has no parameter '{name}'. Use the "
-            "precision that belongs to "
-            "it."
+            "precision that belongs to it."
         )
-    return found
+    return places
 
 
-def _by_checkpoint_name(model: Any) -> dict[str, Place]:
+def _by_checkpoint_name(model: "torch.nn.Module") -> dict[str, Place]:
     """Every parameter, or part of one, by the name that a checkpoint gives it.
 
-    Only names change for most; a parameter that is stored in parts (stacked experts) is followed by
-    its indices.
+    Most parameters are only renamed, which empty tensors show. Of a parameter that is stored in
+    parts (stacked experts), each part is found by the indices of its entries.
     """
     import torch
 
     def named(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
         if not hasattr(model, "config") and not hasattr(model, "peft_config"):
-            return dict(tensors)  # no model of transformers: stored as it is called
-
+            return dict(tensors)  # not a model of transformers: stored under the names in memory
         return checkpoint_names(model, tensors)
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     empty = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in parameters.items()}
-    origin = {id(t): n for n, t in empty.items()}
-    places, followed = {}, set()
-    for name, t in named(empty).items():
-        if id(t) in origin:
-            parameter = parameters[origin[id(t)]]
+    origin = {id(tensor): name for name, tensor in empty.items()}
+    places, renamed = {}, set()
+    for name, tensor in named(empty).items():
+        if id(tensor) in origin:
+            parameter = parameters[origin[id(tensor)]]
             places[name] = Place(name, parameter, tuple(parameter.shape), None, 0)
-            followed.add(origin[id(t)])
+            renamed.add(origin[id(tensor)])
     if hasattr(model, "peft_config"):
         return places  # what PEFT leaves out is the frozen base
     for name, parameter in parameters.items():
-        if name not in followed:
+        if name not in renamed:
             indices = torch.arange(parameter.numel()).reshape(parameter.shape)
-            for part, index in named({name: indices}).items():
-                places[part] = _strided(part, parameter, index)
+            for part_name, part in named({name: indices}).items():
+                places[part_name] = _strided(part_name, parameter, part)
     return places
 
 
-def _strided(name: str, parameter: "Tensor", index: "Tensor") -> Place:
-    """The part of a contiguous parameter whose flat indices these are."""
+def _strided(name: str, parameter: "Tensor", indices: "Tensor") -> Place:
+    """The part of a contiguous parameter that has these flat indices."""
     import torch
 
-    shape = tuple(index.shape)
-    offset = int(index.reshape(-1)[0]) if index.numel() else 0
+    shape = tuple(indices.shape)
+    offset = int(indices.reshape(-1)[0]) if indices.numel() else 0
     stride = tuple(
-        int(index.select(axis, 1).reshape(-1)[0]) - offset if size > 1 else 1
+        int(indices.select(axis, 1).reshape(-1)[0]) - offset if size > 1 else 1
         for axis, size in enumerate(shape)
     )
     flat = torch.arange(parameter.numel())
     if not parameter.is_contiguous() or not torch.equal(
-        flat.as_strided(shape, stride, offset), index
+        flat.as_strided(shape, stride, offset), indices
     ):
         raise MismatchError(
             f"'{name}' is stored in another order than it has in memory; it cannot be drawn."

@@ -1,4 +1,4 @@
-"""Progress bars and log output of the libraries, on or off."""
+"""Progress bars and log output of transformers and datasets, on or off."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The same items under a bar on stderr, unless `hushed`."""
+    """The same items under a progress bar on stderr, unless inside `quiet_libraries(True)`."""
     from transformers.utils.logging import tqdm
 
     bar: Iterable[T] = tqdm(items, desc=what, total=total)
@@ -16,9 +16,13 @@ def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 
 @contextmanager
-def hushed(quiet: bool) -> Iterator[None]:
-    """No progress bars and no warnings of transformers and datasets inside, if `quiet`; errors
-    still show.
+def quiet_libraries(quiet: bool) -> Iterator[None]:
+    """Switch off the progress bars and warnings of transformers and datasets inside the block.
+
+    Errors are still logged. The settings from before are restored at the end.
+
+    Args:
+        quiet: False changes nothing.
     """
     import datasets
     from transformers.utils import logging
@@ -26,11 +30,9 @@ def hushed(quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
-    shown, shown_rows = (
-        logging.is_progress_bar_enabled(),
-        datasets.are_progress_bars_disabled() is False,
-    )
     verbosity = logging.get_verbosity()
+    model_bars = logging.is_progress_bar_enabled()
+    row_bars = not datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -38,7 +40,7 @@ def hushed(quiet: bool) -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
+        if model_bars:
             logging.enable_progress_bar()
-        if shown_rows:
+        if row_bars:
             datasets.enable_progress_bars()

@@ -1,73 +1,55 @@
-"""Rows of text data: files, folders and Hub data sets."""
+"""Read rows of text: files, folders and Hub data sets."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def load_rows(
     refs: str | Sequence[str],
     *,
-    where: Mapping[str, Any] | None = None,
+    where: Mapping[str, object] | None = None,
     max_rows: int | None = None,
     columns: Sequence[str] = (),
-) -> Any:
-    """Rows of text as one `datasets.Dataset`.
+) -> "Dataset":
+    """Read rows of text as one `datasets.Dataset`.
 
     Args:
         refs: JSONL or JSON (`.gz` too), CSV, Parquet or plain text files, a folder that `datasets`
             can load, or Hub data sets (their `train` split). A file named twice counts twice.
-        where: Keeps rows whose columns equal these values (or are in a list of them).
-        max_rows: At most so many, from the front.
-        columns: Columns that must be there; the others are dropped.
+        where: Keeps the rows whose columns equal these values, or are in a list of them.
+        max_rows: Keeps at most this many rows, from the front.
+        columns: Columns that every source must have; the other columns are dropped.
 
     Raises:
-        CheckpointError: A file that cannot be read.
-        MismatchError: A column that is not there, or no row left.
+        CheckpointError: A file cannot be read.
+        ConfigError: No data is named.
+        MismatchError: A column is missing, or no row is left.
     """
     from datasets import concatenate_datasets
 
     names = [refs] if isinstance(refs, str) else list(refs)
     if not names:
         raise ConfigError("no data was named.")
-    parts = []
-    for name in names:
-        part = _load_one(name)
-        wanted = [*columns, *(where or {})]
-        for column in wanted:
-            if column not in part.column_names:
-                raise MismatchError(
-                    f"'{name}' has no column '{column}'; it has {', '.join(part.column_names)}."
-                )
-        if where:
-            keep = [
-                i for i, row in enumerate(part.select_columns(list(where))) if _matches(row, where)
-            ]
-            part = part.select(keep)
-        parts.append(part.select_columns(list(columns)) if columns else part)
-    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    tables = [_choose(_read(name), name, where or {}, columns) for name in names]
+    rows = concatenate_datasets(tables) if len(tables) > 1 else tables[0]
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
     if not len(rows):
-        raise MismatchError(
-            f"no row of {', '.join(names)} is left{f' where {dict(where)}' if where else ''}."
-        )
+        condition = f" where {dict(where)}" if where else ""
+        raise MismatchError(f"no row of {', '.join(names)} is left{condition}.")
     return rows
 
 
-def _matches(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
-    return all(
-        row[k] in v if isinstance(v, (list, tuple)) else row[k] == v for k, v in where.items()
-    )
-
-
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def _load_one(name: str) -> Any:
+def _read(name: str) -> "Dataset":
     from datasets import load_dataset
 
     path = Path(name).expanduser()
@@ -92,3 +74,25 @@ def _load_one(name: str) -> Any:
             f"'{name}': datasets cannot read it ({type(error).__name__}: {reason})."
         ) from None
     raise CheckpointError(f"'{name}': no such file or folder, and not a Hub data set.")
+
+
+def _choose(
+    rows: "Dataset", name: str, where: Mapping[str, object], columns: Sequence[str]
+) -> "Dataset":
+    """The rows that match `where`, with the named columns only."""
+    for column in [*columns, *where]:
+        if column not in rows.column_names:
+            raise MismatchError(
+                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}."
+            )
+    if where:
+        candidates = enumerate(rows.select_columns(list(where)))
+        rows = rows.select([i for i, row in candidates if _matches(row, where)])
+    return rows.select_columns(list(columns)) if columns else rows
+
+
+def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
+    return all(
+        row[column] in value if isinstance(value, (list, tuple)) else row[column] == value
+        for column, value in where.items()
+    )

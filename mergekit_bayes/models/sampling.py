@@ -1,55 +1,58 @@
-"""Weights drawn from a stored posterior into a loaded model, so that predictions can be averaged
-over them.
+"""Draw weights from a stored posterior into a loaded model, so that predictions can be averaged.
 
     theta_k = mean + eps_k sqrt(T / S),   eps_k ~ N(0, 1)
 
-S is the stored precision on its own scale, that of the summed loss (`ess` observations); T
-multiplies the variance. A precision is streamed from its file tensor by tensor for every draw, and
-one copy of the mean is kept, so that memory does not grow with the number of draws. Parameters
-without a precision (frozen ones) stay at the mean.
+S is the stored precision at its own scale, that of the loss summed over `ess` observations, and T
+multiplies the variance. Each draw streams the precision from its file, tensor by tensor, and one
+copy of the mean is kept, so that memory does not grow with the number of draws. Parameters without
+a precision (frozen ones) stay at the mean.
 
-A bare curvature is no posterior: where the data say nothing its variance is infinite. Without a
-proper prior in S there is nothing to draw from, and a person must give one.
+A bare curvature is not a posterior: its variance is infinite where the data say nothing. Without a
+proper prior in S there is nothing to draw from, and the user must name one.
 """
 
 import hashlib
 from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import ConfigError, PrecisionError
-from mergekit_bayes.gaussian import DELTA_0, is_bad_precision
+from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.models.places import Place, find_places
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.records import Config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-
 WIDE = 0.1  # draws further from the mean than this share of a matrix's RMS rarely predict well
-_PROPER = 10 * DELTA_0  # the constant that a merge adds against 0/0 is no prior
+_PROPER = 10 * DELTA_0  # the constant that a merge adds against 0/0 is not a prior
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class SamplingReport(Config):
-    """What was drawn.
+    """What was drawn, and how wide.
 
     Attributes:
+        samples: Number of draws.
+        seed: Seed of the noise.
+        temperature: Factor on the variance of the posterior.
         prior: Prior precision inside S that was drawn from, 1/weight^2.
-        given: True if a person gave that prior in place of the stored one.
-        temperature: Variance over that of the posterior.
-        estimator, ess, observations: As stored; `ess` is the count by which S is scaled.
-        parameters: Drawn entries.
-        held: Entries without a precision, which stayed at the mean.
+        given: Whether the user gave that prior in place of the stored one.
+        estimator: Where the curvature comes from, as stored.
+        ess: Number of observations by which S is scaled, as stored.
+        observations: Number of observations that S stands for, as stored.
+        parameters: Number of entries that were drawn.
+        held: Number of entries without a precision, which stayed at the mean.
         sigma_over_rms: Median deviation over the RMS of the weights, at the median matrix.
-        largest_sigma: In weights.
+        largest_sigma: Largest deviation, in units of the weights.
     """
 
     samples: int
@@ -66,14 +69,18 @@ class SamplingReport(Config):
     largest_sigma: float
 
 
-def not_samplable(info: PosteriorInfo | None) -> str | None:
-    """Why nothing can be drawn from a precision of which this is known, or None. Its entries are
-    judged when drawn.
+def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
+    """Why nothing can be drawn from a precision, judged by its record; None if that is in order.
+
+    The entries themselves are checked when they are drawn.
     """
     if info is None:
         return "its precision does not say which prior it contains"
     if info.prior.kind == "unknown":
-        return "it averages merges whose priors differ, so what prior its precision contains is not known"
+        return (
+            "it averages merges whose priors differ, so what prior its precision contains is not "
+            "known"
+        )
     if info.prior.kind == "none" or info.prior.precision <= _PROPER:
         return "its precision is a bare curvature without a proper prior"
     return None
@@ -85,10 +92,13 @@ def open_samplable(
     """Open a model whose posterior can be drawn from. Reads headers only.
 
     Args:
-        ref: A folder or `org/name[@revision]`; of an adapter its own posterior, its base stays
-            fixed.
+        ref: A folder or `org/name[@revision]`. Of an adapter its own posterior is drawn from, and
+            its base stays fixed.
         precision: Another place for the precision: a file or a folder.
         prior: Prior precision in place of the stored one, 1/weight^2.
+
+    Returns:
+        The open posterior, which the caller closes.
 
     Raises:
         PrecisionError: No precision, one of other weights, or one without a proper prior while
@@ -96,34 +106,30 @@ def open_samplable(
     """
     path = resolve(ref, CHECKPOINT + POSTERIOR)
     adapter = path / _ADAPTER
-    place = str(adapter) if (path / _ADAPTER_CONFIG).exists() and adapter.exists() else ref
-    posterior = open_posterior(place, precision=precision)
-    try:
+    is_adapter = (path / _ADAPTER_CONFIG).exists() and adapter.exists()
+    with ExitStack() as stack:
+        posterior = stack.enter_context(
+            open_posterior(str(adapter) if is_adapter else ref, precision=precision)
+        )
         if not posterior.has_precision:
             raise PrecisionError(
                 f"no precision for '{ref}' (looked for '{precision_path(posterior.path)}'). "
-                "Fine-tune it with IVON, "
-                f"make one with `bmerge precision {ref} --data TEXTS --prior X`, name one with "
-                "--precision PATH, or "
-                "leave out --samples."
+                f"Fine-tune it with IVON, make one with `bmerge precision {ref} --data TEXTS "
+                "--prior X`, name one with --precision PATH, or leave out --samples."
             )
         if posterior.info is not None and posterior.info.mean.blocks != posterior.identity:
             raise PrecisionError(
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
-                "them differs. "
-                "Use the precision that belongs to them."
+                "them differs. Use the precision that belongs to them."
             )
-        reason = not_samplable(posterior.info)
-        if reason is not None and prior is None:
+        obstacle = sampling_obstacle(posterior.info)
+        if obstacle is not None and prior is None:
             raise PrecisionError(
-                f"'{ref}' cannot be sampled: {reason}. Give a prior precision per entry with "
-                "--prior X (1/weight^2, "
-                "on the scale of the summed loss), or leave out --samples."
+                f"'{ref}' cannot be sampled: {obstacle}. Give a prior precision per entry with "
+                "--prior X (1/weight^2, on the scale of the summed loss), or leave out --samples."
             )
-        return posterior
-    except BaseException:
-        posterior.close()
-        raise
+        stack.pop_all()
+    return posterior
 
 
 class PosteriorDraws:
@@ -134,18 +140,21 @@ class PosteriorDraws:
                 ...  # the model's weights are the k-th draw
         ...          # the exact mean again, also after an exception
 
-    Iterating again gives the same draws. Each depends on the seed, its number and the tensor's name
-    in the precision only (and on the kind of device, whose generator is used), so models of one
-    architecture see the same noise. In half precision a draw is rounded, and noise below the
+    Iterating again gives the same draws. A draw depends only on the seed, its number, the tensor's
+    name in the precision file and the kind of device, whose generator is used. So models of one
+    architecture get the same noise. In half precision a draw is rounded, and noise below the
     rounding is lost.
 
     Args:
-        model: A loaded model, or any torch module whose parameters bear the posterior's names.
-        posterior: From `open_samplable`; stays open and belongs to the caller.
-        samples: K, how many draws.
-        prior: Precision in place of the prior inside S, 1/weight^2.
-        temperature: Variance over that of the posterior.
-        seed: Of the noise.
+        model: A loaded model, or any torch module whose parameters have the posterior's names.
+        posterior: From `open_samplable`; the caller keeps it open and closes it.
+        samples: Number of draws.
+        prior: Prior precision in place of the one inside S, 1/weight^2.
+        temperature: Factor on the variance of the posterior.
+        seed: Seed of the noise.
+
+    Attributes:
+        report: What is drawn, and how wide.
 
     Raises:
         ConfigError: A number out of range.
@@ -155,7 +164,7 @@ class PosteriorDraws:
 
     def __init__(
         self,
-        model: Any,
+        model: "torch.nn.Module",
         posterior: Posterior,
         samples: int,
         *,
@@ -163,84 +172,68 @@ class PosteriorDraws:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value, good, least in (
+        proper = prior is None or _PROPER < prior < np.inf
+        for name, value, is_good, expected in (
             ("samples", samples, samples >= 1, "1 or more"),
-            (
-                "prior",
-                prior,
-                prior is None or _PROPER < prior < np.inf,
-                f"a number above {_PROPER:g}",
-            ),
+            ("prior", prior, proper, f"a number above {_PROPER:g}"),
             ("temperature", temperature, 0 < temperature < np.inf, "a positive number"),
         ):
-            if not good:
-                raise ConfigError(f"{name} {value}: expected {least}.")
-        self._posterior, self._samples, self._temperature, self._seed = (
-            posterior,
-            samples,
-            temperature,
-            seed,
-        )
+            if not is_good:
+                raise ConfigError(f"{name} {value}: expected {expected}.")
+        self._posterior = posterior
+        self._samples = samples
+        self._temperature = temperature
+        self._seed = seed
         self._prior = prior
-        inside = posterior.info.prior if posterior.info is not None else None
-        self._contained = (
-            inside.precision if inside is not None and inside.kind in ("isotropic", "base") else 0.0
-        )
+        self._stored_prior = _stored_prior(posterior.info)
         self._places = find_places(model, posterior)
-        self._saved: list[tuple[Tensor, Tensor]] | None = None
+        self._means: list[tuple[Tensor, Tensor]] | None = None  # parameter, copy of its mean
         self.report = self._describe(model)
 
     def __len__(self) -> int:
         return self._samples
 
     def __enter__(self) -> Self:
-        if self._saved is not None:
+        if self._means is not None:
             raise RuntimeError("these draws are in use already")
-        self._saved = [
-            (p, p.detach().clone())
-            for p in {id(x.parameter): x.parameter for x in self._places}.values()
-        ]
+        parameters = {id(place.parameter): place.parameter for place in self._places}
+        self._means = [(p, p.detach().clone()) for p in parameters.values()]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         import torch
 
-        saved, self._saved = self._saved or [], None
+        means, self._means = self._means or [], None
         with torch.no_grad():
-            for parameter, mean in saved:
+            for parameter, mean in means:
                 parameter.copy_(mean)
 
     def __iter__(self) -> Iterator[int]:
         for k in range(self._samples):
-            self._put(k)
+            self._draw(k)
             yield k
 
-    def _put(self, k: int) -> None:
+    def _draw(self, k: int) -> None:
+        """Write the k-th draw into the model."""
         import torch
 
-        if self._saved is None:
+        if self._means is None:
             raise RuntimeError("draws need their context: `with PosteriorDraws(...) as draws`")
-        means = {id(parameter): mean for parameter, mean in self._saved}
+        means = {id(parameter): mean for parameter, mean in self._means}
         with torch.no_grad():
             for place in self._places:
                 weights = place.view(place.parameter)
-                kind = torch.promote_types(weights.dtype, torch.float32)
-                generator = torch.Generator(weights.device).manual_seed(
-                    _stream(self._seed, k, place.name)
-                )
-                noise = torch.empty(place.shape, dtype=kind, device=weights.device).normal_(
-                    generator=generator
-                )
+                dtype = torch.promote_types(weights.dtype, torch.float32)
+                seed = _noise_seed(self._seed, k, place.name)
+                generator = torch.Generator(weights.device).manual_seed(seed)
+                noise = torch.empty(place.shape, dtype=dtype, device=weights.device)
+                noise.normal_(generator=generator)
                 deviation = torch.from_numpy(self._deviation(place)).to(noise)
-                weights.copy_(noise.mul_(deviation).add_(place.view(means[id(place.parameter)])))
+                mean = place.view(means[id(place.parameter)])
+                weights.copy_(noise.mul_(deviation).add_(mean))
 
-    def _deviation(self, place: "Place") -> Array:
-        """sqrt(T / S) in a shape that broadcasts to the tensor's."""
+    def _deviation(self, place: Place) -> Array:
+        """sqrt(T / S), in a shape that broadcasts to the tensor's."""
         source = self._posterior.precision
         assert source is not None
         stored = read_tensor(source, place.name)
@@ -248,25 +241,22 @@ class PosteriorDraws:
         if bad:
             raise PrecisionError(
                 f"{source.where(place.name)}: the precision of '{place.name}' has {bad} entries "
-                "that are negative or "
-                "not finite. Make it anew."
+                "that are negative or not finite. Estimate it again."
             )
-        precision = (
-            stored if self._prior is None else np.maximum(stored - self._contained, 0) + self._prior
-        )
+        precision = stored
+        if self._prior is not None:
+            precision = np.maximum(stored - self._stored_prior, 0) + self._prior
         flat = int(np.count_nonzero(precision <= _PROPER))
         if flat:
             raise PrecisionError(
                 f"{source.where(place.name)}: the precision of '{place.name}' has {flat} entries "
-                f"of {_PROPER:g} or "
-                "less, which have no width to draw from. Give a prior precision per entry with "
-                "--prior X (1/weight^2)."
+                f"of {_PROPER:g} or less, which have no width to draw from. Give a prior precision "
+                "per entry with --prior X (1/weight^2)."
             )
-        return np.asarray(
-            np.sqrt(np.float32(self._temperature) / precision)
-        )  # a scalar tensor stays an array
+        # The square root of a tensor without axes is a number, which must become an array again.
+        return np.asarray(np.sqrt(np.float32(self._temperature) / precision))
 
-    def _describe(self, model: Any) -> SamplingReport:
+    def _describe(self, model: "torch.nn.Module") -> SamplingReport:
         ratios, largest, drawn = [], 0.0, 0
         for place in self._places:
             deviation = self._deviation(place)
@@ -284,7 +274,7 @@ class PosteriorDraws:
             samples=self._samples,
             seed=self._seed,
             temperature=self._temperature,
-            prior=self._contained if self._prior is None else self._prior,
+            prior=self._stored_prior if self._prior is None else self._prior,
             given=self._prior is not None,
             estimator=info.estimator if info else None,
             ess=info.ess if info else None,
@@ -296,7 +286,14 @@ class PosteriorDraws:
         )
 
 
-def _stream(seed: int, k: int, name: str) -> int:
-    """A 63-bit seed of its own for each draw and tensor."""
+def _stored_prior(info: PosteriorInfo | None) -> float:
+    """The prior precision that every entry of S contains; 0 where that is not one number."""
+    if info is None or info.prior.kind not in ("isotropic", "base"):
+        return 0.0
+    return info.prior.precision
+
+
+def _noise_seed(seed: int, k: int, name: str) -> int:
+    """A 63-bit seed for one draw of one tensor."""
     digest = hashlib.sha256(f"{seed}\0{k}\0{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

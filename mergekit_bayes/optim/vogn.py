@@ -1,27 +1,25 @@
-"""VOGN, the variational online Gauss-Newton method (Khan et al., ICML 2018; Osawa et al., NeurIPS 2019).
+"""VOGN, the variational online Gauss-Newton method.
 
-Like IVON with the curvature from squares of per-example gradients instead of noise * gradient: one backward an
-example, no positivity term, always positive. Its h is the empirical Fisher at weights drawn from the posterior.
+Khan et al., ICML 2018; Osawa et al., NeurIPS 2019. Like IVON with the curvature from squares of
+per-example gradients instead of noise * gradient: one backward an example, no positivity term,
+always positive. Its h is the empirical Fisher at weights drawn from the posterior.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from mergekit_bayes.optim.base import (
-    Moved,
-    PosteriorOptimizer,
-    Prior,
-    in_range,
-    local,
-    own_gradient,
-    slices,
-    wide,
-)
+from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
+from mergekit_bayes.optim.moves import Moved
+from mergekit_bayes.optim.prior import Priors
+from mergekit_bayes.optim.samples import Sampled
+from mergekit_bayes.optim.shards import at_least_float32, take_gradient
+from mergekit_bayes.optim.slicing import slices
+from mergekit_bayes.optim.state import mean_of, update_weights
 
 
 def vogn_update(
@@ -37,15 +35,21 @@ def vogn_update(
     weight_decay: float | Tensor,
     prior_mean: Tensor | None = None,
 ) -> None:
-    """One step of VOGN, elementwise and in place on `mean`, `momentum` and `hess`.
+    """Make one step of VOGN, elementwise and in place on `mean`, `momentum` and `hess`.
 
         h <- b2 h + (1 - b2) squares
         g <- b1 g + (1 - b1) (grad + d (m - m_p))
         m <- m - lr g / (h + d)                                         new h
 
     Args:
-        mean, momentum, hess: float32 state of one shape; weight, mean-loss/weight, mean-loss/weight^2.
-        grad, squares: Means over the examples of gradient and squared gradient, at sampled weights.
+        mean: m; float32, as all tensors here, which have one shape.
+        momentum: g, in mean loss/weight.
+        hess: h, in mean loss/weight^2.
+        grad: Mean gradient of the examples at sampled weights.
+        squares: Mean of their squared gradients.
+        lr: Learning rate of a Newton step.
+        beta1: b1, decay of the momentum.
+        beta2: b2, decay of the Hessian.
         weight_decay: d, the prior's precision over ess; a number or a tensor.
         prior_mean: m_p; None is zero.
     """
@@ -63,111 +67,159 @@ class VOGN(PosteriorOptimizer):
         optimizer.step()
 
     Args:
-        params: Parameters or groups; frozen ones are left alone.
-        lr: Of a Newton step.
-        ess: Effective sample size, observations; the data set's size is untempered Bayes.
+        params: Parameters or groups; frozen parameters are left alone.
+        lr: Learning rate of a Newton step.
+        ess: Effective sample size, in observations; the data set's size is untempered Bayes.
         hess_init: Start value of h, of which `beta2^steps` stays.
-        beta1, beta2: Decay of the momentum and of h.
+        beta1: Decay of the momentum.
+        beta2: Decay of h.
         weight_decay: Prior precision over `ess`.
-        seed: Of the noise.
-        prior: `{parameter: (mean, precision)}` as in IVON.
-        restore: `copy` or `redraw` as in IVON.
+        seed: Seed of the noise.
+        prior: `{parameter: (mean, precision)}`, as in IVON.
+        restore: "copy" or "redraw", as in IVON.
+
+    Raises:
+        ValueError: A setting is out of range, or the prior does not fit.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, ess: float, *, hess_init: float = 1.0, beta1: float = 0.9,
-        beta2: float = 0.999, weight_decay: float = 1e-4, seed: int = 0, prior: Prior | None = None,
+        self,
+        params: ParamsT,
+        lr: float,
+        ess: float,
+        *,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 1e-4,
+        seed: int = 0,
+        prior: Priors | None = None,
         restore: str = "copy",
-    ) -> None:  # fmt: skip
-        in_range("VOGN", (
+    ) -> None:
+        rules = (
             ("lr", lr, lr >= 0),
             ("ess", ess, ess > 0),
             ("hess_init", hess_init, hess_init > 0),
             ("beta1", beta1, 0 <= beta1 < 1),
             ("beta2", beta2, 0 <= beta2 < 1),
             ("weight_decay", weight_decay, weight_decay >= 0),
-        ))  # fmt: skip
-        defaults = {"lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2,
-                    "weight_decay": weight_decay, "seed": seed}  # fmt: skip
+        )
+        check_settings("VOGN", rules)
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "seed": seed,
+        }
         super().__init__(params, defaults, prior=prior, restore=restore)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._squares: dict[Tensor, Tensor] = {}  # of the open context
-        self._observed = self._count = 0  # examples of the step; of the open context
-
-    def _forget_samples(self) -> None:
-        super()._forget_samples()
-        self._observed = 0
 
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
-        """As in the base; inside, with `train`, call `backward` instead of the loss's own."""
-        if not self._open:
-            self._squares, self._count = {}, 0
+        """Set the weights to a sample of the posterior, and back to the mean on leaving.
+
+        Args:
+            train: Take the gradients for `step` when the context closes without an exception.
+                Inside, call `backward` instead of the loss's own.
+
+        Raises:
+            RuntimeError: The context is opened inside another one, or a gradient was not made by
+                `backward`.
+            ValueError: The parameters were exchanged, and no longer fit the prior.
+        """
+        if not self._transient.is_open:
+            self._transient.squares.clear()
+            self._transient.open_observations = 0
         with super().sampled_params(train):
             yield
         if train:
-            self._observed += self._count
+            self._transient.observations += self._transient.open_observations
 
     def backward(self, losses: Tensor) -> None:
-        """Gradients of single examples, one backward each; `.grad` gets their sum.
+        """Compute the gradients of single examples, one backward each; `.grad` gets their sum.
+
+        Args:
+            losses: One loss an example, shape (n,).
 
         Raises:
             ValueError: `losses` is not one-dimensional.
             RuntimeError: Several processes train together, whose gradients this would not reduce.
         """
         if losses.ndim != 1:
-            raise ValueError(f"VOGN: losses of shape {list(losses.shape)}; one loss an example is needed, shape [n]")
+            raise ValueError(
+                f"VOGN: losses of shape {list(losses.shape)}; one loss an example is needed, "
+                "shape [n]"
+            )
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError("VOGN runs in one process; use IVON to train on several")
-        parameters = [p for group in self.param_groups for _, p, _ in self._trainable(group)]
+        parameters, squares = self._trained_parameters(), self._transient.squares
         for loss in losses:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             with torch.no_grad():
                 for p, gradient in zip(parameters, gradients, strict=True):
                     if gradient is None:
                         continue
-                    if p not in self._squares:
-                        self._squares[p] = torch.zeros_like(p, dtype=torch.float32)
+                    if p not in squares:
+                        squares[p] = torch.zeros_like(p, dtype=torch.float32)
                     p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-                    self._squares[p].addcmul_(gradient.float(), gradient.float())
-        self._count += len(losses)
+                    squares[p].addcmul_(gradient.float(), gradient.float())
+        self._transient.open_observations += len(losses)
 
     def _take(self, at: Moved) -> None:
-        if at.parameter not in self._squares:
-            raise RuntimeError("VOGN: a gradient without per-example squares: call optimizer.backward(losses)")
-        gradient, squares = wide(own_gradient(at.parameter)), self._squares.pop(at.parameter)
-        before = self._samples.get(at.parameter)
-        self._samples[at.parameter] = (
-            (gradient, squares) if before is None else (before[0].add_(gradient), before[1].add_(squares))
-        )
+        parameter, transient = at.parameter, self._transient
+        if parameter not in transient.squares:
+            raise RuntimeError(
+                "VOGN: a gradient without per-example squares: call optimizer.backward(losses)"
+            )
+        gradient = at_least_float32(take_gradient(parameter))
+        squares = transient.squares.pop(parameter)
+        earlier = transient.sampled.get(parameter)
+        if earlier is None:
+            transient.sampled[parameter] = Sampled(1, gradient, squares=squares)
+            return
+        assert earlier.squares is not None
+        earlier.draws += 1
+        earlier.grad.add_(gradient)
+        earlier.squares.add_(squares)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Update from the samples since the last step; a closure returns the losses of the examples."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
+        """Update mean and h from the samples since the last step.
+
+        Args:
+            closure: Returns the losses of the examples, shape (n,), without a backward. It is
+                evaluated in a context of its own.
+
+        Returns:
+            The losses, if there is a closure.
+        """
         losses = None
         if closure is not None:
             with self.sampled_params(train=True), torch.enable_grad():
                 losses = closure()
                 self.backward(losses)
-        for group in self.param_groups:
-            group["steps"] += bool(self._sample)
-            for _, parameter, state in self._trainable(group):
-                if parameter not in self._samples:
-                    continue
-                gradient, squares = self._samples.pop(parameter)
-                state["step"] += 1
-                centre, decay = self._prior_of(parameter, group, state)
-                weights = local(parameter)
-                mean = local(state["mean"]) if "mean" in state else weights
-                tensors = (mean, state["momentum"], state["hess"], gradient, squares, centre, decay)
-                for m, g, h, grad, square, m_p, d in slices(*tensors):
-                    vogn_update(
-                        m, g, h, grad.div_(self._observed), square.div_(self._observed), lr=group["lr"],
-                        beta1=group["beta1"], beta2=group["beta2"], weight_decay=d, prior_mean=m_p,
-                    )  # fmt: skip
-                if mean is not weights:
-                    weights.copy_(mean)
-        self._forget_samples()
+        observations = self._transient.observations
+        for parameter, group, state, sampled in self._each_sampled():
+            mean = mean_of(parameter, state)
+            prior = self._prior_of(parameter, group, state)
+            tensors = (mean, state["momentum"], state["hess"], sampled.grad, sampled.squares)
+            for m, g, h, grad, square, m_p, d in slices(*tensors, *prior):
+                vogn_update(
+                    m,
+                    g,
+                    h,
+                    grad.div_(observations),
+                    square.div_(observations),
+                    lr=group["lr"],
+                    beta1=group["beta1"],
+                    beta2=group["beta2"],
+                    weight_decay=d,
+                    prior_mean=m_p,
+                )
+            update_weights(parameter, state)
+        self._transient.forget_step()
         return losses

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Inputs
-from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
+from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import PosteriorInfo
 
 # Where a removal cancels a term that the merge lists, the exact precision is positive up to

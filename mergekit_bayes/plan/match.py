@@ -16,7 +16,8 @@ from mergekit_bayes.plan.precisions import (
     match_precisions,
     merged_shape,
 )
-from mergekit_bayes.plan.settings import MergeConfig, ScaleRule
+from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import stored_name
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict

@@ -7,7 +7,8 @@ from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_foreign
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.plan.inputs import Inputs
-from mergekit_bayes.plan.settings import MergeConfig, parse_size
+from mergekit_bayes.plan.options import parse_size
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.posterior import Posterior
 

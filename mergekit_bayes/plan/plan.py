@@ -18,16 +18,11 @@ from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
+from mergekit_bayes.plan.options import Shrink, check_options, choose_method, parse_shrink
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
-from mergekit_bayes.plan.settings import (
-    MergeConfig,
-    Shrink,
-    check_options,
-    check_scales,
-    choose_method,
-    parse_shrink,
-)
+from mergekit_bayes.plan.scales import check_scales
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -119,7 +114,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
         _note_narrowing(matched.steps, inputs, notes)
-        if method.needs_precision and config.posterior and method.is_posterior:
+        if config.posterior and method.writes_posterior:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.
             uneven = bool(rules) or any(_is_cut(step) for step in matched.steps)

@@ -11,7 +11,8 @@ from mergekit_bayes.checkpoint.names import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.plan.inputs import Input, Inputs
-from mergekit_bayes.plan.settings import MergeConfig, parse_shrink
+from mergekit_bayes.plan.options import parse_shrink
+from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior

@@ -26,10 +26,9 @@ from typing import Literal
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import read_chunk
+from mergekit_bayes.checkpoint.codec import is_bad_precision, read_chunk
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, PrecisionSource, TensorSpec
 from mergekit_bayes.errors import PrecisionError
-from mergekit_bayes.gaussian import is_bad_precision
 
 Shape = tuple[int, ...]
 _DTYPES = ("F32", "BF16", "F64")  # in which a merge reads precisions

@@ -5,48 +5,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSource
 from mergekit_bayes.errors import CheckpointError, PrecisionError
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Identity(_Record):
-    """Who a set of tensors is; `full` only where somebody asked for all bytes to be hashed."""
-
-    blocks: str
-    full: str | None = None
-
-
-def base_identity(path: Path) -> Identity | None:
-    try:
-        source = SafetensorsSource(checkpoint_files(path))
-    except CheckpointError:
-        return None  # a base in pickles has no identity that a merge could check
-    try:
-        return identify(source)
-    finally:
-        source.close()
-
+from mergekit_bayes.records import Frozen
 
 FORMAT = 1
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
 
 
-class Prior(_Record):
-    """What a stored precision contains besides its data.
+class Identity(Frozen):
+    """Content hash of a set of tensors.
 
-    `isotropic` is `precision` on every entry, on the same scale as the stored tensors. `base` is
-    the
-    base posterior as a merge counted it: `base_prior + base_count * (H of the base per observation)
-    + DELTA_0`.
+    Attributes:
+        blocks: SHA-256 over sixteen blocks of each tensor.
+        full: SHA-256 over all bytes; None where it was not asked for.
+    """
+
+    blocks: str
+    full: str | None = None
+
+
+class Prior(Frozen):
+    """What a stored precision contains besides the data's part.
+
+    Attributes:
+        kind: `none`; `isotropic`, which is `precision` on every entry, on the scale of the stored
+            tensors; `base`, which is the base posterior as a merge counted it: `base_prior +
+            base_count * (H of the base per observation) + DELTA_0`; or `unknown`.
+        centre: Where the prior has its mean.
+        precision: The isotropic prior's precision, 1/weight^2.
+        base: Identity of the base's mean, for `base`.
+        base_precision: Identity of the base's precision, for `base`.
+        base_count: The factor before the base's data part, for `base`.
     """
 
     kind: Literal["none", "isotropic", "base", "unknown"] = "none"
@@ -57,51 +52,80 @@ class Prior(_Record):
     base_count: float | None = None
 
 
-class Anchor(_Record):
-    """What training pulled towards: nothing, zero or the base, with which precision (None: not a
-    quadratic).
+class Anchor(Frozen):
+    """What the training pulled towards.
+
+    Attributes:
+        kind: Nothing, zero or the base's weights.
+        precision: Strength of the pull, 1/weight^2; None if it was not quadratic.
     """
 
     kind: Literal["none", "zero", "base"] = "none"
     precision: float | None = 0.0
 
 
-class Term(_Record):
-    """One posterior inside a merge."""
+class Term(Frozen):
+    """One posterior inside a merge.
+
+    Attributes:
+        label: The model as the merge was given it.
+        mean: Identity of its weights.
+        scale: Its scale in the merge.
+        gain: The factor by which its stored precision was counted.
+    """
 
     label: str
     mean: Identity
     scale: float
-    gain: float = 1.0  # how its stored precision was counted
+    gain: float = 1.0
 
 
-class MergeTrace(_Record):
-    """What a later merge must know to be exact: how this one counted."""
+class MergeTrace(Frozen):
+    """How a merge counted, which a later merge must know to undo a term exactly.
+
+    Attributes:
+        common_count: Observations for which every precision was counted; None if each had its own.
+        anchor: The `--anchor` of the merge: what each task's training is taken to have pulled
+            towards.
+        shrink: The `--shrink` of the merge.
+        pool: The `--pool` of the merge.
+        only: Pattern of the tensors that were merged; None for all.
+        uneven: Some tensor or entry was merged by other scales than the terms'.
+        guarded_share: Share of entries at which the guard held the precision up.
+    """
 
     common_count: float | None
     anchor: str = "h0"
     shrink: str | None = None
     pool: str | None = None
     only: str | None = None
-    uneven: bool = False  # some tensor or entry was merged by other scales than the terms'
+    uneven: bool = False
     guarded_share: float = 0.0
 
 
-class PosteriorInfo(_Record):
-    """Everything needed to use a precision again without asking its author.
+class PosteriorInfo(Frozen):
+    """Everything needed to use a precision without asking its author.
 
     Attributes:
-        estimator: How the curvature was found: `ggn`, `ivon`, `fisher`, ... A merge carries that of
-            its terms.
+        format: Version of this record.
+        estimator: Where the curvature comes from: `ggn`, `ivon`, `fisher`, ... A merge carries the
+            estimator of its terms.
         unit: What one observation is.
-        observations: N, how many observations the likelihood part stands for.
-        ess: The count by which the stored precision is scaled, `S = ess * (curvature + prior)`; readers
-            multiply by `observations / ess`.
-        sampled: How many examples were really looked at.
+        observations: N, the number of observations that the data's part stands for.
+        ess: The count by which the stored precision is scaled, `S = ess * (curvature + prior)`;
+            readers multiply by `observations / ess`.
+        sampled: Number of examples that were used for the estimate.
+        prior: What the precision contains besides the data's part.
+        anchor: What the training pulled towards.
         mean: Identity of the weights at which the curvature was taken.
+        base: Identity of the weights from which the training started.
+        tokenizer: SHA-256 of `tokenizer.json`.
+        dtype: The number format of the mean.
         training: Optimizer, its hyperparameters, steps, batch size in observations, loss reduction.
         health: `init_fraction`, `kappa`, quantiles of the curvature, counts of bad entries.
-        aliases: Tied names, alias to the name under which the tensor is stored.
+        aliases: Tied names: the alias to the name under which the tensor is stored.
+        terms: The posteriors of a merge.
+        merge: How a merge counted them.
     """
 
     format: int = FORMAT
@@ -123,30 +147,41 @@ class PosteriorInfo(_Record):
     merge: MergeTrace | None = None
 
     def to_metadata(self) -> dict[str, str]:
-        """The string-to-string metadata of a safetensors file."""
+        """The record as the string-to-string metadata of a safetensors file."""
         return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
 
 
 def read_info(source: CheckpointSource) -> PosteriorInfo | None:
-    """`PosteriorInfo` from a precision file's header; None for a foreign file."""
+    """Read `PosteriorInfo` from a precision file's header; None if another program wrote it."""
     return parse_info(source.metadata, source.files[0])
 
 
 def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
-    """`PosteriorInfo` from the metadata of a precision file; None for a foreign file's."""
+    """Parse `PosteriorInfo` from the metadata of a precision file.
+
+    Args:
+        metadata: The `__metadata__` of the file's header.
+        file: The file, for messages.
+
+    Returns:
+        The record; None if another program wrote the file.
+
+    Raises:
+        PrecisionError: The record is broken, or of a format that this version does not read.
+    """
     text = metadata.get(_HEADER_KEY)
     if text is None:
         return None
     try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
+        content = json.loads(text)
+        if not isinstance(content, dict):
             raise ValueError("it is not a mapping")
-        if found.get("format") != FORMAT:
+        if content.get("format") != FORMAT:
             raise PrecisionError(
-                f"{file}: posterior format {found.get('format')}, this version reads {FORMAT}. "
+                f"{file}: posterior format {content.get('format')}, this version reads {FORMAT}. "
                 "Update mergekit-bayes."
             )
-        return PosteriorInfo.model_validate(found)
+        return PosteriorInfo.model_validate(content)
     except (ValidationError, ValueError, AttributeError) as error:
         raise PrecisionError(
             f"{file}: its posterior information cannot be read ({error})."
@@ -154,5 +189,15 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
 
 
 def identify(source: TensorSource, *, full: bool = True) -> Identity:
-    """Identity of a checkpoint, with the hash of all bytes unless `full` is False."""
+    """Identity of a set of tensors, with the hash of all bytes unless `full` is False."""
     return Identity(blocks=identity(source), full=identity(source, full=True) if full else None)
+
+
+def base_identity(path: Path) -> Identity | None:
+    """Identity of a model file or folder; None where no safetensors files can be opened."""
+    try:
+        source = SafetensorsSource(checkpoint_files(path))
+    except CheckpointError:
+        return None  # pickles: a merge could not check such a base anyway
+    with source:
+        return identify(source)

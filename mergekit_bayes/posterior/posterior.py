@@ -1,18 +1,19 @@
-"""The noun: a mean (an ordinary checkpoint), a precision of the same names and shapes, and where it
-came from.
+"""The posterior of a model: its weights as the mean, and a precision of the same names and shapes.
 
-On disk the mean is untouched. The precision is a second safetensors set with the same names and
-shards:
+On disk the mean is an ordinary checkpoint and stays untouched. The precision is a second
+safetensors set with the same names and shards:
 
     model/model.safetensors                 a.safetensors              the mean
     model/posterior/precision.safetensors   a.precision.safetensors    float32, 1/weight^2, >= 0
-    model/posterior/posterior.json                                     PosteriorInfo, for people
+    model/posterior/posterior.json                                     PosteriorInfo, to read
 
 `PosteriorInfo` also travels in the header of every precision file, which is the copy that is read.
-A subfolder, because some loaders take every `*.safetensors` beside the model for weights.
+The precision has a subfolder because some loaders take every `*.safetensors` beside the model for
+weights.
 """
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,11 +36,19 @@ from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 @dataclass(frozen=True)
 class Posterior(Closing):
-    """A mean, perhaps a precision, and what is known about it. Opening one reads headers only.
+    """A mean, optionally a precision, and the record of where they come from.
 
-    `isotropic` stands for a precision that is one number everywhere. A precision without `info` is
-    taken as it
-    is: on the scale of the summed loss, prior 0. `parts` are what BASE+ADAPTER was made of.
+    Opening one reads headers only. A precision without `info` is taken as it is: on the scale of
+    the summed loss, with prior 0.
+
+    Attributes:
+        ref: The model as the user gave it.
+        path: The local file or folder.
+        mean: The weights.
+        precision: Their precision, 1/weight^2; None if there is none.
+        info: What the precision's file says about it.
+        isotropic: One precision for every entry, 1/weight^2, in place of a file.
+        parts: The base and the adapter, for BASE+ADAPTER.
     """
 
     ref: str
@@ -52,18 +61,19 @@ class Posterior(Closing):
 
     @cached_property
     def identity(self) -> str:
-        """Who the mean is, by sampled blocks."""
+        """Content hash of the mean, by sampled blocks."""
         return identity(self.mean)
 
     @cached_property
     def precision_identity(self) -> str:
-        """Who the precision is, by sampled blocks."""
+        """Content hash of the precision, by sampled blocks."""
         return f"isotropic {self.isotropic}" if self.precision is None else identity(self.precision)
 
     @property
     def commit(self) -> str | None:
-        """Of the Hub repository that it was fetched from; of BASE+ADAPTER both, empty for a local
-        one.
+        """Commit of the Hub repository that was fetched; None for a local path.
+
+        For BASE+ADAPTER the commits of both with a `+` between them, empty for a local one.
         """
         if self.parts:
             commits = [part.commit or "" for part in self.parts]
@@ -72,40 +82,43 @@ class Posterior(Closing):
 
     @property
     def pinned(self) -> str:
-        """`ref` as it will mean the same tomorrow: a Hub id with its commit."""
-        return (
-            "+".join(part.pinned for part in self.parts)
-            if self.parts
-            else pinned(self.ref, self.path)
-        )
-
-    def check_identity(self, mean: str | None, precision: str | None = None) -> None:
-        """Raise `MismatchError` if a recipe wants another mean or precision than this."""
-        for what, wanted, found, key in (
-            ("", mean, self.identity, "identities"),
-            (
-                "the precision of ",
-                precision,
-                precision and self.precision_identity,
-                "precision_identities",
-            ),
-        ):
-            if wanted is not None and wanted != found:
-                raise MismatchError(
-                    f"{what}'{self.ref}' is not what the recipe was made with: it records "
-                    f"{wanted:.12}..., found "
-                    f"{found:.12}.... Bring that one back, or take '{key}' out of the recipe."
-                )
+        """`ref` with its commit if it is a Hub id, so that it names the same weights later."""
+        if self.parts:
+            return "+".join(part.pinned for part in self.parts)
+        return pinned(self.ref, self.path)
 
     @property
     def is_file(self) -> bool:
+        """Whether the model is a single file, not a folder."""
         return self.path.is_file()
 
     @property
     def has_precision(self) -> bool:
+        """Whether there is a precision, stored or isotropic."""
         return self.precision is not None or self.isotropic is not None
 
+    def check_identity(self, mean: str | None, precision: str | None = None) -> None:
+        """Compare the content hashes with those that a recipe records; None is not compared.
+
+        Raises:
+            MismatchError: The recipe was made with another mean or precision.
+        """
+        if mean is not None and mean != self.identity:
+            raise self._changed("", mean, self.identity, "identities")
+        if precision is not None and precision != self.precision_identity:
+            raise self._changed(
+                "the precision of ", precision, self.precision_identity, "precision_identities"
+            )
+
+    def _changed(self, what: str, recorded: str, actual: str, key: str) -> MismatchError:
+        return MismatchError(
+            f"{what}'{self.ref}' is not what the recipe was made with: it records "
+            f"{recorded:.12}..., found {actual:.12}.... Bring that one back, or take '{key}' out "
+            "of the recipe."
+        )
+
     def close(self) -> None:
+        """Close the files of the mean and the precision."""
         self.mean.close()
         if self.precision is not None:
             self.precision.close()
@@ -123,29 +136,30 @@ def open_posterior(
     Args:
         ref: A `.safetensors` file, a folder, or `org/name[@revision]`.
         precision: Another place for the precision: a file or a folder.
-        isotropic: One precision for every entry, 1/weight^2, instead of a file.
-        with_precision: False leaves precisions alone (uniform weights need none, a Hub id then
-            fetches none).
+        isotropic: One precision for every entry, 1/weight^2, in place of a file.
+        with_precision: Open the precision too. Uniform weights need none, and a Hub id then
+            fetches none.
+
+    Raises:
+        CheckpointError: There is no such model, or a file cannot be read.
+        PrecisionError: The given place holds no precision, or its record cannot be read.
     """
     path = resolve(ref, CHECKPOINT + (POSTERIOR if with_precision else ()))
-    mean = SafetensorsSource(checkpoint_files(path, ref))
-    try:
-        if isotropic is not None:
-            return Posterior(ref, path, mean, isotropic=isotropic)
-        if not with_precision:
-            return Posterior(ref, path, mean)
-        found = _given_precision(precision) if precision else precision_files(path)
-        if not found:
-            return Posterior(ref, path, mean)
-        source = SafetensorsSource(found)
-        return Posterior(ref, path, mean, source, read_info(source))
-    except BaseException:
-        mean.close()
-        raise
+    with ExitStack() as stack:
+        mean = stack.enter_context(SafetensorsSource(checkpoint_files(path, ref)))
+        posterior = Posterior(ref, path, mean, isotropic=isotropic)
+        if isotropic is None and with_precision:
+            files = _given_precision(precision) if precision else precision_files(path)
+            if files:
+                source = stack.enter_context(SafetensorsSource(files))
+                posterior = replace(posterior, precision=source, info=read_info(source))
+        stack.pop_all()  # the posterior owns the files from here on
+    return posterior
 
 
 def _given_precision(ref: str) -> list[Path]:
-    path = resolve(ref, PRECISION)  # of a Hub id the precision only, not the model beside it
+    """The files of a precision that was named by itself."""
+    path = resolve(ref, PRECISION)  # from the Hub the precision only, not the model beside it
     if path.is_file():
         return checkpoint_files(path, ref)
     for folder, stem in ((path / "posterior", "precision"), (path, "precision"), (path, "model")):

@@ -1,4 +1,4 @@
-"""Refuse quantised models."""
+"""Refuse quantised models, whose stored numbers are not the weights themselves."""
 
 import json
 import re
@@ -6,14 +6,24 @@ import re
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.posterior.posterior import Posterior
 
+# Suffixes, to a tensor's name, of the scale by which its stored values are multiplied.
+_SCALES = ("_scale", "_scale_inv", ".weight_scale")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_scale|SCB|absmax|quant_map|nested_absmax)$"
+    r"|\.quant_state\.|_blocks$"
+)
+_WAY_OUT = (
+    "Save the model dequantised first (from_pretrained with dtype=torch.bfloat16, "
+    "model.dequantize(), then save_pretrained)."
+)
+
 
 def refuse_quantised(model: Posterior) -> None:
-    """Raise `MismatchError` for weights whose numbers are not the weights themselves."""
-    way_out = (
-        "Save the model dequantised first (from_pretrained with dtype=torch.bfloat16, "
-        "model.dequantize(), then "
-        "save_pretrained)."
-    )
+    """Refuse a model whose tensors or config say that it is quantised.
+
+    Raises:
+        MismatchError: The model is quantised; the message names the tensor or the config.
+    """
     for name, spec in model.mean.specs.items():
         scale = (
             next((name + s for s in _SCALES if name + s in model.mean.specs), None)
@@ -23,23 +33,17 @@ def refuse_quantised(model: Posterior) -> None:
         if scale is not None:
             raise MismatchError(
                 f"'{name}' of '{model.ref}' is quantised: its values count times '{scale}'. "
-                f"{way_out}"
+                f"{_WAY_OUT}"
             )
         if _QUANTISED.search(name):
             raise MismatchError(
-                f"'{model.ref}' is quantised: it holds '{name}' ({spec.dtype}). {way_out}"
+                f"'{model.ref}' is quantised: it holds '{name}' ({spec.dtype}). {_WAY_OUT}"
             )
     try:
         config = json.loads((model.path / "config.json").read_text())
     except (OSError, ValueError):
-        return  # a file, or a folder whose config is none of a merge's business
+        return  # no readable config.json: nothing to check
     if isinstance(config, dict) and config.get("quantization_config"):
         raise MismatchError(
-            f"'{model.ref}' is quantised: its config.json has a quantization_config. {way_out}"
+            f"'{model.ref}' is quantised: its config.json has a quantization_config. {_WAY_OUT}"
         )
-
-
-_SCALES = ("_scale", "_scale_inv", ".weight_scale")
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|weight_packed|weight_scale|SCB|absmax|quant_map|nested_absmax)$|\.quant_state\.|_blocks$"
-)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import encode
+from mergekit_bayes.checkpoint.codec import encode, is_bad_precision
 from mergekit_bayes.checkpoint.layout import (
     checkpoint_files,
     precision_path,
@@ -17,7 +17,6 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
-from mergekit_bayes.gaussian import is_bad_precision
 from mergekit_bayes.posterior.info import PosteriorInfo
 
 
@@ -33,45 +32,33 @@ def save_posterior(
 
     Args:
         model: The checkpoint, a file or folder; it is not touched.
-        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and >=
-            0. Tensors that were not trained may be absent.
-        info: Travels in every file's header.
+        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
+            >= 0. Tensors that were not trained may be absent.
+        info: The record, which is stored in every file's header.
         out: Another place: a `.safetensors` file, or a folder.
         force: Replace what is there.
 
     Returns:
         The file or folder written.
+
+    Raises:
+        CheckpointError: The model cannot be read, or the target exists or cannot be written.
+        MismatchError: A tensor has another name or shape than the model's.
+        PrecisionError: An entry is negative or not finite.
     """
-    mean = SafetensorsSource(checkpoint_files(model))
-    try:
+    with SafetensorsSource(checkpoint_files(model)) as mean:
         _check_precision(precision, mean, model)
         target = out or precision_path(model)
         with replacing(target, force=force) as partial:
             if target.suffix == ".safetensors":
                 _write_set(partial, precision, info)
             else:
-                partial.mkdir()
-                groups: dict[int, list[str]] = {}
-                for name in precision:
-                    groups.setdefault(mean.file_of(name), []).append(name)
-                shards = {
-                    shard_name(mean.files, i, "precision"): names
-                    for i, names in sorted(groups.items())
-                }
-                for file, names in shards.items():
-                    _write_set(partial / file, {n: precision[n] for n in names}, info)
-                if len(mean.files) > 1:
-                    write_index(
-                        partial, "precision", shards, sum(4 * p.size for p in precision.values())
-                    )
-                write_info(partial, info)
-        return target
-    finally:
-        mean.close()
+                _write_folder(partial, precision, info, mean)
+    return target
 
 
 def write_info(folder: Path, info: PosteriorInfo) -> None:
-    """`posterior.json`, the copy for people."""
+    """Write `posterior.json`, the copy of the record that is there to be read by eye."""
     (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
 
 
@@ -92,12 +79,24 @@ def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, mo
             )
 
 
+def _write_folder(
+    folder: Path, precision: Mapping[str, Array], info: PosteriorInfo, mean: SafetensorsSource
+) -> None:
+    """Write the precision as shards that follow the mean's, with index and record."""
+    folder.mkdir()
+    groups: dict[int, list[str]] = {}
+    for name in precision:
+        groups.setdefault(mean.file_of(name), []).append(name)
+    shards = {shard_name(mean.files, i, "precision"): names for i, names in sorted(groups.items())}
+    for file, names in shards.items():
+        _write_set(folder / file, {n: precision[n] for n in names}, info)
+    if len(mean.files) > 1:
+        write_index(folder, "precision", shards, sum(4 * p.size for p in precision.values()))
+    write_info(folder, info)
+
+
 def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
     specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
-    sink = SafetensorsSink(path, specs, info.to_metadata())
-    try:
+    with SafetensorsSink(path, specs, info.to_metadata()) as sink:
         for name, t in tensors.items():
             sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))
-        sink.close()
-    finally:
-        sink.abandon()

@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import chunks, decode, read_chunk
+from mergekit_bayes.checkpoint.codec import (
+    chunks,
+    decode,
+    is_bad_mean,
+    is_bad_precision,
+    read_chunk,
+)
 from mergekit_bayes.checkpoint.specs import CheckpointSource
 from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
-from mergekit_bayes.gaussian import is_bad_mean, is_bad_precision
 from mergekit_bayes.kernels.base import Array, Chunk, Numbers
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread

@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, CheckpointSource
 from mergekit_bayes.kernels.base import Array, Chunk
+from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.numbers import real_of
@@ -34,7 +35,7 @@ class FirstPassResult:
 
     pooled: dict[Input, Array]
     extras: Array
-    facts: tuple[float, ...] = ()
+    facts: Facts = None
     bad: tuple[int, ...] = ()
 
     @property

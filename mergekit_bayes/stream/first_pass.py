@@ -8,7 +8,8 @@ import numpy as np
 
 from mergekit_bayes.kernels import first_pass
 from mergekit_bayes.kernels.base import Array
-from mergekit_bayes.methods.base import BINS, Reduction
+from mergekit_bayes.methods.base import FactInputs, Facts, Reduction
+from mergekit_bayes.methods.histogram import BINS
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import StoredPrecision, tensor_mean, without_bad
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_means
@@ -130,28 +131,27 @@ class FirstPass:
                     refuse_bad(self.plan, step, operand)
                 return
 
-    def _facts(self, step: Step, result: FirstPassResult) -> tuple[float, ...]:
+    def _facts(self, step: Step, result: FirstPassResult) -> Facts:
         plan, reduction = self.plan, self.plan.method.reduction
         if reduction is None:
-            if not plan.method.parameters:
-                return (plan.guard,)
-            return tuple(
-                float(plan.settings[p.name]) for p in plan.method.parameters if not p.choices
-            )
+            return self._finish(np.zeros(0))
         if plan.settings.get("scope", reduction.scope) == "model":
             return self._facts_of_model
-        return self._finish(reduction, self._totals(reduction, [(step, result)]))
+        return self._finish(self._totals(reduction, [(step, result)]))
 
     @cached_property
-    def _facts_of_model(self) -> tuple[float, ...]:
+    def _facts_of_model(self) -> Facts:
         reduction = self.plan.method.reduction
         assert reduction is not None
         steps = [(s, self._precisions(s)) for s in self.plan.steps if s.copied is None]
-        return self._finish(reduction, self._totals(reduction, steps))
+        return self._finish(self._totals(reduction, steps))
 
-    def _finish(self, reduction: Reduction, totals: Array) -> tuple[float, ...]:
-        counts = tuple(task.weighing.count or 1.0 for task in self.plan.tasks)
-        return reduction.facts(totals, self.plan.settings, counts)
+    def _finish(self, totals: Array) -> Facts:
+        plan = self.plan
+        if plan.method.facts is None:
+            return None
+        counts = tuple(task.weighing.count or 1.0 for task in plan.tasks)
+        return plan.method.facts(FactInputs(plan.settings, plan.guard, counts, totals))
 
     def _totals(self, reduction: Reduction, steps: Sequence[tuple[Step, FirstPassResult]]) -> Array:
         """The method's statistics, summed or counted over all merged entries of some steps."""
@@ -169,7 +169,7 @@ class FirstPass:
             chunk = self.reader().chunk(step, result, start, stop)
             if self.plan.config.on_bad == "base":
                 replace_bad_means(chunk.means)
-            numbers = numbers_of(self.plan, step, ())
+            numbers = numbers_of(self.plan, step, None)
             if reduction.kind == "histogram":
                 into = counted.setdefault(threading.get_ident(), np.zeros((count, BINS), np.int64))
             else:

@@ -10,8 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import decode
-from mergekit_bayes.gaussian import is_bad_precision
+from mergekit_bayes.checkpoint.codec import decode, is_bad_precision
 from mergekit_bayes.kernels import row_sums
 from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.plan import MergePlan, Operand

@@ -5,7 +5,15 @@ import math
 import numpy as np
 
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.kernels.base import Array, Kind, Numbers, alone, likelihood, task_key
+from mergekit_bayes.kernels.base import (
+    Array,
+    Kind,
+    Numbers,
+    likelihood_precision,
+    own_posterior,
+    task_key,
+)
+from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.plan import MergePlan, Step
 
 
@@ -18,8 +26,7 @@ def kind_of(plan: MergePlan, step: Step) -> Kind:
         has_base=has_base,
         anchored=any(task.weighing.anchor.precision is not None for task in plan.tasks),
         # A merge among the models may be a removal itself.
-        removes=weighs
-        and has_base
+        removes=plan.method.unguarded_precision is not None
         and (
             any(task.scale < 0 for task in step.tasks(plan.base))
             or not all(model.weighing.reshape for model in plan.inputs)
@@ -32,7 +39,7 @@ def real_of(step: Step) -> type[np.float32] | type[np.float64]:
     return np.float64 if step.spec.dtype == "F64" else np.float32
 
 
-def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers:
+def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
     """The constants of a step, in the type in which it is computed.
 
     Args:
@@ -51,15 +58,17 @@ def numbers_of(plan: MergePlan, step: Step, facts: tuple[float, ...]) -> Numbers
         scales=tuple(task.scale for task in tasks),
         facts=facts,
         gains=tuple(w.gain for w in weighings),
-        insides=tuple(
+        contained=tuple(
             w.contained + (0.0 if w.contains_base is None else DELTA_0) for w in weighings
         ),
-        shares=tuple(
+        base_shares=tuple(
             0.0 if w.contains_base is None else w.contains_base / base_gain for w in weighings
         ),
         floors=tuple(0.0 if w.reshape else -math.inf for w in weighings),
         priors=tuple(w.prior + DELTA_0 for w in weighings),
-        pulls=tuple(-1.0 if w.anchor.precision is None else w.anchor.precision for w in weighings),
+        anchors=tuple(
+            -1.0 if w.anchor.precision is None else w.anchor.precision for w in weighings
+        ),
         decays=tuple(w.anchor.decay for w in weighings),
         keys=keys,
     ).cast(real_of(step))
@@ -73,15 +82,14 @@ def donor_likelihood(numbers: Numbers, stored: Array, extra: Array) -> Array:
         stored: The stored precision, (n,) or (1,).
         extra: What shrinkage adds, (n,) or (1,).
     """
-    gain, inside, floor = numbers.gains[0], numbers.insides[0], numbers.floors[0]
-    h: Array = likelihood(stored, gain, inside, 0, 0, floor, extra)
+    h: Array = likelihood_precision(numbers, 0, stored, 0, extra)
     return h
 
 
 def donor_posterior_precision(numbers: Numbers, stored: Array, extra: Array) -> Array:
     """The donor's precision by its own prior, as the merge counts it; arguments as above."""
     h = donor_likelihood(numbers, stored, extra)
-    precision: Array = alone(np.float32(0), numbers.priors[0], h).precision
+    precision: Array = own_posterior(np.float32(0), numbers.priors[0], h).precision
     return precision
 
 
@@ -96,6 +104,6 @@ def unchanged_precision(
         base_likelihood: H of the base.
         extra: What shrinkage adds to the task's H.
     """
-    shared = numbers.shares[position] * base_likelihood
-    stored: Array = numbers.insides[position] + shared - extra / numbers.gains[position]
+    shared = numbers.base_shares[position] * base_likelihood
+    stored: Array = numbers.contained[position] + shared - extra / numbers.gains[position]
     return stored

@@ -116,7 +116,8 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
     import torch
     import transformers
 
-    from mergekit_bayes.finetune import FinetuneConfig, run_finetune, store
+    from mergekit_bayes.finetune import FinetuneConfig, store
+    from mergekit_bayes.finetune.run import run_finetune
 
     if given.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -139,7 +140,7 @@ def measure(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
         return inner
 
     transformers.Trainer.train = timed("train", transformers.Trainer.train)
-    store.flush = timed("flush", store.flush)
+    store.final_curvature = timed("flush", store.final_curvature)
     with tempfile.TemporaryDirectory() as out:
         config = FinetuneConfig(
             model=str(given.work / "model"),

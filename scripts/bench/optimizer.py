@@ -2,10 +2,11 @@
 
     python scripts/bench/optimizer.py [--parameters 50000000] [--repeats 7] [--device cpu]
 
-Each row is a process of its own with one thread: parameters in ten matrices, gradients that are given (the model's own
-passes are no part of it), a step of a small tensor and two of these to warm up, then the repeats. Printed are the
-least CPU seconds of a step with all its samples (on a GPU wall seconds), their ratio to AdamW (foreach; on a GPU
-fused), and the peak of memory during the steps beyond parameters and gradients as a multiple of the parameters' size.
+Each row is a process of its own with one thread: parameters in ten matrices, gradients that are
+given (the passes of a model are not measured), a step of a small tensor and two of these to warm
+up, then the repeats. Printed are the least CPU seconds of a step with all its samples (on a GPU
+wall seconds), their ratio to AdamW (foreach; on a GPU fused), and the peak of memory during the
+steps beyond parameters and gradients, as a multiple of the parameters' size.
 """
 
 import argparse
@@ -33,7 +34,9 @@ ROWS = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--parameters", type=int, default=50_000_000)
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -47,26 +50,34 @@ def main() -> None:
     gpu = given.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device.")
-    found = {}
+    results = {}
     for name in ROWS:
         line = [sys.executable, __file__, "--row", name, "--parameters", str(given.parameters)]
         done = subprocess.run(
             [*line, "--repeats", str(given.repeats), "--device", given.device],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if done.returncode:
             print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
-        found[name] = json.loads(done.stdout)
-    where, clock = (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+        results[name] = json.loads(done.stdout)
+    where, clock = (
+        (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+    )
     against = "AdamW fused" if gpu else "AdamW foreach"
     print(f"{date.today()}, {given.parameters:,} parameters, {where}, torch {torch.__version__}\n")
-    print(f"| optimizer | {clock} seconds a step | to {against} | memory, of the parameters | after the step |")
+    print(
+        f"| optimizer | {clock} seconds a step | to {against} | memory, of the parameters "
+        "| after the step |"
+    )
     print("| --- | --- | --- | --- | --- |")
-    for name, row in found.items():
-        ratio = row["seconds"] / found[against]["seconds"] if against in found else float("nan")
+    for name, row in results.items():
+        ratio = row["seconds"] / results[against]["seconds"] if against in results else float("nan")
         print(
-            f"| {name} | {row['seconds']:.{5 if gpu else 3}f} | {ratio:.2f} | {row['peak']:.1f} | {row['after']:.1f} |"
+            f"| {name} | {row['seconds']:.{5 if gpu else 3}f} | {ratio:.2f} | {row['peak']:.1f} "
+            f"| {row['after']:.1f} |"
         )
 
 
@@ -78,7 +89,9 @@ def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]
     options = {k: v for k, v in row.items() if k not in ("kind", "dtype")}
     samples = options.get("mc_samples", 1)
     small = [torch.nn.Parameter(torch.zeros(10, dtype=dtype, device=device))]
-    step(row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples)  # loads code
+    step(
+        row["kind"], make(row["kind"], small, options), small, [torch.ones_like(small[0])], samples
+    )  # loads code
     start = [torch.randn(size // 10, dtype=dtype, device=device) for _ in range(10)]
     parameters = [torch.nn.Parameter(values.mul_(0.02)) for values in start]
     gradients = [torch.randn_like(p) * 1e-3 for p in parameters]
@@ -117,7 +130,9 @@ def make(kind: str, parameters: list, options: dict):
         return ivon.IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2)
     from mergekit_bayes.optim.ivon import IVON
 
-    return IVON(parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options)
+    return IVON(
+        parameters, lr=1e-4, ess=1e7, hess_init=1e-2, clip_radius=1e-3, rescale_lr=False, **options
+    )
 
 
 def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) -> None:
@@ -131,9 +146,10 @@ def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) 
             for p, g in zip(parameters, gradients, strict=True):
                 p.grad = g
             if getattr(optimizer, "curvature_due", False):
-                # One draw's squares, without the backward that finds them.
-                optimizer._squares = {p: g.float().square() for p, g in zip(parameters, gradients, strict=True)}
-                optimizer._observed = 1
+                # One draw's squares, without the backward that computes them.
+                pairs = zip(parameters, gradients, strict=True)
+                optimizer._transient.squares = {p: g.float().square() for p, g in pairs}
+                optimizer._transient.observations = 1
     optimizer.step()
 
 
@@ -168,7 +184,9 @@ def peak(device: str) -> int:
 def cpu() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor()
 

@@ -45,8 +45,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.curvature.ggn import ggn_diagonal, likelihood, random_root, scored_logits
-from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.curvature import ggn_diagonal
+from mergekit_bayes.curvature.ggn import random_root
+from mergekit_bayes.curvature.outputs import likelihood, scored_logits
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.rows import load_rows
@@ -789,7 +792,7 @@ def held_out(folder: Path, test: Path) -> dict[str, float]:
     label = "label" if loaded.task == "classification" else None
     examples = encode_rows(load_rows(str(test), max_rows=2000), loaded, label=label)
     found, right = [], []
-    for rows in batches(examples, 100, Collate(int(loaded.tokenizer.pad_token_id))):
+    for rows in batches(examples, 100, Collate(loaded.pad)):
         found.append(losses(loaded.model, rows))
         if label:
             right.append(loaded.model(**rows).logits.argmax(-1) == rows["labels"])

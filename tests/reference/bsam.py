@@ -3,7 +3,22 @@
 import math
 
 
-def step(mean, momentum, hess, gradient_at, epsilon, *, lr, ess, beta1, beta2, delta, rho, damping, centre=0.0):
+def step(
+    mean,
+    momentum,
+    hess,
+    gradient_at,
+    epsilon,
+    *,
+    lr,
+    ess,
+    beta1,
+    beta2,
+    delta,
+    rho,
+    damping,
+    centre=0.0,
+):
     """One update; `gradient_at` gives the gradient of the mean loss at a weight. Returns mean, momentum, hess."""
     s = hess + delta
     noisy = gradient_at(mean + epsilon / math.sqrt(ess * s))

@@ -6,15 +6,18 @@ import math
 def scores(probabilities, labels, bins):
     """(accuracy, nll, brier, ece) as Guo et al. (2017) and Brier (1950) write them."""
     n = len(labels)
-    right = [float(max(range(len(p)), key=p.__getitem__) == y) for p, y in zip(probabilities, labels, strict=True)]
-    nll = -sum(math.log(p[y]) for p, y in zip(probabilities, labels, strict=True)) / n
-    brier = sum(sum((p[c] - (c == y)) ** 2 for c in range(len(p))) for p, y in zip(probabilities, labels, strict=True))
+    examples = list(zip(probabilities, labels, strict=True))
+    right = [float(max(range(len(p)), key=p.__getitem__) == y) for p, y in examples]
+    nll = -sum(math.log(p[y]) for p, y in examples) / n
+    brier = sum((p[c] - (c == y)) ** 2 for p, y in examples for c in range(len(p))) / n
     ece = 0.0
     for b in range(bins):
-        low, high = b / bins, (b + 1) / bins
-        here = [i for i, p in enumerate(probabilities) if low <= max(p) < high or (b == bins - 1 and max(p) == 1)]
-        if here:
-            accuracy = sum(right[i] for i in here) / len(here)
-            confidence = sum(max(probabilities[i]) for i in here) / len(here)
-            ece += len(here) / n * abs(accuracy - confidence)
-    return sum(right) / n, nll, brier / n, ece
+        low, high, last = b / bins, (b + 1) / bins, b == bins - 1
+        inside = [
+            i for i, (p, _) in enumerate(examples) if low <= max(p) < high or (last and max(p) == 1)
+        ]
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            confidence = sum(max(probabilities[i]) for i in inside) / len(inside)
+            ece += len(inside) / n * abs(accuracy - confidence)
+    return sum(right) / n, nll, brier, ece

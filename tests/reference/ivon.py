@@ -18,7 +18,11 @@ def step(
         curvatures.append(gradient * epsilon * sigma / sigma**2)
     ghat, fhat = sum(grads) / len(grads), sum(curvatures) / len(curvatures)
     momentum = beta1 * momentum + (1 - beta1) * ghat
-    new = beta2 * hess + (1 - beta2) * fhat + 0.5 * (1 - beta2) ** 2 * (hess - fhat) ** 2 / (hess + delta)
+    new = (
+        beta2 * hess
+        + (1 - beta2) * fhat
+        + 0.5 * (1 - beta2) ** 2 * (hess - fhat) ** 2 / (hess + delta)
+    )
     gbar = momentum / (1 - beta1**k) if debias else momentum
     rate = lr * (hess_init + delta) if rescale_lr else lr
     direction = (gbar + delta * (mean - centre)) / (new + delta)

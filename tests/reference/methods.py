@@ -1,18 +1,77 @@
-"""Merging rules over whole models, written from the papers in float64 with sorts and loops over tensors.
+"""Merging rules over whole models, written from the papers in float64, with sorts and loops.
 
-A model is a dictionary of arrays.
+A model is a dictionary of arrays, and so is its precision. `TWINS` has one rule for every method.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.reference import merging
+
+
+class Problem(NamedTuple):
+    """What a rule may need of a merge; `kept[t][n]` are the masks of entries that DARE keeps."""
+
+    base: dict
+    tasks: list[dict]
+    scales: tuple[float, ...]
+    base_precision: dict
+    precisions: list[dict]
+    guard: float
+    settings: dict[str, Any]
+    kept: list[dict]
+
+
+def average(tasks, scales):
+    """The weighted mean of the weights."""
+    total = sum(scales)
+    return {
+        n: sum(s * np.float64(t[n]) for s, t in zip(scales, tasks, strict=True)) / total
+        for n in tasks[0]
+    }
+
+
+def precision_average(tasks, precisions, scales):
+    """The mean of the weights, each entry by its scaled precision."""
+    result = {}
+    for n in tasks[0]:
+        shares = [s * np.float64(p[n]) for s, p in zip(scales, precisions, strict=True)]
+        weighed = sum(w * np.float64(t[n]) for w, t in zip(shares, tasks, strict=True))
+        result[n] = weighed / sum(shares)
+    return result
+
+
+def task_arithmetic(base, tasks, scales):
+    """The base plus scaled task vectors."""
+    moves = deltas(base, tasks)
+    return {
+        n: np.float64(base[n]) + sum(s * v[n] for s, v in zip(scales, moves, strict=True))
+        for n in base
+    }
+
+
+def gradient_matching(base, tasks, scales, base_precision, precisions, guard):
+    """A sum of natural parameters; where the guard acts, its precision divides the same move."""
+    result = {}
+    for n in base:
+        m0, s0 = np.float64(base[n]), np.float64(base_precision[n])
+        posteriors = [(p[n], t[n]) for p, t in zip(precisions, tasks, strict=True)]
+        mean, precision = merging.natural_sum((s0, m0), posteriors, scales)
+        gains = [s * (np.float64(p) - s0) for s, (p, _) in zip(scales, posteriors, strict=True)]
+        guarded = np.maximum(precision, guard * (s0 + sum(abs(g) for g in gains)))
+        result[n] = m0 + precision * (mean - m0) / guarded
+    return result
+
 
 def deltas(base, tasks):
+    """Task vectors."""
     return [{n: np.float64(t[n]) - np.float64(base[n]) for n in base} for t in tasks]
 
 
 def flat(tensors):
+    """All entries of a model as one vector."""
     return np.concatenate([np.ravel(np.float64(tensors[n])) for n in sorted(tensors)])
 
 
@@ -23,7 +82,7 @@ def top(values, density):
 
 
 def elect_and_merge(changes, scales):
-    """The mean, over those whose sign is that of the sum, of scaled changes; zero where nobody agrees."""
+    """The mean of the scaled changes whose sign is that of the sum; zero where none agrees."""
     sign = np.sign(sum(changes))
     merged = np.zeros_like(changes[0])
     count = np.zeros_like(changes[0])
@@ -35,7 +94,7 @@ def elect_and_merge(changes, scales):
 
 
 def ties(base, tasks, scales, density, scope="model"):
-    """Trim over the task's whole vector (or tensor by tensor), elect, and take the disjoint mean."""
+    """Trim the task's whole vector (or each tensor), elect, and take the disjoint mean."""
     vectors = deltas(base, tasks)
     result = {}
     limits = [top(flat(v), density) for v in vectors]
@@ -49,11 +108,13 @@ def ties(base, tasks, scales, density, scope="model"):
 
 
 def dare(base, tasks, scales, density, kept, *, elect):
-    """Drop where `kept` is false, rescale by 1/density, then add up or elect. `kept[t][n]` are masks."""
+    """Drop where `kept` is false, rescale by 1/density, then add up or elect."""
     result = {}
     for n in base:
-        changes = [np.where(kept[t][n], v[n], 0) / density for t, v in enumerate(deltas(base, tasks))]
-        merged = elect_and_merge(changes, scales) if elect else sum(s * c for s, c in zip(scales, changes, strict=True))
+        moves = enumerate(deltas(base, tasks))
+        changes = [np.where(kept[t][n], v[n], 0) / density for t, v in moves]
+        added = sum(s * c for s, c in zip(scales, changes, strict=True))
+        merged = elect_and_merge(changes, scales) if elect else added
         result[n] = np.float64(base[n]) + merged
     return result
 
@@ -62,25 +123,46 @@ def slerp(one, other, t, scope="tensor"):
     """Along the arc between the directions, applied to the vectors themselves."""
     result = {}
     for n in one:
-        a, b = (flat(one), flat(other)) if scope == "model" else (np.ravel(np.float64(x[n])) for x in (one, other))
+        tensors = (np.ravel(np.float64(x[n])) for x in (one, other))
+        a, b = (flat(one), flat(other)) if scope == "model" else tensors
         cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
         first, second = 1 - t, t
         if abs(cosine) <= 0.9995:
             angle = math.acos(cosine)
-            first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+            first = math.sin((1 - t) * angle) / math.sin(angle)
+            second = math.sin(t * angle) / math.sin(angle)
         result[n] = first * np.float64(one[n]) + second * np.float64(other[n])
     return result
 
 
 def fisher(means, fishers, scales, floor):
-    """Fishers per observation, each divided by its norm over the whole model, the first floored before."""
+    """Fishers over their norms over the whole model, the first one floored."""
     norms = [np.linalg.norm(flat(f)) for f in fishers]
     result = {}
     for n in means[0]:
         weights = []
         for t, (f, norm) in enumerate(zip(fishers, norms, strict=True)):
-            own = np.maximum(np.float64(f[n]), floor) if t == 0 else np.float64(f[n])
-            weights.append(scales[t] * own / norm)
-        total = sum(weights)
-        result[n] = sum(w * np.float64(m[n]) for w, m in zip(weights, means, strict=True)) / total
+            floored = np.maximum(np.float64(f[n]), floor) if t == 0 else np.float64(f[n])
+            weights.append(scales[t] * floored / norm)
+        weighed = sum(w * np.float64(m[n]) for w, m in zip(weights, means, strict=True))
+        result[n] = weighed / sum(weights)
     return result
+
+
+def _dare(p, *, elect):
+    return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
+
+
+TWINS = {
+    "average": lambda p: average(p.tasks, p.scales),
+    "precision_average": lambda p: precision_average(p.tasks, p.precisions, p.scales),
+    "task_arithmetic": lambda p: task_arithmetic(p.base, p.tasks, p.scales),
+    "gradient_matching": lambda p: gradient_matching(
+        p.base, p.tasks, p.scales, p.base_precision, p.precisions, p.guard
+    ),
+    "fisher": lambda p: fisher(p.tasks, p.precisions, p.scales, p.settings["floor"]),
+    "ties": lambda p: ties(p.base, p.tasks, p.scales, p.settings["density"], p.settings["scope"]),
+    "dare_linear": lambda p: _dare(p, elect=False),
+    "dare_ties": lambda p: _dare(p, elect=True),
+    "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+}

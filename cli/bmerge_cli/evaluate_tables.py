@@ -1,0 +1,180 @@
+"""The tables of `bmerge evaluate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from bmerge_cli.render import table
+
+if TYPE_CHECKING:
+    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport
+    from mergekit_bayes.generation import Sampling
+    from mergekit_bayes.metrics.base import Interval
+    from mergekit_bayes.metrics.classification import ClassificationReport
+    from mergekit_bayes.metrics.perplexity import PerplexityReport
+    from mergekit_bayes.metrics.toxicity import SamplesReport
+
+
+def show_report(screen: Console, report: "EvaluateReport") -> None:
+    """Print one table for each thing that was measured."""
+    if report.perplexity:
+        _show_perplexity(screen, report)
+    if report.classification:
+        _show_classification(screen, report)
+        for name, measured in report.classification.items():
+            sampled = report.sampled.classification[name] if report.sampled else None
+            _show_calibration(screen, name, measured, sampled)
+    if report.sampled:
+        _show_draws(screen, report.sampled)
+    if report.sampling and report.samples:
+        _show_toxicity(screen, report, report.sampling, report.samples)
+
+
+def _show_perplexity(screen: Console, report: "EvaluateReport") -> None:
+    first = next(iter(report.perplexity.values()))
+    title = (
+        f"perplexity, {first.protocol}, window {first.window}, stride {first.stride}; ± half the "
+        "95 % interval"
+    )
+    columns = ["texts", "token", "word", "byte", "bits/byte", "nats/token", "tokens"]
+    rows = []
+    for name, measured in report.perplexity.items():
+        rows.append(_perplexity_row(name, measured))
+        if report.sampled:
+            draws = f"  {report.sampled.draws.samples} samples"
+            rows.append(_perplexity_row(draws, report.sampled.perplexity[name]))
+            change = _change(report.sampled.loss_change[name])
+            rows.append(["  change", "", "", "", "", change, ""])
+    screen.print(table(columns, rows, title=title))
+
+
+def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
+    return [
+        name,
+        _interval(measured.token),
+        f"{measured.word.value:.4g}",
+        f"{measured.byte.value:.4g}",
+        f"{measured.bits_per_byte.value:.4g}",
+        _interval(measured.loss),
+        f"{measured.tokens:,}",
+    ]
+
+
+def _show_classification(screen: Console, report: "EvaluateReport") -> None:
+    bins = report.settings["bins"]
+    title = f"classification; ECE by {bins} bins; ± half the 95 % interval"
+    columns = ["texts", "accuracy", "nats", "Brier", "ECE", "confidence", "examples"]
+    rows = []
+    for name, measured in report.classification.items():
+        rows.append(_classification_row(name, measured))
+        if report.sampled:
+            draws = f"  {report.sampled.draws.samples} samples"
+            rows.append(_classification_row(draws, report.sampled.classification[name]))
+            change = report.sampled.classification_change[name]
+            changes = (change.accuracy, change.nll, change.brier, change.ece)
+            rows.append(["  change", *map(_change, changes), "", ""])
+    screen.print(table(columns, rows, title=title))
+
+
+def _classification_row(name: str, measured: "ClassificationReport") -> list[str]:
+    numbers = (measured.accuracy, measured.nll, measured.brier, measured.ece)
+    return [
+        name,
+        *map(_interval, numbers),
+        f"{measured.confidence:.4g}",
+        f"{measured.examples:,}",
+    ]
+
+
+def _show_calibration(
+    screen: Console,
+    name: str,
+    measured: "ClassificationReport",
+    sampled: "ClassificationReport | None",
+) -> None:
+    """Print confidence and accuracy by bin, of the mean and beside it of the samples."""
+    reports = [measured] if sampled is None else [measured, sampled]
+    heads = ["examples", "confidence", "accuracy"]
+    columns = ["bin", *heads, *(f"sampled {head}" for head in heads if sampled is not None)]
+    rows = []
+    for bins in zip(*(r.bins for r in reports), strict=True):
+        if any(b.examples for b in bins):
+            row = [f"{bins[0].low:.3g} to {bins[0].high:.3g}"]
+            for b in bins:
+                row += [f"{b.examples:,}", _share(b.confidence), _share(b.accuracy)]
+            rows.append(row)
+    screen.print(table(columns, rows, title=f"calibration of {name}"))
+
+
+def _show_draws(screen: Console, sampled: "SampledReport") -> None:
+    from mergekit_bayes.models.sampling import WIDE
+
+    draws = sampled.draws
+    screen.print(
+        f"{draws.samples} samples of {draws.parameters:,} parameters ({draws.held:,} at the mean), "
+        f"prior precision {draws.prior:.3g}{' (given)' if draws.given else ''}, temperature "
+        f"{draws.temperature:g}, seed {draws.seed}, deviation over RMS {draws.sigma_over_rms:.2g}"
+    )
+    if draws.ess and draws.observations and abs(draws.ess / draws.observations - 1) > 1e-6:
+        screen.print(
+            f"note: the precision is that of {draws.ess:,g} observations (ess), the data held "
+            f"{draws.observations:,g}: --posterior-temperature "
+            f"{draws.ess / draws.observations:.4g} counts each once"
+        )
+    if draws.sigma_over_rms > WIDE:
+        # The factor of the variance that the prior alone would have to make up for.
+        excess = (draws.sigma_over_rms / WIDE) ** 2
+        screen.print(
+            f"note: the draws are {draws.sigma_over_rms:.2g} of the weights' RMS from the mean, "
+            f"where models often predict worse. With --prior {draws.prior * excess:.1g} or "
+            f"--posterior-temperature {draws.temperature / excess:.1g} they are about {WIDE:g}"
+        )
+
+
+def _show_toxicity(
+    screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
+) -> None:
+    title = (
+        f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
+        f"{sampling.continuations}, {sampling.new_tokens} tokens, top_p {sampling.top_p:g}, "
+        f"temperature {sampling.temperature:g}, seed {sampling.seed})"
+    )
+    threshold = report.settings["threshold"]
+    columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
+    rows = []
+    for spec, toxicity in report.toxicity.items():
+        numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
+        rows.append([_short(spec), *map(_interval, numbers)])
+    screen.print(table(columns, rows, title=title))
+    screen.print(
+        f"mean length {samples.mean_tokens:.1f} tokens, empty {samples.empty:.1%}, distinct word "
+        f"pairs {samples.distinct_2:.3f}, repeated pairs {samples.repeated:.3f}"
+    )
+    if samples.shortened:
+        screen.print(
+            f"note: {samples.shortened} prompts lost their beginning, since the context is too "
+            "short for them"
+        )
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.3f}"
+
+
+def _change(x: "Interval") -> str:
+    if x.low is None or x.high is None:
+        return f"{x.value:+.3g}"
+    return f"{x.value:+.3g} [{x.low:+.3g}, {x.high:+.3g}]"
+
+
+def _interval(x: "Interval") -> str:
+    if x.low is None or x.high is None:
+        return f"{x.value:.4g}"
+    return f"{x.value:.4g} ±{(x.high - x.low) / 2:.2g}"
+
+
+def _short(spec: str) -> str:
+    """A scorer without the folders of its file."""
+    scorer, _, rest = spec.partition(":")
+    return f"{scorer}:{Path(rest).name}" if scorer in ("words", "model") else spec

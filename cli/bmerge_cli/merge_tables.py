@@ -1,0 +1,134 @@
+"""What `bmerge merge` shows: its plan as a table or a document, and its reports."""
+
+from typing import Any
+
+from rich.console import Console
+
+from bmerge_cli.render import table
+from mergekit_bayes.lora import AdapterReport
+from mergekit_bayes.merge import MergeReport
+from mergekit_bayes.plan import Input, MergePlan
+
+
+def plan_document(plan: MergePlan) -> dict[str, object]:
+    """A plan as the document of `--dry-run --json`."""
+    return {
+        "method": plan.method.name,
+        "settings": plan.settings,
+        "target": str(plan.target),
+        "shards": [len(names) for names in plan.shards],
+        "models": _model_rows(plan),
+        "guard": plan.guard,
+        "steps": [
+            {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied}
+            for s in plan.steps
+        ],
+        "left_out": plan.left_out,
+        "ruled": plan.decisions,
+        "notes": plan.notes,
+    }
+
+
+def show_plan(screen: Console, plan: MergePlan) -> None:
+    """Print a plan: the models, and each tensor that is not simply merged."""
+    columns = ["model", "role", "scale"]
+    rows = [[str(m["ref"]), str(m["role"]), _text(m["scale"])] for m in _model_rows(plan)]
+    if plan.method.needs_precision:
+        columns += ["precision", "observations", "counted", "trained towards"]
+        for row, model in zip(rows, _model_rows(plan), strict=True):
+            row += _precision_cells(model)
+    screen.print(table(columns, rows, title=f"{plan.method.name} -> {plan.target}"))
+    for rule in plan.config.scale:
+        if isinstance(rule, str):
+            screen.print(f"  scale     {rule}", markup=False)
+    merged = [s for s in plan.steps if s.copied is None]
+    size = sum(s.spec.size for s in merged)
+    screen.print(
+        f"{len(merged)} tensors merged ({size:,} entries), {len(plan.steps) - len(merged)} copied, "
+        f"{len(plan.left_out)} left out"
+    )
+    for step in plan.steps:
+        if step.copied is not None:
+            screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
+    for name, reason in plan.decisions.items():
+        screen.print(f"  ruled     {name}: {reason}", markup=False)
+    for name, reason in plan.left_out.items():
+        screen.print(f"  left out  {name}: {reason}", markup=False)
+    for note in plan.notes:
+        screen.print(f"  note      {note}", markup=False)
+
+
+def show_report(screen: Console, report: MergeReport) -> None:
+    """Print what a merge of whole models did."""
+    screen.print(
+        f"{report.method}: {report.merged_tensors} tensors merged, {len(report.copied)} copied, "
+        f"{len(report.left_out)} left out"
+    )
+    for model in report.models:
+        if model.ratio is not None:
+            screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
+    if report.ruled:
+        screen.print(
+            f"  {len(report.ruled)} tensors by a rule, {next(iter(report.ruled))} first: see the "
+            "report"
+        )
+    removes = any(m.scale is not None and m.scale < 0 for m in report.models)
+    if report.weights == "precision" and (removes or report.guarded_share > 0):
+        screen.print(
+            f"  guard {report.guard:g} acted on {report.guarded_share:.2%} of entries; "
+            f"largest multiplier {report.largest_multiplier:.3g}"
+        )
+    _show_notes(screen, report.notes)
+    if report.precision_path:
+        screen.print(f"  precision: {report.precision_path}", markup=False)
+
+
+def show_adapters(screen: Console, report: AdapterReport) -> None:
+    """Print what a merge of adapters did."""
+    screen.print(
+        f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative "
+        f"error of a layer is {report.largest_error:.3g}",
+        markup=False,
+    )
+    _show_notes(screen, report.notes)
+
+
+def _show_notes(screen: Console, notes: tuple[str, ...]) -> None:
+    for note in notes:
+        screen.print(f"  note: {note}", markup=False)
+
+
+def _model_rows(plan: MergePlan) -> list[dict[str, Any]]:
+    return [_model_row(plan, model) for model in plan.inputs]
+
+
+def _model_row(plan: MergePlan, model: Input) -> dict[str, Any]:
+    """How one input enters the merge; without precisions, only its role and scale."""
+    is_base = model is plan.base
+    scale = None if is_base else model.scale
+    row: dict[str, Any] = {"ref": model.ref, "role": "base" if is_base else "task", "scale": scale}
+    if plan.method.needs_precision:
+        info = model.posterior.info
+        row |= {
+            "estimator": info.estimator if info else "given",
+            "unit": info.unit if info else None,
+            "observations": info.observations if info else None,
+            "counted": model.weighing.count,
+            "anchor": info.anchor.model_dump() if info else None,
+        }
+    return row
+
+
+def _precision_cells(row: dict[str, Any]) -> list[str]:
+    anchor = row["anchor"] or {"kind": "-", "precision": None}
+    strength = "" if anchor["precision"] is None else f" {anchor['precision']:.3g}"
+    return [
+        f"{row['estimator']}/{row['unit'] or '-'}",
+        _text(row["observations"]),
+        _text(row["counted"]),
+        f"{anchor['kind']}{strength}",
+    ]
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:,g}"

@@ -1,0 +1,56 @@
+"""The merge that makes a candidate: its settings, and the command line that repeats it."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mergekit_bayes.detox.settings import Curve, DetoxConfig
+from mergekit_bayes.merge import MergeConfig
+
+
+def merge_config(
+    config: DetoxConfig, curve: Curve, scale: float, toxic: Path, precision: str | None
+) -> MergeConfig:
+    """The settings of the merge that subtracts the toxic fine-tune.
+
+    Args:
+        config: The removal.
+        curve: The method and its settings.
+        scale: The amount to subtract, above zero.
+        toxic: The fine-tuned model.
+        precision: Where the base's precision is; None if no method needs it.
+    """
+    common: dict[str, Any] = {
+        "models": (str(toxic),),
+        "base": config.base,
+        "scale": (-scale,),
+        "posterior": False,
+    }
+    if curve.method == "task_arithmetic":
+        return MergeConfig(**common)
+    elsewhere = precision is not None and precision != config.base
+    return MergeConfig(
+        **common,
+        weights="precision",
+        anchor=config.anchor,
+        guard=config.guard,
+        shrink=curve.shrink,
+        pool="tensor" if curve.method == "control" else None,
+        observations={config.base: f"{curve.base_count:g}x"},
+        precision={config.base: str(precision)} if elsewhere else {},
+    )
+
+
+def merge_command(merge: MergeConfig) -> str:
+    """The `bmerge merge` line that makes a candidate; it lacks the output."""
+    words = ["bmerge", "merge", *merge.models, "--base", str(merge.base)]
+    words += ["--weights", merge.weights, "--scale", f"{merge.scale[0]:g}"]
+    if merge.weights == "precision":
+        words += ["--anchor", merge.anchor, "--guard", f"{merge.guard:g}"]
+        words += ["--shrink", merge.shrink] if merge.shrink is not None else []
+        words += ["--pool", merge.pool] if merge.pool is not None else []
+        for model, count in merge.observations.items():
+            words += ["--observations", f"{model}={count}"]
+        for model, place in merge.precision.items():
+            words += ["--precision", f"{model}={place}"]
+    return shlex.join([*words, "--no-posterior"])

@@ -1,0 +1,75 @@
+"""Continue the prompts and score the continuations."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from mergekit_bayes.evaluate.report import StepProgress
+from mergekit_bayes.evaluate.scorers import Scorer
+from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.generation import Samples, sample_continuations
+from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
+from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.records import Array
+
+
+class Continuations(NamedTuple):
+    """Prompts, their continuations, and the scores of these by each scorer's name."""
+
+    prompts: Sequence[str]
+    samples: Samples
+    scores: dict[str, Array]  # (prompts, continuations)
+
+
+def score_continuations(
+    config: EvaluateConfig,
+    loaded: Loaded,
+    prompts: Sequence[str],
+    scorers: Sequence[Scorer],
+    tell: StepProgress,
+) -> Continuations | None:
+    """Draw continuations of the prompts at the mean weights and score them.
+
+    Args:
+        config: How continuations are drawn.
+        loaded: A causal language model, if there are prompts.
+        prompts: The texts to continue.
+        scorers: They all score the same continuations.
+        tell: Called with (step, done, of).
+
+    Returns:
+        None without prompts.
+    """
+    if not prompts:
+        return None
+    samples = sample_continuations(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        start=loaded.start,
+        context=loaded.context,
+        sampling=config.sampling,
+        batch_size=config.sampling_batch,
+        progress=partial(tell, "continuations"),
+    )
+    texts = [text for row in samples.texts for text in row]
+    shape = (len(prompts), config.continuations)
+    scores: dict[str, Array] = {}
+    for i, scorer in enumerate(scorers):
+        tell("scoring", i, len(scorers))
+        scores[scorer.spec] = np.reshape(scorer.score(texts), shape)
+    return Continuations(prompts, samples, scores)
+
+
+def toxicity_by_scorer(
+    config: EvaluateConfig, continuations: Continuations
+) -> dict[str, ToxicityReport]:
+    """The toxicity of the continuations by each scorer's name."""
+    return {
+        spec: score_toxicity(
+            scores, threshold=config.threshold, bootstrap=config.bootstrap, seed=config.seed
+        )
+        for spec, scores in continuations.scores.items()
+    }

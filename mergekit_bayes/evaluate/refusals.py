@@ -1,0 +1,75 @@
+"""Settings and models that an evaluation refuses."""
+
+from pathlib import Path
+
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.models.load import Loaded, other_head
+
+
+def refuse_settings(config: EvaluateConfig) -> None:
+    """Refuse settings that contradict each other, before anything is read.
+
+    Raises:
+        ConfigError: There is nothing to measure, or a setting has no effect or no object.
+        CheckpointError: The output exists and `force` is not set.
+    """
+    if not config.perplexity and config.toxicity is None and not config.classify:
+        raise ConfigError(
+            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer) or "
+            "labelled texts (--classify)."
+        )
+    if config.toxicity is not None and not config.scorer:
+        raise ConfigError(
+            "toxicity needs a scorer: --scorer words:FILE, model:PATH_OR_ID#LABEL or "
+            "package.module:function."
+        )
+    if config.scorer and config.toxicity is None:
+        raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
+    if len(set(config.scorer)) < len(config.scorer):
+        raise ConfigError(f"a scorer is named twice: {', '.join(config.scorer)}.")
+    if config.samples is not None and not config.perplexity and not config.classify:
+        raise ConfigError(
+            "samples average probabilities: name texts (--perplexity) or labelled texts "
+            "(--classify). Toxicity is measured at the mean."
+        )
+    about_samples = (config.prior, config.posterior_temperature, config.precision)
+    if config.samples is None and about_samples != (None, 1.0, None):
+        raise ConfigError(
+            "--prior, --posterior-temperature and --precision are about --samples, which is not "
+            "given."
+        )
+    names = {**config.perplexity, **config.classify}
+    for name in config.where if is_by_name(config.where) else ():
+        if name not in names:
+            raise ConfigError(f"where: no texts are called '{name}'; there are {', '.join(names)}.")
+    if config.output is not None and Path(config.output).exists() and not config.force:
+        raise CheckpointError(
+            f"'{config.output}' exists. Choose another -o, or pass --force to replace it."
+        )
+
+
+def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
+    """Refuse a model that cannot be measured as the config asks, before it runs.
+
+    Raises:
+        MismatchError: The model is a classifier where a language model is needed, or the reverse,
+            or a classifier that does not choose one label.
+        ConfigError: The window is longer than the model's context.
+    """
+    if loaded.task != "causal-lm" and (config.perplexity or config.toxicity is not None):
+        raise MismatchError(
+            f"'{config.model}' is a classifier; perplexity and toxicity need a language model."
+        )
+    if loaded.task != "classification" and config.classify:
+        raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")
+    if config.classify and (other := other_head(loaded)):
+        raise MismatchError(
+            f"'{config.model}' is a classifier with {other}; --classify needs one with a single "
+            "label of two classes or more."
+        )
+    if config.window is not None and config.window > loaded.context:
+        raise ConfigError(
+            f"window {config.window}: '{config.model}' sees at most {loaded.context} tokens."
+        )

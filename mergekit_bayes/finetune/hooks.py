@@ -1,0 +1,104 @@
+"""What a fine-tune adds to transformers' Trainer: health in the log, a bar, checkpoint markers.
+
+transformers' own callbacks print on stdout, which belongs to the result of the command.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from mergekit_bayes.finetune.checkpoints import mark_whole
+from mergekit_bayes.finetune.data import Run
+from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
+from mergekit_bayes.finetune.ranks import mean_over_ranks
+from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
+
+
+class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
+    """The Trainer with IVON, whose log holds the posterior's health beside the loss."""
+
+    def __init__(self, run: Run, **arguments: object) -> None:
+        self._step_observations = run.choices.batch_size
+        self._logged = LOGGED[run.config.curvature]
+        self._monitor = HealthMonitor(run.config)
+        super().__init__(**arguments)
+
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """Add the health numbers to the log of a step, and warn of problems."""
+        if "loss" in logs:
+            health = unwrap(self.optimizer).health(self._step_observations)
+            self._monitor.warn(health)
+            logs = {**logs, **{name: health[name] for name in self._logged}}
+        super().log(logs, *args, **kwargs)
+
+
+class ProgressBar(ProgressCallback):  # type: ignore[misc]
+    """On stderr: a first line, a bar, and a line for each log."""
+
+    def __init__(self, first_line: str) -> None:
+        super().__init__()
+        self._first_line = first_line
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Print the first line and open the bar."""
+        if state.is_world_process_zero:
+            print(self._first_line, file=sys.stderr)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Print loss, learning rate and health above the bar."""
+        if self.training_bar is None or logs is None or "loss" not in logs:
+            return
+        line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"
+        for name in ("learning_rate", *LOGGED["price"]):
+            if name in logs:
+                line += f"  {name} {float(logs[name]):.3g}"
+        self.training_bar.write(line, file=sys.stderr)
+        self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+
+
+class CheckpointMarker(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint as complete when every rank has written its files.
+
+    Args:
+        trainer: The Trainer, which knows the loss since it was started.
+        identity: What the marker stores of the run.
+        loss_before: Sum of the training loss over the steps before this start.
+    """
+
+    def __init__(
+        self, trainer: Trainer, identity: Mapping[str, object], loss_before: float
+    ) -> None:
+        self._trainer = trainer
+        self._identity = identity
+        self._loss_before = loss_before
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Mark the checkpoint. Every rank comes here after writing, and the mean waits for all."""
+        total = self._trainer._total_loss_scalar + float(self._trainer._tr_loss)
+        loss = self._loss_before + mean_over_ranks(total)
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            mark_whole(path, state.global_step, self._identity, loss)

@@ -1,0 +1,138 @@
+"""What a merge of adapters refuses: options, outputs, bases and precisions that do not fit."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mergekit_bayes.checkpoint.replacing import refuse_foreign
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.config import CONFIG
+from mergekit_bayes.lora.inputs import Space, Weights
+
+
+def check_options(
+    adapters: Sequence[str],
+    scales: Sequence[float],
+    weights: Weights,
+    space: Space,
+    rank: int | None,
+) -> tuple[float, ...]:
+    """Check the settings against each other, and return one scale per adapter.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    if not adapters:
+        raise ConfigError("a merge of adapters needs at least one.")
+    if len(scales) not in (1, len(adapters)):
+        raise ConfigError(
+            f"--scale: {len(scales)} given for {len(adapters)} adapters. Give one for all, or one "
+            "each."
+        )
+    shares = tuple(map(float, scales)) * (len(adapters) if len(scales) == 1 else 1)
+    if not all(map(math.isfinite, shares)):
+        raise ConfigError(f"--scale: {list(shares)} must be finite.")
+    if weights == "precision" and (min(shares) < 0 or not sum(shares)):
+        raise ConfigError(
+            "--weights precision without a base takes the scales for shares: none below zero, not "
+            "all zero. To remove an adapter, fold: "
+            "`bmerge merge BASE+A BASE+B --base BASE --scale 1 --scale -1`."
+        )
+    if space == "concat" and weights == "precision":
+        raise ConfigError(
+            "--space concat is exact task arithmetic and weighs no entries; use --space product."
+        )
+    if rank is not None and space != "product":
+        raise ConfigError(
+            f"--rank is for --space product; --space {space} keeps the ranks that the adapters "
+            "have."
+        )
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: expected at least 1.")
+    return shares
+
+
+def check_output(out: Path, adapters: Sequence[Adapter]) -> None:
+    """Refuse an output that is not a folder, or that would replace something of value.
+
+    Raises:
+        CheckpointError: It would replace an adapter, or a folder that is no model.
+        ConfigError: It is a file.
+    """
+    if out.suffix == ".safetensors":
+        raise ConfigError(f"-o {out}: an adapter is a folder. Name one.")
+    refuse_foreign(out)
+    paths = [adapter.posterior.path.resolve() for adapter in adapters]
+    if any(out.resolve() in (path, *path.parents) for path in paths):
+        raise CheckpointError(
+            f"-o {out} would overwrite an adapter that is merged. Choose another -o."
+        )
+
+
+def check_bases(adapters: Sequence[Adapter]) -> list[str]:
+    """Compare the bases on which adapters were trained, as far as they are on record.
+
+    Returns:
+        Notes on bases that are only taken to be the same.
+
+    Raises:
+        MismatchError: They were trained on different weights.
+    """
+    notes = []
+    first = adapters[0]
+    for other in adapters[1:]:
+        if bool(first.config.get("fan_in_fan_out")) != bool(other.config.get("fan_in_fan_out")):
+            raise MismatchError(
+                f"'{first.ref}' and '{other.ref}' disagree on fan_in_fan_out in {CONFIG}: they "
+                "adapt layers that are stored in different ways. Were they trained on different "
+                "models?"
+            )
+        infos = (first.posterior.info, other.posterior.info)
+        bases = [info.base.blocks for info in infos if info is not None and info.base is not None]
+        if len(set(bases)) == 2:
+            raise MismatchError(
+                f"'{first.ref}' and '{other.ref}' were trained on different weights; their records "
+                "say so."
+            )
+        names = [a.config.get("base_model_name_or_path") for a in (first, other)]
+        if len(bases) < 2 and names[0] != names[1]:
+            notes.append(
+                f"'{first.ref}' names the base '{names[0]}', '{other.ref}' '{names[1]}': taken to "
+                "be the same"
+            )
+    return notes
+
+
+def check_precisions(
+    adapters: Sequence[Adapter], counts: Literal["equal", "recorded"]
+) -> tuple[float | None, ...]:
+    """Compare the adapters' precisions, and return the number of observations that each stands for.
+
+    Args:
+        adapters: The adapters.
+        counts: `equal` takes the smallest number on record for all.
+
+    Raises:
+        PrecisionError: A precision is missing, or they are of different kinds.
+    """
+    for adapter in adapters:
+        if adapter.posterior.precision is None:
+            raise PrecisionError(
+                f"no precision for '{adapter.ref}' (looked for "
+                f"'{adapter.posterior.path / 'posterior'}'). Fine-tune it with IVON, make one with "
+                "`bmerge precision`, or merge with --weights uniform."
+            )
+    kinds = {(i.estimator, i.unit): a.ref for a in adapters if (i := a.posterior.info) is not None}
+    if len(kinds) > 1:
+        (one, ref), (two, other) = list(kinds.items())[:2]
+        raise PrecisionError(
+            f"precisions of different kinds do not add: '{ref}' has {one[0]} per {one[1]}, "
+            f"'{other}' {two[0]} per {two[1]}. Make them alike with `bmerge precision`."
+        )
+    recorded = tuple(adapter.observations for adapter in adapters)
+    if counts == "recorded":
+        return recorded
+    smallest = min((n for n in recorded if n), default=None)
+    return tuple(smallest if n else None for n in recorded)

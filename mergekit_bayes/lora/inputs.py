@@ -1,0 +1,93 @@
+"""What a merge of adapters works on: the adapters, their scales, and who holds which layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.layers import Factors, Layer
+
+Space = Literal["product", "concat", "factor"]
+Weights = Literal["uniform", "precision"]
+
+
+class LayerCopy(NamedTuple):
+    """A layer as one adapter holds it."""
+
+    owner: int  # index of the adapter
+    layer: Layer
+
+
+class TensorCopy(NamedTuple):
+    """A tensor of `modules_to_save` as one adapter holds it."""
+
+    owner: int  # index of the adapter
+    disk: str  # its name on disk
+
+
+# By the first adapter's name, the copies of those adapters that hold the layer or the tensor.
+Layers = Mapping[str, Sequence[LayerCopy]]
+Whole = Mapping[str, Sequence[TensorCopy]]
+
+
+class AdapterMerge(NamedTuple):
+    """Adapters and how each one counts.
+
+    Attributes:
+        adapters: The adapters.
+        scales: c_t, one per adapter.
+        counts: Number of observations for which each precision is counted; None as recorded.
+        weights: Whether entries are weighed by precision.
+        seed: Seed of the SVD of large layers.
+        averaged: In factor space, factors are averaged because they started from one A.
+    """
+
+    adapters: Sequence[Adapter]
+    scales: tuple[float, ...]
+    counts: tuple[float | None, ...]
+    weights: Weights
+    seed: int
+    averaged: bool = False
+
+    def scaled(self, copy: LayerCopy) -> Factors:
+        """A and `s B` of a layer, in float64."""
+        a, b = self.adapters[copy.owner].factors(copy.layer)
+        return Factors(a.astype(np.float64), copy.layer.scaling * b.astype(np.float64))
+
+    def stacked(self, copies: Sequence[LayerCopy]) -> tuple[Array, Array]:
+        """`[c_1 s_1 B_1, ...]` and `[A_1; ...]`, whose product is `sum_t c_t s_t B_t A_t`."""
+        factors = [self.scaled(copy) for copy in copies]
+        left = [self.scales[copy.owner] * f.b for copy, f in zip(copies, factors, strict=True)]
+        return np.concatenate(left, 1), np.concatenate([f.a for f in factors])
+
+
+def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Whole]:
+    """Find the layers and the tensors of `modules_to_save` that adapters have in common.
+
+    Returns:
+        Both under the first adapter's names, with the copies in order of the adapters.
+
+    Raises:
+        MismatchError: A layer has different shapes.
+    """
+    layers: dict[str, list[LayerCopy]] = {}
+    whole: dict[str, list[TensorCopy]] = {}
+    for index, adapter in enumerate(adapters):
+        renaming = find_renaming(adapters[0].layers, adapter.layers) if index else Renaming()
+        for module, layer in adapter.layers.items():
+            copies = layers.setdefault(renaming(module, adapters[0].layers), [])
+            first = copies[0].layer if copies else layer
+            if (first.rows, first.columns) != (layer.rows, layer.columns):
+                raise MismatchError(
+                    f"'{module}' changes a weight of [{layer.rows}, {layer.columns}] in "
+                    f"'{adapter.ref}' but of [{first.rows}, {first.columns}] in "
+                    f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
+                )
+            copies.append(LayerCopy(index, layer))
+        for name, disk in adapter.whole.items():
+            whole.setdefault(renaming(name, adapters[0].whole), []).append(TensorCopy(index, disk))
+    return layers, whole

@@ -1,0 +1,106 @@
+"""Open a model by what the user typed: a plain one, or `BASE+ADAPTER`."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from mergekit_bayes.checkpoint.sources import is_hub_id
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.lora.adapted import AdaptedSource, ProductPrecision
+from mergekit_bayes.lora.adapter import open_adapter
+from mergekit_bayes.posterior import Posterior, open_posterior
+
+
+def open_model(
+    ref: str,
+    *,
+    precision: str | None = None,
+    isotropic: float | None = None,
+    with_precision: bool = True,
+    count: float | None = None,
+) -> Posterior:
+    """Open a model: by `open_adapted` if it is `BASE+ADAPTER`, else by `open_posterior`.
+
+    Args:
+        ref: A path or Hub id, or two of them with a `+` between them.
+        precision: Another place for the precision (of the adapter, if there is one).
+        isotropic: One precision for every entry, 1/weight^2, in place of a file.
+        with_precision: Open the precision too.
+        count: See `open_adapted`; not used for a plain model.
+    """
+    if split_ref(ref) is None:
+        return open_posterior(
+            ref, precision=precision, isotropic=isotropic, with_precision=with_precision
+        )
+    return open_adapted(
+        ref, precision=precision, isotropic=isotropic, with_precision=with_precision, count=count
+    )
+
+
+def open_adapted(
+    ref: str,
+    *,
+    precision: str | None = None,
+    isotropic: float | None = None,
+    with_precision: bool = True,
+    count: float | None = None,
+) -> Posterior:
+    """Open `BASE+ADAPTER` as one dense posterior. Reads headers and the adapter's config only.
+
+    Its precision, if the adapter has one, is a `ProductPrecision` on the scale of the summed loss.
+    It has no `info`, so it is taken as it is, with prior 0.
+
+    Args:
+        ref: Two paths or Hub ids with a `+` between them.
+        precision: Another place for the adapter's precision.
+        isotropic: One precision for every entry, 1/weight^2, in place of a file.
+        with_precision: Open the precision too.
+        count: Number of observations for which the adapter's precision is counted; the recorded
+            number if None.
+
+    Raises:
+        CheckpointError: There is no such base or adapter.
+        ConfigError: The adapter is of a kind that is not read.
+        MismatchError: The adapter does not fit this base.
+        PrecisionError: The precision was taken at other weights than this adapter's.
+    """
+    refs = split_ref(ref)
+    if refs is None:
+        raise CheckpointError(f"'{ref}': not of the form BASE+ADAPTER.")
+    stored = with_precision and isotropic is None
+    with ExitStack() as stack:
+        base = stack.enter_context(open_posterior(refs[0], with_precision=False))
+        adapter = stack.enter_context(
+            open_adapter(refs[1], precision=precision, with_precision=stored)
+        )
+        mean = AdaptedSource(base.mean, adapter)
+        product = None if adapter.posterior.precision is None else ProductPrecision(mean, count)
+        stack.pop_all()  # the posterior owns the files from here on
+    return Posterior(
+        ref, base.path, mean, product, isotropic=isotropic, parts=(base, adapter.posterior)
+    )
+
+
+def split_ref(ref: str) -> tuple[str, str] | None:
+    """The base and the adapter of `BASE+ADAPTER`; None for anything else.
+
+    A path that exists is a plain model, even with a `+` in its name.
+
+    Raises:
+        CheckpointError: Neither the whole nor two pieces of it are paths or Hub ids.
+    """
+    if "+" not in ref or _exists(ref):
+        return None
+    pairs = [(ref[:i], ref[i + 1 :]) for i, c in enumerate(ref) if c == "+"]
+    pairs.sort(key=lambda pair: -sum(map(_exists, pair)))
+    for pair in pairs:
+        if all(_exists(piece) or is_hub_id(piece) for piece in pair):
+            return pair
+    missing = next(piece for piece in pairs[0] if not (_exists(piece) or is_hub_id(piece)))
+    raise CheckpointError(
+        f"'{ref}': no such path, and not BASE+ADAPTER either: '{missing}' is no path and no Hub "
+        "id. Name two folders, the model's and the adapter's."
+    )
+
+
+def _exists(ref: str) -> bool:
+    return bool(ref) and Path(ref).expanduser().exists()

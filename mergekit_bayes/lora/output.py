@@ -1,0 +1,106 @@
+"""Write a merged adapter: its tensors and its config, as PEFT reads them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mergekit_bayes.checkpoint.codec import encode
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
+from mergekit_bayes.lora.factors import merge_factors
+from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Whole
+from mergekit_bayes.lora.products import merge_products
+from mergekit_bayes.lora.report import MergedLayer
+from mergekit_bayes.lora.whole import merge_whole
+from mergekit_bayes.records import Progress
+
+# What selects a subset of `target_modules`.
+_SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def write_tensors(
+    merge: AdapterMerge,
+    space: Space,
+    rank: int,
+    layers: Layers,
+    whole: Whole,
+    outcomes: Mapping[str, str],
+    folder: Path,
+    progress: Progress | None,
+) -> dict[str, MergedLayer]:
+    """Merge layer by layer into `adapter_model.safetensors`.
+
+    Args:
+        merge: The adapters.
+        space: The space in which changes are added.
+        rank: Rank of every layer of the result.
+        layers: The layers, with who holds them.
+        whole: The tensors beside the factors, with who holds them.
+        outcomes: What becomes of each of those, from `decide_whole`.
+        folder: Where to write.
+        progress: Called with (layers done, layers in all).
+
+    Returns:
+        What to report of each layer, by module.
+    """
+    specs = {}
+    for module, copies in layers.items():
+        layer = copies[0].layer
+        specs[f"{PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (rank, layer.columns))
+        specs[f"{PREFIX}{module}.lora_B.weight"] = TensorSpec("F32", (layer.rows, rank))
+    for name, tensors in whole.items():
+        mean = merge.adapters[tensors[0].owner].posterior.mean
+        specs[PREFIX + name] = mean.specs[tensors[0].disk]
+    done: dict[str, MergedLayer] = {}
+    with SafetensorsSink(folder / WEIGHTS, specs, {"format": "pt"}) as sink:
+        for module, copies in layers.items():
+            if space == "factor":
+                merged = merge_factors(merge, rank, copies)
+            else:
+                merged = merge_products(merge, space, rank, module, copies)
+            for side, factor in zip("AB", merged.factors, strict=True):
+                data = encode(factor.reshape(-1), "F32")
+                sink.write_bytes(f"{PREFIX}{module}.lora_{side}.weight", 0, data)
+            done[module] = MergedLayer(norm=merged.norm, error=merged.error, adapters=len(copies))
+            if progress:
+                progress(len(done), len(layers))
+        for name, tensors in whole.items():
+            values = merge_whole(merge, tensors, outcomes[name])
+            data = encode(values.reshape(-1), specs[PREFIX + name].dtype)
+            sink.write_bytes(PREFIX + name, 0, data)
+    return done
+
+
+def write_config(
+    adapters: Sequence[Adapter], layers: Layers, whole: Whole, rank: int, folder: Path
+) -> None:
+    """Write `adapter_config.json`: the first adapter's, with the scaling in the factors.
+
+    The result has alpha = r, so that s = 1.
+    """
+    config: dict[str, object] = {**adapters[0].config}
+    config |= {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    if len({_targets(adapter) for adapter in adapters}) > 1:
+        config |= {"target_modules": sorted(layers)} | dict.fromkeys(_SELECTIONS)
+    saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}
+    config["modules_to_save"] = sorted(saved) if whole else None
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _targets(adapter: Adapter) -> str:
+    """What an adapter says of the modules that it targets, in a form that can be compared."""
+    config: Mapping[str, object] = adapter.config
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        targets = sorted(targets)
+    return json.dumps([targets, *(config.get(key) for key in _SELECTIONS)])

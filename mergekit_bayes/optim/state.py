@@ -1,0 +1,53 @@
+"""What a checkpoint keeps of each parameter, and where the mean is."""
+
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from mergekit_bayes.optim.shards import local
+
+Group = dict[str, Any]  # a parameter group, as torch.optim has it
+
+COUNTERS = ("step", "estimates")  # of `ParameterState`, on the CPU as in torch's optimizers
+
+
+class ParameterState(TypedDict, total=False):
+    """`optimizer.state[parameter]`: what checkpoints hold, under these keys.
+
+    All tensors are float32. Those of the parameter's shape are sharded like the parameter.
+
+    Attributes:
+        step: Number of steps that this parameter has made; a scalar on the CPU.
+        momentum: Average of the gradients, mean loss/weight; of the parameter's shape.
+        hess: h, estimate of the Hessian diagonal of the mean loss, mean loss/weight^2; of the
+            parameter's shape. The posterior precision is `ess (h + d)`.
+        mean: Float32 master of the mean, for parameters of fewer than 32 bits only; of the
+            parameter's shape.
+        estimates: IVON with `curvature="ggn"`: number of estimates in `hess`; a scalar on the CPU.
+        noise: IVON with `curvature="price"`: average of ((f - h) / (h + d))^2; a scalar.
+        weight_decay: IVON with `adapt_prior`, matrices only: d, the adapted prior precision over
+            `ess`; a scalar.
+    """
+
+    step: Tensor
+    momentum: Tensor
+    hess: Tensor
+    mean: Tensor
+    estimates: Tensor
+    noise: Tensor
+    weight_decay: Tensor
+
+
+def mean_of(parameter: Tensor, state: ParameterState) -> Tensor:
+    """Return this rank's shard of the mean, where it is kept between two contexts.
+
+    That is the float32 master if there is one, else the parameter itself. While the weights are
+    sampled, `moves.Moved` says where the mean of a parameter without a master is.
+    """
+    return local(state["mean"]) if "mean" in state else local(parameter)
+
+
+def update_weights(parameter: Tensor, state: ParameterState) -> None:
+    """Round a float32 master, where there is one, to the parameter."""
+    if "mean" in state:
+        local(parameter).copy_(local(state["mean"]))

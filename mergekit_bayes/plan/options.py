@@ -1,0 +1,201 @@
+"""Options of a merge: the method, the sizes and shrinkage that are given as text, and which
+options contradict each other.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.methods import METHODS, choose, settings_of
+from mergekit_bayes.methods.base import Method
+from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.settings import MergeConfig
+
+_PRECISION_ONLY = (
+    "precision",
+    "isotropic",
+    "observations",
+    "shrink",
+    "pool",
+    "anchor",
+    "counts",
+    "guard",
+)
+_BY_MODEL = ("precision", "isotropic", "observations")
+_ANCHORS = ("h0", "none", "zero-decay", "recorded")
+
+
+class Shrink(NamedTuple):
+    """How much of a mean precision is added to each entry.
+
+    Attributes:
+        amount: Multiple of the mean, at least 0.
+        by_row: Whether the mean is that of the row instead of the tensor.
+    """
+
+    amount: float
+    by_row: bool
+
+
+def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
+    """The method by name, or the one that `weights` and `base` choose, and its parameters.
+
+    Raises:
+        ConfigError: There is no such method, or it does not fit the base, the weights, the scales
+            or the number of models.
+    """
+    if config.method is None:
+        method = choose(
+            with_base=config.base is not None, by_precision=config.weights == "precision"
+        )
+    else:
+        method = _method_by_name(config.method)
+        _check_method(config, method)
+    return method, settings_of(method, config.param)
+
+
+def check_options(
+    config: MergeConfig, method: Method, scales: Sequence[float], rules: Sequence[ScaleRule]
+) -> None:
+    """Refuse options that contradict each other or cannot be read.
+
+    Raises:
+        ConfigError: The first such option, by its flag.
+    """
+    given = (*scales, *(r.scale for r in rules))
+    if not all(isfinite(s) for s in given):
+        raise ConfigError(f"--scale: {list(given)} must be finite.")
+    if config.base is None:
+        _check_without_base(config, scales, given)
+    if config.max_shard_size is not None:
+        parse_size(config.max_shard_size)
+    if not method.needs_precision:
+        for name in _PRECISION_ONLY:
+            if getattr(config, name) != MergeConfig.model_fields[name].default:
+                raise ConfigError(
+                    f"--{name} only matters where precisions weigh. Add --weights precision, or "
+                    "drop it."
+                )
+    elif config.base is not None and config.base in config.models:
+        raise ConfigError(
+            f"'{config.base}' is both --base and a model; what it changed would be nothing."
+        )
+    _check_models_named(config)
+    _check_anchor(config.anchor)
+    parse_shrink(config.shrink)
+    if config.only is not None:
+        try:
+            re.compile(config.only)
+        except re.error as error:
+            raise ConfigError(
+                f"--only '{config.only}' is not a regular expression ({error})."
+            ) from None
+
+
+def parse_shrink(text: str | None) -> Shrink | None:
+    """Read `X` or `row:X`, with a number X >= 0.
+
+    Raises:
+        ConfigError: The text is neither.
+    """
+    if text is None:
+        return None
+    try:
+        amount = float(text.removeprefix("row:"))
+    except ValueError:
+        amount = -1.0
+    if not 0 <= amount < float("inf"):
+        raise ConfigError(f"--shrink '{text}': expected X or row:X with a number X >= 0.")
+    return Shrink(amount, text.startswith("row:"))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB` (powers of 1,000, as transformers counts) or `512MiB`.
+
+    Raises:
+        ConfigError: The text is not a size above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ConfigError(f"--max-shard-size '{text}': expected a size such as 5GB or 512MiB.")
+    unit = 1024 if match[3] else 1000
+    exponent = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * unit**exponent)
+
+
+def _method_by_name(name: str) -> Method:
+    if name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(f"--method {name}: no such method.{hint} `bmerge methods` lists them.")
+
+
+def _check_method(config: MergeConfig, method: Method) -> None:
+    """Refuse a method that does not fit the rest of the options."""
+    if config.weights == "precision" and not method.needs_precision:
+        raise ConfigError(
+            f"--method {method.name} does not weigh by precision. Drop --weights or --method."
+        )
+    if method.needs_base and config.base is None:
+        raise ConfigError(
+            f"--method {method.name} adds what each task changed: name what they came from with "
+            "--base."
+        )
+    if not method.needs_base and config.base is not None:
+        raise ConfigError(
+            f"--method {method.name} takes no base. Drop --base, or name it among the models."
+        )
+    if method.tasks is not None and len(config.models) != method.tasks:
+        raise ConfigError(
+            f"--method {method.name} merges {method.tasks} models, not {len(config.models)}."
+        )
+    if method.tasks is not None and any(s != 1.0 for s in config.scale):
+        raise ConfigError(
+            f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
+        )
+
+
+def _check_without_base(
+    config: MergeConfig, scales: Sequence[float], given: Sequence[float]
+) -> None:
+    """Refuse what needs a base; `given` are the scales with those of the rules."""
+    if any(s < 0 for s in given):
+        raise ConfigError("a negative scale removes a task from something: name it with --base.")
+    if sum(scales) <= 0:
+        raise ConfigError("without --base the scales are shares and must sum to more than zero.")
+    if config.anchor != "h0":
+        raise ConfigError("--anchor says how tasks were pulled to the base: name it with --base.")
+    for flag, choice in (("on-missing", config.on_missing), ("on-bad", config.on_bad)):
+        if choice == "base":
+            raise ConfigError(f"--{flag} base takes the base's values: name it with --base.")
+
+
+def _check_models_named(config: MergeConfig) -> None:
+    """Refuse options by model that name an unknown model, or give one precision twice."""
+    for ref in set(config.precision) & set(config.isotropic):
+        raise ConfigError(f"'{ref}' has both --precision and --isotropic. Give one of them.")
+    refs = [m for m in (*config.models, config.base) if m is not None]
+    for name in _BY_MODEL:
+        for ref in getattr(config, name):
+            if ref not in refs:
+                raise ConfigError(
+                    f"--{name} {ref}=...: no such model here. Name it as given: {', '.join(refs)}."
+                )
+    for ref, value in config.isotropic.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"--isotropic {ref}={value}: a precision is a positive number.")
+
+
+def _check_anchor(anchor: str) -> None:
+    if anchor in _ANCHORS:
+        return
+    try:
+        valid = 0 <= float(anchor) < float("inf")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"--anchor '{anchor}': expected {', '.join(_ANCHORS)} or a number >= 0.")

@@ -1,0 +1,145 @@
+"""A precision for a checkpoint that has none: the root-GGN diagonal over the user's data.
+
+The likelihood part is `N * F`, where F is the curvature per observation and N counts the
+observations of all the data. How many examples the estimate looked at is recorded separately.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
+from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models.encode import encode_rows, observations
+from mergekit_bayes.models.estimate import estimate_ggn, random_examples
+from mergekit_bayes.models.load import UNIT, load_model
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+
+
+def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
+    """Estimate a checkpoint's precision and store it as its posterior.
+
+    Args:
+        config: Settings.
+        quiet: Show no progress bars.
+
+    Raises:
+        CheckpointError: There is a precision already, or the model cannot be loaded.
+        ConfigError: A Hub id without an output, or a number out of range.
+        MismatchError: Data without the named columns, or a model with parameters that its file
+            does not hold.
+    """
+    _refuse_settings(config)
+    with quiet_libraries(quiet):
+        return _run(config)
+
+
+def _refuse_settings(config: PrecisionConfig) -> None:
+    if config.output is None and is_hub_id(config.model):
+        raise ConfigError(
+            f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
+            "with -o."
+        )
+    if config.prior < 0:
+        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
+    for name in ("examples", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} {getattr(config, name)}: at least one row is needed.")
+    if config.output:
+        target = Path(config.output)
+    else:
+        target = precision_path(Path(config.model).expanduser())
+    if target.exists() and not config.force:
+        raise CheckpointError(
+            f"'{target}' exists. Choose another -o, or pass --force to replace it."
+        )
+
+
+def _run(config: PrecisionConfig) -> PrecisionReport:
+    loaded = load_model(config.model, config.task)
+    model = loaded.model
+    with SafetensorsSource(checkpoint_files(loaded.path)) as source:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        rename = _renaming(source, checkpoint_names(model, parameters))
+        # No labels are read: the root-GGN needs the model's own distribution only.
+        rows = load_rows(config.data, where=config.where, columns=[config.text_column])
+        examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
+        total = observations(examples, loaded.task)
+        count = min(config.examples, len(examples))
+        loaded.use_gpu()
+        curvature = estimate_ggn(
+            loaded,
+            random_examples(examples, count, config.seed),
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        scale = total / curvature.observations
+        precision = {
+            name: sum_.mul_(scale).add_(config.prior) for name, sum_ in curvature.total.items()
+        }
+        health = precision_health(precision)
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        info = PosteriorInfo(
+            estimator="ggn",
+            unit=UNIT[loaded.task],
+            observations=total,
+            ess=total,
+            sampled=count,
+            prior=Prior(kind="isotropic", precision=config.prior) if config.prior else Prior(),
+            anchor=Anchor(),
+            mean=identify(source),
+            tokenizer=tokenizer_identity(loaded.path),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
+            training=_training(config, loaded.path),
+            health=health,
+        )
+        arrays = {
+            rename(name, source.specs): tensor.cpu().numpy()
+            for name, tensor in checkpoint_names(model, precision).items()
+        }
+    out = Path(config.output) if config.output else None
+    return PrecisionReport(
+        path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
+        estimator="ggn",
+        unit=UNIT[loaded.task],
+        observations=total,
+        sampled=count,
+        health=health,
+    )
+
+
+def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) -> Renaming:
+    """From names in memory to the file's, which may lack a prefix (`h.0...` of GPT-2 on the Hub).
+
+    Raises:
+        MismatchError: The file does not hold a parameter of the model.
+    """
+    rename = find_renaming(source.specs, tensors)
+    for name in tensors:
+        if rename(name, source.specs) not in source.specs:
+            raise MismatchError(
+                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
+                "its values were made up on loading. Fine-tune the model first, or choose another "
+                "--task."
+            )
+    return rename
+
+
+def _training(config: PrecisionConfig, path: Path) -> dict[str, str | float]:
+    """How the estimate was made, and of which Hub model; the path of a folder is left out."""
+    record: dict[str, str | float] = {"batch_size": config.batch_size, "seed": config.seed}
+    ref = pinned(config.model, path)
+    if ref != config.model or is_hub_id(ref):
+        record["model"] = ref
+    return record

@@ -1,0 +1,59 @@
+"""Settings of `bmerge precision`, and its report."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from mergekit_bayes.models.load import Task
+from mergekit_bayes.records import Config, Force
+
+
+class PrecisionConfig(Config):
+    """Settings of one estimate of a precision: the flags of `bmerge precision`."""
+
+    model: str = Field(description="A model folder, or a Hub id (which needs -o).")
+    data: str | tuple[str, ...] = Field(
+        description="What the precision stands for: a file, folder or Hub data set; repeatable."
+    )
+    output: str | None = Field(
+        None, description="A folder or .safetensors file; by default MODEL/posterior."
+    )
+    where: dict[str, Any] | None = Field(
+        None, description="COLUMN=VALUE: keep the rows with this value; repeatable."
+    )
+    text_column: str = Field("text", description="Column of the text.")
+    label_column: str = Field(
+        "label", description="Column of the label, which root-GGN does not need."
+    )
+    examples: int = Field(2000, description="Number of rows to look at, drawn at random.")
+    batch_size: int = Field(
+        8,
+        description="Rows in one backward pass; smaller batches give more draws from the same "
+        "data.",
+    )
+    max_length: int = Field(512, description="Tokens of a row at most.")
+    prior: float = Field(0.0, description="Isotropic prior precision to include, 1/weight^2.")
+    seed: int = Field(0, description="Seed of the choice of rows and of the random signs.")
+    task: Task = Field("auto", description="auto, causal-lm or classification.")
+    force: Force = False
+
+
+class PrecisionReport(Config):
+    """Where the precision was written, and what it stands for.
+
+    Attributes:
+        path: The precision's folder or file.
+        estimator: Name of the estimator.
+        unit: What an observation is: a token or an example.
+        observations: Number of observations that the precision stands for.
+        sampled: Number of rows that were looked at.
+        health: Statistics of the precision.
+    """
+
+    path: Path
+    estimator: str
+    unit: str
+    observations: int
+    sampled: int
+    health: dict[str, float]
