@@ -35,9 +35,10 @@ def test_a_plan_names_its_base_and_its_tasks():
         assert list(plan.inputs) == [plan.base, *plan.tasks]
         assert [t.weighing.gain for t in plan.tasks] == [1.0, 2.0]
         for step in plan.steps:
-            assert step.donor.input is plan.base
-            assert [o.input for o in step.others] == list(plan.tasks)
-            assert [o.scale for o in step.tasks(plan.base)] == [0.5, 2.0]
+            assert step.base is step.donor
+            assert step.base.input is plan.base
+            assert [o.input for o in step.tasks] == list(plan.tasks)
+            assert [o.scale for o in step.tasks] == [0.5, 2.0]
 
 
 def test_without_a_base_the_first_task_is_the_donor_and_has_its_scale():
@@ -47,7 +48,7 @@ def test_without_a_base_the_first_task_is_the_donor_and_has_its_scale():
         assert plan.inputs.donor is plan.tasks[0]
         assert len(plan.inputs) == 2
         for step in plan.steps:
-            assert [o.scale for o in step.tasks(None)] == [0.25, 0.75]
+            assert [o.scale for o in step.tasks] == [0.25, 0.75]
 
 
 def test_a_task_that_lacks_a_tensor_borrows_the_tensor_of_the_base():
@@ -57,7 +58,7 @@ def test_a_task_that_lacks_a_tensor_borrows_the_tensor_of_the_base():
     model("b", 2)
     with plan_merge(config("a", "b", base="base.safetensors", on_missing="base")) as plan:
         step = next(s for s in plan.steps if s.name == "h.0.conv")
-        borrowed, own = step.others
+        borrowed, own = step.tasks
         assert borrowed.mean == step.donor.mean
         assert (borrowed.scale, borrowed.owns_precision) == (0.0, False)
         assert (own.scale, own.owns_precision) == (1.0, True)

@@ -119,13 +119,12 @@ class Worker:
 
         The comparison is made after the rounding that really happened.
         """
-        base = self._plan.base
-        if base is None or not counts.changed:
+        if step.base is None or not counts.changed:
             return
         means = [decode(m, "BF16") if m.dtype == np.uint16 else m for m in chunk.means]
         base_mean, *task_means = means
         moved = np.zeros(chunk.mean.size, bool)
-        for task, mean in zip(step.tasks(base), task_means, strict=True):
+        for task, mean in zip(step.tasks, task_means, strict=True):
             moved |= (mean != base_mean) & (task.scale != 0)
         dtype = step.spec.dtype
         written = decode(np.frombuffer(data, np.uint8), dtype)

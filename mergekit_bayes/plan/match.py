@@ -99,7 +99,7 @@ class _Matcher:
         """What becomes of one tensor; None if it is left out."""
         donor = Operand(self._inputs.donor, TensorRef(self._inputs.donor, name))
         if is_buffer(name) or spec.dtype not in MERGEABLE:
-            return Step(name, spec, donor, copied=f"not a parameter ({spec.dtype})")
+            return Step(name, spec, *self._roles(donor), copied=f"not a parameter ({spec.dtype})")
         selection = self._select(name, spec, donor)
         if selection is None:
             return None
@@ -130,20 +130,20 @@ class _Matcher:
     def _merged(self, name: str, spec: TensorSpec, donor: Operand, selection: _Selection) -> Step:
         means, scales, merged, _ = selection
         if not self._method.needs_precision:
-            donor, others = _operands(means, scales, None)
-            return Step(name, spec, donor, others, merged=merged)
+            operands = _operands(means, scales, None)
+            return Step(name, spec, *self._roles(*operands), merged=merged)
         precisions = match_precisions(self._inputs, name, means)
         if precisions is None:
             reason = "no model has a precision for it, and all agree"
-            return Step(name, spec, donor, copied=reason)
+            return Step(name, spec, *self._roles(donor), copied=reason)
         unchanged = precisions.unchanged
         scales = {task: 0.0 if task in unchanged else x for task, x in scales.items()}
         if unchanged and not any(scales.values()):
             return self._copied(name, spec, donor, "no task changed it")
-        donor, others = _operands(means, scales, precisions)
+        operands = _operands(means, scales, precisions)
         forms = [precision.form for precision in precisions.stored.values()]
         shape = merged_shape(self._config, spec, forms, merged)
-        return Step(name, spec, donor, others, shape, merged)
+        return Step(name, spec, *self._roles(*operands), shape, merged)
 
     def _copied(self, name: str, spec: TensorSpec, donor: Operand, reason: str) -> Step:
         precision, shape = None, None
@@ -151,8 +151,15 @@ class _Matcher:
             precision = donor_precision(name, donor.mean)
         if precision is not None:
             shape = merged_shape(self._config, spec, [precision.form], 0)
-        donor = donor._replace(precision=precision)
-        return Step(name, spec, donor, precision_shape=shape, copied=reason)
+        roles = self._roles(donor._replace(precision=precision))
+        return Step(name, spec, *roles, precision_shape=shape, copied=reason)
+
+    def _roles(self, *operands: Operand) -> tuple[Operand | None, tuple[Operand, ...]]:
+        """The operand of the base, None without one, and those of the tasks."""
+        if self._inputs.base is None:
+            return None, operands
+        base, *tasks = operands
+        return base, tuple(tasks)
 
     def _scales(self, name: str) -> Scales:
         """The scale of each task in one tensor."""
@@ -236,9 +243,9 @@ class _Matcher:
 
 def _operands(
     means: Mapping[Input, TensorRef], scales: Scales, precisions: MatchedPrecisions | None
-) -> tuple[Operand, tuple[Operand, ...]]:
-    """What the donor and the other inputs contribute to a merged tensor."""
-    donor, *others = (
+) -> list[Operand]:
+    """What each input contributes to a merged tensor, the donor first."""
+    return [
         Operand(
             model,
             mean,
@@ -247,5 +254,4 @@ def _operands(
             precisions is None or model not in precisions.borrowed,
         )
         for model, mean in means.items()
-    )
-    return donor, tuple(others)
+    ]

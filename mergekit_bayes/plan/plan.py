@@ -187,7 +187,7 @@ def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> 
         dtypes = [
             step.spec.dtype
             for step in steps
-            for operand in step.others
+            for operand in step.operands
             if operand.mean.input is model
             and _DIGITS[operand.mean.spec.dtype] > _DIGITS[step.spec.dtype]
         ]

@@ -1,6 +1,5 @@
 """One step of a plan: a tensor of the output and where it comes from."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,9 +56,8 @@ class Step:
     Attributes:
         name: Its name, the donor's.
         spec: Its dtype and shape as written.
-        donor: The operand of the base (without a base, of the first task). Entries that are not
-            merged are copied from it.
-        others: Those of the other inputs, in their order; empty if the tensor is copied.
+        base: The operand of the base; None without one.
+        tasks: Those of the tasks, in the order of the plan. Of a copied tensor the donor's at most.
         precision_shape: Shape of the written precision: the tensor's own, one number a row, or one
             number. None where no precision is written.
         merged: How many entries are merged, from the first on; the others are the donor's.
@@ -68,20 +66,24 @@ class Step:
 
     name: str
     spec: TensorSpec
-    donor: Operand
-    others: tuple[Operand, ...] = ()
+    base: Operand | None
+    tasks: tuple[Operand, ...]
     precision_shape: tuple[int, ...] | None = None
     merged: int = 0
     copied: str | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """All operands, in the order of the plan's inputs; of a copied tensor the donor's only."""
-        return (self.donor, *self.others)
+        """All operands, the base's first: the order of the plan's inputs."""
+        return self.tasks if self.base is None else (self.base, *self.tasks)
 
-    def tasks(self, base: Input | None) -> Iterator[Operand]:
-        """The operands of the tasks: all but the one of the base."""
-        return (operand for operand in self.operands if operand.input is not base)
+    @property
+    def donor(self) -> Operand:
+        """The operand of the base, or of the first task without one.
+
+        The tensor has its name and shape, and entries that are not merged are copied from it.
+        """
+        return next(iter(self.operands))
 
     @property
     def row(self) -> int:

@@ -28,7 +28,7 @@ def kind_of(plan: MergePlan, step: Step) -> Kind:
         # A merge among the models may be a removal itself.
         removes=plan.method.unguarded_precision is not None
         and (
-            any(task.scale < 0 for task in step.tasks(plan.base))
+            any(task.scale < 0 for task in step.tasks)
             or not all(model.weighing.reshape for model in plan.inputs)
         ),
     )
@@ -49,13 +49,14 @@ def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
     """
     weighings = [model.weighing for model in plan.inputs]
     base_gain = plan.inputs.donor.weighing.gain
-    tasks = list(step.tasks(plan.base))
     keys: tuple[np.uint64, ...] = ()
     if plan.method.random:
         seed = int(plan.settings["seed"])
-        keys = tuple(task_key(seed, step.name, task.input.posterior.identity) for task in tasks)
+        keys = tuple(
+            task_key(seed, step.name, task.input.posterior.identity) for task in step.tasks
+        )
     return Numbers(
-        scales=tuple(task.scale for task in tasks),
+        scales=tuple(task.scale for task in step.tasks),
         facts=facts,
         gains=tuple(w.gain for w in weighings),
         contained=tuple(
