@@ -5,7 +5,6 @@ A config is a frozen pydantic model whose fields are the YAML keys. An unknown k
 offers the nearest one that exists, and all errors of a file are reported at once.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.records import Config
 
 C = TypeVar("C", bound=Config)
@@ -113,12 +112,12 @@ def _explain(config: type[BaseModel], error: Mapping[str, Any]) -> str:
     if error["type"] == "literal_error":
         expected = str(error["ctx"]["expected"])
         choices = re.findall(r"'([^']+)'", expected)
-        close = difflib.get_close_matches(str(error["input"]), choices, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        near = nearest(str(error["input"]), choices)
+        hint = f" Did you mean '{near}'?" if near else ""
         return f"{where}: '{error['input']}' is not {expected}.{hint}"
     if error["type"] == "extra_forbidden":
-        close = _near_fields(_config_at(config, path[:-1]), str(path[-1]))
-        return f"{where}: unknown key" + (f"; did you mean '{close[0]}'?" if close else ".")
+        near = _near_field(_config_at(config, path[:-1]), str(path[-1]))
+        return f"{where}: unknown key" + (f"; did you mean '{near}'?" if near else ".")
     return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 
@@ -136,8 +135,8 @@ def _is_config(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _near_fields(config: type[BaseModel] | None, name: str) -> list[str]:
-    """The field that an unknown name means, at most one."""
+def _near_field(config: type[BaseModel] | None, name: str) -> str | None:
+    """The field that an unknown name means, if one is close."""
     fields = list(config.model_fields) if config else []
     foreign = _FOREIGN_NAMES.get(name)
-    return [foreign] if foreign in fields else difflib.get_close_matches(name, fields, n=1)
+    return foreign if foreign in fields else nearest(name, fields)

@@ -559,9 +559,14 @@ def figures(root: Path, readme: Path | None = None) -> Figures:
         reach={
             path.stem: reach(root, f"{PACKAGE}.methods.{path.stem}", edges)
             for path in files
-            if path.parent.name == "methods" and path.stem not in ("__init__", "base")
+            if path.parent.name == "methods" and _declares_method(path)
         },
     )
+
+
+def _declares_method(path: Path) -> bool:
+    """Whether a file of `methods/` declares a method, as AVERAGE in `average`."""
+    return bool(re.search(rf"^{path.stem.upper()} = Method\(", path.read_text(), re.M))
 
 
 def table(numbers: Figures) -> list[tuple[str, str, str, bool | None]]:

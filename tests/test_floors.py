@@ -1,10 +1,11 @@
 """The order of the house: imports go down, and heavy libraries stay where they are used."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
-from scripts.house import circles, import_graph, list_errors, parse_floors, upward_imports
+from scripts.house import circles, import_graph, list_errors, modules, parse_floors, upward_imports
 
 ROOT = Path(__file__).parent.parent
 ROOMS = parse_floors(ROOT / "README.md")
@@ -43,6 +44,22 @@ def test_the_package_never_imports_the_command_line():
     assert not [e for e in EDGES if e.target.startswith("bmerge_cli") and "bmerge" not in e.source]
 
 
+def test_every_init_only_hands_names_on():
+    """An `__init__` holds no definition, so that each name has one home.
+
+    A module `__getattr__` that imports a name on first use hands it on, too.
+    """
+    for name, path in modules(ROOT).items():
+        if path.name != "__init__.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            defined = [getattr(node, "name", "")]
+            if isinstance(node, ast.Assign):
+                defined = [ast.unparse(target) for target in node.targets]
+            allowed = {"", "__all__", "__version__", "__getattr__", "_MODULES"}
+            assert set(defined) <= allowed, f"{name} defines {defined}"
+
+
 def loaded_by(code: str) -> set[str]:
     script = f"{code}\nimport sys; print(' '.join(sorted(m for m in sys.modules if '.' not in m)))"
     done = subprocess.run(
@@ -62,5 +79,5 @@ def test_the_command_line_and_the_merge_load_no_heavy_library():
         "sklearn",
         "huggingface_hub",
     }
-    modules = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
-    assert not heavy & loaded_by(f"import {modules}")
+    light = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
+    assert not heavy & loaded_by(f"import {light}")

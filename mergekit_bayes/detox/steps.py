@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_bayes import __version__
-from mergekit_bayes.checkpoint.identity import files_identity
+from mergekit_bayes.checkpoint.identity import content_hash, files_identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
@@ -44,7 +44,7 @@ def model_identity(ref: str) -> dict[str, str | None]:
     return {
         "weights": files_identity(checkpoint_files(path, ref)),
         "tokenizer": tokenizer_identity(path),
-        "config": _content(config) if config.exists() else None,
+        "config": content_hash(config) if config.exists() else None,
     }
 
 
@@ -60,11 +60,4 @@ def without(settings: Mapping[str, object], *names: str) -> dict[str, object]:
 
 
 def _content(path: Path) -> str:
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.is_file()]
-        contents = [(str(f.relative_to(path)), _content(f)) for f in files]
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    if not path.exists():
-        return "by name"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return content_hash(path) if path.exists() else "by name"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.identity import checkpoint_identity
+from mergekit_bayes.checkpoint.identity import checkpoint_identity, content_hash
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.metrics.scorers import (
@@ -100,5 +100,5 @@ def _open_classifier(spec: str, target: str) -> Scorer:
 
 def _open_function(spec: str) -> Scorer:
     score, source = hook_scorer(spec)
-    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest() if source else None
+    fingerprint = content_hash(source) if source else None
     return Scorer(spec, score, ScorerInfo(kind="function", fingerprint=fingerprint))

@@ -4,14 +4,13 @@
 The other two ask what exists only later: the process group and transformers' accelerator.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, did_you_mean
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.load import Loaded, other_head
 
@@ -153,8 +152,7 @@ def _refuse_settings(config: FinetuneConfig) -> None:
         )
     schedulers = [scheduler.value for scheduler in SchedulerType]
     if config.scheduler not in schedulers:
-        close = difflib.get_close_matches(config.scheduler, schedulers, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(schedulers)}."
+        hint = did_you_mean(config.scheduler, schedulers) or f"one of {', '.join(schedulers)}."
         raise ConfigError(f"scheduler: transformers knows no '{config.scheduler}'; {hint}")
 
 

@@ -3,75 +3,7 @@
 Each is elementwise, so a slice of a merge is the merge of slices: this permits streaming.
 """
 
-import difflib
-import math
-from collections.abc import Mapping
-
-from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.methods.average import AVERAGE
-from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.dare_linear import DARE_LINEAR
-from mergekit_bayes.methods.dare_ties import DARE_TIES
-from mergekit_bayes.methods.fisher import FISHER
-from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
-from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
-from mergekit_bayes.methods.slerp import SLERP
-from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
-from mergekit_bayes.methods.ties import TIES
-
-# The methods that --weights and --base choose among.
-TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-METHODS = {m.name: m for m in (*TABLE, FISHER, TIES, DARE_LINEAR, DARE_TIES, SLERP)}
+from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.table import METHODS, TABLE, choose, settings_of
 
 __all__ = ["METHODS", "TABLE", "Method", "choose", "settings_of"]
-
-
-def choose(*, with_base: bool, by_precision: bool) -> Method:
-    """The method that two questions decide.
-
-    Args:
-        with_base: Whether there is a base.
-        by_precision: Whether precisions weigh.
-    """
-    for method in TABLE:
-        if method.needs_base == with_base and method.needs_precision == by_precision:
-            return method
-    raise AssertionError("the table has a method for each of the four answers")
-
-
-def settings_of(method: Method, given: Mapping[str, float | str]) -> dict[str, float | str]:
-    """A method's settings: its defaults, overridden by what is given.
-
-    Raises:
-        ConfigError: An unknown name, a value out of bounds, or a word that is not a choice.
-    """
-    parameters = {p.name: p for p in method.parameters}
-    settings = {name: p.default for name, p in parameters.items()}
-    for name, value in given.items():
-        if name not in parameters:
-            close = difflib.get_close_matches(name, parameters, n=1)
-            names = ", ".join(parameters) or "none"
-            hint = f" Did you mean '{close[0]}'?" if close else f" It has {names}."
-            raise ConfigError(f"--param {name}: {method.name} has no such setting.{hint}")
-        settings[name] = _checked(parameters[name], value)
-    return settings
-
-
-def _checked(parameter: Parameter, value: float | str) -> float | str:
-    if parameter.choices:
-        if value not in parameter.choices:
-            choices = " or ".join(parameter.choices)
-            raise ConfigError(f"--param {parameter.name}={value}: expected {choices}.")
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    integer = isinstance(parameter.default, int)
-    is_allowed = math.isfinite(number) and parameter.low <= number <= parameter.high
-    if not is_allowed or (integer and number % 1):
-        bounds = f" from {parameter.low:.16g}" if math.isfinite(parameter.low) else ""
-        bounds += f" to {parameter.high:.16g}" if math.isfinite(parameter.high) else ""
-        expected = f"a {'whole ' if integer else ''}number{bounds}"
-        raise ConfigError(f"--param {parameter.name}={value}: expected {expected}.")
-    return number

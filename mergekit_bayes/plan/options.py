@@ -2,13 +2,12 @@
 options contradict each other.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from math import isfinite
 from typing import NamedTuple
 
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods import METHODS, choose, settings_of
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.scales import ScaleRule
@@ -129,8 +128,8 @@ def parse_size(text: str) -> int:
 def _method_by_name(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
-    close = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    near = nearest(name, METHODS)
+    hint = f" Did you mean '{near}'?" if near else ""
     raise ConfigError(f"--method {name}: no such method.{hint} `bmerge methods` lists them.")
 
 
