@@ -48,7 +48,7 @@ def test_a_bad_mean_is_named_and_counted_and_nothing_is_left_behind(value, dtype
             match=rf"'{AT[0]}' is {value} at flat index 13, the first of 2 bad entri",
         ):
             merge("a", weights=weights)
-        with pytest.raises(CheckpointError, match=r"Make it anew\.$"):
+        with pytest.raises(CheckpointError, match=r"Make it again\.$"):
             merge("base", base="a", weights=weights, on_bad="base")
         assert sorted(Path().iterdir()) == before
 
@@ -74,10 +74,10 @@ def test_bad_entries_count_as_unchanged_where_asked(where, kind, settings):
         target = spoiled(mean if where == "mean" else precision, next(values), (AT[0], (k, 3)))
         mean, precision = (target, precision) if where == "mean" else (mean, target)
     model("a", 1, mean=mean, precision=precision, dtype=kind, kept=kind, prior=prior)
-    report = merge("a", **settings, on_bad="base", out="mended.safetensors")
+    report = merge("a", **settings, on_bad="base", out="replaced.safetensors")
     assert [m.mended for m in report.models] == [0, 4]
     assert "4 bad entries of 'a.safetensors' took the base's values" in report.notes
-    found, whole = load("mended.safetensors"), load("good.safetensors")
+    found, whole = load("replaced.safetensors"), load("good.safetensors")
     for name in set(SHAPES) - {AT[0]}:
         np.testing.assert_array_equal(found[name], whole[name])
     if where == "mean" or "pool" not in settings:
@@ -97,13 +97,13 @@ def test_bad_entries_count_as_unchanged_where_asked(where, kind, settings):
         )
     if "pool" not in settings:
         h[:, 3] = 0
-    np.testing.assert_allclose(load("mended.precision.safetensors")[AT[0]], s0 + h, rtol=2e-5)
+    np.testing.assert_allclose(load("replaced.precision.safetensors")[AT[0]], s0 + h, rtol=2e-5)
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
 @pytest.mark.parametrize("pool", ["row", "tensor"])
 @pytest.mark.parametrize("settings", POOLINGS, ids=str)
-def test_a_bad_number_of_a_pooled_precision_is_found_and_mended(pool, value, settings):
+def test_a_bad_number_of_a_pooled_precision_is_found_and_replaced(pool, value, settings):
     model("base", 0, pool=pool)
     precision = {n: POOLED[pool](p) for n, p in tiny.precisions(1, SHAPES).items()}
     at = (AT[0], (2, 0) if pool == "row" else (0, 0))
@@ -158,7 +158,7 @@ def test_a_bad_row_that_is_pooled_further_adds_nothing_to_the_mean():
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_mended_means_merge_like_means_mended_by_hand(settings, dtype):
+def test_replaced_means_merge_like_means_replaced_by_hand(settings, dtype):
     base = model("base", 0, dtype=dtype)
     b = model("b", 2, dtype=dtype)
     precision = tiny.precisions(2, SHAPES)

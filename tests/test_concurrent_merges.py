@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
+from mergekit_bayes.merge import Part, carry_out, locks, plan_merge, run_merge, work
 from mergekit_bayes.merge import partial as partial_module
 from mergekit_bayes.merge import run as engine
 from tests import interrupted, tiny
@@ -19,11 +19,14 @@ inputs = interrupted.inputs
 
 def test_two_processes_cannot_be_at_the_same_part(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
+    monkeypatch.setattr(locks, "MOMENT", 0.05)
     settings = config(inputs, out="out")
     with closing(plan_merge(settings)) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
-        with partial.held(alone=False, force=False), partial.journal(Part(1, 2), sync=False):
+        with (
+            partial.locked(alone=False, force=False),
+            partial.journals.open(Part(1, 2), sync=False),
+        ):
             with pytest.raises(CheckpointError, match="another process"):
                 carry_out(plan, part=Part(1, 2))
             carry_out(plan, part=Part(2, 2))
@@ -58,7 +61,7 @@ def test_a_second_identical_command_waits_and_loses_nothing(
     inputs, tmp_path, monkeypatch, out, where, name
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
+    monkeypatch.setattr(locks, "MOMENT", 0.05)
     run_merge(config(inputs, out="whole.safetensors"))
     settings = config(inputs, out=out, force=True)
     run_merge(settings.model_copy(update={"scale": (0.5,)}))
@@ -83,7 +86,7 @@ def test_who_comes_second_to_the_start_neither_fails_the_first_nor_removes_its_f
     inputs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
+    monkeypatch.setattr(locks, "MOMENT", 0.05)
     settings = config(inputs, out="out")
 
     def second():
@@ -97,7 +100,7 @@ def test_who_comes_second_to_the_start_neither_fails_the_first_nor_removes_its_f
 
 def test_of_two_plans_that_begin_at_once_one_is_refused(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
+    monkeypatch.setattr(locks, "MOMENT", 0.05)
     one, other = config(inputs, out="out"), config(inputs, out="out", scale=(0.5,))
 
     def second():
@@ -123,7 +126,8 @@ def test_an_output_that_was_taken_away_while_it_got_its_name_is_missed(
             run_merge(config(inputs, out=out))
     Path(out).rename("elsewhere")
     with pytest.raises(
-        CheckpointError, match=rf"{out}\.partial: the whole output that was there is gone\. Remove"
+        CheckpointError,
+        match=rf"{out}\.partial: the complete output that was in it is gone\. Remove",
     ):
         run_merge(config(inputs, out=out))
 

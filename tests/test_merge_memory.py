@@ -88,9 +88,9 @@ def test_an_error_is_heard_of_and_progress_is_shown_before_the_first_pass_of_all
         shrink="0.3",
         out="x.safetensors",
     )
-    passed, real = [], first.FirstPass.known
+    passed, real = [], first.FirstPass.measure
     monkeypatch.setattr(
-        first.FirstPass, "known", lambda self, step: passed.append(step.name) or real(self, step)
+        first.FirstPass, "measure", lambda self, step: passed.append(step.name) or real(self, step)
     )
     seen = []
     run_merge(config, threads=1, progress=lambda done, total: seen.append(len(passed)))

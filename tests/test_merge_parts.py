@@ -14,13 +14,13 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import (
     MergeConfig,
     Part,
+    locks,
     parse_part,
     part_of_launcher,
     parts,
     plan_merge,
     run_merge,
 )
-from mergekit_bayes.merge import partial as partial_module
 from mergekit_bayes.merge import run as engine
 from mergekit_bayes.stream import units as units_module
 from tests import interrupted, tiny
@@ -84,10 +84,10 @@ def test_a_rank_that_comes_after_the_first_stopped_waiting_leaves_its_part_to_it
     inputs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(partial_module, "_MOMENT", 0.05)
+    monkeypatch.setattr(locks, "MOMENT", 0.05)
     with closing(plan_merge(config(inputs, out="out"))) as plan:
         partial = engine.Partial(engine.partial_path(plan.target), engine.plan_hash(plan))
-        with partial.held(alone=True, force=False):
+        with partial.locked(alone=True, force=False):
             assert engine.join(plan, Part(3, 3)) is None
             with pytest.raises(CheckpointError, match="another process is at this merge"):
                 engine.join(plan, Part(1, 3))

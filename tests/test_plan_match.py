@@ -266,10 +266,10 @@ def test_the_plan_lists_what_the_rules_decide_before_anything_is_written():
     )
     plan = plan_merge(config)
     plan.close()
-    assert (set(plan.mended), set(plan.left_out)) == ({"h.0.conv", "wte.weight"}, {"extra"})
+    assert (set(plan.decisions), set(plan.left_out)) == ({"h.0.conv", "wte.weight"}, {"extra"})
     assert not Path("x.safetensors").exists()
     report = run_merge(config)
-    assert (report.ruled, report.left_out) == (plan.mended, plan.left_out)
+    assert (report.ruled, report.left_out) == (plan.decisions, plan.left_out)
 
 
 def test_a_precision_of_the_wrong_shape_is_named_also_where_it_is_only_copied():

@@ -63,7 +63,7 @@ def test_shrinking_and_pooling_of_pooled_precisions(pools, settings):
         axes = tuple(range(1, s.ndim)) if to == "row" else tuple(range(s.ndim))
         return np.broadcast_to(s.mean(axis=axes, keepdims=True), s.shape)
 
-    def mended(name, s):
+    def with_replaced(name, s):
         s = np.broadcast_to(s, SHAPES[name])
         s = shape(s, settings["pool"]) if "pool" in settings else s
         amount, by_row = (
@@ -72,7 +72,7 @@ def test_shrinking_and_pooling_of_pooled_precisions(pools, settings):
         )
         return s + float(amount) * shape(s, "row" if by_row else "tensor")
 
-    base, a, b = ((m, {n: mended(n, s) for n, s in p.items()}) for m, p in each)
+    base, a, b = ((m, {n: with_replaced(n, s) for n, s in p.items()}) for m, p in each)
     mean, precision = expect(base, (a, b), (1, 1))
     close(load("x.safetensors"), mean)
     close(load("x.precision.safetensors"), precision)

@@ -232,7 +232,7 @@ def test_a_part_that_began_before_a_power_cut_and_was_finished_after_it_is_belie
     (tmp_path / "journal-1-of-1.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    assert set(engine.Partial(tmp_path, "p").done()) == {1, 2}
+    assert set(engine.Partial(tmp_path, "p").journals.done()) == {1, 2}
 
 
 def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, monkeypatch):
@@ -247,13 +247,13 @@ def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, 
             run_merge(settings, part=Part(2, 2))
             act(Path("out.partial/out", name))
             with pytest.raises(
-                CheckpointError, match=r"is gone\. The same line without --shard starts anew"
+                CheckpointError, match=r"is gone\. The same command without --shard starts again"
             ):
                 run_merge(settings, part=Part(2, 2))
             said = []
             with closing(plan_merge(settings)) as plan:
                 carry_out(plan, say=said.append)
-            assert any("is gone. Everything is done anew" in line for line in said)
+            assert any("is gone. The merge starts again" in line for line in said)
             assert contents("out") == expected
             shutil.rmtree("out")
 

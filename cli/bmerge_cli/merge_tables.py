@@ -7,7 +7,7 @@ from rich.console import Console
 from bmerge_cli.render import table
 from mergekit_bayes.lora import AdapterReport
 from mergekit_bayes.merge import MergeReport
-from mergekit_bayes.plan import MergePlan
+from mergekit_bayes.plan import Input, MergePlan
 
 
 def plan_document(plan: MergePlan) -> dict[str, object]:
@@ -24,7 +24,7 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
             for s in plan.steps
         ],
         "left_out": plan.left_out,
-        "ruled": plan.mended,
+        "ruled": plan.decisions,
         "notes": plan.notes,
     }
 
@@ -50,7 +50,7 @@ def show_plan(screen: Console, plan: MergePlan) -> None:
     for step in plan.steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
-    for name, reason in plan.mended.items():
+    for name, reason in plan.decisions.items():
         screen.print(f"  ruled     {name}: {reason}", markup=False)
     for name, reason in plan.left_out.items():
         screen.print(f"  left out  {name}: {reason}", markup=False)
@@ -99,22 +99,21 @@ def _show_notes(screen: Console, notes: tuple[str, ...]) -> None:
 
 
 def _model_rows(plan: MergePlan) -> list[dict[str, Any]]:
-    return [_model_row(plan, i) for i in range(len(plan.models))]
+    return [_model_row(plan, model) for model in plan.inputs]
 
 
-def _model_row(plan: MergePlan, i: int) -> dict[str, Any]:
+def _model_row(plan: MergePlan, model: Input) -> dict[str, Any]:
     """How one input enters the merge; without precisions, only its role and scale."""
-    model, weighing = plan.models[i], plan.weighings[i]
-    is_base = plan.base is not None and i == 0
-    scale = None if is_base else plan.scales[i - (plan.base is not None)]
+    is_base = model is plan.base
+    scale = None if is_base else model.scale
     row: dict[str, Any] = {"ref": model.ref, "role": "base" if is_base else "task", "scale": scale}
     if plan.method.needs_precision:
-        info = model.info
+        info = model.posterior.info
         row |= {
             "estimator": info.estimator if info else "given",
             "unit": info.unit if info else None,
             "observations": info.observations if info else None,
-            "counted": weighing.count,
+            "counted": model.weighing.count,
             "anchor": info.anchor.model_dump() if info else None,
         }
     return row

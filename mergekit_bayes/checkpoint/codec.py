@@ -54,6 +54,12 @@ def overflowed(data: memoryview, dtype: str) -> int:
     return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, numpy_dtype))))
 
 
+def is_bad_mean(values: Array) -> NDArray[np.bool_]:
+    """Which entries are not a mean: infinite or NaN."""
+    bad: NDArray[np.bool_] = ~np.isfinite(values)
+    return bad
+
+
 def is_bad_precision(values: Array) -> NDArray[np.bool_]:
     """Which entries are not a precision: negative, infinite or NaN. Zero of either sign is one."""
     return ~(np.isfinite(values) & (values >= 0))

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
@@ -41,7 +41,12 @@ class SafetensorsSource(Closing):
     Attributes:
         files: The files, in the order given.
         metadata: The `__metadata__` of all headers, merged.
+        notes: None.
+        is_computed: False.
     """
+
+    notes: tuple[str, ...] = ()
+    is_computed = False
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Open the files and check their headers.
@@ -85,6 +90,15 @@ class SafetensorsSource(Closing):
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor, by name."""
         return self._specs
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files themselves."""
+        return self.files
+
+    def counted(self, count: float) -> Self:
+        """The same source: the count of a stored precision is a factor."""
+        return self
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, for messages."""

@@ -99,6 +99,21 @@ class CheckpointSource(TensorSource, Protocol):
         ...
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files that are read: an output must not replace any of them."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks about the files for whoever reads them, one sentence each."""
+        ...
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether tensors are computed as they are read, and their dtype is that of arithmetic."""
+        ...
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """The `__metadata__` of the files' headers."""
         ...
@@ -114,6 +129,18 @@ class CheckpointSource(TensorSource, Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+class PrecisionSource(CheckpointSource, Protocol):
+    """The precisions of a checkpoint, stored or computed."""
+
+    def counted(self, count: float) -> "PrecisionSource":
+        """The precisions as if `count` observations had been seen.
+
+        Only a computed precision depends on the count nonlinearly and answers with another source.
+        A stored one returns itself: its count is a factor, which the reader applies.
+        """
+        ...
 
 
 class TensorSink(Protocol):

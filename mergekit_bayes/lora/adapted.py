@@ -31,6 +31,8 @@ class AdaptedSource(Closing):
         whole: The tensors that the adapter replaces, from the base's name to the adapter's on disk.
     """
 
+    is_computed = True
+
     def __init__(self, base: CheckpointSource, adapter: Adapter) -> None:
         """Match the adapter with the base; the source then owns both.
 
@@ -64,6 +66,11 @@ class AdaptedSource(Closing):
     def files(self) -> tuple[Path, ...]:
         """The base's files."""
         return self.base.files
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files of the base and of the adapter."""
+        return (*self.base.inputs, *self.adapter.posterior.mean.inputs)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -121,6 +128,9 @@ class ProductPrecision(Closing):
     precision.
     """
 
+    notes: tuple[str, ...] = ()
+    is_computed = True
+
     def __init__(self, mean: AdaptedSource, count: float | None = None) -> None:
         """Derive the precision from the factors' precisions.
 
@@ -168,6 +178,15 @@ class ProductPrecision(Closing):
     def files(self) -> tuple[Path, ...]:
         """The files of the adapter's precision."""
         return self._source.files
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files of the adapter's precision."""
+        return self._source.inputs
+
+    def counted(self, count: float) -> "ProductPrecision":
+        """The product's precision with the factors' taken as if `count` observations were seen."""
+        return ProductPrecision(self._mean, count)
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -1,51 +1,61 @@
-"""Where a merge lies until it is whole: `OUT.partial`, with a journal of what has been written.
+"""The journal of a part: one line for each unit of a merge that has been written.
 
-    OUT.partial/lock                   held by one process for the whole, or by several for a part each
-    OUT.partial/plan.json              whose it is: the hash of everything that decides the output's bytes
-    OUT.partial/journal-1-of-1.jsonl   one line a unit of work, by the process that has the file locked
+    OUT.partial/lock                   locked by one process for all, or by several for a part each
+    OUT.partial/plan.json              whose it is: the hash of all that decides the output's bytes
+    OUT.partial/journal-1-of-1.jsonl   one line a unit, written by the process that locks the file
     OUT.partial/out/...                the output
     OUT.partial/whole.json             only while the output is given its final name
-    OUT.partial/replaced               what had that name, only as long
+    OUT.partial/replaced               what had that name before, only as long
 
-Offsets in the output are known from the plan, so that any process can write any unit, in any order,
-twice if need be: the same command resumes what was killed, and the parts of a `--shard` are
-journals beside each other.
+Offsets in the output follow from the plan, so that any process can write any unit, in any order,
+and twice if need be: the same command resumes a merge that was killed, and the parts of a `--shard`
+are journals beside each other.
 
-A line is believed where its data cannot have been lost: under `sync`; in the boot of this machine
-in which it was written; and, from any machine, once its part has waited for the disk at its end.
+A line is believed where its data cannot have been lost: if it was written under `sync`; if this
+boot of this machine wrote it; and, from any machine, once its part has waited for the disk at its
+end.
 """
 
 import errno
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mergekit_bayes.checkpoint.specs import Closing
-
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+Line = dict[str, Any]  # one line, as JSON
 
 
-class Journal(Closing):
-    """The lines of one part. Data is written before its line."""
+class Journal:
+    """Adds lines to the journal of one part. The data of a unit is written before its line.
+
+    `Journals.open` opens, locks and closes the file.
+
+    Args:
+        path: The file.
+        file: Its descriptor, open for appending.
+        plan: The plan's hash.
+        sync: Whether to wait for the disk after every line.
+    """
 
     def __init__(self, path: Path, file: int, plan: str, *, sync: bool) -> None:
         self.path, self._file, self._sync = path, file, sync
         self._write({"plan": plan, "sync": sync, **this_host()})
 
-    def add(self, unit: int, tally: dict[str, Any]) -> None:
+    def add(self, unit: int, tally: Mapping[str, object]) -> None:
+        """Add the line of a unit that has been written."""
         self._write({"unit": unit, "tally": tally})
 
-    def close(self) -> None:
-        """Say that the disk has all data of the lines so far."""
+    def mark_synced(self) -> None:
+        """Add that the disk has the data of all lines so far."""
         self._write({"synced": True})
         os.fsync(self._file)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        # One write a line: a killed process leaves whole lines and at most one torn one, at the
+    def _write(self, line: Line) -> None:
+        # One write a line: a killed process leaves complete lines and at most one torn one, at the
         # end.
         text = b"\n" * self._is_torn() + json.dumps(line).encode() + b"\n"
         try:
@@ -62,44 +72,51 @@ class Journal(Closing):
         return size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
 
 
-def read_lines(path: Path, plan: str) -> Iterator[dict[str, Any]]:
-    """The plan's units that can be believed; not torn ones."""
-    mine = now = False
-    boot: Any = None
-    doubtful: list[dict[str, Any]] = []
+def read_lines(path: Path, plan: str) -> Iterator[Line]:
+    """The lines of a plan's units that can be believed.
+
+    Args:
+        path: The journal.
+        plan: The plan's hash; lines of other plans are skipped, and torn ones.
+    """
+    is_plans = is_certain = False
+    boot: object = None
+    doubtful: list[Line] = []
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if "boot" in line:
-            mine, now = line.get("plan") == plan, line["sync"] or is_this_boot(line)
-            if not mine or line["boot"] != boot:
+            is_plans = line.get("plan") == plan
+            is_certain = line["sync"] or is_this_boot(line)
+            if not is_plans or line["boot"] != boot:
                 doubtful = []
             boot = line["boot"]
-        elif not mine:
+        elif not is_plans:
             continue
         elif "synced" in line:
             yield from doubtful
             doubtful = []
-        elif now:
+        elif is_certain:
             yield line
         else:
             doubtful.append(line)
 
 
 def this_host() -> dict[str, str]:
+    """The machine's name and the identity of its boot, empty where the system has none."""
     boot = ""
     with suppress(OSError):
         boot = _BOOT.read_text().strip()
     return {"host": platform.node(), "boot": boot}
 
 
-def is_this_boot(line: dict[str, Any]) -> bool:
+def is_this_boot(line: Mapping[str, object]) -> bool:
     """Whether this boot of this machine wrote a line.
 
-    Of a boot there is one name, in all containers. Where there is none (no Linux), a power cut
-    cannot be told from a kill, and `sync` is the only guard.
+    A boot has one identity, which all containers share. Where there is none (no Linux), a power cut
+    cannot be told from a kill, and `sync` is the only protection.
     """
     here = this_host()
     return bool(

@@ -1,22 +1,25 @@
-"""The folder `OUT.partial`: locks, journals and what is left of a stopped merge."""
+"""The folder `OUT.partial`, in which a merge is written until it is complete.
 
-import fcntl
+`merge.journal` lists the files in it.
+"""
+
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.journal import Journal, is_this_boot, read_lines, this_host
+from mergekit_bayes.merge.journal import is_this_boot, this_host
+from mergekit_bayes.merge.journals import Journals
+from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
 
-_MOMENT = 3.0  # seconds that a process waits for others to begin, look or leave
+# What a merge creates beside its journals and the lock. What says whose the folder is comes last.
+_CONTENT = ("out", "replaced", "plan.json.new", "whole.json.new", "plan.json", "whole.json")
 
 
 class BusyError(CheckpointError):
@@ -24,27 +27,38 @@ class BusyError(CheckpointError):
 
 
 class Partial:
-    """The folder of a merge that is not whole yet.
+    """The folder of a merge that is not complete.
 
     Args:
         folder: `OUT.partial`.
         plan: The plan's hash.
+
+    Attributes:
+        out: Where the output is written.
+        replaced: Where the folder that the output replaces is kept, until the output is in place.
+        journals: What has been written.
     """
 
     def __init__(self, folder: Path, plan: str) -> None:
         self.folder, self.out, self.plan = folder, folder / "out", plan
         self.replaced = folder / "replaced"
-        self._held: int | None = None
+        self.journals = Journals(folder, plan)
+        self._lock: int | None = None
 
     @contextmanager
-    def held(self, *, alone: bool, force: bool) -> Iterator[None]:
-        """Begin the plan there, or go on with it, alone or beside others at their parts.
+    def locked(self, *, alone: bool, force: bool) -> Iterator[None]:
+        """Begin the plan in the folder, or continue it.
 
-        Raises `CheckpointError` if the folder is not a merge's or another merge has begun there
-        (unless `force`), and `BusyError` while another process works there that would be in the
-        way.
+        Args:
+            alone: Whether no other process may work in the folder; otherwise others may, at other
+                parts of the same plan.
+            force: Whether another plan that has begun in the folder is replaced.
+
+        Raises:
+            BusyError: Another process works there that would be in the way.
+            CheckpointError: The folder is not a merge's, or another plan has begun there.
         """
-        self._held = self._enter(alone=alone, force=force)
+        self._lock = self._enter(alone=alone, force=force)
         try:
             if not self.is_publishing:
                 self.out.mkdir(exist_ok=True)
@@ -52,10 +66,37 @@ class Partial:
         finally:
             self._release()
 
+    @property
+    def is_publishing(self) -> bool:
+        """Whether the output is complete and is being given its final name."""
+        with suppress(OSError, ValueError, AttributeError):
+            record = json.loads((self.folder / "whole.json").read_text())
+            is_certain = record.get("sync") or is_this_boot(record)
+            return bool(record.get("plan") == self.plan and is_certain)
+        return False
+
+    def publish(self, *, sync: bool) -> None:
+        """Record that the output is complete.
+
+        Args:
+            sync: Whether the disk has it already.
+        """
+        self._write("whole.json", sync=sync, **this_host())
+
+    def remove(self) -> None:
+        """Delete the merge's own files. Call while holding the exclusive lock.
+
+        What says whose the folder is goes last, so that a process killed in between can be resumed.
+        """
+        self._clear()
+        (self.folder / "lock").unlink(missing_ok=True)
+        self._release()
+        with suppress(OSError):  # another merge has begun in it, or a file is not a merge's
+            self.folder.rmdir()
+
     def _enter(self, *, alone: bool, force: bool) -> int:
-        """The folder's lock. A plan begins, and is replaced, by who has it alone."""
-        until = time.monotonic() + _MOMENT
-        while True:
+        """The folder's lock. Only a process that is alone begins a plan, or replaces one."""
+        for _ in attempts():
             file, has_entered = self._open_lock(), False
             try:
                 has_entered = self._begin(file, alone=alone, force=force)
@@ -64,79 +105,76 @@ class Partial:
                     os.close(file)
             if has_entered:
                 return file
-            if time.monotonic() > until:
-                busy = [
-                    f"{p}: that part is still being written. Wait for it." for p in self.running()
-                ]
-                raise BusyError(
-                    (busy or [f"{self.folder}: another process is at this merge. Wait for it."])[0]
-                )
-            time.sleep(0.01)
+        for path in self.journals.running():
+            raise BusyError(f"{path}: that part is still being written. Wait for it.")
+        raise BusyError(f"{self.folder}: another process is at this merge. Wait for it.")
 
     def _begin(self, file: int, *, alone: bool, force: bool) -> bool:
-        has_all = _lock(file, fcntl.LOCK_EX)
-        if not (has_all or (not alone and _lock(file, fcntl.LOCK_SH))) or not self._is_there(file):
+        """Try to lock the folder and to begin the plan in it; False if others are in the way."""
+        is_alone = try_lock(file)
+        if not is_alone and (alone or not try_lock(file, shared=True)):
             return False
-        if self._found() not in (None, self.plan) and not force:
+        if not self._is_current(file):
+            return False
+        if self._begun_plan() not in (None, self.plan) and not force:
             raise CheckpointError(
                 f"{self.folder} holds another merge that was not finished (other models, settings "
-                "or version). Finish "
-                "it with its own command, remove the folder, or pass --force."
+                "or version). Finish it with its own command, remove the folder, or pass --force."
             )
-        if has_all:
+        if is_alone:
             if not self.is_publishing:
                 self._unpublish()
-            if self._found() != self.plan:
+            if self._begun_plan() != self.plan:
                 self._clear()
                 self._write("plan.json")
             if alone:
                 return True
-            if not _lock(file, fcntl.LOCK_SH):  # between the two, another may have had it alone
+            if not try_lock(file, shared=True):  # between the two, another may have been alone
                 return False
-        return self._found() == self.plan and self._is_there(file)
+        return self._begun_plan() == self.plan and self._is_current(file)
 
     def _open_lock(self) -> int:
         while True:
             self._refuse_foreign()
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The folder may be removed in between, by who has just finished.
+            # A process that has just finished may remove the folder in between.
             with suppress(FileNotFoundError):
-                return _open(self.folder / "lock", os.O_CREAT)
+                return open_lock(self.folder / "lock", os.O_CREAT)
 
     def _refuse_foreign(self) -> None:
-        """Whatever else has such a name is not touched."""
-        if self._found() is None:
-            names: list[str] = []
-            with suppress(FileNotFoundError):
-                names = sorted(set(os.listdir(self.folder)) - {"lock", "plan.json.new"})
-            if names and self._found() is None:  # no other process has begun meanwhile
-                raise CheckpointError(
-                    f"{self.folder} would hold the merge until it is whole, but is another folder: "
-                    f"it has {names[0]!r} "
-                    "in it. Move it away, or choose another -o."
-                )
+        """Refuse a folder of this name that no merge has created."""
+        if self._begun_plan() is not None:
+            return
+        names: list[str] = []
+        with suppress(FileNotFoundError):
+            names = sorted(set(os.listdir(self.folder)) - {"lock", "plan.json.new"})
+        if names and self._begun_plan() is None:  # no other process has begun meanwhile
+            raise CheckpointError(
+                f"{self.folder} would hold the merge until it is complete, but is another folder: "
+                f"it has {next(iter(names))!r} in it. Move it away, or choose another -o."
+            )
 
-    def _is_there(self, file: int) -> bool:
+    def _is_current(self, file: int) -> bool:
+        """Whether a lock is that of the folder, and not of one that was removed meanwhile."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file), os.stat(self.folder / "lock"))
         return False
 
     def _release(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def _found(self) -> str | None:
-        """The hash of the plan that has begun there."""
+    def _begun_plan(self) -> str | None:
+        """The hash of the plan that has begun in the folder."""
         for name in ("plan.json", "whole.json"):
             with suppress(OSError, ValueError, AttributeError):
-                if isinstance(
-                    plan := json.loads((self.folder / name).read_text()).get("plan"), str
-                ):
+                plan = json.loads((self.folder / name).read_text()).get("plan")
+                if isinstance(plan, str):
                     return plan
         return None
 
-    def _write(self, name: str, **more: Any) -> None:
+    def _write(self, name: str, **more: object) -> None:
         scratch = self.folder / f"{name}.new"
         with scratch.open("w") as file:
             file.write(json.dumps({"plan": self.plan, **more}) + "\n")
@@ -145,107 +183,16 @@ class Partial:
         os.replace(scratch, self.folder / name)
         sync_path(self.folder)
 
-    @contextmanager
-    def journal(self, part: Part, *, sync: bool) -> Iterator["Journal"]:
-        """This part's journal, locked against a second process at the same part."""
-        path = self._journal(part)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            until = time.monotonic() + _MOMENT
-            while not _lock(file, fcntl.LOCK_EX):  # or somebody looks whether it is: see `running`
-                if time.monotonic() > until:
-                    raise CheckpointError(
-                        f"{path}: another process is at this part. Wait for it, or stop it first."
-                    )
-                time.sleep(0.01)
-            if sync:
-                sync_path(self.folder)
-            yield Journal(path, file, self.plan, sync=sync)
-        finally:
-            os.close(file)
-
-    def _journal(self, part: Part) -> Path:
-        return self.folder / f"journal-{part.number}-of-{part.of}.jsonl"
-
-    def journals(self) -> list[Path]:
-        return sorted(self.folder.glob("journal-*-of-*.jsonl"))
-
-    def missing_parts(self) -> list[str]:
-        """Parts of a `--shard` that have no journal, as I/N."""
-        found = {tuple(map(int, re.findall(r"\d+", p.stem))) for p in self.journals()}
-        counts = {of for _, of in found if of > 1}
-        return [
-            f"{i}/{of}" for of in sorted(counts) for i in range(1, of + 1) if (i, of) not in found
-        ]
-
-    def running(self, but: Part | None = None) -> list[Path]:
-        """Journals that some other process is writing."""
-        result = []
-        for path in self.journals():
-            if but is not None and path == self._journal(but):
-                continue
-            with suppress(FileNotFoundError):
-                file = _open(path)
-                if not _lock(file, fcntl.LOCK_EX):
-                    result.append(path)
-                os.close(file)
-        return result
-
-    def done(self) -> dict[int, dict[str, Any]]:
-        """What each unit's line says, over all journals."""
-        result: dict[int, dict[str, Any]] = {}
-        for path in self.journals():
-            for line in read_lines(path, self.plan):
-                result.setdefault(line["unit"], line["tally"])
-        return result
-
-    @property
-    def is_publishing(self) -> bool:
-        """Whether the output is whole and on its way to its final name."""
-        with suppress(OSError, ValueError, AttributeError):
-            whole = json.loads((self.folder / "whole.json").read_text())
-            return bool(
-                whole.get("plan") == self.plan and (whole.get("sync") or is_this_boot(whole))
-            )
-        return False
-
-    def publish(self, *, sync: bool) -> None:
-        """Say that the output is whole."""
-        self._write("whole.json", sync=sync, **this_host())
-
     def _unpublish(self) -> None:
-        """What another merge left half in place, or this one before a power cut, goes back."""
+        """Take back what another merge left half in place, or this one before a power cut."""
         target = self.folder.with_name(self.folder.name.removesuffix(".partial"))
         if os.path.lexists(self.replaced) and not os.path.lexists(target):
             os.rename(self.replaced, target)
         (self.folder / "whole.json").unlink(missing_ok=True)
 
-    def forget(self) -> None:
-        """Nothing of the plan is done."""
-        for path in self.journals():
-            path.unlink()
-
-    def remove(self) -> None:
-        """Remove it, by who has it alone: what a merge has made there, and no other file.
-
-        What says whose it is goes last, so that a kill in between is resumed as well.
-        """
-        self._clear()
-        (self.folder / "lock").unlink(missing_ok=True)
-        self._release()
-        with suppress(OSError):  # another has begun there, or a file is not a merge's
-            self.folder.rmdir()
-
     def _clear(self) -> None:
-        self.forget()
-        for name in (
-            "out",
-            "replaced",
-            "plan.json.new",
-            "whole.json.new",
-            "plan.json",
-            "whole.json",
-        ):
+        self.journals.forget()
+        for name in _CONTENT:
             path = self.folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -254,33 +201,24 @@ class Partial:
 
 
 def wait_for(partial: Partial, units: Collection[int], part: Part, seconds: float) -> None:
-    """Until every part has come and every unit is written, or nobody else has been writing for
-    `seconds`.
+    """Wait for the other parts of a launched merge.
+
+    Returns once every part has begun and every unit is written, or once no other process has been
+    writing for some time.
+
+    Args:
+        partial: The merge's folder.
+        units: The numbers of all units.
+        part: The part of this process.
+        seconds: How long the others may be quiet.
     """
-    quiet = time.monotonic()
+    journals, last_seen = partial.journals, time.monotonic()
     while not partial.is_publishing:
-        if partial.running(part):
-            quiet = time.monotonic()
+        if journals.running(but=part):
+            last_seen = time.monotonic()
         else:
-            whole = len(partial.journals()) >= part.of and partial.done().keys() >= set(units)
-            if whole or time.monotonic() - quiet > seconds:
+            have_begun = len(journals.paths()) >= part.of
+            is_complete = have_begun and journals.done().keys() >= set(units)
+            if is_complete or time.monotonic() - last_seen > seconds:
                 return
         time.sleep(0.1)
-
-
-def _open(path: Path, flags: int = 0) -> int:
-    """For a lock; a file of another account can often be read only, which is enough for one on a
-    local disk.
-    """
-    try:
-        return os.open(path, os.O_RDWR | flags, 0o666)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY)
-
-
-def _lock(file: int, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -5,29 +5,6 @@ from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError
 
-
-class Part(NamedTuple):
-    """The number-th of `of` parts of a plan, counted from 1."""
-
-    number: int
-    of: int
-
-    def takes(self, position: float) -> bool:
-        """Whether a unit at this share of the whole, in [0, 1), is this part's."""
-        return int(position * self.of) == self.number - 1
-
-
-def parse_part(text: str) -> Part:
-    """`I/N` as a part.
-
-    Raises `ConfigError` unless 1 <= I <= N.
-    """
-    index, separator, of = text.partition("/")
-    if not (separator and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
-        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4.")
-    return Part(int(index), int(of))
-
-
 # Rank and world size as set by torchrun and accelerate launch, srun, Open MPI and MPICH.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
@@ -35,6 +12,34 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
+
+
+class Part(NamedTuple):
+    """One of several parts of a plan.
+
+    Attributes:
+        number: Which part, counted from 1.
+        of: How many parts there are.
+    """
+
+    number: int
+    of: int
+
+    def takes(self, position: float) -> bool:
+        """Whether a unit at this place of the whole merge, in [0, 1), is in the part."""
+        return int(position * self.of) == self.number - 1
+
+
+def parse_part(text: str) -> Part:
+    """The part that `I/N` names.
+
+    Raises:
+        ConfigError: Not 1 <= I <= N.
+    """
+    index, separator, of = text.partition("/")
+    if not (separator and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise ConfigError(f"--shard {text}: expected I/N with 1 <= I <= N, such as 1/4.")
+    return Part(int(index), int(of))
 
 
 def part_of_launcher() -> Part | None:

@@ -1,4 +1,4 @@
-"""Put the finished output in place under its final names."""
+"""Give the finished output its final name."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,10 @@ from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 
 
 def refuse_existing(plan: MergePlan) -> None:
-    """Raise `CheckpointError` if a final name is taken, by now, and not to be replaced."""
-    for path in () if plan.config.force else reversed(_final_names(plan)):
+    """Raise `CheckpointError` if a final name has been taken and is not to be replaced."""
+    if plan.config.force:
+        return
+    for path in reversed(_final_names(plan)):
         if path.exists():
             raise CheckpointError(
                 f"'{path}' exists. Choose another -o, or pass --force to replace it."
@@ -20,31 +22,34 @@ def refuse_existing(plan: MergePlan) -> None:
 
 
 def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
-    """Give the output its final name: until the last rename that name is missing, or what it was
-    before.
+    """Give the output its final name.
 
-    Called again after a kill, it goes on where it stopped.
+    Until the last rename that name is missing, or it is what it was before. A second call after a
+    kill continues where the first one stopped.
+
+    Args:
+        plan: The merge.
+        partial: The folder with the complete output.
+        sync: Whether to wait for the disk.
+
+    Raises:
+        CheckpointError: The output is gone, or a rename failed.
     """
     target = plan.target
-    if not any(
-        path.exists()
-        for path in (target, partial.out / target.name if plan.to_file else partial.out)
-    ):
+    complete = partial.out / target.name if plan.to_file else partial.out
+    if not (target.exists() or complete.exists()):
         raise CheckpointError(
-            f"{partial.folder}: the whole output that was there is gone. Remove the folder to "
-            "begin anew."
+            f"{partial.folder}: the complete output that was in it is gone. Remove the folder to "
+            "start again."
         )
     try:
         if not partial.is_publishing:
-            for path in (partial.out, *sorted(partial.out.rglob("*"))) if sync else ():
-                sync_path(path)
+            if sync:
+                for path in (partial.out, *sorted(partial.out.rglob("*"))):
+                    sync_path(path)
             partial.publish(sync=sync)
         if plan.to_file:
-            if plan.info is None:
-                precision_path(target).unlink(missing_ok=True)  # of the file that --force replaces
-            for final in _final_names(plan):
-                if (partial.out / final.name).exists():
-                    os.replace(partial.out / final.name, final)
+            _publish_files(plan, partial)
         elif partial.out.exists():
             if os.path.lexists(target):
                 os.rename(target, partial.replaced)
@@ -55,8 +60,16 @@ def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
         raise CheckpointError(f"{target}: writing failed ({error.strerror or error}).") from error
 
 
+def _publish_files(plan: MergePlan, partial: Partial) -> None:
+    if plan.info is None:
+        precision_path(plan.target).unlink(missing_ok=True)  # that of the file which is replaced
+    for final in _final_names(plan):
+        if (partial.out / final.name).exists():
+            os.replace(partial.out / final.name, final)
+
+
 def _final_names(plan: MergePlan) -> tuple[Path, ...]:
-    """In the order in which they are given: the model itself last."""
+    """The names in the order in which they are given: the model itself last."""
     target = plan.target
     if not plan.to_file:
         return (target,)

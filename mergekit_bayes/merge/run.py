@@ -1,33 +1,36 @@
-"""Carry out a merge plan: stream chunks through a method, and write the mean, its precision and a
-report.
+"""Carry out a merge plan: write the mean, its precision and a report.
 
 Memory is a few chunks a thread, whatever the model's size: every tensor is read, combined and
 written piece by piece (a slice of a merge is the merge of slices). Arithmetic is float32 (float64
 where the output is), with one rounding at the end. The bytes depend on the plan alone, not on
-chunks, threads, parts, or how often it was stopped and resumed.
+chunks, threads, parts, or how often the merge was stopped and resumed.
 """
 
-import hashlib
-import json
+import functools
+import math
 import shutil
-from collections.abc import Callable
-from contextlib import closing
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
-from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.sink import LostError
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.merge.output import Output
 from mergekit_bayes.merge.partial import BusyError, Partial, wait_for
 from mergekit_bayes.merge.parts import Part
-from mergekit_bayes.merge.pool import Pool, Progress
+from mergekit_bayes.merge.plan_hash import plan_hash
+from mergekit_bayes.merge.pool import Pool
 from mergekit_bayes.merge.publish import publish, refuse_existing
-from mergekit_bayes.merge.report import MergeReport, Totals, make_report
+from mergekit_bayes.merge.report import MergeReport, make_report
+from mergekit_bayes.merge.totals import MergeTotals
 from mergekit_bayes.plan import MergeConfig, MergePlan, partial_path, plan_merge, report_path
+from mergekit_bayes.records import Progress
 from mergekit_bayes.stream.units import Unit, units_of
 
-PATIENCE = 60.0  # seconds without any other part at work, after which the first does what is left
-_WHOLE = Part(1, 1)
+PATIENCE = 60.0  # seconds without any other part at work, after which the first does the rest
+_ALL = Part(1, 1)
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
 
 
 def run_merge(
@@ -40,22 +43,34 @@ def run_merge(
     fused: bool | None = None,
     chunk: int | None = None,
 ) -> MergeReport | None:
-    """Plan a merge and carry it out; see `carry_out`."""
-    with closing(plan_merge(config)) as plan:
+    """Plan a merge and carry it out.
+
+    Args:
+        config: The settings.
+        progress: As for `carry_out`, like all that follow.
+        threads: How many threads.
+        part: Which part of the plan.
+        sync: Whether to wait for the disk.
+        fused: Whether to use the compiled pass.
+        chunk: Entries at a time.
+
+    Returns:
+        The report; None for a part.
+
+    Raises:
+        BmergeError: One of its children: what `plan_merge` and `carry_out` raise.
+    """
+    with plan_merge(config) as plan:
         return carry_out(
             plan, progress=progress, threads=threads, part=part, sync=sync, fused=fused, chunk=chunk
         )
-
-
-def _quiet(_: str) -> None:
-    pass
 
 
 def carry_out(
     plan: MergePlan,
     *,
     progress: Progress | None = None,
-    say: Callable[[str], None] = _quiet,
+    say: Callable[[str], None] = _silent,
     threads: int | None = None,
     part: Part | None = None,
     sync: bool = False,
@@ -64,23 +79,24 @@ def carry_out(
 ) -> MergeReport | None:
     """Carry out a plan that `plan_merge` made.
 
-    Killed at any moment, the output's final name does not exist or is whole, and the same plan
-    resumes from `OUT.partial`. None of the arguments changes a byte of the output.
+    If the process is killed at any moment, the output's final name does not exist or is complete,
+    and the same plan resumes from `OUT.partial`. Apart from the plan, no argument changes a byte of
+    the output.
 
     Args:
         plan: What to do.
         progress: Called with (bytes of the mean written, bytes of the mean in all).
-        say: Called with a line for people when something is resumed, or cannot be.
-        threads: Each reads, combines and writes; by default one a core, at most four.
-        part: Do this part of the plan only; a call without it does what is left and puts the output
-            in place.
+        say: Called with a line for the user when something is resumed, or cannot be.
+        threads: How many threads read, combine and write; by default one a core, at most four.
+        part: Do this part of the plan only. A call without it does the rest and puts the output in
+            place.
         sync: Wait for the disk before the output gets its name, so that it also survives a power
             cut.
         fused: Use the compiled pass; by default where numba is installed and the merge is large.
-        chunk: Entries at a time.
+        chunk: Entries that are read, combined and written at a time.
 
     Returns:
-        The report, which also lies beside the output; None for a part.
+        The report, which is also written beside the output; None for a part.
 
     Raises:
         BmergeError: One of its children: an entry that cannot be merged, a full disk, another merge
@@ -89,14 +105,14 @@ def carry_out(
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: expected 1 or more.")
     partial = Partial(partial_path(plan.target), plan_hash(plan))
-    run = Pool(plan, chunk, threads, fused, sync=sync, progress=progress)
+    pool = Pool(plan, chunk, threads, fused, sync=sync, progress=progress)
     try:
-        with partial.held(alone=part is None, force=plan.config.force):
+        with partial.locked(alone=part is None, force=plan.config.force):
             if part is not None:
-                _do_part(run, partial, part)
+                _do_part(pool, partial, part)
                 return None
             if not partial.is_publishing:
-                _do_whole(run, partial, say)
+                _do_all(pool, partial, say)
             publish(plan, partial, sync=sync)
             report = MergeReport.model_validate_json(report_path(plan.target).read_text())
             partial.remove()
@@ -104,134 +120,148 @@ def carry_out(
     except OSError as error:
         where = error.filename or partial.folder
         raise CheckpointError(
-            f"{where}: {error.strerror or error}. Once that is mended, the same line goes on."
+            f"{where}: {error.strerror or error}. Once that is solved, the same command goes on."
         ) from error
 
 
-def _do_part(run: "Pool", partial: Partial, part: Part) -> None:
-    plan = run.plan
+def join(
+    plan: MergePlan,
+    part: Part,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = _silent,
+    threads: int | None = None,
+    sync: bool = False,
+    fused: bool | None = None,
+    chunk: int | None = None,
+) -> MergeReport | None:
+    """Do one rank's share of a launched merge: its part, and for the first rank also the rest.
+
+    The first rank waits for the others and does what they leave undone.
+
+    Args:
+        plan: What to do.
+        part: The rank's part.
+        progress: As for `carry_out`, like all that follow.
+        say: Called with lines for the user.
+        threads: How many threads.
+        sync: Whether to wait for the disk.
+        fused: Whether to use the compiled pass.
+        chunk: Entries at a time.
+
+    Returns:
+        The report for the first rank, None for the others.
+
+    Raises:
+        BmergeError: As for `carry_out`.
+    """
+
+    carry = functools.partial(
+        carry_out,
+        plan,
+        progress=progress,
+        say=say,
+        threads=threads,
+        sync=sync,
+        fused=fused,
+        chunk=chunk,
+    )
+    try:
+        carry(part=part)
+    except BusyError:
+        if part.number == 1:
+            raise
+        # A later rank came after the first one had stopped waiting, which does its part, too.
+    if part.number > 1:
+        return None
+    partial = Partial(partial_path(plan.target), plan_hash(plan))
+    wait_for(partial, [unit.id for unit in units_of(plan)], part, PATIENCE)
+    return carry()
+
+
+def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
+    plan = pool.plan
     if partial.is_publishing:
         return
     refuse_existing(plan)
     _check_space(plan, partial)
-    with partial.journal(part, sync=run.sync) as journal:
-        done = partial.done()
+    with partial.journals.open(part, sync=pool.sync) as journal:
+        done = partial.journals.done()
         try:
             output = Output(plan, partial.out, begun=bool(done))
         except LostError as error:
-            raise CheckpointError(f"{error} The same line without --shard starts anew.") from None
-        with closing(output):
-            run.do([u for u in units_of(plan) if part.takes(u.position)], done, output, journal)
+            raise CheckpointError(
+                f"{error} The same command without --shard starts again."
+            ) from None
+        with output:
+            units = [unit for unit in units_of(plan) if part.takes(unit.position)]
+            pool.run(units, done, output, journal)
             output.sync()
             output.sync_names()
-            journal.close()
+            journal.mark_synced()
 
 
-def _do_whole(run: "Pool", partial: Partial, say: Callable[[str], None]) -> None:
-    plan, units, is_fresh = run.plan, units_of(run.plan), not partial.journals()
+def _do_all(pool: Pool, partial: Partial, say: Callable[[str], None]) -> None:
+    plan, units, is_fresh = pool.plan, units_of(pool.plan), not partial.journals.paths()
     try:
         refuse_existing(plan)
         _check_space(plan, partial)
         with (
-            closing(_open_output(plan, partial, say)) as output,
-            partial.journal(_WHOLE, sync=run.sync) as journal,
+            _open_output(plan, partial, say) as output,
+            partial.journals.open(_ALL, sync=pool.sync) as journal,
         ):
-            done = partial.done()
+            done = partial.journals.done()
             _tell(plan, units, done, partial, say)
-            run.do(units, done, output, journal)
-            totals = Totals(plan, units, partial.done())
+            pool.run(units, done, output, journal)
+            totals = MergeTotals(plan, units, partial.journals.done())
             totals.refuse_zero(plan)
             output.finish(totals.guarded_share)
             output.write_report(make_report(plan, totals).model_dump_json(indent=2) + "\n")
     except BmergeError as error:
-        # What the data refuse is refused again, and nothing is left of it. What the disk refuses is
-        # resumed.
-        if is_fresh and not (isinstance(error.__context__, OSError) and partial.done()):
+        # Data that is refused will be refused again, and nothing is kept of the merge. What a disk
+        # refuses is kept, to be resumed.
+        if is_fresh and not (isinstance(error.__context__, OSError) and partial.journals.done()):
             partial.remove()
         raise
 
 
 def _open_output(plan: MergePlan, partial: Partial, say: Callable[[str], None]) -> Output:
-    if partial.done():
+    if partial.journals.done():
         try:
             return Output(plan, partial.out, begun=True)
         except LostError as error:
-            say(f"{error} Everything is done anew.")
-            partial.forget()
+            say(f"{error} The merge starts again from the beginning.")
+            partial.journals.forget()
     return Output(plan, partial.out)
 
 
 def _tell(
     plan: MergePlan,
-    units: list[Unit],
-    done: dict[int, Any],
+    units: Sequence[Unit],
+    done: Collection[int],
     partial: Partial,
     say: Callable[[str], None],
 ) -> None:
-    """What is there already, and which parts never came."""
+    """Say what is written already, and which parts never began."""
     if done:
-        share = sum(u.stop - u.start for u in units if u.id in done) / max(
-            1, sum(u.stop - u.start for u in units)
-        )
-        say(f"resuming '{plan.target}': {share:.0%} was there")
-    if missing := partial.missing_parts():
+        total = max(1, sum(unit.stop - unit.start for unit in units))
+        written = sum(unit.stop - unit.start for unit in units if unit.id in done)
+        say(f"resuming '{plan.target}': {written / total:.0%} was there")
+    if missing := partial.journals.missing_parts():
         say(f"parts that never began are done here: {', '.join(missing)}")
 
 
-def plan_hash(plan: MergePlan) -> str:
-    """SHA-256 of everything that decides the output's bytes: settings, inputs by content, and this
-    version.
-    """
-    content = {
-        "version": __version__,
-        "config": plan.config.model_dump(mode="json", exclude={"out", "force"}),
-        "settings": plan.settings,
-        "models": [
-            [m.identity, m.precision_identity if m.has_precision else None] for m in plan.models
-        ],
-        "steps": [[s.name, *s.spec, s.copied] for s in plan.steps],
-        "shards": plan.shards,
-        "info": plan.info.model_dump(mode="json") if plan.info else None,
-        "target": plan.target.name,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _check_space(plan: MergePlan, partial: Partial) -> None:
-    """A disk that is too small is found before the first byte."""
-    needed = sum(s.spec.nbytes for s in plan.steps)
+    """Refuse a disk that is too small, before the first byte is written."""
+    needed = sum(step.spec.nbytes for step in plan.steps)
     if plan.info is not None:
-        needed += sum(4 * _size(s.precision_shape) for s in plan.steps if s.precisions is not None)
-    there = sum(f.stat().st_blocks * 512 for f in partial.out.rglob("*") if f.is_file())
+        shapes = (s.precision_shape for s in plan.steps if s.precision_shape is not None)
+        needed += sum(4 * math.prod(shape) for shape in shapes)
+    files = (file for file in partial.out.rglob("*") if file.is_file())
+    written = sum(file.stat().st_blocks * 512 for file in files)
     free = shutil.disk_usage(partial.folder).free
-    if needed - there > free:
+    if needed - written > free:
         raise CheckpointError(
             f"'{plan.target}' needs {needed:,} bytes and its disk has {free:,} free. Free some "
-            "space or choose "
-            "another -o."
+            "space or choose another -o."
         )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
-def join(plan: MergePlan, part: Part, **options: Any) -> MergeReport | None:
-    """One rank's share of a launched merge: its part, and for the first rank also the rest.
-
-    The first waits for the others and does what they leave undone.
-    """
-    try:
-        carry_out(plan, part=part, **options)
-    except BusyError:
-        if part.number == 1:
-            # a later one has come after the first has stopped waiting, and it does their parts, too
-            raise
-    if part.number > 1:
-        return None
-    partial = Partial(partial_path(plan.target), plan_hash(plan))
-    wait_for(partial, [u.id for u in units_of(plan)], part, PATIENCE)
-    return carry_out(plan, **options)

@@ -1,13 +1,13 @@
-"""The guard of a removal: how large a multiplier may become."""
+"""Where the guard of a removal is computed: how large the multiplier of an edit may become."""
 
 import math
 from collections.abc import Sequence
 
 from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.scales import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.weigh import Weighing
-from mergekit_bayes.posterior import Posterior, PosteriorInfo
+from mergekit_bayes.posterior import PosteriorInfo
 
 # Where a removal cancels a term that the merge lists, the exact precision is positive up to
 # rounding.
@@ -15,40 +15,49 @@ UNDO_GUARD = 1e-6
 
 
 def choose_guard(
-    config: MergeConfig,
-    models: Sequence[Posterior],
-    scales: Sequence[float],
-    rules: Sequence[ScaleRule],
-    weighings: Sequence[Weighing],
-    notes: list[str],
+    config: MergeConfig, inputs: Inputs, rules: Sequence[ScaleRule], notes: list[str]
 ) -> float:
-    """The guard to use: next to none where every removal exactly cancels terms that merges list."""
-    if config.base is None or rules or min(scales) >= 0:
+    """The guard rho to use.
+
+    It is `--guard`, or `UNDO_GUARD` where every removal cancels exactly the terms that merges among
+    the tasks list.
+
+    Args:
+        config: The settings.
+        inputs: The models, weighed.
+        rules: Scales that hold for some tensors only; with any of them nothing cancels everywhere.
+        notes: Remarks for the report are appended here.
+
+    Raises:
+        MismatchError: The base is a merge that contains the task to be removed.
+    """
+    removals = [task for task in inputs.tasks if task.scale < 0]
+    if inputs.base is None or rules or not removals:
         return config.guard
-    base, tasks = models[0], list(zip(models[1:], scales, weighings[1:], strict=True))
-    removed: dict[str, float] = {}
+    base = inputs.base.posterior
+    removed: dict[str, float] = {}  # by the identity of the mean
     gains: dict[str, float] = {}
-    for task, scale, weighing in tasks:
-        if scale >= 0:
-            continue
-        who = task.identity
-        removed[who], gains[who] = removed.get(who, 0.0) - scale, weighing.gain * weighing.inner
-        if base.info is not None and any(t.mean.blocks == who for t in base.info.terms):
+    for task in removals:
+        identity = task.posterior.identity
+        removed[identity] = removed.get(identity, 0.0) - task.scale
+        gains[identity] = task.weighing.gain * task.weighing.inner
+        if base.info is not None and any(t.mean.blocks == identity for t in base.info.terms):
             raise MismatchError(
                 f"'{base.ref}' contains '{task.ref}', but the frame of a removal is the original "
-                "base: "
-                f"`bmerge merge {base.ref} {task.ref} --base BASE --weights precision --scale 1 "
-                f"--scale {scale:g}`."
+                f"base: `bmerge merge {base.ref} {task.ref} --base BASE --weights precision "
+                f"--scale 1 --scale {task.scale:g}`."
             )
-    held = dict.fromkeys(removed, 0.0)
-    for task, scale, weighing in tasks:
-        if scale <= 0 or task.info is None or not _is_exact(config, task.info):
+    contained = dict.fromkeys(removed, 0.0)
+    for task in inputs.tasks:
+        info = task.posterior.info
+        if task.scale <= 0 or info is None or not _is_exact(config, info):
             continue
-        for term in task.info.terms:
-            who = term.mean.blocks
-            if who in held and math.isclose(term.gain * weighing.gain, gains[who], rel_tol=1e-6):
-                held[who] += scale * term.scale
-    if any(held[who] < amount - 1e-9 for who, amount in removed.items()):
+        for term in info.terms:
+            identity = term.mean.blocks
+            gain = term.gain * task.weighing.gain
+            if identity in contained and math.isclose(gain, gains[identity], rel_tol=1e-6):
+                contained[identity] += task.scale * term.scale
+    if any(contained[identity] < amount - 1e-9 for identity, amount in removed.items()):
         return config.guard
     notes.append(
         "every removal undoes a term that a merge lists; the guard acts on rounding errors only"
@@ -57,9 +66,11 @@ def choose_guard(
 
 
 def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
-    """True if a merge's terms went in as they would come out today."""
+    """Whether the terms of a merge went in as they would come out today."""
     trace = info.merge
-    ours = (0.0, False, config.only, config.anchor)
     return (
-        trace is not None and (trace.guarded_share, trace.uneven, trace.only, trace.anchor) == ours
+        trace is not None
+        and trace.guarded_share == 0
+        and not trace.uneven
+        and (trace.only, trace.anchor) == (config.only, config.anchor)
     )

@@ -6,45 +6,59 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE
 from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.plan.counts import common_count
+from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.weigh import Weighing, common_count, known_info, precision_identity
-from mergekit_bayes.posterior import Anchor as StoredAnchor
-from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorInfo, Prior, Term
+from mergekit_bayes.plan.weigh import precision_identity
+from mergekit_bayes.posterior import (
+    Anchor,
+    Identity,
+    MergeTrace,
+    Posterior,
+    PosteriorInfo,
+    Prior,
+    Term,
+)
+
+# As long as what replaces them: the header is reserved before the data is known.
+_BLANK = Identity(blocks="0" * 64, full="0" * 64)
+_BLANK_SHARE = 0.123456
 
 
-def merged_info(
-    config: MergeConfig,
-    models: Sequence[Posterior],
-    scales: Sequence[float],
-    weighings: Sequence[Weighing],
-    *,
-    uneven: bool,
-) -> PosteriorInfo:
-    base = models[0] if config.base is not None else None
-    tasks = models[1:] if base else models
-    total = sum(scales)
-    shares = scales if base else [s / total for s in scales]
-    counted = weighings[1:] if base else weighings
-    known = [info for m in models if (info := known_info(m)) is not None]
-    counts = [s * w.count for s, w in zip(shares, counted, strict=True) if w.count is not None]
+def merged_info(config: MergeConfig, inputs: Inputs, *, uneven: bool) -> PosteriorInfo:
+    """The record of a merge's precision, its own identity still blank.
+
+    Args:
+        config: The settings.
+        inputs: The models, weighed.
+        uneven: Whether some tensor or entry is merged by other scales than the terms'.
+    """
+    base, donor = inputs.base, inputs.donor.posterior
+    shares = _shares(inputs)
+    infos = [info for model in inputs if (info := model.precision_info) is not None]
+    counts = [
+        share * task.weighing.count
+        for share, task in zip(shares, inputs.tasks, strict=True)
+        if task.weighing.count is not None
+    ]
     observations = sum(counts) if counts else None
-    common = common_count(config, models)
-    weight = sum(abs(s) for s in shares)
+    common = common_count(config, inputs)
+    weight = sum(abs(share) for share in shares)
     if counts and weight and (config.counts == "recorded" or common is None):
-        common = sum(abs(c) for c in counts) / weight
+        common = sum(abs(count) for count in counts) / weight
     return PosteriorInfo(
-        estimator=known[0].estimator if known else "merged",
-        unit=known[0].unit if known else None,
+        estimator=infos[0].estimator if infos else "merged",
+        unit=infos[0].unit if infos else None,
         observations=observations,
         ess=observations,
-        prior=_merged_prior(base, weighings, models, shares),
-        anchor=StoredAnchor(kind="base", precision=None) if base else StoredAnchor(),
+        prior=_merged_prior(inputs, shares),
+        anchor=Anchor(kind="base", precision=None) if base else Anchor(),
         mean=_BLANK,
-        base=Identity(blocks=base.identity) if base else None,
-        tokenizer=next((i.tokenizer for i in known if i.tokenizer), None),
-        dtype=config.dtype or _main_dtype(models[0]),
-        aliases=models[0].info.aliases if models[0].info else {},
-        terms=_terms(tasks, shares, counted),
+        base=Identity(blocks=base.posterior.identity) if base else None,
+        tokenizer=next((info.tokenizer for info in infos if info.tokenizer), None),
+        dtype=config.dtype or _main_dtype(donor),
+        aliases=donor.info.aliases if donor.info else {},
+        terms=_terms(inputs.tasks, shares),
         merge=MergeTrace(
             common_count=common,
             anchor=config.anchor,
@@ -57,70 +71,70 @@ def merged_info(
     )
 
 
-# As long as what replaces them: the header is reserved before the data is known.
-_BLANK = Identity(blocks="0" * 64, full="0" * 64)
-_BLANK_SHARE = 0.123456
+def _shares(inputs: Inputs) -> list[float]:
+    """The tasks' scales; without a base they are shares of one."""
+    scales = [task.scale for task in inputs.tasks]
+    total = sum(scales)
+    return scales if inputs.base is not None else [scale / total for scale in scales]
 
 
-def _merged_prior(
-    base: Posterior | None,
-    weighings: Sequence[Weighing],
-    models: Sequence[Posterior],
-    shares: Sequence[float],
-) -> Prior:
+def _merged_prior(inputs: Inputs, shares: Sequence[float]) -> Prior:
+    base = inputs.base
     if base is not None:
         return Prior(
             kind="base",
             centre="base",
-            precision=weighings[0].prior,
-            base=Identity(blocks=base.identity),
-            base_precision=precision_identity(base),
-            base_count=weighings[0].gain,
+            precision=base.weighing.prior,
+            base=Identity(blocks=base.posterior.identity),
+            base_precision=precision_identity(base.posterior),
+            base_count=base.weighing.gain,
         )
-    inside = [
-        m.info.prior
-        for m in models
-        if m.info is not None and m.info.prior.kind in ("base", "unknown")
-    ]
-    if inside:
+    infos = [task.posterior.info for task in inputs.tasks]
+    priors = {i.prior for i in infos if i is not None and i.prior.kind in ("base", "unknown")}
+    if priors:
         # Merges of one frame, counted alike, average to a merge in that frame; anything else has no
         # one prior.
-        same = (
-            len(inside) == len(models)
-            and len(set(inside)) == 1
-            and all(w.gain == 1 for w in weighings)
-        )
-        return inside[0] if same else Prior(kind="unknown")
-    scalar = sum(c * w.prior for c, w in zip(shares, weighings, strict=True))
+        first, *others = priors
+        is_one_frame = not others and all(i is not None and i.prior == first for i in infos)
+        counts_alike = all(task.weighing.gain == 1 for task in inputs.tasks)
+        return first if is_one_frame and counts_alike else Prior(kind="unknown")
+    weighed = zip(shares, inputs.tasks, strict=True)
+    scalar = sum(share * task.weighing.prior for share, task in weighed)
     return Prior(kind="isotropic", precision=scalar + DELTA_0)
 
 
-def _terms(
-    tasks: Sequence[Posterior], shares: Sequence[float], weighings: Sequence[Weighing]
-) -> tuple[Term, ...]:
-    found: dict[str, Term] = {}
-    for task, share, weighing in zip(tasks, shares, weighings, strict=True):
-        inner = task.info.terms if task.info and task.info.terms else ()
-        own = inner or (Term(label=_label(task), mean=Identity(blocks=task.identity), scale=1.0),)
-        for term in own:
-            before = found[term.mean.blocks].scale if term.mean.blocks in found else 0.0
+def _terms(tasks: Sequence[Input], shares: Sequence[float]) -> tuple[Term, ...]:
+    """The posteriors inside a merge, each once, with its scales added up."""
+    terms: dict[str, Term] = {}  # by the identity of the mean
+    for task, share in zip(tasks, shares, strict=True):
+        for term in _terms_of(task.posterior):
+            identity = term.mean.blocks
+            before = terms[identity].scale if identity in terms else 0.0
             update = {
                 "scale": before + share * term.scale,
-                "gain": term.gain * weighing.gain * weighing.inner,
+                "gain": term.gain * task.weighing.gain * task.weighing.inner,
             }
-            found[term.mean.blocks] = term.model_copy(update=update)
-    return tuple(t for t in found.values() if abs(t.scale) > 1e-9)
+            terms[identity] = term.model_copy(update=update)
+    return tuple(term for term in terms.values() if abs(term.scale) > 1e-9)
+
+
+def _terms_of(task: Posterior) -> tuple[Term, ...]:
+    if task.info is not None and task.info.terms:
+        return task.info.terms
+    return (Term(label=_label(task), mean=Identity(blocks=task.identity), scale=1.0),)
 
 
 def _label(task: Posterior) -> str:
-    """A name for people; of a Hub id without its revision, so that a recipe which pins it writes
-    the same.
+    """A short name for readers.
+
+    The revision of a Hub id is left out, so that a recipe which pins it writes the same label.
     """
     return Path(task.ref if task.commit is None else re.sub(r"@[\w./-]+", "", task.ref)).name
 
 
 def _main_dtype(model: Posterior) -> str:
+    """The dtype that holds most bytes."""
     sizes: dict[str, int] = {}
     for spec in model.mean.specs.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size * ITEM_SIZE[spec.dtype]
-    return max(sizes, key=lambda d: sizes[d], default="F32")
+    return max(sizes, key=lambda dtype: sizes[dtype], default="F32")

@@ -6,27 +6,63 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_foreign
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.lora import AdaptedSource
+from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.options import parse_size
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.posterior import Posterior
 
 
+def choose_target(config: MergeConfig, inputs: Inputs) -> Path:
+    """The output's path: what `-o` says, else `merged`, as a file if all models are files.
+
+    Raises:
+        CheckpointError: The output exists, or would replace an input or something that is not a
+            model.
+        ConfigError: `-o` names nothing that can be created.
+    """
+    are_files = all(model.posterior.is_file for model in inputs)
+    target = Path(config.out or ("merged.safetensors" if are_files else "merged")).expanduser()
+    if target.name in ("", "..") or "\0" in target.name:
+        raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
+    if target.is_symlink():
+        target = target.resolve()  # what the link points to is replaced, not the link
+    written = [target]
+    if target.suffix == ".safetensors":
+        # The precision also where none is written: an old one would not belong to the new mean.
+        written += [report_path(target), recipe_path(target), precision_path(target)]
+    for model in inputs:
+        _refuse_overwriting(target, written, model.posterior)
+    for path in written:
+        _refuse_replacing(path, target, force=config.force)
+    return target
+
+
 def split_shards(
     config: MergeConfig, steps: Sequence[Step], donor: Posterior, target: Path
 ) -> tuple[tuple[str, ...], ...]:
-    """Tensors by output file: filled up in order to the size asked for, else as the donor has them."""
-    size = sum(s.spec.nbytes for s in steps)
+    """The names of the tensors of each output file.
+
+    With `--max-shard-size` the files are filled up in order; otherwise they are the donor's.
+
+    Args:
+        config: The settings.
+        steps: The tensors of the output.
+        donor: The model whose shards the output has.
+        target: The output.
+
+    Raises:
+        ConfigError: The output is one file and larger than `--max-shard-size`.
+    """
+    size = sum(step.spec.nbytes for step in steps)
     limit = parse_size(config.max_shard_size) if config.max_shard_size is not None else None
     if target.suffix == ".safetensors":
         if limit is not None and size > limit:
             raise ConfigError(
                 f"--max-shard-size {config.max_shard_size}: {target} is one file and needs "
-                f"{size:,} bytes. "
-                "Name a folder with -o."
+                f"{size:,} bytes. Name a folder with -o."
             )
-        return (tuple(s.name for s in steps),)
+        return (tuple(step.name for step in steps),)
     if limit is None:
         shards: dict[int, list[str]] = {}
         for step in steps:
@@ -41,47 +77,6 @@ def split_shards(
         filled[-1].append(step.name)
         room -= step.spec.nbytes
     return tuple(tuple(names) for names in filled)
-
-
-def choose_target(config: MergeConfig, models: Sequence[Posterior]) -> Path:
-    files_only = all(m.is_file for m in models)
-    target = Path(config.out or ("merged.safetensors" if files_only else "merged")).expanduser()
-    if target.name in ("", "..") or "\0" in target.name:
-        raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
-    if target.is_symlink():
-        target = target.resolve()  # what the link points to is replaced, not the link
-    written = [target]
-    if target.suffix == ".safetensors":
-        written += [report_path(target), recipe_path(target)]
-        written.append(
-            precision_path(target)
-        )  # also where none is written: an old one would not belong
-    for model in models:
-        inputs = [*model.mean.files, *(model.precision.files if model.precision else ())]
-        if isinstance(model.mean, AdaptedSource):
-            inputs += model.mean.adapter.posterior.mean.files
-        if any(
-            p.resolve() == w.resolve() or w.resolve() in p.resolve().parents
-            for p in inputs
-            for w in written
-        ):
-            raise CheckpointError(
-                f"-o {target} would overwrite '{model.ref}', an input. Choose another -o."
-            )
-    for path in written:
-        # A merge that was stopped while it put its files in place has some of them there, and goes
-        # on.
-        if path.exists() and not config.force and not partial_path(target).exists():
-            raise CheckpointError(
-                f"'{path}' exists. Choose another -o, or pass --force to replace it."
-            )
-        if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
-            kind = "a folder, and a file" if path.is_dir() else "a file, and a folder"
-            raise CheckpointError(
-                f"'{path}' is {kind} would replace it. Choose another -o, or remove it yourself."
-            )
-        refuse_foreign(path)
-    return target
 
 
 def report_path(target: Path) -> Path:
@@ -99,5 +94,27 @@ def recipe_path(target: Path) -> Path:
 
 
 def partial_path(target: Path) -> Path:
-    """Where a merge lies until it is whole."""
+    """Where a merge is written until it is complete."""
     return target.with_name(target.name + ".partial")
+
+
+def _refuse_overwriting(target: Path, written: Sequence[Path], model: Posterior) -> None:
+    files = [*model.mean.inputs, *(model.precision.inputs if model.precision else ())]
+    for file in (path.resolve() for path in files):
+        if any(path.resolve() in (file, *file.parents) for path in written):
+            raise CheckpointError(
+                f"-o {target} would overwrite '{model.ref}', an input. Choose another -o."
+            )
+
+
+def _refuse_replacing(path: Path, target: Path, *, force: bool) -> None:
+    # A merge that was stopped while its files were put in place has left some of them there, and
+    # is resumed.
+    if path.exists() and not force and not partial_path(target).exists():
+        raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+    if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
+        conflict = "a folder, and a file" if path.is_dir() else "a file, and a folder"
+        raise CheckpointError(
+            f"'{path}' is {conflict} would replace it. Choose another -o, or remove it yourself."
+        )
+    refuse_foreign(path)

@@ -1,80 +1,98 @@
-"""Decide everything about a merge before any tensor is read: names, shapes, counts, priors,
-anchors, outputs.
+"""Decide everything about a merge before any tensor is read.
 
-A plan is made from file headers and a few sampled blocks, so that every mismatch is found first and
-`--dry-run` costs nothing. `merge.run_merge` carries it out.
+A plan is made from file headers and a few sampled blocks: names, shapes, counts, priors, anchors
+and outputs. Every mismatch is found first, and `--dry-run` costs nothing. `merge.run_merge` carries
+a plan out.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.lora import AdaptedSource, is_adapter, open_model
+from mergekit_bayes.lora import is_adapter, open_model
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.guard import choose_guard
+from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
 from mergekit_bayes.plan.options import Shrink, check_options, choose_method, parse_shrink
 from mergekit_bayes.plan.outputs import choose_target, split_shards
-from mergekit_bayes.plan.precisions import check_precisions
+from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.scales import check_scales
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
-from mergekit_bayes.plan.weigh import Weighing, weigh
+from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
+
+_DIGITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}  # significand
 
 
 @dataclass(frozen=True)
 class MergePlan(Closing):
-    """A merge that can be carried out: `models` is the base, if any, and then the tasks.
+    """A merge that can be carried out.
 
     Attributes:
-        settings: The method's own, checked.
+        config: What was asked for.
+        method: The merging rule.
+        settings: The method's own settings, checked.
+        inputs: The base, if any, and the tasks.
+        guard: rho of the guard on removal, as it is used.
+        shrink: The shrinkage of each likelihood precision; None for none.
+        steps: The tensors of the output, in order.
         shards: Names of the tensors of each output file.
-        mended: What a rule (`--on-missing`, `--vocab`, tied heads) decided, by tensor.
+        left_out: Tensors that are not in the output, with the reason.
+        decisions: What a rule (tied heads, `--on-missing`, `--vocab`) decided, by tensor.
+        notes: Remarks for the report.
+        target: The output: a folder, or a `.safetensors` file.
+        info: The record of the merged precision, its identity still blank; None where no precision
+            is written.
     """
 
     config: MergeConfig
     method: Method
     settings: dict[str, float | str]
-    models: tuple[Posterior, ...]
-    scales: tuple[float, ...]
+    inputs: Inputs
     guard: float
-    weighings: tuple[Weighing, ...]
     shrink: Shrink | None
     steps: tuple[Step, ...]
     shards: tuple[tuple[str, ...], ...]
     left_out: dict[str, str]
-    mended: dict[str, str]
+    decisions: dict[str, str]
     notes: tuple[str, ...]
     target: Path
-    info: PosteriorInfo | None = field(repr=False)  # of the merge, its own identity still blank
+    info: PosteriorInfo | None = field(repr=False)
 
     @property
-    def donor(self) -> Posterior:
-        return self.models[0]
+    def base(self) -> Input | None:
+        """What the tasks were fine-tuned from; None for an average."""
+        return self.inputs.base
 
     @property
-    def base(self) -> Posterior | None:
-        return self.models[0] if self.config.base is not None else None
-
-    @property
-    def tasks(self) -> tuple[Posterior, ...]:
-        return self.models[1:] if self.config.base is not None else self.models
+    def tasks(self) -> tuple[Input, ...]:
+        """The models that are merged, in the order of the command line."""
+        return self.inputs.tasks
 
     @property
     def to_file(self) -> bool:
+        """Whether the output is one file rather than a folder."""
         return self.target.suffix == ".safetensors"
 
     def close(self) -> None:
-        for model in self.models:
-            model.close()
+        """Close the files of all models."""
+        self.inputs.close()
 
 
 def plan_merge(config: MergeConfig) -> MergePlan:
     """Open the models' headers and decide the merge.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The plan, which holds the models' files open until it is closed.
 
     Raises:
         ConfigError: Options that contradict each other.
@@ -85,93 +103,97 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     scales, rules = check_scales(config)
     method, settings = choose_method(config)
     check_options(config, method, scales, rules)
-    by_precision = method.needs_precision
-    models: list[Posterior] = []
-    try:
-        for ref in ((config.base,) if config.base is not None else ()) + config.models:
-            models.append(
-                open_model(
-                    ref,
-                    precision=config.precision.get(ref),
-                    isotropic=config.isotropic.get(ref),
-                    with_precision=by_precision,
-                )
-            )
-        for model in models:
-            if is_adapter(model.path):
-                raise MismatchError(
-                    f"'{model.ref}' is an adapter among whole models. Put its base before it: "
-                    f"BASE+{model.ref}. "
-                    "(Adapters alone merge into an adapter.)"
-                )
-            wanted = (
-                config.precision_identities.get(model.ref)
-                if by_precision and model.has_precision
-                else None
-            )
-            model.check_identity(config.identities.get(model.ref), wanted)
-        target = choose_target(config, models)
-        notes = [note for m in models if isinstance(m.mean, AdaptedSource) for note in m.mean.notes]
-        weighings = [Weighing()] * len(models)
+    with ExitStack() as stack:
+        inputs = _open_inputs(config, method, scales, stack)
+        target = choose_target(config, inputs)
+        notes = [note for model in inputs for note in model.posterior.mean.notes]
         guard, info = config.guard, None
-        if by_precision:
-            check_precisions(config, models, notes)
-            weighings = weigh(config, models, notes)
-            guard = choose_guard(config, models, scales, rules, weighings, notes)
-        steps, left_out, mended = match_tensors(config, method, models, scales, rules, notes)
-        _note_narrowing(steps, models, notes)
-        if by_precision and config.posterior and method.is_posterior:
-            # A task that left a tensor alone has scale zero there, which is no other merge than
-            # with its own scale.
-            uneven = bool(rules) or any(s.copied is None and s.merged < s.spec.size for s in steps)
-            info = merged_info(config, models, scales, weighings, uneven=uneven)
-        return MergePlan(
+        if method.needs_precision:
+            check_precisions(config, inputs, notes)
+            inputs = weigh(config, inputs, notes)
+            guard = choose_guard(config, inputs, rules, notes)
+        matched = match_tensors(config, method, inputs, rules, notes)
+        _note_narrowing(matched.steps, inputs, notes)
+        if config.posterior and method.writes_posterior:
+            # A task that left a tensor alone has scale zero there, which is the same merge as with
+            # its own scale.
+            uneven = bool(rules) or any(_is_cut(step) for step in matched.steps)
+            info = merged_info(config, inputs, uneven=uneven)
+        plan = MergePlan(
             config=config,
             method=method,
             settings=settings,
-            models=tuple(models),
-            scales=scales,
+            inputs=inputs,
             guard=guard,
-            weighings=tuple(weighings),
             shrink=parse_shrink(config.shrink),
-            steps=tuple(steps),
-            shards=split_shards(config, steps, models[0], target),
-            left_out=left_out,
-            mended=mended,
+            steps=tuple(matched.steps),
+            shards=split_shards(config, matched.steps, inputs.donor.posterior, target),
+            left_out=matched.left_out,
+            decisions=matched.decisions,
             notes=tuple(notes),
             target=target,
             info=info,
         )
-    except BaseException:
-        for model in models:
-            model.close()
-        raise
+        stack.pop_all()  # the plan closes them
+        return plan
 
 
-def _note_narrowing(steps: Sequence[Step], models: Sequence[Posterior], notes: list[str]) -> None:
-    """Say where a model holds more digits than the output."""
-    for i, model in enumerate(models[1:], 1):
-        finer = [
-            s.name
-            for s in steps
-            if s.copied is None
-            and s.sources[i].model == i
-            and _DIGITS[model.mean.specs[s.sources[i].name].dtype] > _DIGITS[s.spec.dtype]
-        ]
-        if finer and not isinstance(model.mean, AdaptedSource):
-            written = next(s.spec.dtype for s in steps if s.name == finer[0])
-            notes.append(
-                f"'{model.ref}' has {len(finer)} tensors in a finer dtype than they are written in "
-                f"({written}, as "
-                f"'{models[0].ref}' has them); --dtype chooses another"
+def _open_inputs(
+    config: MergeConfig, method: Method, scales: Sequence[float], stack: ExitStack
+) -> Inputs:
+    """Open all models and check that they are those that a recipe records."""
+    base = None
+    if config.base is not None:
+        base = Input(stack.enter_context(_open(config, config.base, method)), 0.0)
+    tasks = [
+        Input(stack.enter_context(_open(config, ref, method)), scale)
+        for ref, scale in zip(config.models, scales, strict=True)
+    ]
+    inputs = Inputs(base, tuple(tasks))
+    for model in inputs:
+        posterior = model.posterior
+        if is_adapter(posterior.path):
+            raise MismatchError(
+                f"'{model.ref}' is an adapter among whole models. Put its base before it: "
+                f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
             )
+        counts = method.needs_precision and posterior.has_precision
+        posterior.check_identity(
+            config.identities.get(model.ref),
+            config.precision_identities.get(model.ref) if counts else None,
+        )
+    return inputs
 
 
-_DIGITS = {
-    "F64": 53,
-    "F32": 24,
-    "F16": 11,
-    "BF16": 8,
-    "F8_E4M3": 4,
-    "F8_E5M2": 3,
-}  # of the significand
+def _open(config: MergeConfig, ref: str, method: Method) -> Posterior:
+    return open_model(
+        ref,
+        precision=config.precision.get(ref),
+        isotropic=config.isotropic.get(ref),
+        with_precision=method.needs_precision,
+    )
+
+
+def _is_cut(step: Step) -> bool:
+    """Whether only some entries of a tensor is merged."""
+    return step.copied is None and step.merged < step.spec.size
+
+
+def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> None:
+    """Say where a model holds more digits than the output."""
+    for model in inputs:
+        if model is inputs.donor or model.posterior.mean.is_computed:
+            continue
+        dtypes = [
+            step.spec.dtype
+            for step in steps
+            for operand in step.operands
+            if operand.mean.input is model
+            and _DIGITS[operand.mean.spec.dtype] > _DIGITS[step.spec.dtype]
+        ]
+        if dtypes:
+            notes.append(
+                f"'{model.ref}' has {len(dtypes)} tensors in a finer dtype than they are written "
+                f"in ({next(iter(dtypes))}, as '{inputs.donor.ref}' has them); --dtype chooses "
+                "another"
+            )

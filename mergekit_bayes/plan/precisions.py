@@ -1,215 +1,168 @@
-"""Which precision belongs to which tensor, and whether precisions agree."""
+"""Which precision belongs to which tensor, and in which form the merged one is written."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import read_chunk
-from mergekit_bayes.checkpoint.identity import block_hash, identity
-from mergekit_bayes.checkpoint.layout import precision_path
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming, tied_source
+from mergekit_bayes.checkpoint.identity import block_hash
+from mergekit_bayes.checkpoint.names import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.options import parse_shrink
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.steps import Found
-from mergekit_bayes.plan.weigh import known_info
+from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.posterior.forms import one_shape, row_shape
+from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
+
+_SAMPLE, _SAMPLES = 1024, 16  # entries of a block that is compared, and number of blocks
 
 
-def donor_precision(
-    name: str, source: str, models: Sequence[Posterior]
-) -> tuple[Found | None, ...] | None:
-    """For a tensor that is copied: only the donor's precision is needed, and none is written if it
-    has none.
+class MatchedPrecisions(NamedTuple):
+    """The precisions of one tensor.
+
+    Attributes:
+        stored: Each input's precision.
+        unchanged: Tasks that left the tensor alone: they have no precision for it and the base's
+            values in it, since it was frozen in their training. The base's precision stands in.
+        borrowed: The inputs whose precision is another one's.
     """
-    donor = models[0]
-    if donor.precision is None:
-        return (None,) if donor.isotropic is not None else None
-    own = _precision_name(name, source, donor)
-    if own is None:
-        return None
-    _check_shape(own, source, donor)
-    return (Found(0, own),)
 
-
-def _check_shape(own: str, source: str, model: Posterior) -> None:
-    assert model.precision is not None
-    there, expected = model.precision.specs[own], model.mean.specs[source].shape
-    allowed = (expected, row_shape(expected), one_shape(expected), ())
-    if there.dtype not in ("F32", "BF16", "F64") or there.shape not in allowed:
-        raise PrecisionError(
-            f"the precision of '{own}' in {model.precision.where(own)} is {there.dtype} "
-            f"{list(there.shape)}, "
-            f"expected F32 or BF16 {list(expected)} like the mean's, one number a row "
-            f"{list(row_shape(expected))}, "
-            f"or one number {list(one_shape(expected))}."
-        )
+    stored: dict[Input, StoredPrecision]
+    unchanged: frozenset[Input]
+    borrowed: frozenset[Input]
 
 
 def match_precisions(
-    config: MergeConfig, name: str, sources: Sequence[Found], models: Sequence[Posterior]
-) -> tuple[tuple[Found | None, ...] | None, set[int]]:
-    """Each model's precision of a tensor (None: one number), and the tasks that left the tensor
-    alone.
+    inputs: Inputs, name: str, means: Mapping[Input, TensorRef]
+) -> MatchedPrecisions | None:
+    """Each model's precision of a tensor.
 
-    A task that has no precision for a tensor and the base's values in it was frozen there: it
-    counts as unchanged. The precisions are None if no model has one and all means agree.
+    Args:
+        inputs: The models.
+        name: The donor's name of the tensor.
+        means: Each model's tensor.
+
+    Returns:
+        None if no model has a precision for the tensor and all means agree.
+
+    Raises:
+        PrecisionError: A model has no precision for a tensor that its training changed.
     """
-    result: list[Found | None] = []
-    missing: list[int] = []
-    for i, source in enumerate(sources):
-        model = models[source.model]
-        if model.precision is None:
-            result.append(None)
-            continue
-        own = _precision_name(name, source.name, model)
-        if own is None:
-            missing.append(i)
-            result.append(None)
-            continue
-        _check_shape(own, source.name, model)
-        result.append(Found(source.model, own))
-    same = {i for i in missing if _agree(sources[i], sources[0], models)}
-    with_files = [i for i, s in enumerate(sources) if models[s.model].precision is not None]
-    if missing and missing == with_files and len(same) == len(missing):
-        return None, set()
-    if 0 not in missing and same == set(missing) and config.base is not None:
-        return tuple(result[0] if i in same else found for i, found in enumerate(result)), same
-    first = next((i for i in missing if i not in same), missing[0]) if missing else 0
+    donor = inputs.donor
+    stored: dict[Input, StoredPrecision] = {}
+    missing: list[Input] = []
+    for model, mean in means.items():
+        precision = _stored_precision(name, model, mean, donor)
+        if precision is None:
+            missing.append(model)
+        else:
+            stored[model] = precision
+    borrowed = frozenset(m for m, mean in means.items() if not _owns_precision(m, mean))
     if not missing:
-        return tuple(result), set()
-    model = models[sources[first].model]
-    looked = model.precision.files[0] if model.precision is not None else model.path
+        return MatchedPrecisions(stored, frozenset(), borrowed)
+    unchanged = [m for m in missing if _agree(means[m], means[donor])]
+    with_files = [m for m, mean in means.items() if mean.input.posterior.precision is not None]
+    if missing == with_files and missing == unchanged:
+        return None
+    if inputs.base is not None and inputs.base not in missing and missing == unchanged:
+        stored = {m: stored[donor] if m in unchanged else stored[m] for m in means}
+        return MatchedPrecisions(stored, frozenset(unchanged), borrowed.union(unchanged))
+    changed = next((m for m in missing if m not in unchanged), next(iter(missing)))
+    owner = means[changed].input.posterior
+    looked_in = owner.precision.files[0] if owner.precision is not None else owner.path
     raise PrecisionError(
-        f"no precision for '{name}' of '{model.ref}' (looked in {looked}). "
-        "Was it frozen in training? Make a full one with `bmerge precision`, or leave the tensor "
-        "out with --only."
+        f"no precision for '{name}' of '{owner.ref}' (looked in {looked_in}). Was it frozen in "
+        "training? Make a full one with `bmerge precision`, or leave the tensor out with --only."
     )
 
 
-def _agree(a: Found, b: Found, models: Sequence[Posterior]) -> bool:
-    """Whether two tensors hold the same values, in one dtype or two, by their sampled blocks."""
-    left, right = models[a.model].mean, models[b.model].mean
-    one, other = left.specs[a.name], right.specs[b.name]
-    if one == other:
-        return block_hash(left, a.name) == block_hash(right, b.name)
-    if one.shape != other.shape:
-        return False
-    size, last = one.size, max(one.size - _SAMPLE, 0)
-    for start in {last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}:
-        stop = min(start + _SAMPLE, size)
-        if not np.array_equal(
-            read_chunk(left, a.name, start, stop), read_chunk(right, b.name, start, stop)
-        ):
-            return False
-    return True
+def donor_precision(name: str, mean: TensorRef) -> StoredPrecision | None:
+    """The donor's precision of a tensor that is copied; None if it has none, and none is written.
+
+    Args:
+        name: The donor's name of the tensor.
+        mean: The donor's tensor.
+
+    Raises:
+        PrecisionError: The shape of the precision does not fit the tensor's.
+    """
+    donor = mean.input.posterior
+    if donor.precision is None and donor.isotropic is None:
+        return None
+    return _stored_precision(name, mean.input, mean, mean.input)
 
 
-_SAMPLE, _SAMPLES = 1024, 16  # entries of a block, and blocks
-
-
-def precision_shape(
-    config: MergeConfig,
-    spec: TensorSpec,
-    precisions: Sequence[Found | None],
-    models: Sequence[Posterior],
-    merged: int,
+def merged_shape(
+    config: MergeConfig, spec: TensorSpec, forms: Sequence[Form], merged: int
 ) -> tuple[int, ...]:
-    """The coarsest shape that holds the merged precision; pooled ones stay kilobytes."""
-    shapes = set()
-    for found in precisions:
-        there = one_shape(spec.shape)
-        if found is not None:
-            source = models[found.model].precision
-            assert source is not None
-            there = source.specs[found.name].shape
-        if config.pool == "tensor":
-            there = one_shape(spec.shape)
-        elif config.pool == "row" and math.prod(there) > 1:
-            there = row_shape(spec.shape)
-        shapes.add(
-            "entry"
-            if there[1:] != row_shape(there)[1:]
-            else "row"
-            if math.prod(there) > 1
-            else "tensor"
-        )
-    by_row = config.shrink is not None and config.shrink.startswith("row:")
-    if "entry" in shapes:
-        return spec.shape
-    finer = "row" in shapes or by_row or 0 < merged < spec.size
-    return row_shape(spec.shape) if finer else one_shape(spec.shape)
+    """The coarsest shape that holds the merged precision of a tensor.
+
+    Pooled precisions stay as small as they are: an entry each is written only if some model has
+    that many.
+
+    Args:
+        config: The settings.
+        spec: The tensor's spec.
+        forms: The forms of the models' precisions.
+        merged: How many entries are merged; the others keep the donor's precision.
+    """
+    shrink = parse_shrink(config.shrink)
+    by_row = (shrink is not None and shrink.by_row) or 0 < merged < spec.size
+    pooled = [form.pooled(config.pool) for form in forms]
+    return merged_form(pooled, by_row=by_row).shape_of(spec.shape)
 
 
-def _precision_name(name: str, source: str, model: Posterior) -> str | None:
+def _stored_precision(
+    name: str, model: Input, mean: TensorRef, donor: Input
+) -> StoredPrecision | None:
+    """The precision of one model's tensor; None if its file has none for it."""
+    owner = mean.input.posterior
+    if owner.precision is None:
+        number = model.posterior.isotropic
+        number = donor.posterior.isotropic if number is None else number
+        assert number is not None  # as `check_precisions` has seen to it
+        return StoredPrecision.everywhere(number)
+    stored = _find_name(name, mean.name, owner)
+    if stored is None:
+        return None
+    return StoredPrecision.of(owner.precision, stored, mean.spec.shape)
+
+
+def _owns_precision(model: Input, mean: TensorRef) -> bool:
+    """Whether a tensor's precision is the model's own, and not that of the donor."""
+    if mean.input.posterior.precision is not None:
+        return mean.input is model
+    return model.posterior.isotropic is not None
+
+
+def _find_name(name: str, stored: str, model: Posterior) -> str | None:
+    """The name of a tensor among a model's precisions; `stored` is its name among the means."""
     assert model.precision is not None
     specs = model.precision.specs
-    aliases = model.info.aliases if model.info else {}
-    candidates = [source, name, aliases.get(source), tied_source(source, model.mean)]
-    for candidate in candidates:
-        if candidate is not None and candidate in specs:
+    for candidate in precision_names(name, stored, model):
+        if candidate in specs:
             return candidate
-    renamed = find_renaming(model.mean.specs, specs)
-    return (
-        next((n for n in specs if renamed(n, model.mean.specs) == source), None)
-        if renamed != Renaming()
-        else None
-    )
+    renaming = find_renaming(model.mean.specs, specs)
+    if renaming == Renaming():
+        return None
+    return next((n for n in specs if renaming(n, model.mean.specs) == stored), None)
 
 
-def check_precisions(config: MergeConfig, models: Sequence[Posterior], notes: list[str]) -> None:
-    for model in models:
-        if not model.has_precision:
-            looked = precision_path(model.path)
-            make = f"bmerge precision {model.ref} --data TEXTS"
-            if model.path.is_file():  # a model is run from its folder
-                make = f"bmerge precision FOLDER --data TEXTS -o {looked}"
-            raise PrecisionError(
-                f"no precision for '{model.ref}' (looked for '{looked}'). Fine-tune it with IVON, "
-                "make one with "
-                f"`{make}`, name one with --precision {model.ref}=PATH, give one number with "
-                "--isotropic "
-                f"{model.ref}=X, or merge with --weights uniform."
-            )
-        if model.info is None and known_info(model) is not None:
-            continue  # an adapter, whose own precision was checked when it was opened
-        if model.info is None:
-            kind = (
-                "one number everywhere"
-                if model.isotropic is not None
-                else "a precision without information"
-            )
-            notes.append(
-                f"'{model.ref}' has {kind}: taken as it is, on the scale of the summed loss, prior "
-                "0"
-            )
-            continue
-        if model.identity != model.info.mean.blocks:
-            raise PrecisionError(
-                f"the precision of '{model.ref}' "
-                f"({model.precision.files[0] if model.precision else ''}) was taken at "
-                "other weights than these: its record of them differs. Use the precision that "
-                "belongs to them, or "
-                f"make one with `bmerge precision {model.ref} --data TEXTS --force`."
-            )
-        if config.verify:
-            if model.info.mean.full is None:
-                notes.append(
-                    f"'{model.ref}' has no full hash on record; only sampled blocks were compared"
-                )
-            elif identity(model.mean, full=True) != model.info.mean.full:
-                raise PrecisionError(
-                    f"'{model.ref}' differs from the weights that its precision was taken at."
-                )
-    kinds = {(i.estimator, i.unit): m.ref for m in models if (i := known_info(m)) is not None}
-    if len(kinds) > 1:
-        (a, ref_a), (b, ref_b) = list(kinds.items())[:2]
-        raise PrecisionError(
-            f"precisions of different kinds do not add: '{ref_a}' has {a[0]} per {a[1]}, '{ref_b}' "
-            f"{b[0]} per {b[1]}. "
-            f"Make them alike, for example with `bmerge precision {ref_b} --data TEXTS -o OTHER` "
-            "and "
-            f"--precision {ref_b}=OTHER."
-        )
+def _agree(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors hold the same values, in one dtype or two, by their sampled blocks."""
+    if one.spec == other.spec:
+        return block_hash(one.source, one.name) == block_hash(other.source, other.name)
+    if one.spec.shape != other.spec.shape:
+        return False
+    size = one.spec.size
+    last = max(size - _SAMPLE, 0)
+    for start in {last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}:
+        stop = min(start + _SAMPLE, size)
+        values = read_chunk(one.source, one.name, start, stop)
+        if not np.array_equal(values, read_chunk(other.source, other.name, start, stop)):
+            return False
+    return True

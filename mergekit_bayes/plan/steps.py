@@ -1,54 +1,117 @@
 """One step of a plan: a tensor of the output and where it comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
+from mergekit_bayes.plan.inputs import Input
+from mergekit_bayes.posterior.forms import StoredPrecision
 
 
-class Found(NamedTuple):
-    """A tensor of one of the plan's models."""
+class TensorRef(NamedTuple):
+    """A mean's tensor: the input that owns it, and its name there."""
 
-    model: int
+    input: Input
     name: str
+
+    @property
+    def source(self) -> CheckpointSource:
+        """What the tensor is read from."""
+        return self.input.posterior.mean
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its dtype and shape, as stored."""
+        return self.source.specs[self.name]
+
+    @property
+    def where(self) -> str:
+        """Its file, for messages."""
+        return self.source.where(self.name)
+
+
+class Operand(NamedTuple):
+    """What one input contributes to a tensor.
+
+    Attributes:
+        input: The base or a task.
+        mean: Its tensor. The donor's tensor where a task lacks it or has scale zero there.
+        scale: The task's scale in this tensor, dimensionless; 0 for the base.
+        precision: Its precision; None where precisions do not count.
+        owns_precision: Whether the precision is the input's own. Otherwise the donor's stands in,
+            because the task left the tensor alone.
+    """
+
+    input: Input
+    mean: TensorRef
+    scale: float = 0.0
+    precision: StoredPrecision | None = None
+    owns_precision: bool = True
 
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the output. Sources are in the order of `MergePlan.models`; the donor is the
-    first.
+    """One tensor of the output.
 
     Attributes:
-        spec: As it is written.
-        sources: Each model's tensor; the donor's where a task lacks it (its scale is then zero).
-        precisions: Each model's precision, None for one number everywhere; None where no precision
-            is written.
-        pooled: Shape of the written precision: the tensor's own, one number a row, or one number.
-        scales: One per task.
-        merged: Entries that are merged, from the first on; the others are the donor's.
+        name: Its name, the donor's.
+        spec: Its dtype and shape as written.
+        base: The operand of the base; None without one.
+        tasks: Those of the tasks, in the order of the plan. Of a copied tensor the donor's at most.
+        precision_shape: Shape of the written precision: the tensor's own, one number a row, or one
+            number. None where no precision is written.
+        merged: How many entries are merged, from the first on; the others are the donor's.
         copied: The reason, if all of the tensor is the donor's.
     """
 
     name: str
     spec: TensorSpec
-    sources: tuple[Found, ...]
-    precisions: tuple[Found | None, ...] | None
-    precision_shape: tuple[int, ...]
-    scales: tuple[float, ...]
-    merged: int
+    base: Operand | None
+    tasks: tuple[Operand, ...]
+    precision_shape: tuple[int, ...] | None = None
+    merged: int = 0
     copied: str | None = None
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """All operands, the base's first: the order of the plan's inputs."""
+        return self.tasks if self.base is None else (self.base, *self.tasks)
+
+    @property
+    def donor(self) -> Operand:
+        """The operand of the base, or of the first task without one.
+
+        The tensor has its name and shape, and entries that are not merged are copied from it.
+        """
+        return next(iter(self.operands))
 
     @property
     def row(self) -> int:
         """Entries of one row: one slice of the first axis."""
         return self.spec.size // self.spec.shape[0] if self.spec.shape and self.spec.size else 1
 
+    @property
+    def has_coarse_precision(self) -> bool:
+        """Whether the written precision has fewer numbers than the tensor has entries."""
+        return self.precision_shape is not None and self.precision_shape != self.spec.shape
 
-class Matched(NamedTuple):
-    steps: list[Step]
+
+@dataclass(frozen=True)
+class MatchedTensors:
+    """What becomes of every tensor of the inputs.
+
+    Attributes:
+        steps: The tensors of the output, in the donor's order.
+        left_out: Tensors that are not in the output, with the reason.
+        decisions: What a rule (tied heads, `--on-missing`, `--vocab`) decided for a tensor that is
+            merged.
+    """
+
     left_out: dict[str, str]
-    mended: dict[str, str]  # what a rule decided for a tensor that is merged
+    steps: list[Step] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
 
-    def rule(self, name: str, what: str) -> None:
-        before = self.mended.get(name)
-        self.mended[name] = what if before is None else f"{before}; {what}"
+    def record_decision(self, name: str, decision: str) -> None:
+        """Add what a rule decided for a tensor to what other rules decided for it."""
+        before = self.decisions.get(name)
+        self.decisions[name] = decision if before is None else f"{before}; {decision}"

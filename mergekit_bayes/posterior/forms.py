@@ -1,30 +1,184 @@
-"""The forms of a stored precision: one number an entry, a row, a tensor, or everywhere."""
+"""The forms in which a precision is stored, and what each of them is by entry.
+
+A precision has one number for every entry of its tensor, for every row (one slice of the first
+axis), for the tensor, or for the whole model (a number given by hand, without a file):
+
+    form      shape for a mean of shape (r, c, d)
+    ENTRY     (r, c, d)
+    ROW       (r, 1, 1)
+    TENSOR    (1, 1, 1) or ()
+    TENSOR    no tensor at all: one number everywhere
+
+This module is the only one that knows these shapes. The plan asks which form a precision has and
+which form the merged one needs; the stream asks for its numbers (`StoredPrecision.coarse`) and
+spreads them over a chunk (`spread`).
+
+A precision that is not stored by entry but determines every entry, such as that of a product of
+LoRA factors, enters as a `PrecisionSource` whose specs have the mean's shape and whose entries are
+computed as they are read: its form is ENTRY. Kronecker factors or a low-rank form enter the same
+way, or with a member of `Form` of their own.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
-from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.checkpoint.codec import is_bad_precision, read_chunk
+from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, PrecisionSource, TensorSpec
+from mergekit_bayes.errors import PrecisionError
+
+Shape = tuple[int, ...]
+_DTYPES = ("F32", "BF16", "F64")  # in which a merge reads precisions
+
+
+class Form(IntEnum):
+    """How finely a precision resolves its tensor; a finer form is larger."""
+
+    TENSOR = 1
+    ROW = 2
+    ENTRY = 3
+
+    def shape_of(self, mean: Shape) -> Shape:
+        """The shape of a precision in this form, for a mean of this shape."""
+        if self is Form.ENTRY:
+            return mean
+        return row_shape(mean) if self is Form.ROW else one_shape(mean)
+
+    def pooled(self, pool: Literal["tensor", "row"] | None) -> "Form":
+        """The form after `--pool`, which only makes a precision coarser."""
+        if pool is None:
+            return self
+        return min(self, Form.TENSOR if pool == "tensor" else Form.ROW)
+
+
+@dataclass(frozen=True)
+class StoredPrecision:
+    """The precision of one tensor of a model, in whatever form it is stored.
+
+    Attributes:
+        form: How finely it resolves the tensor.
+        source: Where it is read from; None for one number everywhere.
+        name: Its name in `source`.
+        number: The one number, 1/weight^2, where there is no source.
+    """
+
+    form: Form
+    source: PrecisionSource | None
+    name: str
+    number: float = 0.0
+
+    @classmethod
+    def everywhere(cls, number: float) -> "StoredPrecision":
+        """One number for every entry of a model."""
+        return cls(Form.TENSOR, None, "", number)
+
+    @classmethod
+    def of(cls, source: PrecisionSource, name: str, mean: Shape) -> "StoredPrecision":
+        """The precision that a source holds under a name.
+
+        Args:
+            source: The precision's tensors.
+            name: One of its names.
+            mean: Shape of the mean that it belongs to.
+
+        Raises:
+            PrecisionError: Its shape is that of no form, or its dtype is not read.
+        """
+        spec = source.specs[name]
+        if spec.dtype not in _DTYPES or spec.shape not in _shapes(mean):
+            raise PrecisionError(
+                f"the precision of '{name}' in {source.where(name)} is {spec.dtype} "
+                f"{list(spec.shape)}, expected F32 or BF16 {list(mean)} like the mean's, one "
+                f"number a row {list(row_shape(mean))}, or one number {list(one_shape(mean))}."
+            )
+        if spec.size == 1:
+            return cls(Form.TENSOR, source, name)
+        return cls(Form.ENTRY if spec.shape == mean else Form.ROW, source, name)
+
+    def coarse(self, rows: int) -> Array | None:
+        """The numbers of a precision that is coarser than one an entry, in float32.
+
+        Args:
+            rows: How many of the tensor's first rows are needed.
+
+        Returns:
+            (1,) or (rows,); None where there is one number an entry, to be read chunk by chunk.
+        """
+        if self.form is Form.ENTRY:
+            return None
+        if self.source is None:
+            return np.array([self.number], np.float32)
+        size = self.source.specs[self.name].size
+        numbers = read_chunk(self.source, self.name, 0, size).astype(np.float32)
+        return numbers if self.form is Form.TENSOR else numbers[:rows]
 
 
 def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
-    """Whether a precision has one number for each entry, row, or for all of a tensor."""
-    shapes = (mean.shape, row_shape(mean.shape), one_shape(mean.shape), ())
-    return precision is not None and precision.dtype in MERGEABLE and precision.shape in shapes
+    """Whether a stored tensor is, by dtype and shape, a precision of a mean in some form."""
+    return (
+        precision is not None
+        and precision.dtype in MERGEABLE
+        and precision.shape in _shapes(mean.shape)
+    )
 
 
-def spread(values: Array, row: int, start: int, stop: int) -> Array:
-    """One number, or one a row, by entry."""
-    if values.size == 1:
-        return values
-    first, last = start // row, (stop - 1) // row + 1
-    return np.repeat(values[first:last], row)[start - first * row : stop - first * row]
-
-
-def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a precision with one number a row: a slice of the first axis."""
+def row_shape(shape: Shape) -> Shape:
+    """The shape of a precision with one number a row: a slice of the first axis."""
     return (*shape[:1], *(1 for _ in shape[1:]))
 
 
-def one_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a precision that is one number for the tensor."""
+def one_shape(shape: Shape) -> Shape:
+    """The shape of a precision that is one number for the tensor."""
     return tuple(1 for _ in shape)
+
+
+def merged_form(forms: Collection[Form], *, by_row: bool) -> Form:
+    """The coarsest form that holds a merge of precisions of these forms.
+
+    Args:
+        forms: Those of the models, after pooling.
+        by_row: Whether something else differs from row to row, such as a shrinkage by row.
+    """
+    return max((*forms, Form.ROW) if by_row else forms)
+
+
+def spread(numbers: Array, row: int, start: int, stop: int) -> Array:
+    """The numbers of a coarse precision at entries `start:stop` of its tensor.
+
+    Args:
+        numbers: (1,) or (rows,).
+        row: Entries of a row.
+        start: First entry, in flat order.
+        stop: End of the entries.
+
+    Returns:
+        (stop - start,), or (1,) as it is for one number.
+    """
+    if numbers.size == 1:
+        return numbers
+    first, last = start // row, (stop - 1) // row + 1
+    return np.repeat(numbers[first:last], row)[start - first * row : stop - first * row]
+
+
+def by_row(numbers: Array, rows: int) -> Array:
+    """The numbers of a coarse precision at the first rows: (rows,), perhaps a read-only view."""
+    return np.broadcast_to(spread(numbers, 1, 0, rows), rows)
+
+
+def without_bad(numbers: Array, replacement: float) -> tuple[Array, int]:
+    """Coarse numbers with those that are no precision replaced, and how many these were."""
+    bad = is_bad_precision(numbers)
+    return np.where(bad, np.float32(replacement), numbers), int(np.count_nonzero(bad))
+
+
+def tensor_mean(numbers: Array) -> Array:
+    """The mean of coarse numbers over the tensor: (1,) in float32, summed in float64."""
+    mean: Array = numbers.mean(keepdims=True, dtype=np.float64).astype(np.float32)
+    return mean
+
+
+def _shapes(mean: Shape) -> tuple[Shape, ...]:
+    return (mean, row_shape(mean), one_shape(mean), ())

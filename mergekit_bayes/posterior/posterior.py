@@ -29,7 +29,7 @@ from mergekit_bayes.checkpoint.sources import (
     pinned,
     resolve,
 )
-from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing
+from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
@@ -54,7 +54,7 @@ class Posterior(Closing):
     ref: str
     path: Path
     mean: CheckpointSource
-    precision: CheckpointSource | None = None
+    precision: PrecisionSource | None = None
     info: PosteriorInfo | None = None
     isotropic: float | None = None
     parts: tuple["Posterior", ...] = ()

@@ -4,11 +4,19 @@ from typing import NamedTuple
 
 from mergekit_bayes.plan import MergePlan
 
-UNIT = 1 << 22  # entries: what a killed merge does again at most, a thread
+UNIT = 1 << 22  # entries; a killed merge repeats at most one unit a thread
 
 
 class Unit(NamedTuple):
-    """Entries `start:stop` of a step; `position` is its place in the whole, in [0, 1)."""
+    """Entries `start:stop` of a step.
+
+    Attributes:
+        id: Number of the unit, from 0 on.
+        step: Index of the step in the plan.
+        start: First entry, in flat order.
+        stop: End of the entries.
+        position: Place of the unit in the whole merge, in [0, 1).
+    """
 
     id: int
     step: int
@@ -19,12 +27,12 @@ class Unit(NamedTuple):
 
 def units_of(plan: MergePlan) -> list[Unit]:
     """All units of a plan, in order."""
-    whole = max(1, sum(s.spec.size for s in plan.steps))
+    total = max(1, sum(step.spec.size for step in plan.steps))
     units: list[Unit] = []
-    done = 0
-    for k, step in enumerate(plan.steps):
+    before = 0
+    for index, step in enumerate(plan.steps):
         for start in range(0, step.spec.size, UNIT):
             stop = min(start + UNIT, step.spec.size)
-            units.append(Unit(len(units), k, start, stop, (done + start) / whole))
-        done += step.spec.size
+            units.append(Unit(len(units), index, start, stop, (before + start) / total))
+        before += step.spec.size
     return units

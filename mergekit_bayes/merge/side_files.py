@@ -1,0 +1,84 @@
+"""Config, tokenizer, chat template, code and the like, which a merged model takes from an input."""
+
+import json
+from pathlib import Path
+
+from mergekit_bayes.checkpoint.side_files import copy_side_files, side_files
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.plan import MergePlan
+
+_CONFIG_DTYPE = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+class SideFiles:
+    """The side files of a merge into a folder: those of the first input that is a folder.
+
+    Args:
+        plan: The merge. Beside a single output file there are no side files.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        folders = (m for m in plan.inputs if m.posterior.path.is_dir())
+        model = None if plan.to_file else next(folders, None)
+        self._folder = None if model is None else model.posterior.path
+        self._changes_dtype = plan.config.dtype is not None or model is not plan.inputs.donor
+
+    def check(self) -> None:
+        """Find what cannot be copied before the first tensor is merged.
+
+        Raises:
+            CheckpointError: A file cannot be read, or a config to be changed is not JSON.
+        """
+        if self._folder is None:
+            return
+        for name in side_files(self._folder):
+            file = self._folder / name
+            try:
+                with file.open("rb") as content:
+                    content.read(1)
+                if name == Path("config.json") and self._changes_dtype:
+                    json.loads(file.read_bytes())
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: cannot be read ({error.strerror}); the output needs it."
+                ) from None
+            except ValueError as error:
+                raise CheckpointError(f"{file}: is not JSON ({error}).") from None
+
+    def copy(self, out: Path) -> None:
+        """Copy the side files, and write the output's dtype into the copied config."""
+        if self._folder is None:
+            return
+        copy_side_files(self._folder, out, but="adapter_*")
+        config = out / "config.json"
+        if config.exists() and self._changes_dtype:
+            content = json.loads(config.read_text())
+            _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
+            config.write_text(json.dumps(content, indent=2) + "\n")
+
+    def _main_dtype(self) -> str:
+        """The dtype that holds most of the parameters."""
+        sizes = dict.fromkeys(_CONFIG_DTYPE, 0)
+        for step in self._plan.steps:
+            if step.spec.dtype in sizes:
+                sizes[step.spec.dtype] += step.spec.size
+        return self._plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _set_dtype(config: object, dtype: str) -> None:
+    """Set the dtype in a config, and in those of a model's components."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = dtype
+        elif key.endswith("_config"):
+            _set_dtype(value, dtype)

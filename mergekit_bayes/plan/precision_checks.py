@@ -1,0 +1,85 @@
+"""Whether every precision belongs to its weights, and whether all of them are comparable."""
+
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.plan.inputs import Inputs, precision_info
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.posterior import Posterior
+
+
+def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> None:
+    """Check the records of all precisions.
+
+    Args:
+        config: The settings.
+        inputs: The models.
+        notes: Remarks for the report are appended here.
+
+    Raises:
+        PrecisionError: A model without a precision, a precision of other weights, or precisions of
+            different estimators or units.
+    """
+    for model in inputs:
+        _check_record(config, model.posterior, notes)
+    _check_comparable(inputs)
+
+
+def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> None:
+    if not model.has_precision:
+        raise _missing(model)
+    if model.info is None:
+        if precision_info(model) is None:
+            described = (
+                "one number everywhere"
+                if model.isotropic is not None
+                else "a precision without information"
+            )
+            notes.append(
+                f"'{model.ref}' has {described}: taken as it is, on the scale of the summed loss, "
+                "prior 0"
+            )
+        return  # the precision of an adapter was checked when it was opened
+    if model.identity != model.info.mean.blocks:
+        file = model.precision.files[0] if model.precision else ""
+        raise PrecisionError(
+            f"the precision of '{model.ref}' ({file}) was taken at other weights than these: its "
+            "record of them differs. Use the precision that belongs to them, or make one with "
+            f"`bmerge precision {model.ref} --data TEXTS --force`."
+        )
+    if not config.verify:
+        return
+    if model.info.mean.full is None:
+        notes.append(f"'{model.ref}' has no full hash on record; only sampled blocks were compared")
+    elif identity(model.mean, full=True) != model.info.mean.full:
+        raise PrecisionError(
+            f"'{model.ref}' differs from the weights that its precision was taken at."
+        )
+
+
+def _missing(model: Posterior) -> PrecisionError:
+    looked_for = precision_path(model.path)
+    command = f"bmerge precision {model.ref} --data TEXTS"
+    if model.path.is_file():  # a model is run from its folder
+        command = f"bmerge precision FOLDER --data TEXTS -o {looked_for}"
+    return PrecisionError(
+        f"no precision for '{model.ref}' (looked for '{looked_for}'). Fine-tune it with IVON, make "
+        f"one with `{command}`, name one with --precision {model.ref}=PATH, give one number with "
+        f"--isotropic {model.ref}=X, or merge with --weights uniform."
+    )
+
+
+def _check_comparable(inputs: Inputs) -> None:
+    refs: dict[tuple[str, str | None], str] = {}
+    for model in inputs:
+        info = model.precision_info
+        if info is not None:
+            refs[info.estimator, info.unit] = model.ref
+    if len(refs) > 1:
+        (one, ref), (other, other_ref), *_ = refs.items()
+        raise PrecisionError(
+            f"precisions of different kinds do not add: '{ref}' has {one[0]} per {one[1]}, "
+            f"'{other_ref}' {other[0]} per {other[1]}. Make them alike, for example with "
+            f"`bmerge precision {other_ref} --data TEXTS -o OTHER` and "
+            f"--precision {other_ref}=OTHER."
+        )

@@ -1,0 +1,104 @@
+"""Tensors with one row a token: vocabularies that differ between the models of a merge."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mergekit_bayes.checkpoint.names import is_vocabulary
+from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
+from mergekit_bayes.checkpoint.tokenizers import tokens_apart
+from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.plan.inputs import Inputs
+from mergekit_bayes.plan.names import OTHER_BASE
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.steps import TensorRef
+
+
+class CommonEntries(NamedTuple):
+    """The entries of a tensor that all models have.
+
+    Attributes:
+        merged: How many entries are merged, from the first on.
+        copied: The reason if none are merged.
+        decision: What `--vocab` decided, to be recorded.
+    """
+
+    merged: int
+    copied: str | None = None
+    decision: str | None = None
+
+
+def find_token_conflict(inputs: Inputs) -> str | None:
+    """What to say if one token number stands for different tokens in two models.
+
+    Rows of embeddings are merged by number, so that such a merge would mix up tokens.
+    """
+    donor = inputs.donor
+    for model in inputs:
+        conflicts = (
+            [] if model is donor else tokens_apart(donor.posterior.path, model.posterior.path)
+        )
+        for number, donors_token, other_token in conflicts:
+            return (
+                f"{len(conflicts):,} token numbers stand for other tokens in '{model.ref}' than in "
+                f"'{donor.ref}' ({number} is {other_token!r} there, {donors_token!r} here; "
+                "tokenizer.json). Embeddings are merged by number: "
+                f"--vocab base keeps those of '{donor.ref}'."
+            )
+    return None
+
+
+def common_entries(
+    config: MergeConfig, name: str, spec: TensorSpec, means: Sequence[TensorRef], donor: str
+) -> CommonEntries:
+    """How many entries of a tensor can be merged.
+
+    Args:
+        config: The settings.
+        name: The donor's name of the tensor.
+        spec: The donor's spec of it.
+        means: Each model's tensor, the donor's first.
+        donor: The donor's path or Hub id, for messages.
+
+    Raises:
+        MismatchError: A dtype that is not merged, or shapes that differ otherwise than by the rule
+            for vocabularies.
+    """
+    rows = [_rows(config, name, spec, mean, donor) for mean in means]
+    fewest, most = min(rows), max(rows)
+    if fewest == most:
+        return CommonEntries(spec.size)
+    if config.vocab == "base":
+        counts = ", ".join(map(str, rows))
+        return CommonEntries(0, f"vocabularies differ ({counts} rows); --vocab base")
+    if fewest < spec.shape[0]:
+        decision = f"{fewest} of {spec.shape[0]} rows are merged, the others are '{donor}''s own"
+    else:
+        decision = f"the first {fewest} rows of {most} are merged"
+    return CommonEntries(spec.size // spec.shape[0] * fewest, decision=decision)
+
+
+def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, donor: str) -> int:
+    stored = mean.spec
+    if stored.dtype not in MERGEABLE:
+        raise MismatchError(
+            f"'{name}' is {stored.dtype} in '{mean.input.ref}' ({mean.where}); means are merged "
+            f"from {', '.join(MERGEABLE)}. Cast that model to BF16 first."
+        )
+    if stored.shape == spec.shape:
+        return spec.shape[0] if spec.shape else 1
+    is_by_token = (
+        bool(spec.shape and stored.shape)
+        and stored.shape[1:] == spec.shape[1:]
+        and is_vocabulary(name)
+    )
+    if is_by_token and config.vocab != "error":
+        return stored.shape[0]
+    way_out = (
+        f"--vocab common merges the tokens that all have, --vocab base keeps those of '{donor}'."
+        if is_by_token
+        else f"{OTHER_BASE} --only chooses what is merged, where heads differ say."
+    )
+    raise MismatchError(
+        f"'{name}' is {list(spec.shape)} in '{donor}' but {list(stored.shape)} in "
+        f"'{mean.input.ref}' ({mean.where}). {way_out}"
+    )
