@@ -247,7 +247,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
 def test_a_full_disk_gets_one_message_and_leaves_nothing_behind(world, out):
-    """A limit on file size stands for the full disk: the system refuses the write in the same way."""
+    """A limit on file size stands for the full disk: the write is refused in the same way."""
     before = {p.name for p in Path().iterdir()}
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

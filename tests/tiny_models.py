@@ -6,7 +6,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "the a cat dog bird sat ran saw on mat tree good bad nice film was very and not fun dull . ,".split()  # noqa: SIM905
+WORDS = [
+    *("the", "a", "cat", "dog", "bird", "sat", "ran", "saw", "on", "mat", "tree", "good", "bad"),
+    *("nice", "film", "was", "very", "and", "not", "fun", "dull", ".", ","),
+]
 
 
 def tokenizer(special="<s>"):

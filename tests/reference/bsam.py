@@ -19,7 +19,10 @@ def step(
     damping,
     centre=0.0,
 ):
-    """One update; `gradient_at` gives the gradient of the mean loss at a weight. Returns mean, momentum, hess."""
+    """One update; `gradient_at` gives the gradient of the mean loss at a weight.
+
+    Returns mean, momentum and hess.
+    """
     s = hess + delta
     noisy = gradient_at(mean + epsilon / math.sqrt(ess * s))
     gradient = gradient_at(mean + rho * noisy / s)

@@ -4,9 +4,23 @@ import math
 
 
 def step(
-    mean, momentum, hess, samples, *, k, lr, ess, beta1, beta2, delta,
-    hess_init, clip=math.inf, rescale_lr=True, debias=True, centre=0.0,
-):  # fmt: skip
+    mean,
+    momentum,
+    hess,
+    samples,
+    *,
+    k,
+    lr,
+    ess,
+    beta1,
+    beta2,
+    delta,
+    hess_init,
+    clip=math.inf,
+    rescale_lr=True,
+    debias=True,
+    centre=0.0,
+):
     """One update; `samples` are (epsilon, gradient at the sample). Returns mean, momentum, hess.
 
     The prior is N(centre, 1 / (ess delta)).

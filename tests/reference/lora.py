@@ -1,4 +1,4 @@
-"""Products of Gaussian factors and merges of them, entry by entry in float64, from their moments."""
+"""Products of Gaussian factors and their merges, entry by entry in float64, from moments."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ def change(a, b, scaling):
 
 
 def variance(a, b, variance_a, variance_b, scaling):
-    """Var[s sum_k B_ik A_kj] = s^2 sum_k (E[B^2] E[A^2] - E[B]^2 E[A]^2) for independent factors."""
+    """Var[s sum_k B_ik A_kj] = s^2 sum_k (E[B^2] E[A^2] - E[B]^2 E[A]^2), factors independent."""
     a, b, va, vb = (np.asarray(x, np.float64) for x in (a, b, variance_a, variance_b))
     moments = np.einsum("ik,kj->ij", b**2 + vb, a**2 + va)
     return scaling**2 * (moments - np.einsum("ik,kj->ij", b**2, a**2))

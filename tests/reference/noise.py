@@ -22,7 +22,10 @@ def philox(counter, key):
 
 
 def normal(seed, entry):
-    """The normal number at one place: blocks of 2,048 entries, in each the four numbers of 512 counters, by rows."""
+    """The normal number at one place.
+
+    A block of 2,048 entries holds the four numbers of 512 counters, by rows.
+    """
     block, (row, lane) = entry // BLOCK, divmod(entry % BLOCK, LANES)
     counter = block * LANES + lane
     words = philox((counter & 0xFFFFFFFF, counter >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
