@@ -47,7 +47,6 @@ def command(
     CONFIG.yaml
     """
     from mergekit_bayes.finetune import ranks
-    from mergekit_bayes.finetune.run import run_finetune
 
     # As text, so that the same words can start the other processes.
     words = list(overrides or [])
@@ -64,6 +63,9 @@ def command(
             [sys.executable, "-m", "bmerge_cli.main", NAME, *line], loaded.num_processes or 1
         )
         raise typer.Exit(code)
+    # After the launch: a process that only starts others needs neither model nor data libraries.
+    from mergekit_bayes.finetune.run import run_finetune
+
     if (gpus := ranks.idle_gpus()) > 0:
         screen.print(
             f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
