@@ -13,7 +13,7 @@ EXPENSIVE = {
 
 
 def pytest_collection_modifyitems(items):
-    """Group those tests for `--dist loadgroup`; the many small tests then fill up both processes."""
+    """Group those tests for `--dist loadgroup`; the small tests then fill up both processes."""
     for item in items:
         if EXPENSIVE.get(item.path.stem) in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
