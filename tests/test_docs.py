@@ -11,7 +11,7 @@ from mergekit_bayes.configs import load_config
 from mergekit_bayes.detox import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from scripts.changelog import changelog
-from scripts.house import list_errors, parse_floors
+from scripts.floors import list_errors, parse_floors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

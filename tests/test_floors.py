@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.house import circles, import_graph, list_errors, modules, parse_floors, upward_imports
+from scripts.floors import (
+    circles,
+    import_graph,
+    list_errors,
+    modules,
+    parse_floors,
+    upward_imports,
+)
 
 ROOT = Path(__file__).parent.parent
 ROOMS = parse_floors(ROOT / "README.md")
