@@ -1,5 +1,6 @@
 """The README and the settings files say what is true."""
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def test_the_files_that_a_document_names_exist(path):
     )
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_names_of_the_library_that_a_document_uses_exist(path):
+    text = path.read_text()
+    names = set(re.findall(r"\bmergekit_bayes(?:\.\w+)+", text))
+    for module, imported in re.findall(r"from (mergekit_bayes[\w.]*) import ([\w, ]+)", text):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    for name in names:
+        assert pydoc.locate(name) is not None, name
 
 
 def test_the_house_in_the_readme_is_the_house():
