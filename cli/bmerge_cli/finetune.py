@@ -8,7 +8,7 @@ import typer
 
 from bmerge_cli.delivery import Delivery, PushTo
 from bmerge_cli.flags import Settings, flags_of, option
-from bmerge_cli.render import Json, Quiet, console, failures
+from bmerge_cli.render import Json, Overrides, Quiet, console, failures
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.finetune.settings import FinetuneConfig
@@ -27,10 +27,7 @@ def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     *,
     settings: Settings,
     push_to: PushTo = None,
