@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Inputs
-from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import PosteriorInfo
 

@@ -10,13 +10,13 @@ from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.names import OTHER_BASE, find_left_out, map_names
+from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.precisions import (
     MatchedPrecisions,
     donor_precision,
     match_precisions,
     merged_shape,
 )
-from mergekit_bayes.plan.scales import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import stored_name
