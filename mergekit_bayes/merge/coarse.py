@@ -1,4 +1,4 @@
-"""Merge precisions that have one number a row, or one for the tensor."""
+"""Merge precisions that have one number per row, or one for the tensor."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def merged_rows(plan: MergePlan, step: Step, measured: FirstPassResult, rows: in
     Args:
         plan: The merge.
         step: The tensor.
-        measured: What is known of it; every input has coarse numbers.
+        measured: What the first pass measured of it; every input has coarse numbers.
         rows: How many rows are merged; 1 for one number.
 
     Returns:

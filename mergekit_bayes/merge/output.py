@@ -82,7 +82,7 @@ class Output(Closing):
         return sink
 
     def close(self) -> None:
-        """Close the files as they are; `finish` has completed them before, if all went well."""
+        """Close the files as they are, complete after `finish` and incomplete before."""
         self._stack.close()
 
     def sinks(self, name: str) -> Sinks:

@@ -59,7 +59,7 @@ class Worker:
 
         Args:
             unit: The entries.
-            measured: What is known of their tensor.
+            measured: What the first pass measured of their tensor.
             sinks: Where they are written.
 
         Raises:
@@ -185,9 +185,9 @@ class Worker:
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
-        """Write a precision of one number, or one a row: merged by the method itself, row by row.
+        """Write a precision of one number, or one per row: merged by the method itself, row by row.
 
-        Rows that are not merged keep the donor's.
+        Rows that are not merged keep the donor's precision.
         """
         assert step.precision_shape is not None
         rows = int(np.prod(step.precision_shape))
@@ -202,14 +202,14 @@ class Worker:
         sink.write_bytes(step.name, 0, encode(precision, "F32"))
 
     def _refuse_bad_precision(self, step: Step, precision: Array) -> None:
-        """Raise an error if the donor's precision, which is copied, is none.
+        """Raise an error if a copied entry of the donor's precision is negative or not finite.
 
-        The pass has looked at merged entries itself.
+        The pass has checked merged entries itself.
         """
         if is_bad_precision(precision).any():
             self._refuse(step)
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:
-    """Whether a dtype of small range holds its entries; a pass looks at the others itself."""
+    """Whether a dtype of small range holds its entries; a pass checks the other dtypes itself."""
     return dtype in _AS_COMPUTED or not overflowed(data, dtype)
