@@ -7,7 +7,7 @@ the base out.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -173,6 +173,44 @@ def likelihood_precision(
     added = numbers.gains[model] * (stored - contained) + extra
     floor = numbers.floors[model]
     return select(added < floor, floor, added)
+
+
+def base_likelihood(
+    numbers: Numbers, stored: Array | Sequence[Array], extras: Array | Sequence[Array]
+) -> Number:
+    """H_0, the likelihood precision of model 0.
+
+    Args:
+        numbers: The constants of the pass.
+        stored: Per model, its stored precision.
+        extras: Per model, what is added by row.
+    """
+    return likelihood_precision(numbers, 0, stored[0], 0, extras[0])
+
+
+def base_precision(numbers: Numbers, stored: Number, extra: Number) -> Number:
+    """The precision of model 0 with its own prior.
+
+    Args:
+        numbers: The constants of the pass.
+        stored: The stored precision of model 0.
+        extra: What is added to its H by row.
+    """
+    likelihood = likelihood_precision(numbers, 0, stored, 0, extra)
+    return own_posterior(np.float32(0), numbers.priors[0], likelihood).precision
+
+
+def unchanged_precision(numbers: Numbers, model: int, of_base: Number, extra: Number) -> Number:
+    """The stored precision at which a model's data added nothing: its likelihood precision is 0.
+
+    Args:
+        numbers: The constants of the pass.
+        model: Index of the model.
+        of_base: H_0, that of the base.
+        extra: What is added to the model's H by row.
+    """
+    contained = numbers.contained[model] + numbers.base_shares[model] * of_base
+    return contained - extra / numbers.gains[model]
 
 
 def own_posterior(mean: Number, prior: Number, likelihood: Number) -> Gaussian:

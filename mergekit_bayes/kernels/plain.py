@@ -3,7 +3,7 @@
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_precision
-from mergekit_bayes.gaussian import Gaussian, constant
+from mergekit_bayes.gaussian import Gaussian, Number
 from mergekit_bayes.kernels.base import (
     LANES,
     Array,
@@ -110,17 +110,17 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
         models = [Gaussian(m, m) for m in means]
         return (models[0] if kind.has_base else None), tuple(models[kind.has_base :])
     real = np.float64 if means[0].dtype == np.float64 else np.float32
-    stored = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
+    stored: list[Number] = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
     extras = _by_entry(chunk)
-    of_base = constant(0, stored[0])
+    of_base = stored[0] - stored[0]
     likelihoods: list[Array] = []
     for i, precision in enumerate(stored):
         h = likelihood_precision(numbers, i, precision, of_base, extras[i])
         of_base = h if i == 0 else of_base
         likelihoods.append(h)
     if not kind.has_base:
-        own = zip(means, numbers.priors, likelihoods, strict=True)
-        return None, tuple(own_posterior(m, p, h) for m, p, h in own)
+        alone = zip(means, numbers.priors, likelihoods, strict=True)
+        return None, tuple(own_posterior(m, p, h) for m, p, h in alone)
     base = own_posterior(means[0], numbers.priors[0], likelihoods[0])
     if not kind.anchored:
         tasks = zip(means[1:], likelihoods[1:], strict=True)

@@ -15,14 +15,14 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
-from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, base_precision
 from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.numbers import donor_posterior_precision, kind_of, numbers_of
+from mergekit_bayes.stream.numbers import kind_of, numbers_of
 from mergekit_bayes.stream.units import Unit
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
@@ -181,7 +181,7 @@ class Worker:
     def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
         """The donor's precision by its own prior: (n,) in float32."""
         self._refuse_bad_precision(step, stored)
-        precision = donor_posterior_precision(numbers_of(self._plan, step, None), stored, extra)
+        precision = base_precision(numbers_of(self._plan, step, None), stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
