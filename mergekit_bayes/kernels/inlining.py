@@ -28,7 +28,7 @@ for _function in (
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let numba inline a method's function and every plain function that it uses; returns it."""
+    """The same function, which numba now inlines with every plain function that it uses."""
     for used in _functions(function):
         if used not in _inlined:
             inlined(used)
@@ -37,7 +37,7 @@ def inline(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def facts_maker(facts: type) -> Callable[..., Any]:
-    """What makes a method's facts of their values, for numba.
+    """The callable that makes a method's facts from their values, for numba.
 
     Args:
         facts: The method's NamedTuple, or the type of None.
@@ -49,16 +49,20 @@ def no_facts() -> None:
     """The facts of a method that has none."""
 
 
-def stamp(method: Method) -> int:
+def stamp(method: Method, facts: type = NoneType) -> int:
     """Checksum of every source that is compiled into a method's kernels.
 
     numba's cache on disk compares only the file that holds the kernel; in the kernel's closure,
     this number makes it compare the others.
+
+    Args:
+        method: The rule.
+        facts: The method's NamedTuple, if the kernel makes one.
     """
     reduction = method.reduction.statistic if method.reduction is not None else None
     roots = (method.combine, method.unguarded_precision, reduction)
     modules = {f.__module__ for root in roots if root is not None for f in _functions(root)}
-    modules |= {m.__name__ for m in (base, bits, draws, gaussian)}
+    modules |= {facts.__module__, *(m.__name__ for m in (base, bits, draws, gaussian))}
     return zlib.crc32("".join(_source(name) for name in sorted(modules)).encode())
 
 
@@ -78,5 +82,5 @@ def _functions(function: Callable[..., Any]) -> Iterator[FunctionType]:
 def _source(module: str) -> str:
     try:
         return inspect.getsource(sys.modules[module])
-    except (KeyError, OSError, TypeError):  # typed at a prompt: numba's cache holds its bytecode
+    except (KeyError, OSError, TypeError):  # built in, or typed at a prompt: no source to compare
         return ""

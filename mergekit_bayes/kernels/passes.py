@@ -17,9 +17,9 @@ from mergekit_bayes.kernels.base import (
 from mergekit_bayes.kernels.plain import plain_pass, plain_reduction, plain_sums
 from mergekit_bayes.methods.base import Method
 
-MOST_MODELS = 24  # that a compiled loop holds unrolled; with more of them numpy is faster
+MOST_MODELS = 24  # The compiled loop is unrolled over models; with more of them numpy is faster.
 
-_uncompilable: set[Method] = set()  # a warning each
+_uncompilable: set[Method] = set()  # methods that were warned about
 
 T = TypeVar("T")
 
