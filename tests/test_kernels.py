@@ -267,6 +267,13 @@ def by_zip(base, tasks, scales, facts):
     return Gaussian(base.mean + sum(moves), base.precision)
 
 
+def by_if(base, tasks, scales, facts):
+    """A rule that branches without `select`: right when compiled, no rule for arrays."""
+    if tasks[0].mean > base.mean:
+        return Gaussian(tasks[0].mean, base.precision)
+    return Gaussian(base.mean, base.precision)
+
+
 def by_constant(base, tasks, scales, facts):
     """The contract kept: a number of its own is a constant, a branch a select, a helper plain."""
     mean, count = base.mean, constant(len(tasks), base.mean)
@@ -299,6 +306,14 @@ def test_a_rule_that_cannot_be_compiled_merges_in_numpy_and_says_why_once(monkey
     assert len(text.splitlines()) == 1
     assert len(text) < 600
     assert "\x1b" not in text
+
+
+def test_a_rule_that_cannot_run_on_arrays_is_refused_by_name(monkeypatch):
+    kind, chunk, numbers = case(with_rule(monkeypatch, by_if))
+    with pytest.raises(TypeError, match="'by_if' cannot run on arrays") as error:
+        elementwise(kind, fused=False)(chunk, numbers, Tally(len(chunk.means)))
+    assert "`select` for branches" in str(error.value)
+    assert "methods/base.py" in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F64"])

@@ -15,7 +15,7 @@ from mergekit_bayes.kernels.base import (
     Reduce,
 )
 from mergekit_bayes.kernels.plain import plain_pass, plain_reduction, plain_sums
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import RULE, Method
 
 MOST_MODELS = 24  # The compiled loop is unrolled over models; with more of them numpy is faster.
 
@@ -101,9 +101,7 @@ def _warn(method: Method, error: str) -> None:
     reason = next((r for start in reasons for r in lines if start in r), lines[0])
     warnings.warn(
         f"method '{method.name}' cannot be compiled and runs in numpy, more slowly "
-        f"({reason[:200]}). The rule: plain operators, `select` for branches, loops by index, and "
-        "`constant(number, like)` for numbers of its own, such as 0.5 or len(tasks); see "
-        "mergekit_bayes/methods/base.py.",
+        f"({reason[:200]}). {RULE}",
         RuntimeWarning,
         stacklevel=3,
     )
