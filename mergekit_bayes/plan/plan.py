@@ -180,7 +180,7 @@ def _open(config: MergeConfig, ref: str, method: Method) -> Posterior:
 
 
 def _is_cut(step: Step) -> bool:
-    """Whether only some entries of a tensor is merged."""
+    """Whether only some entries of a tensor are merged."""
     return step.copied is None and step.merged < step.spec.size
 
 
@@ -199,6 +199,6 @@ def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> 
         if dtypes:
             notes.append(
                 f"'{model.ref}' has {len(dtypes)} tensors in a finer dtype than they are written "
-                f"in ({next(iter(dtypes))}, as '{inputs.donor.ref}' has them); --dtype chooses "
+                f"in ({dtypes[0]}, as '{inputs.donor.ref}' has them); --dtype chooses "
                 "another"
             )

@@ -29,7 +29,7 @@ from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.chunks import FirstPassResult
 from mergekit_bayes.stream.numbers import real_of
 
-_WINDOW = 1 << 18  # entries that are looked at together
+_WINDOW = 1 << 18  # entries that are checked at a time
 
 
 def replace_bad_means(means: Array) -> None:
@@ -52,7 +52,7 @@ def replace_bad_entries(
     Args:
         plan: The merge.
         step: The tensor.
-        measured: What is known of it.
+        measured: What the first pass measured of it.
         chunk: Its entries; the means are changed in place.
         numbers: The constants of the step.
 
