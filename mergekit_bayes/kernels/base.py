@@ -25,7 +25,7 @@ LANES = 8  # interleaved partial sums: a fixed order of addition that also vecto
 
 
 class Kind(NamedTuple):
-    """Which pass it is: everything that is decided once a tensor, not once an entry.
+    """Which pass it is: everything that is decided once per tensor, not once per entry.
 
     Attributes:
         method: The rule.

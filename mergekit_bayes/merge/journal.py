@@ -1,6 +1,6 @@
 """The journals of a merge: one for each part, with one line for each unit that has been written.
 
-    OUT.partial/lock                   locked by one process for all, or by several for a part each
+    OUT.partial/lock                   locked by one process for all, or by several for one part each
     OUT.partial/plan.json              the plan's hash: which merge the folder belongs to
     OUT.partial/journal-1-of-1.jsonl   one line per unit, written by the process that locks the file
     OUT.partial/out/...                the output
@@ -140,8 +140,8 @@ class Journal:
         os.fsync(self._file)
 
     def _write(self, line: Line) -> None:
-        # One write a line: a killed process leaves complete lines and at most one torn one, at the
-        # end.
+        # Each line is one write: a killed process leaves complete lines, and at most one torn one
+        # at the end.
         text = b"\n" * self._is_torn() + json.dumps(line).encode() + b"\n"
         try:
             written = os.write(self._file, text)
