@@ -261,6 +261,12 @@ def by_literal(base, tasks, scales, facts):
     return Gaussian(base.mean + (tasks[0].mean - base.mean) * 0.3 / len(tasks), base.precision)
 
 
+def by_threshold(base, tasks, scales, facts):
+    """A rule whose literal leaves no trace in the result's type: 0.1 is no float32."""
+    zero = constant(0, base.mean)
+    return Gaussian(select(tasks[0].mean > 0.1, base.mean, zero), base.precision)
+
+
 def by_zip(base, tasks, scales, facts):
     """A rule in Python that numba does not know."""
     moves = [s * (t.mean - base.mean) for s, t in zip(scales, tasks, strict=True)]
@@ -293,7 +299,7 @@ def with_rule(monkeypatch, combine, **fields):
     return fields["name"]
 
 
-@pytest.mark.parametrize("rule", [by_count, by_literal, by_zip])
+@pytest.mark.parametrize("rule", [by_count, by_literal, by_threshold, by_zip])
 def test_a_rule_that_cannot_be_compiled_merges_in_numpy_and_says_why_once(monkeypatch, rule):
     name = with_rule(monkeypatch, rule)
     with pytest.warns(RuntimeWarning) as caught:

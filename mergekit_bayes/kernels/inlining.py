@@ -1,7 +1,9 @@
 """How a method's own functions get into a compiled loop."""
 
+import ast
 import inspect
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from types import FunctionType, NoneType
@@ -28,9 +30,14 @@ for _function in (
 
 
 def inline(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which numba now inlines with every plain function that it uses."""
+    """The same function, which numba now inlines with every plain function that it uses.
+
+    Raises:
+        TypeError: One of them holds a float that is not inside a call of `constant`.
+    """
     for used in _functions(function):
         if used not in _inlined:
+            _refuse_bare_floats(used)
             inlined(used)
             _inlined.add(used)
     return function
@@ -64,6 +71,28 @@ def stamp(method: Method, facts: type = NoneType) -> int:
     modules = {f.__module__ for root in roots if root is not None for f in _functions(root)}
     modules |= {facts.__module__, *(m.__name__ for m in (base, bits, draws, gaussian))}
     return zlib.crc32("".join(_source(name) for name in sorted(modules)).encode())
+
+
+def _refuse_bare_floats(function: FunctionType) -> None:
+    """Refuse a float that would be float64 in a comparison, where no result's type shows it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source, or a lambda in the middle of a line
+        return
+    allowed = {
+        id(inner)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "constant"
+        for inner in ast.walk(call)
+    }
+    for node in ast.walk(tree):
+        value: object = None
+        if isinstance(node, ast.Constant):
+            value = node.value
+        elif isinstance(node, ast.Name):
+            value = function.__globals__.get(node.id)
+        if isinstance(value, float) and id(node) not in allowed:
+            raise TypeError(f"a bare {value} in {function.__name__}")
 
 
 def _functions(function: Callable[..., Any]) -> Iterator[FunctionType]:

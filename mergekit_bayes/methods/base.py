@@ -7,8 +7,7 @@ same function runs on floats, on numpy arrays and compiled by numba, with the sa
 2. A branch on an entry is `select(condition, yes, no)`, from `mergekit_bayes.gaussian`; an `if`
    would ask an array for one truth value.
 3. A number of its own is `constant(number, like)`, from the same module. When compiled, a bare
-   `0.5` or a `len(tasks)` would widen float32 to float64. In the arithmetic a merge notices that;
-   in a comparison nothing does, and `x > 0.1` then differs from numpy at x = float32(0.1).
+   `0.5` or a `len(tasks)` would widen float32 to float64.
 4. Tasks, scales and draws are tuples, taken by index: `for t in range(len(tasks))`.
 5. What it must know beforehand comes as `facts`, a NamedTuple of its own that holds numbers and
    tuples of numbers.
