@@ -31,7 +31,7 @@ class Kind(NamedTuple):
         method: The rule.
         weighs: Whether precisions are read and written.
         has_base: Whether model 0 is the base.
-        anchored: Whether some task was pulled to something else than the base posterior.
+        anchored: Whether some task was pulled to something other than the base posterior.
         removes: Whether the guard on removal may act; it is then counted.
     """
 
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
         anchors: Per model: precision of the pull to the base in training; below zero for the
             published choice, the base's own precision.
         decays: Per model: precision of the pull to zero in training.
-        keys: Per task: of the random numbers; empty unless the method draws.
+        keys: Per task: key of its random numbers; empty unless the method draws.
     """
 
     scales: Constants
@@ -98,7 +98,7 @@ class Chunk(NamedTuple):
         means: (models, n), uint16 for bfloat16 bits, float32 or float64.
         precisions: (models, n), uint16 for bfloat16 bits or float32; (models, 0) without.
         extras: (models, rows), float32 or float64 as the arithmetic: added to H by row.
-        first: Entries of the first row that are still to come.
+        first: Entries left in the row with which the chunk begins.
         row: Entries of every other row.
         offset: Index of the first entry in its tensor.
         mean: (n,) uint16, float32 or float64: the merged mean.
@@ -251,8 +251,8 @@ def task_key(seed: int, tensor: str, task: str) -> np.uint64:
     """The key of a task's random numbers in one tensor.
 
     Args:
-        seed: The merge's.
-        tensor: Its name.
+        seed: The merge's seed.
+        tensor: Name of the tensor.
         task: The identity of the task's mean, so that the order of tasks does not matter.
     """
     digest = hashlib.sha256(f"{seed}\0{tensor}\0{task}".encode()).digest()
