@@ -1,6 +1,6 @@
 """The journals of a merge: one for each part, with one line for each unit that has been written.
 
-    OUT.partial/lock                   locked by one process for all, or by several for one part each
+    OUT.partial/lock                   locked by one process for all, or by several, a part each
     OUT.partial/plan.json              the plan's hash: which merge the folder belongs to
     OUT.partial/journal-1-of-1.jsonl   one line per unit, written by the process that locks the file
     OUT.partial/out/...                the output
