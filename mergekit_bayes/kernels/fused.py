@@ -8,6 +8,7 @@ so that the results have the bits of `plain_pass`.
 """
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import llvmlite.binding
@@ -49,6 +50,7 @@ from mergekit_bayes.methods.histogram import SHIFT
 # and nothing is vectorised around it. LLVM's own threshold gives up at seven models.
 llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 
+_making = Lock()  # `cache` alone would let two threads make, and compile, a kernel each
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
@@ -59,7 +61,8 @@ def fused_pass(kind: Kind) -> Pass:
     """
 
     def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
-        kernel = _make(kind, type(numbers.facts))
+        with _making:
+            kernel = _make(kind, type(numbers.facts))
         counts, largest = np.zeros(4, np.int64), np.zeros(1)
         kernel(
             *_bare(chunk, numbers),
@@ -86,7 +89,8 @@ def fused_reduction(kind: Kind) -> Reduce:
     """
 
     def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
-        kernel = _make_reduction(kind)
+        with _making:
+            kernel = _make_reduction(kind)
         kernel(*_bare(chunk, numbers._replace(facts=())), len(totals), totals)
 
     return run
