@@ -9,7 +9,6 @@ chunks, threads, parts, or how often the merge was stopped and resumed.
 import functools
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Collection, Sequence
 
@@ -272,8 +271,8 @@ def _check_space(plan: MergePlan, partial: Partial) -> None:
     """Refuse a disk that is too small, before the first byte is written."""
     needed = sum(step.spec.nbytes for step in plan.steps)
     if plan.info is not None:
-        shapes = (s.precision_shape for s in plan.steps if s.precision_shape is not None)
-        needed += sum(4 * math.prod(shape) for shape in shapes)
+        specs = (step.precision_spec for step in plan.steps)
+        needed += sum(spec.nbytes for spec in specs if spec is not None)
     files = (file for file in partial.out.rglob("*") if file.is_file())
     written = sum(file.stat().st_blocks * 512 for file in files)
     free = shutil.disk_usage(partial.folder).free

@@ -189,8 +189,8 @@ class Worker:
 
         Rows that are not merged keep the donor's precision.
         """
-        assert step.precision_shape is not None
-        rows = int(np.prod(step.precision_shape))
+        assert step.precision_spec is not None
+        rows = step.precision_spec.size
         donor = step.donor.input
         stored = measured.pooled.get(donor, np.zeros(1, np.float32))
         extra = spread(measured.donor_extra, 1, 0, rows).astype(np.float32)

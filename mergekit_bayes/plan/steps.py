@@ -92,6 +92,11 @@ class Step:
         return self.spec.size // self.spec.shape[0] if self.spec.shape and self.spec.size else 1
 
     @property
+    def precision_spec(self) -> TensorSpec | None:
+        """Dtype and shape of the written precision; None where none is written."""
+        return None if self.precision_shape is None else TensorSpec("F32", self.precision_shape)
+
+    @property
     def has_coarse_precision(self) -> bool:
         """Whether the written precision has fewer numbers than the tensor has entries."""
         return self.precision_shape is not None and self.precision_shape != self.spec.shape
