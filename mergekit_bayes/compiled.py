@@ -13,8 +13,8 @@ inlined = register_jitable(error_model="numpy", forceinline=True)
 def compiled(**options: object) -> Callable[[Callable[..., Any]], Any]:
     """A decorator that compiles a function when it is first called.
 
-    The result is cached on disk; where no cache folder can be written, it is compiled once a
-    process.
+    The result is cached on disk; where no cache folder can be written, it is compiled once
+    per process.
 
     Args:
         options: Further options of `numba.njit`.

@@ -19,7 +19,8 @@ ROOMS = parse_floors(ROOT / "README.md")
 EDGES = import_graph(ROOT)
 # Families whose members must not know each other: all modules of a room but those that they share.
 FAMILIES = {
-    "methods": ROOMS["methods"].steps.keys() - {"table", "base", "election", "histogram"},
+    "methods": ROOMS["methods"].steps.keys()
+    - {"table", "base", "dropping", "election", "histogram"},
     "metrics": ROOMS["metrics"].steps.keys() - {"base"},
     "curvature": ROOMS["curvature"].steps.keys() - {"outputs"},
     "optim": {"ivon", "vogn", "bsam"},

@@ -261,10 +261,23 @@ def by_literal(base, tasks, scales, facts):
     return Gaussian(base.mean + (tasks[0].mean - base.mean) * 0.3 / len(tasks), base.precision)
 
 
+def by_threshold(base, tasks, scales, facts):
+    """A rule whose literal leaves no trace in the result's type: 0.1 is no float32."""
+    zero = constant(0, base.mean)
+    return Gaussian(select(tasks[0].mean > 0.1, base.mean, zero), base.precision)
+
+
 def by_zip(base, tasks, scales, facts):
     """A rule in Python that numba does not know."""
     moves = [s * (t.mean - base.mean) for s, t in zip(scales, tasks, strict=True)]
     return Gaussian(base.mean + sum(moves), base.precision)
+
+
+def by_if(base, tasks, scales, facts):
+    """A rule that branches without `select`: right when compiled, no rule for arrays."""
+    if tasks[0].mean > base.mean:
+        return Gaussian(tasks[0].mean, base.precision)
+    return Gaussian(base.mean, base.precision)
 
 
 def by_constant(base, tasks, scales, facts):
@@ -286,7 +299,7 @@ def with_rule(monkeypatch, combine, **fields):
     return fields["name"]
 
 
-@pytest.mark.parametrize("rule", [by_count, by_literal, by_zip])
+@pytest.mark.parametrize("rule", [by_count, by_literal, by_threshold, by_zip])
 def test_a_rule_that_cannot_be_compiled_merges_in_numpy_and_says_why_once(monkeypatch, rule):
     name = with_rule(monkeypatch, rule)
     with pytest.warns(RuntimeWarning) as caught:
@@ -299,6 +312,14 @@ def test_a_rule_that_cannot_be_compiled_merges_in_numpy_and_says_why_once(monkey
     assert len(text.splitlines()) == 1
     assert len(text) < 600
     assert "\x1b" not in text
+
+
+def test_a_rule_that_cannot_run_on_arrays_is_refused_by_name(monkeypatch):
+    kind, chunk, numbers = case(with_rule(monkeypatch, by_if))
+    with pytest.raises(TypeError, match="'by_if' cannot run on arrays") as error:
+        elementwise(kind, fused=False)(chunk, numbers, Tally(len(chunk.means)))
+    assert "`select` for branches" in str(error.value)
+    assert "methods/base.py" in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F64"])

@@ -7,7 +7,7 @@ the base out.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,13 +25,13 @@ LANES = 8  # interleaved partial sums: a fixed order of addition that also vecto
 
 
 class Kind(NamedTuple):
-    """Which pass it is: everything that is decided once a tensor, not once an entry.
+    """Which pass it is: everything that is decided once per tensor, not once per entry.
 
     Attributes:
         method: The rule.
         weighs: Whether precisions are read and written.
         has_base: Whether model 0 is the base.
-        anchored: Whether some task was pulled to something else than the base posterior.
+        anchored: Whether some task was pulled to something other than the base posterior.
         removes: Whether the guard on removal may act; it is then counted.
     """
 
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
         anchors: Per model: precision of the pull to the base in training; below zero for the
             published choice, the base's own precision.
         decays: Per model: precision of the pull to zero in training.
-        keys: Per task: of the random numbers; empty unless the method draws.
+        keys: Per task: key of its random numbers; empty unless the method draws.
     """
 
     scales: Constants
@@ -98,7 +98,7 @@ class Chunk(NamedTuple):
         means: (models, n), uint16 for bfloat16 bits, float32 or float64.
         precisions: (models, n), uint16 for bfloat16 bits or float32; (models, 0) without.
         extras: (models, rows), float32 or float64 as the arithmetic: added to H by row.
-        first: Entries of the first row that are still to come.
+        first: Entries left in the row with which the chunk begins.
         row: Entries of every other row.
         offset: Index of the first entry in its tensor.
         mean: (n,) uint16, float32 or float64: the merged mean.
@@ -175,6 +175,44 @@ def likelihood_precision(
     return select(added < floor, floor, added)
 
 
+def base_likelihood(
+    numbers: Numbers, stored: Array | Sequence[Array], extras: Array | Sequence[Array]
+) -> Number:
+    """H_0, the likelihood precision of model 0.
+
+    Args:
+        numbers: The constants of the pass.
+        stored: Per model, its stored precision.
+        extras: Per model, what is added by row.
+    """
+    return likelihood_precision(numbers, 0, stored[0], 0, extras[0])
+
+
+def base_precision(numbers: Numbers, stored: Number, extra: Number) -> Number:
+    """The precision of model 0 with its own prior.
+
+    Args:
+        numbers: The constants of the pass.
+        stored: The stored precision of model 0.
+        extra: What is added to its H by row.
+    """
+    likelihood = likelihood_precision(numbers, 0, stored, 0, extra)
+    return own_posterior(np.float32(0), numbers.priors[0], likelihood).precision
+
+
+def unchanged_precision(numbers: Numbers, model: int, of_base: Number, extra: Number) -> Number:
+    """The stored precision at which a model's data added nothing: its likelihood precision is 0.
+
+    Args:
+        numbers: The constants of the pass.
+        model: Index of the model.
+        of_base: H_0, that of the base.
+        extra: What is added to the model's H by row.
+    """
+    contained = numbers.contained[model] + numbers.base_shares[model] * of_base
+    return contained - extra / numbers.gains[model]
+
+
 def own_posterior(mean: Number, prior: Number, likelihood: Number) -> Gaussian:
     """The posterior of a model with its own prior: the base, or a model of an average."""
     return Gaussian(mean, prior + likelihood)
@@ -213,8 +251,8 @@ def task_key(seed: int, tensor: str, task: str) -> np.uint64:
     """The key of a task's random numbers in one tensor.
 
     Args:
-        seed: The merge's.
-        tensor: Its name.
+        seed: The merge's seed.
+        tensor: Name of the tensor.
         task: The identity of the task's mean, so that the order of tasks does not matter.
     """
     digest = hashlib.sha256(f"{seed}\0{tensor}\0{task}".encode()).digest()

@@ -1,13 +1,14 @@
 """The pass compiled by numba: a method's own function, inlined into one loop over stored bits.
 
-Compiled once a method, number of models and kind of numbers, and cached on disk beside this file
-(where that cannot be written, in the user's cache folder). The loop works on blocks that stay in
-the first caches and is written so that LLVM vectorises it: two-dimensional inputs, an inner loop
-from zero, no sum in it. float32 stays float32 and nothing is reassociated or contracted, so that it
-gives the bits of `plain_pass`.
+It is compiled once for each method, number of models and type of numbers, and cached on disk beside
+this file, or in the user's cache folder where that cannot be written. The loop works on blocks that
+stay in the first two caches and is written so that LLVM vectorises it: two-dimensional inputs, an
+inner loop from zero, no sum in it. float32 stays float32 and nothing is reassociated or contracted,
+so that the results have the bits of `plain_pass`.
 """
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import llvmlite.binding
@@ -49,17 +50,19 @@ from mergekit_bayes.methods.histogram import SHIFT
 # and nothing is vectorised around it. LLVM's own threshold gives up at seven models.
 llvmlite.binding.set_option("bmerge", "-unroll-threshold=100000")
 
+_making = Lock()  # `cache` alone would let two threads make, and compile, a kernel each
 _BLOCK = 2048  # entries; eight arrays of it fit the first two caches
 
 
 def fused_pass(kind: Kind) -> Pass:
     """The pass of `kind`, compiled (or loaded from the cache) when it first runs.
 
-    For a method that cannot be compiled it then raises as numba does, before it writes anything.
+    For a method that cannot be compiled it then raises numba's error, before it writes anything.
     """
 
     def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
-        kernel = _make(kind, type(numbers.facts))
+        with _making:
+            kernel = _make(kind, type(numbers.facts))
         counts, largest = np.zeros(4, np.int64), np.zeros(1)
         kernel(
             *_bare(chunk, numbers),
@@ -86,7 +89,8 @@ def fused_reduction(kind: Kind) -> Reduce:
     """
 
     def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
-        kernel = _make_reduction(kind)
+        with _making:
+            kernel = _make_reduction(kind)
         kernel(*_bare(chunk, numbers._replace(facts=())), len(totals), totals)
 
     return run
@@ -191,7 +195,7 @@ def _make(kind: Kind, facts_type: type) -> Any:
     # All of this is in the kernel's closure, and so in the key of numba's cache: nothing may be a
     # function or class that was made here, since no two processes pickle such a thing alike.
     method, weighs, has_base, anchored, removes = kind
-    random, sources, flags = method.random, stamp(method), (weighs, has_base, anchored)
+    random, sources, flags = method.random, stamp(method, facts_type), (weighs, has_base, anchored)
     facts_of, combine = facts_maker(facts_type), inline(method.combine)
     unguarded_precision = inline(method.unguarded_precision or _never_guarded)
 

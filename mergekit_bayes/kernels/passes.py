@@ -15,11 +15,11 @@ from mergekit_bayes.kernels.base import (
     Reduce,
 )
 from mergekit_bayes.kernels.plain import plain_pass, plain_reduction, plain_sums
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import RULE, Method
 
-MOST_MODELS = 24  # that a compiled loop holds unrolled; with more of them numpy is faster
+MOST_MODELS = 24  # The compiled loop is unrolled over models; with more of them numpy is faster.
 
-_uncompilable: set[Method] = set()  # a warning each
+_uncompilable: set[Method] = set()  # methods that were warned about
 
 T = TypeVar("T")
 
@@ -101,9 +101,7 @@ def _warn(method: Method, error: str) -> None:
     reason = next((r for start in reasons for r in lines if start in r), lines[0])
     warnings.warn(
         f"method '{method.name}' cannot be compiled and runs in numpy, more slowly "
-        f"({reason[:200]}). The rule: plain operators, `select` for branches, loops by index, and "
-        "`constant(number, like)` for numbers of its own, such as 0.5 or len(tasks); see "
-        "mergekit_bayes/methods/base.py.",
+        f"({reason[:200]}). {RULE}",
         RuntimeWarning,
         stacklevel=3,
     )

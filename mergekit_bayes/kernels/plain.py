@@ -1,9 +1,12 @@
-"""The pass in numpy: what the fused one must equal bit for bit, and what runs without numba."""
+"""The pass in numpy, which runs without numba and whose bits the compiled pass must give."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_precision
-from mergekit_bayes.gaussian import Gaussian, constant
+from mergekit_bayes.gaussian import Gaussian, Number
 from mergekit_bayes.kernels.base import (
     LANES,
     Array,
@@ -20,7 +23,7 @@ from mergekit_bayes.kernels.base import (
     removal_multiplier,
     task_posterior,
 )
-from mergekit_bayes.methods.base import Tasks
+from mergekit_bayes.methods.base import RULE, Draws, Method, Tasks
 from mergekit_bayes.methods.histogram import BINS, bin_of
 
 
@@ -32,12 +35,12 @@ def plain_pass(kind: Kind) -> Pass:
         with np.errstate(all="ignore"):
             base, tasks = _gaussians(kind, chunk, numbers)
             scales, facts = numbers.scales, numbers.facts
+            draws: tuple[Draws, ...] = ()
             if kind.method.random:
                 n = chunk.mean.size
-                draws = tuple(keyed_draws(key, chunk.offset, n) for key in numbers.keys)
-                merged = kind.method.combine(base, tasks, scales, facts, draws)
-            else:
-                merged = kind.method.combine(base, tasks, scales, facts)
+                draws = (tuple(keyed_draws(key, chunk.offset, n) for key in numbers.keys),)
+            with _names_the_rule(kind.method):
+                merged = kind.method.combine(base, tasks, scales, facts, *draws)
             chunk.mean[:] = _rounded(merged.mean, chunk.mean)
             if kind.weighs:
                 chunk.precision[:] = merged.precision
@@ -59,7 +62,8 @@ def plain_reduction(kind: Kind) -> Reduce:
         with np.errstate(all="ignore"):
             base, tasks = _gaussians(kind, chunk, numbers)
             for k in range(len(totals)):
-                values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
+                with _names_the_rule(kind.method):
+                    values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
                 if reduction.kind == "sum":
                     for lane in _lanes(values):
                         totals[k] += lane
@@ -88,6 +92,15 @@ def plain_sums(stored: Array, row: int, sums: Array) -> None:
         sums += values[:, j]
 
 
+@contextmanager
+def _names_the_rule(method: Method) -> Iterator[None]:
+    """Raise what a method's own function raises on arrays as an error that names the contract."""
+    try:
+        yield
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise TypeError(f"method '{method.name}' cannot run on arrays ({error}). {RULE}") from error
+
+
 def _lanes(values: Array) -> Array:
     padded = np.zeros(-(-values.size // LANES) * LANES)
     padded[: values.size] = values
@@ -110,17 +123,17 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
         models = [Gaussian(m, m) for m in means]
         return (models[0] if kind.has_base else None), tuple(models[kind.has_base :])
     real = np.float64 if means[0].dtype == np.float64 else np.float32
-    stored = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
+    stored: list[Number] = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
     extras = _by_entry(chunk)
-    of_base = constant(0, stored[0])
+    of_base = stored[0] - stored[0]
     likelihoods: list[Array] = []
     for i, precision in enumerate(stored):
         h = likelihood_precision(numbers, i, precision, of_base, extras[i])
         of_base = h if i == 0 else of_base
         likelihoods.append(h)
     if not kind.has_base:
-        own = zip(means, numbers.priors, likelihoods, strict=True)
-        return None, tuple(own_posterior(m, p, h) for m, p, h in own)
+        alone = zip(means, numbers.priors, likelihoods, strict=True)
+        return None, tuple(own_posterior(m, p, h) for m, p, h in alone)
     base = own_posterior(means[0], numbers.priors[0], likelihoods[0])
     if not kind.anchored:
         tasks = zip(means[1:], likelihoods[1:], strict=True)

@@ -1,20 +1,21 @@
-"""Merge precisions that have one number a row, or one for the tensor."""
+"""Merge precisions that have one number per row, or one for the tensor."""
 
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import is_bad_precision
-from mergekit_bayes.kernels.base import Array, Chunk, Numbers, Tally
+from mergekit_bayes.kernels.base import (
+    Array,
+    Chunk,
+    Numbers,
+    Tally,
+    base_likelihood,
+    unchanged_precision,
+)
 from mergekit_bayes.kernels.plain import plain_pass
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior.forms import by_row
 from mergekit_bayes.stream.chunks import FirstPassResult
-from mergekit_bayes.stream.numbers import (
-    donor_likelihood,
-    kind_of,
-    numbers_of,
-    real_of,
-    unchanged_precision,
-)
+from mergekit_bayes.stream.numbers import kind_of, numbers_of, real_of
 
 
 def merged_rows(plan: MergePlan, step: Step, measured: FirstPassResult, rows: int) -> Array:
@@ -25,7 +26,7 @@ def merged_rows(plan: MergePlan, step: Step, measured: FirstPassResult, rows: in
     Args:
         plan: The merge.
         step: The tensor.
-        measured: What is known of it; every input has coarse numbers.
+        measured: What the first pass measured of it; every input has coarse numbers.
         rows: How many rows are merged; 1 for one number.
 
     Returns:
@@ -53,8 +54,8 @@ def merged_rows(plan: MergePlan, step: Step, measured: FirstPassResult, rows: in
 
 def _replace_bad(step: Step, stored: Array, extras: Array, numbers: Numbers) -> None:
     """Let a task add nothing where its number is no precision, in place; (models, rows) each."""
-    base_likelihood = donor_likelihood(numbers, next(iter(stored)), next(iter(extras)))
+    of_base = base_likelihood(numbers, stored, extras)
     for position, (operand, values) in enumerate(zip(step.operands, stored, strict=True)):
         if operand is not step.donor:
-            unchanged = unchanged_precision(numbers, position, base_likelihood, extras[position])
+            unchanged = unchanged_precision(numbers, position, of_base, extras[position])
             values[:] = np.where(is_bad_precision(values), unchanged, values)

@@ -1,11 +1,11 @@
-"""The journal of a part: one line for each unit of a merge that has been written.
+"""The journals of a merge: one for each part, with one line for each unit that has been written.
 
-    OUT.partial/lock                   locked by one process for all, or by several for a part each
-    OUT.partial/plan.json              whose it is: the hash of all that decides the output's bytes
-    OUT.partial/journal-1-of-1.jsonl   one line a unit, written by the process that locks the file
+    OUT.partial/lock                   locked by one process for all, or by several, a part each
+    OUT.partial/plan.json              the plan's hash: which merge the folder belongs to
+    OUT.partial/journal-1-of-1.jsonl   one line per unit, written by the process that locks the file
     OUT.partial/out/...                the output
     OUT.partial/whole.json             only while the output is given its final name
-    OUT.partial/replaced               what had that name before, only as long
+    OUT.partial/replaced               only then: what had that name before
 
 Offsets in the output follow from the plan, so that any process can write any unit, in any order,
 and twice if need be: the same command resumes a merge that was killed, and the parts of a `--shard`
@@ -20,13 +20,98 @@ import errno
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
+from mergekit_bayes.merge.parts import Part
+from mergekit_bayes.merge.tally import TallyLine
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 Line = dict[str, Any]  # one line, as JSON
+
+
+class Journals:
+    """All journals of a merge, in `OUT.partial`.
+
+    Args:
+        folder: `OUT.partial`.
+        plan: The plan's hash.
+    """
+
+    def __init__(self, folder: Path, plan: str) -> None:
+        self._folder, self._plan = folder, plan
+
+    @contextmanager
+    def open(self, part: Part, *, sync: bool) -> Iterator["Journal"]:
+        """The journal of a part, locked against a second process at the same part.
+
+        Args:
+            part: The part.
+            sync: Whether to wait for the disk after every line.
+
+        Raises:
+            CheckpointError: Another process is at this part.
+        """
+        path = self._path(part)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            # For a moment the lock may belong to a process that only looks: see `running`.
+            if not any(try_lock(file) for _ in attempts()):
+                raise CheckpointError(
+                    f"{path}: another process is at this part. Wait for it, or stop it first."
+                )
+            if sync:
+                sync_path(self._folder)
+            yield Journal(path, file, self._plan, sync=sync)
+        finally:
+            os.close(file)
+
+    def paths(self) -> list[Path]:
+        """All journals."""
+        return sorted(self._folder.glob("journal-*-of-*.jsonl"))
+
+    def missing_parts(self) -> list[str]:
+        """The parts of a `--shard` that have no journal, as I/N."""
+        begun = {tuple(map(int, re.findall(r"\d+", path.stem))) for path in self.paths()}
+        counts = {of for _, of in begun if of > 1}
+        return [
+            f"{i}/{of}" for of in sorted(counts) for i in range(1, of + 1) if (i, of) not in begun
+        ]
+
+    def running(self, but: Part | None = None) -> list[Path]:
+        """The journals that another process is writing; `but` is a part not to look at."""
+        running = []
+        for path in self.paths():
+            if but is not None and path == self._path(but):
+                continue
+            with suppress(FileNotFoundError):
+                file = open_lock(path)
+                if not try_lock(file):
+                    running.append(path)
+                os.close(file)
+        return running
+
+    def done(self) -> dict[int, TallyLine]:
+        """The tally of each unit that has been written, by the unit's number."""
+        done: dict[int, TallyLine] = {}
+        for path in self.paths():
+            for line in _read_lines(path, self._plan):
+                done.setdefault(line["unit"], line["tally"])
+        return done
+
+    def forget(self) -> None:
+        """Remove the journals, so that no unit counts as written."""
+        for path in self.paths():
+            path.unlink()
+
+    def _path(self, part: Part) -> Path:
+        return self._folder / f"journal-{part.number}-of-{part.of}.jsonl"
 
 
 class Journal:
@@ -55,8 +140,8 @@ class Journal:
         os.fsync(self._file)
 
     def _write(self, line: Line) -> None:
-        # One write a line: a killed process leaves complete lines and at most one torn one, at the
-        # end.
+        # Each line is one write: a killed process leaves complete lines, and at most one torn one
+        # at the end.
         text = b"\n" * self._is_torn() + json.dumps(line).encode() + b"\n"
         try:
             written = os.write(self._file, text)
@@ -72,7 +157,27 @@ class Journal:
         return size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
 
 
-def read_lines(path: Path, plan: str) -> Iterator[Line]:
+def this_host() -> dict[str, str]:
+    """The machine's name and the identity of its boot, empty where the system has none."""
+    boot = ""
+    with suppress(OSError):
+        boot = _BOOT.read_text().strip()
+    return {"host": platform.node(), "boot": boot}
+
+
+def is_this_boot(line: Mapping[str, object]) -> bool:
+    """Whether this boot of this machine wrote a line.
+
+    A boot has one identity, which all containers share. Where there is none (no Linux), a power cut
+    cannot be told from a kill, and `sync` is the only protection.
+    """
+    here = this_host()
+    return bool(
+        line.get("boot") == here["boot"] and (here["boot"] or line.get("host") == here["host"])
+    )
+
+
+def _read_lines(path: Path, plan: str) -> Iterator[Line]:
     """The lines of a plan's units that can be believed.
 
     Args:
@@ -102,23 +207,3 @@ def read_lines(path: Path, plan: str) -> Iterator[Line]:
             yield line
         else:
             doubtful.append(line)
-
-
-def this_host() -> dict[str, str]:
-    """The machine's name and the identity of its boot, empty where the system has none."""
-    boot = ""
-    with suppress(OSError):
-        boot = _BOOT.read_text().strip()
-    return {"host": platform.node(), "boot": boot}
-
-
-def is_this_boot(line: Mapping[str, object]) -> bool:
-    """Whether this boot of this machine wrote a line.
-
-    A boot has one identity, which all containers share. Where there is none (no Linux), a power cut
-    cannot be told from a kill, and `sync` is the only protection.
-    """
-    here = this_host()
-    return bool(
-        line.get("boot") == here["boot"] and (here["boot"] or line.get("host") == here["host"])
-    )

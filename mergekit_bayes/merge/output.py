@@ -58,9 +58,7 @@ class Output(Closing):
         mean = self._open(self._means[shard], specs, {"format": "pt"}, stack)
         self._mean_sinks.append(mean)
         stored = {
-            name: TensorSpec("F32", shape)
-            for name in names
-            if (shape := self._steps[name].precision_shape) is not None
+            name: spec for name in names if (spec := self._steps[name].precision_spec) is not None
         }
         precision, info = None, self.plan.info
         if info is not None and stored:
@@ -82,7 +80,7 @@ class Output(Closing):
         return sink
 
     def close(self) -> None:
-        """Close the files as they are; `finish` has completed them before, if all went well."""
+        """Close the files as they are, complete after `finish` and incomplete before."""
         self._stack.close()
 
     def sinks(self, name: str) -> Sinks:
@@ -136,14 +134,14 @@ class Output(Closing):
         if plan.info is None:
             return
         stored = {
-            file.name: [name for name in names if steps[name].precision_shape is not None]
+            file.name: [name for name in names if steps[name].precision_spec is not None]
             for file, names, sink in zip(
                 self._precisions, plan.shards, self._precision_sinks, strict=True
             )
             if sink is not None
         }
-        shapes = [s.precision_shape for s in plan.steps if s.precision_shape is not None]
-        size = sum(4 * math.prod(shape) for shape in shapes)
+        precisions = (step.precision_spec for step in plan.steps)
+        size = sum(spec.nbytes for spec in precisions if spec is not None)
         write_index(self.out / "posterior", "precision", stored, size)
 
 

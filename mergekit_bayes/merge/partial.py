@@ -13,12 +13,12 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.journal import is_this_boot, this_host
-from mergekit_bayes.merge.journals import Journals
+from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
 
-# What a merge creates beside its journals and the lock. What says whose the folder is comes last.
+# What a merge creates beside its journals and the lock. The files that name the plan are deleted
+# last: until then the folder can be recognised as that of a merge.
 _CONTENT = ("out", "replaced", "plan.json.new", "whole.json.new", "plan.json", "whole.json")
 
 
@@ -86,7 +86,7 @@ class Partial:
     def remove(self) -> None:
         """Delete the merge's own files. Call while holding the exclusive lock.
 
-        What says whose the folder is goes last, so that a process killed in between can be resumed.
+        The files that name the plan go last, so that a process killed in between can be resumed.
         """
         self._clear()
         (self.folder / "lock").unlink(missing_ok=True)
@@ -105,8 +105,8 @@ class Partial:
                     os.close(file)
             if has_entered:
                 return file
-        for path in self.journals.running():
-            raise BusyError(f"{path}: that part is still being written. Wait for it.")
+        if running := self.journals.running():
+            raise BusyError(f"{running[0]}: that part is still being written. Wait for it.")
         raise BusyError(f"{self.folder}: another process is at this merge. Wait for it.")
 
     def _begin(self, file: int, *, alone: bool, force: bool) -> bool:
@@ -129,7 +129,7 @@ class Partial:
                 self._write("plan.json")
             if alone:
                 return True
-            if not try_lock(file, shared=True):  # between the two, another may have been alone
+            if not try_lock(file, shared=True):  # another process may have locked it in between
                 return False
         return self._begun_plan() == self.plan and self._is_current(file)
 
@@ -151,7 +151,7 @@ class Partial:
         if names and self._begun_plan() is None:  # no other process has begun meanwhile
             raise CheckpointError(
                 f"{self.folder} would hold the merge until it is complete, but is another folder: "
-                f"it has {next(iter(names))!r} in it. Move it away, or choose another -o."
+                f"it has {names[0]!r} in it. Move it away, or choose another -o."
             )
 
     def _is_current(self, file: int) -> bool:
@@ -210,7 +210,7 @@ def wait_for(partial: Partial, units: Collection[int], part: Part, seconds: floa
         partial: The merge's folder.
         units: The numbers of all units.
         part: The part of this process.
-        seconds: How long the others may be quiet.
+        seconds: For how long no other process may have been writing.
     """
     journals, last_seen = partial.journals, time.monotonic()
     while not partial.is_publishing:

@@ -21,7 +21,7 @@ from mergekit_bayes.stream.units import Unit
 CHUNK, PLAIN_CHUNK = 1 << 18, 1 << 16
 # Below this many entries to merge, loading numba costs more than it saves.
 WORTH_FUSING = 1 << 25
-AHEAD = 4  # units a thread that are submitted at a time
+AHEAD = 4  # units per thread that are submitted at a time
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -32,7 +32,7 @@ class Pool:
     Args:
         plan: The merge.
         chunk: Entries read, combined and written at a time; None for the default.
-        threads: How many threads; None for one a core, at most four.
+        threads: How many threads; None for one per core, at most four.
         fused: Whether to use the compiled passes; None where they are worth their loading time.
         sync: Whether to wait for the disk after every unit.
         progress: Called with (bytes of the mean written, bytes of the mean in all).
@@ -91,8 +91,8 @@ class Pool:
     ) -> Iterator[Future[Unit]]:
         """The units as they are finished.
 
-        Few of them wait at a time, so that an error is raised before the first pass of all other
-        steps.
+        Only a few are submitted at a time, so that an error is raised before the first passes of
+        all later steps have run.
         """
         pending: set[Future[Unit]] = set()
         for step, measured, batch in self._batches(pool, units):

@@ -11,7 +11,11 @@ from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 
 
 def refuse_existing(plan: MergePlan) -> None:
-    """Raise `CheckpointError` if a final name has been taken and is not to be replaced."""
+    """Check that no final name has been taken meanwhile, unless it is to be replaced.
+
+    Raises:
+        CheckpointError: A file or folder of that name exists.
+    """
     if plan.config.force:
         return
     for path in reversed(_final_names(plan)):

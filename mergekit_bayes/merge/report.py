@@ -5,7 +5,7 @@ from typing import Any
 
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
-from mergekit_bayes.merge.totals import MergeTotals
+from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import Input, MergePlan
 from mergekit_bayes.records import Config
 
@@ -128,7 +128,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
 def _merged_model(
     plan: MergePlan, totals: MergeTotals, model: Input, notes: list[str]
 ) -> MergedModel:
-    """How one input entered the merge; what is remarkable about it is added to `notes`."""
+    """How one input entered the merge; remarks about it are added to `notes`."""
     posterior, info, is_base = model.posterior, model.precision_info, model is plan.base
     ratio = _ratio(plan, totals, model)
     if ratio is not None and not _PLAUSIBLE[0] <= abs(ratio) <= _PLAUSIBLE[1]:

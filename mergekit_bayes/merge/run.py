@@ -1,31 +1,32 @@
 """Carry out a merge plan: write the mean, its precision and a report.
 
-Memory is a few chunks a thread, whatever the model's size: every tensor is read, combined and
+Memory is a few chunks per thread, whatever the model's size: every tensor is read, combined and
 written piece by piece (a slice of a merge is the merge of slices). Arithmetic is float32 (float64
 where the output is), with one rounding at the end. The bytes depend on the plan alone, not on
 chunks, threads, parts, or how often the merge was stopped and resumed.
 """
 
 import functools
-import math
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
 
+from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.sink import LostError
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.merge.output import Output
 from mergekit_bayes.merge.partial import BusyError, Partial, wait_for
 from mergekit_bayes.merge.parts import Part
-from mergekit_bayes.merge.plan_hash import plan_hash
 from mergekit_bayes.merge.pool import Pool
 from mergekit_bayes.merge.publish import publish, refuse_existing
 from mergekit_bayes.merge.report import MergeReport, make_report
-from mergekit_bayes.merge.totals import MergeTotals
+from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import MergeConfig, MergePlan, partial_path, plan_merge, report_path
 from mergekit_bayes.records import Progress
 from mergekit_bayes.stream.units import Unit, units_of
 
-PATIENCE = 60.0  # seconds without any other part at work, after which the first does the rest
+PATIENCE = 60.0  # seconds without another part at work, after which the first one does the rest
 _ALL = Part(1, 1)
 
 
@@ -47,7 +48,7 @@ def run_merge(
 
     Args:
         config: The settings.
-        progress: As for `carry_out`, like all that follow.
+        progress: This and the following arguments are those of `carry_out`.
         threads: How many threads.
         part: Which part of the plan.
         sync: Whether to wait for the disk.
@@ -58,7 +59,7 @@ def run_merge(
         The report; None for a part.
 
     Raises:
-        BmergeError: One of its children: what `plan_merge` and `carry_out` raise.
+        BmergeError: What `plan_merge` and `carry_out` raise.
     """
     with plan_merge(config) as plan:
         return carry_out(
@@ -87,7 +88,7 @@ def carry_out(
         plan: What to do.
         progress: Called with (bytes of the mean written, bytes of the mean in all).
         say: Called with a line for the user when something is resumed, or cannot be.
-        threads: How many threads read, combine and write; by default one a core, at most four.
+        threads: How many threads read, combine and write; by default one per core, at most four.
         part: Do this part of the plan only. A call without it does the rest and puts the output in
             place.
         sync: Wait for the disk before the output gets its name, so that it also survives a power
@@ -99,8 +100,8 @@ def carry_out(
         The report, which is also written beside the output; None for a part.
 
     Raises:
-        BmergeError: One of its children: an entry that cannot be merged, a full disk, another merge
-            or other files in `OUT.partial`, another process at the same part.
+        BmergeError: An entry that cannot be merged, a full disk, another merge or other files in
+            `OUT.partial`, another process at the same part.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: expected 1 or more.")
@@ -142,7 +143,7 @@ def join(
     Args:
         plan: What to do.
         part: The rank's part.
-        progress: As for `carry_out`, like all that follow.
+        progress: This and the following arguments are those of `carry_out`.
         say: Called with lines for the user.
         threads: How many threads.
         sync: Whether to wait for the disk.
@@ -153,9 +154,8 @@ def join(
         The report for the first rank, None for the others.
 
     Raises:
-        BmergeError: As for `carry_out`.
+        BmergeError: What `carry_out` raises.
     """
-
     carry = functools.partial(
         carry_out,
         plan,
@@ -171,12 +171,28 @@ def join(
     except BusyError:
         if part.number == 1:
             raise
-        # A later rank came after the first one had stopped waiting, which does its part, too.
+        # The first rank has stopped waiting for this one and does its part, too.
     if part.number > 1:
         return None
     partial = Partial(partial_path(plan.target), plan_hash(plan))
     wait_for(partial, [unit.id for unit in units_of(plan)], part, PATIENCE)
     return carry()
+
+
+def plan_hash(plan: MergePlan) -> str:
+    """SHA-256 of all that decides the output's bytes: settings, content of the inputs, version."""
+    models = [model.posterior for model in plan.inputs]
+    content = {
+        "version": __version__,
+        "config": plan.config.model_dump(mode="json", exclude={"out", "force"}),
+        "settings": plan.settings,
+        "models": [[m.identity, m.precision_identity if m.has_precision else None] for m in models],
+        "steps": [[step.name, *step.spec, step.copied] for step in plan.steps],
+        "shards": plan.shards,
+        "info": plan.info.model_dump(mode="json") if plan.info else None,
+        "target": plan.target.name,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
@@ -214,12 +230,12 @@ def _do_all(pool: Pool, partial: Partial, say: Callable[[str], None]) -> None:
             _tell(plan, units, done, partial, say)
             pool.run(units, done, output, journal)
             totals = MergeTotals(plan, units, partial.journals.done())
-            totals.refuse_zero(plan)
+            totals.refuse_zero()
             output.finish(totals.guarded_share)
             output.write_report(make_report(plan, totals).model_dump_json(indent=2) + "\n")
     except BmergeError as error:
-        # Data that is refused will be refused again, and nothing is kept of the merge. What a disk
-        # refuses is kept, to be resumed.
+        # Data that is refused will be refused again, so nothing of the merge is kept. After an
+        # error of the disk what is written is kept, to be resumed.
         if is_fresh and not (isinstance(error.__context__, OSError) and partial.journals.done()):
             partial.remove()
         raise
@@ -242,7 +258,7 @@ def _tell(
     partial: Partial,
     say: Callable[[str], None],
 ) -> None:
-    """Say what is written already, and which parts never began."""
+    """Tell the user what is written already, and which parts never began."""
     if done:
         total = max(1, sum(unit.stop - unit.start for unit in units))
         written = sum(unit.stop - unit.start for unit in units if unit.id in done)
@@ -255,8 +271,8 @@ def _check_space(plan: MergePlan, partial: Partial) -> None:
     """Refuse a disk that is too small, before the first byte is written."""
     needed = sum(step.spec.nbytes for step in plan.steps)
     if plan.info is not None:
-        shapes = (s.precision_shape for s in plan.steps if s.precision_shape is not None)
-        needed += sum(4 * math.prod(shape) for shape in shapes)
+        specs = (step.precision_spec for step in plan.steps)
+        needed += sum(spec.nbytes for spec in specs if spec is not None)
     files = (file for file in partial.out.rglob("*") if file.is_file())
     written = sum(file.stat().st_blocks * 512 for file in files)
     free = shutil.disk_usage(partial.folder).free

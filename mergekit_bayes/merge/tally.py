@@ -1,10 +1,14 @@
-"""What happened in a unit of a merge, and the line in which a journal keeps it."""
+"""What is counted in a merge: by unit, as a journal keeps it, and over all units for the report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.kernels.base import Tally
+from mergekit_bayes.plan import Input, MergePlan, Operand, Step
+from mergekit_bayes.stream.units import Unit
 
 TallyLine = Mapping[str, Any]  # as JSON
 
@@ -63,3 +67,99 @@ class UnitTally:
             "stored": self.stored,
             "mended": self.replaced,
         }
+
+
+class MergeTotals:
+    """Sums over all units.
+
+    They are added in the order of the units, so that they do not depend on who wrote the units.
+
+    Args:
+        plan: The merge.
+        units: All of its units.
+        tallies: The line of each unit in the journals.
+
+    Attributes:
+        entries: Merged entries.
+        changed: Entries at which some task differs from the base.
+        lost: Those of them that rounding gave back the base's value.
+        guarded: Entries at which the guard acted.
+        multiplier: The largest multiplier of a removal.
+        replaced: For each input, entries that `--on-bad base` replaced.
+        likelihood: For each input, the sum of its likelihood precision.
+        zero: For each input, the tensors in which its precision is zero.
+    """
+
+    def __init__(
+        self, plan: MergePlan, units: Sequence[Unit], tallies: Mapping[int, TallyLine]
+    ) -> None:
+        self._plan = plan
+        self.entries = self.changed = self.lost = self.guarded = 0
+        self.multiplier = 0.0
+        self.replaced: dict[Input, int] = dict.fromkeys(plan.inputs, 0)
+        self.likelihood: dict[Input, float] = dict.fromkeys(plan.inputs, 0.0)
+        self.zero: dict[Input, list[str]] = {model: [] for model in plan.inputs}
+        self._weighed: dict[Input, int] = dict.fromkeys(plan.inputs, 0)  # tensors, own precision
+        by_step: dict[int, tuple[int, list[float]]] = {}
+        for unit in units:
+            tally = UnitTally.from_json(tallies[unit.id])
+            self._add(tally)
+            if tally.stored and plan.method.needs_precision:
+                entries, sums = by_step.get(unit.step, (0, [0.0] * len(plan.inputs)))
+                sums = [a + b for a, b in zip(sums, tally.stored, strict=True)]
+                by_step[unit.step] = (entries + tally.entries, sums)
+        for index, (entries, sums) in by_step.items():
+            self._add_likelihood(plan.steps[index], entries, sums)
+
+    @property
+    def guarded_share(self) -> float:
+        """Share of merged entries at which the guard acted."""
+        return self.guarded / self.entries if self.entries else 0.0
+
+    def refuse_zero(self) -> None:
+        """Check that no model's precision is zero everywhere.
+
+        Raises:
+            PrecisionError: One is.
+        """
+        for model, names in self.zero.items():
+            precision = model.posterior.precision
+            if names and len(names) == self._weighed[model] and precision is not None:
+                raise PrecisionError(
+                    f"the precision of '{model.ref}' ({precision.files[0]}) is zero everywhere. "
+                    f"Make it again with `bmerge precision {model.ref} --data TEXTS --force`."
+                )
+
+    def _add(self, tally: UnitTally) -> None:
+        self.entries += tally.entries
+        self.changed += tally.changed
+        self.lost += tally.lost
+        self.guarded += tally.guarded
+        self.multiplier = max(self.multiplier, tally.multiplier)
+        for model, count in zip(self._plan.inputs, tally.replaced, strict=False):
+            self.replaced[model] += count
+
+    def _add_likelihood(self, step: Step, entries: int, sums: Sequence[float]) -> None:
+        """Add the likelihood precision of a tensor, whose stored precisions have these sums."""
+        base_sum = 0.0
+        for operand, stored in zip(step.operands, sums, strict=True):
+            if not operand.owns_precision:
+                continue
+            self._weighed[operand.input] += 1
+            if stored == 0:
+                self.zero[operand.input].append(step.name)
+            likelihood = self._likelihood(operand, entries, stored, base_sum)
+            base_sum = likelihood if operand is step.donor else base_sum
+            self.likelihood[operand.input] += likelihood
+
+    def _likelihood(self, operand: Operand, entries: int, stored: float, base_sum: float) -> float:
+        """Sum of H over the merged entries; `base_sum` is that of the base."""
+        weighing, shrink = operand.input.weighing, self._plan.shrink
+        likelihood = weighing.gain * (stored - entries * weighing.contained)
+        if weighing.contains_base is not None:
+            base_gain = self._plan.inputs.donor.weighing.gain
+            contained = entries * DELTA_0 + base_sum * weighing.contains_base / base_gain
+            likelihood -= weighing.gain * contained
+        elif shrink is not None and weighing.reshape:
+            likelihood *= 1 + shrink.amount
+        return likelihood

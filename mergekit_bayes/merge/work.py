@@ -15,14 +15,14 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
-from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, base_precision
 from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.numbers import donor_posterior_precision, kind_of, numbers_of
+from mergekit_bayes.stream.numbers import kind_of, numbers_of
 from mergekit_bayes.stream.units import Unit
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
@@ -59,7 +59,7 @@ class Worker:
 
         Args:
             unit: The entries.
-            measured: What is known of their tensor.
+            measured: What the first pass measured of their tensor.
             sinks: Where they are written.
 
         Raises:
@@ -181,16 +181,16 @@ class Worker:
     def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
         """The donor's precision by its own prior: (n,) in float32."""
         self._refuse_bad_precision(step, stored)
-        precision = donor_posterior_precision(numbers_of(self._plan, step, None), stored, extra)
+        precision = base_precision(numbers_of(self._plan, step, None), stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
-        """Write a precision of one number, or one a row: merged by the method itself, row by row.
+        """Write a precision of one number, or one per row: merged by the method itself, row by row.
 
-        Rows that are not merged keep the donor's.
+        Rows that are not merged keep the donor's precision.
         """
-        assert step.precision_shape is not None
-        rows = int(np.prod(step.precision_shape))
+        assert step.precision_spec is not None
+        rows = step.precision_spec.size
         donor = step.donor.input
         stored = measured.pooled.get(donor, np.zeros(1, np.float32))
         extra = spread(measured.donor_extra, 1, 0, rows).astype(np.float32)
@@ -202,14 +202,14 @@ class Worker:
         sink.write_bytes(step.name, 0, encode(precision, "F32"))
 
     def _refuse_bad_precision(self, step: Step, precision: Array) -> None:
-        """Raise an error if the donor's precision, which is copied, is none.
+        """Raise an error if a copied entry of the donor's precision is negative or not finite.
 
-        The pass has looked at merged entries itself.
+        The pass has checked merged entries itself.
         """
         if is_bad_precision(precision).any():
             self._refuse(step)
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:
-    """Whether a dtype of small range holds its entries; a pass looks at the others itself."""
+    """Whether a dtype of small range holds its entries; a pass checks the other dtypes itself."""
     return dtype in _AS_COMPUTED or not overflowed(data, dtype)

@@ -4,14 +4,16 @@ A rule is one function, `combine(base, tasks, scales, facts)`, which states it f
 same function runs on floats, on numpy arrays and compiled by numba, with the same bits:
 
 1. It is pure and elementwise: plain operators and numpy's elementwise functions.
-2. A branch is `select(condition, yes, no)`.
-3. A number of its own is `constant(number, like)`. When compiled, a bare `0.5` or a `len(tasks)` in
-   the arithmetic would widen float32 to float64.
+2. A branch on an entry is `select(condition, yes, no)`, from `mergekit_bayes.gaussian`; an `if`
+   would ask an array for one truth value.
+3. A number of its own is `constant(number, like)`, from the same module. When compiled, a bare
+   `0.5` or a `len(tasks)` would widen float32 to float64.
 4. Tasks, scales and draws are tuples, taken by index: `for t in range(len(tasks))`.
 5. What it must know beforehand comes as `facts`, a NamedTuple of its own that holds numbers and
    tuples of numbers.
 
-A rule that cannot be compiled still merges: in numpy, more slowly, with a warning.
+A rule that cannot be compiled still merges: in numpy, more slowly, with a warning. One that cannot
+run on arrays either is refused with the same `RULE`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +29,13 @@ Draws: TypeAlias = tuple[Number, ...]  # one per task, uniform in [0, 1)
 Facts: TypeAlias = tuple[object, ...] | None
 Totals: TypeAlias = NDArray[Any]  # (statistics,) of float64, or (statistics, BINS) of int64
 Settings: TypeAlias = Mapping[str, float | str]
+
+# The contract in one sentence, for messages about a method that breaks it.
+RULE = (
+    "The rule: plain operators, `select` for branches, loops by index, and "
+    "`constant(number, like)` for numbers of its own, such as 0.5 or len(tasks); see "
+    "mergekit_bayes/methods/base.py."
+)
 
 
 class Parameter(NamedTuple):

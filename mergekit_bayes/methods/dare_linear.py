@@ -1,19 +1,8 @@
 """DARE: drop and rescale, then task arithmetic (Yu et al., ICML 2024)."""
 
-from typing import NamedTuple
-
 from mergekit_bayes.gaussian import Gaussian, constant, select
-from mergekit_bayes.methods.base import Draws, FactInputs, Method, Parameter, Scales, Tasks
-
-
-class Drop(NamedTuple):
-    """How much is dropped.
-
-    Attributes:
-        density: Share of each task vector that is kept, in (0, 1].
-    """
-
-    density: float
+from mergekit_bayes.methods.base import Draws, Method, Scales, Tasks
+from mergekit_bayes.methods.dropping import DROP_PARAMETERS, Drop, drop_facts
 
 
 def dare_linear(
@@ -37,10 +26,6 @@ def dare_linear(
     return Gaussian(mean, base.precision)
 
 
-def _drop(inputs: FactInputs) -> Drop:
-    return Drop(float(inputs.settings["density"]))
-
-
 DARE_LINEAR = Method(
     "dare_linear",
     dare_linear,
@@ -49,12 +34,7 @@ DARE_LINEAR = Method(
     summary="A random share of each change, rescaled, then task arithmetic "
     "(DARE, Yu et al., ICML 2024).",
     example="bmerge merge A B --base BASE --method dare_linear --param density=0.1",
-    parameters=(
-        Parameter(
-            "density", 0.1, "share of each task vector that is kept; the paper drops 90 %", 1e-6, 1
-        ),
-        Parameter("seed", 0, "of the random numbers, a whole number", 0, 2**53),
-    ),
-    facts=_drop,
+    parameters=DROP_PARAMETERS,
+    facts=drop_facts,
     random=True,
 )

@@ -1,20 +1,9 @@
 """DARE: drop and rescale, then TIES' election of signs (Yu et al., ICML 2024)."""
 
-from typing import NamedTuple
-
 from mergekit_bayes.gaussian import Gaussian, Number
-from mergekit_bayes.methods.base import Draws, FactInputs, Method, Parameter, Scales, Tasks
+from mergekit_bayes.methods.base import Draws, Method, Scales, Tasks
+from mergekit_bayes.methods.dropping import DROP_PARAMETERS, Drop, drop_facts
 from mergekit_bayes.methods.election import elect
-
-
-class Drop(NamedTuple):
-    """How much is dropped.
-
-    Attributes:
-        density: Share of each task vector that is kept, in (0, 1].
-    """
-
-    density: float
 
 
 def dare_ties(base: Gaussian, tasks: Tasks, scales: Scales, facts: Drop, draws: Draws) -> Gaussian:
@@ -42,10 +31,6 @@ def _rescaled(
     return (tasks[t].mean - base.mean) / density, draws[t] < density
 
 
-def _drop(inputs: FactInputs) -> Drop:
-    return Drop(float(inputs.settings["density"]))
-
-
 DARE_TIES = Method(
     "dare_ties",
     dare_ties,
@@ -54,12 +39,7 @@ DARE_TIES = Method(
     summary="A random share of each change, rescaled, where tasks agree in sign "
     "(DARE, Yu et al., ICML 2024).",
     example="bmerge merge A B --base BASE --method dare_ties --param density=0.1 --param seed=1",
-    parameters=(
-        Parameter(
-            "density", 0.1, "share of each task vector that is kept; the paper drops 90 %", 1e-6, 1
-        ),
-        Parameter("seed", 0, "of the random numbers, a whole number", 0, 2**53),
-    ),
-    facts=_drop,
+    parameters=DROP_PARAMETERS,
+    facts=drop_facts,
     random=True,
 )

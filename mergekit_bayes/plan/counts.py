@@ -1,4 +1,4 @@
-"""How many observations each precision stands for, and how many it shall stand for."""
+"""How many observations each precision stands for, as recorded and as used in this merge."""
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.plan.inputs import Inputs, precision_info
@@ -12,7 +12,8 @@ def common_count(config: MergeConfig, inputs: Inputs) -> float | None:
     It is the base's own, so that the result is the same whether models are merged at once or one
     after another, and the base posterior stays what it is. Where the base records no count, it is
     that of the first merge among the models. Without either it is the smallest on record, so that
-    no model becomes surer than its data. A task whose count is set by hand is left out then.
+    no model becomes more certain than its data. A model whose count is set by hand is left out
+    then.
     """
     if inputs.base is not None:
         if count := recorded_count(inputs.base.posterior):
@@ -40,7 +41,7 @@ def recorded_count(model: Posterior) -> float | None:
 
 
 def adapter_count(config: MergeConfig, model: Posterior, common: float | None) -> float | None:
-    """Observations that the precision of `BASE+ADAPTER` shall stand for.
+    """Observations that the precision of `BASE+ADAPTER` is to stand for.
 
     The precision of the product follows from factors that are counted already, so that this count
     must be known before a tensor is read. None for other models, and if unknown.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Inputs
-from mergekit_bayes.plan.scales import ScaleRule
+from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import PosteriorInfo
 
@@ -25,7 +25,7 @@ def choose_guard(
     Args:
         config: The settings.
         inputs: The models, weighed.
-        rules: Scales that hold for some tensors only; with any of them nothing cancels everywhere.
+        rules: Scales that hold for some tensors only; with any of them no removal cancels exactly.
         notes: Remarks for the report are appended here.
 
     Raises:
@@ -66,7 +66,7 @@ def choose_guard(
 
 
 def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
-    """Whether the terms of a merge went in as they would come out today."""
+    """Whether the terms of a merge were added without the guard and by this merge's settings."""
     trace = info.merge
     return (
         trace is not None

@@ -101,7 +101,7 @@ class Inputs(Closing):
     @property
     def donor(self) -> Input:
         """The input whose names, shapes and shards the output has: the base or the first task."""
-        return next(iter(self))
+        return self.tasks[0] if self.base is None else self.base
 
     def close(self) -> None:
         """Close the files of all models."""

@@ -10,13 +10,13 @@ from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.names import OTHER_BASE, find_left_out, map_names
+from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.precisions import (
     MatchedPrecisions,
     donor_precision,
     match_precisions,
     merged_shape,
 )
-from mergekit_bayes.plan.scales import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import stored_name
@@ -109,12 +109,31 @@ class _Matcher:
             return self._copied(name, written, donor, selection.copied)
         return self._merged(name, written, donor, selection)
 
+    def refuse_nothing_matched(self) -> None:
+        """Raise an error if the models have no parameter in common, or an option had no effect."""
+        donor, last = self._inputs.donor, self._inputs.tasks[-1]
+        if self._only is not None and all(s.copied is not None for s in self._matched.steps):
+            raise ConfigError(
+                f"--only '{self._config.only}' matches no tensor of '{donor.ref}' that is merged."
+            )
+        specs = donor.posterior.mean.specs
+        if not self._parameters and specs:
+            raise MismatchError(
+                f"'{donor.ref}' and '{last.ref}' have no parameter in common "
+                f"('{next(iter(specs))}' there, "
+                f"'{next(iter(last.posterior.mean.specs), 'none')}' here). Are they of one "
+                "architecture?"
+            )
+        for rule in self._rules:
+            if rule.text not in self._matching_rules:
+                raise ConfigError(f"--scale '{rule.text}' matches no tensor of '{donor.ref}'.")
+
     def _select(self, name: str, spec: TensorSpec, donor: Operand) -> _Selection | None:
         """Each model's tensor and how much of it is merged; None if the tensor is left out."""
         has_base, scales = self._inputs.base is not None, self._scales(name)
         means = {donor.input: donor.mean}
         if self._only is not None and not self._only.search(name):
-            # The other models are not looked at: they may have another head, say.
+            # The other models are not read here: their heads may have other shapes.
             return _Selection(means, scales, 0, "not matched by --only")
         if has_base and not any(scales.values()):
             return _Selection(means, scales, 0, "all scales are zero")
@@ -220,25 +239,6 @@ class _Matcher:
                 raise MismatchError(self._token_conflict)
             return common.merged, "tokenizers differ; --vocab base"
         return common.merged, common.copied
-
-    def refuse_nothing_matched(self) -> None:
-        """Raise an error if the models have no parameter in common, or an option had no effect."""
-        donor, last = self._inputs.donor, list(self._inputs)[-1]
-        if self._only is not None and all(s.copied is not None for s in self._matched.steps):
-            raise ConfigError(
-                f"--only '{self._config.only}' matches no tensor of '{donor.ref}' that is merged."
-            )
-        specs = donor.posterior.mean.specs
-        if not self._parameters and specs:
-            raise MismatchError(
-                f"'{donor.ref}' and '{last.ref}' have no parameter in common "
-                f"('{next(iter(specs))}' there, "
-                f"'{next(iter(last.posterior.mean.specs), 'none')}' here). Are they of one "
-                "architecture?"
-            )
-        for rule in self._rules:
-            if rule.text not in self._matching_rules:
-                raise ConfigError(f"--scale '{rule.text}' matches no tensor of '{donor.ref}'.")
 
 
 def _operands(

@@ -1,6 +1,4 @@
-"""Options of a merge: the method, the sizes and shrinkage that are given as text, and which
-options contradict each other.
-"""
+"""Read the options of a merge that are given as text, and refuse contradictions between options."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +8,6 @@ from typing import NamedTuple
 from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods import METHODS, choose, settings_of
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.plan.scales import ScaleRule
 from mergekit_bayes.plan.settings import MergeConfig
 
 _PRECISION_ONLY = (
@@ -27,6 +24,22 @@ _BY_MODEL = ("precision", "isotropic", "observations")
 _ANCHORS = ("h0", "none", "zero-decay", "recorded")
 
 
+class ScaleRule(NamedTuple):
+    """A scale for the tensors of a task whose name matches: `MODEL:REGEX=X`.
+
+    Attributes:
+        tasks: Indices of the tasks; more than one where a model is named twice.
+        pattern: Matches the names of tensors.
+        scale: Dimensionless; negative removes.
+        text: The rule as given, for messages.
+    """
+
+    tasks: tuple[int, ...]
+    pattern: re.Pattern[str]
+    scale: float
+    text: str
+
+
 class Shrink(NamedTuple):
     """How much of a mean precision is added to each entry.
 
@@ -37,6 +50,26 @@ class Shrink(NamedTuple):
 
     amount: float
     by_row: bool
+
+
+def parse_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRule, ...]]:
+    """One scale per task, and the rules that change it tensor by tensor.
+
+    Raises:
+        ConfigError: Too few models, a number of scales that does not fit the models, or a rule
+            that cannot be read.
+    """
+    count = len(config.models)
+    if count == 0 or (count == 1 and config.base is None):
+        raise ConfigError("a merge needs two models, or one and a --base.")
+    scales = tuple(s for s in config.scale if not isinstance(s, str)) or (1.0,)
+    rules = tuple(_parse_rule(s, config.models) for s in config.scale if isinstance(s, str))
+    if len(scales) not in (1, count):
+        raise ConfigError(
+            f"--scale: {len(scales)} given for {count} models. Give one for all, or one per model "
+            "by repeating the flag in the models' order: --scale 1 --scale -0.5."
+        )
+    return (scales * count if len(scales) == 1 else scales), rules
 
 
 def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
@@ -123,6 +156,28 @@ def parse_size(text: str) -> int:
     unit = 1024 if match[3] else 1000
     exponent = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * unit**exponent)
+
+
+def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
+    """Read `MODEL:REGEX=X`; of models that begin alike the longest is meant."""
+    front, separator, number = text.rpartition("=")
+    by_length = sorted(models, key=len, reverse=True)
+    model = next((m for m in by_length if front.startswith(m + ":")), None)
+    if not separator or model is None:
+        raise ConfigError(
+            f"--scale '{text}': expected a number, or MODEL:REGEX=X with a model as given: "
+            f"{', '.join(models)}."
+        )
+    regex = front[len(model) + 1 :]
+    tasks = tuple(i for i, m in enumerate(models) if m == model)
+    try:
+        return ScaleRule(tasks, re.compile(regex), float(number), text)
+    except re.error as error:
+        raise ConfigError(
+            f"--scale '{text}': '{regex}' is no regular expression ({error})."
+        ) from None
+    except ValueError:
+        raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None
 
 
 def _method_by_name(name: str) -> Method:

@@ -18,10 +18,15 @@ from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
-from mergekit_bayes.plan.options import Shrink, check_options, choose_method, parse_shrink
+from mergekit_bayes.plan.options import (
+    Shrink,
+    check_options,
+    choose_method,
+    parse_scales,
+    parse_shrink,
+)
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
-from mergekit_bayes.plan.scales import check_scales
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.weigh import weigh
@@ -100,7 +105,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         MismatchError: Models that do not fit together.
         PrecisionError: A precision that is missing or belongs to other weights.
     """
-    scales, rules = check_scales(config)
+    scales, rules = parse_scales(config)
     method, settings = choose_method(config)
     check_options(config, method, scales, rules)
     with ExitStack() as stack:
@@ -175,7 +180,7 @@ def _open(config: MergeConfig, ref: str, method: Method) -> Posterior:
 
 
 def _is_cut(step: Step) -> bool:
-    """Whether only some entries of a tensor is merged."""
+    """Whether only some entries of a tensor are merged."""
     return step.copied is None and step.merged < step.spec.size
 
 
@@ -194,6 +199,6 @@ def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> 
         if dtypes:
             notes.append(
                 f"'{model.ref}' has {len(dtypes)} tensors in a finer dtype than they are written "
-                f"in ({next(iter(dtypes))}, as '{inputs.donor.ref}' has them); --dtype chooses "
+                f"in ({dtypes[0]}, as '{inputs.donor.ref}' has them); --dtype chooses "
                 "another"
             )

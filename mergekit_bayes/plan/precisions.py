@@ -26,9 +26,10 @@ class MatchedPrecisions(NamedTuple):
 
     Attributes:
         stored: Each input's precision.
-        unchanged: Tasks that left the tensor alone: they have no precision for it and the base's
-            values in it, since it was frozen in their training. The base's precision stands in.
-        borrowed: The inputs whose precision is another one's.
+        unchanged: Tasks that did not change the tensor: they have no precision for it and the
+            base's values in it, since it was frozen in their training. The base's precision stands
+            in.
+        borrowed: The inputs for which the donor's precision stands in.
     """
 
     stored: dict[Input, StoredPrecision]
@@ -71,7 +72,7 @@ def match_precisions(
     if inputs.base is not None and inputs.base not in missing and missing == unchanged:
         stored = {m: stored[donor] if m in unchanged else stored[m] for m in means}
         return MatchedPrecisions(stored, frozenset(unchanged), borrowed.union(unchanged))
-    changed = next((m for m in missing if m not in unchanged), next(iter(missing)))
+    changed = next((m for m in missing if m not in unchanged), missing[0])
     owner = means[changed].input.posterior
     looked_in = owner.precision.files[0] if owner.precision is not None else owner.path
     raise PrecisionError(
@@ -101,8 +102,7 @@ def merged_shape(
 ) -> tuple[int, ...]:
     """The coarsest shape that holds the merged precision of a tensor.
 
-    Pooled precisions stay as small as they are: an entry each is written only if some model has
-    that many.
+    One number per entry is written only if some model has as many after pooling.
 
     Args:
         config: The settings.
@@ -124,7 +124,7 @@ def _stored_precision(
     if owner.precision is None:
         number = model.posterior.isotropic
         number = donor.posterior.isotropic if number is None else number
-        assert number is not None  # as `check_precisions` has seen to it
+        assert number is not None  # `check_precisions` made sure of it
         return StoredPrecision.everywhere(number)
     stored = _find_name(name, mean.name, owner)
     if stored is None:

@@ -39,7 +39,7 @@ class Operand(NamedTuple):
         scale: The task's scale in this tensor, dimensionless; 0 for the base.
         precision: Its precision; None where precisions do not count.
         owns_precision: Whether the precision is the input's own. Otherwise the donor's stands in,
-            because the task left the tensor alone.
+            because the task did not change the tensor.
     """
 
     input: Input
@@ -57,11 +57,12 @@ class Step:
         name: Its name, the donor's.
         spec: Its dtype and shape as written.
         base: The operand of the base; None without one.
-        tasks: Those of the tasks, in the order of the plan. Of a copied tensor the donor's at most.
-        precision_shape: Shape of the written precision: the tensor's own, one number a row, or one
-            number. None where no precision is written.
+        tasks: The operands of the tasks, in the order of the plan. A copied tensor has the donor's
+            operand only.
+        precision_shape: Shape of the written precision: the tensor's own, one number per row, or
+            one number. None where no precision is written.
         merged: How many entries are merged, from the first on; the others are the donor's.
-        copied: The reason, if all of the tensor is the donor's.
+        copied: The reason why all of the tensor is the donor's; None if some of it is merged.
     """
 
     name: str
@@ -83,12 +84,17 @@ class Step:
 
         The tensor has its name and shape, and entries that are not merged are copied from it.
         """
-        return next(iter(self.operands))
+        return self.tasks[0] if self.base is None else self.base
 
     @property
     def row(self) -> int:
         """Entries of one row: one slice of the first axis."""
         return self.spec.size // self.spec.shape[0] if self.spec.shape and self.spec.size else 1
+
+    @property
+    def precision_spec(self) -> TensorSpec | None:
+        """Dtype and shape of the written precision; None where none is written."""
+        return None if self.precision_shape is None else TensorSpec("F32", self.precision_shape)
 
     @property
     def has_coarse_precision(self) -> bool:

@@ -33,15 +33,13 @@ def stored_name(
 
 
 def reason_if_alias(name: str, model: Posterior) -> str | None:
-    """Why a stored output head that the donor lacks can be left out; None if it has values of its
-    own.
-    """
+    """Why a tensor that the donor lacks is left out, if it repeats the input embedding."""
     is_tied = is_alias(name, model.mean)
     return f"tied to the input embedding in '{model.ref}'" if is_tied else None
 
 
 def explain_untied(name: str, model: Posterior, donor: Posterior, *, has_base: bool) -> str | None:
-    """What to say of a head that a model stores and the donor ties; None if it is no such head."""
+    """The message for a head that a model stores and the donor ties; None for other tensors."""
     embedding = tied_source(name, donor.mean)
     if embedding is None:
         return None

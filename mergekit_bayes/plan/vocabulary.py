@@ -28,7 +28,7 @@ class CommonEntries(NamedTuple):
 
 
 def find_token_conflict(inputs: Inputs) -> str | None:
-    """What to say if one token number stands for different tokens in two models.
+    """The message if one token number stands for different tokens in two models; else None.
 
     Rows of embeddings are merged by number, so that such a merge would mix up tokens.
     """
@@ -37,7 +37,8 @@ def find_token_conflict(inputs: Inputs) -> str | None:
         conflicts = (
             [] if model is donor else tokens_apart(donor.posterior.path, model.posterior.path)
         )
-        for number, donors_token, other_token in conflicts:
+        if conflicts:
+            number, donors_token, other_token = conflicts[0]
             return (
                 f"{len(conflicts):,} token numbers stand for other tokens in '{model.ref}' than in "
                 f"'{donor.ref}' ({number} is {other_token!r} there, {donors_token!r} here; "
@@ -96,7 +97,7 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
     way_out = (
         f"--vocab common merges the tokens that all have, --vocab base keeps those of '{donor}'."
         if is_by_token
-        else f"{OTHER_BASE} --only chooses what is merged, where heads differ say."
+        else f"{OTHER_BASE} --only chooses what is merged, for example where heads differ."
     )
     raise MismatchError(
         f"'{name}' is {list(spec.shape)} in '{donor}' but {list(stored.shape)} in "

@@ -120,15 +120,15 @@ class _Weigher:
     def _merged(
         self, model: Posterior, info: PosteriorInfo, trace: MergeTrace, factor: float | None
     ) -> Weighing:
-        """A merge, which counts as the sum of its scales, of either sign."""
+        """A merge, which counts as often as the sum of its scales; a removal counts negatively."""
         unit = trace.common_count or 1.0
         recorded = recorded_count(model) or unit
-        terms = info.observations / recorded if info.observations is not None else 1.0
+        total_scale = info.observations / recorded if info.observations is not None else 1.0
         default = self._default_count(recorded)
         if factor is not None:
             count = factor * default
-        elif terms > 0:
-            count = float(requested_count(self._config, model)) / terms
+        elif total_scale > 0:
+            count = float(requested_count(self._config, model)) / total_scale
         else:
             raise ConfigError(
                 f"--observations {model.ref}={requested_count(self._config, model)}: it is a "
@@ -140,7 +140,7 @@ class _Weigher:
             _check_frame(model, info.prior, self._base, default / unit)
         self._check_reshaping(model, trace)
         self._note_merge(model, info.prior, gain)
-        return _merge_weighing(model, info.prior, self._base, gain, count * terms)
+        return _merge_weighing(model, info.prior, self._base, gain, count * total_scale)
 
     def _default_count(self, recorded: float) -> float:
         if self._config.counts == "recorded" or self._common is None:
@@ -196,8 +196,8 @@ def _merge_weighing(
     if prior.kind == "isotropic":
         return Weighing(gain, prior.precision, prior.precision, reshape=False, count=count)
     if prior.kind == "none" or base is None:
-        # Without a base beside it, the base inside cannot be told apart, or is the history of a new
-        # base: S counts as a whole.
+        # Without a base beside it, the base inside the merge cannot be told apart; if the merge is
+        # the base itself, what is inside does not matter. S counts as a whole.
         return Weighing(gain, reshape=False, count=count)
     if prior.kind == "unknown":
         raise MismatchError(

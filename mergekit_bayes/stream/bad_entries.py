@@ -17,13 +17,19 @@ from mergekit_bayes.checkpoint.codec import (
 )
 from mergekit_bayes.checkpoint.specs import CheckpointSource
 from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
-from mergekit_bayes.kernels.base import Array, Chunk, Numbers
+from mergekit_bayes.kernels.base import (
+    Array,
+    Chunk,
+    Numbers,
+    base_likelihood,
+    unchanged_precision,
+)
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.chunks import FirstPassResult
-from mergekit_bayes.stream.numbers import donor_likelihood, real_of, unchanged_precision
+from mergekit_bayes.stream.numbers import real_of
 
-_WINDOW = 1 << 18  # entries that are looked at together
+_WINDOW = 1 << 18  # entries that are checked at a time
 
 
 def replace_bad_means(means: Array) -> None:
@@ -46,7 +52,7 @@ def replace_bad_entries(
     Args:
         plan: The merge.
         step: The tensor.
-        measured: What is known of it.
+        measured: What the first pass measured of it.
         chunk: Its entries; the means are changed in place.
         numbers: The constants of the step.
 
@@ -63,9 +69,7 @@ def replace_bad_entries(
     stored = [decode(p, "BF16") if p.dtype == np.uint16 else p.copy() for p in weighed]
     extras = [spread(extra, step.row, start, stop) for extra in measured.extras]
     base_mean, *_ = chunk.means
-    base_likelihood = np.zeros(0)
-    if stored:
-        base_likelihood = donor_likelihood(numbers, next(iter(stored)), next(iter(extras)))
+    of_base = base_likelihood(numbers, stored, extras) if stored else None
     replaced = [0] * len(means)
     for position, (operand, mean) in enumerate(zip(step.operands, means, strict=True)):
         bad = is_bad_mean(mean)
@@ -79,7 +83,7 @@ def replace_bad_entries(
         replaced[position] = int(np.count_nonzero(bad))
         chunk.means[position][bad] = base_mean[bad]
         if stored:
-            value = unchanged_precision(numbers, position, base_likelihood, extras[position])
+            value = unchanged_precision(numbers, position, of_base, extras[position])
             stored[position][bad] = np.broadcast_to(value, bad.shape)[bad]
     if stored:
         chunk = chunk._replace(precisions=np.stack(stored).astype(np.float32))

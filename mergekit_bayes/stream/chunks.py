@@ -25,12 +25,12 @@ class FirstPassResult:
     """What must be known of one tensor before its entries are merged.
 
     Attributes:
-        pooled: For each input whose precision is coarser than one number an entry: its numbers,
+        pooled: For each input whose precision is coarser than one number per entry: its numbers,
             (1,) or (rows,), float32.
         extras: What shrinkage adds to H by row: (models, 1) or (models, rows), in the order of the
             plan's inputs.
         facts: What the method measured.
-        bad: For each input, how many entries that are no precision pooling left out.
+        bad: For each input, how many bad entries pooling left out.
     """
 
     pooled: dict[Input, Array]
@@ -46,7 +46,7 @@ class FirstPassResult:
 
 
 class Reader:
-    """Reads chunks into buffers that are used again and again. Each thread has its own.
+    """Reads chunks into buffers that are reused. Each thread has its own reader.
 
     Args:
         plan: The merge.
@@ -127,7 +127,7 @@ class Reader:
 
 
 def _by_entry(operand: Operand, measured: FirstPassResult) -> _Stored | None:
-    """The stored precision with one number an entry; None if it is coarser, or was pooled."""
+    """The stored precision with one number per entry; None if it is coarser, or was pooled."""
     precision = operand.precision
     if precision is None or precision.source is None or operand.input in measured.pooled:
         return None

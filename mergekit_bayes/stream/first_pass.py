@@ -21,7 +21,7 @@ _Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
 
 
 class FirstPass:
-    """Measures what each step must know.
+    """Measures what each step must know before its entries are merged.
 
     Args:
         plan: The merge.
@@ -77,7 +77,7 @@ class FirstPass:
     def _coarse(
         self, step: Step, operand: Operand, precision: StoredPrecision, size: int
     ) -> tuple[Array | None, Array | None, int]:
-        """The numbers of a precision that is coarser than one an entry, or is pooled.
+        """The numbers of a precision that is coarser than one per entry, or is pooled.
 
         Args:
             step: The tensor.

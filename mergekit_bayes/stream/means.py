@@ -36,7 +36,7 @@ class _Window(NamedTuple):
 
 
 class PrecisionMeans:
-    """Reads the means of precisions that have one number an entry.
+    """Reads the means of precisions that have one number per entry.
 
     Args:
         plan: The merge.
@@ -62,7 +62,7 @@ class PrecisionMeans:
             for start in range(0, size, WINDOW)
         ]
         sums, bad = self._sums(operand, windows)
-        return np.array([_added(sums) / max(size, 1)]), bad
+        return np.array([_sum_in_order(sums) / max(size, 1)]), bad
 
     def over_rows(self, operand: Operand, size: int, row: int) -> tuple[Array, int]:
         """The mean of each row of the first `size` entries, and how many of these are bad.
@@ -89,7 +89,7 @@ class PrecisionMeans:
         ]
         sums, bad = self._sums(operand, windows)
         each = math.ceil(row / WINDOW)
-        rows = [_added(sums[first : first + each]) for first in range(0, len(sums), each)]
+        rows = [_sum_in_order(sums[first : first + each]) for first in range(0, len(sums), each)]
         return np.array(rows) / row, bad
 
     def _sums(self, operand: Operand, windows: Sequence[_Window]) -> tuple[list[Array], int]:
@@ -97,7 +97,7 @@ class PrecisionMeans:
         return [sums for sums, _ in results], sum(bad for _, bad in results)
 
     def _window_sums(self, operand: Operand, window: _Window) -> tuple[Array, int]:
-        """Sums by row, and how many entries are bad; these count as entries that add nothing."""
+        """Sums by row, and how many entries are bad, which are summed as if data added nothing."""
         precision, config, bad_entries = operand.precision, self._plan.config, 0
         assert precision is not None
         assert precision.source is not None
@@ -118,7 +118,7 @@ class PrecisionMeans:
         return sums, bad_entries
 
 
-def _added(sums: Sequence[Array]) -> float:
+def _sum_in_order(sums: Sequence[Array]) -> float:
     """The sum of all numbers, in order and in float64."""
     total = 0.0
     for numbers in sums:

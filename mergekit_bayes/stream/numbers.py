@@ -5,14 +5,7 @@ import math
 import numpy as np
 
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.kernels.base import (
-    Array,
-    Kind,
-    Numbers,
-    likelihood_precision,
-    own_posterior,
-    task_key,
-)
+from mergekit_bayes.kernels.base import Kind, Numbers, task_key
 from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.plan import MergePlan, Step
 
@@ -73,38 +66,3 @@ def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
         decays=tuple(w.anchor.decay for w in weighings),
         keys=keys,
     ).cast(real_of(step))
-
-
-def donor_likelihood(numbers: Numbers, stored: Array, extra: Array) -> Array:
-    """H of the donor, the first model of a pass, from its stored precision.
-
-    Args:
-        numbers: The constants of the step.
-        stored: The stored precision, (n,) or (1,).
-        extra: What shrinkage adds, (n,) or (1,).
-    """
-    h: Array = likelihood_precision(numbers, 0, stored, 0, extra)
-    return h
-
-
-def donor_posterior_precision(numbers: Numbers, stored: Array, extra: Array) -> Array:
-    """The donor's precision by its own prior, as the merge counts it; arguments as above."""
-    h = donor_likelihood(numbers, stored, extra)
-    precision: Array = own_posterior(np.float32(0), numbers.priors[0], h).precision
-    return precision
-
-
-def unchanged_precision(
-    numbers: Numbers, position: int, base_likelihood: Array, extra: Array
-) -> Array:
-    """The stored precision at which a task's data added nothing: its likelihood precision is 0.
-
-    Args:
-        numbers: The constants of the step.
-        position: The task's place among the models of the pass.
-        base_likelihood: H of the base.
-        extra: What shrinkage adds to the task's H.
-    """
-    shared = numbers.base_shares[position] * base_likelihood
-    stored: Array = numbers.contained[position] + shared - extra / numbers.gains[position]
-    return stored

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.plan import MergePlan
 
-UNIT = 1 << 22  # entries; a killed merge repeats at most one unit a thread
+UNIT = 1 << 22  # entries; a killed merge repeats at most one unit per thread
 
 
 class Unit(NamedTuple):
