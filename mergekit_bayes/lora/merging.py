@@ -21,8 +21,8 @@ from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.factors import is_linear
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, match_adapters
 from mergekit_bayes.lora.output import write_config, write_tensors
+from mergekit_bayes.lora.replacements import decide_replacements
 from mergekit_bayes.lora.report import FORMULA, AdapterReport
-from mergekit_bayes.lora.whole import decide_whole
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
 
@@ -93,16 +93,18 @@ def merge_adapters(
             counted = check_precisions(opened, counts)
         else:
             counted = (None,) * len(opened)
-        layers, whole = match_adapters(opened)
+        layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":
             merge = merge._replace(averaged=not is_linear(merge, layers, notes))
         result_rank = _choose_rank(space, rank, layers)
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
-        outcomes = decide_whole(merge, whole)
-        done = write_tensors(merge, space, result_rank, layers, whole, outcomes, partial, progress)
-        write_config(opened, layers, whole, result_rank, partial)
+        outcomes = decide_replacements(merge, replacements)
+        done = write_tensors(
+            merge, space, result_rank, layers, replacements, outcomes, partial, progress
+        )
+        write_config(opened, layers, replacements, result_rank, partial)
         copy_side_files(opened[0].posterior.path, partial, but=CONFIG)
         report = AdapterReport(
             path=str(out),
