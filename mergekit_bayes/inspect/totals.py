@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.checkpoint.codec import chunks, read_chunk, read_tensor
+from mergekit_bayes.checkpoint.codec import chunks, is_bad_precision, read_chunk, read_tensor
 from mergekit_bayes.checkpoint.specs import Array, TensorSource
 from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, Layer, PrecisionLayer
 from mergekit_bayes.posterior import Posterior
@@ -129,7 +129,7 @@ class PrecisionTotals:
     def add(self, values: Array, stands_for: int = 1) -> None:
         """Add precisions, each of which stands for this number of parameters."""
         values = values.astype(np.float32)
-        good = values[np.isfinite(values) & (values >= 0)]
+        good = values[~is_bad_precision(values)]
         self.parameters += values.size * stands_for
         self.numbers += values.size
         self.bad += (values.size - good.size) * stands_for
