@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mergekit_bayes.checkpoint.codec import chunks, is_bad_precision, read_chunk, read_tensor
 from mergekit_bayes.checkpoint.specs import Array, TensorSource
-from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, Layer, PrecisionLayer
+from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, LayerReport, PrecisionLayer
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import is_form_of
 
@@ -83,9 +83,9 @@ class LayerTotals:
             numbers = read_tensor(precision, name).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
 
-    def report(self) -> Layer:
+    def report(self) -> LayerReport:
         """The layer's part of a report."""
-        return Layer(
+        return LayerReport(
             name=self.name,
             tensors=self.tensors,
             parameters=self.parameters,
