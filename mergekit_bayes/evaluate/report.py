@@ -10,12 +10,12 @@ from mergekit_bayes.metrics.classification import ClassificationChange, Classifi
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
 from mergekit_bayes.models.sampling import SamplingReport
-from mergekit_bayes.records import Config
+from mergekit_bayes.records import Frozen
 
 StepProgress = Callable[[str, int, int], None]  # (step, done, of)
 
 
-class ScorerInfo(Config):
+class ScorerInfo(Frozen):
     """Which scorer was used.
 
     Attributes:
@@ -30,7 +30,7 @@ class ScorerInfo(Config):
     label: str | None = None
 
 
-class SampledReport(Config):
+class SampledReport(Frozen):
     """The predictions with probabilities averaged over weights drawn from the posterior.
 
     Attributes:
@@ -48,7 +48,7 @@ class SampledReport(Config):
     classification_change: dict[str, ClassificationChange] = {}
 
 
-class EvaluateReport(Config):
+class EvaluateReport(Frozen):
     """What a model scored.
 
     Attributes:
