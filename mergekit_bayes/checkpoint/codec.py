@@ -61,7 +61,7 @@ def is_bad_mean(values: Array) -> NDArray[np.bool_]:
 
 
 def is_bad_precision(values: Array) -> NDArray[np.bool_]:
-    """Which entries are not a precision: negative, infinite or NaN. Zero of either sign is one."""
+    """Which entries are not a precision: negative, infinite or NaN. Zero of any sign is valid."""
     return ~(np.isfinite(values) & (values >= 0))
 
 

@@ -180,13 +180,13 @@ class DifferenceTotals:
         self.parameters = 0
         self.weight_squares = self.squares = self.largest = 0.0
 
-    def add(self, here: Array, there: Array) -> None:
+    def add(self, first: Array, second: Array) -> None:
         """Add entries of the first model (float64) and the same entries of the second."""
-        both = np.isfinite(here) & np.isfinite(there)
-        here = here[both]
-        difference = there[both].astype(np.float64) - here
-        self.parameters += here.size
-        self.weight_squares += float(here @ here)
+        finite = np.isfinite(first) & np.isfinite(second)
+        first = first[finite]
+        difference = second[finite].astype(np.float64) - first
+        self.parameters += first.size
+        self.weight_squares += float(first @ first)
         self.squares += float(difference @ difference)
         self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
 
