@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.hub.facts import Facts
-from mergekit_bayes.hub.folder import MERGE_RECIPE, MergedModel
+from mergekit_bayes.hub.folder import MergedModel
 from mergekit_bayes.hub.local_paths import last_parts
 from mergekit_bayes.hub.parents import named_parents
 from mergekit_bayes.methods import METHODS

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import copy_side_files
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT, copy_side_files
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
 from mergekit_bayes.lora.config import CONFIG
@@ -25,8 +25,6 @@ from mergekit_bayes.lora.replacements import decide_replacements
 from mergekit_bayes.lora.report import FORMULA, AdapterReport
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
-
-_REPORT, _RECIPE = "merge_report.json", "merge_recipe.yaml"
 
 
 def merge_adapters(
@@ -120,7 +118,7 @@ def merge_adapters(
             whole=outcomes,
             notes=tuple(notes),
         )
-        (partial / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+        (partial / MERGE_REPORT).write_text(report.model_dump_json(indent=2) + "\n")
         pinned = {a.ref: a.posterior.pinned for a in opened}
         posteriors = [a.posterior for a in opened]
         recipe = {
@@ -138,7 +136,7 @@ def merge_adapters(
                 p.pinned: p.precision_identity for p in posteriors if p.has_precision
             },
         }
-        (partial / _RECIPE).write_text(recipe_text(recipe))
+        (partial / MERGE_RECIPE).write_text(recipe_text(recipe))
         return report
 
 
