@@ -53,18 +53,18 @@ def result(tmp_path_factory):
         "--out",
         str(folder / "out"),
         "--json",
-        str(folder / "found.json"),
+        str(folder / "merge.json"),
     ]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    return process, json.loads((folder / "found.json").read_text()), folder
+    return process, json.loads((folder / "merge.json").read_text()), folder
 
 
 def test_every_row_is_measured_and_compared_to_its_io(bench, result):
-    process, found, folder = result
+    process, report, folder = result
     plan = list(bench.rows(TINY, folder / "work", folder / "out", None))
-    assert [r["row"] for r in found["rows"]] == [r.name for r in plan]
-    by = {r["row"]: r for r in found["rows"]}
+    assert [r["row"] for r in report["rows"]] == [r.name for r in plan]
+    by = {r["row"]: r for r in report["rows"]}
     for row in plan:
         assert by[row.name]["cpu_s"] > 0
         assert by[row.name]["anonymous_mib"] > 1
@@ -134,8 +134,8 @@ def rows_of(ratio=1.0, anonymous=50.0, mergekit=40.0):
     ],
 )
 def test_a_missed_target_is_seen(bench, values, missed):
-    found = bench.targets(rows_of(**values))
-    assert sum(not met for *_, met in found) == missed
+    measured = bench.targets(rows_of(**values))
+    assert sum(not met for *_, met in measured) == missed
 
 
 def test_targets_take_any_choice_of_rows(bench):

@@ -1,5 +1,6 @@
 """The README and the settings files say what is true."""
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mergekit_bayes.configs import load_config
 from mergekit_bayes.detox import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from scripts.changelog import changelog
-from scripts.house import list_errors, parse_floors
+from scripts.floors import list_errors, parse_floors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -79,6 +80,16 @@ def test_the_files_that_a_document_names_exist(path):
     )
     for name in names:
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_names_of_the_library_that_a_document_uses_exist(path):
+    text = path.read_text()
+    names = set(re.findall(r"\bmergekit_bayes(?:\.\w+)+", text))
+    for module, imported in re.findall(r"from (mergekit_bayes[\w.]*) import ([\w, ]+)", text):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    for name in names:
+        assert pydoc.locate(name) is not None, name
 
 
 def test_the_house_in_the_readme_is_the_house():

@@ -1,24 +1,26 @@
-"""scripts/house.py finds what it is there to find, on a tiny package."""
+"""scripts/house.py and scripts/floors.py find what they look for, on a tiny package."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from scripts.floors import (
+    circles,
+    import_graph,
+    list_errors,
+    parse_floors,
+    suggest_steps,
+    upward_imports,
+)
 from scripts.house import (
     any_in_annotations,
-    circles,
     figures,
-    import_graph,
     lines_with_any,
-    list_errors,
     main,
-    parse_floors,
     public_names,
     reach,
     skipped_formats,
-    suggest_steps,
-    upward_imports,
 )
 
 HOUSE = """# x

@@ -190,6 +190,7 @@ def test_a_fine_tune_on_two_ranks_is_pushed_and_its_report_says_so(hub, tmp_path
 
 def test_detox_pushes_the_candidate_of_least_perplexity_among_those_that_are_little_toxic():
     from bmerge_cli.detox import _chosen
+    from mergekit_bayes.detox.report import DetoxReport
 
     def point(share, perplexity, command):
         interval = SimpleNamespace(value=share)
@@ -208,13 +209,13 @@ def test_detox_pushes_the_candidate_of_least_perplexity_among_those_that_are_lit
         SimpleNamespace(axis="words:x", level=level, paid={"one": 1, "two": paid})
         for level, paid in ((0.25, 1), (0.05, 1), (0.01, None))
     ]
-    report = SimpleNamespace(
+    report = DetoxReport.model_construct(
         base=point(0.6, 1.9, None), curves=curves, matched=matched, path="runs/x"
     )
     assert _chosen(report) == "chosen"
-    report.matched = matched[2:]
+    unreached = report.model_copy(update={"matched": matched[2:]})
     with pytest.raises(ConfigError, match=r"runs/x/report.md"):
-        _chosen(report)
+        _chosen(unreached)
 
 
 def test_an_adapter_trained_by_name_is_pushed_and_loaded_by_name(hub, tmp_path):

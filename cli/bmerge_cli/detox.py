@@ -13,6 +13,7 @@ import typer
 from bmerge_cli.render import (
     Force,
     Json,
+    Overrides,
     Quiet,
     console,
     failures,
@@ -37,10 +38,7 @@ def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     push_to: Annotated[
         str | None,
         typer.Option(
@@ -114,11 +112,11 @@ def _chosen(report: "DetoxReport") -> str:
 
     scorer = next(iter(report.base.toxicity), None)
     text = next((n for n in report.base.perplexity if n != HELD_OUT), None)
-    reached = [m.level for m in report.matched if m.axis == scorer and all(m.paid.values())]
+    level = None if scorer is None else report.lowest_common_level(scorer)
     points = [p for curve in report.curves.values() for p in curve if p.command]
-    if scorer is not None and reached:
-        points = [p for p in points if p.toxicity[scorer].share.value <= min(reached)]
-    if scorer is None or text is None or not reached or not points:
+    if scorer is not None and level is not None:
+        points = [p for p in points if p.toxicity[scorer].share.value <= level]
+    if text is None or level is None or not points:
         raise ConfigError(
             "--push-to: no candidate can be chosen, since no toxic share is reached by all "
             f"curves. Choose one in {report.path}/report.md, and push it by its line and "
@@ -132,16 +130,15 @@ def _summary(report: "DetoxReport", scorer: str) -> "Table":
     from mergekit_bayes.detox.settings import HELD_OUT
 
     names = [name for name in report.base.perplexity if name != HELD_OUT]
-    reached = [m.level for m in report.matched if m.axis == scorer and all(m.paid.values())]
+    level = report.lowest_common_level(scorer)
     base = [f"{report.base.perplexity[n].token.value:.4g}" for n in names]
     rows = [["base", f"{report.base.toxicity[scorer].share.value:.1%}", *base]]
-    if not reached:
+    if level is None:
         return table(
             ["model", "toxic", *names],
             rows,
             title=f"by {scorer}: no share below the base's that all curves reach",
         )
-    level = min(reached)
     paid = {m.text: m.paid for m in report.matched if (m.axis, m.level) == (scorer, level)}
     for curve in report.curves:
         perplexities = [_perplexity(report, n, paid[n][curve]) for n in names]

@@ -8,7 +8,7 @@ import typer
 
 from bmerge_cli.delivery import Delivery, PushTo
 from bmerge_cli.flags import Settings, flags_of, option
-from bmerge_cli.render import Json, Quiet, console, failures
+from bmerge_cli.render import Json, Overrides, Quiet, console, failures
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.finetune.settings import FinetuneConfig
@@ -27,10 +27,7 @@ def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of FinetuneConfig.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     *,
     settings: Settings,
     push_to: PushTo = None,
@@ -47,7 +44,6 @@ def command(
     CONFIG.yaml
     """
     from mergekit_bayes.finetune import ranks
-    from mergekit_bayes.finetune.run import run_finetune
 
     # As text, so that the same words can start the other processes.
     words = list(overrides or [])
@@ -64,6 +60,9 @@ def command(
             [sys.executable, "-m", "bmerge_cli.main", NAME, *line], loaded.num_processes or 1
         )
         raise typer.Exit(code)
+    # After the launch: a process that only starts others needs neither model nor data libraries.
+    from mergekit_bayes.finetune.run import run_finetune
+
     if (gpus := ranks.idle_gpus()) > 0:
         screen.print(
             f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",

@@ -32,10 +32,11 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
 def show_plan(screen: Console, plan: MergePlan) -> None:
     """Print a plan: the models, and each tensor that is not simply merged."""
     columns = ["model", "role", "scale"]
-    rows = [[str(m["ref"]), str(m["role"]), _text(m["scale"])] for m in _model_rows(plan)]
+    models = _model_rows(plan)
+    rows = [[str(m["ref"]), str(m["role"]), _text(m["scale"])] for m in models]
     if plan.method.needs_precision:
         columns += ["precision", "observations", "counted", "trained towards"]
-        for row, model in zip(rows, _model_rows(plan), strict=True):
+        for row, model in zip(rows, models, strict=True):
             row += _precision_cells(model)
     screen.print(table(columns, rows, title=f"{plan.method.name} -> {plan.target}"))
     for rule in plan.config.scale:

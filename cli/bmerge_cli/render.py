@@ -21,6 +21,10 @@ from mergekit_bayes.records import FORCE
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help=FORCE)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
+]
 
 
 def console(*, quiet: bool = False) -> Console:

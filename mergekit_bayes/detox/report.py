@@ -75,6 +75,15 @@ class DetoxReport(Record):
     comparisons: tuple[Comparison, ...] = ()
     findings: tuple[Finding, ...] = ()
 
+    def lowest_common_level(self, scorer: str) -> float | None:
+        """The lowest toxic share by this scorer that all curves reach, if there is one."""
+        levels = [
+            payment.level
+            for payment in self.matched
+            if payment.axis == scorer and all(paid is not None for paid in payment.paid.values())
+        ]
+        return min(levels, default=None)
+
     def chosen(self, scorer: str) -> tuple[float | None, dict[str, Point]]:
         """The candidate of each curve that is compared in short summaries.
 
@@ -85,14 +94,9 @@ class DetoxReport(Record):
             The lowest level that all curves reach, and the first candidate of each curve there.
             Without such a level, None and the last candidate of each curve.
         """
-        reached = [
-            payment.level
-            for payment in self.matched
-            if payment.axis == scorer and all(paid is not None for paid in payment.paid.values())
-        ]
-        if not reached:
+        level = self.lowest_common_level(scorer)
+        if level is None:
             return None, {label: points[-1] for label, points in self.curves.items()}
-        level = min(reached)
         return level, {
             label: next(p for p in points if p.toxicity[scorer].share.value <= level)
             for label, points in self.curves.items()

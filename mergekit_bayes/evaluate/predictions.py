@@ -93,7 +93,8 @@ def predict_sampled(
 ) -> SampledReport:
     """Measure the same over posterior samples, and the change from the mean.
 
-    The arguments are those of `predict`. The model has its mean weights again afterwards.
+    The arguments are those of `predict`, which gave `at_mean` without the draws. The model has its
+    mean weights again afterwards.
     """
     with draws:
         averaged = predict(

@@ -14,7 +14,6 @@ from merge_models import MODELS, SHAPES, tensors
 
 MERGEKIT = "0.1.4"
 
-
 # Reads files and writes the given numbers of bytes, 8 MiB at a time, by a merge's own calls.
 IO = """
 import os, sys
@@ -32,7 +31,6 @@ for i, size in enumerate(map(int, sizes.split(","))):
         at += os.pwrite(fd, buffer[: size - at], at)
 """
 
-
 # Task arithmetic as one would write it in a notebook.
 TORCH = """
 import sys
@@ -44,7 +42,6 @@ base, *tasks = [
 merged = {n: (t + sum(task[n] - t for task in tasks)).bfloat16() for n, t in base.items()}
 save_file(merged, out, metadata={"format": "pt"})
 """
-
 
 # Bytes of memory an entry for rows that hold complete models in float32; 16 were measured.
 WHOLE_BYTES = 20

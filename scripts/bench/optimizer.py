@@ -34,6 +34,7 @@ ROWS = {
 
 
 def main() -> None:
+    """Run all rows and print the table; with the hidden `--row`, run one and print its numbers."""
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,6 +83,7 @@ def main() -> None:
 
 
 def measure(row: dict, size: int, repeats: int, device: str) -> dict[str, float]:
+    """The least seconds of a step, and the memory at its peak and after it, over the parameters."""
     import torch
 
     torch.set_num_threads(1)
@@ -120,6 +122,7 @@ def finished() -> float:
 
 
 def make(kind: str, parameters: list, options: dict):
+    """The optimizer of a row."""
     import torch
 
     if kind == "adamw":
@@ -136,6 +139,7 @@ def make(kind: str, parameters: list, options: dict):
 
 
 def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) -> None:
+    """One step on given gradients, with all its samples."""
     if kind == "adamw":
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
@@ -154,6 +158,7 @@ def step(kind: str, optimizer, parameters: list, gradients: list, samples: int) 
 
 
 def resident(device: str) -> int:
+    """Bytes of memory in use."""
     if device == "cuda":
         import torch
 
@@ -163,6 +168,7 @@ def resident(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
+    """Let the peak of memory start again from what is in use."""
     if device == "cuda":
         import torch
 
@@ -173,6 +179,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int:
+    """Bytes of memory at the peak since `reset_peak`."""
     if device == "cuda":
         import torch
 
@@ -182,6 +189,7 @@ def peak(device: str) -> int:
 
 
 def cpu() -> str:
+    """The name of the processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(

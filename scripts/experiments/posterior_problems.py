@@ -28,11 +28,7 @@ from tiny_world import write_world
 from train_tiny_lm import train as train_lm
 
 Rows = dict[str, Tensor]
-
-
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "sentiment"
-
-
 CLIP = 1e-3  # clip radius of IVON's direction, the default of bmerge finetune
 
 

@@ -121,8 +121,6 @@ def lm(seed: int, folder: Path) -> Records:
 SECTIONS: dict[str, Callable[[int, Path], Records]] = {
     f.__name__: f for f in (linear, logistic, classifier, overfitted, lm, finetune, wrong)
 }
-
-
 NEEDS_DATA = ("classifier", "overfitted")
 
 

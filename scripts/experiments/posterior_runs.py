@@ -55,8 +55,6 @@ METHODS = {
     "IVON ggn, k = 8, then flush": ggn(8, flush=True),
     "Adam, then flush": Method("adam", flush=True),
 }
-
-
 FEW = {
     n: METHODS[n]
     for n in (

@@ -87,8 +87,6 @@ WRONG: dict[str, dict[str, Any]] = {
         "weight_decay": [1e-4, 1e-9],
     },
 }
-
-
 WRONG_LORA: dict[str, dict[str, Any]] = {
     "AdamW": {"learning_rate": [1e-4, 1e-3, 1e-2]},
     "price": {
