@@ -111,7 +111,7 @@ def run_convert(
         else:
             partial.mkdir()
             count = len(pickles.files)
-            files = [partial / shard_name(pickles.files, i, pickles.stem) for i in range(count)]
+            files = [partial / shard_name(pickles.stem, i, count) for i in range(count)]
             stored = _convert(pickles, files, keep_ties=_unties(path), progress=progress)
             if len(files) > 1:
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}

@@ -17,14 +17,12 @@ Force: TypeAlias = Annotated[bool, Field(description=FORCE)]
 class Frozen(BaseModel):
     """Base of everything that is read from or written to YAML or JSON: frozen, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built on first use, which keeps the start of the command line short.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Config(Frozen):
-    """Base of all settings."""
-
-    # Validators are built on first use, which keeps the start of the command line short.
-    model_config = ConfigDict(defer_build=True)
+    """Base of all settings: what a YAML file or the flags of a command give."""
 
 
 class Record(Frozen):

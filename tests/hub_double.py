@@ -1,7 +1,6 @@
-"""A Hub on the loopback interface for tests: the real client library talks to it, and nothing
-leaves the machine.
+"""A Hub on the loopback interface, with which the real client library talks in tests.
 
-Its state is in `hub_state`, its answers are in `hub_handler`.
+Nothing leaves the machine. Its state is in `hub_state`, its answers are in `hub_handler`.
 """
 
 import sys
@@ -47,8 +46,7 @@ def environment(hub: Hub, home: Any, token: str | None = TOKEN) -> dict[str, str
 
 
 def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> None:
-    """Point the client library in this process at `hub`, with a cache of its own, until the test
-    ends.
+    """Point this process's client library at `hub`, with a new cache, until the test ends.
 
     huggingface_hub reads its environment at import, so the constants that it read are set instead;
     it looks them up at every call.

@@ -49,10 +49,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(401, None, "Invalid credentials in Authorization header")
             parts = [unquote(p) for p in url.path.split("/")[1:]]
             self._route(parts, parse_qs(url.query))
-        except Refused as no:
+        except Refused as refusal:
             self._body()  # what is left unread would be taken for the next request
-            headers = {"X-Error-Code": no.code} if no.code else {}
-            self._json({"error": no.message}, no.status, headers | {"X-Error-Message": no.message})
+            headers = {"X-Error-Message": refusal.message}
+            if refusal.code:
+                headers["X-Error-Code"] = refusal.code
+            self._json({"error": refusal.message}, refusal.status, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -114,9 +116,9 @@ class Handler(BaseHTTPRequestHandler):
         return sha
 
     def _create(self) -> None:
-        asked = json.loads(self._body())
+        request = json.loads(self._body())
         self._login()
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        name = f"{request.get('organization') or USER}/{request['name']}"
         if name.split("/")[0] not in ORGANISATIONS:
             raise Refused(
                 403, None, "you do not have the rights to create a model under this namespace"
@@ -125,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repos:
             self._json(answer | {"error": "You already created this model repo"}, 409)
             return
-        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        private = bool(request.get("private")) or request.get("visibility") == "private"
         self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
         self._json(answer)
 
@@ -156,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json(rows)
 
     def _preupload(self, name: str, revision: str) -> None:
-        asked = json.loads(self._body())
+        request = json.loads(self._body())
         repo = self._repo(name, write=True)
         files = repo.commits[self._at(repo, revision)]
         self._json(
@@ -168,16 +170,16 @@ class Handler(BaseHTTPRequestHandler):
                         "shouldIgnore": False,
                         "oid": files[f["path"]].oid if f["path"] in files else None,
                     }
-                    for f in asked["files"]
+                    for f in request["files"]
                 ]
             }
         )
 
     def _batch(self, name: str) -> None:
-        asked = json.loads(self._body())
+        request = json.loads(self._body())
         self._repo(name, write=True)
         objects = []
-        for item in asked["objects"]:
+        for item in request["objects"]:
             row = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.hub.large:
                 row["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
@@ -226,11 +228,11 @@ class Handler(BaseHTTPRequestHandler):
         self._json(answer)
 
     def _branch(self, name: str, branch: str) -> None:
-        asked = json.loads(self._body() or b"{}")
+        request = json.loads(self._body() or b"{}")
         repo = self._repo(name, write=True)
         if branch in repo.refs:
             raise Refused(409, None, "Reference already exists")
-        repo.refs[branch] = self._at(repo, asked.get("startingPoint") or "main")
+        repo.refs[branch] = self._at(repo, request.get("startingPoint") or "main")
         self._json({}, 201)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
@@ -240,9 +242,9 @@ class Handler(BaseHTTPRequestHandler):
         if blob is None:
             raise Refused(404, "EntryNotFound", "Entry not found")
         headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        content, status, wanted = blob.content, 200, self.headers.get("Range")
-        if wanted:
-            start, _, end = wanted.removeprefix("bytes=").partition("-")
+        content, status, byte_range = blob.content, 200, self.headers.get("Range")
+        if byte_range:
+            start, _, end = byte_range.removeprefix("bytes=").partition("-")
             stop = min(int(end) + 1 if end else len(content), len(content))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             content, status = content[int(start) : stop], 206

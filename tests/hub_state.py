@@ -1,7 +1,7 @@
 """What the Hub's test double holds: repositories in memory, content-addressed as in git.
 
 Files named `*.safetensors` are large (LFS), all others regular. A test sets what goes wrong
-(`gated`, `cut_uploads`, `cut_downloads`) and reads what was asked (`log`).
+(`gated`, `cut_uploads`, `cut_downloads`) and reads the requests (`log`).
 """
 
 import hashlib
@@ -95,8 +95,8 @@ class Hub:
         self.orgs: list[dict[str, Any]] = []
         self.url = ""
 
-    def asked(self, method: str, part: str = "") -> list[str]:
-        """Paths that were asked for by a method, those that contain `part`."""
+    def requested(self, method: str, part: str = "") -> list[str]:
+        """Paths that contain `part` and were requested by a method."""
         return [r.path for r in self.log if r.method == method and part in r.path]
 
     def add(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.floors import (
     circles,
     import_graph,
@@ -13,6 +15,7 @@ from scripts.floors import (
     parse_floors,
     upward_imports,
 )
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 ROOMS = parse_floors(ROOT / "README.md")
@@ -24,6 +27,16 @@ FAMILIES = {
     "metrics": ROOMS["metrics"].steps.keys() - {"base"},
     "curvature": ROOMS["curvature"].steps.keys() - {"outputs"},
     "optim": {"ivon", "vogn", "bsam"},
+}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "huggingface_hub",
 }
 
 
@@ -78,15 +91,22 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_command_line_and_the_merge_load_no_heavy_library():
-    heavy = {
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "matplotlib",
-        "sklearn",
-        "huggingface_hub",
-    }
     light = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
-    assert not heavy & loaded_by(f"import {light}")
+    assert not HEAVY & loaded_by(f"import {light}")
+
+
+@pytest.mark.parametrize("command", ["help", "merge", "inspect"])
+def test_commands_on_local_files_load_no_heavy_library(tmp_path, command):
+    a, b = (
+        str(tiny.posterior(tmp_path / f"{name}.safetensors", tiny.arrays(i), tiny.precisions(i)))
+        for i, name in enumerate("ab")
+    )
+    words = {
+        "help": ["--help"],
+        "merge": ["merge", a, b, "--weights", "precision", "-o", str(tmp_path / "ab"), "-q"],
+        "inspect": ["inspect", a, b, "-q"],
+    }
+    run = f"app({words[command]!r}, standalone_mode=False)"
+    silent = "contextlib.redirect_stdout(io.StringIO())"
+    code = f"import contextlib, io\nfrom bmerge_cli.main import app\nwith {silent}: {run}"
+    assert not HEAVY & loaded_by(code)

@@ -32,9 +32,9 @@ def test_a_hub_id_is_fetched_with_its_commit(hub, tmp_path):
 def test_uniform_weights_fetch_no_posterior(hub, tmp_path):
     hub.add("org/a", files(folder(tmp_path / "a")))
     open_posterior("org/a", with_precision=False).close()
-    assert hub.asked("GET", "model.safetensors")
-    assert not hub.asked("GET", "resolve/main/posterior")
-    assert not [p for p in hub.asked("GET") if "/posterior/" in p]
+    assert hub.requested("GET", "model.safetensors")
+    assert not hub.requested("GET", "resolve/main/posterior")
+    assert not [p for p in hub.requested("GET") if "/posterior/" in p]
 
 
 def test_all_files_of_a_process_are_of_one_commit(hub, tmp_path):
@@ -59,7 +59,7 @@ def test_a_download_that_breaks_off_is_taken_up_again(hub, tmp_path):
     hub.add("org/a", {"model.safetensors": whole})
     hub.cut_downloads = 1
     assert (sources.resolve("org/a") / "model.safetensors").read_bytes() == whole
-    assert len(hub.asked("GET", "/model.safetensors")) == 2
+    assert len(hub.requested("GET", "/model.safetensors")) == 2
 
 
 def test_offline_mode_serves_what_is_cached_and_says_so_of_the_rest(hub, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_precision_may_live_in_another_repository_whose_model_is_not_fetched(h
         "out": str(tmp_path / "out"),
     }
     run_merge(MergeConfig(**config))
-    assert not hub.asked("GET", f"other/a-posterior/resolve/{commit}/model.safetensors")
+    assert not hub.requested("GET", f"other/a-posterior/resolve/{commit}/model.safetensors")
     recipe = yaml.safe_load((tmp_path / "out" / "merge_recipe.yaml").read_text())
     assert list(recipe["precision"].values()) == [f"other/a-posterior@{commit}"]
 

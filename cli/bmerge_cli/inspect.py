@@ -13,9 +13,9 @@ if TYPE_CHECKING:
         Comparison,
         DifferenceLayer,
         InspectReport,
+        LayerReport,
         PrecisionSummary,
     )
-    from mergekit_bayes.inspect.report import Layer
 
 NAME = "inspect"
 
@@ -117,7 +117,7 @@ def _show_layers(screen: Console, report: "InspectReport") -> None:
         screen.print(table(columns, rows, title="\nprecision, 1/weight^2"))
 
 
-def _precision_row(layer: "Layer", width: int) -> list[str]:
+def _precision_row(layer: "LayerReport", width: int) -> list[str]:
     precision = layer.precision
     if precision is None or not precision.quantiles:
         return [layer.name, *["-"] * (width - 1)]

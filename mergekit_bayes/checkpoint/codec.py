@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSource, TensorSpec
 
+# The mergeable dtypes that numpy has, too.
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
 
 def decode(raw: Array, dtype: str) -> Array:
     """Convert raw bytes of a mergeable dtype to float32 (float64 for F64).
@@ -39,9 +42,8 @@ def encode(values: Array, dtype: str) -> memoryview:
         if (nan := (bits & 0x7FFFFFFF) > 0x7F800000).any():
             rounded[nan] = 0x7FC0  # rounding up would carry some NaNs over to zero
         return rounded.view(np.uint8).data
-    numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values, dtype=numpy_dtype).view(np.uint8).data
+        return np.ascontiguousarray(values, dtype=_NUMPY_DTYPES[dtype]).view(np.uint8).data
 
 
 def overflowed(data: memoryview, dtype: str) -> int:
@@ -50,8 +52,7 @@ def overflowed(data: memoryview, dtype: str) -> int:
         return int(np.count_nonzero((np.frombuffer(data, np.uint8) & 0x7F) >= _F8[dtype].infinity))
     if dtype == "BF16":
         return int(np.count_nonzero((np.frombuffer(data, "<u2") & 0x7F80) == 0x7F80))
-    numpy_dtype = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
-    return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, numpy_dtype))))
+    return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, _NUMPY_DTYPES[dtype]))))
 
 
 def is_bad_mean(values: Array) -> NDArray[np.bool_]:
@@ -61,7 +62,7 @@ def is_bad_mean(values: Array) -> NDArray[np.bool_]:
 
 
 def is_bad_precision(values: Array) -> NDArray[np.bool_]:
-    """Which entries are not a precision: negative, infinite or NaN. Zero of either sign is one."""
+    """Which entries are not a precision: negative, infinite or NaN. Zero of any sign is valid."""
     return ~(np.isfinite(values) & (values >= 0))
 
 

@@ -55,25 +55,25 @@ def content_hash(path: Path) -> str:
 def block_hash(source: TensorSource, name: str) -> bytes:
     """SHA-256 of sixteen 4-KiB blocks spread over a tensor's bytes; of all bytes if it is small."""
     nbytes = source.specs[name].nbytes
-    digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
     starts: Sequence[int]
     if nbytes <= _BLOCK * _BLOCKS:
         starts = range(0, nbytes, _BLOCK)
     else:
         starts = [(nbytes - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
-    for start in starts:
-        out = memoryview(buffer)[: min(_BLOCK, nbytes - start)]
-        source.read_bytes(name, start, out)
-        digest.update(out)
-    return digest.digest()
+    return _hash_pieces(source, name, starts, _BLOCK)
 
 
 def full_hash(source: TensorSource, name: str) -> bytes:
     """SHA-256 of all of a tensor's bytes."""
+    return _hash_pieces(source, name, range(0, source.specs[name].nbytes, _STEP), _STEP)
+
+
+def _hash_pieces(source: TensorSource, name: str, starts: Sequence[int], size: int) -> bytes:
+    """SHA-256 of the pieces of `size` bytes that start at these bytes; the last may be shorter."""
     nbytes = source.specs[name].nbytes
-    digest, buffer = hashlib.sha256(), bytearray(_STEP)
-    for start in range(0, nbytes, _STEP):
-        out = memoryview(buffer)[: min(_STEP, nbytes - start)]
-        source.read_bytes(name, start, out)
-        digest.update(out)
+    digest, buffer = hashlib.sha256(), bytearray(size)
+    for start in starts:
+        piece = memoryview(buffer)[: min(size, nbytes - start)]
+        source.read_bytes(name, start, piece)
+        digest.update(piece)
     return digest.digest()

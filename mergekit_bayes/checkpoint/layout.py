@@ -105,11 +105,11 @@ def set_files(folder: Path, stem: str) -> list[Path]:
     return files
 
 
-def shard_name(files: tuple[Path, ...], index: int, stem: str) -> str:
-    """File name of shard `index` (from 0) of a set called `stem` with as many shards as `files`."""
-    if len(files) == 1:
+def shard_name(stem: str, index: int, count: int) -> str:
+    """File name of shard `index` (from 0) of a set of `count` shards called `stem`."""
+    if count == 1:
         return f"{stem}.safetensors"
-    return f"{stem}-{index + 1:05d}-of-{len(files):05d}.safetensors"
+    return f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_size: int) -> None:

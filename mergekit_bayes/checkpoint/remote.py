@@ -10,14 +10,14 @@ from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
 
 
-class RemoteFile(NamedTuple):
-    """A safetensors file on the Hub, as far as its header describes it.
+class RemoteHeader(NamedTuple):
+    """The header of a safetensors file on the Hub.
 
     Attributes:
         name: Path in the repository.
         bytes: Size of the file.
         tensors: Dtype and shape by name.
-        metadata: The header's own metadata.
+        metadata: Its `__metadata__`.
     """
 
     name: str
@@ -54,7 +54,7 @@ def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:
         raise CheckpointError(explain(error, ref)) from None
 
 
-def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteFile, ...]:
+def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteHeader, ...]:
     """Headers of safetensors files, read by ranged requests: no tensor is read, nothing is stored.
 
     Args:
@@ -67,7 +67,7 @@ def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteFile, ...]:
     from huggingface_hub import HfApi
 
     sizes, repo, commit = file_sizes(ref), ref.partition("@")[0], commit_of(ref)
-    files = []
+    headers = []
     try:
         for name in names:
             header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit)
@@ -75,7 +75,7 @@ def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteFile, ...]:
                 tensor: TensorSpec(str(info.dtype), tuple(info.shape))
                 for tensor, info in header.tensors.items()
             }
-            files.append(RemoteFile(name, sizes[name], tensors, dict(header.metadata or {})))
+            headers.append(RemoteHeader(name, sizes[name], tensors, dict(header.metadata or {})))
     except Exception as error:  # the client raises errors of many libraries
         raise CheckpointError(explain(error, ref)) from None
-    return tuple(files)
+    return tuple(headers)

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.errors import CheckpointError
 
 # A folder with one of these files may be replaced by `--force`.
-_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", "merge_report.json")
+_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", MERGE_REPORT)
 
 
 @contextmanager

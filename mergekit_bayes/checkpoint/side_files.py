@@ -23,7 +23,8 @@ _TOKENIZERS = (
 _LICENSES = ("LICENSE*", "NOTICE*")
 
 # What a merge or a fine-tuning run records of itself.
-RECORDS = ("merge_report.json", "merge_recipe.yaml", "finetune.yaml")
+MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
+RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE)
 
 FETCHED = (
     "*.json",

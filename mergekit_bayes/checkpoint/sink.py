@@ -80,7 +80,10 @@ class SafetensorsSink:
         self._fd = open_file(
             path, os.O_RDWR | (0 if begun else os.O_CREAT) | (0 if shared else os.O_EXCL)
         )
-        self._guarded(self._allocate, self._start + at)
+        with ExitStack() as stack:
+            stack.callback(self.abandon)
+            self._guarded(self._allocate, self._start + at)
+            stack.pop_all()  # allocated in full: the caller closes it from here on
 
     def _header(self) -> bytes:
         content = {"__metadata__": self.metadata, **self._entries}

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.detox.analysis import compare_curves, findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config
 from mergekit_bayes.detox.picture import draw
@@ -43,7 +44,6 @@ from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
-_MERGE_REPORT = "merge_report.json"
 _SETTINGS = "detox.yaml"
 
 
@@ -189,13 +189,13 @@ class _Journey:
             key.append(precision_identity(precision))
         folder = step_folder(self.work, curve.method, *key, *self.evaluate_key)
         model, evaluation, merge_report = (
-            folder / name for name in ("model", "evaluation", _MERGE_REPORT)
+            folder / name for name in ("model", "evaluation", MERGE_REPORT)
         )
         lacks_model = self.config.keep_models and not model.exists()
         if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
             if not model.exists():
                 run_merge(merge.model_copy(update={"out": str(model)}))
-                shutil.copyfile(model / _MERGE_REPORT, merge_report)
+                shutil.copyfile(model / MERGE_REPORT, merge_report)
             if not evaluation.exists():
                 evaluate = evaluate_config(self.config, str(model), str(evaluation))
                 run_evaluate(evaluate, quiet=self.quiet)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.records import Config, Force, Frozen
 
 
 class LoraSettings(Config):
@@ -164,7 +164,7 @@ class FinetuneConfig(Config):
     force: Force = False
 
 
-class FinetuneReport(Config):
+class FinetuneReport(Frozen):
     """What a fine-tune produced.
 
     Attributes:

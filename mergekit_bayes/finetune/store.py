@@ -10,6 +10,7 @@ import yaml
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.side_files import FINETUNE
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
@@ -111,7 +112,7 @@ def _save_model(run: Run, folder: Path) -> None:
         model.config.save_pretrained(folder)  # an adapter's own config does not name the labels
     settings = config.model_dump(mode="json", exclude={"force", "resume"})
     settings["model"] = pinned(config.model, run.loaded.path)
-    (folder / "finetune.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (folder / FINETUNE).write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 def _save_posterior(

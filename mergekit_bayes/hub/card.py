@@ -3,7 +3,8 @@
 A card depends on the files of its folder alone: it has no date, and the same folder gives the same
 card. What we write stands between two HTML comments, and the text around them is kept. The first
 comment lists a digest of each field that we put into the front matter, so that the next card renews
-a field of ours and keeps one that a user has changed since.
+a field of ours and keeps one that a user has changed since. A card that PEFT wrote is replaced if
+no user has edited it.
 """
 
 import hashlib
@@ -19,9 +20,16 @@ from mergekit_bayes.hub.folder import CARD
 from mergekit_bayes.hub.front_matter import Fields, front_matter, join_card, split_card
 from mergekit_bayes.hub.licenses import License, agreed_license
 from mergekit_bayes.hub.parents import Parent
-from mergekit_bayes.hub.peft_card import is_generated
 from mergekit_bayes.hub.sections import card_section
 
+# What PEFT writes into the card beside an adapter, on top of the Hub client's template.
+_PEFT_VERSION = re.compile(r"^- PEFT \S+$", re.MULTILINE)
+_PEFT_FIELDS = {"base_model", "library_name", "pipeline_tag", "tags"}
+_PEFT_LINE = re.compile(
+    r"### Framework versions|- PEFT \S+|## Training procedure"
+    r"|The following `bitsandbytes` quantization config was used during training:"
+    r"|- (?:quant_method|_?load_in_[48]bit|llm_int8_\w+|bnb_4bit_\w+): .*"
+)
 _END = "<!-- bmerge: end -->"
 _SECTION = re.compile(r"<!-- bmerge: begin(?P<digests>[^>]*) -->\n.*?" + re.escape(_END), re.DOTALL)
 
@@ -100,6 +108,24 @@ def make_card(
     return Card(join_card(user_fields | our_fields, text.lstrip()), (*facts.notes, *notes))
 
 
+def is_generated(card: str) -> bool:
+    """Whether a card is the one that PEFT writes beside an adapter, and no user has edited it.
+
+    Each line is then of PEFT's template, and each field one that PEFT writes.
+    """
+    if not _PEFT_VERSION.search(card):
+        return False
+    try:
+        fields, text = split_card(card)
+    except ValueError:
+        return False
+    if not set(fields) <= _PEFT_FIELDS:
+        return False
+    template = _template_lines()
+    lines = (line.strip() for line in text.splitlines())
+    return all(not line or line in template or _PEFT_LINE.fullmatch(line) for line in lines)
+
+
 def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, re.Match[str] | None]:
     """Fields and text of an existing card, and the place of our section in the text."""
     if existing is None and (folder / CARD).exists():
@@ -115,6 +141,15 @@ def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, re.Matc
             "between the two '---'."
         ) from None
     return fields, text, _SECTION.search(text)
+
+
+def _template_lines() -> set[str]:
+    """The lines of the Hub client's empty model card, which PEFT fills in and extends."""
+    from huggingface_hub import ModelCard
+
+    text = Path(ModelCard.default_template_path).read_text(encoding="utf-8")
+    filled = re.sub(r'\{\{ \w+ \| default\("([^"]*)", true\) ?\}\}', r"\1", text)
+    return {line.strip() for line in filled.splitlines()}
 
 
 def _digest(value: object) -> str:

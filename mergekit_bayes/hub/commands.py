@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.hub.facts import Facts
-from mergekit_bayes.hub.folder import MERGE_RECIPE, MergedModel
+from mergekit_bayes.hub.folder import MergedModel
 from mergekit_bayes.hub.local_paths import last_parts
 from mergekit_bayes.hub.parents import named_parents
 from mergekit_bayes.methods import METHODS
@@ -70,7 +71,7 @@ def further_section(facts: Facts) -> str:
     commands = [*_merging(facts, base, on_base), *undoing]
     if facts.recipe:
         line = f"bmerge merge {MERGE_RECIPE} -o again"
-        commands.append(_Command(line, "make it anew, with the same bytes"))
+        commands.append(_Command(line, "make it again, with the same bytes"))
     width = max(len(command.line) for command in commands)
     block = "\n".join(f"{command.line:<{width}}   # {command.comment}" for command in commands)
     title = "Merge it further, or undo it" if undoing else "Merge it further"
@@ -109,8 +110,9 @@ def _merging(facts: Facts, base: str | None, on_base: str) -> list[_Command]:
 
 
 def _undoable(facts: Facts) -> list[MergedModel]:
-    """Up to three tasks that one scale takes out again; none where the precision to do it with is
-    missing.
+    """Up to three tasks that a single scale takes out again.
+
+    There are none if the merge weighed by a precision that is not here.
     """
     report = facts.report
     method = METHODS.get(report.get("method", ""))

@@ -8,12 +8,10 @@ from typing import TypedDict
 import yaml
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import RECORDS
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import PosteriorInfo, read_info
 
 CARD = "README.md"
-MERGE_REPORT, MERGE_RECIPE, FINETUNE = RECORDS
 
 
 class MergedModel(TypedDict, total=False):

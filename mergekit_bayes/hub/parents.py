@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from mergekit_bayes.checkpoint.layout import precision_files
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, MERGE_REPORT
 from mergekit_bayes.hub.folder import (
-    FINETUNE,
-    MERGE_RECIPE,
-    MERGE_REPORT,
     MergeRecord,
     lone_precision_files,
     precision_info,

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.hub.card import Card, make_card
+from mergekit_bayes.hub.card import Card, is_generated, make_card
 from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
 from mergekit_bayes.hub.folder import CARD, lone_precision_files
 from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
 from mergekit_bayes.hub.login import check_target, explained
 from mergekit_bayes.hub.parents import Parent, parents
-from mergekit_bayes.hub.peft_card import is_generated
 from mergekit_bayes.hub.report import PushPlan, PushReport
 from mergekit_bayes.hub.repository import (
     RemoteFile,

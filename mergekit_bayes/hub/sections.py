@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import yaml
 
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.commands import further_section, posterior_code, use_section
 from mergekit_bayes.hub.facts import Facts
-from mergekit_bayes.hub.folder import FINETUNE, MERGE_RECIPE, MergedModel, MergeRecord
+from mergekit_bayes.hub.folder import MergedModel, MergeRecord
 from mergekit_bayes.hub.local_paths import last_parts, without_paths
 from mergekit_bayes.posterior import PosteriorInfo
 

@@ -5,6 +5,7 @@ from mergekit_bayes.inspect.report import (
     Comparison,
     DifferenceLayer,
     InspectReport,
+    LayerReport,
     PrecisionLayer,
     PrecisionSummary,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "Comparison",
     "DifferenceLayer",
     "InspectReport",
+    "LayerReport",
     "PrecisionLayer",
     "PrecisionSummary",
     "run_inspect",

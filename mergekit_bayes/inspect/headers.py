@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.remote import RemoteFile, file_sizes, read_headers
+from mergekit_bayes.checkpoint.remote import RemoteHeader, file_sizes, read_headers
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
-from mergekit_bayes.inspect.report import InspectReport, Layer, PrecisionSummary
+from mergekit_bayes.inspect.report import InspectReport, LayerReport, PrecisionSummary
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
@@ -53,7 +53,7 @@ def inspect_headers(ref: str) -> InspectReport:
         buffers=buffers,
         tied=(),
         layers=tuple(
-            Layer(
+            LayerReport(
                 name=layer,
                 tensors=len(members),
                 parameters=sum(mean[name].size for name in members),
@@ -78,12 +78,12 @@ def _of_stem(sizes: Mapping[str, int], stem: str) -> tuple[str, ...]:
     return tuple(sorted(path for path in sizes if fnmatchcase(path, shards)))
 
 
-def _specs(headers: Iterable[RemoteFile]) -> dict[str, TensorSpec]:
+def _specs(headers: Iterable[RemoteHeader]) -> dict[str, TensorSpec]:
     return {name: spec for header in headers for name, spec in header.tensors.items()}
 
 
 def _precision_summary(
-    headers: list[RemoteFile], mean: Mapping[str, TensorSpec], names: list[str]
+    headers: list[RemoteHeader], mean: Mapping[str, TensorSpec], names: list[str]
 ) -> PrecisionSummary:
     precision = _specs(headers)
     info = parse_info(headers[0].metadata, Path(headers[0].name))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mergekit_bayes.inspect.report import Layer, PrecisionSummary
+from mergekit_bayes.inspect.report import LayerReport, PrecisionSummary
 from mergekit_bayes.posterior import PosteriorInfo
 
 _WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
@@ -12,7 +12,7 @@ _HEALTH = (  # number in IVON's health report, its bound, what it means above th
 )
 
 
-def layer_notes(layers: Sequence[Layer], precision: PrecisionSummary | None) -> Iterator[str]:
+def layer_notes(layers: Sequence[LayerReport], precision: PrecisionSummary | None) -> Iterator[str]:
     """Notes on bad entries and on what a merge should know of the precision.
 
     Args:
@@ -31,7 +31,7 @@ def layer_notes(layers: Sequence[Layer], precision: PrecisionSummary | None) -> 
         yield from _ivon_notes(layers, info)
 
 
-def _precision_notes(layers: Sequence[Layer], precision: PrecisionSummary) -> Iterator[str]:
+def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary) -> Iterator[str]:
     if precision.belongs is False:
         yield "the precision was made for other weights"
     if precision.info is None:
@@ -58,7 +58,7 @@ def _precision_notes(layers: Sequence[Layer], precision: PrecisionSummary) -> It
         )
 
 
-def _ivon_notes(layers: Sequence[Layer], info: PosteriorInfo) -> Iterator[str]:
+def _ivon_notes(layers: Sequence[LayerReport], info: PosteriorInfo) -> Iterator[str]:
     for key, bound, meaning in _HEALTH:
         value = info.health.get(key)
         if isinstance(value, (int, float)) and value > bound:

@@ -42,7 +42,7 @@ class DifferenceLayer(Frozen):
     largest: float
 
 
-class Layer(Frozen):
+class LayerReport(Frozen):
     """The parameters of one layer.
 
     Attributes:
@@ -147,7 +147,7 @@ class InspectReport(Frozen):
     dtypes: dict[str, int]
     buffers: tuple[str, ...]
     tied: tuple[str, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerReport, ...]
     precision: PrecisionSummary | None
     comparison: Comparison | None
     quantiles: tuple[float, ...] = (0.0, *QUANTILES, 1.0)

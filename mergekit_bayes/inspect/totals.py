@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.checkpoint.codec import chunks, read_chunk, read_tensor
+from mergekit_bayes.checkpoint.codec import chunks, is_bad_precision, read_chunk, read_tensor
 from mergekit_bayes.checkpoint.specs import Array, TensorSource
-from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, Layer, PrecisionLayer
+from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, LayerReport, PrecisionLayer
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import is_form_of
 
@@ -83,9 +83,9 @@ class LayerTotals:
             numbers = read_tensor(precision, name).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
 
-    def report(self) -> Layer:
+    def report(self) -> LayerReport:
         """The layer's part of a report."""
-        return Layer(
+        return LayerReport(
             name=self.name,
             tensors=self.tensors,
             parameters=self.parameters,
@@ -129,7 +129,7 @@ class PrecisionTotals:
     def add(self, values: Array, stands_for: int = 1) -> None:
         """Add precisions, each of which stands for this number of parameters."""
         values = values.astype(np.float32)
-        good = values[np.isfinite(values) & (values >= 0)]
+        good = values[~is_bad_precision(values)]
         self.parameters += values.size * stands_for
         self.numbers += values.size
         self.bad += (values.size - good.size) * stands_for
@@ -180,13 +180,13 @@ class DifferenceTotals:
         self.parameters = 0
         self.weight_squares = self.squares = self.largest = 0.0
 
-    def add(self, here: Array, there: Array) -> None:
+    def add(self, first: Array, second: Array) -> None:
         """Add entries of the first model (float64) and the same entries of the second."""
-        both = np.isfinite(here) & np.isfinite(there)
-        here = here[both]
-        difference = there[both].astype(np.float64) - here
-        self.parameters += here.size
-        self.weight_squares += float(here @ here)
+        finite = np.isfinite(first) & np.isfinite(second)
+        first = first[finite]
+        difference = second[finite].astype(np.float64) - first
+        self.parameters += first.size
+        self.weight_squares += float(first @ first)
         self.squares += float(difference @ difference)
         self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
 

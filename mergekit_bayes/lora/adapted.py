@@ -28,7 +28,7 @@ class AdaptedSource(Closing):
         base: The base's tensors.
         adapter: The adapter.
         adapted: The layers by the tensor that they change.
-        whole: The tensors that the adapter replaces, from the base's name to the adapter's on disk.
+        replaced: The tensors that the adapter replaces, from the base's name to its name on disk.
     """
 
     is_computed = True
@@ -41,9 +41,9 @@ class AdaptedSource(Closing):
             MismatchError: A layer or tensor of the adapter does not fit the base.
         """
         self.base, self.adapter = base, adapter
-        self.adapted, self.whole = place_adapter(base, adapter)
+        self.adapted, self.replaced = place_adapter(base, adapter)
         self._specs = {n: self._spec(n, s) for n, s in base.specs.items()}
-        self._specs |= {n: adapter.posterior.mean.specs[disk] for n, disk in self.whole.items()}
+        self._specs |= {n: adapter.posterior.mean.specs[disk] for n, disk in self.replaced.items()}
         self._product = lru_cache(_KEPT)(self._make)
 
     def _spec(self, name: str, spec: TensorSpec) -> TensorSpec:
@@ -92,8 +92,8 @@ class AdaptedSource(Closing):
     def where(self, name: str) -> str:
         """The file or files of which a tensor is made, for messages."""
         stored = self.adapter.posterior.mean
-        if name in self.whole:
-            return stored.where(self.whole[name])
+        if name in self.replaced:
+            return stored.where(self.replaced[name])
         if name in self.adapted:
             return f"{self.base.where(name)} + {stored.where(self.adapted[name].layer.a)}"
         return self.base.where(name)
@@ -104,8 +104,8 @@ class AdaptedSource(Closing):
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
-        if name in self.whole:
-            self.adapter.posterior.mean.read_bytes(self.whole[name], offset, out)
+        if name in self.replaced:
+            self.adapter.posterior.mean.read_bytes(self.replaced[name], offset, out)
         elif name not in self.adapted:
             self.base.read_bytes(name, offset, out)
         else:
@@ -150,7 +150,7 @@ class ProductPrecision(Closing):
         }
         self._specs |= {
             n: TensorSpec("F32", mean.specs[n].shape)
-            for n, disk in mean.whole.items()
+            for n, disk in mean.replaced.items()
             if disk in stored
         }
         self._variance = lru_cache(_KEPT)(self._make)
@@ -165,7 +165,7 @@ class ProductPrecision(Closing):
         )
 
     def _read(self, name: str) -> Array:
-        values = self._adapter.counted(self._mean.whole[name], self._count)
+        values = self._adapter.counted(self._mean.replaced[name], self._count)
         assert values is not None
         return values.reshape(-1)
 
@@ -196,7 +196,7 @@ class ProductPrecision(Closing):
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
         adapted = self._mean.adapted
-        disk = self._mean.whole[name] if name in self._mean.whole else adapted[name].layer.a
+        disk = self._mean.replaced[name] if name in self._mean.replaced else adapted[name].layer.a
         return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
 
     def file_of(self, name: str) -> int:
@@ -206,7 +206,7 @@ class ProductPrecision(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
-        if name in self._mean.whole:
+        if name in self._mean.replaced:
             values = self._stored(name)[start:stop]
         else:
             values = np.float32(1) / (

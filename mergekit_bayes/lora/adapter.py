@@ -39,14 +39,14 @@ class Adapter(Closing):
         posterior: The tensors under PEFT's names on disk, and their precision if there is one.
         config: The content of `adapter_config.json`.
         layers: The adapted weights by module, in order of the modules' names.
-        whole: Tensors that replace the base's (`modules_to_save`), from the name in the model to
-            the name on disk.
+        replacements: Tensors that replace the base's (`modules_to_save`), from the name in the
+            model to the name on disk.
     """
 
     posterior: Posterior
     config: LoraConfig
     layers: Mapping[str, Layer]
-    whole: Mapping[str, str]
+    replacements: Mapping[str, str]
 
     @property
     def ref(self) -> str:
@@ -173,14 +173,14 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
             str(folder / WEIGHTS), precision=precision, with_precision=with_precision
         )
         posterior = stack.enter_context(replace(opened, ref=ref, path=folder))
-        layers, whole = read_layers(posterior, config)
+        layers, replacements = read_layers(posterior, config)
         if posterior.info is not None and identity(posterior.mean) != posterior.info.mean.blocks:
             raise PrecisionError(
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
                 "them differs. Use the precision that belongs to them."
             )
         stack.pop_all()  # the adapter owns the files from here on
-    return Adapter(posterior, config, layers, whole)
+    return Adapter(posterior, config, layers, replacements)
 
 
 def is_adapter(path: Path) -> bool:

@@ -31,7 +31,7 @@ class TensorCopy(NamedTuple):
 
 # By the first adapter's name, the copies of those adapters that hold the layer or the tensor.
 Layers = Mapping[str, Sequence[LayerCopy]]
-Whole = Mapping[str, Sequence[TensorCopy]]
+Replacements = Mapping[str, Sequence[TensorCopy]]
 
 
 class AdapterMerge(NamedTuple):
@@ -65,7 +65,7 @@ class AdapterMerge(NamedTuple):
         return np.concatenate(left, 1), np.concatenate([f.a for f in factors])
 
 
-def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Whole]:
+def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
     """Find the layers and the tensors of `modules_to_save` that adapters have in common.
 
     Returns:
@@ -75,7 +75,7 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Whole]:
         MismatchError: A layer has different shapes.
     """
     layers: dict[str, list[LayerCopy]] = {}
-    whole: dict[str, list[TensorCopy]] = {}
+    replacements: dict[str, list[TensorCopy]] = {}
     for index, adapter in enumerate(adapters):
         renaming = find_renaming(adapters[0].layers, adapter.layers) if index else Renaming()
         for module, layer in adapter.layers.items():
@@ -88,6 +88,8 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Whole]:
                     f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
                 )
             copies.append(LayerCopy(index, layer))
-        for name, disk in adapter.whole.items():
-            whole.setdefault(renaming(name, adapters[0].whole), []).append(TensorCopy(index, disk))
-    return layers, whole
+        for name, disk in adapter.replacements.items():
+            replacements.setdefault(renaming(name, adapters[0].replacements), []).append(
+                TensorCopy(index, disk)
+            )
+    return layers, replacements

@@ -58,14 +58,14 @@ def read_layers(
         MismatchError: The factors have another rank than the config says.
     """
     names: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for disk in posterior.mean.specs:
         name = disk.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name)
         if match:
             names.setdefault(match["module"], {})[match["factor"]] = disk
         elif _is_saved(name, config.get("modules_to_save") or ()):
-            whole[name] = disk
+            replacements[name] = disk
         else:
             raise ConfigError(
                 f"{posterior.mean.where(disk)}: '{disk}' is neither lora_A, lora_B nor of "
@@ -77,7 +77,7 @@ def read_layers(
             f"{posterior.mean.files[0]}: holds no lora_A and lora_B. Is it a LoRA adapter?"
         )
     layers = {m: _read_layer(posterior, config, m, names[m]) for m in sorted(names)}
-    return layers, whole
+    return layers, replacements
 
 
 def _read_layer(

@@ -14,19 +14,17 @@ from typing import Literal
 
 from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import copy_side_files
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT, copy_side_files
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
 from mergekit_bayes.lora.config import CONFIG
 from mergekit_bayes.lora.factors import is_linear
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, match_adapters
 from mergekit_bayes.lora.output import write_config, write_tensors
+from mergekit_bayes.lora.replacements import decide_replacements
 from mergekit_bayes.lora.report import FORMULA, AdapterReport
-from mergekit_bayes.lora.whole import decide_whole
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
-
-_REPORT, _RECIPE = "merge_report.json", "merge_recipe.yaml"
 
 
 def merge_adapters(
@@ -93,16 +91,18 @@ def merge_adapters(
             counted = check_precisions(opened, counts)
         else:
             counted = (None,) * len(opened)
-        layers, whole = match_adapters(opened)
+        layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":
             merge = merge._replace(averaged=not is_linear(merge, layers, notes))
         result_rank = _choose_rank(space, rank, layers)
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
-        outcomes = decide_whole(merge, whole)
-        done = write_tensors(merge, space, result_rank, layers, whole, outcomes, partial, progress)
-        write_config(opened, layers, whole, result_rank, partial)
+        outcomes = decide_replacements(merge, replacements)
+        done = write_tensors(
+            merge, space, result_rank, layers, replacements, outcomes, partial, progress
+        )
+        write_config(opened, layers, replacements, result_rank, partial)
         copy_side_files(opened[0].posterior.path, partial, but=CONFIG)
         report = AdapterReport(
             path=str(out),
@@ -118,7 +118,7 @@ def merge_adapters(
             whole=outcomes,
             notes=tuple(notes),
         )
-        (partial / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+        (partial / MERGE_REPORT).write_text(report.model_dump_json(indent=2) + "\n")
         pinned = {a.ref: a.posterior.pinned for a in opened}
         posteriors = [a.posterior for a in opened]
         recipe = {
@@ -136,7 +136,7 @@ def merge_adapters(
                 p.pinned: p.precision_identity for p in posteriors if p.has_precision
             },
         }
-        (partial / _RECIPE).write_text(recipe_text(recipe))
+        (partial / MERGE_RECIPE).write_text(recipe_text(recipe))
         return report
 
 

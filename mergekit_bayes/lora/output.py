@@ -10,10 +10,10 @@ from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, PREFIX, WEIGHTS
 from mergekit_bayes.lora.factors import merge_factors
-from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Whole
+from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Replacements, Space
 from mergekit_bayes.lora.products import merge_products
+from mergekit_bayes.lora.replacements import merge_replacement
 from mergekit_bayes.lora.report import MergedLayer
-from mergekit_bayes.lora.whole import merge_whole
 from mergekit_bayes.records import Progress
 
 # What selects a subset of `target_modules`.
@@ -25,7 +25,7 @@ def write_tensors(
     space: Space,
     rank: int,
     layers: Layers,
-    whole: Whole,
+    replacements: Replacements,
     outcomes: Mapping[str, str],
     folder: Path,
     progress: Progress | None,
@@ -37,8 +37,8 @@ def write_tensors(
         space: The space in which changes are added.
         rank: Rank of every layer of the result.
         layers: The layers, with who holds them.
-        whole: The tensors beside the factors, with who holds them.
-        outcomes: What becomes of each of those, from `decide_whole`.
+        replacements: The tensors of `modules_to_save`, with who holds them.
+        outcomes: What becomes of each of those, from `decide_replacements`.
         folder: Where to write.
         progress: Called with (layers done, layers in all).
 
@@ -50,7 +50,7 @@ def write_tensors(
         layer = copies[0].layer
         specs[f"{PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (rank, layer.columns))
         specs[f"{PREFIX}{module}.lora_B.weight"] = TensorSpec("F32", (layer.rows, rank))
-    for name, tensors in whole.items():
+    for name, tensors in replacements.items():
         mean = merge.adapters[tensors[0].owner].posterior.mean
         specs[PREFIX + name] = mean.specs[tensors[0].disk]
     done: dict[str, MergedLayer] = {}
@@ -66,15 +66,15 @@ def write_tensors(
             done[module] = MergedLayer(norm=merged.norm, error=merged.error, adapters=len(copies))
             if progress:
                 progress(len(done), len(layers))
-        for name, tensors in whole.items():
-            values = merge_whole(merge, tensors, outcomes[name])
+        for name, tensors in replacements.items():
+            values = merge_replacement(merge, tensors, outcomes[name])
             data = encode(values.reshape(-1), specs[PREFIX + name].dtype)
             sink.write_bytes(PREFIX + name, 0, data)
     return done
 
 
 def write_config(
-    adapters: Sequence[Adapter], layers: Layers, whole: Whole, rank: int, folder: Path
+    adapters: Sequence[Adapter], layers: Layers, replacements: Replacements, rank: int, folder: Path
 ) -> None:
     """Write `adapter_config.json`: the first adapter's, with the scaling in the factors.
 
@@ -93,7 +93,7 @@ def write_config(
     if len({_targets(adapter) for adapter in adapters}) > 1:
         config |= {"target_modules": sorted(layers)} | dict.fromkeys(_SELECTIONS)
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}
-    config["modules_to_save"] = sorted(saved) if whole else None
+    config["modules_to_save"] = sorted(saved) if replacements else None
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

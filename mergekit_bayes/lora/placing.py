@@ -32,13 +32,13 @@ def place_adapter(
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
-    renaming = find_renaming(base.specs, [*weights, *adapter.whole])
+    renaming = find_renaming(base.specs, [*weights, *adapter.replacements])
     layers = {renaming(name, base.specs): layer for name, layer in weights.items()}
     for name, layer in layers.items():
         _check_layer(base, adapter, name, layer)
     transposed = _find_transposed(base, adapter, layers)
-    whole = {renaming(name, base.specs): disk for name, disk in adapter.whole.items()}
-    for name, disk in whole.items():
+    replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
+    for name, disk in replaced.items():
         shape = adapter.posterior.mean.specs[disk].shape
         if name in base.specs and base.specs[name].shape != shape:
             raise MismatchError(
@@ -47,7 +47,7 @@ def place_adapter(
                 f"model ({_named_base(adapter)})?"
             )
     placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
-    return placed, whole
+    return placed, replaced
 
 
 def _check_layer(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> None:

@@ -56,19 +56,19 @@ def _weighted_change(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> Array:
         float32, shape (d_out, d_in); computed some rows at a time.
     """
     layer = copies[0].layer
-    counting = [copy for copy in copies if merge.scales[copy.owner]]
-    products = [(merge.scales[copy.owner], *_products(merge, copy)) for copy in counting]
+    nonzero = [copy for copy in copies if merge.scales[copy.owner]]
+    products = [(merge.scales[copy.owner], *_products(merge, copy)) for copy in nonzero]
     merged: Array = np.zeros((layer.rows, layer.columns), np.float32)
     height = max(1, _BLOCK // max(1, layer.columns))
     for start in range(0, layer.rows if products else 0, height):
         rows = slice(start, start + height)
         total: Array = np.zeros((1, layer.columns), np.float32)
-        for scale, delta, spread in products:
-            strength = np.float32(scale) / (
-                spread.left[:, rows].T @ spread.right + np.float32(VARIANCE_FLOOR)
+        for scale, delta, variances in products:
+            weight = np.float32(scale) / (
+                variances.left[:, rows].T @ variances.right + np.float32(VARIANCE_FLOOR)
             )
-            merged[rows] += strength * (delta.left[:, rows].T @ delta.right)
-            total = total + strength
+            merged[rows] += weight * (delta.left[:, rows].T @ delta.right)
+            total = total + weight
         merged[rows] /= total
     return merged
 

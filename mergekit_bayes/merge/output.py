@@ -4,7 +4,7 @@ import math
 from contextlib import ExitStack
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import precision_path, write_index
+from mergekit_bayes.checkpoint.layout import precision_path, shard_name, write_index
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
@@ -43,8 +43,8 @@ class Output(Closing):
             folder = out / "posterior"
             if plan.info is not None:
                 folder.mkdir(exist_ok=True)
-            self._means = [out / _shard("model", i, count) for i in range(count)]
-            self._precisions = [folder / _shard("precision", i, count) for i in range(count)]
+            self._means = [out / shard_name("model", i, count) for i in range(count)]
+            self._precisions = [folder / shard_name("precision", i, count) for i in range(count)]
         self._mean_sinks: list[SafetensorsSink] = []
         self._precision_sinks: list[SafetensorsSink | None] = []
         self._sinks: dict[str, Sinks] = {}
@@ -154,9 +154,3 @@ def _identified(
         identity = identify(written, full=plan.config.verify)
     merge = info.merge.model_copy(update={"guarded_share": math.ceil(1e6 * guarded_share) / 1e6})
     return info.model_copy(update={"mean": identity, "merge": merge})
-
-
-def _shard(stem: str, index: int, count: int) -> str:
-    if count == 1:
-        return f"{stem}.safetensors"
-    return f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -7,13 +7,13 @@ from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import Input, MergePlan
-from mergekit_bayes.records import Config
+from mergekit_bayes.records import Frozen
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
 _PLAUSIBLE = (1e-3, 1e3)
 
 
-class MergedModel(Config):
+class MergedModel(Frozen):
     """How one input entered the merge.
 
     Attributes:
@@ -45,7 +45,7 @@ class MergedModel(Config):
     mended: int = 0
 
 
-class MergeReport(Config):
+class MergeReport(Frozen):
     """What a merge did.
 
     Attributes:

@@ -26,7 +26,7 @@ from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.models.places import Place, find_places
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
-from mergekit_bayes.records import Config
+from mergekit_bayes.records import Frozen
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ _PROPER = 10 * DELTA_0  # the constant that a merge adds against 0/0 is not a pr
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-class SamplingReport(Config):
+class SamplingReport(Frozen):
     """What was drawn, and how wide.
 
     Attributes:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_foreign
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.options import parse_size
@@ -82,15 +83,15 @@ def split_shards(
 def report_path(target: Path) -> Path:
     """Where a merge's report goes: beside a file, inside a folder."""
     if target.suffix == ".safetensors":
-        return target.with_name(target.name.removesuffix(".safetensors") + ".merge_report.json")
-    return target / "merge_report.json"
+        return target.with_name(f"{target.stem}.{MERGE_REPORT}")
+    return target / MERGE_REPORT
 
 
 def recipe_path(target: Path) -> Path:
     """Where a merge's resolved recipe goes: beside a file, inside a folder."""
     if target.suffix == ".safetensors":
-        return target.with_name(target.name.removesuffix(".safetensors") + ".merge_recipe.yaml")
-    return target / "merge_recipe.yaml"
+        return target.with_name(f"{target.stem}.{MERGE_RECIPE}")
+    return target / MERGE_RECIPE
 
 
 def partial_path(target: Path) -> Path:

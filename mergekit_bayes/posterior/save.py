@@ -87,10 +87,11 @@ def _write_folder(
     groups: dict[int, list[str]] = {}
     for name in precision:
         groups.setdefault(mean.file_of(name), []).append(name)
-    shards = {shard_name(mean.files, i, "precision"): names for i, names in sorted(groups.items())}
+    count = len(mean.files)
+    shards = {shard_name("precision", i, count): names for i, names in sorted(groups.items())}
     for file, names in shards.items():
         _write_set(folder / file, {n: precision[n] for n in names}, info)
-    if len(mean.files) > 1:
+    if count > 1:
         write_index(folder, "precision", shards, sum(4 * p.size for p in precision.values()))
     write_info(folder, info)
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.records import Config, Force, Frozen
 
 
 class PrecisionConfig(Config):
@@ -39,7 +39,7 @@ class PrecisionConfig(Config):
     force: Force = False
 
 
-class PrecisionReport(Config):
+class PrecisionReport(Frozen):
     """Where the precision was written, and what it stands for.
 
     Attributes:

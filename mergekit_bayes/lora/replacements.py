@@ -1,4 +1,4 @@
-"""Tensors that adapters hold beside their factors, in place of the base's (`modules_to_save`)."""
+"""Merge the tensors that adapters hold in place of the base's (`modules_to_save`)."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from mergekit_bayes.checkpoint.identity import full_hash
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.lora.inputs import AdapterMerge, TensorCopy, Whole
+from mergekit_bayes.lora.inputs import AdapterMerge, Replacements, TensorCopy
 
 _SAME, _AVERAGED = "the same in all adapters", "averaged by precision"
 _FOLD = "Fold instead: `bmerge merge BASE+A BASE+B`."
 
 
-def decide_whole(merge: AdapterMerge, whole: Whole) -> dict[str, str]:
+def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict[str, str]:
     """Decide what becomes of each tensor: kept if all adapters agree, else averaged by precision.
 
     Raises:
@@ -23,7 +23,7 @@ def decide_whole(merge: AdapterMerge, whole: Whole) -> dict[str, str]:
             uniform weights, or is not stored as numbers.
     """
     outcomes = {}
-    for name, copies in whole.items():
+    for name, copies in replacements.items():
         if len(copies) < len(merge.adapters):
             lacking = min(set(range(len(merge.adapters))) - {copy.owner for copy in copies})
             raise MismatchError(
@@ -51,8 +51,8 @@ def decide_whole(merge: AdapterMerge, whole: Whole) -> dict[str, str]:
     return outcomes
 
 
-def merge_whole(merge: AdapterMerge, copies: Sequence[TensorCopy], outcome: str) -> Array:
-    """The merged tensor, by the outcome that `decide_whole` gave it.
+def merge_replacement(merge: AdapterMerge, copies: Sequence[TensorCopy], outcome: str) -> Array:
+    """The merged tensor, by the outcome that `decide_replacements` gave it.
 
     Raises:
         PrecisionError: It is averaged, and a precision is missing.
