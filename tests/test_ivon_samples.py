@@ -125,7 +125,7 @@ def test_in_bfloat16_the_curvature_is_right_even_where_rounding_hides_the_noise(
         sampled = optimizer._transient.sampled.pop(w)
         product = sampled.noise_grad
         if product is None:
-            product = redrawn_product(sampled.at, sampled.grad, optimizer._noise)
+            product = redrawn_product(sampled.moved, sampled.grad, optimizer._noise)
         seen += product / sigma**2
     assert torch.equal(w.float(), start.to(torch.bfloat16).float())
     assert (w != before).sum() == 0
@@ -159,4 +159,4 @@ def test_redrawing_keeps_nothing_while_the_weights_are_sampled():
     sums = optimizer._transient.sampled.values()
     assert len(sums) == 4
     assert all(sampled.noise_grad is None for sampled in sums)
-    assert all(sampled.at.saved is None for sampled in sums)
+    assert all(sampled.moved.saved is None for sampled in sums)

@@ -78,8 +78,8 @@ class IVON(PosteriorOptimizer):
             `state_dict`; give it again to resume.
         antithetic: Samples 2k - 1 and 2k of a step have noise +eps and -eps, so that on the same
             batches the gradient's own noise cancels in the Hessian: its relative noise a step
-            falls from sqrt(ess / batch) to sqrt(2). In float32; under bf16 autocast only at a
-            moderate ess.
+            falls from sqrt(ess / batch) to sqrt(2). That holds in float32, and under bf16
+            autocast at a moderate ess only.
         restore: "copy" holds the mean (and then noise * gradient) in a third buffer of the
             parameters' size, and restores it exactly. "redraw" holds nothing, and draws the noise
             two or three times. Under a float32 master it is as exact; else adding and subtracting
@@ -197,10 +197,10 @@ class IVON(PosteriorOptimizer):
         """Whether every rank draws training noise of its own."""
         return self.rank_noise and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _place(self, at: Moved) -> int:
-        if self._ranks_draw and at.draw is not None and at.draw.stream == TRAIN:
+    def _place(self, moved: Moved) -> int:
+        if self._ranks_draw and moved.draw is not None and moved.draw.stream == TRAIN:
             return dist.get_rank()
-        return super()._place(at)
+        return super()._place(moved)
 
     @property
     def curvature_due(self) -> bool:
@@ -234,12 +234,12 @@ class IVON(PosteriorOptimizer):
         add_squares(self._transient.squares, projected, self._trained_parameters())
         self._transient.observations += observations
 
-    def _take(self, at: Moved) -> None:
-        gradient, transient = take_gradient(at.parameter), self._transient
+    def _take(self, moved: Moved) -> None:
+        gradient, transient = take_gradient(moved.parameter), self._transient
         if self._uses_noise:
-            add_noise_gradient(transient.sampled, at, gradient, self._noise, transient.buffers)
+            add_noise_gradient(transient.sampled, moved, gradient, self._noise, transient.buffers)
         else:
-            add_gradient(transient.sampled, at, gradient)
+            add_gradient(transient.sampled, moved, gradient)
 
     @overload
     def step(self, closure: None = None) -> None: ...
