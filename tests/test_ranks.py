@@ -188,9 +188,8 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, task):
     assert infos[0].training["loss_reduction"] == f"mean over {unit}s of a step"
     for name in ("steps", "batch_size", "beta2", "ess", "lr"):
         assert infos[0].training[name] == infos[1].training[name], name
-    assert infos[0].training["batch_size"] == pytest.approx(
-        infos[0].observations / 3
-    )  # 24 rows are three steps
+    per_step = infos[0].observations / 3  # 24 rows are three steps
+    assert infos[0].training["batch_size"] == pytest.approx(per_step)
     assert infos[0].health["kappa"] == infos[1].health["kappa"]
     assert report.loss == pytest.approx(results[task]["report"]["loss"], rel=1e-3)
 

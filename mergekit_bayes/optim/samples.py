@@ -81,9 +81,8 @@ def product_in_place(moved: Moved, gradient: Tensor) -> Tensor:
     for w, m, g in slices(local(moved.parameter), moved.saved, gradient):
         noise = w - m
         w.copy_(m)
-        moved.returned += max(
-            1, w.numel()
-        )  # before the mean is overwritten, in case of an interrupt
+        # Before the mean is overwritten, because an interrupt may come between the two.
+        moved.returned += max(1, w.numel())
         torch.mul(noise, g, out=m)
     product, moved.saved = moved.saved, None
     return product
