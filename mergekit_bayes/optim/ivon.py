@@ -14,7 +14,6 @@ from typing import overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
@@ -22,7 +21,7 @@ from mergekit_bayes.optim.health import curvature_noise
 from mergekit_bayes.optim.moves import Moved
 from mergekit_bayes.optim.noise import TRAIN
 from mergekit_bayes.optim.prior import Priors
-from mergekit_bayes.optim.rank_noise import mean_over_ranks, sampled_on_any_rank
+from mergekit_bayes.optim.rank_noise import check_replicas, mean_over_ranks, sampled_on_any_rank
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
 from mergekit_bayes.optim.squares import add_squares, mean_squares
@@ -177,20 +176,9 @@ class IVON(PosteriorOptimizer):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        if not self.rank_noise:
-            return
-        for p in [p for group in self.param_groups for p in group["params"]]:
-            if isinstance(p, DTensor):
-                raise ValueError(
-                    "IVON: rank_noise=True needs replicas; of sharded parameters all ranks see "
-                    "one sample"
-                )
-            if self.restore == "redraw" and p.requires_grad and p.dtype.itemsize >= 4:
-                raise ValueError(
-                    "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: "
-                    "without a float32 master each rank's noise leaves rounding of its own. Use "
-                    "restore='copy'."
-                )
+        if self.rank_noise:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            check_replicas(parameters, copies=self.restore == "copy")
 
     @property
     def _ranks_draw(self) -> bool:

@@ -5,10 +5,35 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mergekit_bayes.optim.moves import Moved, Noise
 from mergekit_bayes.optim.samples import Sampled, redrawn_product
 from mergekit_bayes.optim.shards import at_least_float32
+
+
+def check_replicas(parameters: Sequence[Tensor], *, copies: bool) -> None:
+    """Check that ranks may draw noise of their own on these parameters.
+
+    Args:
+        parameters: All parameters of the optimizer.
+        copies: Whether `restore` is "copy".
+
+    Raises:
+        ValueError: The parameters are sharded, or replicas of them would drift apart.
+    """
+    for p in parameters:
+        if isinstance(p, DTensor):
+            raise ValueError(
+                "IVON: rank_noise=True needs replicas; of sharded parameters all ranks see one "
+                "sample"
+            )
+        if not copies and p.requires_grad and p.dtype.itemsize >= 4:
+            raise ValueError(
+                "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: "
+                "without a float32 master each rank's noise leaves rounding of its own. Use "
+                "restore='copy'."
+            )
 
 
 def sampled_on_any_rank(
