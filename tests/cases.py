@@ -117,10 +117,15 @@ class Case:
         weights, outputs = self._function(model)
         return jacrev(lambda w: self._losses(outputs(w)))(weights)
 
+    def jacobian(self, model):
+        """(n, C, P), of the outputs."""
+        weights, outputs = self._function(model)
+        return jacrev(outputs)(weights)
+
     def ggn(self, model):
         """(P, P): the mean of J' A J, with A the Hessian of the loss in the outputs."""
         weights, outputs = self._function(model)
-        jacobian, z = jacrev(outputs)(weights), outputs(weights)
+        jacobian, z = self.jacobian(model), outputs(weights)
         factors = torch.stack([output_factor(self.likelihood, row) for row in z])
         return torch.einsum("ncp,ncd,ndq->pq", jacobian, factors, jacobian) / len(z)
 

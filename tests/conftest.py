@@ -12,6 +12,7 @@ EXPENSIVE = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Group those tests for `--dist loadgroup`; the small tests then fill up both processes."""
     for item in items:

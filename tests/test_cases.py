@@ -5,7 +5,7 @@ import torch
 
 from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root
 from mergekit_bayes.optim import BSAM, IVON, VOGN
-from tests.cases import CASES, flat
+from tests.cases import CASES, flat, output_factor
 
 NO_NOISE = 1e16  # an ess at which samples are the mean, to float32's rounding
 EXACT = [n for n, case in CASES.items() if case.is_linear and case.likelihood == "gaussian"]
@@ -54,6 +54,36 @@ def test_the_dense_matrices_are_right_themselves(case):
     case.loss(model).backward()
     gradient = flat(p.grad for p in model.parameters())
     torch.testing.assert_close(case.gradients(model).mean(0), gradient, rtol=1e-10, atol=1e-12)
+
+
+def projected_squares(case, roots):
+    """Sum over the roots v, (n, C) each, of (sum_n v_n' J_n)^2, one entry a weight."""
+    jacobian = case.jacobian(case.model())
+    return sum(torch.einsum("nc,ncp->p", root.double(), jacobian).square() for root in roots)
+
+
+@of_every_case
+def test_a_draw_of_root_ggn_is_the_squared_projection_of_the_dense_jacobian(case):
+    """With the second moment of the roots, in the next test, the estimate is right exactly."""
+    model, batches = case.model(), 3
+    outputs, generator = case.outputs(model).detach(), torch.Generator().manual_seed(3)
+    roots = [random_root(outputs, case.likelihood, generator) for _ in range(batches)]
+    estimate = ggn_diagonal(model, [{"input_ids": case.inputs.float()}] * batches, seed=3)
+    assert estimate.observations == batches * len(case.inputs)
+    # Rounding of float32, over sums of some hundred products.
+    expected = projected_squares(case, roots)
+    torch.testing.assert_close(flat(estimate.total.values()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "categorical"])
+def test_the_second_moment_of_the_roots_is_the_hessian_in_the_outputs(likelihood):
+    """v_i v_j has a variance of at most 3 A_ii A_jj, by Khinchine's inequality as below."""
+    draws, z = 200_000, torch.tensor([2.0, 0.0, -1.0])
+    roots = random_root(z.expand(draws, 3), likelihood, torch.Generator().manual_seed(0)).double()
+    factor = output_factor(likelihood, z.double())
+    sizes = factor.diagonal().sqrt()
+    error = (roots.T @ roots / draws - factor) / torch.outer(sizes, sizes)
+    assert error.abs().max() < 5 * (3 / draws) ** 0.5  # 2 %
 
 
 @of_every_case
@@ -114,6 +144,67 @@ def test_ivon_as_published_sees_the_diagonal_of_the_hessian(case):
     rounding = 1e-3  # of h, a float32 near 1, over the share of h that is new
     away = (seen - hessian.diagonal()).abs() / (5 * deviation + rounding)
     assert float(away.max()) < 1
+
+
+CENTRE = 0.3  # of the prior in the next two tests
+
+
+def after_one_step(optimizer, model):
+    """Weights, h and precision."""
+    precision = flat(optimizer.precision(model.named_parameters()).values())
+    return flat(model.parameters()), hess_of(optimizer, model), precision
+
+
+@of_every_case
+def test_a_step_of_ivon_as_published_is_that_of_the_dense_hessian(case):
+    """Noise of +-e sees f = ess (h + d) e (H e), up to the square of e, about 1e-8."""
+    lr, ess, h, d, beta2 = 0.1, 1e8, 0.5, 0.2, 0.5
+    model = case.model(torch.float64)
+    mean, hessian = flat(model.parameters()), case.hessian(model)
+    gradient = case.gradients(model).mean(0)
+    prior = {p: (torch.full_like(p, CENTRE), ess * d) for p in model.parameters()}
+    optimizer = IVON(
+        model.parameters(),
+        lr=lr,
+        ess=ess,
+        hess_init=h,
+        beta2=beta2,
+        rescale_lr=False,
+        mc_samples=2,
+        antithetic=True,
+        prior=prior,
+    )
+    with optimizer.sampled_params(train=True):
+        noise = flat(model.parameters()) - mean
+        case.loss(model).backward()
+    sample(optimizer, case, model)
+    optimizer.step()
+    f = ess * (h + d) * noise * (hessian @ noise)
+    curvature = h + (1 - beta2) * (f - h) + 0.5 * ((1 - beta2) * (f - h)).square() / (h + d)
+    moved = mean - lr * (gradient + d * (mean - CENTRE)) / (curvature + d)
+    expected = moved, curvature, ess * (curvature + d)
+    for ours, exact in zip(after_one_step(optimizer, model), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+@of_every_case
+def test_a_step_of_ivon_with_the_ggn_is_that_of_the_dense_jacobian(case):
+    """The first step is made at the mean, so that nothing but the signs is random."""
+    lr, ess, d = 0.1, 30.0, 0.2
+    model, dense = case.model(), case.model()
+    mean, gradient = flat(model.parameters()), case.gradients(dense).mean(0)
+    prior = {p: (torch.full_like(p, CENTRE), ess * d) for p in model.parameters()}
+    optimizer = IVON(
+        model.parameters(), lr=lr, ess=ess, curvature="ggn", curvature_every=1, prior=prior
+    )
+    outputs, generator = case.outputs(model).detach(), torch.Generator().manual_seed(0)
+    root = random_root(outputs, case.likelihood, generator)  # as `sample` draws it in step 0
+    step(optimizer, case, model)
+    curvature = projected_squares(case, [root]) / len(case.inputs)
+    moved = mean - lr * (gradient + d * (mean - CENTRE)) / (curvature + d)
+    expected = moved, curvature, ess * (curvature + d)
+    for ours, exact in zip(after_one_step(optimizer, model), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
 @of_every_case

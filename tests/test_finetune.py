@@ -189,9 +189,8 @@ def test_an_adapter_has_its_posterior_beside_it_in_pefts_names(tmp_path, data):
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
         assert set(posterior.precision.specs) == set(posterior.mean.specs)
         assert all("lora_" in n and ".default." not in n for n in posterior.mean.specs)
-        assert (
-            len(posterior.info.training["initial_A"]) == 64
-        )  # lets adapters of one start be merged by factors
+        # By it, adapters of one start can be merged by factors.
+        assert len(posterior.info.training["initial_A"]) == 64
         assert posterior.info.unit == "token"
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str((tmp_path / "base").resolve())

@@ -79,9 +79,8 @@ def test_two_processes_write_one_model_and_give_one_report(tmp_path, data):
     assert len(reports) == 2
     assert reports[0] == reports[1]
     with open_posterior(str(out)) as posterior:
-        assert (
-            posterior.info.training["steps"] == 6
-        )  # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes
+        # 48 rows, 2 a micro-batch, 2 micro-batches, 2 processes.
+        assert posterior.info.training["steps"] == 6
 
 
 @pytest.mark.slow

@@ -74,9 +74,8 @@ def test_pairs_stay_pairs_around_predictions_failures_and_a_resume():
     optimizer.step()
     again, resumed = make()
     again.load_state_dict(weights)
-    resumed.load_state_dict(
-        saved
-    )  # in the middle of a pair: the step is made again, from its first sample
+    # Saved in the middle of a pair: the step is made again, from its first sample.
+    resumed.load_state_dict(saved)
     for _ in range(2):
         noise(again, resumed)
     resumed.step()
@@ -114,9 +113,8 @@ def test_in_bfloat16_the_curvature_is_right_even_where_rounding_hides_the_noise(
         [w], lr=0.0, ess=1 / sigma**2, hess_init=1.0, weight_decay=0.0, restore=restore
     )
     with optimizer.sampled_params():
-        optimizer.state[w]["mean"].copy_(
-            start
-        )  # a mean between two bfloat16 numbers, as training leaves it
+        # A mean between two bfloat16 numbers, as training leaves it.
+        optimizer.state[w]["mean"].copy_(start)
     seen = torch.zeros(n)
     before = w.detach().clone()
     for _ in range(100):
@@ -125,7 +123,7 @@ def test_in_bfloat16_the_curvature_is_right_even_where_rounding_hides_the_noise(
         sampled = optimizer._transient.sampled.pop(w)
         product = sampled.noise_grad
         if product is None:
-            product = redrawn_product(sampled.at, sampled.grad, optimizer._noise)
+            product = redrawn_product(sampled.moved, sampled.grad, optimizer._noise)
         seen += product / sigma**2
     assert torch.equal(w.float(), start.to(torch.bfloat16).float())
     assert (w != before).sum() == 0
@@ -159,4 +157,4 @@ def test_redrawing_keeps_nothing_while_the_weights_are_sampled():
     sums = optimizer._transient.sampled.values()
     assert len(sums) == 4
     assert all(sampled.noise_grad is None for sampled in sums)
-    assert all(sampled.at.saved is None for sampled in sums)
+    assert all(sampled.moved.saved is None for sampled in sums)

@@ -54,10 +54,9 @@ def test_a_group_that_a_distributed_checkpoint_has_not_found_is_not_taken_for_an
 
 
 @pytest.mark.parametrize("kinds", [("price", "ggn"), ("ggn", "price")])
-@pytest.mark.parametrize(
-    "old", [False, True]
-)  # whether the checkpoint is from before the kind was kept
+@pytest.mark.parametrize("old", [False, True])
 def test_a_run_does_not_go_on_with_another_curvature(kinds, old):
+    """Old checkpoints do not say of which curvature they are."""
     first, second = (IVON(net().parameters(), lr=0.1, ess=1e3, curvature=kind) for kind in kinds)
     with first.sampled_params():
         pass

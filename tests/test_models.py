@@ -153,6 +153,10 @@ def test_a_tokenizer_without_bos_and_eos_cannot_start_a_document(tmp_path):
 
     with pytest.raises(CheckpointError, match="neither"):
         _ = Loaded(None, Bare(), "causal-lm", tmp_path).start
+    loaded = load_model(str(tiny_gpt2(tmp_path / "g")))
+    loaded.tokenizer.bos_token = loaded.tokenizer.eos_token = None
+    with pytest.raises(CheckpointError, match="neither"):  # also where no row is left to encode
+        encode_rows({"text": []}, loaded)
 
 
 def test_a_loaded_model_says_what_running_it_needs(tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, ranks
+from mergekit_bayes.finetune import FinetuneConfig, launcher, ranks
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
@@ -152,7 +152,7 @@ def two(tmp_path_factory):
         "from pathlib import Path; from tests.test_ranks import child; "
         f"child(Path({str(folder)!r}))"
     )
-    assert ranks.launch([sys.executable, "-c", code], 2) == 0
+    assert launcher.launch([sys.executable, "-c", code], 2) == 0
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -188,9 +188,8 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, task):
     assert infos[0].training["loss_reduction"] == f"mean over {unit}s of a step"
     for name in ("steps", "batch_size", "beta2", "ess", "lr"):
         assert infos[0].training[name] == infos[1].training[name], name
-    assert infos[0].training["batch_size"] == pytest.approx(
-        infos[0].observations / 3
-    )  # 24 rows are three steps
+    per_step = infos[0].observations / 3  # 24 rows are three steps
+    assert infos[0].training["batch_size"] == pytest.approx(per_step)
     assert infos[0].health["kappa"] == infos[1].health["kappa"]
     assert report.loss == pytest.approx(results[task]["report"]["loss"], rel=1e-3)
 
@@ -265,7 +264,7 @@ def test_fewer_processes_than_asked_for_are_refused(two, tmp_path):
 def test_a_failing_process_stops_the_others():
     script = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
     begun = time.monotonic()
-    assert ranks.launch([sys.executable, "-c", script], 2) == 7
+    assert launcher.launch([sys.executable, "-c", script], 2) == 7
     assert time.monotonic() - begun < 30
 
 
@@ -278,7 +277,7 @@ def test_the_processes_get_what_torchrun_would_set(tmp_path):
     before = Path.cwd()
     os.chdir(tmp_path)
     try:
-        assert ranks.launch([sys.executable, "-c", script], 2) == 0
+        assert launcher.launch([sys.executable, "-c", script], 2) == 0
     finally:
         os.chdir(before)
     results = [json.loads((tmp_path / str(r)).read_text()) for r in range(2)]
@@ -299,8 +298,8 @@ def test_a_killed_command_leaves_no_process_behind(tmp_path):
         "time.sleep(60)"
     )
     parent = (
-        "import sys; from mergekit_bayes.finetune import ranks; "
-        f"ranks.launch([sys.executable, '-c', {child!r}], 2)"
+        "import sys; from mergekit_bayes.finetune import launcher; "
+        f"launcher.launch([sys.executable, '-c', {child!r}], 2)"
     )
     command = subprocess.Popen(
         [sys.executable, "-c", parent], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -322,8 +321,8 @@ def wait_for(condition, seconds=60):
 def test_without_a_launcher_one_gpu_is_used_and_the_others_are_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks.idle_gpus() == 3
+    assert launcher.idle_gpus() == 3
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ranks.idle_gpus() == 0
+    assert launcher.idle_gpus() == 0
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
-        ranks.launch(["true"], 5)
+        launcher.launch(["true"], 5)

@@ -214,9 +214,8 @@ def test_other_settings_than_the_checkpoints_are_refused_by_name(tmp_path, data)
     ):
         with pytest.raises(ConfigError, match=name):
             run_finetune(settings(tmp_path, data, resume=True, **changes), quiet=True)
-    shutil.move(
-        tmp_path / "base", tmp_path / "moved"
-    )  # the same weights elsewhere are the same model
+    # The same weights elsewhere are the same model.
+    shutil.move(tmp_path / "base", tmp_path / "moved")
     run_finetune(settings(tmp_path, data, resume=True, model=str(tmp_path / "moved")), quiet=True)
 
 

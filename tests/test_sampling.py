@@ -262,9 +262,8 @@ def test_many_draws_of_a_logistic_regression_give_its_predictive_integral(tmp_pa
         expected, second = (weights @ sigmoid**power / weights.sum() for power in (1, 2))
         assert spread > 0.5
         assert abs(p - expected) < 4 * np.sqrt((second - expected**2) / 6000)
-        assert (
-            abs(expected - 1 / (1 + np.exp(-centre))) < 0.5
-        )  # and the mean's own probability is another
+        # The probability at the mean is another.
+        assert abs(expected - 1 / (1 + np.exp(-centre))) < 0.5
 
 
 def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monkeypatch):

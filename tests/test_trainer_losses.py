@@ -13,13 +13,10 @@ from tests.tiny_models import tiny_bert
 from tests.trainers import GGN, Trainer, first_gradient, trainer, true_gradient
 
 
-@pytest.mark.parametrize(
-    "first", [True, False]
-)  # whether the collator leaves a row's first label in
+@pytest.mark.parametrize("first", [True, False])
 def test_the_gradient_is_that_of_the_mean_over_the_tokens_that_are_predicted(tmp_path, first):
-    """Next to no noise, two micro-batches of unequal length, and a model whose class name tells no
-    loss.
-    """
+    """Next to no noise, two micro-batches of unequal length, a model whose class name tells no
+    loss, and a collator that leaves a row's first label in or not."""
     t = trainer(tmp_path, ivon={"ess": 1e14, "lr": 0.0}, max_steps=1, gradient_accumulation_steps=2)
     collate = t.data_collator
 
@@ -122,6 +119,38 @@ def test_the_ggn_of_a_loss_that_it_does_not_know_is_refused_before_the_first_ste
         t.train()
     assert t.state.global_step == 0
     classifier(tmp_path, labels, model=model).train()
+
+
+def test_a_loss_of_the_trainer_itself_scores_the_same_tokens(tmp_path):
+    """The Trainer takes the labels out of the inputs when it smooths them."""
+    squares = []
+    for smoothing in (0.0, 0.1):
+        ivon = {**GGN, "curvature_every": 1}
+        t = trainer(tmp_path, ivon=ivon, max_steps=1, label_smoothing_factor=smoothing)
+        t.train()
+        squares.append([s["hess"] for s in unwrap(t.optimizer).state.values()])
+    for ours, plain in zip(squares[1], squares[0], strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+class WithoutConfig(torch.nn.Module):
+    """A model that is not of transformers, with a loss of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Linear(6, 3)
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = self.weights(input_ids.float())
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_model_without_a_config_trains_and_has_no_ggn(tmp_path):
+    t = classifier(tmp_path, CLASSES, model=WithoutConfig(), max_steps=2)
+    t.train()
+    assert t.state.global_step == 2
+    with pytest.raises(ConfigError, match="curvature='price'"):
+        classifier(tmp_path, CLASSES, model=WithoutConfig(), ivon=GGN).train()
 
 
 def test_the_curvature_of_a_classifier_is_that_of_a_pass_over_the_data(tmp_path):

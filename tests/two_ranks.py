@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mergekit_bayes.finetune import ranks
+from mergekit_bayes.finetune import launcher
 
 
 def found_by_two(module, folder):
@@ -13,7 +13,7 @@ def found_by_two(module, folder):
     code = f"from pathlib import Path; from {module} import child; child(Path({str(folder)!r}))"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        assert ranks.launch([sys.executable, "-c", code], 2) == 0
+        assert launcher.launch([sys.executable, "-c", code], 2) == 0
     results = json.loads((folder / "found.json").read_text())
     assert [f["world"] for f in results] == [2, 2]  # some launcher commands silently start one
     return results

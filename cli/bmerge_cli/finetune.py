@@ -43,7 +43,7 @@ def command(
     On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main finetune
     CONFIG.yaml
     """
-    from mergekit_bayes.finetune import ranks
+    from mergekit_bayes.finetune import launcher, ranks
 
     # As text, so that the same words can start the other processes.
     words = list(overrides or [])
@@ -51,19 +51,19 @@ def command(
     loaded = load_config(FinetuneConfig, config, words)
     screen = console(quiet=quiet or not ranks.is_main())
     delivery = Delivery(push_to if ranks.is_main() else None, str(loaded.output))
-    if (loaded.num_processes or 1) > 1 and not ranks.launched():
+    if (loaded.num_processes or 1) > 1 and not launcher.launched():
         line = [str(config), *(f"--set={word}" for word in words)]
         line += [flag for flag, given in (("--json", as_json), ("--quiet", quiet)) if given]
         if push_to is not None:  # the first process pushes and prints
             line += ["--push-to", push_to]
-        code = ranks.launch(
+        code = launcher.launch(
             [sys.executable, "-m", "bmerge_cli.main", NAME, *line], loaded.num_processes or 1
         )
         raise typer.Exit(code)
     # After the launch: a process that only starts others needs neither model nor data libraries.
     from mergekit_bayes.finetune.run import run_finetune
 
-    if (gpus := ranks.idle_gpus()) > 0:
+    if (gpus := launcher.idle_gpus()) > 0:
         screen.print(
             f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
             markup=False,

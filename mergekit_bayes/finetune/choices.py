@@ -153,9 +153,7 @@ def learning_rate(config: FinetuneConfig) -> float:
     return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
-def _ivon(
-    config: FinetuneConfig, model: torch.nn.Module, observations: int, steps: int
-) -> IvonChoices:
+def _ivon(config: FinetuneConfig, model: torch.nn.Module, total: int, steps: int) -> IvonChoices:
     ggn = config.curvature == "ggn"
     # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
     # on keeps it.
@@ -164,7 +162,7 @@ def _ivon(
     forgetting = 5 * (config.curvature_every if ggn else 1) / steps
     beta2 = min(0.99999, max(0.5 if ggn else 0.9, 1 - forgetting))
     return IvonChoices(
-        ess=config.ess or max(float(observations), _quiet_ess(model, floor)),
+        ess=config.ess or max(float(total), _quiet_ess(model, floor)),
         hess_init=config.hess_init,
         beta1=config.beta1,
         beta2=beta2 if config.beta2 is None else config.beta2,

@@ -5,40 +5,21 @@ and a late rank would find what another one has just written. With one process e
 is a plain call.
 """
 
-import ctypes
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar, cast
 
-import torch
 import torch.distributed as dist
 
 from mergekit_bayes import errors
-from mergekit_bayes.errors import BmergeError, ConfigError
+from mergekit_bayes.errors import BmergeError
 
 T = TypeVar("T")
-
-_PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent dies
-
-
-def launched() -> bool:
-    """Whether a launcher (bmerge, accelerate, torchrun) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_main() -> bool:
     """Whether this is the one process that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def idle_gpus() -> int:
-    """Number of GPUs that a run without a launcher leaves unused."""
-    return 0 if launched() else max(0, torch.cuda.device_count() - 1)
 
 
 def world() -> int:
@@ -90,97 +71,6 @@ def mean_over_ranks(value: float) -> float:
     values: list[float] = [0.0] * world()
     dist.all_gather_object(values, value)
     return float(sum(values) / len(values))
-
-
-def launch(command: Sequence[str], processes: int) -> int:
-    """Run a command as several ranks on this machine.
-
-    Each process gets the variables that torchrun sets and accelerate reads, and on a CPU
-    `ACCELERATE_USE_CPU`. When one fails, the others are stopped. All are stopped when this process
-    is interrupted, terminated or (on Linux) killed. torchrun itself leaves its processes running
-    when it is killed, and prints a table of failures below the command's own message.
-
-    Args:
-        command: Program and arguments.
-        processes: Number of ranks to start.
-
-    Returns:
-        The exit status of the first process that fails, or 0.
-
-    Raises:
-        ConfigError: More processes than GPUs.
-    """
-    gpus = torch.cuda.device_count()
-    if gpus and processes > gpus:
-        raise ConfigError(
-            f"--num-processes {processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}, "
-            "and each process takes one. Use that many, or hide them with CUDA_VISIBLE_DEVICES= to "
-            "train on the CPU."
-        )
-    environment = _environment(processes, on_cpu=not gpus)
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(processes):
-            variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(
-                subprocess.Popen(list(command), env=variables, preexec_fn=_end_with_parent)
-            )
-        return _first_failure(children)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        _stop(children)
-
-
-def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
-    """This process's variables and those by which the ranks find each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if on_cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    return environment
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this child when the command is killed (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all children or for the first that fails; return its exit status, or 0."""
-    while True:
-        statuses = [child.poll() for child in children]
-        failures = [status for status in statuses if status]
-        if failures:
-            # Every rank raises the same error: let rank 0 finish its message.
-            time.sleep(1)
-            return failures[0] if failures[0] > 0 else 128 - failures[0]
-        if None not in statuses:
-            return 0
-        time.sleep(0.05)
-
-
-def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Terminate the children that still run, and kill those that do not end within 10 seconds."""
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-    for child in children:
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -1,7 +1,7 @@
 """Settings, launchers and models that a fine-tune refuses.
 
 `refuse_before` comes before anything is loaded and `refuse_after` as soon as the model is there.
-The other two ask what exists only later: the process group and transformers' accelerator.
+The other two need what exists only later: the process group and transformers' accelerator.
 """
 
 import os

@@ -100,7 +100,7 @@ def final_curvature(run: Run) -> dict[str, torch.Tensor]:
     config = run.config
     examples = random_examples(run.examples, config.flush_batches * config.batch_size, config.seed)
     curvature = estimate_ggn(run.loaded, examples, batch_size=config.batch_size, seed=config.seed)
-    return {name: sum_ / curvature.observations for name, sum_ in curvature.total.items()}
+    return {name: square / curvature.observations for name, square in curvature.total.items()}
 
 
 def _save_model(run: Run, folder: Path) -> None:

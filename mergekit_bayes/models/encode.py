@@ -53,16 +53,17 @@ def encode_rows(
             for example, value in zip(examples, labels, strict=True):
                 example["labels"] = value
         return examples
+    start = loaded.start  # before any text is tokenised, which may take minutes
     encoded = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     eos = loaded.tokenizer.eos_token_id
     ending = [] if eos is None else [eos]
     if not pack:
-        documents = [[loaded.start, *ids, *ending][:max_length] for ids in encoded]
+        documents = [[start, *ids, *ending][:max_length] for ids in encoded]
         return [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
-    stream = [loaded.start, *(token for ids in encoded for token in (*ids, *ending))]
+    stream = [start, *(token for ids in encoded for token in (*ids, *ending))]
     # A block starts with the token before it, so that every token is scored once.
-    starts = range(0, len(stream) - 1, max_length - 1)
-    blocks = [stream[start : start + max_length] for start in starts]
+    firsts = range(0, len(stream) - 1, max_length - 1)
+    blocks = [stream[first : first + max_length] for first in firsts]
     return [{"input_ids": ids, "labels": ids} for ids in blocks]
 
 

@@ -33,7 +33,7 @@ from mergekit_bayes.optim.slicing import Items
 from mergekit_bayes.optim.state import COUNTERS, Group, ParameterState
 from mergekit_bayes.optim.transient import Transient
 
-_MARKS = {"mc_samples", "rho"}  # settings that tell the optimizer of a checkpoint
+_MARKS = {"mc_samples", "rho"}  # settings by which the optimizer of a checkpoint is told
 
 
 class PosteriorOptimizer(torch.optim.Optimizer):
@@ -165,7 +165,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _away(
         self,
-        move: Callable[[Moved], None],
+        displace: Callable[[Moved], None],
         take: Callable[[Moved], None] | None,
         draw: Draw | None,
     ) -> Iterator[None]:
@@ -173,58 +173,58 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         transient = self._transient
         if transient.is_open:
             raise RuntimeError("sampled_params cannot be nested")
-        moved: list[Moved] = []
+        all_moved: list[Moved] = []
         try:
             transient.is_open = True
             with torch.no_grad():
                 for g, group in enumerate(self.param_groups):
                     for p, parameter, state in self._trainable(group):
-                        at = Moved(parameter, group, state, (g, p), draw)
+                        moved = Moved(parameter, group, state, (g, p), draw)
                         if "mean" in state:
                             follow_weights(local(parameter), local(state["mean"]))
                         elif self.restore == "copy" or draw is None:
-                            at.saved = transient.buffers.take(parameter, local(parameter))
-                        moved.append(at)
-                        move(at)
+                            moved.saved = transient.buffers.take(parameter, local(parameter))
+                        all_moved.append(moved)
+                        displace(moved)
             yield
             with torch.no_grad():
-                for at in moved:
-                    if take is not None and at.parameter.grad is not None:
-                        take(at)
+                for moved in all_moved:
+                    if take is not None and moved.parameter.grad is not None:
+                        take(moved)
         finally:
             try:
-                restore_all(moved, self._restore)
+                restore_all(all_moved, self._restore)
             finally:
                 transient.is_open = False
 
-    def _add_noise(self, at: Moved) -> None:
-        is_training = at.draw is not None and at.draw.stream == TRAIN
-        if "mean" in at.state and self._uses_noise and self.restore == "copy" and is_training:
-            at.noise = self._transient.buffers.take(at.parameter, local(at.state["mean"]))
-        add_noise(at, self._noise)
+    def _add_noise(self, moved: Moved) -> None:
+        is_training = moved.draw is not None and moved.draw.stream == TRAIN
+        if "mean" in moved.state and self._uses_noise and self.restore == "copy" and is_training:
+            moved.noise = self._transient.buffers.take(moved.parameter, local(moved.state["mean"]))
+        add_noise(moved, self._noise)
 
-    def _restore(self, at: Moved) -> None:
-        restore(at, self._noise, self._transient.buffers)
+    def _restore(self, moved: Moved) -> None:
+        restore(moved, self._noise, self._transient.buffers)
 
-    def _take(self, at: Moved) -> None:
+    def _take(self, moved: Moved) -> None:
         """Add the gradient of a sample to the sums of the step."""
         raise NotImplementedError
 
-    def _noise(self, at: Moved, *others: Tensor | float | None) -> Iterator[Items]:
+    def _noise(self, moved: Moved, *others: Tensor | float | None) -> Iterator[Items]:
         """Return the slices of the noise, and of other tensors along with it."""
-        draw, group, state = at.draw, at.group, at.state
+        draw, group, state = moved.draw, moved.group, moved.state
         assert draw is not None
-        place = self._place(at)
-        seed = mix(group["seed"], draw.stream, draw.number, draw.sample, *at.index, place)
+        place = self._place(moved)
+        seed = mix(group["seed"], draw.stream, draw.number, draw.sample, *moved.index, place)
         # Before the first estimate nothing is known of the curvature: the sample is the mean.
         factor = draw.sign / group["ess"] ** 0.5 if state.get("estimates", 1) else 0.0
-        _, decay = self._prior_of(at.parameter, group, state)
+        _, decay = self._prior_of(moved.parameter, group, state)
         generators = self._transient.generators
         return noise_slices(local(state["hess"]), decay, factor, seed, generators, *others)
 
-    def _place(self, at: Moved) -> int:
+    def _place(self, moved: Moved) -> int:
         """Return the number that tells this rank's noise of a parameter from that of others."""
-        return shard_index(at.parameter)
+        return shard_index(moved.parameter)
 
     def _prior_of(self, parameter: Tensor, group: Group, state: ParameterState) -> PriorTerm:
         """Return centre and precision over ess of a prior, of this rank's shard."""
@@ -266,7 +266,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for _, p, _ in self._trainable(group)]
 
     def _each_sampled(self) -> Iterator[tuple[Tensor, Group, ParameterState, Sampled]]:
-        """Count the step, and yield the parameters that it changes with what samples have left."""
+        """Count the step, and yield each parameter that it changes with the sums of its samples."""
         for group in self.param_groups:
             group["steps"] += bool(self._transient.samples)
             for _, parameter, state in self._trainable(group):
@@ -278,7 +278,7 @@ class PosteriorOptimizer(torch.optim.Optimizer):
     def _pop_sampled(
         self, parameter: Tensor, group: Group, state: ParameterState
     ) -> Sampled | None:
-        """Take out what the samples of the step have left for a parameter."""
+        """Return the sums over a parameter's samples, and forget them; None if it had no sample."""
         return self._transient.sampled.pop(parameter, None)
 
     def load_state_dict(self, state_dict: StateDict) -> None:

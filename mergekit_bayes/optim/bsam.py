@@ -148,24 +148,24 @@ class BSAM(PosteriorOptimizer):
         with self._away(self._ascend, self._take_ascended, None):
             yield
 
-    def _ascend(self, at: Moved) -> None:
-        sampled = self._transient.sampled.get(at.parameter)
+    def _ascend(self, moved: Moved) -> None:
+        sampled = self._transient.sampled.get(moved.parameter)
         if sampled is None:
             return
-        _, decay = self._prior_of(at.parameter, at.group, at.state)
-        weights, mean = local(at.parameter), mean_of(at.parameter, at.state)
-        tensors = (weights, at.saved, mean, sampled.grad, local(at.state["hess"]), decay)
+        _, decay = self._prior_of(moved.parameter, moved.group, moved.state)
+        weights, mean = local(moved.parameter), mean_of(moved.parameter, moved.state)
+        tensors = (weights, moved.saved, mean, sampled.grad, local(moved.state["hess"]), decay)
         for w, saved, m, g, h, d in slices(*tensors):
-            at.leave(w, saved)
-            w.copy_((g / (h + d)).mul_(at.group["rho"]).add_(m))
+            moved.leave(w, saved)
+            w.copy_((g / (h + d)).mul_(moved.group["rho"]).add_(m))
 
-    def _take(self, at: Moved) -> None:
+    def _take(self, moved: Moved) -> None:
         if self._transient.samples:
             raise RuntimeError("BSAM: one sampled_params(train=True) a step")
-        self._transient.sampled[at.parameter] = Sampled(1, take_gradient(at.parameter))
+        self._transient.sampled[moved.parameter] = Sampled(1, take_gradient(moved.parameter))
 
-    def _take_ascended(self, at: Moved) -> None:
-        self._transient.ascended[at.parameter] = take_gradient(at.parameter)
+    def _take_ascended(self, moved: Moved) -> None:
+        self._transient.ascended[moved.parameter] = take_gradient(moved.parameter)
 
     def _pop_sampled(
         self, parameter: Tensor, group: Group, state: ParameterState

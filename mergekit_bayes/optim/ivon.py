@@ -14,7 +14,6 @@ from typing import overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from mergekit_bayes.optim.base import PosteriorOptimizer, check_settings
@@ -22,7 +21,7 @@ from mergekit_bayes.optim.health import curvature_noise
 from mergekit_bayes.optim.moves import Moved
 from mergekit_bayes.optim.noise import TRAIN
 from mergekit_bayes.optim.prior import Priors
-from mergekit_bayes.optim.rank_noise import mean_over_ranks, sampled_on_any_rank
+from mergekit_bayes.optim.rank_noise import check_replicas, mean_over_ranks, sampled_on_any_rank
 from mergekit_bayes.optim.samples import Sampled, add_gradient, add_noise_gradient
 from mergekit_bayes.optim.shards import sum_over_shards, take_gradient
 from mergekit_bayes.optim.squares import add_squares, mean_squares
@@ -78,8 +77,8 @@ class IVON(PosteriorOptimizer):
             `state_dict`; give it again to resume.
         antithetic: Samples 2k - 1 and 2k of a step have noise +eps and -eps, so that on the same
             batches the gradient's own noise cancels in the Hessian: its relative noise a step
-            falls from sqrt(ess / batch) to sqrt(2). In float32; under bf16 autocast only at a
-            moderate ess.
+            falls from sqrt(ess / batch) to sqrt(2). That holds in float32, and under bf16
+            autocast at a moderate ess only.
         restore: "copy" holds the mean (and then noise * gradient) in a third buffer of the
             parameters' size, and restores it exactly. "redraw" holds nothing, and draws the noise
             two or three times. Under a float32 master it is as exact; else adding and subtracting
@@ -177,30 +176,19 @@ class IVON(PosteriorOptimizer):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        if not self.rank_noise:
-            return
-        for p in [p for group in self.param_groups for p in group["params"]]:
-            if isinstance(p, DTensor):
-                raise ValueError(
-                    "IVON: rank_noise=True needs replicas; of sharded parameters all ranks see "
-                    "one sample"
-                )
-            if self.restore == "redraw" and p.requires_grad and p.dtype.itemsize >= 4:
-                raise ValueError(
-                    "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: "
-                    "without a float32 master each rank's noise leaves rounding of its own. Use "
-                    "restore='copy'."
-                )
+        if self.rank_noise:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            check_replicas(parameters, copies=self.restore == "copy")
 
     @property
     def _ranks_draw(self) -> bool:
         """Whether every rank draws training noise of its own."""
         return self.rank_noise and dist.is_initialized() and dist.get_world_size() > 1
 
-    def _place(self, at: Moved) -> int:
-        if self._ranks_draw and at.draw is not None and at.draw.stream == TRAIN:
+    def _place(self, moved: Moved) -> int:
+        if self._ranks_draw and moved.draw is not None and moved.draw.stream == TRAIN:
             return dist.get_rank()
-        return super()._place(at)
+        return super()._place(moved)
 
     @property
     def curvature_due(self) -> bool:
@@ -234,12 +222,12 @@ class IVON(PosteriorOptimizer):
         add_squares(self._transient.squares, projected, self._trained_parameters())
         self._transient.observations += observations
 
-    def _take(self, at: Moved) -> None:
-        gradient, transient = take_gradient(at.parameter), self._transient
+    def _take(self, moved: Moved) -> None:
+        gradient, transient = take_gradient(moved.parameter), self._transient
         if self._uses_noise:
-            add_noise_gradient(transient.sampled, at, gradient, self._noise, transient.buffers)
+            add_noise_gradient(transient.sampled, moved, gradient, self._noise, transient.buffers)
         else:
-            add_gradient(transient.sampled, at, gradient)
+            add_gradient(transient.sampled, moved, gradient)
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -2,7 +2,7 @@
 
 An exception may come between any two slices: Ctrl-C, or a GPU out of memory. Therefore `Moved`
 counts which entries have left the mean and which have returned, and `restore` puts back those in
-between. Blocking signals would not do: it would leave errors of memory, and replace no count.
+between. Blocking signals would not replace the counts, because running out of memory is no signal.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +65,7 @@ class Moved:
 class Noise(Protocol):
     """How an optimizer draws the noise of a parameter: slice by slice, with other tensors."""
 
-    def __call__(self, at: Moved, *others: Tensor | float | None) -> Iterator[Items]:
+    def __call__(self, moved: Moved, *others: Tensor | float | None) -> Iterator[Items]:
         """Yield the noise of a slice in scratch, and the slices of `others`."""
 
 
@@ -110,56 +110,56 @@ def follow_weights(weights: Tensor, mean: Tensor) -> None:
         m.copy_(torch.where(m.to(w.dtype) == w, m, w.float()))
 
 
-def add_noise(at: Moved, noise: Noise) -> None:
+def add_noise(moved: Moved, noise: Noise) -> None:
     """Move a parameter to mean + noise.
 
     Args:
-        at: The parameter at its mean. With `at.noise`, the noise is kept there.
+        moved: The parameter at its mean. With `moved.noise`, the noise is kept there.
         noise: Draws the noise.
     """
-    weights = local(at.parameter)
-    if "mean" not in at.state:
-        for drawn, w, saved in noise(at, weights, at.saved):
-            at.leave(w, saved)
+    weights = local(moved.parameter)
+    if "mean" not in moved.state:
+        for drawn, w, saved in noise(moved, weights, moved.saved):
+            moved.leave(w, saved)
             w.add_(drawn)
         return
-    for drawn, w, m, kept in noise(at, weights, local(at.state["mean"]), at.noise):
+    for drawn, w, m, kept in noise(moved, weights, local(moved.state["mean"]), moved.noise):
         if kept is not None:
             kept.copy_(drawn)
         w.copy_(drawn.add_(m))
 
 
-def restore(at: Moved, noise: Noise, buffers: Buffers) -> None:
+def restore(moved: Moved, noise: Noise, buffers: Buffers) -> None:
     """Put the mean of a parameter back; it may have been moved, or put back, only in part."""
-    if "mean" in at.state:
-        update_weights(at.parameter, at.state)
+    if "mean" in moved.state:
+        update_weights(moved.parameter, moved.state)
         return
-    weights = local(at.parameter)
-    if at.saved is not None:
-        if at.left >= weights.numel() and not at.returned:
-            weights.copy_(at.saved)
-        elif at.returned < at.left:  # only flat tensors are moved slice by slice
-            away = slice(at.returned, at.left)
-            weights.view(-1)[away].copy_(at.saved.view(-1)[away])
-        buffers.keep(at.parameter, at.saved)
-    elif at.returned < at.left:
+    weights = local(moved.parameter)
+    if moved.saved is not None:
+        if moved.left >= weights.numel() and not moved.returned:
+            weights.copy_(moved.saved)
+        elif moved.returned < moved.left:  # only flat tensors are moved slice by slice
+            away = slice(moved.returned, moved.left)
+            weights.view(-1)[away].copy_(moved.saved.view(-1)[away])
+        buffers.keep(moved.parameter, moved.saved)
+    elif moved.returned < moved.left:
         seen = 0
-        for drawn, w in noise(at, weights):
+        for drawn, w in noise(moved, weights):
             count = max(1, w.numel())
-            if seen >= at.returned and at.returned < at.left:
+            if seen >= moved.returned and moved.returned < moved.left:
                 w.sub_(drawn)
-                at.returned += count  # right after, lest an interrupt has it subtracted twice
+                moved.returned += count  # right after, lest an interrupt has it subtracted twice
             seen += w.numel()
 
 
-def restore_all(moved: list[Moved], restore_one: Callable[[Moved], None]) -> None:
+def restore_all(all_moved: list[Moved], restore_one: Callable[[Moved], None]) -> None:
     """Put all means back. Ctrl-C meanwhile waits until that is done, and is then raised again."""
     interrupt: BaseException | None = None
-    while moved:
+    while all_moved:
         try:
             with torch.no_grad():
-                restore_one(moved[-1])
-            moved.pop()
+                restore_one(all_moved[-1])
+            all_moved.pop()
         except (KeyboardInterrupt, SystemExit) as error:
             interrupt = error
     if interrupt is not None:

@@ -5,10 +5,35 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mergekit_bayes.optim.moves import Moved, Noise
 from mergekit_bayes.optim.samples import Sampled, redrawn_product
 from mergekit_bayes.optim.shards import at_least_float32
+
+
+def check_replicas(parameters: Sequence[Tensor], *, copies: bool) -> None:
+    """Check that ranks may draw noise of their own on these parameters.
+
+    Args:
+        parameters: All parameters of the optimizer.
+        copies: Whether `restore` is "copy".
+
+    Raises:
+        ValueError: The parameters are sharded, or replicas of them would drift apart.
+    """
+    for p in parameters:
+        if isinstance(p, DTensor):
+            raise ValueError(
+                "IVON: rank_noise=True needs replicas; of sharded parameters all ranks see one "
+                "sample"
+            )
+        if not copies and p.requires_grad and p.dtype.itemsize >= 4:
+            raise ValueError(
+                "IVON: rank_noise=True with restore='redraw' would let replicas drift apart: "
+                "without a float32 master each rank's noise leaves rounding of its own. Use "
+                "restore='copy'."
+            )
 
 
 def sampled_on_any_rank(
@@ -18,7 +43,7 @@ def sampled_on_any_rank(
 
     Args:
         parameters: All parameters that are trained, in the same order on all ranks.
-        sampled: What the samples of this rank have left.
+        sampled: Sums over the samples of this rank, by parameter.
         check: Whether to check that the gradients of the ranks differ.
 
     Raises:
@@ -43,24 +68,24 @@ def sampled_on_any_rank(
 
 
 def mean_over_ranks(
-    at: Moved, sampled: Sampled | None, noise: Noise, *, uses_noise: bool, copies: bool
+    moved: Moved, sampled: Sampled | None, noise: Noise, *, uses_noise: bool, copies: bool
 ) -> Sampled:
     """Make gradient and noise * gradient means over the samples of all ranks; a collective.
 
     Args:
-        at: The parameter.
-        sampled: What this rank's samples have left; None counts as zero.
-        noise: Draws the noise again where only that tells it.
+        moved: The parameter.
+        sampled: Sums over this rank's samples; None counts as zero.
+        noise: Draws the noise again where noise * gradient was not kept.
         uses_noise: Whether noise * gradient is needed.
         copies: Whether `restore` is "copy", which makes noise * gradient in the gradient's dtype.
     """
     if sampled is None:
-        zero = at_least_float32(torch.zeros_like(at.parameter))
-        product = zero.clone() if copies else torch.zeros_like(at.state["hess"])
-        sampled = Sampled(1, zero, product if uses_noise else None, at=at)
+        zero = at_least_float32(torch.zeros_like(moved.parameter))
+        product = zero.clone() if copies else torch.zeros_like(moved.state["hess"])
+        sampled = Sampled(1, zero, product if uses_noise else None, moved=moved)
     elif uses_noise and sampled.noise_grad is None:
-        assert sampled.at is not None
-        sampled.noise_grad = redrawn_product(sampled.at, sampled.grad, noise)
+        assert sampled.moved is not None
+        sampled.noise_grad = redrawn_product(sampled.moved, sampled.grad, noise)
     sampled.grad = at_least_float32(sampled.grad)
     for tensor in (sampled.grad, sampled.noise_grad):
         if tensor is not None:

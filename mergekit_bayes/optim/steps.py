@@ -44,8 +44,8 @@ def price_step(
     mean = mean_of(parameter, state)
     tensors = (mean, local(state["momentum"]), local(state["hess"]), sampled.grad, *prior)
     if sampled.noise_grad is None:
-        assert sampled.at is not None
-        pieces = redrawn(sampled.at, sampled.grad, noise, *tensors)
+        assert sampled.moved is not None
+        pieces = redrawn(sampled.moved, sampled.grad, noise, *tensors)
     else:
         pieces = slices(sampled.noise_grad.div_(sampled.draws), *tensors)
     passes = compiled_passes(*tensors[:3], *prior)

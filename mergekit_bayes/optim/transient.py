@@ -17,7 +17,7 @@ class Transient:
 
     Attributes:
         samples: Number of weight samples taken for the step.
-        sampled: What they have left, by parameter.
+        sampled: Their sums, by parameter.
         squares: Sums of squared gradients by parameter: of the step (IVON), or of the open
             context (VOGN).
         observations: Number of observations in the sums of the step.

@@ -167,8 +167,8 @@ class VOGN(PosteriorOptimizer):
                     squares[p].addcmul_(gradient.float(), gradient.float())
         self._transient.open_observations += len(losses)
 
-    def _take(self, at: Moved) -> None:
-        parameter, transient = at.parameter, self._transient
+    def _take(self, moved: Moved) -> None:
+        parameter, transient = moved.parameter, self._transient
         if parameter not in transient.squares:
             raise RuntimeError(
                 "VOGN: a gradient without per-example squares: call optimizer.backward(losses)"

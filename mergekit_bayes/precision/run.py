@@ -85,7 +85,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         )
         scale = total / curvature.observations
         precision = {
-            name: sum_.mul_(scale).add_(config.prior) for name, sum_ in curvature.total.items()
+            name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
         }
         health = precision_health(precision)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}

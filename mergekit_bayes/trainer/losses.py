@@ -44,8 +44,8 @@ def loss_name(model: torch.nn.Module) -> str | None:
 
 def is_causal(model: torch.nn.Module) -> bool:
     """Whether the loss scores each next token of a decoder."""
-    is_pair = getattr(model.config, "is_encoder_decoder", False)
-    return loss_name(model) == CAUSAL and not is_pair
+    # The name comes first, because a model that is not of transformers may have no config.
+    return loss_name(model) == CAUSAL and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def is_single_label(model: torch.nn.Module, labels: Tensor | None) -> bool:

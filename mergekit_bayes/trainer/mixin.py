@@ -200,6 +200,8 @@ class IvonTrainerMixin:
             result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)  # type: ignore[misc]
             return result
         module = self.accelerator.unwrap_model(model)
+        # The Trainer takes the labels out of the inputs where it computes the loss itself.
+        labels, tokens = inputs.get("labels"), inputs.get("input_ids")
         outputs: list[Tensor | None] = []
         hook = module.register_forward_hook(lambda *call: outputs.append(_logits(call[-1])))
         try:
@@ -215,17 +217,14 @@ class IvonTrainerMixin:
             raise ConfigError(
                 "curvature='ggn' needs a model that returns its logits. Use curvature='price'."
             )
-        self._add_curvature(module, logits, inputs, self._observed)
+        self._add_curvature(module, scored_logits(logits, labels, tokens), self._observed)
         return result
 
-    def _add_curvature(
-        self, module: torch.nn.Module, logits: Tensor, inputs: dict[str, Tensor], index: int
-    ) -> None:
-        """Give IVON one root-GGN draw on the logits of micro-batch `index`."""
-        optimizer = unwrap(self.optimizer)
+    def _add_curvature(self, module: torch.nn.Module, scored: Tensor, index: int) -> None:
+        """Give IVON one root-GGN draw on the scored logits of micro-batch `index`."""
+        optimizer, scored = unwrap(self.optimizer), scored.float()
         group = optimizer.param_groups[0]
         seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
-        scored = scored_logits(logits, inputs.get("labels"), inputs.get("input_ids")).float()
         signs = torch.Generator(scored.device).manual_seed(seed)
         root = random_root(scored.detach(), likelihood(module), signs)
         optimizer.add_curvature((root * scored).sum(), len(scored))
