@@ -24,5 +24,5 @@ run .venv/bin/ruff format --check .
 run .venv/bin/ruff check .
 run .venv/bin/mypy
 run .venv/bin/python scripts/house.py
-run .venv/bin/pytest -q -n 2 --dist loadgroup -m "$select"
+run .venv/bin/pytest -q -n 2 --dist loadfile -m "$select"
 exit "$status"

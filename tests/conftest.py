@@ -1,21 +1,10 @@
-"""Tests that share an expensive fixture run in one process, so that it is made once, and first."""
+"""The order of a parallel run, in which each process takes file after file (`--dist loadfile`)."""
 
-import pytest
-
-# The fixture that starts other processes or trains, by the file whose tests share it.
-EXPENSIVE = {
-    "test_bench": "result",
-    "test_detox": "world",
-    "test_rank_noise": "two",
-    "test_ranks": "two",
-    "test_shards": "two",
-}
+# Files that take long as a whole come first, so that the two processes end together.
+LONG = ("test_ranks", "test_resume_training", "test_shards", "test_rank_noise", "test_push_to")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Group those tests for `--dist loadgroup`; the small tests then fill up both processes."""
-    for item in items:
-        if EXPENSIVE.get(item.path.stem) in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Sort the long files to the front; within them and after them the order stays."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
