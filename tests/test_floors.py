@@ -25,7 +25,7 @@ FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
     - {"table", "base", "dropping", "election", "histogram"},
     "metrics": ROOMS["metrics"].steps.keys() - {"base"},
-    "curvature": ROOMS["curvature"].steps.keys() - {"outputs"},
+    "curvature": ROOMS["curvature"].steps.keys() - {"table", "outputs", "base"},
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {

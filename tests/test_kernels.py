@@ -178,10 +178,11 @@ def test_a_second_process_finds_the_compiled_pass_in_the_cache():
         kernels = [fused._make(case(name)[0], type(facts_of(method, 2)))]
         if method.reduction is not None:
             kernels.append(fused._make_reduction(case(name)[0]))
-        for cell in (c for k in kernels for c in k.py_func.__closure__):
-            content = cell.cell_contents
-            if isinstance(content, FunctionType | type):
-                assert getattr(sys.modules[content.__module__], content.__qualname__) is content
+        contents = [c.cell_contents for k in kernels for c in k.py_func.__closure__]
+        named = [content for content in contents if isinstance(content, FunctionType | type)]
+        assert named, name
+        for content in named:
+            assert getattr(sys.modules[content.__module__], content.__qualname__) is content
 
 
 def test_many_models_are_still_one_vectorised_loop():

@@ -6,25 +6,13 @@ on confident models, where sampled labels hardly ever show the other class.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.outputs import likelihood, scored_logits
-
-
-class Curvature(NamedTuple):
-    """Diagonal curvature of the loss summed over observations.
-
-    Attributes:
-        total: By parameter name: float32, >= 0, of the parameter's shape, summed loss/weight^2.
-        observations: Number of observations; divide by it for the curvature of the mean loss.
-    """
-
-    total: dict[str, Tensor]
-    observations: int
 
 
 def ggn_diagonal(

@@ -17,12 +17,14 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneReport
-from mergekit_bayes.models.estimate import estimate_ggn, random_examples
+from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 
 logger = logging.getLogger(__name__)
+
+_ESTIMATOR = "ggn"  # of the curvature at the final weights
 
 
 class FinalPrecision(NamedTuple):
@@ -81,12 +83,12 @@ def final_precision(run: Run, optimizer: IVON | None) -> FinalPrecision:
         tensors = optimizer.precision(run.loaded.model.named_parameters())
         # The Hessian of `curvature: ggn` has the size of the final estimate. That of `price` may
         # be much too large, so a merge must not mix the two.
-        estimator = "ggn" if config.curvature == "ggn" else "ivon"
+        estimator = _ESTIMATOR if config.curvature == "ggn" else "ivon"
         return FinalPrecision(tensors, estimator, float(run.choices.ivon.ess))
     total = float(run.observations)
     prior = 0.0 if optimizer is None else total * config.weight_decay
     tensors = {name: total * mean + prior for name, mean in final_curvature(run).items()}
-    return FinalPrecision(tensors, "ggn", total)
+    return FinalPrecision(tensors, _ESTIMATOR, total)
 
 
 def final_curvature(run: Run) -> dict[str, torch.Tensor]:
@@ -99,7 +101,9 @@ def final_curvature(run: Run) -> dict[str, torch.Tensor]:
     """
     config = run.config
     examples = random_examples(run.examples, config.flush_batches * config.batch_size, config.seed)
-    curvature = estimate_ggn(run.loaded, examples, batch_size=config.batch_size, seed=config.seed)
+    curvature = estimate_curvature(
+        _ESTIMATOR, run.loaded, examples, batch_size=config.batch_size, seed=config.seed
+    )
     return {name: square / curvature.observations for name, square in curvature.total.items()}
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from mergekit_bayes.curvature.ggn import Curvature, ggn_diagonal
+from mergekit_bayes.curvature import ESTIMATORS, Curvature
 from mergekit_bayes.models.encode import Collate, batches
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.quiet import with_bar
@@ -14,24 +14,30 @@ from mergekit_bayes.models.quiet import with_bar
 E = TypeVar("E", bound=Mapping[str, object])
 
 
-def estimate_ggn(
-    loaded: Loaded, examples: Sequence[Mapping[str, object]], *, batch_size: int, seed: int
+def estimate_curvature(
+    estimator: str,
+    loaded: Loaded,
+    examples: Sequence[Mapping[str, object]],
+    *,
+    batch_size: int,
+    seed: int,
 ) -> Curvature:
-    """Root-GGN diagonal of the summed loss over examples, at the model's present weights.
+    """Diagonal curvature of the summed loss over examples, at the model's present weights.
 
     A progress bar shows the batches. The model stays on its device.
 
     Args:
+        estimator: A name in `curvature.ESTIMATORS`.
         loaded: The model. Parameters that require no gradient are left out.
         examples: Encoded rows. Labels of a classifier are not used.
         batch_size: Examples in a backward pass. Smaller batches give more draws of the same data.
-        seed: Seed of the random signs.
+        seed: Seed of the estimator.
     """
     collate = Collate(loaded.pad)
     device = loaded.device
     steps = batches(examples, batch_size, collate, device=device)
     shown = with_bar(steps, "curvature", math.ceil(len(examples) / batch_size))
-    return ggn_diagonal(loaded.model, shown, seed=seed)
+    return ESTIMATORS[estimator](loaded.model, shown, seed=seed)
 
 
 def random_examples(examples: Sequence[E], count: int, seed: int) -> list[E]:

@@ -1,4 +1,7 @@
-"""Where the guard of a removal is computed: how large the multiplier of an edit may become."""
+"""Where the guard rho of a removal is chosen; `methods.gradient_matching` applies it.
+
+It bounds how large the multiplier of an edit may become.
+"""
 
 import math
 from collections.abc import Sequence

@@ -17,13 +17,15 @@ from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import encode_rows, observations
-from mergekit_bayes.models.estimate import estimate_ggn, random_examples
+from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.load import UNIT, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+
+_ESTIMATOR = "ggn"
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -77,7 +79,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         loaded.use_gpu()
-        curvature = estimate_ggn(
+        curvature = estimate_curvature(
+            _ESTIMATOR,
             loaded,
             random_examples(examples, count, config.seed),
             batch_size=config.batch_size,
@@ -90,7 +93,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         health = precision_health(precision)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
-            estimator="ggn",
+            estimator=_ESTIMATOR,
             unit=UNIT[loaded.task],
             observations=total,
             ess=total,
@@ -111,7 +114,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
-        estimator="ggn",
+        estimator=_ESTIMATOR,
         unit=UNIT[loaded.task],
         observations=total,
         sampled=count,

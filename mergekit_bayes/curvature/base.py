@@ -1,0 +1,43 @@
+"""What an estimator of curvature takes and returns.
+
+An estimator adds up the diagonal curvature of the loss over observations, at the weights that the
+model has. It leaves the weights, the gradients and the mode of the model as they were, draws only
+from its own seed, and counts an observation where the loss counts one: a scored token of a
+language model, an example of a classifier. Its docstring states the equation, the bias and the
+variance; `tests/test_cases.py` compares it with a dense matrix.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.nn import Module
+
+
+class Curvature(NamedTuple):
+    """Diagonal curvature of the loss summed over observations.
+
+    Attributes:
+        total: By parameter name: float32, >= 0, of the parameter's shape, summed loss/weight^2.
+        observations: Number of observations; divide by it for the curvature of the mean loss.
+    """
+
+    total: dict[str, Tensor]
+    observations: int
+
+
+class Estimator(Protocol):
+    """A function from a model and batches of its data to a `Curvature`."""
+
+    def __call__(
+        self, model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    ) -> Curvature:
+        """Estimate the diagonal curvature of the loss summed over the batches.
+
+        Args:
+            model: A causal language model if batches hold `labels` of the inputs' shape, else a
+                classifier. Parameters that require no gradient are left out.
+            batches: Mappings with `input_ids`, `attention_mask` and, for language models, `labels`.
+            seed: Seed of whatever the estimator draws.
+        """
+        ...
