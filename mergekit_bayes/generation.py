@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.records import Array, Progress, Record
+from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -228,9 +228,9 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
     return torch.from_numpy(tokens[winners[first]])
 
 
-def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> Array:
+def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
     """Standard Gumbel noise that depends on the key and the token only."""
     words = word(keys, tokens.astype(np.uint64))
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    noise: Array = -np.log(-np.log(uniform))
+    noise: FloatArray = -np.log(-np.log(uniform))
     return noise

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-Array: TypeAlias = NDArray[np.float64]
+FloatArray: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of)
 
 FORCE = "Replace an existing output; of a folder, everything in it."

@@ -15,7 +15,7 @@ import numpy as np
 from mergekit_bayes.detox.settings import HELD_OUT, Curve
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
-from mergekit_bayes.records import Array, Record
+from mergekit_bayes.records import FloatArray, Record
 
 Verdict = Literal["pays less", "pays more", "no difference visible", "not comparable"]
 Effect = Literal["there", "reversed", "mixed", "not there"]
@@ -171,7 +171,7 @@ def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
     ]
 
 
-def _shares(report: EvaluateReport, scorer: str) -> Array:
+def _shares(report: EvaluateReport, scorer: str) -> FloatArray:
     """(1 + resamples,): the toxic share, first its estimate."""
     toxicity = report.toxicity[scorer]
     values = np.asarray(toxicity.prompt_share, np.float64)[:, None]
@@ -179,7 +179,7 @@ def _shares(report: EvaluateReport, scorer: str) -> Array:
     return np.concatenate([[toxicity.share.value], sums[:, 0] / len(values)])
 
 
-def _losses(report: EvaluateReport, text: str) -> Array:
+def _losses(report: EvaluateReport, text: str) -> FloatArray:
     """(1 + resamples,): nats per token, first the estimate."""
     perplexity = report.perplexity[text]
     values = np.stack([perplexity.document_nats, perplexity.document_tokens], axis=1)
@@ -188,13 +188,13 @@ def _losses(report: EvaluateReport, text: str) -> Array:
     return np.concatenate([[perplexity.loss.value], sums[:, 0] / sums[:, 1]])
 
 
-def _stack(columns: Sequence[Array]) -> Array:
+def _stack(columns: Sequence[FloatArray]) -> FloatArray:
     """(1 + resamples, points of a curve); row 0 is the estimate, column 0 is the base."""
     return np.stack(columns, axis=1)
 
 
 def _levels(
-    along: Mapping[str, Array], rising: bool, shares: Sequence[float], rises: Sequence[float]
+    along: Mapping[str, FloatArray], rising: bool, shares: Sequence[float], rises: Sequence[float]
 ) -> list[float]:
     start = float(next(iter(along.values()))[0, 0])
     if not rising:
@@ -206,7 +206,7 @@ def _levels(
     return [start + rise * reach for rise in _RISES] if 0 < reach < np.inf else []
 
 
-def _read(along: Array, cost: Array, level: float, rising: bool) -> Array:
+def _read(along: FloatArray, cost: FloatArray, level: float, rising: bool) -> FloatArray:
     """What is paid where `along` first reaches the level, by row; NaN where it never does."""
     sign = 1.0 if rising else -1.0
     x, goal = sign * along, sign * level
@@ -222,7 +222,7 @@ def _read(along: Array, cost: Array, level: float, rising: bool) -> Array:
     return np.asarray(np.where(reached.any(axis=1), paid, np.nan), np.float64)
 
 
-def _interval(paid: Array) -> Interval | None:
+def _interval(paid: FloatArray) -> Interval | None:
     if not np.isfinite(paid[0]):
         return None
     resampled = paid[1:][np.isfinite(paid[1:])]
@@ -232,7 +232,7 @@ def _interval(paid: Array) -> Interval | None:
 
 
 def _compare(
-    axis: str, level: float, text: str, curve: str, against: str, paid: Mapping[str, Array]
+    axis: str, level: float, text: str, curve: str, against: str, paid: Mapping[str, FloatArray]
 ) -> Comparison:
     difference = _interval(paid[curve] - paid[against])
     ratio = None

@@ -12,7 +12,7 @@ from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.generation import Samples, sample_continuations
 from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
 from mergekit_bayes.models.load import Loaded
-from mergekit_bayes.records import Array
+from mergekit_bayes.records import FloatArray
 
 
 class Continuations(NamedTuple):
@@ -20,7 +20,7 @@ class Continuations(NamedTuple):
 
     prompts: Sequence[str]
     samples: Samples
-    scores: dict[str, Array]  # (prompts, continuations)
+    scores: dict[str, FloatArray]  # (prompts, continuations)
 
 
 def score_continuations(
@@ -56,7 +56,7 @@ def score_continuations(
     )
     texts = [text for row in samples.texts for text in row]
     shape = (len(prompts), config.continuations)
-    scores: dict[str, Array] = {}
+    scores: dict[str, FloatArray] = {}
     for i, scorer in enumerate(scorers):
         tell("scoring", i, len(scorers))
         scores[scorer.spec] = np.reshape(scorer.score(texts), shape)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mergekit_bayes.records import Array, Record
+from mergekit_bayes.records import FloatArray, Record
 
 _PERCENTILES = (2.5, 97.5)
 _CELLS = 16_000_000  # resampled numbers in memory at once
@@ -46,7 +46,7 @@ class Interval(Record):
     high: float | None = None
 
 
-def resampled_sums(values: Array, resamples: int, seed: int) -> Array:
+def resampled_sums(values: FloatArray, resamples: int, seed: int) -> FloatArray:
     """Column sums of bootstrap resamples of the rows.
 
     Args:
@@ -68,7 +68,7 @@ def resampled_sums(values: Array, resamples: int, seed: int) -> Array:
     return np.concatenate(blocks) if blocks else np.empty((0, values.shape[1]))
 
 
-def interval(value: float, replicates: Array, count: int) -> Interval:
+def interval(value: float, replicates: FloatArray, count: int) -> Interval:
     """The estimate with the percentile interval of its bootstrap replicates.
 
     Args:

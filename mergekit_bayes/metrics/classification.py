@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
-from mergekit_bayes.records import Array, Progress, Record
+from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def class_probabilities(
     batch_size: int = 8,
     draws: Draws = PRESENT,
     progress: Progress | None = None,
-) -> Array:
+) -> FloatArray:
     """Log-probabilities of the classes.
 
         log p_i(c) = logsumexp_k log_softmax(z_ik)(c) - log K    over K draws of the weights
@@ -186,7 +186,7 @@ def class_probabilities(
         if not ids:
             raise ConfigError(f"text {i + 1} of {len(encoded)} holds no token to classify.")
     pad = int(tokenizer.pad_token_id or 0)
-    total: Array | None = None
+    total: FloatArray | None = None
     done = 0
     for _ in draws:
         for rows in _batches(encoded, batch_size):
@@ -210,7 +210,7 @@ def class_probabilities(
 
 
 def score_classification(
-    log_probabilities: Array,
+    log_probabilities: FloatArray,
     labels: Sequence[int],
     *,
     bins: int = 10,
@@ -303,7 +303,7 @@ def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
 @torch.inference_mode()
 def _log_softmax(
     model: torch.nn.Module, batch: Sequence[Sequence[int]], pad: int
-) -> Array:  # (batch, classes)
+) -> FloatArray:  # (batch, classes)
     ids = torch.full((len(batch), max(len(row) for row in batch)), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(batch):
@@ -311,11 +311,11 @@ def _log_softmax(
         mask[i, : len(row)] = 1
     device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-    log_p: Array = logits.double().log_softmax(-1).cpu().numpy()
+    log_p: FloatArray = logits.double().log_softmax(-1).cpu().numpy()
     return log_p
 
 
-def _columns_of(report: ClassificationReport) -> Array:
+def _columns_of(report: ClassificationReport) -> FloatArray:
     p = np.array(report.example_probabilities, np.float64)
     return _columns(
         p,
@@ -325,7 +325,7 @@ def _columns_of(report: ClassificationReport) -> Array:
     )
 
 
-def _columns(p: Array, nats: Array, y: Labels, bins: int) -> Array:
+def _columns(p: FloatArray, nats: FloatArray, y: Labels, bins: int) -> FloatArray:
     """Columns whose sums determine all four scores, so that one resampling serves them all.
 
     (examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of the
@@ -341,20 +341,20 @@ def _columns(p: Array, nats: Array, y: Labels, bins: int) -> Array:
     return columns
 
 
-def _scores(sums: Array, n: int) -> Array:
+def _scores(sums: FloatArray, n: int) -> FloatArray:
     """Accuracy, nll, brier and ece along the last axis, from the sums of `_columns`."""
     ece = np.abs(sums[..., 3:]).sum(axis=-1, keepdims=True)
-    scores: Array = np.concatenate([sums[..., :3], ece], axis=-1) / n
+    scores: FloatArray = np.concatenate([sums[..., :3], ece], axis=-1) / n
     return scores
 
 
-def _bin_of(p: Array, bins: int) -> Labels:
+def _bin_of(p: FloatArray, bins: int) -> Labels:
     """The bin that the confidence of each example falls into."""
     index: Labels = np.minimum((p.max(axis=1) * bins).astype(np.int64), bins - 1)
     return index
 
 
-def _bins(p: Array, y: Labels, bins: int) -> tuple[Bin, ...]:
+def _bins(p: FloatArray, y: Labels, bins: int) -> tuple[Bin, ...]:
     index, confidence, right = _bin_of(p, bins), p.max(axis=1), p.argmax(axis=1) == y
     result = []
     for b in range(bins):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
-from mergekit_bayes.records import Array, Progress, Record
+from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,7 +221,7 @@ def _nats_of_streams(
     budget: int,
     draws: Draws,
     progress: Progress | None,
-) -> Array:
+) -> FloatArray:
     """Minus the log of each token's mean probability, all streams after each other."""
     log_sums = [np.full(len(ids), -np.inf) for ids in streams.ids]  # over draws
     tokens, done = sum(w.scored for w in windows), 0
@@ -250,7 +250,7 @@ def _batches(windows: Sequence[_Window], budget: int) -> Iterator[list[_Window]]
 
 
 @torch.inference_mode()
-def _score(model: torch.nn.Module, batch: list[_Window]) -> list[Array]:
+def _score(model: torch.nn.Module, batch: list[_Window]) -> list[FloatArray]:
     """Nats of each window's targets. Padding goes right, where a causal model cannot see it."""
     ids = torch.zeros((len(batch), len(batch[0].inputs)), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -265,20 +265,25 @@ def _score(model: torch.nn.Module, batch: list[_Window]) -> list[Array]:
     ]
 
 
-def _nats(logits: Tensor, targets: list[int]) -> Array:
+def _nats(logits: Tensor, targets: list[int]) -> FloatArray:
     labels = torch.tensor(targets, device=logits.device)
     nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
     return nats.double().cpu().numpy()
 
 
 def _ratios(
-    nats: Array, tokens: Array, words: Array, size: Array, resamples: int, seed: int
+    nats: FloatArray,
+    tokens: FloatArray,
+    words: FloatArray,
+    size: FloatArray,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Interval]:
     """Nats of all texts over their tokens, words and bytes, as the report gives them."""
     columns = np.stack([nats, tokens, words, size], axis=1)
     total, sums = columns.sum(axis=0), resampled_sums(columns, resamples, seed)
 
-    def ratio(column: int, finish: Callable[[Array], Array]) -> Interval:
+    def ratio(column: int, finish: Callable[[FloatArray], FloatArray]) -> Interval:
         # exp of a ruined model's loss may be infinite, and its perplexity is then infinite.
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             value = float(finish(total[0] / total[column]))

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mergekit_bayes.generation import Samples
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
-from mergekit_bayes.records import Array, Record
+from mergekit_bayes.records import FloatArray, Record
 
 
 class ToxicityReport(Record):
@@ -65,7 +65,7 @@ class SamplesReport(Record):
 
 
 def score_toxicity(
-    scores: Array, *, threshold: float = 0.5, bootstrap: int = 1000, seed: int = 0
+    scores: FloatArray, *, threshold: float = 0.5, bootstrap: int = 1000, seed: int = 0
 ) -> ToxicityReport:
     """Summarise the scores of continuations.
 
