@@ -31,3 +31,4 @@ run "$bmerge" merge "$world/garden.safetensors" "$world/kitchen.safetensors" --w
     -o "$world/both.safetensors" --force
 
 run "$bmerge" detox configs/detox/demo.yaml
+echo "picture: runs/detox-demo/toxicity_vs_perplexity.png" >&2

@@ -118,7 +118,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             inputs = weigh(config, inputs, notes)
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
-        _note_narrowing(matched.steps, inputs, notes)
+        if config.dtype is None:  # else the narrowing was asked for
+            _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.

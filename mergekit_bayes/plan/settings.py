@@ -91,7 +91,8 @@ class MergeConfig(Config):
         0.2,
         gt=0,
         le=1,
-        description="Limit the amplification that a removal may cause to 1/guard; in (0, 1].",
+        description="Limit the amplification that a removal may cause to 1/guard, at scales "
+        "down to -1; in (0, 1].",
     )
     counts: Literal["equal", "recorded"] = Field(
         "equal",
