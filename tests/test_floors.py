@@ -110,3 +110,13 @@ def test_commands_on_local_files_load_no_heavy_library(tmp_path, command):
     silent = "contextlib.redirect_stdout(io.StringIO())"
     code = f"import contextlib, io\nfrom bmerge_cli.main import app\nwith {silent}: {run}"
     assert not HEAVY & loaded_by(code)
+
+
+def test_a_fine_tune_that_only_starts_processes_loads_no_model_library(tmp_path):
+    settings = tmp_path / "c.yaml"
+    settings.write_text("model: m\ndata: t.jsonl\noutput: o\nnum_processes: 2\n")
+    code = f"""from mergekit_bayes.finetune import launcher
+launcher.launch = lambda command, count: 0
+from bmerge_cli.main import app
+assert app(['finetune', {str(settings)!r}], standalone_mode=False) == 0"""
+    assert not {"transformers", "peft", "datasets"} & loaded_by(code)

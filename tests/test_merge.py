@@ -193,3 +193,9 @@ def test_a_model_of_more_digits_than_the_output_is_noted(world):
     report = merge("half", "a", out="x.safetensors")
     assert any("'a.safetensors' has 4 tensors in a finer dtype" in n for n in report.notes)
     assert not merge("a", "half", out="y.safetensors").notes
+
+
+def test_a_dtype_that_was_asked_for_is_not_offered_again(world):
+    for dtype in ("BF16", "F16"):
+        report = merge("a", "b", base="base", dtype=dtype, out=f"{dtype}.safetensors")
+        assert not [n for n in report.notes if "finer dtype" in n]
