@@ -112,11 +112,14 @@ def test_commands_on_local_files_load_no_heavy_library(tmp_path, command):
     assert not HEAVY & loaded_by(code)
 
 
-def test_a_fine_tune_that_only_starts_processes_loads_no_model_library(tmp_path):
+def test_a_fine_tune_that_only_starts_processes_does_not_load_what_trains(tmp_path):
     settings = tmp_path / "c.yaml"
     settings.write_text("model: m\ndata: t.jsonl\noutput: o\nnum_processes: 2\n")
-    code = f"""from mergekit_bayes.finetune import launcher
+    code = f"""import sys
+from mergekit_bayes.finetune import launcher
 launcher.launch = lambda command, count: 0
 from bmerge_cli.main import app
-assert app(['finetune', {str(settings)!r}], standalone_mode=False) == 0"""
-    assert not {"transformers", "peft", "datasets"} & loaded_by(code)
+assert app(['finetune', {str(settings)!r}], standalone_mode=False) == 0
+assert 'mergekit_bayes.finetune.launcher' in sys.modules
+assert 'mergekit_bayes.finetune.run' not in sys.modules"""
+    loaded_by(code)

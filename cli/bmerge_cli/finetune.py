@@ -60,7 +60,7 @@ def command(
             [sys.executable, "-m", "bmerge_cli.main", NAME, *line], loaded.num_processes or 1
         )
         raise typer.Exit(code)
-    # After the launch: a process that only starts others needs neither model nor data libraries.
+    # After the launch: a process that only starts others does not load what trains.
     from mergekit_bayes.finetune.run import run_finetune
 
     if (gpus := launcher.idle_gpus()) > 0:
