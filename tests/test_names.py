@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 
-from mergekit_bayes.checkpoint.names import (
-    Renaming,
-    find_renaming,
-    is_alias,
-    is_buffer,
-    tied_source,
-)
+from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MemorySource
+from mergekit_bayes.checkpoint.ties import is_alias, tied_source
 
 
 def test_one_common_prefix_is_found_in_both_directions():

@@ -7,9 +7,10 @@ Hub only the headers are read (`headers`), and its report has no values.
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
-from mergekit_bayes.checkpoint.names import find_renaming, is_alias
+from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
+from mergekit_bayes.checkpoint.ties import is_alias
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
 from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapter import Adapter

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.names import find_renaming
+from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter

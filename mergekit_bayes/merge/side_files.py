@@ -30,6 +30,7 @@ class SideFiles:
         model = None if plan.to_file else next(folders, None)
         self._folder = None if model is None else model.posterior.path
         self._changes_dtype = plan.config.dtype is not None or model is not plan.inputs.donor
+        self._changes = plan.config_changes
 
     def check(self) -> None:
         """Find what cannot be copied before the first tensor is merged.
@@ -44,7 +45,7 @@ class SideFiles:
             try:
                 with file.open("rb") as content:
                     content.read(1)
-                if name == Path("config.json") and self._changes_dtype:
+                if name == Path("config.json") and (self._changes_dtype or self._changes):
                     json.loads(file.read_bytes())
             except OSError as error:
                 raise CheckpointError(
@@ -54,14 +55,20 @@ class SideFiles:
                 raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
     def copy(self, out: Path) -> None:
-        """Copy the side files, and write the output's dtype into the copied config."""
+        """Copy the side files, and write what is true of the output into the copied config."""
         if self._folder is None:
             return
         copy_side_files(self._folder, out, but="adapter_*")
         config = out / "config.json"
-        if config.exists() and self._changes_dtype:
+        if config.exists() and (self._changes_dtype or self._changes):
             content = json.loads(config.read_text())
-            _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
+            if self._changes_dtype:
+                _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
+            for key, value in self._changes.items():
+                if value is None:
+                    content.pop(key, None)
+                else:
+                    content[key] = value
             config.write_text(json.dumps(content, indent=2) + "\n")
 
     def _main_dtype(self) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_bayes.checkpoint.names import find_renaming, is_buffer
+from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior

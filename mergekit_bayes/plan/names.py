@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming, is_buffer
+from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs

@@ -54,6 +54,8 @@ class MergePlan(Closing):
         target: The output: a folder, or a `.safetensors` file.
         info: The record of the merged precision, its identity still blank; None where no precision
             is written.
+        config_changes: Keys of the written `config.json` that the merge sets, because the copied
+            value would not be true of the output; None removes a key.
     """
 
     config: MergeConfig
@@ -69,6 +71,7 @@ class MergePlan(Closing):
     notes: tuple[str, ...]
     target: Path
     info: PosteriorInfo | None = field(repr=False)
+    config_changes: dict[str, object] = field(default_factory=dict)
 
     @property
     def base(self) -> Input | None:

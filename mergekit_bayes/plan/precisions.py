@@ -7,7 +7,7 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.plan.inputs import Input, Inputs

@@ -2,12 +2,12 @@
 
 A model with tied weights has one tensor for both. One checkpoint stores it under the embedding's
 name only, another one under both names, and a third has untied them in training. The names alone
-decide (`checkpoint.names.tied_source`), and equal values where both are stored (`is_alias`).
+decide (`checkpoint.ties.tied_source`), and equal values where both are stored (`is_alias`).
 """
 
 from collections.abc import Mapping
 
-from mergekit_bayes.checkpoint.names import is_alias, tied_source
+from mergekit_bayes.checkpoint.ties import is_alias, tied_source
 from mergekit_bayes.posterior import Posterior
 
 

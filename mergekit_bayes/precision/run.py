@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
-from mergekit_bayes.checkpoint.names import Renaming, find_renaming
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
