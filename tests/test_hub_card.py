@@ -250,3 +250,50 @@ def test_one_word_of_a_person_in_pefts_card_keeps_it(tmp_path, blank, written):
     assert blank in text
     (where / "README.md").write_text(text.replace(blank, written, 1))
     assert written.rpartition("\n")[2] in model_card(where, repo="org/a")
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "dotted"])
+def test_a_card_names_no_folder_of_the_authors_machine(tmp_path, monkeypatch, spelling):
+    """Local models have their own names, are said to be local, and nothing is null."""
+    monkeypatch.chdir(tmp_path)
+    where = {"absolute": f"{tmp_path}/deep/er/", "relative": "deep/er/", "dotted": "./deep/er/"}
+    refs = [where[spelling] + name for name in ("base", "a")]
+    for seed, ref in enumerate(refs):
+        pushing.folder(tmp_path / ref, seed)
+    config = MergeConfig(
+        models=(refs[1],),
+        base=refs[0],
+        weights="precision",
+        scale=(0.5, f"{refs[1]}:wte=0.25"),
+        observations={"BASE": "2x"},
+        out=str(tmp_path / "out"),
+    )
+    run_merge(config)
+    card = model_card(tmp_path / "out", repo="org/out")
+    assert "deep" not in card
+    assert str(tmp_path) not in card
+    assert "null" not in card
+    assert "{}" not in card
+    recipe = yaml.safe_load(card.partition("````yaml\n")[2].partition("````")[0])
+    assert (recipe["models"], recipe["base"], recipe["scale"]) == (
+        ["a"],
+        "base",
+        [0.5, "a:wte=0.25"],
+    )
+    assert recipe["observations"] == {"base": "2x"}
+    assert "| `base` (local) | base |" in card
+    assert "`base`, `a` are local models of the author" in card
+
+
+def test_the_command_that_reverses_a_removal_says_that_it_puts_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "a")):
+        pushing.folder(tmp_path / name, seed)
+    frame = {"base": "base", "weights": "precision"}
+    run_merge(MergeConfig(models=("a",), scale=(-0.5,), out="out", **frame))
+    words = printed(model_card(tmp_path / "out", repo="out"), "put a back")
+    run_merge(MergeConfig(models=("out", "a"), scale=(1.0, 0.5), out="again", **frame))
+    assert words[words.index("--scale") :][:4] == ["--scale", "1", "--scale", "0.5"]
+    base, again = (tiny.read(tmp_path / n / "model.safetensors") for n in ("base", "again"))
+    for name, tensor in base.items():
+        numpy.testing.assert_allclose(again[name], tensor, rtol=1e-4, atol=1e-5)

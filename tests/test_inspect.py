@@ -193,7 +193,7 @@ def test_the_command_prints_tables_for_people_and_one_document_for_machines(worl
     for text in (
         "transformer.h.10",
         "difference to b.safetensors",
-        "ggn, of these weights, for 100 observations",
+        "ggn, of these weights, for 100 tokens",
     ):
         assert text in done.stderr
     quiet = CliRunner().invoke(app, ["inspect", "a.safetensors", "-q"])

@@ -7,6 +7,11 @@ import typer
 from rich.console import Console
 
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, table
+from mergekit_bayes.posterior.wording import (
+    anchor_in_words,
+    observations_in_words,
+    prior_in_words,
+)
 
 if TYPE_CHECKING:
     from mergekit_bayes.inspect import (
@@ -80,21 +85,22 @@ def _show_precision(screen: Console, precision: "PrecisionSummary") -> None:
     info = precision.info
     screen.print(f"\nprecision: {precision.files[0]}", markup=False)
     if precision.not_samplable:
-        screen.print(f"  not samplable: {precision.not_samplable}", markup=False)
+        screen.print(
+            f"  weights cannot be drawn from it: {precision.not_samplable}; --prior X of `bmerge "
+            "evaluate` gives it one",
+            markup=False,
+        )
     if info is None:
         return
     weights = {True: "of these weights", False: "OF OTHER WEIGHTS", None: "of weights unread"}
-    count = "unknown" if info.observations is None else f"{info.observations:,g}"
-    sampled = "" if info.sampled is None else f", {info.sampled:,g} looked at"
+    sampled = "" if info.sampled is None else f", estimated from {info.sampled:,g} rows"
     screen.print(
-        f"  {info.estimator}, {weights[precision.belongs]}, for {count} observations (unit: "
-        f"{info.unit or 'unknown'}){sampled}"
+        f"  {info.estimator}, {weights[precision.belongs]}, for {observations_in_words(info)}"
+        f"{sampled}"
     )
-    anchor = "unknown" if info.anchor.precision is None else f"{info.anchor.precision:.4g}"
-    screen.print(
-        f"  prior {info.prior.kind} {info.prior.precision:.4g}; trained towards {info.anchor.kind} "
-        f"({anchor}); scale (ess) {_text(info.ess)}"
-    )
+    # Readers count by `observations / ess`, which is 1 for most posteriors.
+    scale = "" if info.ess in (None, info.observations) else f"; scaled by an ess of {info.ess:,g}"
+    screen.print(f"  {prior_in_words(info)}; {anchor_in_words(info)}{scale}")
     for title, numbers in (("training", info.training), ("health", info.health)):
         if numbers:
             pairs = ", ".join(f"{name} {_text(value)}" for name, value in numbers.items())

@@ -75,7 +75,16 @@ def further_section(facts: Facts) -> str:
     width = max(len(command.line) for command in commands)
     block = "\n".join(f"{command.line:<{width}}   # {command.comment}" for command in commands)
     title = "Merge it further, or undo it" if undoing else "Merge it further"
-    return f"## {title}\n\n```bash\n{block}\n```"
+    return f"## {title}\n\n{_needed(facts)}```bash\n{block}\n```"
+
+
+def _needed(facts: Facts) -> str:
+    """Say which models of the commands a reader of the card has not got."""
+    local = list(dict.fromkeys(f"`{p.name}`" for p in facts.parents if p.repo is None))
+    if not local:
+        return ""
+    are = "is a local model" if len(local) == 1 else "are local models"
+    return f"{', '.join(local)} {are} of the author; commands that name one need it.\n\n"
 
 
 class _Command(NamedTuple):
@@ -134,7 +143,9 @@ def _undo(facts: Facts, model: MergedModel, base: str | None, on_base: str) -> _
         f"--weights {facts.report['weights']} --scale 1 --scale {scale}"
         f"{_settings(facts.recipe, [base, task])} -o without"
     )
-    return _Command(line, f"take {re.sub(r'@[0-9a-f]{40}', '', task)} out again")
+    name = re.sub(r"@[0-9a-f]{40}", "", task)
+    was_removed = (model["scale"] or 0) < 0
+    return _Command(line, f"put {name} back" if was_removed else f"take {name} out again")
 
 
 def _settings(recipe: Mapping[str, object], refs: Sequence[str | None]) -> str:

@@ -1,7 +1,7 @@
 """Local paths in what is published: shown by their last part, and found in pushed files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_bayes.hub.parents import Parent
@@ -16,6 +16,32 @@ def last_parts(value: object) -> object:
     if isinstance(value, list):
         return [last_parts(v) for v in value]
     return "+".join(map(_last_part, value.split("+"))) if isinstance(value, str) else value
+
+
+def published_recipe(recipe: Mapping[str, object], made_from: Sequence[Parent]) -> object:
+    """A recipe as a card shows it.
+
+    Local models have the names of the card's table, and settings that were left out are left out.
+    """
+    names = {p.path: p.name for p in made_from if p.path and p.repo is None}
+    return last_parts(_named(recipe, names))
+
+
+def _named(value: object, names: Mapping[str, str]) -> object:
+    if isinstance(value, dict):
+        pairs = ((names.get(k, k), _named(v, names)) for k, v in value.items())
+        return {k: v for k, v in pairs if v not in (None, {}, [])}
+    if isinstance(value, list):
+        return [_named(v, names) for v in value]
+    if not isinstance(value, str):
+        return value
+    if value in names:
+        return names[value]
+    # MODEL:REGEX=X of --scale, and BASE+ADAPTER, whose parts are two parents.
+    model, colon, rest = value.partition(":")
+    if colon and model in names:
+        return names[model] + colon + rest
+    return "+".join(names.get(part, part) for part in value.split("+"))
 
 
 def without_paths(note: str, made_from: Sequence[Parent]) -> str:

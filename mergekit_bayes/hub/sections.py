@@ -8,8 +8,13 @@ from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.commands import further_section, posterior_code, use_section
 from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import MergedModel, MergeRecord
-from mergekit_bayes.hub.local_paths import last_parts, without_paths
+from mergekit_bayes.hub.local_paths import published_recipe, without_paths
 from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.wording import (
+    anchor_in_words,
+    observations_in_words,
+    prior_in_words,
+)
 
 _COLUMNS = ("model", "role", "scale", "commit", "observations", "sum H / sum H of the base")
 _OPTIMIZERS = {"ivon": "IVON", "adamw": "AdamW"}
@@ -73,7 +78,7 @@ def _parents_table(facts: Facts) -> str:
     by_ref = {m["ref"]: m for m in models}
     rows = []
     for i, p in enumerate(facts.parents):
-        place = f"`{p.name}`"
+        place = f"`{p.name}`" if p.repo else f"`{p.name}` (local)"
         if p.repo and p.commit:
             place = f"[{p.repo}](https://huggingface.co/{p.repo}/tree/{p.commit})"
         # BASE+ADAPTER is one model of the merge and two parents.
@@ -113,14 +118,15 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
     if (changed := report.get("changed_share")) is not None:
         yield f"{changed:.2%} of the merged entries differ from the base in some model"
     if (lost := report.get("lost_share")) is not None:
-        yield f"{lost:.2%} of those were rounded back to the base's value"
+        yield f"{lost:.2%} of those have the base's value in the output"
 
 
 def _recipe(facts: Facts) -> str:
     name = MERGE_RECIPE if facts.recipe else FINETUNE
-    content = last_parts(facts.recipe or facts.finetune)
+    content = published_recipe(facts.recipe or facts.finetune, facts.parents)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
-    return f"## Recipe\n\n`{name}`, local paths by their last part:\n\n````yaml\n{text}\n````"
+    head = f"## Recipe\n\n`{name}` without what was left out, local paths by their last part:"
+    return f"{head}\n\n````yaml\n{text}\n````"
 
 
 def _posterior(facts: Facts) -> str:
@@ -140,17 +146,11 @@ def _posterior(facts: Facts) -> str:
 
 def _info_rows(info: PosteriorInfo) -> Iterator[tuple[str, str]]:
     yield "estimator", info.estimator
-    count = _number(info.observations) or "unknown"
-    yield "observations", f"{count} (unit: {info.unit or 'unknown'})"
-    yield "scale (ess)", _number(info.ess)
-    prior: str = info.prior.kind
-    if prior != "none":
-        prior += f", {info.prior.precision:.4g}"
-    yield "prior inside it", prior
-    anchor: str = info.anchor.kind
-    if anchor != "none" and info.anchor.precision is not None:
-        anchor += f", {info.anchor.precision:.4g}"
-    yield "trained towards", anchor
+    yield "stands for", observations_in_words(info)
+    if info.ess != info.observations:
+        yield "scaled by (ess)", _number(info.ess)
+    yield "prior", prior_in_words(info)
+    yield "anchor", anchor_in_words(info)
     yield "weights, by sampled blocks", f"`{info.mean.blocks}`"
     for name, value in info.health.items():
         yield str(name), _number(value)

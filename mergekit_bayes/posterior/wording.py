@@ -1,0 +1,52 @@
+"""A posterior's record in words, for the screen and the card."""
+
+from mergekit_bayes.posterior.info import PosteriorInfo
+
+
+def observations_in_words(info: PosteriorInfo) -> str:
+    """For how many observations the data's part of a precision stands.
+
+    The count of a merge on a base is what its tasks added to that of the base. It is negative after
+    a removal, and zero where everything that was added was removed again.
+    """
+    count, unit = info.observations, info.unit
+    if count is None:
+        return f"an unknown number of {unit or 'observation'}s"
+    noun = f"{unit or 'observation'}{'s' * (abs(count) != 1)}"
+    if info.merge is None or info.prior.kind != "base":
+        return f"{_rounded(count)} {noun}"
+    if round(count) == 0:
+        return "the data of its base: what was added to them was removed again"
+    change = "in addition to those" if count > 0 else "fewer than the data"
+    return f"{_rounded(abs(count))} {noun} {change} of its base"
+
+
+def prior_in_words(info: PosteriorInfo) -> str:
+    """What a stored precision contains besides the data's part."""
+    prior = info.prior
+    match prior.kind:
+        case "none":
+            return "no prior inside"
+        case "isotropic":
+            return f"inside it a prior of {prior.precision:.4g} an entry"
+        case "base":
+            extra = f" and a prior of {prior.precision:.4g} an entry" if prior.precision else ""
+            return f"inside it the precision of its base{extra}"
+        case _:
+            return "the prior inside it is not known"
+
+
+def anchor_in_words(info: PosteriorInfo) -> str:
+    """What the training pulled the weights towards."""
+    anchor = info.anchor
+    if anchor.kind == "none":
+        return "the training pulled towards nothing"
+    towards = "zero" if anchor.kind == "zero" else "the base"
+    if anchor.precision is None:
+        return f"the training pulled towards {towards}"
+    return f"the training pulled towards {towards} with {anchor.precision:.4g} an entry"
+
+
+def _rounded(count: float) -> str:
+    """A count without decimals, unless it is smaller than ten."""
+    return f"{count:,.0f}" if abs(count) >= 10 else f"{count:,.3g}"
