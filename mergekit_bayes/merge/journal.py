@@ -76,10 +76,15 @@ class Journals:
         """All journals."""
         return sorted(self._folder.glob("journal-*-of-*.jsonl"))
 
+    def parts(self) -> list[Part]:
+        """The parts of which there is a journal; a merge in one piece is part 1 of 1."""
+        numbers = (map(int, re.findall(r"\d+", path.stem)) for path in self.paths())
+        return sorted(Part(number, of) for number, of in numbers)
+
     def missing_parts(self) -> list[str]:
         """The parts of a `--shard` that have no journal, as I/N."""
-        begun = {tuple(map(int, re.findall(r"\d+", path.stem))) for path in self.paths()}
-        counts = {of for _, of in begun if of > 1}
+        begun = set(self.parts())
+        counts = {part.of for part in begun if part.of > 1}
         return [
             f"{i}/{of}" for of in sorted(counts) for i in range(1, of + 1) if (i, of) not in begun
         ]

@@ -165,14 +165,22 @@ def _ratio(plan: MergePlan, totals: MergeTotals, model: Input) -> float | None:
 
 
 def _note_lost(plan: MergePlan, lost_share: float, notes: list[str]) -> None:
-    """Say if rounding has undone much of the edit."""
-    undoes = plan.guard < plan.config.guard  # what is removed again goes back to the base's value
-    if lost_share >= 0.01 and not undoes:
-        notes.append(
-            f"{lost_share:.1%} of the changed entries were rounded back to the base's value: the "
-            "edit is small for the dtype of the output, and undoing it later is exact in F32 only "
-            "(--dtype F32)"
-        )
+    """Say if much of the edit is not in the output, and why."""
+    # What is removed again goes back to the base's value, by intention.
+    undoes = plan.guard < plan.config.guard or (plan.info is not None and not plan.info.terms)
+    if lost_share < 0.01 or undoes:
+        return
+    start = f"{lost_share:.1%} of the changed entries have the base's value in the output: "
+    cancels = "the models' changes cancel there" if len(plan.tasks) > 1 else ""
+    merged = [step for step in plan.steps if step.copied is None]
+    if all(step.spec.dtype in ("F32", "F64") for step in merged):
+        notes.append(start + (cancels or "the edit is smaller there than F32 resolves"))
+        return
+    rounded = "the edit is small for the dtype of the output, and was rounded off"
+    notes.append(
+        f"{start}{rounded}{f', or {cancels}' if cancels else ''}. Undoing the merge later is exact "
+        "in F32 only (--dtype F32)"
+    )
 
 
 def _six_digits(number: float) -> float:

@@ -262,7 +262,10 @@ def _tell(
     if done:
         total = max(1, sum(unit.stop - unit.start for unit in units))
         written = sum(unit.stop - unit.start for unit in units if unit.id in done)
-        say(f"resuming '{plan.target}': {written / total:.0%} was there")
+        # The parts of a launcher or of --shard were not interrupted; they are put together.
+        joins = any(part.of > 1 for part in partial.journals.parts())
+        action = "joining the parts of" if joins else "resuming"
+        say(f"{action} '{plan.target}': {written / total:.0%} is written already")
     if missing := partial.journals.missing_parts():
         say(f"parts that never began are done here: {', '.join(missing)}")
 
