@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods import METHODS, choose, settings_of
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.settings import BY_MODEL, MergeConfig
 
 _PRECISION_ONLY = (
     "precision",
@@ -20,7 +20,8 @@ _PRECISION_ONLY = (
     "counts",
     "guard",
 )
-_BY_MODEL = ("precision", "isotropic", "observations")
+# What other tools and papers call the sum or the average of models with equal weights.
+_OF_OTHER_TOOLS = ("linear", "mean", "model_soup", "soup", "uniform", "weighted_average")
 _ANCHORS = ("h0", "none", "zero-decay", "recorded")
 
 
@@ -84,7 +85,7 @@ def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
             with_base=config.base is not None, by_precision=config.weights == "precision"
         )
     else:
-        method = _method_by_name(config.method)
+        method = _method_by_name(config)
         _check_method(config, method)
     return method, settings_of(method, config.param)
 
@@ -180,10 +181,14 @@ def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
         raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None
 
 
-def _method_by_name(name: str) -> Method:
+def _method_by_name(config: MergeConfig) -> Method:
+    name = config.method or ""
     if name in METHODS:
         return METHODS[name]
-    near = nearest(name, METHODS)
+    if name in _OF_OTHER_TOOLS:
+        near: str | None = choose(with_base=config.base is not None, by_precision=False).name
+    else:
+        near = nearest(name, METHODS)
     hint = f" Did you mean '{near}'?" if near else ""
     raise ConfigError(f"--method {name}: no such method.{hint} `bmerge methods` lists them.")
 
@@ -233,11 +238,12 @@ def _check_models_named(config: MergeConfig) -> None:
     for ref in set(config.precision) & set(config.isotropic):
         raise ConfigError(f"'{ref}' has both --precision and --isotropic. Give one of them.")
     refs = [m for m in (*config.models, config.base) if m is not None]
-    for name in _BY_MODEL:
+    for name in BY_MODEL:
         for ref in getattr(config, name):
             if ref not in refs:
                 raise ConfigError(
-                    f"--{name} {ref}=...: no such model here. Name it as given: {', '.join(refs)}."
+                    f"--{name} {ref}=...: no such model here. Name it as given: {', '.join(refs)}"
+                    f"{', or BASE' if config.base is not None else ''}."
                 )
     for ref, value in config.isotropic.items():
         if not 0 < value < float("inf"):

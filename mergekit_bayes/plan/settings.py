@@ -1,16 +1,21 @@
 """Settings of a merge."""
 
-from typing import Literal
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mergekit_bayes.records import Config, Force
+
+BY_MODEL = ("precision", "isotropic", "observations")  # settings of single models: MODEL=VALUE
 
 
 class MergeConfig(Config):
     """Settings of one merge: the flags of `bmerge merge` and the keys of a recipe.
 
-    Each field's description is the help of its flag.
+    Each field's description is the help of its flag. A setting of a single model names it as
+    `models` and `base` do; `BASE` names the base, too.
     """
 
     models: tuple[str, ...] = Field(
@@ -102,7 +107,7 @@ class MergeConfig(Config):
     observations: dict[str, str] = Field(
         {},
         description="MODEL=3x or MODEL=1000: multiply or set the number of observations of a "
-        "model; repeatable.",
+        "model, or of BASE; repeatable.",
     )
     shrink: str | None = Field(
         None,
@@ -135,3 +140,26 @@ class MergeConfig(Config):
     verify: bool = Field(
         False, description="Compare full hashes of the weights, not only sampled blocks."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_models_as_given(cls, content: Any) -> Any:
+        """Let a setting of a single model name it by BASE, or by another spelling of its path."""
+        if not isinstance(content, Mapping):
+            return content
+        base, models = content.get("base"), content.get("models")
+        given = [*(models if isinstance(models, (list, tuple)) else ()), base]
+        given = [ref for ref in given if isinstance(ref, str)]
+        names = {os.path.normpath(ref): ref for ref in given} | {ref: ref for ref in given}
+        if isinstance(base, str):
+            names.setdefault("BASE", base)
+
+        def as_given(ref: Any) -> Any:
+            return names.get(ref, names.get(os.path.normpath(ref), ref)) if ref else ref
+
+        settings = {name: content[name] for name in BY_MODEL if name in content}
+        return {**content} | {
+            name: {as_given(ref): value for ref, value in by_model.items()}
+            for name, by_model in settings.items()
+            if isinstance(by_model, Mapping)
+        }

@@ -151,8 +151,8 @@ class _Weigher:
         config = self._config
         if (trace.shrink, trace.pool) != (config.shrink, config.pool):
             raise MismatchError(
-                f"'{model.ref}' was merged with --shrink {trace.shrink} --pool {trace.pool}, this "
-                f"merge has --shrink {config.shrink} --pool {config.pool}. Use the same, so that "
+                f"'{model.ref}' was merged {_with_shape(trace.shrink, trace.pool)}, this merge is "
+                f"planned {_with_shape(config.shrink, config.pool)}. Use the same, so that "
                 "all count alike."
             )
 
@@ -230,3 +230,9 @@ def _check_frame(model: Posterior, prior: Prior, base: Input, gain: float) -> No
             "here. Chains stay exact only in one frame: use the --observations and --counts of "
             f"that merge, such as --observations {base.ref}={factor:g}x."
         )
+
+
+def _with_shape(shrink: str | None, pool: str | None) -> str:
+    """The two settings that reshape a precision, as they are typed."""
+    given = [f"--{name} {value}" for name, value in (("shrink", shrink), ("pool", pool)) if value]
+    return f"with {' '.join(given)}" if given else "without --shrink and --pool"
