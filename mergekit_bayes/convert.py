@@ -152,9 +152,14 @@ def _find(path: Path, ref: str) -> _Pickles:
     for pickles, stem in _STEMS.items():
         for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
             if os.path.exists(path / name):
+                pickle = path / f"{pickles}.bin"
+                way_out = (
+                    f" To convert its pickle all the same, name the file: {pickle}."
+                    if pickle.exists()
+                    else ""
+                )
                 raise CheckpointError(
-                    f"'{ref}' holds {name} already, and every command reads it as it is. To "
-                    f"convert its pickle all the same, name the file: {path / f'{pickles}.bin'}."
+                    f"'{ref}' holds {name} already, and every command reads it as it is.{way_out}"
                 )
     for pickles, stem in _STEMS.items():
         single, index = path / f"{pickles}.bin", path / f"{pickles}.bin.index.json"

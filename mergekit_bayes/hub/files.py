@@ -76,7 +76,10 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
             raise CheckpointError(
                 f"'{folder}' is a file; push takes a folder (merge with -o FOLDER)."
             )
-        raise CheckpointError(f"'{folder}' is not a folder.")
+        raise CheckpointError(
+            f"'{folder}': no such folder. A push takes a local folder with a model, an adapter or "
+            "a posterior."
+        )
     if lone := lone_precision_files(folder):
         if not only_posterior:
             raise ConfigError(

@@ -67,8 +67,16 @@ def explained(repo: str) -> Iterator[None]:
     The traceback of the client is dropped, since it might show what was sent.
 
     Raises:
-        CheckpointError: Any error in the block, unless it is already a `BmergeError`.
+        CheckpointError: Any error in the block, unless it is already a `BmergeError`; or offline
+            mode is on.
     """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise CheckpointError(
+            f"'{repo}': offline mode is on, so that nothing can be pushed. Unset HF_HUB_OFFLINE "
+            "and run the same line again."
+        )
     try:
         yield
     except BmergeError:
