@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NAME = "detox"
 
 
-@failures()
+@failures("the same line goes on, and repeats no step that was finished")
 def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")

@@ -16,7 +16,10 @@ from mergekit_bayes.finetune.settings import FinetuneConfig
 NAME = "finetune"
 
 
-@failures()
+@failures(
+    "with save_steps, the same line and --resume goes on from the last checkpoint; without, the "
+    "run starts again"
+)
 @flags_of(
     FinetuneConfig,
     option("resume"),

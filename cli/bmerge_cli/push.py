@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "push"
 
 
-@failures()
+@failures("nothing was committed, unless a line above says so; the same line goes on")
 def command(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a model, or one that holds only a precision.")

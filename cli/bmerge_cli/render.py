@@ -99,13 +99,19 @@ def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def failures() -> Iterator[None]:
+def failures(stopped: str = "nothing was written; the same line starts again") -> Iterator[None]:
     """Turn errors that the user can correct into one message and exit code 2.
 
     Every command is decorated with it. A bug stays a traceback (exit code 1).
+
+    Args:
+        stopped: What an interrupt (Ctrl-C) leaves behind, and how to go on.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {stopped}", err=True)
+        raise typer.Exit(130) from None
     except BmergeError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None
