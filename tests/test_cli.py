@@ -297,3 +297,11 @@ def test_a_bug_is_a_traceback_and_exit_code_one(world, monkeypatch):
     done = bmerge(*MERGE)
     assert done.exit_code == 1
     assert isinstance(done.exception, ZeroDivisionError)
+
+
+def test_the_list_of_commands_is_not_cut(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    commands = shown.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) == len(app.registered_commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)

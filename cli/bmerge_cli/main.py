@@ -21,8 +21,20 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts hold brackets and colons
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (merge, methods, finetune, precision, evaluate, inspect, convert, detox, push):
-    app.command(module.NAME)(module.command)
+# In the order of a user's work. Each line fits a terminal of 80 columns uncut.
+_COMMANDS = (
+    (merge, "Add, average or subtract models, by precision or not."),
+    (methods, "List the merging rules and their settings."),
+    (finetune, "Fine-tune by IVON; its precision comes with it."),
+    (precision, "Give an existing checkpoint a precision."),
+    (evaluate, "Measure perplexity, toxicity and calibration."),
+    (inspect, "Show a model, its precision, and what changed."),
+    (convert, "Turn PyTorch's pickles into safetensors."),
+    (detox, "Remove toxicity by script, and report the cost."),
+    (push, "Push a model, its posterior and a card to the Hub."),
+)
+for module, summary in _COMMANDS:
+    app.command(module.NAME, short_help=summary)(module.command)
 
 
 def _version(given: bool) -> None:

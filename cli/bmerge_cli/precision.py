@@ -33,8 +33,9 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     config = parse_config(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet)
     console(quiet=quiet).print(
-        f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "
-        f"{report.unit}s; median precision {report.health['precision_median']:.3g}",
+        f"{report.estimator}, estimated from {report.sampled:,} rows; it stands for the "
+        f"{report.observations:,} {report.unit}s of all the data. Median "
+        f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )
     print_result(report, report.path, as_json=as_json, quiet=quiet)
