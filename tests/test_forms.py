@@ -50,10 +50,13 @@ def test_a_form_is_known_by_its_shape(precision, form):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((3, 2), "F32"), ((1, 2, 2), "F32"), ((3, 1, 1), "F16")]
+    ("shape", "dtype"),
+    [((3, 2), "F32"), ((1, 2, 2), "F32"), ((3, 1, 1), "F16"), ((3, 2, 2), "F8_E4M3")],
 )
 def test_what_is_no_form_is_refused_and_named(precision, shape, dtype):
     source = precision(np.ones(shape, np.float32), dtype)
+    # `bmerge inspect` must not count as covered what a merge refuses.
+    assert not is_form_of(source.specs["w"], TensorSpec("BF16", (3, 2, 2)))
     with pytest.raises(PrecisionError, match=r"precision of 'w' in .*0\.safetensors is F"):
         StoredPrecision.of(source, "w", (3, 2, 2))
 

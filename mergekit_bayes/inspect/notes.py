@@ -53,8 +53,8 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
         )
     if precision.unknown:
         yield (
-            f"{len(precision.unknown)} tensors of the precision fit none of the model, "
-            f"'{precision.unknown[0]}' first"
+            f"{len(precision.unknown)} tensors of the precision fit none of the model by name, "
+            f"shape and dtype (F32, BF16 or F64), '{precision.unknown[0]}' first"
         )
 
 

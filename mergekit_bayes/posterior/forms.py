@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_chunk
-from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, PrecisionSource, TensorSpec
+from mergekit_bayes.checkpoint.specs import Array, PrecisionSource, TensorSpec
 from mergekit_bayes.errors import PrecisionError
 
 Shape = tuple[int, ...]
@@ -120,7 +120,7 @@ def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
     """Whether a stored tensor is, by dtype and shape, a precision of a mean in some form."""
     return (
         precision is not None
-        and precision.dtype in MERGEABLE
+        and precision.dtype in _DTYPES
         and precision.shape in _shapes(mean.shape)
     )
 
