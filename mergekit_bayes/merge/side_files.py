@@ -65,10 +65,7 @@ class SideFiles:
             if self._changes_dtype:
                 _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
             for key, value in self._changes.items():
-                if value is None:
-                    content.pop(key, None)
-                else:
-                    content[key] = value
+                _set(content, key, value)
             config.write_text(json.dumps(content, indent=2) + "\n")
 
     def _main_dtype(self) -> str:
@@ -78,6 +75,19 @@ class SideFiles:
             if step.spec.dtype in sizes:
                 sizes[step.spec.dtype] += step.spec.size
         return self._plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _set(config: object, key: str, value: object) -> None:
+    """Set a key in a config, or remove it; a nested config that is not there stays away."""
+    first, dot, rest = key.partition(".")
+    if not isinstance(config, dict):
+        return
+    if dot:
+        _set(config.get(first), rest, value)
+    elif value is None:
+        config.pop(key, None)
+    else:
+        config[key] = value
 
 
 def _set_dtype(config: object, dtype: str) -> None:
