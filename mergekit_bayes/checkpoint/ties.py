@@ -230,29 +230,6 @@ def stored_copies(source: TensorSource) -> dict[str, str]:
     return copies
 
 
-def tied_source(name: str, source: TensorSource) -> str | None:
-    """The tensor to which another one is tied by its name; None if it is tied to none.
-
-    It also answers for a name that the file leaves out: pass the name that it would have.
-    """
-    shapes = {n: spec.shape for n, spec in source.specs.items()}
-    ties = [tie for tie in find_ties(_with_head(name, shapes)) if name in tie.names[1:]]
-    return next((n for tie in ties for n in tie.names if n != name and n in shapes), None)
-
-
-def _with_head(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes with that of an output head, if a name is one that the file leaves out."""
-    if name in shapes or not _HEAD.search(name):
-        return dict(shapes)
-    embedding = _embedding_of(name, shapes, ())
-    return dict(shapes) if embedding is None else {**shapes, name: shapes[embedding]}
-
-
-def is_alias(name: str, source: TensorSource) -> bool:
-    """Whether a stored tensor is tied: it holds the same values as the one that it is tied to."""
-    return name in stored_copies(source)
-
-
 def ties_embeddings(config: Mapping[str, Any]) -> bool | None:
     """Whether a config ties the output head to the input embedding; None if it does not say.
 
@@ -269,16 +246,14 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool | None:
 
 
 def untying(config: Mapping[str, Any]) -> dict[str, object]:
-    """What to set in a config so that it ties nothing; empty if it says so.
+    """The keys to set in a config, wherever it has them, so that it ties nothing.
 
-    A dot in a key leads into a nested config. Where the same setting also scales the decoder's
-    output, that stays as it is by a setting of its own.
+    Empty if it ties nothing. Where the same key also scales the decoder's output, that stays as it
+    is by a key of its own.
     """
     if ties_embeddings(config) is False:
         return {}
     changes: dict[str, object] = {"tie_word_embeddings": False}
-    if "tie_word_embeddings" in text_config(config) and text_config(config) is not config:
-        changes["text_config.tie_word_embeddings"] = False
     if config.get("model_type") in _SCALED_BY_TIE and "scale_decoder_outputs" not in config:
         changes["scale_decoder_outputs"] = config.get("tie_word_embeddings") is not False
     return changes

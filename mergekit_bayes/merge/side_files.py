@@ -64,8 +64,16 @@ class SideFiles:
             content = json.loads(config.read_text())
             if self._changes_dtype:
                 _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
+            nested = content.get("text_config")
             for key, value in self._changes.items():
-                _set(content, key, value)
+                is_nested = isinstance(nested, dict) and key in nested
+                places = [nested] if is_nested else []
+                places += [content] if key in content or not is_nested else []
+                for place in places:
+                    if value is None:
+                        place.pop(key, None)
+                    else:
+                        place[key] = value
             config.write_text(json.dumps(content, indent=2) + "\n")
 
     def _main_dtype(self) -> str:
@@ -75,19 +83,6 @@ class SideFiles:
             if step.spec.dtype in sizes:
                 sizes[step.spec.dtype] += step.spec.size
         return self._plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _set(config: object, key: str, value: object) -> None:
-    """Set a key in a config, or remove it; a nested config that is not there stays away."""
-    first, dot, rest = key.partition(".")
-    if not isinstance(config, dict):
-        return
-    if dot:
-        _set(config.get(first), rest, value)
-    elif value is None:
-        config.pop(key, None)
-    else:
-        config[key] = value
 
 
 def _set_dtype(config: object, dtype: str) -> None:

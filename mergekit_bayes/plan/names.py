@@ -71,7 +71,7 @@ def find_left_out(
     donor = inputs.donor.posterior
     left_out: dict[str, str] = {}
     for task in inputs:
-        model, unmatched, causes = task.posterior, [], []
+        model, unmatched = task.posterior, []
         for renamed, stored in names[task].items():
             if ties.is_written(renamed):
                 continue
@@ -81,20 +81,22 @@ def find_left_out(
                 left_out[stored] = reason
             elif config.on_missing != "error" or (only is not None and not only.search(renamed)):
                 left_out[stored] = f"only '{model.ref}' has it"
+            elif cause := ties.explain_missing(renamed, inputs.donor):
+                raise MismatchError(
+                    f"'{stored}' is in '{model.ref}' but not in '{donor.ref}'. {cause}"
+                )
             else:
                 unmatched.append(stored)
-                causes.append(ties.explain_missing(renamed, inputs.donor) or OTHER_BASE)
         if unmatched:
-            has_base = inputs.base is not None
-            raise _unmatched(unmatched, causes[0], model, donor, has_base=has_base)
+            raise _unmatched(unmatched, model, donor, has_base=inputs.base is not None)
     return left_out
 
 
 def _unmatched(
-    names: list[str], cause: str, model: Posterior, donor: Posterior, *, has_base: bool
+    names: list[str], model: Posterior, donor: Posterior, *, has_base: bool
 ) -> MismatchError:
     first, *_ = names
     return MismatchError(
-        f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'. {cause} "
+        f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'. {OTHER_BASE} "
         f"--on-missing {'base' if has_base else 'skip'} leaves it out."
     )

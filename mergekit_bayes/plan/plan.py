@@ -55,8 +55,8 @@ class MergePlan(Closing):
         info: The record of the merged precision, its identity still blank; None where no precision
             is written.
         config_changes: Keys of the written `config.json` that the merge sets, because the copied
-            value would not be true of the output; None removes a key, and a dot in a key leads into
-            a nested config.
+            value would not be true of the output; None removes a key. A key that a nested
+            `text_config` has is set there, too.
         drawing_identities: Content hash of each model without stored copies of tied tensors, by
             which random numbers are drawn; empty where the method draws none.
     """
