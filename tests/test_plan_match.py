@@ -1,5 +1,6 @@
 """Tied heads, buffers, missing tensors and vocabularies are matched by stated rules."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -42,22 +43,23 @@ def test_a_head_tied_in_a_task_and_not_in_the_base_takes_the_embedding():
     assert report.ruled == {HEAD: f"{tie.format('a')}; {tie.format('b')}"}
 
 
-def test_a_head_of_a_tasks_own_is_refused_where_the_base_ties_it_and_dropped_where_asked():
+def test_a_head_of_a_tasks_own_is_written_where_the_base_ties_it():
     base = model("base", 0, mean=tiny.arrays(0, TIED), precision=tiny.precisions(0, TIED))
     own = TIED | {HEAD: (6, 4)}
     a = model("a", 1, mean=tiny.arrays(1, own), precision=tiny.precisions(1, own))
-    own_head = (
-        r"'base\.safetensors' ties it to 'model.embed_tokens.weight', "
-        r"'a\.safetensors' has one of its own\. "
-    )
-    with pytest.raises(MismatchError, match=own_head + "--on-missing base leaves"):
-        merge("a")
-    mean, precision = expect(base, [a], (1,))
-    for rule in ("base", "skip"):
+    embedding = "model.embed_tokens.weight"
+    untied = tuple({**part, HEAD: part[embedding]} for part in base)
+    mean, precision = expect(untied, [a], (1,))
+    for rule in ("error", "base", "skip"):  # nothing is missing
         report = merge("a", on_missing=rule)
-        assert report.left_out == {HEAD: "only 'a.safetensors' has it"}
+        assert report.left_out == {}
+        assert report.ruled == {HEAD: f"'base.safetensors' ties it to '{embedding}'"}
         close(load("x.safetensors"), mean)
         close(load("x.precision.safetensors"), precision)
+    # Where the task has no share in it, the base's tie is kept.
+    for settings in ({"only": "layers"}, {"scale": ("a.safetensors:embed|head=0",)}):
+        assert merge("a", **settings).left_out == {HEAD: "only 'a.safetensors' has it"}
+        assert set(load("x.safetensors")) == set(TIED)
     tied = tiny.arrays(1, TIED)
     model(
         "a",
@@ -82,11 +84,14 @@ def test_real_models_tied_and_not_merge_and_load(world):
     assert HEAD not in tied
     expected = base[HEAD] + 0.5 * (tied["model.embed_tokens.weight"] - base[HEAD])
     np.testing.assert_allclose(found[HEAD].numpy(), expected, rtol=1e-5, atol=1e-7)
-    merge(str(world / "qwen-a"), base="tied", weights="uniform", out="y", on_missing="base")
-    loaded = CLASSES["qwen"].from_pretrained("y")
-    np.testing.assert_array_equal(
-        loaded.lm_head.weight.detach(), loaded.model.embed_tokens.weight.detach()
-    )
+    assert json.loads(Path("x/config.json").read_text())["tie_word_embeddings"] is False
+    report = merge(str(world / "qwen-a"), base="tied", weights="uniform", out="y", scale=(0.5,))
+    assert any("config.json says tie_word_embeddings false" in note for note in report.notes)
+    assert json.loads(Path("y/config.json").read_text())["tie_word_embeddings"] is False
+    found, task = CLASSES["qwen"].from_pretrained("y").state_dict(), load(world / "qwen-a")
+    for name in ("model.embed_tokens.weight", HEAD):
+        expected = (tied["model.embed_tokens.weight"] + task[name]) / 2
+        np.testing.assert_allclose(found[name].numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_buffers_and_integers_are_the_bases_whatever_the_tasks_hold():

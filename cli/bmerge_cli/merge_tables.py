@@ -42,13 +42,14 @@ def show_plan(screen: Console, plan: MergePlan) -> None:
     for rule in plan.config.scale:
         if isinstance(rule, str):
             screen.print(f"  scale     {rule}", markup=False)
-    merged = [s for s in plan.steps if s.copied is None]
+    steps = [s for s in plan.steps if s.tied_to is None]
+    merged = [s for s in steps if s.copied is None]
     size = sum(s.spec.size for s in merged)
     screen.print(
-        f"{len(merged)} tensors merged ({size:,} entries), {len(plan.steps) - len(merged)} copied, "
+        f"{len(merged)} tensors merged ({size:,} entries), {len(steps) - len(merged)} copied, "
         f"{len(plan.left_out)} left out"
     )
-    for step in plan.steps:
+    for step in steps:
         if step.copied is not None:
             screen.print(f"  copied    {step.name}: {step.copied}", markup=False)
     for name, reason in plan.decisions.items():

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files
@@ -13,7 +13,7 @@ _BLOCK, _BLOCKS = 4096, 16  # bytes of a block, blocks of a tensor
 _STEP = 1 << 20  # bytes read at a time where all of a tensor is hashed
 
 
-def identity(source: TensorSource, *, full: bool = False) -> str:
+def identity(source: TensorSource, *, full: bool = False, but: Collection[str] = ()) -> str:
     """Content hash of a set of tensors: SHA-256 over name, dtype, shape and content, by name.
 
     It does not depend on how the tensors are sharded.
@@ -21,10 +21,11 @@ def identity(source: TensorSource, *, full: bool = False) -> str:
     Args:
         source: The tensors.
         full: Hash all bytes instead of sixteen 4-KiB blocks of each tensor.
+        but: Names of tensors to leave out.
     """
     content = full_hash if full else block_hash
     digest = hashlib.sha256()
-    for name in sorted(source.specs):
+    for name in sorted(source.specs.keys() - set(but)):
         spec = source.specs[name]
         digest.update(f"{name}\0{spec.dtype}\0{list(spec.shape)}\0".encode())
         digest.update(content(source, name))

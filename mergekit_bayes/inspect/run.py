@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
-from mergekit_bayes.checkpoint.ties import is_alias
+from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
 from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
@@ -50,7 +50,7 @@ def run_inspect(
     with ExitStack() as stack:
         posterior = stack.enter_context(open_model(model, precision=precision))
         mean = posterior.mean
-        tied = tuple(n for n in mean.specs if is_alias(n, mean))
+        tied = tuple(stored_copies(mean))
         buffers = tuple(n for n, spec in mean.specs.items() if not is_parameter(n, spec))
         names = [n for n in mean.specs if n not in tied and n not in buffers]
         match = None

@@ -96,6 +96,7 @@ class MergeReport(Frozen):
 def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
     """The report of a merge that is complete."""
     notes = list(plan.notes)
+    steps = [step for step in plan.steps if step.tied_to is None]
     models = tuple(_merged_model(plan, totals, model, notes) for model in plan.inputs)
     has_changes = plan.base is not None and totals.entries > 0
     lost_share = None
@@ -112,8 +113,8 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         settings=plan.config.model_dump(exclude={"force", "out", "identities"})
         | {"param": dict(plan.settings)},
         models=models,
-        merged_tensors=sum(step.copied is None for step in plan.steps),
-        copied={step.name: step.copied for step in plan.steps if step.copied is not None},
+        merged_tensors=sum(step.copied is None for step in steps),
+        copied={step.name: step.copied for step in steps if step.copied is not None},
         left_out=plan.left_out,
         ruled=plan.decisions,
         guard=plan.guard,

@@ -187,7 +187,10 @@ def plan_hash(plan: MergePlan) -> str:
         "config": plan.config.model_dump(mode="json", exclude={"out", "force"}),
         "settings": plan.settings,
         "models": [[m.identity, m.precision_identity if m.has_precision else None] for m in models],
-        "steps": [[step.name, *step.spec, step.copied] for step in plan.steps],
+        "steps": [
+            [step.name, *step.spec, step.copied, *([step.tied_to] if step.tied_to else [])]
+            for step in plan.steps
+        ],
         "shards": plan.shards,
         "info": plan.info.model_dump(mode="json") if plan.info else None,
         "target": plan.target.name,

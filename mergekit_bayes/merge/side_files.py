@@ -64,11 +64,16 @@ class SideFiles:
             content = json.loads(config.read_text())
             if self._changes_dtype:
                 _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
+            nested = content.get("text_config")
             for key, value in self._changes.items():
-                if value is None:
-                    content.pop(key, None)
-                else:
-                    content[key] = value
+                is_nested = isinstance(nested, dict) and key in nested
+                places = [nested] if is_nested else []
+                places += [content] if key in content or not is_nested else []
+                for place in places:
+                    if value is None:
+                        place.pop(key, None)
+                    else:
+                        place[key] = value
             config.write_text(json.dumps(content, indent=2) + "\n")
 
     def _main_dtype(self) -> str:

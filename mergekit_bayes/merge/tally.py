@@ -102,6 +102,8 @@ class MergeTotals:
         self._weighed: dict[Input, int] = dict.fromkeys(plan.inputs, 0)  # tensors, own precision
         by_step: dict[int, tuple[int, list[float]]] = {}
         for unit in units:
+            if plan.steps[unit.step].tied_to is not None:
+                continue  # a copy is counted once
             tally = UnitTally.from_json(tallies[unit.id])
             self._add(tally)
             if tally.stored and plan.method.needs_precision:

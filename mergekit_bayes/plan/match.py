@@ -1,7 +1,8 @@
 """Match the tensors of all models: which are merged, which are copied, which are left out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_buffer, is_vocabulary
@@ -19,7 +20,7 @@ from mergekit_bayes.plan.precisions import (
 )
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
-from mergekit_bayes.plan.tied_heads import stored_name
+from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
 from mergekit_bayes.posterior.quantised import refuse_quantised
 
@@ -53,13 +54,21 @@ def match_tensors(
     token_conflict = find_token_conflict(inputs)
     names = {model: map_names(donor, model.posterior, notes) for model in inputs}
     only = re.compile(config.only) if config.only else None
-    matched = MatchedTensors(find_left_out(config, inputs, names, only))
-    matcher = _Matcher(config, method, inputs, rules, names, only, token_conflict, matched)
-    for name, spec in donor.mean.specs.items():
-        step = matcher.match(name, spec)
-        if step is not None:
-            matched.steps.append(step)
+
+    def matters(model: Input, tensors: Collection[str]) -> bool:
+        merged = [name for name in tensors if only is None or only.search(name)]
+        return any(_scales_in(name, inputs, rules).get(model) for name in merged)
+
+    ties = Ties(inputs, names, matters)
+    matched = MatchedTensors(find_left_out(config, inputs, names, ties, only), ties)
+    matcher = _Matcher(config, method, inputs, rules, only, token_conflict, matched)
+    written = (*donor.mean.specs, *ties.added)
+    steps = {name: matcher.match(name) for name in written if name not in ties.copies}
+    steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
+    matched.steps.extend(step for name in written if (step := steps[name]) is not None)
     matcher.refuse_nothing_matched()
+    if ties.config_changes:
+        notes.append(ties.describe_untied())
     return matched
 
 
@@ -84,20 +93,22 @@ class _Matcher:
         method: Method,
         inputs: Inputs,
         rules: Sequence[ScaleRule],
-        names: Mapping[Input, Mapping[str, str]],
         only: re.Pattern[str] | None,
         token_conflict: str | None,
         matched: MatchedTensors,
     ) -> None:
         self._config, self._method, self._inputs, self._rules = config, method, inputs, rules
-        self._names, self._only, self._token_conflict = names, only, token_conflict
-        self._matched = matched
+        self._only, self._token_conflict = only, token_conflict
+        self._matched, self._ties = matched, matched.ties
         self._parameters = 0
         self._matching_rules: set[str] = set()
 
-    def match(self, name: str, spec: TensorSpec) -> Step | None:
-        """What becomes of one tensor; None if it is left out."""
-        donor = Operand(self._inputs.donor, TensorRef(self._inputs.donor, name))
+    def match(self, name: str) -> Step | None:
+        """What becomes of one tensor of the output; None if it is left out."""
+        stored, _ = self._ties.stored_name(name, self._inputs.donor)
+        assert stored is not None
+        donor = Operand(self._inputs.donor, TensorRef(self._inputs.donor, stored))
+        spec = donor.mean.spec
         if is_buffer(name) or spec.dtype not in MERGEABLE:
             return Step(name, spec, *self._roles(donor), copied=f"not a parameter ({spec.dtype})")
         selection = self._select(name, spec, donor)
@@ -108,6 +119,15 @@ class _Matcher:
         if selection.copied is not None:
             return self._copied(name, written, donor, selection.copied)
         return self._merged(name, written, donor, selection)
+
+    def copy(self, name: str, source: Step | None) -> Step | None:
+        """The copy of a tensor under another name; None if the tensor is left out."""
+        tied_to = self._ties.copies[name]
+        if source is None:
+            self._matched.left_out[name] = f"tied to '{tied_to}', which is left out"
+            return None
+        self._matched.record_decision(name, f"tied to '{tied_to}', and written as a copy of it")
+        return replace(source, name=name, precision_shape=None, tied_to=tied_to)
 
     def refuse_nothing_matched(self) -> None:
         """Raise an error if the models have no parameter in common, or an option had no effect."""
@@ -126,7 +146,12 @@ class _Matcher:
             )
         for rule in self._rules:
             if rule.text not in self._matching_rules:
-                raise ConfigError(f"--scale '{rule.text}' matches no tensor of '{donor.ref}'.")
+                copies = self._ties.copies
+                tied = next((name for name in copies if rule.pattern.search(name)), None)
+                hint = f" '{tied}' is a copy of '{copies[tied]}': name that one." if tied else ""
+                raise ConfigError(
+                    f"--scale '{rule.text}' matches no tensor of '{donor.ref}'.{hint}"
+                )
 
     def _select(self, name: str, spec: TensorSpec, donor: Operand) -> _Selection | None:
         """Each model's tensor and how much of it is merged; None if the tensor is left out."""
@@ -137,7 +162,7 @@ class _Matcher:
             return _Selection(means, scales, 0, "not matched by --only")
         if has_base and not any(scales.values()):
             return _Selection(means, scales, 0, "all scales are zero")
-        all_means = self._means(name, scales)
+        all_means = self._means(name, scales, donor.mean)
         if all_means is None:
             return None
         scales = {t: x if all_means[t].input is t else 0.0 for t, x in scales.items()}
@@ -182,12 +207,8 @@ class _Matcher:
 
     def _scales(self, name: str) -> Scales:
         """The scale of each task in one tensor."""
-        tasks = self._inputs.tasks
-        scales = {task: task.scale for task in tasks}
-        for rule in self._rules:
-            if rule.pattern.search(name):
-                scales |= {tasks[position]: rule.scale for position in rule.tasks}
-                self._matching_rules.add(rule.text)
+        scales = _scales_in(name, self._inputs, self._rules)
+        self._matching_rules |= {r.text for r in self._rules if r.pattern.search(name)}
         if self._inputs.base is None and sum(scales.values()) <= 0:
             raise ConfigError(
                 f"--scale leaves '{name}' without a share of any model. Give one of them more than "
@@ -195,18 +216,18 @@ class _Matcher:
             )
         return scales
 
-    def _means(self, name: str, scales: Scales) -> dict[Input, TensorRef] | None:
+    def _means(self, name: str, scales: Scales, donors: TensorRef) -> dict[Input, TensorRef] | None:
         """Each model's tensor; None if the tensor is left out.
 
-        A task of scale zero need not have the tensor: the base's stands in.
+        A task of scale zero need not have the tensor: the donor's stands in.
         """
         config, base, donor = self._config, self._inputs.base, self._inputs.donor
         means: dict[Input, TensorRef] = {}
         for model in self._inputs:
             if base is not None and scales.get(model) == 0:
-                means[model] = TensorRef(base, name)
+                means[model] = donors
                 continue
-            stored, decision = stored_name(name, model.posterior, self._names[model])
+            stored, decision = self._ties.stored_name(name, model)
             if decision is not None:
                 self._matched.record_decision(name, decision)
             if stored is not None:
@@ -217,12 +238,15 @@ class _Matcher:
             elif config.on_missing == "base":
                 decision = f"'{model.ref}' has none and counts as unchanged"
                 self._matched.record_decision(name, decision)
-                means[model] = TensorRef(donor, name)
+                means[model] = donors
             else:
+                missing = f"'{name}' is in '{donor.ref}' but not in '{model.ref}'."
+                if cause := self._ties.explain_missing(name, model):
+                    keep = f" --on-missing base keeps that of '{donor.ref}'." if base else ""
+                    raise MismatchError(f"{missing} {cause}{keep}")
                 keep = "--on-missing base takes it as unchanged, " if base is not None else ""
                 raise MismatchError(
-                    f"'{name}' is in '{donor.ref}' but not in '{model.ref}'. {OTHER_BASE} "
-                    f"{keep}--on-missing skip leaves it out."
+                    f"{missing} {OTHER_BASE} {keep}--on-missing skip leaves it out."
                 )
         return means
 
@@ -239,6 +263,15 @@ class _Matcher:
                 raise MismatchError(self._token_conflict)
             return common.merged, "tokenizers differ; --vocab base"
         return common.merged, common.copied
+
+
+def _scales_in(name: str, inputs: Inputs, rules: Sequence[ScaleRule]) -> Scales:
+    """The scale of each task in one tensor."""
+    scales = {task: task.scale for task in inputs.tasks}
+    for rule in rules:
+        if rule.pattern.search(name):
+            scales |= {inputs.tasks[position]: rule.scale for position in rule.tasks}
+    return scales
 
 
 def _operands(

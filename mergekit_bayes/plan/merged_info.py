@@ -1,7 +1,7 @@
 """The `PosteriorInfo` of a merge: prior, terms and trace."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE
@@ -25,16 +25,20 @@ _BLANK = Identity(blocks="0" * 64, full="0" * 64)
 _BLANK_SHARE = 0.123456
 
 
-def merged_info(config: MergeConfig, inputs: Inputs, *, uneven: bool) -> PosteriorInfo:
+def merged_info(
+    config: MergeConfig, inputs: Inputs, *, uneven: bool, untied: Collection[str] = ()
+) -> PosteriorInfo:
     """The record of a merge's precision, its own identity still blank.
 
     Args:
         config: The settings.
         inputs: The models, weighed.
         uneven: Whether some tensor or entry is merged by other scales than the terms'.
+        untied: Tensors that the output does not tie, though a model may.
     """
     base, donor = inputs.base, inputs.donor.posterior
     shares = _shares(inputs)
+    aliases = donor.info.aliases if donor.info else {}
     infos = [info for model in inputs if (info := model.precision_info) is not None]
     counts = [
         share * task.weighing.count
@@ -57,7 +61,7 @@ def merged_info(config: MergeConfig, inputs: Inputs, *, uneven: bool) -> Posteri
         base=Identity(blocks=base.posterior.identity) if base else None,
         tokenizer=next((info.tokenizer for info in infos if info.tokenizer), None),
         dtype=config.dtype or _main_dtype(donor),
-        aliases=donor.info.aliases if donor.info else {},
+        aliases={n: s for n, s in aliases.items() if n not in untied},
         terms=_terms(inputs.tasks, shares),
         merge=MergeTrace(
             common_count=common,

@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.tied_heads import explain_untied, reason_if_alias
+from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior import Posterior
 
 OTHER_BASE = (
@@ -53,6 +53,7 @@ def find_left_out(
     config: MergeConfig,
     inputs: Inputs,
     names: Mapping[Input, Mapping[str, str]],
+    ties: Ties,
     only: re.Pattern[str] | None,
 ) -> dict[str, str]:
     """The tensors that only other models than the donor have, with the reason to leave them out.
@@ -61,6 +62,7 @@ def find_left_out(
         config: The settings.
         inputs: The models.
         names: For each input, the donor's names to its own.
+        ties: The tied tensors.
         only: The pattern of `--only`.
 
     Raises:
@@ -71,14 +73,18 @@ def find_left_out(
     for task in inputs:
         model, unmatched = task.posterior, []
         for renamed, stored in names[task].items():
-            if renamed in donor.mean.specs:
+            if ties.is_written(renamed):
                 continue
             if is_buffer(stored) or model.mean.specs[stored].dtype not in MERGEABLE:
                 left_out[stored] = f"not a parameter; only '{model.ref}' has it"
-            elif reason := reason_if_alias(stored, model):
+            elif reason := ties.reason_to_leave_out(renamed, task):
                 left_out[stored] = reason
             elif config.on_missing != "error" or (only is not None and not only.search(renamed)):
                 left_out[stored] = f"only '{model.ref}' has it"
+            elif cause := ties.explain_missing(renamed, inputs.donor):
+                raise MismatchError(
+                    f"'{stored}' is in '{model.ref}' but not in '{donor.ref}'. {cause}"
+                )
             else:
                 unmatched.append(stored)
         if unmatched:
@@ -90,8 +96,7 @@ def _unmatched(
     names: list[str], model: Posterior, donor: Posterior, *, has_base: bool
 ) -> MismatchError:
     first, *_ = names
-    cause = explain_untied(first, model, donor, has_base=has_base) or OTHER_BASE
     return MismatchError(
-        f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'. {cause} "
+        f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'. {OTHER_BASE} "
         f"--on-missing {'base' if has_base else 'skip'} leaves it out."
     )

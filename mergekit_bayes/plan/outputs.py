@@ -67,7 +67,9 @@ def split_shards(
     if limit is None:
         shards: dict[int, list[str]] = {}
         for step in steps:
-            shards.setdefault(donor.mean.file_of(step.name), []).append(step.name)
+            # A tensor that the donor does not store goes where what it is made of lies.
+            name = step.name if step.name in donor.mean.specs else step.donor.mean.name
+            shards.setdefault(donor.mean.file_of(name), []).append(step.name)
         return tuple(tuple(names) for _, names in sorted(shards.items()))
     filled: list[list[str]] = [[]]
     room = limit

@@ -55,7 +55,10 @@ class MergePlan(Closing):
         info: The record of the merged precision, its identity still blank; None where no precision
             is written.
         config_changes: Keys of the written `config.json` that the merge sets, because the copied
-            value would not be true of the output; None removes a key.
+            value would not be true of the output; None removes a key. A key that a nested
+            `text_config` has is set there, too.
+        drawing_identities: Content hash of each model without stored copies of tied tensors, by
+            which random numbers are drawn; empty where the method draws none.
     """
 
     config: MergeConfig
@@ -72,6 +75,7 @@ class MergePlan(Closing):
     target: Path
     info: PosteriorInfo | None = field(repr=False)
     config_changes: dict[str, object] = field(default_factory=dict)
+    drawing_identities: dict[Input, str] = field(default_factory=dict)
 
     @property
     def base(self) -> Input | None:
@@ -127,7 +131,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.
             uneven = bool(rules) or any(_is_cut(step) for step in matched.steps)
-            info = merged_info(config, inputs, uneven=uneven)
+            info = merged_info(config, inputs, uneven=uneven, untied=matched.ties.untied)
         plan = MergePlan(
             config=config,
             method=method,
@@ -142,6 +146,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             notes=tuple(notes),
             target=target,
             info=info,
+            config_changes=matched.ties.config_changes,
+            drawing_identities=(
+                {model: matched.ties.drawing_identity(model) for model in inputs}
+                if method.random
+                else {}
+            ),
         )
         stack.pop_all()  # the plan closes them
         return plan
@@ -198,6 +208,7 @@ def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> 
             for step in steps
             for operand in step.operands
             if operand.mean.input is model
+            and step.tied_to is None
             and _DIGITS[operand.mean.spec.dtype] > _DIGITS[step.spec.dtype]
         ]
         if dtypes:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
 from mergekit_bayes.plan.inputs import Input
+from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior.forms import StoredPrecision
 
 
@@ -54,7 +55,7 @@ class Step:
     """One tensor of the output.
 
     Attributes:
-        name: Its name, the donor's.
+        name: Its name, the donor's if that stores it.
         spec: Its dtype and shape as written.
         base: The operand of the base; None without one.
         tasks: The operands of the tasks, in the order of the plan. A copied tensor has the donor's
@@ -63,6 +64,8 @@ class Step:
             one number. None where no precision is written.
         merged: How many entries are merged, from the first on; the others are the donor's.
         copied: The reason why all of the tensor is the donor's; None if some of it is merged.
+        tied_to: The tensor of which this one is a copy, because all models tie them; None for a
+            tensor of its own. A copy is made from the same operands, and counts nowhere.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Step:
     precision_shape: tuple[int, ...] | None = None
     merged: int = 0
     copied: str | None = None
+    tied_to: str | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -85,6 +89,11 @@ class Step:
         The tensor has its name and shape, and entries that are not merged are copied from it.
         """
         return self.tasks[0] if self.base is None else self.base
+
+    @property
+    def source(self) -> str:
+        """The name of the tensor, of which this step may be a copy."""
+        return self.name if self.tied_to is None else self.tied_to
 
     @property
     def row(self) -> int:
@@ -111,9 +120,11 @@ class MatchedTensors:
         left_out: Tensors that are not in the output, with the reason.
         decisions: What a rule (tied heads, `--on-missing`, `--vocab`) decided for a tensor that is
             merged.
+        ties: The tied tensors.
     """
 
     left_out: dict[str, str]
+    ties: Ties
     steps: list[Step] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
 

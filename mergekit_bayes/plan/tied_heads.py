@@ -1,50 +1,182 @@
-"""Where a merge decides that an output head is tied to the input embedding.
+"""Where a merge decides which tensors are tied: one tensor of the model under several names.
 
-A model with tied weights has one tensor for both. One checkpoint stores it under the embedding's
-name only, another one under both names, and a third has untied them in training. The names alone
-decide (`checkpoint.ties.tied_source`), and equal values where both are stored (`is_alias`).
+One checkpoint stores a tied tensor under one name, another one a copy under each, and a third has
+untied them in training. What the output ties follows from all models that matter for the tensor:
+
+- Tied in all of them: one tensor is merged. Where the donor stores a copy, the copy is written with
+  the same values; it takes no part in what is counted, measured or drawn at random.
+- Untied in one of them: each name is a tensor of its own, also where the donor lacks it, and a
+  model that ties it contributes its one tensor to both. The written config then says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from mergekit_bayes.checkpoint.ties import is_alias, tied_source
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.model_config import read_config, text_config
+from mergekit_bayes.checkpoint.ties import Tie, find_ties, resolve, ties_embeddings, untying
+from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.posterior import Posterior
 
+Names = Mapping[Input, Mapping[str, str]]  # for each input, the donor's names to its own
 
-def stored_name(
-    name: str, model: Posterior, names: Mapping[str, str]
-) -> tuple[str | None, str | None]:
-    """The name under which a model stores a tensor of the donor.
+
+class Ties:
+    """The tied tensors of a merge.
 
     Args:
-        name: The donor's name.
-        model: The model to look in.
-        names: The donor's names to the model's own, for all tensors that both have.
+        inputs: The models.
+        names: For each input, the donor's names to its own.
+        matters: Whether an input has a share in one of some tensors, by the donor's names.
 
-    Returns:
-        The model's name, None if it has no such tensor; and the decision to record, if the tensor
-        is an output head that the model ties to its input embedding.
+    Attributes:
+        copies: The tensors that are written as copies, each with the name of the tensor.
+        added: The tensors that are written although the donor does not store them: copies, and
+            those that another model has untied.
+        untied: The tensors of the output that some model ties and another does not.
+        config_changes: What the written config must say, because it ties what the output unties.
     """
-    if name in names:
-        return names[name], None
-    embedding = tied_source(name, model.mean)
-    decision = None if embedding is None else f"'{model.ref}' ties it to '{embedding}'"
-    return embedding, decision
 
+    def __init__(
+        self, inputs: Inputs, names: Names, matters: Callable[[Input, Collection[str]], bool]
+    ) -> None:
+        self._names, self._donor = names, inputs.donor
+        self._configs = {model: read_config(model.posterior.path) for model in inputs}
+        self.copies: dict[str, str] = {}
+        self.added: list[str] = []
+        self.untied: dict[str, str] = {}
+        self._own: dict[Input, dict[str, str | None]] = {model: {} for model in inputs}
+        shapes = {
+            name: model.posterior.mean.specs[own].shape
+            for model in reversed(list(inputs))
+            for name, own in names[model].items()
+        }
+        ties = find_ties(shapes)
+        for tie in ties:
+            for model in inputs:
+                self._own[model] |= self._resolve(tie, model)
+        self._tie_of = {name: tie for tie in reversed(ties) for name in tie.names}
+        for tie in ties:
+            self._decide(tie, [m for m in inputs if m is inputs.donor or matters(m, tie.names)])
+        self.config_changes: dict[str, object] = {}
+        if self.untied:
+            # The first config is the likeliest to be written, so what it needs wins.
+            for config in reversed(self._configs.values()):
+                self.config_changes |= untying(config) if config else {}
+        if self.config_changes:
+            self._store_all(ties)
 
-def reason_if_alias(name: str, model: Posterior) -> str | None:
-    """Why a tensor that the donor lacks is left out, if it repeats the input embedding."""
-    is_tied = is_alias(name, model.mean)
-    return f"tied to the input embedding in '{model.ref}'" if is_tied else None
+    def _resolve(self, tie: Tie, model: Input) -> dict[str, str | None]:
+        stored = {n: own for n in tie.names if (own := self._names[model].get(n))}
+        ties_heads = ties_embeddings(self._configs[model])
+        return resolve(tie, model.posterior.mean, stored, ties_heads=ties_heads)
 
+    def _decide(self, tie: Tie, models: Collection[Input]) -> None:
+        """Decide which names of a tie are copies in the output."""
+        donor = self._names[self._donor]
+        kept: list[str] = []
+        for name in sorted(tie.names, key=lambda name: name not in donor):
+            if self._own[self._donor].get(name) is None:
+                continue  # the donor has no such tensor, tied or not
+            equal = (other for other in kept if self._is_same(name, other, models))
+            source = next(equal, None)
+            if source is None:
+                kept.append(name)
+                if name not in donor:
+                    self.added.append(name)
+            elif name in donor:
+                self.copies[name] = source
+        first, *others = kept or [""]
+        self.untied |= dict.fromkeys(others, first)
 
-def explain_untied(name: str, model: Posterior, donor: Posterior, *, has_base: bool) -> str | None:
-    """The message for a head that a model stores and the donor ties; None for other tensors."""
-    embedding = tied_source(name, donor.mean)
-    if embedding is None:
-        return None
-    way_out = "" if has_base else f" Name '{model.ref}' first to merge both."
-    return f"'{donor.ref}' ties it to '{embedding}', '{model.ref}' has one of its own.{way_out}"
+    def _is_same(self, one: str, other: str, models: Collection[Input]) -> bool:
+        """Whether two names are one tensor in all of these models that have both."""
+        pairs = ((self._own[m].get(one), self._own[m].get(other)) for m in models)
+        return all(a == b for a, b in pairs if a is not None and b is not None)
+
+    def _store_all(self, ties: Collection[Tie]) -> None:
+        """Let the output store every name: a reader of its config expects all of them."""
+        for tie in ties:
+            written = [n for n in tie.names if n in self._names[self._donor] or n in self.added]
+            sources = [name for name in written if name not in self.copies]
+            models = [self._donor]
+            for name in tie.names:
+                if name not in written and self._own[self._donor].get(name) is not None:
+                    source = next((s for s in sources if self._is_same(name, s, models)), None)
+                    if source is not None:
+                        self.copies[name] = source
+                        self.added.append(name)
+
+    def stored_name(self, name: str, model: Input) -> tuple[str | None, str | None]:
+        """The name under which a model stores a tensor of the output.
+
+        Args:
+            name: The donor's name.
+            model: The model to look in.
+
+        Returns:
+            The model's own name, None if it has no such tensor; and the decision to record, if it
+            stores the tensor under another name that is tied to it.
+        """
+        own = self._names[model].get(name)
+        if name not in self._own[model]:
+            return own, None
+        source = self._own[model][name]
+        if own is None and source is not None:
+            return source, f"'{model.ref}' ties it to '{source}'"
+        return source, None
+
+    def is_written(self, name: str) -> bool:
+        """Whether the output has a tensor that the donor may not store."""
+        return name in self._names[self._donor] or name in self.added
+
+    def reason_to_leave_out(self, name: str, model: Input) -> str | None:
+        """Why a tensor that the output lacks is not needed; None if it is no tied one.
+
+        Args:
+            name: The donor's name of it, which a model stores.
+            model: The model.
+        """
+        own, donors = self._own[model].get(name), self._own[self._donor]
+        if own is None or donors.get(name, "") is None:
+            return None
+        if own != self._names[model][name]:
+            is_head = name in self._tie_of[name].heads
+            what = "the input embedding" if is_head else f"'{own}'"
+            return f"tied to {what} in '{model.ref}'"
+        return f"only '{model.ref}' has it" if name in donors else None
+
+    def explain_missing(self, name: str, model: Input) -> str | None:
+        """Why a model lacks a tensor that its config does not tie; None for other tensors."""
+        if self._own[model].get(name, "") is not None:
+            return None
+        config, own = self._configs[model], self._own[model]
+        partner = next(source for n in self._tie_of[name].names if (source := own[n]))
+        says = (
+            "has tie_word_embeddings false"
+            if "tie_word_embeddings" in {**config, **text_config(config)}
+            else "does not set tie_word_embeddings, which is false for its architecture"
+        )
+        return (
+            f"The config.json of '{model.ref}' {says}, so '{partner}' is not taken for it. Was it "
+            "lost when the model was saved, or has the model no such head?"
+        )
+
+    def describe_untied(self) -> str:
+        """A remark on what the output no longer ties."""
+        (name, source), *others = self.untied.items()
+        more = f" (and {len(others)} more)" if others else ""
+        return (
+            f"'{name}' is written apart from '{source}'{more}, because not all models have the "
+            "same values in both; config.json says tie_word_embeddings false"
+        )
+
+    def drawing_identity(self, model: Input) -> str:
+        """Content hash of a model without copies, by which its random numbers are drawn."""
+        own = self._names[model]
+        copies = {own[n] for n, source in self._own[model].items() if n in own and source != own[n]}
+        if not copies:
+            return model.posterior.identity
+        return identity(model.posterior.mean, but=copies)
 
 
 def precision_names(name: str, stored: str, model: Posterior) -> list[str]:
@@ -56,5 +188,6 @@ def precision_names(name: str, stored: str, model: Posterior) -> list[str]:
         model: The model.
     """
     aliases = model.info.aliases if model.info else {}
-    candidates = (stored, name, aliases.get(stored), tied_source(stored, model.mean))
-    return [candidate for candidate in candidates if candidate is not None]
+    candidates = [stored, name]
+    candidates += [aliases[stored]] if stored in aliases else []
+    return candidates + [alias for alias, source in aliases.items() if source == stored]

@@ -143,7 +143,11 @@ class FirstPass:
     def _facts_of_model(self) -> Facts:
         reduction = self.plan.method.reduction
         assert reduction is not None
-        steps = [(s, self._precisions(s)) for s in self.plan.steps if s.copied is None]
+        steps = [
+            (step, self._precisions(step))
+            for step in self.plan.steps
+            if step.copied is None and step.tied_to is None
+        ]
         return self._finish(self._totals(reduction, steps))
 
     def _finish(self, totals: Array) -> Facts:

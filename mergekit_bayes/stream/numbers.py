@@ -46,7 +46,7 @@ def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
     if plan.method.random:
         seed = int(plan.settings["seed"])
         keys = tuple(
-            task_key(seed, step.name, task.input.posterior.identity) for task in step.tasks
+            task_key(seed, step.source, plan.drawing_identities[task.input]) for task in step.tasks
         )
     return Numbers(
         scales=tuple(task.scale for task in step.tasks),
