@@ -15,9 +15,11 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.guard import choose_guard
+from mergekit_bayes.plan.heads import head_changes
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
+from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.options import (
     Shrink,
     check_options,
@@ -28,6 +30,7 @@ from mergekit_bayes.plan.options import (
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -56,6 +59,7 @@ class MergePlan(Closing):
             is written.
         config_changes: Keys of the written `config.json` that the merge sets, because the copied
             value would not be true of the output; None removes a key.
+        side_files: Where the output's side files come from; None where it has none.
     """
 
     config: MergeConfig
@@ -72,6 +76,7 @@ class MergePlan(Closing):
     target: Path
     info: PosteriorInfo | None = field(repr=False)
     config_changes: dict[str, object] = field(default_factory=dict)
+    side_files: SideFileChoice | None = None
 
     @property
     def base(self) -> Input | None:
@@ -121,6 +126,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             inputs = weigh(config, inputs, notes)
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
+        compare_configs(config, inputs, matched.steps, notes)
+        config_changes = head_changes(config, inputs, matched.steps, notes)
+        side_files = choose_side_files(config, inputs, matched.steps, target, notes)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
@@ -142,6 +150,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             notes=tuple(notes),
             target=target,
             info=info,
+            config_changes=config_changes,
+            side_files=side_files,
         )
         stack.pop_all()  # the plan closes them
         return plan
