@@ -14,7 +14,7 @@ from mergekit_bayes.checkpoint.strict_json import parse_json
 _HEAD_SUFFIX = re.compile(
     r"(ForSequenceClassification|ForTokenClassification|ForConditionalGeneration|ForQuestionAnswering"
     r"|ForMultipleChoice|ForPreTraining|ForMaskedLM|ForCausalLM|WithLMHeadModel|DoubleHeadsModel"
-    r"|LMHeadModel|ModelWithLMHead|ForTextEncoding|EncoderModel|BaseModel|Model)$"
+    r"|LMHeadModel|ModelWithLMHead|ForTextEncoding|EncoderModel|BaseModel|Model)(Simple)?$"
 )
 # Architectures whose plain head for question answering has a longer name.
 _SIMPLE_ANSWERS = ("XLM", "XLNet", "Flaubert")
@@ -50,9 +50,10 @@ def change_config(config: dict[str, Any], changes: Mapping[str, object]) -> None
     """
     nested = config.get("text_config")
     for key, value in changes.items():
-        is_nested = isinstance(nested, dict) and key in nested
-        places = [nested] if is_nested else []
-        if key in config or not is_nested:
+        places: list[dict[str, Any]] = []
+        if isinstance(nested, dict) and key in nested:
+            places.append(nested)
+        if key in config or not places:
             places.append(config)
         for place in places:
             if value is None:

@@ -73,7 +73,7 @@ def head_changes(
     for step in steps:
         if is_label_head(step.name) and len(step.spec.shape) == 2:
             head_owner, names = _labels_of(config, step, notes)
-            changes |= _label_changes(stored, step, head_owner, names)
+            changes |= _label_changes(stored, step, head_owner, names, notes)
         if is_label_head(step.name) or _ANSWER_HEAD.search(step.name):
             changes |= _architecture_changes(stored, step, notes)
     return changes if stored else {}
@@ -142,18 +142,27 @@ def _config_of_head(model: Input, name: str) -> dict[str, object]:
 
 
 def _label_changes(
-    stored: dict[str, object], step: Step, owner: Input, names: tuple[str, ...] | None
+    stored: dict[str, object],
+    step: Step,
+    owner: Input,
+    names: tuple[str, ...] | None,
+    notes: list[str],
 ) -> dict[str, object]:
     """What the written config must say of the labels, where it says something else."""
-    rows = step.spec.shape[0]
-    written = labels(stored)
-    is_adapters = _adapter_of(owner.posterior, step.name) is not None
+    rows, written = step.spec.shape[0], labels(stored)
     if names is None:
-        if not is_adapters or (written is not None and len(written) == rows):
+        is_told = written is not None and len(written) == rows
+        if is_told or _adapter_of(owner.posterior, step.name) is None:
             return {}
         names = tuple(f"LABEL_{number}" for number in range(rows))
+        notes.append(
+            f"the adapter of '{owner.ref}' does not record the names of its {rows} labels; "
+            "config.json numbers them"
+        )
+    elif written != names and not are_generic(names):
+        notes.append(f"config.json names the labels of '{owner.ref}', whose head is written")
     if written == names or (written is None and are_generic(names) and rows == 2):
-        return {}
+        return {}  # two numbered labels are the default
     changes = label_keys(names)
     if "num_labels" in stored:
         changes["num_labels"] = rows

@@ -125,8 +125,10 @@ def _compare(key: str, donors: object, other: object) -> Difference | None:
     if meaning is None and not re.fullmatch(_DRIFTS, name):
         return None
     if meaning == "activation":
-        donors, other = (_SAME_ACTIVATION.get(str(v), v) for v in (donors, other))
-        if {str(donors), str(other)} <= _NEAR_ACTIVATIONS:
+        functions = {_SAME_ACTIVATION.get(str(v), str(v)) for v in (donors, other)}
+        if len(functions) == 1:
+            return None
+        if functions <= _NEAR_ACTIVATIONS:
             meaning = None
     if donors == other or (_is_neutral(donors) and _is_neutral(other)):
         return None
@@ -242,11 +244,9 @@ def _rope_differences(
         )
     for layers in sorted(donors):
         for key in sorted(donors[layers].keys() | others[layers].keys()):
-            values = [
-                rope[layers].get(key, _THETA if key == "rope_theta" else None)
-                for rope in (donors, others)
-            ]
-            if values[0] != values[1]:
+            default = _THETA if key == "rope_theta" else None
+            donors_value, other = (rope[layers].get(key, default) for rope in (donors, others))
+            if donors_value != other:
                 name = key if key.startswith("rope") else f"rope {key}"
                 where = ".".join(part for part in (place, layers) if part)
-                yield Difference(f"{where}.{name}" if where else name, *values, None)
+                yield Difference(f"{where}.{name}" if where else name, donors_value, other, None)

@@ -14,7 +14,7 @@ from typing import Any
 from mergekit_bayes.checkpoint.model_config import read_config, text_config
 from mergekit_bayes.checkpoint.side_files import (
     CHAT,
-    GROUPS,
+    CHAT_TEMPLATE,
     GatheredFiles,
     gather_side_files,
     inline_template,
@@ -204,26 +204,33 @@ def _note_choice(
     inputs: Inputs, owner: Input, reason: str, gathered: GatheredFiles, notes: list[str]
 ) -> None:
     """Say whose side files are taken, where another model has other ones."""
-    taken = {group: _content(folder, group) for group, folder in gathered.folders.items()}
-    differing: dict[str, list[str]] = {}
-    for model in inputs:
-        for group in GROUPS if model is not owner else ():
-            contents = [_content(folder, group) for folder in _folders(model.posterior)]
-            content = next((c for c in contents if c), None)
-            if content is not None and content != taken.get(group):
-                differing.setdefault(model.ref, []).append(group)
+    own = [group for group, f in gathered.folders.items() if f in _folders(owner.posterior)]
+    taken = {group: _content(gathered.folders[group], group) for group in own}
+    differing = [
+        f"'{model.ref}'"
+        for model in inputs
+        if model is not owner and _has_others(_folders(model.posterior), taken)
+    ]
     if differing:
-        groups = [group for group in GROUPS if any(group in each for each in differing.values())]
-        others = " and ".join(f"'{ref}'" for ref in differing)
-        verb = "has" if len(differing) == 1 else "have"
+        verb = "are" if len(own) > 1 else "is"
         notes.append(
-            f"{_listed(groups)} are taken from '{owner.ref}', {reason}; {others} {verb} others "
-            "(--side-files chooses)"
+            f"{_listed(own)} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
+            f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
         )
-    folders = _folders(owner.posterior)
-    borrowed = [group for group, folder in gathered.folders.items() if folder not in folders]
-    if borrowed:
+    if borrowed := [group for group in gathered.folders if group not in own]:
         notes.append(f"'{owner.ref}' has no {_listed(borrowed)}; the base's are taken")
+
+
+def _has_others(folders: Sequence[Path], taken: Mapping[str, object]) -> bool:
+    """Whether a model's side files say something else than those that are taken."""
+    for group, content in taken.items():
+        own = next((c for folder in folders if (c := _content(folder, group))), None)
+        # A model whose tokenizer has no chat template has another one; without a tokenizer it is
+        # only incomplete.
+        is_whole = group == CHAT and any(_content(folder, "tokenizer") for folder in folders)
+        if own != content and (own is not None or is_whole):
+            return True
+    return False
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -234,10 +241,12 @@ def _content(folder: Path, group: str) -> object:
     """What decides a group's effect, to be compared; empty if the folder has nothing of it."""
     if group == "tokenizer":
         tokens = read_tokens(folder)
-        return {**(tokens.tokens if tokens else {}), **_read_special(folder)}
+        listed = sorted(tokens.tokens.items()) if tokens is not None else []
+        special = sorted(_read_special(folder).items())
+        return [listed, special] if listed or special else None
     if group == CHAT:
-        file = folder / "chat_template.jinja"
-        return file.read_text() if file.exists() else inline_template(folder)
+        file = folder / CHAT_TEMPLATE
+        return file.read_text(encoding="utf-8") if file.exists() else inline_template(folder)
     names = {"generation config": "generation_config.json", "processor": "preprocessor_config.json"}
     content = _read_object(folder / names.get(group, "modules.json"))
     return {key: value for key, value in content.items() if key not in _NOT_COMPARED}
