@@ -53,6 +53,8 @@ NAME = "merge"
     option("on_missing"),
     option("vocab"),
     option("on_bad"),
+    option("on_config"),
+    option("side_files"),
     option("dtype", read=values.dtype),
     option("max_shard_size"),
     option("posterior"),

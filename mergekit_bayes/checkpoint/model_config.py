@@ -1,10 +1,24 @@
-"""The `config.json` of a model folder, as far as a merge reads it."""
+"""The `config.json` of a model folder, as far as a merge reads it.
 
-from collections.abc import Mapping
+transformers is not imported: a merge of tensors starts without it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergekit_bayes.checkpoint.strict_json import parse_json
+
+# What transformers appends to the name of an architecture for its heads, the longer ones first.
+_HEAD_SUFFIX = re.compile(
+    r"(ForSequenceClassification|ForTokenClassification|ForConditionalGeneration|ForQuestionAnswering"
+    r"|ForMultipleChoice|ForPreTraining|ForMaskedLM|ForCausalLM|WithLMHeadModel|DoubleHeadsModel"
+    r"|LMHeadModel|ModelWithLMHead|ForTextEncoding|EncoderModel|BaseModel|Model)(Simple)?$"
+)
+# Architectures whose plain head for question answering has a longer name.
+_SIMPLE_ANSWERS = ("XLM", "XLNet", "Flaubert")
+_GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -26,3 +40,79 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def change_config(config: dict[str, Any], changes: Mapping[str, object]) -> None:
+    """Set keys of a config in place, each where the config has it; None removes a key.
+
+    A config with a nested `text_config` may have a key in both places, and then it is set in both.
+    A key that is in neither is set in the outer config.
+    """
+    nested = config.get("text_config")
+    for key, value in changes.items():
+        places: list[dict[str, Any]] = []
+        if isinstance(nested, dict) and key in nested:
+            places.append(nested)
+        if key in config or not places:
+            places.append(config)
+        for place in places:
+            if value is None:
+                place.pop(key, None)
+            else:
+                place[key] = value
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of a classifier's classes by number; None if the config does not give them."""
+    given = config.get("id2label")
+    if not isinstance(given, dict):
+        inverse = config.get("label2id")
+        if not isinstance(inverse, dict):
+            return None
+        given = {number: name for name, number in inverse.items()}
+    try:
+        by_number = {int(number): str(name) for number, name in given.items()}
+    except (TypeError, ValueError):
+        return None
+    if sorted(by_number) != list(range(len(by_number))):
+        return None
+    return tuple(by_number[number] for number in range(len(by_number)))
+
+
+def are_generic(names: Sequence[str]) -> bool:
+    """Whether all labels are those that transformers makes up: `LABEL_0`, `LABEL_1`, ..."""
+    return all(_GENERIC_LABEL.fullmatch(name) for name in names)
+
+
+def label_keys(names: Sequence[str]) -> dict[str, object]:
+    """The keys of a config that name a classifier's classes."""
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def architecture_for(config: Mapping[str, Any], task: str) -> str | None:
+    """The class of transformers that puts a head for `task` on the model of a config.
+
+    The name of the class is that of the stored one with another ending, which holds for all
+    architectures but those whose text model has a name of its own.
+
+    Args:
+        config: A config with `architectures`.
+        task: The ending, such as `ForSequenceClassification`.
+
+    Returns:
+        The name; None if the config names no class or one whose ending is unknown.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        return None
+    ending = _HEAD_SUFFIX.search(names[0])
+    if ending is None:
+        return None
+    stem = names[0][: ending.start()]
+    if str(config.get("model_type", "")).endswith("_text") and not stem.endswith("Text"):
+        stem += "Text"
+    simple = "Simple" if task == "ForQuestionAnswering" and stem in _SIMPLE_ANSWERS else ""
+    return f"{stem}{task}{simple}"

@@ -6,10 +6,15 @@ Three lists say what happens to them, because the three risks differ:
 - `PUBLISHED`: what is pushed to the Hub, name by name: what is published cannot be taken back.
 - `side_files`: what a merge copies into its output, which is all but tensors, records and logs: a
   model without a custom file of its architecture does not load.
+
+`gather_side_files` takes them from several folders: what belongs together from one folder each.
 """
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Tokenizers in formats of their own (sentencepiece, tiktoken, byte-pair merges, vocabularies).
 _TOKENIZERS = (
@@ -21,6 +26,29 @@ _TOKENIZERS = (
     "*.vocab",
 )
 _LICENSES = ("LICENSE*", "NOTICE*")
+# Files that belong together. The first ones of a tokenizer give its tokens; the others are of no
+# use without them, unless the tokenizer has no vocabulary at all.
+_VOCABULARIES = ("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt", *_TOKENIZERS)
+CHAT, CHAT_TEMPLATE = "chat template", "chat_template.jinja"
+GROUPS = {
+    "tokenizer": (
+        *_VOCABULARIES,
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "merges.txt",
+        "tokenization_*.py",
+    ),
+    CHAT: (CHAT_TEMPLATE, "chat_template.json", "additional_chat_templates/*"),
+    "generation config": ("generation_config.json",),
+    "processor": ("*processor_config.json", "processing_*.py", "*_processing_*.py"),
+    "sentence embedding": (
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "[0-9]_*/*",
+    ),
+}
 
 # What a merge or a fine-tuning run records of itself.
 MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
@@ -130,6 +158,81 @@ def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> No
         if but is None or not name.match(but):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
+
+
+class GatheredFiles(NamedTuple):
+    """Where each side file of a merge comes from.
+
+    Attributes:
+        files: The file to copy, by its name relative to the output.
+        folders: For each group of `GROUPS` that some folder has, the folder that gives it.
+        template: The chat template, where it is written inside a `tokenizer_config.json` that is
+            not copied; None otherwise.
+    """
+
+    files: dict[Path, Path]
+    folders: dict[str, Path]
+    template: str | None
+
+
+def gather_side_files(config_folder: Path, folders: Sequence[Path]) -> GatheredFiles:
+    """Choose the side files of a merge.
+
+    Each group comes as a whole from the first of `folders` that has it, since a vocabulary of one
+    model and the settings of another do not fit. All else comes from the folder of the config,
+    whose code and licence it may be, and then from the others.
+
+    Args:
+        config_folder: The folder whose `config.json` is taken.
+        folders: The folders to look in, the chosen one first.
+    """
+    listings = {folder: side_files(folder) for folder in (config_folder, *folders)}
+    files: dict[Path, Path] = {}
+    chosen: dict[str, Path] = {}
+    template = None
+    for group in GROUPS:
+        members = {f: [n for n in listings[f] if group_of(n) == group] for f in folders}
+        for folder in sorted(folders, key=lambda f: not _is_usable(group, members[f])):
+            inline = inline_template(folder) if group == CHAT else None
+            if members[folder] or inline is not None:
+                chosen[group] = folder
+                files |= {name: folder / name for name in members[folder]}
+                if not members[folder] and chosen.get("tokenizer") != folder:
+                    template = inline
+                break
+    for folder, names in listings.items():
+        for name in names:
+            is_config = name == Path("config.json") and folder != config_folder
+            if group_of(name) is None and not is_config and not name.match("adapter_*"):
+                files.setdefault(name, folder / name)
+    return GatheredFiles(dict(sorted(files.items())), chosen, template)
+
+
+def inline_template(folder: Path) -> str | None:
+    """The chat template inside a folder's `tokenizer_config.json`; None if it has none."""
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
+
+
+def group_of(name: Path) -> str | None:
+    """The group of `GROUPS` to which a side file belongs, by its name relative to its model."""
+    for group, patterns in GROUPS.items():
+        for pattern in patterns:
+            is_in_folder = "/" in pattern
+            if is_in_folder == (len(name.parts) > 1) and name.match(pattern):
+                return group
+    return None
+
+
+def _is_usable(group: str, members: Sequence[Path]) -> bool:
+    """Whether the files of a group are complete: those of a tokenizer hold a vocabulary."""
+    if group != "tokenizer":
+        return True
+    return any(name.match(pattern) for name in members for pattern in _VOCABULARIES)
 
 
 def _is_side_file(file: Path) -> bool:

@@ -1,10 +1,50 @@
-"""Compare the tokenizers of two model folders without loading them."""
+"""Compare the tokenizers of two model folders without loading them.
 
+What a row of an embedding means is the token of that number, which a folder may list in several
+forms: `tokenizer.json`, `vocab.json`, `vocab.txt`, a SentencePiece model or a tiktoken file. A
+tokenizer in any of them is compared with one in any other.
+"""
+
+import base64
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 from mergekit_bayes.checkpoint.identity import content_hash
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
+_UNKNOWN, _CONTROL = 2, 3  # types of a SentencePiece piece that is no text
+
+
+@dataclass(frozen=True)
+class TokenList:
+    """The tokens of a folder by number.
+
+    Attributes:
+        file: The file that lists them.
+        tokens: Token by number. Bytes are written as the characters of byte-level BPE.
+        special: Numbers of a SentencePiece model that are no text and are named otherwise in
+            other forms.
+        is_sentencepiece: Whether the numbers are those of a SentencePiece model, which some
+            tokenizers shift by a constant.
+    """
+
+    file: Path
+    tokens: Mapping[int, str]
+    special: frozenset[int] = frozenset()
+    is_sentencepiece: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many rows an embedding needs for these tokens: one more than the highest number."""
+        return max(self.tokens, default=-1) + 1
+
+
+_Reader: TypeAlias = Callable[[Path], TokenList | None]
 
 
 def tokenizer_identity(folder: Path) -> str | None:
@@ -13,31 +53,222 @@ def tokenizer_identity(folder: Path) -> str | None:
     return content_hash(file) if file.exists() else None
 
 
+def read_tokens(folder: Path) -> TokenList | None:
+    """The tokens of a folder, in the first form that lists them; None if none does."""
+    for file, read in _forms(folder):
+        stat = file.stat()
+        tokens = _read_cached(read, file, stat.st_mtime_ns, stat.st_size)
+        if tokens is not None:
+            return tokens
+    return None
+
+
 def tokens_apart(one: Path, other: Path) -> list[tuple[int, str, str]]:
     """Ids to which the tokenizers of two folders give different tokens.
 
     Returns:
-        The id and both tokens of each, by id; empty if one of the folders has no tokenizer.
+        The id and both tokens of each, by id; empty if one of the folders lists no tokens.
     """
     identities = (tokenizer_identity(one), tokenizer_identity(other))
-    if None in identities or identities[0] == identities[1]:
+    if None not in identities and identities[0] == identities[1]:
         return []
-    tokens, others = _tokens(one), _tokens(other)
-    common = sorted(tokens.keys() & others.keys())
-    return [(i, tokens[i], others[i]) for i in common if tokens[i] != others[i]]
+    tokens, others = read_tokens(one), read_tokens(other)
+    if tokens is None or others is None:
+        return []
+    if tokens.is_sentencepiece == others.is_sentencepiece:
+        left, right = tokens.tokens, others.tokens
+    else:
+        left, right = _aligned(tokens, others), _aligned(others, tokens)
+    common = sorted(left.keys() & right.keys())
+    return [(i, left[i], right[i]) for i in common if left[i] != right[i]]
 
 
-def _tokens(folder: Path) -> dict[int, str]:
-    """Token by id, as far as `tokenizer.json` lists them; empty if it does not."""
-    try:
-        content = json.loads((folder / "tokenizer.json").read_text())
-        vocabulary = content["model"]["vocab"]
-        pairs: Iterable[tuple[object, int]]
-        if isinstance(vocabulary, dict):
-            pairs = vocabulary.items()
-        else:  # Unigram: a list of [token, score]
-            pairs = ((entry[0], i) for i, entry in enumerate(vocabulary))
-        tokens = {int(i): str(token) for token, i in pairs}
-        return tokens | {int(t["id"]): str(t["content"]) for t in content.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+def special_token_ids(folder: Path) -> dict[str, int]:
+    """The numbers of the special tokens that a folder's `tokenizer_config.json` names.
+
+    Returns:
+        `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they are known.
+    """
+    tokens, config = read_tokens(folder), _read_json(folder / "tokenizer_config.json")
+    if tokens is None or not isinstance(config, dict):
         return {}
+    numbers = {token: number for number, token in tokens.tokens.items()}
+    ids = {}
+    for key in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and content in numbers:
+            ids[f"{key}_id"] = numbers[content]
+    return ids
+
+
+def _forms(folder: Path) -> Iterator[tuple[Path, _Reader]]:
+    """The files that may list a folder's tokens, each with its reader, the surest first."""
+    named: tuple[tuple[str, _Reader], ...] = (
+        ("tokenizer.json", _read_tokenizer_json),
+        ("vocab.json", _read_vocab_json),
+        ("vocab.txt", _read_vocab_txt),
+        ("*.tiktoken", _read_model),
+        ("tokenizer.model", _read_model),
+        ("*.model", _read_model),
+        ("*.spm", _read_model),
+    )
+    if folder.is_dir():
+        for pattern, read in named:
+            for file in sorted(folder.glob(pattern)):
+                yield file, read
+
+
+@lru_cache(maxsize=8)
+def _read_cached(read: _Reader, file: Path, changed: int, size: int) -> TokenList | None:
+    """The tokens that a file lists, None if it lists none; time and size tell its versions."""
+    try:
+        tokens = read(file)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+    return tokens if tokens is not None and tokens.tokens else None
+
+
+def _read_tokenizer_json(file: Path) -> TokenList | None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tokens = {int(i): str(token) for token, i in vocabulary.items()}
+    else:  # Unigram: a list of [token, score]
+        tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
+    added = {int(t["id"]): str(t["content"]) for t in content.get("added_tokens") or ()}
+    return TokenList(file, tokens | added)
+
+
+def _read_vocab_json(file: Path) -> TokenList | None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not all(isinstance(i, int) for i in content.values()):
+        return None  # one vocabulary for each language
+    tokens = {i: str(token) for token, i in content.items()}
+    return TokenList(file, tokens | _added_tokens(file.parent))
+
+
+def _read_vocab_txt(file: Path) -> TokenList | None:
+    # Not splitlines(): a token may hold one of Unicode's other line separators.
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return TokenList(file, dict(enumerate(lines)) | _added_tokens(file.parent))
+
+
+def _read_model(file: Path) -> TokenList | None:
+    """A SentencePiece model or, under the same name in some models, a tiktoken file."""
+    content = file.read_bytes()
+    added = _added_tokens(file.parent)
+    if content[:1] != b"\x0a":  # the tag of a SentencePiece model's first piece
+        return TokenList(file, _tiktoken_tokens(content) | added)
+    tokens, special = {}, set()
+    pieces = (piece for number, piece in _fields(content) if number == 1)
+    for i, piece in enumerate(pieces):
+        assert isinstance(piece, bytes)
+        fields = dict(_fields(piece))
+        text = fields.get(1, b"")
+        tokens[i] = text.decode() if isinstance(text, bytes) else ""
+        if fields.get(3) in (_UNKNOWN, _CONTROL):
+            special.add(i)
+    return TokenList(file, tokens | added, frozenset(special), is_sentencepiece=True)
+
+
+def _tiktoken_tokens(content: bytes) -> dict[int, str]:
+    """The tokens of lines `BASE64 RANK`."""
+    characters = _byte_characters()
+    tokens = {}
+    for line in content.splitlines():
+        if line.strip():
+            token, rank = line.split()
+            decoded = base64.b64decode(token, validate=True)
+            tokens[int(rank)] = "".join(characters[byte] for byte in decoded)
+    return tokens
+
+
+def _byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte.
+
+    Printable characters of Latin-1 stand for themselves, the others for those from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """Tokens that were added to a vocabulary, as slow tokenizers store them."""
+    added: dict[int, str] = {}
+    content = _read_json(folder / "added_tokens.json")
+    if isinstance(content, dict):
+        added |= {i: token for token, i in content.items() if isinstance(i, int)}
+    config = _read_json(folder / "tokenizer_config.json")
+    decoder = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+    if isinstance(decoder, dict):
+        for number, token in decoder.items():
+            if number.isdecimal() and isinstance(token, dict) and "content" in token:
+                added[int(number)] = str(token["content"])
+    return added
+
+
+def _read_json(file: Path) -> object:
+    """The content of a JSON file; None if it cannot be read."""
+    try:
+        content: object = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of an encoded protocol buffer: their number, and an integer or raw bytes.
+
+    Raises:
+        ValueError: It is not a protocol buffer.
+        IndexError: It is cut off.
+    """
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        number, wire = tag >> 3, tag & 7
+        if wire == _VARINT:
+            value, position = _varint(message, position)
+            yield number, value
+            continue
+        if wire == _BYTES:
+            size, position = _varint(message, position)
+        elif wire in (_FIXED64, _FIXED32):
+            size = 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if position + size > len(message):
+            raise ValueError("cut off")
+        yield number, message[position : position + size]
+        position += size
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """An integer in groups of seven bits, the lowest first, and the position after it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _aligned(tokens: TokenList, others: TokenList) -> Mapping[int, str]:
+    """Tokens by number as a tokenizer uses them, for a comparison with a list in another form.
+
+    Some tokenizers put tokens of their own before those of their SentencePiece model. That shift is
+    the difference between the numbers that most of the tokens have in both lists.
+    """
+    if not tokens.is_sentencepiece:
+        return tokens.tokens
+    numbers = {token: i for i, token in others.tokens.items()}
+    texts = {i: token for i, token in tokens.tokens.items() if i not in tokens.special}
+    shifts = Counter(numbers[token] - i for i, token in texts.items() if token in numbers)
+    shift, count = shifts.most_common(1)[0] if shifts else (0, 0)
+    if 2 * count <= shifts.total():
+        shift = 0
+    return {i + shift: token for i, token in texts.items()}

@@ -13,6 +13,8 @@ def recipe_text(plan: MergePlan) -> str:
     content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
     models = [model.posterior for model in plan.inputs]
     pinned = {model.ref: model.pinned for model in models if model.pinned != model.ref}
+    if plan.side_files is not None:
+        content["side_files"] = plan.side_files.ref
     content = _renamed(content, pinned)
     content["precision"] = {
         model: sources.pinned(place) for model, place in content["precision"].items()

@@ -1,9 +1,12 @@
-"""Config, tokenizer, chat template, code and the like, which a merged model takes from an input."""
+"""Config, tokenizer, chat template, code and the like, which a merged model takes from inputs."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.side_files import copy_side_files, side_files
+from mergekit_bayes.checkpoint.model_config import change_config
+from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.plan import MergePlan
 
@@ -18,19 +21,25 @@ _CONFIG_DTYPE = {
 
 
 class SideFiles:
-    """The side files of a merge into a folder: those of the first input that is a folder.
+    """The side files of a merge into a folder, as the plan chose them.
 
     Args:
         plan: The merge. Beside a single output file there are no side files.
     """
 
     def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
-        folders = (m for m in plan.inputs if m.posterior.path.is_dir())
-        model = None if plan.to_file else next(folders, None)
-        self._folder = None if model is None else model.posterior.path
-        self._changes_dtype = plan.config.dtype is not None or model is not plan.inputs.donor
-        self._changes = plan.config_changes
+        self._plan, self._choice = plan, plan.side_files
+        donor = plan.inputs.donor.posterior
+        self._changes: dict[str, object] = {}
+        self._changes_dtype = False
+        if self._choice is not None:
+            self._changes = {**self._choice.token_ids, **plan.config_changes}
+            # An adapted tensor is written in a finer dtype than that of its base.
+            self._changes_dtype = (
+                plan.config.dtype is not None
+                or self._choice.config_folder != donor.path
+                or donor.mean.is_computed
+            )
 
     def check(self) -> None:
         """Find what cannot be copied before the first tensor is merged.
@@ -38,10 +47,9 @@ class SideFiles:
         Raises:
             CheckpointError: A file cannot be read, or a config to be changed is not JSON.
         """
-        if self._folder is None:
+        if self._choice is None:
             return
-        for name in side_files(self._folder):
-            file = self._folder / name
+        for name, file in self._choice.gathered.files.items():
             try:
                 with file.open("rb") as content:
                     content.read(1)
@@ -55,26 +63,17 @@ class SideFiles:
                 raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
     def copy(self, out: Path) -> None:
-        """Copy the side files, and write what is true of the output into the copied config."""
-        if self._folder is None:
+        """Copy the side files, and write what is true of the output into the copied configs."""
+        if self._choice is None:
             return
-        copy_side_files(self._folder, out, but="adapter_*")
-        config = out / "config.json"
-        if config.exists() and (self._changes_dtype or self._changes):
-            content = json.loads(config.read_text())
-            if self._changes_dtype:
-                _set_dtype(content, _CONFIG_DTYPE[self._main_dtype()])
-            nested = content.get("text_config")
-            for key, value in self._changes.items():
-                is_nested = isinstance(nested, dict) and key in nested
-                places = [nested] if is_nested else []
-                places += [content] if key in content or not is_nested else []
-                for place in places:
-                    if value is None:
-                        place.pop(key, None)
-                    else:
-                        place[key] = value
-            config.write_text(json.dumps(content, indent=2) + "\n")
+        for name, file in self._choice.gathered.files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)
+        if self._choice.gathered.template is not None:
+            (out / CHAT_TEMPLATE).write_text(self._choice.gathered.template, encoding="utf-8")
+        dtype = _CONFIG_DTYPE[self._main_dtype()] if self._changes_dtype else None
+        _rewrite(out / "config.json", self._changes, dtype)
+        _rewrite(out / "generation_config.json", self._choice.generation_ids, None)
 
     def _main_dtype(self) -> str:
         """The dtype that holds most of the parameters."""
@@ -83,6 +82,19 @@ class SideFiles:
             if step.spec.dtype in sizes:
                 sizes[step.spec.dtype] += step.spec.size
         return self._plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _rewrite(file: Path, changes: Mapping[str, object], dtype: str | None) -> None:
+    """Set keys and the dtype in a config, if there is one; nothing to set leaves its bytes."""
+    if not file.exists() or not (changes or dtype):
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    before = json.dumps(content)
+    if dtype is not None:
+        _set_dtype(content, dtype)
+    change_config(content, changes)
+    if json.dumps(content) != before:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(config: object, dtype: str) -> None:

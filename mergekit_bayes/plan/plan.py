@@ -15,9 +15,11 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.guard import choose_guard
+from mergekit_bayes.plan.heads import head_changes
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
+from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.options import (
     Shrink,
     check_options,
@@ -28,6 +30,7 @@ from mergekit_bayes.plan.options import (
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -59,6 +62,7 @@ class MergePlan(Closing):
             `text_config` has is set there, too.
         drawing_identities: Content hash of each model without stored copies of tied tensors, by
             which random numbers are drawn; empty where the method draws none.
+        side_files: Where the output's side files come from; None where it has none.
     """
 
     config: MergeConfig
@@ -76,6 +80,7 @@ class MergePlan(Closing):
     info: PosteriorInfo | None = field(repr=False)
     config_changes: dict[str, object] = field(default_factory=dict)
     drawing_identities: dict[Input, str] = field(default_factory=dict)
+    side_files: SideFileChoice | None = None
 
     @property
     def base(self) -> Input | None:
@@ -125,6 +130,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             inputs = weigh(config, inputs, notes)
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
+        compare_configs(config, inputs, matched.steps, notes)
+        config_changes = head_changes(config, inputs, matched.steps, notes)
+        side_files = choose_side_files(config, inputs, matched.steps, target, notes)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
@@ -146,12 +154,13 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             notes=tuple(notes),
             target=target,
             info=info,
-            config_changes=matched.ties.config_changes,
+            config_changes=config_changes | matched.ties.config_changes,
             drawing_identities=(
                 {model: matched.ties.drawing_identity(model) for model in inputs}
                 if method.random
                 else {}
             ),
+            side_files=side_files,
         )
         stack.pop_all()  # the plan closes them
         return plan

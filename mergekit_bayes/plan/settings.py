@@ -70,6 +70,16 @@ class MergeConfig(Config):
         description="NaN, infinity or a negative precision: error, or base (unchanged by that "
         "model; needs a base).",
     )
+    on_config: Literal["error", "base"] = Field(
+        "error",
+        description="Configs that give the weights another meaning (attention heads, activation, "
+        "labels): error, or base (take the base's, else the first model's, as true of all).",
+    )
+    side_files: str | None = Field(
+        None,
+        description="MODEL: take tokenizer, chat template, generation config and the like from "
+        "this one; by default from the first model with a positive scale.",
+    )
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"] | None = Field(
         None,
         description="Store merged tensors as F64, F32, F16, BF16, F8_E4M3 or F8_E5M2; by default "

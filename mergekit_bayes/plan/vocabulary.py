@@ -1,16 +1,18 @@
 """Tensors with one row a token: vocabularies that differ between the models of a merge."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
-from mergekit_bayes.checkpoint.tokenizers import tokens_apart
+from mergekit_bayes.checkpoint.tokenizers import read_tokens, tokens_apart
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.names import OTHER_BASE
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.posterior import Posterior
 
 
 class CommonEntries(NamedTuple):
@@ -27,22 +29,49 @@ class CommonEntries(NamedTuple):
     decision: str | None = None
 
 
+def token_folder(model: Posterior) -> Path | None:
+    """The folder that lists the tokens of a model; None if there is none.
+
+    An adapter may bring a tokenizer of its own, and a file may lie in its model's folder.
+    """
+    paths = [part.path for part in reversed(model.parts)] or [model.path]
+    folders = (path if path.is_dir() else path.parent for path in paths if _is_models(path))
+    return next((folder for folder in folders if read_tokens(folder) is not None), None)
+
+
+def _is_models(path: Path) -> bool:
+    """Whether a path is a model's folder, or a file that has its name there."""
+    return path.is_dir() or path.stem in ("model", "adapter_model")
+
+
+def is_token_matrix(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor is an embedding or a head with one row for each token of the tokenizer."""
+    return len(spec.shape) == 2 and is_vocabulary(name) and "per_layer" not in name
+
+
 def find_token_conflict(inputs: Inputs) -> str | None:
     """The message if one token number stands for different tokens in two models; else None.
 
     Rows of embeddings are merged by number, so that such a merge would mix up tokens.
     """
     donor = inputs.donor
+    donors_folder = token_folder(donor.posterior)
     for model in inputs:
-        conflicts = (
-            [] if model is donor else tokens_apart(donor.posterior.path, model.posterior.path)
-        )
+        folder = token_folder(model.posterior)
+        if folder is None or donors_folder is None or folder == donors_folder:
+            continue
+        conflicts = tokens_apart(donors_folder, folder)
         if conflicts:
             number, donors_token, other_token = conflicts[0]
+            files = dict.fromkeys(
+                tokens.file.name
+                for tokens in (read_tokens(donors_folder), read_tokens(folder))
+                if tokens is not None
+            )
             return (
                 f"{len(conflicts):,} token numbers stand for other tokens in '{model.ref}' than in "
                 f"'{donor.ref}' ({number} is {other_token!r} there, {donors_token!r} here; "
-                "tokenizer.json). Embeddings are merged by number: "
+                f"{' and '.join(files)}). Embeddings are merged by number: "
                 f"--vocab base keeps those of '{donor.ref}'."
             )
     return None
@@ -92,6 +121,13 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
         and stored.shape[1:] == spec.shape[1:]
         and is_vocabulary(name)
     )
+    if is_by_token and 0 in (spec.shape[0], stored.shape[0]):
+        empty = donor if spec.shape[0] == 0 else mean.input.ref
+        raise MismatchError(
+            f"'{name}' has no rows in '{empty}' ({list(spec.shape)} in '{donor}', "
+            f"{list(stored.shape)} in '{mean.input.ref}'): its file is incomplete. Save that model "
+            "again; under DeepSpeed ZeRO-3 its tensors must be gathered first."
+        )
     if is_by_token and config.vocab != "error":
         return stored.shape[0]
     way_out = (

@@ -1,0 +1,252 @@
+"""Compare the configs of the models of a merge: what else decides what their weights mean.
+
+Tensors of the same names and shapes compute different functions under different configs. A key that
+changes what each number means (how rows are divided among attention heads, the activation between
+two layers) makes their average meaningless and is an error. A key that shifts the function a little
+or is commonly changed between models that are merged (rotary base, epsilon of a norm, window) is a
+note, because the output can have only one value of it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mergekit_bayes.checkpoint.model_config import read_config
+from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.plan.heads import contributors
+from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.steps import Step
+from mergekit_bayes.posterior import Posterior
+
+# Keys whose last component decides what each number of a tensor means, by what they are.
+_MEANINGS = {
+    "attention heads": r"n_head|(?!pruned)(\w+_)?(heads|head_dim)|d_kv|multi_query|mamba_d_head",
+    "activation": r"(\w+_)?(act|activation|activation_function|act_fn)|afn|feed_forward_proj",
+    "positions": r"position_embeddings?_type|(use_)?alibi|relative_attention|pos_att_type"
+    r"|position_biased_input|rope_interleave|no_rope_layers",
+    "order of layers": r"(do_|\w+_)?(normalize|layer_norm)_before|pre_norm|norm_type"
+    r"|do_stable_layer_norm|apply_residual_connection_post_layernorm|use_parallel_residual"
+    r"|parallel_attn|is_decoder",
+    "scale factors": r"\w+_multiplier|scale_emb|scale_embedding|scale_depth|logits?_scal(e|ing)"
+    r"|residual_scale|scale_attn_weights|scale_attn_by_inverse_layer_idx|query_pre_attn_scalar"
+    r"|routed_scaling_factor|dim_model_base|norm_topk_prob|scoring_func",
+}
+_DRIFTS = (
+    r"(\w+_)?(eps|epsilon)|layer_types|(use_)?sliding_window(_pattern)?|attention_window|max_window_layers"
+    r"|max_position_embeddings|n_positions|\w+_softcap(ping)?|\w*experts_per_tok(en)?|n_group"
+    r"|topk_group|is_causal|use_bidirectional_attention|problem_type|model_type"
+)
+# Two names of one function, and approximations of it that differ in the fourth digit.
+_SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
+_NEAR_ACTIVATIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_10"}
+_THETA = 10_000.0  # the rotary base where a config gives none
+
+
+class Difference(NamedTuple):
+    """A key that two configs give other values.
+
+    Attributes:
+        key: The key, with the names of nested configs before it.
+        donors: The value of the model whose config is written; None if it gives none.
+        other: The other model's value.
+        meaning: What the key decides, if the weights mean other things under it; else None.
+    """
+
+    key: str
+    donors: object
+    other: object
+    meaning: str | None
+
+
+def compare_configs(
+    config: MergeConfig, inputs: Inputs, steps: Sequence[Step], notes: list[str]
+) -> None:
+    """Compare the config of each model that is merged with that of the donor.
+
+    Args:
+        config: The settings.
+        inputs: The models.
+        steps: The tensors of the output.
+        notes: Differences that are no error are appended here.
+
+    Raises:
+        MismatchError: The weights mean other things under another config, and `--on-config` is
+            `error`.
+    """
+    merging = {model for step in steps if step.copied is None for model in contributors(step)}
+    donor = inputs.donor
+    donors = config_of(donor.posterior)
+    for model in inputs:
+        others = config_of(model.posterior)
+        if model is donor or model not in merging or not donors or not others:
+            continue
+        differences = find_differences(donors, others)
+        meant = [difference for difference in differences if difference.meaning is not None]
+        if meant and config.on_config == "error":
+            raise _conflict(meant, model, donor)
+        if differences:
+            notes.append(
+                f"config.json of '{model.ref}' has {_listed(differences)}: its weights were "
+                f"trained with these, and the output has those of '{donor.ref}'"
+            )
+
+
+def config_of(model: Posterior) -> dict[str, Any]:
+    """The config of a model; of BASE+ADAPTER the base's, of a file that of its folder."""
+    path = model.path
+    if path.is_dir():
+        return read_config(path)
+    return read_config(path.parent) if path.stem == "model" else {}
+
+
+def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> list[Difference]:
+    """The keys that decide what weights mean and have other values in two configs.
+
+    A key that one config lacks is compared only where its absence has a known meaning.
+    """
+    left, right = dict(_flat(donors)), dict(_flat(others))
+    differences = [
+        difference
+        for key in left
+        if key in right and (difference := _compare(key, left[key], right[key])) is not None
+    ]
+    for place in sorted({_place(key) for key in left} & {_place(key) for key in right}):
+        differences += _rope_differences(
+            place, _rope(_section(left, place)), _rope(_section(right, place))
+        )
+    return differences
+
+
+def _compare(key: str, donors: object, other: object) -> Difference | None:
+    """The difference in one key; None if there is none, or the key does not matter."""
+    name = key.rpartition(".")[2]
+    meaning = next((m for m, names in _MEANINGS.items() if re.fullmatch(names, name)), None)
+    if meaning is None and not re.fullmatch(_DRIFTS, name):
+        return None
+    if meaning == "activation":
+        functions = {_SAME_ACTIVATION.get(str(v), str(v)) for v in (donors, other)}
+        if len(functions) == 1:
+            return None
+        if functions <= _NEAR_ACTIVATIONS:
+            meaning = None
+    if donors == other or (_is_neutral(donors) and _is_neutral(other)):
+        return None
+    if meaning is not None and (donors is None or other is None):
+        return None  # the default of an architecture, which the shapes decide or nobody knows here
+    return Difference(key, donors, other, meaning)
+
+
+def _is_neutral(value: object) -> bool:
+    """Whether a value says what its absence means as well."""
+    return (
+        value in (None, "absolute", "default")
+        or value is False
+        or (value == 1 and value is not True)
+    )
+
+
+def _conflict(differences: Sequence[Difference], model: Input, donor: Input) -> MismatchError:
+    meanings = " and ".join(dict.fromkeys(str(d.meaning) for d in differences))
+    return MismatchError(
+        f"config.json of '{model.ref}' has {_listed(differences)}: the same weights mean other "
+        f"things under other {meanings}, so that they cannot be averaged or added. If the models "
+        "are of one architecture after all, correct the config that is wrong, or pass --on-config "
+        f"base to take that of '{donor.ref}' as true of all."
+    )
+
+
+def _listed(differences: Sequence[Difference]) -> str:
+    return ", ".join(f"{d.key} {_shown(d.other)} (there {_shown(d.donors)})" for d in differences)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not given"
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config and of the configs in it; that of the text has no prefix."""
+    for key, value in config.items():
+        is_nested = isinstance(value, dict) and (
+            key.endswith("_config") or key in ("encoder", "decoder")
+        )
+        if is_nested and key != "quantization_config":
+            inner = place if key == "text_config" else f"{place}{key}."
+            yield from _flat(value, inner)
+        elif not (key == "model_type" and isinstance(config.get("text_config"), dict)):
+            yield f"{place}{key}", value
+
+
+def _place(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _section(flat: Mapping[str, Any], place: str) -> dict[str, Any]:
+    return {key.rpartition(".")[2]: v for key, v in flat.items() if _place(key) == place}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rotary embedding by type of layer ("" for all), from the old keys or the new ones.
+
+    transformers 5 has one `rope_parameters`; before it were `rope_theta`, `rope_scaling` and keys
+    of single architectures.
+    """
+    given = config.get("rope_parameters")
+    if isinstance(given, dict):
+        if any(isinstance(value, dict) for value in given.values()):
+            return {k: _plain_rope(v) for k, v in given.items() if isinstance(v, dict)}
+        return {"": _plain_rope({**_old_rope(config), **given})}
+    scaling = config.get("rope_scaling")
+    rope = {**_old_rope(config), **(scaling if isinstance(scaling, dict) else {})}
+    for key in ("rope_local_base_freq", "local_rope_theta"):
+        if config.get(key) is not None:
+            rope.setdefault("rope_theta", config.get("global_rope_theta"))
+            local = _plain_rope({"rope_theta": config[key]})
+            return {"full_attention": _plain_rope(rope), "sliding_attention": local}
+    return {"": _plain_rope(rope)}
+
+
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "rope_theta": ("rope_theta", "rotary_emb_base", "rotary_base"),
+        "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+    }
+    return {
+        key: config[spelling]
+        for key, spellings in names.items()
+        for spelling in spellings
+        if config.get(spelling) is not None
+    }
+
+
+def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without keys that say what an absent one means."""
+    renamed = {("rope_type" if key == "type" else key): value for key, value in rope.items()}
+    if renamed.get("rope_type") == "default":
+        renamed.pop("factor", None)
+    plain = {key: value for key, value in renamed.items() if not _is_neutral(value)}
+    if plain.get("rope_theta") == _THETA:
+        del plain["rope_theta"]
+    return plain
+
+
+def _rope_differences(
+    place: str, donors: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]
+) -> Iterator[Difference]:
+    if donors.keys() != others.keys():  # one for all layers against one for each type
+        types = (donors.keys() | others.keys()) - {""}
+        donors, others = (
+            {t: rope[t] if t in rope else rope.get("", {}) for t in types}
+            for rope in (donors, others)
+        )
+    for layers in sorted(donors):
+        for key in sorted(donors[layers].keys() | others[layers].keys()):
+            default = _THETA if key == "rope_theta" else None
+            donors_value, other = (rope[layers].get(key, default) for rope in (donors, others))
+            if donors_value != other:
+                name = key if key.startswith("rope") else f"rope {key}"
+                where = ".".join(part for part in (place, layers) if part)
+                yield Difference(f"{where}.{name}" if where else name, donors_value, other, None)

@@ -1,0 +1,267 @@
+"""Choose whose tokenizer, chat template, generation config and the like the output gets.
+
+The output has the base's names and shapes and thus its `config.json`. With a base and scale 1 it
+behaves as the task was trained to, so that the other side files are the task's by default: a chat
+model with the base's template and end-of-text token would never stop.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_bayes.checkpoint.model_config import read_config, text_config
+from mergekit_bayes.checkpoint.side_files import (
+    CHAT,
+    CHAT_TEMPLATE,
+    GatheredFiles,
+    gather_side_files,
+    inline_template,
+)
+from mergekit_bayes.checkpoint.tokenizers import read_tokens, special_token_ids, tokens_apart
+from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.steps import Step
+from mergekit_bayes.plan.vocabulary import is_token_matrix, token_folder
+from mergekit_bayes.posterior import Posterior
+
+_SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start")
+_ID_KEYS = tuple(f"{name}_token_id" for name in _SPECIAL)
+_NOT_COMPARED = ("transformers_version", "_from_model_config", "_name_or_path", "name_or_path")
+
+
+@dataclass(frozen=True)
+class SideFileChoice:
+    """Where the side files of an output folder come from.
+
+    Attributes:
+        ref: The model whose tokenizer and the like are taken, as given.
+        config_folder: The folder whose `config.json` is taken.
+        gathered: The files.
+        token_ids: Keys of the written `config.json` that follow from the tokenizer.
+        generation_ids: The same of a written `generation_config.json` of another folder.
+    """
+
+    ref: str
+    config_folder: Path
+    gathered: GatheredFiles
+    token_ids: Mapping[str, object] = field(default_factory=dict)
+    generation_ids: Mapping[str, object] = field(default_factory=dict)
+
+
+def choose_side_files(
+    config: MergeConfig, inputs: Inputs, steps: Sequence[Step], target: Path, notes: list[str]
+) -> SideFileChoice | None:
+    """Choose the side files of a merge; None for an output without any.
+
+    Args:
+        config: The settings.
+        inputs: The models.
+        steps: The tensors of the output.
+        target: The output.
+        notes: Remarks for the report are appended here.
+
+    Raises:
+        ConfigError: `--side-files` names no model of this merge, or a file.
+        MismatchError: The tokenizer of the named model does not fit the written embeddings.
+    """
+    named = _named_input(config, inputs)
+    config_owner = config_input(inputs)
+    if target.suffix == ".safetensors" or config_owner is None:
+        if named is not None:
+            notes.append("--side-files has no effect: the output has no side files")
+        return None
+    owner, reason = _choose_owner(inputs, steps, config_owner, named)
+    config_folder = config_owner.posterior.path
+    folders = [*_folders(owner.posterior), *_folders(config_owner.posterior)]
+    if owner is config_owner and (misfit := _misfit(owner, inputs, steps)):
+        folders = [config_folder]  # of BASE+ADAPTER, the adapter's tokenizer does not fit
+        if owner.posterior.parts:
+            notes.append(f"the base's tokenizer of '{owner.ref}' is taken: {misfit}")
+    gathered = gather_side_files(config_folder, list(dict.fromkeys(folders)))
+    default = _folders(owner.posterior)[-1]
+    token_ids, generation_ids = _special_ids(config_folder, gathered, default)
+    _note_choice(inputs, owner, reason, gathered, notes)
+    return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
+
+
+def config_input(inputs: Inputs) -> Input | None:
+    """The input whose `config.json` the output gets: the first one that is a folder."""
+    return next((model for model in inputs if model.posterior.path.is_dir()), None)
+
+
+def _named_input(config: MergeConfig, inputs: Inputs) -> Input | None:
+    """The input that `--side-files` names; None without the flag."""
+    name = config.side_files
+    if name is None:
+        return None
+    by_ref = {model.ref: model for model in reversed(tuple(inputs))}
+    if inputs.base is not None and name.lower() == "base":
+        by_ref.setdefault(name, inputs.base)
+    if name not in by_ref:
+        raise ConfigError(
+            f"--side-files {name}: no such model here. Name it as given: "
+            f"{', '.join(model.ref for model in inputs)}."
+        )
+    if not _folders(by_ref[name].posterior):
+        raise ConfigError(
+            f"--side-files {name}: it is a file, which has no tokenizer beside it. Name a folder."
+        )
+    return by_ref[name]
+
+
+def _folders(model: Posterior) -> list[Path]:
+    """The folders of a model, of BASE+ADAPTER the adapter's first."""
+    paths = [part.path for part in reversed(model.parts)] or [model.path]
+    return [path for path in paths if path.is_dir()]
+
+
+def _choose_owner(
+    inputs: Inputs, steps: Sequence[Step], config_owner: Input, named: Input | None
+) -> tuple[Input, str]:
+    """The input whose side files are taken, and why."""
+    if named is not None:
+        misfit = _misfit(named, inputs, steps)
+        if misfit and named is not config_owner:
+            raise MismatchError(f"--side-files {named.ref}: {misfit}. Name another model.")
+        return named, "as --side-files says"
+    role = "the base" if config_owner is inputs.base else "the first folder"
+    if inputs.base is None:
+        return config_owner, role
+    task = next((task for task in inputs.tasks if task.scale > 0), None)
+    if task is None:
+        return config_owner, f"{role}; no task has a positive scale"
+    if not _folders(task.posterior):
+        return config_owner, f"{role}; '{task.ref}' is a file"
+    if misfit := _misfit(task, inputs, steps):
+        return config_owner, f"{role}; of '{task.ref}', {misfit}"
+    return task, "the first task with a positive scale"
+
+
+def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
+    """Why the tokenizer of a model does not fit the written embeddings; None if it does."""
+    folder = token_folder(owner.posterior)
+    tokens = read_tokens(folder) if folder is not None else None
+    matrices = [step for step in steps if is_token_matrix(step.name, step.spec)]
+    if folder is None or tokens is None or not matrices:
+        return None
+    rows = min(step.spec.shape[0] for step in matrices)
+    if tokens.count > rows:
+        return (
+            f"its tokenizer ({tokens.file}) has {tokens.count:,} tokens and the written embedding "
+            f"{rows:,} rows"
+        )
+    donor = inputs.donor
+    if owner is donor or all(step.copied is None for step in matrices):
+        return None  # tokens that conflict with the donor's are not merged
+    donors_folder = token_folder(donor.posterior)
+    donors_tokens = read_tokens(donors_folder) if donors_folder is not None else None
+    if donors_folder is None or donors_tokens is None:
+        return None
+    if tokens.count > donors_tokens.count or tokens_apart(folder, donors_folder):
+        return (
+            f"its tokenizer ({tokens.file}) has other tokens than '{donor.ref}', whose embedding "
+            "is written"
+        )
+    return None
+
+
+def _special_ids(
+    config_folder: Path, gathered: GatheredFiles, default: Path
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The special tokens' numbers that `config.json` and `generation_config.json` must change.
+
+    They are those of the folder that gives the tokenizer, `default` if there is no tokenizer.
+    """
+    folder = gathered.folders.get("tokenizer", default)
+    if folder == config_folder:
+        return {}, {}
+    own = read_config(folder)
+    ids = {**_ids(own), **_ids(text_config(own))} if own else special_token_ids(folder)
+    stored = read_config(config_folder)
+    written = {**_ids(stored), **_ids(text_config(stored))}
+    changes = {key: value for key, value in ids.items() if written.get(key) != value}
+    generation_folder = gathered.folders.get("generation config")
+    if generation_folder is None or generation_folder == folder:
+        return changes, {}
+    generation = _read_object(generation_folder / "generation_config.json")
+    ids = {key: value for key, value in ids.items() if key in generation}
+    return changes, {k: v for k, v in ids.items() if not _includes(generation[k], v)}
+
+
+def _ids(config: Mapping[str, Any]) -> dict[str, object]:
+    return {key: config[key] for key in _ID_KEYS if config.get(key) is not None}
+
+
+def _includes(stored: object, value: object) -> bool:
+    """Whether a stored number, or one of several, is this one."""
+    return value == stored or (isinstance(stored, list) and value in stored)
+
+
+def _note_choice(
+    inputs: Inputs, owner: Input, reason: str, gathered: GatheredFiles, notes: list[str]
+) -> None:
+    """Say whose side files are taken, where another model has other ones."""
+    own = [group for group, f in gathered.folders.items() if f in _folders(owner.posterior)]
+    taken = {group: _content(gathered.folders[group], group) for group in own}
+    differing = [
+        f"'{model.ref}'"
+        for model in inputs
+        if model is not owner and _has_others(_folders(model.posterior), taken)
+    ]
+    if differing:
+        verb = "are" if len(own) > 1 else "is"
+        notes.append(
+            f"{_listed(own)} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
+            f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
+        )
+    if borrowed := [group for group in gathered.folders if group not in own]:
+        notes.append(f"'{owner.ref}' has no {_listed(borrowed)}; the base's are taken")
+
+
+def _has_others(folders: Sequence[Path], taken: Mapping[str, object]) -> bool:
+    """Whether a model's side files say something else than those that are taken."""
+    for group, content in taken.items():
+        own = next((c for folder in folders if (c := _content(folder, group))), None)
+        # A model whose tokenizer has no chat template has another one; without a tokenizer it is
+        # only incomplete.
+        is_whole = group == CHAT and any(_content(folder, "tokenizer") for folder in folders)
+        if own != content and (own is not None or is_whole):
+            return True
+    return False
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _content(folder: Path, group: str) -> object:
+    """What decides a group's effect, to be compared; empty if the folder has nothing of it."""
+    if group == "tokenizer":
+        tokens = read_tokens(folder)
+        listed = sorted(tokens.tokens.items()) if tokens is not None else []
+        special = sorted(_read_special(folder).items())
+        return [listed, special] if listed or special else None
+    if group == CHAT:
+        file = folder / CHAT_TEMPLATE
+        return file.read_text(encoding="utf-8") if file.exists() else inline_template(folder)
+    names = {"generation config": "generation_config.json", "processor": "preprocessor_config.json"}
+    content = _read_object(folder / names.get(group, "modules.json"))
+    return {key: value for key, value in content.items() if key not in _NOT_COMPARED}
+
+
+def _read_special(folder: Path) -> dict[str, str]:
+    """The special tokens that `tokenizer_config.json` names, by their role."""
+    config = _read_object(folder / "tokenizer_config.json")
+    return {key: str(value) for key, value in config.items() if key.endswith("_token") and value}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
