@@ -165,11 +165,14 @@ class MergeConfig(Config):
             names.setdefault("BASE", base)
 
         def as_given(ref: Any) -> Any:
-            return names.get(ref, names.get(os.path.normpath(ref), ref)) if ref else ref
+            if not isinstance(ref, str) or not ref:
+                return ref
+            return names.get(ref) or names.get(os.path.normpath(ref), ref)
 
-        settings = {name: content[name] for name in BY_MODEL if name in content}
-        return {**content} | {
-            name: {as_given(ref): value for ref, value in by_model.items()}
-            for name, by_model in settings.items()
-            if isinstance(by_model, Mapping)
-        }
+        named = dict(content)
+        for name in BY_MODEL:
+            if isinstance(by_model := content.get(name), Mapping):
+                named[name] = {as_given(ref): value for ref, value in by_model.items()}
+        if isinstance(side_files := content.get("side_files"), str):
+            named["side_files"] = as_given(side_files)
+        return named

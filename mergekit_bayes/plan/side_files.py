@@ -98,8 +98,6 @@ def _named_input(config: MergeConfig, inputs: Inputs) -> Input | None:
     if name is None:
         return None
     by_ref = {model.ref: model for model in reversed(tuple(inputs))}
-    if inputs.base is not None and name.lower() == "base":
-        by_ref.setdefault(name, inputs.base)
     if name not in by_ref:
         raise ConfigError(
             f"--side-files {name}: no such model here. Name it as given: "
