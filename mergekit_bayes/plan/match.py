@@ -21,7 +21,7 @@ from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import stored_name
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
-from mergekit_bayes.posterior.quantised import refuse_quantised
+from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
 Scales = dict[Input, float]  # of the tasks, in one tensor
 
@@ -49,6 +49,7 @@ def match_tensors(
     """
     donor = inputs.donor.posterior
     for model in inputs:
+        refuse_emptied(model.posterior)
         refuse_quantised(model.posterior)
     token_conflict = find_token_conflict(inputs)
     names = {model: map_names(donor, model.posterior, notes) for model in inputs}

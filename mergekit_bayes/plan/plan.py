@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
 from mergekit_bayes.methods.base import Method
+from mergekit_bayes.plan.corrections import correct_config
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.match import match_tensors
@@ -121,6 +122,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             inputs = weigh(config, inputs, notes)
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
+        config_changes = correct_config(inputs, matched.steps, notes)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
@@ -142,6 +144,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             notes=tuple(notes),
             target=target,
             info=info,
+            config_changes=config_changes,
         )
         stack.pop_all()  # the plan closes them
         return plan

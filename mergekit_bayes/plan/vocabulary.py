@@ -11,6 +11,7 @@ from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.names import OTHER_BASE
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.posterior.quantised import EMPTIED
 
 
 class CommonEntries(NamedTuple):
@@ -94,6 +95,11 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
     )
     if is_by_token and config.vocab != "error":
         return stored.shape[0]
+    if stored.shape == (0,):
+        raise MismatchError(
+            f"'{name}' is {list(spec.shape)} in '{donor}' but [0] in '{mean.input.ref}' "
+            f"({mean.where}). {EMPTIED}"
+        )
     way_out = (
         f"--vocab common merges the tokens that all have, --vocab base keeps those of '{donor}'."
         if is_by_token
