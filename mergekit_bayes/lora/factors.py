@@ -136,7 +136,8 @@ def _difference_of_starts(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> f
 def _factor_precision(merge: AdapterMerge, copy: LayerCopy, side: str) -> Array:
     """Precision of A, or of `s B`, in float64."""
     adapter, name = merge.adapters[copy.owner], getattr(copy.layer, side)
-    stored = adapter.counted(name, merge.counts[copy.owner])
+    precisions = adapter.precisions(copy.layer, merge.counts[copy.owner])
+    stored = precisions[Factors._fields.index(side)]
     if stored is None:
         raise PrecisionError(
             f"no precision for '{name}' of '{adapter.ref}'. Make a full one with `bmerge "

@@ -13,6 +13,7 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
+from mergekit_bayes.lora.writers import refuse_factors
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.corrections import correct_config
 from mergekit_bayes.plan.guard import choose_guard
@@ -169,6 +170,7 @@ def _open_inputs(
                 f"'{model.ref}' is an adapter among whole models. Put its base before it: "
                 f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
             )
+        refuse_factors(posterior)
         counts = method.needs_precision and posterior.has_precision
         posterior.check_identity(
             config.identities.get(model.ref),
