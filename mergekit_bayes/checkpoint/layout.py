@@ -152,8 +152,8 @@ def read_index(index: Path) -> dict[str, str]:
         if not index.is_file():
             raise ValueError("it is not a file")
         text = index.read_bytes()
-        if reason := explain_stand_in(text[:HEAD]):
-            raise CheckpointError(f"{index}: {reason}")
+        if stand_in := explain_stand_in(text[:HEAD]):
+            raise CheckpointError(f"{index}: {stand_in}")
         content = parse_json(text)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:

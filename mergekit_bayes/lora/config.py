@@ -66,8 +66,8 @@ def read_config(path: Path, ref: str) -> LoraConfig:
     """
     file = (path.parent if path.is_file() else path) / CONFIG
     if not file.exists():
-        reason = explain_files(path) or "Name the folder that PEFT wrote."
-        raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {reason}")
+        writer = explain_files(path) or "Name the folder that PEFT wrote."
+        raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {writer}")
     try:
         text = file.read_bytes()
         if reason := explain_stand_in(text[:HEAD]):

@@ -50,7 +50,7 @@ def _vocabulary_size(
     }
     if len(rows) != 1:
         return {}
-    size, config = rows.pop(), read_config(donor.path) | changes
+    size, config = rows.pop(), {**read_config(donor.path), **changes}
     if "vocab_size" in config:
         return {"vocab_size": size}
     nested = text_config(config)
