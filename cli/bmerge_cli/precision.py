@@ -34,7 +34,8 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     report = run_precision(config, quiet=quiet)
     console(quiet=quiet).print(
         f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "
-        f"{report.unit}s; median precision {report.health['precision_median']:.3g}",
+        f"{report.unit}s; median precision {report.health['precision_median']:.3g} "
+        "(1/weight^2)",
         markup=False,
     )
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -31,6 +31,7 @@ from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
+from mergekit_bayes.plan.summary import summarise
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
 
@@ -84,6 +85,11 @@ class MergePlan(Closing):
     def tasks(self) -> tuple[Input, ...]:
         """The models that are merged, in the order of the command line."""
         return self.inputs.tasks
+
+    @property
+    def summary(self) -> str:
+        """What the merge does, in one line."""
+        return summarise(self.method, self.inputs)
 
     @property
     def to_file(self) -> bool:
