@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
@@ -237,6 +238,11 @@ def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _load(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickle by name, mapped from the file; an error if it holds anything else."""
     if not file.is_file() or not zipfile.is_zipfile(file):
+        if file.is_file():
+            with file.open("rb") as content:
+                head = content.read(HEAD)
+            if reason := explain_stand_in(head):
+                raise CheckpointError(f"{file}: {reason}")
         raise CheckpointError(
             f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. "
             f"{_SAVE_AGAIN}"

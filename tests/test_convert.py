@@ -215,7 +215,7 @@ def torchscript(path):
         (lambda path: path.write_bytes(b""), "is not a file of torch.save"),
         (
             lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-            "is not a file of torch.save",
+            "is a Git LFS pointer",
         ),
         (
             lambda path: torch.save(

@@ -225,7 +225,7 @@ def test_vocabularies_of_different_length_follow_the_rule(longer):
     assert (
         f"{longer} of 7 rows are merged, the others are 'base.safetensors''s own"
         if longer < 7
-        else f"the first 7 rows of {longer} are merged"
+        else f"the first 7 rows of {longer} are merged; rows 7 to 8 are those of 'a.safetensors'"
     ) in report.ruled[names[0]]
     rows = min(7, longer)
     cut = [
@@ -236,10 +236,42 @@ def test_vocabularies_of_different_length_follow_the_rule(longer):
     found, kept = load("x.safetensors"), load("x.precision.safetensors")
     close({n: x if n == "model.w" else x[:rows] for n, x in found.items()}, mean)
     close({n: x if n == "model.w" else x[:rows] for n, x in kept.items()}, precision)
+    owner = base if longer < 7 else a  # of the rows that not all models have
     for name in names[:3]:
-        np.testing.assert_array_equal(found[name][rows:], base[0][name][rows:])
-        np.testing.assert_allclose(kept[name][rows:], base[1][name][rows:], rtol=1e-6)
-        assert found[name].shape == own[name]
+        np.testing.assert_array_equal(found[name][rows:], owner[0][name][rows:])
+        np.testing.assert_allclose(kept[name][rows:], owner[1][name][rows:], rtol=1e-6)
+        assert found[name].shape == (max(7, longer), *own[name][1:])
+
+
+@pytest.mark.parametrize("weights", ["uniform", "precision"])
+def test_rows_that_the_donor_lacks_are_those_of_the_longest_model_that_is_added(weights):
+    def sized(name, seed, rows):
+        shapes = {"model.embed_tokens.weight": (rows, 4), "model.w": (3, 3)}
+        tensors, precisions = tiny.arrays(seed, shapes), tiny.precisions(seed, shapes)
+        return model(name, seed, mean=tensors, precision=precisions)[0]["model.embed_tokens.weight"]
+
+    sizes = {"base": 5, "a": 7, "b": 9, "c": 9}
+    made = {name: sized(name, i, rows) for i, (name, rows) in enumerate(sizes.items())}
+    cases = {
+        "abc": ((1, 1, 1), "b"),
+        "acb": ((1, 1, 1), "c"),
+        "ab": ((1, 0), "a"),  # b's rows are not asked for
+        "ba": ((-1, 1), "a"),  # and b is removed here
+        "bc": ((-1, 0), None),
+    }
+    for models, (scales, owner) in cases.items():
+        merge(*models, scale=scales, weights=weights, vocab="common", dtype="F64")
+        found = load("x.safetensors")["model.embed_tokens.weight"]
+        expected = made[owner or "base"][5:]
+        np.testing.assert_array_equal(found[5:], expected, err_msg=models)
+    # Without a base the order of the models decides no row's fate.
+    shapes = []
+    for models in ("ab", "ba"):
+        merge(*models, base=None, weights="uniform", vocab="common")
+        shapes.append(load("x.safetensors")["model.embed_tokens.weight"].shape)
+    assert shapes == [(9, 4), (9, 4)]
+    merge("a", "b", weights="uniform", vocab="base")
+    np.testing.assert_array_equal(load("x.safetensors")["model.embed_tokens.weight"], made["base"])
 
 
 def test_only_vocabularies_may_differ_in_length():

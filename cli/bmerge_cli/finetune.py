@@ -83,7 +83,7 @@ def command(
     if report.estimator is not None:
         screen.print(
             f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "
-            f"median precision {report.health['precision_median']:.3g}",
+            f"median precision {report.health['precision_median']:.3g} (1/weight^2)",
             markup=False,
         )
     delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)

@@ -9,10 +9,13 @@ from mergekit_bayes.lora import AdapterReport
 from mergekit_bayes.merge import MergeReport
 from mergekit_bayes.plan import Input, MergePlan
 
+_ROUNDING = 1e-5  # relative errors below this are those of float32 factors
+
 
 def plan_document(plan: MergePlan) -> dict[str, object]:
     """A plan as the document of `--dry-run --json`."""
     return {
+        "summary": plan.summary,
         "method": plan.method.name,
         "settings": plan.settings,
         "target": str(plan.target),
@@ -38,6 +41,7 @@ def show_plan(screen: Console, plan: MergePlan) -> None:
         columns += ["precision", "observations", "counted", "trained towards"]
         for row, model in zip(rows, models, strict=True):
             row += _precision_cells(model)
+    screen.print(plan.summary, markup=False)
     screen.print(table(columns, rows, title=f"{plan.method.name} -> {plan.target}"))
     for rule in plan.config.scale:
         if isinstance(rule, str):
@@ -87,9 +91,14 @@ def show_report(screen: Console, report: MergeReport) -> None:
 
 def show_adapters(screen: Console, report: AdapterReport) -> None:
     """Print what a merge of adapters did."""
+    exact = report.exact_rank
+    lost = f"the largest relative error of a layer is {report.largest_error:.3g}"
+    if exact is not None and report.rank < exact and report.largest_error > _ROUNDING:
+        concat = " (so is --space concat)" if report.weights == "uniform" else ""
+        lost += f", which rank {report.rank} cuts off; --rank {exact} is exact{concat}"
     screen.print(
-        f"{report.formula}\n{len(report.layers)} layers, rank {report.rank}; the largest relative "
-        f"error of a layer is {report.largest_error:.3g}",
+        f"{report.summary}\n  {report.formula}\n  {report.symbols}\n"
+        f"{len(report.layers)} layers, rank {report.rank}; {lost}",
         markup=False,
     )
     _show_notes(screen, report.notes)

@@ -6,6 +6,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.foreign import (
+    HEAD,
+    explain_missing,
+    explain_stand_in,
+    is_unfinished,
+)
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
@@ -32,6 +38,11 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
             raise CheckpointError(
                 f"'{ref}' is a pickle, which is not read here. {convert}OUT.safetensors`."
             )
+        if is_unfinished(path):
+            raise CheckpointError(
+                f"'{ref}' is a download that did not finish. Run the same download again; it goes "
+                "on where it stopped."
+            )
         if path.suffix != ".safetensors":
             raise CheckpointError(
                 f"'{ref}' is not a .safetensors file. Name one, or a folder that save_pretrained "
@@ -47,6 +58,8 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
                 f"'{ref}' holds its tensors in pickles ({name}), which are not read here. "
                 f"{convert}OUT`."
             )
+    if path.is_dir() and (reason := explain_missing(path)):
+        raise CheckpointError(f"'{ref}' {reason}")
     raise CheckpointError(
         f"'{ref}' holds neither model.safetensors nor model.safetensors.index.json. "
         "Name a .safetensors file or a folder that save_pretrained wrote."
@@ -138,7 +151,10 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         if not index.is_file():
             raise ValueError("it is not a file")
-        content = parse_json(index.read_bytes())
+        text = index.read_bytes()
+        if stand_in := explain_stand_in(text[:HEAD]):
+            raise CheckpointError(f"{index}: {stand_in}")
+        content = parse_json(text)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has none")
@@ -175,6 +191,14 @@ def check_index(index: Path, weight_map: Mapping[str, str], stored: Mapping[str,
     Raises:
         CheckpointError: The two disagree; the message names a tensor and its shard.
     """
+    lost = [name for name in weight_map if name not in stored]
+    if lost and len(lost) < len(weight_map):
+        raise CheckpointError(
+            f"{index}: says that {shown(lost[0])} is in {shown(weight_map[lost[0]])}, but that "
+            f"file does not hold it, and no other shard does ({len(lost)} such). Fetch the shards "
+            "again. If they are the same then, the index is wrong as published: take these names "
+            "out of its weight_map."
+        )
     for name, file in weight_map.items():
         if stored.get(name) != file:
             instead = f"; {shown(stored[name])} does" if name in stored else ""

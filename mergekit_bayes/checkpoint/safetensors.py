@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.strict_json import parse_json, shown
 from mergekit_bayes.errors import CheckpointError
@@ -165,24 +166,27 @@ def _read_header(fd: int, path: Path) -> tuple[dict[str, object], dict[str, str]
     size = os.fstat(fd).st_size
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise CheckpointError(f"{path}: is not a file.")
-    head = os.pread(fd, 8, 0)
+    head = os.pread(fd, HEAD, 0)
     if len(head) < 8:
-        raise CheckpointError(
-            f"{path}: {size} bytes are too few for a safetensors file. Fetch it again."
+        raise _unreadable(
+            path, head, size, f"{size} bytes are too few for a safetensors file. Fetch it again."
         )
-    (length,) = struct.unpack("<Q", head)
+    (length,) = struct.unpack("<Q", head[:8])
     if length > min(size - 8, _MAX_HEADER):
-        raise CheckpointError(
-            f"{path}: says its header has {length} bytes, but the file has {size}. "
-            "It is truncated or not a safetensors file; fetch it again."
+        raise _unreadable(
+            path,
+            head,
+            size,
+            f"says its header has {length} bytes, but the file has {size}. "
+            "It is truncated or not a safetensors file; fetch it again.",
         )
     try:
         header = parse_json(os.pread(fd, length, 8))
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: its header is not JSON ({error}). Is it a safetensors file?"
+        raise _unreadable(
+            path, head, size, f"its header is not JSON ({error}). Is it a safetensors file?"
         ) from None
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -191,6 +195,11 @@ def _read_header(fd: int, path: Path) -> tuple[dict[str, object], dict[str, str]
             f"{path}: its __metadata__ is not text by name. Is it a safetensors file?"
         )
     return header, metadata, 8 + length
+
+
+def _unreadable(path: Path, head: bytes, size: int, symptom: str) -> CheckpointError:
+    """The error for a header that makes no sense: what the file really is, or the symptom."""
+    return CheckpointError(f"{path}: {explain_foreign(head, size, path) or symptom}")
 
 
 def _check_header(

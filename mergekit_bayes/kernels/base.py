@@ -188,16 +188,17 @@ def base_likelihood(
     return likelihood_precision(numbers, 0, stored[0], 0, extras[0])
 
 
-def base_precision(numbers: Numbers, stored: Number, extra: Number) -> Number:
-    """The precision of model 0 with its own prior.
+def single_precision(numbers: Numbers, model: int, stored: Number, extra: Number) -> Number:
+    """The precision of one model with its own prior, where no other has the entry.
 
     Args:
         numbers: The constants of the pass.
-        stored: The stored precision of model 0.
+        model: Index of the model.
+        stored: Its stored precision.
         extra: What is added to its H by row.
     """
-    likelihood = likelihood_precision(numbers, 0, stored, 0, extra)
-    return own_posterior(np.float32(0), numbers.priors[0], likelihood).precision
+    likelihood = likelihood_precision(numbers, model, stored, 0, extra)
+    return own_posterior(np.float32(0), numbers.priors[model], likelihood).precision
 
 
 def unchanged_precision(numbers: Numbers, model: int, of_base: Number, extra: Number) -> Number:

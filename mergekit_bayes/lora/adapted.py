@@ -21,7 +21,8 @@ class AdaptedSource(Closing):
     """A base with an adapter folded in: names, shapes and shards of the base.
 
     An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
-    `modules_to_save` are the adapter's bytes, all others the base's. Reading is safe in several
+    Tensors that the adapter holds whole are its bytes, all others the base's; where it holds a
+    weight whole and factors of it, W is the adapter's. Reading is safe in several
     threads at once.
 
     Attributes:
@@ -41,12 +42,21 @@ class AdaptedSource(Closing):
             MismatchError: A layer or tensor of the adapter does not fit the base.
         """
         self.base, self.adapter = base, adapter
-        self.adapted, self.replaced = place_adapter(base, adapter)
-        self._specs = {n: self._spec(n, s) for n, s in base.specs.items()}
-        self._specs |= {n: adapter.posterior.mean.specs[disk] for n, disk in self.replaced.items()}
+        self.adapted, self.replaced, self._notes = place_adapter(base, adapter)
+        self._specs: dict[str, TensorSpec] = {
+            name: self._spec(name) for name in dict.fromkeys([*base.specs, *self.replaced])
+        }
         self._product = lru_cache(_KEPT)(self._make)
 
-    def _spec(self, name: str, spec: TensorSpec) -> TensorSpec:
+    def _origin(self, name: str) -> tuple[CheckpointSource, str]:
+        """Where W is stored, and its name there."""
+        if name in self.replaced:
+            return self.adapter.posterior.mean, self.replaced[name]
+        return self.base, name
+
+    def _spec(self, name: str) -> TensorSpec:
+        source, stored = self._origin(name)
+        spec = source.specs[stored]
         if name not in self.adapted:
             return spec
         return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
@@ -79,24 +89,25 @@ class AdaptedSource(Closing):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a plan reports of it: a base other than the one that the adapter's record names."""
+        """What a plan reports of it: what of the adapter is left out, and another base."""
         info = self.adapter.posterior.info
         named = self.adapter.config.get("base_model_name_or_path")
         if info is not None and info.base is not None and identity(self.base) != info.base.blocks:
             return (
+                *self._notes,
                 f"'{self.adapter.ref}' was trained on other weights ('{named}') than those it is "
                 "applied to",
             )
-        return ()
+        return self._notes
 
     def where(self, name: str) -> str:
         """The file or files of which a tensor is made, for messages."""
-        stored = self.adapter.posterior.mean
-        if name in self.replaced:
-            return stored.where(self.replaced[name])
-        if name in self.adapted:
-            return f"{self.base.where(name)} + {stored.where(self.adapted[name].layer.a)}"
-        return self.base.where(name)
+        source, stored = self._origin(name)
+        where = source.where(stored)
+        if name not in self.adapted:
+            return where
+        factors = self.adapter.posterior.mean.where(self.adapted[name].layer.a)
+        return f"{where} + {factors}"
 
     def file_of(self, name: str) -> int:
         """Index of the base's shard to which a tensor belongs; 0 if only the adapter has it."""
@@ -104,14 +115,13 @@ class AdaptedSource(Closing):
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
-        if name in self.replaced:
-            self.adapter.posterior.mean.read_bytes(self.replaced[name], offset, out)
-        elif name not in self.adapted:
-            self.base.read_bytes(name, offset, out)
+        source, stored = self._origin(name)
+        if name not in self.adapted:
+            source.read_bytes(stored, offset, out)
         else:
             start, stop, skipped = _entries_of(offset, len(out), ITEM_SIZE[self._specs[name].dtype])
             values = self._product(name).entries(start, stop)
-            values += read_chunk(self.base, name, start, stop)
+            values += read_chunk(source, stored, start, stop)
             out[:] = values.view(np.uint8).data[skipped : skipped + len(out)]
 
     def close(self) -> None:
@@ -143,6 +153,7 @@ class ProductPrecision(Closing):
         assert mean.adapter.posterior.precision is not None
         self._source = mean.adapter.posterior.precision
         stored = self._source.specs
+        self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.adapted}
         self._specs = {
             name: TensorSpec("F32", mean.specs[name].shape)
             for name, (layer, _) in mean.adapted.items()
@@ -150,7 +161,7 @@ class ProductPrecision(Closing):
         }
         self._specs |= {
             n: TensorSpec("F32", mean.specs[n].shape)
-            for n, disk in mean.replaced.items()
+            for n, disk in self._replaced.items()
             if disk in stored
         }
         self._variance = lru_cache(_KEPT)(self._make)
@@ -165,7 +176,7 @@ class ProductPrecision(Closing):
         )
 
     def _read(self, name: str) -> Array:
-        values = self._adapter.counted(self._mean.replaced[name], self._count)
+        values = self._adapter.counted(self._replaced[name], self._count)
         assert values is not None
         return values.reshape(-1)
 
@@ -196,7 +207,7 @@ class ProductPrecision(Closing):
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
         adapted = self._mean.adapted
-        disk = self._mean.replaced[name] if name in self._mean.replaced else adapted[name].layer.a
+        disk = self._replaced[name] if name in self._replaced else adapted[name].layer.a
         return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
 
     def file_of(self, name: str) -> int:
@@ -206,7 +217,7 @@ class ProductPrecision(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
-        if name in self._mean.replaced:
+        if name in self._replaced:
             values = self._stored(name)[start:stop]
         else:
             values = np.float32(1) / (

@@ -9,6 +9,7 @@ A layer changes its weight by `s B A`, `s = alpha / r` or, rank-stabilised, `alp
 """
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
+from mergekit_bayes.checkpoint.foreign import explain_missing
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
@@ -25,6 +27,7 @@ from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
 from mergekit_bayes.lora.layers import Factors, Layer, read_layers
+from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
@@ -39,14 +42,17 @@ class Adapter(Closing):
         posterior: The tensors under PEFT's names on disk, and their precision if there is one.
         config: The content of `adapter_config.json`.
         layers: The adapted weights by module, in order of the modules' names.
-        replacements: Tensors that replace the base's (`modules_to_save`), from the name in the
-            model to the name on disk.
+        replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
+            that are stored whole), from the name in the model to the name on disk.
+        unused: Names on disk of tensors that have no effect: the base's copies of modules that are
+            replaced.
     """
 
     posterior: Posterior
     config: LoraConfig
     layers: Mapping[str, Layer]
     replacements: Mapping[str, str]
+    unused: tuple[str, ...] = ()
 
     @property
     def ref(self) -> str:
@@ -59,12 +65,15 @@ class Adapter(Closing):
         return self.posterior.info.observations if self.posterior.info else None
 
     def factors(self, layer: Layer) -> Factors:
-        """Read the factors of a layer, as float32.
+        """Read the factors of a layer, as float32 matrices.
 
         Raises:
             CheckpointError: An entry is not finite.
         """
-        return Factors(self._finite(layer.a), self._finite(layer.b))
+        return Factors(
+            self._finite(layer.a).reshape(layer.rank, layer.columns),
+            self._finite(layer.b).reshape(layer.rows, layer.rank),
+        )
 
     def _finite(self, name: str) -> Array:
         values = read_tensor(self.posterior.mean, name).astype(np.float32, copy=False)
@@ -80,9 +89,13 @@ class Adapter(Closing):
     ) -> tuple[Array | None, Array | None]:
         """The precisions of (A, B) for `count` observations; None for a factor that was frozen.
 
-        See `counted`.
+        See `counted`. Both have the shape of the factor that `factors` returns.
         """
-        return self.counted(layer.a, count), self.counted(layer.b, count)
+        a, b = self.counted(layer.a, count), self.counted(layer.b, count)
+        return (
+            None if a is None else a.reshape(layer.rank, layer.columns),
+            None if b is None else b.reshape(layer.rows, layer.rank),
+        )
 
     def counted(self, name: str, count: float | None = None) -> Array | None:
         """A tensor's precision on the scale of the loss summed over `count` observations.
@@ -161,31 +174,41 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
     """
     path = resolve(ref, CHECKPOINT + (POSTERIOR if with_precision else ()))
     folder = path.parent if path.is_file() else path
-    config = read_config(folder, ref)
+    config = read_config(path, ref)
     if not (folder / WEIGHTS).exists():
-        raise CheckpointError(
-            f"'{ref}' has {CONFIG} but no {WEIGHTS}. Save it again with `save_pretrained`; pickles "
-            "are not read."
-        )
+        raise CheckpointError(_explain_missing(folder, ref))
     with ExitStack() as stack:
         # The file, so that a model in the same folder is not taken for the adapter.
         opened = open_posterior(
             str(folder / WEIGHTS), precision=precision, with_precision=with_precision
         )
         posterior = stack.enter_context(replace(opened, ref=ref, path=folder))
-        layers, replacements = read_layers(posterior, config)
+        tensors = read_layers(posterior, config)
         if posterior.info is not None and identity(posterior.mean) != posterior.info.mean.blocks:
             raise PrecisionError(
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
                 "them differs. Use the precision that belongs to them."
             )
         stack.pop_all()  # the adapter owns the files from here on
-    return Adapter(posterior, config, layers, replacements)
+    return Adapter(posterior, config, *tensors)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether the tensors of a folder or file are an adapter's."""
     return checkpoint_files(path)[0].name == WEIGHTS
+
+
+def _explain_missing(folder: Path, ref: str) -> str:
+    """The message for an adapter's folder without its tensors."""
+    if (folder / "adapter_model.bin").exists():
+        return (
+            f"'{ref}' holds its tensors in a pickle (adapter_model.bin), which is not read here. "
+            f"Convert it to safetensors first: `bmerge convert {shlex.quote(ref)} -o OUT`."
+        )
+    reason = explain_files(folder) or explain_missing(folder)
+    return f"'{ref}' has {CONFIG} but no {WEIGHTS}. " + (
+        f"Instead: {reason}" if reason else "Save it again with `save_pretrained`."
+    )
 
 
 def initial_identity(factors: Mapping[str, Array]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor name in WEIGHTS
@@ -51,26 +53,30 @@ class LoraConfig(TypedDict, total=False):
     modules_to_save: list[str] | None
 
 
-def read_config(folder: Path, ref: str) -> LoraConfig:
+def read_config(path: Path, ref: str) -> LoraConfig:
     """Read and check the config of an adapter.
 
     Args:
-        folder: The adapter's folder.
+        path: The adapter's folder, or a file in it.
         ref: What messages call the adapter.
 
     Raises:
         CheckpointError: There is no config, or it is not one of LoRA.
         ConfigError: The adapter is more than `s B A` on its base's weights.
     """
-    file = folder / CONFIG
+    file = (path.parent if path.is_file() else path) / CONFIG
     if not file.exists():
-        raise CheckpointError(
-            f"'{ref}' is not an adapter: it has no {CONFIG}. Name the folder that PEFT wrote."
-        )
+        writer = explain_files(path) or "Name the folder that PEFT wrote."
+        raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {writer}")
     try:
-        config: LoraConfig = json.loads(file.read_text())
+        text = file.read_bytes()
+        if reason := explain_stand_in(text[:HEAD]):
+            raise CheckpointError(f"{file}: {reason}")
+        config: LoraConfig = json.loads(text)
         if not isinstance(config, dict):
             raise ValueError("it is not a mapping")
+        if reason := explain_config(config):
+            raise ConfigError(f"'{ref}' is not an adapter of PEFT: {reason}")
         _refuse_other_kinds(config, ref)
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
@@ -85,17 +91,29 @@ def read_config(folder: Path, ref: str) -> LoraConfig:
         ) from None
 
 
+def is_targeted(config: LoraConfig, module: str) -> bool:
+    """Whether an adapter's config may mean a module; False only where its list leaves it out.
+
+    PEFT makes factors for the modules that the config targets, and ignores others in the file.
+    """
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return True
+    return any(module == t or module.endswith(f".{t}") for t in targets)
+
+
 def _refuse_other_kinds(config: Mapping[str, object], ref: str) -> None:
     beyond = [f"{key}={config[key]}" for key in _BEYOND if config.get(key)]
-    if str(config.get("peft_type", "LORA")) != "LORA":
-        beyond.insert(0, f"peft_type={config['peft_type']}")
+    peft_type = str(config.get("peft_type") or "LORA")
+    if peft_type != "LORA":
+        beyond.insert(0, f"peft_type={peft_type}")
     if config.get("bias", "none") != "none":
         beyond.append(f"bias={config['bias']}")
     if str(config.get("init_lora_weights")).lower().startswith(_MOVES_THE_BASE):
         beyond.append(f"init_lora_weights={config['init_lora_weights']}")
     if beyond:
+        settings = [key for key in _BEYOND if config.get(key)]
         raise ConfigError(
-            f"'{ref}' is more than s B A on its base's weights ({', '.join(beyond)}), and only "
-            "that is read here. Fold it into its base with `PeftModel.merge_and_unload()` and "
-            "merge the result."
+            f"'{ref}' is not s B A on its base's weights ({', '.join(beyond)}), and only that is "
+            f"read here. {way_out(peft_type, settings)}"
         )

@@ -7,6 +7,7 @@ started from one A.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,28 +23,37 @@ from mergekit_bayes.lora.truncate import Truncated, as_stored
 _WAY_OUT = "Use --space product, or concat."
 
 
-def is_linear(merge: AdapterMerge, layers: Layers, notes: list[str]) -> bool:
-    """Whether every layer has a factor that all its adapters share.
+class Averaging(NamedTuple):
+    """How factors may be averaged.
+
+    Attributes:
+        is_linear: Whether every layer has a factor that all its adapters share. If not, the
+            adapters started from one A, so that averages of factors are close.
+        reason: Why, for the report.
+    """
+
+    is_linear: bool
+    reason: str
+
+
+def choose_averaging(merge: AdapterMerge, layers: Layers) -> Averaging:
+    """Decide how the factors of adapters may be averaged.
 
     Args:
         merge: The adapters.
         layers: Their layers.
-        notes: Gets a line that says why factors may be averaged.
-
-    Returns:
-        True if the merge is linear; False if the adapters started from one A, so that averages of
-        factors are close.
 
     Raises:
         ConfigError: The scales are not shares, which averages of factors need.
-        MismatchError: Neither holds; the message says by how much the factors differ.
+        MismatchError: No average is close; the message says by how much the factors differ.
     """
     unshared = [copies for copies in layers.values() if _shared_factor(merge, copies) is None]
     if not unshared:
-        notes.append(
-            "every layer has a factor that all adapters share: the merge is linear in the other"
+        return Averaging(
+            is_linear=True,
+            reason="every layer has a factor that all adapters share: the merge is linear in the "
+            "other",
         )
-        return True
     for copies in unshared:
         if len({copy.layer.rank for copy in copies}) > 1:
             ranks = ", ".join(
@@ -60,11 +70,11 @@ def is_linear(merge: AdapterMerge, layers: Layers, notes: list[str]) -> bool:
                 "--space factor averages factors of one start: the scales are shares, none below "
                 "zero."
             )
-        notes.append(
-            "all adapters record one initial A: factors are averaged, with the cross terms as the "
-            "error"
+        return Averaging(
+            is_linear=False,
+            reason="all adapters record one initial A: factors are averaged, with the cross terms "
+            "as the error",
         )
-        return False
     why = "they record different ones" if all(starts) else "no record says so"
     raise _not_averaged(merge, unshared, why)
 
@@ -136,7 +146,8 @@ def _difference_of_starts(merge: AdapterMerge, copies: Sequence[LayerCopy]) -> f
 def _factor_precision(merge: AdapterMerge, copy: LayerCopy, side: str) -> Array:
     """Precision of A, or of `s B`, in float64."""
     adapter, name = merge.adapters[copy.owner], getattr(copy.layer, side)
-    stored = adapter.counted(name, merge.counts[copy.owner])
+    precisions = adapter.precisions(copy.layer, merge.counts[copy.owner])
+    stored = precisions[Factors._fields.index(side)]
     if stored is None:
         raise PrecisionError(
             f"no precision for '{name}' of '{adapter.ref}'. Make a full one with `bmerge "

@@ -81,10 +81,10 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
         for module, layer in adapter.layers.items():
             copies = layers.setdefault(renaming(module, adapters[0].layers), [])
             first = copies[0].layer if copies else layer
-            if (first.rows, first.columns) != (layer.rows, layer.columns):
+            if first.shape != layer.shape:
                 raise MismatchError(
-                    f"'{module}' changes a weight of [{layer.rows}, {layer.columns}] in "
-                    f"'{adapter.ref}' but of [{first.rows}, {first.columns}] in "
+                    f"'{module}' changes a weight of {list(layer.shape)} in "
+                    f"'{adapter.ref}' but of {list(first.shape)} in "
                     f"'{adapters[copies[0].owner].ref}'. Were they trained on different models?"
                 )
             copies.append(LayerCopy(index, layer))

@@ -5,12 +5,23 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from mergekit_bayes.checkpoint.specs import MERGEABLE, Array
+from mergekit_bayes.checkpoint.names import is_vocabulary
+from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
+from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.quantised import EMPTIED
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+# PEFT leaves the adapter's name out of a saved file; a raw state dict has it (`lora_A.default`).
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<tensor>[^.]+)")
+_ORIGINAL = re.compile(r"\.original_module\.")
+# Modules that compiling and sharding wrap around others, and their prefix.
+_WRAPPER = re.compile(
+    r"(?:(?<=^)|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_PARALLEL = "module."
 _T = TypeVar("_T")
 
 
@@ -24,14 +35,18 @@ class Factors(NamedTuple):
 class Layer(NamedTuple):
     """One adapted weight: it changes by `s B A`, shape (rows, columns) = (d_out, d_in).
 
+    A convolution is the same product on flattened kernels: with A of (r, d_in, k, ...) and B of
+    kernel 1, `dW[o, i, k] = s sum_r B[o, r] A[r, i, k]`, whose columns are d_in times the kernel.
+
     Attributes:
         module: The module's name in the model.
         a: Name of the factor A on disk, shape (rank, columns).
         b: Name of the factor B on disk, shape (rows, rank).
         rank: Rank of the change.
         rows: d_out.
-        columns: d_in.
+        columns: d_in, times the kernel of a convolution.
         scaling: s.
+        kernel: The kernel's shape; empty for a matrix.
     """
 
     module: str
@@ -41,43 +56,99 @@ class Layer(NamedTuple):
     rows: int
     columns: int
     scaling: float
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the change as the weight is stored, a matrix not transposed."""
+        return (self.rows, *self._inner)
+
+    @property
+    def _inner(self) -> tuple[int, ...]:
+        return (self.columns // math.prod(self.kernel), *self.kernel)
+
+    def stored_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes in which factors A and B of some rank are stored."""
+        return (rank, *self._inner), (self.rows, rank, *(1 for _ in self.kernel))
 
 
-def read_layers(
-    posterior: Posterior, config: LoraConfig
-) -> tuple[dict[str, Layer], dict[str, str]]:
+class AdapterTensors(NamedTuple):
+    """The tensors of an adapter by what they are for.
+
+    Attributes:
+        layers: The layers by module, in order of the modules' names.
+        replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
+            that were stored whole), from the name in the model to the name on disk.
+        unused: Names on disk of the base's own copies of modules that are replaced.
+    """
+
+    layers: dict[str, Layer]
+    replacements: dict[str, str]
+    unused: tuple[str, ...]
+
+
+def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     """Sort an adapter's tensors into layers and tensors that replace the base's.
 
-    Returns:
-        The layers by module, in order of the modules' names; and the tensors of `modules_to_save`,
-        from the name in the model to the name on disk.
-
     Raises:
-        CheckpointError: There are no layers, or a factor is missing or no matrix of numbers.
-        ConfigError: A tensor is neither a factor of a matrix nor of `modules_to_save`.
+        CheckpointError: There are no layers, or a factor is missing, empty or not of numbers.
+        ConfigError: A tensor is neither a factor of a matrix nor a whole tensor of the model, or
+            there are several adapters in the file.
         MismatchError: The factors have another rank than the config says.
     """
     names: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
+    unused: list[str] = []
+    adapters: dict[str, str] = {}
     for disk in posterior.mean.specs:
-        name = disk.removeprefix(PREFIX)
-        match = _FACTOR.fullmatch(name)
-        if match:
-            names.setdefault(match["module"], {})[match["factor"]] = disk
-        elif _is_saved(name, config.get("modules_to_save") or ()):
-            replacements[name] = disk
+        name = _in_model(disk)
+        factor, saved = _FACTOR.fullmatch(name), _SAVED.fullmatch(name)
+        match = factor or saved
+        if match and match["adapter"]:
+            adapters.setdefault(match["adapter"], disk)
+        if factor:
+            _add(names.setdefault(factor["module"], {}), factor["factor"], disk, posterior)
+        elif saved:
+            _add(replacements, f"{saved['module']}.{saved['tensor']}", disk, posterior)
+        elif _ORIGINAL.search(name):
+            unused.append(disk)
+        elif _is_whole(name, config.get("modules_to_save") or ()):
+            _add(replacements, name.replace(".base_layer.", "."), disk, posterior)
         else:
             raise ConfigError(
-                f"{posterior.mean.where(disk)}: '{disk}' is neither lora_A, lora_B nor of "
-                "modules_to_save. Adapters of embeddings and other kinds are not read; fold it "
-                "into its base with `PeftModel.merge_and_unload()`."
+                f"{posterior.mean.where(disk)}: "
+                + (
+                    explain_name(disk)
+                    or f"'{disk}' is neither lora_A, lora_B nor of modules_to_save, and nothing "
+                    f"else is read. {FOLD}"
+                )
             )
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"{posterior.mean.files[0]}: holds several adapters ({', '.join(sorted(adapters))}). "
+            "Save one alone: `model.save_pretrained(OUT, selected_adapters=[NAME])`."
+        )
     if not names:
         raise CheckpointError(
             f"{posterior.mean.files[0]}: holds no lora_A and lora_B. Is it a LoRA adapter?"
         )
     layers = {m: _read_layer(posterior, config, m, names[m]) for m in sorted(names)}
-    return layers, replacements
+    return AdapterTensors(layers, replacements, tuple(unused))
+
+
+def _in_model(disk: str) -> str:
+    """A tensor's name in the model, perhaps with what PEFT put into it."""
+    name = _WRAPPER.sub("", disk)
+    return name.removeprefix(_PARALLEL).removeprefix(PREFIX).removeprefix(_PARALLEL)
+
+
+def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> None:
+    if name in names:
+        raise CheckpointError(
+            f"{posterior.mean.where(disk)}: '{disk}' and '{names[name]}' are one tensor of the "
+            "model. Save the adapter again."
+        )
+    names[name] = disk
 
 
 def _read_layer(
@@ -91,14 +162,11 @@ def _read_layer(
     a, b = posterior.mean.specs[names["A"]], posterior.mean.specs[names["B"]]
     where = posterior.mean.where(names["A"])
     for spec, name in ((a, names["A"]), (b, names["B"])):
-        if spec.dtype not in MERGEABLE:
-            raise CheckpointError(
-                f"{where}: '{name}' is {spec.dtype}; factors are read from {', '.join(MERGEABLE)}."
-            )
-    if len(a.shape) != 2 or len(b.shape) != 2:
+        _check_factor(where, name, spec)
+    if len(a.shape) != len(b.shape) or any(n != 1 for n in b.shape[2:]):
         raise ConfigError(
-            f"{where}: '{names['A']}' is {list(a.shape)}; only adapters of matrices are read. Fold "
-            "it into its base with `PeftModel.merge_and_unload()`."
+            f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}; of "
+            f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
     if a.shape[0] != rank or b.shape[1] != rank:
@@ -108,7 +176,28 @@ def _read_layer(
         )
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Layer(module, names["A"], names["B"], rank, b.shape[0], a.shape[1], scaling)
+    columns, kernel = math.prod(a.shape[1:]), a.shape[2:]
+    return Layer(module, names["A"], names["B"], rank, b.shape[0], columns, scaling, kernel)
+
+
+def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
+    if spec.dtype not in MERGEABLE:
+        raise CheckpointError(
+            f"{where}: '{name}' is {spec.dtype}; factors are read from {', '.join(MERGEABLE)}."
+        )
+    if spec.shape == (0,):
+        raise CheckpointError(f"{where}: '{name}' has the shape [0]. {EMPTIED}")
+    if len(spec.shape) < 2:
+        raise CheckpointError(
+            f"{where}: '{name}' is {list(spec.shape)}, where a factor is a matrix: it is the flat "
+            "shard of one process, as FSDP keeps it. Gather the weights and save again (FSDP: "
+            "fsdp_state_dict_type: FULL_STATE_DICT)."
+        )
+    if not spec.size:
+        raise CheckpointError(
+            f"{where}: '{name}' is {list(spec.shape)}: it has rank 0 or no entries, and changes "
+            "nothing. Save the adapter again, or take the layer out."
+        )
 
 
 def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
@@ -122,5 +211,12 @@ def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> 
     return default
 
 
-def _is_saved(name: str, modules: Sequence[str]) -> bool:
+def _is_whole(name: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor is the model's own, stored whole.
+
+    PEFT stores the embedding and the head beside the factors where the vocabulary was resized,
+    and where they are adapted themselves; then their names have a `base_layer`.
+    """
+    if is_vocabulary(name.replace(".base_layer.", ".")):
+        return True
     return any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in modules)

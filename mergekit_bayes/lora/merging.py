@@ -18,11 +18,11 @@ from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT, cop
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
 from mergekit_bayes.lora.config import CONFIG
-from mergekit_bayes.lora.factors import is_linear
+from mergekit_bayes.lora.factors import choose_averaging
 from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, match_adapters
 from mergekit_bayes.lora.output import write_config, write_tensors
 from mergekit_bayes.lora.replacements import decide_replacements
-from mergekit_bayes.lora.report import FORMULA, AdapterReport
+from mergekit_bayes.lora.report import FORMULA, SYMBOLS, AdapterReport, summarise
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
 
@@ -94,7 +94,9 @@ def merge_adapters(
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":
-            merge = merge._replace(averaged=not is_linear(merge, layers, notes))
+            averaging = choose_averaging(merge, layers)
+            notes.append(averaging.reason)
+            merge = merge._replace(averaged=not averaging.is_linear)
         result_rank = _choose_rank(space, rank, layers)
         partial = stack.enter_context(replacing(out, force=force))
         partial.mkdir()
@@ -108,11 +110,14 @@ def merge_adapters(
             path=str(out),
             space=space,
             weights=weights,
+            summary=summarise(space, weights, shares, averaged=merge.averaged),
             formula=FORMULA[space, weights],
+            symbols=SYMBOLS[space, weights],
             adapters=tuple(adapters),
             scales=shares,
             counts=counted,
             rank=result_rank,
+            exact_rank=_exact_rank(merge, space, layers),
             largest_error=max(layer.error for layer in done.values()),
             layers=done,
             whole=outcomes,
@@ -145,3 +150,15 @@ def _choose_rank(space: Space, rank: int | None, layers: Layers) -> int:
     if space == "concat":
         return max(map(sum, ranks))
     return rank or max(map(max, ranks))
+
+
+def _exact_rank(merge: AdapterMerge, space: Space, layers: Layers) -> int | None:
+    """The smallest rank that surely holds the merged change of every layer; None if none cuts."""
+    if space != "product":
+        return None
+    ranks = []
+    for copies in layers.values():
+        full = min(copies[0].layer.rows, copies[0].layer.columns)
+        used = sum(copy.layer.rank for copy in copies if merge.scales[copy.owner])
+        ranks.append(full if merge.weights == "precision" else min(full, used))
+    return max(ranks)

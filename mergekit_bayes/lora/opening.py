@@ -8,6 +8,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.lora.adapted import AdaptedSource, ProductPrecision
 from mergekit_bayes.lora.adapter import open_adapter
 from mergekit_bayes.posterior import Posterior, open_posterior
+from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
 
 def open_model(
@@ -60,7 +61,7 @@ def open_adapted(
     Raises:
         CheckpointError: There is no such base or adapter.
         ConfigError: The adapter is of a kind that is not read.
-        MismatchError: The adapter does not fit this base.
+        MismatchError: The adapter does not fit this base, or the base is quantised.
         PrecisionError: The precision was taken at other weights than this adapter's.
     """
     refs = split_ref(ref)
@@ -72,6 +73,8 @@ def open_adapted(
         adapter = stack.enter_context(
             open_adapter(refs[1], precision=precision, with_precision=stored)
         )
+        refuse_emptied(base)
+        refuse_quantised(base)
         mean = AdaptedSource(base.mean, adapter)
         product = None if adapter.posterior.precision is None else ProductPrecision(mean, count)
         stack.pop_all()  # the posterior owns the files from here on

@@ -47,12 +47,12 @@ def write_tensors(
     """
     specs = {}
     for module, copies in layers.items():
-        layer = copies[0].layer
-        specs[f"{PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (rank, layer.columns))
-        specs[f"{PREFIX}{module}.lora_B.weight"] = TensorSpec("F32", (layer.rows, rank))
+        shapes = copies[0].layer.stored_shapes(rank)
+        for side, shape in zip("AB", shapes, strict=True):
+            specs[f"{PREFIX}{module}.lora_{side}.weight"] = TensorSpec("F32", shape)
     for name, tensors in replacements.items():
         mean = merge.adapters[tensors[0].owner].posterior.mean
-        specs[PREFIX + name] = mean.specs[tensors[0].disk]
+        specs[_stored_name(name, layers)] = mean.specs[tensors[0].disk]
     done: dict[str, MergedLayer] = {}
     with SafetensorsSink(folder / WEIGHTS, specs, {"format": "pt"}) as sink:
         for module, copies in layers.items():
@@ -68,9 +68,15 @@ def write_tensors(
                 progress(len(done), len(layers))
         for name, tensors in replacements.items():
             values = merge_replacement(merge, tensors, outcomes[name])
-            data = encode(values.reshape(-1), specs[PREFIX + name].dtype)
-            sink.write_bytes(PREFIX + name, 0, data)
+            stored = _stored_name(name, layers)
+            sink.write_bytes(stored, 0, encode(values.reshape(-1), specs[stored].dtype))
     return done
+
+
+def _stored_name(name: str, layers: Layers) -> str:
+    """The name of a whole tensor on disk; PEFT calls a weight below factors `base_layer`."""
+    module, _, tensor = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{tensor}" if module in layers else PREFIX + name
 
 
 def write_config(
@@ -93,7 +99,7 @@ def write_config(
     if len({_targets(adapter) for adapter in adapters}) > 1:
         config |= {"target_modules": sorted(layers)} | dict.fromkeys(_SELECTIONS)
     saved = {module for a in adapters for module in a.config.get("modules_to_save") or ()}
-    config["modules_to_save"] = sorted(saved) if replacements else None
+    config["modules_to_save"] = sorted(saved) or None
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

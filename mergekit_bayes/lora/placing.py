@@ -1,14 +1,20 @@
 """Which tensors of a base an adapter changes or replaces, and how they are laid out."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.renaming import find_renaming
-from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
+from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
-from mergekit_bayes.lora.config import CONFIG
+from mergekit_bayes.lora.config import CONFIG, is_targeted
 from mergekit_bayes.lora.layers import Layer
+from mergekit_bayes.lora.writers import FOLD
+
+# The end of a name from the number of its block on.
+_NUMBERED = re.compile(r"\.(\d+\..*)$")
 
 
 class PlacedLayer(NamedTuple):
@@ -18,14 +24,22 @@ class PlacedLayer(NamedTuple):
     transposed: bool  # the weight is stored as (d_in, d_out)
 
 
-def place_adapter(
-    base: CheckpointSource, adapter: Adapter
-) -> tuple[dict[str, PlacedLayer], dict[str, str]]:
-    """Match an adapter with the tensors of a base.
+class Placement(NamedTuple):
+    """What an adapter does to a base.
 
-    Returns:
-        The layers by the base's tensor that they change; and the tensors that are replaced, from
-        the base's name to the adapter's name on disk.
+    Attributes:
+        layers: The layers by the base's tensor that they change.
+        replaced: The tensors that are replaced, from the base's name to the adapter's name on disk.
+        notes: Remarks on what is left out, and on what PEFT would do otherwise.
+    """
+
+    layers: dict[str, PlacedLayer]
+    replaced: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
+    """Match an adapter with the tensors of a base.
 
     Raises:
         ConfigError: The layout of a square weight is ambiguous.
@@ -34,57 +48,149 @@ def place_adapter(
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
     renaming = find_renaming(base.specs, [*weights, *adapter.replacements])
     layers = {renaming(name, base.specs): layer for name, layer in weights.items()}
-    for name, layer in layers.items():
-        _check_layer(base, adapter, name, layer)
-    transposed = _find_transposed(base, adapter, layers)
     replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
-    for name, disk in replaced.items():
-        shape = adapter.posterior.mean.specs[disk].shape
-        if name in base.specs and base.specs[name].shape != shape:
-            raise MismatchError(
-                f"'{disk}' of '{adapter.ref}' is {list(shape)}, but '{name}' in "
-                f"{base.where(name)} is {list(base.specs[name].shape)}. Was it trained on another "
-                f"model ({_named_base(adapter)})?"
-            )
+    specs = {**base.specs, **{n: adapter.posterior.mean.specs[d] for n, d in replaced.items()}}
+    layers, notes = _effective(specs, adapter, layers)
+    for name, layer in layers.items():
+        _check_layer(base, specs, adapter, name, layer)
+    for name in replaced:
+        _check_replacement(base, specs, adapter, name, replaced[name], notes)
+    transposed = _find_transposed(specs, adapter, layers)
     placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
-    return placed, replaced
+    return Placement(placed, replaced, tuple(notes))
 
 
-def _check_layer(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> None:
-    spec = base.specs.get(name)
+def _effective(
+    specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
+) -> tuple[dict[str, Layer], list[str]]:
+    """The layers that change the base, and notes on those whose modules the config leaves out.
+
+    PEFT ignores factors of modules that its config does not target. Where the base has the module
+    they are applied all the same, since they were trained; where it has none, nothing can be.
+    """
+    untargeted = [n for n, x in layers.items() if not is_targeted(adapter.config, x.module)]
+    ignored = [name for name in untargeted if name not in specs]
+    applied = [name for name in untargeted if name in specs]
+    if len(ignored) == len(layers):
+        return dict(layers), []
+    notes = []
+    if ignored:
+        notes.append(
+            f"'{adapter.ref}' has factors of {_some(ignored)}, which neither its target_modules "
+            "name nor the base has: left out, as in PEFT"
+        )
+    if applied:
+        notes.append(
+            f"'{adapter.ref}' has factors of {_some(applied)}, which its target_modules do not "
+            "name: applied here, while PEFT ignores them"
+        )
+    if adapter.unused:
+        notes.append(
+            f"'{adapter.ref}' has the base's own copies of modules that it replaces "
+            f"({_some(adapter.unused)}): left out"
+        )
+    return {name: layer for name, layer in layers.items() if name not in ignored}, notes
+
+
+def _check_layer(
+    base: CheckpointSource,
+    specs: Mapping[str, TensorSpec],
+    adapter: Adapter,
+    name: str,
+    layer: Layer,
+) -> None:
+    spec = specs.get(name)
     if spec is None:
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' adapts '{name}', which {base.files[0]} does not "
-            f"hold. Was it trained on another model than this ({_named_base(adapter)}), or on a "
-            "head that is tied to the embedding?"
+            f"hold. {_explain_absent(base, adapter, name, layer)}"
         )
-    if spec.shape not in ((layer.rows, layer.columns), (layer.columns, layer.rows)):
+    where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
+    shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
+    if spec.shape not in shapes:
         raise MismatchError(
-            f"'{layer.a}' of '{adapter.ref}' changes a weight of [{layer.rows}, "
-            f"{layer.columns}], but '{name}' in {base.where(name)} is {list(spec.shape)}. Was it "
-            f"trained on another model ({_named_base(adapter)})?"
+            f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
+            f"in {where} is {list(spec.shape)}. Was it trained on another model "
+            f"({_named_base(adapter)})?"
         )
     if spec.dtype not in MERGEABLE:
         raise MismatchError(
-            f"'{name}' in {base.where(name)} is {spec.dtype}; adapters are applied to "
+            f"'{name}' in {where} is {spec.dtype}; adapters are applied to "
             f"{', '.join(MERGEABLE)}. Cast that model to BF16 first."
         )
 
 
+def _check_replacement(
+    base: CheckpointSource,
+    specs: Mapping[str, TensorSpec],
+    adapter: Adapter,
+    name: str,
+    disk: str,
+    notes: list[str],
+) -> None:
+    """Refuse a whole tensor of another shape than the base's, other rows of a vocabulary excepted.
+
+    An adapter that was trained after `resize_token_embeddings` holds its own embedding and head.
+    """
+    if name not in base.specs or base.specs[name].shape == specs[name].shape:
+        return
+    old, new = base.specs[name].shape, specs[name].shape
+    if is_vocabulary(name) and old and new and old[1:] == new[1:]:
+        has_tokenizer = (adapter.posterior.path / "tokenizer_config.json").exists()
+        notes.append(
+            f"'{name}' is the adapter's and has {new[0]} rows, the base's {old[0]}: the vocabulary "
+            "was resized in training"
+            + (f"; its tokenizer is in '{adapter.ref}', and is not copied" if has_tokenizer else "")
+        )
+        return
+    raise MismatchError(
+        f"'{disk}' of '{adapter.ref}' is {list(new)}, but '{name}' in {base.where(name)} is "
+        f"{list(old)}. Was it trained on another model ({_named_base(adapter)})?"
+    )
+
+
+def _explain_absent(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> str:
+    """Why the base lacks a tensor that the adapter changes, and what to do."""
+    if is_vocabulary(name):
+        return (
+            "If the base ties its head to the embedding, the adapter changes the head alone: save "
+            "the base with a head of its own first (tie_word_embeddings: false)."
+        )
+    numbered = _NUMBERED.search(name)
+    shapes = (layer.shape, layer.shape[::-1])
+    other = next(
+        (
+            other
+            for other, spec in base.specs.items()
+            if numbered and other.endswith(f".{numbered[1]}") and spec.shape in shapes
+        ),
+        None,
+    )
+    if other is not None:
+        return (
+            f"The base has '{other}' of that shape: the adapter was saved under other module "
+            "names, by another version of transformers or as a part of a larger model (such as "
+            f"the language tower of a vision-language model). {FOLD}"
+        )
+    return f"Was it trained on another model than this ({_named_base(adapter)})?"
+
+
 def _find_transposed(
-    base: CheckpointSource, adapter: Adapter, layers: Mapping[str, Layer]
+    specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
 ) -> set[str]:
-    """The tensors stored as (d_in, d_out), judged by their shapes.
+    """The matrices stored as (d_in, d_out), judged by their shapes.
 
     Square weights are taken to be laid out as the others are, or else as the config says.
     """
     is_transposed: dict[str, bool] = {}
     square: list[str] = []
     for name, layer in layers.items():
+        if layer.kernel:
+            continue
         if layer.rows == layer.columns:
             square.append(name)
         else:
-            is_transposed[name] = base.specs[name].shape == (layer.columns, layer.rows)
+            is_transposed[name] = specs[name].shape == (layer.columns, layer.rows)
     layouts = set(is_transposed.values())
     if square and len(layouts) > 1:
         raise ConfigError(
@@ -100,3 +206,8 @@ def _find_transposed(
 
 def _named_base(adapter: Adapter) -> str:
     return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
+
+
+def _some(names: Sequence[str]) -> str:
+    first, *others = names
+    return f"'{first}'" + (f" and {len(others)} more" if others else "")

@@ -1,5 +1,7 @@
 """What a merge of adapters reports."""
 
+from collections.abc import Sequence
+
 from mergekit_bayes import __version__
 from mergekit_bayes.lora.inputs import Space, Weights
 from mergekit_bayes.records import Frozen
@@ -17,6 +19,40 @@ FORMULA: dict[tuple[Space, Weights], str] = {
         "shared factor: sum_t c_t S_t / sum_t c_t S_t of the other; one start: of each"
     ),
 }
+_SYMBOLS = "with A_t, B_t the factors of adapter t, c_t its scale, s_t its lora_alpha / r"
+SYMBOLS: dict[tuple[Space, Weights], str] = {
+    ("product", "uniform"): f"{_SYMBOLS}, R the rank (--rank)",
+    ("product", "precision"): (
+        f"{_SYMBOLS}, V_W the variance of s_t B_t A_t (weight^2), R the rank (--rank)"
+    ),
+    ("concat", "uniform"): _SYMBOLS,
+    ("factor", "uniform"): f"{_SYMBOLS} (which counts to B_t)",
+    ("factor", "precision"): (
+        f"{_SYMBOLS} (which counts to B_t), S_t the precision of the factor (1/weight^2)"
+    ),
+}
+
+
+def summarise(space: Space, weights: Weights, scales: Sequence[float], *, averaged: bool) -> str:
+    """What a merge of adapters does, in one line.
+
+    Args:
+        space: The space in which changes are added.
+        weights: What weighs them.
+        scales: One per adapter.
+        averaged: Whether factors are averaged because they started from one A.
+    """
+    count, is_one = len(scales), len(set(scales)) == 1
+    adapters = f"{count} adapter{'s' * (count > 1)}"
+    if weights == "precision" or averaged:
+        shares = ", ".join(f"{scale / sum(scales):.3g}" for scale in scales)
+        weighed = ", weighted by precision" if weights == "precision" else ""
+        kind = "average of the factors of" if space == "factor" else "average of the changes of"
+        return f"{kind} {adapters}" + ("" if is_one else f" (shares {shares})") + weighed
+    each = f"scale {scales[0]:g}{' each' * (count > 1)}" if is_one else None
+    each = each or f"scales {', '.join(f'{scale:g}' for scale in scales)}"
+    hint = f"; --scale {1 / count:.4g} averages them" if count > 1 and set(scales) == {1} else ""
+    return f"sum of the changes of {adapters} ({each}{hint})"
 
 
 class MergedLayer(Frozen):
@@ -43,11 +79,14 @@ class AdapterReport(Frozen):
         path: The folder written.
         space: The space in which changes were added.
         weights: What weighed them.
+        summary: What the merge did, in one line.
         formula: The formula of that space and weights.
+        symbols: What the symbols of the formula are.
         adapters: The adapters as given.
         scales: The scale of each adapter.
         counts: Number of observations for which each adapter's precision was counted.
         rank: Rank of the result.
+        exact_rank: The rank from which on nothing is cut off; None where nothing is cut.
         largest_error: The largest `error` of a layer.
         layers: The layers by module.
         whole: What became of each tensor that the adapters hold beside their factors.
@@ -58,11 +97,14 @@ class AdapterReport(Frozen):
     path: str
     space: Space
     weights: Weights
+    summary: str = ""
     formula: str
+    symbols: str = ""
     adapters: tuple[str, ...]
     scales: tuple[float, ...]
     counts: tuple[float | None, ...]
     rank: int
+    exact_rank: int | None = None
     largest_error: float
     layers: dict[str, MergedLayer]
     whole: dict[str, str]

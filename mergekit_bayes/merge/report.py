@@ -52,6 +52,7 @@ class MergeReport(Frozen):
         version: Version of this package.
         path: The output.
         precision_path: Its precision; None where none is written.
+        summary: What the merge did, in one line.
         method: The merging rule.
         formula: Its equation, or what it does.
         weights: `precision` or `uniform`.
@@ -76,6 +77,7 @@ class MergeReport(Frozen):
     version: str = __version__
     path: str
     precision_path: str | None
+    summary: str = ""
     method: str
     formula: str
     weights: str
@@ -107,6 +109,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
     return MergeReport(
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,
+        summary=plan.summary,
         method=plan.method.name,
         formula=plan.method.formula or plan.method.summary,
         weights="precision" if plan.method.needs_precision else "uniform",

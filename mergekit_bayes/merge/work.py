@@ -15,10 +15,10 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
-from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, base_precision
+from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.tally import UnitTally
-from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
@@ -78,7 +78,9 @@ class Worker:
                 stop = min(stop, step.merged)
                 self._merge(step, measured, start, stop, sinks, tally)
             else:
-                self._copy(step, measured, start, stop, sinks)
+                owner, end = step.owner(start)
+                stop = min(stop, end)
+                self._copy(step, measured, owner, start, stop, sinks)
             start = stop
         return tally
 
@@ -146,10 +148,16 @@ class Worker:
         )
 
     def _copy(
-        self, step: Step, measured: FirstPassResult, start: int, stop: int, sinks: Sinks
+        self,
+        step: Step,
+        measured: FirstPassResult,
+        owner: Operand,
+        start: int,
+        stop: int,
+        sinks: Sinks,
     ) -> None:
-        """Write entries of the donor."""
-        mean = step.donor.mean
+        """Write entries of the donor, or those that it lacks of the model that has them."""
+        mean = owner.mean
         raw = self._reader.raw(mean.source, mean.name, start, stop)
         stored, written = mean.spec.dtype, step.spec.dtype
         data = raw.data
@@ -160,46 +168,60 @@ class Worker:
                 self._refuse(step)
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[written], data)
         if sinks.precision is not None and not step.has_coarse_precision:
-            precision = self._donor_entries(step, measured, start, stop)
+            precision = self._own_entries(step, measured, owner, start, stop)
             self._refuse_bad_precision(step, precision)
             sinks.precision.write_bytes(step.name, start * 4, encode(precision, "F32"))
 
-    def _donor_entries(self, step: Step, measured: FirstPassResult, start: int, stop: int) -> Array:
-        """The donor's own precision at some entries, counted as in the rest of the merge."""
-        donor = step.donor
-        if donor.input in measured.pooled:
-            stored = spread(measured.pooled[donor.input], step.row, start, stop)
+    def _own_entries(
+        self, step: Step, measured: FirstPassResult, owner: Operand, start: int, stop: int
+    ) -> Array:
+        """An input's own precision at some entries, counted as in the rest of the merge."""
+        if owner.input in measured.pooled:
+            stored = spread(measured.pooled[owner.input], step.row, start, stop)
         else:
-            assert donor.precision is not None
-            assert donor.precision.source is not None
-            source, name = donor.precision.source, donor.precision.name
+            assert owner.precision is not None
+            assert owner.precision.source is not None
+            source, name = owner.precision.source, owner.precision.name
             raw = self._reader.raw(source, name, start, stop)
             stored = decode(raw, source.specs[name].dtype)
-        extra = spread(measured.donor_extra.astype(np.float32), step.row, start, stop)
-        return self._counted(step, np.asarray(stored, np.float32), extra, stop - start)
+        position = step.operands.index(owner)
+        extra = spread(measured.extras[position].astype(np.float32), step.row, start, stop)
+        stored = np.asarray(stored, np.float32)
+        return self._counted(step, position, stored, extra, stop - start)
 
-    def _counted(self, step: Step, stored: Array, extra: Array, n: int) -> Array:
-        """The donor's precision by its own prior: (n,) in float32."""
+    def _counted(self, step: Step, position: int, stored: Array, extra: Array, n: int) -> Array:
+        """The precision of an input by its own prior: (n,) in float32."""
         self._refuse_bad_precision(step, stored)
-        precision = base_precision(numbers_of(self._plan, step, None), stored, extra)
+        precision = single_precision(numbers_of(self._plan, step, None), position, stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
     def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
         """Write a precision of one number, or one per row: merged by the method itself, row by row.
 
-        Rows that are not merged keep the donor's precision.
+        Rows that are not merged keep the donor's precision, and those that it lacks their own.
         """
         assert step.precision_spec is not None
         rows = step.precision_spec.size
-        donor = step.donor.input
-        stored = measured.pooled.get(donor, np.zeros(1, np.float32))
-        extra = spread(measured.donor_extra, 1, 0, rows).astype(np.float32)
-        precision = self._counted(step, stored, extra, rows)
+        precision = self._coarse(step, measured, step.donor, 0, rows)
+        first = step.donor.mean.spec.size // step.row
+        if step.rest is not None:
+            precision[first:] = self._coarse(step, measured, step.rest, first, rows)
         merged = rows if step.merged == step.spec.size else step.merged // step.row
         if step.copied is None and merged:
             precision[:merged] = merged_rows(self._plan, step, measured, merged)
         self._refuse_bad_precision(step, precision)
         sink.write_bytes(step.name, 0, encode(precision, "F32"))
+
+    def _coarse(
+        self, step: Step, measured: FirstPassResult, owner: Operand, first: int, rows: int
+    ) -> Array:
+        """An input's own precision of rows `first:rows`, one number each; the last one repeats."""
+        position = step.operands.index(owner)
+        stored = measured.pooled.get(owner.input, np.zeros(1, np.float32))
+        if stored.size > 1:
+            stored = np.pad(stored, (0, rows - stored.size), mode="edge")[first:]
+        extra = spread(measured.extras[position], 1, first, rows).astype(np.float32)
+        return self._counted(step, position, stored, extra, rows - first)
 
     def _refuse_bad_precision(self, step: Step, precision: Array) -> None:
         """Raise an error if a copied entry of the donor's precision is negative or not finite.

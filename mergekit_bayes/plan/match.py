@@ -22,7 +22,7 @@ from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
-from mergekit_bayes.posterior.quantised import refuse_quantised
+from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
 Scales = dict[Input, float]  # of the tasks, in one tensor
 
@@ -50,6 +50,7 @@ def match_tensors(
     """
     donor = inputs.donor.posterior
     for model in inputs:
+        refuse_emptied(model.posterior)
         refuse_quantised(model.posterior)
     token_conflict = find_token_conflict(inputs)
     names = {model: map_names(donor, model.posterior, notes) for model in inputs}
@@ -75,13 +76,14 @@ def match_tensors(
 class _Selection(NamedTuple):
     """What of one tensor is merged: each model's tensor, the tasks' scales, and how many entries.
 
-    `copied` is the reason if none are merged.
+    `copied` is the reason if none are merged. `rest` gives the rows that the donor lacks.
     """
 
     means: dict[Input, TensorRef]
     scales: Scales
     merged: int
     copied: str | None
+    rest: TensorRef | None = None
 
 
 class _Matcher:
@@ -166,16 +168,19 @@ class _Matcher:
         if all_means is None:
             return None
         scales = {t: x if all_means[t].input is t else 0.0 for t, x in scales.items()}
-        merged, reason = self._common(name, spec, all_means)
+        merged, reason, rest = self._common(name, spec, all_means, scales)
         if reason is None and has_base and not any(scales.values()):
             reason = "all scales are zero"
-        return _Selection(all_means, scales, merged, reason)
+        return _Selection(all_means, scales, merged, reason, rest)
 
     def _merged(self, name: str, spec: TensorSpec, donor: Operand, selection: _Selection) -> Step:
-        means, scales, merged, _ = selection
+        means, scales, merged, _, rest = selection
+        if rest is not None:
+            spec = TensorSpec(spec.dtype, rest.spec.shape)
         if not self._method.needs_precision:
             operands = _operands(means, scales, None)
-            return Step(name, spec, *self._roles(*operands), merged=merged)
+            roles = self._roles(*operands)
+            return Step(name, spec, *roles, merged=merged, rest=_owner(rest, operands))
         precisions = match_precisions(self._inputs, name, means)
         if precisions is None:
             reason = "no model has a precision for it, and all agree"
@@ -187,7 +192,8 @@ class _Matcher:
         operands = _operands(means, scales, precisions)
         forms = [precision.form for precision in precisions.stored.values()]
         shape = merged_shape(self._config, spec, forms, merged)
-        return Step(name, spec, *self._roles(*operands), shape, merged)
+        roles = self._roles(*operands)
+        return Step(name, spec, *roles, shape, merged, rest=_owner(rest, operands))
 
     def _copied(self, name: str, spec: TensorSpec, donor: Operand, reason: str) -> Step:
         precision, shape = None, None
@@ -251,18 +257,24 @@ class _Matcher:
         return means
 
     def _common(
-        self, name: str, spec: TensorSpec, means: Mapping[Input, TensorRef]
-    ) -> tuple[int, str | None]:
-        """How many entries are merged, and the reason if there are none."""
+        self, name: str, spec: TensorSpec, means: Mapping[Input, TensorRef], scales: Scales
+    ) -> tuple[int, str | None, TensorRef | None]:
+        """How many entries are merged, the reason if there are none, and who gives more rows."""
         donor = self._inputs.donor.ref
-        common = common_entries(self._config, name, spec, list(means.values()), donor)
+        growing = [task for task, scale in scales.items() if scale > 0]
+        common = common_entries(self._config, name, spec, list(means.values()), donor, growing)
         if common.decision is not None:
             self._matched.record_decision(name, common.decision)
         if self._token_conflict is not None and is_vocabulary(name):
             if self._config.vocab != "base":
                 raise MismatchError(self._token_conflict)
-            return common.merged, "tokenizers differ; --vocab base"
-        return common.merged, common.copied
+            return common.merged, "tokenizers differ; --vocab base", None
+        return common.merged, common.copied, common.rest
+
+
+def _owner(mean: TensorRef | None, operands: Sequence[Operand]) -> Operand | None:
+    """The operand with a mean."""
+    return None if mean is None else next(o for o in operands if o.mean == mean)
 
 
 def _scales_in(name: str, inputs: Inputs, rules: Sequence[ScaleRule]) -> Scales:

@@ -13,7 +13,9 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
+from mergekit_bayes.lora.writers import refuse_factors
 from mergekit_bayes.methods.base import Method
+from mergekit_bayes.plan.corrections import correct_config
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.heads import head_changes
 from mergekit_bayes.plan.inputs import Input, Inputs
@@ -32,6 +34,7 @@ from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
 from mergekit_bayes.plan.steps import Step
+from mergekit_bayes.plan.summary import summarise
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
 
@@ -93,6 +96,11 @@ class MergePlan(Closing):
         return self.inputs.tasks
 
     @property
+    def summary(self) -> str:
+        """What the merge does, in one line."""
+        return summarise(self.method, self.inputs)
+
+    @property
     def to_file(self) -> bool:
         """Whether the output is one file rather than a folder."""
         return self.target.suffix == ".safetensors"
@@ -131,7 +139,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             guard = choose_guard(config, inputs, rules, notes)
         matched = match_tensors(config, method, inputs, rules, notes)
         compare_configs(config, inputs, matched.steps, notes)
-        config_changes = head_changes(config, inputs, matched.steps, notes)
+        config_changes = correct_config(inputs, matched.steps, notes)
+        config_changes |= head_changes(config, inputs, matched.steps, notes)
         side_files = choose_side_files(config, inputs, matched.steps, target, notes)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
@@ -185,6 +194,7 @@ def _open_inputs(
                 f"'{model.ref}' is an adapter among whole models. Put its base before it: "
                 f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
             )
+        refuse_factors(posterior)
         counts = method.needs_precision and posterior.has_precision
         posterior.check_identity(
             config.identities.get(model.ref),

@@ -63,7 +63,8 @@ class MergeConfig(Config):
     vocab: Literal["error", "base", "common"] = Field(
         "error",
         description="Vocabularies of different length: error, base (keep the base's, else the "
-        "first model's) or common (merge the tokens that all models have).",
+        "first model's) or common (merge the tokens that all models have, and copy the rows of "
+        "others).",
     )
     on_bad: Literal["error", "base"] = Field(
         "error",

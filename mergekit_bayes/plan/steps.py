@@ -62,10 +62,13 @@ class Step:
             operand only.
         precision_shape: Shape of the written precision: the tensor's own, one number per row, or
             one number. None where no precision is written.
-        merged: How many entries are merged, from the first on; the others are the donor's.
+        merged: How many entries are merged, from the first on; the others are the donor's, and
+            those that it lacks the `rest`'s.
         copied: The reason why all of the tensor is the donor's; None if some of it is merged.
         tied_to: The tensor of which this one is a copy, because all models tie them; None for a
             tensor of its own. A copy is made from the same operands, and counts nowhere.
+        rest: The task's operand that gives the rows beyond the donor's, whose vocabulary is
+            shorter; None where the donor has all rows.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Step:
     merged: int = 0
     copied: str | None = None
     tied_to: str | None = None
+    rest: Operand | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -89,6 +93,19 @@ class Step:
         The tensor has its name and shape, and entries that are not merged are copied from it.
         """
         return self.tasks[0] if self.base is None else self.base
+
+    def needed(self, operand: Operand) -> int:
+        """How many entries of an operand's tensor are read, from the first on."""
+        if operand is self.rest:
+            return self.spec.size
+        return operand.mean.spec.size if operand is self.donor else self.merged
+
+    def owner(self, entry: int) -> tuple[Operand, int]:
+        """The operand from which an entry that is not merged is copied, and the end of its part."""
+        end = self.donor.mean.spec.size
+        if self.rest is not None and entry >= end:
+            return self.rest, self.spec.size
+        return self.donor, end
 
     @property
     def source(self) -> str:

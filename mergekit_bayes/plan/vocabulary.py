@@ -1,6 +1,6 @@
 """Tensors with one row a token: vocabularies that differ between the models of a merge."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,11 +8,12 @@ from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.checkpoint.tokenizers import read_tokens, tokens_apart
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.plan.inputs import Inputs
+from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.names import OTHER_BASE
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import TensorRef
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.quantised import EMPTIED
 
 
 class CommonEntries(NamedTuple):
@@ -22,11 +23,13 @@ class CommonEntries(NamedTuple):
         merged: How many entries are merged, from the first on.
         copied: The reason if none are merged.
         decision: What `--vocab` decided, to be recorded.
+        rest: The tensor that gives the rows beyond the donor's; None if the donor has all.
     """
 
     merged: int
     copied: str | None = None
     decision: str | None = None
+    rest: TensorRef | None = None
 
 
 def token_folder(model: Posterior) -> Path | None:
@@ -78,9 +81,17 @@ def find_token_conflict(inputs: Inputs) -> str | None:
 
 
 def common_entries(
-    config: MergeConfig, name: str, spec: TensorSpec, means: Sequence[TensorRef], donor: str
+    config: MergeConfig,
+    name: str,
+    spec: TensorSpec,
+    means: Sequence[TensorRef],
+    donor: str,
+    growing: Collection[Input],
 ) -> CommonEntries:
-    """How many entries of a tensor can be merged.
+    """How many entries of a tensor can be merged, and who gives the rows that the donor lacks.
+
+    Rows of tokens that the donor does not have are taken from one model, the first of those with
+    the most rows, so that no trained token is lost and none is made of two models' different ones.
 
     Args:
         config: The settings.
@@ -88,6 +99,7 @@ def common_entries(
         spec: The donor's spec of it.
         means: Each model's tensor, the donor's first.
         donor: The donor's path or Hub id, for messages.
+        growing: The tasks that may give rows to the output: those with a scale above zero.
 
     Raises:
         MismatchError: A dtype that is not merged, or shapes that differ otherwise than by the rule
@@ -100,11 +112,18 @@ def common_entries(
     if config.vocab == "base":
         counts = ", ".join(map(str, rows))
         return CommonEntries(0, f"vocabularies differ ({counts} rows); --vocab base")
+    givers = [(n, mean) for n, mean in zip(rows, means, strict=True) if mean.input in growing]
+    longest = max((n for n, _ in givers), default=0)
+    rest = None
+    if longest > spec.shape[0]:
+        rest = next(mean for n, mean in givers if n == longest)
     if fewest < spec.shape[0]:
         decision = f"{fewest} of {spec.shape[0]} rows are merged, the others are '{donor}''s own"
     else:
         decision = f"the first {fewest} rows of {most} are merged"
-    return CommonEntries(spec.size // spec.shape[0] * fewest, decision=decision)
+    if rest is not None:
+        decision += f"; rows {spec.shape[0]} to {longest - 1} are those of '{rest.input.ref}'"
+    return CommonEntries(spec.size // spec.shape[0] * fewest, decision=decision, rest=rest)
 
 
 def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, donor: str) -> int:
@@ -130,6 +149,11 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
         )
     if is_by_token and config.vocab != "error":
         return stored.shape[0]
+    if stored.shape == (0,):
+        raise MismatchError(
+            f"'{name}' is {list(spec.shape)} in '{donor}' but [0] in '{mean.input.ref}' "
+            f"({mean.where}). {EMPTIED}"
+        )
     way_out = (
         f"--vocab common merges the tokens that all have, --vocab base keeps those of '{donor}'."
         if is_by_token

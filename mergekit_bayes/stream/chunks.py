@@ -38,12 +38,6 @@ class FirstPassResult:
     facts: Facts = None
     bad: tuple[int, ...] = ()
 
-    @property
-    def donor_extra(self) -> Array:
-        """What shrinkage adds to H of the donor, the first of the models."""
-        extra: Array = self.extras[0]
-        return extra
-
 
 class Reader:
     """Reads chunks into buffers that are reused. Each thread has its own reader.

@@ -60,7 +60,7 @@ class FirstPass:
         for position, operand in enumerate(step.operands):
             if operand.precision is None:
                 continue
-            size = step.spec.size if operand is step.donor else step.merged
+            size = step.needed(operand)
             numbers, valid, bad[position] = self._coarse(step, operand, operand.precision, size)
             if numbers is not None:
                 pooled[operand.input] = numbers

@@ -1,0 +1,43 @@
+"""What a merge does, in one line."""
+
+from collections.abc import Sequence
+
+from mergekit_bayes.methods.base import Method
+from mergekit_bayes.plan.inputs import Inputs
+
+_AVERAGES = ("average", "precision_average", "fisher")
+_SUMS = ("task_arithmetic", "gradient_matching")
+
+
+def summarise(method: Method, inputs: Inputs) -> str:
+    """What a merge of whole models does: an average, or a base plus changes, and how it is weighed.
+
+    Args:
+        method: The merging rule.
+        inputs: The models.
+    """
+    scales = [task.scale for task in inputs.tasks]
+    count = len(scales)
+    models = f"{count} model{'s' * (count > 1)}"
+    weighed = ", weighted by precision" if method.needs_precision else ""
+    if inputs.base is None:
+        kind = "average" if method.name in _AVERAGES else method.name
+        return f"{kind} of {models}{shares(scales)}{weighed}"
+    change = f"change{'s' * (count > 1)}"
+    by = "" if method.name in _SUMS else f", by {method.name}"
+    return f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
+
+
+def shares(scales: Sequence[float]) -> str:
+    """The shares of an average, in brackets; empty if all are equal."""
+    if len(set(scales)) == 1:
+        return ""
+    total = sum(scales)
+    return f" (shares {', '.join(f'{scale / total:.3g}' for scale in scales)})"
+
+
+def scale_text(scales: Sequence[float]) -> str:
+    """The scales of a sum: one for all, or one each."""
+    if len(set(scales)) == 1:
+        return f"scale {scales[0]:g}{' each' * (len(scales) > 1)}"
+    return f"scales {', '.join(f'{scale:g}' for scale in scales)}"
