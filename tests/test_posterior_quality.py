@@ -176,7 +176,7 @@ def test_a_ratio_stands_beside_a_kappa_wherever_h_is_made_of_noise(experiment):
         plan = experiment.runs.planned(problem, method, 48, "N", 0)
         assert ("kappa" in plan) == (name.startswith("IVON price") and not method.flush), name
     rows = experiment.published.regression_runs(problem)
-    for name, method, _ in rows + experiment.published.network_runs(problem):
+    for name, method, _ in rows + experiment.published.classifier_runs(problem):
         plan = experiment.runs.planned(problem, method, 48, "N", 0)
         assert ("kappa" in plan) == name.startswith("IVON"), name
 
@@ -189,7 +189,7 @@ def test_only_rows_that_do_not_bear_an_authors_name_have_settings_of_ours(experi
     )
     problem = experiment.problems.regression("regression", 0)
     rows = experiment.published.regression_runs(problem)
-    for name, method, _ in rows + experiment.published.network_runs(problem):
+    for name, method, _ in rows + experiment.published.classifier_runs(problem):
         assert method.alone == ("our settings" not in name), name
 
 
@@ -256,7 +256,7 @@ PUBLISHED = {
 def test_a_row_with_an_authors_name_has_all_settings_of_its_source(experiment, name):
     problem = experiment.problems.regression("regression", 0)
     rows = experiment.published.regression_runs(problem)
-    found = rows + experiment.published.network_runs(problem)
+    found = rows + experiment.published.classifier_runs(problem)
     methods = [method for row, method, _ in found if row == name]
     assert methods
     # Neither the section nor the length of the run changes any of them.

@@ -144,21 +144,31 @@ def regression_runs(problem: Problem) -> list[Run]:
 
 
 def network_runs(problem: Problem) -> list[Run]:
-    """What the classifier and the language model are run with."""
+    """What both networks are run with."""
     ours = METHODS["IVON price, our settings"]
-    found: list[Run] = [
-        ("IVON price, our settings", replace(ours, ess=ess), 480)
-        for ess in ("default", 1e6, 2e5, 5e4)
-    ]
-    found += [
-        ("IVON, GPT-2, ess = N", replace(GPT2, ess="N"), 480),
+    return [
+        *(
+            ("IVON price, our settings", replace(ours, ess=ess), 480)
+            for ess in ("default", 1e6, 2e5, 5e4)
+        ),
         ("IVON, GPT-2", GPT2, 480),
+        ("IVON, GPT-2, but ess = N", replace(GPT2, ess="N"), 480),
         ("IVON, LoRA", LORA, 10_000),
-        ("IVON, CIFAR", CIFAR, passes(problem, CIFAR, 200)),
-        ("IVON, CIFAR, but beta2 0.999", remembering(CIFAR, 0.999), passes(problem, CIFAR, 200)),
     ]
-    sharp = bsam(problem.observations)
-    return [*found, ("bSAM, CIFAR", sharp, passes(problem, sharp, 180))]
+
+
+def classifier_runs(problem: Problem) -> list[Run]:
+    """What the classifier is run with: also settings made for classifiers."""
+    quick = remembering(LORA, 0.999)
+    sharp, long = bsam(problem.observations), passes(problem, CIFAR, 200)
+    return [
+        *network_runs(problem),
+        ("IVON, LoRA, but beta2 0.999", quick, 10_000),
+        ("IVON, LoRA, but beta2 0.999 and ess 1e5", replace(quick, ess=1e5), 10_000),
+        ("IVON, CIFAR", CIFAR, long),
+        ("IVON, CIFAR, but beta2 0.999", remembering(CIFAR, 0.999), long),
+        ("bSAM, CIFAR", sharp, passes(problem, sharp, 180)),
+    ]
 
 
 def remembering(method: Method, beta2: float) -> Method:

@@ -17,7 +17,7 @@ of an optimizer's authors. `--settings` prints ess and kappa of the runs without
     published_linear, published_logistic, published_classifier, published_lm
                        the same problems with settings that the authors of IVON, VOGN and bSAM
                        published, and with several effective sample sizes
-    finetune           held-out loss of `bmerge finetune` at its defaults, beside AdamW's defaults
+    finetune           held-out loss of `bmerge finetune` at its defaults, beside AdamW's
     wrong              `bmerge finetune` with one setting off at a time: held-out loss, noise, h
                        beside a flush
 
@@ -42,7 +42,7 @@ from typing import Any
 import torch
 import transformers
 from posterior_problems import DATA, Problem, language_model, regression, sentiment
-from posterior_published import Run, network_runs, regression_runs
+from posterior_published import Run, classifier_runs, network_runs, regression_runs
 from posterior_runs import FEW, METHODS, Method, planned, train
 from posterior_tuning import Records, finetune, wrong
 
@@ -67,13 +67,13 @@ def runs(
             record = runner(problem, method, passes, ess, seed)
             if runner is train:
                 record["seconds"] = time.process_time() - begun
-            given = "" if record["ess"] is None else str(ess)
+            given = ess if isinstance(ess, str) else f"{ess:,.0f}"
             records.append(
                 {
                     "section": section,
                     "method": name,
                     "rate": problem.rate,
-                    "given": given,
+                    "given": "" if record["ess"] is None else given,
                     **record,
                 }
             )
@@ -158,7 +158,7 @@ def published_logistic(seed: int, folder: Path, runner: Runner) -> Records:
 def published_classifier(seed: int, folder: Path, runner: Runner) -> Records:
     """The classifier with published settings."""
     problem = sentiment(seed, rows=2000)
-    return published("published_classifier", problem, network_runs(problem), seed, runner)
+    return published("published_classifier", problem, classifier_runs(problem), seed, runner)
 
 
 def published_lm(seed: int, folder: Path, runner: Runner) -> Records:
