@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,3 +317,52 @@ def test_settings_are_printed_without_training(experiment, tmp_path, monkeypatch
     assert "| IVON price, our settings | 0.1 | 120 | 120 | N | 2,000 | 2.6 | 0.00605 |" in printed
     assert "wrong: left out" in printed
     assert not any("ratio" in record for record in json.loads(out.read_text()))
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def tables(text):
+    """The tables of a document, each a list of rows of cells."""
+    rows = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line[1:-1].split("|")])
+        elif rows:
+            yield rows
+            rows = []
+
+
+def test_documents_say_kappa_beside_a_ratio_of_h_and_whose_settings_a_row_has(experiment):
+    problem = experiment.problems.regression("regression", 0)
+    known = {
+        name
+        for name, _, _ in experiment.published.regression_runs(problem)
+        + experiment.published.classifier_runs(problem)
+    } | set(experiment.runs.METHODS)
+    compared = 0
+    for path in DOCS:
+        for head, _, *rows in tables(path.read_text()):
+            if "method" not in head or not any(cell.endswith("ratio") for cell in head):
+                continue
+            for row in (dict(zip(head, cells, strict=True)) for cells in rows):
+                name = row["method"]
+                assert name in known, f"{path.name}: {name}"
+                is_noise = name.startswith(("IVON price", "IVON, ")) and "flush" not in name
+                assert bool(row["kappa"]) == is_noise, f"{path.name}: {row}"
+                compared += is_noise
+    assert compared > 20
+
+
+def test_documents_never_say_that_ivon_is_off_without_its_kappa():
+    claims = 0
+    for path in [*DOCS, *(ROOT / "mergekit_bayes").rglob("*.py")]:
+        for paragraph in re.split(r"\n\s*\n|\n\s*- ", path.read_text()):
+            text = " ".join(paragraph.split())
+            is_price = re.search("price|as published|noise times gradient", text)
+            is_ivon = is_price or ("IVON" in text and "ggn" not in text)
+            if is_ivon and "times too large" in text:
+                assert "kappa" in text, f"{path.name}: {text}"
+                claims += 1
+    assert claims

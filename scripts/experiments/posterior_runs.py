@@ -1,12 +1,12 @@
 """The runs of `posterior_quality`: optimizers at equal cost, and how near their curvature is.
 
-How far IVON's own h is off depends above all on the noise of its estimate,
+IVON's own h, from noise times gradient, is off for three reasons. The batch's noise,
 
     kappa = (1 - beta2) ess / (2 B)                 B: observations that enter one step
 
-which a diagonal Hessian turns into E[h] = F (1 + kappa) (Shen et al., 2024, for the update; the
-expectation follows from its positivity term). So every run of that estimate records its kappa, and
-the share `start` = beta2^steps of `hess_init` that h still holds at the end.
+becomes a bias by the positivity term of the update, so that E[h] = F (1 + kappa) for a diagonal
+Hessian F; so does the noise of all other parameters, which kappa does not see; and h still holds
+the share `start` = beta2^steps of `hess_init`. Every run of that estimate records kappa and start.
 """
 
 import copy
