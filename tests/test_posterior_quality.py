@@ -1,7 +1,10 @@
 """The experiment on posteriors, at its smallest: its truth, the cost of its runs, its claims."""
 
+import dataclasses
 import importlib
 import json
+import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ def experiment():
             script=importlib.import_module("posterior_quality"),
             problems=importlib.import_module("posterior_problems"),
             runs=importlib.import_module("posterior_runs"),
+            published=importlib.import_module("posterior_published"),
         )
     finally:
         sys.path.remove(str(SCRIPTS))
@@ -54,7 +58,12 @@ def test_root_ggn_has_the_right_size_and_a_better_order_than_price_on_a_known_po
     means = runs(
         experiment,
         likelihood,
-        ["IVON price", "IVON ggn, k = 1", "IVON ggn, k = 8", "IVON ggn, k = 8, then flush"],
+        [
+            "IVON price, our settings",
+            "IVON ggn, k = 1",
+            "IVON ggn, k = 8",
+            "IVON ggn, k = 8, then flush",
+        ],
     )
     price, every, eighth, flush = means.values()
     assert price["ratio"] > 1.3  # the positivity term
@@ -146,3 +155,214 @@ def test_a_table_row_is_the_median_and_range_over_seeds(experiment):
         [{**common, "rank": r, "seed": s} for s, r in enumerate((0.5, 0.9, 0.7))]
     )
     assert text.splitlines()[-1] == "| IVON | 10 | 5 | N | 0.7 [0.5, 0.9] |"
+
+
+def test_kappa_and_the_share_of_the_start_follow_from_the_settings(experiment):
+    problem = experiment.problems.regression("regression", 0)
+    problem = dataclasses.replace(problem, observations=50_000)  # 25 a row, as tokens are
+    cifar = experiment.published.CIFAR  # 50 rows
+    plan = experiment.runs.planned(problem, cifar, 2000, "default", 0)
+    assert plan["ess"] == 50_000
+    assert plan["kappa"] == pytest.approx(1e-5 * 50_000 / (2 * 50 * 25))
+    assert plan["start"] == pytest.approx(0.99999**2000)
+    ours = experiment.runs.METHODS["IVON price, our settings"]
+    for ess in (5e4, 2e5):
+        plan = experiment.runs.planned(problem, ours, 480, ess, 0)
+        assert plan["kappa"] == pytest.approx(5 / 480 * ess / (2 * 16 * 25))
+
+
+def test_a_ratio_stands_beside_a_kappa_wherever_h_is_made_of_noise(experiment):
+    problem = experiment.problems.regression("regression", 0)
+    for name, method in experiment.runs.METHODS.items():
+        plan = experiment.runs.planned(problem, method, 48, "N", 0)
+        assert ("kappa" in plan) == (name.startswith("IVON price") and not method.flush), name
+    rows = experiment.published.regression_runs(problem)
+    for name, method, _ in rows + experiment.published.classifier_runs(problem):
+        plan = experiment.runs.planned(problem, method, 48, "N", 0)
+        assert ("kappa" in plan) == name.startswith("IVON"), name
+
+
+def test_only_rows_that_do_not_bear_an_authors_name_have_settings_of_ours(experiment):
+    assert all(
+        "our settings" in name or "ggn" in name or "Adam" in name or "flush" in name
+        for name in experiment.runs.METHODS
+        if name != "IVON price, antithetic"  # pairs are not the authors'
+    )
+    problem = experiment.problems.regression("regression", 0)
+    rows = experiment.published.regression_runs(problem)
+    for name, method, _ in rows + experiment.published.classifier_runs(problem):
+        assert method.alone == ("our settings" not in name), name
+
+
+COMMON = {"beta1": 0.9, "clip_radius": math.inf, "rescale_lr": True, "mc_samples": 1}
+PUBLISHED = {
+    "IVON, CIFAR": {
+        **COMMON,
+        "lr": 0.2,
+        "ess": 2000.0,  # N
+        "hess_init": 0.5,
+        "beta2": 0.99999,
+        "weight_decay": 2e-4,
+    },
+    "IVON, UCI": {
+        **COMMON,
+        "lr": 0.02,
+        "ess": 6000.0,
+        "hess_init": 0.5,
+        "beta2": 0.999,
+        "weight_decay": 5e-3,
+        "mc_samples": 5,
+    },
+    "IVON, GPT-2": {
+        **COMMON,
+        "lr": 300.0,
+        "ess": 1e10,
+        "hess_init": 1e-3,
+        "beta2": 0.99999,
+        "weight_decay": 1e-6,
+        "clip_radius": 1e-3,
+    },
+    "IVON, LoRA": {
+        **COMMON,
+        "lr": 0.03,
+        "ess": 1e7,
+        "hess_init": 1e-3,
+        "beta2": 0.99999,
+        "weight_decay": 0.0,
+        "clip_radius": 1e-3,
+        "rescale_lr": False,
+    },
+    "bSAM, CIFAR": {
+        "lr": 0.5,
+        "ess": 2000.0,
+        "hess_init": 1 - 10 / 2000,  # s starts at 1, with the prior in it
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "weight_decay": 10 / 2000,
+        "rho": 0.01,
+        "damping": 0.1,
+    },
+    "VOGN, CIFAR, one sample": {
+        "lr": 0.01,
+        "ess": 2000.0,
+        "hess_init": 8e-3,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "weight_decay": 1 / 2000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_row_with_an_authors_name_has_all_settings_of_its_source(experiment, name):
+    problem = experiment.problems.regression("regression", 0)
+    rows = experiment.published.regression_runs(problem)
+    found = rows + experiment.published.classifier_runs(problem)
+    methods = [method for row, method, _ in found if row == name]
+    assert methods
+    # Neither the section nor the length of the run changes any of them.
+    for method in methods:
+        for passes, ess in ((480, "default"), (4800, 1e5)):
+            parameters = list(problem.start.parameters())
+            made, _ = experiment.runs.make_optimizer(problem, method, parameters, passes, ess, 0)
+            settings = {k: made.param_groups[0][k] for k in PUBLISHED[name]}
+            assert settings == pytest.approx(PUBLISHED[name])
+
+
+def test_published_settings_run_with_their_schedule_and_batch(experiment, monkeypatch):
+    problem = experiment.problems.regression("multi_label_classification", 0)
+    seen = []
+    real = experiment.runs.one_step
+
+    def spy(model, optimizer, rows, generator, max_norm):
+        seen.append((optimizer.param_groups[0]["lr"], len(rows["labels"]), max_norm))
+        real(model, optimizer, rows, generator, max_norm)
+
+    monkeypatch.setattr(experiment.runs, "one_step", spy)
+    records = experiment.script.published(
+        "published_logistic",
+        problem,
+        [
+            ("GPT-2", experiment.published.GPT2, 100),
+            ("UCI", experiment.published.UCI, 20),
+            ("VOGN", experiment.published.vogn(2000), 3),
+        ],
+        0,
+        experiment.runs.train,
+    )
+    assert [(r["batch"], r["steps"]) for r in records] == [(16, 100), (8, 4), (128, 3)]
+    assert all(math.isfinite(r["ratio"]) for r in records)
+    gpt2, uci, vogn = seen[:100], seen[100:104], seen[104:]
+    rates = [rate for rate, _, _ in gpt2]
+    assert rates[0] == 0  # a warm-up over 2 of 100 steps, then a cosine
+    assert max(rates) == rates[2] == pytest.approx(300)
+    assert rates[51] == pytest.approx(150, rel=0.01)
+    assert {norm for _, _, norm in gpt2} == {1.0}
+    assert uci == [(0.02, 8, None)] * 4
+    assert [rate for rate, _, _ in vogn] == pytest.approx([0.01, 0.01 * 0.9**10, 0.01 * 0.9**20])
+
+
+def test_settings_are_printed_without_training(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment.runs, "one_step", lambda *given: pytest.fail("it trained"))
+    out = tmp_path / "runs.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        "posterior_quality.py --settings --seeds 0 --only linear published_linear wrong "
+        f"--json {out}".split(),
+    )
+    experiment.script.main()
+    printed = capsys.readouterr().out
+    assert "| IVON, CIFAR | 50 | 8000 | 8000 | N | 2,000 | 0.0002 | 0.923 |" in printed
+    assert "| IVON price, our settings | 0.1 | 120 | 120 | N | 2,000 | 2.6 | 0.00605 |" in printed
+    assert "wrong: left out" in printed
+    assert not any("ratio" in record for record in json.loads(out.read_text()))
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def tables(text):
+    """The tables of a document, each a list of rows of cells."""
+    rows = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line[1:-1].split("|")])
+        elif rows:
+            yield rows
+            rows = []
+
+
+def test_documents_say_kappa_beside_a_ratio_of_h_and_whose_settings_a_row_has(experiment):
+    problem = experiment.problems.regression("regression", 0)
+    known = {
+        name
+        for name, _, _ in experiment.published.regression_runs(problem)
+        + experiment.published.classifier_runs(problem)
+    } | set(experiment.runs.METHODS)
+    compared = 0
+    for path in DOCS:
+        for head, _, *rows in tables(path.read_text()):
+            if "method" not in head or not any(cell.endswith("ratio") for cell in head):
+                continue
+            for row in (dict(zip(head, cells, strict=True)) for cells in rows):
+                name = row["method"]
+                assert name in known, f"{path.name}: {name}"
+                is_noise = name.startswith(("IVON price", "IVON, ")) and "flush" not in name
+                assert bool(row["kappa"]) == is_noise, f"{path.name}: {row}"
+                compared += is_noise
+    assert compared > 20
+
+
+def test_documents_never_say_that_ivon_is_off_without_its_kappa():
+    claims = 0
+    for path in [*DOCS, *(ROOT / "mergekit_bayes").rglob("*.py")]:
+        for paragraph in re.split(r"\n\s*\n|\n\s*- ", path.read_text()):
+            text = " ".join(paragraph.split())
+            is_price = re.search("price|as published|noise times gradient", text)
+            is_ivon = is_price or ("IVON" in text and "ggn" not in text)
+            if is_ivon and "times too large" in text:
+                assert "kappa" in text, f"{path.name}: {text}"
+                claims += 1
+    assert claims

@@ -3,8 +3,8 @@
 Built on `transformers.Trainer`, so it runs unchanged under `accelerate launch`. By default the
 posterior is estimated at the end (`posterior: flush`): the root-GGN diagonal at the final mean
 times the number of observations, plus the prior. `posterior: ivon` stores the optimizer's own
-Hessian. That lags behind where the curvature falls, and under `curvature: price` its entries have
-the right order but, after a short run, not the right size.
+Hessian. That lags behind where the curvature falls. Under `curvature: price` its size also depends
+on kappa and on how much of `hess_init` is left, which the run's health numbers tell.
 """
 
 import logging

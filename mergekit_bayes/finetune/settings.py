@@ -105,7 +105,8 @@ class FinetuneConfig(Config):
     curvature: Literal["price", "ggn"] = Field(
         "ggn",
         description="Where IVON's Hessian comes from: `ggn`, a random root-GGN draw on the step's "
-        "own logits every `curvature_every` steps, or `price`, as published.",
+        "own logits every `curvature_every` steps, or `price`, the published estimate from noise "
+        "times gradient.",
     )
     curvature_every: int = Field(
         8, ge=1, description="Steps from one draw of `ggn` to the next, a backward pass each."

@@ -8,7 +8,7 @@ from mergekit_bayes.posterior import PosteriorInfo
 _WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
 _HEALTH = (  # number in IVON's health report, its bound, what it means above the bound
     ("init_fraction", 0.5, "more than half of IVON's curvature is still its initial value"),
-    ("kappa", 1.0, "IVON's curvature is mostly noise"),
+    ("kappa", 1.0, "noise decides the size of IVON's curvature"),
 )
 
 

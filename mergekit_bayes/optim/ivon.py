@@ -30,7 +30,7 @@ from mergekit_bayes.optim.steps import adapt_prior, ggn_step, price_step
 
 
 class IVON(PosteriorOptimizer):
-    """IVON with float32 state, as published or with the curvature of random root-GGN draws.
+    """IVON with float32 state, by the published equations or with random root-GGN draws for h.
 
         for batch in loader:
             for _ in range(mc_samples):
@@ -86,10 +86,12 @@ class IVON(PosteriorOptimizer):
         adapt_prior: Move the prior precision of each matrix, at the pace of beta2, to the
             evidence's optimum `weight_decay = 1 / (ess mean_j((m_j - m_p,j)^2 + sigma_j^2))`,
             from `weight_decay` on. It is kept in `state`.
-        curvature: "price" is the published estimate, noise * gradient. "ggn" takes the GGN's
-            diagonal from `add_curvature`, every `curvature_every` steps. It is of the right size
-            where the other may be far too large: there the noise of all other parameters becomes
-            a bias by the positivity term. h is then an average from zero, and beta2 its decay per
+        curvature: "price" is the published estimate, noise * gradient. It still holds
+            `beta2^steps` of `hess_init`, and the positivity term turns the noise of the estimate,
+            that of all other parameters included, into a bias that grows with kappa =
+            (1 - beta2) ess / (2 batch); `health` returns both numbers. "ggn" takes the GGN's
+            diagonal from `add_curvature`, every `curvature_every` steps, and has neither this
+            bias nor a start to forget. h is then an average from zero, and beta2 its decay per
             estimate (1 - 5 curvature_every / steps); `hess_init` and `rescale_lr` are not used;
             the first step is made at the mean. An entry that no output depends on has the noise
             of the prior, so `weight_decay` bounds it.
@@ -366,7 +368,8 @@ class IVON(PosteriorOptimizer):
 
         Returns:
             The numbers of every optimizer here, and two more: `kappa` = (1 - beta2) ess /
-            (2 batch_size), the noise of h for a diagonal Hessian; `hess_noise` =
+            (2 batch_size), the noise of h for a diagonal Hessian F, where E[h] = F (1 + kappa)
+            at beta2^steps = 0; `hess_noise` =
             0.5 (1 - beta2) E[(f - h)^2 / (h + d)^2], the median over tensors, which also sees the
             noise that comes from the other parameters: above 1, the size of h is noise. Under
             "ggn", which has neither this noise nor a start to forget, both and `init_fraction`

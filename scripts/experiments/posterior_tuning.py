@@ -29,12 +29,12 @@ def finetune(seed: int, folder: Path) -> Records:
     """`bmerge finetune` at its defaults beside AdamW at its defaults, on two tasks."""
     optimizers: dict[str, dict[str, Any]] = {
         "AdamW": {"optimizer": "adamw"},
-        "IVON price": {"curvature": "price"},
-        "IVON ggn": {"curvature": "ggn"},
+        "IVON price, our defaults": {"curvature": "price"},
+        "IVON ggn, our defaults": {"curvature": "ggn"},
     }
     rates = {  # whether the difference is one of the rate
         "AdamW, rate x 3": {"optimizer": "adamw", "learning_rate": 3e-4},
-        "IVON ggn, rate / 3": {"curvature": "ggn", "learning_rate": 0.1 / 3},
+        "IVON ggn, our defaults, rate / 3": {"curvature": "ggn", "learning_rate": 0.1 / 3},
     }
     records = []
     for task, (start, data, test, more) in tuning_tasks(seed, folder).items():
@@ -156,6 +156,7 @@ def wrong(seed: int, folder: Path) -> Records:
                     )
                     record |= {
                         "noise": report.health["sigma_over_rms"],
+                        **({"kappa": report.health["kappa"]} if optimizer == "price" else {}),
                         **agreement(curvature(report), flushed),
                     }
                 records.append(
