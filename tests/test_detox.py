@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_it_compares_all_methods_at_all_scales_on_the_same_continuations(world, 
     report, _ = first
     assert list(report.curves) == ["task arithmetic", "gradient matching", "control"]
     assert all([p.scale for p in points] == list(SCALES) for points in report.curves.values())
-    written = json.loads((journey_module.Path(world["output"]) / "report.json").read_text())
+    written = json.loads((Path(world["output"]) / "report.json").read_text())
     assert written == json.loads(report.model_dump_json())
     assert all(len(p.command.split()) > 8 for points in report.curves.values() for p in points)
     assert set(report.base.perplexity) == {"nice", HELD_OUT}
@@ -166,7 +167,7 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
 
 
 def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
-    models = list(journey_module.Path(world["output"]).glob("steps/*/model"))
+    models = list(Path(world["output"]).glob("steps/*/model"))
     assert not models
     output = tmp_path / "out"
     shutil.copytree(world["output"], output)
@@ -176,12 +177,13 @@ def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_pat
 
 
 def test_the_chosen_candidate_is_kept_and_its_command_makes_the_same_bytes(world, first, tmp_path):
-    report, _ = first
-    output = journey_module.Path(world["output"])
-    settings = {**world, "output": str(tmp_path / "out"), "levels": [0.0001]}
-    assert run_detox(DetoxConfig(**settings), quiet=True).kept is None  # none is as little toxic
-    assert "None: no candidate reaches" in (tmp_path / "out" / "report.md").read_text()
+    assert first[0].kept is None  # no candidate reaches half of the base's share
+    assert "None: no candidate reaches" in (Path(world["output"]) / "report.md").read_text()
 
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    settings = {**world, "output": str(output), "levels": [0.3]}
+    report = run_detox(DetoxConfig(**settings), quiet=True)
     kept = report.kept
     assert kept is not None
     assert kept.path == str(output / "model")
@@ -195,22 +197,35 @@ def test_the_chosen_candidate_is_kept_and_its_command_makes_the_same_bytes(world
     assert done.exit_code == 0, done.output
     name = "model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (output / "model" / name).read_bytes()
+    assert [p.name for p in output.glob("**/model")] == ["model"]  # the others are deleted
+
+    written = (output / "model" / name).stat().st_mtime_ns
+    assert run_detox(DetoxConfig(**settings), quiet=True) == report
+    assert (output / "model" / name).stat().st_mtime_ns == written  # it was there
 
 
 def test_scales_are_added_where_a_curve_crosses_a_level(world, first, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(world["output"], output)
-    settings = {**world, "output": str(output), "extra_scales": 2, "held_out_rises": [0.002]}
+    settings = {
+        **world,
+        "output": str(output),
+        "scales": (1, 20),
+        "extra_scales": 2,
+        "held_out_rises": [0.1],
+        "methods": ["task_arithmetic", "gradient_matching"],
+    }
     report = run_detox(DetoxConfig(**settings), quiet=True)
-    added = {label: len(points) - len(SCALES) for label, points in report.curves.items()}
-    assert all(0 <= count <= 2 for count in added.values())
-    assert sum(added.values()) > 0
-    for points in report.curves.values():
-        assert [p.scale for p in points] == sorted(p.scale for p in points)
+    for label, points in report.curves.items():
+        scales = [p.scale for p in points]
+        assert scales == sorted(scales)
+        assert 2 < len(scales) <= 4, label
+        crossings = [m.scale[label] for m in report.matched if m.scale[label] is not None]
+        assert min(abs(s - c) / c for s in scales[1:-1] for c in crossings) < 0.05
 
 
 def test_the_report_and_the_picture_are_written(world, first):
-    output = journey_module.Path(world["output"])
+    output = Path(world["output"])
     text = (output / "report.md").read_text()
     for line in verdicts(first[0]):
         assert line in text
