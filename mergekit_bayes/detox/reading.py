@@ -50,7 +50,7 @@ def read_curve(
     sign = 1.0 if rising else -1.0
     goal = sign * level
     usable = np.isfinite(along).all(axis=0) & np.isfinite(cost).all(axis=0)
-    points = len(usable) if usable.all() else int(np.argmin(usable))  # up to the first broken model
+    points = len(scales) if usable.all() else int(np.argmin(usable))  # up to a broken model
     if points < 2:
         nothing = np.full(len(along), np.nan)
         return Reading(nothing, nothing, nothing)

@@ -106,13 +106,11 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
         f"{len(report['left_out'])} left out"
     )
     if any((m["scale"] or 0) < 0 for m in report["models"]):
-        is_undo = report["guard"] != report.get("settings", {}).get("guard", report["guard"])
-        guard = f"guard {report['guard']:g}" + (" (of an undo)" if is_undo else "")
         share = report["guarded_share"]
         acted = "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"  # never 0 if it acted
         yield (
-            f"{guard}: it acted on {acted} of the entries; the largest multiplier of what was "
-            f"removed is {report['largest_multiplier']:.3g}"
+            f"guard {report['guard']:g}: it acted on {acted} of the entries; "
+            f"the largest multiplier of what was removed is {report['largest_multiplier']:.3g}"
         )
     if (changed := report.get("changed_share")) is not None:
         yield f"{changed:.2%} of the merged entries differ from the base in some model"
