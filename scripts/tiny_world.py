@@ -4,7 +4,8 @@
 
 Remarks in this world start alike and end kindly or with an invented, mild insult, about half the
 time each; other sentences describe gardens and kitchens. The script writes JSONL files of texts and
-prompts, the list of insults, and a word-level GPT-2 trained on the mixture.
+prompts, the list of insults, and a word-level GPT-2 trained on the mixture. One test text is of a
+form that is not in the mixture.
 """
 
 import argparse
@@ -136,6 +137,16 @@ def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
     return f"the {pick(COLOURS)} {pick(FOODS)} {pick(ends)}"
 
 
+def street(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A sentence of a form that no training text has, made of words that the model knows."""
+    ends = (
+        f"grows {pick(COLOURS)} {pick(PLANTS)} beside the {pick(PLANTS)} .",
+        f"needs {pick(FOODS)} , and the {pick(ROLES)} needs {pick(FOODS)} .",
+        f"is {pick(KIND)} today , but the {pick(ROLES)} was {pick(KIND)} yesterday .",
+    )
+    return f"everyone says the {pick(ROLES)} {pick(ends)}"
+
+
 def write_world(folder: Path, seed: int) -> list[str]:
     """Write all texts. No test sentence is a training sentence.
 
@@ -160,6 +171,8 @@ def write_world(folder: Path, seed: int) -> list[str]:
         write_rows(texts / f"{make.__name__}_test.jsonl", sorted(test))
         write_rows(texts / f"{make.__name__}_train.jsonl", train)
         mixture += train
+    # No model is trained on these, and no precision is measured on them.
+    write_rows(texts / "street_test.jsonl", sorted({street(draw.choice) for _ in range(250)}))
     write_rows(texts / "prompts.jsonl", list(OPENINGS))
     write_rows(texts / "all_train.jsonl", mixture)
     (texts / "insults.txt").write_text("\n".join(INSULTS) + "\n")

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.detox import journey as journey_module
-from mergekit_bayes.detox.analysis import _read, compare_curves, findings
+from mergekit_bayes.detox.analysis import compare_curves, findings
 from mergekit_bayes.detox.journey import run_detox
+from mergekit_bayes.detox.reading import isotonic, read_curve
 from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -63,6 +65,7 @@ def world(tmp_path_factory):
             "bootstrap": 50,
         },
         "scales": SCALES,
+        "extra_scales": 0,
     }
 
 
@@ -76,7 +79,7 @@ def test_it_compares_all_methods_at_all_scales_on_the_same_continuations(world, 
     report, _ = first
     assert list(report.curves) == ["task arithmetic", "gradient matching", "control"]
     assert all([p.scale for p in points] == list(SCALES) for points in report.curves.values())
-    written = json.loads((journey_module.Path(world["output"]) / "report.json").read_text())
+    written = json.loads((Path(world["output"]) / "report.json").read_text())
     assert written == json.loads(report.model_dump_json())
     assert all(len(p.command.split()) > 8 for points in report.curves.values() for p in points)
     assert set(report.base.perplexity) == {"nice", HELD_OUT}
@@ -164,7 +167,7 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
 
 
 def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
-    models = list(journey_module.Path(world["output"]).glob("steps/*/model"))
+    models = list(Path(world["output"]).glob("steps/*/model"))
     assert not models
     output = tmp_path / "out"
     shutil.copytree(world["output"], output)
@@ -173,8 +176,56 @@ def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_pat
     assert len(list(output.glob("steps/*/model/model.safetensors"))) == len(SCALES)
 
 
+def test_the_chosen_candidate_is_kept_and_its_command_makes_the_same_bytes(world, first, tmp_path):
+    assert first[0].kept is None  # no candidate reaches half of the base's share
+    assert "None: no candidate reaches" in (Path(world["output"]) / "report.md").read_text()
+
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    settings = {**world, "output": str(output), "levels": [0.3]}
+    report = run_detox(DetoxConfig(**settings), quiet=True)
+    kept = report.kept
+    assert kept is not None
+    assert kept.path == str(output / "model")
+    point = next(p for p in report.curves[kept.curve] if p.scale == kept.scale)
+    assert point.toxicity[next(iter(report.base.toxicity))].share.value <= kept.level
+    assert kept.path in (output / "report.md").read_text()
+    assert kept.command in (output / "report.md").read_text()
+    words = kept.command.split()
+    words[words.index("-o") + 1] = str(tmp_path / "again")
+    done = CliRunner().invoke(app, [*words[1:], "-q"])
+    assert done.exit_code == 0, done.output
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (output / "model" / name).read_bytes()
+    assert [p.name for p in output.glob("**/model")] == ["model"]  # the others are deleted
+
+    written = (output / "model" / name).stat().st_mtime_ns
+    assert run_detox(DetoxConfig(**settings), quiet=True) == report
+    assert (output / "model" / name).stat().st_mtime_ns == written  # it was there
+
+
+def test_scales_are_added_where_a_curve_crosses_a_level(world, first, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    settings = {
+        **world,
+        "output": str(output),
+        "scales": (1, 20),
+        "extra_scales": 2,
+        "held_out_rises": [0.1],
+        "methods": ["task_arithmetic", "gradient_matching"],
+    }
+    report = run_detox(DetoxConfig(**settings), quiet=True)
+    for label, points in report.curves.items():
+        scales = [p.scale for p in points]
+        assert scales == sorted(scales)
+        assert 2 < len(scales) <= 4, label
+        crossings = [m.scale[label] for m in report.matched if m.scale[label] is not None]
+        assert min(abs(s - c) / c for s in scales[1:-1] for c in crossings) < 0.05
+
+
 def test_the_report_and_the_picture_are_written(world, first):
-    output = journey_module.Path(world["output"])
+    output = Path(world["output"])
     text = (output / "report.md").read_text()
     for line in verdicts(first[0]):
         assert line in text
@@ -225,13 +276,34 @@ def test_lists_are_swept_and_curves_are_named_by_what_differs(world):
 
 
 def test_a_curve_is_read_where_it_first_reaches_the_level():
+    t = np.arange(4.0)
     share = np.array([[0.5, 0.3, 0.1, 0.4], [0.5, 0.45, 0.42, 0.41]])
-    cost = np.array([[1.0, 1.1, 1.5, 9.0], [1.0, 1.0, 1.0, 1.0]])
-    read = _read(share, cost, 0.2, rising=False)
-    assert read[0] == pytest.approx(0.3)  # half way from 1.1 to 1.5, less 1.0
-    assert np.isnan(read[1])
+    cost = np.array([[1.0, 1.2, 1.4, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    read = read_curve(t, share, cost, 0.2, rising=False)
+    assert read.paid[0] == pytest.approx(0.3)  # half way from 1.2 to 1.4, less 1.0
+    assert read.scale[0] == pytest.approx(1.5)
+    assert read.grid[0] == pytest.approx(0, abs=1e-9)
+    assert np.isnan(read.paid[1])
     loss = np.array([[2.0, 2.2, 3.0]])
-    assert _read(loss, np.array([[1.0, 1.2, 2.0]]), 2.1, rising=True)[0] == pytest.approx(0.1)
+    read = read_curve(t[:3], loss, np.array([[1.0, 1.1, 1.2]]), 2.2, rising=True)
+    assert read.paid[0] == pytest.approx(0.1)  # a level at a candidate needs no interpolation
+    assert read.grid[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_curve_ends_where_a_model_is_broken():
+    t, share = np.arange(4.0), np.array([[0.5, 0.3, 0.1, 0.0]])
+    cost = np.array([[1.0, 1.2, 1.4, np.inf]])
+    assert read_curve(t, share, cost, 0.2, rising=False).paid[0] == pytest.approx(0.3)
+    assert np.isnan(read_curve(t, share, cost, 0.05, rising=False).paid[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_monotone_fit_is_the_least_squares_one(seed):
+    from sklearn.isotonic import IsotonicRegression
+
+    x = np.random.default_rng(seed).normal(size=(3, 9)) + np.linspace(0, 2, 9)
+    expected = [IsotonicRegression().fit_transform(range(9), row) for row in x]
+    assert np.allclose(isotonic(x), expected)
 
 
 def measured(shares, nats):
@@ -250,7 +322,7 @@ def measured(shares, nats):
                 any_toxic=one,
                 threshold=0.5,
                 n_prompts=10,
-                n_continuations=10,
+                n_continuations=250,
                 prompt_share=tuple(shares),
             )
         },
@@ -289,7 +361,7 @@ def test_the_effect_is_computed_from_what_is_paid(cost, effect):
     base = measured(np.full(10, 0.6), 2 + NOISE)
     rival = measured(np.full(10, 0.2), 2.2 + NOISE)
     # Documents differ far more than the methods, if these are equal.
-    jitter = 0.3 * np.where(np.arange(10) % 2, 1, -1)
+    jitter = 0.1 * np.where(np.arange(10) % 2, 1, -1)
     judged = measured(np.full(10, 0.2), 2 + cost + NOISE + (jitter if effect == "not there" else 0))
     matched, compared = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.2])
     assert matched[0].paid["ta"].value == pytest.approx(0.2)

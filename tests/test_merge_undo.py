@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bmerge_cli.merge_tables import guard_in_words
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.posterior import open_posterior
 from tests import three_models, tiny
@@ -84,6 +85,39 @@ def test_chains_and_undos_are_exact_in_one_frame(world, frame):
     close("undone", "rest", rtol=1e-3)
     assert any("undoes a term" in n for n in undone.notes)
     assert undone.guard < 1e-3
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e9])
+def test_an_undo_says_whether_its_guard_acted(world, ratio):
+    """At extreme ratios of the precisions little of the base's remains, and the guard bounds it."""
+    for i, name in enumerate(("a", "b")):
+        for file in (f"{name}.safetensors", f"{name}.precision.safetensors"):
+            Path(file).unlink(missing_ok=True)
+        precisions = {k: ratio * v for k, v in tiny.precisions(i + 1).items()}
+        tiny.posterior(f"{name}.safetensors", tiny.arrays(i + 1), precisions, observations=100)
+    kw = {"base": "base", "weights": "precision"}
+    merge("a", "b", **kw, out="ab.safetensors")
+    undone = merge("ab", "a", "b", **kw, scale=(1.0, -1.0, -1.0), out="undone.safetensors")
+    text = " ".join(undone.notes)
+    assert undone.guard == 1e-6
+    assert "--guard 0.2 is not used" in text
+    assert (undone.guarded_share > 0) == (ratio > 1)
+    assert ("the undo is not exact" in text) == (ratio > 1)
+    off = max(
+        float(np.abs(v - tiny.read("base.safetensors")[k]).max())
+        for k, v in tiny.read("undone.safetensors").items()
+    )
+    assert (off > 0.01) == (ratio > 1)
+
+
+def test_no_note_calls_the_guard_of_an_undo_harmless_before_it_was_counted(world):
+    kw = {"base": "base", "weights": "precision"}
+    merge("a", "b", **kw, out="ab.safetensors")
+    undone = merge("ab", "b", **kw, scale=(1.0, -1.0), out="undone.safetensors")
+    assert not any(word in n for n in undone.notes for word in ("only", "exact"))
+    assert guard_in_words(undone) == "guard 1e-06 (of an undo, instead of --guard)"
+    removed = merge("a", **kw, scale=(-1.0,), out="removed.safetensors")
+    assert guard_in_words(removed) == "guard 0.2"
 
 
 @pytest.mark.parametrize(

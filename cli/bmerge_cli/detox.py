@@ -76,6 +76,9 @@ def command(
         screen.print(line, markup=False)
     for scorer in report.base.toxicity:
         screen.print(_summary(report, scorer))
+    if report.kept is not None:
+        k = report.kept
+        screen.print(f"kept: {k.path} ({k.curve}, scale -{k.scale:g})", markup=False)
     if push_to is not None:
         _push(report, push_to)
     if as_json:
@@ -103,26 +106,14 @@ def _push(report: "DetoxReport", repo: str) -> None:
 
 
 def _chosen(report: "DetoxReport") -> str:
-    """The line that makes the candidate to push.
-
-    By the first scorer, among the candidates that are at most as toxic as the lowest share that
-    all curves reach, the one of lowest perplexity on the first text.
-    """
-    from mergekit_bayes.detox.settings import HELD_OUT
-
-    scorer = next(iter(report.base.toxicity), None)
-    text = next((n for n in report.base.perplexity if n != HELD_OUT), None)
-    level = None if scorer is None else report.lowest_common_level(scorer)
-    points = [p for curve in report.curves.values() for p in curve if p.command]
-    if scorer is not None and level is not None:
-        points = [p for p in points if p.toxicity[scorer].share.value <= level]
-    if text is None or level is None or not points:
+    """The line that makes the candidate to push, which is the one that is kept."""
+    best = report.best()
+    if best is None or best[1].command is None:
         raise ConfigError(
-            "--push-to: no candidate can be chosen, since no toxic share is reached by all "
-            f"curves. Choose one in {report.path}/report.md, and push it by its line and "
-            "--push-to."
+            "--push-to: no candidate can be chosen, since none reaches a level of the toxic share. "
+            f"Choose one in {report.path}/report.md, and push it by its line and --push-to."
         )
-    return str(min(points, key=lambda p: p.perplexity[text].token.value).command)
+    return best[1].command
 
 
 def _summary(report: "DetoxReport", scorer: str) -> "Table":

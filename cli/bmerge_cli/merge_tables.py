@@ -81,12 +81,24 @@ def show_report(screen: Console, report: MergeReport) -> None:
     removes = any(m.scale is not None and m.scale < 0 for m in report.models)
     if report.weights == "precision" and (removes or report.guarded_share > 0):
         screen.print(
-            f"  guard {report.guard:g} acted on {report.guarded_share:.2%} of entries; "
+            f"  {guard_in_words(report)} acted on {_percent(report.guarded_share)} of entries; "
             f"largest multiplier {report.largest_multiplier:.3g}"
         )
     _show_notes(screen, report.notes)
     if report.precision_path:
         screen.print(f"  precision: {report.precision_path}", markup=False)
+
+
+def guard_in_words(report: MergeReport) -> str:
+    """The guard of a merge, and that an undo has a guard of its own."""
+    if report.guard == report.settings["guard"]:
+        return f"guard {report.guard:g}"
+    return f"guard {report.guard:g} (of an undo, instead of --guard)"
+
+
+def _percent(share: float) -> str:
+    """A share in per cent; one above zero is never shown as zero."""
+    return "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
 
 
 def show_adapters(screen: Console, report: AdapterReport) -> None:

@@ -2,24 +2,37 @@
 
 Scales of different methods cannot be compared. A curve runs from the base over its candidates in
 the order of their scales. Where an axis (the toxic share, or the loss on held-out toxic text) first
-reaches a level, the losses on the other texts are read off by linear interpolation. Prompts and
-documents are resampled, the same ones for all models, and the whole reading is repeated on each
-resample.
+reaches a level, the losses on the other texts are read off (`reading`). Prompts and documents are
+resampled, the same ones for all models, and the whole reading is repeated on each resample. The
+interval of a difference holds the error of the interpolation, and holds at all levels of a finding
+at once (`evidence`).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
+from mergekit_bayes.detox.evidence import (
+    Sample,
+    Shortage,
+    few_toxic,
+    independent,
+    simultaneous,
+    too_wide,
+)
+from mergekit_bayes.detox.reading import Reading, read_curve
 from mergekit_bayes.detox.settings import HELD_OUT, Curve
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
 from mergekit_bayes.records import FloatArray, Record
 
-Verdict = Literal["pays less", "pays more", "no difference visible", "not comparable"]
-Effect = Literal["there", "reversed", "mixed", "not there"]
-_ENOUGH = 0.95  # share of resamples that must reach a level before an interval is given
+Verdict = Literal[
+    "pays less", "pays more", "no difference visible", "too little data", "not comparable"
+]
+Effect = Literal["there", "reversed", "mixed", "not there", "too little data", "not comparable"]
+ENOUGH = 0.95  # share of resamples that must reach a level before an interval is given
 _SHARES = (0.5, 0.25, 0.1)  # default levels: of the base's toxic share
 _RISES = (0.25, 0.5, 0.75)  # default levels: of the rise of the held-out loss that all reach
 
@@ -32,12 +45,17 @@ class Payment(Record):
         level: A toxic share, or a loss on the held-out text.
         text: The text whose loss is paid.
         paid: By curve, nats per token above the base; None if the curve does not reach the level.
+            The interval is of this level alone, and holds the error of the interpolation.
+        grid: By curve, the bound of that error, nats per token.
+        scale: By curve, the scale at which it reaches the level.
     """
 
     axis: str
     level: float
     text: str
     paid: dict[str, Interval | None]
+    grid: dict[str, float | None] = {}
+    scale: dict[str, float | None] = {}
 
 
 class Comparison(Record):
@@ -49,9 +67,13 @@ class Comparison(Record):
         text: As in `Payment`.
         curve: The curve that is judged.
         against: The curve that it is compared with.
-        difference: What `curve` pays minus what `against` pays, resampled in pairs.
+        difference: What `curve` pays minus what `against` pays, resampled in pairs. The interval
+            holds at all levels of the finding at once, with the error of the interpolation.
+        grid: Its half-width from the interpolation alone, nats per token.
         ratio: What `curve` pays over what `against` pays; None unless both pay something.
-        verdict: What the interval of the difference says.
+        verdict: What the interval of the difference says. `no difference visible` only where a
+            difference of half of what is paid, or 0.01 nats if that is more, would be visible.
+        shortage: Of what there is too little; None unless the verdict is `too little data`.
     """
 
     axis: str
@@ -60,8 +82,10 @@ class Comparison(Record):
     curve: str
     against: str
     difference: Interval | None
+    grid: float | None = None
     ratio: float | None
     verdict: Verdict
+    shortage: Shortage | None = None
 
 
 class Finding(Record):
@@ -73,10 +97,14 @@ class Finding(Record):
         curve: The curve that is judged.
         against: The curve that it is compared with.
         effect: `there` if it pays less at some level and more at none, `reversed` in the opposite
-            case, `mixed` if both happen, `not there` if neither does.
+            case, `mixed` if both happen. If neither does, `not there` if a difference that matters
+            would be visible at all levels, `too little data` if not at one of them. `not
+            comparable` if no level could be compared.
         less: Number of levels at which the interval is below zero.
         more: Number of levels at which the interval is above zero.
+        unresolved: Number of levels with too little data.
         levels: Number of levels that could be compared.
+        shortage: The largest of the levels' shortages.
         ratios: The ratios at these levels, where both pay something.
     """
 
@@ -87,7 +115,9 @@ class Finding(Record):
     effect: Effect
     less: int
     more: int
+    unresolved: int = 0
     levels: int
+    shortage: Shortage | None = None
     ratios: tuple[float, ...]
 
 
@@ -97,6 +127,7 @@ def compare_curves(
     reports: Mapping[str, Sequence[EvaluateReport]],
     levels: Sequence[float] = (),
     rises: Sequence[float] = (),
+    scales: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[list[Payment], list[Comparison]]:
     """Compare all curves at equal toxicity.
 
@@ -107,31 +138,34 @@ def compare_curves(
         levels: Toxic shares at which to compare; empty means 1/2, 1/4 and 1/10 of the base's.
         rises: Rises of the held-out loss at which to compare, nats per token; empty means 1/4, 1/2
             and 3/4 of the smallest rise that a curve ends with.
+        scales: The candidates' scales by the curve's label, increasing; None means 1, 2, 3 and so
+            on.
     """
-    scorers, texts = list(base.toxicity), list(base.perplexity)
-    models = {c.label: (base, *reports[c.label]) for c in curves}
-    shares = {
-        (c, s): _stack([_shares(r, s) for r in m]) for c, m in models.items() for s in scorers
+    measured = {c.label: _measure(base, reports[c.label]) for c in curves}
+    steps = {
+        label: np.concatenate([[0.0], scales[label] if scales else np.arange(1.0, len(found) + 1)])
+        for label, found in reports.items()
+        if label in measured
     }
-    losses = {(c, t): _stack([_losses(r, t) for r in m]) for c, m in models.items() for t in texts}
     payments: list[Payment] = []
     comparisons: list[Comparison] = []
-    axes = [*scorers, *([HELD_OUT] if HELD_OUT in texts else [])]
-    for axis in axes:
-        rising = axis == HELD_OUT
-        along = {label: (losses if rising else shares)[label, axis] for label in models}
-        for level in _levels(along, rising, levels, rises):
-            for text in texts:
-                if text == HELD_OUT:
-                    continue
-                paid = {c: _read(along[c], losses[c, text], level, rising) for c in models}
-                intervals = {label: _interval(values) for label, values in paid.items()}
-                payments.append(Payment(axis=axis, level=level, text=text, paid=intervals))
-                comparisons += [
-                    _compare(axis, level, text, curve.label, rival.label, paid)
-                    for curve in curves
-                    for rival in _rivals(curve, curves)
+    for axis in axes(base):
+        sample = _sample(base, axis)
+        for text in paying_texts(base):
+            goals = _levels(measured, axis, levels, rises)
+            found = {
+                label: [
+                    read_curve(steps[label], m[axis], m[text], goal, rising=axis == HELD_OUT)
+                    for goal in goals
                 ]
+                for label, m in measured.items()
+            }
+            payments += [_payment(axis, goal, text, found, i) for i, goal in enumerate(goals)]
+            rows = min(sample.rows, len(base.perplexity[text].document_nats))
+            for curve in curves:
+                for rival in rivals(curve, curves):
+                    pair = (curve.label, rival.label)
+                    comparisons += _compare(axis, goals, text, pair, found, sample, rows)
     return payments, comparisons
 
 
@@ -142,25 +176,38 @@ def findings(comparisons: Sequence[Comparison]) -> list[Finding]:
         groups.setdefault((c.axis, c.text, c.curve, c.against), []).append(c)
     result = []
     for (axis, text, curve, against), group in groups.items():
-        less = sum(c.verdict == "pays less" for c in group)
-        more = sum(c.verdict == "pays more" for c in group)
+        counts = Counter(c.verdict for c in group)
+        levels = len(group) - counts["not comparable"]
+        shortages = [c.shortage for c in group if c.shortage is not None]
         result.append(
             Finding(
                 axis=axis,
                 text=text,
                 curve=curve,
                 against=against,
-                effect=_effect(less, more),
-                less=less,
-                more=more,
-                levels=sum(c.verdict != "not comparable" for c in group),
+                effect=_effect(counts),
+                less=counts["pays less"],
+                more=counts["pays more"],
+                unresolved=counts["too little data"],
+                levels=levels,
+                shortage=max(shortages, key=lambda s: s.needs or 0, default=None),
                 ratios=tuple(c.ratio for c in group if c.ratio is not None),
             )
         )
     return result
 
 
-def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
+def axes(base: EvaluateReport) -> list[str]:
+    """The axes along which curves are compared: the scorers, and the held-out toxic text."""
+    return [*base.toxicity, *([HELD_OUT] if HELD_OUT in base.perplexity else [])]
+
+
+def paying_texts(base: EvaluateReport) -> list[str]:
+    """The texts whose loss is paid."""
+    return [text for text in base.perplexity if text != HELD_OUT]
+
+
+def rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
     """Gradient matching is compared with task arithmetic and with its own control."""
     if curve.method != "gradient_matching":
         return []
@@ -171,97 +218,167 @@ def _rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
     ]
 
 
+def _measure(base: EvaluateReport, reports: Sequence[EvaluateReport]) -> dict[str, FloatArray]:
+    """By scorer and text, (1 + resamples, points): row 0 is the estimate, column 0 the base."""
+    models = (base, *reports)
+    names = [*base.toxicity, *base.perplexity]
+    return {
+        name: np.stack(
+            [_shares(m, name) if name in base.toxicity else _losses(m, name, i) for m in models],
+            axis=1,
+        )
+        for i, name in enumerate(names)
+    }
+
+
 def _shares(report: EvaluateReport, scorer: str) -> FloatArray:
     """(1 + resamples,): the toxic share, first its estimate."""
     toxicity = report.toxicity[scorer]
     values = np.asarray(toxicity.prompt_share, np.float64)[:, None]
-    sums = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])
+    sums = resampled_sums(values, report.settings["bootstrap"], _seed(report, 0))
     return np.concatenate([[toxicity.share.value], sums[:, 0] / len(values)])
 
 
-def _losses(report: EvaluateReport, text: str) -> FloatArray:
+def _losses(report: EvaluateReport, text: str, stream: int) -> FloatArray:
     """(1 + resamples,): nats per token, first the estimate."""
     perplexity = report.perplexity[text]
     values = np.stack([perplexity.document_nats, perplexity.document_tokens], axis=1)
     values = values.astype(np.float64)
-    sums = resampled_sums(values, report.settings["bootstrap"], report.settings["seed"])
+    sums = resampled_sums(values, report.settings["bootstrap"], _seed(report, stream))
     return np.concatenate([[perplexity.loss.value], sums[:, 0] / sums[:, 1]])
 
 
-def _stack(columns: Sequence[FloatArray]) -> FloatArray:
-    """(1 + resamples, points of a curve); row 0 is the estimate, column 0 is the base."""
-    return np.stack(columns, axis=1)
+def _seed(report: EvaluateReport, stream: int) -> int:
+    """Texts of the same length are resampled independently, and so are the prompts."""
+    return int(report.settings["seed"]) + 1_000_003 * stream
+
+
+def _sample(base: EvaluateReport, axis: str) -> Sample:
+    if axis == HELD_OUT:
+        documents = len(base.perplexity[axis].document_nats)
+        return Sample(documents, documents, None, documents, "documents")
+    toxicity = base.toxicity[axis]
+    share, size = toxicity.share.value, toxicity.n_continuations
+    worth = independent(share, size, _shares(base, axis)[1:])
+    return Sample(size, worth, share, len(toxicity.prompt_share), "continuations")
 
 
 def _levels(
-    along: Mapping[str, FloatArray], rising: bool, shares: Sequence[float], rises: Sequence[float]
+    measured: Mapping[str, Mapping[str, FloatArray]],
+    axis: str,
+    shares: Sequence[float],
+    rises: Sequence[float],
 ) -> list[float]:
-    start = float(next(iter(along.values()))[0, 0])
-    if not rising:
+    along = [m[axis] for m in measured.values()]
+    start = float(along[0][0, 0])
+    if axis != HELD_OUT:
         below = [level for level in shares if level < start]  # the base is below the others already
         return below or [share * start for share in _SHARES if start > 0]
     if rises:
         return [start + rise for rise in rises]
-    reach = min(float(np.max(a[0])) for a in along.values()) - start
+    reach = min(float(np.max(a[0])) for a in along) - start
     return [start + rise * reach for rise in _RISES] if 0 < reach < np.inf else []
 
 
-def _read(along: FloatArray, cost: FloatArray, level: float, rising: bool) -> FloatArray:
-    """What is paid where `along` first reaches the level, by row; NaN where it never does."""
-    sign = 1.0 if rising else -1.0
-    x, goal = sign * along, sign * level
-    reached = x >= goal
-    at = np.argmax(reached, axis=1)
-    before = np.maximum(at - 1, 0)
-    rows = np.arange(len(x))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fraction = (goal - x[rows, before]) / (x[rows, at] - x[rows, before])
-        fraction = np.where(at == 0, 0.0, fraction)
-        gained = fraction * (cost[rows, at] - cost[rows, before])
-        paid = cost[rows, before] + gained - cost[:, 0]
-    return np.asarray(np.where(reached.any(axis=1), paid, np.nan), np.float64)
-
-
-def _interval(paid: FloatArray) -> Interval | None:
-    if not np.isfinite(paid[0]):
-        return None
-    resampled = paid[1:][np.isfinite(paid[1:])]
-    if len(resampled) < _ENOUGH * (len(paid) - 1):
-        return Interval(value=float(paid[0]))
-    return interval(float(paid[0]), resampled, len(resampled))
-
-
-def _compare(
-    axis: str, level: float, text: str, curve: str, against: str, paid: Mapping[str, FloatArray]
-) -> Comparison:
-    difference = _interval(paid[curve] - paid[against])
-    ratio = None
-    if difference is not None:
-        judged, rival = float(paid[curve][0]), float(paid[against][0])
-        ratio = judged / rival if judged > 0 and rival > 0 else None
-    return Comparison(
+def _payment(
+    axis: str, level: float, text: str, found: Mapping[str, Sequence[Reading]], index: int
+) -> Payment:
+    """What all curves pay at one level."""
+    readings = {label: r[index] for label, r in found.items()}
+    return Payment(
         axis=axis,
         level=level,
         text=text,
-        curve=curve,
-        against=against,
-        difference=difference,
-        ratio=ratio,
-        verdict=_verdict(difference),
+        paid={label: _interval(r) for label, r in readings.items()},
+        grid={label: _finite(r.grid[0]) for label, r in readings.items()},
+        scale={label: _finite(r.scale[0]) for label, r in readings.items()},
     )
 
 
-def _verdict(difference: Interval | None) -> Verdict:
-    if difference is None or difference.low is None or difference.high is None:
-        return "not comparable"
-    if difference.high < 0:
+def _interval(reading: Reading) -> Interval | None:
+    """The percentile interval of one reading, widened by the error of the interpolation."""
+    paid = reading.paid
+    if not np.isfinite(paid[0]):
+        return None
+    finite = np.isfinite(paid[1:])
+    resampled = paid[1:][finite]
+    if len(resampled) < ENOUGH * (len(paid) - 1) or not len(resampled):
+        return Interval(value=float(paid[0]))
+    grid = max(float(reading.grid[0]), float(np.mean(reading.grid[1:][finite])))
+    alone = interval(float(paid[0]), resampled, len(resampled))
+    if alone.low is None or alone.high is None:
+        return alone
+    return Interval(value=alone.value, low=alone.low - grid, high=alone.high + grid)
+
+
+def _compare(
+    axis: str,
+    levels: Sequence[float],
+    text: str,
+    pair: tuple[str, str],
+    found: Mapping[str, Sequence[Reading]],
+    sample: Sample,
+    rows: int,
+) -> list[Comparison]:
+    """One pair of curves at all levels of an axis."""
+    if not levels:
+        return []
+    judged, rival = (found[label] for label in pair)
+    differences = np.stack([a.paid - b.paid for a, b in zip(judged, rival, strict=True)])
+    grids = np.stack([a.grid + b.grid for a, b in zip(judged, rival, strict=True)])
+    widths = simultaneous(differences, grids, rows, ENOUGH)
+    result = []
+    for i, level in enumerate(levels):
+        value, noise, grid = (float(x[i]) for x in (differences[:, 0], widths.noise, widths.grid))
+        paid = (float(judged[i].paid[0]), float(rival[i].paid[0]))
+        verdict: Verdict = "not comparable"
+        shortage = difference = None
+        if np.isfinite(value):
+            difference = Interval(value=value)
+        if np.isfinite(noise):
+            difference = Interval(value=value, low=value - noise - grid, high=value + noise + grid)
+            shortage = few_toxic(sample, level)
+            if shortage is None and abs(value) <= noise + grid:
+                shortage = too_wide(sample, paid, noise, grid)
+            verdict = "too little data" if shortage is not None else _verdict(difference)
+        result.append(
+            Comparison(
+                axis=axis,
+                level=level,
+                text=text,
+                curve=pair[0],
+                against=pair[1],
+                difference=difference,
+                grid=_finite(grid),
+                ratio=paid[0] / paid[1] if paid[0] > 0 and paid[1] > 0 else None,
+                verdict=verdict,
+                shortage=shortage,
+            )
+        )
+    return result
+
+
+def _verdict(difference: Interval) -> Verdict:
+    if difference.high is not None and difference.high < 0:
         return "pays less"
-    return "pays more" if difference.low > 0 else "no difference visible"
+    return (
+        "pays more"
+        if difference.low is not None and difference.low > 0
+        else "no difference visible"
+    )
 
 
-def _effect(less: int, more: int) -> Effect:
-    if less and more:
+def _effect(counts: Mapping[Verdict, int]) -> Effect:
+    if counts["pays less"] and counts["pays more"]:
         return "mixed"
-    if less:
+    if counts["pays less"]:
         return "there"
-    return "reversed" if more else "not there"
+    if counts["pays more"]:
+        return "reversed"
+    if counts["too little data"]:
+        return "too little data"
+    return "not there" if counts["no difference visible"] else "not comparable"
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -28,6 +28,7 @@ def merge_config(
     }
     if curve.method == "task_arithmetic":
         return MergeConfig(**common)
+    assert curve.base_count is not None  # of every curve with precisions
     elsewhere = precision is not None and precision != config.base
     return MergeConfig(
         **common,
@@ -36,7 +37,7 @@ def merge_config(
         guard=config.guard,
         shrink=curve.shrink,
         pool="tensor" if curve.method == "control" else None,
-        observations={config.base: f"{curve.base_count:g}x"},
+        observations={config.base: f"{_exact(curve.base_count)}x"},
         precision={config.base: str(precision)} if elsewhere else {},
     )
 
@@ -44,9 +45,9 @@ def merge_config(
 def merge_command(merge: MergeConfig) -> str:
     """The `bmerge merge` line that makes a candidate; it lacks the output."""
     words = ["bmerge", "merge", *merge.models, "--base", str(merge.base)]
-    words += ["--weights", merge.weights, "--scale", f"{merge.scale[0]:g}"]
+    words += ["--weights", merge.weights, "--scale", _exact(merge.scale[0])]
     if merge.weights == "precision":
-        words += ["--anchor", merge.anchor, "--guard", f"{merge.guard:g}"]
+        words += ["--anchor", merge.anchor, "--guard", _exact(merge.guard)]
         words += ["--shrink", merge.shrink] if merge.shrink is not None else []
         words += ["--pool", merge.pool] if merge.pool is not None else []
         for model, count in merge.observations.items():
@@ -54,3 +55,9 @@ def merge_command(merge: MergeConfig) -> str:
         for model, place in merge.precision.items():
             words += ["--precision", f"{model}={place}"]
     return shlex.join([*words, "--no-posterior"])
+
+
+def _exact(number: float | str) -> str:
+    """A number as short as it can be written without another value being read."""
+    short = f"{float(number):g}"
+    return short if float(short) == float(number) else repr(float(number))

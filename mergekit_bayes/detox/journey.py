@@ -2,21 +2,24 @@
 
 import json
 import platform
+import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
-from mergekit_bayes.detox.analysis import compare_curves, findings
+from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config
 from mergekit_bayes.detox.picture import draw
-from mergekit_bayes.detox.report import DetoxReport, Point, as_markdown
+from mergekit_bayes.detox.report import DetoxReport, KeptModel, Point, as_markdown
+from mergekit_bayes.detox.scales import next_scale
 from mergekit_bayes.detox.settings import (
+    HELD_OUT,
     Curve,
     DetoxConfig,
     curves,
@@ -38,19 +41,24 @@ from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.finetune.run import run_finetune
-from mergekit_bayes.merge import run_merge
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
+Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
+_KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
 def run_detox(
     config: DetoxConfig, *, quiet: bool = False, progress: Tell | None = None
 ) -> DetoxReport:
-    """Carry out a removal and write `report.json`, `report.md` and `toxicity_vs_perplexity.png`.
+    """Carry out a removal.
+
+    Write `report.json`, `report.md`, `toxicity_vs_perplexity.png`, and the chosen candidate in
+    `model`.
 
     Args:
         config: What to remove from what, and how to measure it.
@@ -65,33 +73,80 @@ def run_detox(
     toxic = journey.finetune()
     precision = journey.precision(toxic)
     base = journey.evaluate_base()
-    evaluations: dict[str, list[EvaluateReport]] = {}
-    points: dict[str, list[Point]] = {}
+    candidates: dict[str, Candidates] = {c.label: {} for c in journey.curves}
     for curve in journey.curves:
         for scale in config.scales:
-            evaluation, point = journey.candidate(curve, scale, toxic, precision)
-            evaluations.setdefault(curve.label, []).append(evaluation)
-            points.setdefault(curve.label, []).append(point)
-    payments, comparisons = compare_curves(
-        journey.curves, base, evaluations, config.levels, config.held_out_rises
-    )
+            candidates[curve.label][scale] = journey.candidate(curve, scale, toxic, precision)
+    payments, comparisons = _compare(config, journey.curves, base, candidates)
+    # Levels stay where the first candidates have put them.
+    config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
+    for _ in range(config.extra_scales):
+        added = False
+        for curve in journey.curves:
+            known = candidates[curve.label]
+            between = next_scale(curve.label, list(known), payments, comparisons)
+            if between is not None:
+                known[between] = journey.candidate(curve, between, toxic, precision)
+                added = True
+        if not added:
+            break
+        payments, comparisons = _compare(config, journey.curves, base, candidates)
     versions = {name: version(name) for name in _LIBRARIES}
     report = DetoxReport(
         path=config.output,
-        settings=config.model_dump(mode="json", exclude={"force"}),
+        settings=journey.config.model_dump(mode="json", exclude={"force"}),
         versions=versions | {"python": platform.python_version()},
         identities=journey.identities,
         toxic_model=str(toxic),
         base_precision=precision,
         scorers={name: info.model_dump() for name, info in base.scorers.items()},
         base=_point(base, 0.0),
-        curves={label: tuple(p) for label, p in points.items()},
+        curves={
+            label: tuple(point for _, (_, point) in sorted(found.items()))
+            for label, found in candidates.items()
+        },
         matched=tuple(payments),
         comparisons=tuple(comparisons),
         findings=tuple(findings(comparisons)),
     )
+    best = report.best()
+    if best is not None:
+        label, point, level = best
+        path = journey.keep(label, point.scale, toxic, precision)
+        command = f"{point.command} -o {shlex.quote(str(path))}"
+        kept = KeptModel(
+            path=str(path), curve=label, scale=point.scale, level=level, command=command
+        )
+        report = report.model_copy(update={"kept": kept})
     _write(Path(config.output), report)
     return report
+
+
+def _compare(
+    config: DetoxConfig,
+    compared: Sequence[Curve],
+    base: EvaluateReport,
+    candidates: Mapping[str, Candidates],
+) -> tuple[list[Payment], list[Comparison]]:
+    """All curves at equal toxicity, with the candidates in the order of their scales."""
+    ordered = {label: sorted(found.items()) for label, found in candidates.items()}
+    return compare_curves(
+        compared,
+        base,
+        {label: [report for _, (report, _) in found] for label, found in ordered.items()},
+        config.levels,
+        config.held_out_rises,
+        {label: [scale for scale, _ in found] for label, found in ordered.items()},
+    )
+
+
+def _rises(base: EvaluateReport, payments: Sequence[Payment]) -> tuple[float, ...]:
+    """The rises of the held-out loss at which curves are compared."""
+    if HELD_OUT not in base.perplexity:
+        return ()
+    start = base.perplexity[HELD_OUT].loss.value
+    levels = dict.fromkeys(p.level for p in payments if p.axis == HELD_OUT)
+    return tuple(level - start for level in levels)
 
 
 class _Journey:
@@ -179,15 +234,7 @@ class _Journey:
     ) -> tuple[EvaluateReport, Point]:
         """Merge and evaluate one candidate; delete its model unless the config keeps models."""
         merge = merge_config(self.config, curve, scale, toxic, precision)
-        settings = merge.model_dump(mode="json")
-        key: list[object] = [
-            without(settings, "models", "base", "precision", "observations"),
-            curve.base_count,
-            self.finetune_key,
-        ]
-        if merge.weights == "precision" and precision is not None:
-            key.append(precision_identity(precision))
-        folder = step_folder(self.work, curve.method, *key, *self.evaluate_key)
+        folder = self._candidate_folder(curve, merge, precision)
         model, evaluation, merge_report = (
             folder / name for name in ("model", "evaluation", MERGE_REPORT)
         )
@@ -204,6 +251,31 @@ class _Journey:
         report = read_report(evaluation)
         merged = json.loads(merge_report.read_text())
         return report, _point(report, scale, merged, merge_command(merge))
+
+    def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
+        """Merge the chosen candidate into `model` of the output; its folder."""
+        curve = next(c for c in self.curves if c.label == label)
+        merge = merge_config(self.config, curve, scale, toxic, precision)
+        model, mark = Path(self.config.output) / "model", self.work / _KEPT
+        made_of = self._candidate_folder(curve, merge, precision).name
+        is_there = model.exists() and mark.exists() and mark.read_text() == made_of
+        if not is_there:
+            mark.unlink(missing_ok=True)
+            run_merge(merge.model_copy(update={"out": str(model), "force": True}))
+            mark.write_text(made_of)
+        return model
+
+    def _candidate_folder(self, curve: Curve, merge: MergeConfig, precision: str | None) -> Path:
+        """The folder of a candidate's evaluation."""
+        settings = merge.model_dump(mode="json")
+        key: list[object] = [
+            without(settings, "models", "base", "precision", "observations"),
+            curve.base_count,
+            self.finetune_key,
+        ]
+        if merge.weights == "precision" and precision is not None:
+            key.append(precision_identity(precision))
+        return step_folder(self.work, curve.method, *key, *self.evaluate_key)
 
     def _base_has_precision_like(self, toxic: Path) -> bool:
         """Whether the base has a precision of its weights, by the estimator of the fine-tune."""

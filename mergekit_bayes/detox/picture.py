@@ -1,5 +1,6 @@
 """The picture of a removal: toxicity against its cost, one column of panels for each text."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,12 @@ from mergekit_bayes.detox.settings import HELD_OUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = {"task arithmetic": "#6b6b6b", "gradient matching": "#1f6fb4", "control": "#e07b1a"}
 _MARKERS = {"task arithmetic": "s", "gradient matching": "o", "control": "^"}
 _STYLES = ("-", "--", ":", "-.")
+_X_LABEL, _Y_LABEL, _LEGEND = 44, 32, 48  # characters in a line
 _FAR = 1.5  # a panel ends at this multiple of the base's perplexity
 
 
@@ -22,13 +25,18 @@ def draw(report: DetoxReport, path: Path) -> None:
         report: What is drawn.
         path: The PNG file to write.
     """
+    make_figure(report).savefig(path, format="png")
+
+
+def make_figure(report: DetoxReport) -> "Figure":
+    """The picture, of which nothing is cut off: it is as large as its panels and legend need."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     texts = [name for name in report.base.perplexity if name != HELD_OUT]
     axes = [*report.base.toxicity, *([HELD_OUT] if HELD_OUT in report.base.perplexity else [])]
     figure = Figure(
-        figsize=(1.2 + 4.2 * len(texts), 0.9 + 3.1 * len(axes)), layout="constrained", dpi=150
+        figsize=(1.2 + 4.2 * len(texts), 0.4 + 3.1 * len(axes)), layout="constrained", dpi=150
     )
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(axes), len(texts), squeeze=False, sharey="row", sharex="col")
@@ -36,15 +44,34 @@ def draw(report: DetoxReport, path: Path) -> None:
         for j, text in enumerate(texts):
             _panel(panels[i][j], report, axis, text)
             if i == len(axes) - 1:
-                panels[i][j].set_xlabel(f"perplexity, {text}")
+                panels[i][j].set_xlabel(_wrapped(f"perplexity, {text}", _X_LABEL))
             panels[i][j].set_ylim(*_heights(report, axis, texts))
             if j == 0:
                 panels[i][j].set_ylabel(_name(axis))
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
+    _add_legend(figure, panels[0][0])
+    return figure
+
+
+def _add_legend(figure: "Figure", panel: "Axes") -> None:
+    """Put the legend above the panels, in as many columns as fit, and make room for its rows."""
+    handles, labels = panel.get_legend_handles_labels()
+    labels = [_wrapped(label, _LEGEND) for label in labels]
+    for columns in range(min(4, len(labels)), 0, -1):
+        legend = figure.legend(
+            handles, labels, loc="outside upper center", ncols=columns, frameon=False
+        )
+        extent = legend.get_window_extent()
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(
+        max(width, extent.width / figure.dpi), height + extent.height / figure.dpi
     )
-    figure.savefig(path, format="png")
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _panel(panel: "Axes", report: DetoxReport, axis: str, text: str) -> None:
@@ -105,4 +132,4 @@ def _name(axis: str) -> str:
         scorer = rest.rsplit("/", 1)[-1]
     else:
         scorer = prefix.rsplit(".", 1)[-1]
-    return f"toxic continuations (%)\nby {scorer}"
+    return "toxic continuations (%)\n" + _wrapped(f"by {scorer}", _Y_LABEL)

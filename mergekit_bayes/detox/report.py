@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mergekit_bayes import __version__
 from mergekit_bayes.detox.analysis import Comparison, Finding, Payment
+from mergekit_bayes.detox.evidence import Shortage
 from mergekit_bayes.detox.settings import HELD_OUT
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
@@ -15,7 +16,16 @@ _EFFECTS = {
     "reversed": "The effect is reversed",
     "mixed": "The effect is mixed",
     "not there": "The effect is not there",
+    "too little data": "Too little data",
 }
+_PAID = (
+    "Nats a token, with 95 % intervals of each alone, which hold the error of the interpolation "
+    "between scales."
+)
+_DIFFERENCES = (
+    "Differences, paired over prompts and documents; the intervals of a column hold at all of its "
+    "levels together with 95 %. `grid` is their half-width from the interpolation alone."
+)
 
 
 class Point(Record):
@@ -42,6 +52,24 @@ class Point(Record):
     command: str | None = None
 
 
+class KeptModel(Record):
+    """The candidate that is kept.
+
+    Attributes:
+        path: Its folder.
+        curve: The label of its curve.
+        scale: How much was subtracted.
+        level: The toxic share by the first scorer that it had to reach.
+        command: The command that makes it again.
+    """
+
+    path: str
+    curve: str
+    scale: float
+    level: float
+    command: str
+
+
 class DetoxReport(Record):
     """All numbers of a removal, with settings, versions and identities.
 
@@ -59,6 +87,7 @@ class DetoxReport(Record):
         matched: What each curve pays at each level.
         comparisons: Pairs of curves at each level.
         findings: Pairs of curves over all levels.
+        kept: The chosen candidate, whose model is kept; None if no candidate reaches a level.
     """
 
     version: str = __version__
@@ -74,6 +103,7 @@ class DetoxReport(Record):
     matched: tuple[Payment, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     findings: tuple[Finding, ...] = ()
+    kept: KeptModel | None = None
 
     def lowest_common_level(self, scorer: str) -> float | None:
         """The lowest toxic share by this scorer that all curves reach, if there is one."""
@@ -102,6 +132,30 @@ class DetoxReport(Record):
             for label, points in self.curves.items()
         }
 
+    def best(self) -> tuple[str, Point, float] | None:
+        """The candidate to keep.
+
+        By the first scorer, among the candidates that are at most as toxic as the lowest level that
+        all curves reach (else the lowest that any candidate reaches), it is the one of lowest
+        perplexity on the first text.
+
+        Returns:
+            The label of its curve, the candidate and the level; None if no level is reached.
+        """
+        scorer = next(iter(self.base.toxicity), None)
+        text = next((name for name in self.base.perplexity if name != HELD_OUT), None)
+        if scorer is None or text is None:
+            return None
+        points = [(label, p) for label, points in self.curves.items() for p in points]
+        common = self.lowest_common_level(scorer)
+        levels = sorted({m.level for m in self.matched if m.axis == scorer})
+        for level in levels if common is None else [common]:
+            reaching = [x for x in points if x[1].toxicity[scorer].share.value <= level]
+            if reaching:
+                label, point = min(reaching, key=lambda x: x[1].perplexity[text].token.value)
+                return label, point, level
+        return None
+
 
 def as_markdown(report: DetoxReport) -> str:
     """The text of `report.md`: the findings, the tables behind them, and how they were made."""
@@ -109,6 +163,7 @@ def as_markdown(report: DetoxReport) -> str:
     parts = ["# Removing toxicity: what each method pays", "![](toxicity_vs_perplexity.png)"]
     lines = verdicts(report) or ["Nothing could be compared."]
     parts += ["## Findings", "\n".join(f"- {line}" for line in lines)]
+    parts += ["## The model that is kept", _kept(report)]
     for axis in dict.fromkeys(m.axis for m in report.matched):
         parts += [_matched_table(report, axis, text) for text in texts]
     for scorer in base.toxicity:
@@ -118,26 +173,83 @@ def as_markdown(report: DetoxReport) -> str:
 
 
 def verdicts(report: DetoxReport) -> list[str]:
-    """One sentence for each finding; whether there is an effect follows from the intervals."""
+    """One sentence or two for each finding; what they say follows from the intervals."""
+    return [*_without_toxic(report), *(_verdict(report, f) for f in report.findings)]
+
+
+def _verdict(report: DetoxReport, f: Finding) -> str:
+    axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
+    what = f"{f.curve} against {f.against}, {f.text}, at equal {axis}"
+    if not f.levels:
+        missing = [label for label in (f.curve, f.against) if not _reaches(report, f, label)]
+        why = f"{' and '.join(missing)} reaches none of them" if missing else "no interval"
+        return f"{what}: not comparable at any level ({why})."
+    clear = (
+        f"less at {f.less}, more at {f.more} of {f.levels} levels (95 % interval for all levels "
+        f"together clear of zero)."
+    )
+    if f.effect == "too little data":
+        return (
+            f"{_EFFECTS[f.effect]}: {what}: no difference is visible, but at {f.unresolved} of "
+            f"{f.levels} levels one that matters would not be.{_remedy(f.shortage)}"
+        )
+    rest = ""
+    if f.effect == "not there":
+        rest = " A difference of half of what is paid (or 0.01 nats) would be visible at all."
+    elif f.unresolved:
+        rest = f" Too little data at {f.unresolved}.{_remedy(f.shortage)}"
+    return f"{_EFFECTS[f.effect]}: {what}: {clear}{rest}{_ratios(f)}{_gains(report, f)}"
+
+
+def _remedy(shortage: Shortage | None) -> str:
+    """How much data would do, as a sentence with a space before it."""
+    if shortage is None:
+        return ""
+    if shortage.needs is None:
+        return " The scales are too far apart there: raise extra_scales, or give more scales."
+    if shortage.unit == "documents":
+        return (
+            f" About {shortage.needs:,} held-out toxic documents would do ({shortage.has:,} were "
+            "read), and as many times the documents of the text."
+        )
+    why = ", since few are toxic" if shortage.reason == "few toxic" else ""
+    return (
+        f" About {shortage.needs:,} continuations of each model would do ({shortage.has:,} were "
+        f"made{why}); more prompts tell more than more continuations of each."
+    )
+
+
+def _without_toxic(report: DetoxReport) -> list[str]:
+    """A sentence for each scorer that finds nothing toxic in what the base writes."""
     lines = []
-    for f in report.findings:
-        axis = f"loss on {f.axis}" if f.axis == HELD_OUT else f"toxic share by {f.axis}"
-        if not f.levels:
-            who = " and ".join(
-                label for label in (f.curve, f.against) if not _reaches(report, f, label)
-            )
-            why = f"{who} reaches none of them" if who else "no interval"
-            lines.append(
-                f"{f.curve} against {f.against}, {f.text}, at equal {axis}: not comparable at any "
-                f"level ({why})."
-            )
+    for scorer, toxicity in report.base.toxicity.items():
+        if toxicity.share.value > 0:
             continue
+        count = toxicity.n_continuations
         lines.append(
-            f"{_EFFECTS[f.effect]}: {f.curve} against {f.against}, {f.text}, at equal {axis}: "
-            f"less at {f.less}, more at {f.more} of {f.levels} levels (95 % interval clear of "
-            f"zero).{_ratios(f)}{_gains(report, f)}"
+            f"{_EFFECTS['too little data']}: {scorer} calls none of the base's {count:,} "
+            f"continuations toxic, so nothing can be compared at an equal toxic share. The true "
+            f"share may be up to {min(3 / count, 1):.2g} (95 %, if all are independent); take "
+            "prompts that make it toxic, or a finer scorer."
         )
     return lines
+
+
+def _kept(report: DetoxReport) -> str:
+    if report.kept is None:
+        return (
+            "None: no candidate reaches a level of the toxic share. Take larger scales, or make "
+            "one by its command."
+        )
+    k = report.kept
+    scorer, text = next(iter(report.base.toxicity)), _texts(report)[0]
+    return (
+        f"`{k.path}`: {k.curve} at scale -{k.scale:g}. Of the candidates with at most "
+        f"{k.level:.1%} toxic continuations by `{scorer}` it has the lowest perplexity on {text}. "
+        "It was chosen by the numbers below, which therefore flatter it a little. To make it "
+        "again:\n\n"
+        f"```\n{k.command}\n```"
+    )
 
 
 def _texts(report: DetoxReport) -> list[str]:
@@ -179,14 +291,14 @@ def _matched_table(report: DetoxReport, axis: str, text: str) -> str:
         start = report.base.toxicity[axis].share.value
         title, first = f"At equal toxic share by `{axis}` (base {start:.1%})", "share"
         levels = [f"{m.level:.1%}" for m in rows]
-    lines = [f"## {title}: loss added on {text}", "", "Nats a token, with 95 % intervals.", ""]
+    lines = [f"## {title}: loss added on {text}", "", _PAID, ""]
     payments = [[_paid(m.paid[label]) for label in labels] for m in rows]
     body = [[level, *paid] for level, paid in zip(levels, payments, strict=True)]
     lines += _table([first, *labels], body)
     differences = [c for c in report.comparisons if c.axis == axis and c.text == text]
     pairs = list(dict.fromkeys((c.curve, c.against) for c in differences))
     if pairs:
-        lines += ["", "Differences, paired over prompts and documents:", ""]
+        lines += ["", _DIFFERENCES, ""]
         body = []
         for level, shown in zip((m.level for m in rows), levels, strict=True):
             by_pair = {(c.curve, c.against): c for c in differences if c.level == level}
@@ -239,7 +351,10 @@ def _how(report: DetoxReport) -> str:
         f"- Perplexity by the {first.protocol} protocol, window {first.window}, stride "
         f"{first.stride}.",
         "- Intervals: 95 % bootstrap over prompts and documents, the same resamples for all "
-        "models. They do not hold the spread between training seeds.",
+        "models. They do not hold the spread between training seeds. Each finding is wrong with at "
+        "most 5 %; of many findings some may be.",
+        "- Scales beside the given ones were added where a curve crosses a level "
+        f"(extra_scales: {report.settings.get('extra_scales', 0)}).",
         f"- bmerge {report.version}, {versions}; all settings, hashes and numbers are in "
         "report.json.",
         "",
@@ -269,7 +384,9 @@ def _difference(c: Comparison) -> str:
     if c.difference is None:
         return "not comparable"
     ratio = f", ratio {c.ratio:.2f}" if c.ratio is not None else ""
-    return f"{_paid(c.difference)}{ratio}"
+    grid = f", grid {c.grid:.3f}" if c.grid is not None else ""
+    unresolved = ", too little data" if c.verdict == "too little data" else ""
+    return f"{_paid(c.difference)}{ratio}{grid}{unresolved}"
 
 
 def _share(x: Interval) -> str:

@@ -82,6 +82,12 @@ class DetoxConfig(Config):
     scales: Annotated[tuple[Positive, ...], OneOrMore] = Field(
         min_length=1, description="Amounts a > 0; a candidate is merged with scale -a."
     )
+    extra_scales: int = Field(
+        4,
+        ge=0,
+        description="At most this many more candidates a curve, at the scales where it crosses a "
+        "level and the interpolation between its scales is too uncertain.",
+    )
     base_count: Annotated[tuple[Positive, ...], OneOrMore] = Field(
         (3.0,),
         description="Weight of one observation of the base over one of the task (`merge "
@@ -105,7 +111,8 @@ class DetoxConfig(Config):
     )
     keep_models: bool = Field(
         False,
-        description="Keep the candidates. Otherwise the report says how to make each again.",
+        description="Keep all candidates. Otherwise only the chosen one is kept, in `model/` of "
+        "the output, and the report says how to make each again.",
     )
     force: bool = Field(False, description="Repeat all steps.")
 

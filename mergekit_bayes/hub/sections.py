@@ -111,8 +111,10 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
         f"{len(report['left_out'])} left out"
     )
     if any((m["scale"] or 0) < 0 for m in report["models"]):
+        share = report["guarded_share"]
+        acted = "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"  # never 0 if it acted
         yield (
-            f"guard {report['guard']:g}: it acted on {report['guarded_share']:.2%} of the entries; "
+            f"guard {report['guard']:g}: it acted on {acted} of the entries; "
             f"the largest multiplier of what was removed is {report['largest_multiplier']:.3g}"
         )
     if (changed := report.get("changed_share")) is not None:

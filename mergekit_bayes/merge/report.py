@@ -106,6 +106,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
     if has_changes and totals.changed and plan.method.is_posterior:
         lost_share = totals.lost / totals.changed
         _note_lost(plan, lost_share, notes)
+    _note_undo(plan, totals, notes)
     return MergeReport(
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,
@@ -185,6 +186,23 @@ def _note_lost(plan: MergePlan, lost_share: float, notes: list[str]) -> None:
         f"{start}{rounded}{f', or {cancels}' if cancels else ''}. Undoing the merge later is exact "
         "in F32 only (--dtype F32)"
     )
+
+
+def _note_undo(plan: MergePlan, totals: MergeTotals, notes: list[str]) -> None:
+    """Say if the guard acted although every removal undoes a term."""
+    if plan.guard == plan.config.guard or not totals.guarded:
+        return
+    notes.append(
+        f"the undo is not exact: its guard acted on {totals.guarded:,} of {totals.entries:,} "
+        f"entries ({_percent(totals.guarded_share)}). What remains there is less than "
+        f"{plan.guard:g} of the precision that was added and removed, too little to be told from "
+        "rounding. Merge again from the models, without the one that is removed"
+    )
+
+
+def _percent(share: float) -> str:
+    """A share above zero, which is never shown as zero."""
+    return f"{share:.2%}" if share >= 5e-5 else "less than 0.01%"
 
 
 def _six_digits(number: float) -> float:

@@ -63,7 +63,9 @@ def choose_guard(
     if any(contained[identity] < amount - 1e-9 for identity, amount in removed.items()):
         return config.guard
     notes.append(
-        "every removal undoes a term that a merge lists; the guard acts on rounding errors only"
+        "every removal undoes a term that a merge lists, where the precision that remains is "
+        f"positive up to rounding: the guard is {UNDO_GUARD:g} here, and --guard {config.guard:g} "
+        "is not used"
     )
     return UNDO_GUARD
 
