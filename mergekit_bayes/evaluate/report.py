@@ -23,11 +23,15 @@ class ScorerInfo(Frozen):
         fingerprint: SHA-256 of the word list, of the classifier's tensors (by sampled blocks), or
             of the file that holds the function (not of what that file imports).
         label: The classifier's toxic label.
+        reading: How the label's probability is read from the classifier's logits.
+        reason: What decided the reading.
     """
 
     kind: Literal["words", "model", "function"]
     fingerprint: str | None
     label: str | None = None
+    reading: Literal["softmax", "sigmoid"] | None = None
+    reason: str | None = None
 
 
 class SampledReport(Frozen):
