@@ -26,14 +26,17 @@ def read_prompts(config: EvaluateConfig) -> list[str]:
     """
     if config.toxicity is None:
         return []
-    rows = load_rows(
-        config.toxicity, where=config.prompts_where or None, max_rows=config.prompts
-    )
+    rows = load_rows(config.toxicity, where=config.prompts_where or None, max_rows=config.prompts)
     column, keys = _find_column(rows, config.prompt_column, config.toxicity)
-    return [
-        _text(value, keys, f"'{config.toxicity}', row {i + 1}: '{column}'")
-        for i, value in enumerate(rows[column])
-    ]
+    prompts = []
+    for i, value in enumerate(rows[column]):
+        path, text = _descend(value, column, keys, f"'{config.toxicity}', row {i + 1}")
+        if not isinstance(text, str):
+            raise MismatchError(
+                f"'{config.toxicity}', row {i + 1}: '{path}' is {_kind(text)}, expected text."
+            )
+        prompts.append(text)
+    return prompts
 
 
 def _find_column(rows: "Dataset", path: str, source: str) -> tuple[str, list[str]]:
@@ -48,24 +51,22 @@ def _find_column(rows: "Dataset", path: str, source: str) -> tuple[str, list[str
     return column, keys
 
 
-def _text(value: object, keys: list[str], where: str) -> str:
-    """The text under `keys` of a cell, or the cell itself; of an object, what its `text` holds."""
+def _descend(value: object, path: str, keys: list[str], where: str) -> tuple[str, object]:
+    """What a cell holds under `keys`, and its path; of an object, what its `text` holds."""
     for key in keys:
         if not isinstance(value, Mapping):
-            raise MismatchError(f"{where} is {_kind(value)}, which has no key '{key}'.")
+            raise MismatchError(f"{where}: '{path}' is {_kind(value)}, which has no key '{key}'.")
         if key not in value:
-            raise MismatchError(f"{where} has no key '{key}'; it has {', '.join(value)}.")
-        value, where = value[key], f"{where[:-1]}.{key}'"
-    if isinstance(value, Mapping):
-        if _TEXT not in value:
-            raise MismatchError(
-                f"{where} is an object with {', '.join(value)}, expected text. Name the key that "
-                "holds it: --prompt-column COLUMN.KEY."
-            )
-        value, where = value[_TEXT], f"{where[:-1]}.{_TEXT}'"
-    if not isinstance(value, str):
-        raise MismatchError(f"{where} is {_kind(value)}, expected text.")
-    return value
+            raise MismatchError(f"{where}: '{path}' has no key '{key}'; it has {', '.join(value)}.")
+        value, path = value[key], f"{path}.{key}"
+    if not isinstance(value, Mapping):
+        return path, value
+    if _TEXT not in value:
+        raise MismatchError(
+            f"{where}: '{path}' is an object with {', '.join(value)}. Name the key that holds the "
+            f"text: --prompt-column {path}.KEY."
+        )
+    return f"{path}.{_TEXT}", value[_TEXT]
 
 
 def _kind(value: object) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.heads import read_head
 from mergekit_bayes.models.load import Loaded, other_head
 
 
@@ -69,6 +70,15 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
             f"'{config.model}' is a classifier with {other}; --classify needs one with a single "
             "label of two classes or more."
         )
+    if config.classify:
+        head = loaded.model.config
+        reading = read_head(head.problem_type, head.id2label, head.num_labels)
+        if reading.likelihood == "bernoulli":
+            raise MismatchError(
+                f"'{config.model}' is a classifier whose labels do not exclude each other: "
+                f"{reading.reason}. --classify needs one with a single label. If its texts have "
+                "exactly one, write problem_type single_label_classification into its config.json."
+            )
     if config.window is not None and config.window > loaded.context:
         raise ConfigError(
             f"window {config.window}: '{config.model}' sees at most {loaded.context} tokens."

@@ -105,7 +105,9 @@ class EvaluateConfig(Config):
     )
     sampling_batch: int = Field(256, ge=1, description="Continuations that are drawn together.")
     bootstrap: int = Field(
-        1000, ge=0, description="Number of resamples for each interval; 0 for no intervals."
+        1000,
+        ge=0,
+        description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
     dtype: str = Field("float32", description="Dtype of the parameters, or auto for the file's.")
     output: str | None = Field(
