@@ -318,13 +318,14 @@ def test_the_command_shows_mean_and_samples_side_by_side(
     for measured in (report, report["sampled"]):
         scores = measured["classification"]["test"]
         others = {"examples", "classes", "confidence", "bins"}
-        assert set(scores) == {"accuracy", "nll", "brier", "ece"} | others
+        assert set(scores) == {"accuracy", "nll", "brier", "ece", "reliability"} | others
         assert sum(b["examples"] for b in scores["bins"]) == 4
     change = report["sampled"]["classification_change"]["test"]
-    assert set(change) == {"accuracy", "nll", "brier", "ece"}
+    assert set(change) == {"accuracy", "nll", "brier", "ece", "reliability"}
     assert report["sampled"]["draws"]["held"] == 0
     for text in (
-        "ECE by 4 bins",
+        "ECE and reliability by 4 bins",
+        "reliability: squared calibration error",
         "  3 samples",
         "change",
         "calibration of test",

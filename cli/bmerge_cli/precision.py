@@ -37,4 +37,6 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
         f"{report.unit}s; median precision {report.health['precision_median']:.3g}",
         markup=False,
     )
+    if report.unit == "example":
+        console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -114,9 +114,9 @@ def share_interval(values: FloatArray, size: int = 1) -> Interval:
     scale = 1 + Z * Z / count
     centre = (mean + Z * Z / (2 * count)) / scale
     half = Z / scale * np.sqrt(bernoulli / count + (Z / (2 * count)) ** 2)
-    return Interval(
-        value=mean, low=max(float(centre - half), 0.0), high=min(float(centre + half), 1.0)
-    )
+    # Rounding may put an end that is 0 or 1 on the wrong side of it, or of the mean.
+    low, high = max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    return Interval(value=mean, low=min(low, mean), high=max(high, mean))
 
 
 def share_change_interval(before: FloatArray, after: FloatArray) -> Interval:

@@ -70,7 +70,7 @@ def squared_calibration_error(p: FloatArray, labels: Labels, bins: int) -> Inter
     if n < 2:
         return Interval(value=estimate)
     linear, quadratic = _variances([(1.0, gaps)])
-    shares = gaps.count / n
+    shares = gaps.sizes / n
     slope = 4 * float((shares * gaps.variance).sum())
     if estimate > 2 * np.sqrt(quadratic):
         slope = max(slope, linear * n / estimate)
@@ -153,11 +153,11 @@ def confidence_bins(p: FloatArray, bins: int) -> Labels:
 class _Gaps(NamedTuple):
     """Right or not minus confidence, by example and by bin."""
 
-    index: Labels  # (n,), the bin of each example
+    bin_of: Labels  # (n,), the bin of each example
     predicted: Labels  # (n,)
     gap: FloatArray  # (n,), d
     residual: FloatArray  # (n,), e, scaled so that its mean square is the unbiased variance
-    count: FloatArray  # (bins,)
+    sizes: FloatArray  # (bins,), examples in each
     mean: FloatArray  # (bins,), of d
     variance: FloatArray  # (bins,), of d, not less than that of a share
     unseen: FloatArray  # (bins,), what was added to the variance of the sample
@@ -178,10 +178,10 @@ class _Gaps(NamedTuple):
 
     def estimate(self) -> float:
         """T, the unbiased estimate."""
-        bins = len(self.count)
-        sums = np.bincount(self.index, self.gap, bins)
-        squares = np.bincount(self.index, self.gap**2, bins)
-        return float(((sums**2 - squares) / np.maximum(self.count - 1, 1)).sum() / len(self.gap))
+        bins = len(self.sizes)
+        sums = np.bincount(self.bin_of, self.gap, bins)
+        squares = np.bincount(self.bin_of, self.gap**2, bins)
+        return float(((sums**2 - squares) / np.maximum(self.sizes - 1, 1)).sum() / len(self.gap))
 
 
 def _variances(terms: list[tuple[float, _Gaps]]) -> tuple[float, float]:
@@ -192,21 +192,21 @@ def _variances(terms: list[tuple[float, _Gaps]]) -> tuple[float, float]:
     """
     n = len(terms[0][1].gap)
     psi = sum(
-        (sign * (2 * g.mean[g.index] * g.gap - g.mean[g.index] ** 2) for sign, g in terms),
+        (sign * (2 * g.mean[g.bin_of] * g.gap - g.mean[g.bin_of] ** 2) for sign, g in terms),
         start=np.zeros(n),
     )
     linear, quadratic = float(psi.var(ddof=1)) / n, 0.0
     for sign, a in terms:
         for other_sign, b in terms:
-            bins = len(a.count)
-            cell, cells = a.index * bins + b.index, bins * bins
-            agree = np.bincount(cell, (a.predicted == b.predicted).astype(np.float64), cells) / n
-            unseen = agree * np.sqrt(np.outer(a.unseen, b.unseen)).ravel()
-            moment = np.bincount(cell, a.residual * b.residual, cells) / n + unseen
-            shares = np.outer(np.maximum(a.count, 1), np.maximum(b.count, 1)).ravel() / n**2
+            # Only pairs of bins that hold examples, since there may be many bins.
+            pairs, cell = np.unique(a.bin_of * len(b.sizes) + b.bin_of, return_inverse=True)
+            i, j = np.divmod(pairs, len(b.sizes))
+            agree = np.bincount(cell, (a.predicted == b.predicted).astype(np.float64)) / n
+            unseen = agree * np.sqrt(a.unseen[i] * b.unseen[j])
+            moment = np.bincount(cell, a.residual * b.residual) / n + unseen
             both = sign * other_sign
-            linear += both * 4 * float((unseen * np.outer(a.mean, b.mean).ravel()).sum()) / n
-            quadratic += both * 2 * float((moment**2 / shares).sum()) / n**2
+            linear += both * 4 * float((unseen * a.mean[i] * b.mean[j]).sum()) / n
+            quadratic += both * 2 * float((moment**2 / (a.sizes[i] * b.sizes[j])).sum())
     # Noise in the means of the bins adds twice the quadratic part to the linear one.
     quadratic = max(quadratic, 0.0)
     return max(linear - 2 * quadratic, 0.0), quadratic

@@ -330,7 +330,8 @@ def _log_softmax(
 
 def _right(p: FloatArray, y: Labels) -> FloatArray:
     """(examples,), 1 where the likeliest class is the true one, else 0."""
-    return (p.argmax(axis=1) == y).astype(np.float64)
+    right: FloatArray = (p.argmax(axis=1) == y).astype(np.float64)
+    return right
 
 
 def _brier(p: FloatArray, y: Labels) -> FloatArray:
