@@ -87,6 +87,15 @@ def read_head(problem_type: str | None, labels: Mapping[int, str], outputs: int)
     )
 
 
+def head_of(config: object) -> Head:
+    """`read_head` of a model's config, as transformers or PEFT hands it out."""
+    return read_head(
+        getattr(config, "problem_type", None),
+        getattr(config, "id2label", None) or {},
+        getattr(config, "num_labels", 2),
+    )
+
+
 def _together(labels: Mapping[int, str]) -> tuple[str, str] | None:
     """Two labels that a text can have at once, by their names; None if no such pair is known."""
     names = {re.sub(r"[ -]", "_", str(text).strip().lower()): str(text) for text in labels.values()}

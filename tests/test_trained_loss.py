@@ -1,5 +1,6 @@
 """The curvature is that of the loss which transformers trains with, for every kind of model."""
 
+import doctest
 import re
 from functools import partial
 
@@ -9,6 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import BertConfig, GPT2Config
 
+from mergekit_bayes import heads
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
@@ -175,3 +177,20 @@ def test_the_loss_is_told_with_what_says_so(names, problem, words):
     config = BERT(num_labels=len(names), problem_type=problem, id2label=dict(enumerate(names)))
     described = trained_loss(SEQUENCE(config)).describe()
     assert re.search(words, described), described
+
+
+def test_an_adapter_hides_neither_the_loss_nor_the_labels():
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    found = trained_loss(
+        get_peft_model(SEQUENCE(BERT(num_labels=3, problem_type="regression")), lora)
+    )
+    assert (found.likelihood, found.averages, found.scale(3)) == ("gaussian", True, 2 / 3)
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    found = trained_loss(get_peft_model(transformers.GPT2LMHeadModel(GPT2(num_labels=1)), lora))
+    assert (found.likelihood, found.shifts, found.scale(7)) == ("categorical", True, 1)
+
+
+def test_the_examples_of_heads_run():
+    assert doctest.testmod(heads) == (0, 2)

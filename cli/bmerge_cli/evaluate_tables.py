@@ -80,6 +80,8 @@ def _show_classification(screen: Console, report: "EvaluateReport") -> None:
             changes = (change.accuracy, change.nll, change.brier, change.reliability, change.ece)
             rows.append(["  change", *map(_change, changes), "", ""])
     screen.print(table(columns, rows, title=title))
+    if report.label_reading:
+        screen.print(f"labels are read by {report.label_reading}")
     screen.print(
         "reliability: squared calibration error, without the bias of finite samples; no error is "
         "visible where its interval holds zero. ECE is above zero for calibrated models too"

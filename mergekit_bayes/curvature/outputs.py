@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mergekit_bayes.heads import Likelihood, read_head
+from mergekit_bayes.heads import Likelihood, head_of
 
 _IGNORED = -100  # the label that transformers' losses leave out
 
@@ -84,7 +84,7 @@ def trained_loss(model: Module, labels: Tensor | None = None) -> TrainedLoss:
         is_class = labels.dtype in (torch.long, torch.int)
         reason = "its labels are class numbers" if is_class else "its labels are no class numbers"
         return TrainedLoss("categorical" if is_class else "bernoulli", averages, True, reason)
-    head = read_head(problem, getattr(config, "id2label", None) or {}, outputs)
+    head = head_of(config)
     if head.likelihood is None:
         return TrainedLoss("categorical", averages, True, f"assumed: {head.reason}")
     return TrainedLoss(head.likelihood, averages, True, head.reason)

@@ -62,6 +62,7 @@ class EvaluateReport(Frozen):
         settings: The config as JSON.
         perplexity: Perplexities at the mean, by the names of the texts.
         classification: Scores at the mean, by the names of the labelled texts.
+        label_reading: How the outputs of a classifier were read, and what says so.
         sampled: The same averaged over the posterior's samples, if the config asks for them.
         toxicity: Toxicity by each scorer, by the scorers' names in the config.
         scored: Only the continuation is scored, not the prompt.
@@ -77,6 +78,7 @@ class EvaluateReport(Frozen):
     settings: dict[str, Any]
     perplexity: dict[str, PerplexityReport] = {}
     classification: dict[str, ClassificationReport] = {}
+    label_reading: str | None = None
     sampled: SampledReport | None = None
     toxicity: dict[str, ToxicityReport] = {}
     scored: Literal["continuation"] = "continuation"

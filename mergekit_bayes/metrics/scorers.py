@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.heads import read_head
+from mergekit_bayes.heads import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def read_label(
     """How the probability of `label` is read from a text-classification checkpoint.
 
     Softmax over exclusive labels, the sigmoid of the label's logit for independent labels or for a
-    single output. `heads.read_head` says which; where it cannot, the caller has to.
+    single output. `heads.head_of` says which; where it cannot, the caller has to.
 
     Args:
         model: The classifier.
@@ -85,7 +85,7 @@ def read_label(
         return LabelReading(reading, "chosen in --scorer")
     if config.num_labels == 1:
         return LabelReading("sigmoid", "there is one output")
-    head = read_head(config.problem_type, config.id2label, config.num_labels)
+    head = head_of(config)
     if head.likelihood is None:
         raise ConfigError(
             f"--scorer '{name}': {head.reason} ({', '.join(labels)}). If a text has exactly one of "
