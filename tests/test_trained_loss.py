@@ -117,7 +117,10 @@ def test_the_curvature_is_the_hessian_of_the_models_own_loss(kind):
     estimate = ggn_diagonal(model, rows * draws, seed=1)
     assert config.problem_type == problem
 
-    count = estimate.observations / draws
+    of_tokens = labels.shape == IDS.shape
+    scored = labels[:, 1:] if kind == "next tokens" else labels
+    count = int((scored != -100).sum()) if of_tokens else len(IDS)
+    assert estimate.observations == draws * count
     loss = model(input_ids=IDS, labels=labels).loss * count
     gradients = torch.autograd.grad(loss, head, create_graph=True)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
