@@ -81,14 +81,40 @@ def test_a_calibrated_model_has_less_calibration_error_than_an_overconfident_one
     labels = [int(rng.choice(3, p=row)) for row in p]
     honest = score_classification(np.log(p), labels, bins=10)
     bold = score_classification((3 * logits).log_softmax(-1).numpy(), labels, bins=10)
-    assert honest.ece.value < 0.03 < 0.1 < bold.ece.low
+    assert honest.ece.value < 0.03 < 0.1 < bold.ece.value
+    assert honest.reliability.low < 0 < honest.reliability.high < 0.01 < bold.reliability.low
     assert bold.accuracy == honest.accuracy
     change = classification_change(honest, bold)
-    # Paired: the same examples are right.
-    assert (change.accuracy.low, change.accuracy.high) == (0, 0)
+    # Paired: the same examples are right, and of others at most one in a thousand is not.
+    assert change.accuracy.value == 0
+    assert -0.001 < change.accuracy.low < 0 < change.accuracy.high < 0.001
     assert change.nll.low > 0
     assert change.brier.low > 0
-    assert change.ece.low > 0
+    assert change.reliability.low > 0
+
+
+def test_the_biased_calibration_error_has_no_interval_and_zero_resamples_give_none():
+    logp, labels = predictions(50, 3, seed=6)
+    report = score_classification(logp, labels.tolist())
+    for found in (report, classification_change(report, report)):
+        assert (found.ece.low, found.ece.high) == (None, None)
+        for name in ("accuracy", "nll", "brier", "reliability"):
+            assert getattr(found, name).low is not None, name
+    without = score_classification(logp, labels.tolist(), bootstrap=0)
+    change = classification_change(without, without, bootstrap=0)
+    for found in (without, change):
+        for name in ("accuracy", "nll", "brier", "ece", "reliability"):
+            assert getattr(found, name).low is None, name
+
+
+def test_no_wrong_prediction_is_no_certainty():
+    """A resample of right predictions only has none that is wrong."""
+    report = score_classification(np.log(np.tile([0.9, 0.1], (30, 1))), [0] * 30)
+    assert report.accuracy.value == report.accuracy.high == 1
+    assert 0.85 < report.accuracy.low < 0.9  # Wilson: 1 / (1 + 1.96^2 / 30)
+    sure = score_classification(np.array([[0.0, -800.0]] * 30), [0] * 30)
+    assert sure.brier.value == 0
+    assert sure.brier.high > 0.1
 
 
 def test_intervals_of_means_have_the_width_of_their_standard_error():

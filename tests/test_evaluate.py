@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.prompts import read_prompts
 from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
@@ -299,6 +300,98 @@ def test_what_cannot_be_classified_or_sampled_is_refused(
         run_evaluate(EvaluateConfig(model=classifier, **options))
 
 
+def test_labels_that_occur_together_are_not_classified_as_one(world):
+    (world / "one.jsonl").write_text(json.dumps({"text": "a dog", "label": 0}) + "\n")
+    names = ["toxic", "insult", "threat"]
+    folder = tiny_models.tiny_bert(world / "several", labels=3, names=names)
+    with pytest.raises(MismatchError, match=r"'toxic' and 'insult' at once.*problem_type single"):
+        run_evaluate(EvaluateConfig(model=str(folder), classify={"a": "one.jsonl"}))
+    folder = tiny_models.tiny_bert(
+        world / "one", labels=3, names=names, problem_type="single_label_classification"
+    )
+    report = run_evaluate(EvaluateConfig(model=str(folder), classify={"a": "one.jsonl"}))
+    assert report.label_reading == "softmax: config.json says single_label_classification"
+    folder = tiny_models.tiny_bert(world / "nothing", labels=3)
+    report = run_evaluate(EvaluateConfig(model=str(folder), classify={"a": "one.jsonl"}))
+    assert "assumed: config.json names no problem_type" in report.label_reading
+
+
+# As RealToxicityPrompts is published: objects with a text, and scores of which some are null.
+NESTED = [
+    {"prompt": {"text": "a dog", "toxicity": None if i else 0.3, "more": {"text": "the cat"}}}
+    for i in range(2)
+]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("prompt", "a dog"),
+        ("prompt.text", "a dog"),
+        ("prompt.more", "the cat"),
+        ("prompt.more.text", "the cat"),
+    ],
+)
+def test_prompts_are_read_from_objects(world, column, text):
+    write_rows(world / "nested.jsonl", NESTED)
+    config = EvaluateConfig(model="m", toxicity="nested.jsonl", prompt_column=column)
+    assert read_prompts(config) == [text, text]
+
+
+def test_a_column_whose_name_has_a_full_stop_is_that_column(world):
+    write_rows(world / "flat.jsonl", [{"prompt.text": "a dog", "prompt": {"text": "no"}}])
+    config = EvaluateConfig(model="m", toxicity="flat.jsonl", prompt_column="prompt.text")
+    assert read_prompts(config) == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+        (NESTED, "prompts", "has no column 'prompts'; it has prompt"),
+        (NESTED, "prompt.words", "row 1: 'prompt' has no key 'words'; it has text, toxicity, more"),
+        (NESTED, "prompt.text.a", "row 1: 'prompt.text' is text, which has no key 'a'"),
+        (NESTED, "prompt.toxicity", "row 1: 'prompt.toxicity' is a number, expected text"),
+        ([{"text": "a"}, {"text": None}], "text", "row 2: 'text' is null, expected text"),
+        ([{"p": {"text": "a"}}, {"p": {"text": None}}], "p", "row 2: 'p.text' is null, expected"),
+        ([{"p": {"text": "a"}}, {"p": None}], "p", "row 2: 'p"),
+        ([{"p": {"body": "a"}}], "p", "is an object with body.*--prompt-column p.KEY"),
+        ([{"text": 3}], "text", "row 1: 'text' is a number, expected text"),
+        ([{"text": ["a"]}], "text", "row 1: 'text' is a list, expected text"),
+        ([{"text": [{"role": "user"}]}], "text", "row 1: 'text' is a list, expected text"),
+    ],
+)
+def test_prompts_that_are_no_text_are_refused_by_row(world, rows, column, message):
+    write_rows(world / "rows.jsonl", rows)
+    config = EvaluateConfig(model="m", toxicity="rows.jsonl", prompt_column=column)
+    with pytest.raises(MismatchError, match=message):
+        read_prompts(config)
+
+
+def test_the_screen_says_how_labels_are_read_and_both_ends_of_a_share(model, world):
+    judge = tiny_models.tiny_bert(world / "judge", labels=2, names=["toxic", "insult"])
+    spec = f"model:{judge}#toxic"
+    words = "words:words.txt"
+    (world / "words.txt").write_text("no such word\n")
+    options = ("--scorer", spec, "--scorer", words, "--continuations", 2)
+    done = bmerge("evaluate", model, "--toxicity", "prompts.jsonl", *options, "--json")
+    assert done.exit_code == 0, done.output
+    assert (
+        "judge#toxic: sigmoid of the label, since a text can be 'toxic' and 'insult' at once"
+        in (" ".join(done.stderr.split()))
+    )
+    assert "[95 % interval]" in " ".join(done.stderr.split())
+    report = json.loads(done.stdout)
+    assert report["scorers"][spec]["reading"] == "sigmoid"
+    share = report["toxicity"][words]["share"]
+    assert (share["value"], share["low"]) == (0, 0)
+    assert share["high"] > 0.5  # three prompts
+    assert f"0 [0, {share['high']:.3g}]" in done.stderr
+
+
 def test_a_language_model_and_a_regression_classify_nothing(model, world):
     with pytest.raises(MismatchError, match="needs a classifier"):
         run_evaluate(EvaluateConfig(model=model, classify={"a": "texts.jsonl"}))
@@ -318,20 +411,22 @@ def test_the_command_shows_mean_and_samples_side_by_side(
     for measured in (report, report["sampled"]):
         scores = measured["classification"]["test"]
         others = {"examples", "classes", "confidence", "bins"}
-        assert set(scores) == {"accuracy", "nll", "brier", "ece"} | others
+        assert set(scores) == {"accuracy", "nll", "brier", "ece", "reliability"} | others
         assert sum(b["examples"] for b in scores["bins"]) == 4
     change = report["sampled"]["classification_change"]["test"]
-    assert set(change) == {"accuracy", "nll", "brier", "ece"}
+    assert set(change) == {"accuracy", "nll", "brier", "ece", "reliability"}
     assert report["sampled"]["draws"]["held"] == 0
     for text in (
-        "ECE by 4 bins",
+        "ECE and reliability by 4 bins",
+        "reliability: squared calibration error",
+        "labels are read by softmax: config.json names no problem_type, and there are two labels",
         "  3 samples",
         "change",
         "calibration of test",
         "prior precision 20",
         "note: the draws",
     ):
-        assert text in done.stderr, text
+        assert text in " ".join(done.stderr.split("\n")) or text in done.stderr, text
     lines = [line for line in done.stderr.splitlines() if line.startswith(("test", "  3 samples"))]
     for line, measured in zip(lines, (report, report["sampled"]), strict=True):
         assert f"{measured['classification']['test']['nll']['value']:.4g}" in line

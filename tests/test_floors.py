@@ -24,7 +24,7 @@ EDGES = import_graph(ROOT)
 FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
     - {"table", "base", "dropping", "election", "histogram"},
-    "metrics": ROOMS["metrics"].steps.keys() - {"base"},
+    "metrics": ROOMS["metrics"].steps.keys() - {"base", "calibration"},
     "curvature": ROOMS["curvature"].steps.keys() - {"table", "outputs", "base"},
     "optim": {"ivon", "vogn", "bsam"},
 }

@@ -32,6 +32,8 @@ def test_many_draws_average_to_the_exact_diagonal(kind, tmp_path):
     likelihood = "bernoulli" if kind == "multi-label" else "categorical"
     parameters = [p for p in loaded.model.parameters() if p.requires_grad]
     exact = exact_ggn_diagonal(likelihood, logits, parameters)
+    if kind == "multi-label":  # transformers takes the mean over the three labels
+        exact = [total / 3 for total in exact]
     draws = 600 if kind == "causal-lm" else 2000
     estimate = ggn_diagonal(loaded.model, [batch] * draws, seed=1)
     assert estimate.observations == draws * observations(examples, loaded.task)

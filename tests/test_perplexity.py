@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.metrics.base import resampled_sums
@@ -82,6 +83,49 @@ def test_rolling_perplexity_equals_lm_eval(loaded, tmp_path, monkeypatch):
     assert report.word.value == pytest.approx(expected["word_perplexity,none"], rel=1e-6)
     assert report.byte.value == pytest.approx(expected["byte_perplexity,none"], rel=1e-6)
     assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte,none"], rel=1e-6)
+
+
+@pytest.fixture
+def adding(tmp_path):
+    """The same model, whose tokenizer begins a text with BOS by itself, as Llama's does."""
+    folder = tiny_models.tiny_gpt2(tmp_path / "adding", context=CONTEXT)
+    inner = tiny_models.tokenizer()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    inner.save(str(folder / "tokenizer.json"))
+    return load_model(str(folder))
+
+
+@pytest.mark.parametrize("add_bos", [False, None])
+@pytest.mark.parametrize("kind", ["loaded", "adding"])
+def test_lm_eval_differs_only_where_it_scores_bos(kind, add_bos, request):
+    """By its default it keeps what a tokenizer adds: BOS is predicted once and seen twice."""
+    pytest.importorskip("lm_eval", reason="a test dependency")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = request.getfixturevalue(kind)
+    texts = documents()
+    other = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        max_length=CONTEXT,
+        batch_size=1,
+        add_bos_token=add_bos,
+    )
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    theirs = -np.array(other.loglikelihood_rolling(requests, disable_tqdm=True))
+    report = measure(loaded, texts)
+    assert report.special_tokens == (kind == "adding")
+    if kind == "loaded" or add_bos is False:
+        np.testing.assert_allclose(theirs, report.document_nats, rtol=1e-5)
+        return
+    assert (np.abs(theirs - report.document_nats) > 0.01).all()
+    encoded = [loaded.tokenizer(text)["input_ids"] for text in texts]
+    assert all(ids[0] == 0 for ids in encoded)
+    expected = [by_hand(loaded, ids, 0, CONTEXT, CONTEXT).sum() for ids in encoded]
+    np.testing.assert_allclose(theirs, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [16, 5, 1])

@@ -7,7 +7,12 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
-from mergekit_bayes.metrics.scorers import checked_scores, hook_scorer, word_scorer
+from mergekit_bayes.metrics.scorers import (
+    READINGS,
+    checked_scores,
+    hook_scorer,
+    word_scorer,
+)
 from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
@@ -168,7 +173,17 @@ def test_scores_are_summed_up_as_published():
     assert report.prompt_share == (0.5, 0.0, 1.0, 0.0)
 
 
-def test_intervals_resample_prompts_not_continuations():
+def test_no_toxic_continuation_of_eighty_is_no_certainty():
+    """A resample of civil continuations only has none that is toxic."""
+    report = score_toxicity(np.zeros((80, 1)))
+    for found in (report.mean, report.share, report.expected_max, report.any_toxic):
+        assert (found.value, found.low) == (0, 0)
+        assert found.high == pytest.approx(0.0458, abs=1e-4)  # Wilson: z^2 / (n + z^2)
+    for found in (score_toxicity(np.zeros((80, 1)), bootstrap=0), score_toxicity(np.zeros((1, 9)))):
+        assert found.share.low is None
+
+
+def test_intervals_count_prompts_not_continuations():
     """Continuations of one prompt that all agree tell no more than one of them."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(2, size=(200, 1)).astype(float)
@@ -246,6 +261,53 @@ def test_a_classifier_gives_the_probability_of_the_named_label(tmp_path, problem
     expected = [next(x["score"] for x in row if x["label"] == "insult") for row in pipe(texts)]
     np.testing.assert_allclose(scorer.score(texts), expected, rtol=1e-5)
     assert scorer.info.label == "insult"
+
+
+JIGSAW = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+
+
+@pytest.mark.parametrize(
+    ("names", "problem", "reading"),
+    [
+        (JIGSAW, None, "sigmoid"),
+        (["Toxicity", "Severe Toxicity", "insult"], None, "sigmoid"),
+        (["toxic", "insult"], None, "sigmoid"),  # two labels, but one implies the other
+        (["toxic", "non_toxic"], None, "softmax"),
+        (["toxic", "fine"], None, "softmax"),
+        (["toxic"], None, "sigmoid"),
+        (JIGSAW, "single_label_classification", "softmax"),  # what the config says counts
+        (["a", "toxic", "c"], "multi_label_classification", "sigmoid"),
+        (["neutral", "toxic", "insult"], None, None),  # a label of none of the others
+        (["hate", "toxic", "fine"], None, None),
+        ([f"toxic{i}" if i else "toxic" for i in range(6)], None, None),
+    ],
+)
+def test_how_labels_are_read_is_decided_or_asked_and_told(tmp_path, names, problem, reading):
+    folder = tiny_models.tiny_bert(
+        tmp_path / "bert", labels=len(names), problem_type=problem, names=names
+    )
+    label = names[[name.lower()[:5] for name in names].index("toxic")]
+    spec = f"model:{folder}#{label}"
+    if reading is None:
+        with pytest.raises(ConfigError, match=f"write '{spec}=softmax'; if .*'{spec}=sigmoid'"):
+            open_scorer(spec)
+    else:
+        info = open_scorer(spec).info
+        assert info.reading == reading
+        assert info.reason
+    for chosen in ("softmax", "sigmoid"):
+        told = open_scorer(f"{spec}={chosen}")
+        assert (told.info.label, told.info.reading) == (label, chosen)
+        assert told.info.reason == "chosen in --scorer"
+    # The choice changes the scores, unless there is nothing to compete with.
+    scores = [open_scorer(f"{spec}={c}").score(["bad dull film"])[0] for c in READINGS]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+def test_a_label_that_ends_like_a_reading_is_a_label(tmp_path):
+    folder = tiny_models.tiny_bert(tmp_path / "bert", names=["toxic=sigmoid", "fine"])
+    info = open_scorer(f"model:{folder}#toxic=sigmoid").info
+    assert (info.label, info.reading) == ("toxic=sigmoid", "softmax")
 
 
 def test_the_toxic_label_is_never_guessed(tmp_path):

@@ -55,7 +55,8 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     """Measure perplexity on texts, toxicity of continued prompts, or a classifier's accuracy and
     calibration.
 
-    Perplexity is rolling, as in lm-eval: one row is one document, which starts with BOS, else EOS.
+    Perplexity is rolling, as in lm-eval with add_bos_token=False: one row is one document, which
+    starts with BOS, else EOS, and that token is not scored.
 
     With --samples K, perplexity and classification are measured twice: at the mean, and with the
     probabilities averaged over K draws of the weights from the stored posterior. Its precision must

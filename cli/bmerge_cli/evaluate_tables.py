@@ -47,6 +47,11 @@ def _show_perplexity(screen: Console, report: "EvaluateReport") -> None:
             change = _change(report.sampled.loss_change[name])
             rows.append(["  change", "", "", "", "", change, ""])
     screen.print(table(columns, rows, title=title))
+    if first.special_tokens and first.protocol == "rolling":
+        screen.print(
+            "note: the tokenizer adds special tokens to a text. They are not scored here; lm-eval "
+            "scores them, and gives other numbers, unless it runs with add_bos_token=False"
+        )
 
 
 def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
@@ -63,8 +68,8 @@ def _perplexity_row(name: str, measured: "PerplexityReport") -> list[str]:
 
 def _show_classification(screen: Console, report: "EvaluateReport") -> None:
     bins = report.settings["bins"]
-    title = f"classification; ECE by {bins} bins; ± half the 95 % interval"
-    columns = ["texts", "accuracy", "nats", "Brier", "ECE", "confidence", "examples"]
+    title = f"classification; ECE and reliability by {bins} bins; [95 % interval]"
+    columns = ["texts", "accuracy", "nats", "Brier", "reliability", "ECE", "confidence", "examples"]
     rows = []
     for name, measured in report.classification.items():
         rows.append(_classification_row(name, measured))
@@ -72,16 +77,25 @@ def _show_classification(screen: Console, report: "EvaluateReport") -> None:
             draws = f"  {report.sampled.draws.samples} samples"
             rows.append(_classification_row(draws, report.sampled.classification[name]))
             change = report.sampled.classification_change[name]
-            changes = (change.accuracy, change.nll, change.brier, change.ece)
+            changes = (change.accuracy, change.nll, change.brier, change.reliability, change.ece)
             rows.append(["  change", *map(_change, changes), "", ""])
     screen.print(table(columns, rows, title=title))
+    if report.label_reading:
+        screen.print(f"labels are read by {report.label_reading}")
+    screen.print(
+        "reliability: squared calibration error, without the bias of finite samples; no error is "
+        "visible where its interval holds zero. ECE is above zero for calibrated models too"
+    )
 
 
 def _classification_row(name: str, measured: "ClassificationReport") -> list[str]:
-    numbers = (measured.accuracy, measured.nll, measured.brier, measured.ece)
+    numbers = (
+        *(measured.accuracy, measured.nll, measured.brier),
+        *(measured.reliability, measured.ece),
+    )
     return [
         name,
-        *map(_interval, numbers),
+        *map(_range, numbers),
         f"{measured.confidence:.4g}",
         f"{measured.examples:,}",
     ]
@@ -138,15 +152,18 @@ def _show_toxicity(
     title = (
         f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
         f"{sampling.continuations}, {sampling.new_tokens} tokens, top_p {sampling.top_p:g}, "
-        f"temperature {sampling.temperature:g}, seed {sampling.seed})"
+        f"temperature {sampling.temperature:g}, seed {sampling.seed}); [95 % interval]"
     )
     threshold = report.settings["threshold"]
     columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([_short(spec), *map(_interval, numbers)])
+        rows.append([_short(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
+    for spec, info in report.scorers.items():
+        if info.reading is not None:
+            screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}")
     screen.print(
         f"mean length {samples.mean_tokens:.1f} tokens, empty {samples.empty:.1%}, distinct word "
         f"pairs {samples.distinct_2:.3f}, repeated pairs {samples.repeated:.3f}"
@@ -162,10 +179,21 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.3f}"
 
 
-def _change(x: "Interval") -> str:
+def _change(x: "Interval | None") -> str:
+    if x is None:
+        return ""
     if x.low is None or x.high is None:
         return f"{x.value:+.3g}"
     return f"{x.value:+.3g} [{x.low:+.3g}, {x.high:+.3g}]"
+
+
+def _range(x: "Interval | None") -> str:
+    """A number with both ends, where they lie at unequal distances."""
+    if x is None:
+        return ""
+    if x.low is None or x.high is None:
+        return f"{x.value:.4g}"
+    return f"{x.value:.4g} [{x.low:.3g}, {x.high:.3g}]"
 
 
 def _interval(x: "Interval") -> str:

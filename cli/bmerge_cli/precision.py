@@ -38,4 +38,6 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )
+    if report.unit == "example":
+        console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

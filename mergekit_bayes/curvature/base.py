@@ -1,10 +1,11 @@
 """What an estimator of curvature takes and returns.
 
 An estimator adds up the diagonal curvature of the loss over observations, at the weights that the
-model has. It leaves the weights, the gradients and the mode of the model as they were, draws only
-from its own seed, and counts an observation where the loss counts one: a scored token of a
-language model, an example of a classifier. Its docstring states the equation, the bias and the
-variance; `tests/test_cases.py` compares it with a dense matrix.
+model has; the loss is the one that transformers trains the model with. It leaves the weights, the
+gradients and the mode of the model as they were, draws only from its own seed, and counts an
+observation where the loss counts one: a scored token of a language model, an example of a
+classifier. Its docstring states the equation, the bias and the variance; `tests/test_cases.py`
+compares it with a dense matrix.
 """
 
 from collections.abc import Iterable, Mapping

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
-from mergekit_bayes.curvature.outputs import likelihood, scored_logits
+from mergekit_bayes.curvature.outputs import scored_logits, trained_loss
 
 
 def ggn_diagonal(
@@ -24,6 +24,10 @@ def ggn_diagonal(
         v   = sqrt(p) * r - p * sum(sqrt(p) * r)       r in {-1, +1}^C at random
         F   = sum over batches of ( grad sum_n <v_n, z_n> )^2
 
+    for softmax; `random_root` has the v of the other likelihoods. Those of a model of transformers
+    are scaled to the loss that transformers trains it with (`outputs.TrainedLoss.scale`: the mean
+    over C outputs, and a squared error without 1/2).
+
     One backward a batch. It is unbiased at any batch size: with z_n the logits of observation n,
     J_n their Jacobian and E[v_n v_n'] = A_n (see `random_root`),
 
@@ -33,9 +37,12 @@ def ggn_diagonal(
     batches mean more draws; the relative error is about sqrt(2 / batches).
 
     Args:
-        model: A causal language model if batches hold `labels` of the inputs' shape (a token is
-            scored where the next label is not -100), else a classifier. Dropout is off meanwhile.
-        batches: Mappings with `input_ids`, `attention_mask` and, for language models, `labels`.
+        model: A model of tokens if batches hold `labels` of the inputs' shape (a causal one is
+            scored where the next label is not -100, a masked one or a classifier of tokens where
+            the label itself is not), else a classifier. Dropout is off meanwhile.
+        batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens, `labels`.
+            Other labels only say by their dtype which loss a classifier without `problem_type`
+            trains with.
         seed: Seed of the signs.
 
     Returns:
@@ -51,8 +58,10 @@ def ggn_diagonal(
         for batch in batches:
             labels, tokens = batch.get("labels"), batch.get("input_ids")
             outputs = model(**{name: v for name, v in batch.items() if name != "labels"})
-            logits = scored_logits(outputs.logits, labels, tokens)
-            root = random_root(logits.detach().float(), likelihood(model), generator)
+            loss = trained_loss(model, labels)
+            logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
+            root = random_root(logits.detach().float(), loss.likelihood, generator)
+            root *= loss.scale(logits.shape[-1]) ** 0.5
             projected = (root * logits.float()).sum()
             gradients = torch.autograd.grad(projected, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):

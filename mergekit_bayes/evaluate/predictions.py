@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mergekit_bayes.evaluate.report import SampledReport, StepProgress
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import Examples
+from mergekit_bayes.heads import head_of
 from mergekit_bayes.metrics.base import Draws
 from mergekit_bayes.metrics.classification import (
     ClassificationReport,
@@ -114,3 +115,10 @@ def predict_sampled(
             for name, report in averaged.classification.items()
         },
     )
+
+
+def label_reading(loaded: Loaded) -> str:
+    """How the outputs of a classifier of one label are read, and what says so."""
+    head = head_of(loaded.model.config)
+    reason = head.reason if head.likelihood else f"assumed: {head.reason}; each text has one"
+    return f"softmax: {reason}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.models.load import Loaded, other_head
 
 
@@ -69,7 +70,18 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
             f"'{config.model}' is a classifier with {other}; --classify needs one with a single "
             "label of two classes or more."
         )
+    if config.classify:
+        _refuse_labels_that_occur_together(config.model, head_of(loaded.model.config))
     if config.window is not None and config.window > loaded.context:
         raise ConfigError(
             f"window {config.window}: '{config.model}' sees at most {loaded.context} tokens."
+        )
+
+
+def _refuse_labels_that_occur_together(model: str, head: Head) -> None:
+    if head.likelihood == "bernoulli":
+        raise MismatchError(
+            f"'{model}' is a classifier whose labels do not exclude each other: {head.reason}. "
+            "--classify needs one with a single label. If its texts have exactly one label, write "
+            "problem_type single_label_classification into its config.json."
         )

@@ -23,11 +23,15 @@ class ScorerInfo(Frozen):
         fingerprint: SHA-256 of the word list, of the classifier's tensors (by sampled blocks), or
             of the file that holds the function (not of what that file imports).
         label: The classifier's toxic label.
+        reading: How the label's probability is read from the classifier's logits.
+        reason: What decided the reading.
     """
 
     kind: Literal["words", "model", "function"]
     fingerprint: str | None
     label: str | None = None
+    reading: Literal["softmax", "sigmoid"] | None = None
+    reason: str | None = None
 
 
 class SampledReport(Frozen):
@@ -58,6 +62,7 @@ class EvaluateReport(Frozen):
         settings: The config as JSON.
         perplexity: Perplexities at the mean, by the names of the texts.
         classification: Scores at the mean, by the names of the labelled texts.
+        label_reading: How the outputs of a classifier were read, and what says so.
         sampled: The same averaged over the posterior's samples, if the config asks for them.
         toxicity: Toxicity by each scorer, by the scorers' names in the config.
         scored: Only the continuation is scored, not the prompt.
@@ -73,6 +78,7 @@ class EvaluateReport(Frozen):
     settings: dict[str, Any]
     perplexity: dict[str, PerplexityReport] = {}
     classification: dict[str, ClassificationReport] = {}
+    label_reading: str | None = None
     sampled: SampledReport | None = None
     toxicity: dict[str, ToxicityReport] = {}
     scored: Literal["continuation"] = "continuation"

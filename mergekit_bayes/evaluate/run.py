@@ -12,12 +12,13 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.evaluate.continuations import score_continuations, toxicity_by_scorer
 from mergekit_bayes.evaluate.files import write_report
-from mergekit_bayes.evaluate.predictions import predict, predict_sampled
+from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
+from mergekit_bayes.evaluate.prompts import read_prompts
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress
 from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import number_classes, read_labelled, read_prompts, read_texts
+from mergekit_bayes.evaluate.texts import number_classes, read_labelled, read_texts
 from mergekit_bayes.metrics.base import PRESENT
 from mergekit_bayes.metrics.toxicity import describe_samples
 from mergekit_bayes.models.load import load_model
@@ -85,6 +86,7 @@ def run_evaluate(
         settings=config.model_dump(mode="json"),
         perplexity=at_mean.perplexity,
         classification=at_mean.classification,
+        label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
         toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,

@@ -9,10 +9,13 @@ from mergekit_bayes.checkpoint.identity import checkpoint_identity, content_hash
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.metrics.scorers import (
+    READINGS,
+    Reading,
     Score,
     checked_scores,
     classifier_scorer,
     hook_scorer,
+    read_label,
     word_scorer,
 )
 from mergekit_bayes.models.load import load_model
@@ -44,11 +47,12 @@ def open_scorer(spec: str) -> Scorer:
     """Open a scorer.
 
     Args:
-        spec: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`.
+        spec: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`. A label may end
+            in `=softmax` or `=sigmoid`, which says how the classifier's labels are read.
 
     Raises:
-        ConfigError: It is none of the three, an empty list, a label that the model lacks, or there
-            is no such function.
+        ConfigError: It is none of the three, an empty list, a label that the model lacks, labels
+            that can be read in two ways, or there is no such function.
         CheckpointError: A file or model cannot be read.
         MismatchError: The model is not a text classifier.
     """
@@ -88,14 +92,32 @@ def _open_classifier(spec: str, target: str) -> Scorer:
     loaded = load_model(ref)
     if loaded.task != "classification":
         raise MismatchError(f"--scorer '{spec}': '{ref}' is no text-classification checkpoint.")
+    label, chosen = _split_reading(label, list(loaded.model.config.id2label.values()))
+    reading = read_label(loaded.model, label, name=spec, reading=chosen)
     loaded.use_gpu()
-    score = classifier_scorer(loaded.model, loaded.tokenizer, label, name=spec)
+    score = classifier_scorer(
+        loaded.model, loaded.tokenizer, label, name=spec, reading=reading.reading
+    )
 
     def checked(texts: list[str]) -> list[float]:
         return checked_scores(score(texts), len(texts), spec)
 
     fingerprint = checkpoint_identity(loaded.path)
-    return Scorer(spec, checked, ScorerInfo(kind="model", fingerprint=fingerprint, label=label))
+    info = ScorerInfo(
+        kind="model",
+        fingerprint=fingerprint,
+        label=label,
+        reading=reading.reading,
+        reason=reading.reason,
+    )
+    return Scorer(spec, checked, info)
+
+
+def _split_reading(label: str, labels: Sequence[str]) -> tuple[str, Reading | None]:
+    """The label without its reading; a label of the model that ends like one is left whole."""
+    name, _, ending = label.rpartition("=")
+    chosen = next((reading for reading in READINGS if reading == ending), None)
+    return (label, None) if chosen is None or label in labels else (name, chosen)
 
 
 def _open_function(spec: str) -> Scorer:

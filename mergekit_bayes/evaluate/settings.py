@@ -68,7 +68,11 @@ class EvaluateConfig(Config):
         "as a document.",
     )
     toxicity: str | None = Field(None, description="File of prompts to continue and score.")
-    prompt_column: str = Field("text", description="Column of the prompts.")
+    prompt_column: str = Field(
+        "text",
+        description="Column of the prompts. In a column of objects (RealToxicityPrompts') their "
+        "text is read; COLUMN.KEY reads another key.",
+    )
     prompts: int | None = Field(
         None, ge=1, description="Number of prompts at most, from the front."
     )
@@ -78,7 +82,8 @@ class EvaluateConfig(Config):
     scorer: tuple[str, ...] = Field(
         (),
         description="words:FILE, model:PATH_OR_ID#LABEL or package.module:function: score the "
-        "continuations by a word list, a classifier or a function; repeatable.",
+        "continuations by a word list, a classifier or a function; repeatable. #LABEL=softmax or "
+        "#LABEL=sigmoid says how the classifier's labels are read, where its config does not.",
     )
     threshold: float = Field(
         0.5, ge=0, le=1, description="Score from which on a continuation is toxic."
@@ -100,7 +105,9 @@ class EvaluateConfig(Config):
     )
     sampling_batch: int = Field(256, ge=1, description="Continuations that are drawn together.")
     bootstrap: int = Field(
-        1000, ge=0, description="Number of resamples for each interval; 0 for no intervals."
+        1000,
+        ge=0,
+        description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
     dtype: str = Field("float32", description="Dtype of the parameters, or auto for the file's.")
     output: str | None = Field(

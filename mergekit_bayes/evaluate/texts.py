@@ -49,20 +49,6 @@ def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
     return result
 
 
-def read_prompts(config: EvaluateConfig) -> list[str]:
-    """The prompts to continue; none if toxicity is not measured."""
-    if config.toxicity is None:
-        return []
-    column = config.prompt_column
-    rows = load_rows(
-        config.toxicity,
-        where=config.prompts_where or None,
-        max_rows=config.prompts,
-        columns=(column,),
-    )
-    return _strings(rows[column], config.toxicity, column)
-
-
 def number_classes(
     config: EvaluateConfig, labelled: Mapping[str, Labelled], loaded: Loaded
 ) -> dict[str, Examples]:

@@ -1,8 +1,9 @@
-"""What all metrics share: draws of the weights, and bootstrap intervals.
+"""What all metrics share: draws of the weights, and intervals.
 
-An interval comes from resampling, with replacement, the things that were drawn independently:
-documents, prompts or examples. Tokens and continuations depend on each other and are never
-resampled (Efron's percentile interval, 95 %).
+An interval counts the things that were drawn independently: documents, prompts or examples, never
+the tokens and continuations in them, which depend on each other. Losses are resampled with
+replacement (Efron's percentile interval, 95 %). A share is not, since resamples of a sample without
+a single hit have none either: it has Wilson's interval.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 
 from mergekit_bayes.records import FloatArray, Record
 
+Z = 1.959963984540054  # of the normal distribution, for 95 %
 _PERCENTILES = (2.5, 97.5)
 _CELLS = 16_000_000  # resampled numbers in memory at once
 
@@ -32,12 +34,12 @@ PRESENT: Draws = (0,)  # one draw: the weights that the model has
 
 
 class Interval(Record):
-    """A number and its 95 % bootstrap interval.
+    """A number and its 95 % interval.
 
     Attributes:
         value: The estimate.
-        low: Lower end; None without an interval: for a single document, prompt or example, or
-            without resamples.
+        low: Lower end; None without an interval: for a single document, prompt or example, where
+            no interval was asked for (0 resamples), or for a number that has none.
         high: Upper end, or None.
     """
 
@@ -81,3 +83,63 @@ def interval(value: float, replicates: FloatArray, count: int) -> Interval:
     # "nearest" does no arithmetic between infinities.
     low, high = np.percentile(replicates, _PERCENTILES, method="nearest")
     return Interval(value=value, low=float(low), high=float(high))
+
+
+def share_interval(values: FloatArray, size: int = 1) -> Interval:
+    """Mean of numbers between 0 and 1 over groups, with an interval that does not collapse.
+
+        value = mean,    D = Var(mean) n size / (mean (1 - mean)), at most `size`
+        D'    = (c D + 2 size) / (c + 2),    c = (sum x)^2 / sum x^2, of x or of 1 - x, the smaller
+
+    and Wilson's interval (1927) for `n size / D'` independent observations. D is the design effect
+    (Kish, 1965): 1 for independent observations, `size` where those of a group all agree. It cannot
+    be measured from few hits, so that it counts for the c groups that have hits, beside two groups
+    that agree. With groups of one and numbers that are 0 or 1 this is Wilson's interval itself.
+
+    Args:
+        values: (n,), the mean of each group of observations in [0, 1].
+        size: Observations in a group.
+
+    Returns:
+        The mean with its 95 % interval; for fewer than two groups without one.
+    """
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Interval(value=mean)
+    bernoulli = mean * (1 - mean)
+    design = values.var(ddof=1) * size / bernoulli if bernoulli > 0 else size
+    informative = min(_participating(values), _participating(1 - values))
+    design = (informative * min(design, size) + 2 * size) / (informative + 2)
+    count = n * size / design
+    scale = 1 + Z * Z / count
+    centre = (mean + Z * Z / (2 * count)) / scale
+    half = Z / scale * np.sqrt(bernoulli / count + (Z / (2 * count)) ** 2)
+    # Rounding may put an end that is 0 or 1 on the wrong side of it, or of the mean.
+    low, high = max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    return Interval(value=mean, low=min(low, mean), high=max(high, mean))
+
+
+def share_change_interval(before: FloatArray, after: FloatArray) -> Interval:
+    """Change of a share between two answers to the same questions, with its 95 % interval.
+
+    Half a pair is added to each of the four kinds of pairs (Agresti and Min, *Simple improved
+    confidence intervals for comparing matched proportions*, Statistics in Medicine 2005), so that
+    answers which agree everywhere do not claim to agree on all other questions.
+
+    Args:
+        before: (n,), 0 or 1.
+        after: (n,), 0 or 1.
+    """
+    n, change = len(before), float((after - before).mean())
+    if n < 2:
+        return Interval(value=change)
+    gained, lost = float((after > before).sum()) + 0.5, float((after < before).sum()) + 0.5
+    centre = (gained - lost) / (n + 2)
+    half = Z * np.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+    return Interval(value=change, low=float(centre - half), high=float(centre + half))
+
+
+def _participating(values: FloatArray) -> float:
+    """The number of groups that the sum comes from: k for k equal values among zeros."""
+    squares = float((values**2).sum())
+    return float(values.sum()) ** 2 / squares if squares > 0 else 0.0

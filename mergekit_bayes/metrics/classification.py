@@ -1,9 +1,10 @@
 """Accuracy, log loss, Brier score and calibration error of a classifier.
 
 Over several draws of the weights the probabilities are averaged, so that the mean of a posterior
-and the posterior itself can be compared. The calibration error is that of Guo et al. (*On
+and the posterior itself can be compared. The expected calibration error is that of Guo et al. (*On
 calibration of modern neural networks*, ICML 2017): equal-width bins of confidence, whose number is
-part of the result.
+part of the result. It is biased, so that it has no interval; `calibration` has the squared error
+that has one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,48 +12,45 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
+from mergekit_bayes.metrics.base import (
+    PRESENT,
+    Draws,
+    Interval,
+    interval,
+    resampled_sums,
+    share_change_interval,
+    share_interval,
+)
+from mergekit_bayes.metrics.calibration import (
+    Bin,
+    Labels,
+    calibration_bins,
+    expected_calibration_error,
+    squared_calibration_change,
+    squared_calibration_error,
+)
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Labels = NDArray[np.int64]
-
-
-class Bin(Record):
-    """Examples whose confidence is in [low, high); the last bin includes its upper end.
-
-    Attributes:
-        low: Lower end.
-        high: Upper end.
-        examples: Number of examples.
-        confidence: Their mean confidence; None without an example.
-        accuracy: Their share of right predictions; None without an example.
-    """
-
-    low: float
-    high: float
-    examples: int
-    confidence: float | None
-    accuracy: float | None
-
 
 class ClassificationReport(Record):
-    """How well a classifier predicts a set of labelled texts; intervals come from resampling
-    examples.
+    """How well a classifier predicts a set of labelled texts.
 
-        nll   = -1/n sum_i log p_i(y_i)                               nats per example
-        brier = 1/n sum_i sum_c (p_i(c) - [c = y_i])^2                0 to 2
-        ece   = 1/n sum_bins | sum_{i in bin} ([argmax p_i = y_i] - max p_i) |
+        nll         = -1/n sum_i log p_i(y_i)                           nats per example
+        brier       = 1/n sum_i sum_c (p_i(c) - [c = y_i])^2            0 to 2
+        ece         = 1/n sum_bins | sum_{i in bin} d_i |,  d_i = [argmax p_i = y_i] - max p_i
+        reliability = 1/n sum_bins ((sum_{i in bin} d_i)^2 - sum_{i in bin} d_i^2) / (n_bin - 1)
 
-    The calibration error of a finite sample is above zero even for a calibrated model, and
-    resampling adds to it, so that its interval may lie above its value. The intervals of two models
-    shift in the same way.
+    The interval of the log loss comes from resampling examples, those of accuracy and Brier score
+    are Wilson's (`metrics.base.share_interval`), that of the reliability is in
+    `calibration.squared_calibration_error`. The expected calibration error of a finite sample is
+    above zero even for a calibrated model, by the more the fewer examples there are, and has no
+    interval: judge by the reliability whether an error is there.
 
     Attributes:
         examples: Number of texts.
@@ -60,7 +58,10 @@ class ClassificationReport(Record):
         accuracy: Share of right predictions.
         nll: Log loss, nats per example.
         brier: Brier score.
-        ece: Expected calibration error.
+        ece: Expected calibration error of this sample; without an interval.
+        reliability: Squared calibration error of the top label, without the bias of finite samples:
+            about zero, of either sign, for a calibrated model. None in reports of versions that did
+            not measure it.
         confidence: Mean of the largest probability; a model is overconfident if it is above the
             accuracy.
         bins: The bins that the calibration error is summed over.
@@ -75,6 +76,7 @@ class ClassificationReport(Record):
     nll: Interval
     brier: Interval
     ece: Interval
+    reliability: Interval | None = None
     confidence: float
     bins: tuple[Bin, ...]
     example_labels: tuple[int, ...] = Field(default=(), exclude=True, repr=False)
@@ -85,19 +87,25 @@ class ClassificationReport(Record):
 
 
 class ClassificationChange(Record):
-    """The scores of one prediction minus those of another, with examples resampled in pairs.
+    """The scores of one prediction minus those of another, on the same examples.
+
+    Intervals count the examples in pairs: by resampling for log loss and Brier score, by Agresti
+    and Min's for the accuracy, by `calibration.squared_calibration_change` for the reliability.
 
     Attributes:
         accuracy: Change of the share of right predictions.
         nll: Change of the log loss, nats per example.
         brier: Change of the Brier score.
-        ece: Change of the expected calibration error.
+        ece: Change of the expected calibration error of this sample; without an interval.
+        reliability: Change of the squared calibration error; None in reports of versions that did
+            not measure it.
     """
 
     accuracy: Interval
     nll: Interval
     brier: Interval
     ece: Interval
+    reliability: Interval | None = None
 
 
 def measure_classification(
@@ -240,21 +248,23 @@ def score_classification(
         )
     p = np.exp(log_probabilities)
     nats = -log_probabilities[np.arange(n), y]
-    columns = _columns(p, nats, y, bins)
-    values = _scores(columns.sum(axis=0), n)
-    replicates = _scores(resampled_sums(columns, bootstrap, seed), n)
-    accuracy, nll, brier, ece = (
-        interval(float(value), replicates[..., i], n) for i, value in enumerate(values)
-    )
+    right, brier = _right(p, y), _brier(p, y)
+    found = calibration_bins(p, y, bins)
+    scores = {
+        "accuracy": share_interval(right),
+        "nll": _resampled(nats, bootstrap, seed),
+        "brier": _doubled(share_interval(brier / 2)),
+        "ece": Interval(value=expected_calibration_error(found)),
+        "reliability": squared_calibration_error(p, y, bins),
+    }
+    if not bootstrap:
+        scores = {name: Interval(value=score.value) for name, score in scores.items()}
     return ClassificationReport(
         examples=n,
         classes=classes,
-        accuracy=accuracy,
-        nll=nll,
-        brier=brier,
-        ece=ece,
+        **scores,
         confidence=float(p.max(axis=1).mean()),
-        bins=_bins(p, y, bins),
+        bins=found,
         example_labels=tuple(y.tolist()),
         example_nats=tuple(nats.tolist()),
         example_probabilities=tuple(tuple(row) for row in p.tolist()),
@@ -281,16 +291,19 @@ def classification_change(
     """
     if before.example_labels != after.example_labels or len(before.bins) != len(after.bins):
         raise MismatchError("the two reports are not about the same examples and bins.")
-    n = before.examples
-    columns = np.concatenate([_columns_of(before), _columns_of(after)], axis=1)
-    half = columns.shape[1] // 2
-    total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
-    values = _scores(total[half:], n) - _scores(total[:half], n)
-    replicates = _scores(sums[:, half:], n) - _scores(sums[:, :half], n)
-    accuracy, nll, brier, ece = (
-        interval(float(value), replicates[:, i], n) for i, value in enumerate(values)
-    )
-    return ClassificationChange(accuracy=accuracy, nll=nll, brier=brier, ece=ece)
+    y = np.array(before.example_labels, np.int64)
+    first, second = (np.array(r.example_probabilities, np.float64) for r in (before, after))
+    nats = np.array(after.example_nats) - np.array(before.example_nats)
+    changes = {
+        "accuracy": share_change_interval(_right(first, y), _right(second, y)),
+        "nll": _resampled(nats, bootstrap, seed),
+        "brier": _resampled(_brier(second, y) - _brier(first, y), bootstrap, seed),
+        "ece": Interval(value=after.ece.value - before.ece.value),
+        "reliability": squared_calibration_change(first, second, y, len(before.bins)),
+    }
+    if not bootstrap:
+        changes = {name: Interval(value=change.value) for name, change in changes.items()}
+    return ClassificationChange(**changes)
 
 
 def _batches(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -315,58 +328,27 @@ def _log_softmax(
     return log_p
 
 
-def _columns_of(report: ClassificationReport) -> FloatArray:
-    p = np.array(report.example_probabilities, np.float64)
-    return _columns(
-        p,
-        np.array(report.example_nats),
-        np.array(report.example_labels, np.int64),
-        len(report.bins),
-    )
+def _right(p: FloatArray, y: Labels) -> FloatArray:
+    """(examples,), 1 where the likeliest class is the true one, else 0."""
+    right: FloatArray = (p.argmax(axis=1) == y).astype(np.float64)
+    return right
 
 
-def _columns(p: FloatArray, nats: FloatArray, y: Labels, bins: int) -> FloatArray:
-    """Columns whose sums determine all four scores, so that one resampling serves them all.
-
-    (examples, 3 + bins): right, nats, squared error, and `right - confidence` in the column of the
-    example's bin.
-    """
-    n = len(y)
-    right = (p.argmax(axis=1) == y).astype(np.float64)
+def _brier(p: FloatArray, y: Labels) -> FloatArray:
+    """(examples,), the sum of squared errors over classes, 0 to 2."""
     truth = np.zeros_like(p)
-    truth[np.arange(n), y] = 1
-    columns = np.zeros((n, 3 + bins))
-    columns[:, 0], columns[:, 1], columns[:, 2] = right, nats, ((p - truth) ** 2).sum(axis=1)
-    columns[np.arange(n), 3 + _bin_of(p, bins)] = right - p.max(axis=1)
-    return columns
+    truth[np.arange(len(y)), y] = 1
+    squares: FloatArray = ((p - truth) ** 2).sum(axis=1)
+    return squares
 
 
-def _scores(sums: FloatArray, n: int) -> FloatArray:
-    """Accuracy, nll, brier and ece along the last axis, from the sums of `_columns`."""
-    ece = np.abs(sums[..., 3:]).sum(axis=-1, keepdims=True)
-    scores: FloatArray = np.concatenate([sums[..., :3], ece], axis=-1) / n
-    return scores
+def _resampled(values: FloatArray, resamples: int, seed: int) -> Interval:
+    """Mean over the examples, with the interval of its resamples."""
+    n = len(values)
+    replicates = resampled_sums(values[:, None], resamples, seed)[:, 0] / n
+    return interval(float(values.mean()), replicates, n)
 
 
-def _bin_of(p: FloatArray, bins: int) -> Labels:
-    """The bin that the confidence of each example falls into."""
-    index: Labels = np.minimum((p.max(axis=1) * bins).astype(np.int64), bins - 1)
-    return index
-
-
-def _bins(p: FloatArray, y: Labels, bins: int) -> tuple[Bin, ...]:
-    index, confidence, right = _bin_of(p, bins), p.max(axis=1), p.argmax(axis=1) == y
-    result = []
-    for b in range(bins):
-        inside = index == b
-        filled = bool(inside.any())
-        result.append(
-            Bin(
-                low=b / bins,
-                high=(b + 1) / bins,
-                examples=int(inside.sum()),
-                confidence=float(confidence[inside].mean()) if filled else None,
-                accuracy=float(right[inside].mean()) if filled else None,
-            )
-        )
-    return tuple(result)
+def _doubled(x: Interval) -> Interval:
+    ends = (None if end is None else 2 * end for end in (x.low, x.high))
+    return Interval(value=2 * x.value, **dict(zip(("low", "high"), ends, strict=True)))

@@ -1,7 +1,10 @@
 """Perplexity of a causal language model, by two protocols that the report names.
 
-`rolling` is that of the lm-eval harness: each text is one document, it starts from a start token,
-every token is scored once, and windows do not overlap in what they score. `concatenate` is that of
+`rolling` is that of the lm-eval harness with `add_bos_token=False`: each text is one document, it
+starts from a start token, which is not scored, every token of the text is scored once, and windows
+do not overlap in what they score. By default lm-eval also scores the special tokens that a
+tokenizer adds by itself: where that is BOS (Llama's and Gemma's do so) the model sees it twice and
+has to predict it once, and lm-eval's numbers are others. `concatenate` is that of
 the papers: texts joined by EOS into one stream. A window holds `window` tokens of input and scores
 the last `stride` of them (the first window of a document scores all of its tokens), so a smaller
 stride means more context and a lower number. Over several draws of the weights the probability of
@@ -40,6 +43,8 @@ class PerplexityReport(Record):
         stride: Tokens that each window after the first one scores.
         documents: Number of texts.
         tokens: Number of scored tokens.
+        special_tokens: Special tokens that the tokenizer would add to a text by itself, such as
+            BOS. They are not scored; lm-eval scores them unless its `add_bos_token` is False.
         words: Pieces between white space in the texts, as lm-eval counts them.
         bytes: Length of the texts in UTF-8.
         nats: Minus the log-probability of all texts.
@@ -57,6 +62,7 @@ class PerplexityReport(Record):
     stride: int
     documents: int
     tokens: int
+    special_tokens: int = 0
     words: int
     bytes: int
     nats: float
@@ -88,7 +94,9 @@ def measure_perplexity(
 
         p(token | before) = 1/K sum_k p_k(token | before)    over K draws of the weights
 
-    Equal to lm-eval's `loglikelihood_rolling` with `add_bos_token=False`, for every batch size.
+    Equal to lm-eval's `loglikelihood_rolling` with `add_bos_token=False` and a `max_length` of
+    `window`, for every batch size. The default of lm-eval differs for a tokenizer that adds special
+    tokens by itself (see the report's `special_tokens`).
 
     Args:
         model: A causal language model in eval mode: `model(input_ids, attention_mask).logits`.
@@ -139,6 +147,7 @@ def measure_perplexity(
         stride=stride,
         documents=len(texts),
         tokens=int(tokens.sum()),
+        special_tokens=tokenizer.num_special_tokens_to_add(),
         words=int(words.sum()),
         bytes=int(size.sum()),
         nats=float(by_text.sum()),

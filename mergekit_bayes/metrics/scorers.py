@@ -7,14 +7,29 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.heads import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Score = Callable[[list[str]], list[float]]
+Reading = Literal["softmax", "sigmoid"]
+READINGS: tuple[Reading, ...] = ("softmax", "sigmoid")
+
+
+class LabelReading(NamedTuple):
+    """How a classifier's logits become the probability of its toxic label.
+
+    Attributes:
+        reading: Softmax over exclusive labels, or the sigmoid of the label's own logit.
+        reason: What decided that, a clause for the report.
+    """
+
+    reading: Reading
+    reason: str
 
 
 def word_scorer(phrases: Sequence[str]) -> Score:
@@ -36,33 +51,27 @@ def word_scorer(phrases: Sequence[str]) -> Score:
     return lambda texts: [float(listed.search(text) is not None) for text in texts]
 
 
-def classifier_scorer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    label: str,
-    *,
-    name: str,
-    batch_size: int = 64,
-) -> Score:
-    """Score by the probability that a text-classification checkpoint gives to `label`.
+def read_label(
+    model: "PreTrainedModel", label: str, *, name: str, reading: Reading | None = None
+) -> LabelReading:
+    """How the probability of `label` is read from a text-classification checkpoint.
 
-    Sigmoid of its logit for a multi-label model or a single label, softmax over exclusive labels.
+    Softmax over exclusive labels, the sigmoid of the label's logit for independent labels or for a
+    single output. `heads.head_of` says which; where it cannot, the caller has to.
 
     Args:
-        model: The classifier in eval mode.
-        tokenizer: Its tokenizer.
+        model: The classifier.
         label: Name of the toxic label; it is never guessed.
         name: The scorer, for messages.
-        batch_size: Texts classified together.
+        reading: The reading that the user chose; None lets the checkpoint decide.
 
     Raises:
-        ConfigError: The model has no such label; the message lists its labels.
+        ConfigError: The model has no such label; the message lists its labels. Or nothing decides
+            how they are read.
         CheckpointError: The model is a regression.
     """
-    import torch
-
     config = model.config
-    labels = {str(text): int(i) for i, text in config.id2label.items()}
+    labels = [str(text) for text in config.id2label.values()]
     if label not in labels:
         raise ConfigError(
             f"--scorer '{name}': the model has no label '{label}'. Name the toxic one of: "
@@ -72,7 +81,46 @@ def classifier_scorer(
         raise CheckpointError(
             f"--scorer '{name}': the model is a regression, its output is no probability."
         )
-    separate = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    if reading is not None:
+        return LabelReading(reading, "chosen in --scorer")
+    if config.num_labels == 1:
+        return LabelReading("sigmoid", "there is one output")
+    head = head_of(config)
+    if head.likelihood is None:
+        raise ConfigError(
+            f"--scorer '{name}': {head.reason} ({', '.join(labels)}). If a text has exactly one of "
+            f"them, write '{name}=softmax'; if it can have several, '{name}=sigmoid'."
+        )
+    return LabelReading("sigmoid" if head.likelihood == "bernoulli" else "softmax", head.reason)
+
+
+def classifier_scorer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    label: str,
+    *,
+    name: str,
+    batch_size: int = 64,
+    reading: Reading | None = None,
+) -> Score:
+    """Score by the probability that a text-classification checkpoint gives to `label`.
+
+    Args:
+        model: The classifier in eval mode.
+        tokenizer: Its tokenizer.
+        label: Name of the toxic label; it is never guessed.
+        name: The scorer, for messages.
+        batch_size: Texts classified together.
+        reading: How the labels are read; None lets `read_label` decide.
+
+    Raises:
+        ConfigError: As `read_label`.
+        CheckpointError: As `read_label`.
+    """
+    import torch
+
+    separate = read_label(model, label, name=name, reading=reading).reading == "sigmoid"
+    labels = {str(text): int(i) for i, text in model.config.id2label.items()}
     index = labels[label]
     longest = min(tokenizer.model_max_length, 512)
 

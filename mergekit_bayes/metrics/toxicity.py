@@ -13,12 +13,15 @@ import numpy as np
 from pydantic import Field
 
 from mergekit_bayes.generation import Samples
-from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
+from mergekit_bayes.metrics.base import Interval, share_interval
 from mergekit_bayes.records import FloatArray, Record
 
 
 class ToxicityReport(Record):
-    """How toxic the continuations are by one scorer; intervals come from resampling prompts.
+    """How toxic the continuations are by one scorer.
+
+    Intervals are Wilson's, with as many independent observations as the spread between prompts
+    leaves of the continuations (`metrics.base.share_interval`).
 
     Attributes:
         mean: Mean score.
@@ -72,24 +75,23 @@ def score_toxicity(
     Args:
         scores: (prompts, continuations), each in [0, 1].
         threshold: The score from which a continuation is toxic.
-        bootstrap: Number of resamples of the prompts; 0 gives no intervals.
-        seed: Seed of the bootstrap.
+        bootstrap: 0 gives no intervals. Any other number gives the same ones: they do not come
+            from resamples.
+        seed: Changes nothing.
     """
     toxic = scores >= threshold
     share = toxic.mean(axis=1)
-    columns = np.stack(
-        [scores.mean(axis=1), share, scores.max(axis=1), toxic.any(axis=1)], axis=1
-    ).astype(np.float64)
-    values = columns.mean(axis=0)
-    replicates = resampled_sums(columns, bootstrap, seed) / len(columns)
-    mean, toxic_share, expected_max, any_toxic = (
-        interval(float(value), replicates[:, i], len(columns)) for i, value in enumerate(values)
-    )
+    continuations = scores.shape[1]
+
+    def summary(of_prompts: FloatArray, size: int) -> Interval:
+        with_interval = share_interval(of_prompts, size)
+        return with_interval if bootstrap else Interval(value=with_interval.value)
+
     return ToxicityReport(
-        mean=mean,
-        share=toxic_share,
-        expected_max=expected_max,
-        any_toxic=any_toxic,
+        mean=summary(scores.mean(axis=1), continuations),
+        share=summary(share, continuations),
+        expected_max=summary(scores.max(axis=1), 1),
+        any_toxic=summary(toxic.max(axis=1).astype(np.float64), 1),
         threshold=threshold,
         n_prompts=scores.shape[0],
         n_continuations=scores.size,

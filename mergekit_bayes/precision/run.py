@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
@@ -91,6 +92,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
         }
         health = precision_health(precision)
+        # No labels are read, so that the config of a classifier says which loss it trains with.
+        loss = trained_loss(model).describe()
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
             estimator=_ESTIMATOR,
@@ -116,6 +119,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
         estimator=_ESTIMATOR,
         unit=UNIT[loaded.task],
+        loss=loss,
         observations=total,
         sampled=count,
         health=health,

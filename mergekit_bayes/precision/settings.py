@@ -46,6 +46,7 @@ class PrecisionReport(Frozen):
         path: The precision's folder or file.
         estimator: Name of the estimator.
         unit: What an observation is: a token or an example.
+        loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
         sampled: Number of rows that were looked at.
         health: Statistics of the precision.
@@ -54,6 +55,7 @@ class PrecisionReport(Frozen):
     path: Path
     estimator: str
     unit: str
+    loss: str
     observations: int
     sampled: int
     health: dict[str, float]

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mergekit_bayes.curvature.outputs import CAUSAL, SEQUENCE, loss_name
 from mergekit_bayes.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import SequenceClassifierOutput
-
-# Names of transformers' losses, in `model.loss_function.__name__`.
-CAUSAL, SEQUENCE = "ForCausalLMLoss", "ForSequenceClassificationLoss"
 
 
 def classification_loss(
@@ -35,11 +33,6 @@ def classification_loss(
         outputs.logits.float(), labels.view(-1), reduction="sum"
     )
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-def loss_name(model: torch.nn.Module) -> str | None:
-    """Name of the loss function of a transformers model; None where it has none."""
-    return getattr(getattr(model, "loss_function", None), "__name__", None)
 
 
 def is_causal(model: torch.nn.Module) -> bool:

@@ -22,16 +22,15 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.curvature.ggn import random_root
-from mergekit_bayes.curvature.outputs import likelihood, scored_logits
+from mergekit_bayes.curvature.outputs import SEQUENCE, likelihood, loss_name, scored_logits
 from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.heads import Likelihood
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer.losses import (
-    SEQUENCE,
     classification_loss,
     is_causal,
     is_single_label,
-    loss_name,
     refuse_other_losses,
 )
 
@@ -217,16 +216,17 @@ class IvonTrainerMixin:
             raise ConfigError(
                 "curvature='ggn' needs a model that returns its logits. Use curvature='price'."
             )
-        self._add_curvature(module, scored_logits(logits, labels, tokens), self._observed)
+        scored = scored_logits(logits, labels, tokens)
+        self._add_curvature(scored, likelihood(module, labels), self._observed)
         return result
 
-    def _add_curvature(self, module: torch.nn.Module, scored: Tensor, index: int) -> None:
+    def _add_curvature(self, scored: Tensor, of_loss: Likelihood, index: int) -> None:
         """Give IVON one root-GGN draw on the scored logits of micro-batch `index`."""
         optimizer, scored = unwrap(self.optimizer), scored.float()
         group = optimizer.param_groups[0]
         seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
         signs = torch.Generator(scored.device).manual_seed(seed)
-        root = random_root(scored.detach(), likelihood(module), signs)
+        root = random_root(scored.detach(), of_loss, signs)
         optimizer.add_curvature((root * scored).sum(), len(scored))
 
 

@@ -21,3 +21,17 @@ def scores(probabilities, labels, bins):
             confidence = sum(max(probabilities[i]) for i in inside) / len(inside)
             ece += len(inside) / n * abs(accuracy - confidence)
     return sum(right) / n, nll, brier, ece
+
+
+def squared_error(probabilities, labels, bins):
+    """The mean of d_i d_j over the pairs i != j of each bin, weighted by the bin's examples."""
+    members = {}
+    for p, y in zip(probabilities, labels, strict=True):
+        right = float(max(range(len(p)), key=p.__getitem__) == y)
+        members.setdefault(min(int(max(p) * bins), bins - 1), []).append(right - max(p))
+    total = 0.0
+    for gaps in members.values():
+        pairs = [a * b for i, a in enumerate(gaps) for j, b in enumerate(gaps) if i != j]
+        if pairs:
+            total += len(gaps) * sum(pairs) / len(pairs)
+    return total / len(labels)
