@@ -36,8 +36,8 @@ def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool
             )
         if health["kappa"] > 1:
             texts["kappa"] = (
-                f"kappa is {health['kappa']:.3g}: noise decides the size of the Hessian; lower ess, "
-                "raise beta2 or the batch"
+                f"kappa is {health['kappa']:.3g}: noise decides the size of the Hessian; lower "
+                "ess, raise beta2 or the batch"
             )
         if final and health.get("hess_noise", 0.0) > 1:
             texts["hess_noise"] = (
