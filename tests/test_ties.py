@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -426,6 +427,30 @@ def test_real_models_tied_and_untied_merge_and_load(kind, first):
     assert check_ties("out", tied) is False
     loaded = type(mean).from_pretrained("out")
     torch.testing.assert_close(logits(loaded), logits(mean), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+def test_an_adapter_unties_what_it_trains_a_copy_of(saved):
+    """Of a tied pair PEFT trains copies, and leaves the other one as it is."""
+    base = moved(REAL["llama"](), 1)
+    save(base, "bare")
+    save(base, "full", copies=True)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(saved))
+    adapted = peft.get_peft_model(base, settings)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained("adapter")
+    with torch.no_grad():
+        expected = adapted.double().eval()(IDS).logits
+    for folder in ("bare", "full"):
+        run_merge(MergeConfig(models=(f"{folder}+adapter",), base=folder, out=f"{folder}-out"))
+        loaded = transformers.LlamaForCausalLM.from_pretrained(f"{folder}-out")
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-6)
+        config = json.loads(Path(f"{folder}-out/config.json").read_text())
+        assert config["tie_word_embeddings"] is False
 
 
 def test_an_untied_head_of_t5_keeps_the_scale_of_its_outputs():
