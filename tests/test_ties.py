@@ -282,6 +282,27 @@ def test_a_merge_with_copies_merges_again_and_on_many_machines():
     assert Path("again.safetensors").read_bytes() == Path("ab.safetensors").read_bytes()
 
 
+def test_copies_are_found_where_names_have_another_prefix():
+    """Also under names that the donor does not store, in both orders."""
+    (shapes, copies), prefix = ARCHITECTURES["bart"], "model."
+    write("bart", ())
+    plain = merged(base="base")
+    for storing in (("a", "b"), ("base", "b")):
+        write("bart", storing)
+        for name in ("base", "a"):
+            tensors = tiny.read(f"{name}.safetensors")
+            Path(f"{name}.safetensors").unlink()
+            cut = prefix if name == "base" else ""
+            tiny.write(f"{name}.safetensors", {n.removeprefix(cut): t for n, t in tensors.items()})
+        mean, _, report = merged(base="base")
+        stored = copies if "base" in storing else {}
+        assert set(mean) == {name.removeprefix(prefix) for name in (*shapes, *stored)}
+        for name in (*shapes, *stored):
+            expected = plain[0][copies.get(name, name)]
+            np.testing.assert_array_equal(mean[name.removeprefix(prefix)], expected)
+        assert all("tied to" in reason for reason in report.left_out.values())
+
+
 def test_equality_is_that_of_all_entries():
     values = np.zeros((1200, 1000), np.float32)
     other = values.copy()

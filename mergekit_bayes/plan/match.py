@@ -20,7 +20,7 @@ from mergekit_bayes.plan.precisions import (
 )
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
-from mergekit_bayes.plan.tied_heads import Ties
+from mergekit_bayes.plan.tied_heads import Ties, rename_copies
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
 from mergekit_bayes.posterior.quantised import refuse_quantised
 
@@ -52,7 +52,10 @@ def match_tensors(
     for model in inputs:
         refuse_quantised(model.posterior)
     token_conflict = find_token_conflict(inputs)
-    names = {model: map_names(donor, model.posterior, notes) for model in inputs}
+    names = {
+        model: rename_copies(donor, model.posterior, map_names(donor, model.posterior, notes))
+        for model in inputs
+    }
     only = re.compile(config.only) if config.only else None
 
     def matters(model: Input, tensors: Collection[str]) -> bool:

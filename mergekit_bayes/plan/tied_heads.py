@@ -20,6 +20,39 @@ from mergekit_bayes.posterior import Posterior
 Names = Mapping[Input, Mapping[str, str]]  # for each input, the donor's names to its own
 
 
+def rename_copies(donor: Posterior, model: Posterior, names: Mapping[str, str]) -> dict[str, str]:
+    """Rename copies of tied tensors as what they are copies of is renamed.
+
+    A copy that the donor does not store has no partner there by which it could be found.
+
+    Args:
+        donor: The model whose names the output has.
+        model: A model.
+        names: The donor's names to the model's own; what the donor lacks keeps its name.
+    """
+    renamed = {own: name for name, own in names.items()}
+    for tie in find_ties({name: spec.shape for name, spec in model.mean.specs.items()}):
+        source = renamed.get(tie.source)
+        if source is None:
+            continue
+        before, after = _prefixes(tie.source, source)
+        for name in (*tie.copies, *(tie.heads if before else ())):
+            other = after + name.removeprefix(before)
+            is_free = renamed.get(name) == name and name not in donor.mean.specs
+            if is_free and name.startswith(before) and other not in names:
+                renamed[name] = other
+    return {name: own for own, name in renamed.items()}
+
+
+def _prefixes(own: str, donors: str) -> tuple[str, str]:
+    """What two names of one tensor begin with, before the parts that they share."""
+    one, other = own.split("."), donors.split(".")
+    while one and other and one[-1] == other[-1]:
+        one.pop()
+        other.pop()
+    return "".join(f"{part}." for part in one), "".join(f"{part}." for part in other)
+
+
 class Ties:
     """The tied tensors of a merge.
 
