@@ -1,6 +1,7 @@
 """A stored copy of a tied tensor changes no result, and what a config ties is equal in the file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -531,6 +532,21 @@ def test_a_head_that_was_lost_is_never_the_embedding():
     missing = r"'base' but not in 'task'. The config.json .* no such head[?]$"
     with pytest.raises(MismatchError, match=missing):
         run_merge(MergeConfig(models=("task", "base"), out="out"))
+    # It is lost also where the base has the same values in both.
+    for name, value in (("copied", True), ("untied", False)):
+        shutil.copytree("base", name)
+        equal = load_file("base/model.safetensors")
+        equal["lm_head.weight"] = equal["model.embed_tokens.weight"].clone()
+        save_file(equal, f"{name}/model.safetensors", {"format": "pt"})
+        content = json.loads(Path(name, "config.json").read_text())
+        content["tie_word_embeddings"] = value
+        Path(name, "config.json").write_text(json.dumps(content))
+        with pytest.raises(MismatchError, match=r"'lm_head.weight' is in '.*' but not in 'task'"):
+            run_merge(MergeConfig(models=("task",), base=name, out="out"))
+    run_merge(MergeConfig(models=("task",), base="copied", out="skipped", on_missing="skip"))
+    content = json.loads(Path("skipped/config.json").read_text())
+    assert content["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file("skipped/model.safetensors")
     run_merge(config.model_copy(update={"on_missing": "base"}))
     kept = load_file("out/model.safetensors")["lm_head.weight"]
     assert torch.equal(kept, load_file("base/model.safetensors")["lm_head.weight"])

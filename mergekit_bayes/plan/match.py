@@ -70,6 +70,7 @@ def match_tensors(
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
     matched.steps.extend(step for name in written if (step := steps[name]) is not None)
     matcher.refuse_nothing_matched()
+    ties.forget(matched.left_out)
     if ties.config_changes:
         notes.append(ties.describe_untied())
     return matched
