@@ -22,6 +22,7 @@ from mergekit_bayes.checkpoint.ties import (
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, Part, run_merge
 from mergekit_bayes.methods import METHODS
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.recipes import read_recipe
 from tests import tiny
 from tests.model_forms import here  # noqa: F401
@@ -302,6 +303,20 @@ def test_copies_are_found_where_names_have_another_prefix():
             expected = plain[0][copies.get(name, name)]
             np.testing.assert_array_equal(mean[name.removeprefix(prefix)], expected)
         assert all("tied to" in reason for reason in report.left_out.values())
+
+
+def test_copies_do_not_count_for_the_dtype_on_record():
+    embedding = torch.ones(6, 4, dtype=torch.bfloat16)
+    tensors = {"wte.weight": embedding, "h.0.mlp.weight": torch.ones(6, 5, dtype=torch.float16)}
+    names = ("base.safetensors", "a.safetensors")
+    for copies in ({}, {"lm_head.weight": embedding.clone()}):
+        for name in names:
+            save_file(tensors | copies, name, {"format": "pt"})
+        config = MergeConfig(
+            models=names[1:], base=names[0], weights="precision", isotropic=dict.fromkeys(names, 1)
+        )
+        with plan_merge(config) as plan:
+            assert plan.info.dtype == "F16"
 
 
 def test_equality_is_that_of_all_entries():
