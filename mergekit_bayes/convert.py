@@ -5,7 +5,6 @@ A pickle can run code when it is loaded, so a merge does not read any. Here it i
 dtype, shape and bits. Tensors that share their memory (tied weights) are stored once.
 """
 
-import json
 import os
 import pickle
 import re
@@ -20,12 +19,14 @@ from torch import Tensor
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
+from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.checkpoint.strict_json import shown
+from mergekit_bayes.checkpoint.ties import ties_embeddings
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.records import Frozen, Progress
 
@@ -301,8 +302,4 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _unties(folder: Path) -> bool:
     """Whether the model's config says that its head is not tied to its embeddings."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("tie_word_embeddings") is False
+    return ties_embeddings(read_config(folder)) is False

@@ -85,6 +85,23 @@ def test_a_bert_classifier_is_loaded_equal(tmp_path):
     assert all(torch.equal(again.state_dict()[n], t) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"tie_word_embeddings": False},
+        {"text_config": {"tie_word_embeddings": False}},
+        {"model_type": "gptj"},  # unties by default
+    ],
+)
+def test_what_a_config_unties_is_stored_twice_wherever_it_says_so(tmp_path, says):
+    folder = tiny_gpt2(tmp_path / "m")
+    pickled(folder)
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(content | says))
+    assert run_convert(str(folder), tmp_path / "out").tied == {}
+
+
 def test_what_shares_memory_without_being_tied_in_the_config_is_stored_twice(tmp_path):
     """With `tie_word_embeddings: false` a loader would make up the head that it does not find."""
     folder = tiny_gpt2(tmp_path / "m")

@@ -1,9 +1,11 @@
 """A stored copy of a tied tensor changes no result, and what a config ties is equal in the file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -20,6 +22,7 @@ from mergekit_bayes.checkpoint.ties import (
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, Part, run_merge
 from mergekit_bayes.methods import METHODS
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.recipes import read_recipe
 from tests import tiny
 from tests.model_forms import here  # noqa: F401
@@ -208,10 +211,9 @@ def test_stored_copies_change_no_result_under_any_rule(method):
     variants = [{"param": {p.name: c}} for p in METHODS[method].parameters for c in p.choices]
     write("t5", ())
     plain = [merged(**rule, **variant) for variant in variants or [{}]]
-    for storing in (("base", "b"), ("a",)):
-        write("t5", storing)
-        for variant, expected in zip(variants or [{}], plain, strict=True):
-            check_copies(*merged(**rule, **variant), expected, copies)
+    write("t5", INPUTS)
+    for variant, expected in zip(variants or [{}], plain, strict=True):
+        check_copies(*merged(**rule, **variant), expected, copies)
 
 
 def test_a_copy_is_chosen_and_scaled_as_what_it_is_a_copy_of():
@@ -279,6 +281,41 @@ def test_a_merge_with_copies_merges_again_and_on_many_machines():
     again = read_recipe(Path("ab.merge_recipe.yaml"))
     run_merge(MergeConfig(**again, out="again.safetensors"))
     assert Path("again.safetensors").read_bytes() == Path("ab.safetensors").read_bytes()
+
+
+def test_copies_are_found_where_names_have_another_prefix():
+    """Also under names that the donor does not store, in both orders."""
+    (shapes, copies), prefix = ARCHITECTURES["bart"], "model."
+    write("bart", ())
+    plain = merged(base="base")
+    for storing in (("a", "b"), ("base", "b")):
+        write("bart", storing)
+        for name in ("base", "a"):
+            tensors = tiny.read(f"{name}.safetensors")
+            Path(f"{name}.safetensors").unlink()
+            cut = prefix if name == "base" else ""
+            tiny.write(f"{name}.safetensors", {n.removeprefix(cut): t for n, t in tensors.items()})
+        mean, _, report = merged(base="base")
+        stored = copies if "base" in storing else {}
+        assert set(mean) == {name.removeprefix(prefix) for name in (*shapes, *stored)}
+        for name in (*shapes, *stored):
+            expected = plain[0][copies.get(name, name)]
+            np.testing.assert_array_equal(mean[name.removeprefix(prefix)], expected)
+        assert all("tied to" in reason for reason in report.left_out.values())
+
+
+def test_copies_do_not_count_for_the_dtype_on_record():
+    embedding = torch.ones(6, 4, dtype=torch.bfloat16)
+    tensors = {"wte.weight": embedding, "h.0.mlp.weight": torch.ones(6, 5, dtype=torch.float16)}
+    names = ("base.safetensors", "a.safetensors")
+    for copies in ({}, {"lm_head.weight": embedding.clone()}):
+        for name in names:
+            save_file(tensors | copies, name, {"format": "pt"})
+        config = MergeConfig(
+            models=names[1:], base=names[0], weights="precision", isotropic=dict.fromkeys(names, 1)
+        )
+        with plan_merge(config) as plan:
+            assert plan.info.dtype == "F16"
 
 
 def test_equality_is_that_of_all_entries():
@@ -428,6 +465,30 @@ def test_real_models_tied_and_untied_merge_and_load(kind, first):
     torch.testing.assert_close(logits(loaded), logits(mean), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+def test_an_adapter_unties_what_it_trains_a_copy_of(saved):
+    """Of a tied pair PEFT trains copies, and leaves the other one as it is."""
+    base = moved(REAL["llama"](), 1)
+    save(base, "bare")
+    save(base, "full", copies=True)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(saved))
+    adapted = peft.get_peft_model(base, settings)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    adapted.save_pretrained("adapter")
+    with torch.no_grad():
+        expected = adapted.double().eval()(IDS).logits
+    for folder in ("bare", "full"):
+        run_merge(MergeConfig(models=(f"{folder}+adapter",), base=folder, out=f"{folder}-out"))
+        loaded = transformers.LlamaForCausalLM.from_pretrained(f"{folder}-out")
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-6)
+        config = json.loads(Path(f"{folder}-out/config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+
+
 def test_an_untied_head_of_t5_keeps_the_scale_of_its_outputs():
     tied, untied = moved(REAL["t5"](), 1), moved(REAL["t5"](), 2)
     save(tied, "tied")
@@ -485,6 +546,21 @@ def test_a_head_that_was_lost_is_never_the_embedding():
     missing = r"'base' but not in 'task'. The config.json .* no such head[?]$"
     with pytest.raises(MismatchError, match=missing):
         run_merge(MergeConfig(models=("task", "base"), out="out"))
+    # It is lost also where the base has the same values in both.
+    for name, value in (("copied", True), ("untied", False)):
+        shutil.copytree("base", name)
+        equal = load_file("base/model.safetensors")
+        equal["lm_head.weight"] = equal["model.embed_tokens.weight"].clone()
+        save_file(equal, f"{name}/model.safetensors", {"format": "pt"})
+        content = json.loads(Path(name, "config.json").read_text())
+        content["tie_word_embeddings"] = value
+        Path(name, "config.json").write_text(json.dumps(content))
+        with pytest.raises(MismatchError, match=r"'lm_head.weight' is in '.*' but not in 'task'"):
+            run_merge(MergeConfig(models=("task",), base=name, out="out"))
+    run_merge(MergeConfig(models=("task",), base="copied", out="skipped", on_missing="skip"))
+    content = json.loads(Path("skipped/config.json").read_text())
+    assert content["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file("skipped/model.safetensors")
     run_merge(config.model_copy(update={"on_missing": "base"}))
     kept = load_file("out/model.safetensors")["lm_head.weight"]
     assert torch.equal(kept, load_file("base/model.safetensors")["lm_head.weight"])

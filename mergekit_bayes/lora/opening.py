@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.lora.adapted import AdaptedSource, ProductPrecision
+from mergekit_bayes.lora.adapted import ProductPrecision
 from mergekit_bayes.lora.adapter import open_adapter
+from mergekit_bayes.lora.kept_heads import with_kept_heads
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
@@ -75,7 +76,7 @@ def open_adapted(
         )
         refuse_emptied(base)
         refuse_quantised(base)
-        mean = AdaptedSource(base.mean, adapter)
+        mean = with_kept_heads(base, adapter)
         product = None if adapter.posterior.precision is None else ProductPrecision(mean, count)
         stack.pop_all()  # the posterior owns the files from here on
     return Posterior(

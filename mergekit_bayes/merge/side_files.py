@@ -79,7 +79,7 @@ class SideFiles:
         """The dtype that holds most of the parameters."""
         sizes = dict.fromkeys(_CONFIG_DTYPE, 0)
         for step in self._plan.steps:
-            if step.spec.dtype in sizes:
+            if step.spec.dtype in sizes and step.tied_to is None:
                 sizes[step.spec.dtype] += step.spec.size
         return self._plan.config.dtype or max(sizes, key=lambda dtype: sizes[dtype])
 

@@ -20,7 +20,7 @@ from mergekit_bayes.plan.precisions import (
 )
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
-from mergekit_bayes.plan.tied_heads import Ties
+from mergekit_bayes.plan.tied_heads import Ties, rename_copies
 from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
@@ -53,7 +53,10 @@ def match_tensors(
         refuse_emptied(model.posterior)
         refuse_quantised(model.posterior)
     token_conflict = find_token_conflict(inputs)
-    names = {model: map_names(donor, model.posterior, notes) for model in inputs}
+    names = {
+        model: rename_copies(donor, model.posterior, map_names(donor, model.posterior, notes))
+        for model in inputs
+    }
     only = re.compile(config.only) if config.only else None
 
     def matters(model: Input, tensors: Collection[str]) -> bool:
@@ -68,6 +71,7 @@ def match_tensors(
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
     matched.steps.extend(step for name in written if (step := steps[name]) is not None)
     matcher.refuse_nothing_matched()
+    ties.forget(matched.left_out)
     if ties.config_changes:
         notes.append(ties.describe_untied())
     return matched

@@ -9,6 +9,7 @@ from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.plan.counts import common_count
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.weigh import precision_identity
 from mergekit_bayes.posterior import (
     Anchor,
@@ -25,16 +26,14 @@ _BLANK = Identity(blocks="0" * 64, full="0" * 64)
 _BLANK_SHARE = 0.123456
 
 
-def merged_info(
-    config: MergeConfig, inputs: Inputs, *, uneven: bool, untied: Collection[str] = ()
-) -> PosteriorInfo:
+def merged_info(config: MergeConfig, inputs: Inputs, ties: Ties, *, uneven: bool) -> PosteriorInfo:
     """The record of a merge's precision, its own identity still blank.
 
     Args:
         config: The settings.
         inputs: The models, weighed.
+        ties: The tied tensors.
         uneven: Whether some tensor or entry is merged by other scales than the terms'.
-        untied: Tensors that the output does not tie, though a model may.
     """
     base, donor = inputs.base, inputs.donor.posterior
     shares = _shares(inputs)
@@ -60,8 +59,8 @@ def merged_info(
         mean=_BLANK,
         base=Identity(blocks=base.posterior.identity) if base else None,
         tokenizer=next((info.tokenizer for info in infos if info.tokenizer), None),
-        dtype=config.dtype or _main_dtype(donor),
-        aliases={n: s for n, s in aliases.items() if n not in untied},
+        dtype=config.dtype or _main_dtype(donor, but=ties.copies),
+        aliases={n: s for n, s in aliases.items() if n not in ties.untied},
         terms=_terms(inputs.tasks, shares),
         merge=MergeTrace(
             common_count=common,
@@ -136,9 +135,10 @@ def _label(task: Posterior) -> str:
     return Path(task.ref if task.commit is None else re.sub(r"@[\w./-]+", "", task.ref)).name
 
 
-def _main_dtype(model: Posterior) -> str:
-    """The dtype that holds most bytes."""
+def _main_dtype(model: Posterior, *, but: Collection[str]) -> str:
+    """The dtype that holds most bytes of all tensors but some."""
     sizes: dict[str, int] = {}
-    for spec in model.mean.specs.values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size * ITEM_SIZE[spec.dtype]
+    for name, spec in model.mean.specs.items():
+        if name not in but:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size * ITEM_SIZE[spec.dtype]
     return max(sizes, key=lambda dtype: sizes[dtype], default="F32")

@@ -148,7 +148,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.
             uneven = bool(rules) or any(_is_cut(step) for step in matched.steps)
-            info = merged_info(config, inputs, uneven=uneven, untied=matched.ties.untied)
+            info = merged_info(config, inputs, matched.ties, uneven=uneven)
         plan = MergePlan(
             config=config,
             method=method,

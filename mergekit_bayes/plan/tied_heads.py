@@ -20,6 +20,39 @@ from mergekit_bayes.posterior import Posterior
 Names = Mapping[Input, Mapping[str, str]]  # for each input, the donor's names to its own
 
 
+def rename_copies(donor: Posterior, model: Posterior, names: Mapping[str, str]) -> dict[str, str]:
+    """Rename copies of tied tensors as what they are copies of is renamed.
+
+    A copy that the donor does not store has no partner there by which it could be found.
+
+    Args:
+        donor: The model whose names the output has.
+        model: A model.
+        names: The donor's names to the model's own; what the donor lacks keeps its name.
+    """
+    renamed = {own: name for name, own in names.items()}
+    for tie in find_ties({name: spec.shape for name, spec in model.mean.specs.items()}):
+        source = renamed.get(tie.source)
+        if source is None:
+            continue
+        before, after = _prefixes(tie.source, source)
+        for name in (*tie.copies, *(tie.heads if before else ())):
+            other = after + name.removeprefix(before)
+            is_free = renamed.get(name) == name and name not in donor.mean.specs
+            if is_free and name.startswith(before) and other not in names:
+                renamed[name] = other
+    return {name: own for own, name in renamed.items()}
+
+
+def _prefixes(own: str, donors: str) -> tuple[str, str]:
+    """What two names of one tensor begin with, before the parts that they share."""
+    one, other = own.split("."), donors.split(".")
+    while one and other and one[-1] == other[-1]:
+        one.pop()
+        other.pop()
+    return "".join(f"{part}." for part in one), "".join(f"{part}." for part in other)
+
+
 class Ties:
     """The tied tensors of a merge.
 
@@ -55,56 +88,53 @@ class Ties:
             for model in inputs:
                 self._own[model] |= self._resolve(tie, model)
         self._tie_of = {name: tie for tie in reversed(ties) for name in tie.names}
+        unstored: dict[str, str] = {}
         for tie in ties:
-            self._decide(tie, [m for m in inputs if m is inputs.donor or matters(m, tie.names)])
+            models = [m for m in inputs if m is inputs.donor or matters(m, tie.names)]
+            unstored |= self._decide(tie, models)
         self.config_changes: dict[str, object] = {}
         if self.untied:
             # The first config is the likeliest to be written, so what it needs wins.
             for config in reversed(self._configs.values()):
                 self.config_changes |= untying(config) if config else {}
-        if self.config_changes:
-            self._store_all(ties)
+        if self.config_changes:  # a reader of such a config expects every name
+            self.copies |= unstored
+            self.added += unstored
 
     def _resolve(self, tie: Tie, model: Input) -> dict[str, str | None]:
         stored = {n: own for n in tie.names if (own := self._names[model].get(n))}
         ties_heads = ties_embeddings(self._configs[model])
         return resolve(tie, model.posterior.mean, stored, ties_heads=ties_heads)
 
-    def _decide(self, tie: Tie, models: Collection[Input]) -> None:
-        """Decide which names of a tie are copies in the output."""
-        donor = self._names[self._donor]
+    def _decide(self, tie: Tie, models: Collection[Input]) -> dict[str, str]:
+        """Decide which names of a tie are copies in the output.
+
+        Returns:
+            The names that are tied in the output and that the donor does not store, each with the
+            name of the tensor.
+        """
+        stored, has = self._names[self._donor], self._own[self._donor]
         kept: list[str] = []
-        for name in sorted(tie.names, key=lambda name: name not in donor):
-            if self._own[self._donor].get(name) is None:
-                continue  # the donor has no such tensor, tied or not
+        unstored: dict[str, str] = {}
+        # A name of which the donor has no tensor, tied or not, is not written.
+        for name in sorted(filter(has.get, tie.names), key=lambda name: name not in stored):
             equal = (other for other in kept if self._is_same(name, other, models))
             source = next(equal, None)
             if source is None:
                 kept.append(name)
-                if name not in donor:
+                if name not in stored:
                     self.added.append(name)
-            elif name in donor:
+            elif name in stored:
                 self.copies[name] = source
+            else:
+                unstored[name] = source
         first, *others = kept or [""]
         self.untied |= dict.fromkeys(others, first)
+        return unstored
 
     def _is_same(self, one: str, other: str, models: Collection[Input]) -> bool:
-        """Whether two names are one tensor in all of these models that have both."""
-        pairs = ((self._own[m].get(one), self._own[m].get(other)) for m in models)
-        return all(a == b for a, b in pairs if a is not None and b is not None)
-
-    def _store_all(self, ties: Collection[Tie]) -> None:
-        """Let the output store every name: a reader of its config expects all of them."""
-        for tie in ties:
-            written = [n for n in tie.names if n in self._names[self._donor] or n in self.added]
-            sources = [name for name in written if name not in self.copies]
-            models = [self._donor]
-            for name in tie.names:
-                if name not in written and self._own[self._donor].get(name) is not None:
-                    source = next((s for s in sources if self._is_same(name, s, models)), None)
-                    if source is not None:
-                        self.copies[name] = source
-                        self.added.append(name)
+        """Whether two names are one tensor in all of these models, or lacking in them."""
+        return all(self._own[m].get(one) == self._own[m].get(other) for m in models)
 
     def stored_name(self, name: str, model: Input) -> tuple[str | None, str | None]:
         """The name under which a model stores a tensor of the output.
@@ -160,6 +190,12 @@ class Ties:
             f"The config.json of '{model.ref}' {says}, so '{partner}' is not taken for it. Was it "
             "lost when the model was saved, or has the model no such head?"
         )
+
+    def forget(self, left_out: Collection[str]) -> None:
+        """Forget what of the untied tensors is not written after all."""
+        self.untied = {n: source for n, source in self.untied.items() if n not in left_out}
+        if not self.untied:
+            self.config_changes = {}
 
     def describe_untied(self) -> str:
         """A remark on what the output no longer ties."""
