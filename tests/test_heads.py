@@ -74,6 +74,10 @@ def test_labels_that_differ_in_spelling_or_are_numbered_are_no_conflict(tmp_path
             config, _ = merged_config(tmp_path, *models)
             wanted = names if models[0] is other and "LABEL_0" not in names else ("not_ok", "OK")
             assert tuple(config["id2label"].values()) == wanted
+    # Labels that only their punctuation tells apart are compared as they are.
+    one = classifier(tmp_path / "three", named(("A+", "A-")), 0)
+    with pytest.raises(MismatchError, match="two classes"):
+        merged_config(tmp_path, one, classifier(tmp_path / "four", named(("A-", "A+")), 1))
 
 
 def test_the_labels_are_those_of_the_task_whose_head_is_written(tmp_path):

@@ -209,6 +209,7 @@ def test_nothing_is_told_where_all_side_files_say_the_same(tmp_path):
     same = chat_files("base", 1) | {"generation_config.json": {"eos_token_id": 1, "name": "base"}}
     same["generation_config.json"]["transformers_version"] = "5.0"
     one = write(tmp_path / "one", same, 1)
+    same["tokenizer_config.json"] |= {"eos_token": {"content": "w1", "lstrip": False}}
     bare = write(tmp_path / "two", {}, 2)
     report = merge(tmp_path / "out", one, bare, base=base)
     assert not [note for note in report.notes if "side-files" in note]

@@ -33,6 +33,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The config of a model; of a file that has a model's name, the one beside it."""
+    if path.is_dir():
+        return read_config(path)
+    return read_config(path.parent) if path.stem == "model" else {}
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model.
 

@@ -63,6 +63,11 @@ def read_tokens(folder: Path) -> TokenList | None:
     return None
 
 
+def has_tokens(folder: Path) -> bool:
+    """Whether a folder has a file that may list its tokens, without a look into it."""
+    return next(_forms(folder), None) is not None
+
+
 def tokens_apart(one: Path, other: Path) -> list[tuple[int, str, str]]:
     """Ids to which the tokenizers of two folders give different tokens.
 

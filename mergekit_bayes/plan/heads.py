@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.model_config import (
     label_keys,
     labels,
     read_config,
+    read_model_config,
 )
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
@@ -106,13 +107,14 @@ def _compare_labels(
 ) -> None:
     (first, names), *others = chosen.items()
     for model, other_names in others:
-        if _folded(names) == _folded(other_names):
+        left, right = _spelled_alike(names, other_names)
+        if left == right:
             continue
         where = (
             f"config.json numbers the labels {list(other_names)} in '{model.ref}' and "
             f"{list(names)} in '{first.ref}'"
         )
-        if sorted(_folded(names)) == sorted(_folded(other_names)):
+        if sorted(left) == sorted(right):
             raise MismatchError(
                 f"{where}, so that one row of '{name}' stands for two classes. Number the labels "
                 "of one model as the other does (config.json and the rows of its head), or merge "
@@ -127,9 +129,12 @@ def _compare_labels(
         notes.append(f"{where}; by --on-config base they are taken to be the same")
 
 
-def _folded(names: Sequence[str]) -> list[str]:
-    """Labels without case and punctuation."""
-    return [re.sub(r"[\W_]+", "", name).casefold() or name for name in names]
+def _spelled_alike(one: Sequence[str], other: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels without case and punctuation, unless two of one model would then be the same."""
+    folded = [[re.sub(r"[\W_]+", "", name).casefold() for name in names] for names in (one, other)]
+    if any(len(set(names)) < len(names) or "" in names for names in folded):
+        return list(one), list(other)
+    return folded[0], folded[1]
 
 
 def _config_of_head(model: Input, name: str) -> dict[str, object]:
@@ -137,8 +142,7 @@ def _config_of_head(model: Input, name: str) -> dict[str, object]:
     adapter = _adapter_of(model.posterior, name)
     if adapter is not None and (own := read_config(adapter.posterior.path)):
         return own
-    path = model.posterior.path
-    return read_config(path if path.is_dir() else path.parent)
+    return read_model_config(model.posterior.path)
 
 
 def _label_changes(

@@ -19,7 +19,13 @@ from mergekit_bayes.checkpoint.side_files import (
     gather_side_files,
     inline_template,
 )
-from mergekit_bayes.checkpoint.tokenizers import read_tokens, special_token_ids, tokens_apart
+from mergekit_bayes.checkpoint.tokenizers import (
+    has_tokens,
+    read_tokens,
+    special_token_ids,
+    tokenizer_identity,
+    tokens_apart,
+)
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
@@ -83,7 +89,9 @@ def choose_side_files(
     gathered = gather_side_files(config_folder, list(dict.fromkeys(folders)))
     default = _folders(owner.posterior)[-1]
     token_ids, generation_ids = _special_ids(config_folder, gathered, default)
-    _note_choice(inputs, owner, reason, gathered, notes)
+    is_told = _note_choice(inputs, owner, reason, gathered, notes)
+    if token_ids and not is_told:
+        notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
 
 
@@ -202,35 +210,54 @@ def _includes(stored: object, value: object) -> bool:
 
 def _note_choice(
     inputs: Inputs, owner: Input, reason: str, gathered: GatheredFiles, notes: list[str]
-) -> None:
-    """Say whose side files are taken, where another model has other ones."""
-    own = [group for group, f in gathered.folders.items() if f in _folders(owner.posterior)]
-    taken = {group: _content(gathered.folders[group], group) for group in own}
+) -> bool:
+    """Say whose side files are taken where another model has other ones, and return whether."""
+    own = {group: f for group, f in gathered.folders.items() if f in _folders(owner.posterior)}
     differing = [
         f"'{model.ref}'"
         for model in inputs
-        if model is not owner and _has_others(_folders(model.posterior), taken)
+        if model is not owner and _has_others(_folders(model.posterior), own)
     ]
     if differing:
         verb = "are" if len(own) > 1 else "is"
         notes.append(
-            f"{_listed(own)} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
+            f"{_listed(list(own))} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
             f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
         )
     if borrowed := [group for group in gathered.folders if group not in own]:
         notes.append(f"'{owner.ref}' has no {_listed(borrowed)}; the base's are taken")
+    return bool(differing)
 
 
-def _has_others(folders: Sequence[Path], taken: Mapping[str, object]) -> bool:
-    """Whether a model's side files say something else than those that are taken."""
-    for group, content in taken.items():
-        own = next((c for folder in folders if (c := _content(folder, group))), None)
-        # A model whose tokenizer has no chat template has another one; without a tokenizer it is
-        # only incomplete.
-        is_whole = group == CHAT and any(_content(folder, "tokenizer") for folder in folders)
-        if own != content and (own is not None or is_whole):
+def _has_others(folders: Sequence[Path], taken: Mapping[str, Path]) -> bool:
+    """Whether a model's side files say something else than those that are taken, by group."""
+    for group, owners in taken.items():
+        own = next((f for f in folders if _has(f, group)), None)
+        # A tokenizer without a chat template differs from one with it; a model without a tokenizer
+        # is only incomplete.
+        is_whole = group == CHAT and any(_has(f, "tokenizer") for f in folders)
+        if own is None and is_whole:
+            return True
+        if own is not None and own != owners and not _says_the_same(own, owners, group):
             return True
     return False
+
+
+def _has(folder: Path, group: str) -> bool:
+    if group == "tokenizer":
+        return has_tokens(folder) or bool(_special_tokens(folder))
+    return bool(_content(folder, group))
+
+
+def _says_the_same(one: Path, other: Path, group: str) -> bool:
+    if group != "tokenizer":
+        return _content(one, group) == _content(other, group)
+    if _special_tokens(one) != _special_tokens(other):
+        return False
+    if tokenizer_identity(one) == tokenizer_identity(other) is not None:
+        return True
+    counts = [tokens.count if (tokens := read_tokens(f)) else 0 for f in (one, other)]
+    return counts[0] == counts[1] and not tokens_apart(one, other)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -238,12 +265,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _content(folder: Path, group: str) -> object:
-    """What decides a group's effect, to be compared; empty if the folder has nothing of it."""
-    if group == "tokenizer":
-        tokens = read_tokens(folder)
-        listed = sorted(tokens.tokens.items()) if tokens is not None else []
-        special = sorted(_read_special(folder).items())
-        return [listed, special] if listed or special else None
+    """What decides the effect of a group of settings; empty if the folder has nothing of it."""
     if group == CHAT:
         file = folder / CHAT_TEMPLATE
         return file.read_text(encoding="utf-8") if file.exists() else inline_template(folder)
@@ -252,10 +274,14 @@ def _content(folder: Path, group: str) -> object:
     return {key: value for key, value in content.items() if key not in _NOT_COMPARED}
 
 
-def _read_special(folder: Path) -> dict[str, str]:
+def _special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that `tokenizer_config.json` names, by their role."""
     config = _read_object(folder / "tokenizer_config.json")
-    return {key: str(value) for key, value in config.items() if key.endswith("_token") and value}
+    named = {key: value for key, value in config.items() if key.endswith("_token") and value}
+    return {
+        k: str(v["content"] if isinstance(v, dict) and "content" in v else v)
+        for k, v in named.items()
+    }
 
 
 def _read_object(file: Path) -> dict[str, Any]:
