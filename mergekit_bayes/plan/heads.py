@@ -186,8 +186,7 @@ def _architecture_changes(
     ending = _TASKS.get(task)
     if ending is None:
         return {}
-    own = read_config(adapter.posterior.path).get("architectures")
-    architecture = own[0] if own else architecture_for(stored, ending)
+    architecture = architecture_for(stored, ending)
     if architecture is None:
         notes.append(
             f"'{adapter.ref}' trained '{step.name}' ({task}), and the "

@@ -5,7 +5,6 @@ behaves as the task was trained to, so that the other side files are the task's 
 model with the base's template and end-of-text token would never stop.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from mergekit_bayes.checkpoint.side_files import (
     gather_side_files,
     inline_template,
 )
+from mergekit_bayes.checkpoint.strict_json import read_object
 from mergekit_bayes.checkpoint.tokenizers import (
     has_tokens,
     read_tokens,
@@ -194,7 +194,7 @@ def _special_ids(
     generation_folder = gathered.folders.get("generation config")
     if generation_folder is None or generation_folder == folder:
         return changes, {}
-    generation = _read_object(generation_folder / "generation_config.json")
+    generation = read_object(generation_folder / "generation_config.json")
     ids = {key: value for key, value in ids.items() if key in generation}
     return changes, {k: v for k, v in ids.items() if not _includes(generation[k], v)}
 
@@ -267,27 +267,21 @@ def _listed(names: Sequence[str]) -> str:
 def _content(folder: Path, group: str) -> object:
     """What decides the effect of a group of settings; empty if the folder has nothing of it."""
     if group == CHAT:
-        file = folder / CHAT_TEMPLATE
-        return file.read_text(encoding="utf-8") if file.exists() else inline_template(folder)
+        try:
+            return (folder / CHAT_TEMPLATE).read_bytes()
+        except OSError:  # what cannot be read is reported when it is to be copied
+            template = inline_template(folder)
+            return template.encode() if template is not None else None
     names = {"generation config": "generation_config.json", "processor": "preprocessor_config.json"}
-    content = _read_object(folder / names.get(group, "modules.json"))
+    content = read_object(folder / names.get(group, "modules.json"))
     return {key: value for key, value in content.items() if key not in _NOT_COMPARED}
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that `tokenizer_config.json` names, by their role."""
-    config = _read_object(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     named = {key: value for key, value in config.items() if key.endswith("_token") and value}
     return {
         k: str(v["content"] if isinstance(v, dict) and "content" in v else v)
         for k, v in named.items()
     }
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
