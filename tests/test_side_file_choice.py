@@ -104,7 +104,7 @@ def test_the_owner_gives_all_that_belongs_together(chats, tmp_path, settings, ow
     assert f"taken from '{chats[owner]}'" in note
     assert "tokenizer, chat template, generation config and processor are" in note
     recipe = yaml.safe_load((out / "merge_recipe.yaml").read_text())
-    assert recipe["side_files"] == chats[owner]
+    assert recipe["side_files"] == report.settings["side_files"] == chats[owner]
     again = tmp_path / "again"
     run_merge(MergeConfig(**recipe, out=str(again)))
     for file in out.rglob("*"):
@@ -227,6 +227,7 @@ def test_the_command_takes_the_flag_and_its_plan_tells_the_choice(chats, tmp_pat
         assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert any(f"taken from '{chats[owner]}'" in note for note in document["notes"])
+        assert document["side_files"] == chats[owner]
 
 
 def test_a_chat_model_merged_at_scale_one_loads_with_its_template_and_stops(tmp_path):
