@@ -89,6 +89,10 @@ def test_the_labels_are_those_of_the_task_whose_head_is_written(tmp_path):
     assert config["label2id"] == {"negative": 0, "positive": 1}
     assert config["problem_type"] == "multi_label_classification"
     assert any(f"the labels of '{task}'" in note for note in report.notes)
+    other = classifier(tmp_path / "other", named(("spam", "ham")), 2)
+    for models, base_ref, names in (((task,), other, ("spam", "ham")), ((other,), task, NAMES)):
+        config, _ = merged_config(tmp_path, *models, base=base_ref, on_config="base")
+        assert tuple(config["id2label"].values()) == names
     # A task of scale zero, and a head that is copied, decide nothing.
     for settings in ({"scale": (0.0,)}, {"only": r"^m\."}):
         config, _ = merged_config(tmp_path, task, base=base, **settings)

@@ -94,6 +94,8 @@ def _labels_of(
     chosen = {model: names for model, names in named.items() if not are_generic(names)}
     if chosen:
         _compare_labels(config, step.name, chosen, notes)
+    if chosen and config.on_config == "base":
+        return next(iter(chosen.items()))  # the base's, or else the first model's
     for candidates in (chosen, named):
         # A head that a task trained is described by that task, not by what it started from.
         trained = [m for m in candidates if m.scale > 0] or list(candidates)

@@ -81,12 +81,8 @@ def choose_side_files(
         return None
     owner, reason = _choose_owner(inputs, steps, config_owner, named)
     config_folder = config_owner.posterior.path
-    folders = [*_folders(owner.posterior), *_folders(config_owner.posterior)]
-    if owner is config_owner and (misfit := _misfit(owner, inputs, steps)):
-        folders = [config_folder]  # of BASE+ADAPTER, the adapter's tokenizer does not fit
-        if owner.posterior.parts:
-            notes.append(f"the base's tokenizer of '{owner.ref}' is taken: {misfit}")
-    gathered = gather_side_files(config_folder, list(dict.fromkeys(folders)))
+    folders = dict.fromkeys([*_folders(owner.posterior), *_folders(config_owner.posterior)])
+    gathered = gather_side_files(config_folder, list(folders))
     default = _folders(owner.posterior)[-1]
     token_ids, generation_ids = _special_ids(config_folder, gathered, default)
     is_told = _note_choice(inputs, owner, reason, gathered, notes)
@@ -155,8 +151,9 @@ def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
     matrices = [step for step in steps if is_token_matrix(step.name, step.spec)]
     if folder is None or tokens is None or not matrices:
         return None
-    rows = min(step.spec.shape[0] for step in matrices)
-    if tokens.count > rows:
+    smallest = min(matrices, key=lambda step: step.spec.shape[0])
+    rows = smallest.spec.shape[0]
+    if tokens.count > rows and _own_rows(owner, smallest) != rows:
         return (
             f"its tokenizer ({tokens.file}) has {tokens.count:,} tokens and the written embedding "
             f"{rows:,} rows"
@@ -174,6 +171,19 @@ def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
             "is written"
         )
     return None
+
+
+def _own_rows(owner: Input, step: Step) -> int | None:
+    """Rows of a written tensor in a model; None if it lacks the tensor.
+
+    A tokenizer may have more tokens than its own model has rows, as many have that got a token for
+    padding. It fits the output as well as it fitted its model.
+    """
+    for operand in step.operands:
+        if operand.mean.input is owner:
+            return operand.mean.spec.shape[0]
+    spec = owner.posterior.mean.specs.get(step.name)
+    return spec.shape[0] if spec is not None and spec.shape else None
 
 
 def _special_ids(
