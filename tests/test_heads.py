@@ -74,6 +74,10 @@ def test_labels_that_differ_in_spelling_or_are_numbered_are_no_conflict(tmp_path
             config, _ = merged_config(tmp_path, *models)
             wanted = names if models[0] is other and "LABEL_0" not in names else ("not_ok", "OK")
             assert tuple(config["id2label"].values()) == wanted
+    # Labels that only their punctuation tells apart are compared as they are.
+    one = classifier(tmp_path / "three", named(("A+", "A-")), 0)
+    with pytest.raises(MismatchError, match="two classes"):
+        merged_config(tmp_path, one, classifier(tmp_path / "four", named(("A-", "A+")), 1))
 
 
 def test_the_labels_are_those_of_the_task_whose_head_is_written(tmp_path):
@@ -85,6 +89,10 @@ def test_the_labels_are_those_of_the_task_whose_head_is_written(tmp_path):
     assert config["label2id"] == {"negative": 0, "positive": 1}
     assert config["problem_type"] == "multi_label_classification"
     assert any(f"the labels of '{task}'" in note for note in report.notes)
+    other = classifier(tmp_path / "other", named(("spam", "ham")), 2)
+    for models, base_ref, names in (((task,), other, ("spam", "ham")), ((other,), task, NAMES)):
+        config, _ = merged_config(tmp_path, *models, base=base_ref, on_config="base")
+        assert tuple(config["id2label"].values()) == names
     # A task of scale zero, and a head that is copied, decide nothing.
     for settings in ({"scale": (0.0,)}, {"only": r"^m\."}):
         config, _ = merged_config(tmp_path, task, base=base, **settings)

@@ -131,7 +131,14 @@ def test_the_parts_of_a_model_get_the_dtype_too(world):
         "text_config": {"torch_dtype": "float32", "heads": 2},
     }
     Path("base/config.json").write_text(json.dumps(config))
-    merge(str(world / "gpt2-a"), base="base", weights="uniform", out="x", dtype="BF16")
+    merge(
+        str(world / "gpt2-a"),
+        base="base",
+        weights="uniform",
+        out="x",
+        dtype="BF16",
+        side_files="base",
+    )
     config["dtype"] = config["text_config"]["torch_dtype"] = "bfloat16"
     written = json.loads(Path("x/config.json").read_text())
     assert {key: written[key] for key in config} == config

@@ -103,7 +103,7 @@ def test_the_owner_gives_all_that_belongs_together(chats, tmp_path, settings, ow
     assert f"taken from '{chats[owner]}'" in note
     assert "tokenizer, chat template, generation config and processor are" in note
     recipe = yaml.safe_load((out / "merge_recipe.yaml").read_text())
-    assert recipe["side_files"] == chats[owner]
+    assert recipe["side_files"] == report.settings["side_files"] == chats[owner]
     again = tmp_path / "again"
     run_merge(MergeConfig(**recipe, out=str(again)))
     for file in out.rglob("*"):
@@ -184,10 +184,9 @@ def test_an_adapter_brings_its_tokenizer_and_its_end_of_text_token(tmp_path):
         for file in ("config.json", "generation_config.json"):
             assert json.loads((out / file).read_text())["eos_token_id"] == 2
         assert not list(out.glob("adapter_*"))
-    # Eight tokens for seven rows: the adapter's tokenizer would count beyond the embedding.
-    report = merge(out, f"{base}+{tmp_path / 'two'}", base)
-    assert owner_of(out / "tokenizer_config.json") == "base"
-    assert any("has 8 tokens" in note for note in report.notes)
+    # Eight tokens for seven rows: so it was while the adapter was trained, and so it is again.
+    merge(out, f"{base}+{tmp_path / 'two'}", base)
+    assert len(json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]) == 8
 
 
 def test_a_name_that_is_no_model_or_a_file_is_refused_with_the_names_that_do(chats, tmp_path):
@@ -208,6 +207,7 @@ def test_nothing_is_told_where_all_side_files_say_the_same(tmp_path):
     same = chat_files("base", 1) | {"generation_config.json": {"eos_token_id": 1, "name": "base"}}
     same["generation_config.json"]["transformers_version"] = "5.0"
     one = write(tmp_path / "one", same, 1)
+    same["tokenizer_config.json"] |= {"eos_token": {"content": "w1", "lstrip": False}}
     bare = write(tmp_path / "two", {}, 2)
     report = merge(tmp_path / "out", one, bare, base=base)
     assert not [note for note in report.notes if "side-files" in note]
@@ -225,6 +225,7 @@ def test_the_command_takes_the_flag_and_its_plan_tells_the_choice(chats, tmp_pat
         assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert any(f"taken from '{chats[owner]}'" in note for note in document["notes"])
+        assert document["side_files"] == chats[owner]
 
 
 def test_a_chat_model_merged_at_scale_one_loads_with_its_template_and_stops(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from itertools import product
 
 import pytest
@@ -160,6 +161,20 @@ def test_a_file_that_lists_no_tokens_gives_way_to_the_next_form(tmp_path):
     write_json(place / "vocab.json", {"eng": {"a": 0}, "fra": {"a": 1}})
     assert read_tokens(place) is None
     assert read_tokens(tmp_path / "nowhere") is None
+
+
+def test_damaged_files_list_some_tokens_or_none_and_raise_nothing(tmp_path):
+    rng = random.Random(0)
+    for form in (*FORMS, *SHIFTED):
+        for trial in range(30):
+            place = folder(tmp_path, f"{form.__name__}-{trial}", form, WORDS)
+            for file in place.iterdir():
+                content = bytearray(file.read_bytes())
+                for _ in range(rng.randint(1, 4)):
+                    content[rng.randrange(len(content))] = rng.choice(b'\n\x08\x12\xff{}[]",:09a')
+                file.write_bytes(content[: rng.randint(1, len(content))])
+            tokens_apart(place, tmp_path / f"{form.__name__}-0")
+            special_token_ids(place)
 
 
 def test_a_line_separator_inside_a_token_ends_no_line(tmp_path):

@@ -21,6 +21,7 @@ def plan_document(plan: MergePlan) -> dict[str, object]:
         "target": str(plan.target),
         "shards": [len(names) for names in plan.shards],
         "models": _model_rows(plan),
+        "side_files": plan.side_files.ref if plan.side_files is not None else None,
         "guard": plan.guard,
         "steps": [
             {"name": s.name, "dtype": s.spec.dtype, "shape": s.spec.shape, "copied": s.copied}

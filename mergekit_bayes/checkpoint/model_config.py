@@ -33,6 +33,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The config of a model; of a file that has a model's name, the one beside it."""
+    if path.is_dir():
+        return read_config(path)
+    return read_config(path.parent) if path.stem == "model" else {}
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model.
 
@@ -64,15 +71,16 @@ def change_config(config: dict[str, Any], changes: Mapping[str, object]) -> None
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of a classifier's classes by number; None if the config does not give them."""
-    given = config.get("id2label")
-    if not isinstance(given, dict):
-        inverse = config.get("label2id")
-        if not isinstance(inverse, dict):
-            return None
-        given = {number: name for name, number in inverse.items()}
+    given, inverse = config.get("id2label"), config.get("label2id")
+    if isinstance(given, dict):
+        pairs = list(given.items())
+    elif isinstance(inverse, dict):
+        pairs = [(number, name) for name, number in inverse.items()]
+    else:
+        return None
     try:
-        by_number = {int(number): str(name) for number, name in given.items()}
-    except (TypeError, ValueError):
+        by_number = {int(number): str(name) for number, name in pairs}
+    except (TypeError, ValueError, OverflowError):
         return None
     if sorted(by_number) != list(range(len(by_number))):
         return None

@@ -212,7 +212,7 @@ def inline_template(folder: Path) -> str | None:
     """The chat template inside a folder's `tokenizer_config.json`; None if it has none."""
     try:
         content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     template = content.get("chat_template") if isinstance(content, dict) else None
     return template if isinstance(template, str) else None

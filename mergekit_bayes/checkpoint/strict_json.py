@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 
 def parse_json(text: bytes) -> object:
@@ -25,6 +27,15 @@ def parse_json(text: bytes) -> object:
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     return content
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that a merge can do without; empty if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def shown(value: object) -> str:

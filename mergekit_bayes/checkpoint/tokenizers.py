@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mergekit_bayes.checkpoint.identity import content_hash
+from mergekit_bayes.checkpoint.strict_json import read_object
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 _UNKNOWN, _CONTROL = 2, 3  # types of a SentencePiece piece that is no text
@@ -63,6 +64,11 @@ def read_tokens(folder: Path) -> TokenList | None:
     return None
 
 
+def has_tokens(folder: Path) -> bool:
+    """Whether a folder has a file that may list its tokens, without a look into it."""
+    return next(_forms(folder), None) is not None
+
+
 def tokens_apart(one: Path, other: Path) -> list[tuple[int, str, str]]:
     """Ids to which the tokenizers of two folders give different tokens.
 
@@ -89,8 +95,8 @@ def special_token_ids(folder: Path) -> dict[str, int]:
     Returns:
         `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as they are known.
     """
-    tokens, config = read_tokens(folder), _read_json(folder / "tokenizer_config.json")
-    if tokens is None or not isinstance(config, dict):
+    tokens, config = read_tokens(folder), read_object(folder / "tokenizer_config.json")
+    if tokens is None:
         return {}
     numbers = {token: number for number, token in tokens.tokens.items()}
     ids = {}
@@ -115,7 +121,7 @@ def _forms(folder: Path) -> Iterator[tuple[Path, _Reader]]:
     )
     if folder.is_dir():
         for pattern, read in named:
-            for file in sorted(folder.glob(pattern)):
+            for file in sorted(filter(Path.is_file, folder.glob(pattern))):
                 yield file, read
 
 
@@ -124,7 +130,9 @@ def _read_cached(read: _Reader, file: Path, changed: int, size: int) -> TokenLis
     """The tokens that a file lists, None if it lists none; time and size tell its versions."""
     try:
         tokens = read(file)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return None
+    except RecursionError:  # nested too deeply
         return None
     return tokens if tokens is not None and tokens.tokens else None
 
@@ -163,7 +171,8 @@ def _read_model(file: Path) -> TokenList | None:
     tokens, special = {}, set()
     pieces = (piece for number, piece in _fields(content) if number == 1)
     for i, piece in enumerate(pieces):
-        assert isinstance(piece, bytes)
+        if not isinstance(piece, bytes):
+            raise ValueError("a piece that is a number")
         fields = dict(_fields(piece))
         text = fields.get(1, b"")
         tokens[i] = text.decode() if isinstance(text, bytes) else ""
@@ -196,26 +205,14 @@ def _byte_characters() -> list[str]:
 
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens that were added to a vocabulary, as slow tokenizers store them."""
-    added: dict[int, str] = {}
-    content = _read_json(folder / "added_tokens.json")
-    if isinstance(content, dict):
-        added |= {i: token for token, i in content.items() if isinstance(i, int)}
-    config = _read_json(folder / "tokenizer_config.json")
-    decoder = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+    content = read_object(folder / "added_tokens.json")
+    added = {i: token for token, i in content.items() if isinstance(i, int)}
+    decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for number, token in decoder.items():
             if number.isdecimal() and isinstance(token, dict) and "content" in token:
                 added[int(number)] = str(token["content"])
     return added
-
-
-def _read_json(file: Path) -> object:
-    """The content of a JSON file; None if it cannot be read."""
-    try:
-        content: object = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

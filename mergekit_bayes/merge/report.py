@@ -115,7 +115,10 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         formula=plan.method.formula or plan.method.summary,
         weights="precision" if plan.method.needs_precision else "uniform",
         settings=plan.config.model_dump(exclude={"force", "out", "identities"})
-        | {"param": dict(plan.settings)},
+        | {
+            "param": dict(plan.settings),
+            "side_files": plan.side_files.ref if plan.side_files is not None else None,
+        },
         models=models,
         merged_tensors=sum(step.copied is None for step in steps),
         copied={step.name: step.copied for step in steps if step.copied is not None},

@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.model_config import (
     label_keys,
     labels,
     read_config,
+    read_model_config,
 )
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
@@ -93,6 +94,8 @@ def _labels_of(
     chosen = {model: names for model, names in named.items() if not are_generic(names)}
     if chosen:
         _compare_labels(config, step.name, chosen, notes)
+    if chosen and config.on_config == "base":
+        return next(iter(chosen.items()))  # the base's, or else the first model's
     for candidates in (chosen, named):
         # A head that a task trained is described by that task, not by what it started from.
         trained = [m for m in candidates if m.scale > 0] or list(candidates)
@@ -106,13 +109,14 @@ def _compare_labels(
 ) -> None:
     (first, names), *others = chosen.items()
     for model, other_names in others:
-        if _folded(names) == _folded(other_names):
+        left, right = _spelled_alike(names, other_names)
+        if left == right:
             continue
         where = (
             f"config.json numbers the labels {list(other_names)} in '{model.ref}' and "
             f"{list(names)} in '{first.ref}'"
         )
-        if sorted(_folded(names)) == sorted(_folded(other_names)):
+        if sorted(left) == sorted(right):
             raise MismatchError(
                 f"{where}, so that one row of '{name}' stands for two classes. Number the labels "
                 "of one model as the other does (config.json and the rows of its head), or merge "
@@ -127,9 +131,12 @@ def _compare_labels(
         notes.append(f"{where}; by --on-config base they are taken to be the same")
 
 
-def _folded(names: Sequence[str]) -> list[str]:
-    """Labels without case and punctuation."""
-    return [re.sub(r"[\W_]+", "", name).casefold() or name for name in names]
+def _spelled_alike(one: Sequence[str], other: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels without case and punctuation, unless two of one model would then be the same."""
+    folded = [[re.sub(r"[\W_]+", "", name).casefold() for name in names] for names in (one, other)]
+    if any(len(set(names)) < len(names) or "" in names for names in folded):
+        return list(one), list(other)
+    return folded[0], folded[1]
 
 
 def _config_of_head(model: Input, name: str) -> dict[str, object]:
@@ -137,8 +144,7 @@ def _config_of_head(model: Input, name: str) -> dict[str, object]:
     adapter = _adapter_of(model.posterior, name)
     if adapter is not None and (own := read_config(adapter.posterior.path)):
         return own
-    path = model.posterior.path
-    return read_config(path if path.is_dir() else path.parent)
+    return read_model_config(model.posterior.path)
 
 
 def _label_changes(
@@ -182,8 +188,7 @@ def _architecture_changes(
     ending = _TASKS.get(task)
     if ending is None:
         return {}
-    own = read_config(adapter.posterior.path).get("architectures")
-    architecture = own[0] if own else architecture_for(stored, ending)
+    architecture = architecture_for(stored, ending)
     if architecture is None:
         notes.append(
             f"'{adapter.ref}' trained '{step.name}' ({task}), and the "

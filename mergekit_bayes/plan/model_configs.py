@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mergekit_bayes.checkpoint.model_config import read_config
+from mergekit_bayes.checkpoint.model_config import read_model_config
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.heads import contributors
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
-from mergekit_bayes.posterior import Posterior
 
 # Keys whose last component decides what each number of a tensor means, by what they are.
 _MEANINGS = {
@@ -76,9 +75,9 @@ def compare_configs(
     """
     merging = {model for step in steps if step.copied is None for model in contributors(step)}
     donor = inputs.donor
-    donors = config_of(donor.posterior)
+    donors = read_model_config(donor.posterior.path)
     for model in inputs:
-        others = config_of(model.posterior)
+        others = read_model_config(model.posterior.path)  # of BASE+ADAPTER the base's
         if model is donor or model not in merging or not donors or not others:
             continue
         differences = find_differences(donors, others)
@@ -90,14 +89,6 @@ def compare_configs(
                 f"config.json of '{model.ref}' has {_listed(differences)}: its weights were "
                 f"trained with these, and the output has those of '{donor.ref}'"
             )
-
-
-def config_of(model: Posterior) -> dict[str, Any]:
-    """The config of a model; of BASE+ADAPTER the base's, of a file that of its folder."""
-    path = model.path
-    if path.is_dir():
-        return read_config(path)
-    return read_config(path.parent) if path.stem == "model" else {}
 
 
 def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> list[Difference]:
@@ -168,8 +159,11 @@ def _shown(value: object) -> str:
 
 
 def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a config and of the configs in it; that of the text has no prefix."""
-    for key, value in config.items():
+    """Keys and values of a config and of the configs in it; that of the text has no prefix.
+
+    It comes last, because its values are those that the text model reads.
+    """
+    for key, value in sorted(config.items(), key=lambda item: item[0] == "text_config"):
         is_nested = isinstance(value, dict) and (
             key.endswith("_config") or key in ("encoder", "decoder")
         )

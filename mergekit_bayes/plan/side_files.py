@@ -5,7 +5,6 @@ behaves as the task was trained to, so that the other side files are the task's 
 model with the base's template and end-of-text token would never stop.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,14 @@ from mergekit_bayes.checkpoint.side_files import (
     gather_side_files,
     inline_template,
 )
-from mergekit_bayes.checkpoint.tokenizers import read_tokens, special_token_ids, tokens_apart
+from mergekit_bayes.checkpoint.strict_json import read_object
+from mergekit_bayes.checkpoint.tokenizers import (
+    has_tokens,
+    read_tokens,
+    special_token_ids,
+    tokenizer_identity,
+    tokens_apart,
+)
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
@@ -75,15 +81,13 @@ def choose_side_files(
         return None
     owner, reason = _choose_owner(inputs, steps, config_owner, named)
     config_folder = config_owner.posterior.path
-    folders = [*_folders(owner.posterior), *_folders(config_owner.posterior)]
-    if owner is config_owner and (misfit := _misfit(owner, inputs, steps)):
-        folders = [config_folder]  # of BASE+ADAPTER, the adapter's tokenizer does not fit
-        if owner.posterior.parts:
-            notes.append(f"the base's tokenizer of '{owner.ref}' is taken: {misfit}")
-    gathered = gather_side_files(config_folder, list(dict.fromkeys(folders)))
+    folders = dict.fromkeys([*_folders(owner.posterior), *_folders(config_owner.posterior)])
+    gathered = gather_side_files(config_folder, list(folders))
     default = _folders(owner.posterior)[-1]
     token_ids, generation_ids = _special_ids(config_folder, gathered, default)
-    _note_choice(inputs, owner, reason, gathered, notes)
+    is_told = _note_choice(inputs, owner, reason, gathered, notes)
+    if token_ids and not is_told:
+        notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
 
 
@@ -145,8 +149,9 @@ def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
     matrices = [step for step in steps if is_token_matrix(step.name, step.spec)]
     if folder is None or tokens is None or not matrices:
         return None
-    rows = min(step.spec.shape[0] for step in matrices)
-    if tokens.count > rows:
+    smallest = min(matrices, key=lambda step: step.spec.shape[0])
+    rows = smallest.spec.shape[0]
+    if tokens.count > rows and _own_rows(owner, smallest) != rows:
         return (
             f"its tokenizer ({tokens.file}) has {tokens.count:,} tokens and the written embedding "
             f"{rows:,} rows"
@@ -164,6 +169,19 @@ def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
             "is written"
         )
     return None
+
+
+def _own_rows(owner: Input, step: Step) -> int | None:
+    """Rows of a written tensor in a model; None if it lacks the tensor.
+
+    A tokenizer may have more tokens than its own model has rows, as many have that got a token for
+    padding. It fits the output as well as it fitted its model.
+    """
+    for operand in step.operands:
+        if operand.mean.input is owner:
+            return operand.mean.spec.shape[0]
+    spec = owner.posterior.mean.specs.get(step.name)
+    return spec.shape[0] if spec is not None and spec.shape else None
 
 
 def _special_ids(
@@ -184,7 +202,7 @@ def _special_ids(
     generation_folder = gathered.folders.get("generation config")
     if generation_folder is None or generation_folder == folder:
         return changes, {}
-    generation = _read_object(generation_folder / "generation_config.json")
+    generation = read_object(generation_folder / "generation_config.json")
     ids = {key: value for key, value in ids.items() if key in generation}
     return changes, {k: v for k, v in ids.items() if not _includes(generation[k], v)}
 
@@ -200,35 +218,54 @@ def _includes(stored: object, value: object) -> bool:
 
 def _note_choice(
     inputs: Inputs, owner: Input, reason: str, gathered: GatheredFiles, notes: list[str]
-) -> None:
-    """Say whose side files are taken, where another model has other ones."""
-    own = [group for group, f in gathered.folders.items() if f in _folders(owner.posterior)]
-    taken = {group: _content(gathered.folders[group], group) for group in own}
+) -> bool:
+    """Say whose side files are taken where another model has other ones, and return whether."""
+    own = {group: f for group, f in gathered.folders.items() if f in _folders(owner.posterior)}
     differing = [
         f"'{model.ref}'"
         for model in inputs
-        if model is not owner and _has_others(_folders(model.posterior), taken)
+        if model is not owner and _has_others(_folders(model.posterior), own)
     ]
     if differing:
         verb = "are" if len(own) > 1 else "is"
         notes.append(
-            f"{_listed(own)} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
+            f"{_listed(list(own))} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
             f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
         )
     if borrowed := [group for group in gathered.folders if group not in own]:
         notes.append(f"'{owner.ref}' has no {_listed(borrowed)}; the base's are taken")
+    return bool(differing)
 
 
-def _has_others(folders: Sequence[Path], taken: Mapping[str, object]) -> bool:
-    """Whether a model's side files say something else than those that are taken."""
-    for group, content in taken.items():
-        own = next((c for folder in folders if (c := _content(folder, group))), None)
-        # A model whose tokenizer has no chat template has another one; without a tokenizer it is
-        # only incomplete.
-        is_whole = group == CHAT and any(_content(folder, "tokenizer") for folder in folders)
-        if own != content and (own is not None or is_whole):
+def _has_others(folders: Sequence[Path], taken: Mapping[str, Path]) -> bool:
+    """Whether a model's side files say something else than those that are taken, by group."""
+    for group, owners in taken.items():
+        own = next((f for f in folders if _has(f, group)), None)
+        # A tokenizer without a chat template differs from one with it; a model without a tokenizer
+        # is only incomplete.
+        is_whole = group == CHAT and any(_has(f, "tokenizer") for f in folders)
+        if own is None and is_whole:
+            return True
+        if own is not None and own != owners and not _says_the_same(own, owners, group):
             return True
     return False
+
+
+def _has(folder: Path, group: str) -> bool:
+    if group == "tokenizer":
+        return has_tokens(folder) or bool(_special_tokens(folder))
+    return bool(_content(folder, group))
+
+
+def _says_the_same(one: Path, other: Path, group: str) -> bool:
+    if group != "tokenizer":
+        return _content(one, group) == _content(other, group)
+    if _special_tokens(one) != _special_tokens(other):
+        return False
+    if tokenizer_identity(one) == tokenizer_identity(other) is not None:
+        return True
+    counts = [tokens.count if (tokens := read_tokens(f)) else 0 for f in (one, other)]
+    return counts[0] == counts[1] and not tokens_apart(one, other)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -236,30 +273,23 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _content(folder: Path, group: str) -> object:
-    """What decides a group's effect, to be compared; empty if the folder has nothing of it."""
-    if group == "tokenizer":
-        tokens = read_tokens(folder)
-        listed = sorted(tokens.tokens.items()) if tokens is not None else []
-        special = sorted(_read_special(folder).items())
-        return [listed, special] if listed or special else None
+    """What decides the effect of a group of settings; empty if the folder has nothing of it."""
     if group == CHAT:
-        file = folder / CHAT_TEMPLATE
-        return file.read_text(encoding="utf-8") if file.exists() else inline_template(folder)
+        try:
+            return (folder / CHAT_TEMPLATE).read_bytes()
+        except OSError:  # what cannot be read is reported when it is to be copied
+            template = inline_template(folder)
+            return template.encode() if template is not None else None
     names = {"generation config": "generation_config.json", "processor": "preprocessor_config.json"}
-    content = _read_object(folder / names.get(group, "modules.json"))
+    content = read_object(folder / names.get(group, "modules.json"))
     return {key: value for key, value in content.items() if key not in _NOT_COMPARED}
 
 
-def _read_special(folder: Path) -> dict[str, str]:
+def _special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that `tokenizer_config.json` names, by their role."""
-    config = _read_object(folder / "tokenizer_config.json")
-    return {key: str(value) for key, value in config.items() if key.endswith("_token") and value}
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    config = read_object(folder / "tokenizer_config.json")
+    named = {key: value for key, value in config.items() if key.endswith("_token") and value}
+    return {
+        k: str(v["content"] if isinstance(v, dict) and "content" in v else v)
+        for k, v in named.items()
+    }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
-from mergekit_bayes.checkpoint.tokenizers import read_tokens, tokens_apart
+from mergekit_bayes.checkpoint.tokenizers import has_tokens, read_tokens, tokens_apart
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.names import OTHER_BASE
@@ -39,7 +39,7 @@ def token_folder(model: Posterior) -> Path | None:
     """
     paths = [part.path for part in reversed(model.parts)] or [model.path]
     folders = (path if path.is_dir() else path.parent for path in paths if _is_models(path))
-    return next((folder for folder in folders if read_tokens(folder) is not None), None)
+    return next(filter(has_tokens, folders), None)
 
 
 def _is_models(path: Path) -> bool:
