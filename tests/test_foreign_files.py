@@ -8,6 +8,7 @@ import torch
 
 from mergekit_bayes.checkpoint.foreign import HEAD
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
 
@@ -119,6 +120,18 @@ def test_a_link_to_nothing_and_an_unfinished_file_are_named(tmp_path):
     (tmp_path / "m.safetensors.part").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is a download that did not finish"):
         open_posterior(str(tmp_path / "m.safetensors.part"))
+
+
+def test_a_side_file_that_is_a_pointer_is_not_copied_for_the_file(tmp_path):
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / name / "model.safetensors", tiny.arrays(seed))
+    page = tmp_path / "a/notes.html"
+    page.write_text("<html></html>")
+    models = (str(tmp_path / "a"), str(tmp_path / "b"))
+    run_merge(MergeConfig(models=models, out=str(tmp_path / "one")))
+    (tmp_path / "a/tokenizer.json").write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=r"a/tokenizer\.json: is a Git LFS pointer"):
+        run_merge(MergeConfig(models=models, out=str(tmp_path / "two")))
 
 
 def test_a_name_that_no_shard_holds_is_told_as_an_error_of_the_index(tmp_path):

@@ -91,6 +91,27 @@ def test_whole_modules_of_a_raw_state_dict_replace_and_the_originals_are_told(tm
     np.testing.assert_array_equal(change(ref)["m.out.bias"], bias)
     with open_adapted(ref) as opened:
         assert "the base's own copies" in opened.mean.notes[0]
+    report = merge_adapters([str(tmp_path / "a")], tmp_path / "out")
+    assert "the base's own copies" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "saved"),
+    [
+        ("lora_{}.weight", "out.modules_to_save.bias"),
+        ("lora_{}.weight", "out.modules_to_save.default.bias"),
+        ("lora_{}.mine.weight", "out.modules_to_save.mine.bias"),
+        ("lora_{}.mine.weight", "modules_to_save.out.bias"),
+    ],
+)
+def test_whole_modules_are_read_with_and_without_the_adapters_name(tmp_path, factor, saved):
+    folder, bias = base(tmp_path / "base"), np.float32([1, 2, 3, 4, 5])
+    stored = {
+        re.sub(r"lora_([AB])\.weight", lambda m: factor.format(m[1]), name): t
+        for name, t in tensors_of(factors(0)).items()
+    }
+    ref = f"{folder}+{written(tmp_path / 'a', stored | {f'{PREFIX}m.{saved}': bias})}"
+    np.testing.assert_array_equal(change(ref)["m.out.bias"], bias)
 
 
 @pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 1)])
@@ -259,6 +280,13 @@ def test_factors_of_peft_given_as_a_file_are_no_model(tmp_path):
         run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
     with pytest.raises(CheckpointError, match=r"the adapter_config\.json that PEFT wrote"):
         open_adapter(str(path))
+
+
+def test_a_model_that_was_saved_with_its_adapter_unfolded_is_no_model(tmp_path):
+    stored = tensors_of(factors(0)) | {f"{PREFIX}m.q.base_layer.weight": np.ones((6, 4))}
+    path = tiny.write(tmp_path / "model.safetensors", stored)
+    with pytest.raises(MismatchError, match=r"PeftModel that was saved whole.*merge_and_unload"):
+        run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

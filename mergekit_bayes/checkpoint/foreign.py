@@ -87,11 +87,9 @@ def explain_stand_in(head: bytes) -> str | None:
     Args:
         head: The first bytes of a file of any kind.
     """
+    if reason := explain_pointer(head):
+        return reason
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower()
-    if head.startswith(_LFS):
-        return _explain_pointer(head)
-    if _ANNEX in head and len(head) < HEAD:
-        return "is a pointer of git-annex, not the file itself. Get it with `git annex get`."
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")):
         return (
             "is a web page, not the file itself: the server answered with an error or a login "
@@ -99,6 +97,25 @@ def explain_stand_in(head: bytes) -> str | None:
             "login` if it is gated."
         )
     return None
+
+
+def explain_pointer(head: bytes) -> str | None:
+    """What a version control system left in a file's place; None for anything else.
+
+    Args:
+        head: The first bytes of a file of any kind.
+    """
+    if _ANNEX in head and len(head) < HEAD:
+        return "is a pointer of git-annex, not the file itself. Get it with `git annex get`."
+    if not head.startswith(_LFS):
+        return None
+    sizes = [line[5:] for line in head.splitlines() if line.startswith(b"size ")]
+    size = f" (of {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
+    return (
+        f"is a Git LFS pointer, not the file itself{size}: the repository was cloned without Git "
+        "LFS. Get the file with `git lfs install` and `git lfs pull` in that clone, or with "
+        "`hf download REPOSITORY`."
+    )
 
 
 def explain_missing(folder: Path) -> str | None:
@@ -161,16 +178,6 @@ def _unfinished(folder: Path, names: Iterable[str]) -> str | None:
 def is_unfinished(path: Path) -> bool:
     """Whether a file's ending says that its download is not complete."""
     return path.name.endswith(_UNFINISHED)
-
-
-def _explain_pointer(head: bytes) -> str:
-    sizes = [line[5:] for line in head.splitlines() if line.startswith(b"size ")]
-    size = f" (of {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
-    return (
-        f"is a Git LFS pointer, not the file itself{size}: the repository was cloned without Git "
-        "LFS. Get the file with `git lfs install` and `git lfs pull` in that clone, or with "
-        "`hf download REPOSITORY`."
-    )
 
 
 def _explain_zip(head: bytes, path: Path) -> str:

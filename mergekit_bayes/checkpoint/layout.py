@@ -44,9 +44,10 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
                 "on where it stopped."
             )
         if path.suffix != ".safetensors":
+            kind = "a GGUF file of llama.cpp, and not" if path.suffix == ".gguf" else "not"
             raise CheckpointError(
-                f"'{ref}' is not a .safetensors file. Name one, or a folder that save_pretrained "
-                "wrote."
+                f"'{ref}' is {kind} a .safetensors file. Name one, or a folder that "
+                "save_pretrained wrote."
             )
         return [path]
     for stem in _STEMS:

@@ -11,6 +11,9 @@ Three lists say what happens to them, because the three risks differ:
 import shutil
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_pointer
+from mergekit_bayes.errors import CheckpointError
+
 # Tokenizers in formats of their own (sentencepiece, tiktoken, byte-pair merges, vocabularies).
 _TOKENIZERS = (
     "*.model",
@@ -113,6 +116,24 @@ def side_files(folder: Path) -> list[Path]:
         if is_accepted and not path.match(".*") and path.name != "posterior":
             accepted += [f.relative_to(folder) for f in inner]
     return accepted
+
+
+def check_side_files(folder: Path) -> None:
+    """Find what of a model's side files cannot be copied, or would be of no use.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is a pointer to the file itself.
+    """
+    for name in side_files(folder):
+        try:
+            with (folder / name).open("rb") as content:
+                head = content.read(HEAD)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: cannot be read ({error.strerror}); the output needs it."
+            ) from None
+        if reason := explain_pointer(head):
+            raise CheckpointError(f"{folder / name}: {reason}")
 
 
 def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> None:

@@ -51,6 +51,8 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
     replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
     specs = {**base.specs, **{n: adapter.posterior.mean.specs[d] for n, d in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
+    if adapter.unused_note is not None:
+        notes.append(adapter.unused_note)
     for name, layer in layers.items():
         _check_layer(base, specs, adapter, name, layer)
     for name in replaced:
@@ -83,11 +85,6 @@ def _effective(
         notes.append(
             f"'{adapter.ref}' has factors of {_some(applied)}, which its target_modules do not "
             "name: applied here, while PEFT ignores them"
-        )
-    if adapter.unused:
-        notes.append(
-            f"'{adapter.ref}' has the base's own copies of modules that it replaces "
-            f"({_some(adapter.unused)}): left out"
         )
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.side_files import copy_side_files, side_files
+from mergekit_bayes.checkpoint.side_files import check_side_files, copy_side_files
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.plan import MergePlan
 
@@ -40,17 +40,11 @@ class SideFiles:
         """
         if self._folder is None:
             return
-        for name in side_files(self._folder):
-            file = self._folder / name
+        check_side_files(self._folder)
+        file = self._folder / "config.json"
+        if file.exists() and (self._changes_dtype or self._changes):
             try:
-                with file.open("rb") as content:
-                    content.read(1)
-                if name == Path("config.json") and (self._changes_dtype or self._changes):
-                    json.loads(file.read_bytes())
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file}: cannot be read ({error.strerror}); the output needs it."
-                ) from None
+                json.loads(file.read_bytes())
             except ValueError as error:
                 raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
