@@ -137,13 +137,21 @@ def test_factors_of_a_convolution_fold_as_their_composition(tmp_path, kernel):
     np.testing.assert_allclose(found - weight, 2 * expected, atol=4e-6)
 
 
-def test_a_convolution_whose_second_factor_has_a_kernel_is_refused(tmp_path):
-    wide = {
-        f"{PREFIX}m.c.lora_A.weight": np.ones((2, 4, 3), np.float32),
-        f"{PREFIX}m.c.lora_B.weight": np.ones((5, 2, 3), np.float32),
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 4, 3), (5, 2, 3)), r"whose B has the kernel 1"),
+        (((2, 4, 3), (5, 2)), r"whose B has the kernel 1"),
+        (((2, 4, 3), (6, 1, 1)), r"convolution with groups"),
+    ],
+)
+def test_a_convolution_that_is_no_product_of_two_matrices_is_refused(tmp_path, shapes, message):
+    odd = {
+        f"{PREFIX}m.c.lora_{side}.weight": np.ones(shape, np.float32)
+        for side, shape in zip("AB", shapes, strict=True)
     }
-    with pytest.raises(ConfigError, match=r"is \[5, 2, 3\]'?.* kernel 1|kernel 1"):
-        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)) | wide)))
+    with pytest.raises(ConfigError, match=message):
+        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)) | odd)))
 
 
 def test_factors_that_nothing_names_are_left_out_and_those_that_the_base_has_applied(tmp_path):
@@ -201,6 +209,33 @@ def test_an_embedding_that_was_stored_whole_is_the_adapters_with_all_its_rows(
     twice = change(f"{tmp_path / 'base'}+{tmp_path / 'sum'}")
     for name, values in expected.items():
         np.testing.assert_allclose(twice[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_convolutions_and_an_adapted_head_are_what_peft_merges(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Conv1d(4, 6, 3), torch.nn.Conv2d(6, 5, (3, 2))
+            self.square, self.lm_head = torch.nn.Conv2d(4, 4, 1), torch.nn.Linear(5, 7)
+
+    torch.manual_seed(0)
+    net = Net()
+    (tmp_path / "base").mkdir()
+    save_file(net.state_dict(), tmp_path / "base/model.safetensors")
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    modules = ["one", "two", "square", "lm_head"]
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=3, target_modules=modules))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "a")
+    merged = model.merge_and_unload().state_dict()
+    for name, values in change(f"{tmp_path / 'base'}+{tmp_path / 'a'}").items():
+        assert torch.equal(merged[name], before[name]) == name.endswith(".bias")
+        np.testing.assert_allclose(values, merged[name].numpy(), atol=1e-6, err_msg=name)
 
 
 def test_what_peft_stores_after_resizing_is_what_peft_merges(tmp_path):

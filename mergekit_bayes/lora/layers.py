@@ -174,6 +174,12 @@ def _read_layer(
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
+        raise ConfigError(
+            f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}: "
+            "factors of a convolution with groups, which neither this reader nor PEFT folds. Take "
+            "the layer out of the adapter."
+        )
     if a.shape[0] != rank or b.shape[1] != rank:
         raise MismatchError(
             f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "
