@@ -145,3 +145,6 @@ def test_a_name_that_no_shard_holds_is_told_as_an_error_of_the_index(tmp_path):
     index.write_text(f'{{"weight_map": {text}}}')
     with pytest.raises(CheckpointError, match=r"'mtp\.fc' .* no other shard does \(2 such\)"):
         open_posterior(str(tmp_path))
+    (tmp_path / files[1]).rename(tmp_path / f"{files[1]}.incomplete")
+    with pytest.raises(CheckpointError, match=r"which is not there\. There is a download that did"):
+        open_posterior(str(tmp_path))

@@ -6,7 +6,6 @@ this module says why and what to do.
 """
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.strict_json import shown
@@ -127,17 +126,14 @@ def explain_missing(folder: Path) -> str | None:
     Returns:
         Sentences to follow the folder's name; None if its content shows nothing.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = _names(folder)
     for name in names:
         file = folder / name
         is_broken = file.is_symlink() and not file.exists()
         if is_broken and name.endswith((".safetensors", ".index.json")):
             return f"holds {name}, a link to {file.readlink()}, which is not there. {_FETCH} again."
-    if unfinished := _unfinished(folder, names):
-        return (
-            f"holds a download that did not finish ({unfinished}). Run the same download again; it "
-            "goes on where it stopped."
-        )
+    if unfinished := explain_unfinished(folder):
+        return f"holds {unfinished}"
     if others := [name for name in names if name.endswith(".safetensors")]:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         return (
@@ -165,14 +161,22 @@ def explain_missing(folder: Path) -> str | None:
     return None
 
 
-def _unfinished(folder: Path, names: Iterable[str]) -> str | None:
-    """A file that a downloader has not finished, in a folder or in the cache within it."""
-    for name in names:
-        if name.endswith(_UNFINISHED):
-            return name
+def explain_unfinished(folder: Path) -> str | None:
+    """What a downloader has not finished, in a folder or in the cache within it, and what to do."""
+    waiting = [name for name in _names(folder) if name.endswith(_UNFINISHED)]
     cache = folder / ".cache/huggingface/download"
-    waiting = sorted(cache.rglob("*.incomplete")) if cache.is_dir() else []
-    return str(waiting[0].relative_to(folder)) if waiting else None
+    if not waiting and cache.is_dir():
+        waiting = sorted(str(p.relative_to(folder)) for p in cache.rglob("*.incomplete"))
+    if not waiting:
+        return None
+    return (
+        f"a download that did not finish ({waiting[0]}). Run the same download again; it goes on "
+        "where it stopped."
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def is_unfinished(path: Path) -> bool:

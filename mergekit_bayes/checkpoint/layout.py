@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.foreign import (
     HEAD,
     explain_missing,
     explain_stand_in,
+    explain_unfinished,
     is_unfinished,
 )
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
@@ -175,9 +176,9 @@ def read_index(index: Path) -> dict[str, str]:
         ) from None
     for name in sorted(set(weight_map.values())):
         if not os.path.exists(index.parent / name):
-            raise CheckpointError(
-                f"{index}: names {shown(name)}, which is not there. Fetch the missing shards."
-            )
+            unfinished = explain_unfinished(index.parent)
+            way_out = f"There is {unfinished}" if unfinished else "Fetch the missing shards."
+            raise CheckpointError(f"{index}: names {shown(name)}, which is not there. {way_out}")
     return weight_map
 
 

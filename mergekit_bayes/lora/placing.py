@@ -105,10 +105,15 @@ def _check_layer(
     where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
     shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
     if spec.shape not in shapes:
+        cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
+            cause = (
+                "The vocabulary was resized before training, and the adapter does not hold the "
+                f"rows that were added: name the base of {layer.rows} rows that it was trained on."
+            )
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
-            f"in {where} is {list(spec.shape)}. Was it trained on another model "
-            f"({_named_base(adapter)})?"
+            f"in {where} is {list(spec.shape)}. {cause}"
         )
     if spec.dtype not in MERGEABLE:
         raise MismatchError(
