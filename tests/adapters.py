@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
@@ -97,3 +98,22 @@ def peft_adapter(folder, base_folder, seed=0, kind=transformers.AutoModelForCaus
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     return model
+
+
+def tensors_of(made):
+    """Factors under the names that PEFT gives them on disk."""
+    return {
+        f"base_model.model.{module}.lora_{side}.weight": values
+        for module, pair in made.items()
+        for side, values in zip("AB", pair, strict=True)
+    }
+
+
+def written(folder, tensors, **config):
+    """An adapter folder of tensors under any names."""
+    folder.mkdir()
+    stored = {name: torch.as_tensor(np.ascontiguousarray(t)) for name, t in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder

@@ -8,6 +8,7 @@ import torch
 
 from mergekit_bayes.checkpoint.foreign import HEAD
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
 
@@ -121,6 +122,18 @@ def test_a_link_to_nothing_and_an_unfinished_file_are_named(tmp_path):
         open_posterior(str(tmp_path / "m.safetensors.part"))
 
 
+def test_a_side_file_that_is_a_pointer_is_not_copied_for_the_file(tmp_path):
+    for seed, name in enumerate("ab"):
+        tiny.write(tmp_path / name / "model.safetensors", tiny.arrays(seed))
+    page = tmp_path / "a/notes.html"
+    page.write_text("<html></html>")
+    models = (str(tmp_path / "a"), str(tmp_path / "b"))
+    run_merge(MergeConfig(models=models, out=str(tmp_path / "one")))
+    (tmp_path / "a/tokenizer.json").write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=r"a/tokenizer\.json: is a Git LFS pointer"):
+        run_merge(MergeConfig(models=models, out=str(tmp_path / "two")))
+
+
 def test_a_name_that_no_shard_holds_is_told_as_an_error_of_the_index(tmp_path):
     files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     names = {file: tiny.arrays(i, {f"h.{i}": (3,)}) for i, file in enumerate(files)}
@@ -131,4 +144,7 @@ def test_a_name_that_no_shard_holds_is_told_as_an_error_of_the_index(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(f'{{"weight_map": {text}}}')
     with pytest.raises(CheckpointError, match=r"'mtp\.fc' .* no other shard does \(2 such\)"):
+        open_posterior(str(tmp_path))
+    (tmp_path / files[1]).rename(tmp_path / f"{files[1]}.incomplete")
+    with pytest.raises(CheckpointError, match=r"which is not there\. There is a download that did"):
         open_posterior(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Adapters as libraries other than PEFT's save_pretrained write them: read, or refused by name."""
+"""Adapters are read under every name that PEFT and training give their tensors."""
 
 import json
 import re
@@ -14,31 +14,14 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora import merge_adapters, open_adapted, open_adapter
 from mergekit_bayes.merge import MergeConfig, run_merge
 from tests import tiny
-from tests.adapters import BASE, adapter, base, factors, precise
+from tests.adapters import BASE, adapter, base, factors, precise, tensors_of, written
 from tests.tiny_models import tiny_gpt2
 
 PREFIX = "base_model.model."
 
 
-def tensors_of(made):
-    return {
-        f"{PREFIX}{module}.lora_{side}.weight": values
-        for module, pair in made.items()
-        for side, values in zip("AB", pair, strict=True)
-    }
-
-
-def written(folder, tensors, **config):
-    """An adapter folder of tensors under any names."""
-    folder.mkdir()
-    stored = {name: torch.as_tensor(np.ascontiguousarray(t)) for name, t in tensors.items()}
-    save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3} | config
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 def change(ref):
+    """All tensors of an adapted base."""
     with open_adapted(ref) as opened:
         return {name: read_tensor(opened.mean, name) for name in opened.mean.specs}
 
@@ -91,6 +74,27 @@ def test_whole_modules_of_a_raw_state_dict_replace_and_the_originals_are_told(tm
     np.testing.assert_array_equal(change(ref)["m.out.bias"], bias)
     with open_adapted(ref) as opened:
         assert "the base's own copies" in opened.mean.notes[0]
+    report = merge_adapters([str(tmp_path / "a")], tmp_path / "out")
+    assert "the base's own copies" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "saved"),
+    [
+        ("lora_{}.weight", "out.modules_to_save.bias"),
+        ("lora_{}.weight", "out.modules_to_save.default.bias"),
+        ("lora_{}.mine.weight", "out.modules_to_save.mine.bias"),
+        ("lora_{}.mine.weight", "modules_to_save.out.bias"),
+    ],
+)
+def test_whole_modules_are_read_with_and_without_the_adapters_name(tmp_path, factor, saved):
+    folder, bias = base(tmp_path / "base"), np.float32([1, 2, 3, 4, 5])
+    stored = {
+        re.sub(r"lora_([AB])\.weight", lambda m: factor.format(m[1]), name): t
+        for name, t in tensors_of(factors(0)).items()
+    }
+    ref = f"{folder}+{written(tmp_path / 'a', stored | {f'{PREFIX}m.{saved}': bias})}"
+    np.testing.assert_array_equal(change(ref)["m.out.bias"], bias)
 
 
 @pytest.mark.parametrize("kernel", [(3,), (2, 3), (1, 1)])
@@ -116,13 +120,21 @@ def test_factors_of_a_convolution_fold_as_their_composition(tmp_path, kernel):
     np.testing.assert_allclose(found - weight, 2 * expected, atol=4e-6)
 
 
-def test_a_convolution_whose_second_factor_has_a_kernel_is_refused(tmp_path):
-    wide = {
-        f"{PREFIX}m.c.lora_A.weight": np.ones((2, 4, 3), np.float32),
-        f"{PREFIX}m.c.lora_B.weight": np.ones((5, 2, 3), np.float32),
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 4, 3), (5, 2, 3)), r"whose B has the kernel 1"),
+        (((2, 4, 3), (5, 2)), r"whose B has the kernel 1"),
+        (((2, 4, 3), (6, 1, 1)), r"convolution with groups"),
+    ],
+)
+def test_a_convolution_that_is_no_product_of_two_matrices_is_refused(tmp_path, shapes, message):
+    odd = {
+        f"{PREFIX}m.c.lora_{side}.weight": np.ones(shape, np.float32)
+        for side, shape in zip("AB", shapes, strict=True)
     }
-    with pytest.raises(ConfigError, match=r"is \[5, 2, 3\]'?.* kernel 1|kernel 1"):
-        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)) | wide)))
+    with pytest.raises(ConfigError, match=message):
+        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)) | odd)))
 
 
 def test_factors_that_nothing_names_are_left_out_and_those_that_the_base_has_applied(tmp_path):
@@ -182,6 +194,33 @@ def test_an_embedding_that_was_stored_whole_is_the_adapters_with_all_its_rows(
         np.testing.assert_allclose(twice[name], values, rtol=1e-5, err_msg=name)
 
 
+def test_convolutions_and_an_adapted_head_are_what_peft_merges(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Conv1d(4, 6, 3), torch.nn.Conv2d(6, 5, (3, 2))
+            self.square, self.lm_head = torch.nn.Conv2d(4, 4, 1), torch.nn.Linear(5, 7)
+
+    torch.manual_seed(0)
+    net = Net()
+    (tmp_path / "base").mkdir()
+    save_file(net.state_dict(), tmp_path / "base/model.safetensors")
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    modules = ["one", "two", "square", "lm_head"]
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=3, target_modules=modules))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "a")
+    merged = model.merge_and_unload().state_dict()
+    for name, values in change(f"{tmp_path / 'base'}+{tmp_path / 'a'}").items():
+        assert torch.equal(merged[name], before[name]) == name.endswith(".bias")
+        np.testing.assert_allclose(values, merged[name].numpy(), atol=1e-6, err_msg=name)
+
+
 def test_what_peft_stores_after_resizing_is_what_peft_merges(tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -197,151 +236,6 @@ def test_what_peft_stores_after_resizing_is_what_peft_merges(tmp_path):
     merged = {n: t.numpy() for n, t in model.merge_and_unload().state_dict().items()}
     for name, values in change(f"{folder}+{tmp_path / 'a'}").items():
         np.testing.assert_allclose(values, merged[name], atol=2e-6, err_msg=name)
-
-
-REFUSED = {
-    "lora_unet_down_blocks_0.lora_down.weight": r"kohya-ss.*fuse_lora",
-    "unet.down.attn.to_q.lora.down.weight": r"diffusers.*fuse_lora",
-    "model.layers.0.q_proj.lora_a": r"MLX.*mlx_lm\.fuse",
-    "layers.0.attn.q_proj.lora_a.weight": r"torchtune.*PEFT's form",
-    "transformer.h.0.attn.attn.lora_A": r"LitGPT.*merge_lora",
-    "decoder.layers.0.adapter.linear_in.weight": r"NeMo.*merge_lora_weights",
-    "bert.layer.0.adapters.task.adapter_down.0.weight": r"AdapterHub.*merge_adapter",
-    "m.wte.lora_embedding_A": r"factor of an embedding.*untie",
-    "m.wte.lora_embedding_B.default": r"factor of an embedding.*untie",
-    "m.q.lora_magnitude_vector": r"DoRA.*merge_and_unload",
-    "m.q.vera_lambda_b": r"VeRA.*merge_and_unload",
-    "m.q.ia3_l": r"IA3.*merge_and_unload",
-    "m.q.hada_w1_a": r"LoHa.*merge_and_unload",
-    "m.q.lokr_w1": r"LoKr.*merge_and_unload",
-    "m.q.oft_R": r"OFT.*merge_and_unload",
-    "m.q.boft_R": r"OFT.*merge_and_unload",
-    "m.q.lora_E": r"AdaLoRA.*merge_and_unload",
-    "m.q.lora_B.bias": r"lora_bias.*merge_and_unload",
-    "m.wte.token_adapter.trainable_tokens_delta": r"trained tokens.*merge_and_unload",
-    "m.q.fourierft_spectrum": r"other than LoRA.*merge_and_unload",
-    "prompt_embeddings": r"virtual tokens.*nothing to merge",
-    "m.q.base_layer.weight": r"whole PeftModel.*save_pretrained",
-    "m.norm.weight": r"neither lora_A, lora_B nor of modules_to_save",
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_read_is_refused_by_who_wrote_it(tmp_path, name):
-    stored = tensors_of(factors(0)) | {name: np.ones((2, 2), np.float32)}
-    folder = written(tmp_path / "a", stored)
-    message = rf"'{re.escape(name)}' is .*{REFUSED[name]}"
-    with pytest.raises(ConfigError, match=message):
-        open_adapter(str(folder))
-    (folder / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"it has no adapter_config\.json\. .*"):
-        open_adapter(str(folder))
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in REFUSED if n.startswith(("lora_unet", "unet", "model.layers", "layers."))]
-)
-def test_a_file_of_another_writer_is_no_model_and_no_adapter(tmp_path, name):
-    path = tmp_path / "x.safetensors"
-    others = {name.replace("down", "up").replace("lora_a", "lora_b"): np.ones(2, np.float32)}
-    alpha = {"lora_unet_down.alpha": np.ones(1, np.float32)} if "lora_unet" in name else {}
-    tiny.write(path, {name: np.ones(2, np.float32)} | others | alpha)
-    folder = base(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=f"(?s){REFUSED[name]}"):
-        open_adapted(f"{folder}+{path}")
-    with pytest.raises(MismatchError, match=f"holds the factors of an adapter.*{REFUSED[name]}"):
-        run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
-
-
-def test_factors_of_peft_given_as_a_file_are_no_model(tmp_path):
-    path = tiny.write(tmp_path / "renamed.safetensors", tensors_of(factors(0)))
-    with pytest.raises(MismatchError, match=r"factors are not merged\s+one by one.*BASE\+FOLDER"):
-        run_merge(MergeConfig(models=(str(path), str(path)), out=str(tmp_path / "out")))
-    with pytest.raises(CheckpointError, match=r"the adapter_config\.json that PEFT wrote"):
-        open_adapter(str(path))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"peft_type": "IA3"}, r"peft_type=IA3.*merge_and_unload"),
-        ({"peft_type": "PROMPT_TUNING"}, r"virtual tokens.*nothing to merge"),
-        ({"alora_invocation_tokens": [1]}, r"depends on the input"),
-    ],
-)
-def test_the_way_out_fits_the_method_of_peft(tmp_path, config, message):
-    with pytest.raises(ConfigError, match=message):
-        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)), **config)))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, r"MLX.*mlx_lm\.fuse"),
-        ({"config": "seq_bn", "hidden_size": 768}, r"AdapterHub"),
-    ],
-)
-def test_configs_of_other_libraries_are_named(tmp_path, config, message):
-    folder = written(tmp_path / "a", tensors_of(factors(0)))
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=message):
-        open_adapter(str(folder))
-    (folder / "adapter_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is a Git LFS pointer"):
-        open_adapter(str(folder))
-
-
-def test_an_adapter_without_its_tensors_is_told_what_there_is_instead(tmp_path):
-    for name, message in (
-        ("adapter_model.bin", "bmerge convert"),
-        ("adapter_model.safetensors.incomplete", "did not finish"),
-        ("README.md", "Save it again"),
-    ):
-        folder = written(tmp_path / name, tensors_of(factors(0)))
-        (folder / "adapter_model.safetensors").rename(folder / name)
-        with pytest.raises(CheckpointError, match=message):
-            open_adapter(str(folder))
-    folder = written(tmp_path / "mlx", {"q_proj.lora_a": np.ones((2, 2), np.float32)})
-    (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
-    with pytest.raises(CheckpointError, match=r"adapters\.safetensors: .*MLX"):
-        open_adapter(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((0,), r"ZeRO-3.*zero_to_fp32\.py"), ((8,), "FSDP.*FULL_STATE_DICT"), ((0, 4), "rank 0")],
-)
-@pytest.mark.parametrize("side", "AB")
-def test_factors_that_are_empty_or_flat_are_refused_with_the_true_cause(
-    tmp_path, shape, message, side
-):
-    stored = tensors_of(factors(0))
-    stored[f"{PREFIX}m.q.lora_{side}.weight"] = np.ones(shape, np.float32)
-    with pytest.raises(CheckpointError, match=rf"'.*lora_{side}\.weight' (is|has).*{message}"):
-        open_adapter(str(written(tmp_path / "a", stored)))
-
-
-def test_a_base_that_is_quantised_or_names_its_modules_otherwise_is_told_so(tmp_path):
-    shapes = {f"model.language_model.layers.{i}.q_proj.weight": (6, 4) for i in range(2)}
-    tiny.write(tmp_path / "vlm/model.safetensors", tiny.arrays(0, shapes))
-    layers = {"text.tower.layers.0.q_proj": (6, 4), "t.layers.1.q_proj": (6, 4)}
-    adapter(tmp_path / "a", factors(0, layers=layers), target_modules=["q_proj"])
-    with pytest.raises(MismatchError, match=r"other module names.*vision-language") as error:
-        open_adapted(f"{tmp_path / 'vlm'}+{tmp_path / 'a'}")
-    assert "trained on another model" not in str(error.value)
-    # A base of bitsandbytes: the shape of its packed weights is no sign of another model.
-    quantised = {"m.q.weight": torch.zeros(12, 1, dtype=torch.uint8)}
-    (tmp_path / "4bit").mkdir()
-    save_file(quantised | {"m.q.weight.absmax": torch.ones(1)}, tmp_path / "4bit/model.safetensors")
-    with pytest.raises(MismatchError, match=r"is quantised.*model\.dequantize\(\)"):
-        open_adapted(f"{tmp_path / '4bit'}+{tmp_path / 'a'}")
-
-
-def test_an_adapted_head_of_a_tied_base_is_told(tmp_path):
-    made = factors(0, layers={"lm_head": (6, 4), "m.q": (6, 4)})
-    adapter(tmp_path / "a", made, target_modules=["lm_head", "q"])
-    with pytest.raises(MismatchError, match="ties its head to the embedding"):
-        open_adapted(f"{base(tmp_path / 'base')}+{tmp_path / 'a'}")
 
 
 def test_the_precision_of_a_convolution_is_that_of_its_product(tmp_path):

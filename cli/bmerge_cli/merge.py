@@ -182,7 +182,6 @@ def _merge_models(
     if launched is not None and launched.number > 1:  # one rank speaks for all
         screen = console(quiet=True)
     with plan_merge(config) as plan, progress_bar(screen, "merging") as advance:
-        screen.print(plan.summary, markup=False)
         merge = partial(carry_out, part=part) if launched is None else partial(join, part=launched)
         try:
             report = merge(

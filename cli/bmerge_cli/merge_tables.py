@@ -67,6 +67,7 @@ def show_plan(screen: Console, plan: MergePlan) -> None:
 
 def show_report(screen: Console, report: MergeReport) -> None:
     """Print what a merge of whole models did."""
+    screen.print(report.summary, markup=False)
     screen.print(
         f"{report.method}: {report.merged_tensors} tensors merged, {len(report.copied)} copied, "
         f"{len(report.left_out)} left out"

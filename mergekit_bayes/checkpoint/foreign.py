@@ -6,7 +6,6 @@ this module says why and what to do.
 """
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.strict_json import shown
@@ -87,11 +86,9 @@ def explain_stand_in(head: bytes) -> str | None:
     Args:
         head: The first bytes of a file of any kind.
     """
+    if reason := explain_pointer(head):
+        return reason
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:15].lower()
-    if head.startswith(_LFS):
-        return _explain_pointer(head)
-    if _ANNEX in head and len(head) < HEAD:
-        return "is a pointer of git-annex, not the file itself. Get it with `git annex get`."
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")):
         return (
             "is a web page, not the file itself: the server answered with an error or a login "
@@ -99,6 +96,25 @@ def explain_stand_in(head: bytes) -> str | None:
             "login` if it is gated."
         )
     return None
+
+
+def explain_pointer(head: bytes) -> str | None:
+    """What a version control system left in a file's place; None for anything else.
+
+    Args:
+        head: The first bytes of a file of any kind.
+    """
+    if _ANNEX in head and len(head) < HEAD:
+        return "is a pointer of git-annex, not the file itself. Get it with `git annex get`."
+    if not head.startswith(_LFS):
+        return None
+    sizes = [line[5:] for line in head.splitlines() if line.startswith(b"size ")]
+    size = f" (of {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
+    return (
+        f"is a Git LFS pointer, not the file itself{size}: the repository was cloned without Git "
+        "LFS. Get the file with `git lfs install` and `git lfs pull` in that clone, or with "
+        "`hf download REPOSITORY`."
+    )
 
 
 def explain_missing(folder: Path) -> str | None:
@@ -110,17 +126,14 @@ def explain_missing(folder: Path) -> str | None:
     Returns:
         Sentences to follow the folder's name; None if its content shows nothing.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = _names(folder)
     for name in names:
         file = folder / name
         is_broken = file.is_symlink() and not file.exists()
         if is_broken and name.endswith((".safetensors", ".index.json")):
             return f"holds {name}, a link to {file.readlink()}, which is not there. {_FETCH} again."
-    if unfinished := _unfinished(folder, names):
-        return (
-            f"holds a download that did not finish ({unfinished}). Run the same download again; it "
-            "goes on where it stopped."
-        )
+    if unfinished := explain_unfinished(folder):
+        return f"holds {unfinished}"
     if others := [name for name in names if name.endswith(".safetensors")]:
         more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         return (
@@ -148,29 +161,27 @@ def explain_missing(folder: Path) -> str | None:
     return None
 
 
-def _unfinished(folder: Path, names: Iterable[str]) -> str | None:
-    """A file that a downloader has not finished, in a folder or in the cache within it."""
-    for name in names:
-        if name.endswith(_UNFINISHED):
-            return name
+def explain_unfinished(folder: Path) -> str | None:
+    """What a downloader has not finished, in a folder or in the cache within it, and what to do."""
+    waiting = [name for name in _names(folder) if name.endswith(_UNFINISHED)]
     cache = folder / ".cache/huggingface/download"
-    waiting = sorted(cache.rglob("*.incomplete")) if cache.is_dir() else []
-    return str(waiting[0].relative_to(folder)) if waiting else None
+    if not waiting and cache.is_dir():
+        waiting = sorted(str(p.relative_to(folder)) for p in cache.rglob("*.incomplete"))
+    if not waiting:
+        return None
+    return (
+        f"a download that did not finish ({waiting[0]}). Run the same download again; it goes on "
+        "where it stopped."
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def is_unfinished(path: Path) -> bool:
     """Whether a file's ending says that its download is not complete."""
     return path.name.endswith(_UNFINISHED)
-
-
-def _explain_pointer(head: bytes) -> str:
-    sizes = [line[5:] for line in head.splitlines() if line.startswith(b"size ")]
-    size = f" (of {int(sizes[0]):,} bytes)" if sizes and sizes[0].isdigit() else ""
-    return (
-        f"is a Git LFS pointer, not the file itself{size}: the repository was cloned without Git "
-        "LFS. Get the file with `git lfs install` and `git lfs pull` in that clone, or with "
-        "`hf download REPOSITORY`."
-    )
 
 
 def _explain_zip(head: bytes, path: Path) -> str:

@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.foreign import (
     HEAD,
     explain_missing,
     explain_stand_in,
+    explain_unfinished,
     is_unfinished,
 )
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
@@ -44,9 +45,10 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
                 "on where it stopped."
             )
         if path.suffix != ".safetensors":
+            kind = "a GGUF file of llama.cpp, and not" if path.suffix == ".gguf" else "not"
             raise CheckpointError(
-                f"'{ref}' is not a .safetensors file. Name one, or a folder that save_pretrained "
-                "wrote."
+                f"'{ref}' is {kind} a .safetensors file. Name one, or a folder that "
+                "save_pretrained wrote."
             )
         return [path]
     for stem in _STEMS:
@@ -174,9 +176,9 @@ def read_index(index: Path) -> dict[str, str]:
         ) from None
     for name in sorted(set(weight_map.values())):
         if not os.path.exists(index.parent / name):
-            raise CheckpointError(
-                f"{index}: names {shown(name)}, which is not there. Fetch the missing shards."
-            )
+            unfinished = explain_unfinished(index.parent)
+            way_out = f"There is {unfinished}" if unfinished else "Fetch the missing shards."
+            raise CheckpointError(f"{index}: names {shown(name)}, which is not there. {way_out}")
     return weight_map
 
 

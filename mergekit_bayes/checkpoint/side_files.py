@@ -12,9 +12,12 @@ Three lists say what happens to them, because the three risks differ:
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_pointer
+from mergekit_bayes.errors import CheckpointError
 
 # Tokenizers in formats of their own (sentencepiece, tiktoken, byte-pair merges, vocabularies).
 _TOKENIZERS = (
@@ -141,6 +144,33 @@ def side_files(folder: Path) -> list[Path]:
         if is_accepted and not path.match(".*") and path.name != "posterior":
             accepted += [f.relative_to(folder) for f in inner]
     return accepted
+
+
+def check_side_files(folder: Path) -> None:
+    """Find what of a model's side files cannot be copied, or would be of no use.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is a pointer to the file itself.
+    """
+    check_readable(folder / name for name in side_files(folder))
+
+
+def check_readable(files: Iterable[Path]) -> None:
+    """Find files that cannot be read, or that stand in the place of what they should hold.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is a pointer to the file itself.
+    """
+    for file in files:
+        try:
+            with file.open("rb") as content:
+                head = content.read(HEAD)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error.strerror}); the output needs it."
+            ) from None
+        if reason := explain_pointer(head):
+            raise CheckpointError(f"{file}: {reason}")
 
 
 def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> None:

@@ -64,6 +64,16 @@ class Adapter(Closing):
         """The number of observations that the precision's record states, if any."""
         return self.posterior.info.observations if self.posterior.info else None
 
+    @property
+    def unused_note(self) -> str | None:
+        """What a report says of tensors that have no effect; None if there are none."""
+        if not self.unused:
+            return None
+        return (
+            f"'{self.ref}' has the base's own copies of modules that it replaces "
+            f"('{self.unused[0]}', {len(self.unused)} such): left out"
+        )
+
     def factors(self, layer: Layer) -> Factors:
         """Read the factors of a layer, as float32 matrices.
 

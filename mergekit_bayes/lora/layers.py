@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
@@ -15,7 +15,7 @@ from mergekit_bayes.posterior.quantised import EMPTIED
 
 # PEFT leaves the adapter's name out of a saved file; a raw state dict has it (`lora_A.default`).
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight")
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<tensor>[^.]+)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"\.original_module\.")
 # Modules that compiling and sharding wrap around others, and their prefix.
 _WRAPPER = re.compile(
@@ -99,17 +99,16 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     names: dict[str, dict[str, str]] = {}
     replacements: dict[str, str] = {}
     unused: list[str] = []
-    adapters: dict[str, str] = {}
-    for disk in posterior.mean.specs:
-        name = _in_model(disk)
-        factor, saved = _FACTOR.fullmatch(name), _SAVED.fullmatch(name)
-        match = factor or saved
-        if match and match["adapter"]:
-            adapters.setdefault(match["adapter"], disk)
+    in_model = {disk: _in_model(disk) for disk in posterior.mean.specs}
+    factors = {disk: _FACTOR.fullmatch(name) for disk, name in in_model.items()}
+    adapters = {match["adapter"] for match in factors.values() if match and match["adapter"]}
+    for disk, name in in_model.items():
+        factor, saved = factors[disk], _SAVED.fullmatch(name)
         if factor:
             _add(names.setdefault(factor["module"], {}), factor["factor"], disk, posterior)
         elif saved:
-            _add(replacements, f"{saved['module']}.{saved['tensor']}", disk, posterior)
+            tensor = _without_adapter(saved["rest"], adapters)
+            _add(replacements, f"{saved['module']}.{tensor}", disk, posterior)
         elif _ORIGINAL.search(name):
             unused.append(disk)
         elif _is_whole(name, config.get("modules_to_save") or ()):
@@ -142,6 +141,12 @@ def _in_model(disk: str) -> str:
     return name.removeprefix(_PARALLEL).removeprefix(PREFIX).removeprefix(_PARALLEL)
 
 
+def _without_adapter(name: str, adapters: Collection[str]) -> str:
+    """A name below `modules_to_save`, which may begin with that of the adapter."""
+    first, _, rest = name.partition(".")
+    return rest if rest and first in (adapters or ("default",)) else name
+
+
 def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> None:
     if name in names:
         raise CheckpointError(
@@ -169,6 +174,12 @@ def _read_layer(
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
+        raise ConfigError(
+            f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}: "
+            "factors of a convolution with groups, which neither this reader nor PEFT folds. Take "
+            "the layer out of the adapter."
+        )
     if a.shape[0] != rank or b.shape[1] != rank:
         raise MismatchError(
             f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "

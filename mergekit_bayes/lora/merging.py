@@ -14,7 +14,12 @@ from typing import Literal
 
 from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT, copy_side_files
+from mergekit_bayes.checkpoint.side_files import (
+    MERGE_RECIPE,
+    MERGE_REPORT,
+    check_side_files,
+    copy_side_files,
+)
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
 from mergekit_bayes.lora.config import CONFIG
@@ -86,11 +91,13 @@ def merge_adapters(
                 (precision_identities or {}).get(ref) if has_precision else None,
             )
         check_output(out, opened)
+        check_side_files(opened[0].posterior.path)
         notes = check_bases(opened)
         if weights == "precision":
             counted = check_precisions(opened, counts)
         else:
             counted = (None,) * len(opened)
+        notes += [note for adapter in opened if (note := adapter.unused_note) is not None]
         layers, replacements = match_adapters(opened)
         merge = AdapterMerge(opened, shares, counted, weights, seed)
         if space == "factor":

@@ -51,6 +51,8 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
     replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
     specs = {**base.specs, **{n: adapter.posterior.mean.specs[d] for n, d in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
+    if adapter.unused_note is not None:
+        notes.append(adapter.unused_note)
     for name, layer in layers.items():
         _check_layer(base, specs, adapter, name, layer)
     for name in replaced:
@@ -84,11 +86,6 @@ def _effective(
             f"'{adapter.ref}' has factors of {_some(applied)}, which its target_modules do not "
             "name: applied here, while PEFT ignores them"
         )
-    if adapter.unused:
-        notes.append(
-            f"'{adapter.ref}' has the base's own copies of modules that it replaces "
-            f"({_some(adapter.unused)}): left out"
-        )
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
 
 
@@ -108,10 +105,15 @@ def _check_layer(
     where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
     shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
     if spec.shape not in shapes:
+        cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
+            cause = (
+                "The vocabulary was resized before training, and the adapter does not hold the "
+                f"rows that were added: name the base of {layer.rows} rows that it was trained on."
+            )
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
-            f"in {where} is {list(spec.shape)}. Was it trained on another model "
-            f"({_named_base(adapter)})?"
+            f"in {where} is {list(spec.shape)}. {cause}"
         )
     if spec.dtype not in MERGEABLE:
         raise MismatchError(

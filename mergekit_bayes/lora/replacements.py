@@ -35,7 +35,7 @@ def decide_replacements(merge: AdapterMerge, replacements: Replacements) -> dict
         if len({spec.shape for spec in specs}) > 1:
             raise MismatchError(
                 f"'{name}' has different shapes in these adapters: "
-                f"{sorted(s.shape for s in specs)}."
+                f"{sorted(s.shape for s in specs)}. {_FOLD}"
             )
         if len(specs) == 1 and _are_equal(merge, copies):
             outcomes[name] = _SAME

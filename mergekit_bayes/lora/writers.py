@@ -95,6 +95,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 _FACTOR = re.compile(r"(^|[._])(lora|hada|lokr|ia3|vera|lycoris)_|\.lora\.(down|up)\.")
 _COMPANION = re.compile(r"\.(alpha|dora_scale)$")
+_PEFT_MODEL = "base_model.model."
 _PROMPTS = (
     "PROMPT_TUNING",
     "P_TUNING",
@@ -148,13 +149,19 @@ def explain_files(path: Path) -> str | None:
 
 
 def refuse_factors(model: Posterior) -> None:
-    """Refuse a file that holds an adapter's factors alone, given as a whole model.
+    """Refuse a file that holds an adapter's factors, given as a whole model.
 
     Raises:
         MismatchError: An average of its tensors would be one of factors, which is not the average
             of the changes that they make.
     """
     names = model.mean.specs
+    whole = next((n for n in names if n.startswith(_PEFT_MODEL) and _FACTOR.search(n)), None)
+    if whole is not None and not is_adapter_only(names):
+        raise MismatchError(
+            f"'{model.ref}' is a PeftModel that was saved whole: it holds '{whole}' beside the "
+            f"base's weights, and factors are not merged one by one. {FOLD}"
+        )
     if is_adapter_only(names):
         reason = explain_name(next(iter(names))) or (
             "Name the folder that PEFT wrote, with its adapter_config.json, after the base: "

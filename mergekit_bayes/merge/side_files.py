@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.model_config import change_config
-from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE
+from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.plan import MergePlan
 
@@ -49,16 +49,12 @@ class SideFiles:
         """
         if self._choice is None:
             return
-        for name, file in self._choice.gathered.files.items():
+        files = self._choice.gathered.files
+        check_readable(files.values())
+        file = files.get(Path("config.json"))
+        if file is not None and (self._changes_dtype or self._changes):
             try:
-                with file.open("rb") as content:
-                    content.read(1)
-                if name == Path("config.json") and (self._changes_dtype or self._changes):
-                    json.loads(file.read_bytes())
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file}: cannot be read ({error.strerror}); the output needs it."
-                ) from None
+                json.loads(file.read_bytes())
             except ValueError as error:
                 raise CheckpointError(f"{file}: is not JSON ({error}).") from None
 
