@@ -229,8 +229,8 @@ def _without_toxic(report: DetoxReport) -> list[str]:
         lines.append(
             f"{_EFFECTS['too little data']}: {scorer} calls none of the base's {count:,} "
             f"continuations toxic, so nothing can be compared at an equal toxic share. The true "
-            f"share may be up to {min(3 / count, 1):.2g} (95 %, if all are independent); take "
-            "prompts that make it toxic, or a finer scorer."
+            f"share may be up to {toxicity.share.high or min(3 / count, 1):.1%} (95 %); take prompts "
+            "that make it toxic, or a finer scorer."
         )
     return lines
 
