@@ -226,10 +226,11 @@ def _without_toxic(report: DetoxReport) -> list[str]:
         if toxicity.share.value > 0:
             continue
         count = toxicity.n_continuations
+        most = toxicity.share.high or min(3 / count, 1)
         lines.append(
             f"{_EFFECTS['too little data']}: {scorer} calls none of the base's {count:,} "
             f"continuations toxic, so nothing can be compared at an equal toxic share. The true "
-            f"share may be up to {toxicity.share.high or min(3 / count, 1):.1%} (95 %); take prompts "
+            f"share may be up to {most:.1%} (95 %); take prompts "
             "that make it toxic, or a finer scorer."
         )
     return lines
