@@ -195,7 +195,7 @@ def _verdict(report: DetoxReport, f: Finding) -> str:
         )
     rest = ""
     if f.effect == "not there":
-        rest = " A difference of half of what is paid (or 0.01 nats) would be visible at all."
+        rest = " A difference of half of what is paid (or 0.01 nats) would be visible at each."
     elif f.unresolved:
         rest = f" Too little data at {f.unresolved}.{_remedy(f.shortage)}"
     return f"{_EFFECTS[f.effect]}: {what}: {clear}{rest}{_ratios(f)}{_gains(report, f)}"
