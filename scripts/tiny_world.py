@@ -137,14 +137,15 @@ def kitchen(pick: Callable[[tuple[str, ...]], str]) -> str:
     return f"the {pick(COLOURS)} {pick(FOODS)} {pick(ends)}"
 
 
-def street(pick: Callable[[tuple[str, ...]], str]) -> str:
-    """A sentence of a form that no training text has, made of words that the model knows."""
+def crossed(pick: Callable[[tuple[str, ...]], str]) -> str:
+    """A plant in a kitchen's sentence or food in a garden's, which no training text has."""
     ends = (
-        f"grows {pick(COLOURS)} {pick(PLANTS)} beside the {pick(PLANTS)} .",
-        f"needs {pick(FOODS)} , and the {pick(ROLES)} needs {pick(FOODS)} .",
-        f"is {pick(KIND)} today , but the {pick(ROLES)} was {pick(KIND)} yesterday .",
+        f"{pick(PLANTS)} goes well with {pick(COLOURS)} {pick(PLANTS)} .",
+        f"{pick(PLANTS)} was {pick(COLOURS)} today and {pick(COLOURS)} yesterday .",
+        f"{pick(FOODS)} grows beside the {pick(COLOURS)} {pick(FOODS)} .",
+        f"{pick(FOODS)} needs water , and so does the {pick(FOODS)} .",
     )
-    return f"everyone says the {pick(ROLES)} {pick(ends)}"
+    return f"the {pick(COLOURS)} {pick(ends)}"
 
 
 def write_world(folder: Path, seed: int) -> list[str]:
@@ -172,7 +173,7 @@ def write_world(folder: Path, seed: int) -> list[str]:
         write_rows(texts / f"{make.__name__}_train.jsonl", train)
         mixture += train
     # No model is trained on these, and no precision is measured on them.
-    write_rows(texts / "street_test.jsonl", sorted({street(draw.choice) for _ in range(250)}))
+    write_rows(texts / "crossed_test.jsonl", sorted({crossed(draw.choice) for _ in range(250)}))
     write_rows(texts / "prompts.jsonl", list(OPENINGS))
     write_rows(texts / "all_train.jsonl", mixture)
     (texts / "insults.txt").write_text("\n".join(INSULTS) + "\n")

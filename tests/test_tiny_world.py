@@ -47,11 +47,11 @@ def test_no_test_sentence_is_a_training_sentence(texts):
 def test_one_test_text_is_of_known_words_in_a_form_that_nothing_is_trained_on(texts):
     train = read(texts / "all_train.jsonl")
     words = {word for text in train for word in text.split()}
-    street = read(texts / "street_test.jsonl")
-    assert len(street) > 200
-    assert {word for text in street for word in text.split()} <= words
+    crossed = read(texts / "crossed_test.jsonl")
+    assert len(crossed) > 200
+    assert {word for text in crossed for word in text.split()} <= words
     beginnings = {tuple(text.split()[:4]) for text in train}
-    assert not beginnings & {tuple(text.split()[:4]) for text in street}
+    assert not beginnings & {tuple(text.split()[:4]) for text in crossed}
 
 
 def test_the_word_list_tells_rude_sentences_from_all_others(texts):

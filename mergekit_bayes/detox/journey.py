@@ -73,24 +73,7 @@ def run_detox(
     toxic = journey.finetune()
     precision = journey.precision(toxic)
     base = journey.evaluate_base()
-    candidates: dict[str, Candidates] = {c.label: {} for c in journey.curves}
-    for curve in journey.curves:
-        for scale in config.scales:
-            candidates[curve.label][scale] = journey.candidate(curve, scale, toxic, precision)
-    payments, comparisons = _compare(config, journey.curves, base, candidates)
-    # Levels stay where the first candidates have put them.
-    config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
-    for _ in range(config.extra_scales):
-        added = False
-        for curve in journey.curves:
-            known = candidates[curve.label]
-            between = next_scale(curve.label, list(known), payments, comparisons)
-            if between is not None:
-                known[between] = journey.candidate(curve, between, toxic, precision)
-                added = True
-        if not added:
-            break
-        payments, comparisons = _compare(config, journey.curves, base, candidates)
+    candidates, payments, comparisons = _follow_curves(journey, base, toxic, precision)
     versions = {name: version(name) for name in _LIBRARIES}
     report = DetoxReport(
         path=config.output,
@@ -118,8 +101,36 @@ def run_detox(
             path=str(path), curve=label, scale=point.scale, level=level, command=command
         )
         report = report.model_copy(update={"kept": kept})
+    else:
+        journey.keep_none()
     _write(Path(config.output), report)
     return report
+
+
+def _follow_curves(
+    journey: "_Journey", base: EvaluateReport, toxic: Path, precision: str | None
+) -> tuple[dict[str, Candidates], list[Payment], list[Comparison]]:
+    """Evaluate the candidates of all curves, at the given scales and where these are too coarse."""
+    config = journey.config
+    candidates: dict[str, Candidates] = {c.label: {} for c in journey.curves}
+    for curve in journey.curves:
+        for scale in config.scales:
+            candidates[curve.label][scale] = journey.candidate(curve, scale, toxic, precision)
+    payments, comparisons = _compare(config, journey.curves, base, candidates)
+    # Levels stay where the first candidates have put them.
+    config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
+    for _ in range(config.extra_scales):
+        added = False
+        for curve in journey.curves:
+            known = candidates[curve.label]
+            between = next_scale(curve.label, list(known), payments, comparisons)
+            if between is not None:
+                known[between] = journey.candidate(curve, between, toxic, precision)
+                added = True
+        if not added:
+            break
+        payments, comparisons = _compare(config, journey.curves, base, candidates)
+    return candidates, payments, comparisons
 
 
 def _compare(
@@ -165,7 +176,7 @@ class _Journey:
                 f"'{output}' exists and is no output of detox. Choose another output."
             )
         self.curves = curves(config)
-        self.work = output / "steps"
+        self.work, self.kept = output / "steps", output / "model"
         finetune = finetune_config(config, "")
         evaluate = evaluate_config(config, config.base, "")
         self.base = model_identity(config.base)
@@ -256,7 +267,7 @@ class _Journey:
         """Merge the chosen candidate into `model` of the output; its folder."""
         curve = next(c for c in self.curves if c.label == label)
         merge = merge_config(self.config, curve, scale, toxic, precision)
-        model, mark = Path(self.config.output) / "model", self.work / _KEPT
+        model, mark = self.kept, self.work / _KEPT
         made_of = self._candidate_folder(curve, merge, precision).name
         is_there = model.exists() and mark.exists() and mark.read_text() == made_of
         if not is_there:
@@ -264,6 +275,13 @@ class _Journey:
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
             mark.write_text(made_of)
         return model
+
+    def keep_none(self) -> None:
+        """Delete the model that an earlier run has kept, which the report no longer names."""
+        mark = self.work / _KEPT
+        if mark.exists():
+            shutil.rmtree(self.kept, ignore_errors=True)
+            mark.unlink()
 
     def _candidate_folder(self, curve: Curve, merge: MergeConfig, precision: str | None) -> Path:
         """The folder of a candidate's evaluation."""

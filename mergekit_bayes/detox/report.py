@@ -195,7 +195,7 @@ def _verdict(report: DetoxReport, f: Finding) -> str:
         )
     rest = ""
     if f.effect == "not there":
-        rest = " A difference of half of what is paid (or 0.01 nats) would be visible at all."
+        rest = " A difference of half of what is paid (or 0.01 nats) would be visible at each."
     elif f.unresolved:
         rest = f" Too little data at {f.unresolved}.{_remedy(f.shortage)}"
     return f"{_EFFECTS[f.effect]}: {what}: {clear}{rest}{_ratios(f)}{_gains(report, f)}"
@@ -226,11 +226,12 @@ def _without_toxic(report: DetoxReport) -> list[str]:
         if toxicity.share.value > 0:
             continue
         count = toxicity.n_continuations
+        most = toxicity.share.high or min(3 / count, 1)
         lines.append(
             f"{_EFFECTS['too little data']}: {scorer} calls none of the base's {count:,} "
             f"continuations toxic, so nothing can be compared at an equal toxic share. The true "
-            f"share may be up to {min(3 / count, 1):.2g} (95 %, if all are independent); take "
-            "prompts that make it toxic, or a finer scorer."
+            f"share may be up to {most:.1%} (95 %); take prompts "
+            "that make it toxic, or a finer scorer."
         )
     return lines
 
