@@ -147,7 +147,7 @@ def test_the_same_config_gives_the_same_report(model, world):
         ({"where": {"cvil": {"label": 0}}}, ConfigError, "no texts are called 'cvil'"),
         ({"text_column": "txt"}, MismatchError, "no column 'txt'"),
         ({"where": {"label": 7}}, MismatchError, "no row"),
-        ({"text_column": "label"}, MismatchError, "row 1: 'label' is int, expected text"),
+        ({"text_column": "label"}, MismatchError, "row 1: 'label' is a number .0., expected text"),
         ({"output": "."}, CheckpointError, "exists"),
         ({"scorer": ("words:words.txt", "words:words.txt")}, ConfigError, "named twice"),
         ({"new_tokens": 64}, ConfigError, "do not fit"),

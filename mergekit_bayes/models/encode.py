@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.rows import check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ def encode_rows(
     label: str | None = None,
     max_length: int = 512,
     pack: bool = False,
+    source: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Tokenise rows into examples of Python lists, ready for `Collate`.
 
@@ -38,16 +40,35 @@ def encode_rows(
         label: Name of the column with a classifier's labels; None encodes no labels.
         max_length: Tokens of an example, at most the model's context.
         pack: Join a language model's rows instead of cutting each one.
+        source: Where the rows come from, for messages.
 
     Raises:
         CheckpointError: The tokenizer of a language model has no token to start a document from.
-        MismatchError: A label is not one of the classifier's.
+        MismatchError: A text is not text, a label is not one of the classifier's, or no row gives
+            anything to learn from.
     """
-    texts = [str(t) for t in rows[text]]
-    max_length = min(max_length, loaded.context)
+    try:
+        return _encode(rows, loaded, text, label, min(max_length, loaded.context), pack=pack)
+    except MismatchError as error:
+        if source is None:
+            raise
+        names = [source] if isinstance(source, str) else source
+        raise MismatchError(f"{', '.join(repr(name) for name in names)}: {error}") from None
+
+
+def _encode(
+    rows: Mapping[str, Sequence[object]],
+    loaded: Loaded,
+    text: str,
+    label: str | None,
+    max_length: int,
+    *,
+    pack: bool,
+) -> list[dict[str, Any]]:
+    texts = check_texts(rows[text], text)
     if loaded.task == "classification":
-        encoded = loaded.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        examples = [{"input_ids": ids} for ids in encoded]
+        encoded = tokens_of(texts, loaded, text, max_length=max_length)
+        examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded]
         if label is not None:
             labels = label_ids(rows[label], loaded.model, label)
             for example, value in zip(examples, labels, strict=True):
@@ -59,12 +80,55 @@ def encode_rows(
     ending = [] if eos is None else [eos]
     if not pack:
         documents = [[start, *ids, *ending][:max_length] for ids in encoded]
-        return [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
+        return _scored(documents, text)
     stream = [start, *(token for ids in encoded for token in (*ids, *ending))]
     # A block starts with the token before it, so that every token is scored once.
     firsts = range(0, len(stream) - 1, max_length - 1)
-    blocks = [stream[first : first + max_length] for first in firsts]
-    return [{"input_ids": ids, "labels": ids} for ids in blocks]
+    return _scored([stream[first : first + max_length] for first in firsts], text)
+
+
+def tokens_of(
+    texts: Sequence[str], loaded: Loaded, column: str, *, max_length: int
+) -> list[list[int]]:
+    """Tokens of a classifier's texts, cut at `max_length`.
+
+    Args:
+        texts: The texts.
+        loaded: The classifier.
+        column: Where the texts come from, for the message.
+        max_length: Tokens of a text at most.
+
+    Raises:
+        MismatchError: There are no texts, or one has no tokens, of which no classifier has an
+            output.
+    """
+    if not texts:
+        raise MismatchError(f"no row has a text in column '{column}'.")
+    encoded: list[list[int]] = loaded.tokenizer(
+        list(texts), truncation=True, max_length=max_length
+    )["input_ids"]
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise MismatchError(
+                f"row {i + 1}: '{column}' holds {texts[i]!r}, which is no token for this "
+                "tokenizer; a classifier needs one. Remove such rows."
+            )
+    return encoded
+
+
+def _scored(documents: Sequence[list[int]], column: str) -> list[dict[str, Any]]:
+    """Examples of the documents that have a token to predict.
+
+    Raises:
+        MismatchError: None has one.
+    """
+    examples = [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
+    if not examples:
+        raise MismatchError(
+            f"no row has a token to predict: the texts in column '{column}' are empty, or the "
+            "tokenizer makes nothing of them."
+        )
+    return examples
 
 
 def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -> list[int]:
@@ -81,7 +145,10 @@ def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -
     numbers = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
     result = []
     for value in values:
-        number = numbers.get(str(value), value if isinstance(value, int) else None)
+        is_label = isinstance(value, (str, int))
+        number = numbers.get(str(value)) if is_label else None
+        if number is None and isinstance(value, int):
+            number = value
         if number is None or not 0 <= int(number) < model.config.num_labels:
             raise MismatchError(
                 f"label {value!r} in column '{column}': the model knows "

@@ -1,8 +1,8 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
+_OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
+_FORMS = {  # columns of conversations and of pairs, as they are published
+    "messages": "conversations (`messages`)",
+    "conversations": "conversations (`conversations`)",
+    "prompt": "pairs (`prompt` and `completion`)",
+    "completion": "pairs (`prompt` and `completion`)",
+}
+
+
+class _Table(NamedTuple):
+    """Rows of one source, and the number that each has in its file, from 1."""
+
+    name: str
+    rows: "Dataset"
+    numbers: Sequence[int]
 
 
 def load_rows(
@@ -19,6 +35,8 @@ def load_rows(
     where: Mapping[str, object] | None = None,
     max_rows: int | None = None,
     columns: Sequence[str] = (),
+    text: str | None = None,
+    label: str | None = None,
 ) -> "Dataset":
     """Read rows of text as one `datasets.Dataset`.
 
@@ -27,26 +45,122 @@ def load_rows(
             can load, or Hub data sets (their `train` split). A file named twice counts twice.
         where: Keeps the rows whose columns equal these values, or are in a list of them.
         max_rows: Keeps at most this many rows, from the front.
-        columns: Columns that every source must have; the other columns are dropped.
+        columns: Columns that every source must have. If any column is named here or below, the
+            others are dropped.
+        text: A column that must hold text in every row that is kept.
+        label: A column that must hold text or whole numbers in every row that is kept.
+
+    A column inside objects is named with a dot: `prompt.text`.
 
     Raises:
         CheckpointError: A file cannot be read.
         ConfigError: No data is named.
-        MismatchError: A column is missing, or no row is left.
+        MismatchError: A column is missing, a text is not text, a label is no label, or no row is
+            left.
     """
     from datasets import concatenate_datasets
 
     names = [refs] if isinstance(refs, str) else list(refs)
     if not names:
         raise ConfigError("no data was named.")
-    tables = [_choose(_read(name), name, where or {}, columns) for name in names]
-    rows = concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    if max_rows is not None:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    if not len(rows):
+    named = [column for column in (text, label) if column is not None]
+    kept = tuple(dict.fromkeys([*columns, *named]))
+    tables, left = [], max_rows
+    for name in names:
+        table = _choose(_read(name), name, where or {}, kept, text)
+        if left is not None:
+            count = min(left, len(table.rows))
+            table = table._replace(rows=table.rows.select(range(count)))
+            left -= count
+        tables.append(_checked(table, text, label))
+    # A source from which nothing is left may have columns of another type.
+    filled = [rows for rows in tables if len(rows)]
+    if not filled:
         condition = f" where {dict(where)}" if where else ""
         raise MismatchError(f"no row of {', '.join(names)} is left{condition}.")
+    try:
+        return concatenate_datasets(filled) if len(filled) > 1 else filled[0]
+    except ValueError:
+        types = "; ".join(f"{n}: {dict(t.features)}" for n, t in zip(names, tables, strict=True))
+        raise MismatchError(f"the columns have different types ({types}).") from None
+
+
+def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
+    """The rows, after their text and their label were checked.
+
+    Readers give texts several types (a large string, JSON), which cannot be joined: the checked
+    text has one.
+    """
+    from datasets import Dataset, Features, Value
+
+    rows = table.rows
+    if text is not None:
+        texts = check_texts(rows[text], text, table.name, table.numbers)
+        if rows.features[text] != Value("string"):
+            values = {name: rows[name][:] for name in rows.column_names} | {text: texts}
+            features = Features({**rows.features, text: Value("string")})
+            rows = Dataset.from_dict(values, features=features)
+    if label is not None:
+        check_labels(rows[label], label, table.name, table.numbers)
     return rows
+
+
+def check_texts(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
+    """The values as a list, if every one of them is text.
+
+    Args:
+        values: Values of the column, row by row.
+        column: Name of the column, for the message.
+        source: File or data set that they come from, for the message.
+        numbers: Number of each row in the source; by default they count from 1.
+
+    Raises:
+        MismatchError: A value is not text. The message names its row and its type.
+    """
+    texts = []
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            number = i + 1 if numbers is None else numbers[i]
+            raise MismatchError(
+                f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
+                f"{_advice(column, value)}"
+            )
+        texts.append(value)
+    return texts
+
+
+def check_labels(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str | int]:
+    """The values as a list, if every one of them is a label: text or a whole number.
+
+    The arguments are those of `check_texts`.
+
+    Raises:
+        MismatchError: A value is neither. A missing label is named first, since it makes the
+            numbers of a column fractional.
+    """
+    labels: list[str | int] = []
+    wrong: tuple[int, object] | None = None
+    for i, value in enumerate(values):
+        if isinstance(value, (str, int)):
+            labels.append(value)
+        elif wrong is None or (value is None and wrong[1] is not None):
+            wrong = i + 1 if numbers is None else numbers[i], value
+    if wrong is not None:
+        raise MismatchError(
+            f"{_row(source, wrong[0])}: '{column}' is {_described(wrong[1])}, expected a label: "
+            "a whole number or a name."
+        )
+    return labels
 
 
 def _read(name: str) -> "Dataset":
@@ -60,7 +174,9 @@ def _read(name: str) -> "Dataset":
                 raise CheckpointError(
                     f"'{name}': expected one of {', '.join(_LOADERS)} (.gz too), or a folder."
                 )
-            return load_dataset(_LOADERS[suffix], data_files=str(path), split="train")
+            loader = _LOADERS[suffix]
+            options = _OPTIONS.get(loader, {})
+            return load_dataset(loader, data_files=str(path), split="train", **options)
         if path.is_dir():
             return load_dataset(str(path), split="train")
         if is_hub_id(name) and not name.endswith(tuple(_LOADERS)):
@@ -77,18 +193,27 @@ def _read(name: str) -> "Dataset":
 
 
 def _choose(
-    rows: "Dataset", name: str, where: Mapping[str, object], columns: Sequence[str]
-) -> "Dataset":
+    rows: "Dataset",
+    name: str,
+    where: Mapping[str, object],
+    columns: Sequence[str],
+    text: str | None,
+) -> _Table:
     """The rows that match `where`, with the named columns only."""
+    if any("." in c and c not in rows.column_names for c in [*columns, *where]):
+        rows = rows.flatten()  # `prompt.text` is a column of its own then
     for column in [*columns, *where]:
         if column not in rows.column_names:
+            advice = _columns_of_text(rows) if column == text else ""
             raise MismatchError(
-                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}."
+                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}.{advice}"
             )
+    numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
         candidates = enumerate(rows.select_columns(list(where)))
-        rows = rows.select([i for i, row in candidates if _matches(row, where)])
-    return rows.select_columns(list(columns)) if columns else rows
+        matching = [i for i, row in candidates if _matches(row, where)]
+        rows, numbers = rows.select(matching), [i + 1 for i in matching]
+    return _Table(name, rows.select_columns(list(columns)) if columns else rows, numbers)
 
 
 def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
@@ -96,3 +221,58 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
         row[column] in value if isinstance(value, (list, tuple)) else row[column] == value
         for column, value in where.items()
     )
+
+
+def _row(source: str | None, number: int) -> str:
+    return f"row {number}" if source is None else f"'{source}', row {number}"
+
+
+def _described(value: object) -> str:
+    """A value's type in words, with the value of a number."""
+    if value is None:
+        return "null (an empty cell, or null in JSON)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, (int, float)):
+        return f"a number ({value})"
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
+    if isinstance(value, (list, tuple)):
+        return "a list of messages" if _is_conversation(value) else "a list"
+    return f"a {type(value).__name__}"
+
+
+def _is_conversation(value: Sequence[object]) -> bool:
+    return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
+
+
+def _advice(column: str, value: object) -> str:
+    """What to do about a value that is no text, without promising what is not there."""
+    if value is None:
+        return "Remove such rows, or write the empty string there."
+    if isinstance(value, (list, tuple)) and _is_conversation(value):
+        return (
+            f"{_not_read('messages')} Write each as one string, for example by its tokenizer's "
+            "apply_chat_template."
+        )
+    if isinstance(value, Mapping):
+        inner = [f"'{column}.{key}'" for key, part in value.items() if isinstance(part, str)]
+        if inner:
+            return f"Text inside it is named by a dot: {', '.join(inner)}."
+    return "Write a string there, or name another column."
+
+
+def _not_read(column: str) -> str:
+    return f"{_FORMS[column][0].upper()}{_FORMS[column][1:]} are not read yet."
+
+
+def _columns_of_text(rows: "Dataset") -> str:
+    """Which columns would do as the text, and which known forms of rows are not read."""
+    forms = [_not_read(c) for c in rows.column_names if c in _FORMS]
+    kinds = {name: str(getattr(f, "dtype", "")) for name, f in rows.features.items()}
+    texts = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if texts:
+        forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
+    else:
+        forms.append("Write each row as one string in a column 'text'.")
+    return f" {' '.join(dict.fromkeys(forms))}"

@@ -74,8 +74,14 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rename = _renaming(source, checkpoint_names(model, parameters))
         # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, columns=[config.text_column])
-        examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
+        rows = load_rows(config.data, where=config.where, text=config.text_column)
+        examples = encode_rows(
+            rows,
+            loaded,
+            text=config.text_column,
+            max_length=config.max_length,
+            source=config.data,
+        )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         loaded.use_gpu()
