@@ -384,7 +384,7 @@ def test_the_command_measures_prints_and_writes(model, world):
         (("--perplexity", "=texts.jsonl"), "expected TEXTS or NAME=TEXTS"),
         (("--perplexity", "texts.jsonl", "--where", "label"), "expected COLUMN=VALUE"),
         (("--perplexity", "texts.jsonl", "--stride", "100"), "stride 100"),
-        (("--perplexity", "texts.jsonl", "--top-p", "0"), "top_p"),
+        (("--perplexity", "texts.jsonl", "--top-p", "0"), "--top-p"),
         (("--perplexity", "none.jsonl"), "none.jsonl"),
     ],
 )

@@ -1,9 +1,8 @@
 """`bmerge precision`: give an existing checkpoint its precision."""
 
 from bmerge_cli import values
-from bmerge_cli.flags import Settings, argument, flags_of, option
+from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.render import Json, Quiet, console, failures, print_result
-from mergekit_bayes.configs import parse_config
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
@@ -30,7 +29,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
     from mergekit_bayes.precision.run import run_precision
 
-    config = parse_config(PrecisionConfig, settings, "bmerge precision")
+    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet)
     console(quiet=quiet).print(
         f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.configs import Config
+from mergekit_bayes.records import Force
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force, Frozen
+from mergekit_bayes.records import Force, Frozen
 
 
 class LoraSettings(Config):

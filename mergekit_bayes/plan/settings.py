@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.configs import Config
+from mergekit_bayes.records import Force
 
 
 class MergeConfig(Config):

@@ -37,7 +37,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
     Raises:
         CheckpointError: There is a precision already, or the model cannot be loaded.
-        ConfigError: A Hub id without an output, or a number out of range.
+        ConfigError: A Hub id without an output.
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
@@ -52,11 +52,6 @@ def _refuse_settings(config: PrecisionConfig) -> None:
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
-    if config.prior < 0:
-        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
-    for name in ("examples", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} {getattr(config, name)}: at least one row is needed.")
     if config.output:
         target = Path(config.output)
     else:

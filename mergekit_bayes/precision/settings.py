@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import Field
 
+from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force, Frozen
+from mergekit_bayes.records import Force, Frozen
 
 
 class PrecisionConfig(Config):
@@ -26,14 +27,15 @@ class PrecisionConfig(Config):
     label_column: str = Field(
         "label", description="Column of the label, which root-GGN does not need."
     )
-    examples: int = Field(2000, description="Number of rows to look at, drawn at random.")
+    examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
         8,
+        ge=1,
         description="Rows in one backward pass; smaller batches give more draws from the same "
         "data.",
     )
-    max_length: int = Field(512, description="Tokens of a row at most.")
-    prior: float = Field(0.0, description="Isotropic prior precision to include, 1/weight^2.")
+    max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
+    prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(0, description="Seed of the choice of rows and of the random signs.")
     task: Task = Field("auto", description="auto, causal-lm or classification.")
     force: Force = False
