@@ -118,7 +118,8 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
     "changes", [{"curvature": "price", "antithetic": True}, {"curvature_every": 2}]
 )
 def test_variants_of_ivon_are_settings(tmp_path, data, changes):
-    run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
+    kept = {"posterior": "ivon", "save_steps": 4, "keep_checkpoints": True, **changes}
+    run_finetune(config(tmp_path, data, **kept), quiet=True)
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert {k: posterior.info.training[k] for k in changes} == changes
         assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
@@ -126,9 +127,7 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
         assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
-    run_finetune(
-        config(tmp_path, data, posterior="ivon", save_steps=4, resume=True, **changes), quiet=True
-    )
+    run_finetune(config(tmp_path, data, resume=True, **kept), quiet=True)
     for file in ("model.safetensors", "posterior/precision.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

@@ -144,7 +144,12 @@ class FinetuneConfig(Config):
         None,
         ge=1,
         description="Steps from one checkpoint in `OUTPUT.checkpoints` to the next; by default no "
-        "checkpoints.",
+        "checkpoints. They are removed when the model is stored.",
+    )
+    keep_checkpoints: bool = Field(
+        False,
+        description="Keep the checkpoints of `save_steps` when the model is stored, so that "
+        "`resume` and `force` can store another `posterior` of it.",
     )
     resume: bool = Field(
         False,
@@ -160,7 +165,8 @@ class FinetuneConfig(Config):
     report_to: tuple[str, ...] = Field(
         (),
         description="Where to report the loss and the posterior's health, by the names of "
-        "transformers: `tensorboard`, `wandb` and so on.",
+        "transformers: `tensorboard`, `wandb` and so on, or a list of them. Files that this makes "
+        "are in `OUTPUT.checkpoints` during training and in `OUTPUT/runs` at the end.",
     )
     force: Force = False
 

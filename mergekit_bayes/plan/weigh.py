@@ -151,9 +151,9 @@ class _Weigher:
         config = self._config
         if (trace.shrink, trace.pool) != (config.shrink, config.pool):
             raise MismatchError(
-                f"'{model.ref}' was merged with --shrink {trace.shrink} --pool {trace.pool}, this "
-                f"merge has --shrink {config.shrink} --pool {config.pool}. Use the same, so that "
-                "all count alike."
+                f"'{model.ref}' was merged with {_reshaping(trace.shrink, trace.pool)}, this merge "
+                f"has {_reshaping(config.shrink, config.pool)}. Use the same, so that all count "
+                "alike."
             )
 
     def _note_merge(self, model: Posterior, prior: Prior, gain: float) -> None:
@@ -230,3 +230,9 @@ def _check_frame(model: Posterior, prior: Prior, base: Input, gain: float) -> No
             "here. Chains stay exact only in one frame: use the --observations and --counts of "
             f"that merge, such as --observations {base.ref}={factor:g}x."
         )
+
+
+def _reshaping(shrink: str | None, pool: str | None) -> str:
+    """The two flags as they are given."""
+    flags = (("shrink", shrink), ("pool", pool))
+    return " ".join(f"--{flag} {v}" if v is not None else f"no --{flag}" for flag, v in flags)
