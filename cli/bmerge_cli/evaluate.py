@@ -48,6 +48,8 @@ NAME = "evaluate"
     option("batch_size"),
     option("sampling_batch"),
     option("bootstrap"),
+    option("device"),
+    option("dtype"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -64,7 +66,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
 
     config = parse_flags(EvaluateConfig, settings, "bmerge evaluate")
     screen = console(quiet=quiet)
-    with steps_bar(screen) as advance:
+    with steps_bar(console(quiet=quiet or as_json)) as advance:
         report = run_evaluate(config, quiet=quiet, progress=advance)
     show_report(screen, report)
     if as_json:

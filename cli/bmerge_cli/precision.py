@@ -23,6 +23,8 @@ NAME = "precision"
     option("prior"),
     option("seed"),
     option("task"),
+    option("device"),
+    option("dtype"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -30,7 +32,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     from mergekit_bayes.precision.run import run_precision
 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
-    report = run_precision(config, quiet=quiet)
+    report = run_precision(config, quiet=quiet or as_json)
     console(quiet=quiet).print(
         f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "
         f"{report.unit}s; median precision {report.health['precision_median']:.3g}",

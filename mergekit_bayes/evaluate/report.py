@@ -56,6 +56,8 @@ class EvaluateReport(Frozen):
         model: The model, as the config names it.
         model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
         settings: The config as JSON.
+        device: Where the model ran; None in reports from before it was kept.
+        dtype: Type of its parameters; likewise.
         perplexity: Perplexities at the mean, by the names of the texts.
         classification: Scores at the mean, by the names of the labelled texts.
         sampled: The same averaged over the posterior's samples, if the config asks for them.
@@ -71,6 +73,8 @@ class EvaluateReport(Frozen):
     model: str
     model_identity: str
     settings: dict[str, Any]
+    device: str | None = None
+    dtype: str | None = None
     perplexity: dict[str, PerplexityReport] = {}
     classification: dict[str, ClassificationReport] = {}
     sampled: SampledReport | None = None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
+from mergekit_bayes.models.load import Device, Dtype
 from mergekit_bayes.records import Force
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class EvaluateConfig(Config):
     bootstrap: int = Field(
         1000, ge=0, description="Number of resamples for each interval; 0 for no intervals."
     )
-    dtype: str = Field("float32", description="Dtype of the parameters, or auto for the file's.")
+    device: Device = None
+    dtype: Dtype = "float32"
     output: str | None = Field(
         None, description="Folder for the report, the losses of documents and the continuations."
     )

@@ -63,7 +63,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
     refuse_before(config)
     quiet = quiet or not is_main()
-    with quiet_libraries(quiet), _checkpoint_folder(config) as folder:
+    with quiet_libraries(bars=not quiet), _checkpoint_folder(config) as folder:
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
         checkpoint = on_main(lambda: _open_output(config))

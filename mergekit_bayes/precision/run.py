@@ -4,6 +4,7 @@ The likelihood part is `N * F`, where F is the curvature per observation and N c
 observations of all the data. How many examples the estimate looked at is recorded separately.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
-from mergekit_bayes.models.load import UNIT, load_model
+from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
@@ -37,16 +38,17 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
     Raises:
         CheckpointError: There is a precision already, or the model cannot be loaded.
-        ConfigError: A Hub id without an output.
+        ConfigError: A Hub id without an output, or a device that is not there.
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
     _refuse_settings(config)
-    with quiet_libraries(quiet):
+    with quiet_libraries(bars=not quiet):
         return _run(config)
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
+    choose_device(config.device)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
@@ -63,7 +65,7 @@ def _refuse_settings(config: PrecisionConfig) -> None:
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(config.model, config.task)
+    loaded = load_model(config.model, config.task, dtype=config.dtype)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -79,7 +81,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
-        loaded.use_gpu()
+        loaded.move_to(config.device)
         curvature = estimate_curvature(
             _ESTIMATOR,
             loaded,
@@ -103,9 +105,9 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             anchor=Anchor(),
             mean=identify(source),
             tokenizer=tokenizer_identity(loaded.path),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=_stored_dtype(source),
             aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
-            training=_training(config, loaded.path),
+            training=_training(config, loaded),
             health=health,
         )
         arrays = {
@@ -119,6 +121,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         unit=UNIT[loaded.task],
         observations=total,
         sampled=count,
+        device=str(loaded.device),
+        dtype=loaded.dtype,
         health=health,
     )
 
@@ -140,10 +144,25 @@ def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) ->
     return rename
 
 
-def _training(config: PrecisionConfig, path: Path) -> dict[str, str | float]:
+def _stored_dtype(source: SafetensorsSource) -> str:
+    """The number format of most of the file's values, by torch's name where it has one."""
+    sizes: Counter[str] = Counter()
+    for spec in source.specs.values():
+        sizes[spec.dtype] += spec.size
+    (stored, _), *_ = sizes.most_common(1)
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(stored, stored)
+
+
+def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
     """How the estimate was made, and of which Hub model; the path of a folder is left out."""
-    record: dict[str, str | float] = {"batch_size": config.batch_size, "seed": config.seed}
-    ref = pinned(config.model, path)
+    record: dict[str, str | float] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "device": loaded.device.type,
+        "dtype": loaded.dtype,
+    }
+    ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref
     return record

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.models.load import Task
+from mergekit_bayes.models.load import Device, Dtype, Task
 from mergekit_bayes.records import Force, Frozen
 
 
@@ -38,6 +38,8 @@ class PrecisionConfig(Config):
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(0, description="Seed of the choice of rows and of the random signs.")
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    device: Device = None
+    dtype: Dtype = "float32"
     force: Force = False
 
 
@@ -50,6 +52,8 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         observations: Number of observations that the precision stands for.
         sampled: Number of rows that were looked at.
+        device: Where the model ran.
+        dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
     """
 
@@ -58,4 +62,6 @@ class PrecisionReport(Frozen):
     unit: str
     observations: int
     sampled: int
+    device: str
+    dtype: str
     health: dict[str, float]
