@@ -34,8 +34,9 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
     console(quiet=quiet).print(
-        f"{report.estimator} from {report.sampled:,} rows, for {report.observations:,} "
-        f"{report.unit}s; median precision {report.health['precision_median']:.3g}",
+        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} rows, stands for all "
+        f"their {report.observations:,} {report.unit}s; median precision "
+        f"{report.health['precision_median']:.3g}",
         markup=False,
     )
     print_result(report, report.path, as_json=as_json, quiet=quiet)

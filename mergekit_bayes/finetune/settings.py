@@ -76,8 +76,8 @@ class FinetuneConfig(Config):
         None,
         ge=0,
         lt=1,
-        description="Memory of the Hessian. By default 1 - 5 / steps, or 1 - 5 `curvature_every` / "
-        "steps with `ggn`.",
+        description="Memory of the Hessian. By default 1 - 5 `curvature_every` / steps with `ggn`, "
+        "but at least 0.5, and 1 - 5 / steps with `price`, but at least 0.9; at most 0.99999.",
     )
     weight_decay: float = Field(
         1e-6,

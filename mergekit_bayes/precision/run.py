@@ -120,6 +120,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         estimator=_ESTIMATOR,
         unit=UNIT[loaded.task],
         observations=total,
+        rows=len(examples),
         sampled=count,
         device=str(loaded.device),
         dtype=loaded.dtype,

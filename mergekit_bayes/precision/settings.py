@@ -51,6 +51,7 @@ class PrecisionReport(Frozen):
         estimator: Name of the estimator.
         unit: What an observation is: a token or an example.
         observations: Number of observations that the precision stands for.
+        rows: Number of rows in the data.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
@@ -61,6 +62,7 @@ class PrecisionReport(Frozen):
     estimator: str
     unit: str
     observations: int
+    rows: int
     sampled: int
     device: str
     dtype: str
