@@ -1,6 +1,6 @@
-"""Encode rows of text as token ids, with labels, and cut them into batches."""
+"""Check rows of text, encode them as token ids with labels, and cut them into batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -8,13 +8,19 @@ from torch import Tensor
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.models.load import Loaded
-from mergekit_bayes.models.rows import check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100  # a label that no loss counts, transformers' convention
 Example: TypeAlias = Mapping[str, Any]  # `input_ids`, a list; `labels`, a list or one number
+
+FORMS = {  # columns of conversations and of pairs, as they are published
+    "messages": "conversations (`messages`)",
+    "conversations": "conversations (`conversations`)",
+    "prompt": "pairs (`prompt` and `completion`)",
+    "completion": "pairs (`prompt` and `completion`)",
+}
 
 
 def encode_rows(
@@ -131,6 +137,64 @@ def _scored(documents: Sequence[list[int]], column: str) -> list[dict[str, Any]]
     return examples
 
 
+def check_texts(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
+    """The values as a list, if every one of them is text.
+
+    Args:
+        values: Values of the column, row by row.
+        column: Name of the column, for the message.
+        source: File or data set that they come from, for the message.
+        numbers: Number of each row in the source; by default they count from 1.
+
+    Raises:
+        MismatchError: A value is not text. The message names its row and its type.
+    """
+    texts = []
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            number = i + 1 if numbers is None else numbers[i]
+            raise MismatchError(
+                f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
+                f"{_advice(column, value)}"
+            )
+        texts.append(value)
+    return texts
+
+
+def check_labels(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str | int]:
+    """The values as a list, if every one of them is a label: text or a whole number.
+
+    The arguments are those of `check_texts`.
+
+    Raises:
+        MismatchError: A value is neither. A missing label is named first, since it makes the
+            numbers of a column fractional.
+    """
+    labels: list[str | int] = []
+    wrong: tuple[int, object] | None = None
+    for i, value in enumerate(values):
+        if isinstance(value, (str, int)):
+            labels.append(value)
+        elif wrong is None or (value is None and wrong[1] is not None):
+            wrong = i + 1 if numbers is None else numbers[i], value
+    if wrong is not None:
+        raise MismatchError(
+            f"{_row(source, wrong[0])}: '{column}' is {_described(wrong[1])}, expected a label: "
+            "a whole number or a name."
+        )
+    return labels
+
+
 def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -> list[int]:
     """Translate labels to the classifier's numbers.
 
@@ -208,3 +272,51 @@ def batches(
     """Consecutive batches of `size` examples on a device."""
     for i in range(0, len(examples), size):
         yield {name: t.to(device) for name, t in collate(examples[i : i + size]).items()}
+
+
+def _row(source: str | None, number: int) -> str:
+    return f"row {number}" if source is None else f"'{source}', row {number}"
+
+
+def _described(value: object) -> str:
+    """A value's type in words, with the value of a number."""
+    if value is None:
+        return "null (an empty cell, or null in JSON)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, (int, float)):
+        return f"a number ({value})"
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
+    if isinstance(value, (list, tuple)):
+        return "a list of messages" if _is_conversation(value) else "a list"
+    return f"a {type(value).__name__}"
+
+
+def _is_conversation(value: Sequence[object]) -> bool:
+    return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
+
+
+def _advice(column: str, value: object) -> str:
+    """What to do about a value that is no text, without promising what is not there."""
+    if value is None:
+        return "Remove such rows, or write the empty string there."
+    if isinstance(value, (list, tuple)) and _is_conversation(value):
+        return (
+            f"{not_read('messages')} Write each as one string, for example by its tokenizer's "
+            "apply_chat_template."
+        )
+    if isinstance(value, Mapping):
+        inner = [f"'{column}.{key}'" for key, part in value.items() if isinstance(part, str)]
+        if inner:
+            return f"Text inside it is named by a dot: {', '.join(inner)}."
+    return "Write a string there, or name another column."
+
+
+def not_read(column: str) -> str:
+    """The sentence that the rows of such a column are not read.
+
+    Args:
+        column: One of `FORMS`.
+    """
+    return f"{FORMS[column][0].upper()}{FORMS[column][1:]} are not read yet."

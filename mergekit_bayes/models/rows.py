@@ -1,11 +1,12 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -13,12 +14,6 @@ if TYPE_CHECKING:
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
 _OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
-_FORMS = {  # columns of conversations and of pairs, as they are published
-    "messages": "conversations (`messages`)",
-    "conversations": "conversations (`conversations`)",
-    "prompt": "pairs (`prompt` and `completion`)",
-    "completion": "pairs (`prompt` and `completion`)",
-}
 
 
 class _Table(NamedTuple):
@@ -105,64 +100,6 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
     return rows
 
 
-def check_texts(
-    values: Iterable[object],
-    column: str,
-    source: str | None = None,
-    numbers: Sequence[int] | None = None,
-) -> list[str]:
-    """The values as a list, if every one of them is text.
-
-    Args:
-        values: Values of the column, row by row.
-        column: Name of the column, for the message.
-        source: File or data set that they come from, for the message.
-        numbers: Number of each row in the source; by default they count from 1.
-
-    Raises:
-        MismatchError: A value is not text. The message names its row and its type.
-    """
-    texts = []
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            number = i + 1 if numbers is None else numbers[i]
-            raise MismatchError(
-                f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
-                f"{_advice(column, value)}"
-            )
-        texts.append(value)
-    return texts
-
-
-def check_labels(
-    values: Iterable[object],
-    column: str,
-    source: str | None = None,
-    numbers: Sequence[int] | None = None,
-) -> list[str | int]:
-    """The values as a list, if every one of them is a label: text or a whole number.
-
-    The arguments are those of `check_texts`.
-
-    Raises:
-        MismatchError: A value is neither. A missing label is named first, since it makes the
-            numbers of a column fractional.
-    """
-    labels: list[str | int] = []
-    wrong: tuple[int, object] | None = None
-    for i, value in enumerate(values):
-        if isinstance(value, (str, int)):
-            labels.append(value)
-        elif wrong is None or (value is None and wrong[1] is not None):
-            wrong = i + 1 if numbers is None else numbers[i], value
-    if wrong is not None:
-        raise MismatchError(
-            f"{_row(source, wrong[0])}: '{column}' is {_described(wrong[1])}, expected a label: "
-            "a whole number or a name."
-        )
-    return labels
-
-
 def _read(name: str) -> "Dataset":
     from datasets import load_dataset
 
@@ -223,52 +160,9 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
     )
 
 
-def _row(source: str | None, number: int) -> str:
-    return f"row {number}" if source is None else f"'{source}', row {number}"
-
-
-def _described(value: object) -> str:
-    """A value's type in words, with the value of a number."""
-    if value is None:
-        return "null (an empty cell, or null in JSON)"
-    if isinstance(value, bool):
-        return f"a truth value ({str(value).lower()})"
-    if isinstance(value, (int, float)):
-        return f"a number ({value})"
-    if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
-    if isinstance(value, (list, tuple)):
-        return "a list of messages" if _is_conversation(value) else "a list"
-    return f"a {type(value).__name__}"
-
-
-def _is_conversation(value: Sequence[object]) -> bool:
-    return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
-
-
-def _advice(column: str, value: object) -> str:
-    """What to do about a value that is no text, without promising what is not there."""
-    if value is None:
-        return "Remove such rows, or write the empty string there."
-    if isinstance(value, (list, tuple)) and _is_conversation(value):
-        return (
-            f"{_not_read('messages')} Write each as one string, for example by its tokenizer's "
-            "apply_chat_template."
-        )
-    if isinstance(value, Mapping):
-        inner = [f"'{column}.{key}'" for key, part in value.items() if isinstance(part, str)]
-        if inner:
-            return f"Text inside it is named by a dot: {', '.join(inner)}."
-    return "Write a string there, or name another column."
-
-
-def _not_read(column: str) -> str:
-    return f"{_FORMS[column][0].upper()}{_FORMS[column][1:]} are not read yet."
-
-
 def _columns_of_text(rows: "Dataset") -> str:
     """Which columns would do as the text, and which known forms of rows are not read."""
-    forms = [_not_read(c) for c in rows.column_names if c in _FORMS]
+    forms = [not_read(c) for c in rows.column_names if c in FORMS]
     kinds = {name: str(getattr(f, "dtype", "")) for name, f in rows.features.items()}
     texts = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if texts:
