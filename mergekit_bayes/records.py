@@ -21,10 +21,6 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
-class Config(Frozen):
-    """Base of all settings: what a YAML file or the flags of a command give."""
-
-
 class Record(Frozen):
     """Base of measurements that may be infinite, which is written as the string "Infinity".
 

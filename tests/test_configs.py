@@ -1,7 +1,9 @@
 """Settings files: unknown keys, all errors at once, overrides."""
 
+import json
 import re
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 import yaml
@@ -9,14 +11,13 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import configs, recipes
-from mergekit_bayes.configs import load_config
+from mergekit_bayes.configs import Config, load_config
 from mergekit_bayes.detox.settings import DetoxConfig, Rows
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.precision.settings import PrecisionConfig
-from mergekit_bayes.records import Config
 
 CONFIGS = (
     DetoxConfig,
@@ -27,6 +28,18 @@ CONFIGS = (
     PrecisionConfig,
     Rows,
 )
+
+
+# What makes a config of each class, so that one setting at a time can be wrong.
+GOOD = {
+    DetoxConfig: {"base": "b", "output": "o", "toxic": {"data": "d"}, "evaluate": {}, "scales": 1},
+    EvaluateConfig: {"model": "m"},
+    FinetuneConfig: {"model": "m", "output": "o", "data": "d"},
+    LoraSettings: {},
+    MergeConfig: {"models": ("a", "b")},
+    PrecisionConfig: {"model": "m", "data": "d"},
+    Rows: {"data": "d"},
+}
 
 
 class Inner(Config):
@@ -105,3 +118,98 @@ def test_every_setting_says_what_it_does(config):
     for name, field in config.model_fields.items():
         assert field.description, f"{config.__name__}.{name}"
         assert field.description.endswith("."), f"{config.__name__}.{name}"
+
+
+class Odd:
+    """A value that no setting takes."""
+
+
+def wrong_values(config):
+    """For each setting a value of a wrong type, and one beyond each bound."""
+    for name, field in config.model_fields.items():
+        yield name, Odd()
+        for constraint in field.metadata:
+            for bound, step in (("gt", 0), ("ge", -1), ("lt", 0), ("le", 1)):
+                if (value := getattr(constraint, bound, None)) is not None:
+                    yield name, value + step
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_wrong_value_is_one_readable_line_however_a_config_is_made(config):
+    ways = (lambda values: config(**values), config.model_validate)
+    checked = 0
+    for name, value in wrong_values(config):
+        values = GOOD[config] | {name: value}
+        for make in ways:
+            with pytest.raises(ConfigError) as caught:
+                make(values)
+            message = str(caught.value)
+            shown = "a value of type Odd" if isinstance(value, Odd) else re.escape(str(value))
+            found = rf"expected .+, found {shown}( as number 1 of the list)?\."
+            line = rf"{config.__name__}: {name}: ({found}|{shown} is not .+)"
+            assert re.fullmatch(line, message), message
+            assert "pydantic" not in message
+            assert "Input should" not in message
+        checked += 1
+    assert checked >= len(config.model_fields)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_misspelled_or_missing_setting_is_named_however_a_config_is_made(config):
+    good = GOOD[config]
+    for name in config.model_fields:
+        with pytest.raises(ConfigError, match=rf"{name}x: unknown key; did you mean '{name}'\?$"):
+            config(**good, **{f"{name}x": 1})
+        if name in good:
+            with pytest.raises(ConfigError, match=f"^{config.__name__}: {name}: is required"):
+                config(**{k: v for k, v in good.items() if k != name})
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_one_value_stands_for_a_list_of_one_and_a_path_for_its_text(config):
+    for name, field in config.model_fields.items():
+        if get_origin(field.annotation) is tuple:
+            values = [v for v in ("task_arithmetic", 0.5) if accepts(config, name, (v,))]
+            assert values, name
+            for value in values:
+                one = config(**GOOD[config] | {name: value})
+                assert getattr(one, name) == getattr(
+                    config(**GOOD[config] | {name: [value]}), name
+                ), name
+        if field.annotation is str:
+            one = config(**GOOD[config] | {name: Path("a/b")})
+            assert getattr(one, name) == "a/b"
+    assert FinetuneConfig(model=Path("m"), output="o", data=[Path("a"), "b"]).data == ("a", "b")
+    adapter = LoraSettings(target_modules="all-linear")
+    assert adapter.target_modules == "all-linear"  # text has a meaning of its own here
+
+
+def accepts(config, name, value):
+    try:
+        config(**GOOD[config] | {name: value})
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if {"out", "output"} & set(c.model_fields)])
+def test_out_and_output_are_one_setting_of_every_config(tmp_path, config):
+    field, other = ("out", "output") if "out" in config.model_fields else ("output", "out")
+    good = {k: v for k, v in GOOD[config].items() if k != field}
+    assert getattr(config(**good, **{other: "x"}), field) == "x"
+    with pytest.raises(ConfigError, match=f"'{field}' and '{other}' are one setting"):
+        config(**good, out="x", output="y")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(good)) | {field: "file"}))
+    assert getattr(load_config(config, path, [f"{other}=line"]), field) == "line"
+
+
+def test_a_list_names_the_value_that_is_wrong():
+    with pytest.raises(
+        ConfigError, match=r"scale: .* found nothing .null. as number 2 of the list"
+    ):
+        MergeConfig(models=("a", "b"), scale=(1, None))
+    with pytest.raises(ConfigError, match="isotropic: expected a number, found 'x' for 'a'"):
+        MergeConfig(models=("a", "b"), isotropic={"a": "x"})
+    with pytest.raises(ConfigError, match=r"DetoxConfig: toxic\.data: is required"):
+        DetoxConfig(**GOOD[DetoxConfig] | {"toxic": {}})

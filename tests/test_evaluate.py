@@ -148,7 +148,7 @@ def test_the_same_config_gives_the_same_report(model, world):
         ({"where": {"cvil": {"label": 0}}}, ConfigError, "no texts are called 'cvil'"),
         ({"text_column": "txt"}, MismatchError, "no column 'txt'"),
         ({"where": {"label": 7}}, MismatchError, "no row"),
-        ({"text_column": "label"}, MismatchError, "row 1: 'label' is int, expected text"),
+        ({"text_column": "label"}, MismatchError, "row 1: 'label' is a number .0., expected text"),
         ({"output": "."}, CheckpointError, "exists"),
         ({"scorer": ("words:words.txt", "words:words.txt")}, ConfigError, "named twice"),
         ({"new_tokens": 64}, ConfigError, "do not fit"),
@@ -479,7 +479,7 @@ def test_the_command_measures_prints_and_writes(model, world):
         (("--perplexity", "=texts.jsonl"), "expected TEXTS or NAME=TEXTS"),
         (("--perplexity", "texts.jsonl", "--where", "label"), "expected COLUMN=VALUE"),
         (("--perplexity", "texts.jsonl", "--stride", "100"), "stride 100"),
-        (("--perplexity", "texts.jsonl", "--top-p", "0"), "top_p"),
+        (("--perplexity", "texts.jsonl", "--top-p", "0"), "--top-p"),
         (("--perplexity", "none.jsonl"), "none.jsonl"),
     ],
 )

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import transformers
 
+from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
@@ -27,10 +30,112 @@ def test_training_prints_nothing_on_stdout(tmp_path, data, quiet, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_checkpoints_are_kept_beside_the_output_not_in_it(tmp_path, data):
-    run_finetune(config(tmp_path, data, save_steps=6, posterior="none"), quiet=True)
-    assert (tmp_path / "out.checkpoints" / "checkpoint-6" / "optimizer.pt").exists()
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_stay_beside_a_finished_model_only_if_asked(tmp_path, data, keep):
+    settings = config(tmp_path, data, save_steps=6, posterior="none", keep_checkpoints=keep)
+    run_finetune(settings, quiet=True)
+    left = {p.name for p in tmp_path.iterdir() if p.name.startswith("out")}
+    assert left == ({"out", "out.checkpoints"} if keep else {"out"})
+    if keep:
+        assert (tmp_path / "out.checkpoints" / "checkpoint-6" / "optimizer.pt").exists()
     assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith("checkpoint")]
+
+
+class Writer:
+    """Stands for TensorBoard's, which is not installed here: one file of events a start."""
+
+    starts = 0
+
+    def __init__(self, log_dir):
+        Writer.starts += 1
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self._path, self._lines = Path(log_dir, f"events.out.tfevents.{Writer.starts}"), []
+        self.flush()
+
+    def add_scalar(self, name, value, step):
+        self._lines.append(f"{step} {name} {value}\n")
+
+    def add_text(self, name, text, *step):
+        self._lines.append(f"{name}\n")
+
+    def flush(self):
+        self._path.write_text("".join(self._lines))
+
+    close = flush
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """The real callback of transformers, with a writer of our own."""
+    from transformers.integrations import integration_utils
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(Writer, "starts", 0)
+
+
+def events(folder):
+    return sorted(p.name for p in folder.rglob("events.out.*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [("tensorboard", {}), (["tensorboard"], {"save_steps": 2}), ("tensorboard", {"force": True})],
+)
+def test_the_files_of_a_report_are_in_the_model_s_folder_at_the_end(
+    tmp_path, data, tensorboard, names, changes
+):
+    settings = {"report_to": names, "max_steps": 4, "logging_steps": 2, "posterior": "none"}
+    if "force" in changes:  # an earlier model is replaced, with its logs
+        run_finetune(config(tmp_path, data, **settings), quiet=True)
+    run_finetune(config(tmp_path, data, **settings, **changes), quiet=True)
+    assert len(events(tmp_path / "out" / "runs")) == 1
+    (file,) = (tmp_path / "out" / "runs").rglob("events.out.*")
+    assert "4 train/loss " in file.read_text()
+    assert "4 train/sigma_over_rms " in file.read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out", "t.jsonl"}
+    assert side_files(tmp_path / "out")
+    assert not [f for f in side_files(tmp_path / "out") if "runs" in f.parts]
+
+
+def test_a_stopped_run_keeps_its_logs_and_a_resumed_one_has_those_of_all_starts(
+    tmp_path, data, tensorboard, monkeypatch
+):
+    settings = {"report_to": "tensorboard", "max_steps": 6, "save_steps": 2, "logging_steps": 1}
+    step, calls = IVON.step, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(IVON, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_finetune(config(tmp_path, data, **settings), quiet=True)
+    assert len(events(tmp_path / "out.checkpoints")) == 1
+    run_finetune(config(tmp_path, data, **settings, resume=True), quiet=True)
+    assert len(events(tmp_path / "out" / "runs")) == 2
+    assert not (tmp_path / "out.checkpoints").exists()
+
+
+def test_reports_without_files_leave_no_folder(tmp_path, data):
+    settings = {"max_steps": 1, "posterior": "none"}
+    run_finetune(config(tmp_path, data, report_to="none", **settings), quiet=True)
+    with pytest.raises(ConfigError, match="report_to: paper is not supported"):
+        run_finetune(config(tmp_path, data, report_to="paper", **settings, force=True), quiet=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out", "t.jsonl"}
+
+
+def test_a_report_without_checkpoints_leaves_those_of_an_earlier_run(tmp_path, data, tensorboard):
+    settings = {"max_steps": 2, "posterior": "none"}
+    run_finetune(config(tmp_path, data, save_steps=2, keep_checkpoints=True, **settings))
+    again = config(tmp_path, data, report_to="tensorboard", force=True, **settings)
+    run_finetune(again, quiet=True)
+    assert (tmp_path / "out.checkpoints" / "checkpoint-2" / "optimizer.pt").exists()
+    assert events(tmp_path / "out.checkpoints") == []
 
 
 def test_quiet_is_quiet(tmp_path, data, capfd):
@@ -39,8 +144,6 @@ def test_quiet_is_quiet(tmp_path, data, capfd):
     run_finetune(settings, quiet=True)
     run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data, force=True), quiet=True)
     assert capfd.readouterr().err == ""
-    run_precision(PrecisionConfig(model=str(tmp_path / "out"), data=data, force=True))
-    assert "curvature" in capfd.readouterr().err
 
 
 DDP = """
@@ -139,6 +242,7 @@ def test_the_log_holds_loss_and_posterior_health_at_every_logging_step(tmp_path,
             logging_steps=2,
             max_steps=6,
             save_steps=6,
+            keep_checkpoints=True,
             ess=1e7,
             beta2=0.99,
             curvature="price",

@@ -9,9 +9,9 @@ import torch
 
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.finetune import FinetuneConfig, LoraSettings
-from mergekit_bayes.finetune.choices import learning_rate
+from mergekit_bayes.finetune.choices import choose, learning_rate
 from mergekit_bayes.finetune.run import run_finetune
-from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import open_posterior
@@ -118,7 +118,8 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
     "changes", [{"curvature": "price", "antithetic": True}, {"curvature_every": 2}]
 )
 def test_variants_of_ivon_are_settings(tmp_path, data, changes):
-    run_finetune(config(tmp_path, data, posterior="ivon", save_steps=4, **changes), quiet=True)
+    kept = {"posterior": "ivon", "save_steps": 4, "keep_checkpoints": True, **changes}
+    run_finetune(config(tmp_path, data, **kept), quiet=True)
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert {k: posterior.info.training[k] for k in changes} == changes
         assert posterior.info.training["mc_samples"] == (2 if "antithetic" in changes else 1)
@@ -126,9 +127,7 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
         assert posterior.info.estimator == ("ivon" if "curvature" in changes else "ggn")
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
-    run_finetune(
-        config(tmp_path, data, posterior="ivon", save_steps=4, resume=True, **changes), quiet=True
-    )
+    run_finetune(config(tmp_path, data, resume=True, **kept), quiet=True)
     for file in ("model.safetensors", "posterior/precision.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
@@ -146,38 +145,78 @@ def test_the_guide_lists_every_setting_with_its_default_and_meaning():
             assert float(row[0]) == field.default, name
 
 
-def test_the_scripts_of_the_guide_run(tmp_path, monkeypatch):
-    guide = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
-    trainer, loop, gather = re.findall(r"```python\n(.*?)```", guide, re.S)
+@pytest.fixture
+def guide(tmp_path, data, monkeypatch):
+    """Blocks of the guide by language, with a tiny model and few steps."""
     monkeypatch.chdir(tmp_path)
-    loaded = load_model(str(tiny_gpt2(tmp_path / "base")))
-    examples = encode_rows(
-        {"text": ["the cat sat on the mat .", "a dog ran", "good film", "bad film"]}, loaded
-    )
-    names = {
-        "model": loaded.model,
-        "tokenizer": loaded.tokenizer,
-        "examples": examples,
-        "collate": Collate(2),
-    }
-    exec(trainer.replace("100", "8").replace('"out",', '"out", report_to=[], use_cpu=True,'), names)
-    assert set(names["precision"]) == {n for n, _ in loaded.model.named_parameters()}
-    load_model(str(tmp_path / "base"))
-    names |= {
-        "batches": batches(examples, 2, Collate(2)),
-        "optimizer": IVON(loaded.model.parameters(), 0.1, 1e6),
-    }
-    before = [p.detach().clone() for p in loaded.model.parameters()]
+    tiny_gpt2(tmp_path / "base")
+    Path(data).rename("mine.jsonl")
+    text = (Path(__file__).parent.parent / "docs" / "finetuning.md").read_text()
+    for word, here in (
+        ("openai-community/gpt2", "base"),
+        ("max_steps=200", "max_steps=2"),
+        ("steps, every = 100", "steps, every = 4"),
+        ('"out", ', '"out", report_to=[], use_cpu=True, '),
+    ):
+        assert word in text
+        text = text.replace(word, here)
+    return lambda language: re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_guide_s_first_settings_and_its_call_train(guide):
+    (settings,) = guide("yaml")
+    Path("tuned.yaml").write_text(settings)
+    config = load_config(FinetuneConfig, Path("tuned.yaml"))
+    # The guide says that these three are all that is required.
+    required = {n for n, f in FinetuneConfig.model_fields.items() if f.is_required()}
+    assert config.model_fields_set == required == {"model", "data", "output"}
+    names = {}
+    exec(guide("python")[0], names)
+    assert names["report"].steps == 2
+    assert names["config"].model_copy(update={"max_steps": None}) == config
+    assert info_of("tuned").estimator == "ggn"
+
+
+def test_the_scripts_of_the_guide_run_as_they_stand(guide):
+    """They define all that they use; the second and third continue the first."""
+    _, trainer, loop, gather = guide("python")
+    names = {}
+    exec(trainer, names)
+    parameters = {n for n, _ in names["model"].named_parameters()}
+    assert set(names["precision"]) == parameters
+    load_model("tuned")
+    # And they take the settings that a run of as many steps chooses.
+    run_finetune(FinetuneConfig(model="base", data="mine.jsonl", output="ours", max_steps=4))
+    chosen = info_of("ours").training
+    for name, value in names["ivon"].items():
+        if name != "ess":  # which depends on the model
+            assert chosen[name] == value, name
+    before = [p.detach().clone() for p in names["model"].parameters()]
     exec(loop, names)
-    assert not all(
-        torch.equal(a, b) for a, b in zip(before, loaded.model.parameters(), strict=True)
-    )
+    assert not all(map(torch.equal, before, names["model"].parameters()))
+    assert isinstance(names["optimizer"], IVON)
+    assert set(names["precision"]) == parameters
     exec(gather, names)
-    assert (
-        set(names["precision"])
-        == {n for n, _ in loaded.model.named_parameters()}
-        <= set(names["mean"])
-    )
+    assert set(names["precision"]) == parameters <= set(names["mean"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "beta2"),
+    [
+        (4, {}, 0.5),
+        (400, {}, 0.9),
+        (4, {"curvature": "price"}, 0.9),
+        (500, {"curvature": "price"}, 0.99),
+        (10**7, {}, 0.99999),
+    ],
+)
+def test_beta2_is_chosen_within_the_bounds_that_the_guide_states(
+    tmp_path, data, steps, changes, beta2
+):
+    settings = config(tmp_path, data, max_steps=steps, **changes)
+    loaded = load_model(settings.model)
+    examples = encode_rows({"text": ["the cat sat"]}, loaded)
+    assert choose(settings, loaded, examples, 1).ivon.beta2 == pytest.approx(beta2)
 
 
 def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, data):

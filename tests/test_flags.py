@@ -12,11 +12,11 @@ from bmerge_cli import values
 from bmerge_cli.flags import argument, flags_of, option
 from bmerge_cli.main import app
 from bmerge_cli.render import Quiet, failures
+from mergekit_bayes.configs import Config
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.precision.settings import PrecisionConfig
-from mergekit_bayes.records import Config
 
 CONFIGS = {
     "merge": MergeConfig,
@@ -123,3 +123,22 @@ def test_the_flags_of_a_command_are_described_by_its_config(name):
 def test_every_setting_but_those_of_recipes_has_a_flag(name, keys):
     parameters = {p.name for p in get_command(app).commands[name].params}
     assert CONFIGS[name].model_fields.keys() - parameters == keys
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("merge a b --guard 3", "--guard: expected a number above 0 and of at most 1, found 3.0."),
+        ("merge a b --weights fisher", "--weights: 'fisher' is not 'uniform' or 'precision'."),
+        ("merge a b --dtype F33", "--dtype: 'F33' is not "),
+        ("evaluate m --top-p 2", "--top-p: expected a number above 0 and of at most 1, found 2.0."),
+        ("evaluate m --batch-size 0", "--batch-size: expected a whole number of at least 1"),
+        ("precision m --data d --prior -1", "--prior: expected a number of at least 0, found -1"),
+        ("precision m --data d --task lm", "--task: 'lm' is not "),
+    ],
+)
+def test_a_value_that_the_config_refuses_is_named_by_its_flag(line, message):
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2
+    assert message in done.output, done.output
+    assert f"bmerge {line.split()[0]}: {message.split(':')[0]}" in done.output

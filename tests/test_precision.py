@@ -106,7 +106,7 @@ def test_mistakes_are_named(tmp_path, data):
     with pytest.raises(ConfigError, match="-o"):
         run_precision(PrecisionConfig(model="org/name", data=data))
     model = str(tiny_gpt2(tmp_path / "m"))
-    with pytest.raises(ConfigError, match="not negative"):
+    with pytest.raises(ConfigError, match="prior: expected a number of at least 0, found -1"):
         run_precision(PrecisionConfig(model=model, data=data, prior=-1))
     with pytest.raises(MismatchError, match="it has text, label"):
         run_precision(PrecisionConfig(model=model, data=data, text_column="body"))

@@ -91,6 +91,7 @@ def child(folder):
             posterior="ivon",
             num_processes=2,
             save_steps=2,
+            keep_checkpoints=True,
             output=str(folder / f"{run}-two"),
             **changes,
         )

@@ -49,6 +49,7 @@ def settings(tmp_path, data, name="out", **changes):
             "gradient_accumulation": 2,
             "max_steps": 7,
             "save_steps": 3,
+            "keep_checkpoints": True,
             "flush_batches": 4,
             "seed": 3,
             "ess": 1e5,
@@ -206,7 +207,7 @@ def test_other_settings_than_the_checkpoints_are_refused_by_name(tmp_path, data)
     for changes, name in (
         (
             {"learning_rate": 0.2},
-            "learning_rate is None there and 0.2 here; lr is 0.1 there and 0.2 here",
+            "learning_rate is left out there and 0.2 here; lr is 0.1 there and 0.2 here",
         ),
         ({"max_steps": 8}, "max_steps is 7 there and 8 here"),
         ({"max_rows": 20}, "data holds something else"),

@@ -8,9 +8,8 @@ import typer
 
 from bmerge_cli import values
 from bmerge_cli.evaluate_tables import show_report
-from bmerge_cli.flags import Settings, argument, flags_of, option
+from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, steps_bar
-from mergekit_bayes.configs import parse_config
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 
 NAME = "evaluate"
@@ -49,6 +48,8 @@ NAME = "evaluate"
     option("batch_size"),
     option("sampling_batch"),
     option("bootstrap"),
+    option("device"),
+    option("dtype"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -64,9 +65,9 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     """
     from mergekit_bayes.evaluate.run import run_evaluate
 
-    config = parse_config(EvaluateConfig, settings, "bmerge evaluate")
+    config = parse_flags(EvaluateConfig, settings, "bmerge evaluate")
     screen = console(quiet=quiet)
-    with steps_bar(screen) as advance:
+    with steps_bar(console(quiet=quiet or as_json)) as advance:
         report = run_evaluate(config, quiet=quiet, progress=advance)
     show_report(screen, report)
     if as_json:

@@ -5,7 +5,7 @@ A command lists the fields that it offers, in the order of its help:
     @failures()
     @flags_of(EvaluateConfig, argument("model"), option("output", "--out", "-o"), ...)
     def command(settings: Settings, quiet: Quiet = False) -> None:
-        config = parse_config(EvaluateConfig, settings, "bmerge evaluate")
+        config = parse_flags(EvaluateConfig, settings, "bmerge evaluate")
 
 `settings` holds only what the command line sets, so defaults come from the fields alone and a
 recipe's settings can be kept beneath the line's.
@@ -20,10 +20,12 @@ from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from mergekit_bayes.records import Config
+from mergekit_bayes.configs import C, Config, parse_config
 
 Settings: TypeAlias = dict[str, Any]
 Command: TypeAlias = Callable[..., None]
+
+_FLAG_OF: dict[type[Config], dict[str, str]] = {}  # the flag of each field, by `flags_of`
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def flags_of(config: type[Config], *flags: Flag) -> Callable[[Command], Command]
         flags: One per field that the command offers, in the order of its help.
     """
 
+    _FLAG_OF[config] = {f.field: f.field.upper() if f.positional else _names(f)[0] for f in flags}
+
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> None:
             context: typer.Context = values.pop("context")
@@ -93,6 +97,21 @@ def flags_of(config: type[Config], *flags: Flag) -> Callable[[Command], Command]
         return run
 
     return decorate
+
+
+def parse_flags(config: type[C], settings: Settings, command: str) -> C:
+    """Check what a command received, in words that name its flags.
+
+    Args:
+        config: The config class of the command.
+        settings: What `flags_of` gave it.
+        command: What the user called, for messages.
+
+    Raises:
+        ConfigError: A value is missing or invalid; all of them at once.
+    """
+    flags = _FLAG_OF[config]
+    return parse_config(config, settings, command, name_of=lambda field: flags.get(field, field))
 
 
 def _given(context: typer.Context, values: Settings, flags: tuple[Flag, ...]) -> Settings:

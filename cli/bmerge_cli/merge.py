@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
-from bmerge_cli.flags import Settings, argument, flags_of, option
+from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.merge_tables import plan_document, show_adapters, show_plan, show_report
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
@@ -122,7 +122,7 @@ def _config(settings: Settings) -> MergeConfig:
     models = settings["models"]
     recipes = [m for m in models if m.endswith((".yaml", ".yml"))]
     if not recipes:
-        return parse_config(MergeConfig, settings, "bmerge merge")
+        return parse_flags(MergeConfig, settings, "bmerge merge")
     if len(models) > 1:
         raise ConfigError(f"'{recipes[0]}' is a recipe and names its own models. Give it alone.")
     flags = {name: value for name, value in settings.items() if name != "models"}

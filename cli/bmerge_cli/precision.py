@@ -1,9 +1,8 @@
 """`bmerge precision`: give an existing checkpoint its precision."""
 
 from bmerge_cli import values
-from bmerge_cli.flags import Settings, argument, flags_of, option
+from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.render import Json, Quiet, console, failures, print_result
-from mergekit_bayes.configs import parse_config
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
@@ -24,17 +23,19 @@ NAME = "precision"
     option("prior"),
     option("seed"),
     option("task"),
+    option("device"),
+    option("dtype"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
     """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
     from mergekit_bayes.precision.run import run_precision
 
-    config = parse_config(PrecisionConfig, settings, "bmerge precision")
-    report = run_precision(config, quiet=quiet)
+    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
+    report = run_precision(config, quiet=quiet or as_json)
     console(quiet=quiet).print(
-        f"{report.estimator}, estimated from {report.sampled:,} rows; it stands for the "
-        f"{report.observations:,} {report.unit}s of all the data. Median "
+        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} rows, stands for all "
+        f"their {report.observations:,} {report.unit}s; median precision "
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )

@@ -132,7 +132,8 @@ def side_files(folder: Path) -> list[Path]:
     """The files that accompany a model's tensors, relative to its folder.
 
     Left out are tensors of any format and their indexes; what a merge, a training or an evaluation
-    says of this model; its card; hidden files; and files over 100 MiB. A subfolder such as
+    says of this model, `runs/` of a training included; its card; hidden files; and files over 100
+    MiB. A subfolder such as
     `1_Pooling/` is taken if it holds none of these and at most 1 MiB.
     """
     accepted: list[Path] = []
@@ -141,7 +142,7 @@ def side_files(folder: Path) -> list[Path]:
         sizes = [f.stat().st_size for f in inner if _is_side_file(f)]
         limit = _FOLDER_LIMIT if path.is_dir() else _FILE_LIMIT
         is_accepted = len(sizes) == len(inner) and sum(sizes) <= limit
-        if is_accepted and not path.match(".*") and path.name != "posterior":
+        if is_accepted and not path.match(".*") and path.name not in ("posterior", "runs"):
             accepted += [f.relative_to(folder) for f in inner]
     return accepted
 

@@ -5,12 +5,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from mergekit_bayes.configs import parse_config
+from mergekit_bayes.configs import Config, parse_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
-from mergekit_bayes.records import Config
 
 Method = Literal["task_arithmetic", "gradient_matching", "control"]
 HELD_OUT = "held-out toxic text"
@@ -25,8 +24,8 @@ def _as_tuple(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _as_texts(value: object) -> tuple[str | None, ...]:
-    return tuple(v if v is None else str(v) for v in _as_tuple(value))
+def _as_texts(value: object) -> tuple[object, ...]:
+    return tuple(str(v) if isinstance(v, (int, float)) else v for v in _as_tuple(value))
 
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]

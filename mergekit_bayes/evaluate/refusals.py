@@ -6,14 +6,15 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
 from mergekit_bayes.heads import Head, head_of
-from mergekit_bayes.models.load import Loaded, other_head
+from mergekit_bayes.models.load import Loaded, choose_device, other_head
 
 
 def refuse_settings(config: EvaluateConfig) -> None:
     """Refuse settings that contradict each other, before anything is read.
 
     Raises:
-        ConfigError: There is nothing to measure, or a setting has no effect or no object.
+        ConfigError: There is nothing to measure, a setting has no effect or no object, or there is
+            no such device.
         CheckpointError: The output exists and `force` is not set.
     """
     if not config.perplexity and config.toxicity is None and not config.classify:
@@ -41,6 +42,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
             "--prior, --posterior-temperature and --precision are about --samples, which is not "
             "given."
         )
+    choose_device(config.device)
     names = {**config.perplexity, **config.classify}
     for name in config.where if is_by_name(config.where) else ():
         if name not in names:

@@ -60,6 +60,8 @@ class EvaluateReport(Frozen):
         model: The model, as the config names it.
         model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
         settings: The config as JSON.
+        device: Where the model ran; None in reports from before it was kept.
+        dtype: Type of its parameters; likewise.
         perplexity: Perplexities at the mean, by the names of the texts.
         classification: Scores at the mean, by the names of the labelled texts.
         label_reading: How the outputs of a classifier were read, and what says so.
@@ -76,6 +78,8 @@ class EvaluateReport(Frozen):
     model: str
     model_identity: str
     settings: dict[str, Any]
+    device: str | None = None
+    dtype: str | None = None
     perplexity: dict[str, PerplexityReport] = {}
     classification: dict[str, ClassificationReport] = {}
     label_reading: str | None = None

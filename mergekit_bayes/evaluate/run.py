@@ -49,19 +49,19 @@ def run_evaluate(
     refuse_settings(config)
     tell = progress if progress is not None and not quiet else _ignore
     with ExitStack() as stack:
+        stack.enter_context(quiet_libraries(bars=False))  # `progress` tells
         posterior = None
         if config.samples is not None:
             posterior = stack.enter_context(
                 open_samplable(config.model, precision=config.precision, prior=config.prior)
             )
-        with quiet_libraries(True):  # their bars would stay on the screen
-            texts = read_texts(config)
-            labelled = read_labelled(config)
-            prompts = read_prompts(config)
-            scorers = open_scorers(config.scorer)
-            loaded = load_model(config.model, "auto", dtype=config.dtype)
+        texts = read_texts(config)
+        labelled = read_labelled(config)
+        prompts = read_prompts(config)
+        scorers = open_scorers(config.scorer, config.device)
+        loaded = load_model(config.model, "auto", dtype=config.dtype)
         refuse_model(config, loaded)
-        loaded.use_gpu()
+        loaded.move_to(config.device)
         examples = number_classes(config, labelled, loaded)
         draws = None
         if posterior is not None and config.samples is not None:
@@ -84,6 +84,8 @@ def run_evaluate(
         model=config.model,
         model_identity=checkpoint_identity(loaded.path),
         settings=config.model_dump(mode="json"),
+        device=str(loaded.device),
+        dtype=loaded.dtype,
         perplexity=at_mean.perplexity,
         classification=at_mean.classification,
         label_reading=label_reading(loaded) if config.classify else None,

@@ -29,26 +29,31 @@ class Scorer(NamedTuple):
     info: ScorerInfo
 
 
-def open_scorers(specs: Sequence[str]) -> list[Scorer]:
+def open_scorers(specs: Sequence[str], device: str | None = None) -> list[Scorer]:
     """Open all scorers and try each on one text.
+
+    Args:
+        specs: As `open_scorer` takes them.
+        device: Where classifiers run, by `models.load.choose_device`.
 
     Raises:
         ConfigError: As `open_scorer`, or a scorer fails.
         CheckpointError: As `open_scorer`.
         MismatchError: As `open_scorer`.
     """
-    scorers = [open_scorer(spec) for spec in specs]
+    scorers = [open_scorer(spec, device) for spec in specs]
     for scorer in scorers:
         scorer.score(["This is a test."])
     return scorers
 
 
-def open_scorer(spec: str) -> Scorer:
+def open_scorer(spec: str, device: str | None = None) -> Scorer:
     """Open a scorer.
 
     Args:
         spec: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`. A label may end
             in `=softmax` or `=sigmoid`, which says how the classifier's labels are read.
+        device: Where a classifier runs.
 
     Raises:
         ConfigError: It is none of the three, an empty list, a label that the model lacks, labels
@@ -65,7 +70,7 @@ def open_scorer(spec: str) -> Scorer:
     if prefix == "words":
         return _open_words(spec, Path(rest).expanduser())
     if prefix == "model":
-        return _open_classifier(spec, rest)
+        return _open_classifier(spec, rest, device)
     return _open_function(spec)
 
 
@@ -87,14 +92,14 @@ def _open_words(spec: str, path: Path) -> Scorer:
     return Scorer(spec, score, ScorerInfo(kind="words", fingerprint=fingerprint))
 
 
-def _open_classifier(spec: str, target: str) -> Scorer:
+def _open_classifier(spec: str, target: str, device: str | None) -> Scorer:
     ref, _, label = target.rpartition("#") if "#" in target else (target, "", "")
     loaded = load_model(ref)
     if loaded.task != "classification":
         raise MismatchError(f"--scorer '{spec}': '{ref}' is no text-classification checkpoint.")
     label, chosen = _split_reading(label, list(loaded.model.config.id2label.values()))
     reading = read_label(loaded.model, label, name=spec, reading=chosen)
-    loaded.use_gpu()
+    loaded.move_to(device)
     score = classifier_scorer(
         loaded.model, loaded.tokenizer, label, name=spec, reading=reading.reading
     )

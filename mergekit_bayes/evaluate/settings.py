@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.configs import Config
+from mergekit_bayes.models.load import Device, Dtype
+from mergekit_bayes.records import Force
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
@@ -109,7 +111,8 @@ class EvaluateConfig(Config):
         ge=0,
         description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
-    dtype: str = Field("float32", description="Dtype of the parameters, or auto for the file's.")
+    device: Device = None
+    dtype: Dtype = "float32"
     output: str | None = Field(
         None, description="Folder for the report, the losses of documents and the continuations."
     )

@@ -1,11 +1,11 @@
 """Read and check the data sets of an evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.models.encode import label_ids
+from mergekit_bayes.models.encode import label_ids, tokens_of
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import load_rows
 
@@ -29,23 +29,23 @@ def read_texts(config: EvaluateConfig) -> dict[str, list[str]]:
     column = config.text_column
     result = {}
     for name, source in config.perplexity.items():
-        rows = load_rows(
-            source, where=_where(config, name), max_rows=config.max_rows, columns=(column,)
-        )
-        result[name] = _strings(rows[column], source, column)
+        rows = load_rows(source, where=_where(config, name), max_rows=config.max_rows, text=column)
+        result[name] = list(rows[column])
     return result
 
 
 def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
     """The labelled texts of each set to classify."""
-    columns = tuple(dict.fromkeys((config.text_column, config.label_column)))
     result = {}
     for name, source in config.classify.items():
         rows = load_rows(
-            source, where=_where(config, name), max_rows=config.max_rows, columns=columns
+            source,
+            where=_where(config, name),
+            max_rows=config.max_rows,
+            text=config.text_column,
+            label=config.label_column,
         )
-        texts = _strings(rows[config.text_column], source, config.text_column)
-        result[name] = Labelled(texts, list(rows[config.label_column]))
+        result[name] = Labelled(list(rows[config.text_column]), list(rows[config.label_column]))
     return result
 
 
@@ -55,12 +55,14 @@ def number_classes(
     """Translate the labels of each set to the classifier's numbers.
 
     Raises:
-        MismatchError: A label is not one of the classifier's; the message names the file.
+        MismatchError: A label is not one of the classifier's, or a text has no tokens; the message
+            names the file.
     """
     result = {}
     for name, (texts, labels) in labelled.items():
         try:
             classes = label_ids(labels, loaded.model, config.label_column)
+            tokens_of(texts, loaded, config.text_column, max_length=loaded.context)
         except MismatchError as error:
             raise MismatchError(f"'{config.classify[name]}': {error}") from None
         result[name] = Examples(texts, classes)
@@ -74,14 +76,3 @@ def is_by_name(where: Mapping[str, object]) -> bool:
 
 def _where(config: EvaluateConfig, name: str) -> Mapping[str, object] | None:
     return (config.where.get(name) if is_by_name(config.where) else config.where) or None
-
-
-def _strings(values: Sequence[object], source: str, column: str) -> list[str]:
-    result = []
-    for i, value in enumerate(values):
-        if not isinstance(value, str):
-            raise MismatchError(
-                f"'{source}', row {i + 1}: '{column}' is {type(value).__name__}, expected text."
-            )
-        result.append(value)
-    return result

@@ -24,6 +24,7 @@ from mergekit_bayes.posterior import Identity
 logger = logging.getLogger(__name__)
 
 MARKER = "whole.json"
+LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorBoard's files
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
@@ -33,6 +34,7 @@ _FREE = {
     "resume",
     "force",
     "report_to",
+    "keep_checkpoints",
     "num_processes",
     "posterior",
     "flush_batches",
@@ -58,6 +60,11 @@ class Checkpoint(NamedTuple):
 def checkpoints_of(target: Path) -> Path:
     """The folder for the checkpoints of the run that writes `target`."""
     return target.with_name(f"{target.name}.checkpoints")
+
+
+def has_folder(config: FinetuneConfig) -> bool:
+    """Whether a run writes into `checkpoints_of` its output: checkpoints, or the files of logs."""
+    return config.save_steps is not None or bool(set(config.report_to) - {"none"})
 
 
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -95,6 +102,40 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None
+
+
+def copy_logs(folder: Path, output: Path) -> None:
+    """Copy what the Trainer's reporters left beside the checkpoints to `runs` in the output.
+
+    Args:
+        folder: Where the Trainer wrote.
+        output: The model's folder, not yet under its name.
+    """
+    for path in _log_files(folder):
+        inner = path.relative_to(folder)
+        target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+
+
+def close_checkpoints(folder: Path, *, keep: bool) -> None:
+    """Remove what a stored model makes superfluous: its checkpoints, and the logs copied into it.
+
+    Args:
+        folder: Where the Trainer wrote.
+        keep: Keep the checkpoints.
+    """
+    for path in _log_files(folder):
+        path.unlink()
+    for path in () if keep else _checkpoint_folders(folder):
+        shutil.rmtree(path)
+    remove_if_empty(folder)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which there is no file."""
+    if folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
+        shutil.rmtree(folder)
 
 
 def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
@@ -164,13 +205,31 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
             if name in ("model", "data"):
                 lines.append(f"{name} holds something else")
             else:
-                lines.append(f"{name} is {stored.get(name)} there and {identity.get(name)} here")
+                there, here = _said(stored.get(name)), _said(identity.get(name))
+                lines.append(f"{name} is {there} there and {here} here")
     if lines:
         raise ConfigError(
             f"'{checkpoint.path}' belongs to a run with other settings: {'; '.join(lines)}. Resume "
             "with the settings of the checkpoint, or leave --resume out and start from the "
             "beginning with --force."
         )
+
+
+def _said(value: object) -> str:
+    """A setting as its YAML file says it."""
+    if value is None:
+        return "left out"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _log_files(folder: Path) -> list[Path]:
+    """Files of a run's folder that belong to no checkpoint."""
+    checkpoints = _checkpoint_folders(folder)
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(path.is_relative_to(c) for c in checkpoints)
+    ]
 
 
 def _checkpoint_folders(folder: Path) -> list[Path]:

@@ -92,7 +92,7 @@ def _load_model(config: FinetuneConfig) -> Loaded:
             config.model, config.task, num_labels=config.num_labels, dtype=config.dtype
         )
     rows = load_rows(
-        config.data, where=config.where, max_rows=config.max_rows, columns=[config.label_column]
+        config.data, where=config.where, max_rows=config.max_rows, label=config.label_column
     )
     labels = sorted(set(rows[config.label_column]), key=lambda label: (str(type(label)), label))
     are_names = not all(isinstance(label, int) for label in labels)
@@ -143,8 +143,13 @@ def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
             config.max_length,
         )
     label = config.label_column if loaded.task == "classification" else None
-    columns = [config.text_column] if label is None else [config.text_column, label]
-    rows = load_rows(config.data, where=config.where, max_rows=config.max_rows, columns=columns)
+    rows = load_rows(
+        config.data,
+        where=config.where,
+        max_rows=config.max_rows,
+        text=config.text_column,
+        label=label,
+    )
     return encode_rows(
         rows,
         loaded,
@@ -152,4 +157,5 @@ def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
         label=label,
         max_length=config.max_length,
         pack=config.pack,
+        source=config.data,
     )

@@ -36,7 +36,7 @@ class IvonTrainer(IvonTrainerMixin, Trainer):  # type: ignore[misc]
 
 
 class ProgressBar(ProgressCallback):  # type: ignore[misc]
-    """On stderr: a first line, a bar, and a line for each log."""
+    """On stderr: a first line, a line for each log, and on a terminal a bar."""
 
     def __init__(self, first_line: str) -> None:
         super().__init__()
@@ -52,7 +52,30 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         """Print the first line and open the bar."""
         if state.is_world_process_zero:
             print(self._first_line, file=sys.stderr)
-        super().on_train_begin(args, state, control, **kwargs)
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_log(
         self,
@@ -63,12 +86,15 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         **kwargs: object,
     ) -> None:
         """Print loss, learning rate and health above the bar."""
-        if self.training_bar is None or logs is None or "loss" not in logs:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         line = f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4g}"
         for name in ("learning_rate", *LOGGED["price"]):
             if name in logs:
                 line += f"  {name} {float(logs[name]):.3g}"
+        if self.training_bar is None:
+            print(line, file=sys.stderr)
+            return
         self.training_bar.write(line, file=sys.stderr)
         self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
 

@@ -79,6 +79,8 @@ def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # torch's own threads warn of parameters that are all in use, which no Python code can filter.
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if on_cpu:
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment

@@ -21,16 +21,20 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
+    close_checkpoints,
+    has_folder,
     open_checkpoints,
     refuse_other_settings,
+    remove_if_empty,
 )
-from mergekit_bayes.finetune.data import load_run
+from mergekit_bayes.finetune.data import Run, load_run
 from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import unwrap
 
 if TYPE_CHECKING:
@@ -59,7 +63,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
     refuse_before(config)
     quiet = quiet or not is_main()
-    with quiet_libraries(quiet), _checkpoint_folder(config) as folder:
+    with quiet_libraries(bars=not quiet), _checkpoint_folder(config) as folder:
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
         checkpoint = on_main(lambda: _open_output(config))
@@ -75,7 +79,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
             trained = _train(trainer, checkpoint)
         trainer.accelerator.wait_for_everyone()
         optimizer = None if run.choices.ivon is None else unwrap(trainer.optimizer)
-        return on_main(lambda: save_finetuned(run, optimizer, trained.steps, trained.loss))
+        return on_main(lambda: _store(run, optimizer, trained, folder))
 
 
 class _Trained(NamedTuple):
@@ -89,10 +93,22 @@ class _Trained(NamedTuple):
 def _checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
     """Where the Trainer writes: beside the output, or a folder that is removed at the end."""
     scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
+    beside = checkpoints_of(Path(config.output))
     try:
-        yield scratch if config.save_steps is None else checkpoints_of(Path(config.output))
+        yield beside if has_folder(config) else scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if has_folder(config) and is_main():  # of a run that ended before its first file
+            remove_if_empty(beside)
+
+
+def _store(run: Run, optimizer: IVON | None, trained: _Trained, folder: Path) -> FinetuneReport:
+    """Store the model with the logs of its training, and then clean up beside it."""
+    report = save_finetuned(run, optimizer, trained.steps, trained.loss, folder)
+    if has_folder(run.config):
+        keep = run.config.keep_checkpoints or run.config.save_steps is None
+        close_checkpoints(folder, keep=keep)
+    return report
 
 
 def _open_output(config: FinetuneConfig) -> Checkpoint | None:

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force, Frozen
+from mergekit_bayes.records import Force, Frozen
 
 
 class LoraSettings(Config):
@@ -75,8 +76,8 @@ class FinetuneConfig(Config):
         None,
         ge=0,
         lt=1,
-        description="Memory of the Hessian. By default 1 - 5 / steps, or 1 - 5 `curvature_every` / "
-        "steps with `ggn`.",
+        description="Memory of the Hessian. By default 1 - 5 `curvature_every` / steps with `ggn`, "
+        "but at least 0.5, and 1 - 5 / steps with `price`, but at least 0.9; at most 0.99999.",
     )
     weight_decay: float = Field(
         1e-6,
@@ -144,7 +145,12 @@ class FinetuneConfig(Config):
         None,
         ge=1,
         description="Steps from one checkpoint in `OUTPUT.checkpoints` to the next; by default no "
-        "checkpoints.",
+        "checkpoints. They are removed when the model is stored.",
+    )
+    keep_checkpoints: bool = Field(
+        False,
+        description="Keep the checkpoints of `save_steps` when the model is stored, so that "
+        "`resume` and `force` can store another `posterior` of it.",
     )
     resume: bool = Field(
         False,
@@ -160,7 +166,8 @@ class FinetuneConfig(Config):
     report_to: tuple[str, ...] = Field(
         (),
         description="Where to report the loss and the posterior's health, by the names of "
-        "transformers: `tensorboard`, `wandb` and so on.",
+        "transformers: `tensorboard`, `wandb` and so on, or a list of them. Files that this makes "
+        "are in `OUTPUT.checkpoints` during training and in `OUTPUT/runs` at the end.",
     )
     force: Force = False
 

@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.side_files import FINETUNE
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.finetune.checkpoints import copy_logs
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneReport
@@ -41,7 +42,9 @@ class FinalPrecision(NamedTuple):
     ess: float
 
 
-def save_finetuned(run: Run, optimizer: IVON | None, steps: int, loss: float) -> FinetuneReport:
+def save_finetuned(
+    run: Run, optimizer: IVON | None, steps: int, loss: float, folder: Path
+) -> FinetuneReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
     Args:
@@ -49,6 +52,7 @@ def save_finetuned(run: Run, optimizer: IVON | None, steps: int, loss: float) ->
         optimizer: IVON at the end of training; None after AdamW.
         steps: Optimizer steps made.
         loss: Mean training loss of a step.
+        folder: Where the Trainer wrote, whose logs are stored with the model.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -57,6 +61,7 @@ def save_finetuned(run: Run, optimizer: IVON | None, steps: int, loss: float) ->
     precision, health = None, {}
     with replacing(target, force=config.force) as partial:
         _save_model(run, partial)
+        copy_logs(folder, partial)
         if config.posterior != "none":
             precision = final_precision(run, optimizer)
             health = _health(run, optimizer, precision)
@@ -114,7 +119,7 @@ def _save_model(run: Run, folder: Path) -> None:
     run.loaded.tokenizer.save_pretrained(folder)
     if config.lora is not None and run.loaded.task == "classification":
         model.config.save_pretrained(folder)  # an adapter's own config does not name the labels
-    settings = config.model_dump(mode="json", exclude={"force", "resume"})
+    settings = config.model_dump(mode="json", exclude={"force", "resume", "keep_checkpoints"})
     settings["model"] = pinned(config.model, run.loaded.path)
     (folder / FINETUNE).write_text(yaml.safe_dump(settings, sort_keys=False))
 

@@ -53,7 +53,9 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> 
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         report_to=list(config.report_to),
+        run_name=Path(config.output).name,  # else the folder of the checkpoints
         disable_tqdm=quiet,
+        log_level_replica="passive",  # else the Trainer turns warnings on again
         ddp_timeout=_COLLECTIVE_TIMEOUT,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -1,6 +1,6 @@
-"""Encode rows of text as token ids, with labels, and cut them into batches."""
+"""Check rows of text, encode them as token ids with labels, and cut them into batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that no loss counts, transformers' convention
 Example: TypeAlias = Mapping[str, Any]  # `input_ids`, a list; `labels`, a list or one number
 
+FORMS = {  # columns of conversations and of pairs, as they are published
+    "messages": "conversations (`messages`)",
+    "conversations": "conversations (`conversations`)",
+    "prompt": "pairs (`prompt` and `completion`)",
+    "completion": "pairs (`prompt` and `completion`)",
+}
+
 
 def encode_rows(
     rows: Mapping[str, Sequence[object]],
@@ -24,6 +31,7 @@ def encode_rows(
     label: str | None = None,
     max_length: int = 512,
     pack: bool = False,
+    source: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Tokenise rows into examples of Python lists, ready for `Collate`.
 
@@ -38,16 +46,35 @@ def encode_rows(
         label: Name of the column with a classifier's labels; None encodes no labels.
         max_length: Tokens of an example, at most the model's context.
         pack: Join a language model's rows instead of cutting each one.
+        source: Where the rows come from, for messages.
 
     Raises:
         CheckpointError: The tokenizer of a language model has no token to start a document from.
-        MismatchError: A label is not one of the classifier's.
+        MismatchError: A text is not text, a label is not one of the classifier's, or no row gives
+            anything to learn from.
     """
-    texts = [str(t) for t in rows[text]]
-    max_length = min(max_length, loaded.context)
+    try:
+        return _encode(rows, loaded, text, label, min(max_length, loaded.context), pack=pack)
+    except MismatchError as error:
+        if source is None:
+            raise
+        names = [source] if isinstance(source, str) else source
+        raise MismatchError(f"{', '.join(repr(name) for name in names)}: {error}") from None
+
+
+def _encode(
+    rows: Mapping[str, Sequence[object]],
+    loaded: Loaded,
+    text: str,
+    label: str | None,
+    max_length: int,
+    *,
+    pack: bool,
+) -> list[dict[str, Any]]:
+    texts = check_texts(rows[text], text)
     if loaded.task == "classification":
-        encoded = loaded.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        examples = [{"input_ids": ids} for ids in encoded]
+        encoded = tokens_of(texts, loaded, text, max_length=max_length)
+        examples: list[dict[str, Any]] = [{"input_ids": ids} for ids in encoded]
         if label is not None:
             labels = label_ids(rows[label], loaded.model, label)
             for example, value in zip(examples, labels, strict=True):
@@ -59,12 +86,113 @@ def encode_rows(
     ending = [] if eos is None else [eos]
     if not pack:
         documents = [[start, *ids, *ending][:max_length] for ids in encoded]
-        return [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
+        return _scored(documents, text)
     stream = [start, *(token for ids in encoded for token in (*ids, *ending))]
     # A block starts with the token before it, so that every token is scored once.
     firsts = range(0, len(stream) - 1, max_length - 1)
-    blocks = [stream[first : first + max_length] for first in firsts]
-    return [{"input_ids": ids, "labels": ids} for ids in blocks]
+    return _scored([stream[first : first + max_length] for first in firsts], text)
+
+
+def tokens_of(
+    texts: Sequence[str], loaded: Loaded, column: str, *, max_length: int
+) -> list[list[int]]:
+    """Tokens of a classifier's texts, cut at `max_length`.
+
+    Args:
+        texts: The texts.
+        loaded: The classifier.
+        column: Where the texts come from, for the message.
+        max_length: Tokens of a text at most.
+
+    Raises:
+        MismatchError: There are no texts, or one has no tokens, of which no classifier has an
+            output.
+    """
+    if not texts:
+        raise MismatchError(f"no row has a text in column '{column}'.")
+    encoded: list[list[int]] = loaded.tokenizer(
+        list(texts), truncation=True, max_length=max_length
+    )["input_ids"]
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise MismatchError(
+                f"row {i + 1}: '{column}' holds {texts[i]!r}, which is no token for this "
+                "tokenizer; a classifier needs one. Remove such rows."
+            )
+    return encoded
+
+
+def _scored(documents: Sequence[list[int]], column: str) -> list[dict[str, Any]]:
+    """Examples of the documents that have a token to predict.
+
+    Raises:
+        MismatchError: None has one.
+    """
+    examples = [{"input_ids": ids, "labels": ids} for ids in documents if len(ids) > 1]
+    if not examples:
+        raise MismatchError(
+            f"no row has a token to predict: the texts in column '{column}' are empty, or the "
+            "tokenizer makes nothing of them."
+        )
+    return examples
+
+
+def check_texts(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
+    """The values as a list, if every one of them is text.
+
+    Args:
+        values: Values of the column, row by row.
+        column: Name of the column, for the message.
+        source: File or data set that they come from, for the message.
+        numbers: Number of each row in the source; by default they count from 1.
+
+    Raises:
+        MismatchError: A value is not text. The message names its row and its type.
+    """
+    texts = []
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            number = i + 1 if numbers is None else numbers[i]
+            raise MismatchError(
+                f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
+                f"{_advice(column, value)}"
+            )
+        texts.append(value)
+    return texts
+
+
+def check_labels(
+    values: Iterable[object],
+    column: str,
+    source: str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[str | int]:
+    """The values as a list, if every one of them is a label: text or a whole number.
+
+    The arguments are those of `check_texts`.
+
+    Raises:
+        MismatchError: A value is neither. A missing label is named first, since it makes the
+            numbers of a column fractional.
+    """
+    labels: list[str | int] = []
+    wrong: tuple[int, object] | None = None
+    for i, value in enumerate(values):
+        if isinstance(value, (str, int)):
+            labels.append(value)
+        elif wrong is None or (value is None and wrong[1] is not None):
+            wrong = i + 1 if numbers is None else numbers[i], value
+    if wrong is not None:
+        raise MismatchError(
+            f"{_row(source, wrong[0])}: '{column}' is {_described(wrong[1])}, expected a label: "
+            "a whole number or a name."
+        )
+    return labels
 
 
 def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -> list[int]:
@@ -81,7 +209,10 @@ def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -
     numbers = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
     result = []
     for value in values:
-        number = numbers.get(str(value), value if isinstance(value, int) else None)
+        is_label = isinstance(value, (str, int))
+        number = numbers.get(str(value)) if is_label else None
+        if number is None and isinstance(value, int):
+            number = value
         if number is None or not 0 <= int(number) < model.config.num_labels:
             raise MismatchError(
                 f"label {value!r} in column '{column}': the model knows "
@@ -141,3 +272,51 @@ def batches(
     """Consecutive batches of `size` examples on a device."""
     for i in range(0, len(examples), size):
         yield {name: t.to(device) for name, t in collate(examples[i : i + size]).items()}
+
+
+def _row(source: str | None, number: int) -> str:
+    return f"row {number}" if source is None else f"'{source}', row {number}"
+
+
+def _described(value: object) -> str:
+    """A value's type in words, with the value of a number."""
+    if value is None:
+        return "null (an empty cell, or null in JSON)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, (int, float)):
+        return f"a number ({value})"
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
+    if isinstance(value, (list, tuple)):
+        return "a list of messages" if _is_conversation(value) else "a list"
+    return f"a {type(value).__name__}"
+
+
+def _is_conversation(value: Sequence[object]) -> bool:
+    return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
+
+
+def _advice(column: str, value: object) -> str:
+    """What to do about a value that is no text, without promising what is not there."""
+    if value is None:
+        return "Remove such rows, or write the empty string there."
+    if isinstance(value, (list, tuple)) and _is_conversation(value):
+        return (
+            f"{not_read('messages')} Write each as one string, for example by its tokenizer's "
+            "apply_chat_template."
+        )
+    if isinstance(value, Mapping):
+        inner = [f"'{column}.{key}'" for key, part in value.items() if isinstance(part, str)]
+        if inner:
+            return f"Text inside it is named by a dot: {', '.join(inner)}."
+    return "Write a string there, or name another column."
+
+
+def not_read(column: str) -> str:
+    """The sentence that the rows of such a column are not read.
+
+    Args:
+        column: One of `FORMS`.
+    """
+    return f"{FORMS[column][0].upper()}{FORMS[column][1:]} are not read yet."

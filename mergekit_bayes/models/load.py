@@ -4,10 +4,15 @@ The task decides what one observation is: one scored token for a causal language
 token of a row is context only), one row for a classifier.
 """
 
+import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from pydantic import Field
 
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -17,7 +22,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Task = Literal["auto", "causal-lm", "classification"]
+Device: TypeAlias = Annotated[
+    str | None,
+    Field(description="cpu, cuda, cuda:N or mps; by default a GPU where there is one."),
+]
+Dtype: TypeAlias = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    Field(
+        description="Dtype of the parameters while the model runs: float32, bfloat16, float16, or "
+        "auto for the file's."
+    ),
+]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert")
 
@@ -75,11 +93,42 @@ class Loaded:
         device: torch.device = self.model.device
         return device
 
-    def use_gpu(self) -> None:
-        """Move the model to the GPU if there is one."""
-        import torch
+    @property
+    def dtype(self) -> str:
+        """Type of the model's first parameter, by torch's name: `float32`."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    def move_to(self, device: str | None) -> None:
+        """Move the model to a device, by `choose_device`.
+
+        Raises:
+            ConfigError: There is no such device here.
+        """
+        self.model.to(choose_device(device))
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """The device of this name, or without a name the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: The name is none of a device, or there is no such device here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    match = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ConfigError(f"--device: '{name}' is not cpu, cuda, cuda:N or mps.")
+    if name.startswith("cuda") and int(match[1] or 0) >= gpus:
+        there = f"{gpus} GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU"
+        raise ConfigError(
+            f"--device {name}: torch {torch.__version__} sees {there}. Choose another, or cpu."
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device mps: torch {torch.__version__} sees no Metal GPU. Use cpu.")
+    return torch.device(name)
 
 
 def load_model(
@@ -166,7 +215,9 @@ def _load_checkpoint(
         auto = transformers.AutoModelForSequenceClassification
     else:
         auto = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(path, **options)
+    model, found = auto.from_pretrained(path, output_loading_info=True, **options)
+    if task != "classification" or _has_classification_head(config):  # else a new head is meant
+        _warn_of_missing(ref, found["missing_keys"])
     return Loaded(model.eval(), transformers.AutoTokenizer.from_pretrained(path), task, path)
 
 
@@ -196,6 +247,19 @@ def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) ->
 
 def _has_classification_head(config: "PretrainedConfig") -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _warn_of_missing(ref: str, names: Iterable[str]) -> None:
+    """Say which parameters a checkpoint lacks: they are random, and the model is another one."""
+    missing = sorted(names)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        logger.warning(
+            "'%s' does not hold %s%s: the values were made up on loading",
+            ref,
+            ", ".join(missing[:3]),
+            more,
+        )
 
 
 def _refuse_masked(config: "PretrainedConfig", ref: str) -> None:

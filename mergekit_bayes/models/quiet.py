@@ -1,46 +1,97 @@
-"""Progress bars and log output of transformers and datasets, on or off."""
+"""What other libraries say while a model is loaded and run, and our own bars instead.
 
+Their warnings are about their own interfaces (a deprecated call, a loss type that is not named), so
+a user can do nothing about them. What matters of them, bmerge checks and says in its own words.
+"""
+
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
 
+_BARS: ContextVar[bool] = ContextVar("_BARS", default=True)
+# Loggers of the libraries below, with the variable by which their users ask for more.
+_LIBRARIES = {
+    "accelerate": "ACCELERATE_LOG_LEVEL",
+    "datasets": "DATASETS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "peft": None,
+    "torch": "TORCH_LOGS",
+    "transformers": "TRANSFORMERS_VERBOSITY",
+}
+# A RuntimeWarning is about numbers, and is shown.
+_SILENT = (DeprecationWarning, FutureWarning, PendingDeprecationWarning, UserWarning)
+
 
 def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """The same items under a progress bar on stderr, unless inside `quiet_libraries(True)`."""
-    from transformers.utils.logging import tqdm
+    """The same items under a bar on stderr that vanishes when done.
 
-    bar: Iterable[T] = tqdm(items, desc=what, total=total)
-    return bar
+    There is none inside of `quiet_libraries(bars=False)`, and none where stderr is no terminal.
+    """
+    if not (_BARS.get() and sys.stderr.isatty()):
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total, console=Console(stderr=True), transient=True)
 
 
 @contextmanager
-def quiet_libraries(quiet: bool) -> Iterator[None]:
-    """Switch off the progress bars and warnings of transformers and datasets inside the block.
+def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
+    """Keep bars, warnings and logs below errors of other libraries off stderr inside the block.
 
-    Errors are still logged. The settings from before are restored at the end.
+    Errors are still logged. A library whose own variable is set (`TRANSFORMERS_VERBOSITY=info`)
+    logs as that says, and warnings are shown under `python -W`. The settings from before are
+    restored at the end.
 
     Args:
-        quiet: False changes nothing.
+        bars: Show our own bars.
     """
-    import datasets
-    from transformers.utils import logging
-
-    if not quiet:
+    with ExitStack() as stack:
+        token = _BARS.set(_BARS.get() and bars)
+        stack.callback(_BARS.reset, token)
+        stack.enter_context(_without_their_bars())
+        for name, variable in _LIBRARIES.items():
+            if variable is None or variable not in os.environ:
+                stack.enter_context(_errors_only(logging.getLogger(name)))
+        if not sys.warnoptions:
+            stack.enter_context(warnings.catch_warnings())
+            for category in _SILENT:
+                warnings.simplefilter("ignore", category)
         yield
-        return
-    verbosity = logging.get_verbosity()
-    model_bars = logging.is_progress_bar_enabled()
+
+
+@contextmanager
+def _errors_only(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_their_bars() -> Iterator[None]:
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    # Asked here, since on its first use it sets the level of its logger.
+    transformers_logging.get_verbosity()
+    model_bars = transformers_logging.is_progress_bar_enabled()
     row_bars = not datasets.are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
         if model_bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
         if row_bars:
             datasets.enable_progress_bars()

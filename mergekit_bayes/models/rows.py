@@ -2,15 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
+_OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
+
+
+class _Table(NamedTuple):
+    """Rows of one source, and the number that each has in its file, from 1."""
+
+    name: str
+    rows: "Dataset"
+    numbers: Sequence[int]
 
 
 def load_rows(
@@ -19,6 +30,8 @@ def load_rows(
     where: Mapping[str, object] | None = None,
     max_rows: int | None = None,
     columns: Sequence[str] = (),
+    text: str | None = None,
+    label: str | None = None,
 ) -> "Dataset":
     """Read rows of text as one `datasets.Dataset`.
 
@@ -27,25 +40,63 @@ def load_rows(
             can load, or Hub data sets (their `train` split). A file named twice counts twice.
         where: Keeps the rows whose columns equal these values, or are in a list of them.
         max_rows: Keeps at most this many rows, from the front.
-        columns: Columns that every source must have; the other columns are dropped.
+        columns: Columns that every source must have. If any column is named here or below, the
+            others are dropped.
+        text: A column that must hold text in every row that is kept.
+        label: A column that must hold text or whole numbers in every row that is kept.
+
+    A column inside objects is named with a dot: `prompt.text`.
 
     Raises:
         CheckpointError: A file cannot be read.
         ConfigError: No data is named.
-        MismatchError: A column is missing, or no row is left.
+        MismatchError: A column is missing, a text is not text, a label is no label, or no row is
+            left.
     """
     from datasets import concatenate_datasets
 
     names = [refs] if isinstance(refs, str) else list(refs)
     if not names:
         raise ConfigError("no data was named.")
-    tables = [_choose(_read(name), name, where or {}, columns) for name in names]
-    rows = concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    if max_rows is not None:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    if not len(rows):
+    named = [column for column in (text, label) if column is not None]
+    kept = tuple(dict.fromkeys([*columns, *named]))
+    tables, left = [], max_rows
+    for name in names:
+        table = _choose(_read(name), name, where or {}, kept, text)
+        if left is not None:
+            count = min(left, len(table.rows))
+            table = table._replace(rows=table.rows.select(range(count)))
+            left -= count
+        tables.append(_checked(table, text, label))
+    # A source from which nothing is left may have columns of another type.
+    filled = [rows for rows in tables if len(rows)]
+    if not filled:
         condition = f" where {dict(where)}" if where else ""
         raise MismatchError(f"no row of {', '.join(names)} is left{condition}.")
+    try:
+        return concatenate_datasets(filled) if len(filled) > 1 else filled[0]
+    except ValueError:
+        types = "; ".join(f"{n}: {dict(t.features)}" for n, t in zip(names, tables, strict=True))
+        raise MismatchError(f"the columns have different types ({types}).") from None
+
+
+def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
+    """The rows, after their text and their label were checked.
+
+    Readers give texts several types (a large string, JSON), which cannot be joined: the checked
+    text has one.
+    """
+    from datasets import Dataset, Features, Value
+
+    rows = table.rows
+    if text is not None:
+        texts = check_texts(rows[text], text, table.name, table.numbers)
+        if rows.features[text] != Value("string"):
+            values = {name: rows[name][:] for name in rows.column_names} | {text: texts}
+            features = Features({**rows.features, text: Value("string")})
+            rows = Dataset.from_dict(values, features=features)
+    if label is not None:
+        check_labels(rows[label], label, table.name, table.numbers)
     return rows
 
 
@@ -60,7 +111,9 @@ def _read(name: str) -> "Dataset":
                 raise CheckpointError(
                     f"'{name}': expected one of {', '.join(_LOADERS)} (.gz too), or a folder."
                 )
-            return load_dataset(_LOADERS[suffix], data_files=str(path), split="train")
+            loader = _LOADERS[suffix]
+            options = _OPTIONS.get(loader, {})
+            return load_dataset(loader, data_files=str(path), split="train", **options)
         if path.is_dir():
             return load_dataset(str(path), split="train")
         if is_hub_id(name) and not name.endswith(tuple(_LOADERS)):
@@ -77,18 +130,27 @@ def _read(name: str) -> "Dataset":
 
 
 def _choose(
-    rows: "Dataset", name: str, where: Mapping[str, object], columns: Sequence[str]
-) -> "Dataset":
+    rows: "Dataset",
+    name: str,
+    where: Mapping[str, object],
+    columns: Sequence[str],
+    text: str | None,
+) -> _Table:
     """The rows that match `where`, with the named columns only."""
+    if any("." in c and c not in rows.column_names for c in [*columns, *where]):
+        rows = rows.flatten()  # `prompt.text` is a column of its own then
     for column in [*columns, *where]:
         if column not in rows.column_names:
+            advice = _columns_of_text(rows) if column == text else ""
             raise MismatchError(
-                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}."
+                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}.{advice}"
             )
+    numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
         candidates = enumerate(rows.select_columns(list(where)))
-        rows = rows.select([i for i, row in candidates if _matches(row, where)])
-    return rows.select_columns(list(columns)) if columns else rows
+        matching = [i for i, row in candidates if _matches(row, where)]
+        rows, numbers = rows.select(matching), [i + 1 for i in matching]
+    return _Table(name, rows.select_columns(list(columns)) if columns else rows, numbers)
 
 
 def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
@@ -96,3 +158,15 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
         row[column] in value if isinstance(value, (list, tuple)) else row[column] == value
         for column, value in where.items()
     )
+
+
+def _columns_of_text(rows: "Dataset") -> str:
+    """Which columns would do as the text, and which known forms of rows are not read."""
+    forms = [not_read(c) for c in rows.column_names if c in FORMS]
+    kinds = {name: str(getattr(f, "dtype", "")) for name, f in rows.features.items()}
+    texts = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if texts:
+        forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
+    else:
+        forms.append("Write each row as one string in a column 'text'.")
+    return f" {' '.join(dict.fromkeys(forms))}"

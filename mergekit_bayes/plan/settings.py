@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mergekit_bayes.records import Config, Force
+from mergekit_bayes.configs import Config
+from mergekit_bayes.records import Force
 
 BY_MODEL = ("precision", "isotropic", "observations")  # settings of single models: MODEL=VALUE
 

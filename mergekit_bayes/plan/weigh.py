@@ -151,9 +151,9 @@ class _Weigher:
         config = self._config
         if (trace.shrink, trace.pool) != (config.shrink, config.pool):
             raise MismatchError(
-                f"'{model.ref}' was merged {_with_shape(trace.shrink, trace.pool)}, this merge is "
-                f"planned {_with_shape(config.shrink, config.pool)}. Use the same, so that "
-                "all count alike."
+                f"'{model.ref}' was merged with {_reshaping(trace.shrink, trace.pool)}, this merge "
+                f"has {_reshaping(config.shrink, config.pool)}. Use the same, so that all count "
+                "alike."
             )
 
     def _note_merge(self, model: Posterior, prior: Prior, gain: float) -> None:
@@ -232,7 +232,7 @@ def _check_frame(model: Posterior, prior: Prior, base: Input, gain: float) -> No
         )
 
 
-def _with_shape(shrink: str | None, pool: str | None) -> str:
-    """The two settings that reshape a precision, as they are typed."""
-    given = [f"--{name} {value}" for name, value in (("shrink", shrink), ("pool", pool)) if value]
-    return f"with {' '.join(given)}" if given else "without --shrink and --pool"
+def _reshaping(shrink: str | None, pool: str | None) -> str:
+    """The two flags as they are given."""
+    flags = (("shrink", shrink), ("pool", pool))
+    return " ".join(f"--{flag} {v}" if v is not None else f"no --{flag}" for flag, v in flags)

@@ -4,6 +4,7 @@ The likelihood part is `N * F`, where F is the curvature per observation and N c
 observations of all the data. How many examples the estimate looked at is recorded separately.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
-from mergekit_bayes.models.load import UNIT, load_model
+from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
@@ -38,26 +39,22 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
     Raises:
         CheckpointError: There is a precision already, or the model cannot be loaded.
-        ConfigError: A Hub id without an output, or a number out of range.
+        ConfigError: A Hub id without an output, or a device that is not there.
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
     _refuse_settings(config)
-    with quiet_libraries(quiet):
+    with quiet_libraries(bars=not quiet):
         return _run(config)
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
+    choose_device(config.device)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
-    if config.prior < 0:
-        raise ConfigError(f"--prior {config.prior}: a precision is not negative.")
-    for name in ("examples", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} {getattr(config, name)}: at least one row is needed.")
     if config.output:
         target = Path(config.output)
     else:
@@ -69,17 +66,23 @@ def _refuse_settings(config: PrecisionConfig) -> None:
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(config.model, config.task)
+    loaded = load_model(config.model, config.task, dtype=config.dtype)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rename = _renaming(source, checkpoint_names(model, parameters))
         # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, columns=[config.text_column])
-        examples = encode_rows(rows, loaded, text=config.text_column, max_length=config.max_length)
+        rows = load_rows(config.data, where=config.where, text=config.text_column)
+        examples = encode_rows(
+            rows,
+            loaded,
+            text=config.text_column,
+            max_length=config.max_length,
+            source=config.data,
+        )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
-        loaded.use_gpu()
+        loaded.move_to(config.device)
         curvature = estimate_curvature(
             _ESTIMATOR,
             loaded,
@@ -105,9 +108,9 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             anchor=Anchor(),
             mean=identify(source),
             tokenizer=tokenizer_identity(loaded.path),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=_stored_dtype(source),
             aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
-            training=_training(config, loaded.path),
+            training=_training(config, loaded),
             health=health,
         )
         arrays = {
@@ -121,7 +124,10 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         unit=UNIT[loaded.task],
         loss=loss,
         observations=total,
+        rows=len(examples),
         sampled=count,
+        device=str(loaded.device),
+        dtype=loaded.dtype,
         health=health,
     )
 
@@ -143,10 +149,25 @@ def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) ->
     return rename
 
 
-def _training(config: PrecisionConfig, path: Path) -> dict[str, str | float]:
+def _stored_dtype(source: SafetensorsSource) -> str:
+    """The number format of most of the file's values, by torch's name where it has one."""
+    sizes: Counter[str] = Counter()
+    for spec in source.specs.values():
+        sizes[spec.dtype] += spec.size
+    (stored, _), *_ = sizes.most_common(1)
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(stored, stored)
+
+
+def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
     """How the estimate was made, and of which Hub model; the path of a folder is left out."""
-    record: dict[str, str | float] = {"batch_size": config.batch_size, "seed": config.seed}
-    ref = pinned(config.model, path)
+    record: dict[str, str | float] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "device": loaded.device.type,
+        "dtype": loaded.dtype,
+    }
+    ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref
     return record

@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import Field
 
-from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Config, Force, Frozen
+from mergekit_bayes.configs import Config
+from mergekit_bayes.models.load import Device, Dtype, Task
+from mergekit_bayes.records import Force, Frozen
 
 
 class PrecisionConfig(Config):
@@ -26,16 +27,19 @@ class PrecisionConfig(Config):
     label_column: str = Field(
         "label", description="Column of the label, which root-GGN does not need."
     )
-    examples: int = Field(2000, description="Number of rows to look at, drawn at random.")
+    examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
         8,
+        ge=1,
         description="Rows in one backward pass; smaller batches give more draws from the same "
         "data.",
     )
-    max_length: int = Field(512, description="Tokens of a row at most.")
-    prior: float = Field(0.0, description="Isotropic prior precision to include, 1/weight^2.")
+    max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
+    prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(0, description="Seed of the choice of rows and of the random signs.")
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    device: Device = None
+    dtype: Dtype = "float32"
     force: Force = False
 
 
@@ -48,7 +52,10 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
+        rows: Number of rows in the data.
         sampled: Number of rows that were looked at.
+        device: Where the model ran.
+        dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
     """
 
@@ -57,5 +64,8 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
+    rows: int
     sampled: int
+    device: str
+    dtype: str
     health: dict[str, float]

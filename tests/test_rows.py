@@ -1,0 +1,208 @@
+"""Text is what is text: no verb trains on, measures or continues Python's words for a value."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mergekit_bayes.errors import BmergeError, MismatchError
+from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.models.encode import encode_rows
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.precision import PrecisionConfig, run_precision
+from tests.tiny_models import tiny_bert, tiny_gpt2
+
+MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+NOT_TEXT = {  # with the words by which each is told
+    "an object": ({"text": "the cat", "score": 0.5}, "an object with text, score.*'text.text'"),
+    "a list": (["the", "cat"], "a list, expected text"),
+    "messages": (MESSAGES, "a list of messages, .*`messages`.*not read yet"),
+    "a whole number": (5, r"a number \(5\)"),
+    "a number": (0.5, r"a number \(0\.5\)"),
+    "a truth value": (True, r"a truth value \(true\)"),
+    "null": (None, "null .*Remove such rows"),
+}
+# CSV has no lists and objects.
+IN_CSV = ("a whole number", "a number", "a truth value", "null")
+
+
+def write(path, values):
+    """The values as the column `text` of a file of any format, with good labels beside them."""
+    rows = [{"text": value, "label": i % 2} for i, value in enumerate(values)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        lines = [f"{'' if r['text'] is None else r['text']},{r['label']}\n" for r in rows]
+        path.write_text("text,label\n" + "".join(lines))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "words.txt").write_text("bad\n")
+    return {
+        "gpt2": str(tiny_gpt2(folder / "gpt2")),
+        "bert": str(tiny_bert(folder / "bert")),
+        "words": f"words:{folder / 'words.txt'}",
+    }
+
+
+VERBS = {
+    "finetune": lambda m, data, out: run_finetune(
+        FinetuneConfig(model=m["gpt2"], data=data, output=out, max_steps=1), quiet=True
+    ),
+    "finetune, classifier": lambda m, data, out: run_finetune(
+        FinetuneConfig(model=m["bert"], data=data, output=out, max_steps=1), quiet=True
+    ),
+    "precision": lambda m, data, out: run_precision(
+        PrecisionConfig(model=m["gpt2"], data=data, output=out), quiet=True
+    ),
+    "precision, classifier": lambda m, data, out: run_precision(
+        PrecisionConfig(model=m["bert"], data=data, output=out), quiet=True
+    ),
+    "perplexity": lambda m, data, out: run_evaluate(
+        EvaluateConfig(model=m["gpt2"], perplexity={"texts": data}, output=out)
+    ),
+    "classify": lambda m, data, out: run_evaluate(
+        EvaluateConfig(model=m["bert"], classify={"texts": data}, output=out)
+    ),
+    "toxicity": lambda m, data, out: run_evaluate(
+        EvaluateConfig(model=m["gpt2"], toxicity=data, scorer=(m["words"],), output=out)
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_takes_text_only(tmp_path, models, verb):
+    for value, message in NOT_TEXT.values():
+        data = write(tmp_path / "t.jsonl", ["the cat", "None", value, "a dog"])
+        with pytest.raises(MismatchError, match=rf"t\.jsonl', row 3: 'text' is {message}"):
+            VERBS[verb](models, str(data), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+PLACES = ("t.jsonl", "t.json", "t.parquet", "t.csv", "folder/t.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [(p, k) for p in PLACES for k in NOT_TEXT if k in IN_CSV or not p.endswith("csv")],
+)
+def test_a_format_does_not_turn_values_into_text(tmp_path, place, kind):
+    value, message = NOT_TEXT[kind]
+    path = tmp_path / place
+    values = [value] * 2
+    if value is None:  # after a text, so that the column has a type; and so has its row number
+        values = ["the cat", value]
+    write(path, values)
+    source = path.parent if place.startswith("folder") else path
+    row = len(values) if value is None else 1
+    with pytest.raises(MismatchError, match=f"row {row}: 'text' is {message}"):
+        load_rows(str(source), text="text")
+
+
+def test_words_that_mean_null_elsewhere_are_text_in_a_csv_file(tmp_path):
+    words = ["NA", "None", "null", "nan", "1.50", "the cat"]
+    assert load_rows(str(write(tmp_path / "t.csv", words)), text="text")["text"][:] == words
+    (tmp_path / "t.txt").write_text("".join(f"{word}\n" for word in words))
+    assert load_rows(str(tmp_path / "t.txt"), text="text")["text"][:] == words
+
+
+def test_only_rows_that_are_used_are_checked_and_are_numbered_as_in_their_file(tmp_path):
+    first = str(write(tmp_path / "a.jsonl", ["a", "b", "c"]))
+    second = str(write(tmp_path / "b.jsonl", ["d", "e", "f", 5, "g"]))
+    rows = load_rows([first, second], text="text", max_rows=6)
+    assert rows["text"][:] == ["a", "b", "c", "d", "e", "f"]
+    with pytest.raises(MismatchError, match=r"b\.jsonl', row 4: 'text' is a number"):
+        load_rows([first, second], text="text", where={"label": 1})
+    assert len(load_rows([first, second], text="text", where={"label": 0})) == 5
+
+
+def test_a_column_inside_objects_is_named_with_a_dot(tmp_path):
+    objects = [{"text": "the cat", "score": 0.5}, {"text": "a dog", "score": None}]
+    path = str(write(tmp_path / "t.jsonl", objects))
+    assert load_rows(path, text="text.text")["text.text"][:] == ["the cat", "a dog"]
+    assert len(load_rows(path, text="text.text", where={"text.score": 0.5})) == 1
+    with pytest.raises(MismatchError, match=r"row 1: 'text\.score' is a number"):
+        load_rows(path, text="text.score")
+    with pytest.raises(MismatchError, match=r"no column 'text\.body'"):
+        load_rows(path, text="text.body")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": MESSAGES}, r"Conversations \(`messages`\) are not read yet.*column 'text'"),
+        (
+            {"prompt": "the", "completion": "cat"},
+            r"Pairs .* are not read yet\. Columns of text: prompt, completion; name one",
+        ),
+        ({"body": "the cat", "n": 1}, "Columns of text: body; name one as the text column"),
+    ],
+)
+def test_a_missing_column_is_answered_with_what_would_do(tmp_path, row, message):
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(MismatchError, match=message):
+        load_rows(str(tmp_path / "t.jsonl"), text="text")
+
+
+@pytest.mark.parametrize("task", ["auto", "classification"])
+def test_a_label_is_a_whole_number_or_a_name(tmp_path, models, task):
+    """Also where the labels make a new head: no class is called None, 0.5 or ['a']."""
+    model = models["bert" if task == "auto" else "gpt2"]
+    for label, message in ((None, "null"), (0.5, "a number"), (["a"], "a list"), ({"a": 1}, "an")):
+        rows = [{"text": "the cat", "label": value} for value in (0, 1, label)]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        settings = FinetuneConfig(
+            model=model, data=str(tmp_path / "t.jsonl"), output=str(tmp_path / "out"), task=task
+        )
+        # A null makes a column of whole numbers fractional, and is what is named.
+        row = 1 if label == 0.5 else 3
+        with pytest.raises(MismatchError, match=f"row {row}: 'label' is {message}.*a label"):
+            run_finetune(settings, quiet=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_set_without_usable_rows_is_one_message(tmp_path, models, verb):
+    """Here no text gives a token: the tokenizers have no EOS or end token to add."""
+    bare = {}
+    for name in ("gpt2", "bert"):
+        bare[name] = str(tmp_path / name)
+        strip_specials(models[name], tmp_path / name)
+    data = write(tmp_path / "t.jsonl", ["", " "])
+    if verb == "toxicity":  # an empty prompt is continued from the start token
+        VERBS[verb](models | bare, str(data), str(tmp_path / "out"))
+        return
+    with pytest.raises(BmergeError, match="token"):
+        VERBS[verb](models | bare, str(data), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def strip_specials(model, folder):
+    """The same model with a tokenizer that adds nothing to a text."""
+    loaded = load_model(model)
+    loaded.model.save_pretrained(folder)
+    tokenizer = loaded.tokenizer
+    tokenizer.eos_token = tokenizer.sep_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_rows_without_a_token_to_predict_are_left_out_until_none_is_left(models, pack):
+    loaded = load_model(models["gpt2"])
+    loaded.tokenizer.eos_token = None
+    assert len(encode_rows({"text": ["", "the cat", " "]}, loaded, pack=pack)) == 1
+    with pytest.raises(MismatchError, match="'a', 'b': no row has a token to predict"):
+        encode_rows({"text": ["", " "]}, loaded, pack=pack, source=("a", "b"))
+    with pytest.raises(MismatchError, match="row 2: 'text' is null"):
+        encode_rows({"text": ["the cat", None]}, loaded, pack=pack)
