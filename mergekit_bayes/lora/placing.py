@@ -1,10 +1,10 @@
 """Which tensors of a base an adapter changes or replaces, and how they are laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.renaming import find_renaming
-from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
+from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG
@@ -32,12 +32,16 @@ def place_adapter(
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
-    renaming = find_renaming(base.specs, [*weights, *adapter.replacements])
-    layers = {renaming(name, base.specs): layer for name, layer in weights.items()}
+    stored = adapter.posterior.mean.specs
+    shapes = {name: TensorSpec("F32", (x.rows, x.columns)) for name, x in weights.items()}
+    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
+    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    layers = {renaming(name): layer for name, layer in weights.items()}
     for name, layer in layers.items():
+        _refuse_ambiguous(base, adapter, layer, renaming.ambiguous.get(name, ()))
         _check_layer(base, adapter, name, layer)
     transposed = _find_transposed(base, adapter, layers)
-    replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
+    replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
     for name, disk in replaced.items():
         shape = adapter.posterior.mean.specs[disk].shape
         if name in base.specs and base.specs[name].shape != shape:
@@ -48,6 +52,21 @@ def place_adapter(
             )
     placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
     return placed, replaced
+
+
+def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
+    return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
+
+
+def _refuse_ambiguous(
+    base: CheckpointSource, adapter: Adapter, layer: Layer, names: Sequence[str]
+) -> None:
+    if names:
+        shown = " or ".join(f"'{name}'" for name in names[:2])
+        raise MismatchError(
+            f"'{layer.a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the names do "
+            "not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
+        )
 
 
 def _check_layer(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> None:

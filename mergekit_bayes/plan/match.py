@@ -53,7 +53,7 @@ def match_tensors(
     token_conflict = find_token_conflict(inputs)
     names = {model: map_names(donor, model.posterior, notes) for model in inputs}
     only = re.compile(config.only) if config.only else None
-    matched = MatchedTensors(find_left_out(config, inputs, names, only))
+    matched = MatchedTensors(find_left_out(config, inputs, names, only, notes))
     matcher = _Matcher(config, method, inputs, rules, names, only, token_conflict, matched)
     for name, spec in donor.mean.specs.items():
         step = matcher.match(name, spec)
