@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_buffer
@@ -60,6 +60,18 @@ class Pattern(NamedTuple):
         return is_buffer(next(iter(self.names.values())))
 
 
+class Side(NamedTuple):
+    """The names of one checkpoint.
+
+    Attributes:
+        left: Those that the other checkpoint lacks.
+        starts: The beginnings of all names.
+    """
+
+    left: Sequence[Pattern]
+    starts: Set[Path]
+
+
 class Match(NamedTuple):
     """Two patterns that name the same tensors, and the rules that lead from one to the other."""
 
@@ -89,20 +101,19 @@ class _Candidate(NamedTuple):
     edit: Edit | None  # the new rule's; None if there is none
 
 
-def search_rules(
-    patterns: Sequence[Pattern], partners: Sequence[Pattern], fit: Fit, scope: Scope
-) -> RulesFound:
+def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound:
     """Pair patterns by rules.
 
     A rule that replaces words must explain all patterns to which it applies on one side at least;
     if not, the search is done again without it.
 
     Args:
-        patterns: Of the names that only the other checkpoint has.
-        partners: Of the names that only the donor has.
+        other: The names that are to be changed.
+        donor: The names that they are to become.
         fit: Whether the first of two names may be the second by its shape.
         scope: What a rule may change.
     """
+    patterns, partners = other.left, donor.left
     fitting: dict[Path, list[Pattern]] = {}
     may_learn = len(patterns) * len(partners) <= _MOST_TRIALS
     if may_learn:
@@ -112,7 +123,7 @@ def search_rules(
         fitting = _known_partners(patterns, partners, fit)
     banned: set[Rule] = set()
     while True:
-        search = _Search(patterns, partners, fitting, scope if may_learn else None, banned)
+        search = _Search(other, donor, fitting, scope if may_learn else None, banned)
         search.run()
         incomplete = search.incomplete_rules()
         if not incomplete:
@@ -178,23 +189,25 @@ class _Search:
 
     def __init__(
         self,
-        patterns: Sequence[Pattern],
-        partners: Sequence[Pattern],
+        other: Side,
+        donor: Side,
         fitting: Mapping[Path, Sequence[Pattern]],
         scope: Scope | None,
         banned: set[Rule],
     ) -> None:
         self.matches: list[Match] = []
-        self._left = {pattern.path: pattern for pattern in patterns}
-        self._partners = {pattern.path: pattern for pattern in partners}
+        self._left = {pattern.path: pattern for pattern in other.left}
+        self._partners = {pattern.path: pattern for pattern in donor.left}
+        self._starts, self._donor_starts = other.starts, donor.starts
         self._fitting, self._scope, self._banned = fitting, scope, banned
         self._rules = list(KNOWN_RULES)
-        self._forms = {pattern.path: _Forms(pattern.path) for pattern in patterns}
+        self._forms = {pattern.path: _Forms(pattern.path) for pattern in other.left}
 
     def run(self) -> None:
         """Accept the surest rules, round by round, until there is no new one."""
         while sure := self._sure_rules(self._candidates()):
-            for rule, candidates in sure:
+            strong = [(rule, pairs) for rule, pairs in sure if not _is_weak(pairs)]
+            for rule, candidates in strong or sure:
                 for candidate in candidates:
                     self._accept(candidate)
                 if rule is not None and (rule.before or rule.at_start):
@@ -262,8 +275,7 @@ class _Search:
                     found[None].append(_Candidate(pattern, partner, rules, None))
                 elif self._scope is not None:
                     rules, edit = forms.simplest_edit(partner.path)
-                    if edit.rule.scope <= self._scope and edit.rule not in self._banned:
-                        found[edit.rule].append(_Candidate(pattern, partner, rules, edit))
+                    found[edit.rule].append(_Candidate(pattern, partner, rules, edit))
         return {rule: pairs for rule, pairs in found.items() if _is_possible(pairs)}
 
     def _sure_rules(
@@ -290,10 +302,48 @@ class _Search:
             uncontested = [
                 c for c in candidates if is_uncontested(ranks[rule], c.pattern.path, c.partner.path)
             ]
-            edits = [c.edit for c in uncontested if c.edit is not None]
-            if uncontested and (rule is None or is_believable(edits)):
+            if _is_weak(uncontested):
+                uncontested = [c for c in uncontested if not self._is_explained(c)]
+            if uncontested and self._is_acceptable(rule, uncontested):
                 sure.append((rule, uncontested))
         return sure
+
+    def _is_explained(self, candidate: _Candidate) -> bool:
+        """Whether accepted rules put one of the two names into a part that the other side has."""
+        learned = self._rules[len(KNOWN_RULES) :]
+        forms = [
+            (form, self._donor_starts)
+            for rule in learned
+            if rule.before
+            for form in rule.apply(candidate.pattern.path)
+        ] + [
+            (form, self._starts)
+            for rule in learned
+            if rule.after
+            for form in rule.reversed().apply(candidate.partner.path)
+        ]
+        return any(form[:1] in starts for form, starts in forms)
+
+    def _is_acceptable(self, rule: Rule | None, candidates: Sequence[_Candidate]) -> bool:
+        if rule is None or self._scope is None:
+            return rule is None
+        # Rules that may not be used still contest the pairs of others.
+        if rule.scope > self._scope or rule in self._banned:
+            return False
+        if not is_believable([c.edit for c in candidates if c.edit is not None]):
+            return False
+        # What both checkpoints have under one name is hardly something else in one of them.
+        words = None if rule.scope is Scope.REPLACED else 1
+        is_doubtful = rule.at_start and (words is None or _is_weak(candidates))
+        return not is_doubtful or not (
+            (rule.before and rule.before[:words] in self._donor_starts)
+            or (rule.after and rule.after[:words] in self._starts)
+        )
+
+
+def _is_weak(candidates: Sequence[_Candidate]) -> bool:
+    """Whether a new rule is seen in one module only."""
+    return len({c.edit.tail[:-1] if c.edit else c.pattern.path for c in candidates}) < 2
 
 
 def _is_possible(candidates: Sequence[_Candidate]) -> bool:

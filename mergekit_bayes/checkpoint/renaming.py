@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.rename_rules import Path, Scope
-from mergekit_bayes.checkpoint.rename_search import Pattern, search_rules
+from mergekit_bayes.checkpoint.rename_search import Pattern, Side, search_rules
 
 _EXAMPLES = 4  # changes that a sentence names
 
@@ -111,7 +111,7 @@ def find_renaming(
     one_prefix = _common_prefix(left, donor_left, fit)
     if one_prefix is not None:
         return one_prefix
-    found = search_rules(_patterns(left, other), _patterns(donor_left, donor), fit, scope)
+    found = search_rules(_side(left, other), _side(donor_left, donor), fit, scope)
     names: dict[str, str] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for match in found.matches:
@@ -167,21 +167,32 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:i]) + "." for i in range(1, len(parts))]
 
 
-def _patterns(names: Iterable[str], specs: Names) -> list[Pattern]:
-    """Group names that differ in their numbers only."""
+def _side(left: Iterable[str], specs: Names) -> Side:
+    """Group names that differ in their numbers only.
+
+    Args:
+        left: The names to group.
+        specs: All tensors of the checkpoint.
+    """
     patterns: dict[Path, dict[Path, str]] = {}
-    for name in names:
-        parts = tuple(name.split("."))
-        path = tuple("*" if part.isdecimal() else part for part in parts)
-        index = tuple(part for part in parts if part.isdecimal())
+    for name in left:
+        path = _path(name)
+        index = tuple(part for part in name.split(".") if part.isdecimal())
         patterns.setdefault(path, {})[index] = name
     numbers: dict[frozenset[Path], frozenset[Path]] = {}
-    return [
-        Pattern(
-            path,
-            members,
-            numbers.setdefault(frozenset(members), frozenset(members)),
-            len({tuple(specs[name].shape) for name in members.values()}) == 1,
-        )
-        for path, members in patterns.items()
-    ]
+    return Side(
+        [
+            Pattern(
+                path,
+                members,
+                numbers.setdefault(frozenset(members), frozenset(members)),
+                len({tuple(specs[name].shape) for name in members.values()}) == 1,
+            )
+            for path, members in patterns.items()
+        ],
+        {path[:i] for path in {_path(name) for name in specs} for i in range(1, len(path))},
+    )
+
+
+def _path(name: str) -> Path:
+    return tuple("*" if part.isdecimal() else part for part in name.split("."))
