@@ -60,13 +60,28 @@ class Rule(NamedTuple):
         """The rule from the donor's names to the other checkpoint's."""
         return Rule(self.after, self.before, self.at_start)
 
-    def shown_in(self, path: Path) -> tuple[str, str]:
-        """Both sides as text, with the module's name if the rule changes the end of this name."""
-        is_end = bool(self.after) and path[-len(self.after) :] == self.after
-        start = path[: -len(self.after)][-1:] if is_end and not self.at_start else ()
+    def shown_in(self, path: Path, partner: Path) -> tuple[str, str]:
+        """Both sides as text, with the word before them where they alone would say too little.
+
+        Args:
+            path: A name to which the rule was applied, among others perhaps.
+            partner: What the rules have made of it.
+        """
+        start: Path = ()
+        run, where = (self.after, partner) if self.after else (self.before, path)
+        at = _find(run, where)
+        is_end = at is not None and at + len(run) == len(where)
+        if at and not self.at_start and (is_end or not self.before or not self.after):
+            start = where[at - 1 : at]
         end = ("*",) if self.at_start else ()
         before, after = (".".join((*start, *side, *end)) for side in (self.before, self.after))
         return before or "(nothing)", after or "(nothing)"
+
+
+def _find(run: Path, path: Path) -> int | None:
+    """Where a run of words stands in a name the last time."""
+    starts = range(len(path) - len(run), -1, -1)
+    return next((i for i in starts if path[i : i + len(run)] == run), None)
 
 
 @lru_cache(maxsize=4096)

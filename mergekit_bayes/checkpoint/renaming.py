@@ -118,8 +118,9 @@ def find_renaming(
         pairs = match.pattern.pairs(match.partner)
         names.update(pairs)
         for rule in match.rules:
-            counts[rule.shown_in(match.partner.path)] += len(pairs)
-    changes = tuple(NameChange(*shown, count) for shown, count in counts.most_common())
+            counts[rule.shown_in(match.pattern.path, match.partner.path)] += len(pairs)
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    changes = tuple(NameChange(*shown, count) for shown, count in frequent)
     ambiguous = {
         name: tuple(partner.names[index] for partner in partners)
         for pattern, partners in found.ambiguous
