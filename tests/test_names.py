@@ -4,22 +4,29 @@ import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint.names import is_buffer
-from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
-from mergekit_bayes.checkpoint.specs import MemorySource
+from mergekit_bayes.checkpoint.renaming import NameChange, Renaming, find_renaming
+from mergekit_bayes.checkpoint.specs import MemorySource, TensorSpec
 from mergekit_bayes.checkpoint.ties import stored_copies
 
 
+def specs(shapes):
+    return {name: TensorSpec("F32", shape) for name, shape in shapes.items()}
+
+
 def test_one_common_prefix_is_found_in_both_directions():
-    short = {"wte.weight", "h.0.attn.weight", "ln_f.bias"}
-    long = {f"transformer.{n}" for n in short} | {"lm_head.weight"}
-    assert find_renaming(short, long) == Renaming(strip="transformer.")
-    assert find_renaming(long, short) == Renaming(add="transformer.")
-    rename = find_renaming(short, long)
-    assert {rename(n, short) for n in long} == short | {"lm_head.weight"}
+    short = specs({"wte.weight": (5, 2), "h.0.attn.weight": (2, 2), "ln_f.bias": (2,)})
+    long = {f"transformer.{n}": s for n, s in short.items()} | specs({"lm_head.weight": (5, 2)})
+    for donor, other, before, after in (
+        (short, long, "transformer.*", "*"),
+        (long, short, "*", "transformer.*"),
+    ):
+        renaming = find_renaming(donor, other)
+        assert {renaming(n) for n in other} <= {*donor, "lm_head.weight"}
+        assert renaming.changes == (NameChange(before, after, 3),)
 
 
 def test_names_that_agree_are_left_alone():
-    names = {"a.b", "b", "a.c"}
+    names = specs({"a.b": (2,), "b": (2,), "a.c": (2,)})
     assert find_renaming(names, names) == Renaming()
 
 

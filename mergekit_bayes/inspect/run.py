@@ -7,7 +7,8 @@ Hub only the headers are read (`headers`), and its report has no values.
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
-from mergekit_bayes.checkpoint.renaming import find_renaming
+from mergekit_bayes.checkpoint.rename_rules import Scope
+from mergekit_bayes.checkpoint.renaming import find_renaming, renamed_note
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.checkpoint.ties import stored_copies
@@ -35,8 +36,8 @@ def run_inspect(
     Args:
         model: A `.safetensors` file, a folder, or `org/name[@revision]`, of which only headers are
             read unless `other` or `precision` is given.
-        other: The second checkpoint, likewise; its tensors are matched by name, up to one common
-            prefix.
+        other: The second checkpoint, likewise; its tensors are matched by name, also where
+            these differ by a rule.
         precision: Where the precision lies, if not beside the model.
         progress: Called with (entries read, entries in all).
 
@@ -73,7 +74,7 @@ def run_inspect(
             layers=layers,
             precision=summary,
             comparison=_comparison(match, totals) if match else None,
-            notes=tuple(layer_notes(layers, summary)),
+            notes=(*layer_notes(layers, summary), *(match.notes if match else ())),
         )
 
 
@@ -102,10 +103,10 @@ def _read_layers(
 
 
 def _match(names: list[str], mean: CheckpointSource, second: Posterior) -> TensorMatch:
-    """Match the tensors of two checkpoints by name and shape, up to one common prefix."""
+    """Match the tensors of two checkpoints by name and shape, and by rules where names differ."""
     specs, other_specs = mean.specs, second.mean.specs
-    rename = find_renaming(specs, other_specs)
-    by_our_name = {rename(name, specs): name for name in other_specs}
+    rename = find_renaming(specs, other_specs, scope=Scope.REPLACED)
+    by_our_name = {rename(name): name for name in other_specs}
     partners: Mapping[str, str] = {
         name: by_our_name[name]
         for name in names
@@ -130,6 +131,7 @@ def _match(names: list[str], mean: CheckpointSource, second: Posterior) -> Tenso
             for name, spec in other_specs.items()
             if name not in matched and is_parameter(name, spec)
         ),
+        notes=(renamed_note(second.ref, rename),) if rename.names else (),
     )
 
 
@@ -152,13 +154,15 @@ def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> Preci
         return None
     entries = sum(total.parameters for total in totals)
     covered = sum(total.precision.parameters for total in totals)
+    to_mean = {stored: name for name, stored in posterior.renamed_precisions.items()}
+    precision_specs = {to_mean.get(n, n): spec for n, spec in precision.specs.items()}
     return PrecisionSummary(
         files=tuple(str(file) for file in precision.files),
         info=info,
         belongs=None if info is None else info.mean.blocks == identify(mean, full=False).blocks,
         covered=covered / entries if entries else 0.0,
         numbers=sum(total.precision.numbers for total in totals),
-        unknown=unknown_tensors(precision.specs, mean.specs),
+        unknown=unknown_tensors(precision_specs, mean.specs),
         zeros=sum(total.precision.zeros for total in totals),
         bad=sum(total.precision.bad for total in totals),
         not_samplable=sampling_obstacle(info),

@@ -31,6 +31,7 @@ class TensorMatch(NamedTuple):
         partners: Its name of a tensor by the first checkpoint's name.
         only_here: Tensors of the first checkpoint without a partner.
         only_there: Tensors of the second without a partner.
+        notes: How names differ, if they do.
     """
 
     path: str
@@ -38,6 +39,7 @@ class TensorMatch(NamedTuple):
     partners: Mapping[str, str]
     only_here: tuple[str, ...]
     only_there: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class LayerTotals:
@@ -65,10 +67,10 @@ class LayerTotals:
         """Read a tensor, its precision and its partner in the other model, chunk by chunk."""
         spec = posterior.mean.specs[name]
         self.tensors += 1
-        precision = posterior.precision
-        if precision is not None and not is_form_of(precision.specs.get(name), spec):
+        precision, stored = posterior.precision, posterior.renamed_precisions.get(name, name)
+        if precision is not None and not is_form_of(precision.specs.get(stored), spec):
             precision = None
-        is_pooled = precision is not None and precision.specs[name].size < spec.size
+        is_pooled = precision is not None and precision.specs[stored].size < spec.size
         partner = other.partners.get(name) if other else None
         for start, stop in chunks(spec, _CHUNK):
             weights = read_chunk(posterior.mean, name, start, stop).astype(np.float64)
@@ -76,11 +78,11 @@ class LayerTotals:
             if precision is not None:
                 self.precision.squares += squares
                 if not is_pooled:
-                    self.precision.add(read_chunk(precision, name, start, stop))
+                    self.precision.add(read_chunk(precision, stored, start, stop))
             if other is not None and partner is not None:
                 self.difference.add(weights, read_chunk(other.source, partner, start, stop))
         if precision is not None and is_pooled:
-            numbers = read_tensor(precision, name).reshape(-1)
+            numbers = read_tensor(precision, stored).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
 
     def report(self) -> LayerReport:

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
-from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.layers import Factors, Layer
@@ -77,9 +78,9 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
     layers: dict[str, list[LayerCopy]] = {}
     replacements: dict[str, list[TensorCopy]] = {}
     for index, adapter in enumerate(adapters):
-        renaming = find_renaming(adapters[0].layers, adapter.layers) if index else Renaming()
+        renaming = _find_renaming(adapters[0], adapter) if index else Renaming()
         for module, layer in adapter.layers.items():
-            copies = layers.setdefault(renaming(module, adapters[0].layers), [])
+            copies = layers.setdefault(renaming(f"{module}.weight").removesuffix(".weight"), [])
             first = copies[0].layer if copies else layer
             if first.shape != layer.shape:
                 raise MismatchError(
@@ -89,7 +90,18 @@ def match_adapters(adapters: Sequence[Adapter]) -> tuple[Layers, Replacements]:
                 )
             copies.append(LayerCopy(index, layer))
         for name, disk in adapter.replacements.items():
-            replacements.setdefault(renaming(name, adapters[0].replacements), []).append(
-                TensorCopy(index, disk)
-            )
+            replacements.setdefault(renaming(name), []).append(TensorCopy(index, disk))
     return layers, replacements
+
+
+def _find_renaming(first: Adapter, other: Adapter) -> Renaming:
+    """Adapters change a part of a model each, so that only their prefixes are matched."""
+
+    def shapes(adapter: Adapter) -> dict[str, TensorSpec]:
+        specs = adapter.posterior.mean.specs
+        return {
+            f"{module}.weight": TensorSpec("F32", (layer.rows, layer.columns))
+            for module, layer in adapter.layers.items()
+        } | {name: specs[disk] for name, disk in adapter.replacements.items()}
+
+    return find_renaming(shapes(first), shapes(other), scope=Scope.MOVED)

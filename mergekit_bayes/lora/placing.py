@@ -46,10 +46,15 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
-    renaming = find_renaming(base.specs, [*weights, *adapter.replacements])
-    layers = {renaming(name, base.specs): layer for name, layer in weights.items()}
-    replaced = {renaming(name, base.specs): disk for name, disk in adapter.replacements.items()}
-    specs = {**base.specs, **{n: adapter.posterior.mean.specs[d] for n, d in replaced.items()}}
+    stored = adapter.posterior.mean.specs
+    shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
+    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
+    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    layers = {renaming(name): layer for name, layer in weights.items()}
+    replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
+    specs = {**base.specs, **{name: stored[disk] for name, disk in replaced.items()}}
+    for name, layer in layers.items():
+        _refuse_ambiguous(base, adapter, layer, renaming.ambiguous.get(name, ()))
     layers, notes = _effective(specs, adapter, layers)
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
@@ -87,6 +92,21 @@ def _effective(
             "name: applied here, while PEFT ignores them"
         )
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
+
+
+def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
+    return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
+
+
+def _refuse_ambiguous(
+    base: CheckpointSource, adapter: Adapter, layer: Layer, names: Sequence[str]
+) -> None:
+    if names:
+        shown = " or ".join(f"'{name}'" for name in names[:2])
+        raise MismatchError(
+            f"'{layer.a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the names do "
+            "not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
+        )
 
 
 def _check_layer(

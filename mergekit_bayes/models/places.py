@@ -1,6 +1,6 @@
 """Where each checkpoint tensor lives in a loaded model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_buffer
@@ -73,27 +73,24 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
         )
     specs = posterior.precision.specs
     candidates = _by_checkpoint_name(model)
-    rename = find_renaming(specs, candidates)
+    rename = find_renaming(specs, candidates, fits=_may_be_precision)
     places: list[Place] = []
     taken: set[tuple[int, int]] = set()
     for name, place in candidates.items():
-        stored_name = rename(name, specs)
+        stored_name = rename(name)
         key = (id(place.parameter), place.offset)
         if stored_name not in specs or key in taken:
             continue
         taken.add(key)
         spec = specs[stored_name]
-        fits = len(spec.shape) == len(place.shape) and all(
-            a in (1, b) for a, b in zip(spec.shape, place.shape, strict=True)
-        )
-        if not fits or spec.dtype not in MERGEABLE:
+        if not _may_be_precision(place.shape, spec.shape) or spec.dtype not in MERGEABLE:
             raise MismatchError(
                 f"{posterior.precision.where(stored_name)}: the precision of '{stored_name}' is "
                 f"{spec.dtype} {list(spec.shape)}, the model's tensor {list(place.shape)}. Use the "
                 "precision that belongs to it."
             )
         places.append(place._replace(name=stored_name))
-    model_names = {rename(name, specs) for name in candidates}
+    model_names = {rename(name) for name in candidates}
     unknown = [name for name in specs if name not in model_names and not is_buffer(name)]
     if unknown or not places:
         name = unknown[0] if unknown else next(iter(specs), "")
@@ -102,6 +99,13 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
             "precision that belongs to it."
         )
     return places
+
+
+def _may_be_precision(shape: Sequence[int], precision: Sequence[int]) -> bool:
+    """Whether a tensor's precision may have this shape: as long or 1 on every axis."""
+    return len(precision) == len(shape) and all(
+        a in (1, b) for a, b in zip(precision, shape, strict=True)
+    )
 
 
 def _by_checkpoint_name(model: "torch.nn.Module") -> dict[str, Place]:

@@ -64,7 +64,7 @@ def match_tensors(
         return any(_scales_in(name, inputs, rules).get(model) for name in merged)
 
     ties = Ties(inputs, names, matters)
-    matched = MatchedTensors(find_left_out(config, inputs, names, ties, only), ties)
+    matched = MatchedTensors(find_left_out(config, inputs, names, ties, only, notes), ties)
     matcher = _Matcher(config, method, inputs, rules, only, token_conflict, matched)
     written = (*donor.mean.specs, *ties.added)
     steps = {name: matcher.match(name) for name in written if name not in ties.copies}

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Mapping
 
+from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.names import is_buffer
-from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
+from mergekit_bayes.checkpoint.rename_rules import Scope
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_note
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.left_over import left_over_note, missing_in, refuse_left_over
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior import Posterior
@@ -27,19 +30,14 @@ def map_names(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str,
     """
     if model is donor:
         return {name: name for name in donor.mean.specs}
-    renaming = find_renaming(donor.mean.specs, model.mean.specs)
-    if renaming != Renaming():
-        change = (
-            f"without its prefix '{renaming.strip}'"
-            if renaming.strip
-            else f"with the prefix '{renaming.add}'"
-        )
+    renaming = _find_renaming(donor, model)
+    if renaming.names:
         notes.append(
-            f"names of '{model.ref}' are matched {change}, and written as '{donor.ref}' has them"
+            f"{renamed_note(model.ref, renaming)}; they are written as '{donor.ref}' has them"
         )
     names: dict[str, str] = {}
     for stored in model.mean.specs:
-        renamed = renaming(stored, donor.mean.specs)
+        renamed = renaming(stored)
         if renamed in names:
             raise MismatchError(
                 f"'{stored}' and '{names[renamed]}' of '{model.ref}' are both '{renamed}' of "
@@ -49,12 +47,26 @@ def map_names(donor: Posterior, model: Posterior, notes: list[str]) -> dict[str,
     return names
 
 
+def _find_renaming(donor: Posterior, model: Posterior) -> Renaming:
+    """The renaming of a whole model; words are replaced only if its config names one type."""
+    types = {_model_type(posterior) for posterior in (donor, model)} - {None}
+    scope = Scope.REPLACED if len(types) < 2 else Scope.NESTED
+    return find_renaming(donor.mean.specs, model.mean.specs, scope=scope)
+
+
+def _model_type(posterior: Posterior) -> str | None:
+    folder = posterior.parts[0].path if posterior.parts else posterior.path
+    model_type = read_config(folder).get("model_type")
+    return model_type if isinstance(model_type, str) else None
+
+
 def find_left_out(
     config: MergeConfig,
     inputs: Inputs,
     names: Mapping[Input, Mapping[str, str]],
     ties: Ties,
     only: re.Pattern[str] | None,
+    notes: list[str],
 ) -> dict[str, str]:
     """The tensors that only other models than the donor have, with the reason to leave them out.
 
@@ -64,6 +76,7 @@ def find_left_out(
         names: For each input, the donor's names to its own.
         ties: The tied tensors.
         only: The pattern of `--only`.
+        notes: Remarks for the report are appended here.
 
     Raises:
         MismatchError: A model has a parameter that the donor lacks, and no rule leaves it out.
@@ -71,7 +84,8 @@ def find_left_out(
     donor = inputs.donor.posterior
     left_out: dict[str, str] = {}
     for task in inputs:
-        model, unmatched = task.posterior, []
+        model, unmatched = task.posterior, list[str]()
+        left_by_rule: list[str] = []
         for renamed, stored in names[task].items():
             if ties.is_written(renamed):
                 continue
@@ -79,14 +93,23 @@ def find_left_out(
                 left_out[stored] = f"not a parameter; only '{model.ref}' has it"
             elif reason := ties.reason_to_leave_out(renamed, task):
                 left_out[stored] = reason
-            elif config.on_missing != "error" or (only is not None and not only.search(renamed)):
+            elif only is not None and not only.search(renamed):
                 left_out[stored] = f"only '{model.ref}' has it"
+            elif config.on_missing != "error":
+                left_out[stored] = f"only '{model.ref}' has it"
+                left_by_rule.append(stored)
             elif cause := ties.explain_missing(renamed, inputs.donor):
                 raise MismatchError(
                     f"'{stored}' is in '{model.ref}' but not in '{donor.ref}'. {cause}"
                 )
             else:
                 unmatched.append(stored)
+        missing = missing_in(task, donor, ties, only) if unmatched or left_by_rule else []
+        if missing and left_by_rule:
+            notes.append(left_over_note(model, donor, left_by_rule, missing, config.on_missing))
+        if missing and unmatched:
+            ambiguous = _find_renaming(donor, model).ambiguous
+            raise refuse_left_over(model, donor, unmatched, missing, ambiguous)
         if unmatched:
             raise _unmatched(unmatched, model, donor, has_base=inputs.base is not None)
     return left_out

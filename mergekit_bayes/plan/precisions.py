@@ -7,7 +7,6 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
-from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.plan.inputs import Input, Inputs
@@ -146,10 +145,7 @@ def _find_name(name: str, stored: str, model: Posterior) -> str | None:
     for candidate in precision_names(name, stored, model):
         if candidate in specs:
             return candidate
-    renaming = find_renaming(model.mean.specs, specs)
-    if renaming == Renaming():
-        return None
-    return next((n for n in specs if renaming(n, model.mean.specs) == stored), None)
+    return model.renamed_precisions.get(stored)
 
 
 def _agree(one: TensorRef, other: TensorRef) -> bool:

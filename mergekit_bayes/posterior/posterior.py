@@ -12,6 +12,7 @@ The precision has a subfolder because some loaders take every `*.safetensors` be
 weights.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files, set_files
+from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import (
     CHECKPOINT,
@@ -68,6 +70,14 @@ class Posterior(Closing):
     def precision_identity(self) -> str:
         """Content hash of the precision, by sampled blocks."""
         return f"isotropic {self.isotropic}" if self.precision is None else identity(self.precision)
+
+    @cached_property
+    def renamed_precisions(self) -> Mapping[str, str]:
+        """The precision's name of each tensor that it names otherwise than the mean."""
+        if self.precision is None:
+            return {}
+        renaming = find_renaming(self.mean.specs, self.precision.specs, fits=_is_form)
+        return {mean: stored for stored, mean in renaming.names.items()}
 
     @property
     def commit(self) -> str | None:
@@ -122,6 +132,13 @@ class Posterior(Closing):
         self.mean.close()
         if self.precision is not None:
             self.precision.close()
+
+
+def _is_form(shape: Sequence[int], mean: Sequence[int]) -> bool:
+    """Whether a precision of this shape may be that of a mean: as long or 1 on every axis."""
+    return not shape or (
+        len(shape) == len(mean) and all(a in (1, b) for a, b in zip(shape, mean, strict=True))
+    )
 
 
 def open_posterior(

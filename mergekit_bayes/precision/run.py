@@ -109,12 +109,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             mean=identify(source),
             tokenizer=tokenizer_identity(loaded.path),
             dtype=_stored_dtype(source),
-            aliases={alias: rename(name, source.specs) for alias, name in tied.items()},
+            aliases={alias: rename(name) for alias, name in tied.items()},
             training=_training(config, loaded),
             health=health,
         )
         arrays = {
-            rename(name, source.specs): tensor.cpu().numpy()
+            rename(name): tensor.cpu().numpy()
             for name, tensor in checkpoint_names(model, precision).items()
         }
     out = Path(config.output) if config.output else None
@@ -133,14 +133,14 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
 
 
 def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) -> Renaming:
-    """From names in memory to the file's, which may lack a prefix (`h.0...` of GPT-2 on the Hub).
+    """From names in memory to the file's, which may differ (`h.0...` of GPT-2 on the Hub).
 
     Raises:
         MismatchError: The file does not hold a parameter of the model.
     """
     rename = find_renaming(source.specs, tensors)
     for name in tensors:
-        if rename(name, source.specs) not in source.specs:
+        if rename(name) not in source.specs:
             raise MismatchError(
                 f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
                 "its values were made up on loading. Fine-tune the model first, or choose another "
