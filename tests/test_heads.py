@@ -74,6 +74,11 @@ def test_labels_that_differ_in_spelling_or_are_numbered_are_no_conflict(tmp_path
             config, _ = merged_config(tmp_path, *models)
             wanted = names if models[0] is other and "LABEL_0" not in names else ("not_ok", "OK")
             assert tuple(config["id2label"].values()) == wanted
+    spelled = classifier(tmp_path / "spelled", named(("Not OK", "ok")), 1)
+    config, _ = merged_config(tmp_path, spelled, base=one)  # the task's rows, the task's names
+    assert tuple(config["id2label"].values()) == ("Not OK", "ok")
+    swapped = classifier(tmp_path / "swapped", named(("OK", "not_ok")), 1)
+    merged_config(tmp_path, one, swapped, scale=(1.0, 0.0))  # of which nothing is taken
     # Labels that only their punctuation tells apart are compared as they are.
     one = classifier(tmp_path / "three", named(("A+", "A-")), 0)
     with pytest.raises(MismatchError, match="two classes"):

@@ -187,6 +187,8 @@ def test_an_adapter_brings_its_tokenizer_and_its_end_of_text_token(tmp_path):
     # Eight tokens for seven rows: so it was while the adapter was trained, and so it is again.
     merge(out, f"{base}+{tmp_path / 'two'}", base)
     assert len(json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]) == 8
+    merge(out, f"{base}+{tmp_path / 'two'}", base=base)
+    assert len(json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]) == 8
 
 
 def test_a_name_that_is_no_model_or_a_file_is_refused_with_the_names_that_do(chats, tmp_path):
@@ -260,3 +262,38 @@ def test_a_chat_model_merged_at_scale_one_loads_with_its_template_and_stops(tmp_
     ids = torch.arange(1, 8)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, chat(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_dtype_in_the_config_is_that_of_most_written_numbers(tmp_path):
+    from tests.adapters import base as write_base
+
+    # Folded layers are written in F32 where the base is BF16.
+    folder = write_base(tmp_path / "base", "BF16")
+    add(folder, {"config.json": {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}}})
+    ref = f"{folder}+{adapter(tmp_path / 'a', factors(0))}"
+    for settings, dtype in (({}, "float32"), ({"dtype": "BF16"}, "bfloat16")):
+        merge(tmp_path / "out", ref, ref, **settings)
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config == {"dtype": dtype, "text_config": {"torch_dtype": dtype}}
+
+
+def test_settings_of_a_tokenizer_without_its_vocabulary_are_not_taken(tmp_path):
+    base = write(tmp_path / "base", chat_files("base", 1))
+    files = chat_files("one", 2)
+    del files["tokenizer.json"]
+    merge(tmp_path / "out", write(tmp_path / "one", files, 1), base=base)
+    assert owner_of(tmp_path / "out/tokenizer_config.json") == "base"
+    assert owner_of(tmp_path / "out/generation_config.json") == "one"
+
+
+def test_the_numbers_of_special_tokens_are_those_of_the_config_and_written_where_it_has_them(
+    tmp_path,
+):
+    nested = {"model_type": "own", "text_config": {"eos_token_id": 1, "pad_token_id": 0}}
+    base = write(tmp_path / "base", chat_files("base", 1) | {"config.json": nested})
+    several = {"model_type": "own", "eos_token_id": [2, 3], "pad_token_id": None}
+    one = write(tmp_path / "one", chat_files("one", 2) | {"config.json": several}, 1)
+    merge(tmp_path / "out", one, base=base)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    nested["text_config"]["eos_token_id"] = [2, 3]
+    assert config == nested
