@@ -230,6 +230,33 @@ def test_a_vision_language_adapter_finds_its_layers_under_the_other_names(tmp_pa
         ]
 
 
+def test_experts_of_two_versions_are_refused_and_the_way_out_of_the_message_works():
+    config = transformers.MixtralConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    torch.manual_seed(0)
+    base, tuned = (transformers.MixtralForCausalLM(config) for _ in range(2))
+    base.save_pretrained("base")
+    tuned.save_pretrained("tuned", save_original_format=False)
+    with pytest.raises(
+        MismatchError, match="'tuned' stores its experts stacked, 'base' one by one"
+    ) as caught:
+        merge("tuned", base="base", weights="uniform", out="out")
+    assert "save_pretrained(..., save_original_format=False)" in str(caught.value)
+    loaded = transformers.MixtralForCausalLM.from_pretrained("base")
+    loaded.save_pretrained("alike", save_original_format=False)
+    merge("tuned", base="alike", weights="uniform", out="out")
+    found = transformers.MixtralForCausalLM.from_pretrained("out").state_dict()
+    for name, values in tuned.state_dict().items():
+        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-6)
+
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": {},
     "Gemma3ForConditionalGeneration": {},

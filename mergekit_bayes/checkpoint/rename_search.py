@@ -86,10 +86,12 @@ class RulesFound(NamedTuple):
     Attributes:
         matches: The pairs.
         ambiguous: Patterns with two or more partners, of which none is surer than another.
+        left: Patterns without a partner, and what the rules that were found make of them.
     """
 
     matches: list[Match]
     ambiguous: list[tuple[Pattern, list[Pattern]]]
+    left: list[tuple[Pattern, list[Path]]]
 
 
 class _Candidate(NamedTuple):
@@ -128,7 +130,7 @@ def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound
         incomplete = search.incomplete_rules()
         if not incomplete:
             search.add_other_shapes()
-            return RulesFound(search.matches, search.ambiguous())
+            return RulesFound(search.matches, search.ambiguous(), search.left())
         banned |= incomplete
 
 
@@ -241,7 +243,21 @@ class _Search:
             if len(partners) == 1:
                 path = partners[0].path
                 claims[path].append(Match(pattern, partners[0], forms.rules[path]))
-        self.matches += [matches[0] for matches in claims.values() if len(matches) == 1]
+        for match in (matches[0] for matches in claims.values() if len(matches) == 1):
+            del self._left[match.pattern.path], self._partners[match.partner.path]
+            self.matches.append(match)
+
+    def left(self) -> list[tuple[Pattern, list[Path]]]:
+        """Patterns without a partner, and what the rules that were found make of them."""
+        known = set(KNOWN_RULES)
+        return [
+            (
+                pattern,
+                [path for path, rules in forms.rules.items() if rules and not known & {*rules}],
+            )
+            for pattern in self._left.values()
+            for forms in (self._forms[pattern.path],)
+        ]
 
     def ambiguous(self) -> list[tuple[Pattern, list[Pattern]]]:
         """Patterns that are left, with their possible partners where these are two or more."""

@@ -108,7 +108,7 @@ def find_renaming(
     def fit(name: str, partner: str) -> bool:
         return _may_be(other[name].shape, donor[partner].shape, name, partner, fits)
 
-    one_prefix = _common_prefix(left, donor_left, fit)
+    one_prefix = _common_prefix(left, donor_left, donor, fit)
     if one_prefix is not None:
         return one_prefix
     found = search_rules(_side(left, other), _side(donor_left, donor), fit, scope)
@@ -119,6 +119,14 @@ def find_renaming(
         names.update(pairs)
         for rule in match.rules:
             counts[rule.shown_in(match.pattern.path, match.partner.path)] += len(pairs)
+    # A second name of a tensor that both have is told by those who map the names.
+    doubles = (
+        (name, _name(form, index))
+        for pattern, forms in found.left
+        for form in forms
+        for index, name in pattern.names.items()
+    )
+    names |= {name: double for name, double in doubles if double in donor and double in other}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     changes = tuple(NameChange(*shown, count) for shown, count in frequent)
     ambiguous = {
@@ -140,7 +148,7 @@ def _may_be(
 
 
 def _common_prefix(
-    left: Sequence[str], donor_left: Sequence[str], fit: Callable[[str, str], bool]
+    left: Sequence[str], donor_left: Sequence[str], donor: Names, fit: Callable[[str, str], bool]
 ) -> Renaming | None:
     """The renaming by one prefix of all names that are left on one side, if there is just one.
 
@@ -154,7 +162,7 @@ def _common_prefix(
             if count < min(len(longer), len(shorter)):
                 continue
             pairs = [(n, n.removeprefix(prefix)) for n in longer if n.startswith(prefix)]
-            pairs = [(n, bare) for n, bare in pairs if bare in known]
+            pairs = [(n, bare) for n, bare in pairs if bare in (known if is_added else donor)]
             names = {bare: n for n, bare in pairs} if is_added else dict(pairs)
             if 2 * sum(fit(*pair) for pair in names.items()) > len(names):
                 shown = ("*", f"{prefix}*") if is_added else (f"{prefix}*", "*")
@@ -193,6 +201,12 @@ def _side(left: Iterable[str], specs: Names) -> Side:
         ],
         {path[:i] for path in {_path(name) for name in specs} for i in range(1, len(path))},
     )
+
+
+def _name(path: Path, numbers: Path) -> str:
+    """A path with its numbers."""
+    rest = iter(numbers)
+    return ".".join(next(rest) if word == "*" else word for word in path)
 
 
 def _path(name: str) -> Path:

@@ -107,6 +107,7 @@ def _match(names: list[str], mean: CheckpointSource, second: Posterior) -> Tenso
     specs, other_specs = mean.specs, second.mean.specs
     rename = find_renaming(specs, other_specs, scope=Scope.REPLACED)
     by_our_name = {rename(name): name for name in other_specs}
+    by_our_name |= {name: name for name in other_specs if name in specs}
     partners: Mapping[str, str] = {
         name: by_our_name[name]
         for name in names

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
+from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
@@ -138,7 +139,7 @@ def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) ->
     Raises:
         MismatchError: The file does not hold a parameter of the model.
     """
-    rename = find_renaming(source.specs, tensors)
+    rename = find_renaming(source.specs, tensors, scope=Scope.REPLACED)
     for name in tensors:
         if rename(name) not in source.specs:
             raise MismatchError(
