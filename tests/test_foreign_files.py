@@ -113,6 +113,13 @@ def test_a_folder_without_a_model_is_named_for_what_it_holds(tmp_path, name, mes
         open_posterior(str(tmp_path))
 
 
+def test_a_file_of_full_size_that_aria2_has_not_finished_is_refused(tmp_path):
+    tiny.write(tmp_path / "model.safetensors", tiny.arrays(0))
+    (tmp_path / "model.safetensors.aria2").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: aria2 has not finished"):
+        open_posterior(str(tmp_path))
+
+
 def test_a_link_to_nothing_and_an_unfinished_file_are_named(tmp_path):
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs/ab12")
     with pytest.raises(CheckpointError, match=r"a link to .*blobs/ab12, which is not there"):

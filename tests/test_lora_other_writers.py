@@ -144,6 +144,12 @@ def test_factors_that_are_empty_or_flat_are_refused_with_the_true_cause(
         open_adapter(str(written(tmp_path / "a", stored)))
 
 
+def test_a_whole_tensor_that_zero_3_left_empty_is_refused_with_the_true_cause(tmp_path):
+    empty = {f"{PREFIX}model.embed_tokens.weight": np.ones(0, np.float32)}
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight' has the shape \[0\].*ZeRO-3"):
+        open_adapter(str(written(tmp_path / "a", tensors_of(factors(0)) | empty)))
+
+
 def test_a_base_that_is_quantised_or_names_its_modules_otherwise_is_told_so(tmp_path):
     shapes = {f"model.language_model.layers.{i}.q_proj.weight": (6, 4) for i in range(2)}
     tiny.write(tmp_path / "vlm/model.safetensors", tiny.arrays(0, shapes))

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
-from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from tests import model_forms, tiny
@@ -264,6 +264,15 @@ def test_rows_that_the_donor_lacks_are_those_of_the_longest_model_that_is_added(
         found = load("x.safetensors")["model.embed_tokens.weight"]
         expected = made[owner or "base"][5:]
         np.testing.assert_array_equal(found[5:], expected, err_msg=models)
+    tensors, precisions = (
+        make(1, {"model.embed_tokens.weight": (7, 4), "model.w": (3, 3)})
+        for make in (tiny.arrays, tiny.precisions)
+    )
+    tensors["model.embed_tokens.weight"][6, 1] = np.nan
+    model("n", 1, mean=tensors, precision=precisions)
+    for on_bad in ("error", "base"):
+        with pytest.raises(CheckpointError, match=r"n\.safetensors: .*is nan at flat index 25"):
+            merge("n", weights=weights, vocab="common", on_bad=on_bad)
     # Without a base the order of the models decides no row's fate.
     shapes = []
     for models in ("ab", "ba"):

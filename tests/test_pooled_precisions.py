@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.posterior import Prior
 from tests import model_forms, tiny
 from tests.model_forms import POOLED, SHAPES, close, expect, load, merge, model
 
@@ -165,3 +166,24 @@ def test_rows_of_vocabularies_that_differ_keep_their_own_pooled_precision():
         close({"w": load("x.safetensors")["wte.weight"]}, {"w": mean}, what=case)
         close({"w": load("x.precision.safetensors")["wte.weight"]}, {"w": precision}, what=case)
         assert str(rows) in report.ruled["wte.weight"]
+
+
+@pytest.mark.parametrize("pool", [None, "row"])
+def test_rows_that_only_a_task_has_are_counted_by_its_own_record(pool):
+    long = SHAPES | {"wte.weight": (9, 4)}
+    own = {"observations": 300.0, "ess": 30.0, "prior": Prior(kind="isotropic", precision=0.05)}
+    model("base", 0)
+    for seed, name in enumerate("ab", start=1):
+        model(name, seed, mean=tiny.arrays(seed, long), precision=tiny.precisions(1, long), **own)
+    settings = {"counts": "recorded", "pool": pool}
+    merge("a", vocab="common", **settings)
+    found = load("x.precision.safetensors")["wte.weight"][7:]
+    # The same as where the model is copied as a base.
+    merge("b", base="a", only="attn", **settings)
+    copied = load("x.precision.safetensors")["wte.weight"]
+    np.testing.assert_allclose(np.broadcast_to(found, (2, 4)), np.broadcast_to(copied, (9, 4))[7:])
+    stored = tiny.precisions(1, long)["wte.weight"]
+    if pool is not None:
+        stored = stored.mean(axis=1, keepdims=True)
+    counted = 10 * (stored - 0.05) + 0.05 * 10  # per observation times 300, and the prior once
+    np.testing.assert_allclose(found, counted[7:], rtol=1e-5)

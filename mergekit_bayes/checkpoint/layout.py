@@ -106,18 +106,31 @@ def set_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
     if not os.path.lexists(index):
-        return [single] if os.path.exists(single) else []
+        return [_finished(single)] if os.path.exists(single) else []
     if os.path.exists(single):
         raise CheckpointError(
             f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a "
             "file."
         )
     weight_map = read_index(index)
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    files = [_finished(folder / name) for name in sorted(set(weight_map.values()))]
     with SafetensorsSource(files) as source:
         stored = {name: files[source.file_of(name)].name for name in source.specs}
     check_index(index, weight_map, stored)
     return files
+
+
+def _finished(file: Path) -> Path:
+    """The file; an error if aria2 keeps a record of what of it is still to come.
+
+    aria2 gives an unfinished file its name and size, with zeros where nothing has arrived.
+    """
+    if os.path.exists(f"{file}.aria2"):
+        raise CheckpointError(
+            f"{file}: aria2 has not finished its download ({file.name}.aria2 is beside it). Run "
+            "the same download again; it goes on where it stopped."
+        )
+    return file
 
 
 def shard_name(stem: str, index: int, count: int) -> str:

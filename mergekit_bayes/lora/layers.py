@@ -131,6 +131,11 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
         raise CheckpointError(
             f"{posterior.mean.files[0]}: holds no lora_A and lora_B. Is it a LoRA adapter?"
         )
+    for disk in replacements.values():
+        if posterior.mean.specs[disk].shape == (0,):
+            raise CheckpointError(
+                f"{posterior.mean.where(disk)}: '{disk}' has the shape [0]. {EMPTIED}"
+            )
     layers = {m: _read_layer(posterior, config, m, names[m]) for m in sorted(names)}
     return AdapterTensors(layers, replacements, tuple(unused))
 

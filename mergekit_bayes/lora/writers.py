@@ -108,7 +108,7 @@ _PROMPTS = (
 
 
 def explain_name(name: str) -> str | None:
-    """Who writes a tensor of this name, and what to do; None for a name that nobody is known by."""
+    """Who writes a tensor of this name, and what to do; None if the name is unknown."""
     for pattern, writer, way_out in _NAMES:
         if pattern.search(name):
             return f"'{name}' is written by {writer}. {way_out}"

@@ -161,6 +161,8 @@ class Worker:
         raw = self._reader.raw(mean.source, mean.name, start, stop)
         stored, written = mean.spec.dtype, step.spec.dtype
         data = raw.data
+        if owner is step.rest and is_bad_mean(decode(raw, stored)).any():
+            refuse_bad(self._plan, step, owner)  # no base has a value for it
         if stored != written and stored in MERGEABLE:
             values = decode(raw, stored)
             data = encode(values, written)
