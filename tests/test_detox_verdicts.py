@@ -66,7 +66,7 @@ def test_a_true_effect_is_found():
 @pytest.mark.parametrize("shared", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("prompts", [40, 150, 600])
 def test_false_verdicts_are_at_most_five_per_cent(prompts, shared):
-    """Of 400 findings an axis; 5 % of them would be 20, and 30 has a probability of 2 %."""
+    """Of 408 findings an axis, in worlds of all shapes, speeds and spacings."""
     totals = {SCORER: Counter(), HELD_OUT: Counter()}
     for k, (cost, speed, spaced) in enumerate(
         (c, s, b) for c in (quadratic, dip, exponential) for s in (1.4, 3.0) for b in (True, False)
@@ -82,7 +82,7 @@ def test_false_verdicts_are_at_most_five_per_cent(prompts, shared):
         for axis, counts in effects(world, 34, speed=speed, spaced=spaced).items():
             totals[axis] += counts
     for axis, total in totals.items():
-        assert sum(total[effect] for effect in FALSE) <= 30, (axis, total)
+        assert sum(total[effect] for effect in FALSE) <= 20, (axis, total)
 
 
 def test_three_toxic_of_eighty_are_too_little_data_and_a_number_would_do():
