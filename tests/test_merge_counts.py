@@ -20,6 +20,13 @@ def test_a_base_that_counts_otherwise_than_in_the_merge_is_refused(world):
         merge("ab", "b", base="base", weights="precision", scale=(1.0, -1.0), out="x.safetensors")
 
 
+def test_a_merge_that_was_shrunk_otherwise_is_told_in_flags(world):
+    merge("a", "b", weights="precision", shrink="0.3", out="ab.safetensors")
+    message = "was merged with --shrink 0.3 no --pool, this merge has no --shrink --pool row"
+    with pytest.raises(MismatchError, match=message):
+        merge("ab", "b", weights="precision", pool="row", out="x.safetensors")
+
+
 def test_counts_set_by_hand_are_remembered_by_the_merge(world):
     tiny.posterior("c.safetensors", tiny.arrays(3), tiny.precisions(3), observations=25000)
     by_hand = {"a.safetensors": "100", "b.safetensors": "100"}
