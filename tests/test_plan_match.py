@@ -388,3 +388,14 @@ def test_embeddings_and_heads_of_the_field_are_known(name):
 )
 def test_other_tensors_are_no_vocabularies(name):
     assert not is_vocabulary(name)
+
+
+def test_a_head_that_the_base_lacks_is_told_as_that():
+    """Its change cannot be added, and the flag drops what was trained."""
+    model("base", 0, mean=tiny.arrays(0, TIED))
+    model("a", 1, mean=tiny.arrays(1, TIED | {"score.weight": (2, 4)}))
+    with pytest.raises(MismatchError) as error:
+        merge("a", weights="uniform")
+    assert "no such output layer" in str(error.value)
+    assert "--on-missing base drops it" in str(error.value)
+    assert "another base?" not in str(error.value)

@@ -110,7 +110,7 @@ def _explain(
     if name := next((name for name in unmatched if name in ambiguous), None):
         rivals = " and ".join(f"'{rival}'" for rival in ambiguous[name][:2])
         return f"'{name}' would fit {rivals}, and no rule tells which. {_SAVE_ALIKE}."
-    if _is_heads(unmatched) and _is_heads(missing):
+    if is_heads(unmatched) and is_heads(missing):
         heads = sorted({_head(name) for name in (*unmatched, *missing)})
         pattern = "|".join(re.escape(head) for head in heads)
         return (
@@ -172,12 +172,13 @@ def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(part for part in parts if part.isdecimal())
 
 
-def _is_heads(names: Collection[str]) -> bool:
+def is_heads(names: Collection[str]) -> bool:
+    """Whether all of these tensors are of output layers, as the field's architectures name them."""
     return all(_HEAD.search(name) and not _numbers(name.split(".")) for name in names)
 
 
 def _head(name: str) -> str:
     """The name of the output layer: up to the word that says so."""
     found = _HEAD.search(name)
-    assert found is not None  # `_is_heads` has looked
+    assert found is not None  # `is_heads` has looked
     return name[: found.end(2)]

@@ -10,7 +10,12 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
-from mergekit_bayes.plan.left_over import left_over_note, missing_in, refuse_left_over
+from mergekit_bayes.plan.left_over import (
+    is_heads,
+    left_over_note,
+    missing_in,
+    refuse_left_over,
+)
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior import Posterior
@@ -119,7 +124,12 @@ def _unmatched(
     names: list[str], model: Posterior, donor: Posterior, *, has_base: bool
 ) -> MismatchError:
     first, *_ = names
+    start = f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'."
+    if has_base and is_heads(names):
+        return MismatchError(
+            f"{start} The base has no such output layer, so that there is no change to add. Merge "
+            "without --base to keep it, or name a base that has it; --on-missing base drops it."
+        )
     return MismatchError(
-        f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'. {OTHER_BASE} "
-        f"--on-missing {'base' if has_base else 'skip'} leaves it out."
+        f"{start} {OTHER_BASE} --on-missing {'base' if has_base else 'skip'} leaves it out."
     )
