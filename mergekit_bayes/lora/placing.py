@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.renaming import find_renaming
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
@@ -32,13 +32,9 @@ def place_adapter(
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
-    stored = adapter.posterior.mean.specs
-    shapes = {name: TensorSpec("F32", (x.rows, x.columns)) for name, x in weights.items()}
-    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
-    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    renaming = _find_renaming(base, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     for name, layer in layers.items():
-        _refuse_ambiguous(base, adapter, layer, renaming.ambiguous.get(name, ()))
         _check_layer(base, adapter, name, layer)
     transposed = _find_transposed(base, adapter, layers)
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
@@ -54,19 +50,30 @@ def place_adapter(
     return placed, replaced
 
 
+def _find_renaming(
+    base: CheckpointSource, adapter: Adapter, weights: Mapping[str, Layer]
+) -> Renaming:
+    """How the adapter's names of weights become the base's.
+
+    Raises:
+        MismatchError: A weight may be two or more of the base's.
+    """
+    stored = adapter.posterior.mean.specs
+    shapes = {name: TensorSpec("F32", (x.rows, x.columns)) for name, x in weights.items()}
+    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
+    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    for name in sorted(weights.keys() & renaming.ambiguous.keys()):
+        rivals = renaming.ambiguous[name]
+        shown = " or ".join(f"'{rival}'" for rival in rivals[:2])
+        raise MismatchError(
+            f"'{weights[name].a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the "
+            "names do not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
+        )
+    return renaming
+
+
 def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
     return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
-
-
-def _refuse_ambiguous(
-    base: CheckpointSource, adapter: Adapter, layer: Layer, names: Sequence[str]
-) -> None:
-    if names:
-        shown = " or ".join(f"'{name}'" for name in names[:2])
-        raise MismatchError(
-            f"'{layer.a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the names do "
-            "not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
-        )
 
 
 def _check_layer(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> None:
