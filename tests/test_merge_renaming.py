@@ -285,3 +285,16 @@ def test_the_names_of_transformers_are_paired_as_it_renames_them(name):
     assert find_renaming(memory, disk, scope=Scope.REPLACED).names == changed
     back = {n: stored for stored, n in changed.items()}
     assert find_renaming(disk, memory, scope=Scope.REPLACED).names == back
+
+
+def test_an_adapter_that_fits_two_towers_is_refused_with_both(tmp_path):
+    names = [f"model.{t}.layers.0.attn.{p}.weight" for t in ("text", "vision") for p in "qv"]
+    tiny.write("base/model.safetensors", {n: np.ones((4, 4), np.float32) for n in names})
+    factor = np.ones((1, 4), np.float32)
+    made = {f"layers.0.attn.{p}": Factors(factor, factor.T) for p in "qv"}
+    adapter(tmp_path / "a", made)
+    with pytest.raises(
+        MismatchError,
+        match=r"may adapt 'model.text.layers.0.attn.q.weight' or 'model.vision.layers.0.attn.q",
+    ):
+        open_adapted(f"base+{tmp_path / 'a'}")

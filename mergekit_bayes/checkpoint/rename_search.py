@@ -262,7 +262,9 @@ class _Search:
     def ambiguous(self) -> list[tuple[Pattern, list[Pattern]]]:
         """Patterns that are left, with their possible partners where these are two or more."""
         rivals: defaultdict[Path, dict[Path, Pattern]] = defaultdict(dict)
-        for candidates in self._candidates().values():
+        for rule, candidates in self._candidates().items():
+            if rule is not None and (self._scope is None or rule.scope > self._scope):
+                continue
             for candidate in candidates:
                 rivals[candidate.pattern.path][candidate.partner.path] = candidate.partner
         return [

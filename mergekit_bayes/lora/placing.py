@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
-from mergekit_bayes.checkpoint.renaming import find_renaming
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_note
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
@@ -47,15 +47,13 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
     """
     weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
     stored = adapter.posterior.mean.specs
-    shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
-    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
-    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    renaming = _find_renaming(base, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
     specs = {**base.specs, **{name: stored[disk] for name, disk in replaced.items()}}
-    for name, layer in layers.items():
-        _refuse_ambiguous(base, adapter, layer, renaming.ambiguous.get(name, ()))
     layers, notes = _effective(specs, adapter, layers)
+    if renaming.names:
+        notes.append(renamed_note(adapter.ref, renaming))
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
     for name, layer in layers.items():
@@ -94,19 +92,30 @@ def _effective(
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
 
 
+def _find_renaming(
+    base: CheckpointSource, adapter: Adapter, weights: Mapping[str, Layer]
+) -> Renaming:
+    """How the adapter's names of weights become the base's.
+
+    Raises:
+        MismatchError: A weight may be two or more of the base's.
+    """
+    stored = adapter.posterior.mean.specs
+    shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
+    shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
+    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    for name in sorted(weights.keys() & renaming.ambiguous.keys()):
+        rivals = renaming.ambiguous[name]
+        shown = " or ".join(f"'{rival}'" for rival in rivals[:2])
+        raise MismatchError(
+            f"'{weights[name].a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the "
+            "names do not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
+        )
+    return renaming
+
+
 def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
     return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
-
-
-def _refuse_ambiguous(
-    base: CheckpointSource, adapter: Adapter, layer: Layer, names: Sequence[str]
-) -> None:
-    if names:
-        shown = " or ".join(f"'{name}'" for name in names[:2])
-        raise MismatchError(
-            f"'{layer.a}' of '{adapter.ref}' may adapt {shown} of {base.files[0]}: the names do "
-            "not tell which. Fold it into its base with `PeftModel.merge_and_unload()`."
-        )
 
 
 def _check_layer(
