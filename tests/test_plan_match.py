@@ -127,7 +127,7 @@ def test_a_missing_tensor_is_an_error_or_unchanged_or_left_out():
     a = model("a", 1, mean=tiny.arrays(1, lacking), precision=tiny.precisions(1, lacking))
     with pytest.raises(
         MismatchError,
-        match=r"'h\.0\.conv' is in 'base\.safetensors' but not in 'a\.safetensors'.*"
+        match=r"'h\.0\.conv' \(1 such\) is in 'base\.safetensors' but not in 'a\.safetensors'.*"
         r"--on-missing base .*--on-missing skip",
     ):
         merge("a", "b")
@@ -399,3 +399,17 @@ def test_a_head_that_the_base_lacks_is_told_as_that():
     assert "no such output layer" in str(error.value)
     assert "--on-missing base drops it" in str(error.value)
     assert "another base?" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"base": None}, {}], ids=["average", "on a base"])
+def test_a_model_without_some_of_its_layers_is_incomplete_and_no_flag_is_proposed(settings):
+    """A shard that was not fetched reads like tensors that one has more: the flag would hide it."""
+    shapes = {f"h.{i}.{part}.weight": (3, 3) for i in range(4) for part in ("attn", "mlp")}
+    model("base", 0, mean=tiny.arrays(0, shapes))
+    model("a", 1, mean=tiny.arrays(1, {n: s for n, s in shapes.items() if not n.startswith("h.3")}))
+    models = ("base", "a") if "base" in settings else ("a",)
+    with pytest.raises(MismatchError) as error:
+        merge(*models, weights="uniform", **settings)
+    assert "'h.3.attn.weight' (2 such)" in str(error.value)
+    assert "files are incomplete" in str(error.value)
+    assert "--on-missing" not in str(error.value)

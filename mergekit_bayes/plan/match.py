@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.left_over import explain_incomplete, missing_in
 from mergekit_bayes.plan.names import OTHER_BASE, find_left_out, map_names
 from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.precisions import (
@@ -65,7 +66,7 @@ def match_tensors(
 
     ties = Ties(inputs, names, matters)
     matched = MatchedTensors(find_left_out(config, inputs, names, ties, only, notes), ties)
-    matcher = _Matcher(config, method, inputs, rules, only, token_conflict, matched)
+    matcher = _Matcher(config, method, inputs, rules, only, token_conflict, matched, names)
     written = (*donor.mean.specs, *ties.added)
     steps = {name: matcher.match(name) for name in written if name not in ties.copies}
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
@@ -102,8 +103,10 @@ class _Matcher:
         only: re.Pattern[str] | None,
         token_conflict: str | None,
         matched: MatchedTensors,
+        names: Mapping[Input, Mapping[str, str]],
     ) -> None:
         self._config, self._method, self._inputs, self._rules = config, method, inputs, rules
+        self._names = names
         self._only, self._token_conflict = only, token_conflict
         self._matched, self._ties = matched, matched.ties
         self._parameters = 0
@@ -231,7 +234,7 @@ class _Matcher:
 
         A task of scale zero need not have the tensor: the donor's stands in.
         """
-        config, base, donor = self._config, self._inputs.base, self._inputs.donor
+        config, base = self._config, self._inputs.base
         means: dict[Input, TensorRef] = {}
         for model in self._inputs:
             if base is not None and scales.get(model) == 0:
@@ -250,15 +253,23 @@ class _Matcher:
                 self._matched.record_decision(name, decision)
                 means[model] = donors
             else:
-                missing = f"'{name}' is in '{donor.ref}' but not in '{model.ref}'."
-                if cause := self._ties.explain_missing(name, model):
-                    keep = f" --on-missing base keeps that of '{donor.ref}'." if base else ""
-                    raise MismatchError(f"{missing} {cause}{keep}")
-                keep = "--on-missing base takes it as unchanged, " if base is not None else ""
-                raise MismatchError(
-                    f"{missing} {OTHER_BASE} {keep}--on-missing skip leaves it out."
-                )
+                raise self._missing(name, model)
         return means
+
+    def _missing(self, name: str, model: Input) -> MismatchError:
+        """The error of a tensor that a model lacks and no rule decides."""
+        donor, has_base = self._inputs.donor, self._inputs.base is not None
+        if cause := self._ties.explain_missing(name, model):
+            keep = f" --on-missing base keeps that of '{donor.ref}'." if has_base else ""
+            return MismatchError(
+                f"'{name}' is in '{donor.ref}' but not in '{model.ref}'. {cause}{keep}"
+            )
+        missing = missing_in(model, donor.posterior, self._ties, self._only)
+        start = f"'{name}' ({len(missing)} such) is in '{donor.ref}' but not in '{model.ref}'."
+        if cause := explain_incomplete(name, model.posterior, self._names[model]):
+            return MismatchError(f"{start} {cause}")
+        keep = "--on-missing base takes it as unchanged, " if has_base else ""
+        return MismatchError(f"{start} {OTHER_BASE} {keep}--on-missing skip leaves it out.")
 
     def _common(
         self, name: str, spec: TensorSpec, means: Mapping[Input, TensorRef], scales: Scales
