@@ -157,6 +157,12 @@ def test_a_table_row_is_the_median_and_range_over_seeds(experiment):
     assert text.splitlines()[-1] == "| IVON | 10 | 5 | N | 0.7 [0.5, 0.9] |"
 
 
+def published_runs(experiment, problem):
+    """All rows of all sections with published settings."""
+    parts = ("linear_runs", "logistic_runs", "classifier_runs", "network_runs")
+    return [run for part in parts for run in getattr(experiment.published, part)(problem)]
+
+
 def test_kappa_and_the_share_of_the_start_follow_from_the_settings(experiment):
     problem = experiment.problems.regression("regression", 0)
     problem = dataclasses.replace(problem, observations=50_000)  # 25 a row, as tokens are
@@ -176,8 +182,7 @@ def test_a_ratio_stands_beside_a_kappa_wherever_h_is_made_of_noise(experiment):
     for name, method in experiment.runs.METHODS.items():
         plan = experiment.runs.planned(problem, method, 48, "N", 0)
         assert ("kappa" in plan) == (name.startswith("IVON price") and not method.flush), name
-    rows = experiment.published.regression_runs(problem)
-    for name, method, _ in rows + experiment.published.classifier_runs(problem):
+    for name, method, _ in published_runs(experiment, problem):
         plan = experiment.runs.planned(problem, method, 48, "N", 0)
         assert ("kappa" in plan) == name.startswith("IVON"), name
 
@@ -189,8 +194,7 @@ def test_only_rows_that_do_not_bear_an_authors_name_have_settings_of_ours(experi
         if name != "IVON price, antithetic"  # pairs are not the authors'
     )
     problem = experiment.problems.regression("regression", 0)
-    rows = experiment.published.regression_runs(problem)
-    for name, method, _ in rows + experiment.published.classifier_runs(problem):
+    for name, method, _ in published_runs(experiment, problem):
         assert method.alone == ("our settings" not in name), name
 
 
@@ -242,7 +246,7 @@ PUBLISHED = {
         "rho": 0.01,
         "damping": 0.1,
     },
-    "VOGN, CIFAR, one sample": {
+    "VOGN, CIFAR, but one sample": {
         "lr": 0.01,
         "ess": 2000.0,
         "hess_init": 8e-3,
@@ -256,9 +260,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_row_with_an_authors_name_has_all_settings_of_its_source(experiment, name):
     problem = experiment.problems.regression("regression", 0)
-    rows = experiment.published.regression_runs(problem)
-    found = rows + experiment.published.classifier_runs(problem)
-    methods = [method for row, method, _ in found if row == name]
+    methods = [m for row, m, _ in published_runs(experiment, problem) if row == name]
     assert methods
     # Neither the section nor the length of the run changes any of them.
     for method in methods:
@@ -292,6 +294,7 @@ def test_published_settings_run_with_their_schedule_and_batch(experiment, monkey
     )
     assert [(r["batch"], r["steps"]) for r in records] == [(16, 100), (8, 4), (128, 3)]
     assert all(math.isfinite(r["ratio"]) for r in records)
+    assert [r.get("hess_noise", 0.0) > 0 for r in records] == [True, True, False]
     gpt2, uci, vogn = seen[:100], seen[100:104], seen[104:]
     rates = [rate for rate, _, _ in gpt2]
     assert rates[0] == 0  # a warm-up over 2 of 100 steps, then a cosine
@@ -313,7 +316,7 @@ def test_settings_are_printed_without_training(experiment, tmp_path, monkeypatch
     )
     experiment.script.main()
     printed = capsys.readouterr().out
-    assert "| IVON, CIFAR | 50 | 8000 | 8000 | N | 2,000 | 0.0002 | 0.923 |" in printed
+    assert "| IVON, UCI | 8 | 75000 | 15000 | 6,000 | 6,000 | 0.375 | 3.04e-07 |" in printed
     assert "| IVON price, our settings | 0.1 | 120 | 120 | N | 2,000 | 2.6 | 0.00605 |" in printed
     assert "wrong: left out" in printed
     assert not any("ratio" in record for record in json.loads(out.read_text()))
@@ -336,11 +339,8 @@ def tables(text):
 
 def test_documents_say_kappa_beside_a_ratio_of_h_and_whose_settings_a_row_has(experiment):
     problem = experiment.problems.regression("regression", 0)
-    known = {
-        name
-        for name, _, _ in experiment.published.regression_runs(problem)
-        + experiment.published.classifier_runs(problem)
-    } | set(experiment.runs.METHODS)
+    known = {name for name, _, _ in published_runs(experiment, problem)}
+    known |= set(experiment.runs.METHODS)
     compared = 0
     for path in DOCS:
         for head, _, *rows in tables(path.read_text()):

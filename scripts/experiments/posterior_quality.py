@@ -42,7 +42,13 @@ from typing import Any
 import torch
 import transformers
 from posterior_problems import DATA, Problem, language_model, regression, sentiment
-from posterior_published import Run, classifier_runs, network_runs, regression_runs
+from posterior_published import (
+    Run,
+    classifier_runs,
+    linear_runs,
+    logistic_runs,
+    network_runs,
+)
 from posterior_runs import FEW, METHODS, Method, planned, train
 from posterior_tuning import Records, finetune, wrong
 
@@ -146,13 +152,13 @@ def chosen(*names: str) -> dict[str, Method]:
 def published_linear(seed: int, folder: Path, runner: Runner) -> Records:
     """The linear regression with published settings."""
     problem = regression("regression", seed)
-    return published("published_linear", problem, regression_runs(problem), seed, runner)
+    return published("published_linear", problem, linear_runs(problem), seed, runner)
 
 
 def published_logistic(seed: int, folder: Path, runner: Runner) -> Records:
     """The logistic regression with published settings."""
     problem = regression("multi_label_classification", seed)
-    return published("published_logistic", problem, regression_runs(problem), seed, runner)
+    return published("published_logistic", problem, logistic_runs(problem), seed, runner)
 
 
 def published_classifier(seed: int, folder: Path, runner: Runner) -> Records:
@@ -245,7 +251,18 @@ def table(records: Records) -> str:
     numbers = [
         n
         for n in (
-            *("ess", "kappa", "start", "noise", "rank", "error", "ratio", "loss", "accuracy"),
+            *(
+                "ess",
+                "kappa",
+                "start",
+                "hess_noise",
+                "noise",
+                "rank",
+                "error",
+                "ratio",
+                "loss",
+                "accuracy",
+            ),
             *("learnt", "seconds"),
         )
         if any(r.get(n) is not None for r in records)

@@ -6,7 +6,8 @@ IVON's own h, from noise times gradient, is off for three reasons. The batch's n
 
 becomes a bias by the positivity term of the update, so that E[h] = F (1 + kappa) for a diagonal
 Hessian F; so does the noise of all other parameters, which kappa does not see; and h still holds
-the share `start` = beta2^steps of `hess_init`. Every run of that estimate records kappa and start.
+the share `start` = beta2^steps of `hess_init`. Every run of that estimate records kappa, start and
+`hess_noise` (`IVON.health`), which sees the other parameters' noise, too.
 """
 
 import copy
@@ -134,6 +135,8 @@ def train(
         torch.cat([tensors[n].detach().flatten().double() for n in compared])
         for tensors in (curvature, truth)
     )
+    if "kappa" in plan:
+        plan["hess_noise"] = optimizer.health(observations(problem, batch))["hess_noise"]
     return {**plan, **agreement(estimated, exact), **quality(model, problem)}
 
 
