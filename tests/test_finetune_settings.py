@@ -110,7 +110,9 @@ def test_noise_that_drowns_the_weights_is_said_once_while_there_is_time(tmp_path
         force=True,
     )
     run_finetune(settings, quiet=True)
-    assert "kappa is" in caplog.text
+    (kappa,) = {r.message for r in caplog.records if r.message.startswith("kappa is")}
+    assert "store posterior: flush" in kappa
+    assert "lower ess" not in kappa  # that leaves the noise of other weights
     assert "of hess_init is still in the Hessian" in caplog.text
 
 

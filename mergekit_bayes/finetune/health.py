@@ -36,13 +36,13 @@ def problems(config: FinetuneConfig, health: Mapping[str, float], *, final: bool
             )
         if health["kappa"] > 1:
             texts["kappa"] = (
-                f"kappa is {health['kappa']:.3g}: noise decides the size of the Hessian; lower "
-                "ess, raise beta2 or the batch"
+                f"kappa is {health['kappa']:.3g}: the batch's noise decides the size of the "
+                "Hessian; store posterior: flush or train with curvature: ggn"
             )
         if final and health.get("hess_noise", 0.0) > 1:
             texts["hess_noise"] = (
-                f"hess_noise is {health['hess_noise']:.3g}: the size of the Hessian is that of its "
-                "noise, and only its order says something; store posterior: flush"
+                f"hess_noise is {health['hess_noise']:.3g}: noise, that from other weights "
+                "included, decides the size of the Hessian; store posterior: flush"
             )
     if health.get("sigma_over_rms", 0.0) > 0.1:
         floor = "weight_decay" if config.curvature == "ggn" else "hess_init"
