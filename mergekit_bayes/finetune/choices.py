@@ -103,7 +103,7 @@ class Choices:
             unit: Name of one observation, `token` or `example`.
         """
         line = (
-            f"{self.steps:,} steps of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
+            f"{self.steps:,} step{'s' * (self.steps != 1)} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
             f"lr {self.lr:g}, weight_decay {self.weight_decay:g}"
         )
         ivon = self.ivon
