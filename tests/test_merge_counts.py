@@ -22,7 +22,9 @@ def test_a_base_that_counts_otherwise_than_in_the_merge_is_refused(world):
 
 def test_a_merge_that_was_shrunk_otherwise_is_told_in_flags(world):
     merge("a", "b", weights="precision", shrink="0.3", out="ab.safetensors")
-    message = "was merged with --shrink 0.3 no --pool, this merge has no --shrink --pool row"
+    message = (
+        "was merged with --shrink 0.3 and no --pool, this merge has no --shrink and --pool row"
+    )
     with pytest.raises(MismatchError, match=message):
         merge("ab", "b", weights="precision", pool="row", out="x.safetensors")
 

@@ -28,9 +28,9 @@ data = finetuning.data
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "peft", "accelerate", "torch")
 # What bmerge itself prints on stderr while it trains, estimates and measures.
 OURS = (
-    r"\d+ steps of [\d,]+ (tokens|examples), (ivon|adamw): lr .*",
+    r"\d+ steps? of [\d,]+ (tokens|examples), (ivon|adamw): lr .*",
     r"step \d+/\d+  loss .*",
-    r"\d+ steps, mean training loss .*",
+    r"\d+ steps?, mean training loss .*",
     r"posterior: .*",
     r"ggn: looked at .*",
 )

@@ -79,7 +79,8 @@ def command(
         raise typer.Exit(2) from None  # the first process raises the same and prints it
     if not ranks.is_main():
         return
-    screen.print(f"{report.steps} steps, mean training loss {report.loss:.4g}", markup=False)
+    steps = f"{report.steps} step{'s' * (report.steps != 1)}"
+    screen.print(f"{steps}, mean training loss {report.loss:.4g}", markup=False)
     if report.estimator is not None:
         screen.print(
             f"posterior: {report.estimator} over {report.observations:,} {report.unit}s, "

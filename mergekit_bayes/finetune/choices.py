@@ -102,8 +102,9 @@ class Choices:
         Args:
             unit: Name of one observation, `token` or `example`.
         """
+        steps = f"{self.steps:,} step{'s' * (self.steps != 1)}"
         line = (
-            f"{self.steps:,} steps of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
+            f"{steps} of {self.batch_size:,.0f} {unit}s, {self.optimizer}: "
             f"lr {self.lr:g}, weight_decay {self.weight_decay:g}"
         )
         ivon = self.ivon

@@ -235,4 +235,4 @@ def _check_frame(model: Posterior, prior: Prior, base: Input, gain: float) -> No
 def _reshaping(shrink: str | None, pool: str | None) -> str:
     """The two flags as they are given."""
     flags = (("shrink", shrink), ("pool", pool))
-    return " ".join(f"--{flag} {v}" if v is not None else f"no --{flag}" for flag, v in flags)
+    return " and ".join(f"--{flag} {v}" if v is not None else f"no --{flag}" for flag, v in flags)
