@@ -13,12 +13,16 @@ from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.evaluate.continuations import score_continuations, toxicity_by_scorer
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
-from mergekit_bayes.evaluate.prompts import read_prompts
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress
 from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import number_classes, read_labelled, read_texts
+from mergekit_bayes.evaluate.texts import (
+    number_classes,
+    read_labelled,
+    read_prompts,
+    read_texts,
+)
 from mergekit_bayes.metrics.base import PRESENT
 from mergekit_bayes.metrics.toxicity import describe_samples
 from mergekit_bayes.models.load import load_model

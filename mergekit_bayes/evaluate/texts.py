@@ -49,6 +49,16 @@ def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
     return result
 
 
+def read_prompts(config: EvaluateConfig) -> list[str]:
+    """The prompts to continue; none if toxicity is not measured."""
+    if config.toxicity is None:
+        return []
+    column = config.prompt_column
+    where = config.prompts_where or None
+    rows = load_rows(config.toxicity, where=where, max_rows=config.prompts, text=column)
+    return list(rows[column])
+
+
 def number_classes(
     config: EvaluateConfig, labelled: Mapping[str, Labelled], loaded: Loaded
 ) -> dict[str, Examples]:

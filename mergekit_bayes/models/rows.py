@@ -1,6 +1,6 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_TEXT = "text"  # the key of the text in an object
 # Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
 _OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
@@ -45,7 +46,8 @@ def load_rows(
         text: A column that must hold text in every row that is kept.
         label: A column that must hold text or whole numbers in every row that is kept.
 
-    A column inside objects is named with a dot: `prompt.text`.
+    A column inside objects is named with a dot: `prompt.text`. Where the column of texts holds
+    objects, their key `text` is read.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -137,8 +139,7 @@ def _choose(
     text: str | None,
 ) -> _Table:
     """The rows that match `where`, with the named columns only."""
-    if any("." in c and c not in rows.column_names for c in [*columns, *where]):
-        rows = rows.flatten()  # `prompt.text` is a column of its own then
+    rows = _open_objects(rows, [*columns, *where], text)
     for column in [*columns, *where]:
         if column not in rows.column_names:
             advice = _columns_of_text(rows) if column == text else ""
@@ -151,6 +152,27 @@ def _choose(
         matching = [i for i, row in candidates if _matches(row, where)]
         rows, numbers = rows.select(matching), [i + 1 for i in matching]
     return _Table(name, rows.select_columns(list(columns)) if columns else rows, numbers)
+
+
+def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> "Dataset":
+    """Make columns of what is inside objects, where a column is named that is inside one.
+
+    `prompt.text` is a column of its own then. Objects in the column of texts stand for the text
+    that they hold, as in RealToxicityPrompts, whose prompts are objects of a text and its scores.
+    """
+    is_object = text in rows.column_names and _TEXT in (_keys(rows, text) if text else ())
+    if is_object or any("." in c and c not in rows.column_names for c in columns):
+        rows = rows.flatten()
+    inner = f"{text}.{_TEXT}"
+    if text is not None and text not in rows.column_names and inner in rows.column_names:
+        rows = rows.rename_column(inner, text)
+    return rows
+
+
+def _keys(rows: "Dataset", column: str) -> Collection[str]:
+    """The keys of the objects in a column; empty if it holds none."""
+    feature = rows.features[column]
+    return feature.keys() if isinstance(feature, dict) else ()
 
 
 def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
