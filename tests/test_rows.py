@@ -17,7 +17,7 @@ from tests.tiny_models import tiny_bert, tiny_gpt2
 
 MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 NOT_TEXT = {  # with the words by which each is told
-    "an object": ({"text": "the cat", "score": 0.5}, "an object with text, score.*'text.text'"),
+    "an object": ({"body": "the cat", "score": 0.5}, "an object with body, score.*'text.body'"),
     "a list": (["the", "cat"], "a list, expected text"),
     "messages": (MESSAGES, "a list of messages, .*`messages`.*not read yet"),
     "a whole number": (5, r"a number \(5\)"),
@@ -43,6 +43,17 @@ def write(path, values):
     else:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.parquet"])
+def test_an_object_stands_for_the_text_that_it_holds(tmp_path, name):
+    """As in RealToxicityPrompts, in every verb; what it holds must be text, too."""
+    good = [{"text": text, "score": score} for text, score in (("the cat", None), ("sat", 0.5))]
+    rows = load_rows(str(write(tmp_path / name, good)), text="text")
+    assert list(rows["text"]) == ["the cat", "sat"]
+    bad = [*good, {"text": None, "score": 0.1}]
+    with pytest.raises(MismatchError, match="row 3: 'text' is null"):
+        load_rows(str(write(tmp_path / f"bad-{name}", bad)), text="text")
 
 
 @pytest.fixture(scope="module")
