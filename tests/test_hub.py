@@ -190,7 +190,7 @@ def test_inspect_of_the_hub_prints_what_it_knows(hub, tmp_path):
     out = CliRunner().invoke(app, ["inspect", "org/a"])
     assert out.exit_code == 0, out.output
     assert "only headers were read" in out.stderr
-    assert "ggn, of weights unread, for 100 observations" in out.stderr
+    assert "ggn, of weights unread, for 100 tokens" in out.stderr
     hub.add("org/pickled", {"pytorch_model.bin": b"x"})
     refused = CliRunner().invoke(app, ["inspect", "org/pickled"])
     assert refused.exit_code == 2
