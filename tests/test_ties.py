@@ -613,3 +613,28 @@ def test_names_that_only_look_tied_are_left_alone():
     assert find_ties(two | {"lm_head.weight": (6, 4)}) == ()
     (tie,) = find_ties(two | {"b.lm_head.weight": (6, 4)})
     assert tie.names == ("b.embed_tokens.weight", "b.lm_head.weight")
+
+
+@pytest.mark.parametrize("form", ["average", "as the base", "alone on a base"])
+def test_a_head_that_was_lost_is_not_made_up(tmp_path, form):
+    """No model stores a head, and one of them says that it is not the embedding."""
+    paths = {}
+    for seed, (name, ties) in enumerate((("tied", True), ("lost", False))):
+        paths[name] = str(tmp_path / name)
+        tiny.write(tmp_path / name / "model.safetensors", tiny.arrays(seed, LOST))
+        about = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": ties}
+        (tmp_path / name / "config.json").write_text(json.dumps(about))
+    settings = {
+        "average": {"models": (paths["lost"], paths["tied"])},
+        "as the base": {"models": (paths["tied"],), "base": paths["lost"]},
+        "alone on a base": {"models": (paths["lost"],), "base": paths["tied"]},
+    }[form]
+    with pytest.raises(MismatchError, match="has no output head: its config"):
+        plan_merge(MergeConfig(**settings, out=str(tmp_path / "out")))
+    # A model without a head, and one that has it under a name of its own, have lost nothing.
+    config = tmp_path / "lost" / "config.json"
+    config.write_text(config.read_text().replace("ForCausalLM", "Model"))
+    plan_merge(MergeConfig(**settings, out=str(tmp_path / "out"))).close()
+
+
+LOST = {"model.embed_tokens.weight": (6, 4), "model.layers.0.mlp.weight": (4, 4)}

@@ -19,6 +19,7 @@ from mergekit_bayes.plan.corrections import correct_config
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.heads import head_changes
 from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.lost_heads import refuse_lost_heads
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
 from mergekit_bayes.plan.model_configs import compare_configs
@@ -137,6 +138,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             check_precisions(config, inputs, notes)
             inputs = weigh(config, inputs, notes)
             guard = choose_guard(config, inputs, rules, notes)
+        refuse_lost_heads(inputs)
         matched = match_tensors(config, method, inputs, rules, notes)
         compare_configs(config, inputs, matched.steps, notes)
         config_changes = correct_config(inputs, matched.steps, notes)
