@@ -38,6 +38,11 @@ def lines(*arguments):
             "precision",
         ),
         (
+            {"scale": (1, "a.safetensors:attn=0")},
+            "'base.safetensors' plus the changes of 2 models (scale 1 each); some tensors by "
+            "scales of their own",
+        ),
+        (
             {"method": "ties"},
             "'base.safetensors' plus the changes of 2 models (scale 1 each), by ties",
         ),

@@ -131,7 +131,9 @@ class FinetuneConfig(Config):
     scheduler: str = Field(
         "linear", description="Schedule of the learning rate, by its name in transformers."
     )
-    seed: int = Field(0, description="Seed of the order of the data and of all noise.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the order of the data and of all noise."
+    )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "float32",
         description="Dtype of the parameters: `float32`, `bfloat16`, or `auto` for the file's. "

@@ -29,6 +29,7 @@ class MergeRecord(TypedDict, total=False):
     """`merge_report.json`, as far as a card shows it: of whole models, or of adapters."""
 
     version: str
+    summary: str
     method: str
     formula: str
     weights: str

@@ -31,7 +31,9 @@ def _parts(facts: Facts) -> Iterator[str]:
     if facts.parents:
         yield _parents_table(facts)
     if facts.report.get("models"):
-        yield "\n".join(f"- {line}" for line in _merge_numbers(facts.report))
+        summary = without_paths(facts.report.get("summary", ""), facts.parents)
+        lines = [*([summary] if summary else []), *_merge_numbers(facts.report)]
+        yield "\n".join(f"- {line}" for line in lines)
     elif facts.report:
         yield (
             f"Rank {facts.report['rank']}; the largest relative error of a layer is "

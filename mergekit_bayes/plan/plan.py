@@ -99,7 +99,8 @@ class MergePlan(Closing):
     @property
     def summary(self) -> str:
         """What the merge does, in one line."""
-        return summarise(self.method, self.inputs)
+        has_rules = any(isinstance(scale, str) for scale in self.config.scale)
+        return summarise(self.method, self.inputs, has_rules=has_rules)
 
     @property
     def to_file(self) -> bool:

@@ -75,7 +75,8 @@ class MergeConfig(Config):
     on_config: Literal["error", "base"] = Field(
         "error",
         description="Configs that give the weights another meaning (attention heads, activation, "
-        "labels): error, or base (take the base's, else the first model's, as true of all).",
+        "position embedding): error, or base (take the base's, else the first model's, as true of "
+        "all).",
     )
     side_files: str | None = Field(
         None,

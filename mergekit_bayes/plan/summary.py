@@ -9,23 +9,28 @@ _AVERAGES = ("average", "precision_average", "fisher")
 _SUMS = ("task_arithmetic", "gradient_matching")
 
 
-def summarise(method: Method, inputs: Inputs) -> str:
+def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
     """What a merge of whole models does: an average, or a base plus changes, and how it is weighed.
 
     Args:
         method: The merging rule.
         inputs: The models.
+        has_rules: Whether some tensors have scales of their own (`--scale MODEL:REGEX=X`).
     """
     scales = [task.scale for task in inputs.tasks]
     count = len(scales)
     models = f"{count} model{'s' * (count > 1)}"
+    others = "; some tensors by scales of their own" if has_rules else ""
     weighed = ", weighted by precision" if method.needs_precision else ""
     if inputs.base is None:
         kind = "average" if method.name in _AVERAGES else method.name
-        return f"{kind} of {models}{shares(scales)}{weighed}"
+        return f"{kind} of {models}{shares(scales)}{weighed}{others}"
     change = f"change{'s' * (count > 1)}"
     by = "" if method.name in _SUMS else f", by {method.name}"
-    return f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
+    return (
+        f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
+        f"{others}"
+    )
 
 
 def shares(scales: Sequence[float]) -> str:

@@ -36,7 +36,9 @@ class PrecisionConfig(Config):
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
-    seed: int = Field(0, description="Seed of the choice of rows and of the random signs.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the choice of rows and of the random signs."
+    )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
     device: Device = None
     dtype: Dtype = "float32"
