@@ -213,3 +213,17 @@ def test_a_list_names_the_value_that_is_wrong():
         MergeConfig(models=("a", "b"), isotropic={"a": "x"})
     with pytest.raises(ConfigError, match=r"DetoxConfig: toxic\.data: is required"):
         DetoxConfig(**GOOD[DetoxConfig] | {"toxic": {}})
+
+
+@pytest.mark.parametrize(
+    ("config", "given"),
+    [
+        (EvaluateConfig, {"model": "m"}),
+        (FinetuneConfig, {"model": "m", "data": "d", "output": "o"}),
+        (PrecisionConfig, {"model": "m", "data": "d"}),
+    ],
+)
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, "many"])
+def test_a_seed_that_no_generator_takes_is_refused_where_it_is_given(config, given, seed):
+    with pytest.raises(ConfigError, match="seed"):
+        config(**given, seed=seed)

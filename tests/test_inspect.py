@@ -14,6 +14,7 @@ from mergekit_bayes.inspect import QUANTILES, totals
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.posterior import PosteriorInfo, open_posterior, save_posterior
 from tests import tiny
+from tests.adapters import adapter, base, factors, precise
 
 SHAPES = {
     "transformer.wte.weight": (50, 8),
@@ -246,3 +247,14 @@ def test_inspect_needs_no_torch(world):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_adapter_on_its_base_shows_the_record_of_its_precision(tmp_path):
+    folder, name = base(tmp_path / "base"), tmp_path / "ad"
+    adapter(name, made := factors(0), precision=precise(made, 0))
+    report = run_inspect(f"{folder}+{name}")
+    alone = run_inspect(str(name))
+    assert report.path == f"{folder}+{name}"
+    assert report.precision.info == alone.precision.info
+    assert report.precision.belongs is True
+    assert not any("does not say where it comes from" in note for note in report.notes)

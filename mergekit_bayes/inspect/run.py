@@ -62,7 +62,8 @@ def run_inspect(
         layers = tuple(total.report() for total in totals)
         summary = _precision_summary(posterior, totals)
         return InspectReport(
-            path=str(posterior.path),
+            # BASE+ADAPTER has two paths, and both are what is shown.
+            path=posterior.ref if posterior.parts else str(posterior.path),
             files=tuple(file.name for file in mean.files),
             bytes=sum(file.stat().st_size for file in mean.files),
             identity=identify(mean, full=False).blocks,
@@ -150,7 +151,10 @@ def _comparison(match: TensorMatch, totals: list[LayerTotals]) -> Comparison:
 
 
 def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> PrecisionSummary | None:
-    precision, mean, info = posterior.precision, posterior.mean, posterior.info
+    precision, mean = posterior.precision, posterior.mean
+    # The precision of BASE+ADAPTER is made of that of the adapter's factors, which has the record.
+    owner = posterior.parts[-1] if posterior.parts else posterior
+    info = owner.info
     if precision is None:
         return None
     entries = sum(total.parameters for total in totals)
@@ -160,7 +164,7 @@ def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> Preci
     return PrecisionSummary(
         files=tuple(str(file) for file in precision.files),
         info=info,
-        belongs=None if info is None else info.mean.blocks == identify(mean, full=False).blocks,
+        belongs=None if info is None else info.mean.blocks == owner.identity,
         covered=covered / entries if entries else 0.0,
         numbers=sum(total.precision.numbers for total in totals),
         unknown=unknown_tensors(precision_specs, mean.specs),
