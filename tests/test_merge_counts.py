@@ -217,3 +217,13 @@ def test_one_number_can_stand_for_a_precision(world):
         np.testing.assert_allclose(
             value, m0 - (4 + h) / np.maximum(4 - h, 0.2 * (4 + h)) * (m - m0), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("count", "is_noted"), [("0.5", True), ("2e4", True), ("3x", False), ("90", False)]
+)
+def test_a_count_that_may_have_been_meant_as_a_multiple_is_noted(world, count, is_noted):
+    report = merge(
+        "a", base="base", weights="precision", observations={"BASE": count}, out="x.safetensors"
+    )
+    assert any(f"{count}x multiplies" in note for note in report.notes) == is_noted

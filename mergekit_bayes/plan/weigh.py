@@ -15,6 +15,9 @@ from mergekit_bayes.plan.inputs import Input, Inputs, TaskAnchor, Weighing
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import Identity, MergeTrace, Posterior, PosteriorInfo, Prior
 
+# A count that is further from the recorded one, by this factor, deserves a remark.
+_FAR = 100.0
+
 
 def weigh(config: MergeConfig, inputs: Inputs, notes: list[str]) -> Inputs:
     """The same inputs, each with the weighing of its precision.
@@ -106,6 +109,7 @@ class _Weigher:
         recorded = recorded_count(model) or unit
         if factor is None:
             count = float(requested_count(self._config, model))
+            self._note_count(model, count, recorded)
         else:
             count = factor * self._default_count(recorded)
         prior = info.prior.precision if info.prior.kind == "isotropic" else 0.0
@@ -129,6 +133,7 @@ class _Weigher:
             count = factor * default
         elif total_scale > 0:
             count = float(requested_count(self._config, model)) / total_scale
+            self._note_count(model, count * total_scale, recorded * total_scale)
         else:
             raise ConfigError(
                 f"--observations {model.ref}={requested_count(self._config, model)}: it is a "
@@ -141,6 +146,15 @@ class _Weigher:
         self._check_reshaping(model, trace)
         self._note_merge(model, info.prior, gain)
         return _merge_weighing(model, info.prior, self._base, gain, count * total_scale)
+
+    def _note_count(self, model: Posterior, count: float, recorded: float) -> None:
+        """Say if a count was given that may have been meant as a multiple."""
+        if not 1 / _FAR <= count / recorded <= _FAR:
+            requested = requested_count(self._config, model)
+            self._notes.append(
+                f"--observations {model.ref}={requested} counts it for {count:,g} observations, of "
+                f"the {recorded:,g} that it records; {requested}x multiplies"
+            )
 
     def _default_count(self, recorded: float) -> float:
         if self._config.counts == "recorded" or self._common is None:
