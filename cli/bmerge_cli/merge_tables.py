@@ -75,10 +75,10 @@ def show_report(screen: Console, report: MergeReport) -> None:
     for model in report.models:
         if model.ratio is not None:
             screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
-    if report.ruled:
+    if count := len(report.ruled):
         screen.print(
-            f"  {len(report.ruled)} tensors by a rule, {next(iter(report.ruled))} first: see the "
-            "report"
+            f"  {count} tensor{'s' * (count > 1)} by a rule, {next(iter(report.ruled))} first: see "
+            "the report"
         )
     removes = any(m.scale is not None and m.scale < 0 for m in report.models)
     if report.weights == "precision" and (removes or report.guarded_share > 0):

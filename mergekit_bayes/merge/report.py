@@ -147,7 +147,8 @@ def _merged_model(
         notes.append(f"the precision of '{model.ref}' is zero in all of {_some(names)}")
     replaced = totals.replaced[model]
     if replaced:
-        notes.append(f"{replaced:,} bad entries of '{model.ref}' took the base's values")
+        entries = "entry" if replaced == 1 else "entries"
+        notes.append(f"{replaced:,} bad {entries} of '{model.ref}' took the base's values")
     return MergedModel(
         ref=model.ref,
         role="base" if is_base else "task",
