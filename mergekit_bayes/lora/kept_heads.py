@@ -131,5 +131,5 @@ def _refuse_other_rows(base: Posterior, mean: AdaptedSource, kept: Mapping[str, 
                 f"'{mean.adapter.ref}' on its base has '{first}' of {list(shapes[first])} and "
                 f"'{other}' of {list(shapes[other])}, whose rows are equal in a model: the "
                 "vocabulary was resized in training, and the adapter does not hold all that was "
-                f"resized. {_SAVE if is_saved else ''}{FOLD}"
+                "resized. " + (f"{_SAVE}{FOLD[0].lower()}{FOLD[1:]}" if is_saved else FOLD)
             )
