@@ -74,6 +74,7 @@ def test_an_adapter_that_does_not_fit_its_base_or_itself_is_refused(tmp_path):
         '{"peft_type": "LORA"}',
         '{"r": 0, "lora_alpha": 1}',
         '{"r": 1, "lora_alpha": "x"}',
+        "[" * 100_000,
     ],
 )
 def test_a_broken_config_is_named(tmp_path, text):
@@ -82,6 +83,54 @@ def test_a_broken_config_is_named(tmp_path, text):
     with pytest.raises(
         CheckpointError, match=r"adapter_config\.json: cannot be read as a LoRA config"
     ):
+        open_adapter(str(tmp_path / "a"))
+
+
+OTHER_FORMS = {
+    "modules_to_save": [5, "score", [1], {"score": 1}, True],
+    "target_modules": [5, [1, None], {"q": 1}],
+    "use_rslora": ["no", 1],
+    "fan_in_fan_out": ["x", 0],
+    "ensure_weight_tying": ["no"],
+    "init_lora_weights": [["pissa"], 1],
+    "task_type": [["SEQ_CLS"], 3],
+    "base_model_name_or_path": [{"a": 1}, 7],
+    "rank_pattern": [{"[": 2}, {"q{99999999999}": 2}, {"(" * 5000 + ")" * 5000: 2}],
+    "alpha_pattern": [{"*q": 2}, {"(?P<x": 2}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in OTHER_FORMS.items() for v in vs])
+def test_a_key_whose_value_has_another_form_than_peft_gives_it_is_named(tmp_path, key, value):
+    adapter(tmp_path / "a", factors(0), **{key: value})
+    message = rf"adapter_config\.json: {key} (is|has the key) .*save the adapter again\.$"
+    with pytest.raises(ConfigError, match=message):
+        open_adapter(str(tmp_path / "a"))
+    # Not given is as PEFT's default.
+    adapter(tmp_path / "b", factors(0), **{key: None})
+    with open_adapter(str(tmp_path / "b")) as opened:
+        assert len(opened.layers) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": True},
+        {"lora_alpha": True},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"rank_pattern": {"q": True}},
+        {"rank_pattern": {"q": "2"}},
+        {"rank_pattern": [2]},
+        {"rank_pattern": "q"},
+        {"alpha_pattern": {"q": True}},
+        {"alpha_pattern": {"q": None}},
+        {"alpha_pattern": {"q": 10**400}},
+    ],
+)
+def test_ranks_and_alphas_that_are_no_numbers_are_named(tmp_path, settings):
+    adapter(tmp_path / "a", factors(0), **settings)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: cannot be read as a LoRA"):
         open_adapter(str(tmp_path / "a"))
 
 

@@ -26,7 +26,7 @@ from mergekit_bayes.checkpoint.specs import Array, Closing
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
-from mergekit_bayes.lora.layers import Factors, Layer, read_layers
+from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 
@@ -45,7 +45,7 @@ class Adapter(Closing):
         replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
             that are stored whole), from the name in the model to the name on disk.
         unused: Names on disk of tensors that have no effect: the base's copies of modules that are
-            replaced.
+            replaced, and second copies of one tensor.
     """
 
     posterior: Posterior
@@ -69,10 +69,14 @@ class Adapter(Closing):
         """What a report says of tensors that have no effect; None if there are none."""
         if not self.unused:
             return None
-        return (
-            f"'{self.ref}' has the base's own copies of modules that it replaces "
-            f"('{self.unused[0]}', {len(self.unused)} such): left out"
-        )
+        originals = [name for name in self.unused if is_original(name)]
+        second = [name for name in self.unused if name not in originals]
+        kinds = {
+            "the base's own copies of modules that it replaces": originals,
+            "second copies of tensors under other names": second,
+        }
+        texts = [f"{what} ('{n[0]}', {len(n)} such)" for what, n in kinds.items() if n]
+        return f"'{self.ref}' has {' and '.join(texts)}: left out"
 
     def factors(self, layer: Layer) -> Factors:
         """Read the factors of a layer, as float32 matrices.

@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.checkpoint.strict_json import shown
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
 
@@ -62,7 +64,8 @@ def read_config(path: Path, ref: str) -> LoraConfig:
 
     Raises:
         CheckpointError: There is no config, or it is not one of LoRA.
-        ConfigError: The adapter is more than `s B A` on its base's weights.
+        ConfigError: The adapter is more than `s B A` on its base's weights, or a key that is read
+            has a value of another form than PEFT gives it.
     """
     file = (path.parent if path.is_file() else path) / CONFIG
     if not file.exists():
@@ -80,12 +83,13 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         _refuse_other_kinds(config, ref)
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
-        if not all(isinstance(r, int) and r > 0 for r in ranks) or not all(
-            math.isfinite(a) for a in alphas
+        if not all(_is_number(r) and isinstance(r, int) and r > 0 for r in ranks) or not all(
+            _is_number(a) and math.isfinite(a) for a in alphas
         ):
             raise ValueError("r is not a positive and lora_alpha not a finite number")
+        _check_forms(config, file)
         return config
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, *_TOO_LARGE) as error:
         raise CheckpointError(
             f"{file}: cannot be read as a LoRA config ({error!r}). Save the adapter again."
         ) from None
@@ -100,6 +104,78 @@ def is_targeted(config: LoraConfig, module: str) -> bool:
     if not isinstance(targets, list):
         return True
     return any(module == t or module.endswith(f".{t}") for t in targets)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_names_or_pattern(value: object) -> bool:
+    return isinstance(value, str) or _is_list_of_names(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_flag_or_text(value: object) -> bool:
+    return isinstance(value, bool | str)
+
+
+_TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond what Python handles
+# The keys whose values are relied on beside the ranks and alphas: a test, and what is expected.
+_FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "modules_to_save": (_is_list_of_names, "a list of module names"),
+    "target_modules": (_is_names_or_pattern, "a list of module names, or a regular expression"),
+    "use_rslora": (_is_flag, "true or false"),
+    "fan_in_fan_out": (_is_flag, "true or false"),
+    "ensure_weight_tying": (_is_flag, "true or false"),
+    "init_lora_weights": (_is_flag_or_text, "true, false or the name of a method"),
+    "task_type": (_is_text, "text"),
+    "base_model_name_or_path": (_is_text, "text"),
+}
+
+
+def _check_forms(config: Mapping[str, object], file: Path) -> None:
+    """Refuse keys whose values have another form than PEFT gives them; null is always allowed.
+
+    Raises:
+        ConfigError: A value has another form, or a pattern is no regular expression.
+    """
+    for key, (is_expected, expected) in _FORMS.items():
+        value = config.get(key)
+        if value is not None and not is_expected(value):
+            raise ConfigError(
+                f"{file}: {key} is {shown(value)}, where {expected} is expected. Correct it "
+                "there, or save the adapter again."
+            )
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            try:
+                re.compile(module_pattern(pattern))
+            except (re.error, *_TOO_LARGE) as error:
+                raise ConfigError(
+                    f"{file}: {key} has the key {shown(pattern)}, which is no regular expression "
+                    f"({error}). Correct it there, or save the adapter again."
+                ) from None
+
+
+def module_pattern(pattern: str) -> str:
+    """The regular expression by which a key of `rank_pattern` and the like matches modules.
+
+    It matches the end of a module's name, from a dot or the start on, as in PEFT.
+    """
+    return rf"(.*\.)?({pattern})$"
 
 
 def _refuse_other_kinds(config: Mapping[str, object], ref: str) -> None:

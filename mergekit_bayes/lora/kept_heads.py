@@ -1,18 +1,26 @@
 """Heads that an adapter leaves as they are although it trains the embedding they are tied to.
 
 PEFT trains a copy of the embedding (`modules_to_save`), and a head that was tied to it stays the
-base's embedding. The base stores one tensor for both, so that the folded model has one more.
+base's embedding. The base stores one tensor for both, so that the folded model has one more. Where
+the vocabulary was resized, such a head has other rows than the embedding, and there is no model of
+both.
 """
+
+from collections.abc import Collection, Iterator, Mapping
 
 from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.specs import CheckpointSource
-from mergekit_bayes.checkpoint.ties import find_ties, ties_embeddings
+from mergekit_bayes.checkpoint.ties import Tie, find_ties, ties_embeddings
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
 from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.writers import FOLD
 from mergekit_bayes.posterior import Posterior
 
 _WITHOUT_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _USUAL_HEAD = "lm_head.weight"  # of a model for causal language modelling
+_SAVE = "Save it again with `model.save_pretrained(OUT, save_embedding_layers=True)`. Or: "
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors by name
 
 
 class HeadKeepingSource(AdaptedSource):
@@ -53,10 +61,12 @@ def with_kept_heads(base: Posterior, adapter: Adapter) -> AdaptedSource:
 
     Raises:
         ConfigError: The layout of a square weight is ambiguous.
-        MismatchError: A layer or tensor of the adapter does not fit the base.
+        MismatchError: A layer or tensor of the adapter does not fit the base, or the head has
+            other rows than the embedding.
     """
     mean = AdaptedSource(base.mean, adapter)
     heads = _kept_heads(base, mean)
+    _refuse_other_rows(base, mean, heads)
     return HeadKeepingSource(base.mean, adapter, heads) if heads else mean
 
 
@@ -72,12 +82,54 @@ def _kept_heads(base: Posterior, mean: AdaptedSource) -> dict[str, str]:
         return {}
     shapes = {name: spec.shape for name, spec in mean.specs.items()}
     architectures = str(config.get("architectures"))
+    # The base does not store the head; what else it stores, or its class, says that it has one.
     is_causal = "ForCausalLM" in architectures or "LMHead" in architectures
+    ties = (*find_ties(shapes), *(_usual_ties(changed, shapes) if is_causal else ()))
     heads: dict[str, str] = {}
-    for name in changed:
-        # The base does not store the head; what else it stores, or its class, says that it has one.
-        usual = {_USUAL_HEAD: shapes[name]} if is_causal and len(shapes[name]) == 2 else {}
-        for tie in find_ties({**usual, **shapes}):
-            if tie.source == name:
-                heads |= {head: name for head in tie.heads if head not in shapes}
+    for tie in ties:
+        if tie.source in changed:
+            heads |= {head: tie.source for head in tie.heads if head not in shapes}
     return heads
+
+
+def _usual_ties(changed: Collection[str], shapes: Shapes) -> Iterator[Tie]:
+    """The ties of the changed embeddings to the usual head, which no tensor of `shapes` shows.
+
+    All tensors are searched once for each width of an embedding, not for each changed tensor.
+    """
+    widths = {}
+    for name in changed:
+        shape = shapes[name]
+        alone = find_ties({_USUAL_HEAD: shape, name: shape}) if len(shape) == 2 else ()
+        if any(tie.source == name for tie in alone):
+            widths[shape[1:]] = shape
+    for shape in widths.values():
+        yield from find_ties({_USUAL_HEAD: shape, **shapes})
+
+
+def _refuse_other_rows(base: Posterior, mean: AdaptedSource, kept: Mapping[str, str]) -> None:
+    """Refuse an embedding and a head (or other tensors that may be tied) of different rows.
+
+    A model whose task needs no head for tokens does not use the one that its base may have.
+
+    Raises:
+        MismatchError: The adapter holds some of them with other rows, and not all.
+    """
+    if not mean.replaced or mean.adapter.config.get("task_type") in _WITHOUT_HEAD:
+        return
+    stored = {name: spec.shape for name, spec in base.mean.specs.items()}
+    shapes = {name: spec.shape for name, spec in mean.specs.items()}
+    groups = [tie.names for tie in find_ties(shapes)] + [(e, head) for head, e in kept.items()]
+    shapes |= {head: stored[embedding] for head, embedding in kept.items()}
+    for names in groups:
+        first, *others = [name for name in names if name in shapes]
+        other = next((n for n in others if shapes[n][:1] != shapes[first][:1]), None)
+        if other is not None and len({stored[name][:1] for name in names if name in stored}) < 2:
+            # Beside adapted heads and below biases PEFT does not save what was resized.
+            is_saved = len(shapes[first]) > 1 and not mean.adapted.keys() & {*names}
+            raise MismatchError(
+                f"'{mean.adapter.ref}' on its base has '{first}' of {list(shapes[first])} and "
+                f"'{other}' of {list(shapes[other])}, whose rows are equal in a model: the "
+                "vocabulary was resized in training, and the adapter does not hold all that was "
+                "resized. " + (f"{_SAVE}{FOLD[0].lower()}{FOLD[1:]}" if is_saved else FOLD)
+            )

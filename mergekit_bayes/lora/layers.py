@@ -7,8 +7,9 @@ from typing import NamedTuple, TypeVar
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
+from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
+from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig, module_pattern
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
@@ -79,7 +80,8 @@ class AdapterTensors(NamedTuple):
         layers: The layers by module, in order of the modules' names.
         replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
             that were stored whole), from the name in the model to the name on disk.
-        unused: Names on disk of the base's own copies of modules that are replaced.
+        unused: Names on disk of the base's own copies of modules that are replaced, and of second
+            copies of one tensor.
     """
 
     layers: dict[str, Layer]
@@ -91,7 +93,8 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     """Sort an adapter's tensors into layers and tensors that replace the base's.
 
     Raises:
-        CheckpointError: There are no layers, or a factor is missing, empty or not of numbers.
+        CheckpointError: There are no layers, a factor is missing, empty or not of numbers, or one
+            tensor is stored twice with different values.
         ConfigError: A tensor is neither a factor of a matrix nor a whole tensor of the model, or
             there are several adapters in the file.
         MismatchError: The factors have another rank than the config says.
@@ -105,14 +108,15 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     for disk, name in in_model.items():
         factor, saved = factors[disk], _SAVED.fullmatch(name)
         if factor:
-            _add(names.setdefault(factor["module"], {}), factor["factor"], disk, posterior)
+            sides = names.setdefault(factor["module"], {})
+            unused += _add(sides, factor["factor"], disk, posterior)
         elif saved:
             tensor = _without_adapter(saved["rest"], adapters)
-            _add(replacements, f"{saved['module']}.{tensor}", disk, posterior)
-        elif _ORIGINAL.search(name):
+            unused += _add(replacements, f"{saved['module']}.{tensor}", disk, posterior)
+        elif is_original(name):
             unused.append(disk)
         elif _is_whole(name, config.get("modules_to_save") or ()):
-            _add(replacements, name.replace(".base_layer.", "."), disk, posterior)
+            unused += _add(replacements, name.replace(".base_layer.", "."), disk, posterior)
         else:
             raise ConfigError(
                 f"{posterior.mean.where(disk)}: "
@@ -140,6 +144,11 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
     return AdapterTensors(layers, replacements, tuple(unused))
 
 
+def is_original(disk: str) -> bool:
+    """Whether a tensor is the base's own copy of a module that the adapter replaces."""
+    return bool(_ORIGINAL.search(disk))
+
+
 def _in_model(disk: str) -> str:
     """A tensor's name in the model, perhaps with what PEFT put into it."""
     name = _WRAPPER.sub("", disk)
@@ -152,13 +161,28 @@ def _without_adapter(name: str, adapters: Collection[str]) -> str:
     return rest if rest and first in (adapters or ("default",)) else name
 
 
-def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> None:
-    if name in names:
+def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> list[str]:
+    """Record where a tensor of the model is stored, and return the second copies of it.
+
+    PEFT stores a trained embedding or head twice where the vocabulary was resized: as a module to
+    save, and as an embedding. Of equal copies the one with a precision counts, or else the one
+    under `modules_to_save`, whatever the order in the file.
+    """
+    other = names.setdefault(name, disk)
+    if other == disk:
+        return []
+    if not have_same_values(posterior.mean, disk, other):
         raise CheckpointError(
-            f"{posterior.mean.where(disk)}: '{disk}' and '{names[name]}' are one tensor of the "
-            "model. Save the adapter again."
+            f"{posterior.mean.where(disk)}: '{disk}' and '{other}' are one tensor of the model, "
+            "and their values differ. Save the adapter again."
         )
-    names[name] = disk
+    precise = () if posterior.precision is None else posterior.precision.specs
+
+    def rank(copy: str) -> tuple[bool, bool]:
+        return copy in precise, _SAVED.search(copy) is not None
+
+    names[name] = max(other, disk, key=rank)
+    return [other if names[name] == disk else disk]
 
 
 def _read_layer(
@@ -217,12 +241,9 @@ def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
 
 
 def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
-    """The value of the first pattern that matches the end of a module's name.
-
-    The match begins at a dot or at the start of the name, as in PEFT.
-    """
+    """The value of the first pattern that matches the end of a module's name."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(module_pattern(pattern), module):
             return value
     return default
 

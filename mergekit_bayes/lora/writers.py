@@ -156,10 +156,10 @@ def refuse_factors(model: Posterior) -> None:
             of the changes that they make.
     """
     names = model.mean.specs
-    whole = next((n for n in names if n.startswith(_PEFT_MODEL) and _FACTOR.search(n)), None)
-    if whole is not None and not is_adapter_only(names):
+    factor = next((n for n in names if n.startswith(_PEFT_MODEL) and _FACTOR.search(n)), None)
+    if factor is not None and not is_adapter_only(names):
         raise MismatchError(
-            f"'{model.ref}' is a PeftModel that was saved whole: it holds '{whole}' beside the "
+            f"'{model.ref}' is a PeftModel that was saved whole: it holds '{factor}' beside the "
             f"base's weights, and factors are not merged one by one. {FOLD}"
         )
     if is_adapter_only(names):

@@ -144,6 +144,7 @@ class _Matcher:
         if self._only is not None and all(s.copied is not None for s in self._matched.steps):
             raise ConfigError(
                 f"--only '{self._config.only}' matches no tensor of '{donor.ref}' that is merged."
+                f"{self._copy_hint(self._only)}"
             )
         specs = donor.posterior.mean.specs
         if not self._parameters and specs:
@@ -155,12 +156,18 @@ class _Matcher:
             )
         for rule in self._rules:
             if rule.text not in self._matching_rules:
-                copies = self._ties.copies
-                tied = next((name for name in copies if rule.pattern.search(name)), None)
-                hint = f" '{tied}' is a copy of '{copies[tied]}': name that one." if tied else ""
                 raise ConfigError(
-                    f"--scale '{rule.text}' matches no tensor of '{donor.ref}'.{hint}"
+                    f"--scale '{rule.text}' matches no tensor of '{donor.ref}'."
+                    f"{self._copy_hint(rule.pattern)}"
                 )
+
+    def _copy_hint(self, pattern: re.Pattern[str]) -> str:
+        """What to name in place of a copy that a pattern matches; empty if it matches none."""
+        copies = self._ties.copies
+        for name, source in copies.items():
+            if pattern.search(name) and not pattern.search(source):
+                return f" '{name}' is a copy of '{source}': name that one."
+        return ""
 
     def _select(self, name: str, spec: TensorSpec, donor: Operand) -> _Selection | None:
         """Each model's tensor and how much of it is merged; None if the tensor is left out."""

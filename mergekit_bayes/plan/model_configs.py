@@ -124,7 +124,7 @@ def _compare(key: str, donors: object, other: object) -> Difference | None:
     if donors == other or (_is_neutral(donors) and _is_neutral(other)):
         return None
     if meaning is not None and (donors is None or other is None):
-        return None  # the default of an architecture, which the shapes decide or nobody knows here
+        return None  # the default of an architecture, which the shapes decide or is unknown here
     return Difference(key, donors, other, meaning)
 
 

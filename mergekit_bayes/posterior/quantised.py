@@ -84,7 +84,7 @@ def refuse_quantised(model: Posterior) -> None:
 def stale_claims(config: Mapping[str, object]) -> dict[str, object]:
     """The changes to a config that remove a `quantization_config` which is not true of the weights.
 
-    Some configs quantise plain weights anew in every forward pass: these are true, and stay.
+    Some configs quantise plain weights again in every forward pass: these are true, and stay.
 
     Args:
         config: The config of a model that `refuse_quantised` found to be plain numbers.
