@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import read_model_config
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.plan.heads import contributors
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.side_files import config_input
 from mergekit_bayes.plan.steps import Step
 
 # Keys whose last component decides what each number of a tensor means, by what they are.
@@ -61,7 +61,9 @@ class Difference(NamedTuple):
 def compare_configs(
     config: MergeConfig, inputs: Inputs, steps: Sequence[Step], notes: list[str]
 ) -> None:
-    """Compare the config of each model that is merged with that of the donor.
+    """Compare the config of each model that is merged with the one that is written.
+
+    Where none is written, or it says nothing, the first config of the others takes its place.
 
     Args:
         config: The settings.
@@ -73,21 +75,21 @@ def compare_configs(
         MismatchError: The weights mean other things under another config, and `--on-config` is
             `error`.
     """
-    merging = {model for step in steps if step.copied is None for model in contributors(step)}
-    donor = inputs.donor
-    donors = read_model_config(donor.posterior.path)
-    for model in inputs:
-        others = read_model_config(model.posterior.path)  # of BASE+ADAPTER the base's
-        if model is donor or model not in merging or not donors or not others:
+    merging = {model for step in steps if step.copied is None for model in step.contributors}
+    stored = {model: read_model_config(model.posterior.path) for model in inputs}
+    candidates = [config_input(inputs), inputs.donor, *(m for m in inputs if m in merging)]
+    reference = next((model for model in candidates if model and stored[model]), None)
+    for model, others in stored.items():  # of BASE+ADAPTER the base's
+        if reference is None or model is reference or model not in merging or not others:
             continue
-        differences = find_differences(donors, others)
+        differences = find_differences(stored[reference], others)
         meant = [difference for difference in differences if difference.meaning is not None]
         if meant and config.on_config == "error":
-            raise _conflict(meant, model, donor)
+            raise _conflict(meant, model, reference)
         if differences:
             notes.append(
                 f"config.json of '{model.ref}' has {_listed(differences)}: its weights were "
-                f"trained with these, and the output has those of '{donor.ref}'"
+                f"trained with these, and the output has those of '{reference.ref}'"
             )
 
 
@@ -137,13 +139,13 @@ def _is_neutral(value: object) -> bool:
     )
 
 
-def _conflict(differences: Sequence[Difference], model: Input, donor: Input) -> MismatchError:
+def _conflict(differences: Sequence[Difference], model: Input, reference: Input) -> MismatchError:
     meanings = " and ".join(dict.fromkeys(str(d.meaning) for d in differences))
     return MismatchError(
         f"config.json of '{model.ref}' has {_listed(differences)}: the same weights mean other "
         f"things under other {meanings}, so that they cannot be averaged or added. If the models "
         "are of one architecture after all, correct the config that is wrong, or pass --on-config "
-        f"base to take that of '{donor.ref}' as true of all."
+        f"base to take that of '{reference.ref}' as true of all."
     )
 
 

@@ -84,7 +84,7 @@ def refuse_quantised(model: Posterior) -> None:
 def stale_claims(config: Mapping[str, object]) -> dict[str, object]:
     """The changes to a config that remove a `quantization_config` which is not true of the weights.
 
-    Some configs quantise plain weights anew in every forward pass: these are true, and stay.
+    Some configs quantise plain weights again in every forward pass: these are true, and stay.
 
     Args:
         config: The config of a model that `refuse_quantised` found to be plain numbers.
@@ -92,13 +92,8 @@ def stale_claims(config: Mapping[str, object]) -> dict[str, object]:
     Returns:
         New values of the config's keys, None for a key to remove; empty if nothing is stale.
     """
-    changes: dict[str, object] = {}
-    if _is_stale(config.get(_KEY)):
-        changes[_KEY] = None
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and _is_stale(nested.get(_KEY)):
-        changes["text_config"] = {key: value for key, value in nested.items() if key != _KEY}
-    return changes
+    is_stale = _is_stale(config.get(_KEY)) or _is_stale(text_config(config).get(_KEY))
+    return {_KEY: None} if is_stale else {}  # `change_config` removes it in a `text_config`, too
 
 
 def refuse_emptied(model: Posterior) -> None:
