@@ -36,10 +36,25 @@ _DRIFTS = (
     r"|max_position_embeddings|n_positions|\w+_softcap(ping)?|\w*experts_per_tok(en)?|n_group"
     r"|topk_group|is_causal|use_bidirectional_attention|problem_type|model_type"
 )
+_SWITCHES = r"\w+_window|\w+_softcap(ping)?"  # whose null says that there is none
 # Two names of one function, and approximations of it that differ in the fourth digit.
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 _NEAR_ACTIVATIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_10"}
-_THETA = 10_000.0  # the rotary base where a config gives none
+# The rotary base where a config gives none, and the architectures for which that is so. Others have
+# defaults of their own.
+_THETA = 10_000.0
+_THETA_TYPES = (
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "qwen2",
+)
+_BY_ARCHITECTURE = ("rope_theta", "partial_rotary_factor")  # whose defaults differ
+_UNSCALED = ("default", "mrope", "axial")  # positions in several dimensions, with plain frequencies
 
 
 class Difference(NamedTuple):
@@ -98,7 +113,8 @@ def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> li
 
     A key that one config lacks is compared only where its absence has a known meaning.
     """
-    left, right = dict(_flat(donors)), dict(_flat(others))
+    is_nested = all(isinstance(config.get("text_config"), dict) for config in (donors, others))
+    left, right = (_plain(dict(_flat(c, text=is_nested))) for c in (donors, others))
     differences = [
         difference
         for key in left
@@ -109,6 +125,35 @@ def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> li
             place, _rope(_section(left, place)), _rope(_section(right, place))
         )
     return differences
+
+
+def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config in the words in which transformers saves it.
+
+    A config that its authors wrote by hand and the one that is saved with a fine-tune of the model
+    say the same in other words.
+    """
+    plain = {}
+    for key, value in flat.items():
+        name = key.rpartition(".")[2]
+        place = key.removesuffix(name)
+        is_off = flat.get(f"{place}use_sliding_window") is False
+        if name in ("sliding_window", "max_window_layers") and is_off:
+            continue  # the size of a window that is switched off is saved as null
+        if name == "pos_att_type" and isinstance(value, str):
+            value = value.lower().split("|")
+        if name == "pos_att_type" and isinstance(value, list):
+            value = sorted(str(kind).strip() for kind in value)
+        if value in ([], "auto") or (name == "layer_types" and value is None):
+            continue  # made from other keys or by the architecture when the model is built
+        if name == "head_dim" and f"{place}qk_rope_head_dim" in flat:
+            continue  # of latent attention, whose heads have sizes by other names
+        if name == "hidden_act" and f"{place}hidden_activation" in flat:
+            continue  # of Gemma, which reads the latter
+        if name == "model_type":
+            value = str(value).removesuffix("_text")
+        plain[key] = value
+    return plain
 
 
 def _compare(key: str, donors: object, other: object) -> Difference | None:
@@ -125,8 +170,8 @@ def _compare(key: str, donors: object, other: object) -> Difference | None:
             meaning = None
     if donors == other or (_is_neutral(donors) and _is_neutral(other)):
         return None
-    if meaning is not None and (donors is None or other is None):
-        return None  # the default of an architecture, which the shapes decide or nobody knows here
+    if (donors is None or other is None) and (meaning or not re.fullmatch(_SWITCHES, name)):
+        return None  # the default of an architecture, which the shapes decide or is not known here
     return Difference(key, donors, other, meaning)
 
 
@@ -160,19 +205,22 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a config and of the configs in it; that of the text has no prefix.
+def _flat(
+    config: Mapping[str, Any], place: str = "", *, text: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config and of the configs in it, each with the place as a prefix.
 
-    It comes last, because its values are those that the text model reads.
+    That of the text has none, so that it compares with a config that is not nested, unless `text`
+    asks for one. It comes last, because its values are those that the text model reads.
     """
     for key, value in sorted(config.items(), key=lambda item: item[0] == "text_config"):
         is_nested = isinstance(value, dict) and (
             key.endswith("_config") or key in ("encoder", "decoder")
         )
         if is_nested and key != "quantization_config":
-            inner = place if key == "text_config" else f"{place}{key}."
-            yield from _flat(value, inner)
-        elif not (key == "model_type" and isinstance(config.get("text_config"), dict)):
+            inner = place if key == "text_config" and not text else f"{place}{key}."
+            yield from _flat(value, inner, text=text)
+        elif text or not (key == "model_type" and isinstance(config.get("text_config"), dict)):
             yield f"{place}{key}", value
 
 
@@ -206,11 +254,12 @@ def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    default = {"rope_theta": _THETA} if config.get("model_type") in _THETA_TYPES else {}
     names = {
         "rope_theta": ("rope_theta", "rotary_emb_base", "rotary_base"),
         "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     }
-    return {
+    return default | {
         key: config[spelling]
         for key, spellings in names.items()
         for spelling in spellings
@@ -221,12 +270,23 @@ def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The same without keys that say what an absent one means."""
     renamed = {("rope_type" if key == "type" else key): value for key, value in rope.items()}
-    if renamed.get("rope_type") == "default":
+    if renamed.get("rope_type") in _UNSCALED:
+        del renamed["rope_type"]
         renamed.pop("factor", None)
-    plain = {key: value for key, value in renamed.items() if not _is_neutral(value)}
-    if plain.get("rope_theta") == _THETA:
-        del plain["rope_theta"]
-    return plain
+    return {
+        key: value
+        for key, value in renamed.items()
+        if value is not None and (key in _BY_ARCHITECTURE or not _is_neutral(value))
+    }
+
+
+def _of_type(rope: Mapping[str, Any], layers: str) -> dict[str, Any]:
+    """The rotary embedding of one type of layer, from what a config says of all.
+
+    Where a model has several types, its scaling is that of the layers with full attention.
+    """
+    is_scaled = layers == "full_attention"
+    return {key: value for key, value in rope.items() if is_scaled or key in _BY_ARCHITECTURE}
 
 
 def _rope_differences(
@@ -235,14 +295,14 @@ def _rope_differences(
     if donors.keys() != others.keys():  # one for all layers against one for each type
         types = (donors.keys() | others.keys()) - {""}
         donors, others = (
-            {t: rope[t] if t in rope else rope.get("", {}) for t in types}
+            {layers: rope.get(layers, _of_type(rope.get("", {}), layers)) for layers in types}
             for rope in (donors, others)
         )
     for layers in sorted(donors):
         for key in sorted(donors[layers].keys() | others[layers].keys()):
-            default = _THETA if key == "rope_theta" else None
-            donors_value, other = (rope[layers].get(key, default) for rope in (donors, others))
-            if donors_value != other:
+            donors_value, other = (rope[layers].get(key) for rope in (donors, others))
+            is_known = key in ("rope_type", "factor") or None not in (donors_value, other)
+            if is_known and donors_value != other:
                 name = key if key.startswith("rope") else f"rope {key}"
                 where = ".".join(part for part in (place, layers) if part)
                 yield Difference(f"{where}.{name}" if where else name, donors_value, other, None)
