@@ -157,6 +157,18 @@ def test_a_head_that_is_merged_without_its_embedding_is_refused(tmp_path):
     assert {len(t) for t in tiny.read(tmp_path / "out").values()} == {7, 3}
 
 
+@pytest.mark.parametrize(("said", "size"), [(5, 7), (4, 4), (6, None)])
+def test_the_size_is_that_of_the_vocabulary_of_which_the_config_speaks(tmp_path, said, size):
+    """Two vocabularies, of which one has more rows in the task."""
+    for name, rows in (("base", 5), ("x", 7)):
+        shapes = {"encoder.embed_tokens.weight": (rows, 4), "decoder.embed_tokens.weight": (4, 4)}
+        tiny.write(tmp_path / name / "model.safetensors", tiny.arrays(len(name), shapes))
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": said}))
+    merge(tmp_path / "out", str(tmp_path / "x"), base=str(tmp_path / "base"), vocab="common")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == {"vocab_size": size or 7}
+
+
 @pytest.mark.parametrize(("base_rows", "rows"), [(5, 7), (7, 5), (7, 7)])
 def test_the_size_of_the_vocabulary_is_true_where_the_config_is_not_the_bases(
     tmp_path, base_rows, rows
@@ -177,5 +189,5 @@ def test_an_adapter_that_trained_a_longer_embedding_alone_is_refused(tmp_path):
     whole = tiny.arrays(1, {"m.wte.weight": (8, 4)})
     base = str(tmp_path / "base")
     ref = f"{base}+{adapter(tmp_path / 'a', made, whole=whole, modules_to_save=['wte'])}"
-    with pytest.raises(MismatchError, match=r"'m\.wte\.weight' would have 8 rows"):
+    with pytest.raises(MismatchError, match=r"would have 5 rows and 'm\.wte\.weight' 8"):
         merge(tmp_path / "out", ref, base=base, vocab="common")

@@ -39,13 +39,15 @@ def correct_config(inputs: Inputs, steps: Sequence[Step], notes: list[str]) -> d
             f"the config.json of '{owner.ref}' has a quantization_config, but its tensors are "
             "plain numbers: the block is left over, and the merge does not copy it"
         )
-    if rows is not None and ("vocab_size" in config or "vocab_size" in text_config(config)):
-        changes["vocab_size"] = rows
-    return changes
+    said = text_config(config).get("vocab_size", config.get("vocab_size"))
+    changed = {written for stored, written in rows.items() if stored != written}
+    # A model may have several vocabularies, or more rows than its config says.
+    written = rows[said] if said in rows else changed.pop() if len(changed) == 1 else said
+    return changes if written == said or said is None else changes | {"vocab_size": written}
 
 
-def _vocabulary_rows(owner: Input, steps: Sequence[Step]) -> int | None:
-    """The rows of the written vocabulary; None if they are those that the config's owner has.
+def _vocabulary_rows(owner: Input, steps: Sequence[Step]) -> dict[int, int]:
+    """The rows of each written vocabulary by those that it has in the config's owner.
 
     Raises:
         MismatchError: An embedding and its head, which have as many rows in the owner, would have
@@ -53,20 +55,24 @@ def _vocabulary_rows(owner: Input, steps: Sequence[Step]) -> int | None:
     """
     matrices = [s for s in steps if is_vocabulary(s.name) and "per_layer" not in s.name]
     stored = {step: _stored_rows(owner, step) for step in matrices}
-    changed = [s for s in matrices if stored[s] is not None and stored[s] != s.spec.shape[0]]
-    if not changed:
-        return None
-    first = changed[0]
+    first: dict[int, Step] = {}
     for step in matrices:
-        is_of_it = step in changed or stored[step] in (None, stored[first])
-        if is_of_it and step.spec.shape[0] != first.spec.shape[0]:
-            raise MismatchError(
-                f"'{first.name}' would have {first.spec.shape[0]:,} rows and '{step.name}' "
-                f"{step.spec.shape[0]:,}, but both have one row for each token: no config fits "
-                f"them. {_sources(first)}; {_sources(step)}. --vocab base keeps the rows of "
-                f"'{first.donor.input.ref}' in both."
-            )
-    return first.spec.shape[0]
+        if (rows := stored[step]) is not None:
+            _compare_rows(first.setdefault(rows, step), step)
+    for step in matrices:  # a head that the owner has under the embedding's name
+        if stored[step] is None and len(first) == 1:
+            _compare_rows(next(iter(first.values())), step)
+    return {rows: step.spec.shape[0] for rows, step in first.items()}
+
+
+def _compare_rows(one: Step, other: Step) -> None:
+    if one.spec.shape[0] != other.spec.shape[0]:
+        raise MismatchError(
+            f"'{one.name}' would have {one.spec.shape[0]:,} rows and '{other.name}' "
+            f"{other.spec.shape[0]:,}, but both have one row for each token: no config fits "
+            f"them. {_sources(one)}; {_sources(other)}. --vocab base keeps the rows of "
+            f"'{one.donor.input.ref}' in both."
+        )
 
 
 def _stored_rows(owner: Input, step: Step) -> int | None:
