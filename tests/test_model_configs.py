@@ -613,6 +613,24 @@ def test_models_are_compared_with_each_other_where_the_base_has_no_config(tmp_pa
         assert json.loads((tmp_path / "o/config.json").read_text())["num_attention_heads"] == 2
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"vocab_size": [5], "text_config": {"vocab_size": "x"}},
+        {"rope_parameters": {"full": {"rope_theta": [1]}, "x": 3}, "rope_scaling": [1]},
+        {"rope_scaling": {"rope_type": [1, 2], "type": {}}, "model_type": ["a"]},
+        {"pos_att_type": [[1], {}], "layer_types": 3, "no_rope_layers": {"a": []}},
+        {"use_sliding_window": [], "sliding_window": {}, "hidden_activation": [{}]},
+        {"eos_token_id": {"a": 1}, "quantization_config": [1], "text_config": [2]},
+    ],
+)
+def test_a_config_with_values_of_other_types_is_compared_all_the_same(tmp_path, damaged):
+    plain = {"vocab_size": 7, "model_type": "llama", "rope_theta": 5, "sliding_window": 4}
+    refs = models(tmp_path, plain, damaged)
+    for number, (base, task) in enumerate((refs, refs[::-1])):
+        run_merge(MergeConfig(models=(task,), base=base, out=str(tmp_path / f"out{number}")))
+
+
 def test_a_merge_tells_what_drifts_once_for_each_model(tmp_path):
     drifted = LLAMA | {"rope_theta": 2e7, "rms_norm_eps": 1e-5}
     refs = models(tmp_path, LLAMA, drifted, LLAMA, None)

@@ -40,10 +40,12 @@ def correct_config(inputs: Inputs, steps: Sequence[Step], notes: list[str]) -> d
             "plain numbers: the block is left over, and the merge does not copy it"
         )
     said = text_config(config).get("vocab_size", config.get("vocab_size"))
+    if not isinstance(said, int):
+        return changes
     changed = {written for stored, written in rows.items() if stored != written}
     # A model may have several vocabularies, or more rows than its config says.
     written = rows[said] if said in rows else changed.pop() if len(changed) == 1 else said
-    return changes if written == said or said is None else changes | {"vocab_size": written}
+    return changes if written == said else changes | {"vocab_size": written}
 
 
 def _vocabulary_rows(owner: Input, steps: Sequence[Step]) -> dict[int, int]:
