@@ -174,7 +174,8 @@ def _misfit(owner: Input, steps: Sequence[Step]) -> str | None:
         )
     for step in matrices:
         donor = step.donor.mean
-        for model in step.contributors:
+        is_compared = owner in step.contributors  # with the others, when they were matched
+        for model in () if is_compared else step.contributors:
             if tokens_between(owner, model, donor.spec.shape[0]):
                 return _other_tokens(tokens, model)
         if step.rest is not None and tokens_between(owner, step.rest.input):

@@ -82,7 +82,8 @@ class TokenConflicts:
 
     def __init__(self, inputs: Inputs) -> None:
         self._donor = inputs.donor
-        self._apart: dict[tuple[Input, Input], list[tuple[int, str, str]]] = {}
+        self._lists: dict[Input, int | None] = {}
+        self._apart: dict[tuple[int, int], list[tuple[int, str, str]]] = {}
 
     def find(self, rows: Mapping[Input, int], growing: Collection[Input]) -> str | None:
         """The message if a row of one tensor stands for different tokens; None if none does.
@@ -94,14 +95,32 @@ class TokenConflicts:
         donor_rows = next(iter(rows.values()))
         givers = {model for model in growing if rows.get(model, 0) > donor_rows}
         for one, other in combinations(rows, 2):
-            if (one, other) not in self._apart:
-                self._apart[one, other] = tokens_between(one, other)
             # Rows that the donor lacks are given, not merged: only those who may give them count.
             is_whole = one is self._donor or {one, other} <= givers
-            conflicts = [c for c in self._apart[one, other] if is_whole or c[0] < donor_rows]
+            conflicts = [c for c in self._between(one, other) if is_whole or c[0] < donor_rows]
             if conflicts:
                 return self._describe(one, other, conflicts)
         return None
+
+    def _between(self, one: Input, other: Input) -> list[tuple[int, str, str]]:
+        """`tokens_between`, once for all models whose lists are the same."""
+        left, right = self._list_of(one), self._list_of(other)
+        if left is None or right is None or left == right:
+            return []
+        if (left, right) not in self._apart:
+            self._apart[left, right] = tokens_between(one, other)
+        return self._apart[left, right]
+
+    def _list_of(self, model: Input) -> int | None:
+        """A hash that says which models have the same list of tokens; None for none."""
+        if model not in self._lists:
+            folder = token_folder(model.posterior)
+            listed = read_tokens(folder) if folder is not None else None
+            self._lists[model] = None
+            if listed is not None:
+                content = (frozenset(listed.tokens.items()), listed.special)
+                self._lists[model] = hash((content, listed.is_sentencepiece))
+        return self._lists[model]
 
     def _describe(self, one: Input, other: Input, conflicts: list[tuple[int, str, str]]) -> str:
         number, token, others_token = conflicts[0]
