@@ -90,6 +90,31 @@ def test_a_claim_beside_plain_numbers_is_dropped_unless_it_is_true_of_them(confi
     assert any("left over" in note for note in report.notes) == (expected is not None)
 
 
+@pytest.mark.parametrize("stale", ["base", "a", "both"])
+def test_a_left_over_claim_changes_no_other_key_of_the_written_config(stale):
+    claim = {"quantization_config": {"quant_method": "fp8"}}
+    texts = {"base": {"eos_token_id": 2, "own": "base's"}, "a": {"eos_token_id": 2, "own": "a's"}}
+    for name, text in texts.items():
+        tiny.write(f"{name}/model.safetensors", tiny.arrays(len(name)), "BF16")
+        nested = text | (claim if stale in (name, "both") else {})
+        outer = claim if stale == "both" else {}
+        Path(name, "config.json").write_text(json.dumps({"text_config": nested} | outer))
+    for models, base in ((["./a"], "./base"), (["./base", "./a"], None)):
+        merge(*models, base=base, weights="uniform", out="x")
+        assert json.loads(Path("x/config.json").read_text()) == {"text_config": texts["base"]}
+        shutil.rmtree("x")
+
+
+def test_a_claim_that_is_true_of_the_written_model_stays_beside_a_stale_one_of_a_task():
+    claims = {"base": {"quantization_mode": "online"}, "a": {"quant_method": "fp8"}}
+    for name, claim in claims.items():
+        tiny.write(f"{name}/model.safetensors", tiny.arrays(len(name)), "BF16")
+        Path(name, "config.json").write_text(json.dumps({"quantization_config": claim}))
+    merge("./a", base="./base", weights="uniform", out="x")
+    config = json.loads(Path("x/config.json").read_text())
+    assert config == {"quantization_config": claims["base"]}
+
+
 def test_weights_that_zero_3_left_empty_are_refused_with_the_true_cause():
     shapes = {"model.embed_tokens.weight": (0,), "h.0.up.weight": (0,), "h.0.ln.weight": (4,)}
     full = {"model.embed_tokens.weight": (7, 4), "h.0.up.weight": (3, 4), "h.0.ln.weight": (4,)}

@@ -126,7 +126,9 @@ def test_what_the_owner_lacks_comes_from_the_base(tmp_path, group):
     assert config["eos_token_id"] == (1 if group == "tokenizer" else 2)  # as the tokenizer's
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2
-    assert any("has no" in note and "the base's are taken" in note for note in report.notes)
+    assert any(
+        "has no" in note and "are taken" in note and str(base) in note for note in report.notes
+    )
 
 
 def test_a_template_inside_the_tokenizer_config_is_one(tmp_path):
@@ -297,3 +299,43 @@ def test_the_numbers_of_special_tokens_are_those_of_the_config_and_written_where
     config = json.loads((tmp_path / "out/config.json").read_text())
     nested["text_config"]["eos_token_id"] = [2, 3]
     assert config == nested
+
+
+def test_an_end_of_text_token_among_several_of_the_config_leaves_them(tmp_path):
+    files = chat_files("base", 1)
+    files["config.json"] |= {"eos_token_id": [1, 2, 3]}
+    files["generation_config.json"] |= {"eos_token_id": [1, 2, 3]}
+    base = write(tmp_path / "base", files)
+    own = {n: c for n, c in chat_files("one", 2).items() if n.startswith("token")}
+    add(adapter(tmp_path / "one", factors(0, layers={"m.q": (6, 4)})), own)
+    merge(tmp_path / "out", f"{base}+{tmp_path / 'one'}", base=base)
+    assert owner_of(tmp_path / "out/tokenizer_config.json") == "one"
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("scales", [(-1.0, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_nothing_is_borrowed_from_a_model_that_is_subtracted(tmp_path, scales, is_folder):
+    base = tiny.write(tmp_path / "base.safetensors", tiny.arrays(0, SHAPES))
+    one = write(tmp_path / "one", chat_files("one", 2), 1)
+    files = {n: c for n, c in chat_files("two", 3).items() if "template" not in n}
+    two = write(tmp_path / "two", files, 2)
+    out = tmp_path / "out"
+    models = (one, two) if is_folder else (one, f"{two}/model.safetensors", two)
+    scales += (1.0,) * (len(models) - 2)
+    report = merge(out, *models, base=str(base), scale=scales)
+    assert not (out / "chat_template.jinja").exists()
+    for name in files.keys() - {"tokenizer.json"}:
+        assert owner_of(out / name) == "two", name
+    assert not [note for note in report.notes if "are taken" in note and "has no" in note]
+
+
+def test_what_is_borrowed_is_told_with_the_model_that_gives_it(tmp_path):
+    base = tiny.write(tmp_path / "base.safetensors", tiny.arrays(0, SHAPES))
+    files = {n: c for n, c in chat_files("two", 3).items() if "template" not in n}
+    one = write(tmp_path / "one", chat_files("one", 2), 1)
+    two = write(tmp_path / "two", files, 2)
+    report = merge(tmp_path / "out", one, two, base=str(base), side_files=two)
+    note = f"'{two}' has no chat template; those of '{one}' are taken"
+    assert note in report.notes

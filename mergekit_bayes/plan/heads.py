@@ -42,18 +42,6 @@ def is_label_head(name: str) -> bool:
     return bool(_LABEL_HEAD.search(name))
 
 
-def contributors(step: Step) -> list[Input]:
-    """The inputs whose own tensor enters a written one, the base or donor first."""
-    if step.copied is not None:
-        return [step.donor.mean.input]
-    base = [] if step.base is None else [step.base.input]
-    return base + [
-        operand.input
-        for operand in step.tasks
-        if operand.scale != 0 and operand.mean.input is operand.input
-    ]
-
-
 def head_changes(
     config: MergeConfig, inputs: Inputs, steps: Sequence[Step], notes: list[str]
 ) -> dict[str, object]:
@@ -85,7 +73,7 @@ def _labels_of(
 ) -> tuple[Input, tuple[str, ...] | None]:
     """The model that decides the labels of a head, and its labels, None if unknown."""
     rows = step.spec.shape[0]
-    models = contributors(step)
+    models = step.contributors
     named: dict[Input, tuple[str, ...]] = {}
     for model in models:
         names = labels(_config_of_head(model, step.name))

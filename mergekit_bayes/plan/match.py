@@ -22,7 +22,7 @@ from mergekit_bayes.plan.precisions import (
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.tied_heads import Ties, rename_copies
-from mergekit_bayes.plan.vocabulary import common_entries, find_token_conflict
+from mergekit_bayes.plan.vocabulary import TokenConflicts, common_entries
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
 Scales = dict[Input, float]  # of the tasks, in one tensor
@@ -53,7 +53,6 @@ def match_tensors(
     for model in inputs:
         refuse_emptied(model.posterior)
         refuse_quantised(model.posterior)
-    token_conflict = find_token_conflict(inputs)
     names = {
         model: rename_copies(donor, model.posterior, map_names(donor, model.posterior, notes))
         for model in inputs
@@ -66,7 +65,7 @@ def match_tensors(
 
     ties = Ties(inputs, names, matters)
     matched = MatchedTensors(find_left_out(config, inputs, names, ties, only, notes), ties)
-    matcher = _Matcher(config, method, inputs, rules, only, token_conflict, matched, names)
+    matcher = _Matcher(config, method, inputs, rules, only, matched, names)
     written = (*donor.mean.specs, *ties.added)
     steps = {name: matcher.match(name) for name in written if name not in ties.copies}
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
@@ -101,13 +100,12 @@ class _Matcher:
         inputs: Inputs,
         rules: Sequence[ScaleRule],
         only: re.Pattern[str] | None,
-        token_conflict: str | None,
         matched: MatchedTensors,
         names: Mapping[Input, Mapping[str, str]],
     ) -> None:
         self._config, self._method, self._inputs, self._rules = config, method, inputs, rules
         self._names = names
-        self._only, self._token_conflict = only, token_conflict
+        self._only, self._token_conflicts = only, TokenConflicts(inputs)
         self._matched, self._ties = matched, matched.ties
         self._parameters = 0
         self._matching_rules: set[str] = set()
@@ -284,14 +282,32 @@ class _Matcher:
         """How many entries are merged, the reason if there are none, and who gives more rows."""
         donor = self._inputs.donor.ref
         growing = [task for task, scale in scales.items() if scale > 0]
+        conflict = self._token_conflict(name, means, scales, growing)
+        if conflict is not None and self._config.vocab != "base":
+            raise MismatchError(conflict)
         common = common_entries(self._config, name, spec, list(means.values()), donor, growing)
         if common.decision is not None:
             self._matched.record_decision(name, common.decision)
-        if self._token_conflict is not None and is_vocabulary(name):
-            if self._config.vocab != "base":
-                raise MismatchError(self._token_conflict)
+        if conflict is not None:
             return common.merged, "tokenizers differ; --vocab base", None
         return common.merged, common.copied, common.rest
+
+    def _token_conflict(
+        self,
+        name: str,
+        means: Mapping[Input, TensorRef],
+        scales: Scales,
+        growing: Collection[Input],
+    ) -> str | None:
+        """The message if one row of a tensor is of different tokens in two models; else None."""
+        if not is_vocabulary(name):
+            return None
+        rows = {
+            model: mean.spec.shape[0] if mean.spec.shape else 0
+            for model, mean in means.items()
+            if model is self._inputs.donor or (mean.input is model and scales.get(model) != 0)
+        }
+        return self._token_conflicts.find(rows, growing)
 
 
 def _owner(mean: TensorRef | None, operands: Sequence[Operand]) -> Operand | None:

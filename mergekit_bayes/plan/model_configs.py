@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import read_model_config
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.plan.heads import contributors
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
+from mergekit_bayes.plan.side_files import config_input
 from mergekit_bayes.plan.steps import Step
 
 # Keys whose last component decides what each number of a tensor means, by what they are.
@@ -36,10 +36,25 @@ _DRIFTS = (
     r"|max_position_embeddings|n_positions|\w+_softcap(ping)?|\w*experts_per_tok(en)?|n_group"
     r"|topk_group|is_causal|use_bidirectional_attention|problem_type|model_type"
 )
+_SWITCHES = r"\w+_window|\w+_softcap(ping)?"  # whose null says that there is none
 # Two names of one function, and approximations of it that differ in the fourth digit.
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 _NEAR_ACTIVATIONS = {"gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_10"}
-_THETA = 10_000.0  # the rotary base where a config gives none
+# The rotary base where a config gives none, and the architectures for which that is so. Others have
+# defaults of their own.
+_THETA = 10_000.0
+_THETA_TYPES = (
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "qwen2",
+)
+_BY_ARCHITECTURE = ("rope_theta", "partial_rotary_factor")  # whose defaults differ
+_UNSCALED = ("default", "mrope", "axial")  # positions in several dimensions, with plain frequencies
 
 
 class Difference(NamedTuple):
@@ -61,7 +76,9 @@ class Difference(NamedTuple):
 def compare_configs(
     config: MergeConfig, inputs: Inputs, steps: Sequence[Step], notes: list[str]
 ) -> None:
-    """Compare the config of each model that is merged with that of the donor.
+    """Compare the config of each model that is merged with the one that is written.
+
+    Where none is written, or it says nothing, the first config of the others takes its place.
 
     Args:
         config: The settings.
@@ -73,21 +90,21 @@ def compare_configs(
         MismatchError: The weights mean other things under another config, and `--on-config` is
             `error`.
     """
-    merging = {model for step in steps if step.copied is None for model in contributors(step)}
-    donor = inputs.donor
-    donors = read_model_config(donor.posterior.path)
-    for model in inputs:
-        others = read_model_config(model.posterior.path)  # of BASE+ADAPTER the base's
-        if model is donor or model not in merging or not donors or not others:
+    merging = {model for step in steps if step.copied is None for model in step.contributors}
+    stored = {model: read_model_config(model.posterior.path) for model in inputs}
+    candidates = [config_input(inputs), inputs.donor, *(m for m in inputs if m in merging)]
+    reference = next((model for model in candidates if model and stored[model]), None)
+    for model, others in stored.items():  # of BASE+ADAPTER the base's
+        if reference is None or model is reference or model not in merging or not others:
             continue
-        differences = find_differences(donors, others)
+        differences = find_differences(stored[reference], others)
         meant = [difference for difference in differences if difference.meaning is not None]
         if meant and config.on_config == "error":
-            raise _conflict(meant, model, donor)
+            raise _conflict(meant, model, reference)
         if differences:
             notes.append(
                 f"config.json of '{model.ref}' has {_listed(differences)}: its weights were "
-                f"trained with these, and the output has those of '{donor.ref}'"
+                f"trained with these, and the output has those of '{reference.ref}'"
             )
 
 
@@ -96,7 +113,8 @@ def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> li
 
     A key that one config lacks is compared only where its absence has a known meaning.
     """
-    left, right = dict(_flat(donors)), dict(_flat(others))
+    is_nested = all(isinstance(config.get("text_config"), dict) for config in (donors, others))
+    left, right = (_plain(dict(_flat(c, text=is_nested))) for c in (donors, others))
     differences = [
         difference
         for key in left
@@ -107,6 +125,35 @@ def find_differences(donors: Mapping[str, Any], others: Mapping[str, Any]) -> li
             place, _rope(_section(left, place)), _rope(_section(right, place))
         )
     return differences
+
+
+def _plain(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config in the words in which transformers saves it.
+
+    A config that its authors wrote by hand and the one that is saved with a fine-tune of the model
+    say the same in other words.
+    """
+    plain = {}
+    for key, value in flat.items():
+        name = key.rpartition(".")[2]
+        place = key.removesuffix(name)
+        is_off = flat.get(f"{place}use_sliding_window") is False
+        if name in ("sliding_window", "max_window_layers") and is_off:
+            continue  # the size of a window that is switched off is saved as null
+        if name == "pos_att_type" and isinstance(value, str):
+            value = value.lower().split("|")
+        if name == "pos_att_type" and isinstance(value, list):
+            value = sorted(str(kind).strip() for kind in value)
+        if value in ([], "auto") or (name == "layer_types" and value is None):
+            continue  # made from other keys or by the architecture when the model is built
+        if name == "head_dim" and f"{place}qk_rope_head_dim" in flat:
+            continue  # of latent attention, whose heads have sizes by other names
+        if name == "hidden_act" and f"{place}hidden_activation" in flat:
+            continue  # of Gemma, which reads the latter
+        if name == "model_type":
+            value = str(value).removesuffix("_text")
+        plain[key] = value
+    return plain
 
 
 def _compare(key: str, donors: object, other: object) -> Difference | None:
@@ -123,8 +170,8 @@ def _compare(key: str, donors: object, other: object) -> Difference | None:
             meaning = None
     if donors == other or (_is_neutral(donors) and _is_neutral(other)):
         return None
-    if meaning is not None and (donors is None or other is None):
-        return None  # the default of an architecture, which the shapes decide or is unknown here
+    if (donors is None or other is None) and (meaning or not re.fullmatch(_SWITCHES, name)):
+        return None  # the default of an architecture, decided by the shapes or unknown here
     return Difference(key, donors, other, meaning)
 
 
@@ -137,13 +184,13 @@ def _is_neutral(value: object) -> bool:
     )
 
 
-def _conflict(differences: Sequence[Difference], model: Input, donor: Input) -> MismatchError:
+def _conflict(differences: Sequence[Difference], model: Input, reference: Input) -> MismatchError:
     meanings = " and ".join(dict.fromkeys(str(d.meaning) for d in differences))
     return MismatchError(
         f"config.json of '{model.ref}' has {_listed(differences)}: the same weights mean other "
         f"things under other {meanings}, so that they cannot be averaged or added. If the models "
         "are of one architecture after all, correct the config that is wrong, or pass --on-config "
-        f"base to take that of '{donor.ref}' as true of all."
+        f"base to take that of '{reference.ref}' as true of all."
     )
 
 
@@ -158,19 +205,22 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _flat(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a config and of the configs in it; that of the text has no prefix.
+def _flat(
+    config: Mapping[str, Any], place: str = "", *, text: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config and of the configs in it, each with the place as a prefix.
 
-    It comes last, because its values are those that the text model reads.
+    That of the text has none, so that it compares with a config that is not nested, unless `text`
+    asks for one. It comes last, because its values are those that the text model reads.
     """
     for key, value in sorted(config.items(), key=lambda item: item[0] == "text_config"):
         is_nested = isinstance(value, dict) and (
             key.endswith("_config") or key in ("encoder", "decoder")
         )
         if is_nested and key != "quantization_config":
-            inner = place if key == "text_config" else f"{place}{key}."
-            yield from _flat(value, inner)
-        elif not (key == "model_type" and isinstance(config.get("text_config"), dict)):
+            inner = place if key == "text_config" and not text else f"{place}{key}."
+            yield from _flat(value, inner, text=text)
+        elif text or not (key == "model_type" and isinstance(config.get("text_config"), dict)):
             yield f"{place}{key}", value
 
 
@@ -204,11 +254,12 @@ def _rope(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    default = {"rope_theta": _THETA} if config.get("model_type") in _THETA_TYPES else {}
     names = {
         "rope_theta": ("rope_theta", "rotary_emb_base", "rotary_base"),
         "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
     }
-    return {
+    return default | {
         key: config[spelling]
         for key, spellings in names.items()
         for spelling in spellings
@@ -219,12 +270,23 @@ def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The same without keys that say what an absent one means."""
     renamed = {("rope_type" if key == "type" else key): value for key, value in rope.items()}
-    if renamed.get("rope_type") == "default":
+    if renamed.get("rope_type") in _UNSCALED:
+        del renamed["rope_type"]
         renamed.pop("factor", None)
-    plain = {key: value for key, value in renamed.items() if not _is_neutral(value)}
-    if plain.get("rope_theta") == _THETA:
-        del plain["rope_theta"]
-    return plain
+    return {
+        key: value
+        for key, value in renamed.items()
+        if value is not None and (key in _BY_ARCHITECTURE or not _is_neutral(value))
+    }
+
+
+def _of_type(rope: Mapping[str, Any], layers: str) -> dict[str, Any]:
+    """The rotary embedding of one type of layer, from what a config says of all.
+
+    Where a model has several types, its scaling is that of the layers with full attention.
+    """
+    is_scaled = layers == "full_attention"
+    return {key: value for key, value in rope.items() if is_scaled or key in _BY_ARCHITECTURE}
 
 
 def _rope_differences(
@@ -233,14 +295,14 @@ def _rope_differences(
     if donors.keys() != others.keys():  # one for all layers against one for each type
         types = (donors.keys() | others.keys()) - {""}
         donors, others = (
-            {t: rope[t] if t in rope else rope.get("", {}) for t in types}
+            {layers: rope.get(layers, _of_type(rope.get("", {}), layers)) for layers in types}
             for rope in (donors, others)
         )
     for layers in sorted(donors):
         for key in sorted(donors[layers].keys() | others[layers].keys()):
-            default = _THETA if key == "rope_theta" else None
-            donors_value, other = (rope[layers].get(key, default) for rope in (donors, others))
-            if donors_value != other:
+            donors_value, other = (rope[layers].get(key) for rope in (donors, others))
+            is_known = key in ("rope_type", "factor") or None not in (donors_value, other)
+            if is_known and donors_value != other:
                 name = key if key.startswith("rope") else f"rope {key}"
                 where = ".".join(part for part in (place, layers) if part)
                 yield Difference(f"{where}.{name}" if where else name, donors_value, other, None)

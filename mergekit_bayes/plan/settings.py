@@ -81,7 +81,8 @@ class MergeConfig(Config):
     side_files: str | None = Field(
         None,
         description="MODEL: take tokenizer, chat template, generation config and the like from "
-        "this one; by default from the first model with a positive scale.",
+        "this one; by default from the model that gives rows of new tokens, else from the first "
+        "with a positive scale.",
     )
     dtype: Literal["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"] | None = Field(
         None,

@@ -2,7 +2,8 @@
 
 The output has the base's names and shapes and thus its `config.json`. With a base and scale 1 it
 behaves as the task was trained to, so that the other side files are the task's by default: a chat
-model with the base's template and end-of-text token would never stop.
+model with the base's template and end-of-text token would never stop. Where a task gives the rows
+of tokens that the base lacks, the tokenizer must be that task's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from mergekit_bayes.checkpoint.side_files import (
 )
 from mergekit_bayes.checkpoint.strict_json import read_object
 from mergekit_bayes.checkpoint.tokenizers import (
+    TokenList,
     has_tokens,
     read_tokens,
     special_token_ids,
@@ -30,7 +32,7 @@ from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
-from mergekit_bayes.plan.vocabulary import is_token_matrix, token_folder
+from mergekit_bayes.plan.vocabulary import is_token_matrix, token_folder, tokens_between
 from mergekit_bayes.posterior import Posterior
 
 _SPECIAL = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start")
@@ -81,19 +83,31 @@ def choose_side_files(
         return None
     owner, reason = _choose_owner(inputs, steps, config_owner, named)
     config_folder = config_owner.posterior.path
-    folders = dict.fromkeys([*_folders(owner.posterior), *_folders(config_owner.posterior)])
+    folders = dict.fromkeys(_folders(owner.posterior))
+    if config_owner.scale >= 0:  # a model that is subtracted gives nothing that the owner lacks
+        folders |= dict.fromkeys(_folders(config_owner.posterior))
     gathered = gather_side_files(config_folder, list(folders))
     default = _folders(owner.posterior)[-1]
     token_ids, generation_ids = _special_ids(config_folder, gathered, default)
     is_told = _note_choice(inputs, owner, reason, gathered, notes)
+    own = _own_groups(owner, gathered)
+    if borrowed := [group for group in gathered.folders if group not in own]:
+        notes.append(
+            f"'{owner.ref}' has no {_listed(borrowed)}; those of '{config_owner.ref}' are taken"
+        )
     if token_ids and not is_told:
         notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
 
 
 def config_input(inputs: Inputs) -> Input | None:
-    """The input whose `config.json` the output gets: the first one that is a folder."""
-    return next((model for model in inputs if model.posterior.path.is_dir()), None)
+    """The input whose `config.json` the output gets: the base, else the first one that is a folder.
+
+    A model that is added goes before one that is subtracted or has scale zero.
+    """
+    folders = [model for model in inputs if model.posterior.path.is_dir()]
+    added = (model for model in folders if model is inputs.donor or model.scale > 0)
+    return next(added, folders[0] if folders else None)
 
 
 def _named_input(config: MergeConfig, inputs: Inputs) -> Input | None:
@@ -125,11 +139,13 @@ def _choose_owner(
 ) -> tuple[Input, str]:
     """The input whose side files are taken, and why."""
     if named is not None:
-        misfit = _misfit(named, inputs, steps)
-        if misfit and named is not config_owner:
+        if misfit := _misfit(named, steps):
             raise MismatchError(f"--side-files {named.ref}: {misfit}. Name another model.")
         return named, "as --side-files says"
     role = "the base" if config_owner is inputs.base else "the first folder"
+    giver = next((s.rest.input for s in steps if s.rest and is_token_matrix(s.name, s.spec)), None)
+    if giver is not None and token_folder(giver.posterior) in _folders(giver.posterior):
+        return giver, "which gives the rows of tokens that the others lack"
     if inputs.base is None:
         return config_owner, role
     task = next((task for task in inputs.tasks if task.scale > 0), None)
@@ -137,17 +153,17 @@ def _choose_owner(
         return config_owner, f"{role}; no task has a positive scale"
     if not _folders(task.posterior):
         return config_owner, f"{role}; '{task.ref}' is a file"
-    if misfit := _misfit(task, inputs, steps):
+    if misfit := _misfit(task, steps):
         return config_owner, f"{role}; of '{task.ref}', {misfit}"
     return task, "the first task with a positive scale"
 
 
-def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
+def _misfit(owner: Input, steps: Sequence[Step]) -> str | None:
     """Why the tokenizer of a model does not fit the written embeddings; None if it does."""
     folder = token_folder(owner.posterior)
     tokens = read_tokens(folder) if folder is not None else None
     matrices = [step for step in steps if is_token_matrix(step.name, step.spec)]
-    if folder is None or tokens is None or not matrices:
+    if tokens is None or not matrices:
         return None
     smallest = min(matrices, key=lambda step: step.spec.shape[0])
     rows = smallest.spec.shape[0]
@@ -156,19 +172,28 @@ def _misfit(owner: Input, inputs: Inputs, steps: Sequence[Step]) -> str | None:
             f"its tokenizer ({tokens.file}) has {tokens.count:,} tokens and the written embedding "
             f"{rows:,} rows"
         )
-    donor = inputs.donor
-    if owner is donor or all(step.copied is None for step in matrices):
-        return None  # tokens that conflict with the donor's are not merged
-    donors_folder = token_folder(donor.posterior)
-    donors_tokens = read_tokens(donors_folder) if donors_folder is not None else None
-    if donors_folder is None or donors_tokens is None:
-        return None
-    if tokens.count > donors_tokens.count or tokens_apart(folder, donors_folder):
-        return (
-            f"its tokenizer ({tokens.file}) has other tokens than '{donor.ref}', whose embedding "
-            "is written"
-        )
+    for step in matrices:
+        donor = step.donor.mean
+        is_compared = owner in step.contributors  # with the others, when they were matched
+        for model in () if is_compared else step.contributors:
+            if tokens_between(owner, model, donor.spec.shape[0]):
+                return _other_tokens(tokens, model)
+        if step.rest is not None and tokens_between(owner, step.rest.input):
+            return _other_tokens(tokens, step.rest.input)
+        # Tokens that the donor lacks have no trained row where its embedding is copied.
+        donors_folder = token_folder(donor.input.posterior)
+        donors_tokens = read_tokens(donors_folder) if donors_folder is not None else None
+        is_copy = step.copied is not None and owner is not donor.input
+        if is_copy and donors_tokens is not None and tokens.count > donors_tokens.count:
+            return _other_tokens(tokens, donor.input)
     return None
+
+
+def _other_tokens(tokens: TokenList, model: Input) -> str:
+    return (
+        f"its tokenizer ({tokens.file}) has other tokens than '{model.ref}', whose embedding is "
+        "written"
+    )
 
 
 def _own_rows(owner: Input, step: Step) -> int | None:
@@ -198,7 +223,7 @@ def _special_ids(
     ids = {**_ids(own), **_ids(text_config(own))} if own else special_token_ids(folder)
     stored = read_config(config_folder)
     written = {**_ids(stored), **_ids(text_config(stored))}
-    changes = {key: value for key, value in ids.items() if written.get(key) != value}
+    changes = {k: v for k, v in ids.items() if not _includes(written.get(k), v)}
     generation_folder = gathered.folders.get("generation config")
     if generation_folder is None or generation_folder == folder:
         return changes, {}
@@ -220,7 +245,7 @@ def _note_choice(
     inputs: Inputs, owner: Input, reason: str, gathered: GatheredFiles, notes: list[str]
 ) -> bool:
     """Say whose side files are taken where another model has other ones, and return whether."""
-    own = {group: f for group, f in gathered.folders.items() if f in _folders(owner.posterior)}
+    own = _own_groups(owner, gathered)
     differing = [
         f"'{model.ref}'"
         for model in inputs
@@ -232,9 +257,13 @@ def _note_choice(
             f"{_listed(list(own))} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
             f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
         )
-    if borrowed := [group for group in gathered.folders if group not in own]:
-        notes.append(f"'{owner.ref}' has no {_listed(borrowed)}; the base's are taken")
     return bool(differing)
+
+
+def _own_groups(owner: Input, gathered: GatheredFiles) -> dict[str, Path]:
+    """The groups of side files that the owner itself gives, and the folder of each."""
+    folders = _folders(owner.posterior)
+    return {group: folder for group, folder in gathered.folders.items() if folder in folders}
 
 
 def _has_others(folders: Sequence[Path], taken: Mapping[str, Path]) -> bool:

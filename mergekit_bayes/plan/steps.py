@@ -108,6 +108,21 @@ class Step:
         return self.donor, end
 
     @property
+    def contributors(self) -> list[Input]:
+        """The inputs whose own tensor is merged into this one, the base or donor first.
+
+        Of a copied tensor that is the donor.
+        """
+        if self.copied is not None:
+            return [self.donor.mean.input]
+        base = [] if self.base is None else [self.base.input]
+        return base + [
+            operand.input
+            for operand in self.tasks
+            if operand.scale != 0 and operand.mean.input is operand.input
+        ]
+
+    @property
     def source(self) -> str:
         """The name of the tensor, of which this step may be a copy."""
         return self.name if self.tied_to is None else self.tied_to

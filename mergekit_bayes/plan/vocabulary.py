@@ -1,6 +1,7 @@
 """Tensors with one row a token: vocabularies that differ between the models of a merge."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,32 +53,93 @@ def is_token_matrix(name: str, spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and is_vocabulary(name) and "per_layer" not in name
 
 
-def find_token_conflict(inputs: Inputs) -> str | None:
-    """The message if one token number stands for different tokens in two models; else None.
+def tokens_between(
+    one: Input, other: Input, below: int | None = None
+) -> list[tuple[int, str, str]]:
+    """The token numbers that stand for other tokens in another model, with both tokens.
 
-    Rows of embeddings are merged by number, so that such a merge would mix up tokens.
+    Args:
+        one: A model.
+        other: Another.
+        below: Only numbers below this one; None for all.
     """
-    donor = inputs.donor
-    donors_folder = token_folder(donor.posterior)
-    for model in inputs:
-        folder = token_folder(model.posterior)
-        if folder is None or donors_folder is None or folder == donors_folder:
-            continue
-        conflicts = tokens_apart(donors_folder, folder)
-        if conflicts:
-            number, donors_token, other_token = conflicts[0]
-            files = dict.fromkeys(
-                tokens.file.name
-                for tokens in (read_tokens(donors_folder), read_tokens(folder))
-                if tokens is not None
+    folder, others_folder = token_folder(one.posterior), token_folder(other.posterior)
+    if folder is None or others_folder is None or folder == others_folder:
+        return []
+    apart = tokens_apart(folder, others_folder)
+    return apart if below is None else [conflict for conflict in apart if conflict[0] < below]
+
+
+class TokenConflicts:
+    """Finds token numbers that stand for different tokens in two models of a merge.
+
+    Rows of embeddings are merged by number, so that such a merge would mix up tokens. All pairs of
+    models are compared: two tasks may have added different tokens where the base has none.
+
+    Args:
+        inputs: The models.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._donor = inputs.donor
+        self._lists: dict[Input, int | None] = {}
+        self._apart: dict[tuple[int, int], list[tuple[int, str, str]]] = {}
+
+    def find(self, rows: Mapping[Input, int], growing: Collection[Input]) -> str | None:
+        """The message if a row of one tensor stands for different tokens; None if none does.
+
+        Args:
+            rows: The rows of the tensor in each model that is merged, the donor's first.
+            growing: The tasks that may give rows to the output.
+        """
+        donor_rows = next(iter(rows.values()))
+        givers = {model for model in growing if rows.get(model, 0) > donor_rows}
+        for one, other in combinations(rows, 2):
+            # Rows that the donor lacks are given, not merged: only those who may give them count.
+            is_whole = one is self._donor or {one, other} <= givers
+            conflicts = [c for c in self._between(one, other) if is_whole or c[0] < donor_rows]
+            if conflicts:
+                return self._describe(one, other, conflicts)
+        return None
+
+    def _between(self, one: Input, other: Input) -> list[tuple[int, str, str]]:
+        """`tokens_between`, once for all models whose lists are the same."""
+        left, right = self._list_of(one), self._list_of(other)
+        if left is None or right is None or left == right:
+            return []
+        if (left, right) not in self._apart:
+            self._apart[left, right] = tokens_between(one, other)
+        return self._apart[left, right]
+
+    def _list_of(self, model: Input) -> int | None:
+        """A hash that says which models have the same list of tokens; None for none."""
+        if model not in self._lists:
+            folder = token_folder(model.posterior)
+            listed = read_tokens(folder) if folder is not None else None
+            self._lists[model] = None
+            if listed is not None:
+                content = (frozenset(listed.tokens.items()), listed.special)
+                self._lists[model] = hash((content, listed.is_sentencepiece))
+        return self._lists[model]
+
+    def _describe(self, one: Input, other: Input, conflicts: list[tuple[int, str, str]]) -> str:
+        number, token, others_token = conflicts[0]
+        folders = (token_folder(model.posterior) for model in (one, other))
+        lists = (read_tokens(folder) for folder in folders if folder is not None)
+        files = dict.fromkeys(tokens.file.name for tokens in lists if tokens is not None)
+        if token_folder(self._donor.posterior) is not None:
+            way_out = f"--vocab base keeps those of '{self._donor.ref}'."
+        else:
+            way_out = (
+                f"'{self._donor.ref}' lists no tokens that could tell which of them it has: name "
+                "it as a folder with its tokenizer."
             )
-            return (
-                f"{len(conflicts):,} token numbers stand for other tokens in '{model.ref}' than in "
-                f"'{donor.ref}' ({number} is {other_token!r} there, {donors_token!r} here; "
-                f"{' and '.join(files)}). Embeddings are merged by number: "
-                f"--vocab base keeps those of '{donor.ref}'."
-            )
-    return None
+        stand = "number stands" if len(conflicts) == 1 else "numbers stand"
+        return (
+            f"{len(conflicts):,} token {stand} for other tokens in '{other.ref}' than in "
+            f"'{one.ref}' ({number} is {others_token!r} there, {token!r} here; "
+            f"{' and '.join(files)}). Embeddings are merged by number: {way_out}"
+        )
 
 
 def common_entries(
@@ -90,8 +152,9 @@ def common_entries(
 ) -> CommonEntries:
     """How many entries of a tensor can be merged, and who gives the rows that the donor lacks.
 
-    Rows of tokens that the donor does not have are taken from one model, the first of those with
-    the most rows, so that no trained token is lost and none is made of two models' different ones.
+    Rows of tokens that the donor does not have are taken from one model, the first of those that
+    list the most tokens, so that no trained token is lost and none is made of two models' different
+    ones (`TokenConflicts` refuses these). Where a model lists no tokens, the most rows decide.
 
     Args:
         config: The settings.
@@ -112,18 +175,36 @@ def common_entries(
     if config.vocab == "base":
         counts = ", ".join(map(str, rows))
         return CommonEntries(0, f"vocabularies differ ({counts} rows); --vocab base")
-    givers = [(n, mean) for n, mean in zip(rows, means, strict=True) if mean.input in growing]
-    longest = max((n for n, _ in givers), default=0)
-    rest = None
-    if longest > spec.shape[0]:
-        rest = next(mean for n, mean in givers if n == longest)
+    givers = [
+        mean for mean in means if mean.input in growing and mean.spec.shape[:1] > spec.shape[:1]
+    ]
+    rest = _longest(givers) if givers else None
     if fewest < spec.shape[0]:
         decision = f"{fewest} of {spec.shape[0]} rows are merged, the others are '{donor}''s own"
     else:
         decision = f"the first {fewest} rows of {most} are merged"
     if rest is not None:
-        decision += f"; rows {spec.shape[0]} to {longest - 1} are those of '{rest.input.ref}'"
+        last = rest.spec.shape[0] - 1
+        decision += f"; rows {spec.shape[0]} to {last} are those of '{rest.input.ref}'"
     return CommonEntries(spec.size // spec.shape[0] * fewest, decision=decision, rest=rest)
+
+
+def _longest(givers: Sequence[TensorRef]) -> TensorRef:
+    """The tensor that has all tokens of the others, which have none that are not its own.
+
+    A model may have more rows than tokens. Those without a token are of no use to the output.
+    """
+    tokens = [
+        read_tokens(folder) if (folder := token_folder(mean.input.posterior)) else None
+        for mean in givers
+    ]
+    rows = [mean.spec.shape[0] for mean in givers]
+    if None in tokens:
+        keys = [(n, n) for n in rows]
+    else:
+        counts = [listed.count for listed in tokens if listed is not None]
+        keys = [(min(count, n), n) for count, n in zip(counts, rows, strict=True)]
+    return givers[keys.index(max(keys))]
 
 
 def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, donor: str) -> int:

@@ -92,13 +92,8 @@ def stale_claims(config: Mapping[str, object]) -> dict[str, object]:
     Returns:
         New values of the config's keys, None for a key to remove; empty if nothing is stale.
     """
-    changes: dict[str, object] = {}
-    if _is_stale(config.get(_KEY)):
-        changes[_KEY] = None
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and _is_stale(nested.get(_KEY)):
-        changes["text_config"] = {key: value for key, value in nested.items() if key != _KEY}
-    return changes
+    is_stale = _is_stale(config.get(_KEY)) or _is_stale(text_config(config).get(_KEY))
+    return {_KEY: None} if is_stale else {}  # `change_config` removes it in a `text_config`, too
 
 
 def refuse_emptied(model: Posterior) -> None:
