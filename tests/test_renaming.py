@@ -280,6 +280,22 @@ def test_a_part_that_fits_two_towers_is_ambiguous_and_says_so():
     )
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6])
+def test_a_part_is_of_the_only_tower_that_has_all_of_its_layers(layers):
+    """Adapters of language models name no tower, and vision towers are often less deep."""
+    base = square(
+        *(f"model.vision.layers.{i}.attn.{p}.weight" for i in range(2) for p in "qv"),
+        *(f"model.text.layers.{i}.attn.{p}.weight" for i in range(4) for p in "qv"),
+    )
+    part = square(*(f"layers.{i}.attn.{p}.weight" for i in range(layers) for p in "qv"))
+    renaming = find_renaming(base, part)
+    if layers in (3, 4):
+        assert dict(renaming.names) == {name: f"model.text.{name}" for name in part}
+    else:  # both towers have them all, or none has
+        assert not renaming.names
+        assert renaming.ambiguous
+
+
 def test_vocabularies_of_another_length_are_paired_and_other_shapes_left_to_the_comparison():
     donor = specs({"wte.weight": (7, 4), "h.0.w.weight": (4, 4), "h.0.v.weight": (4, 4)})
     other = specs({"t.wte.weight": (9, 4), "t.h.0.w.weight": (4, 4), "t.h.0.v.weight": (3, 4)})

@@ -79,6 +79,15 @@ class Pattern(NamedTuple):
             return True
         return numbers <= partner.numbers or partner.numbers <= numbers
 
+    def is_covered_by(self, partner: "Pattern") -> bool:
+        """Whether a partner has all of these numbers."""
+        if self.numbers is partner.numbers and number_order(self.path, partner.path) is not None:
+            return True
+        return any(
+            frozenset(reordered(index, order) for index in self.numbers) <= partner.numbers
+            for order in self.orders(partner)
+        )
+
     def is_buffer(self) -> bool:
         """Whether these are constants rather than parameters."""
         return is_buffer(next(iter(self.names.values())))

@@ -85,7 +85,10 @@ def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound
     fitting: dict[Path, list[Pattern]] = {}
     may_learn = len(patterns) * len(partners) <= _MOST_TRIALS
     if may_learn:
-        fitting = {p.path: [q for q in partners if p.can_be(q, fit)] for p in patterns}
+        fitting = {
+            p.path: _with_all_numbers(p, [q for q in partners if p.can_be(q, fit)])
+            for p in patterns
+        }
         may_learn = sum(map(len, fitting.values())) <= _MOST_PAIRS
     if not may_learn:
         fitting = _known_partners(patterns, partners, fit)
@@ -98,6 +101,14 @@ def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound
             search.add_other_shapes()
             return RulesFound(search.matches, search.ambiguous(), search.left())
         banned |= incomplete
+
+
+def _with_all_numbers(pattern: Pattern, partners: list[Pattern]) -> list[Pattern]:
+    """The partners that have all numbers of a pattern; all of them where there is no such one.
+
+    Four layers are not those of a tower of two where another tower has four.
+    """
+    return [partner for partner in partners if pattern.is_covered_by(partner)] or partners
 
 
 class _Forms:
