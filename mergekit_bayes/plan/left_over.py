@@ -50,30 +50,6 @@ def missing_in(
     ]
 
 
-def explain_incomplete(name: str, model: Posterior, names: Collection[str]) -> str | None:
-    """The cause, if a model lacks a tensor of which it has others of the same kind.
-
-    Layers differ in their numbers only, and a model that has some of them has lost the others: a
-    shard that was not fetched, or a training that saved a part. None for other tensors.
-
-    Args:
-        name: The donor's name of the missing tensor.
-        model: The model that lacks it.
-        names: The donor's names of the model's tensors.
-    """
-    kind = _without_numbers(name)
-    if kind == name or all(_without_numbers(other) != kind for other in names):
-        return None
-    return (
-        f"'{model.ref}' has '{kind}' of other layers, so that its files are incomplete. Fetch or "
-        "save it again with all of its shards."
-    )
-
-
-def _without_numbers(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
-
-
 def refuse_left_over(
     model: Posterior,
     donor: Posterior,
