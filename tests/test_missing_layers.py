@@ -138,7 +138,7 @@ def test_layers_for_further_tokens_may_be_absent(tmp_path, base, key):
     [
         ({"num_experts": 2}, "different size cannot be merged"),
         ({"num_local_experts": 4}, "its files are incomplete"),
-        ({}, "Either its files are incomplete"),
+        ({}, "No config.json says how many"),
     ],
 )
 def test_experts_are_counted_as_layers_are(tmp_path, config, cause):

@@ -85,10 +85,10 @@ def output_layer(name: str) -> str | None:
 
     What is in a numbered layer of a model is not at its output.
     """
-    found = _OUTPUT_LAYER.search(name)
-    if found is None or re.search(r"(^|\.)\d+(\.|$)", name):
+    match = _OUTPUT_LAYER.search(name)
+    if match is None or re.search(r"(^|\.)\d+(\.|$)", name):
         return None
-    return name[: found.end()]
+    return name[: match.end()]
 
 
 def is_label_head(name: str) -> bool:

@@ -7,6 +7,7 @@ is a reason to merge without them.
 
 import re
 from collections.abc import Collection, Mapping
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import read_model_config, text_config
@@ -72,47 +73,62 @@ def explain_missing_layers(
         else:
             are_all_numbered = False
     are_all_numbered &= absent.keys() == alike
+    verdicts = [_judge(path, lists[path], absent[path], model, other) for path in sorted(alike)]
+    if not verdicts:
+        return None
+    # What is lost is told first, and what may be absent only if it is all that is missing.
+    verdict, text = min(verdicts)
+    if verdict is not _Verdict.NOT_NEEDED:
+        return MissingLayers(text)
+    return MissingLayers(text, may_be_absent=True) if are_all_numbered else None
+
+
+class _Verdict(IntEnum):
+    """Why numbers of a list are missing, in the order in which one is told rather than another."""
+
+    LOST = 0
+    OTHER_SIZE = 1
+    UNKNOWN = 2
+    NOT_NEEDED = 3
+
+
+def _judge(
+    path: _List, numbers: set[int], absent: set[int], model: Posterior, other: Posterior
+) -> tuple[_Verdict, str]:
+    """Why a model has some numbers of a list only, and the sentence that says so.
+
+    Args:
+        path: The list.
+        numbers: The numbers that the model has.
+        absent: The numbers that only the other model has.
+        model: The model.
+        other: The other model.
+    """
     config, other_config = _read_config(model), _read_config(other)
-    further = _count(text_config(config), _FURTHER_TOKENS) or 0
-    further = max(further, _count(text_config(other_config), _FURTHER_TOKENS) or 0)
-    different: list[str] = []
-    unknown: list[str] = []
-    behind_last: list[str] = []
-    for path, numbers in absent.items():
-        if path not in alike:
-            continue
-        stored, total, name = max(lists[path]) + 1, max(numbers) + 1, ".".join(path)
-        expected = _expected_count(config, path)
-        is_cut = min(numbers) < stored or len(lists[path]) < stored
-        if is_cut or (expected is not None and expected > stored):
-            counted = f", and its config.json counts {expected}" if expected else ""
-            return MissingLayers(
-                f"'{model.ref}' has {len(lists[path])} of the {total} '{name}.*'{counted}, so that "
-                f"its files are incomplete. {_FETCH}."
-            )
-        counts = f"There are {stored} '{name}.*' in '{model.ref}' and {total} in '{other.ref}'"
-        others_expected = _expected_count(other_config, path)
-        is_same_depth = others_expected is None or others_expected == stored
-        if expected is None:
-            unknown.append(counts)
-        elif is_same_depth and not _is_inner(path) and total - stored <= further:
-            behind_last.append(
-                f"'{model.ref}' has all {stored} '{name}.*' that its config.json counts; those "
-                "behind them predict further tokens, and many fine-tunes are saved without"
-            )
-        else:
-            different.append(counts)
-    if different:
-        return MissingLayers(f"{different[0]}: models of different size cannot be merged.")
-    if unknown:
-        return MissingLayers(
-            f"{unknown[0]}. Either its files are incomplete ({_FETCH[0].lower()}{_FETCH[1:]}), or "
-            "these are models of different size, which cannot be merged. No config.json says how "
-            "many it should have."
+    stored, total, name = max(numbers) + 1, max(absent) + 1, ".".join(path)
+    expected, others_expected = (_expected_count(c, path) for c in (config, other_config))
+    # The upper ones may be another model's; a hole between those that are there is a loss.
+    if min(absent) < stored or (expected is not None and expected > stored):
+        counted = f", and its config.json counts {expected}" if expected else ""
+        return _Verdict.LOST, (
+            f"'{model.ref}' has {len(numbers)} of the {max(stored, total)} '{name}.*'{counted}, so "
+            f"that its files are incomplete. {_FETCH}."
         )
-    if behind_last and are_all_numbered:
-        return MissingLayers(f"{behind_last[0]}.", may_be_absent=True)
-    return None
+    counts = f"There are {stored} '{name}.*' in '{model.ref}' and {total} in '{other.ref}'"
+    if expected is None:
+        return _Verdict.UNKNOWN, (
+            f"{counts}. Either '{model.ref}' has lost the others and its files are incomplete "
+            f"({_FETCH[0].lower()}{_FETCH[1:]}), or these are models of different "
+            "size, which cannot be merged. No config.json says how many it should have."
+        )
+    further = max(_count(text_config(c), _FURTHER_TOKENS) or 0 for c in (config, other_config))
+    has_others_depth = others_expected is None or others_expected == stored
+    if has_others_depth and not _is_inner(path) and total - stored <= further:
+        return _Verdict.NOT_NEEDED, (
+            f"'{model.ref}' has all {stored} '{name}.*' that its config.json counts; those "
+            "behind them predict further tokens, and many fine-tunes are saved without."
+        )
+    return _Verdict.OTHER_SIZE, f"{counts}: models of different size cannot be merged."
 
 
 def _kind(name: str) -> str:
@@ -167,9 +183,9 @@ def _expected_count(config: Mapping[str, Any], path: _List) -> int | None:
         return _count(section, _EXPERTS)
     if _is_inner(path):
         return None
-    parts = _DECODER_DEPTHS if "decoder" in words else ()
-    parts += _ENCODER_DEPTHS if "encoder" in words else ()
-    return _count(section, (*parts, *_DEPTHS))
+    decoder = _DECODER_DEPTHS if "decoder" in words else ()
+    encoder = _ENCODER_DEPTHS if "encoder" in words else ()
+    return _count(section, (*decoder, *encoder, *_DEPTHS))
 
 
 def _count(config: Mapping[str, Any], keys: Collection[str]) -> int | None:
