@@ -122,6 +122,17 @@ def adapted(tmp_path, stored, *, head="score", own=None, **config):
     return merged_config(tmp_path, f"{base}+{folder}", f"{base}+{folder}")
 
 
+def test_a_head_that_an_adapter_trained_is_kept_by_folding_it_where_there_is_one_model(tmp_path):
+    adapted(tmp_path, BERT)
+    base, folder = (next(tmp_path.glob(f"*/{name}")) for name in ("base", "adapter"))
+    with pytest.raises(MismatchError) as error:
+        run_merge(
+            MergeConfig(models=(f"{base}+{folder}",), base=str(base), out=str(tmp_path / "x"))
+        )
+    assert "PeftModel.merge_and_unload()" in str(error.value)
+    assert "without --base" not in str(error.value)  # one model alone is no merge
+
+
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
 
 

@@ -10,7 +10,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.errors import (
+    BmergeError,
+    CheckpointError,
+    ConfigError,
+    MismatchError,
+    PrecisionError,
+)
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.plan import plan_merge
 from tests import model_forms, tiny
@@ -179,15 +185,15 @@ def test_a_missing_tensor_counts_as_unchanged_also_beside_one_number_for_the_bas
 
 def test_an_extra_tensor_is_an_error_or_left_out():
     base = model("base", 0)
-    more = SHAPES | {"h.1.conv": (2, 2), "h.1.bias": (2,)}
+    more = SHAPES | {"extra.conv": (2, 2), "extra.bias": (2,)}
     a = model("a", 1, mean=tiny.arrays(1, more), precision=tiny.precisions(1, more))
     with pytest.raises(
-        MismatchError, match=r"'h\.1\.bias' \(2 such\) is in 'a\.safetensors'.*--on-missing base"
+        MismatchError, match=r"'extra\.bias' \(2 such\) is in 'a\.safetensors'.*--on-missing base"
     ):
         merge("a")
     for rule in ("base", "skip"):
         assert merge("a", on_missing=rule).left_out == dict.fromkeys(
-            ("h.1.conv", "h.1.bias"), "only 'a.safetensors' has it"
+            ("extra.conv", "extra.bias"), "only 'a.safetensors' has it"
         )
         close(load("x.safetensors"), expect(base, [a], (1,))[0])
     # Without a base the first model's names are written, and only skipping is left.
@@ -399,6 +405,38 @@ def test_a_head_that_the_base_lacks_is_told_as_that():
     assert "no such output layer" in str(error.value)
     assert "--on-missing base drops it" in str(error.value)
     assert "another base?" not in str(error.value)
+
+
+HEADED = TIED | {"score.weight": (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "scales", "keeps"),
+    [
+        ((HEADED,), (1,), False),  # a merge needs two models, or a base
+        ((HEADED, HEADED), (1, 1), True),
+        ((HEADED, HEADED), (1, -1), False),  # an average has no negative shares
+        ((HEADED, TIED), (1, 1), False),  # the other model has none to average
+        ((TIED, HEADED), (1, 1), False),
+    ],
+)
+def test_to_keep_a_head_nothing_is_proposed_that_does_not_work(shapes, scales, keeps):
+    model("base", 0, mean=tiny.arrays(0, TIED))
+    names = "ab"[: len(shapes)]
+    for seed, (name, own) in enumerate(zip(names, shapes, strict=True), start=1):
+        model(name, seed, mean=tiny.arrays(seed, own))
+    with pytest.raises(MismatchError) as error:
+        merge(*names, weights="uniform", scale=scales)
+    assert ("without --base" in str(error.value)) == keeps
+    assert "name a base that has it" in str(error.value)
+    try:
+        output = merge(*names, base=None, weights="uniform", scale=scales)
+        works = "score.weight" in load(output.path)
+    except BmergeError:
+        works = False
+    assert works == keeps
+    dropped = merge(*names, weights="uniform", scale=scales, on_missing="base")
+    assert "score.weight" not in load(dropped.path)
 
 
 @pytest.mark.parametrize("settings", [{"base": None}, {}], ids=["average", "on a base"])

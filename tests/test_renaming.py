@@ -30,9 +30,15 @@ def model(rng):
     for tower in towers:
         if rng.random() < 0.5:  # else as in the tower before: the hardest case
             layer = branches(rng, 2)
-        for number in range(rng.randint(1, 3)):
+        experts = branches(rng, 1) if rng.random() < 0.4 else {}
+        layers = rng.randint(1, 3)
+        number_of_experts = rng.choice((layers, 2))
+        for number in range(layers):
             for name, shape in layer.items():
                 shapes[f"{tower}.layers.{number}.{name}"] = shape
+            for expert in range(number_of_experts):
+                for name, shape in experts.items():
+                    shapes[f"{tower}.layers.{number}.experts.{expert}.{name}"] = shape
         for name, shape in branches(rng, 1).items():
             shapes[f"{tower}.{name}"] = shape
     for name, shape in branches(rng, 1).items():
@@ -58,7 +64,7 @@ def rename(rng, names):
     """A random systematic renaming: the new name of each name."""
     truth = {name: name for name in names}
     for _ in range(rng.randint(1, 3)):
-        kind = rng.choice(("prefix", "tower", "move", "word", "wrapper", "norm"))
+        kind = rng.choice(("prefix", "tower", "move", "word", "wrapper", "norm", "swap"))
         word, new = rng.choice([w for n in truth.values() for w in n.split(".")[:-1]]), next(FRESH)
         first = rng.choice([n.split(".")[0] for n in truth.values()])
         for name, now in truth.items():
@@ -74,6 +80,12 @@ def rename(rng, names):
                 parts = [*parts[:at], new, *parts[at:]]
             elif kind == "norm" and "norm" in parts and parts[-1] in ("weight", "bias"):
                 parts[-1] = {"weight": "gamma", "bias": "beta"}[parts[-1]]
+            elif kind == "swap" and sum(map(str.isdecimal, parts)) == 2:
+                # A list of lists: each number keeps its word, and the two change places.
+                i, j = (at for at, part in enumerate(parts) if part.isdecimal())
+                if j > i + 1:
+                    numbered = [*parts[j - 1 : j + 1], *parts[i + 1 : j - 1], *parts[i - 1 : i + 1]]
+                    parts = [*parts[: i - 1], *numbered, *parts[j + 1 :]]
             truth[name] = ".".join(parts)
     return truth
 
@@ -105,6 +117,59 @@ def test_a_systematic_renaming_is_found_or_refused_and_never_wrong(scope):
         assert not wrong, (seed, wrong)
         whole += all(names.get(n, n) == new for n, new in truth.items())
     assert whole >= (25, 35, 42)[scope]
+
+
+def lists(*words, counts=(3, 3)):
+    """Names of a list in a list: layers of experts, with the words before their numbers."""
+    names = {(i, j): "" for i in range(counts[0]) for j in range(counts[1])}
+    return {words[0].format(l=i, e=j): (i, j) for i, j in names}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("between", ["", "mlp."])
+@pytest.mark.parametrize("counts", [(3, 3), (4, 2), (2, 4)])
+@pytest.mark.parametrize("scope", list(Scope))
+def test_numbers_that_change_places_follow_their_words(prefix, between, counts, scope):
+    one = lists("layers.{l}." + between + "experts.{e}.w.weight", counts=counts)
+    two = lists(prefix + "experts.{e}." + between + "layers.{l}.w.weight", counts=counts)
+    for donor, other in ((one, two), (two, one)):
+        names = find_renaming(square(*donor), square(*other), scope=scope).names
+        assert len(names) == len(other)
+        assert all(donor[new] == other[name] for name, new in names.items())
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        # None or one of the words that numbers belong to is left.
+        ("layers.{l}.experts.{e}.w.weight", "b.{e}.a.{l}.w.weight"),
+        ("layers.{l}.experts.{e}.w.weight", "expert.{e}.layers.{l}.w.weight"),
+        ("layers.{l}.experts.{e}.w.weight", "experts.{e}.layer.{l}.w.weight"),
+        # Numbers without a word of their own.
+        ("layers.{l}.experts.{e}.w.weight", "experts.layers.{e}.{l}.w.weight"),
+        ("layers.{l}.experts.{e}.w.weight", "layers.experts.{e}.{l}.w.weight"),
+        # The same word before both: has the first word moved, or the whole part?
+        ("a.layers.{l}.b.layers.{e}.w.weight", "b.layers.{e}.a.layers.{l}.w.weight"),
+    ],
+)
+def test_numbers_that_may_have_changed_places_are_not_paired_and_both_are_named(one, two):
+    """Positions would pair every layer with another expert of the same shape."""
+    one, two = lists(one), lists(two)
+    for donor, other in ((one, two), (two, one)):
+        for scope in Scope:
+            renaming = find_renaming(square(*donor), square(*other), scope=scope)
+            assert all(donor[new] == other[name] for name, new in renaming.names.items())
+            for rivals in renaming.ambiguous.values():
+                assert len(rivals) > 1
+
+
+def test_numbers_without_their_words_are_paired_where_no_other_order_fits():
+    one = lists("layers.{l}.experts.{e}.a.weight", counts=(4, 2))
+    one |= lists("layers.{l}.experts.{e}.b.weight", counts=(4, 2))
+    two = {n.replace("layers", "block").replace("experts", "e"): where for n, where in one.items()}
+    names = find_renaming(square(*one), square(*two), scope=Scope.REPLACED).names
+    assert len(names) == len(two)
+    assert all(one[new] == two[name] for name, new in names.items())
 
 
 def test_lost_tensors_do_not_turn_a_renaming_into_another_one():
@@ -213,6 +278,22 @@ def test_a_part_that_fits_two_towers_is_ambiguous_and_says_so():
     assert (
         find_renaming(longer, part)("layers.1.attn.q.weight") == "model.text.layers.1.attn.q.weight"
     )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6])
+def test_a_part_is_of_the_only_tower_that_has_all_of_its_layers(layers):
+    """Adapters of language models name no tower, and vision towers are often less deep."""
+    base = square(
+        *(f"model.vision.layers.{i}.attn.{p}.weight" for i in range(2) for p in "qv"),
+        *(f"model.text.layers.{i}.attn.{p}.weight" for i in range(4) for p in "qv"),
+    )
+    part = square(*(f"layers.{i}.attn.{p}.weight" for i in range(layers) for p in "qv"))
+    renaming = find_renaming(base, part)
+    if layers in (3, 4):
+        assert dict(renaming.names) == {name: f"model.text.{name}" for name in part}
+    else:  # both towers have them all, or none has
+        assert not renaming.names
+        assert renaming.ambiguous
 
 
 def test_vocabularies_of_another_length_are_paired_and_other_shapes_left_to_the_comparison():

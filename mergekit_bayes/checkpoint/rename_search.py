@@ -2,10 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.rename_patterns import Fit, Pattern
 from mergekit_bayes.checkpoint.rename_rules import (
     KNOWN_RULES,
     Edit,
@@ -20,44 +20,9 @@ _MOST_FORMS = 32  # of one pattern
 _MOST_TRIALS = 300_000  # of pairs of patterns
 _MOST_PAIRS = 40_000  # of patterns that fit; with more only known rules are tried
 
-Fit = Callable[[str, str], bool]
 Rank = tuple[float, float]  # scope, and the negative number of patterns that the rule explains
 
 _KNOWN: Rank = (-1, -math.inf)  # of a pair that needs no new rule
-
-
-class Pattern(NamedTuple):
-    """Names that differ in their numbers only.
-
-    Attributes:
-        path: The words, with "*" for every number.
-        names: The full names by their numbers.
-        numbers: The keys of `names`; patterns with the same ones share one object.
-        one_shape: Whether all of them have one shape.
-    """
-
-    path: Path
-    names: Mapping[Path, str]
-    numbers: frozenset[Path]
-    one_shape: bool
-
-    def pairs(self, partner: "Pattern") -> list[tuple[str, str]]:
-        """The names of the same numbers in both."""
-        return [(n, partner.names[i]) for i, n in self.names.items() if i in partner.names]
-
-    def can_be(self, partner: "Pattern", fit: Fit) -> bool:
-        """Whether one has the other's numbers, and all tensors of the same numbers fit."""
-        if self.numbers is not partner.numbers and not (
-            self.numbers <= partner.numbers or partner.numbers <= self.numbers
-        ):
-            return False
-        if self.one_shape and partner.one_shape:
-            return fit(next(iter(self.names.values())), next(iter(partner.names.values())))
-        return all(fit(*pair) for pair in self.pairs(partner))
-
-    def is_buffer(self) -> bool:
-        """Whether these are constants rather than parameters."""
-        return is_buffer(next(iter(self.names.values())))
 
 
 class Side(NamedTuple):
@@ -85,7 +50,8 @@ class RulesFound(NamedTuple):
 
     Attributes:
         matches: The pairs.
-        ambiguous: Patterns with two or more partners, of which none is surer than another.
+        ambiguous: Patterns with two or more partners, of which none is surer than another, or with
+            one whose numbers may be in another order.
         left: Patterns without a partner, and what the rules that were found make of them.
     """
 
@@ -119,7 +85,10 @@ def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound
     fitting: dict[Path, list[Pattern]] = {}
     may_learn = len(patterns) * len(partners) <= _MOST_TRIALS
     if may_learn:
-        fitting = {p.path: [q for q in partners if p.can_be(q, fit)] for p in patterns}
+        fitting = {
+            p.path: _with_all_numbers(p, [q for q in partners if p.can_be(q, fit)])
+            for p in patterns
+        }
         may_learn = sum(map(len, fitting.values())) <= _MOST_PAIRS
     if not may_learn:
         fitting = _known_partners(patterns, partners, fit)
@@ -132,6 +101,14 @@ def search_rules(other: Side, donor: Side, fit: Fit, scope: Scope) -> RulesFound
             search.add_other_shapes()
             return RulesFound(search.matches, search.ambiguous(), search.left())
         banned |= incomplete
+
+
+def _with_all_numbers(pattern: Pattern, partners: list[Pattern]) -> list[Pattern]:
+    """The partners that have all numbers of a pattern; all of them where there is no such one.
+
+    Four layers are not those of a tower of two where another tower has four.
+    """
+    return [partner for partner in partners if pattern.is_covered_by(partner)] or partners
 
 
 class _Forms:
@@ -260,7 +237,10 @@ class _Search:
         ]
 
     def ambiguous(self) -> list[tuple[Pattern, list[Pattern]]]:
-        """Patterns that are left, with their possible partners where these are two or more."""
+        """Patterns that are left, with their possible partners.
+
+        These are two or more, or one in which no word tells which number is which.
+        """
         rivals: defaultdict[Path, dict[Path, Pattern]] = defaultdict(dict)
         for rule, candidates in self._candidates().items():
             if rule is not None and (self._scope is None or rule.scope > self._scope):
@@ -271,6 +251,7 @@ class _Search:
             (self._left[path], list(partners.values()))
             for path, partners in rivals.items()
             if len(partners) > 1
+            or any(self._left[path].known_order(partner) is None for partner in partners.values())
         ]
 
     def _accept(self, candidate: _Candidate) -> None:
@@ -318,7 +299,10 @@ class _Search:
         sure: list[tuple[Rule | None, list[_Candidate]]] = []
         for rule, candidates in by_rule.items():
             uncontested = [
-                c for c in candidates if is_uncontested(ranks[rule], c.pattern.path, c.partner.path)
+                c
+                for c in candidates
+                if is_uncontested(ranks[rule], c.pattern.path, c.partner.path)
+                and c.pattern.known_order(c.partner) is not None
             ]
             if _is_weak(uncontested):
                 uncontested = [c for c in uncontested if not self._is_explained(c)]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
+from mergekit_bayes.checkpoint.rename_patterns import Pattern, number_order, reordered
 from mergekit_bayes.checkpoint.rename_rules import Path, Scope
-from mergekit_bayes.checkpoint.rename_search import Pattern, Side, search_rules
+from mergekit_bayes.checkpoint.rename_search import Side, search_rules
 
 _EXAMPLES = 4  # changes that a sentence names
 
@@ -121,19 +122,25 @@ def find_renaming(
             counts[rule.shown_in(match.pattern.path, match.partner.path)] += len(pairs)
     # A second name of a tensor that both have is told by those who map the names.
     doubles = (
-        (name, _name(form, index))
+        (name, _name(form, reordered(index, order)))
         for pattern, forms in found.left
         for form in forms
+        if (order := number_order(pattern.path, form)) is not None
         for index, name in pattern.names.items()
     )
     names |= {name: double for name, double in doubles if double in donor and double in other}
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     changes = tuple(NameChange(*shown, count) for shown, count in frequent)
+    rivals: dict[str, list[str]] = {}
+    for pattern, partners in found.ambiguous:
+        orders = [(partner, order) for partner in partners for order in pattern.orders(partner)]
+        for partner, order in orders:
+            for name, rival in pattern.pairs(partner, order):
+                rivals.setdefault(name, []).append(rival)
     ambiguous = {
-        name: tuple(partner.names[index] for partner in partners)
-        for pattern, partners in found.ambiguous
-        for index, name in pattern.names.items()
-        if all(index in partner.names for partner in partners)
+        name: tuple(dict.fromkeys(possible))
+        for name, possible in rivals.items()
+        if len(set(possible)) > 1
     }
     return Renaming(names, changes, ambiguous)
 

@@ -17,22 +17,13 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import chunks, read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.model_config import text_config
+from mergekit_bayes.checkpoint.names import (
+    is_token_embedding,
+    may_be_tied_head,
+    may_be_token_embedding,
+)
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE, Array, TensorSource
 
-# Output heads whose weight may be that of the input embedding.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|generator_lm_head|vocab_projector|output_projection|lm_loss"
-    r"|(lm_head|predictions)\.decoder)\.weight$"
-    r"|^(proj_out|decoder|head)\.weight$"
-)
-# Input embeddings, the usual names first: the others count only where there is none of those.
-_EMBEDDINGS = (
-    re.compile(
-        r"(^|\.)(wte|embed_tokens|embed_in|word_embeddings?|shared|tok_embeddings|tokens_embed)"
-        r"\.weight$"
-    ),
-    re.compile(r"(^|\.)embeddings\.weight$"),
-)
 # Embeddings of an encoder-decoder that are its `shared` one, after the prefix of that.
 _SHARING = ("encoder.", "decoder.", "text_encoder.", "text_decoder.")
 # Heads that have layers before the last one, whose bias has two names.
@@ -91,7 +82,9 @@ def find_ties(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tie, ...]:
     }
     shared = {copy for names in copies.values() for copy in names}
     heads: dict[str, list[str]] = {}
-    candidates = dict.fromkeys((*filter(_HEAD.search, shapes), *_decoders(deep_heads, "weight")))
+    candidates = dict.fromkeys(
+        (*filter(may_be_tied_head, shapes), *_decoders(deep_heads, "weight"))
+    )
     for head in candidates:
         embedding = _embedding_of(head, shapes, shared)
         if embedding is not None:
@@ -127,11 +120,12 @@ def _embedding_of(
     Of several it is the one nearest to the head by name, and the decoder's.
     """
     width = shapes[head][1:] if head in shapes else None
-    for pattern in _EMBEDDINGS:
+    # The names that mean nothing else come first.
+    for is_embedding in (is_token_embedding, may_be_token_embedding):
         found = [
             name
             for name, shape in shapes.items()
-            if pattern.search(name)
+            if is_embedding(name)
             and name not in shared
             and len(shape) == 2
             and width in (None, shape[1:])

@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.names import is_buffer, output_layer
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.posterior.forms import is_form_of
 
 _NUMBERED = re.compile(r"^(.*?(?:^|\.)\d+)(?=\.)")
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|embed\w*|tok_embeddings|shared|\w*embeddings?)(\.|$)")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|cls|qa_outputs|pooler)(\.|$)")
 
 
 def is_parameter(name: str, spec: TensorSpec) -> bool:
@@ -56,7 +55,7 @@ class _Place(NamedTuple):
 
 
 def _place(name: str) -> _Place:
-    if _HEAD.search(name):
+    if output_layer(name):
         return _Place(3, "", 0, "head")
     if numbered := _NUMBERED.match(name):
         stack, _, index = numbered[1].rpartition(".")

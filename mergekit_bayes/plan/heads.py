@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.model_config import (
     read_config,
     read_model_config,
 )
+from mergekit_bayes.checkpoint.names import is_label_head
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora.adapted import AdaptedSource
 from mergekit_bayes.lora.adapter import Adapter
@@ -24,22 +25,12 @@ from mergekit_bayes.plan.side_files import config_input
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.posterior import Posterior
 
-# The last layer of a classifier, with one row a label, as the field's architectures call it.
-_LABEL_HEAD = re.compile(
-    r"(^|\.)(score|classifier|cls_classifier|classifier\.out_proj|classifier\.linear_out"
-    r"|classification_head\.out_proj|logits_proj|sequence_summary\.summary)\.weight$"
-)
 _ANSWER_HEAD = re.compile(r"(^|\.)qa_outputs\.weight$")
 _TASKS = {  # of PEFT, and what transformers appends to the name of an architecture
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-
-
-def is_label_head(name: str) -> bool:
-    """Whether a tensor has one row per label of a classifier, judged by its name."""
-    return bool(_LABEL_HEAD.search(name))
 
 
 def head_changes(

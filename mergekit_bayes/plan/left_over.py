@@ -10,19 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mergekit_bayes.checkpoint.names import is_buffer
+from mergekit_bayes.checkpoint.names import is_buffer, output_layer
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior import Posterior
 
-# Output layers as the field's architectures call them. Two models may have different ones.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|generator_lm_head|generator_predictions|cls|predictions|pooler"
-    r"|classifier|pre_classifier|classification_head|score|qa_outputs|summary|v_head|value_head"
-    r"|reward_head|regression_head|multiple_choice_head|vocab_\w+)(\.|$)"
-)
 _SAVE_ALIKE = (
     "Load both with one version of transformers (5 or later) and save them with "
     "save_pretrained(..., save_original_format=False)"
@@ -48,30 +42,6 @@ def missing_in(
         and (only is None or only.search(name))
         and ties.stored_name(name, model)[0] is None
     ]
-
-
-def explain_incomplete(name: str, model: Posterior, names: Collection[str]) -> str | None:
-    """The cause, if a model lacks a tensor of which it has others of the same kind.
-
-    Layers differ in their numbers only, and a model that has some of them has lost the others: a
-    shard that was not fetched, or a training that saved a part. None for other tensors.
-
-    Args:
-        name: The donor's name of the missing tensor.
-        model: The model that lacks it.
-        names: The donor's names of the model's tensors.
-    """
-    kind = _without_numbers(name)
-    if kind == name or all(_without_numbers(other) != kind for other in names):
-        return None
-    return (
-        f"'{model.ref}' has '{kind}' of other layers, so that its files are incomplete. Fetch or "
-        "save it again with all of its shards."
-    )
-
-
-def _without_numbers(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def refuse_left_over(
@@ -135,7 +105,7 @@ def _explain(
         rivals = " and ".join(f"'{rival}'" for rival in ambiguous[name][:2])
         return f"'{name}' would fit {rivals}, and no rule tells which. {_SAVE_ALIKE}."
     if is_heads(unmatched) and is_heads(missing):
-        heads = sorted({_head(name) for name in (*unmatched, *missing)})
+        heads = sorted({head for n in (*unmatched, *missing) if (head := output_layer(n))})
         pattern = "|".join(re.escape(head) for head in heads)
         return (
             "They have different output layers. "
@@ -198,11 +168,4 @@ def _numbers(parts: Sequence[str]) -> tuple[str, ...]:
 
 def is_heads(names: Collection[str]) -> bool:
     """Whether all of these tensors are of output layers, as the field's architectures name them."""
-    return all(_HEAD.search(name) and not _numbers(name.split(".")) for name in names)
-
-
-def _head(name: str) -> str:
-    """The name of the output layer: up to the word that says so."""
-    found = _HEAD.search(name)
-    assert found is not None  # `is_heads` has looked
-    return name[: found.end(2)]
+    return all(map(output_layer, names))

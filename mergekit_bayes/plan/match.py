@@ -10,7 +10,8 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
-from mergekit_bayes.plan.left_over import explain_incomplete, missing_in
+from mergekit_bayes.plan.left_over import missing_in
+from mergekit_bayes.plan.missing_layers import explain_missing_layers
 from mergekit_bayes.plan.names import OTHER_BASE, find_left_out, map_names
 from mergekit_bayes.plan.options import ScaleRule
 from mergekit_bayes.plan.precisions import (
@@ -271,10 +272,12 @@ class _Matcher:
             )
         missing = missing_in(model, donor.posterior, self._ties, self._only)
         start = f"'{name}' ({len(missing)} such) is in '{donor.ref}' but not in '{model.ref}'."
-        if cause := explain_incomplete(name, model.posterior, self._names[model]):
-            return MismatchError(f"{start} {cause}")
+        lost = explain_missing_layers(missing, model.posterior, self._names[model], donor.posterior)
+        if lost is not None and not lost.may_be_absent:
+            return MismatchError(f"{start} {lost.cause}")
+        cause = lost.cause if lost is not None else OTHER_BASE
         keep = "--on-missing base takes it as unchanged, " if has_base else ""
-        return MismatchError(f"{start} {OTHER_BASE} {keep}--on-missing skip leaves it out.")
+        return MismatchError(f"{start} {cause} {keep}--on-missing skip leaves it out.")
 
     def _common(
         self, name: str, spec: TensorSpec, means: Mapping[Input, TensorRef], scales: Scales

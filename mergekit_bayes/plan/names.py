@@ -9,6 +9,7 @@ from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_note
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.lora.adapted import AdaptedSource
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.left_over import (
     is_heads,
@@ -16,6 +17,7 @@ from mergekit_bayes.plan.left_over import (
     missing_in,
     refuse_left_over,
 )
+from mergekit_bayes.plan.missing_layers import explain_missing_layers
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior import Posterior
@@ -116,20 +118,44 @@ def find_left_out(
             ambiguous = _find_renaming(donor, model).ambiguous
             raise refuse_left_over(model, donor, unmatched, missing, ambiguous)
         if unmatched:
-            raise _unmatched(unmatched, model, donor, has_base=inputs.base is not None)
+            raise _unmatched(unmatched, task, inputs, names)
     return left_out
 
 
 def _unmatched(
-    names: list[str], model: Posterior, donor: Posterior, *, has_base: bool
+    unmatched: list[str], task: Input, inputs: Inputs, names: Mapping[Input, Mapping[str, str]]
 ) -> MismatchError:
-    first, *_ = names
-    start = f"'{first}' ({len(names)} such) is in '{model.ref}' but not in '{donor.ref}'."
-    if has_base and is_heads(names):
-        return MismatchError(
-            f"{start} The base has no such output layer, so that there is no change to add. Merge "
-            "without --base to keep it, or name a base that has it; --on-missing base drops it."
-        )
-    return MismatchError(
-        f"{start} {OTHER_BASE} --on-missing {'base' if has_base else 'skip'} leaves it out."
+    """The error of tensors that the donor lacks and no rule leaves out."""
+    model, donor, has_base = task.posterior, inputs.donor.posterior, inputs.base is not None
+    start = (
+        f"'{unmatched[0]}' ({len(unmatched)} such) is in '{model.ref}' but not in '{donor.ref}'."
     )
+    if has_base and is_heads(unmatched):
+        return MismatchError(
+            f"{start} The base has no such output layer, so that there is no change to add. "
+            f"{_keep_head(unmatched, inputs, names)}; --on-missing base drops it."
+        )
+    # The tensors of the donor by the names that the model has for them.
+    donors = [own for name, own in names[task].items() if name in donor.mean.specs]
+    lost = explain_missing_layers(unmatched, donor, donors, model)
+    if lost is not None and not lost.may_be_absent:
+        return MismatchError(f"{start} {lost.cause}")
+    cause = lost.cause if lost is not None else OTHER_BASE
+    return MismatchError(
+        f"{start} {cause} --on-missing {'base' if has_base else 'skip'} leaves it out."
+    )
+
+
+def _keep_head(heads: list[str], inputs: Inputs, names: Mapping[Input, Mapping[str, str]]) -> str:
+    """How to keep output layers that a task has and the base has not."""
+    other_base = "name a base that has it"
+    if len(inputs.tasks) > 1:
+        # An average is another merge, and one only of what all models have.
+        can_average = all(
+            task.scale > 0 and set(heads) <= {*names[task].values()} for task in inputs.tasks
+        )
+        return f"To keep it, {'merge without --base, or ' if can_average else ''}{other_base}"
+    if isinstance(inputs.tasks[0].posterior.mean, AdaptedSource):
+        fold = "fold the adapter into its base with `PeftModel.merge_and_unload()`"
+        return f"To keep it, {other_base}, or {fold} instead of a merge"
+    return f"To keep it, {other_base}"
