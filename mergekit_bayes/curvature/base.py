@@ -4,8 +4,8 @@ An estimator adds up the diagonal curvature of the loss over observations, at th
 model has; the loss is the one that transformers trains the model with. It leaves the weights, the
 gradients and the mode of the model as they were, draws only from its own seed, and counts an
 observation where the loss counts one: a scored token of a model of tokens, an example of a
-sequence classifier. Its docstring states the equation, the bias and the variance; `tests/test_cases.py`
-compares it with a dense matrix.
+sequence classifier. Its docstring states the equation, the bias and the variance;
+`tests/test_cases.py` compares it with a dense matrix.
 """
 
 from collections.abc import Iterable, Mapping
