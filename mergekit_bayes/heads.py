@@ -33,9 +33,34 @@ _KINDS = frozenset(
         "threat",
     }
 )
-# Labels of texts that have none of the others: they make a set of labels look exclusive.
-_NONE_OF_THEM = re.compile(
-    r"(no|non|not|un)[ _-]?\w*tox\w*|neutral|none|normal|clean|ok|okay|safe|other|acceptable"
+# Groups that a comment of the unintended-bias data mentions, beside what is toxic in it.
+_MENTIONS = frozenset(
+    {
+        "asian",
+        "atheist",
+        "bisexual",
+        "black",
+        "buddhist",
+        "christian",
+        "female",
+        "heterosexual",
+        "hindu",
+        "homosexual_gay_or_lesbian",
+        "intellectual_or_learning_disability",
+        "jewish",
+        "latino",
+        "male",
+        "muslim",
+        "other_disability",
+        "other_gender",
+        "other_race_or_ethnicity",
+        "other_religion",
+        "other_sexual_orientation",
+        "physical_disability",
+        "psychiatric_or_mental_illness",
+        "transgender",
+        "white",
+    }
 )
 
 
@@ -57,8 +82,9 @@ def read_head(problem_type: str | None, labels: Mapping[int, str], outputs: int)
     """Decide how the outputs of a classifier are read.
 
     The `problem_type` decides where it is written. Otherwise a head of one output is a regression,
-    as transformers trains it; labels that occur together by their names (`toxic` beside `insult`)
-    are independent; two other labels are exclusive; and for more labels nothing decides.
+    as transformers trains it; labels that occur together by their names (`toxic` beside `insult`,
+    and no label that is unknown) are independent; two other labels are exclusive; and for more
+    labels nothing decides.
 
     Args:
         problem_type: As in `config.json`, or None.
@@ -68,7 +94,7 @@ def read_head(problem_type: str | None, labels: Mapping[int, str], outputs: int)
     Example:
         >>> read_head(None, {0: "toxic", 1: "severe_toxic", 2: "insult"}, 3).likelihood
         'bernoulli'
-        >>> read_head(None, {0: "negative", 1: "neutral", 2: "positive"}, 3).likelihood is None
+        >>> read_head(None, {0: "toxic", 1: "insult", 2: "benign"}, 3).likelihood is None
         True
     """
     if problem_type in _LIKELIHOODS:
@@ -97,10 +123,14 @@ def head_of(config: object) -> Head:
 
 
 def _together(labels: Mapping[int, str]) -> tuple[str, str] | None:
-    """Two labels that a text can have at once, by their names; None if no such pair is known."""
+    """Two labels that a text can have at once; None if there is a label not known to be such.
+
+    One unknown label may be that of the texts that have none of the others, whatever it is called,
+    and the labels are exclusive then.
+    """
     names = {re.sub(r"[ -]", "_", str(text).strip().lower()): str(text) for text in labels.values()}
     general = [names[name] for name in sorted(_GENERAL & names.keys())]
     kinds = [names[name] for name in sorted(_KINDS & names.keys())]
-    if not general or not kinds or any(_NONE_OF_THEM.fullmatch(name) for name in names):
+    if not general or not kinds or not names.keys() <= _GENERAL | _KINDS | _MENTIONS:
         return None
     return general[0], kinds[0]

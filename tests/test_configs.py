@@ -1,9 +1,10 @@
 """Settings files: unknown keys, all errors at once, overrides."""
 
+import datetime
 import json
 import re
 from pathlib import Path
-from typing import get_origin
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import configs, recipes
-from mergekit_bayes.configs import Config, load_config
+from mergekit_bayes.configs import Config, load_config, parse_config, read_yaml
 from mergekit_bayes.detox.settings import DetoxConfig, Rows
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
@@ -202,6 +203,51 @@ def test_out_and_output_are_one_setting_of_every_config(tmp_path, config):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(good)) | {field: "file"}))
     assert getattr(load_config(config, path, [f"{other}=line"]), field) == "line"
+    for names in ((field, other), (other, field)):
+        path.write_text("".join(f"{name}: x\n" for name in names))
+        with pytest.raises(ConfigError, match=f"c.yaml: '{field}' and '{other}' are one setting"):
+            load_config(config, path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: 2\na: 3\n", "c:\n  a: 1\n  a: 1\n", "c: [{a: 1, a: 2}]"]
+)
+def test_of_two_values_for_one_key_none_wins_in_silence(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml: is not YAML \(the key 'a' is there twice"):
+        read_yaml(path)
+    path.write_text("c: &c {a: 1, b: 2}\nd: {<<: *c, a: 3}\n")  # which a merge key is for
+    assert read_yaml(path)["d"] == {"a": 3, "b": 2}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("key", [1, 1.5, True, None, datetime.date(2020, 1, 1)], ids=str)
+def test_a_key_that_is_no_text_is_told_wherever_it_is(tmp_path, config, key):
+    """YAML makes other keys of `1`, `on` and `null`, and Python takes all of them."""
+    inner = [n for n, f in config.model_fields.items() if takes_keys(f.annotation)]
+    path = tmp_path / "c.yaml"
+    for place in (None, *inner):
+        good = json.loads(json.dumps(GOOD[config]))
+        given = good | ({key: 2} if place is None else {place: {key: 2}})
+        path.write_text(yaml.safe_dump(given, sort_keys=False))
+        for make in (
+            config.model_validate,
+            lambda values: parse_config(config, values, "here"),
+            lambda _: load_config(config, path),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                make(given)
+            where = "" if place is None else f"{place}: "
+            assert f": {where}expected text as a key, found " in str(caught.value)
+            assert "in quotes" in str(caught.value)
+
+
+def takes_keys(annotation):
+    allowed = [annotation, *get_args(annotation)]
+    return any(
+        get_origin(a) is dict or (isinstance(a, type) and issubclass(a, Config)) for a in allowed
+    )
 
 
 def test_a_list_names_the_value_that_is_wrong():

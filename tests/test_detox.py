@@ -253,7 +253,11 @@ def test_the_command_prints_one_document_and_its_own_table(world, first, tmp_pat
     [
         ({"finetune": {"lora": {"r": 2}}}, "lora"),
         ({"finetune": {"posterior": "none"}}, "posterior"),
-        ({"finetune": {"output": "x"}}, "output"),
+        *(
+            ({section: {name: "x"}}, f"^{section}: {name}: detox sets this itself")
+            for section in ("finetune", "precision", "evaluate")
+            for name in ("model", "out", "output", "force")
+        ),
         ({"evaluate": {"perplexity": {}}}, "prompts"),
         ({"finetune": {"learning_rat": 1}}, "learning_rate"),
     ],

@@ -12,6 +12,7 @@ import yaml
 import mergekit_bayes.finetune.run as module
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
@@ -287,6 +288,28 @@ def test_an_encoder_gets_a_head_for_the_labels_of_the_data(tmp_path, encoder, la
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert {n for n in posterior.precision.specs if n.endswith("classifier.weight")}
         assert set(posterior.precision.specs) <= set(posterior.mean.specs)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
+def test_a_head_is_read_as_it_was_trained_whatever_its_labels_are_called(tmp_path, encoder, lora):
+    """By their names alone these labels would be independent.
+
+    The next fine-tune, the evaluation and the precision take what the config says.
+    """
+    file, out = labelled(tmp_path / "l.jsonl", ["insult", "threat", "toxic"]), tmp_path / "out"
+    settings = {"task": "classification", "lora": lora, "max_steps": 1}
+    run_finetune(config(tmp_path, file, model=encoder, **settings), quiet=True)
+    with open_posterior(str(out)) as posterior:
+        assert posterior.info.training["loss"] == "softmax cross-entropy"
+    report = run_evaluate(EvaluateConfig(model=str(out), classify={"a": file}))
+    assert report.label_reading == "softmax: config.json says single_label_classification"
+    report = run_precision(PrecisionConfig(model=str(out), data=file, force=True), quiet=True)
+    assert report.loss == "softmax cross-entropy (config.json says single_label_classification)"
+    if lora is None:
+        again = str(tmp_path / "again")
+        run_finetune(config(tmp_path, file, model=out, output=again, max_steps=1), quiet=True)
+        stored = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert stored["problem_type"] == "single_label_classification"
 
 
 def test_an_adapter_can_be_given_a_precision_of_its_own(tmp_path, data):

@@ -104,6 +104,20 @@ def test_the_labels_are_those_of_the_task_whose_head_is_written(tmp_path):
         assert "id2label" not in config
 
 
+def test_how_a_head_is_read_is_written_also_where_its_labels_keep_their_names(tmp_path):
+    """A fine-tune says it, and the base that it started from may not."""
+    names = ("toxic", "insult", "threat")
+    kind = {"problem_type": "single_label_classification"}
+    base = classifier(tmp_path / "base", named(names), 0)
+    task = classifier(tmp_path / "task", named(names, **kind), 1)
+    config, _ = merged_config(tmp_path, task, base=base)
+    assert config["problem_type"] == "single_label_classification"
+    assert tuple(config["id2label"].values()) == names
+    for settings in ({"scale": (0.0,)}, {"only": r"^m\."}):
+        config, _ = merged_config(tmp_path, task, base=base, **settings)
+        assert "problem_type" not in config
+
+
 def adapted(tmp_path, stored, *, head="score", own=None, **config):
     """The config that the average of BASE+ADAPTER with itself writes, and the report.
 

@@ -255,6 +255,18 @@ def test_options_that_contradict_each_other_are_named(tmp_path):
         merge_adapters([refs[0], str(tmp_path / "d")], out)
 
 
+def test_adapters_whose_precisions_are_of_different_losses_are_told(tmp_path):
+    for seed, (name, loss) in enumerate((("a", "one"), ("b", "one"), ("c", "another"))):
+        made = factors(seed)
+        adapter(
+            tmp_path / name, made, precision=precise(made, seed), info={"training": {"loss": loss}}
+        )
+    for other, is_told in (("b", False), ("c", True)):
+        refs = [str(tmp_path / "a"), str(tmp_path / other)]
+        report = merge_adapters(refs, tmp_path / f"a{other}", weights="precision")
+        assert any("different losses" in note for note in report.notes) == is_told
+
+
 def test_a_recipe_of_adapters_gives_the_same_bytes_and_notices_a_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     two(tmp_path)

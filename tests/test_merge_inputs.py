@@ -1,6 +1,7 @@
 """Precisions and models that do not belong together are refused before a merge."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.posterior import open_posterior
 from tests import three_models, tiny
 from tests.three_models import merge
 
@@ -56,6 +58,47 @@ def test_different_estimators_or_units_are_refused(world):
     tiny.posterior("e.safetensors", *world["a"], unit="example")
     with pytest.raises(PrecisionError, match="different kinds"):
         merge("e", "b", weights="precision")
+
+
+SOFTMAX, SQUARED = "softmax cross-entropy", "squared error, mean over the outputs"
+
+
+@pytest.mark.parametrize(
+    ("losses", "note"),
+    [
+        ((SOFTMAX, SOFTMAX), None),
+        ((SOFTMAX, SQUARED), f"different losses.*'a' has that of {SOFTMAX}, 'b' has .*{SQUARED}"),
+        ((None, SQUARED), "'a': .*does not record its loss.*make it again"),
+        ((None, SOFTMAX), None),  # the unit of softmax has always been the same
+        ((None, None), None),
+    ],
+)
+def test_precisions_of_different_losses_are_told(world, tmp_path, losses, note):
+    folder = tmp_path / "losses"
+    for name, loss in zip("ab", losses, strict=True):
+        training = {} if loss is None else {"loss": loss}
+        tiny.posterior(folder / f"{name}.safetensors", *world[name], training=training)
+    refs = [str(folder / f"{name}.safetensors") for name in "ab"]
+    report = merge_of(refs, folder / "ab.safetensors")
+    notes = [n.replace(f"{folder}/", "").replace(".safetensors", "") for n in report.notes]
+    told = [n for n in notes if "loss" in n]
+    assert [bool(re.search(note or "^$", n)) for n in told] == [True] * (note is not None)
+    # A merge is of the losses of its terms, and tells of them where it is merged again.
+    recorded = read_info_of(folder / "ab.safetensors").training
+    assert recorded == ({"loss": "; ".join(sorted(set(losses) - {None}))} if any(losses) else {})
+    report = merge_of([str(folder / "ab.safetensors"), refs[1]], folder / "abb.safetensors")
+    assert any("different losses" in n for n in report.notes) == (
+        SOFTMAX in losses and note is not None
+    )
+
+
+def merge_of(refs, out):
+    return run_merge(MergeConfig(models=refs, weights="precision", out=str(out)))
+
+
+def read_info_of(path):
+    with open_posterior(str(path)) as posterior:
+        return posterior.info
 
 
 def with_tokenizer(folder, name, words):

@@ -1,6 +1,9 @@
 """Text is what is text: no verb trains on, measures or continues Python's words for a value."""
 
+import datetime
+import decimal
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -149,6 +152,95 @@ def test_a_column_inside_objects_is_named_with_a_dot(tmp_path):
         load_rows(path, text="text.body")
 
 
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ALIKE = [{"text": "a", "k": 1}, {"text": "b", "k": 2}]
+OTHERWISE = [{"text": "a", "k": 1}, {"text": "b", "z": "q"}]  # datasets gives them the type JSON
+
+
+@pytest.mark.parametrize("objects", [ALIKE, OTHERWISE, ["a", {"text": "b"}]], ids=str)
+def test_objects_stand_for_their_text_also_where_they_differ_from_row_to_row(tmp_path, objects):
+    path = lines(tmp_path / "t.jsonl", *({"prompt": o, "n": i} for i, o in enumerate(objects)))
+    rows = load_rows(path, text="prompt", label="n")
+    assert (rows["prompt"][:], rows["n"][:]) == (["a", "b"], [0, 1])
+    if objects[0] != "a":
+        # What `where` names is looked up in the file, whatever becomes of the column of texts.
+        for text in ("prompt", "prompt.text"):
+            assert load_rows(path, text=text, where={"prompt.text": "b"})[text][:] == ["b"]
+            assert load_rows(path, text=text, where={"prompt.k": [1]})[text][:] == ["a"]
+        assert load_rows(path, text="prompt", label="prompt.text")["prompt.text"][:] == ["a", "b"]
+    with pytest.raises(MismatchError, match=r"no column 'prompt\.body'"):
+        load_rows(path, text="prompt.body")
+
+
+def test_every_name_that_a_message_gives_to_a_text_inside_objects_reads_it(tmp_path):
+    """At any depth, and where keys or columns have dots in their own names."""
+    for value in ({"text": {"en": "x"}, "s": 1}, {"a.b": "x"}, {"c": {"d": {"e": "x"}}}):
+        for other in ({}, {"more": "y"}):  # of one type, and of another in each row
+            path = lines(tmp_path / "t.jsonl", {"t": value}, {"t": value | other})
+            with pytest.raises(
+                MismatchError, match=r"row 1: 't' is an object.*dot: '(t\..*)'"
+            ) as e:
+                load_rows(path, text="t")
+            name = str(e.value).split("named by a dot: '")[1].split("'")[0]
+            assert load_rows(path, text=name)[name][:] == ["x", "x"]
+    path = lines(tmp_path / "t.jsonl", {"text": {"text": "x"}, "text.text": "y"})
+    assert load_rows(path, text="text")["text"][:] == ["x"]
+    assert load_rows(path, text="text.text")["text.text"][:] == ["y"]
+
+
+DATES = ["2020-01-01", "2020-01-02T00:00:00", "2020-01-03 10:11:12"]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "folder/t.jsonl", "t.csv", "t.txt"])
+def test_a_string_that_looks_like_a_date_is_the_text_that_it_is(tmp_path, name):
+    path = tmp_path / name
+    if name == "t.txt":
+        path.write_text("\n".join(DATES))
+    else:
+        write(path, DATES)
+    source = str(path.parent if name.startswith("folder") else path)
+    assert load_rows(source, text="text")["text"][:] == DATES
+    if name.endswith("jsonl"):
+        write(path, [{"text": date, "day": date} for date in DATES])
+        assert load_rows(source, text="text", where={"text.day": DATES[1]})["text"][:] == [DATES[1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([b"the"], "binary data, expected"),
+        ([datetime.datetime(2020, 1, 1)], r"a date or a time \(2020-01-01 00:00:00\), expected"),
+        ([datetime.date(2020, 1, 1)], r"a date or a time \(2020-01-01\), expected"),
+        ([decimal.Decimal("1.5")], "a value of type Decimal, expected"),
+    ],
+)
+def test_other_types_of_parquet_are_named(tmp_path, values, words):
+    table = pyarrow.table({"text": pyarrow.array(values)})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(MismatchError, match=f"row 1: 'text' is {words} text"):
+        load_rows(str(tmp_path / "t.parquet"), text="text")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_advice_for_null_can_be_followed(tmp_path, place):
+    """The empty string is one in every format but CSV, where it is null again."""
+    path = write(tmp_path / place, ["the cat", None])
+    source = str(path.parent if place.startswith("folder") else path)
+    with pytest.raises(MismatchError) as e:
+        load_rows(source, text="text")
+    advised = "write the empty string" in str(e.value)
+    assert str(e.value).endswith(", or write the empty string there." if advised else "such rows.")
+    write(path, ["the cat", ""])
+    if advised:
+        assert load_rows(source, text="text")["text"][:] == ["the cat", ""]
+    else:
+        assert place.endswith("csv")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -180,6 +272,20 @@ def test_a_label_is_a_whole_number_or_a_name(tmp_path, models, task):
         row = 1 if label == 0.5 else 3
         with pytest.raises(MismatchError, match=f"row {row}: 'label' is {message}.*a label"):
             run_finetune(settings, quiet=True)
+
+
+def test_no_wrong_row_is_named_where_rows_were_filtered_before(tmp_path, models):
+    """The fifth row of the file is the second of those that are left."""
+    folder = tmp_path / "bert"
+    strip_specials(models["bert"], folder)
+    texts = ["the cat", "a dog", "sat", "ran", " "]
+    path = write(tmp_path / "t.jsonl", texts)
+    rows = load_rows(str(path), text="text", where={"text": ["the cat", " "]})
+    with pytest.raises(
+        MismatchError, match=r"'text' holds ' ', .*Remove such rows \(1 of 2\)"
+    ) as e:
+        encode_rows(rows, load_model(str(folder)))
+    assert not re.search(r"row \d", str(e.value))
 
 
 @pytest.mark.parametrize("verb", VERBS)

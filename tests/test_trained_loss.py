@@ -15,6 +15,7 @@ from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
+from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import PrecisionConfig
 from tests.tiny_models import tiny_bert
@@ -163,6 +164,11 @@ def test_a_stored_precision_is_in_the_unit_of_transformers_loss(tmp_path, labels
     with torch.no_grad():
         expected = weight(loaded.model(**batch).logits).sum(0) + 0.25
     (file,) = report.path.glob("*.safetensors")
+    loss = "squared error" if problem in (None, "regression") else "binary cross-entropy"
+    with open_posterior(str(folder)) as posterior:
+        recorded = posterior.info.training["loss"]
+    assert recorded.startswith(loss)
+    assert recorded.endswith(", mean over the outputs")
     stored = load_file(file)["classifier.bias"]
     torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-6)
 
@@ -172,7 +178,8 @@ def test_a_stored_precision_is_in_the_unit_of_transformers_loss(tmp_path, labels
     [
         (["a", "b", "c"], None, "assumed: config.json names no problem_type"),
         (["a", "b", "c"], "single_label_classification", "softmax.*single_label_classification"),
-        (["toxic", "insult", "b"], None, "binary cross-entropy.*'toxic' and 'insult' at once"),
+        (["toxic", "insult", "male"], None, "binary cross-entropy.*'toxic' and 'insult' at once"),
+        (["toxic", "insult", "b"], None, "assumed: config.json names no problem_type"),
         (["a"], None, "squared error.*one output"),
     ],
 )
@@ -193,6 +200,50 @@ def test_an_adapter_hides_neither_the_loss_nor_the_labels():
     lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     found = trained_loss(get_peft_model(transformers.GPT2LMHeadModel(GPT2(num_labels=1)), lora))
     assert (found.likelihood, found.shifts, found.scale(7)) == ("categorical", True, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem", "likelihood"),
+    [
+        (["rude", "angry"], "multi_label_classification", "bernoulli"),
+        (["x", "y", "z"], "multi_label_classification", "bernoulli"),
+        (["score"], "regression", "gaussian"),
+        (["u", "v"], "regression", "gaussian"),
+        (["toxic", "insult", "threat"], "single_label_classification", "categorical"),
+    ],
+)
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_saved_adapter_keeps_its_problem(tmp_path, names, problem, likelihood, of_base):
+    """What its own config.json says, else that of the base whose head it adapts."""
+    from peft import LoraConfig, get_peft_model
+
+    others = {"multi_label_classification": "regression"}.get(problem, "multi_label_classification")
+    base = tiny_bert(
+        tmp_path / "base",
+        labels=len(names),
+        names=names,
+        problem_type=problem if of_base else others,
+    )
+    loaded = load_model(str(base))
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(loaded.model, lora).save_pretrained(tmp_path / "adapter")
+    loaded.model.config.problem_type = None if of_base else problem
+    loaded.model.config.save_pretrained(tmp_path / "adapter")
+    read = load_model(str(tmp_path / "adapter"))
+    assert trained_loss(read.model).likelihood == likelihood
+    assert heads.head_of(read.model.config) == (likelihood, f"config.json says {problem}")
+    assert list(read.model.config.id2label.values()) == names
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    ["benign", "civil", "healthy", "negative", "nothing", "not abusive", "neutral", "OK", "spam"],
+)
+def test_one_unknown_label_leaves_open_whether_labels_exclude_each_other(unknown):
+    for known in (["toxic", "insult"], ["Toxicity", "threat", "obscene"]):
+        assert heads.read_head(None, dict(enumerate(known)), len(known)).likelihood == "bernoulli"
+        names = [*known, unknown]
+        assert heads.read_head(None, dict(enumerate(names)), len(names)).likelihood is None
 
 
 def test_the_examples_of_heads_run():

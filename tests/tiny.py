@@ -55,6 +55,7 @@ def posterior(
     estimator="ggn",
     unit="token",
     dtype="F32",
+    training=None,
 ):
     """A model file with this stored precision; `prior` is what it contains, on its own scale."""
     path = write(path, mean, dtype)
@@ -67,6 +68,7 @@ def posterior(
         prior=Prior(kind="isotropic", precision=prior) if prior else Prior(),
         anchor=anchor or Anchor(),
         mean=identify(source),
+        training=training or {},
     )
     source.close()
     save_posterior(path, precision, info)

@@ -3,9 +3,9 @@
 An estimator adds up the diagonal curvature of the loss over observations, at the weights that the
 model has; the loss is the one that transformers trains the model with. It leaves the weights, the
 gradients and the mode of the model as they were, draws only from its own seed, and counts an
-observation where the loss counts one: a scored token of a language model, an example of a
-classifier. Its docstring states the equation, the bias and the variance; `tests/test_cases.py`
-compares it with a dense matrix.
+observation where the loss counts one: a scored token of a model of tokens, an example of a
+sequence classifier. Its docstring states the equation, the bias and the variance;
+`tests/test_cases.py` compares it with a dense matrix.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,9 +36,11 @@ class Estimator(Protocol):
         """Estimate the diagonal curvature of the loss summed over the batches.
 
         Args:
-            model: A causal language model if batches hold `labels` of the inputs' shape, else a
-                classifier. Parameters that require no gradient are left out.
-            batches: Mappings with `input_ids`, `attention_mask` and, for language models, `labels`.
+            model: A model of tokens (a causal or masked language model, a classifier of tokens) if
+                batches hold `labels` of the inputs' shape, else a sequence classifier. Parameters
+                that require no gradient are left out.
+            batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens,
+                `labels`. Other labels only say by their dtype which loss is trained.
             seed: Seed of whatever the estimator draws.
         """
         ...

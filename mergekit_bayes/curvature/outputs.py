@@ -51,6 +51,12 @@ class TrainedLoss(NamedTuple):
             return 1.0
         return (2.0 if self.likelihood == "gaussian" else 1.0) / outputs
 
+    @property
+    def name(self) -> str:
+        """The loss in words, as posteriors record it: precisions of one name have one unit."""
+        is_mean = self.averages and self.likelihood != "categorical"
+        return _WORDS[self.likelihood] + (", mean over the outputs" if is_mean else "")
+
     def describe(self) -> str:
         """The loss in words, and what says so."""
         return f"{_WORDS[self.likelihood]} ({self.reason})"

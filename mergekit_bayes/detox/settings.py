@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from mergekit_bayes.configs import Config, parse_config
+from mergekit_bayes.configs import Config, field_named, parse_config
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.finetune import FinetuneConfig
@@ -160,7 +160,9 @@ def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
         ConfigError: A setting that detox makes itself, an adapter, or a posterior that does not
             compare with the base's.
     """
-    given = _without(config.finetune, "finetune", ("model", "output", "data", "where", "force"))
+    given = _without(
+        config.finetune, FinetuneConfig, "finetune", ("model", "output", "data", "where", "force")
+    )
     given |= {
         "model": config.base,
         "output": output,
@@ -187,7 +189,7 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     Raises:
         ConfigError: A setting that detox makes itself, or one that does not exist.
     """
-    given = _without(config.precision, "precision", ("model", "output", "force"))
+    given = _without(config.precision, PrecisionConfig, "precision", ("model", "output", "force"))
     given |= {"model": config.base, "output": output}
     return parse_config(PrecisionConfig, given, "precision")
 
@@ -198,7 +200,7 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
     Raises:
         ConfigError: A setting that detox makes itself, or no texts, prompts or scorers.
     """
-    given = _without(config.evaluate, "evaluate", ("model", "output", "force"))
+    given = _without(config.evaluate, EvaluateConfig, "evaluate", ("model", "output", "force"))
     given |= {"model": model, "output": output}
     if config.held_out_toxic is not None:
         given |= _with_held_out(given, config.held_out_toxic)
@@ -223,9 +225,11 @@ def _with_held_out(given: dict[str, Any], rows: Rows) -> dict[str, Any]:
     return {"perplexity": texts, "where": where}
 
 
-def _without(given: dict[str, Any], section: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def _without(
+    given: dict[str, Any], config: type[Config], section: str, keys: tuple[str, ...]
+) -> dict[str, Any]:
     """A copy of these settings, which must not contain the keys that detox sets itself."""
-    for key in keys:
-        if key in given:
+    for key in given:
+        if field_named(config, key) in keys:
             raise ConfigError(f"{section}: {key}: detox sets this itself. Drop it.")
     return dict(given)

@@ -81,6 +81,9 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
         model = _with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
     refuse_after(config, loaded)
+    if loaded.task == "classification":
+        # Whoever reads the head later must not guess from its labels' names how it was trained.
+        loaded.model.config.problem_type = "single_label_classification"
     return loaded, _load_examples(config, loaded), base_identity(loaded.path)
 
 

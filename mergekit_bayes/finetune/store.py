@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.side_files import FINETUNE
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.finetune.checkpoints import copy_logs
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import problems
@@ -22,6 +23,7 @@ from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior.info import LOSS
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def _save_posterior(
         base=run.base,
         tokenizer=tokenizer_identity(folder),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        training=run.choices.record(),
+        training=run.choices.record() | {LOSS: trained_loss(model).name},
         aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
     arrays = {

@@ -28,6 +28,7 @@ from mergekit_bayes.lora.inputs import AdapterMerge, Layers, Space, Weights, mat
 from mergekit_bayes.lora.output import write_config, write_tensors
 from mergekit_bayes.lora.replacements import decide_replacements
 from mergekit_bayes.lora.report import FORMULA, SYMBOLS, AdapterReport, summarise
+from mergekit_bayes.posterior.info import note_on_losses
 from mergekit_bayes.recipes import recipe_text
 from mergekit_bayes.records import Progress
 
@@ -95,6 +96,8 @@ def merge_adapters(
         notes = check_bases(opened)
         if weights == "precision":
             counted = check_precisions(opened, counts)
+            on_losses = note_on_losses({a.ref: a.posterior.info for a in opened})
+            notes += [on_losses] if on_losses is not None else []
         else:
             counted = (None,) * len(opened)
         notes += [note for adapter in opened if (note := adapter.unused_note) is not None]

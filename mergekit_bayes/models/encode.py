@@ -1,5 +1,6 @@
 """Check rows of text, encode them as token ids with labels, and cut them into batches."""
 
+import datetime
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -113,12 +114,13 @@ def tokens_of(
     encoded: list[list[int]] = loaded.tokenizer(
         list(texts), truncation=True, max_length=max_length
     )["input_ids"]
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise MismatchError(
-                f"row {i + 1}: '{column}' holds {texts[i]!r}, which is no token for this "
-                "tokenizer; a classifier needs one. Remove such rows."
-            )
+    bare = [text for text, ids in zip(texts, encoded, strict=True) if not ids]
+    if bare:
+        # Without numbers: which rows of a file these are depends on the filter that was read.
+        raise MismatchError(
+            f"'{column}' holds {bare[0]!r}, which is no token for this tokenizer; a classifier "
+            f"needs one. Remove such rows ({len(bare)} of {len(texts)})."
+        )
     return encoded
 
 
@@ -142,6 +144,8 @@ def check_texts(
     column: str,
     source: str | None = None,
     numbers: Sequence[int] | None = None,
+    *,
+    empty_is_null: bool = False,
 ) -> list[str]:
     """The values as a list, if every one of them is text.
 
@@ -150,6 +154,7 @@ def check_texts(
         column: Name of the column, for the message.
         source: File or data set that they come from, for the message.
         numbers: Number of each row in the source; by default they count from 1.
+        empty_is_null: The source cannot tell the empty string from null, as CSV.
 
     Raises:
         MismatchError: A value is not text. The message names its row and its type.
@@ -160,7 +165,7 @@ def check_texts(
             number = i + 1 if numbers is None else numbers[i]
             raise MismatchError(
                 f"{_row(source, number)}: '{column}' is {_described(value)}, expected text. "
-                f"{_advice(column, value)}"
+                f"{_advice(column, value, empty_is_null=empty_is_null)}"
             )
         texts.append(value)
     return texts
@@ -290,27 +295,39 @@ def _described(value: object) -> str:
         return f"an object with {', '.join(map(str, value))}" if value else "an empty object"
     if isinstance(value, (list, tuple)):
         return "a list of messages" if _is_conversation(value) else "a list"
-    return f"a {type(value).__name__}"
+    if isinstance(value, bytes):
+        return "binary data"
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
+        return f"a date or a time ({value})"
+    return f"a value of type {type(value).__name__}"
 
 
 def _is_conversation(value: Sequence[object]) -> bool:
     return bool(value) and all(isinstance(m, Mapping) and len(m) > 1 for m in value)
 
 
-def _advice(column: str, value: object) -> str:
+def _advice(column: str, value: object, *, empty_is_null: bool) -> str:
     """What to do about a value that is no text, without promising what is not there."""
     if value is None:
-        return "Remove such rows, or write the empty string there."
+        return "Remove such rows" + ("." if empty_is_null else ", or write the empty string there.")
     if isinstance(value, (list, tuple)) and _is_conversation(value):
         return (
             f"{not_read('messages')} Write each as one string, for example by its tokenizer's "
             "apply_chat_template."
         )
-    if isinstance(value, Mapping):
-        inner = [f"'{column}.{key}'" for key, part in value.items() if isinstance(part, str)]
-        if inner:
-            return f"Text inside it is named by a dot: {', '.join(inner)}."
+    inside = [f"'{n}'" for n in _texts_inside(value, column)] if isinstance(value, Mapping) else []
+    if inside:
+        return f"Text inside it is named by a dot: {', '.join(inside)}."
     return "Write a string there, or name another column."
+
+
+def _texts_inside(value: Mapping[str, object], name: str) -> Iterator[str]:
+    """The dotted names of the texts in an object."""
+    for key, part in value.items():
+        if isinstance(part, str):
+            yield f"{name}.{key}"
+        elif isinstance(part, Mapping):
+            yield from _texts_inside(part, f"{name}.{key}")
 
 
 def not_read(column: str) -> str:

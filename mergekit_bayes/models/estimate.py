@@ -29,7 +29,8 @@ def estimate_curvature(
     Args:
         estimator: A name in `curvature.ESTIMATORS`.
         loaded: The model. Parameters that require no gradient are left out.
-        examples: Encoded rows. Labels of a classifier are not used.
+        examples: Encoded rows. Labels of a sequence classifier only say by their dtype which loss
+            it trains with, where its `problem_type` does not.
         batch_size: Examples in a backward pass. Smaller batches give more draws of the same data.
         seed: Seed of the estimator.
     """

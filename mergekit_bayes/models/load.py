@@ -225,7 +225,8 @@ def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) ->
     import transformers
     from peft import PeftConfig, PeftModel
 
-    # The labels of a classifier are in the config that a fine-tune leaves beside its adapter.
+    # The labels of a classifier, and how they are read, are in the config that a fine-tune leaves
+    # beside its adapter.
     labels = None
     if (path / "config.json").exists():
         labels = transformers.AutoConfig.from_pretrained(path)
@@ -240,6 +241,8 @@ def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) ->
     base = load_model(name, task, num_labels=num_labels, dtype=dtype)
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
+        if labels.problem_type is not None:
+            base.model.config.problem_type = labels.problem_type
     # Trainable, so that a precision can be estimated for the adapter's parameters.
     model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
     return Loaded(model.eval(), base.tokenizer, base.task, path)

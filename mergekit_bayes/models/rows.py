@@ -1,28 +1,30 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _TEXT = "text"  # the key of the text in an object
+_MISSING = object()
 # Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
 _OPTIONS: dict[str, dict[str, object]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
 class _Table(NamedTuple):
-    """Rows of one source, and the number that each has in its file, from 1."""
+    """Rows of one source, the number of each in its file, from 1, and whether "" is null there."""
 
     name: str
     rows: "Dataset"
     numbers: Sequence[int]
+    empty_is_null: bool
 
 
 def load_rows(
@@ -47,7 +49,7 @@ def load_rows(
         label: A column that must hold text or whole numbers in every row that is kept.
 
     A column inside objects is named with a dot: `prompt.text`. Where the column of texts holds
-    objects, their key `text` is read.
+    objects, their key `text` is read. `where` looks at the columns as they are in the file.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -85,24 +87,58 @@ def load_rows(
 def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
     """The rows, after their text and their label were checked.
 
-    Readers give texts several types (a large string, JSON), which cannot be joined: the checked
-    text has one.
+    Readers give texts and labels several types (a large string, JSON), which cannot be joined: what
+    is checked has one.
     """
-    from datasets import Dataset, Features, Value
+    from datasets import Json, Value
 
-    rows = table.rows
+    name, rows, numbers, empty_is_null = table
     if text is not None:
-        texts = check_texts(rows[text], text, table.name, table.numbers)
+        texts = check_texts(rows[text], text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
-            values = {name: rows[name][:] for name in rows.column_names} | {text: texts}
-            features = Features({**rows.features, text: Value("string")})
-            rows = Dataset.from_dict(values, features=features)
+            rows = _with_column(rows, text, texts)
     if label is not None:
-        check_labels(rows[label], label, table.name, table.numbers)
+        labels = check_labels(rows[label], label, name, numbers)
+        if isinstance(rows.features[label], Json):
+            rows = _with_column(rows, label, labels)
     return rows
 
 
+def _with_column(rows: "Dataset", name: str, values: Sequence[object]) -> "Dataset":
+    """The rows with these values as a column; where their types differ it is a column of JSON."""
+    from datasets import Dataset, Features, Json, Value
+
+    types = {type(value) for value in values if value is not None}
+    kinds = {str: "string", bool: "bool", int: "int64", float: "float64"}
+    kind = kinds.get(types.pop()) if len(types) == 1 else None
+    columns = {column: rows[column][:] for column in rows.column_names} | {name: list(values)}
+    features = Features({**rows.features, name: Json() if kind is None else Value(kind)})
+    return Dataset.from_dict(columns, features=features)
+
+
 def _read(name: str) -> "Dataset":
+    from datasets import Features, Json
+
+    rows = _load(name, None)
+    dated = {column: Json() for column, feature in rows.features.items() if _has_dates(feature)}
+    if dated and rows.info.builder_name == "json":
+        # JSON has no dates: what pyarrow made one is a string. A column of JSON keeps it.
+        rows = _load(name, Features({**rows.features, **dated}))
+    return rows
+
+
+def _has_dates(feature: Any) -> bool:
+    """Whether a column, or something inside it, is of dates or times."""
+    if isinstance(feature, dict):
+        return any(map(_has_dates, feature.values()))
+    inner = getattr(feature, "feature", None)  # of a list
+    return str(getattr(feature, "dtype", "")).startswith(("date", "time")) or (
+        inner is not None and _has_dates(inner)
+    )
+
+
+def _load(name: str, features: "Features | None") -> "Dataset":
+    """A source as `datasets` reads it, with the types that it finds where `features` is None."""
     from datasets import load_dataset
 
     path = Path(name).expanduser()
@@ -115,12 +151,14 @@ def _read(name: str) -> "Dataset":
                 )
             loader = _LOADERS[suffix]
             options = _OPTIONS.get(loader, {})
-            return load_dataset(loader, data_files=str(path), split="train", **options)
+            return load_dataset(
+                loader, data_files=str(path), split="train", features=features, **options
+            )
         if path.is_dir():
-            return load_dataset(str(path), split="train")
+            return load_dataset(str(path), split="train", features=features)
         if is_hub_id(name) and not name.endswith(tuple(_LOADERS)):
             repo, _, revision = name.partition("@")
-            return load_dataset(repo, split="train", revision=revision or None)
+            return load_dataset(repo, split="train", revision=revision or None, features=features)
     except CheckpointError:
         raise
     except Exception as error:  # datasets wraps whatever its readers raise
@@ -139,19 +177,53 @@ def _choose(
     text: str | None,
 ) -> _Table:
     """The rows that match `where`, with the named columns only."""
-    rows = _open_objects(rows, [*columns, *where], text)
-    for column in [*columns, *where]:
-        if column not in rows.column_names:
+    found = {column: _values(rows, column) for column in [*columns, *where]}
+    for column, values in found.items():
+        if values is None:
             advice = _columns_of_text(rows) if column == text else ""
             raise MismatchError(
                 f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}.{advice}"
             )
+    empty_is_null = rows.info.builder_name == "csv"
     numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
-        candidates = enumerate(rows.select_columns(list(where)))
-        matching = [i for i, row in candidates if _matches(row, where)]
+        candidates = zip(*(found[column] or () for column in where), strict=True)
+        matching = [
+            i
+            for i, values in enumerate(candidates)
+            if _matches(dict(zip(where, values, strict=True)), where)
+        ]
         rows, numbers = rows.select(matching), [i + 1 for i in matching]
-    return _Table(name, rows.select_columns(list(columns)) if columns else rows, numbers)
+    rows = _open_objects(rows, columns, text)
+    kept = rows.select_columns(list(columns)) if columns else rows
+    return _Table(name, kept, numbers, empty_is_null)
+
+
+def _values(rows: "Dataset", column: str) -> Sequence[object] | None:
+    """The values of a column, or of what is inside objects; None where no row has it.
+
+    Objects may differ from row to row, so that their values are looked at and not their type.
+    """
+    if column in rows.column_names:
+        values: Sequence[object] = rows[column]
+        return values
+    outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
+    found = [_inside(row, column) for row in rows.select_columns(outer)] if outer else [_MISSING]
+    if all(value is _MISSING for value in found):
+        return None
+    return [None if value is _MISSING else value for value in found]
+
+
+def _inside(value: object, path: str) -> object:
+    """What an object has under a path of keys, which may contain dots themselves."""
+    if not isinstance(value, Mapping):
+        return _MISSING
+    if path in value:
+        return value[path]
+    parts = path.split(".")
+    heads = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    found = (_inside(value[head], path[len(head) + 1 :]) for head in heads if head in value)
+    return next((inner for inner in found if inner is not _MISSING), _MISSING)
 
 
 def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> "Dataset":
@@ -160,19 +232,21 @@ def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> 
     `prompt.text` is a column of its own then. Objects in the column of texts stand for the text
     that they hold, as in RealToxicityPrompts, whose prompts are objects of a text and its scores.
     """
-    is_object = text in rows.column_names and _TEXT in (_keys(rows, text) if text else ())
-    if is_object or any("." in c and c not in rows.column_names for c in columns):
-        rows = rows.flatten()
-    inner = f"{text}.{_TEXT}"
-    if text is not None and text not in rows.column_names and inner in rows.column_names:
-        rows = rows.rename_column(inner, text)
+    from datasets import Value
+
+    for column in columns:
+        if column not in rows.column_names:
+            rows = _with_column(rows, column, _values(rows, column) or [None] * len(rows))
+    if text is not None and not isinstance(rows.features[text], Value):
+        rows = _with_column(rows, text, [_text_of(value) for value in rows[text]])
     return rows
 
 
-def _keys(rows: "Dataset", column: str) -> Collection[str]:
-    """The keys of the objects in a column; empty if it holds none."""
-    feature = rows.features[column]
-    return feature.keys() if isinstance(feature, dict) else ()
+def _text_of(value: object) -> object:
+    """The text that an object holds; anything else as it is."""
+    if not isinstance(value, Mapping) or isinstance(value.get(_TEXT, value), Mapping):
+        return value
+    return value[_TEXT]
 
 
 def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
@@ -185,10 +259,18 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
 def _columns_of_text(rows: "Dataset") -> str:
     """Which columns would do as the text, and which known forms of rows are not read."""
     forms = [not_read(c) for c in rows.column_names if c in FORMS]
-    kinds = {name: str(getattr(f, "dtype", "")) for name, f in rows.features.items()}
-    texts = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    texts = list(_texts_in(rows.features))
     if texts:
         forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
     else:
         forms.append("Write each row as one string in a column 'text'.")
     return f" {' '.join(dict.fromkeys(forms))}"
+
+
+def _texts_in(features: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The names of the columns of text, also of those inside objects."""
+    for name, feature in features.items():
+        if isinstance(feature, Mapping):
+            yield from _texts_in(feature, f"{before}{name}.")
+        elif getattr(feature, "dtype", "") in ("string", "large_string"):
+            yield f"{before}{name}"

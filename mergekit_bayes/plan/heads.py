@@ -135,10 +135,15 @@ def _label_changes(
 ) -> dict[str, object]:
     """What the written config must say of the labels, where it says something else."""
     rows, written = step.spec.shape[0], labels(stored)
+    kind = _config_of_head(owner, step.name).get("problem_type")
+    # Without it, how labels of the same names are read would be guessed from the names.
+    unsaid: dict[str, object] = (
+        {"problem_type": kind} if kind and not stored.get("problem_type") else {}
+    )
     if names is None:
         is_told = written is not None and len(written) == rows
         if is_told or _adapter_of(owner.posterior, step.name) is None:
-            return {}
+            return unsaid
         names = tuple(f"LABEL_{number}" for number in range(rows))
         notes.append(
             f"the adapter of '{owner.ref}' does not record the names of its {rows} labels; "
@@ -147,11 +152,11 @@ def _label_changes(
     elif written != names and not are_generic(names):
         notes.append(f"config.json names the labels of '{owner.ref}', whose head is written")
     if written == names or (written is None and are_generic(names) and rows == 2):
-        return {}  # two numbered labels are the default
+        return unsaid  # two numbered labels are the default
     changes = label_keys(names)
     if "num_labels" in stored:
         changes["num_labels"] = rows
-    if kind := _config_of_head(owner, step.name).get("problem_type"):
+    if kind:
         changes["problem_type"] = kind
     return changes
 

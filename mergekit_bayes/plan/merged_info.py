@@ -20,6 +20,7 @@ from mergekit_bayes.posterior import (
     Prior,
     Term,
 )
+from mergekit_bayes.posterior.info import LOSS, recorded_losses
 
 # As long as what replaces them: the header is reserved before the data is known.
 _BLANK = Identity(blocks="0" * 64, full="0" * 64)
@@ -59,6 +60,7 @@ def merged_info(config: MergeConfig, inputs: Inputs, ties: Ties, *, uneven: bool
         mean=_BLANK,
         base=Identity(blocks=base.posterior.identity) if base else None,
         tokenizer=next((info.tokenizer for info in infos if info.tokenizer), None),
+        training={LOSS: "; ".join(losses)} if (losses := recorded_losses(infos)) else {},
         dtype=config.dtype or _main_dtype(donor, but=ties.copies),
         aliases={n: s for n, s in aliases.items() if n not in ties.untied},
         terms=_terms(inputs.tasks, shares),

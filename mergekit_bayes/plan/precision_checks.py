@@ -6,6 +6,7 @@ from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.plan.inputs import Inputs, precision_info
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.info import note_on_losses
 
 
 def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> None:
@@ -23,6 +24,8 @@ def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> N
     for model in inputs:
         _check_record(config, model.posterior, notes)
     _check_comparable(inputs)
+    if (note := note_on_losses({model.ref: model.precision_info for model in inputs})) is not None:
+        notes.append(note)
 
 
 def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> None:

@@ -1,7 +1,7 @@
 """What a posterior says about itself: estimator, units, prior, identity."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.records import Frozen
 
 FORMAT = 1
+LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
+_SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
 
 
@@ -121,7 +123,8 @@ class PosteriorInfo(Frozen):
         base: Identity of the weights from which the training started.
         tokenizer: SHA-256 of `tokenizer.json`.
         dtype: The number format of the mean.
-        training: Optimizer, its hyperparameters, steps, batch size in observations, loss reduction.
+        training: Optimizer, its hyperparameters, steps, batch size in observations, loss reduction,
+            and under `LOSS` the loss whose curvature this is.
         health: `init_fraction`, `kappa`, quantiles of the curvature, counts of bad entries.
         aliases: Tied names: the alias to the name under which the tensor is stored.
         terms: The posteriors of a merge.
@@ -149,6 +152,43 @@ class PosteriorInfo(Frozen):
     def to_metadata(self) -> dict[str, str]:
         """The record as the string-to-string metadata of a safetensors file."""
         return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
+
+
+def recorded_losses(infos: Iterable[PosteriorInfo | None]) -> list[str]:
+    """The losses on record in several precisions, each once; of a merge those of its terms."""
+    found = (info.training.get(LOSS) for info in infos if info is not None)
+    return sorted({one for text in found if text for one in str(text).split("; ")})
+
+
+def note_on_losses(infos: Mapping[str, PosteriorInfo | None]) -> str | None:
+    """A note that precisions which are merged are of different losses, or may be.
+
+    The curvature of another loss has another size for the same knowledge. A record without a loss
+    is older than such records, or of another program: for softmax its unit is today's, for other
+    heads it was another.
+
+    Args:
+        infos: The record of each precision by the model's name; None for one without a record.
+
+    Returns:
+        None where nothing speaks against one loss.
+    """
+    losses = {ref: recorded_losses([info]) for ref, info in infos.items() if info is not None}
+    told = {ref: " and ".join(found) for ref, found in losses.items() if found}
+    kinds = recorded_losses(infos.values())
+    if len(kinds) > 1:
+        listed = ", ".join(f"'{ref}' has that of {loss}" for ref, loss in told.items())
+        return (
+            f"the precisions are of different losses, so that their sizes do not compare: {listed}"
+        )
+    unknown = [ref for ref, found in losses.items() if not found]
+    if kinds and kinds != [_SOFTMAX] and unknown:
+        return (
+            f"{', '.join(map(repr, unknown))}: the precision does not record its loss, that of "
+            f"'{next(iter(told))}' is of {kinds[0]}. If it was made before losses were recorded, "
+            "it is in another unit: make it again with `bmerge precision`"
+        )
+    return None
 
 
 def read_info(source: CheckpointSource) -> PosteriorInfo | None:

@@ -26,6 +26,7 @@ from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 
 _ESTIMATOR = "ggn"
@@ -97,7 +98,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         }
         health = precision_health(precision)
         # No labels are read, so that the config of a classifier says which loss it trains with.
-        loss = trained_loss(model).describe()
+        loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
             estimator=_ESTIMATOR,
@@ -111,7 +112,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             tokenizer=tokenizer_identity(loaded.path),
             dtype=_stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded),
+            training=_training(config, loaded) | {LOSS: loss.name},
             health=health,
         )
         arrays = {
@@ -123,7 +124,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
         estimator=_ESTIMATOR,
         unit=UNIT[loaded.task],
-        loss=loss,
+        loss=loss.describe(),
         observations=total,
         rows=len(examples),
         sampled=count,
