@@ -78,11 +78,7 @@ def sample_continuations(
         ConfigError: There is no prompt, or the context has no room for the new tokens.
         CheckpointError: The model's probabilities are not numbers.
     """
-    room = context - sampling.new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"{sampling.new_tokens} new tokens do not fit into the model's context of {context}."
-        )
+    room = room_for_prompts(context, sampling.new_tokens)
     if not prompts:
         raise ConfigError("there is no prompt to continue.")
     encoded = [
@@ -112,6 +108,20 @@ def sample_continuations(
         texts.append(tokenizer.batch_decode(continuations, skip_special_tokens=True))
         lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
+
+
+def room_for_prompts(context: int, new_tokens: int) -> int:
+    """Tokens of the context that are left for a prompt.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    room = context - new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"{new_tokens} new tokens do not fit into the model's context of {context}."
+        )
+    return room
 
 
 class _Rows(NamedTuple):

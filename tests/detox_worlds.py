@@ -33,6 +33,15 @@ def exponential(place: float) -> float:
     return 0.02 * (float(np.exp(2.0 * place)) - 1)
 
 
+def kink(place: float) -> float:
+    """Free at first, and then a straight line: a bend that lies between coarse scales."""
+    return max(0.0, 0.5 * (place - 0.3))
+
+
+def step(place: float) -> float:
+    return 0.3 / (1 + float(np.exp(-(place - 0.6) / 0.05)))
+
+
 def falling(place: float) -> float:
     """Log-odds of a toxic continuation, above the base's."""
     return -2.0 * place
@@ -40,6 +49,11 @@ def falling(place: float) -> float:
 
 def stalling(place: float) -> float:
     return -1.5 * (1 - float(np.exp(-2.0 * place)))
+
+
+def late(place: float) -> float:
+    """Hardly less toxic, and then at once."""
+    return -0.2 * place - 3.0 / (1 + float(np.exp(-(place - 0.5) / 0.08)))
 
 
 @dataclass(frozen=True)

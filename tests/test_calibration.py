@@ -1,9 +1,13 @@
 """The squared calibration error: unbiased, and intervals that cover the truth of many worlds."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from mergekit_bayes.metrics.base import share_change_interval, share_interval
+import mergekit_bayes
+from mergekit_bayes.metrics.base import score_interval, share_change_interval, share_interval
 from mergekit_bayes.metrics.calibration import (
     squared_calibration_change,
     squared_calibration_error,
@@ -113,6 +117,22 @@ def test_bins_without_an_error_do_not_claim_to_be_wrong():
     assert found.high > 0.01**2
 
 
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 2.0])
+@pytest.mark.parametrize("n", [2, 24, 200])
+def test_an_interval_holds_its_own_value(n, sharpness):
+    """The estimate of a calibrated model is below zero about every other time."""
+    rng, below = np.random.default_rng(11), 0
+    for _ in range(100):
+        z, labels = world(rng, n, 2, sharpness)
+        for factor in FACTORS.values():
+            found = squared_calibration_error(softmax(factor * z), labels, 10)
+            assert covers(found, found.value), found
+            below += found.value < 0
+        change = squared_calibration_change(softmax(z), softmax(2 * z), labels, 10)
+        assert covers(change, change.value), change
+    assert below > 20
+
+
 def test_the_same_prediction_twice_has_no_change():
     z, labels = world(np.random.default_rng(5), 200)
     change = squared_calibration_change(softmax(z), softmax(z), labels, 10)
@@ -177,11 +197,59 @@ def test_intervals_of_mean_and_largest_scores_hold_the_truth():
     rng = np.random.default_rng(8)
     for a, b in ((0.05, 2.0), (0.5, 5.0), (2.0, 2.0)):
         scores = rng.beta(a, b, (300, 60, 5))
-        held = [covers(share_interval(w.mean(axis=1), 5), a / (a + b)) for w in scores]
+        held = [covers(score_interval(w), a / (a + b)) for w in scores]
         assert np.mean(held) > 0.9
         largest = rng.beta(a, b, (100_000, 5)).max(axis=1).mean()
-        held = [covers(share_interval(w.max(axis=1)), largest) for w in scores]
+        held = [covers(score_interval(w.max(axis=1, keepdims=True)), largest) for w in scores]
         assert np.mean(held) > 0.9
+
+
+def scores_of(rng, kind, prompts, size):
+    """Scores of continuations, and their mean over all prompts."""
+    if kind == "rare":  # a tenth of the prompts is toxic, by a scorer that is never sure
+        near = np.where(rng.random((prompts, 1)) < 0.1, 0.9, 0.02)
+        return near * rng.uniform(0.8, 1.1, (prompts, size)), 0.95 * (0.1 * 0.9 + 0.9 * 0.02)
+    a, b = {"faint": (2.0, 98.0), "skew": (0.25, 4.75), "even": (5.0, 5.0), "high": (98.0, 2.0)}[
+        kind
+    ]
+    return rng.beta(a, b, (prompts, size)), a / (a + b)
+
+
+@pytest.mark.parametrize("kind", ["faint", "skew", "even", "high", "rare"])
+@pytest.mark.parametrize("size", [1, 25])
+def test_intervals_of_scores_hold_the_truth_and_are_as_narrow_as_that_allows(kind, size):
+    """80 prompts. Scores that are no shares are not feared to be 0 or 1 on the next prompt."""
+    rng, worlds = np.random.default_rng(12), 300
+    held, widths, means = 0, [], []
+    for _ in range(worlds):
+        scores, truth = scores_of(rng, kind, 80, size)
+        found = score_interval(scores)
+        held += covers(found, truth)
+        widths.append(found.high - found.low)
+        means.append(found.value)
+    assert 0.9 < held / worlds < 0.99
+    assert np.mean(widths) < 1.25 * 2 * 1.96 * np.std(means)
+
+
+def test_scores_of_zero_and_one_are_a_share_and_equal_scores_tell_no_spread():
+    hits = np.random.default_rng(13).binomial(1, 0.1, (80, 25)).astype(float)
+    assert score_interval(hits) == share_interval(hits.mean(axis=1), 25)
+    one = np.zeros((80, 25))
+    one[3, 4] = 1  # whose prompt's mean of 1/25 is not the most that a prompt can have
+    assert score_interval(one) == share_interval(one.mean(axis=1), 25)
+    equal = score_interval(np.full((80, 25), 0.03))
+    assert equal.low < 0.027 < 0.033 < equal.high
+
+
+def test_the_normal_quantile_is_written_once():
+    package = Path(mergekit_bayes.__file__).parent
+    written = [
+        f"{path.name}: {line}"
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\b1\.959", line)
+    ]
+    assert len(written) == 1, written
 
 
 def test_a_share_is_not_much_less_certain_than_resampling_says():

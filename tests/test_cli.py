@@ -2,6 +2,7 @@
 can correct.
 """
 
+import io
 import json
 import os
 import resource
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from bmerge_cli.render import steps_bar
 from tests import tiny
 
 
@@ -27,6 +30,13 @@ def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("base", "a", "b")):
         tiny.posterior(f"{name}.safetensors", tiny.arrays(i), tiny.precisions(i))
+
+
+def test_a_step_may_be_named_like_markup():
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with steps_bar(screen) as advance:
+        advance("perplexity of [red]a[/x]", 1, 2)
+    assert "perplexity of [red]a[/x]" in screen.file.getvalue()
 
 
 def test_help_is_quick_and_loads_nothing_heavy():

@@ -15,15 +15,16 @@ from mergekit_bayes.detox import journey as journey_module
 from mergekit_bayes.detox.analysis import compare_curves, findings
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.reading import isotonic, read_curve
-from mergekit_bayes.detox.report import verdicts
+from mergekit_bayes.detox.report import as_markdown, verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
+from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 
 SCALES = (0.5, 1.0)
@@ -166,6 +167,47 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     ]
 
 
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+SWAPPED = {"id2label": {"0": "calm", "1": "rude"}, "label2id": {"calm": 0, "rude": 1}}
+
+
+def adapter_of(base, folder):
+    """A classifier that is an adapter on another one."""
+    import peft
+
+    model = load_model(str(base)).model
+    settings = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_whatever_changes_the_scores_redoes_the_evaluations(world, tmp_path, adapted):
+    judge = tiny_models.tiny_bert(tmp_path / "judge", names=["rude", "calm"])
+    spec = f"model:{adapter_of(judge, tmp_path / 'adapter') if adapted else judge}#rude"
+    evaluate = {**world["evaluate"], "scorer": [spec]}
+    config = DetoxConfig(**{**world, "output": str(tmp_path / "out"), "evaluate": evaluate})
+
+    def evaluation():
+        return journey_module._Journey(config, True, lambda line: None)._base_folder()
+
+    found = [evaluation()]
+    assert evaluation() == found[0]
+    rewrite(judge / "config.json", problem_type="multi_label_classification")
+    found.append(evaluation())
+    rewrite(judge / "config.json", **SWAPPED)
+    found.append(evaluation())
+    rewrite(judge / "tokenizer.json", normalizer={"type": "Lowercase"})
+    found.append(evaluation())
+    weights = tiny_models.tiny_bert(tmp_path / "other", seed=7) / "model.safetensors"
+    shutil.copyfile(weights, judge / "model.safetensors")
+    found.append(evaluation())
+    assert len(set(found)) == len(found)
+
+
 def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
     models = list(Path(world["output"]).glob("steps/*/model"))
     assert not models
@@ -230,6 +272,16 @@ def test_scales_are_added_where_a_curve_crosses_a_level(world, first, tmp_path):
     assert all(step.endswith("done before") for step in again)  # the same scales are added
 
 
+def test_findings_without_added_scales_are_said_to_assume_smooth_curves(first):
+    report, _ = first
+    assumes = "if all curves are smooth between the scales"
+    assert assumes in as_markdown(report)
+    assert "with extra_scales 0 a bend" in as_markdown(report)
+    added = report.model_copy(update={"settings": report.settings | {"extra_scales": 4}})
+    assert assumes not in as_markdown(added)
+    assert "Each finding is wrong with at most 5 %; of many" in as_markdown(added)
+
+
 def test_the_report_and_the_picture_are_written(world, first):
     output = Path(world["output"])
     text = (output / "report.md").read_text()
@@ -268,6 +320,41 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
     output = tmp_path / "out"
     with pytest.raises(ConfigError, match=named):
         run_detox(DetoxConfig(**{**world, "output": str(output), **change}), quiet=True)
+    assert not output.exists()
+
+
+HOOK = "def score(texts):\n    return [2.0 for _ in texts]\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("evaluate", {"device": "cuda:99"}, "--device cuda:99"),
+        ("evaluate", {"device": "gpu"}, "'gpu' is not cpu"),
+        ("precision", {"device": "cuda:99"}, "--device cuda:99"),
+        ("evaluate", {"window": 10**6}, "window 1000000"),
+        ("evaluate", {"stride": 100}, "stride 100"),
+        ("evaluate", {"new_tokens": 64}, "64 new tokens do not fit"),
+        ("evaluate", {"prompt_column": "nope"}, "no column 'nope'"),
+        ("evaluate", {"prompts_where": {"text": "nope"}}, "no row"),
+        ("evaluate", {"text_column": "nope"}, "no column 'nope'"),
+        ("precision", {"text_column": "nope"}, "no column 'nope'"),
+        ("precision", {"where": {"text": "nope"}}, "no row"),
+        ("evaluate", {"where": {"none": {"text": "a"}}}, "no texts are called 'none'"),
+        ("evaluate", {"scorer": ["bmerge_detox_hook:score"]}, "score 1 of 1 is 2"),
+        ("evaluate", {"samples": 2}, "samples: candidates are compared at their means"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_the_first(
+    world, tmp_path, monkeypatch, section, settings, message
+):
+    (tmp_path / "bmerge_detox_hook.py").write_text(HOOK)
+    monkeypatch.chdir(tmp_path)
+    output, steps = tmp_path / "out", []
+    changed = {**world, "output": str(output), section: {**world[section], **settings}}
+    with pytest.raises(BmergeError, match=message):
+        run_detox(DetoxConfig(**changed), quiet=True, progress=steps.append)
+    assert not steps
     assert not output.exists()
 
 

@@ -1,6 +1,7 @@
 """Verdicts of a removal in worlds whose truth is known: one path at two speeds, and two paths."""
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ from tests.detox_worlds import (
     dip,
     exponential,
     falling,
+    kink,
+    late,
     quadratic,
     stalling,
+    step,
 )
 
 PAIR = [Curve("ta", "task_arithmetic"), Curve("gm", "gradient_matching")]
@@ -62,13 +66,13 @@ def test_a_true_effect_is_found():
         assert counts[HELD_OUT][effect] == 4, counts
 
 
-def adapted(world, seed, *, dearer=1.0, extra=4):
+def adapted(world, seed, *, dearer=1.0, extra=4, grid=COARSE, speed=2.0):
     """The findings of a coarse grid to which scales are added, as `bmerge detox` does."""
     drawn = world.draw(seed)
     base = drawn.report(0.0)
-    curves = {"ta": (1.0, 1.0), "gm": (2.0, dearer)}
+    curves = {"ta": (1.0, 1.0), "gm": (speed, dearer)}
     known = {
-        label: {s: drawn.report(speed * s, pays) for s in COARSE}
+        label: {s: drawn.report(speed * s, pays) for s in grid}
         for label, (speed, pays) in curves.items()
     }
     for left in reversed(range(extra + 1)):
@@ -94,6 +98,31 @@ def test_added_scales_find_a_true_effect_on_a_coarse_grid_and_no_false_one(share
     assert not any(false[effect] for effect in FALSE), false
     assert true["there"] >= 3, true
     assert without["there"] < true["there"], without
+
+
+def bent(seeds, extra, grids, speeds):
+    """Findings on one path with kinks and steps, on coarse grids."""
+    total = Counter()
+    for cost, toxic in product((kink, step), (falling, late)):
+        world = World(prompts=400, documents=800, cost=cost, toxic=toxic, bootstrap=100)
+        for seed, grid, speed in product(range(seeds), grids, speeds):
+            total += adapted(world, seed, extra=extra, grid=grid, speed=speed)
+    return total
+
+
+def test_bends_between_coarse_scales_are_found_out_by_added_scales():
+    """And only by them: the bound on the grid's error assumes smooth curves."""
+    few = {"grids": [(0.25, 1.0)], "speeds": [2.5]}
+    without, added = (sum(bent(1, extra, **few)[e] for e in FALSE) for extra in (0, 2))
+    assert added == 0 < without
+
+
+@pytest.mark.slow
+def test_bends_on_all_grids_are_found_out_by_added_scales():
+    grids = [(0.25, 1.0), (0.25, 0.5, 1.0), (0.2, 0.6, 1.0, 1.4)]
+    total = bent(4, 4, grids, (1.3, 2.5))
+    assert sum(total.values()) > 150
+    assert sum(total[effect] for effect in FALSE) <= 0.05 * sum(total.values()), total
 
 
 @pytest.mark.slow

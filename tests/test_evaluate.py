@@ -209,6 +209,24 @@ def test_samples_are_measured_beside_the_mean_and_change_nothing_else(sampled_mo
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_draws_are_never_rounded_away(tmp_path, world, dtype):
+    """Draws 1e-4 from the mean: most weights have no other number so near in 16 bits."""
+    loaded = load_model(str(tiny_models.tiny_gpt2(tmp_path / "gpt2")))
+    loaded.model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "short")
+    loaded.tokenizer.save_pretrained(tmp_path / "short")
+    folder = with_posterior(tmp_path / "short", 1e8)
+    texts = {"model": folder, "perplexity": {"civil": "texts.jsonl"}}
+    with pytest.raises(ConfigError, match=f"samples with --dtype {dtype}.*Give --dtype float32"):
+        run_evaluate(EvaluateConfig(**texts, samples=2, dtype=dtype))
+    assert run_evaluate(EvaluateConfig(**texts, dtype="auto")).dtype == dtype
+    full = run_evaluate(EvaluateConfig(**texts, samples=2))
+    auto = run_evaluate(EvaluateConfig(**texts, samples=2, dtype="auto"))
+    assert (auto.dtype, auto.sampled) == ("float32", full.sampled)
+    assert auto.perplexity == full.perplexity
+    assert auto.sampled.perplexity["civil"].nats != auto.perplexity["civil"].nats
+
+
 def test_a_classifiers_report_is_that_of_the_rows_and_reads_back(classifier, world):
     names = ["civil", "toxic"]
     rows = "".join(json.dumps({"text": t, "kind": names[n]}) + "\n" for t, n in TEXTS)
@@ -390,6 +408,18 @@ def test_the_screen_says_how_labels_are_read_and_both_ends_of_a_share(model, wor
     assert (share["value"], share["low"]) == (0, 0)
     assert share["high"] > 0.5  # three prompts
     assert f"0 [0, {share['high']:.3g}]" in done.stderr
+
+
+def test_the_screen_shows_names_as_they_are(model, world):
+    name = "[bold]judge"
+    tiny_models.tiny_bert(world / name, labels=2, names=["toxic", "fine"])
+    options = ("--perplexity", "[red]a[/red] :cat:=texts.jsonl", "--continuations", 1)
+    options += ("--toxicity", "prompts.jsonl", "--scorer", f"model:{name}#toxic")
+    done = bmerge("evaluate", model, *options)
+    assert done.exit_code == 0, done.output
+    assert f"model:{name}#toxic: softmax of the label" in done.stderr
+    assert done.stderr.count(f"model:{name}#toxic") == 2  # in the table as well
+    assert "[red]a[/red] :cat:" in done.stderr
 
 
 def test_a_language_model_and_a_regression_classify_nothing(model, world):

@@ -7,6 +7,7 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
+from mergekit_bayes.metrics.base import score_interval, share_interval
 from mergekit_bayes.metrics.scorers import (
     READINGS,
     checked_scores,
@@ -191,6 +192,17 @@ def test_intervals_count_prompts_not_continuations():
     assert alone.share == repeated.share
     half = (alone.share.high - alone.share.low) / 2
     assert half == pytest.approx(1.96 * 0.5 / np.sqrt(200), rel=0.15)
+
+
+def test_faint_scores_have_the_intervals_of_scores_and_their_hits_those_of_shares():
+    scores = np.random.default_rng(1).beta(2, 98, (80, 25))
+    report = score_toxicity(scores, threshold=0.05)
+    assert report.mean == score_interval(scores)
+    assert report.expected_max == score_interval(scores.max(axis=1, keepdims=True))
+    assert report.mean.high - report.mean.low < 0.003
+    hits = (scores >= 0.05).astype(float)
+    assert report.share == share_interval(hits.mean(axis=1), 25)
+    assert report.any_toxic == share_interval(hits.max(axis=1))
 
 
 def test_garbled_continuations_show_in_the_description():

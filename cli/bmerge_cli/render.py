@@ -28,9 +28,20 @@ Overrides = Annotated[
 
 
 def console(*, quiet: bool = False) -> Console:
-    """A console on stderr, so that stdout stays machine-readable."""
+    """A console on stderr, so that stdout stays machine-readable.
+
+    It prints text as it is: a path may hold what would be markup or an emoji.
+    """
     width = None if sys.stderr.isatty() else 160  # a log file has no edge at which to cut tables
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, width=width)
+    return Console(
+        stderr=True,
+        quiet=quiet,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        width=width,
+    )
 
 
 def print_json(document: object) -> None:
@@ -59,7 +70,7 @@ def print_result(
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table; the first column is text, the rest are numbers."""
     result = Table(
-        title=escape(title) if title else None,
+        title=title,
         title_justify="left",
         title_style="bold",
         box=None,
@@ -68,7 +79,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*(escape(cell) for cell in row))
+        result.add_row(*row)
     return result
 
 
@@ -94,7 +105,7 @@ def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(console=screen, transient=True, disable=not is_interactive(screen)) as progress:
         task = progress.add_task("loading", total=None)
         yield lambda step, done, of: progress.update(
-            task, description=step, completed=done, total=of
+            task, description=escape(step), completed=done, total=of
         )
 
 

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.metrics.base import Z
 from mergekit_bayes.records import FloatArray, Record
 
 _CONFIDENCE = 95.0  # per cent
-_Z = 1.959964  # two-sided 95 % of the normal distribution
 _HALF = 0.5  # a difference of this share of what is paid must be visible,
 _NATS = 0.01  # or of this many nats per token, if that is more
 _COUNT = 5  # toxic continuations at a level, in independent ones, below which no interval is good
@@ -111,7 +111,7 @@ def few_toxic(sample: Sample, level: float) -> Shortage | None:
     if sample.base is None or sample.independent <= 0:
         return None
     gap = max(sample.base - level, 1e-9)
-    needs = max(_Z**2 * level * (1 - level) / gap**2, _COUNT / max(level, 1e-9))
+    needs = max(Z**2 * level * (1 - level) / gap**2, _COUNT / max(level, 1e-9))
     if sample.independent >= needs:
         return None
     return _shortage("few toxic", sample, needs / sample.independent)
@@ -132,6 +132,24 @@ def too_wide(sample: Sample, paid: Sequence[float], noise: float, grid: float) -
     if grid > _HALF * matters:
         return Shortage(reason="coarse scales", has=0, needs=None, unit="scales")
     return _shortage("wide interval", sample, (noise / (matters - grid)) ** 2)
+
+
+def remedy(shortage: Shortage | None) -> str:
+    """How much data would do, as a sentence with a space before it."""
+    if shortage is None:
+        return ""
+    if shortage.needs is None:
+        return " The scales are too far apart there: raise extra_scales, or give more scales."
+    if shortage.unit == "documents":
+        return (
+            f" About {shortage.needs:,} held-out toxic documents would do ({shortage.has:,} were "
+            "read), and as many times the documents of the text."
+        )
+    why = ", since few are toxic" if shortage.reason == "few toxic" else ""
+    return (
+        f" About {shortage.needs:,} continuations of each model would do ({shortage.has:,} were "
+        f"made{why}); more prompts tell more than more continuations of each."
+    )
 
 
 def difference_that_matters(paid: Sequence[float]) -> float:
@@ -159,5 +177,5 @@ def _shortage(reason: Literal["few toxic", "wide interval"], s: Sample, factor: 
 
 def _student(freedom: int) -> float:
     """Student's over the normal's 97.5 % quantile (Cornish and Fisher; 4 % low at 3 degrees)."""
-    z, n = _Z, max(freedom, 1)
-    return 1 + (z**2 + 1) / (4 * n) + (5 * z**4 + 16 * z**2 + 3) / (96 * n**2)
+    n = max(freedom, 1)
+    return 1 + (Z**2 + 1) / (4 * n) + (5 * Z**4 + 16 * Z**2 + 3) / (96 * n**2)

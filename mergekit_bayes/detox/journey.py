@@ -32,17 +32,25 @@ from mergekit_bayes.detox.steps import (
     data_identity,
     model_identity,
     precision_identity,
+    scorer_identity,
     step_folder,
     without,
 )
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import run_evaluate
-from mergekit_bayes.evaluate.scorers import open_scorer
+from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
+from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.models.load import choose_device, load_model
+from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
@@ -178,7 +186,11 @@ class _Journey:
         self.curves = curves(config)
         self.work, self.kept = output / "steps", output / "model"
         finetune = finetune_config(config, "")
+        if needs_precision(config):
+            _refuse_precision(precision_config(config, ""))
         evaluate = evaluate_config(config, config.base, "")
+        with quiet_libraries(bars=False):
+            scorers = _refuse_evaluation(evaluate)
         self.base = model_identity(config.base)
         self.identities: dict[str, object] = {
             "base": self.base,
@@ -196,8 +208,11 @@ class _Journey:
             without(settings, "model", "output", "force", "batch_size", "sampling_batch"),
             self.identities["texts"],
             self.identities["prompts"],
-            {spec: open_scorer(spec).info.fingerprint for spec in evaluate.scorer},
+            {scorer.spec: scorer_identity(scorer) for scorer in scorers},
         ]
+        if config.force or not self._base_folder().exists():
+            with quiet_libraries(bars=False):
+                refuse_model(evaluate, load_model(config.base, "auto", dtype=evaluate.dtype))
         if needs_precision(config):
             self.identities["precision"] = data_identity(precision_config(config, "").data)
         if config.force and is_ours:
@@ -234,7 +249,7 @@ class _Journey:
 
     def evaluate_base(self) -> EvaluateReport:
         """What the base scores."""
-        folder = step_folder(self.work, "base", self.base, *self.evaluate_key)
+        folder = self._base_folder()
         if self._must_run(folder, "evaluate the base"):
             settings = evaluate_config(self.config, self.config.base, str(folder))
             run_evaluate(settings, quiet=self.quiet)
@@ -295,6 +310,10 @@ class _Journey:
             key.append(precision_identity(precision))
         return step_folder(self.work, curve.method, *key, *self.evaluate_key)
 
+    def _base_folder(self) -> Path:
+        """The folder of the base's evaluation."""
+        return step_folder(self.work, "base", self.base, *self.evaluate_key)
+
     def _base_has_precision_like(self, toxic: Path) -> bool:
         """Whether the base has a precision of its weights, by the estimator of the fine-tune."""
         with open_posterior(self.config.base) as base, open_posterior(str(toxic)) as task:
@@ -310,6 +329,21 @@ class _Journey:
         needed = redo or not folder.exists()
         self.tell(step if needed else f"{step}: done before")
         return needed
+
+
+def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
+    """Refuse settings, data and scorers that the evaluations would refuse; the open scorers."""
+    refuse_settings(config.model_copy(update={"output": None}))
+    read_texts(config)
+    read_labelled(config)
+    read_prompts(config)
+    return open_scorers(config.scorer, config.device)
+
+
+def _refuse_precision(config: PrecisionConfig) -> None:
+    """Refuse a device and data that the estimate of the base's precision would refuse."""
+    choose_device(config.device)
+    load_rows(config.data, where=config.where, text=config.text_column)
 
 
 def _point(

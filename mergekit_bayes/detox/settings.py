@@ -198,13 +198,16 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
     """The settings of one evaluation. The held-out toxic text is one more set of texts.
 
     Raises:
-        ConfigError: A setting that detox makes itself, or no texts, prompts or scorers.
+        ConfigError: A setting that detox makes itself or has no use for, or no texts, prompts or
+            scorers.
     """
     given = _without(config.evaluate, EvaluateConfig, "evaluate", ("model", "output", "force"))
     given |= {"model": model, "output": output}
     if config.held_out_toxic is not None:
         given |= _with_held_out(given, config.held_out_toxic)
     settings = parse_config(EvaluateConfig, given, "evaluate")
+    if settings.samples is not None:
+        raise ConfigError("evaluate: samples: candidates are compared at their means. Drop it.")
     if settings.toxicity is None or not settings.scorer:
         raise ConfigError("evaluate: name the prompts (toxicity) and one or more scorers (scorer).")
     if not set(settings.perplexity) - {HELD_OUT}:

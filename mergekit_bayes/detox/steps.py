@@ -12,8 +12,9 @@ from pathlib import Path
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.identity import content_hash, files_identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
-from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, resolve
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.evaluate.scorers import Scorer
 
 
 def step_folder(work: Path, name: str, *inputs: object) -> Path:
@@ -37,15 +38,36 @@ def data_identity(refs: str | Sequence[str]) -> dict[str, str]:
     return {ref: _content(Path(ref).expanduser()) for ref in names}
 
 
-def model_identity(ref: str) -> dict[str, str | None]:
-    """Content hashes of a model: weights by sampled blocks, tokenizer and config in full."""
+def model_identity(ref: str) -> dict[str, object]:
+    """Content hashes of a model: weights by sampled blocks, tokenizer and config in full.
+
+    Those of an adapter contain its settings and its base's identity.
+    """
     path = resolve(ref, CHECKPOINT)
-    config = path / "config.json"
-    return {
+    config, adapter = path / "config.json", path / "adapter_config.json"
+    found: dict[str, object] = {
         "weights": files_identity(checkpoint_files(path, ref)),
         "tokenizer": tokenizer_identity(path),
         "config": content_hash(config) if config.exists() else None,
     }
+    if adapter.exists():
+        settings = json.loads(adapter.read_text())
+        base, revision = str(settings["base_model_name_or_path"]), settings.get("revision")
+        pinned = f"{base}@{revision}" if revision and is_hub_id(base) else base
+        found |= {"adapter": content_hash(adapter), "base": model_identity(pinned)}
+    return found
+
+
+def scorer_identity(scorer: Scorer) -> dict[str, object]:
+    """All that a scorer's scores depend on: how it reads, and the contents of its files.
+
+    Weights alone do not say which output is the label, nor how outputs are read and texts cut into
+    tokens.
+    """
+    found: dict[str, object] = dict(scorer.info.model_dump(mode="json"))
+    if scorer.folder is not None:
+        found["model"] = model_identity(str(scorer.folder))
+    return found
 
 
 def precision_identity(ref: str) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.generation import room_for_prompts
 from mergekit_bayes.heads import Head, head_of
+from mergekit_bayes.metrics.perplexity import fitting_stride
 from mergekit_bayes.models.load import Loaded, choose_device, other_head
 
 
@@ -42,6 +44,11 @@ def refuse_settings(config: EvaluateConfig) -> None:
             "--prior, --posterior-temperature and --precision are about --samples, which is not "
             "given."
         )
+    if config.samples is not None and config.dtype in ("bfloat16", "float16"):
+        raise ConfigError(
+            f"samples with --dtype {config.dtype}: most draws are nearer to the mean than the next "
+            f"{config.dtype} number, and would be rounded away. Give --dtype float32."
+        )
     choose_device(config.device)
     names = {**config.perplexity, **config.classify}
     for name in config.where if is_by_name(config.where) else ():
@@ -59,7 +66,9 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
     Raises:
         MismatchError: The model is a classifier where a language model is needed, or the reverse,
             or a classifier that does not choose one label.
-        ConfigError: The window is longer than the model's context.
+        ConfigError: The window is longer than the model's context, the stride than the window, or
+            the context has no room for the new tokens.
+        CheckpointError: The tokenizer cannot start a document.
     """
     if loaded.task != "causal-lm" and (config.perplexity or config.toxicity is not None):
         raise MismatchError(
@@ -78,6 +87,12 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
         raise ConfigError(
             f"window {config.window}: '{config.model}' sees at most {loaded.context} tokens."
         )
+    if config.perplexity:
+        fitting_stride(config.stride, config.window or loaded.context)
+    if config.toxicity is not None:
+        room_for_prompts(loaded.context, config.new_tokens)
+    if config.perplexity or config.toxicity is not None:
+        _ = loaded.start  # which a tokenizer may lack
 
 
 def _refuse_labels_that_occur_together(model: str, head: Head) -> None:

@@ -8,6 +8,7 @@ from the stored posterior.
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.evaluate.continuations import score_continuations, toxicity_by_scorer
@@ -28,6 +29,9 @@ from mergekit_bayes.metrics.toxicity import describe_samples
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run_evaluate(
@@ -65,6 +69,8 @@ def run_evaluate(
         scorers = open_scorers(config.scorer, config.device)
         loaded = load_model(config.model, "auto", dtype=config.dtype)
         refuse_model(config, loaded)
+        if config.samples is not None:
+            _keep_draws(loaded.model)
         loaded.move_to(config.device)
         examples = number_classes(config, labelled, loaded)
         draws = None
@@ -103,6 +109,12 @@ def run_evaluate(
     if config.output is not None:
         write_report(Path(config.output), report, continuations, force=config.force)
     return report
+
+
+def _keep_draws(model: "torch.nn.Module") -> None:
+    """Give the parameters a dtype that does not round the draws away: float32, or wider."""
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters()):
+        model.float()
 
 
 def _ignore(step: str, done: int, of: int) -> None:

@@ -22,11 +22,19 @@ from mergekit_bayes.models.load import load_model
 
 
 class Scorer(NamedTuple):
-    """A scorer by its name in the config, its function, and what the report says about it."""
+    """A scorer by its name in the config, its function, and what the report says about it.
+
+    Attributes:
+        spec: Its name.
+        score: Its function.
+        info: What the report says.
+        folder: Where a classifier was read from; None for other scorers.
+    """
 
     spec: str
     score: Score
     info: ScorerInfo
+    folder: Path | None = None
 
 
 def open_scorers(specs: Sequence[str], device: str | None = None) -> list[Scorer]:
@@ -115,7 +123,7 @@ def _open_classifier(spec: str, target: str, device: str | None) -> Scorer:
         reading=reading.reading,
         reason=reading.reason,
     )
-    return Scorer(spec, checked, info)
+    return Scorer(spec, checked, info, loaded.path)
 
 
 def _split_reading(label: str, labels: Sequence[str]) -> tuple[str, Reading | None]:

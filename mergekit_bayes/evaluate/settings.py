@@ -36,7 +36,7 @@ class EvaluateConfig(Config):
         None,
         ge=1,
         description="Also average the probabilities over this number of draws of the weights from "
-        "the posterior. Toxicity is measured at the mean only.",
+        "the posterior, in float32. Toxicity is measured at the mean only.",
     )
     prior: float | None = Field(
         None, gt=0, description="Prior precision instead of the stored one, 1/weight^2 per entry."

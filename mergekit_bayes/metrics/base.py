@@ -85,20 +85,27 @@ def interval(value: float, replicates: FloatArray, count: int) -> Interval:
     return Interval(value=value, low=float(low), high=float(high))
 
 
-def share_interval(values: FloatArray, size: int = 1) -> Interval:
+def share_interval(
+    values: FloatArray, size: int = 1, ends: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
     """Mean of numbers between 0 and 1 over groups, with an interval that does not collapse.
 
         value = mean,    D = Var(mean) n size / (mean (1 - mean)), at most `size`
-        D'    = (c D + 2 size) / (c + 2),    c = (sum x)^2 / sum x^2, of x or of 1 - x, the smaller
+        D'    = (c D + 2 A) / (c + 2),    c = (sum x)^2 / sum x^2, of x or of 1 - x, the smaller
+        A     = size (high - mean) (mean - low) / (mean (1 - mean)),    low, high = ends
 
     and Wilson's interval (1927) for `n size / D'` independent observations. D is the design effect
-    (Kish, 1965): 1 for independent observations, `size` where those of a group all agree. It cannot
-    be measured from few hits, so that it counts for the c groups that have hits, beside two groups
-    that agree. With groups of one and numbers that are 0 or 1 this is Wilson's interval itself.
+    (Kish, 1965): 1 for independent observations that are 0 or 1, `size` where those of a group all
+    agree. It cannot be measured from few hits, so that it counts for the c groups that have hits,
+    beside two groups at the ends, whose variance is the largest of any with this mean (Bhatia and
+    Davis, 2000): A = `size` for ends of 0 and 1. With groups of one and numbers that are 0 or 1
+    this is Wilson's interval itself.
 
     Args:
         values: (n,), the mean of each group of observations in [0, 1].
         size: Observations in a group.
+        ends: Between which the mean of a group lies, as far as is known: 0 and 1 for observations
+            that are 0 or 1, since a group may agree on either.
 
     Returns:
         The mean with its 95 % interval; for fewer than two groups without one.
@@ -109,7 +116,9 @@ def share_interval(values: FloatArray, size: int = 1) -> Interval:
     bernoulli = mean * (1 - mean)
     design = values.var(ddof=1) * size / bernoulli if bernoulli > 0 else size
     informative = min(_participating(values), _participating(1 - values))
-    design = (informative * min(design, size) + 2 * size) / (informative + 2)
+    low, high = ends
+    agreeing = size * (high - mean) * (mean - low) / bernoulli if bernoulli > 0 else size
+    design = (informative * min(design, size) + 2 * agreeing) / (informative + 2)
     count = n * size / design
     scale = 1 + Z * Z / count
     centre = (mean + Z * Z / (2 * count)) / scale
@@ -117,6 +126,24 @@ def share_interval(values: FloatArray, size: int = 1) -> Interval:
     # Rounding may put an end that is 0 or 1 on the wrong side of it, or of the mean.
     low, high = max(float(centre - half), 0.0), min(float(centre + half), 1.0)
     return Interval(value=mean, low=min(low, mean), high=max(high, mean))
+
+
+def score_interval(scores: FloatArray) -> Interval:
+    """Mean of scores between 0 and 1 over groups, by `share_interval`.
+
+    Scores that are 0 or 1 are a share. Of other scores a group's mean is taken to stay between the
+    smallest and the largest that was found, unless these are equal and tell nothing: a group of
+    faint scores is not feared to agree on 1. (A loss that a rare error makes large, such as the
+    Brier score, is for `share_interval`.)
+
+    Args:
+        scores: (n, size), the scores of each group.
+    """
+    means, size = scores.mean(axis=1), scores.shape[1]
+    low, high = float(means.min()), float(means.max())
+    if np.isclose(low, high, rtol=1e-9, atol=0) or np.isin(scores, (0, 1)).all():
+        low, high = 0.0, 1.0
+    return share_interval(means, size, (low, high))
 
 
 def share_change_interval(before: FloatArray, after: FloatArray) -> Interval:

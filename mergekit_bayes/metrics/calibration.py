@@ -54,7 +54,7 @@ def squared_calibration_error(p: FloatArray, labels: Labels, bins: int) -> Inter
     or a larger k where the variance of the linear part of T says so. The interval holds each theta
     with |T - theta| <= 1.96 sd(theta), as Wilson's does for shares. A bin without an error shows no
     variance, so that s_b^2 is at least that of a share with two more right and two more wrong
-    predictions (Agresti and Coull, 1998).
+    predictions (Agresti and Coull, 1998). The interval reaches to T where no such theta does.
 
     Args:
         p: (n, classes), probabilities.
@@ -77,7 +77,9 @@ def squared_calibration_error(p: FloatArray, labels: Labels, bins: int) -> Inter
     centre = estimate + Z * Z * slope / (2 * n)
     spread = quadratic + slope * estimate / n + (Z * Z * slope / (2 * n)) ** 2 / (Z * Z)
     half = Z * float(np.sqrt(max(spread, quadratic)))
-    return Interval(value=estimate, low=centre - half, high=centre + half)
+    # T may lie below all theta that are likely: it is negative where each bin hits its share.
+    low, high = min(centre - half, estimate), max(centre + half, estimate)
+    return Interval(value=estimate, low=low, high=high)
 
 
 def squared_calibration_change(

@@ -117,11 +117,7 @@ def measure_perplexity(
         ConfigError: The stride does not fit the window, or there is no token to score.
         CheckpointError: The model's log-probabilities are not numbers, or `concatenate` has no EOS.
     """
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ConfigError(
-            f"stride {stride}: expected 1 to {window}, the window; a larger one would skip tokens."
-        )
+    stride = fitting_stride(stride, window)
     encoded = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
     streams = _joined(encoded, tokenizer.eos_token_id) if concatenate else _separate(encoded)
     windows = [
@@ -155,6 +151,20 @@ def measure_perplexity(
         document_tokens=tuple(tokens.astype(int).tolist()),
         **_ratios(by_text, tokens, words, size, bootstrap, seed),
     )
+
+
+def fitting_stride(stride: int | None, window: int) -> int:
+    """The stride, by default the window.
+
+    Raises:
+        ConfigError: It does not fit the window.
+    """
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ConfigError(
+            f"stride {stride}: expected 1 to {window}, the window; a larger one would skip tokens."
+        )
+    return stride
 
 
 def loss_change(

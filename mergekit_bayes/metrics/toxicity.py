@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from mergekit_bayes.generation import Samples
-from mergekit_bayes.metrics.base import Interval, share_interval
+from mergekit_bayes.metrics.base import Interval, score_interval
 from mergekit_bayes.records import FloatArray, Record
 
 
@@ -21,7 +21,7 @@ class ToxicityReport(Record):
     """How toxic the continuations are by one scorer.
 
     Intervals are Wilson's, with as many independent observations as the spread between prompts
-    leaves of the continuations (`metrics.base.share_interval`).
+    leaves of the continuations (`metrics.base.score_interval`).
 
     Attributes:
         mean: Mean score.
@@ -79,23 +79,21 @@ def score_toxicity(
             from resamples.
         seed: Changes nothing.
     """
-    toxic = scores >= threshold
-    share = toxic.mean(axis=1)
-    continuations = scores.shape[1]
+    toxic = (scores >= threshold).astype(np.float64)
 
-    def summary(of_prompts: FloatArray, size: int) -> Interval:
-        with_interval = share_interval(of_prompts, size)
+    def summary(of_prompts: FloatArray) -> Interval:
+        with_interval = score_interval(of_prompts)
         return with_interval if bootstrap else Interval(value=with_interval.value)
 
     return ToxicityReport(
-        mean=summary(scores.mean(axis=1), continuations),
-        share=summary(share, continuations),
-        expected_max=summary(scores.max(axis=1), 1),
-        any_toxic=summary(toxic.max(axis=1).astype(np.float64), 1),
+        mean=summary(scores),
+        share=summary(toxic),
+        expected_max=summary(scores.max(axis=1, keepdims=True)),
+        any_toxic=summary(toxic.max(axis=1, keepdims=True)),
         threshold=threshold,
         n_prompts=scores.shape[0],
         n_continuations=scores.size,
-        prompt_share=tuple(share.tolist()),
+        prompt_share=tuple(toxic.mean(axis=1).tolist()),
     )
 
 
