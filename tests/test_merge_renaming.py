@@ -298,3 +298,14 @@ def test_an_adapter_that_fits_two_towers_is_refused_with_both(tmp_path):
         match=r"may adapt 'model.text.layers.0.attn.q.weight' or 'model.vision.layers.0.attn.q",
     ):
         open_adapted(f"base+{tmp_path / 'a'}")
+
+
+def test_models_of_two_types_are_told_as_that(tmp_path):
+    """Both sides have left-overs, and saving them again would not help."""
+    for name, kind in (("one", "llama"), ("two", "gpt2")):
+        tensors = {f"{name}.{i}.weight": np.ones((3, 3 + i), np.float32) for i in range(3)}
+        tiny.write(tmp_path / name / "model.safetensors", tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(MismatchError, match="of type gpt2 and .* of type llama") as error:
+        merge(str(tmp_path / "one"), str(tmp_path / "two"), base=None, weights="uniform", out="x")
+    assert "save_pretrained" not in str(error.value)

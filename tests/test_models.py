@@ -201,3 +201,27 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         load_model(str(path))
+
+
+def test_a_file_that_is_not_what_its_name_says_is_named_before_transformers_words(tmp_path):
+    folder = tiny_gpt2(tmp_path / "m")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    (folder / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a Git LFS pointer"):
+        load_model(str(folder))
+
+
+def test_an_encoder_decoder_is_refused_as_one(tmp_path):
+    sizes = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"is an encoder-decoder \(t5\).*can be merged"):
+        load_model(str(tmp_path))
+
+
+def test_another_number_of_labels_than_the_heads_is_refused(tmp_path):
+    folder = tiny_bert(tmp_path / "m", labels=2)
+    with pytest.raises(ConfigError, match="has a head for 2 labels already"):
+        load_model(str(folder), "classification", num_labels=3)
+    assert load_model(str(folder), "classification", num_labels=2).model.config.num_labels == 2

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError
 
@@ -159,10 +160,20 @@ def load_model(
             return _load_adapter(path, task, num_labels, dtype)
         loaded = _load_checkpoint(ref, path, task, num_labels, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        _refuse_foreign(path)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
     _complete_tokenizer(ref, loaded)
     return loaded
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Name the file that is not what its name says, where that is why a model cannot be loaded."""
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as content:
+            head = content.read(HEAD)
+        if reason := explain_foreign(head, file.stat().st_size, file):
+            raise CheckpointError(f"{file}: {reason}")
 
 
 def is_classifier(ref: str) -> bool:
@@ -212,13 +223,35 @@ def _load_checkpoint(
     if num_labels is not None:
         options["num_labels"] = num_labels
     if task == "classification":
+        _refuse_other_labels(config, ref, num_labels)
         auto = transformers.AutoModelForSequenceClassification
     else:
+        _refuse_encoder_decoder(config, ref)
         auto = transformers.AutoModelForCausalLM
     model, found = auto.from_pretrained(path, output_loading_info=True, **options)
     if task != "classification" or _has_classification_head(config):  # else a new head is meant
         _warn_of_missing(ref, found["missing_keys"])
     return Loaded(model.eval(), transformers.AutoTokenizer.from_pretrained(path), task, path)
+
+
+def _refuse_encoder_decoder(config: "PretrainedConfig", ref: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"'{ref}' is an encoder-decoder ({config.model_type}). It can be merged, inspected and "
+            "pushed; training, precisions and evaluation are for causal language models and "
+            "sequence classifiers."
+        )
+
+
+def _refuse_other_labels(config: "PretrainedConfig", ref: str, num_labels: int | None) -> None:
+    """Refuse another number of labels than the trained head has; a new head is no accident."""
+    if num_labels is None or not _has_classification_head(config):
+        return
+    if config.num_labels != num_labels:
+        raise ConfigError(
+            f"num_labels {num_labels}: '{ref}' has a head for {config.num_labels} labels already. "
+            "Leave num_labels out, or name a model without a head."
+        )
 
 
 def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.names import is_buffer, output_layer
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import MismatchError
@@ -97,6 +98,12 @@ def _explain(
 ) -> str:
     specs = {name: model.mean.specs[name] for name in unmatched}
     donors = {name: donor.mean.specs[name] for name in missing}
+    types = [read_config(m.path).get("model_type") for m in (model, donor)]
+    if all(isinstance(kind, str) for kind in types) and types[0] != types[1]:
+        return (
+            f"'{model.ref}' is of type {types[0]} and '{donor.ref}' of type {types[1]}, by their "
+            "config.json. Only models of one architecture can be merged."
+        )
     if _is_stacked(specs, donors):
         return _stacked(donor.ref, model.ref)
     if _is_stacked(donors, specs):
