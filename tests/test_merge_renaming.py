@@ -175,7 +175,7 @@ def test_words_are_not_replaced_between_two_types_of_models(tmp_path):
     settings = {"weights": "uniform", "out": "out"}
     report = merge(str(tmp_path / "same/a"), base=str(tmp_path / "same/base"), **settings)
     assert any("two.* -> one.* (6)" in note for note in report.notes)
-    with pytest.raises(MismatchError, match="no rule tells which is which"):
+    with pytest.raises(MismatchError, match=r"of type electra and .* of type bert"):
         merge(str(tmp_path / "other/a"), base=str(tmp_path / "other/base"), **settings)
 
 
@@ -306,6 +306,6 @@ def test_models_of_two_types_are_told_as_that(tmp_path):
         tensors = {f"{name}.{i}.weight": np.ones((3, 3 + i), np.float32) for i in range(3)}
         tiny.write(tmp_path / name / "model.safetensors", tensors)
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(MismatchError, match="of type gpt2 and .* of type llama") as error:
+    with pytest.raises(MismatchError, match=r"of type gpt2 and .* of type llama") as error:
         merge(str(tmp_path / "one"), str(tmp_path / "two"), base=None, weights="uniform", out="x")
     assert "save_pretrained" not in str(error.value)
