@@ -134,9 +134,10 @@ class TokenConflicts:
                 f"'{self._donor.ref}' lists no tokens that could tell which of them it has: name "
                 "it as a folder with its tokenizer."
             )
-        stand = "number stands" if len(conflicts) == 1 else "numbers stand"
+        is_one = len(conflicts) == 1
+        stand = "number stands for another token" if is_one else "numbers stand for other tokens"
         return (
-            f"{len(conflicts):,} token {stand} for other tokens in '{other.ref}' than in "
+            f"{len(conflicts):,} token {stand} in '{other.ref}' than in "
             f"'{one.ref}' ({number} is {others_token!r} there, {token!r} here; "
             f"{' and '.join(files)}). Embeddings are merged by number: {way_out}"
         )
