@@ -148,6 +148,16 @@ def test_experts_are_counted_as_layers_are(tmp_path, config, cause):
         assert "--on-missing" not in message
 
 
+def test_a_hole_in_the_numbers_of_both_models_is_no_loss(tmp_path):
+    """A Sequential has numbers for what has no parameters, too."""
+    whole, part = layers((0, 2, 4), "head.net"), layers((0, 2), "head.net")
+    for message in both_ways(tmp_path, whole, part, None, None):
+        assert "different size" in message
+    part = layers((0, 4), "head.net")
+    for message in both_ways(tmp_path, whole, part, None, None):
+        assert "its files are incomplete." in message
+
+
 def test_layers_are_counted_also_where_the_names_of_the_models_differ(tmp_path):
     """What the donor lacks keeps its own name, and its layers are those of the renamed ones."""
     short, long = layers(range(2)), layers(range(4), "language_model.model.layers")

@@ -33,11 +33,11 @@ class Pattern(NamedTuple):
         """The orders in which a partner may have the same numbers: one, if it is known."""
         order = number_order(self.path, partner.path)
         if order is not None:
-            return [order] if self._has_numbers_of(partner, order) else []
+            return [order] if _is_part(self.numbers, partner.numbers, order) else []
         count = self.path.count("*")
         if count != partner.path.count("*") or count > _MOST_NUMBERS:
             return []
-        return [o for o in permutations(range(count)) if self._has_numbers_of(partner, o)]
+        return [o for o in permutations(range(count)) if _is_part(self.numbers, partner.numbers, o)]
 
     def known_order(self, partner: "Pattern") -> Order | None:
         """The order of the numbers in a partner, by the words or as no other one fits.
@@ -70,27 +70,22 @@ class Pattern(NamedTuple):
             return fit(next(iter(self.names.values())), next(iter(partner.names.values())))
         return any(all(fit(*pair) for pair in self.pairs(partner, order)) for order in orders)
 
-    def _has_numbers_of(self, partner: "Pattern", order: Order) -> bool:
-        """Whether one of both has all numbers of the other, in this order."""
-        numbers = self.numbers
-        if order != _as_they_are(self.path):
-            numbers = frozenset(reordered(index, order) for index in numbers)
-        elif numbers is partner.numbers:
-            return True
-        return numbers <= partner.numbers or partner.numbers <= numbers
-
     def is_covered_by(self, partner: "Pattern") -> bool:
         """Whether a partner has all of these numbers."""
-        if self.numbers is partner.numbers and number_order(self.path, partner.path) is not None:
-            return True
-        return any(
-            frozenset(reordered(index, order) for index in self.numbers) <= partner.numbers
-            for order in self.orders(partner)
-        )
+        return len(self.numbers) <= len(partner.numbers) and bool(self.orders(partner))
 
     def is_buffer(self) -> bool:
         """Whether these are constants rather than parameters."""
         return is_buffer(next(iter(self.names.values())))
+
+
+@lru_cache(maxsize=4096)
+def _is_part(numbers: frozenset[Path], partners: frozenset[Path], order: Order) -> bool:
+    """Whether one of two sets of numbers has all of the other, in this order."""
+    if numbers is partners and order == tuple(range(len(order))):
+        return True
+    moved = frozenset(reordered(index, order) for index in numbers)
+    return moved <= partners or partners <= moved
 
 
 def _as_they_are(path: Path) -> Order:
