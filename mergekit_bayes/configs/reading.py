@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from mergekit_bayes.config_errors import config_error, members
+from mergekit_bayes.configs.explain import config_error, members
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.records import Frozen
 

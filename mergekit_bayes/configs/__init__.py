@@ -1,0 +1,12 @@
+"""The base of all settings, and how they are read."""
+
+from mergekit_bayes.configs.reading import (
+    C,
+    Config,
+    field_named,
+    load_config,
+    parse_config,
+    read_yaml,
+)
+
+__all__ = ["C", "Config", "field_named", "load_config", "parse_config", "read_yaml"]
