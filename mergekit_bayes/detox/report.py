@@ -353,8 +353,8 @@ def _how(report: DetoxReport) -> str:
 def _of_smooth_curves(report: DetoxReport) -> str:
     """What the error of a finding assumes where few scales could be added, as the rest of a clause.
 
-    Simulated curves with kinks and steps were told apart falsely with fewer than two added scales,
-    and with the default number never.
+    Simulated curves with kinks and steps were told apart falsely in a quarter of findings without
+    added scales, and in 1 of 192 with the default number.
     """
     extra = int(str(report.settings.get("extra_scales", 0)))
     if extra >= DetoxConfig.model_fields["extra_scales"].default:
