@@ -154,7 +154,7 @@ def test_a_hole_in_the_numbers_of_both_models_is_no_loss(tmp_path):
     for message in both_ways(tmp_path, whole, part, None, None):
         assert "different size" in message
     part = layers((0, 4), "head.net")
-    for message in both_ways(tmp_path, whole, part, None, None):
+    for message in both_ways(tmp_path / "hole", whole, part, None, None):
         assert "its files are incomplete." in message
 
 
