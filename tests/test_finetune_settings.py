@@ -55,7 +55,7 @@ def test_the_settings_that_were_chosen_are_told_before_training(tmp_path, data, 
     assert "tokens, adamw: lr 0.0001, weight_decay 1e-06\n" in capfd.readouterr().err
 
 
-# In the order of the record; `initial_A` of an adapter stands between the two.
+# In the order of the record, which the loss ends; `initial_A` of an adapter stands between the two.
 ALWAYS = (
     *("optimizer", "lr", "weight_decay", "scheduler", "steps", "batch_size", "processes"),
     "loss_reduction",
@@ -78,7 +78,7 @@ def test_a_posterior_stores_the_settings_of_its_run_under_these_names(
     tmp_path, data, changes, names
 ):
     run_finetune(config(tmp_path, data, max_steps=1, flush_batches=1, **changes), quiet=True)
-    assert list(info_of(tmp_path / "out").training) == names
+    assert list(info_of(tmp_path / "out").training) == [*names, "loss"]
 
 
 def test_a_length_above_the_models_context_is_said(tmp_path, data, caplog):

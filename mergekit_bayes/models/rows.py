@@ -181,9 +181,9 @@ def _choose(
     for column, values in found.items():
         if values is None:
             advice = _columns_of_text(rows) if column == text else ""
-            raise MismatchError(
-                f"'{name}' has no column '{column}'; it has {', '.join(rows.column_names)}.{advice}"
-            )
+            inner = [inside for inside, _ in _leaves(rows.features)]
+            there = ", ".join(inner if "." in column else rows.column_names)
+            raise MismatchError(f"'{name}' has no column '{column}'; it has {there}.{advice}")
     empty_is_null = rows.info.builder_name == "csv"
     numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
@@ -259,7 +259,7 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
 def _columns_of_text(rows: "Dataset") -> str:
     """Which columns would do as the text, and which known forms of rows are not read."""
     forms = [not_read(c) for c in rows.column_names if c in FORMS]
-    texts = list(_texts_in(rows.features))
+    texts = [n for n, kind in _leaves(rows.features) if kind in ("string", "large_string")]
     if texts:
         forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
     else:
@@ -267,10 +267,10 @@ def _columns_of_text(rows: "Dataset") -> str:
     return f" {' '.join(dict.fromkeys(forms))}"
 
 
-def _texts_in(features: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """The names of the columns of text, also of those inside objects."""
+def _leaves(features: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """The columns, and those inside objects that are alike in all rows, with their types."""
     for name, feature in features.items():
         if isinstance(feature, Mapping):
-            yield from _texts_in(feature, f"{before}{name}.")
-        elif getattr(feature, "dtype", "") in ("string", "large_string"):
-            yield f"{before}{name}"
+            yield from _leaves(feature, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", str(getattr(feature, "dtype", ""))
