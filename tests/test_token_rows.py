@@ -189,5 +189,5 @@ def test_an_adapter_that_trained_a_longer_embedding_alone_is_refused(tmp_path):
     whole = tiny.arrays(1, {"m.wte.weight": (8, 4)})
     base = str(tmp_path / "base")
     ref = f"{base}+{adapter(tmp_path / 'a', made, whole=whole, modules_to_save=['wte'])}"
-    with pytest.raises(MismatchError, match=r"would have 5 rows and 'm\.wte\.weight' 8"):
+    with pytest.raises(MismatchError, match="rows are equal in a model"):
         merge(tmp_path / "out", ref, base=base, vocab="common")
