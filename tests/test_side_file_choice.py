@@ -339,3 +339,17 @@ def test_what_is_borrowed_is_told_with_the_model_that_gives_it(tmp_path):
     report = merge(tmp_path / "out", one, two, base=str(base), side_files=two)
     note = f"'{two}' has no chat template; those of '{one}' are taken"
     assert note in report.notes
+
+
+@pytest.mark.parametrize(("scale", "is_told"), [(1.0, True), (-1.0, False)])
+def test_a_chat_template_that_is_left_out_is_told(tmp_path, scale, is_told):
+    """A merged chat model without its template does not stop: the first task has none to give."""
+    plain = {n: c for n, c in chat_files("one", 5).items() if "template" not in n}
+    base = write(tmp_path / "base", plain)
+    one = write(tmp_path / "one", plain, 1)
+    two = write(tmp_path / "two", chat_files("two", 5), 2)
+    report = merge(tmp_path / "out", one, two, base=base, scale=(1.0, scale))
+    assert not (tmp_path / "out/chat_template.jinja").exists()
+    told = [note for note in report.notes if "no chat template" in note]
+    assert len(told) == is_told
+    assert all(two in note for note in told)

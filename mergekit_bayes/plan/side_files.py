@@ -257,7 +257,19 @@ def _note_choice(
             f"{_listed(list(own))} {verb} taken from '{owner.ref}', {reason}; {_listed(differing)} "
             f"{'have' if len(differing) > 1 else 'has'} other ones (--side-files chooses)"
         )
-    return bool(differing)
+    without = [
+        f"'{model.ref}'"
+        for model in inputs
+        if CHAT not in gathered.folders
+        and model.scale >= 0  # what is subtracted is not meant to stay
+        and any(_has(folder, CHAT) for folder in _folders(model.posterior))
+    ]
+    if without:
+        notes.append(
+            f"the output has no chat template: '{owner.ref}' has none, and that of "
+            f"{_listed(without)} is left out (--side-files chooses)"
+        )
+    return bool(differing or without)
 
 
 def _own_groups(owner: Input, gathered: GatheredFiles) -> dict[str, Path]:
