@@ -33,6 +33,7 @@ OURS = (
     r"\d+ steps?, mean training loss .*",
     r"posterior: .*",
     r"ggn: looked at .*",
+    r"loss: .*",
 )
 
 

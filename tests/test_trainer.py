@@ -167,8 +167,11 @@ for ivon in ({}, GGN, {"mc_samples": 2, "antithetic": True, "restore": "redraw"}
     t = trainer(Path(sys.argv[1]) / str(__import__('os').environ['RANK']), ivon=ivon)
     assert t.accelerator.num_processes == 2, t.accelerator.num_processes
     t.train()
-    print('digest', ivon, float(sum(p.double().abs().sum() for p in t.model.parameters())),
-          float(sum(s['hess'].double().sum() for s in t.optimizer.optimizer.state.values())))
+    weights = float(sum(p.double().abs().sum() for p in t.model.parameters()))
+    hess = float(sum(s['hess'].double().sum() for s in t.optimizer.optimizer.state.values()))
+    # One write for a line, so that the lines of two ranks do not mix.
+    sys.stdout.write(f'digest {ivon} {weights} {hess}\\n')
+    sys.stdout.flush()
 """
 
 
