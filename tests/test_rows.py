@@ -323,3 +323,12 @@ def test_rows_without_a_token_to_predict_are_left_out_until_none_is_left(models,
         encode_rows({"text": ["", " "]}, loaded, pack=pack, source=("a", "b"))
     with pytest.raises(MismatchError, match="row 2: 'text' is null"):
         encode_rows({"text": ["the cat", None]}, loaded, pack=pack)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv"])
+def test_an_empty_file_is_told_as_empty(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(BmergeError) as error:
+        load_rows(str(tmp_path / name), text="text")
+    assert "StopIteration" not in str(error.value)
+    assert name in str(error.value)

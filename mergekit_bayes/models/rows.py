@@ -162,6 +162,8 @@ def _load(name: str, features: "Features | None") -> "Dataset":
     except CheckpointError:
         raise
     except Exception as error:  # datasets wraps whatever its readers raise
+        if isinstance(error, StopIteration) or isinstance(error.__cause__, StopIteration):
+            raise CheckpointError(f"'{name}' is empty: it holds no row.") from None
         reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"'{name}': datasets cannot read it ({type(error).__name__}: {reason})."
