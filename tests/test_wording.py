@@ -3,7 +3,7 @@
 import pytest
 
 from bmerge_cli.main import app
-from mergekit_bayes.posterior import Anchor, Identity, MergeTrace, PosteriorInfo, Prior
+from mergekit_bayes.posterior import Anchor, Identity, MergeTrace, PosteriorInfo, Prior, Term
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
     observations_in_words,
@@ -23,7 +23,8 @@ def info(observations=None, unit="token", **more):
     )
 
 
-ON_BASE = {"prior": Prior(kind="base"), "merge": MergeTrace(common_count=1.0)}
+UNDONE = {"prior": Prior(kind="base"), "merge": MergeTrace(common_count=1.0)}
+ON_BASE = UNDONE | {"terms": (Term(label="a", mean=MEAN, scale=0.001),)}
 COUNTS = [
     (info(None), "an unknown number of tokens"),
     (info(None, unit=None), "an unknown number of observations"),
@@ -32,7 +33,9 @@ COUNTS = [
     (info(2.5), "2.5 tokens"),
     (info(15_653.5, **ON_BASE), "15,654 tokens in addition to those of its base"),
     (info(-15_653.5, **ON_BASE), "15,654 tokens fewer than the data of its base"),
-    (info(1e-10, **ON_BASE), "the data of its base: what was added to them was removed again"),
+    (info(0.3, **ON_BASE), "0.3 tokens in addition to those of its base"),
+    (info(1e-10, **ON_BASE), "as many tokens as its base: equally many were added and removed"),
+    (info(1e-10, **UNDONE), "the data of its base: what was added to them was removed again"),
     (info(100.0, merge=MergeTrace(common_count=1.0)), "100 tokens"),  # an average
 ]
 

@@ -2,12 +2,15 @@
 
 from mergekit_bayes.posterior.info import PosteriorInfo
 
+_NOTHING = 1e-6  # observations: what rounding leaves of counts that cancel
+
 
 def observations_in_words(info: PosteriorInfo) -> str:
     """For how many observations the data's part of a precision stands.
 
     The count of a merge on a base is what its tasks added to that of the base. It is negative after
-    a removal, and zero where everything that was added was removed again.
+    a removal. No terms are left where everything that was added was removed again; terms of equal
+    counts may also cancel.
     """
     count, unit = info.observations, info.unit
     if count is None:
@@ -15,8 +18,10 @@ def observations_in_words(info: PosteriorInfo) -> str:
     noun = f"{unit or 'observation'}{'s' * (abs(count) != 1)}"
     if info.merge is None or info.prior.kind != "base":
         return f"{_rounded(count)} {noun}"
-    if round(count) == 0:
+    if not info.terms:
         return "the data of its base: what was added to them was removed again"
+    if abs(count) < _NOTHING:
+        return f"as many {unit or 'observation'}s as its base: equally many were added and removed"
     change = "in addition to those" if count > 0 else "fewer than the data"
     return f"{_rounded(abs(count))} {noun} {change} of its base"
 
