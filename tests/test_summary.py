@@ -31,6 +31,10 @@ def lines(*arguments):
         ({"base": None, "scale": (1, 3)}, "average of 2 models (shares 0.25, 0.75)"),
         ({"base": None, "weights": "precision"}, "average of 2 models, weighted by precision"),
         ({"base": None, "method": "slerp"}, "slerp of 2 models"),
+        (
+            {"base": None, "method": "fisher", "weights": "precision"},
+            "fisher of 2 models, weighted by precision",
+        ),
         ({}, "'base.safetensors' plus the changes of 2 models (scale 1 each)"),
         (
             {"scale": (1, -0.5), "weights": "precision"},

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Inputs
 
-_AVERAGES = ("average", "precision_average", "fisher")
-_SUMS = ("task_arithmetic", "gradient_matching")
-
 
 def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
     """What a merge of whole models does: an average, or a base plus changes, and how it is weighed.
@@ -23,10 +20,11 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
     others = "; some tensors by scales of their own" if has_rules else ""
     weighed = ", weighted by precision" if method.needs_precision else ""
     if inputs.base is None:
-        kind = "average" if method.name in _AVERAGES else method.name
+        # In natural parameters a merge is a plain average or sum; other rules go by their names.
+        kind = "average" if method.is_posterior else method.name
         return f"{kind} of {models}{shares(scales)}{weighed}{others}"
     change = f"change{'s' * (count > 1)}"
-    by = "" if method.name in _SUMS else f", by {method.name}"
+    by = "" if method.is_posterior else f", by {method.name}"
     return (
         f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
         f"{others}"
