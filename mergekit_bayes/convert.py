@@ -25,9 +25,8 @@ from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import TensorSpec
-from mergekit_bayes.checkpoint.strict_json import shown
 from mergekit_bayes.checkpoint.ties import ties_embeddings
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.records import Frozen, Progress
 
 _PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")

@@ -43,3 +43,9 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """The hint "did you mean 'x'?" for a misspelled word; empty if no candidate is close."""
     match = nearest(word, candidates)
     return "" if match is None else f"did you mean '{match}'?"
+
+
+def shown(value: object) -> str:
+    """A value from outside as a message shows it: quoted, escaped, and cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:160]}...{text[-1]}"

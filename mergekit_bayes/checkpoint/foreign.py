@@ -8,7 +8,7 @@ this module says why and what to do.
 import shlex
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.strict_json import shown
+from mergekit_bayes.errors import shown
 
 HEAD = 512  # bytes from which a file's kind is judged; a tar archive names itself at byte 257
 

@@ -15,8 +15,8 @@ from mergekit_bayes.checkpoint.foreign import (
 )
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id
-from mergekit_bayes.checkpoint.strict_json import parse_json, shown
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.documents import parse_json, read_bytes
+from mergekit_bayes.errors import CheckpointError, shown
 
 _STEMS = ("model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -166,10 +166,10 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         if not index.is_file():
             raise ValueError("it is not a file")
-        text = index.read_bytes()
+        text = read_bytes(index)
         if stand_in := explain_stand_in(text[:HEAD]):
             raise CheckpointError(f"{index}: {stand_in}")
-        content = parse_json(text)
+        content = parse_json(text, strict=True)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has none")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_bayes.checkpoint.strict_json import parse_json
+from mergekit_bayes.documents import read_object
 
 # What transformers appends to the name of an architecture for its heads, the longer ones first.
 _HEAD_SUFFIX = re.compile(
@@ -26,11 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     A model may be a bare file, and a merge of tensors needs no config.
     """
-    try:
-        content = parse_json((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(folder / "config.json")
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

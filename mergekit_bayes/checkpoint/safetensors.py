@@ -18,8 +18,8 @@ from typing import NamedTuple, Self
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
-from mergekit_bayes.checkpoint.strict_json import parse_json, shown
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.documents import parse_json
+from mergekit_bayes.errors import CheckpointError, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 64  # numpy's own limit
@@ -181,7 +181,7 @@ def _read_header(fd: int, path: Path) -> tuple[dict[str, object], dict[str, str]
             "It is truncated or not a safetensors file; fetch it again.",
         )
     try:
-        header = parse_json(os.pread(fd, length, 8))
+        header = parse_json(os.pread(fd, length, 8), strict=True)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except ValueError as error:

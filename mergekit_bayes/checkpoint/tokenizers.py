@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mergekit_bayes.checkpoint.identity import content_hash
-from mergekit_bayes.checkpoint.strict_json import read_object
+from mergekit_bayes.documents import read_object
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 _UNKNOWN, _CONTROL = 2, 3  # types of a SentencePiece piece that is no text

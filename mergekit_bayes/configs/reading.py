@@ -21,11 +21,11 @@ from typing import (
     get_origin,
 )
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mergekit_bayes.configs.explain import config_error, members
+from mergekit_bayes.documents import SETTINGS, DocumentError, parse_yaml, read_text
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.records import Frozen
 
@@ -144,21 +144,6 @@ def parse_config(
         raise config_error(config, error, label, name_of) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """As `yaml.SafeLoader`, but of two values for one key the last does not win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are written once; what `<<` brings in may be replaced."""
-        found: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in found:
-                    problem = f"the key '{key.value}' is there twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                found.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
@@ -166,13 +151,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, is no YAML, or holds something else.
     """
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        text = read_text(path, SETTINGS)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())}).") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error}).") from None
+    except DocumentError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from None
+    try:
+        values = parse_yaml(text, unique=True)
+    except DocumentError as error:
+        raise ConfigError(f"{path}: is not YAML ({error}).") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
     return values
@@ -196,8 +183,8 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
             if not isinstance(mapping, dict):
                 raise ConfigError(f"--set {key}: '{outer_key}' holds a value, not keys.")
         try:
-            mapping[last_key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            mapping[last_key] = parse_yaml(text)
+        except DocumentError:
             raise ConfigError(f"--set {key}: '{text}' is not a YAML value.") from None
     return values
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
-from mergekit_bayes.checkpoint.strict_json import shown
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -19,7 +19,6 @@ from mergekit_bayes.checkpoint.side_files import (
     gather_side_files,
     inline_template,
 )
-from mergekit_bayes.checkpoint.strict_json import read_object
 from mergekit_bayes.checkpoint.tokenizers import (
     TokenList,
     has_tokens,
@@ -28,6 +27,7 @@ from mergekit_bayes.checkpoint.tokenizers import (
     tokenizer_identity,
     tokens_apart,
 )
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
