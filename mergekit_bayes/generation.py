@@ -1,6 +1,7 @@
 """Sample continuations of a causal language model, with noise that does not depend on the batch."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.libraries import call, token_ids
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -81,10 +83,10 @@ def sample_continuations(
     room = room_for_prompts(context, sampling.new_tokens)
     if not prompts:
         raise ConfigError("there is no prompt to continue.")
-    encoded = [
-        [start, *tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]]
-        for p in prompts
-    ]
+    options = {"add_special_tokens": False, "verbose": False}
+    encoded = token_ids(
+        model, lambda: [[start, *tokenizer(p, **options)["input_ids"]] for p in prompts]
+    )
     shortened = sum(len(ids) > room for ids in encoded)
     encoded = [ids[-room:] for ids in encoded]
     stops = torch.tensor(sorted(_stops(model, tokenizer)), dtype=torch.long)
@@ -105,7 +107,12 @@ def sample_continuations(
     texts, lengths = [], []
     for blocks in drawn:
         continuations = [row[row >= 0].tolist() for row in torch.cat(blocks)]
-        texts.append(tokenizer.batch_decode(continuations, skip_special_tokens=True))
+        texts.append(
+            call(
+                "the tokenizer cannot decode",
+                partial(tokenizer.batch_decode, continuations, skip_special_tokens=True),
+            )
+        )
         lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
 

@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import head_of
+from mergekit_bayes.libraries import TOKENIZER_FAILS, call, known_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,19 +126,18 @@ def classifier_scorer(
     index = labels[label]
     longest = min(tokenizer.model_max_length, 512)
 
+    tokenise = partial(
+        tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
+
     @torch.inference_mode()
     def score(texts: list[str]) -> list[float]:
         result = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
-            batch = tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            )
+            batch = call(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
+            known_to(model, batch["input_ids"].tolist())
             logits = model(**batch.to(model.device)).logits.float()
             probability = logits.sigmoid() if separate else logits.softmax(-1)
             for i, value in zip(rows, probability[:, index].tolist(), strict=True):

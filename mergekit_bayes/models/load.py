@@ -6,7 +6,7 @@ token of a row is context only), one row for a classifier.
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.models.pretrained import (
+    ADAPTER_CONFIG,
+    load_adapter,
+    load_adapter_config,
+    load_config,
+    load_tokenizer,
+    load_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +140,14 @@ def choose_device(name: str | None) -> "torch.device":
 
 
 def load_model(
-    ref: str, task: Task = "auto", *, num_labels: int | None = None, dtype: str = "float32"
+    ref: str,
+    task: Task = "auto",
+    *,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a checkpoint, or a PEFT adapter on its base, without remote code.
+    """Load a checkpoint, or a PEFT adapter on its base.
 
     Args:
         ref: A local folder or `org/name[@revision]`.
@@ -143,57 +155,35 @@ def load_model(
             model.
         num_labels: Number of labels, for a classifier whose checkpoint has no head yet.
         dtype: Type of the parameters; `auto` keeps that of the file.
+        trust_remote_code: Run Python code of the folder, or of the base's, where it needs any.
 
     Raises:
-        CheckpointError: There is no such model, or transformers cannot load it.
+        CheckpointError: There is no such model, transformers cannot load it, or it needs code of
+            its own.
         ConfigError: The checkpoint is a masked language model and no task is named.
     """
-    from safetensors import SafetensorError
-
     path = resolve(ref, CHECKPOINT)
     if path.is_file():
         raise CheckpointError(
             f"'{ref}' is a file; running a model needs the folder with its config and tokenizer."
         )
-    try:
-        if (path / "adapter_config.json").exists():
-            return _load_adapter(path, task, num_labels, dtype)
-        loaded = _load_checkpoint(ref, path, task, num_labels, dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        _refuse_foreign(path)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
+    if (path / ADAPTER_CONFIG).exists():
+        return _load_adapter(path, task, num_labels, dtype, trust_remote_code)
+    loaded = _load_checkpoint(ref, path, task, num_labels, dtype, trust_remote_code)
     _complete_tokenizer(ref, loaded)
     return loaded
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Name the file that is not what its name says, where that is why a model cannot be loaded."""
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as content:
-            head = content.read(HEAD)
-        if reason := explain_foreign(head, file.stat().st_size, file):
-            raise CheckpointError(f"{file}: {reason}")
-
-
-def is_classifier(ref: str) -> bool:
+def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a checkpoint already has a classification head, or is an adapter for one.
 
     Raises:
         CheckpointError: There is no such model, or its config cannot be read.
     """
-    import transformers
-    from peft import PeftConfig
-
     path = resolve(ref, CHECKPOINT)
-    try:
-        if (path / "adapter_config.json").exists():
-            return bool(PeftConfig.from_pretrained(path).task_type == "SEQ_CLS")
-        return _has_classification_head(transformers.AutoConfig.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{ref}': its config cannot be read ({str(error).splitlines()[0]})."
-        ) from None
+    if (path / ADAPTER_CONFIG).exists():
+        return bool(load_adapter_config(path).task_type == "SEQ_CLS")
+    return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
 
 
 def other_head(loaded: Loaded) -> str | None:
@@ -211,27 +201,32 @@ def other_head(loaded: Loaded) -> str | None:
 
 
 def _load_checkpoint(
-    ref: str, path: Path, task: Task, num_labels: int | None, dtype: str
+    ref: str,
+    path: Path,
+    task: Task,
+    num_labels: int | None,
+    dtype: str,
+    trust_remote_code: bool,
 ) -> Loaded:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if task == "auto":
         task = "classification" if _has_classification_head(config) else "causal-lm"
         _refuse_masked(config, ref)
-    options: dict[str, object] = {"dtype": dtype}
-    if num_labels is not None:
-        options["num_labels"] = num_labels
     if task == "classification":
         _refuse_other_labels(config, ref, num_labels)
         auto = transformers.AutoModelForSequenceClassification
     else:
         _refuse_encoder_decoder(config, ref)
         auto = transformers.AutoModelForCausalLM
-    model, found = auto.from_pretrained(path, output_loading_info=True, **options)
+    model, missing = load_weights(
+        auto, path, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
+    )
     if task != "classification" or _has_classification_head(config):  # else a new head is meant
-        _warn_of_missing(ref, found["missing_keys"])
-    return Loaded(model.eval(), transformers.AutoTokenizer.from_pretrained(path), task, path)
+        _warn_of_missing(ref, missing)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return Loaded(model.eval(), tokenizer, task, path)
 
 
 def _refuse_encoder_decoder(config: "PretrainedConfig", ref: str) -> None:
@@ -254,30 +249,30 @@ def _refuse_other_labels(config: "PretrainedConfig", ref: str, num_labels: int |
         )
 
 
-def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:
-    import transformers
-    from peft import PeftConfig, PeftModel
-
+def _load_adapter(
+    path: Path, task: Task, num_labels: int | None, dtype: str, trust_remote_code: bool
+) -> Loaded:
     # The labels of a classifier, and how they are read, are in the config that a fine-tune leaves
     # beside its adapter.
     labels = None
     if (path / "config.json").exists():
-        labels = transformers.AutoConfig.from_pretrained(path)
+        labels = load_config(path, trust_remote_code=trust_remote_code)
         if num_labels is None:
             num_labels = labels.num_labels
-    config = PeftConfig.from_pretrained(path)
+    config = load_adapter_config(path)
     name = str(config.base_model_name_or_path)
     if config.revision and is_hub_id(name):
         name = f"{name}@{config.revision}"
     if task == "auto":
         task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
-    base = load_model(name, task, num_labels=num_labels, dtype=dtype)
+    base = load_model(
+        name, task, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
         if labels.problem_type is not None:
             base.model.config.problem_type = labels.problem_type
-    # Trainable, so that a precision can be estimated for the adapter's parameters.
-    model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
+    model = load_adapter(base.model, path, config)
     return Loaded(model.eval(), base.tokenizer, base.task, path)
 
 
@@ -285,9 +280,8 @@ def _has_classification_head(config: "PretrainedConfig") -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def _warn_of_missing(ref: str, names: Iterable[str]) -> None:
+def _warn_of_missing(ref: str, missing: Sequence[str]) -> None:
     """Say which parameters a checkpoint lacks: they are random, and the model is another one."""
-    missing = sorted(names)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         logger.warning(

@@ -1,0 +1,88 @@
+"""Calls into other libraries on what comes from outside: whatever they raise is one message.
+
+Only the call itself is wrapped, so that a bug of this package is not hidden.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from mergekit_bayes.errors import BmergeError, CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+TOKENIZER_FAILS = "the tokenizer fails on the texts"
+
+
+def call(what: str, function: Callable[[], T], what_to_do: str = "") -> T:
+    """Call a library on something from outside.
+
+    Args:
+        what: What the message says could not be done, with the file or folder.
+        function: The call, and nothing else.
+        what_to_do: The last sentence of the message.
+
+    Raises:
+        CheckpointError: The call failed.
+    """
+    try:
+        return function()
+    except BmergeError:
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception; Ctrl-C is none either, and passes.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({reason(error)}). {what_to_do}".rstrip()) from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error as a message shows it: printable, cut, with its type."""
+    lines = str(error).strip().splitlines()
+    text = "".join(c if c.isprintable() else "?" for c in lines[0].strip()) if lines else ""
+    text = text.rstrip(".:") if len(text) <= 300 else f"{text[:297]}..."
+    # An error that only names a key or an index says nothing without its type.
+    says = isinstance(error, OSError | RuntimeError | ValueError) and text
+    says = says and not isinstance(error, RecursionError)
+    return text if says else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+def token_ids(model: object, tokenise: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """Tokens of texts, each of which the model has a row for.
+
+    Args:
+        model: The model that will read them.
+        tokenise: The call of the tokenizer.
+
+    Raises:
+        CheckpointError: The tokenizer fails, or gives a token that the model has no row for.
+    """
+    return known_to(model, call(TOKENIZER_FAILS, tokenise))
+
+
+def known_to(model: object, encoded: list[list[int]]) -> list[list[int]]:
+    """The tokens, if the model has a row of its embedding for each.
+
+    Raises:
+        CheckpointError: It has none for one of them.
+    """
+    rows = embedding_rows(model)
+    largest = max((max(ids, default=0) for ids in encoded), default=0)
+    if rows is not None and largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest:,}, but the model's embedding has {rows:,} rows "
+            f"(tokens 0 to {rows - 1:,}). Use the tokenizer that belongs to the model."
+        )
+    return encoded
+
+
+def embedding_rows(model: object) -> int | None:
+    """Number of tokens that a model has a row for; None if it does not say."""
+    embedding_of: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = embedding_of() if embedding_of is not None else None
+    except (NotImplementedError, AttributeError):  # transformers leaves it to the model
+        return None
+    rows: int | None = getattr(embedding, "num_embeddings", None)
+    return rows
