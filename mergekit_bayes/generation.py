@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.draws import word
-from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.libraries import call, token_ids
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.libraries import call_tokenizers, token_ids
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def sample_continuations(
     for blocks in drawn:
         continuations = [row[row >= 0].tolist() for row in torch.cat(blocks)]
         texts.append(
-            call(
+            call_tokenizers(
                 "the tokenizer cannot decode",
                 partial(tokenizer.batch_decode, continuations, skip_special_tokens=True),
             )
@@ -174,7 +174,13 @@ def _stops(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> set[
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         return stops
-    return stops | set(eos if isinstance(eos, list) else [eos])
+    named = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in named):
+        raise CheckpointError(
+            f"the model's generation config: eos_token_id is {shown(eos)}, expected a token's "
+            "number, or a list of them."
+        )
+    return stops | set(named)
 
 
 @torch.inference_mode()
@@ -194,7 +200,11 @@ def _draw(
     output = model(
         input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
     )
-    cache = output.past_key_values
+    cache = getattr(output, "past_key_values", None)
+    if not hasattr(cache, "batch_select_indices"):
+        raise CheckpointError(
+            "the model gives no key-value cache, without which no continuations are drawn here."
+        )
     owners = torch.repeat_interleave(torch.arange(len(ids)), counts).to(device)
     cache.batch_select_indices(owners)
     logits = output.logits[:, -1].index_select(0, owners)

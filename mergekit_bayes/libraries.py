@@ -3,7 +3,10 @@
 Only the call itself is wrapped, so that a bug of this package is not hidden.
 """
 
+import os
+import tempfile
 from collections.abc import Callable
+from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from mergekit_bayes.errors import BmergeError, CheckpointError
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+_STDERR = RLock()
 TOKENIZER_FAILS = "the tokenizer fails on the texts"
 
 
@@ -32,9 +36,40 @@ def call(what: str, function: Callable[[], T], what_to_do: str = "") -> T:
         raise
     except BaseException as error:
         # A panic of a library in Rust is no Exception; Ctrl-C is none either, and passes.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise CheckpointError(f"{what} ({reason(error)}). {what_to_do}".rstrip()) from error
+
+
+def call_tokenizers(what: str, function: Callable[[], T], what_to_do: str = "") -> T:
+    """As `call`, for a library in Rust: if it panics, the stack that Rust writes is not shown.
+
+    Rust writes it to the descriptor of stderr, before Python gets the exception. What else is
+    written meanwhile appears when the call has ended.
+    """
+    return call(what, lambda: _without_stacks(function), what_to_do)
+
+
+def _without_stacks(function: Callable[[], T]) -> T:
+    with _STDERR, tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        try:
+            os.dup2(written.fileno(), 2)
+            return function()
+        except BaseException as error:
+            if _is_panic(error):
+                written.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            written.seek(0)
+            for block in iter(lambda: written.read(1 << 16), b""):
+                os.write(stderr, block)
+            os.close(stderr)
+
+
+def _is_panic(error: BaseException) -> bool:
+    return not isinstance(error, Exception) and type(error).__name__ == "PanicException"
 
 
 def reason(error: BaseException) -> str:
@@ -58,7 +93,7 @@ def token_ids(model: object, tokenise: Callable[[], list[list[int]]]) -> list[li
     Raises:
         CheckpointError: The tokenizer fails, or gives a token that the model has no row for.
     """
-    return known_to(model, call(TOKENIZER_FAILS, tokenise))
+    return known_to(model, call_tokenizers(TOKENIZER_FAILS, tokenise))
 
 
 def known_to(model: object, encoded: list[list[int]]) -> list[list[int]]:
@@ -75,6 +110,13 @@ def known_to(model: object, encoded: list[list[int]]) -> list[list[int]]:
             f"(tokens 0 to {rows - 1:,}). Use the tokenizer that belongs to the model."
         )
     return encoded
+
+
+def longest_text(tokenizer: object, most: int) -> int:
+    """Tokens of a text that a tokenizer allows, at most `most`; it may hold anything as its own."""
+    length = getattr(tokenizer, "model_max_length", most)
+    is_number = isinstance(length, int | float) and not isinstance(length, bool)
+    return int(min(max(length, 0), most)) if is_number and length == length else most
 
 
 def embedding_rows(model: object) -> int | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import head_of
-from mergekit_bayes.libraries import TOKENIZER_FAILS, call, known_to
+from mergekit_bayes.libraries import TOKENIZER_FAILS, call_tokenizers, known_to, longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def classifier_scorer(
     separate = read_label(model, label, name=name, reading=reading).reading == "sigmoid"
     labels = {str(text): int(i) for i, text in model.config.id2label.items()}
     index = labels[label]
-    longest = min(tokenizer.model_max_length, 512)
+    longest = longest_text(tokenizer, 512)
 
     tokenise = partial(
         tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -136,7 +136,7 @@ def classifier_scorer(
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
-            batch = call(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
+            batch = call_tokenizers(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
             known_to(model, batch["input_ids"].tolist())
             logits = model(**batch.to(model.device)).logits.float()
             probability = logits.sigmoid() if separate else logits.softmax(-1)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
 from mergekit_bayes.models.pretrained import (
     ADAPTER_CONFIG,
     load_adapter,
@@ -45,6 +46,7 @@ Dtype: TypeAlias = Annotated[
     ),
 ]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
+_TRIED = 7  # tokens of the text that a loaded model is tried on
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -80,15 +82,27 @@ class Loaded:
 
     @cached_property
     def context(self) -> int:
-        """The largest number of tokens that the model can read at once."""
-        config = self.model.config
+        """The largest number of tokens that the model can read at once.
+
+        Raises:
+            CheckpointError: The config or the tokenizer gives less than two.
+        """
+        config, tokens = self.model.config, None
         for name in ("n_positions", "max_position_embeddings", "n_ctx"):
             positions = getattr(config, name, None)
             if isinstance(positions, int):
                 # These architectures count positions from the padding index + 1.
                 shifted = config.model_type in _COUNT_FROM_PAD
-                return positions - (config.pad_token_id + 1 if shifted else 0)
-        return int(min(self.tokenizer.model_max_length, 2048))
+                tokens = positions - (config.pad_token_id + 1 if shifted else 0)
+                break
+        if tokens is None:
+            tokens = longest_text(self.tokenizer, 2048)
+        if tokens < 2:
+            raise CheckpointError(
+                f"'{self.path}': its context is {tokens} tokens, expected at least 2. Take the "
+                "config that belongs to the model."
+            )
+        return tokens
 
     @cached_property
     def pad(self) -> int:
@@ -107,12 +121,41 @@ class Loaded:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def move_to(self, device: str | None) -> None:
-        """Move the model to a device, by `choose_device`.
+        """Move the model to a device, by `choose_device`, and try it there.
 
         Raises:
             ConfigError: There is no such device here.
+            CheckpointError: As `try_out`.
         """
         self.model.to(choose_device(device))
+        self.try_out()
+
+    def try_out(self) -> None:
+        """Run the model on a few tokens: a config may describe what loads, but does not run.
+
+        Raises:
+            CheckpointError: It fails, or its outputs are not those of its task.
+        """
+        import torch
+
+        (ids,) = token_ids(self.model, lambda: [self.tokenizer("a")["input_ids"]])
+        tokens = torch.tensor([((ids or [0]) * _TRIED)[: min(_TRIED, self.context)]]).to(
+            self.device
+        )
+        with torch.inference_mode():
+            output = call(
+                f"'{self.path}': the model cannot be run",
+                lambda: self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)),
+                "Take the config that belongs to the model.",
+            )
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != (
+            2 if self.task == "classification" else 3
+        ):
+            raise CheckpointError(
+                f"'{self.path}': the model gives no logits for {self.task}. Take the config that "
+                "belongs to the model."
+            )
 
 
 def choose_device(name: str | None) -> "torch.device":
@@ -277,7 +320,13 @@ def _load_adapter(
 
 
 def _has_classification_head(config: "PretrainedConfig") -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(name.endswith("ForSequenceClassification") for name in _architectures(config))
+
+
+def _architectures(config: "PretrainedConfig") -> list[str]:
+    """The names of a config's architectures; none where it holds something else."""
+    names = config.architectures
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _warn_of_missing(ref: str, missing: Sequence[str]) -> None:
@@ -293,7 +342,7 @@ def _warn_of_missing(ref: str, missing: Sequence[str]) -> None:
 
 
 def _refuse_masked(config: "PretrainedConfig", ref: str) -> None:
-    for name in config.architectures or ():
+    for name in _architectures(config):
         if name.endswith("ForMaskedLM"):
             raise ConfigError(
                 f"'{ref}' is a masked language model ({name}), which sees the token that it "
@@ -311,7 +360,16 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
             f"'{ref}' has no tokenizer, or an empty one. Save that of its base there: "
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
         )
-    if tokenizer.pad_token is None:
+    rows = embedding_rows(loaded.model)
+    if tokenizer.pad_token is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if rows is not None and number is not None and number >= rows:
+            raise CheckpointError(
+                f"'{ref}': the tokenizer's {name} is {shown(getattr(tokenizer, name))}, token "
+                f"{number:,}, but the model's embedding has {rows:,} rows (tokens 0 to "
+                f"{rows - 1:,}). Use the tokenizer that belongs to the model."
+            )
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

@@ -12,14 +12,15 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.documents import read_mapping
+from mergekit_bayes.documents import parse_json, read_mapping
 from mergekit_bayes.errors import CheckpointError, shown
-from mergekit_bayes.libraries import call
+from mergekit_bayes.libraries import call, call_tokenizers
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ _LARGEST = 1 << 53
 _SPARE_ELEMENTS = 1 << 26  # that no file holds: buffers, and heads that are made up
 _SPARE_MODULES = 20_000
 _MODULES = 64  # modules for each tensor of the files; usual are 1 to 3
+_LONGER = 1000  # times that a tokenizer may lengthen a text; usual is 1 to 3
 _PACKED = 8  # values in one element of a quantised file
 
 
@@ -156,14 +158,36 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
     import transformers
 
     check_documents(path)
-    tokenizer: PreTrainedTokenizerBase = _call(
-        path,
-        "its tokenizer cannot be read",
-        lambda: transformers.AutoTokenizer.from_pretrained(
+
+    def load() -> "PreTrainedTokenizerBase":
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, **_LOCAL
-        ),
-    )
+        )
+        return tokenizer
+
+    tokenizer = _call(path, "its tokenizer cannot be read", load, call_tokenizers)
+    _check_normaliser(path, tokenizer)
     return tokenizer
+
+
+def _check_normaliser(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer whose replacements make a text, or what is decoded, many times longer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "decoder"):
+        step = getattr(backend, part, None)
+        if step is None:
+            continue
+        state = parse_json(_call(path, f"the tokenizer's {part} cannot be read", step.__getstate__))
+        factor = prod(
+            max(1, len(str(value)))
+            for key, value in _settings({part: state})
+            if key in ("content", "prepend")
+        )
+        if factor > _LONGER:
+            raise CheckpointError(
+                f"'{path}': the tokenizer's {part} may make a text {factor:,} times as long, "
+                f"expected at most {_LONGER} times. Use the tokenizer that belongs to the model."
+            )
 
 
 def load_adapter_config(path: Path) -> "PeftConfig":
@@ -204,14 +228,19 @@ def load_adapter(base: "PreTrainedModel", path: Path, config: "PeftConfig") -> "
     return model
 
 
-def _call(path: Path, what: str, function: Callable[[], T]) -> T:
+def _call(
+    path: Path,
+    what: str,
+    function: Callable[[], T],
+    caller: Callable[[str, Callable[[], T]], T] = call,
+) -> T:
     """Call a library on a folder; a refusal to run the folder's code is told as that.
 
     Raises:
         CheckpointError: The call failed.
     """
     try:
-        return call(f"'{path}': {what}", function)
+        return caller(f"'{path}': {what}", function)
     except CheckpointError as error:
         if "trust_remote_code" not in str(error.__cause__):
             raise
@@ -252,6 +281,12 @@ def _check_config(path: Path, *, trust_remote_code: bool) -> None:
         raise CheckpointError(
             f"{file}: transformers_weights is {shown(weights)}, expected the name of a "
             ".safetensors file of the folder. Remove the key."
+        )
+    chunk = config.get("chunk_size_feed_forward", 0)
+    if chunk not in (0, 1):
+        raise CheckpointError(
+            f"{file}: chunk_size_feed_forward is {shown(chunk)}, with which most texts cannot be "
+            "read. Remove the key: it changes no result."
         )
     names = config.get("configuration_files")
     if names is not None:
