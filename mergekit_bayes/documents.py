@@ -108,9 +108,7 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
             memory.
     """
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    memory = len(data) + sum(cost * data.count(sign) for sign, cost in _COSTS)
-    if memory > _MEMORY:
-        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
+    check_memory(data)
     try:
         content: object = json.loads(
             decode_text(data),
@@ -133,6 +131,17 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
         except UnicodeEncodeError:
             raise DocumentError("half of a surrogate pair") from None
     return content
+
+
+def check_memory(data: bytes) -> None:
+    """Refuse JSON that would take too much memory, before a library parses it.
+
+    Raises:
+        DocumentError: If it would.
+    """
+    memory = len(data) + sum(cost * data.count(sign) for sign, cost in _COSTS)
+    if memory > _MEMORY:
+        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
 
 
 def parse_yaml(text: str, *, unique: bool = False) -> object:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -200,7 +200,7 @@ def _draw(
     output = model(
         input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
     )
-    cache = getattr(output, "past_key_values", None)
+    cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_select_indices"):
         raise CheckpointError(
             "the model gives no key-value cache, without which no continuations are drawn here."

@@ -78,9 +78,9 @@ def reason(error: BaseException) -> str:
     text = "".join(c if c.isprintable() else "?" for c in lines[0].strip()) if lines else ""
     text = text.rstrip(".:") if len(text) <= 300 else f"{text[:297]}..."
     # An error that only names a key or an index says nothing without its type.
-    says = isinstance(error, OSError | RuntimeError | ValueError) and text
-    says = says and not isinstance(error, RecursionError)
-    return text if says else ": ".join(filter(None, (type(error).__name__, text)))
+    says = isinstance(error, OSError | RuntimeError | ValueError)
+    is_clear = says and text and not isinstance(error, RecursionError)
+    return text if is_clear else ": ".join(filter(None, (type(error).__name__, text)))
 
 
 def token_ids(model: object, tokenise: Callable[[], list[list[int]]]) -> list[list[int]]:

@@ -17,8 +17,8 @@ from pydantic import Field
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
+from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.pretrained import (
-    ADAPTER_CONFIG,
     load_adapter,
     load_adapter_config,
     load_config,
