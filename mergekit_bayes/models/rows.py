@@ -1,17 +1,24 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_bayes.checkpoint.sources import is_hub_id
+from mergekit_bayes.checkpoint.sources import is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.libraries import call, reason
+from mergekit_bayes.models.data_files import (
+    CARDS,
+    LOADERS,
+    files_of,
+    one_file,
+    patterns_of_card,
+)
 from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _TEXT = "text"  # the key of the text in an object
 _MISSING = object()
 # Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
@@ -142,33 +149,76 @@ def _load(name: str, features: "Features | None") -> "Dataset":
     from datasets import load_dataset
 
     path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            suffix = Path(path.name.removesuffix(".gz")).suffix
-            if suffix not in _LOADERS:
-                raise CheckpointError(
-                    f"'{name}': expected one of {', '.join(_LOADERS)} (.gz too), or a folder."
-                )
-            loader = _LOADERS[suffix]
-            options = _OPTIONS.get(loader, {})
-            return load_dataset(
-                loader, data_files=str(path), split="train", features=features, **options
-            )
-        if path.is_dir():
-            return load_dataset(str(path), split="train", features=features)
-        if is_hub_id(name) and not name.endswith(tuple(_LOADERS)):
-            repo, _, revision = name.partition("@")
-            return load_dataset(repo, split="train", revision=revision or None, features=features)
-    except CheckpointError:
-        raise
-    except Exception as error:  # datasets wraps whatever its readers raise
-        if isinstance(error, StopIteration) or isinstance(error.__cause__, StopIteration):
-            raise CheckpointError(f"'{name}' is empty: it holds no row.") from None
-        reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"'{name}': datasets cannot read it ({type(error).__name__}: {reason})."
-        ) from None
+    chosen = None
+    if path.is_dir():
+        chosen = files_of(path, name)
+    elif path.is_file():
+        chosen = one_file(path, name)
+    elif path.exists():
+        raise CheckpointError(f"'{name}' is not a regular file. Write its rows into one.")
+    if chosen is not None:
+        options = _OPTIONS.get(chosen.loader, {}) | {"data_files": chosen.files}
+        return _loaded(
+            name,
+            lambda: load_dataset(chosen.loader, split="train", features=features, **options),
+        )
+    if is_hub_id(name) and not name.endswith(tuple(LOADERS)):
+        _check_card(name)
+        repo, _, revision = name.partition("@")
+        return _loaded(
+            name,
+            lambda: load_dataset(repo, split="train", revision=revision or None, features=features),
+        )
     raise CheckpointError(f"'{name}': no such file or folder, and not a Hub data set.")
+
+
+def _loaded(name: str, load: "Callable[[], Dataset]") -> "Dataset":
+    """What a reader of `datasets` gives, without the columns whose values are opened when read.
+
+    Raises:
+        CheckpointError: It gives nothing.
+    """
+    try:
+        rows = call(f"'{name}': datasets cannot read it", load)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, StopIteration) or isinstance(
+            getattr(cause, "__cause__", None), StopIteration
+        ):
+            raise CheckpointError(f"'{name}' is empty: it holds no row.") from None
+        if cause is not None and cause.__cause__ is not None:  # datasets wraps what readers raise
+            raise CheckpointError(
+                f"'{name}': datasets cannot read it ({type(cause).__name__}: "
+                f"{reason(cause.__cause__)})."
+            ) from None
+        raise
+    # Images and sounds may be addresses, and are no text.
+    opened = [column for column, kind in rows.features.items() if _is_opened(kind)]
+    return rows.remove_columns(opened) if opened else rows
+
+
+def _is_opened(feature: Any) -> bool:
+    """Whether values of a column, or inside of it, are files or addresses that are opened."""
+    from datasets import Json
+
+    if isinstance(feature, dict):
+        return any(map(_is_opened, feature.values()))
+    inner = getattr(feature, "feature", None)  # of a list
+    is_file = hasattr(feature, "decode_example") and not isinstance(feature, Json)
+    return is_file or (inner is not None and _is_opened(inner))
+
+
+def _check_card(name: str) -> None:
+    """Refuse a Hub data set whose card names files outside of its repository.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    try:
+        folder = resolve(name, CARDS, repo_type="dataset")
+    except CheckpointError:
+        return  # told by datasets, which may have the rows in its own cache
+    patterns_of_card(folder)
 
 
 def _choose(
