@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mergekit_bayes.documents import DocumentError, parse_yaml, read_text
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call
+from mergekit_bayes.models.row_bytes import COMPRESSED, check_bytes
 
 LOADERS = {
     ".jsonl": "json",
@@ -56,7 +57,7 @@ def one_file(file: Path, name: str) -> DataFiles:
         raise CheckpointError(
             f"'{name}': expected one of {', '.join(LOADERS)} (.gz too), or a folder."
         )
-    return DataFiles(LOADERS[suffix], [_local(file, name)])
+    return _checked(LOADERS[suffix], [_local(file, name)])
 
 
 def files_of(folder: Path, name: str) -> DataFiles:
@@ -84,9 +85,9 @@ def files_of(folder: Path, name: str) -> DataFiles:
     _local(folder.resolve(), name)
     splits = call(f"'{name}': its files cannot be listed", find)
     if _SPLIT not in splits:
+        others = ", ".join(shown(str(split)) for split in splits)
         raise CheckpointError(
-            f"'{name}' has no split '{_SPLIT}', only {', '.join(map(shown, splits))}. Name the "
-            "files that are meant."
+            f"'{name}' has no split '{_SPLIT}', only {others}. Name the files that are meant."
         )
     loaders = {file: loader for file in splits[_SPLIT] if (loader := _loader_of(file))}
     if not loaders:
@@ -95,7 +96,15 @@ def files_of(folder: Path, name: str) -> DataFiles:
         )
     ((loader, _), *_) = Counter(loaders.values()).most_common(1)
     files = [file for file in loaders if loaders[file] == loader]
-    return DataFiles(loader, [_inside(Path(file), folder, name) for file in files])
+    return _checked(loader, [_inside(Path(file), folder, name) for file in files])
+
+
+def _checked(loader: str, files: list[str]) -> DataFiles:
+    """The files, after a pass over their bytes where their format is text."""
+    if loader in ("json", "csv", "text"):
+        for file in files:
+            check_bytes(Path(file), loader=loader)
+    return DataFiles(loader, files)
 
 
 def patterns_of_card(folder: Path) -> object | None:
@@ -173,9 +182,9 @@ def _check_patterns(named: object, card: Path) -> None:
 
 
 def _loader_of(file: str) -> str | None:
-    """The format of a file in a folder, which may be compressed: `a.jsonl.zst`."""
-    suffixes = Path(file).suffixes
-    return next((_IN_FOLDERS[s] for s in reversed(suffixes) if s in _IN_FOLDERS), None)
+    """The format of a file in a folder, which may be compressed: `a.jsonl.gz`."""
+    path = Path(file)
+    return _IN_FOLDERS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix)
 
 
 def _inside(file: Path, folder: Path, name: str) -> str:

@@ -1,5 +1,6 @@
 """Read rows of text: files, folders and Hub data sets."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from mergekit_bayes.models.data_files import (
     patterns_of_card,
 )
 from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
+from mergekit_bayes.models.quiet import logged_from
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -101,7 +103,8 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
 
     name, rows, numbers, empty_is_null = table
     if text is not None:
-        texts = check_texts(rows[text], text, name, numbers, empty_is_null=empty_is_null)
+        values = call(f"'{name}': column '{text}' cannot be read", lambda: list(rows[text]))
+        texts = check_texts(values, text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
             rows = _with_column(rows, text, texts)
     if label is not None:
@@ -179,7 +182,8 @@ def _loaded(name: str, load: "Callable[[], Dataset]") -> "Dataset":
         CheckpointError: It gives nothing.
     """
     try:
-        rows = call(f"'{name}': datasets cannot read it", load)
+        with logged_from(logging.CRITICAL, "datasets"):  # it logs what it raises
+            rows = call(f"'{name}': datasets cannot read it", load)
     except CheckpointError as error:
         cause = error.__cause__
         if isinstance(cause, StopIteration) or isinstance(
@@ -257,7 +261,7 @@ def _values(rows: "Dataset", column: str) -> Sequence[object] | None:
     Objects may differ from row to row, so that their values are looked at and not their type.
     """
     if column in rows.column_names:
-        values: Sequence[object] = rows[column]
+        values: Sequence[object] = call("a column cannot be read", lambda: list(rows[column]))
         return values
     outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
     found = [_inside(row, column) for row in rows.select_columns(outer)] if outer else [_MISSING]
