@@ -87,7 +87,7 @@ def test_patterns_that_match_nothing_or_cannot_be_read_are_errors():
             "c.safetensors:attn=1",
             "expected a number, or MODEL:REGEX=X with a model as given: a.safetensors",
         ),
-        ("a.safetensors:attn=inf", "numbers of at most"),
+        ("a.safetensors:attn=inf", "must be finite"),
     ):
         with pytest.raises(ConfigError, match=match):
             merge("a", scale=(1.0, scale))

@@ -102,7 +102,7 @@ def check_options(
     given = (*scales, *(r.scale for r in rules))
     if not all(abs(s) <= _LARGEST for s in given):
         raise ConfigError(
-            f"--scale: {list(given)} must be numbers of at most {_LARGEST:.1e}, the largest that "
+            f"--scale: {list(given)} must be finite, at most {_LARGEST:.1e}, the largest that "
             "float32 holds."
         )
     if config.base is None:
