@@ -29,14 +29,16 @@ M = TypeVar("M", bound="BaseModel")
 SIDE_FILE = 128 << 20  # bytes; the largest published tokenizers have about 35 MB
 SETTINGS = 1 << 20  # bytes of YAML; the front matter of the largest cards has about 300 KB
 _DEPTH = 100  # configs nest about 5 deep
-_MEMORY = 400 << 20  # bytes that a parsed document may take, estimated from above
+_MEMORY = 512 << 20  # bytes that a parsed document may take, estimated from above
 _YAML_NODES = 200_000  # with every alias counted as what it stands for
 _DIGITS = 400  # characters of a numeral
 _NUMERAL = re.compile(r"[-+0-9_:.]+")
 _LARGEST = 2**1023  # beyond it an integer has no float
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-# What a list, an object and one more value take in CPython, in bytes.
-_COSTS = ((b"[", 64), (b"{", 200), (b",", 64))
+# What a list, an object, a name in it and one more value take in CPython, in bytes.
+_COSTS = ((b"[", 88), (b"{", 200), (b":", 120), (b",", 72))
+# Text with such characters takes 4 and 2 bytes for each of its characters.
+_WIDTHS = ((re.compile(rb"[\xf0-\xff]"), 4), (re.compile(rb"[\xc4-\xff]"), 2))
 
 
 class DocumentError(ValueError):
@@ -128,7 +130,9 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
             memory.
     """
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    memory = len(data) + sum(cost * data.count(sign) for sign, cost in _COSTS)
+    width = next((width for signs, width in _WIDTHS if signs.search(data)), 1)
+    # The bytes themselves, all of them as text, and the strings that are made of it.
+    memory = len(data) * (1 + 2 * width) + sum(cost * data.count(sign) for sign, cost in _COSTS)
     if memory > _MEMORY:
         raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
     try:
