@@ -26,11 +26,13 @@ from pydantic.fields import FieldInfo
 
 from mergekit_bayes.configs.explain import config_error, members
 from mergekit_bayes.documents import SETTINGS, DocumentError, parse_yaml, read_text
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.records import Frozen
 
 # Two spellings of one setting: configs have one of them as a field and take the other, too.
 _SPELLINGS = {"out": "output", "output": "out"}
+_NAME_MAX = 255  # bytes of a file name, on all common file systems
+_LONGEST_ENDING = ".checkpoints"  # of what is written beside an output until it is complete
 
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Config(Frozen, metaclass=_Explained):
             if field != name and field in values:
                 raise ValueError(_one_setting(field))
             value = _text_of_paths(value)
+            if field in _SPELLINGS and isinstance(value, str):
+                refuse_output_name(value)
             if field in cls.model_fields and _is_one_of_a_list(cls.model_fields[field], value):
                 value = (value,)
             read[field] = value
@@ -90,6 +94,25 @@ class Config(Frozen, metaclass=_Explained):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def refuse_output_name(out: str) -> None:
+    """Refuse an output whose name is too long, or is in the home folder of an unknown user.
+
+    Raises:
+        ConfigError: It is.
+    """
+    try:
+        parts = Path(out).expanduser().parts
+    except RuntimeError:
+        raise ConfigError(f"output {shown(out)}: there is no such home folder.") from None
+    for part in parts:
+        longest = _NAME_MAX - (len(_LONGEST_ENDING) if part == parts[-1] else 0)
+        if (length := len(os.fsencode(part))) > longest:
+            raise ConfigError(
+                f"output {shown(part)}: the name has {length} bytes, where {longest} are possible. "
+                "Choose a shorter one."
+            )
 
 
 def field_named(config: type[Config], name: str) -> str:
@@ -203,9 +226,17 @@ def _one_setting(field: str) -> str:
 
 
 def _text_of_paths(value: Any) -> Any:
-    """The value with text for each path in it."""
+    """The value with text for each path in it.
+
+    Raises:
+        ConfigError: A text is not UTF-8, as the name of a file may be; no report could name it.
+    """
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(
+            f"{shown(value)} is not UTF-8, and could not be recorded. Rename the file or folder."
+        )
     if isinstance(value, (list, tuple)):
         return type(value)(map(_text_of_paths, value)) if type(value) in (list, tuple) else value
     if type(value) is dict:

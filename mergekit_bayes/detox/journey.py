@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
@@ -268,7 +269,7 @@ class _Journey:
         if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
             if not model.exists():
                 run_merge(merge.model_copy(update={"out": str(model)}))
-                shutil.copyfile(model / MERGE_REPORT, merge_report)
+                copy_contained(model, MERGE_REPORT, merge_report)
             if not evaluation.exists():
                 evaluate = evaluate_config(self.config, str(model), str(evaluation))
                 run_evaluate(evaluate, quiet=self.quiet)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
@@ -115,7 +116,10 @@ def copy_logs(folder: Path, output: Path) -> None:
         inner = path.relative_to(folder)
         target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
+        try:
+            copy_contained(folder, inner, target)
+        except CheckpointError as error:  # a log is not worth the training
+            logger.warning("a log is left out: %s", error)
 
 
 def close_checkpoints(folder: Path, *, keep: bool) -> None:

@@ -13,7 +13,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
-from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, shown
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, precision_info
 from mergekit_bayes.hub.local_paths import names_paths
 from mergekit_bayes.posterior import PosteriorInfo
@@ -111,12 +111,17 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
 
 
 def _real_files(folder: Path, chosen: Mapping[str, Path]) -> list[PushFile]:
-    """The files of a push, by path; an error if one leads out of the folder.
+    """The files of a push, by path; an error if one leads out of the folder or has an odd name.
 
-    That holds for tensors, too: a merge only computes with them, but a push publishes their bytes.
+    Tensors must lie in the folder, too: a merge only computes with them, a push publishes them.
     """
     files = []
     for path, file in sorted(chosen.items()):
+        if not path.isprintable():
+            raise CheckpointError(
+                f"'{folder}': the name {shown(path)} holds what cannot be printed, and is not "
+                "published. Rename the file."
+            )
         real = contained(folder, file.relative_to(folder))
         files.append(PushFile(path, real, real.stat().st_size))
     return files
