@@ -97,11 +97,12 @@ C = TypeVar("C", bound=Config)
 
 
 def refuse_output_name(out: str) -> None:
-    """Refuse an output whose name is too long, or is in the home folder of an unknown user.
+    """Refuse an output whose name is too long or not UTF-8, or an unknown user's home folder.
 
     Raises:
         ConfigError: It is.
     """
+    _refuse_bytes(out)
     try:
         parts = Path(out).expanduser().parts
     except RuntimeError:
@@ -226,22 +227,22 @@ def _one_setting(field: str) -> str:
 
 
 def _text_of_paths(value: Any) -> Any:
-    """The value with text for each path in it.
-
-    Raises:
-        ConfigError: A text is not UTF-8, as the name of a file may be; no report could name it.
-    """
+    """The value with text for each path in it; an error for text that is not UTF-8."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ConfigError(
-            f"{shown(value)} is not UTF-8, and could not be recorded. Rename the file or folder."
-        )
+    if isinstance(value, str):
+        _refuse_bytes(value)
     if isinstance(value, (list, tuple)):
         return type(value)(map(_text_of_paths, value)) if type(value) in (list, tuple) else value
     if type(value) is dict:
         return {key: _text_of_paths(inner) for key, inner in value.items()}
     return value
+
+
+def _refuse_bytes(text: str) -> None:
+    """Refuse the name of a file that is not UTF-8: no report and no recipe could hold it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{shown(text)} is not UTF-8. Rename the file or folder.")
 
 
 def _is_one_of_a_list(field: FieldInfo, value: object) -> bool:
