@@ -12,7 +12,6 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint import contained as room
 from mergekit_bayes.checkpoint import side_files as listing
 from mergekit_bayes.checkpoint.contained import contained, copy_contained, open_contained
-from mergekit_bayes.checkpoint.identity import content_hash
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import copy_logs
@@ -372,12 +371,6 @@ def test_a_fine_tune_and_a_removal_refuse_a_template_from_outside(here):
     with pytest.raises(CheckpointError, match=message):
         run_detox(removal, quiet=True)
     assert not list(here.glob("out*"))
-
-
-def test_a_pipe_is_not_hashed(here):
-    os.mkfifo("pipe")
-    with pytest.raises(CheckpointError, match="pipe: is a pipe"):
-        content_hash(Path("pipe"))
 
 
 ODD = (b"caf\xe9.txt", b"a\nb", b"-lead", b"\x1b[2J.txt", "ü.txt".encode(), b"n" * 255)

@@ -82,27 +82,20 @@ def open_contained(folder: Path, name: str | Path) -> int:
         OSError: The file cannot be opened.
     """
     root, inner = _place(folder, name)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     with ExitStack() as stack:
         place = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, place)
         for part in inner.parts[:-1]:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            place = os.open(part, flags, dir_fd=place)
+            place = os.open(part, flags | os.O_DIRECTORY, dir_fd=place)
             stack.callback(os.close, place)
         _refuse_special(folder / name, os.lstat(inner.name, dir_fd=place).st_mode)
-        return _open_regular(inner.name, folder / name, os.O_NOFOLLOW, place)
-
-
-def open_regular(file: Path) -> int:
-    """Open a file for reading, wherever it lies, and return its descriptor.
-
-    A pipe is not waited for.
-
-    Raises:
-        CheckpointError: It is not a regular file.
-        OSError: The file cannot be opened.
-    """
-    return _open_regular(file, file, 0, None)
+        descriptor = os.open(inner.name, flags | os.O_NONBLOCK, dir_fd=place)
+    with ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        _refuse_special(folder / name, os.fstat(descriptor).st_mode)
+        stack.pop_all()  # the caller closes it from here on
+    return descriptor
 
 
 def copy_contained(folder: Path, name: str | Path, target: Path) -> None:
@@ -126,15 +119,6 @@ def copy_contained(folder: Path, name: str | Path, target: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(target, flags, mode), "wb") as copy:
             shutil.copyfileobj(content, copy, 1 << 20)
-
-
-def _open_regular(name: str | Path, shown_as: Path, flags: int, place: int | None) -> int:
-    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=place)
-    with ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        _refuse_special(shown_as, os.fstat(descriptor).st_mode)
-        stack.pop_all()  # the caller closes it from here on
-    return descriptor
 
 
 def _place(folder: Path, name: str | Path) -> tuple[Path, Path]:

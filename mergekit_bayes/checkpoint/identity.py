@@ -5,7 +5,6 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.contained import open_regular
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSource
@@ -45,17 +44,12 @@ def checkpoint_identity(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it.
-
-    Raises:
-        CheckpointError: It is a pipe, socket or device.
-        OSError: A file cannot be read.
-    """
+    """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it."""
     if path.is_dir():
         files = (f for f in sorted(path.rglob("*")) if f.is_file())
         hashes = [(str(f.relative_to(path)), content_hash(f)) for f in files]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    with open(open_regular(path), "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -178,29 +178,29 @@ def check_side_files(folder: Path) -> None:
     Raises:
         CheckpointError: As `side_files` and `check_readable`.
     """
-    check_readable(dict.fromkeys(side_files(folder), folder))
+    check_readable({name: folder / name for name in side_files(folder)})
 
 
 def check_readable(files: Mapping[Path, Path]) -> None:
     """Find files that cannot be read, or that stand in the place of what they should hold.
 
     Args:
-        files: By its name relative to its model, the folder of the model.
+        files: The files, by their names relative to their models.
 
     Raises:
-        CheckpointError: A file cannot be read, lies outside of the folder, or is a pointer to the
-            file itself.
+        CheckpointError: A file cannot be read, lies outside of its model's folder, or is a pointer
+            to the file itself.
     """
-    for name, folder in files.items():
+    for name, file in files.items():
         try:
-            with open(open_contained(folder, name), "rb") as content:
+            with open(open_contained(_model_of(file, name), name), "rb") as content:
                 head = content.read(HEAD)
         except OSError as error:
             raise CheckpointError(
-                f"{folder / name}: cannot be read ({error.strerror}); the output needs it."
+                f"{file}: cannot be read ({error.strerror}); the output needs it."
             ) from None
         if reason := explain_pointer(head):
-            raise CheckpointError(f"{folder / name}: {reason}")
+            raise CheckpointError(f"{file}: {reason}")
 
 
 def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> None:
@@ -217,31 +217,30 @@ def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> No
     """
     for name in side_files(source):
         if but is None or not name.match(but):
-            copy_side_file(source, name, target)
+            copy_side_file(source / name, name, target)
 
 
-def copy_side_file(source: Path, name: Path, target: Path) -> None:
+def copy_side_file(file: Path, name: Path, target: Path) -> None:
     """Copy one side file to the same place in another folder.
 
     Args:
-        source: The model's folder.
-        name: The file, relative to it.
+        file: The file.
+        name: Its name relative to its model.
         target: The folder to copy to.
 
     Raises:
-        CheckpointError: The file lies outside of its folder.
+        CheckpointError: The file lies outside of its model's folder.
         OSError: The file cannot be read or written.
     """
     (target / name).parent.mkdir(parents=True, exist_ok=True)
-    copy_contained(source, name, target / name)
+    copy_contained(_model_of(file, name), name, target / name)
 
 
 class GatheredFiles(NamedTuple):
     """Where each side file of a merge comes from.
 
     Attributes:
-        files: The folder from which each file is copied, by the file's name relative to both that
-            folder and the output.
+        files: The file to copy, by its name relative to its model and to the output.
         folders: For each group of `GROUPS` that some folder has, the folder that gives it.
         template: The chat template, where it is written inside a `tokenizer_config.json` that is
             not copied; None otherwise.
@@ -276,7 +275,7 @@ def gather_side_files(config_folder: Path, folders: Sequence[Path]) -> GatheredF
             inline = inline_template(folder) if group == CHAT else None
             if members[folder] or inline is not None:
                 chosen[group] = folder
-                files |= dict.fromkeys(members[folder], folder)
+                files |= {name: folder / name for name in members[folder]}
                 if not members[folder] and chosen.get("tokenizer") != folder:
                     template = inline
                 break
@@ -284,7 +283,7 @@ def gather_side_files(config_folder: Path, folders: Sequence[Path]) -> GatheredF
         for name in names:
             is_config = name == Path("config.json") and folder != config_folder
             if group_of(name) is None and not is_config and not name.match("adapter_*"):
-                files.setdefault(name, folder)
+                files.setdefault(name, folder / name)
     return GatheredFiles(dict(sorted(files.items())), chosen, template)
 
 
@@ -313,6 +312,11 @@ def _is_usable(group: str, members: Sequence[Path]) -> bool:
     if group != "tokenizer":
         return True
     return any(name.match(pattern) for name in members for pattern in _VOCABULARIES)
+
+
+def _model_of(file: Path, name: Path) -> Path:
+    """The folder of the model that has this file under this name."""
+    return file.parents[len(name.parts) - 1]
 
 
 def _is_left_out(name: Path) -> bool:

@@ -50,9 +50,8 @@ class SideFiles:
             return
         files = self._choice.gathered.files
         check_readable(files)
-        folder = files.get(Path("config.json"))
-        if folder is not None and (self._changes_dtype or self._changes):
-            file = folder / "config.json"
+        file = files.get(Path("config.json"))
+        if file is not None and (self._changes_dtype or self._changes):
             try:
                 json.loads(file.read_bytes())
             except ValueError as error:
@@ -62,8 +61,8 @@ class SideFiles:
         """Copy the side files, and write what is true of the output into the copied configs."""
         if self._choice is None:
             return
-        for name, folder in self._choice.gathered.files.items():
-            copy_side_file(folder, name, out)
+        for name, file in self._choice.gathered.files.items():
+            copy_side_file(file, name, out)
         if self._choice.gathered.template is not None:
             (out / CHAT_TEMPLATE).write_text(self._choice.gathered.template, encoding="utf-8")
         dtype = _CONFIG_DTYPE[self._main_dtype()] if self._changes_dtype else None
