@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config
 from mergekit_bayes.detox.picture import draw
@@ -186,6 +188,9 @@ class _Journey:
             )
         self.curves = curves(config)
         self.work, self.kept = output / "steps", output / "model"
+        base = resolve(config.base, CHECKPOINT)
+        if base.is_dir():
+            side_files(base)  # links out of the folder are refused before the first step
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))
@@ -269,7 +274,7 @@ class _Journey:
         if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
             if not model.exists():
                 run_merge(merge.model_copy(update={"out": str(model)}))
-                shutil.copyfile(model / MERGE_REPORT, merge_report)
+                copy_contained(model, MERGE_REPORT, merge_report)
             if not evaluation.exists():
                 evaluate = evaluate_config(self.config, str(model), str(evaluation))
                 run_evaluate(evaluate, quiet=self.quiet)

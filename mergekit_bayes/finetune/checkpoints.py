@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -137,7 +138,10 @@ def copy_logs(folder: Path, output: Path) -> None:
         inner = path.relative_to(folder)
         target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
+        try:
+            copy_contained(folder, inner, target)
+        except CheckpointError as error:  # a log is not worth the training
+            logger.warning("a log is left out: %s", error)
 
 
 def close_checkpoints(folder: Path, *, keep: bool) -> None:

@@ -19,6 +19,7 @@ from mergekit_bayes.checkpoint.side_files import (
     MERGE_REPORT,
     check_side_files,
     copy_side_files,
+    side_files,
 )
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
@@ -92,6 +93,8 @@ def merge_adapters(
                 (precision_identities or {}).get(ref) if has_precision else None,
             )
         check_output(out, opened)
+        for adapter in opened:
+            side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
         notes = check_bases(opened)
         if weights == "precision":
