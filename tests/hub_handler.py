@@ -216,6 +216,9 @@ class Handler(BaseHTTPRequestHandler):
             match line["key"]:
                 case "header":
                     message = value["summary"]
+                    at = self._at(repo, revision)
+                    if not pull_request and value.get("parentCommit", at) != at:
+                        raise Refused(412, None, "A commit has happened since. Please refresh.")
                 case "file":
                     files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
                 case "lfsFile":

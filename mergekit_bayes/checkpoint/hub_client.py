@@ -59,7 +59,7 @@ class _Budget:
 
     def take(self, seconds: float) -> bool:
         with self._lock:
-            now = time.monotonic()
+            now = _now()
             more = max(0.0, now + seconds - max(now, self._until))
             if more > self._left:
                 return False
@@ -69,7 +69,7 @@ class _Budget:
 
 
 _BUDGET = _Budget()
-_sleep = time.sleep
+_sleep, _now = time.sleep, time.monotonic
 _installed = False
 
 
@@ -162,7 +162,11 @@ def _factory(default: "Callable[[], httpx2.Client]") -> "Callable[[], httpx2.Cli
     def make() -> httpx2.Client:
         plain = default()
         plain.close()
-        return Client(event_hooks=plain.event_hooks, follow_redirects=plain.follow_redirects)
+        return Client(
+            event_hooks=plain.event_hooks,
+            follow_redirects=plain.follow_redirects,
+            timeout=None,  # `_timeout` sets it for each request
+        )
 
     return make
 
@@ -253,11 +257,11 @@ def _read(response: "httpx2.Response") -> "httpx2.Response":
     """
     import httpx2
 
-    end, size, pieces = time.monotonic() + LONGEST_ANSWER, 0, []
+    end, size, pieces = _now() + LONGEST_ANSWER, 0, []
     for piece in response.iter_bytes():
         pieces.append(piece)
         size += len(piece)
-        if size > LARGEST_ANSWER or time.monotonic() > end:
+        if size > LARGEST_ANSWER or _now() > end:
             raise HubError(
                 f"the Hub's answer to {shown(response.request.url.path)} has more than "
                 f"{LARGEST_ANSWER >> 20} MiB or takes more than {in_words(LONGEST_ANSWER)}. It "

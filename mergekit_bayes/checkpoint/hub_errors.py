@@ -53,7 +53,8 @@ def explain(error: Exception, ref: str) -> str:
     """
     from huggingface_hub import constants, errors, get_token
 
-    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+    wrappers = (RuntimeError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+    while isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "error while uploading", from the error itself
     repo, name = ref.partition("@")[0], shown(ref)
     endpoint = printable(constants.ENDPOINT)
