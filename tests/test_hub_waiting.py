@@ -74,7 +74,7 @@ def test_a_wait_of_hours_is_one_message(hub, slept, tmp_path, method, part, head
     hub.add("org/a", files(folder(tmp_path / "a")))
     hub.faults = [Fault(method, part, busy(**headers), times=99)]
     with pytest.raises(CheckpointError, match=r"'org/\w+': the Hub limits requests \(429\) and"):
-        _fetch_and_push(tmp_path / "a")
+        _fetch_and_push(folder(tmp_path / "b", seed=1))
     assert sum(slept) == 0
 
 
