@@ -208,7 +208,7 @@ def _check_header(
     """Yield each tensor with its place, in order of the bytes, which must be covered exactly."""
     spans = []
     for name, entry in header.items():
-        spec, start, stop = _check_entry(name, entry, path)
+        spec, start, stop = check_entry(name, entry, path)
         if stop - start != spec.nbytes:
             raise CheckpointError(
                 f"{path}: {shown(name)} is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} "
@@ -241,8 +241,12 @@ def _check_header(
         )
 
 
-def _check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
-    """Spec, first byte and end of a tensor, from its entry in the header."""
+def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    """Spec, first byte and end of a tensor, from its entry in the header.
+
+    Raises:
+        CheckpointError: The entry is not one of the format.
+    """
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
             type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)
