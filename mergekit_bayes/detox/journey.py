@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
@@ -219,7 +220,10 @@ class _Journey:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
-        (output / _SETTINGS).write_text(text)
+        # The steps that are there count as done, so another account must not have made them.
+        make_own_folder(self.work)
+        with replacing(output / _SETTINGS, force=True) as partial:
+            partial.write_text(text)
 
     def finetune(self) -> Path:
         """The model fine-tuned on the toxic text."""
@@ -288,7 +292,7 @@ class _Journey:
         if not is_there:
             mark.unlink(missing_ok=True)
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
-            mark.write_text(made_of)
+            write_own(mark, made_of)
         return model
 
     def keep_none(self) -> None:
