@@ -62,8 +62,12 @@ def make_own_folder(path: Path, mode: int = 0o775) -> None:
             )
 
 
-def refuse_planted(folder: Path) -> None:
-    """Refuse anything below a scratch folder that writing there does not make.
+def refuse_planted(folder: Path, but: Path) -> None:
+    """Refuse anything in a scratch folder that writing there does not make.
+
+    Args:
+        folder: The scratch folder.
+        but: What in it is not looked at: an earlier output, in which there may be anything.
 
     Raises:
         CheckpointError: There is a link, a file with another name elsewhere, something that is
@@ -74,7 +78,9 @@ def refuse_planted(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
             with suppress(FileNotFoundError):  # another process has finished meanwhile
-                _check(path.lstat(), path, owner)
+                if path != but or path.is_symlink():
+                    _check(path.lstat(), path, owner)
+        folders[:] = [name for name in folders if Path(parent, name) != but]
 
 
 def refuse_foreign_link(path: Path) -> None:

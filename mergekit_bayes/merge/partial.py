@@ -64,8 +64,6 @@ class Partial:
         try:
             if not self.is_publishing:
                 self.out.mkdir(exist_ok=True)
-            if os.path.lexists(self.out):
-                refuse_planted(self.out)
             yield
         finally:
             self._release()
@@ -125,6 +123,7 @@ class Partial:
                 f"{self.folder} holds another merge that was not finished (other models, settings "
                 "or version). Finish it with its own command, remove the folder, or pass --force."
             )
+        refuse_planted(self.folder, but=self.replaced)
         if is_alone:
             if not self.is_publishing:
                 self._unpublish()
