@@ -4,15 +4,19 @@ Every merge here meets a scratch folder that another account, or an archive, cou
 is refused with the way out, and the files to which it leads keep their bytes and modes.
 """
 
+import ast
 import os
 import shutil
 import stat
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.finetune.checkpoints import make_checkpoint_folder, remove_if_empty
 from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
 from tests import interrupted
@@ -269,3 +273,87 @@ def test_a_file_system_without_owners_and_modes_is_used(begun, tmp_path, monkeyp
     monkeypatch.setattr(os, "geteuid", lambda: OTHER)
     assert carry_out(plan) is not None
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_checkpoints_that_another_account_prepared_are_not_loaded(tmp_path, monkeypatch, kind):
+    prepare, said = FOLDERS[kind]
+    folder = tmp_path / "out.checkpoints"
+    make_checkpoint_folder(folder)
+    prepare(folder, monkeypatch)
+    if kind == "a link":  # checkpoints may be kept on another disk
+        make_checkpoint_folder(folder)
+        give_away(folder, monkeypatch)
+    with pytest.raises(CheckpointError, match=said):
+        make_checkpoint_folder(folder)
+    remove_if_empty(folder)  # as a run that was refused does at its end
+
+
+def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, victim):
+    before = state(victim)
+    for make in (link, dead_link, hard_link, pipe):
+        make_own_folder(tmp_path / "own")
+        (tmp_path / "own" / "text").unlink(missing_ok=True)
+        make(tmp_path / "own" / "text", victim)
+        write_own(tmp_path / "own" / "text", "new")
+        assert (tmp_path / "own" / "text").read_text() == "new"
+        assert state(victim) == before
+    link_of_folder(tmp_path / "own", victim)
+    with pytest.raises(CheckpointError, match="is a link"):
+        write_own(tmp_path / "own" / "victim", "new")
+    assert state(victim) == before
+
+
+# The rooms that write files, and why others cannot have put links where they write. A new room is
+# added here with its reason; `replacing` yields a path in a folder that mkdtemp has just made.
+WRITERS = {
+    "checkpoint/own_files": "it checks what it opens",
+    "checkpoint/side_files": "into the folder of `replacing`",
+    "checkpoint/sink": "a new file, or one that own_files opens",
+    "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
+    "detox/picture": "to the path of `replacing`",
+    "evaluate/files": "into the folder of `replacing`",
+    "finetune/checkpoints": "into the folder of `replacing`",
+    "finetune/store": "into the folder of `replacing`",
+    "lora/merging": "into the folder of `replacing`",
+    "lora/output": "into the folder of `replacing`",
+    "merge/journal": "own_files opens it",
+    "merge/locks": "own_files opens it",
+    "merge/partial": "own_files opens it",
+    "merge/side_files": "in OUT.partial, in which refuse_planted found no link",
+}
+WRITE_CALLS = {
+    *("write_text", "write_bytes", "savefig", "save_pretrained", "save_file", "touch"),
+    *("copyfile", "copy", "copy2", "copytree", "move", "symlink_to", "hardlink_to"),
+}
+WRITE_FLAGS = {"O_CREAT", "O_WRONLY", "O_RDWR"}
+
+
+def is_write(node):
+    """Whether a node of the syntax tree makes or opens a file to write to it."""
+    if isinstance(node, ast.Attribute) and node.attr in WRITE_FLAGS:
+        return True
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    owner = ast.unparse(node.func).rpartition(".")[0]
+    if name in ("copy", "move"):
+        return owner == "shutil"
+    if name == "write_bytes" and len(node.args) > 1:
+        return False  # a tensor's bytes, into a sink
+    modes = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
+    opens = name in ("open", "fdopen") and any(set(str(m)) & set("wax+") for m in modes)
+    return name in WRITE_CALLS or opens
+
+
+def test_every_room_that_writes_says_why_it_follows_no_link_of_others():
+    root = Path(__file__).parents[1]
+    packages = (root / "mergekit_bayes", root / "cli" / "bmerge_cli")
+    writers = {
+        str(file.relative_to(package).with_suffix(""))
+        for package in packages
+        for file in package.rglob("*.py")
+        if any(is_write(node) for node in ast.walk(ast.parse(file.read_text())))
+    }
+    assert writers <= WRITERS.keys()
+    assert len(writers) > 10

@@ -134,7 +134,8 @@ def write_own(path: Path, text: str) -> None:
         CheckpointError: The folder is a link or belongs to another account.
         OSError: It cannot be written.
     """
-    path.unlink(missing_ok=True)
+    with _opened(path.parent) as folder, suppress(FileNotFoundError):
+        os.unlink(path.name, dir_fd=folder)
     file = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         with open(file, "w", encoding="utf-8") as stream:

@@ -1,6 +1,7 @@
 """The verbs of a removal in order, each done once, and the report of it."""
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -186,6 +187,9 @@ class _Journey:
             )
         self.curves = curves(config)
         self.work, self.kept = output / "steps", output / "model"
+        # The steps that are there count as done, so another account must not have made them.
+        if os.path.lexists(self.work):
+            make_own_folder(self.work)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))
@@ -220,7 +224,6 @@ class _Journey:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
-        # The steps that are there count as done, so another account must not have made them.
         make_own_folder(self.work)
         with replacing(output / _SETTINGS, force=True) as partial:
             partial.write_text(text)
