@@ -389,7 +389,12 @@ def test_draws_are_uniform_and_a_matter_of_key_and_entry_alone():
 
 @pytest.mark.parametrize(
     ("mode", "owner", "is_cached"),
-    [(0o755, None, True), (0o1777, None, True), (0o777, None, False), (0o755, 54321, False)],
+    [
+        (0o755, None, True),
+        (0o1777, None, True),
+        (0o777, None, False),
+        (0o755, os.geteuid() + 1000, False),
+    ],
 )
 def test_compiled_code_is_kept_only_where_nobody_else_could_put_code(
     tmp_path, monkeypatch, caplog, mode, owner, is_cached

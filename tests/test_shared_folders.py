@@ -23,7 +23,7 @@ from tests import interrupted
 from tests.interrupted import config
 
 inputs = interrupted.inputs
-OTHER = 54321  # an account that is not this one
+OTHER = os.geteuid() + 1000  # an account that is not this one
 AS_ROOT = os.geteuid() == 0
 
 
