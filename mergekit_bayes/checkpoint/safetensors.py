@@ -11,7 +11,7 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -138,17 +138,26 @@ class SafetensorsSource(Closing):
             os.close(self._fds.pop())
 
 
-def open_file(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+def open_file(path: Path, flags: int, opener: Callable[[Path, int], int] = _open) -> int:
     """Open a file and return its descriptor.
 
     Near the soft limit of open files, the limit is raised to the hard one, since a merge of many
     sharded models keeps many files open.
 
+    Args:
+        path: The file.
+        flags: Flags of `os.open`.
+        opener: What opens it.
+
     Raises:
         CheckpointError: The file cannot be opened.
     """
     try:
-        fd = os.open(path, flags, 0o666)
+        fd = opener(path, flags)
     except OSError as error:
         if error.errno == errno.EMFILE:
             many = "too many open files; allow more with `ulimit -n 65536`"

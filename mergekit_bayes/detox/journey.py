@@ -1,5 +1,6 @@
 """The verbs of a removal in order, each done once, and the report of it."""
 
+import os
 import platform
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
@@ -191,6 +193,9 @@ class _Journey:
         base = resolve(config.base, CHECKPOINT)
         if base.is_dir():
             side_files(base)  # links out of the folder are refused before the first step
+        # The steps that are there count as done, so another account must not have made them.
+        if os.path.lexists(self.work):
+            make_own_folder(self.work)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))
@@ -225,7 +230,9 @@ class _Journey:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
-        (output / _SETTINGS).write_text(text)
+        make_own_folder(self.work)
+        with replacing(output / _SETTINGS, force=True) as partial:
+            partial.write_text(text)
 
     def finetune(self) -> Path:
         """The model fine-tuned on the toxic text."""
@@ -294,7 +301,7 @@ class _Journey:
         if not is_there:
             mark.unlink(missing_ok=True)
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
-            mark.write_text(made_of)
+            write_own(mark, made_of)
         return model
 
     def keep_none(self) -> None:

@@ -60,7 +60,7 @@ class Journals:
             CheckpointError: Another process is at this part.
         """
         path = self._path(part)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = open_lock(path, os.O_CREAT | os.O_APPEND)
         try:
             # For a moment the lock may belong to a process that only looks: see `running`.
             if not any(try_lock(file) for _ in attempts()):
