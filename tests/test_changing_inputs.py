@@ -100,7 +100,8 @@ def between_blocks(file, *, restore=True):
         changed[start : start + BLOCK] = False
     assert changed.sum() > 300_000
     tensor[changed] ^= 1
-    file.write_bytes(content)
+    with file.open("r+b") as opened:  # the merge that reads it should find all its bytes
+        opened.write(content)
     assert checkpoint_identity(file) == before
     if restore:
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
