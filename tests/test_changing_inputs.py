@@ -365,6 +365,20 @@ def test_verify_sees_it_during_the_merge_and_in_the_recipe(here, weights, name):
     plan_merge(MergeConfig(**(old | {"verify": False}), out="more.safetensors")).close()
 
 
+def test_verify_sees_another_record_of_the_same_precision(here):
+    run_merge(config(verify=True))
+    recipe = yaml.safe_load(Path("out.merge_recipe.yaml").read_text()) | {"out": "more.safetensors"}
+    Path("a.precision.safetensors").unlink()
+    tiny.posterior(
+        "same.safetensors", tiny.arrays(1, SHAPES), tiny.precisions(1, SHAPES), observations=3.0
+    )
+    os.rename("same.precision.safetensors", "a.precision.safetensors")
+    with pytest.raises(MismatchError, match=r"the precision of 'a\.safetensors' is not what"):
+        plan_merge(MergeConfig(**recipe))
+    old = {key: value for key, value in recipe.items() if not key.startswith("full_")}
+    plan_merge(MergeConfig(**old)).close()
+
+
 def test_verify_tells_the_plans_of_a_stopped_merge_apart(here):
     settings = config(verify=True, weights="uniform")
     run_merge(settings, part=Part(1, 2))

@@ -12,6 +12,8 @@ The precision has a subfolder because some loaders take every `*.safetensors` be
 weights.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -79,7 +81,10 @@ class Posterior(Closing):
 
     @cached_property
     def full_precision_identity(self) -> str:
-        """Content hash of the precision by all bytes; of BASE+ADAPTER that of the adapter's."""
+        """Content hash of the precision and of its record, by all bytes.
+
+        Of BASE+ADAPTER it is that of the adapter's.
+        """
         return self._hash_precision()
 
     def _hash_mean(self) -> str:
@@ -92,7 +97,9 @@ class Posterior(Closing):
             return self.parts[-1]._hash_precision()
         if self.precision is None:
             return f"isotropic {self.isotropic}"
-        return identity(self.precision, full=True)
+        # The record decides how the numbers count, and is in the header.
+        record = json.dumps(dict(self.precision.metadata), sort_keys=True)
+        return hashlib.sha256(f"{identity(self.precision, full=True)}{record}".encode()).hexdigest()
 
     @property
     def inputs(self) -> Mapping[Path, Stamp]:
