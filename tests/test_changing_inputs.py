@@ -1,5 +1,6 @@
 """Inputs that somebody writes to during a merge: nothing is published that mixes old and new."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mergekit_bayes.checkpoint import stamps
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.stamps import (
@@ -123,13 +125,45 @@ def merge_while(settings, change, share=0.5, **options):
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-@pytest.mark.parametrize("change", [overwrite, append, truncate, spoil, replace, Path.unlink])
+@pytest.mark.parametrize("change", [overwrite, append, truncate, spoil, replace])
 def test_an_input_that_changes_during_the_merge_is_refused(here, change, share):
     file = Path("a.safetensors")
     with pytest.raises(ChangedError, match=r"^a\.safetensors: was changed .* run the same command"):
         merge_while(config(), lambda: change(file), share)
     assert not Path("out.safetensors").exists()
     assert not Path("out.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_an_input_that_is_gone_stops_the_merge_and_it_goes_on_once_it_is_back(here, share):
+    """As on a disk that is away for a while: what is written stays."""
+    file = Path("a.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"^a\.safetensors: cannot be opened any more"
+    ) as error:
+        merge_while(config(), lambda: file.rename("elsewhere"), share)
+    assert not isinstance(error.value, ChangedError)
+    assert not Path("out.safetensors").exists()
+    Path("elsewhere").rename(file)
+    said = []
+    with closing(plan_merge(config())) as plan:
+        carry_out(plan, say=said.append)
+    assert said == ["resuming 'out.safetensors': 100% is written already"]
+    assert Path("out.safetensors").read_bytes() == written(config())
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_change(here, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def unmount():
+        monkeypatch.setattr(os, "preadv", fail)
+        monkeypatch.setattr(stamps, "_stamp", fail)
+
+    with pytest.raises(CheckpointError, match=r"reading '.*' failed"):
+        merge_while(config(), unmount, 0.1)
+    monkeypatch.undo()
+    assert Path(here, "out.safetensors.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,18 @@ def refuse_changed(stamps: Mapping[Path, Stamp]) -> None:
     """Check that files are what they were when they were stamped.
 
     Raises:
-        ChangedError: A file was written to, replaced or removed.
+        ChangedError: A file was written to or replaced.
+        CheckpointError: A file is gone or cannot be reached, which is no sign of a change.
     """
     for path, before in stamps.items():
         try:
             now = _stamp(path)
         except OSError as error:
-            raise changed_error(path, f"it cannot be opened any more: {error.strerror}") from None
+            raise CheckpointError(
+                f"{path}: cannot be opened any more ({error.strerror}), so that nothing shows "
+                "whether it was changed while it was in use. Bring it back, then run the same "
+                "command again."
+            ) from None
         if before.place is not None and now.place != before.place:
             raise changed_error(path, "another file has its name now")
         if now.size != before.size:

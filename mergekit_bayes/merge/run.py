@@ -219,12 +219,18 @@ def _unchanged(plan: MergePlan) -> Iterator[None]:
     An error is looked into as well: what cannot be merged may be half of a file that is written.
 
     Raises:
-        ChangedError: A file was written to, replaced or removed.
+        ChangedError: A file was written to or replaced.
+        CheckpointError: A file is gone or cannot be reached.
     """
     try:
         yield
     except BmergeError:
-        plan.refuse_changed()
+        try:
+            plan.refuse_changed()
+        except ChangedError:
+            raise
+        except CheckpointError:  # of a disk that is away, the first error says more
+            pass
         raise
     plan.refuse_changed(full=plan.config.verify)
 

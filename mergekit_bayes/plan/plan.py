@@ -118,7 +118,8 @@ class MergePlan(Closing):
             full: Hash all bytes of all tensors again.
 
         Raises:
-            ChangedError: A file was written to, replaced or removed.
+            ChangedError: A file was written to or replaced.
+            CheckpointError: A file is gone or cannot be reached.
         """
         refuse_changed({**self.inputs.files, **self.documents})
         if full:
