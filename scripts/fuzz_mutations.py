@@ -1,0 +1,451 @@
+"""Ways to break a file: its bytes, its text, its document, its container, or its place on disk.
+
+Every way takes a file and a source of random numbers, and nothing else decides what it does, so a
+case of `scripts/fuzz.py` can be repeated alone. `ways(path)` lists those that fit a file.
+"""
+
+import copy
+import io
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Bytes = Callable[[bytes, random.Random], bytes]
+Way = Callable[[Path, random.Random], None]
+
+BIG = (1 << 31, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64)
+BIG = (*BIG, 10**9, 10**30, 10**400, 10**4000)
+NUMBERS = (*BIG, *(-n for n in BIG), -1, 0, 1, 2, 7, 0.0, 1.0, 4.5, 1e308, -0.0, 1e-320)
+CONSTANTS = (True, False, None, float("nan"), float("inf"), -float("inf"))
+TEXTS = ("", "4", "F32", "F8_E4M3", "F4", "BOOL", "I64", "\ud800", "\udfff x", "\x00", "\n", "é")
+TEXTS = (*TEXTS, "名", "__metadata__", "\x1b[2J\x1b]0;title\x07", "[red]x[/red]", "[/]", ":smile:")
+TEXTS = (*TEXTS, "..", "../x", "/etc/passwd", "a\0b", "x" * 300, "(a+)+$", "(", "1e999", "0x10")
+CONTAINERS: tuple[Any, ...] = (
+    [],
+    {},
+    [0],
+    [0, 0],
+    [4, 0],
+    [0, 4, 8],
+    [[4]],
+    [{}],
+    [None],
+    {"a": 1},
+    {"": {}},
+    {"dtype": "F32"},
+    [1 << 62, 1 << 62],
+    [1 << 62, 1 << 62, 0],
+    [0, 1 << 62, 1 << 62],
+    [1] * 70,
+    [-1, -4],
+    {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+    {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
+)
+ODD = (*NUMBERS, *CONSTANTS, *TEXTS, *CONTAINERS)
+_HOLE = "@hole@"  # stands in a document for what only text can say
+_NAMES = (b"\xff\xfe.json", b"\x1b[31mred.json", b"a\nb.txt", b"a" * 250 + b".json", b"[b]x[/b].md")
+
+
+# Bytes
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    """The front of a file."""
+    return data[: rng.randrange(len(data) or 1)]
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    """A few bytes replaced, often near the front, and often by signs of JSON."""
+    changed, edge = bytearray(data), min(len(data), rng.choice((8, 64, len(data))))
+    for _ in range(rng.choice((1, 1, 2, 5)) if edge else 0):
+        changed[rng.randrange(edge)] = rng.choice((rng.randrange(256), *b'"{}[]:,0-e\\'))
+    return bytes(changed)
+
+
+def spliced(data: bytes, rng: random.Random) -> bytes:
+    """A piece cut out, and another put in its place."""
+    a, b, c = (rng.randrange(len(data) + 1) for _ in range(3))
+    return data[:a] + data[b : b + rng.randrange(40)] + data[max(a, c - rng.randrange(3)) :]
+
+
+def zeroed(data: bytes, rng: random.Random) -> bytes:
+    """A block of zeros, as a file system leaves after a power cut."""
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + bytes(len(data[start : start + 512])) + data[start + 512 :]
+
+
+def extended(data: bytes, rng: random.Random) -> bytes:
+    """More bytes at the end."""
+    return data + rng.choice((bytes(4096), rng.randbytes(100), data, b"\n", b"\0"))
+
+
+def swapped(data: bytes, rng: random.Random) -> bytes:
+    """The second half first."""
+    return data[len(data) // 2 :] + data[: len(data) // 2]
+
+
+def replaced(data: bytes, rng: random.Random) -> bytes:
+    """Nothing, noise, or a file of another format."""
+    others = (b"", b"\n", rng.randbytes(300), b"PK\x03\x04" + bytes(60), b"\x80\x02}q\x00.")
+    return rng.choice((*others, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"))
+
+
+BYTES: tuple[Bytes, ...] = (cut, flipped, spliced, zeroed, extended, swapped, replaced)
+
+
+# Text
+
+
+def recoded(data: bytes, rng: random.Random) -> bytes:
+    """The text in another encoding."""
+    text = data.decode(errors="replace") + "é"
+    encodings = ("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "cp500")
+    return text.encode(rng.choice(encodings), errors="replace")
+
+
+def interrupted(data: bytes, rng: random.Random) -> bytes:
+    """Control characters, markup, or a very long line somewhere in the text."""
+    pieces = (b"\0", b"\x1b[2J\x1b]8;;http://x\x07", b"\r", b"[bold red]x[/]", b"[/nothing]")
+    pieces = (*pieces, b"\xe2\x80\xae", b"\xed\xa0\x80", b"\xff", b"x" * 2_000_000, b"\n" * 10_000)
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice(pieces) + data[at:]
+
+
+TEXT: tuple[Bytes, ...] = (recoded, interrupted)
+
+
+# Documents
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all values of a document."""
+    yield path
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield from nodes(value[key], (*path, key))
+
+
+def changed_document(
+    document: Any, rng: random.Random, odd: tuple[Any, ...] = ODD, times: int = 1
+) -> Any:
+    """A copy with values, names or entries replaced, dropped, moved or added."""
+    document = copy.deepcopy(document)
+    for _ in range(times):
+        path = rng.choice(list(nodes(document)))
+        if not path:
+            if times == 1 and rng.random() < 0.2:
+                document = copy.deepcopy(rng.choice(odd))
+            continue
+        outer = document
+        for key in path[:-1]:
+            outer = outer[key]
+        action = rng.randrange(7)
+        if action == 0:
+            del outer[path[-1]]
+        elif action == 1 and isinstance(outer, dict):
+            outer[rng.choice([v for v in odd if isinstance(v, str)])] = outer.pop(path[-1])
+        elif action == 2 and type(outer[path[-1]]) in (int, float):
+            outer[path[-1]] += rng.choice((-1, 1, -4, 4, 1000, 1 << 40))
+        elif action == 3 and isinstance(outer, list):
+            outer.insert(rng.randrange(len(outer) + 1), copy.deepcopy(rng.choice(odd)))
+        elif action == 4:
+            value = outer[path[-1]]
+            outer[path[-1]] = [value] if rng.random() < 0.5 else {"x": value}
+        elif action == 5 and isinstance(outer[path[-1]], str):
+            outer[path[-1]] += rng.choice([v for v in odd if isinstance(v, str)])
+        else:
+            outer[path[-1]] = copy.deepcopy(rng.choice(odd))
+    return document
+
+
+def _with_hole(document: Any, rng: random.Random) -> Any:
+    """A copy in which one value is the hole."""
+    document = {"x": copy.deepcopy(document)}
+    path = rng.choice([p for p in nodes(document) if p])
+    outer: Any = document
+    for key in path[:-1]:
+        outer = outer[key]
+    outer[path[-1]] = _HOLE
+    return document["x"]
+
+
+def json_text(document: Any, rng: random.Random) -> bytes:
+    """JSON as bytes, with characters escaped or as they are."""
+    return json.dumps(document, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
+
+
+def json_values(data: bytes, rng: random.Random) -> bytes:
+    """JSON with other values, names or entries."""
+    times = rng.choice((1, 1, 1, 2))
+    return json_text(changed_document(json.loads(data), rng, times=times), rng)
+
+
+def json_spelling(data: bytes, rng: random.Random) -> bytes:
+    """JSON with one value that no document of Python's can hold."""
+    depth = rng.choice((10, 200, 900, 5000, 200_000))
+    spellings = (
+        b"[" * depth + b"]" * depth,
+        b'{"a":' * depth + b"0" + b"}" * depth,
+        b"[" * depth,
+        b"9" * rng.choice((20, 400, 5000, 300_000)),
+        b"1e400",
+        b"-1E+999999",
+        b'{"a": 1, "a": 2}',
+        rb'"\ud800"',
+        b'"\xed\xa0\x80"',
+        b'"\xff"',
+        b"[" + b"[]," * 3_000_000 + b"[]]",
+        b'"' + b"\\u0000" * 100_000 + b'"',
+    )
+    text = json.dumps(_with_hole(json.loads(data), rng)).encode()
+    return text.replace(json.dumps(_HOLE).encode(), rng.choice(spellings), 1)
+
+
+def _yaml_spelling(document: Any, rng: random.Random) -> str:
+    depth = rng.choice((10, 200, 5000))
+    bomb = "[&a [x,x,x,x,x,x,x,x,x]"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        bomb += f", &{name} [" + ",".join([f"*{before}"] * 9) + "]"
+    spellings = (
+        bomb + "]",
+        "&a [*a]",
+        "*nowhere",
+        "!!python/object/apply:os.system ['touch ran']",
+        "!!binary ====",
+        "!!timestamp x",
+        "2001-13-45",
+        "2001-01-01T00:00:00+99:99",
+        "1:" * 3000 + "1",
+        "9" * rng.choice((400, 5000, 100_000)),
+        "{? [a, b] : c}",
+        "{a: 1, a: 2}",
+        "{<<: 1}",
+        "{1: 2, null: 3, 1.5: 4}",
+        "[" * depth + "]" * depth,
+        '"\\ud800"',
+        "!!set {a, b}",
+        "!!int x",
+        "!!float []",
+        "\t- x",
+        "0o9",
+        ".inf",
+        "@x",
+    )
+    hole = yaml.safe_dump(_with_hole(document, rng))
+    return hole.replace(f"'{_HOLE}'", rng.choice(spellings), 1)
+
+
+def yaml_values(data: bytes, rng: random.Random) -> bytes:
+    """YAML, or the front matter of a card, with other values, names or entries."""
+    front, text, rest = _yaml_part(data)
+    document = changed_document(yaml.safe_load(text), rng, times=rng.choice((1, 1, 1, 2)))
+    return front + yaml.safe_dump(document).encode(errors="surrogatepass") + rest
+
+
+def yaml_spelling(data: bytes, rng: random.Random) -> bytes:
+    """YAML, or the front matter of a card, with one value that is spelt in an odd way."""
+    front, text, rest = _yaml_part(data)
+    return front + _yaml_spelling(yaml.safe_load(text), rng).encode() + rest
+
+
+def _yaml_part(data: bytes) -> tuple[bytes, bytes, bytes]:
+    matter = re.match(rb"(---\n)(.*?)(\n---.*)", data, re.S)
+    return matter.groups() if matter else (b"", data, b"")  # type: ignore[return-value]
+
+
+def json_line(data: bytes, rng: random.Random) -> bytes:
+    """One row of JSON lines broken, as any document."""
+    lines = data.splitlines(keepends=True)
+    at = rng.randrange(len(lines))
+    lines[at] = rng.choice((json_values, json_values, json_spelling))(lines[at], rng) + b"\n"
+    return b"".join(lines)
+
+
+# Containers
+
+
+def wrong_length(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file that claims another length of its header."""
+    (length,) = struct.unpack("<Q", data[:8])
+    near = (0, 1, length - 1, length + 1, length * 2, len(data), len(data) - 8)
+    claims = (*near, 1 << 31, 1 << 62, (1 << 64) - 1)
+    return struct.pack("<Q", max(rng.choice(claims), 0)) + data[8:]
+
+
+def rewritten(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header is another document."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length]
+    kind = rng.randrange(12)
+    text = json_values(header, rng) if kind else json_spelling(header, rng)
+    if kind == 1:
+        text = recoded(text, rng)
+    elif kind == 2:  # a name twice
+        text = text[:-1] + b"," + text[1:] if len(text) > 2 else text
+    elif kind == 3:
+        text = text.replace(b"0", b"9" * rng.choice((20, 400, 5000)), 1)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def rezipped(data: bytes, rng: random.Random) -> bytes:
+    """A zip archive, as torch.save writes it, with a member changed or stored in another way."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    names = sorted(members)
+    chosen, other = rng.choice(names), rng.choice(names)
+    action = rng.randrange(9)
+    compression = zipfile.ZIP_STORED
+    if action == 0:
+        compression = zipfile.ZIP_DEFLATED
+    elif action == 1:
+        del members[chosen]
+    elif action == 2:
+        members[chosen + "x"] = members.pop(chosen)
+    elif action == 3:
+        members[chosen], members[other] = members[other], members[chosen]
+    elif action == 4:
+        pickles = [n for n in names if n.endswith("data.pkl")]
+        members[pickles[0]] = rng.choice(BYTES)(members[pickles[0]], rng)
+    elif action == 5:
+        members[chosen] = rng.choice(BYTES)(members[chosen], rng)
+    elif action == 6:
+        members[chosen] = bytes(1 << 28)
+        compression = zipfile.ZIP_DEFLATED
+    elif action == 7:
+        members[next(n for n in names if n.endswith("data.pkl"))] = _RUNS_CODE
+    else:
+        members = {f"{'x' * 300}/{name.partition('/')[2]}": d for name, d in members.items()}
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w", compression) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return result.getvalue()
+
+
+_RUNS_CODE = b"cposix\nsystem\n(S'touch ran'\ntR."
+
+
+def repickled(data: bytes, rng: random.Random) -> bytes:
+    """A pickle of other things than a model's tensors."""
+    import torch
+
+    one = torch.zeros(1)
+    contents: tuple[Any, ...] = (
+        {"w": one.expand(10**9)},
+        {"w": one.as_strided((10**6, 10**6), (0, 0))},
+        {"w": torch.arange(6.0).reshape(2, 3).t(), "v": torch.arange(8.0)[::2]},
+        {"w": torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), [], (10**12,))},
+        {"w": torch.zeros(2, device="meta")},
+        {"w": torch.zeros(3, dtype=torch.complex128)},
+        {"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)},
+        {1: one},
+        {"": one},
+        {"a\n\x1b[2J": one},
+        {"x" * 100_000: one},
+        {"w": [one]},
+        {"model": {"w": one}, "optimizer": {}},
+        [one],
+        one,
+        {},
+        {f"w{i}": one for i in range(20_000)},
+    )
+    if rng.random() < 0.1:
+        return _RUNS_CODE
+    result = io.BytesIO()
+    torch.save(rng.choice(contents), result, _use_new_zipfile_serialization=rng.random() < 0.7)
+    return result.getvalue()
+
+
+# Places on disk
+
+
+def _without(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def entry(path: Path, rng: random.Random, canary: Path) -> str:
+    """Another kind of entry of the file system in place of a file or folder.
+
+    Args:
+        path: The file or folder.
+        rng: Chooses the kind.
+        canary: A file outside whose content no output may hold, with a sibling folder `secrets`.
+
+    Returns:
+        The kind.
+    """
+    kinds = ("missing", "folder", "pipe", "socket", "dangling", "outside", "outside folder", "loop")
+    kinds = (*kinds, "mode", "sparse", "zeros", "link within", "odd name", "device")
+    kind = rng.choice(kinds)
+    if kind == "mode":
+        path.chmod(rng.choice((0, 0o444, 0o222)))
+        return kind
+    if kind == "odd name":
+        folder = path if path.is_dir() else path.parent
+        with open(bytes(folder) + b"/" + rng.choice(_NAMES), "wb") as file:
+            file.write(path.read_bytes() if path.is_file() else b"x")
+        return kind
+    if kind == "link within":
+        inner = path.with_name(f"{path.name}.real")
+        path.rename(inner)
+        path.symlink_to(inner.name)
+        return kind
+    _without(path)
+    if kind == "folder":
+        path.mkdir()
+        (path / "x").write_text("x")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            short = Path(f"/tmp/fuzz-{os.getpid()}")  # a socket's path has at most 107 bytes
+            listening.bind(str(short))
+            short.rename(path) if short.stat().st_dev == path.parent.stat().st_dev else None
+            short.unlink(missing_ok=True)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(10 << 30)
+    elif kind != "missing":
+        targets = {"dangling": "nowhere", "outside": canary, "loop": path.name}
+        targets |= {"outside folder": canary.with_name("secrets"), "zeros": "/dev/zero"}
+        path.symlink_to(targets.get(kind, "/dev/stdin"))
+    return kind
+
+
+def ways(path: Path) -> dict[str, tuple[Bytes, ...]]:
+    """The ways to change the content of a file, by kind; what fits its format comes first."""
+    suffix = path.suffix if path.suffix in _DOCUMENTS else ""
+    documents = _DOCUMENTS[suffix]
+    if suffix == ".md" and not path.read_bytes().startswith(b"---\n"):
+        documents = ()
+    found = {"document": documents, "bytes": BYTES}
+    if suffix not in (".safetensors", ".bin", ".parquet", ".pt"):
+        found["text"] = TEXT
+    return {kind: group for kind, group in found.items() if group}
+
+
+_DOCUMENTS: dict[str, tuple[Bytes, ...]] = {
+    ".json": (json_values, json_values, json_values, json_spelling),
+    ".jsonl": (json_line,),
+    ".yaml": (yaml_values, yaml_values, yaml_spelling),
+    ".md": (yaml_values, yaml_values, yaml_spelling),
+    ".safetensors": (rewritten, rewritten, rewritten, wrong_length),
+    ".bin": (rezipped, rezipped, repickled),
+    ".pt": (rezipped,),
+    "": (),
+}

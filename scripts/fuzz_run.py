@@ -1,0 +1,443 @@
+"""One command line in this process, watched: what `scripts/fuzz.py` says of a case.
+
+The line goes through the real entry point. Its exit code, its two streams, its time, its memory,
+its open files, and all that it changed in its folder decide the verdict.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import safetensors
+
+from bmerge_cli import main as command
+from scripts.fuzz_world import CANARY, Line, side_file
+
+GOOD = ("done", "refused")
+BAD = (
+    "traceback",
+    "hang",
+    "half output",
+    "wrong",
+    "input changed",
+    "canary",
+    "memory",
+    "disk",
+    "leak",
+    "terminal",
+    "message",
+)
+MEMORY = 500 << 20  # bytes above what the same line takes on good files
+_CEILING = 4 << 30  # bytes of memory that a case may take before the system refuses
+_LARGEST = 1 << 30  # bytes of a file that a case may write
+_READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
+
+Snapshot = dict[str, tuple[object, ...]]
+
+
+class Hang(BaseException):
+    """A case ran out of time; no handler of the package's own may catch it."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a line did.
+
+    Attributes:
+        code: Its exit code; None if an exception left the entry point.
+        out: What it printed on stdout.
+        err: What it printed on stderr.
+        error: The exception that left the entry point.
+        seconds: How long it took.
+        grown: Peak of its memory above that of its start, in bytes.
+        opened: Files that it left open.
+    """
+
+    code: int | None
+    out: str
+    err: str
+    error: BaseException | None
+    seconds: float
+    grown: int
+    opened: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The kind of a case's end, why, and for a traceback where it came from."""
+
+    kind: str
+    why: str = ""
+    group: str = ""
+
+
+class Stage:
+    """Runs lines in this process, with both streams caught, also what C code writes to them."""
+
+    def __init__(self) -> None:
+        # Never closed: loggers of libraries keep the stream that they first saw.
+        self._files = [tempfile.TemporaryFile("w+b", buffering=0) for _ in range(2)]
+        self._streams = [
+            io.TextIOWrapper(f, "utf-8", errors="surrogateescape", write_through=True)
+            for f in self._files
+        ]
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Point the streams and their descriptors at the files."""
+        kept = sys.stdin, sys.stdout, sys.stderr
+        descriptors = [os.dup(number) for number in range(3)]
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for file in self._files:
+            file.seek(0)
+            file.truncate()
+        for number, file in ((0, nothing), (1, self._files[0]), (2, self._files[1])):
+            os.dup2(file if isinstance(file, int) else file.fileno(), number)
+        os.close(nothing)
+        sys.stdout, sys.stderr = self._streams
+        sys.stdin = open(os.devnull)
+        try:
+            yield
+        finally:
+            sys.stdin.close()
+            sys.stdin, sys.stdout, sys.stderr = kept
+            for number, saved in enumerate(descriptors):
+                os.dup2(saved, number)
+                os.close(saved)
+
+    def run(self, words: tuple[str, ...], folder: Path, limit: float) -> Ran:
+        """Run `bmerge WORDS` in a folder, for `limit` seconds at most."""
+        code: int | None = None
+        error: BaseException | None = None
+        opened, memory, began = _descriptors(), _reset_peak(), time.monotonic()
+        arguments, sys.argv = sys.argv, ["bmerge", *words]
+        try:
+            with contextlib.chdir(folder), self.caught(), _bounds(limit):
+                try:
+                    command.main()
+                except SystemExit as stop:
+                    code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+                except BaseException as raised:
+                    error = raised
+        except Hang as late:  # the alarm rang between the two
+            error = late
+        finally:
+            sys.argv = arguments
+        seconds, grown = time.monotonic() - began, _peak() - memory
+        if error is not None:
+            error = error.with_traceback(error.__traceback__)
+        if _descriptors() > opened:
+            gc.collect()
+        out, err = (self._text(file) for file in self._files)
+        left = 0 if error is not None else max(0, _descriptors() - opened)
+        return Ran(code, out, err, error, seconds, grown, left)
+
+    def _text(self, file: io.BufferedRandom) -> str:
+        file.seek(0)
+        return file.read().decode(errors="surrogateescape")
+
+
+@contextlib.contextmanager
+def _bounds(limit: float) -> Iterator[None]:
+    """Raise `Hang` after `limit` seconds; end the process if even that does not help."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise Hang(f"over {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    limits = {
+        resource.RLIMIT_DATA: _data() + _CEILING,
+        resource.RLIMIT_FSIZE: _LARGEST,
+    }
+    kept = {which: resource.getrlimit(which) for which in limits}
+    faulthandler.dump_traceback_later(3 * limit + 60, exit=True, file=sys.__stderr__)
+    for which, most in limits.items():
+        resource.setrlimit(which, (most, kept[which][1]))
+    signal.setitimer(signal.ITIMER_REAL, limit, 2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+        for which, pair in kept.items():
+            resource.setrlimit(which, pair)
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def _data() -> int:
+    return _status("VmData")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _reset_peak() -> int:
+    """Start the peak of memory anew; returns what is taken now."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _status("VmRSS")
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Every entry below a folder: its kind and mode, and its content."""
+    found: Snapshot = {}
+    for path in sorted(Path(os.fsdecode(bytes(folder))).rglob("*")):
+        status = path.lstat()
+        content: object = None
+        if stat.S_ISLNK(status.st_mode):
+            content = os.readlink(path)
+        elif stat.S_ISREG(status.st_mode):
+            small = status.st_size <= _READ
+            content = hashlib.sha256(path.read_bytes()).digest() if small else status.st_mtime_ns
+        found[str(path.relative_to(folder))] = (status.st_mode, content)
+    return found
+
+
+def tensors(out: Path) -> dict[str, str]:
+    """A digest of each tensor of an output, which must be readable; those of its posterior aside.
+
+    Raises:
+        ValueError: A file of the output is missing or cannot be read.
+    """
+    files = [out] if out.is_file() else sorted(out.glob("*.safetensors"))
+    for index in sorted(out.rglob("*.index.json")) if out.is_dir() else []:
+        if "bin" not in index.name:
+            for name in json.loads(index.read_text())["weight_map"].values():
+                if not (index.parent / name).is_file():
+                    raise ValueError(f"{index.name} names '{name}', which is not there")
+    found = {}
+    for file in files:
+        try:
+            content = safetensors.deserialize(file.read_bytes())
+        except Exception as error:
+            raise ValueError(f"{file.name}: {error}") from None
+        for name, tensor in content:
+            about = f"{tensor['dtype']} {tensor['shape']} ".encode()
+            found[name] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
+    return found
+
+
+def judge(
+    line: Line, ran: Ran, folder: Path, before: Snapshot, good: "Good | None", broken: str
+) -> Verdict:
+    """The verdict of a case.
+
+    Args:
+        line: The line.
+        ran: What it did.
+        folder: Where it ran.
+        before: The folder before it ran.
+        good: What the line does on good files; None if this is that run.
+        broken: The file that was broken.
+    """
+    if isinstance(ran.error, Hang):
+        return Verdict("hang", f"over {ran.seconds:.0f} s at {_place(ran.error)}")
+    if ran.error is not None:
+        return Verdict("traceback", _last_line(ran.error), _group(ran.error))
+    if "Traceback (most recent" in ran.err or "Exception ignored" in ran.err:
+        text = " | ".join(ran.err.strip().splitlines()[-3:])
+        return Verdict("traceback", text[-300:], "printed by a thread or a library")
+    if ran.code not in (0, 2):
+        return Verdict("traceback", f"exit code {ran.code}: {ran.err[-300:]}")
+    after = snapshot(folder)
+    refused = ran.code == 2
+    checks = (
+        _message(ran) if refused else None,
+        _terminal(ran),
+        _left(line, folder, before, after, refused),
+        _changed(line, before, after),
+        _canary(ran, folder, before, after),
+        None if refused else _output(line, folder, good, broken),
+        _spent(ran, good),
+    )
+    return next((v for v in checks if v is not None), Verdict("refused" if refused else "done"))
+
+
+@dataclass(frozen=True)
+class Good:
+    """What a line does on good files: its peak of memory, and the digests of its tensors."""
+
+    grown: int
+    tensors: dict[str, str]
+
+
+def _message(ran: Ran) -> Verdict | None:
+    lines = [line for line in ran.err.splitlines() if line.strip()]
+    messages = [line for line in lines if line.partition(":")[0].endswith("Error")]
+    if len(messages) != 1 or lines[-1] != messages[0]:
+        return Verdict("message", f"{len(messages)} messages: {' | '.join(lines)[-300:]!r}")
+    if len(messages[0]) > 4000:
+        return Verdict("message", f"{len(messages[0]):,} characters: {messages[0][:200]!r}")
+    return None
+
+
+def _terminal(ran: Ran) -> Verdict | None:
+    for stream in (ran.err, ran.out):
+        for line in stream.split("\n"):
+            signs = {s for s in line if s not in "\t" and not s.isprintable()}
+            if signs - {"\r"} or ("\r" in signs and stream is ran.err):
+                return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
+    return None
+
+
+def _under(name: str, roots: tuple[str, ...]) -> bool:
+    return any(name == root or name.startswith(f"{root}/") for root in roots)
+
+
+def _left(
+    line: Line, folder: Path, before: Snapshot, after: Snapshot, refused: bool
+) -> Verdict | None:
+    new = [name for name in after if name not in before]
+    out = (line.out,) if line.out else ()
+    if refused:
+        odd = [n for n in new if not _under(n, line.kept)]
+        if any(_under(n, out) and after.get(n) != entry for n, entry in before.items()):
+            odd.append(f"{line.out} (changed)")
+        return Verdict("half output", f"left {odd[:4]} after {refused=}") if odd else None
+    # What a merge of files writes has names that begin with the output's.
+    stem = line.out.partition(".")[0] if line.out else "\0"
+    odd = [
+        n for n in new if not n.startswith(stem) or _under(n, tuple(f"{o}.partial" for o in out))
+    ]
+    if line.out and not (folder / line.out).exists():
+        odd.append(f"no {line.out}")
+    return Verdict("half output", f"{odd[:4]} after exit 0") if odd else None
+
+
+def _changed(line: Line, before: Snapshot, after: Snapshot) -> Verdict | None:
+    own = (*line.kept, *((line.out,) if line.out else ()))
+    changed = [n for n, e in before.items() if after.get(n) != e and not _under(n, own)]
+    return Verdict("input changed", f"{changed[:4]}") if changed else None
+
+
+def _canary(ran: Ran, folder: Path, before: Snapshot, after: Snapshot) -> Verdict | None:
+    if CANARY in ran.out or CANARY in ran.err:
+        return Verdict("canary", "printed")
+    for name in after:
+        path = folder / name
+        if name not in before and not path.is_symlink() and path.is_file():
+            with path.open("rb") as file:
+                if CANARY.encode() in file.read(_READ):
+                    return Verdict("canary", f"in {name}")
+        elif name not in before and path.is_symlink():
+            return Verdict("canary", f"{name} is a link to {os.readlink(path)}")
+    return None
+
+
+def _output(line: Line, folder: Path, good: Good | None, broken: str) -> Verdict | None:
+    if line.out is None or not line.weights:
+        return None
+    try:
+        found = tensors(folder / line.out)
+    except (ValueError, OSError) as error:
+        return Verdict("half output", str(error)[:300])
+    if good is None:
+        return None
+    if side_file(broken) and found != good.tensors:
+        return Verdict("wrong", "other tensors than those of the good line")
+    if line.name.startswith("convert") and broken.endswith(".bin"):
+        return _as_torch_reads(line, folder, found)
+    return None
+
+
+def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict | None:
+    """Compare with what torch itself reads; a tied name is stored once."""
+    import torch
+    from safetensors.torch import load_file
+
+    files = sorted((folder / line.needs[0]).glob("*.bin"))
+    theirs: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            theirs |= torch.load(file, weights_only=True)
+        except Exception as error:
+            return Verdict("wrong", f"torch does not read {file.name}: {str(error)[:200]}")
+    out = folder / str(line.out)
+    ours: dict[str, torch.Tensor] = {}
+    for file in [out] if out.is_file() else out.glob("*.safetensors"):
+        ours |= load_file(file)
+    for name, tensor in ours.items():
+        same = name in theirs and tensor.dtype == theirs[name].dtype
+        if not same or not torch.equal(tensor.view(torch.uint8), _bits(theirs[name])):
+            return Verdict("wrong", f"{name} is not what torch reads")
+    return None
+
+
+def _bits(tensor: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-defined]  # noqa: F821
+    import torch
+
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _spent(ran: Ran, good: Good | None) -> Verdict | None:
+    if "File too large" in ran.err:
+        return Verdict("disk", f"over {_LARGEST >> 20} MiB")
+    if good is not None and ran.grown > good.grown + MEMORY:
+        return Verdict("memory", f"{(ran.grown - good.grown) >> 20:,} MiB above the good line")
+    if good is not None and ran.opened:
+        return Verdict("leak", f"{ran.opened} files left open")
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    return " ".join(traceback.format_exception_only(error)[-1].split())[:300]
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    return list(traceback.extract_tb(error.__traceback__))
+
+
+def _ours(frame: traceback.FrameSummary) -> bool:
+    return "mergekit_bayes" in frame.filename or "bmerge_cli" in frame.filename
+
+
+def _place(error: BaseException) -> str:
+    frames = [f for f in _frames(error) if _ours(f)] or _frames(error)
+    if not frames:
+        return "?"
+    inner, last = frames[-1], _frames(error)[-1]
+    beyond = "" if inner is last else f" > {Path(last.filename).name}:{last.name}"
+    return f"{'/'.join(Path(inner.filename).parts[-2:])}:{inner.lineno} {inner.name}{beyond}"
+
+
+def _group(error: BaseException) -> str:
+    return f"{type(error).__name__} at {_place(error)}"
+
+
+def fresh(world: Path, line: Line, folder: Path) -> None:
+    """Copy what a line needs of the world into a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in line.needs:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (world / name).is_dir():
+            shutil.copytree(world / name, target, symlinks=True)
+        else:
+            shutil.copy2(world / name, target)
