@@ -15,9 +15,11 @@ import json
 import os
 import platform
 import random
+import struct
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +35,7 @@ for _name, _value in (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "cli")]
 
-from scripts.fuzz_mutations import Bytes, entry, ways
+from scripts.fuzz_mutations import Bytes, entry, spliced, ways
 from scripts.fuzz_run import BAD, GOOD, Good, Stage, Verdict, fresh, judge, snapshot, tensors
 from scripts.fuzz_world import Line, files_of, lines_named, make_world
 
@@ -106,7 +108,12 @@ def break_file(path: Path, rng: random.Random, canary: Path) -> str:
     share = {"document": 6, "bytes": 2, "text": 2}
     kind = rng.choices(list(found), [share[k] for k in found])[0]
     change: Bytes = rng.choice(found[kind])
-    path.write_bytes(change(path.read_bytes(), rng))
+    data = path.read_bytes()
+    try:
+        path.write_bytes(change(data, rng))
+    except (ValueError, struct.error, zipfile.BadZipFile):  # the scratch of a merge has no header
+        path.write_bytes(spliced(data, rng))
+        return f"{kind}: spliced"
     return f"{kind}: {change.__name__}"
 
 
