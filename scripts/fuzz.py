@@ -2,11 +2,11 @@
 
     python scripts/fuzz.py [--cases N] [--seed S] [--commands merge,convert] [--only N] [--markdown]
 
-A case is one line of `fuzz_world.LINES`, one of its files, and one way to break it; all three
-follow from the seed and the number of the case. All run in this process, through the entry point of
-`bmerge`. Each must end with the result or with one message, in 10 seconds, and leave neither half
-an output nor a changed input; `docs/reliability.md` says what else is promised. The exit code is 1
-if a case did not.
+A case is a command line, one of its files, and one way to break it. All three follow from the seed
+and the case's number. The cases run in this process, through the entry point of `bmerge`. Each must
+end in 10 seconds, with the result or with one message, and leave neither half an output nor a
+changed input; `docs/reliability.md` says what else is promised. The exit code is 1 if a case did
+not.
 """
 
 import argparse
@@ -15,36 +15,44 @@ import json
 import os
 import platform
 import random
-import struct
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
-for _name, _value in (
-    ("HF_HUB_OFFLINE", "1"),
-    ("HF_DATASETS_OFFLINE", "1"),
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("OMP_NUM_THREADS", "1"),
-):
-    os.environ.setdefault(_name, _value)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "cli")]
-
-from scripts.fuzz_mutations import Bytes, entry, spliced, ways
-from scripts.fuzz_run import BAD, GOOD, Good, Stage, Verdict, fresh, judge, snapshot, tensors
-from scripts.fuzz_world import Line, files_of, lines_named, make_world
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+from scripts.fuzzing.mutations import break_path
+from scripts.fuzzing.stage import Stage
+from scripts.fuzzing.verdict import BAD, GOOD, Good, judge, snapshot, tensors
+from scripts.fuzzing.world import LINES, Line, files_of, fresh, make_world
 
 LIMIT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case and its end."""
+    """One case and its end.
+
+    Attributes:
+        number: Its number, from which with the seed all else follows.
+        line: Name of the command line.
+        file: The file or folder that was broken.
+        how: The way in which.
+        kind: One of `GOOD` or `BAD`.
+        why: What was found, if it is bad.
+        group: Where a traceback came from.
+        seconds: How long it took.
+    """
 
     number: int
     line: str
@@ -61,79 +69,78 @@ class Fuzzer:
 
     Args:
         folder: Where the world is made and the cases run.
-        lines: The lines.
+        seed: Of all that is drawn.
         limit: Seconds that a case may take.
     """
 
-    def __init__(self, folder: Path, lines: Iterable[Line], limit: float = LIMIT) -> None:
-        self.world, self.work = folder / "world", folder / "case"
-        self.lines, self.limit, self.stage = list(lines), limit, Stage()
+    def __init__(self, folder: Path, seed: int = 0, limit: float = LIMIT) -> None:
+        self.world, self.work = folder.resolve() / "world", folder.resolve() / "case"
+        self.seed, self.limit, self.stage = seed, limit, Stage()
         with self.stage.caught():
             make_world(self.world)
-        self.good = {line.name: self._good(line) for line in self.lines}
+        self._good: dict[str, Good] = {}
 
-    def _good(self, line: Line) -> Good:
-        fresh(self.world, line, self.work)
-        before = snapshot(self.work)
-        ran = self.stage.run(line.words, self.work, 10 * self.limit)
-        verdict = judge(line, ran, self.work, before, None, "")
-        if verdict.kind != "done":
-            raise RuntimeError(f"{line.name}: {verdict}\n{ran.err}") from ran.error
-        made = tensors(self.work / line.out) if line.out and line.weights else {}
-        return Good(ran.grown, made)
+    def good(self, line: Line) -> Good:
+        """What a line does on good files.
 
-    def case(self, seed: int, number: int) -> Case:
+        Raises:
+            RuntimeError: It does not succeed on them.
+        """
+        if line.name not in self._good:
+            fresh(self.world, line, self.work)
+            before = snapshot(self.work)
+            ran = self.stage.run(line.words, self.work, 10 * self.limit)
+            verdict = judge(line, ran, self.work, before)
+            if verdict.kind != "done":
+                raise RuntimeError(f"{line.name}: {verdict}\n{ran.err}") from ran.error
+            made = tensors(self.work / line.out) if line.out and line.weights else {}
+            self._good[line.name] = Good(ran.grown, made)
+        return self._good[line.name]
+
+    def drawn(self, number: int) -> tuple[Line, random.Random]:
+        """The line of a case, and the source of all that is drawn after it."""
+        rng = random.Random(f"{self.seed}/{number}")
+        return rng.choices(LINES, [line.weight for line in LINES])[0], rng
+
+    def case(self, number: int) -> Case:
         """Run one case."""
-        rng = random.Random(f"{seed}/{number}")
-        lines = [line for line in self.lines if files_of(line, self.world)]
-        line = rng.choices(lines, [line.weight for line in lines])[0]
-        broken = rng.choice(files_of(line, self.world))
+        line, rng = self.drawn(number)
+        good, file = self.good(line), rng.choice(files_of(line, self.world))
         fresh(self.world, line, self.work)
-        how = break_file(self.work / broken, rng, self.world.with_name("canary"))
+        how = break_path(self.work / file, rng, self.world.with_name("canary"))
         before = snapshot(self.work)
         ran = self.stage.run(line.words, self.work, self.limit)
-        verdict = judge(line, ran, self.work, before, self.good[line.name], broken)
-        return Case(number, line.name, broken, how, *_parts(verdict), round(ran.seconds, 2))
+        found = judge(line, ran, self.work, before, good, file)
+        seconds = round(ran.seconds, 2)
+        return Case(number, line.name, file, how, found.kind, found.why, found.group, seconds)
+
+    def cases(self, first: int, commands: str | None = None) -> Iterator[Case]:
+        """Run case after case.
+
+        Args:
+            first: Number of the first.
+            commands: How the names of lines begin, separated by commas; other cases are skipped.
+        """
+        for number in count(first):
+            name = self.drawn(number)[0].name
+            if commands is None or name.startswith(tuple(commands.split(","))):
+                yield self.case(number)
 
 
-def _parts(verdict: Verdict) -> tuple[str, str, str]:
-    return verdict.kind, verdict.why, verdict.group
-
-
-def break_file(path: Path, rng: random.Random, canary: Path) -> str:
-    """Break a file or folder in one way; returns which."""
-    if path.is_dir() or rng.random() < 0.15:
-        return f"entry: {entry(path, rng, canary)}"
-    found = ways(path)
-    share = {"document": 6, "bytes": 2, "text": 2}
-    kind = rng.choices(list(found), [share[k] for k in found])[0]
-    change: Bytes = rng.choice(found[kind])
-    data = path.read_bytes()
-    try:
-        path.write_bytes(change(data, rng))
-    except (ValueError, struct.error, zipfile.BadZipFile):  # the scratch of a merge has no header
-        path.write_bytes(spliced(data, rng))
-        return f"{kind}: spliced"
-    return f"{kind}: {change.__name__}"
-
-
-def table(cases: list[Case], lines: Iterable[Line]) -> str:
+def table(cases: list[Case]) -> str:
     """Counts by command and kind, as Markdown."""
-    kinds = [*GOOD, *BAD]
-    commands = list(dict.fromkeys(line.name.split()[0] for line in lines))
-    rows = [
-        "| command | cases | " + " | ".join(kinds) + " |",
-        "| --- |" + " ---: |" * (len(kinds) + 1),
-    ]
-    for name in [*commands, "all"]:
+    kinds = (*GOOD, *BAD)
+    commands = dict.fromkeys(line.name.split()[0] for line in LINES if line.weight)
+    rows = [f"| command | cases | {' | '.join(kinds)} |", f"| --- |{' ---: |' * (len(kinds) + 1)}"]
+    for name in (*commands, "all"):
         counts = Counter(c.kind for c in cases if name in ("all", c.line.split()[0]))
         cells = [f"{counts.total():,}", *(f"{counts[kind]:,}" for kind in kinds)]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def failures(cases: list[Case]) -> Iterator[str]:
-    """The failed cases, one line a group, with the first case of each."""
+    """The failed cases, grouped, each group with its first case."""
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         if case.kind in BAD:
@@ -144,62 +151,60 @@ def failures(cases: list[Case]) -> Iterator[str]:
         yield f"      --only {first.number}: {first.line}; {first.file}; {first.how}; {first.why}"
 
 
-def versions() -> str:
-    """The versions that matter for a run."""
-    from importlib.metadata import version
-
+def conditions(seed: int, cases: list[Case], seconds: float) -> str:
+    """One sentence on what was run, on what, and how long it took."""
     names = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "peft", "pyyaml")
-    return f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names)
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    slowest = max((case.seconds for case in cases), default=0.0)
+    return (
+        f"Seed {seed}, {len(cases):,} cases in {seconds:,.0f} s, the slowest {slowest:.1f} s; "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cases and print what came of them; returns 1 if one of them failed."""
+    """Run the cases and print what came of them.
+
+    Args:
+        arguments: Command line; that of the process by default.
+
+    Returns:
+        1 if a case failed, else 0.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases")
+    parser.add_argument("--seconds", type=float, help="start no case after this time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, help="stop after this time")
-    parser.add_argument("--commands", help="names of lines, or how they begin: merge,push json")
-    parser.add_argument("--only", type=int, help="one case, with its streams")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--only", type=int, help="number of the only case")
+    parser.add_argument("--commands", help="how the names of lines begin: merge,push json")
+    parser.add_argument("--markdown", action="store_true", help="print only the table")
     parser.add_argument("--json", type=Path, help="write all cases to this file")
-    parser.add_argument("--markdown", action="store_true", help="print the table and nothing else")
-    parser.add_argument("--keep", type=Path, help="make the world here and keep it")
+    parser.add_argument("--folder", type=Path, help="a new folder for the world, which is kept")
     chosen = parser.parse_args(arguments)
+    cases: list[Case] = []
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        folder = chosen.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lines = list(lines_named(chosen.commands))
-        # All lines are drawn from even if few are run, so that a number means the same case.
-        fuzzer = Fuzzer(folder.resolve(), lines)
+        folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        fuzzer = Fuzzer(folder, chosen.seed)
         if chosen.only is not None:
-            return show(fuzzer, chosen.seed, chosen.only)
-        cases, began = [], time.monotonic()
-        for number in range(chosen.first, chosen.first + chosen.cases):
-            if chosen.seconds is not None and time.monotonic() - began > chosen.seconds:
+            cases = [fuzzer.case(chosen.only)]
+        for case in fuzzer.cases(chosen.first, chosen.commands) if not cases else ():
+            if len(cases) == chosen.cases or time.monotonic() - began > (chosen.seconds or 1e9):
                 break
-            cases.append(fuzzer.case(chosen.seed, number))
-            if cases[-1].kind in BAD and not chosen.markdown:
-                print(cases[-1], file=sys.stderr, flush=True)
-    print(table(cases, lines))
-    slowest = max((case.seconds for case in cases), default=0.0)
-    print(
-        f"\nSeed {chosen.seed}, {len(cases):,} cases in {time.monotonic() - began:,.0f} s, the "
-        f"slowest {slowest:.1f} s; {versions()}."
-    )
-    if not chosen.markdown:
-        print("\n".join(failures(cases)))
+            cases.append(case)
+            if case.kind in BAD and not chosen.markdown:
+                print(case, file=sys.stderr, flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(case) for case in cases], indent=1))
+    if chosen.only is not None:
+        print("\n".join(f"{name:8} {value}" for name, value in asdict(cases[0]).items()))
+    else:
+        print(f"{table(cases)}\n\n{conditions(chosen.seed, cases, time.monotonic() - began)}")
+        print("" if chosen.markdown else "\n".join(failures(cases)), end="")
     return int(any(case.kind in BAD for case in cases))
-
-
-def show(fuzzer: Fuzzer, seed: int, number: int) -> int:
-    """Run one case and print all that is known of it."""
-    case = fuzzer.case(seed, number)
-    for name, value in asdict(case).items():
-        print(f"{name:8} {value}")
-    return int(case.kind in BAD)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,21 @@
-"""One command line in this process, watched: what `scripts/fuzz.py` says of a case.
+"""What a case of `scripts/fuzz.py` comes to: the kinds of good and bad ends."""
 
-The line goes through the real entry point. Its exit code, its two streams, its time, its memory,
-its open files, and all that it changed in its folder decide the verdict.
-"""
-
-import contextlib
-import faulthandler
-import gc
 import hashlib
-import io
 import json
 import os
-import resource
-import shutil
-import signal
 import stat
-import sys
-import tempfile
-import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import safetensors
 
-from bmerge_cli import main as command
-from scripts.fuzz_world import CANARY, Line, side_file
+from scripts.fuzzing.stage import CEILING, LARGEST, Hang, Ran
+from scripts.fuzzing.world import CANARY, Line, side_file
+
+if TYPE_CHECKING:
+    import torch
 
 GOOD = ("done", "refused")
 BAD = (
@@ -44,38 +32,9 @@ BAD = (
     "message",
 )
 MEMORY = 500 << 20  # bytes above what the same line takes on good files
-_CEILING = 4 << 30  # bytes of memory that a case may take before the system refuses
-_LARGEST = 1 << 30  # bytes of a file that a case may write
 _READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
 
 Snapshot = dict[str, tuple[object, ...]]
-
-
-class Hang(BaseException):
-    """A case ran out of time; no handler of the package's own may catch it."""
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a line did.
-
-    Attributes:
-        code: Its exit code; None if an exception left the entry point.
-        out: What it printed on stdout.
-        err: What it printed on stderr.
-        error: The exception that left the entry point.
-        seconds: How long it took.
-        grown: Peak of its memory above that of its start, in bytes.
-        opened: Files that it left open.
-    """
-
-    code: int | None
-    out: str
-    err: str
-    error: BaseException | None
-    seconds: float
-    grown: int
-    opened: int
 
 
 @dataclass(frozen=True)
@@ -85,123 +44,6 @@ class Verdict:
     kind: str
     why: str = ""
     group: str = ""
-
-
-class Stage:
-    """Runs lines in this process, with both streams caught, also what C code writes to them."""
-
-    def __init__(self) -> None:
-        # Never closed: loggers of libraries keep the stream that they first saw.
-        self._files = [tempfile.TemporaryFile("w+b", buffering=0) for _ in range(2)]
-        self._streams = [
-            io.TextIOWrapper(f, "utf-8", errors="surrogateescape", write_through=True)
-            for f in self._files
-        ]
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Point the streams and their descriptors at the files."""
-        kept = sys.stdin, sys.stdout, sys.stderr
-        descriptors = [os.dup(number) for number in range(3)]
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for file in self._files:
-            file.seek(0)
-            file.truncate()
-        for number, file in ((0, nothing), (1, self._files[0]), (2, self._files[1])):
-            os.dup2(file if isinstance(file, int) else file.fileno(), number)
-        os.close(nothing)
-        sys.stdout, sys.stderr = self._streams
-        sys.stdin = open(os.devnull)
-        try:
-            yield
-        finally:
-            sys.stdin.close()
-            sys.stdin, sys.stdout, sys.stderr = kept
-            for number, saved in enumerate(descriptors):
-                os.dup2(saved, number)
-                os.close(saved)
-
-    def run(self, words: tuple[str, ...], folder: Path, limit: float) -> Ran:
-        """Run `bmerge WORDS` in a folder, for `limit` seconds at most."""
-        code: int | None = None
-        error: BaseException | None = None
-        opened, memory, began = _descriptors(), _reset_peak(), time.monotonic()
-        arguments, sys.argv = sys.argv, ["bmerge", *words]
-        try:
-            with contextlib.chdir(folder), self.caught(), _bounds(limit):
-                try:
-                    command.main()
-                except SystemExit as stop:
-                    code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-                except BaseException as raised:
-                    error = raised
-        except Hang as late:  # the alarm rang between the two
-            error = late
-        finally:
-            sys.argv = arguments
-        seconds, grown = time.monotonic() - began, _peak() - memory
-        if error is not None:
-            error = error.with_traceback(error.__traceback__)
-        if _descriptors() > opened:
-            gc.collect()
-        out, err = (self._text(file) for file in self._files)
-        left = 0 if error is not None else max(0, _descriptors() - opened)
-        return Ran(code, out, err, error, seconds, grown, left)
-
-    def _text(self, file: io.BufferedRandom) -> str:
-        file.seek(0)
-        return file.read().decode(errors="surrogateescape")
-
-
-@contextlib.contextmanager
-def _bounds(limit: float) -> Iterator[None]:
-    """Raise `Hang` after `limit` seconds; end the process if even that does not help."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise Hang(f"over {limit:g} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    limits = {
-        resource.RLIMIT_DATA: _data() + _CEILING,
-        resource.RLIMIT_FSIZE: _LARGEST,
-    }
-    kept = {which: resource.getrlimit(which) for which in limits}
-    faulthandler.dump_traceback_later(3 * limit + 60, exit=True, file=sys.__stderr__)
-    for which, most in limits.items():
-        resource.setrlimit(which, (most, kept[which][1]))
-    signal.setitimer(signal.ITIMER_REAL, limit, 2)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
-        for which, pair in kept.items():
-            resource.setrlimit(which, pair)
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-
-def _data() -> int:
-    return _status("VmData")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _reset_peak() -> int:
-    """Start the peak of memory anew; returns what is taken now."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return _status("VmRSS")
-
-
-def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def snapshot(folder: Path) -> Snapshot:
@@ -244,7 +86,12 @@ def tensors(out: Path) -> dict[str, str]:
 
 
 def judge(
-    line: Line, ran: Ran, folder: Path, before: Snapshot, good: "Good | None", broken: str
+    line: Line,
+    ran: Ran,
+    folder: Path,
+    before: Snapshot,
+    good: "Good | None" = None,
+    broken: str = "",
 ) -> Verdict:
     """The verdict of a case.
 
@@ -258,6 +105,8 @@ def judge(
     """
     if isinstance(ran.error, Hang):
         return Verdict("hang", f"over {ran.seconds:.0f} s at {_place(ran.error)}")
+    if isinstance(ran.error, MemoryError):
+        return Verdict("memory", f"over {CEILING >> 20:,} MiB at {_place(ran.error)}")
     if ran.error is not None:
         return Verdict("traceback", _last_line(ran.error), _group(ran.error))
     if "Traceback (most recent" in ran.err or "Exception ignored" in ran.err:
@@ -287,9 +136,14 @@ class Good:
     tensors: dict[str, str]
 
 
+def _is_message(line: str) -> bool:
+    name = line.partition(": ")[0]
+    return name.isidentifier() and name.endswith("Error")
+
+
 def _message(ran: Ran) -> Verdict | None:
     lines = [line for line in ran.err.splitlines() if line.strip()]
-    messages = [line for line in lines if line.partition(":")[0].endswith("Error")]
+    messages = [line for line in lines if _is_message(line)]
     if len(messages) != 1 or lines[-1] != messages[0]:
         return Verdict("message", f"{len(messages)} messages: {' | '.join(lines)[-300:]!r}")
     if len(messages[0]) > 4000:
@@ -300,8 +154,9 @@ def _message(ran: Ran) -> Verdict | None:
 def _terminal(ran: Ran) -> Verdict | None:
     for stream in (ran.err, ran.out):
         for line in stream.split("\n"):
-            signs = {s for s in line if s not in "\t" and not s.isprintable()}
-            if signs - {"\r"} or ("\r" in signs and stream is ran.err):
+            signs = {s for s in line if s != "\t" and not s.isprintable()}
+            # Bars of libraries go back to the start of their line.
+            if signs - {"\r"} or (signs and _is_message(line)):
                 return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
     return None
 
@@ -389,7 +244,7 @@ def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict 
     return None
 
 
-def _bits(tensor: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-defined]  # noqa: F821
+def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return tensor.contiguous().view(torch.uint8)
@@ -397,7 +252,7 @@ def _bits(tensor: "torch.Tensor") -> "torch.Tensor":  # type: ignore[name-define
 
 def _spent(ran: Ran, good: Good | None) -> Verdict | None:
     if "File too large" in ran.err:
-        return Verdict("disk", f"over {_LARGEST >> 20} MiB")
+        return Verdict("disk", f"over {LARGEST >> 20} MiB")
     if good is not None and ran.grown > good.grown + MEMORY:
         return Verdict("memory", f"{(ran.grown - good.grown) >> 20:,} MiB above the good line")
     if good is not None and ran.opened:
@@ -410,7 +265,8 @@ def _last_line(error: BaseException) -> str:
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    return list(traceback.extract_tb(error.__traceback__))
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if Path(frame.filename).parent.name != "fuzzing"]
 
 
 def _ours(frame: traceback.FrameSummary) -> bool:
@@ -428,16 +284,3 @@ def _place(error: BaseException) -> str:
 
 def _group(error: BaseException) -> str:
     return f"{type(error).__name__} at {_place(error)}"
-
-
-def fresh(world: Path, line: Line, folder: Path) -> None:
-    """Copy what a line needs of the world into a new folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name in line.needs:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (world / name).is_dir():
-            shutil.copytree(world / name, target, symlinks=True)
-        else:
-            shutil.copy2(world / name, target)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class Line:
         weight: How often it is drawn, beside the others.
         weights: Whether the same tensors must come out if only side files differ.
         kept: Entries beside `out` that may be there after a refusal, as the documents say.
-        folder: The only part of `needs` that is broken; all of it by default.
+        broken: The only entries of `needs` that are broken; all of them by default.
     """
 
     name: str
@@ -157,7 +156,6 @@ LINES = (
         kept=("out",),
         weight=0.1,
     ),
-    _line("methods", "", ""),
 )
 
 
@@ -339,6 +337,19 @@ def _write_merges() -> None:
     shutil.rmtree("out")
 
 
+def fresh(world: Path, line: Line, folder: Path) -> None:
+    """Copy what a line needs of the world into a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in line.needs:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (world / name).is_dir():
+            shutil.copytree(world / name, target, symlinks=True)
+        else:
+            shutil.copy2(world / name, target)
+
+
 def files_of(line: Line, root: Path) -> list[str]:
     """The files and folders of a line that a case may break, relative to the world."""
     found = []
@@ -355,10 +366,3 @@ def side_file(name: str) -> bool:
     parts = Path(name).parts
     known = ("README.md", "LICENSE", "chat_template.jinja", "special_tokens_map.json")
     return "1_Pooling" in parts or parts[-1] in (*known, "evaluation.json", "tokenizer_config.json")
-
-
-def lines_named(names: str | None) -> Iterator[Line]:
-    """The lines whose names begin with one of these, separated by commas; all by default."""
-    for line in LINES:
-        if names is None or any(line.name.startswith(n.strip()) for n in names.split(",")):
-            yield line
