@@ -6,7 +6,8 @@ A case is a command line, one of its files, and one way to break it. All three f
 and the case's number. The cases run in this process, through the entry point of `bmerge`. Each must
 end in 10 seconds, with the result or with one message, and leave neither half an output nor a
 changed input; `docs/reliability.md` says what else is promised. The exit code is 1 if a case did
-not.
+not. A case that cannot be stopped ends the process with its stack; its number is in `running` in
+the folder of the world (`fuzz-*` among the temporary folders).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count
@@ -105,9 +106,22 @@ class Fuzzer:
     def case(self, number: int) -> Case:
         """Run one case."""
         line, rng = self.drawn(number)
-        good, file = self.good(line), rng.choice(files_of(line, self.world))
+        file, canary = rng.choice(files_of(line, self.world)), self.world.with_name("canary")
+        return self.broken(line, file, lambda path: break_path(path, rng, canary), number)
+
+    def broken(self, line: Line, file: str, spoil: Callable[[Path], str], number: int = 0) -> Case:
+        """Run a line after one of its files was broken.
+
+        Args:
+            line: The line.
+            file: The file or folder, relative to the world.
+            spoil: Breaks it, and says how.
+            number: Number of the case.
+        """
+        good = self.good(line)
         fresh(self.world, line, self.work)
-        how = break_path(self.work / file, rng, self.world.with_name("canary"))
+        how = spoil(self.work / file)
+        self.world.with_name("running").write_text(f"{number}: {line.name}; {file}; {how}\n")
         before = snapshot(self.work)
         ran = self.stage.run(line.words, self.work, self.limit)
         found = judge(line, ran, self.work, before, good, file)
@@ -187,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     cases: list[Case] = []
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = chosen.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-"))
+        )
         fuzzer = Fuzzer(folder, chosen.seed)
         if chosen.only is not None:
             cases = [fuzzer.case(chosen.only)]

@@ -51,6 +51,7 @@ class Stage:
     """Runs lines in this process, with both streams caught, also what C code writes to them."""
 
     def __init__(self) -> None:
+        self._terminal = os.dup(2)
         # Never closed: loggers of libraries keep the stream that they first saw.
         self._files = [io.FileIO(os.memfd_create(name), "r+") for name in ("stdout", "stderr")]
         self._streams = [
@@ -88,7 +89,7 @@ class Stage:
         opened, memory, began = _descriptors(), _reset_peak(), time.monotonic()
         arguments, sys.argv = sys.argv, ["bmerge", *words]
         try:
-            with contextlib.chdir(folder), self.caught(), _bounds(limit):
+            with contextlib.chdir(folder), self.caught(), _bounds(limit, self._terminal):
                 try:
                     command.main()
                 except SystemExit as stop:
@@ -99,7 +100,7 @@ class Stage:
             error = late
         finally:
             sys.argv = arguments
-        seconds, grown = time.monotonic() - began, _peak() - memory
+        seconds, grown = time.monotonic() - began, _status("VmHWM") - memory
         if _descriptors() > opened:
             gc.collect()
         out, err = (self._text(file) for file in self._files)
@@ -112,19 +113,21 @@ class Stage:
 
 
 @contextlib.contextmanager
-def _bounds(limit: float) -> Iterator[None]:
-    """Raise `Hang` after `limit` seconds; end the process if even that does not help."""
+def _bounds(limit: float, terminal: int) -> Iterator[None]:
+    """Raise `Hang` after `limit` seconds; end the process if even that does not help.
+
+    Args:
+        limit: The seconds.
+        terminal: Descriptor to which the stack is then written.
+    """
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang(f"over {limit:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    limits = {
-        resource.RLIMIT_DATA: _data() + CEILING,
-        resource.RLIMIT_FSIZE: LARGEST,
-    }
+    limits = {resource.RLIMIT_DATA: _status("VmData") + CEILING, resource.RLIMIT_FSIZE: LARGEST}
     kept = {which: resource.getrlimit(which) for which in limits}
-    faulthandler.dump_traceback_later(3 * limit + 60, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(3 * limit + 60, exit=True, file=terminal)
     for which, most in limits.items():
         resource.setrlimit(which, (most, kept[which][1]))
     signal.setitimer(signal.ITIMER_REAL, limit, 2)
@@ -141,14 +144,6 @@ def _bounds(limit: float) -> Iterator[None]:
 def _status(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-
-def _data() -> int:
-    return _status("VmData")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
 
 
 def _reset_peak() -> int:
