@@ -80,7 +80,7 @@ def outcome(path):
         (flipped, 2000),
         (spliced, 1000),
         (wrong_length, 60),
-        (rewritten, 3000),
+        (rewritten, 2000),
     ],
     ids=lambda p: getattr(p, "__name__", None),
 )
