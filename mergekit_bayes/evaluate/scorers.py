@@ -98,7 +98,7 @@ def _open_words(spec: str, path: Path) -> Scorer:
             f"--scorer '{spec}': {path} cannot be read ({error.strerror})."
         ) from None
     except DocumentError as error:
-        raise CheckpointError(f"--scorer '{spec}': {path} cannot be read ({error}).") from None
+        raise CheckpointError(f"--scorer '{spec}': {path} is no list of words ({error}).") from None
     try:
         score = word_scorer(lines)
     except ConfigError as error:
