@@ -11,14 +11,14 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from mergekit_bayes.errors import CheckpointError
 
 # Openers of compressed files, by ending.
-COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {
+COMPRESSED: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.GzipFile,
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
@@ -51,7 +51,8 @@ def check_bytes(file: Path, *, loader: str) -> None:
     lines, size, unfinished = 1, 0, 0
     is_by_line = ".json" not in file.suffixes  # an array may be one line
     try:
-        with COMPRESSED.get(file.suffix, lambda file: open(file, "rb"))(file) as content:
+        content: IO[bytes]
+        with COMPRESSED.get(file.suffix, Path.open)(file, "rb") as content:
             while block := content.read(_BLOCK):
                 if not size:
                     _refuse_other_encodings(block, file)
