@@ -65,11 +65,10 @@ def check_bytes(file: Path, *, loader: str) -> None:
                     )
                 _check_utf8(decoder, block, lines, file)
                 unfinished = _longest_line(block, unfinished, file) if is_by_line else 0
-                if loader == "json" and (at := nesting.too_deep(block)) is not None:
-                    line = lines + block.count(b"\n", 0, at)
+                if loader == "json" and (before := nesting.too_deep(block)) is not None:
                     raise CheckpointError(
-                        f"{file}, line {line}: lists and objects are nested more than {_DEPTH} "
-                        "deep. Write such rows flat, or remove them."
+                        f"{file}, line {lines + before}: lists and objects are nested more than "
+                        f"{_DEPTH} deep. Write such rows flat, or remove them."
                     )
                 lines += block.count(b"\n")
             _check_utf8(decoder, b"", lines, file, final=True)
@@ -133,7 +132,7 @@ class _Nesting:
         self._kept = b""
 
     def too_deep(self, block: bytes) -> int | None:
-        """About where in this block the JSON becomes too deep; None if it does not.
+        """Number of line ends in this block before the JSON is too deep; None if it is not.
 
         A bracket counts outside of strings only. What is escaped is removed first: a run of
         backslashes loses its pairs, and then a quote after one is no end of a string.
@@ -142,8 +141,8 @@ class _Nesting:
         end = len(data) - len(data.rstrip(b"\\"))
         self._kept = data[len(data) - end :]
         data = data[: len(data) - end]
-        bare = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHERS)
-        signs = np.frombuffer(bare, np.uint8)
+        plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+        signs = np.frombuffer(plain.translate(None, _OTHERS), np.uint8)
         quotes = np.cumsum(signs == ord('"')) + self._quotes
         depths = np.cumsum(np.where(quotes % 2 == 0, _STEPS[signs], 0)) + self._depth
         if not len(signs):
@@ -151,7 +150,8 @@ class _Nesting:
         self._quotes, self._depth = int(quotes[-1]) % 2, int(depths[-1])
         if depths.max() <= _DEPTH:
             return None
-        # Where the sign of this number stands in the block, if nothing in it is escaped.
         number = int(np.argmax(depths > _DEPTH))
-        places = np.flatnonzero(np.isin(np.frombuffer(data, np.uint8), list(_SIGNS)))
-        return int(places[number])
+        kept = np.frombuffer(plain.translate(None, _OTHERS.replace(b"\n", b"")), np.uint8)
+        ends = kept == ord("\n")
+        place = np.flatnonzero(~ends)[number]
+        return int(ends[:place].sum())

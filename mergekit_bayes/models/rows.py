@@ -103,7 +103,7 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
 
     name, rows, numbers, empty_is_null = table
     if text is not None:
-        values = call(f"'{name}': column '{text}' cannot be read", lambda: list(rows[text]))
+        values = _column(rows, text, name)
         texts = check_texts(values, text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
             rows = _with_column(rows, text, texts)
@@ -233,7 +233,7 @@ def _choose(
     text: str | None,
 ) -> _Table:
     """The rows that match `where`, with the named columns only."""
-    found = {column: _values(rows, column) for column in [*columns, *where]}
+    found = {column: _values(rows, column, name) for column in [*columns, *where]}
     for column, values in found.items():
         if values is None:
             advice = _columns_of_text(rows) if column == text else ""
@@ -250,24 +250,33 @@ def _choose(
             if _matches(dict(zip(where, values, strict=True)), where)
         ]
         rows, numbers = rows.select(matching), [i + 1 for i in matching]
-    rows = _open_objects(rows, columns, text)
+    rows = _open_objects(rows, columns, text, name)
     kept = rows.select_columns(list(columns)) if columns else rows
     return _Table(name, kept, numbers, empty_is_null)
 
 
-def _values(rows: "Dataset", column: str) -> Sequence[object] | None:
+def _values(rows: "Dataset", column: str, name: str) -> Sequence[object] | None:
     """The values of a column, or of what is inside objects; None where no row has it.
 
     Objects may differ from row to row, so that their values are looked at and not their type.
     """
     if column in rows.column_names:
-        values: Sequence[object] = call("a column cannot be read", lambda: list(rows[column]))
+        values: Sequence[object] = _column(rows, column, name)
         return values
     outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
     found = [_inside(row, column) for row in rows.select_columns(outer)] if outer else [_MISSING]
     if all(value is _MISSING for value in found):
         return None
     return [None if value is _MISSING else value for value in found]
+
+
+def _column(rows: "Dataset", column: str, name: str) -> list[object]:
+    """The values of a column, some of which a file may hold in no form of Python's.
+
+    Raises:
+        CheckpointError: They cannot be read.
+    """
+    return call(f"'{name}': column '{column}' cannot be read", lambda: list(rows[column]))
 
 
 def _inside(value: object, path: str) -> object:
@@ -282,7 +291,9 @@ def _inside(value: object, path: str) -> object:
     return next((inner for inner in found if inner is not _MISSING), _MISSING)
 
 
-def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> "Dataset":
+def _open_objects(
+    rows: "Dataset", columns: Sequence[str], text: str | None, name: str
+) -> "Dataset":
     """Make columns of what is inside objects, where a column is named that is inside one.
 
     `prompt.text` is a column of its own then. Objects in the column of texts stand for the text
@@ -292,7 +303,7 @@ def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> 
 
     for column in columns:
         if column not in rows.column_names:
-            rows = _with_column(rows, column, _values(rows, column) or [None] * len(rows))
+            rows = _with_column(rows, column, _values(rows, column, name) or [None] * len(rows))
     if text is not None and not isinstance(rows.features[text], Value):
         rows = _with_column(rows, text, [_text_of(value) for value in rows[text]])
     return rows
