@@ -16,7 +16,11 @@ import pytest
 
 from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.finetune.checkpoints import make_checkpoint_folder, remove_if_empty
+from mergekit_bayes.finetune.checkpoints import (
+    make_checkpoint_folder,
+    open_checkpoints,
+    remove_if_empty,
+)
 from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
 from tests import interrupted
@@ -287,6 +291,17 @@ def test_checkpoints_that_another_account_prepared_are_not_loaded(tmp_path, monk
     with pytest.raises(CheckpointError, match=said):
         make_checkpoint_folder(folder)
     remove_if_empty(folder)  # as a run that was refused does at its end
+
+
+def test_a_link_in_place_of_a_checkpoint_is_removed_and_not_what_it_leads_to(tmp_path, victim):
+    folder = tmp_path / "out.checkpoints"
+    make_checkpoint_folder(folder)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-2").symlink_to(victim.parent)
+    before = state(victim)
+    assert open_checkpoints(folder, resume=False, force=True) is None
+    assert not os.listdir(folder)
+    assert state(victim) == before
 
 
 def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, victim):
