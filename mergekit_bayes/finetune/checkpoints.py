@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_record
@@ -32,6 +33,7 @@ LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorB
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
+    "trust_remote_code",
     "output",
     "model",
     "data",
@@ -152,7 +154,10 @@ def copy_logs(folder: Path, output: Path) -> None:
         inner = path.relative_to(folder)
         target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
+        try:
+            copy_contained(folder, inner, target)
+        except CheckpointError as error:  # a log is not worth the training
+            logger.warning("a log is left out: %s", error)
 
 
 def close_checkpoints(folder: Path, *, keep: bool) -> None:

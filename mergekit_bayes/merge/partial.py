@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
@@ -35,6 +36,7 @@ class Partial:
     Args:
         folder: `OUT.partial`.
         plan: The plan's hash.
+        inputs: The files that are read, as they were when this process opened them.
 
     Attributes:
         out: Where the output is written.
@@ -42,10 +44,10 @@ class Partial:
         journals: What has been written.
     """
 
-    def __init__(self, folder: Path, plan: str) -> None:
+    def __init__(self, folder: Path, plan: str, inputs: Mapping[Path, Stamp] | None = None) -> None:
         self.folder, self.out, self.plan = folder, folder / "out", plan
         self.replaced = folder / "replaced"
-        self.journals = Journals(folder, plan)
+        self.journals = Journals(folder, plan, inputs)
         self._lock: int | None = None
 
     @contextmanager

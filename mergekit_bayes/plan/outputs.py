@@ -104,8 +104,7 @@ def partial_path(target: Path) -> Path:
 
 
 def _refuse_overwriting(target: Path, written: Sequence[Path], model: Posterior) -> None:
-    files = [*model.mean.inputs, *(model.precision.inputs if model.precision else ())]
-    for file in (path.resolve() for path in files):
+    for file in (path.resolve() for path in model.inputs):
         if any(path.resolve() in (file, *file.parents) for path in written):
             raise CheckpointError(
                 f"-o {target} would overwrite '{model.ref}', an input. Choose another -o."
