@@ -21,11 +21,12 @@ from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
+from mergekit_bayes.checkpoint.side_files import FETCHED, check_side_files, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.checkpoint.ties import ties_embeddings
+from mergekit_bayes.configs.reading import refuse_output_name
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.records import Frozen, Progress
 
@@ -99,6 +100,7 @@ def run_convert(
         ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
             the model itself.
     """
+    refuse_output_name(str(out))
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
     pickles = _find(path, ref)
     if path.is_file() != (target.suffix == ".safetensors"):
@@ -106,6 +108,8 @@ def run_convert(
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
     if target.exists() and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
+    if path.is_dir():
+        check_side_files(path)
     with replacing(target, force=force) as partial:
         if path.is_file():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)

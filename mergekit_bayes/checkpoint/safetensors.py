@@ -11,7 +11,7 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -137,17 +137,26 @@ class SafetensorsSource(Closing):
             os.close(self._fds.pop())
 
 
-def open_file(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+def open_file(path: Path, flags: int, opener: Callable[[Path, int], int] = _open) -> int:
     """Open a file and return its descriptor.
 
     Near the soft limit of open files, the limit is raised to the hard one, since a merge of many
     sharded models keeps many files open.
 
+    Args:
+        path: The file.
+        flags: Flags of `os.open`.
+        opener: What opens it.
+
     Raises:
         CheckpointError: The file cannot be opened.
     """
     try:
-        fd = os.open(path, flags, 0o666)
+        fd = opener(path, flags)
     except OSError as error:
         if error.errno == errno.EMFILE:
             many = "too many open files; allow more with `ulimit -n 65536`"
@@ -207,7 +216,7 @@ def _check_header(
     """Yield each tensor with its place, in order of the bytes, which must be covered exactly."""
     spans = []
     for name, entry in header.items():
-        spec, start, stop = _check_entry(name, entry, path)
+        spec, start, stop = check_entry(name, entry, path)
         if stop - start != spec.nbytes:
             raise CheckpointError(
                 f"{path}: {shown(name)} is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} "
@@ -240,8 +249,12 @@ def _check_header(
         )
 
 
-def _check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
-    """Spec, first byte and end of a tensor, from its entry in the header."""
+def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    """Spec, first byte and end of a tensor, from its entry in the header.
+
+    Raises:
+        CheckpointError: The entry is not one of the format.
+    """
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
             type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)

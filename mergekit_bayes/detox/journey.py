@@ -1,6 +1,6 @@
 """The verbs of a removal in order, each done once, and the report of it."""
 
-import json
+import os
 import platform
 import shlex
 import shutil
@@ -11,8 +11,11 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config
 from mergekit_bayes.detox.picture import draw
@@ -36,6 +39,7 @@ from mergekit_bayes.detox.steps import (
     step_folder,
     without,
 )
+from mergekit_bayes.documents import DocumentError, read_record, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
@@ -45,7 +49,7 @@ from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
-from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.models.load import choose_device, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
@@ -57,6 +61,7 @@ Tell = Callable[[str], None]
 Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
+_AGAIN = "Remove it, and the step is done again."
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -185,6 +190,12 @@ class _Journey:
             )
         self.curves = curves(config)
         self.work, self.kept = output / "steps", output / "model"
+        base = resolve(config.base, CHECKPOINT)
+        if base.is_dir():
+            side_files(base)  # links out of the folder are refused before the first step
+        # The steps that are there count as done, so another account must not have made them.
+        if os.path.lexists(self.work):
+            make_own_folder(self.work)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))
@@ -219,7 +230,9 @@ class _Journey:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
-        (output / _SETTINGS).write_text(text)
+        make_own_folder(self.work)
+        with replacing(output / _SETTINGS, force=True) as partial:
+            partial.write_text(text)
 
     def finetune(self) -> Path:
         """The model fine-tuned on the toxic text."""
@@ -268,14 +281,14 @@ class _Journey:
         if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
             if not model.exists():
                 run_merge(merge.model_copy(update={"out": str(model)}))
-                shutil.copyfile(model / MERGE_REPORT, merge_report)
+                copy_contained(model, MERGE_REPORT, merge_report)
             if not evaluation.exists():
                 evaluate = evaluate_config(self.config, str(model), str(evaluation))
                 run_evaluate(evaluate, quiet=self.quiet)
         if not self.config.keep_models:
             shutil.rmtree(model, ignore_errors=True)
         report = read_report(evaluation)
-        merged = json.loads(merge_report.read_text())
+        merged = read_record(MergeReport, merge_report, _AGAIN)
         return report, _point(report, scale, merged, merge_command(merge))
 
     def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
@@ -284,11 +297,11 @@ class _Journey:
         merge = merge_config(self.config, curve, scale, toxic, precision)
         model, mark = self.kept, self.work / _KEPT
         made_of = self._candidate_folder(curve, merge, precision).name
-        is_there = model.exists() and mark.exists() and mark.read_text() == made_of
+        is_there = model.exists() and _mark_of(mark) == made_of
         if not is_there:
             mark.unlink(missing_ok=True)
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
-            mark.write_text(made_of)
+            write_own(mark, made_of)
         return model
 
     def keep_none(self) -> None:
@@ -349,17 +362,17 @@ def _refuse_precision(config: PrecisionConfig) -> None:
 def _point(
     report: EvaluateReport,
     scale: float,
-    merged: Mapping[str, Any] | None = None,
+    merged: MergeReport | None = None,
     command: str | None = None,
 ) -> Point:
     """One model on a curve, from its evaluation and the report of its merge."""
     effects: dict[str, Any] = {}
     if merged is not None:
-        tasks = [model for model in merged["models"] if model["role"] == "task"]
+        tasks = [model for model in merged.models if model.role == "task"]
         effects = {
-            "guarded_share": merged["guarded_share"],
-            "largest_multiplier": merged["largest_multiplier"],
-            "precision_ratio": tasks[0].get("ratio") if tasks else None,
+            "guarded_share": merged.guarded_share,
+            "largest_multiplier": merged.largest_multiplier,
+            "precision_ratio": tasks[0].ratio if tasks else None,
         }
     return Point(
         scale=scale,
@@ -369,6 +382,14 @@ def _point(
         command=command,
         **effects,
     )
+
+
+def _mark_of(file: Path) -> str | None:
+    """Which candidate `model` is, as the work folder says; None if that cannot be read."""
+    try:
+        return read_text(file)
+    except (OSError, DocumentError):
+        return None
 
 
 def _write(folder: Path, report: DetoxReport) -> None:

@@ -2,8 +2,10 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import identity_of
@@ -77,6 +79,7 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
 
 def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     loaded = _load_model(config)
+    _refuse_links(loaded)
     if config.lora is not None:
         model = _with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
@@ -85,6 +88,13 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
         # Whoever reads the head later must not guess from its labels' names how it was trained.
         loaded.model.config.problem_type = "single_label_classification"
     return loaded, _load_examples(config, loaded), base_identity(loaded.path)
+
+
+def _refuse_links(loaded: Loaded) -> None:
+    """Refuse links that lead out of the model's folder: the tokenizer is stored with the result."""
+    for folder in {loaded.path, Path(str(loaded.tokenizer.name_or_path))}:
+        if folder.is_dir():
+            side_files(folder)
 
 
 def _load_model(config: FinetuneConfig) -> Loaded:

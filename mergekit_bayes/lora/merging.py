@@ -19,6 +19,7 @@ from mergekit_bayes.checkpoint.side_files import (
     MERGE_REPORT,
     check_side_files,
     copy_side_files,
+    side_files,
 )
 from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
@@ -96,6 +97,8 @@ def merge_adapters(
         for adapter in opened:
             read |= adapter.posterior.inputs
         check_output(out, opened)
+        for adapter in opened:
+            side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
         notes = check_bases(opened)
         if weights == "precision":

@@ -28,10 +28,11 @@ from typing import Any
 
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.stamps import Stamp, changed_since, to_json
+from mergekit_bayes.documents import DocumentError, parse_json, read_bytes, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
-from mergekit_bayes.merge.tally import TallyLine
+from mergekit_bayes.merge.tally import TallyLine, UnitTally
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 Line = dict[str, Any]  # one line, as JSON
@@ -61,7 +62,7 @@ class Journals:
             CheckpointError: Another process is at this part.
         """
         path = self._path(part)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = open_lock(path, os.O_CREAT | os.O_APPEND)
         try:
             # For a moment the lock may belong to a process that only looks: see `running`.
             if not any(try_lock(file) for _ in attempts()):
@@ -109,7 +110,9 @@ class Journals:
         done: dict[int, TallyLine] = {}
         for path in self.paths():
             for line in _read_lines(path, self._plan, self._inputs):
-                done.setdefault(line["unit"], line["tally"])
+                unit, tally = line.get("unit"), line.get("tally")
+                if isinstance(unit, int) and UnitTally.is_line(tally):
+                    done.setdefault(unit, tally)
         return done
 
     def changed_inputs(self) -> list[Path]:
@@ -180,8 +183,8 @@ class Journal:
 def this_host() -> dict[str, str]:
     """The machine's name and the identity of its boot, empty where the system has none."""
     boot = ""
-    with suppress(OSError):
-        boot = _BOOT.read_text().strip()
+    with suppress(OSError, DocumentError):
+        boot = read_text(_BOOT).strip()
     return {"host": platform.node(), "boot": boot}
 
 
@@ -204,10 +207,22 @@ def _changed(line: Line, inputs: Mapping[Path, Stamp]) -> list[Path]:
 
 
 def _parse(path: Path) -> Iterator[Line]:
-    """The lines of a journal, without torn ones."""
-    for text in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError):
-            yield json.loads(text)
+    """The lines of a journal, without torn ones.
+
+    Raises:
+        CheckpointError: It is no file that can be read.
+    """
+    try:
+        content = read_bytes(path)
+    except DocumentError as error:
+        raise CheckpointError(
+            f"{path}: {error}. Remove it, and its part is merged again."
+        ) from None
+    for text in content.splitlines():
+        with suppress(DocumentError):
+            line = parse_json(text)
+            if isinstance(line, dict):
+                yield line
 
 
 def _read_lines(path: Path, plan: str, inputs: Mapping[Path, Stamp]) -> Iterator[Line]:
@@ -217,6 +232,9 @@ def _read_lines(path: Path, plan: str, inputs: Mapping[Path, Stamp]) -> Iterator
         path: The journal.
         plan: The plan's hash; lines of other plans are skipped.
         inputs: The files that are read; lines that are older than one of them are skipped.
+
+    Raises:
+        CheckpointError: It is no file that can be read.
     """
     is_plans = is_certain = False
     boot: object = None
@@ -224,7 +242,7 @@ def _read_lines(path: Path, plan: str, inputs: Mapping[Path, Stamp]) -> Iterator
     for line in _parse(path):
         if "boot" in line:
             is_plans = line.get("plan") == plan and not _changed(line, inputs)
-            is_certain = line["sync"] or is_this_boot(line)
+            is_certain = line.get("sync") is True or is_this_boot(line)
             if not is_plans or line["boot"] != boot:
                 doubtful = []
             boot = line["boot"]

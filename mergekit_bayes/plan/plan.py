@@ -34,7 +34,7 @@ from mergekit_bayes.plan.options import (
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
+from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, refuse_links
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import summarise
 from mergekit_bayes.plan.weigh import weigh
@@ -152,6 +152,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     check_options(config, method, scales, rules)
     with ExitStack() as stack:
         inputs = _open_inputs(config, method, scales, stack)
+        refuse_links(inputs)
         documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
         notes = [note for model in inputs for note in model.posterior.mean.notes]
