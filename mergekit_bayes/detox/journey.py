@@ -50,7 +50,7 @@ from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
-from mergekit_bayes.models.load import choose_device, load_model
+from mergekit_bayes.models.load import Loaded, choose_device, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import open_posterior
@@ -62,6 +62,7 @@ Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
 _AGAIN = "Remove it, and the step is done again."
+_NO_RESULT = ("force", "trust_remote_code")  # settings that change no result
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -210,20 +211,20 @@ class _Journey:
             "prompts": data_identity(evaluate.toxicity or ""),
         }
         self.finetune_key: list[object] = [
-            without(finetune.model_dump(mode="json"), "output", "force", "model"),
+            without(finetune.model_dump(mode="json"), "output", "model", *_NO_RESULT),
             self.base,
             self.identities["toxic"],
         ]
         settings = evaluate.model_dump(mode="json")
         self.evaluate_key: list[object] = [
-            without(settings, "model", "output", "force", "batch_size", "sampling_batch"),
+            without(settings, "model", "output", "batch_size", "sampling_batch", *_NO_RESULT),
             self.identities["texts"],
             self.identities["prompts"],
             {scorer.spec: scorer_identity(scorer) for scorer in scorers},
         ]
         if config.force or not self._base_folder().exists():
             with quiet_libraries(bars=False):
-                refuse_model(evaluate, load_model(config.base, "auto", dtype=evaluate.dtype))
+                refuse_model(evaluate, _load_base(evaluate))
         if needs_precision(config):
             self.identities["precision"] = data_identity(precision_config(config, "").data)
         if config.force and is_ours:
@@ -252,7 +253,7 @@ class _Journey:
         folder = step_folder(
             self.work,
             "precision",
-            without(settings, "model", "output", "force"),
+            without(settings, "model", "output", *_NO_RESULT),
             self.base,
             self.identities["precision"],
         )
@@ -350,7 +351,11 @@ def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
     read_texts(config)
     read_labelled(config)
     read_prompts(config)
-    return open_scorers(config.scorer, config.device)
+    return open_scorers(config.scorer, config.device, trust_remote_code=config.trust_remote_code)
+
+
+def _load_base(config: EvaluateConfig) -> Loaded:
+    return load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
 
 
 def _refuse_precision(config: PrecisionConfig) -> None:

@@ -68,8 +68,12 @@ def run_evaluate(
         texts = read_texts(config)
         labelled = read_labelled(config)
         prompts = read_prompts(config)
-        scorers = open_scorers(config.scorer, config.device)
-        loaded = load_model(config.model, "auto", dtype=config.dtype)
+        scorers = open_scorers(
+            config.scorer, config.device, trust_remote_code=config.trust_remote_code
+        )
+        loaded = load_model(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
         refuse_model(config, loaded)
         if config.samples is not None:
             _keep_draws(loaded.model)

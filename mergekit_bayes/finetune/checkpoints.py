@@ -33,6 +33,7 @@ LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorB
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
+    "trust_remote_code",
     "output",
     "model",
     "data",

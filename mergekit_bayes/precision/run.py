@@ -69,7 +69,9 @@ def _refuse_settings(config: PrecisionConfig) -> None:
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(config.model, config.task, dtype=config.dtype)
+    loaded = load_model(
+        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
