@@ -433,3 +433,20 @@ def test_an_output_with_a_long_name_is_written(here):
     assert RUN.invoke(app, ("merge", "m", "other", "-o", name)).exit_code == 0
     pickled(Path("m"))
     assert RUN.invoke(app, ("convert", "m", "-o", name[:-1])).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "+" + "y" * 300, "~nobody-of-this-name/x"])
+def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(here, name):
+    folder(Path("m"))
+    Path("t.txt").write_text("text")
+    for arguments in (
+        ("push", name, "org/m", "--dry-run"),
+        ("merge", "m", name, "-o", "out"),
+        ("inspect", name),
+        ("convert", name, "-o", "out"),
+        ("precision", name, "--data", "t.txt"),
+        ("evaluate", "m", "--toxicity", "t.txt", "--scorer", f"words:{name}"),
+    ):
+        result = RUN.invoke(app, arguments)
+        assert result.exit_code == 2, (arguments, result.output, result.exception)
+        assert len(result.stderr.splitlines()) == 1, arguments

@@ -74,8 +74,8 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
     """
     if not posterior and only_posterior:
         raise ConfigError("--no-posterior and --posterior-only together leave nothing to push.")
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
+        if os.path.exists(folder):
             raise CheckpointError(
                 f"'{folder}' is a file; push takes a folder (merge with -o FOLDER)."
             )
