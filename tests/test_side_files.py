@@ -94,7 +94,7 @@ def test_a_side_file_that_cannot_be_copied_is_found_before_the_first_tensor_is_m
         tiny.write(f"m{name}/model.safetensors", world[name][0])
     monkeypatch.setattr(work.Worker, "run", lambda *a: pytest.fail("a tensor was merged"))
     Path("ma/config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"ma/config\.json: is not JSON"):
+    with pytest.raises(CheckpointError, match=r"ma/config\.json: cannot be read .Expecting"):
         run_merge(MergeConfig(models=("ma", "mb"), out="out", dtype="BF16"))
     real = os.open
 

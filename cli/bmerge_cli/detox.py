@@ -1,6 +1,5 @@
 """`bmerge detox`: subtract what a toxic fine-tune added, by every method, and report the cost."""
 
-import json
 import math
 import shlex
 import subprocess
@@ -22,6 +21,7 @@ from bmerge_cli.render import (
     table,
 )
 from mergekit_bayes.configs import load_config
+from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def command(
     if push_to is not None:
         _push(report, push_to)
     if as_json:
-        print_json(json.loads(report.model_dump_json()))
+        print_json(parse_json(report.model_dump_json()))
     elif not quiet:
         typer.echo(str(Path(report.path) / "report.md"))
 

@@ -10,7 +10,6 @@ Three lists say what happens to them, because the three risks differ:
 `gather_side_files` takes them from several folders: what belongs together from one folder each.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from mergekit_bayes.checkpoint.contained import (
     refuse_leaving,
 )
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_pointer
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 
 # Tokenizers in formats of their own (sentencepiece, tiktoken, byte-pair merges, vocabularies).
@@ -289,11 +289,7 @@ def gather_side_files(config_folder: Path, folders: Sequence[Path]) -> GatheredF
 
 def inline_template(folder: Path) -> str | None:
     """The chat template inside a folder's `tokenizer_config.json`; None if it has none."""
-    try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    template = content.get("chat_template") if isinstance(content, dict) else None
+    template = read_object(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 

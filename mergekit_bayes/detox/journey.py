@@ -1,6 +1,5 @@
 """The verbs of a removal in order, each done once, and the report of it."""
 
-import json
 import platform
 import shlex
 import shutil
@@ -38,6 +37,7 @@ from mergekit_bayes.detox.steps import (
     step_folder,
     without,
 )
+from mergekit_bayes.documents import DocumentError, read_record, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
@@ -47,7 +47,7 @@ from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
-from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.models.load import choose_device, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
@@ -59,6 +59,7 @@ Tell = Callable[[str], None]
 Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
+_AGAIN = "Remove it, and the step is done again."
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -280,7 +281,7 @@ class _Journey:
         if not self.config.keep_models:
             shutil.rmtree(model, ignore_errors=True)
         report = read_report(evaluation)
-        merged = json.loads(merge_report.read_text())
+        merged = read_record(MergeReport, merge_report, _AGAIN)
         return report, _point(report, scale, merged, merge_command(merge))
 
     def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
@@ -289,7 +290,7 @@ class _Journey:
         merge = merge_config(self.config, curve, scale, toxic, precision)
         model, mark = self.kept, self.work / _KEPT
         made_of = self._candidate_folder(curve, merge, precision).name
-        is_there = model.exists() and mark.exists() and mark.read_text() == made_of
+        is_there = model.exists() and _mark_of(mark) == made_of
         if not is_there:
             mark.unlink(missing_ok=True)
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
@@ -354,17 +355,17 @@ def _refuse_precision(config: PrecisionConfig) -> None:
 def _point(
     report: EvaluateReport,
     scale: float,
-    merged: Mapping[str, Any] | None = None,
+    merged: MergeReport | None = None,
     command: str | None = None,
 ) -> Point:
     """One model on a curve, from its evaluation and the report of its merge."""
     effects: dict[str, Any] = {}
     if merged is not None:
-        tasks = [model for model in merged["models"] if model["role"] == "task"]
+        tasks = [model for model in merged.models if model.role == "task"]
         effects = {
-            "guarded_share": merged["guarded_share"],
-            "largest_multiplier": merged["largest_multiplier"],
-            "precision_ratio": tasks[0].get("ratio") if tasks else None,
+            "guarded_share": merged.guarded_share,
+            "largest_multiplier": merged.largest_multiplier,
+            "precision_ratio": tasks[0].ratio if tasks else None,
         }
     return Point(
         scale=scale,
@@ -374,6 +375,14 @@ def _point(
         command=command,
         **effects,
     )
+
+
+def _mark_of(file: Path) -> str | None:
+    """Which candidate `model` is, as the work folder says; None if that cannot be read."""
+    try:
+        return read_text(file)
+    except (OSError, DocumentError):
+        return None
 
 
 def _write(folder: Path, report: DetoxReport) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity, content_hash
+from mergekit_bayes.documents import SETTINGS, DocumentError, decode_text, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.metrics.scorers import (
@@ -85,14 +86,14 @@ def open_scorer(spec: str, device: str | None = None) -> Scorer:
 
 def _open_words(spec: str, path: Path) -> Scorer:
     try:
-        content = path.read_bytes()
-        lines = content.decode().splitlines()
+        content = read_bytes(path, SETTINGS)
+        lines = decode_text(content).splitlines()
     except OSError as error:
         raise CheckpointError(
             f"--scorer '{spec}': {path} cannot be read ({error.strerror})."
         ) from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"--scorer '{spec}': {path} is not UTF-8 text.") from None
+    except DocumentError as error:
+        raise CheckpointError(f"--scorer '{spec}': {path} is no list of words ({error}).") from None
     try:
         score = word_scorer(lines)
     except ConfigError as error:

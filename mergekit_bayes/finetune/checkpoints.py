@@ -12,15 +12,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.documents import DocumentError, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.posterior import Identity
+from mergekit_bayes.records import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,24 @@ class Checkpoint(NamedTuple):
     step: int
     settings: dict[str, object]
     loss: float
+
+
+class _Marker(Frozen):
+    """What the marker of a checkpoint records.
+
+    Attributes:
+        format: Version of this record.
+        step: As in `Checkpoint`.
+        loss: As in `Checkpoint`.
+        settings: As in `Checkpoint`.
+        files: Bytes of each file by its name in the checkpoint.
+    """
+
+    format: Literal[1] = 1
+    step: int = Field(ge=0)
+    loss: float
+    settings: dict[str, Any]
+    files: dict[str, int]
 
 
 def checkpoints_of(target: Path) -> Path:
@@ -94,11 +115,12 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
             shutil.rmtree(path)
         return None
     for path in reversed(paths):
-        reason = _torn(path)
-        if reason is None:
-            marker = json.loads((path / MARKER).read_text())
-            return Checkpoint(path, marker["step"], marker["settings"], marker["loss"])
-        logger.warning("'%s' is torn (%s): skipped.", path, reason)
+        try:
+            marker = _read_marker(path)
+        except DocumentError as error:
+            logger.warning("'%s' is torn (%s): skipped.", path, error)
+        else:
+            return Checkpoint(path, marker.step, marker.settings, marker.loss)
         # Else it could vouch for files that the resumed run has only half written again.
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
@@ -156,15 +178,14 @@ def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: floa
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
         sync_path(file)
-    marker = {
-        "format": 1,
-        "step": step,
-        "loss": loss,
-        "settings": dict(settings),
-        "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
-    }
+    marker = _Marker(
+        step=step,
+        loss=loss,
+        settings=dict(settings),
+        files={str(file.relative_to(path)): file.stat().st_size for file in files},
+    )
     partial = path / f"{MARKER}.partial"
-    partial.write_text(json.dumps(marker, indent=1))
+    partial.write_text(json.dumps(marker.model_dump(), indent=1))
     sync_path(partial)
     os.replace(partial, path / MARKER)
     sync_path(path)
@@ -192,8 +213,7 @@ def identity_of(
         "model": base.blocks if base is not None else config.model,
         "data": _digest(examples),
     }
-    identity: dict[str, object] = json.loads(json.dumps(settings))
-    return identity
+    return settings
 
 
 def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]) -> None:
@@ -246,21 +266,25 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__)
 
 
-def _torn(path: Path) -> str | None:
-    """Why a checkpoint is not complete; None if it is."""
+def _read_marker(path: Path) -> _Marker:
+    """The marker of a checkpoint.
+
+    Raises:
+        DocumentError: The checkpoint is not complete; the text says why.
+    """
+    file = path / MARKER
+    if not os.path.lexists(file):
+        raise DocumentError("it was never finished")
     try:
-        sizes = json.loads((path / MARKER).read_text())["files"]
-    except FileNotFoundError:
-        return "it was never finished"
-    except (OSError, ValueError, KeyError):
-        return f"its {MARKER} cannot be read"
-    for name, size in sizes.items():
-        file = path / name
-        actual = file.stat().st_size if file.is_file() else None
-        if actual != size:
+        marker = read_record(_Marker, file)
+    except CheckpointError:
+        raise DocumentError(f"its {MARKER} cannot be read") from None
+    sizes = {str(f.relative_to(path)): f.stat().st_size for f in path.rglob("*") if f.is_file()}
+    for name, size in marker.files.items():
+        if (actual := sizes.get(name)) != size:
             problem = "is missing" if actual is None else f"holds {actual}"
-            return f"{name} should hold {size} bytes and {problem}"
-    return None
+            raise DocumentError(f"{name} should hold {size} bytes and {problem}")
+    return marker
 
 
 def _digest(examples: Sequence[Mapping[str, object]]) -> str:

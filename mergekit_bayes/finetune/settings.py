@@ -44,7 +44,10 @@ class FinetuneConfig(Config):
         description="`causal-lm`, `classification`, or `auto` for what the architecture says.",
     )
     num_labels: int | None = Field(
-        None, ge=2, description="Number of classes; makes a new head for a classifier."
+        None,
+        ge=2,
+        le=1_000_000,
+        description="Number of classes; makes a new head for a classifier.",
     )
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.documents import DocumentError, parse_json, read_bytes, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
-from mergekit_bayes.merge.tally import TallyLine
+from mergekit_bayes.merge.tally import TallyLine, UnitTally
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 Line = dict[str, Any]  # one line, as JSON
@@ -107,7 +108,9 @@ class Journals:
         done: dict[int, TallyLine] = {}
         for path in self.paths():
             for line in _read_lines(path, self._plan):
-                done.setdefault(line["unit"], line["tally"])
+                unit, tally = line.get("unit"), line.get("tally")
+                if isinstance(unit, int) and UnitTally.is_line(tally):
+                    done.setdefault(unit, tally)
         return done
 
     def forget(self) -> None:
@@ -165,8 +168,8 @@ class Journal:
 def this_host() -> dict[str, str]:
     """The machine's name and the identity of its boot, empty where the system has none."""
     boot = ""
-    with suppress(OSError):
-        boot = _BOOT.read_text().strip()
+    with suppress(OSError, DocumentError):
+        boot = read_text(_BOOT).strip()
     return {"host": platform.node(), "boot": boot}
 
 
@@ -188,18 +191,29 @@ def _read_lines(path: Path, plan: str) -> Iterator[Line]:
     Args:
         path: The journal.
         plan: The plan's hash; lines of other plans are skipped, and torn ones.
+
+    Raises:
+        CheckpointError: It is no file that can be read.
     """
     is_plans = is_certain = False
     boot: object = None
     doubtful: list[Line] = []
-    for text in path.read_text(errors="replace").splitlines():
+    try:
+        content = read_bytes(path)
+    except DocumentError as error:
+        raise CheckpointError(
+            f"{path}: {error}. Remove it, and its part is merged again."
+        ) from None
+    for text in content.splitlines():
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json(text)
+        except DocumentError:
+            continue
+        if not isinstance(line, dict):
             continue
         if "boot" in line:
             is_plans = line.get("plan") == plan
-            is_certain = line["sync"] or is_this_boot(line)
+            is_certain = line.get("sync") is True or is_this_boot(line)
             if not is_plans or line["boot"] != boot:
                 doubtful = []
             boot = line["boot"]

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
@@ -69,11 +70,9 @@ class Partial:
     @property
     def is_publishing(self) -> bool:
         """Whether the output is complete and is being given its final name."""
-        with suppress(OSError, ValueError, AttributeError):
-            record = json.loads((self.folder / "whole.json").read_text())
-            is_certain = record.get("sync") or is_this_boot(record)
-            return bool(record.get("plan") == self.plan and is_certain)
-        return False
+        record = read_object(self.folder / "whole.json")
+        is_certain = record.get("sync") or is_this_boot(record)
+        return bool(record.get("plan") == self.plan and is_certain)
 
     def publish(self, *, sync: bool) -> None:
         """Record that the output is complete.
@@ -168,10 +167,9 @@ class Partial:
     def _begun_plan(self) -> str | None:
         """The hash of the plan that has begun in the folder."""
         for name in ("plan.json", "whole.json"):
-            with suppress(OSError, ValueError, AttributeError):
-                plan = json.loads((self.folder / name).read_text()).get("plan")
-                if isinstance(plan, str):
-                    return plan
+            plan = read_object(self.folder / name).get("plan")
+            if isinstance(plan, str):
+                return plan
         return None
 
     def _write(self, name: str, **more: object) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.sink import LostError
+from mergekit_bayes.documents import read_record
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.merge.output import Output
 from mergekit_bayes.merge.partial import BusyError, Partial, wait_for
@@ -115,7 +116,7 @@ def carry_out(
             if not partial.is_publishing:
                 _do_all(pool, partial, say)
             publish(plan, partial, sync=sync)
-            report = MergeReport.model_validate_json(report_path(plan.target).read_text())
+            report = read_record(MergeReport, report_path(plan.target))
             partial.remove()
             return report
     except OSError as error:
