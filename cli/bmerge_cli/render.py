@@ -17,11 +17,12 @@ from rich.table import Table
 
 from bmerge_cli.terminal import Screen, printable
 from mergekit_bayes.errors import BmergeError
-from mergekit_bayes.records import FORCE
+from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help=FORCE)]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_REMOTE_CODE)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="key=value: override a setting of the file; repeatable."),

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -32,6 +33,7 @@ LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorB
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
+    "trust_remote_code",
     "output",
     "model",
     "data",
@@ -87,6 +89,20 @@ def checkpoints_of(target: Path) -> Path:
 def has_folder(config: FinetuneConfig) -> bool:
     """Whether a run writes into `checkpoints_of` its output: checkpoints, or the files of logs."""
     return config.save_steps is not None or bool(set(config.report_to) - {"none"})
+
+
+def make_checkpoint_folder(folder: Path) -> None:
+    """Make the folder for the checkpoints, or check that this account has made it.
+
+    What is in it is loaded with --resume and removed with --force. A link of this account is
+    followed: checkpoints are large, and may be kept on another disk.
+
+    Raises:
+        CheckpointError: It is no folder of this account, or cannot be made.
+    """
+    if folder.is_symlink() and folder.lstat().st_uid == os.geteuid():
+        folder = folder.resolve()
+    make_own_folder(folder)
 
 
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -160,8 +176,9 @@ def close_checkpoints(folder: Path, *, keep: bool) -> None:
 
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder in which there is no file."""
-    if folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
-        shutil.rmtree(folder)
+    is_empty = folder.is_dir() and not any(path.is_file() for path in folder.rglob("*"))
+    if is_empty and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)  # it may be of another account
 
 
 def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
@@ -185,7 +202,7 @@ def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: floa
         files={str(file.relative_to(path)): file.stat().st_size for file in files},
     )
     partial = path / f"{MARKER}.partial"
-    partial.write_text(json.dumps(marker.model_dump(), indent=1))
+    write_own(partial, json.dumps(marker.model_dump(), indent=1))
     sync_path(partial)
     os.replace(partial, path / MARKER)
     sync_path(path)

@@ -100,9 +100,13 @@ def _refuse_links(loaded: Loaded) -> None:
 def _load_model(config: FinetuneConfig) -> Loaded:
     """Load the model; a checkpoint without a head gets one for the labels in the data."""
     needs_head = config.task == "classification" and config.num_labels is None
-    if not needs_head or is_classifier(config.model):
+    if not needs_head or is_classifier(config.model, trust_remote_code=config.trust_remote_code):
         return load_model(
-            config.model, config.task, num_labels=config.num_labels, dtype=config.dtype
+            config.model,
+            config.task,
+            num_labels=config.num_labels,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
         )
     rows = load_rows(
         config.data, where=config.where, max_rows=config.max_rows, label=config.label_column
@@ -114,6 +118,7 @@ def _load_model(config: FinetuneConfig) -> Loaded:
         config.task,
         num_labels=len(labels) if are_names else max(1, *labels) + 1,
         dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
     )
     if are_names:
         loaded.model.config.id2label = {i: str(label) for i, label in enumerate(labels)}

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Force, Frozen
+from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 
 class LoraSettings(Config):
@@ -174,6 +174,7 @@ class FinetuneConfig(Config):
         "transformers: `tensorboard`, `wandb` and so on, or a list of them. Files that this makes "
         "are in `OUTPUT.checkpoints` during training and in `OUTPUT/runs` at the end.",
     )
+    trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
 
