@@ -9,7 +9,6 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from mergekit_bayes.errors import CheckpointError
 
 # Openers of compressed files, by ending.
-COMPRESSED: dict[str, Callable[[Path, str], Any]] = {
+COMPRESSED: dict[str, Any] = {  # called with the file and "rb"
     ".gz": gzip.GzipFile,
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
