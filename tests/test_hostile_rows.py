@@ -8,12 +8,13 @@ import os
 import socket
 import time
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models import row_bytes
+from mergekit_bayes.models import row_bytes, rows
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 
@@ -223,8 +224,8 @@ def test_what_else_lies_in_a_folder_is_left(tmp_path):
 def test_values_that_are_files_are_not_opened(tmp_path):
     """A Parquet file may say that a column is of images, which are fetched when they are read."""
     image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    rows = [{"bytes": None, "path": "http://127.0.0.1:9/x.png"}]
-    table = pyarrow.table({"text": pyarrow.array(rows, image), "label": ["a"]})
+    images = [{"bytes": None, "path": "http://127.0.0.1:9/x.png"}]
+    table = pyarrow.table({"text": pyarrow.array(images, image), "label": ["a"]})
     features = {"text": {"_type": "Image"}, "label": {"dtype": "string", "_type": "Value"}}
     said = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(table.replace_schema_metadata(said), tmp_path / "t.parquet")
@@ -238,3 +239,30 @@ def test_bytes_of_a_parquet_file_that_are_no_text_are_one_message(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "t.parquet")
     with pytest.raises(CheckpointError, match=r"t\.parquet'.*column 'text' cannot be read"):
         load_rows(str(tmp_path / "t.parquet"), text="text")
+
+
+def test_the_card_of_a_hub_data_set_is_read_before_its_rows(tmp_path, monkeypatch):
+    """Rows are of the commit whose card was read."""
+    revisions = []
+
+    def load_dataset(repo, *, split, revision, features):
+        revisions.append(revision)
+        return datasets.Dataset.from_dict({"text": ["the cat"]})
+
+    snapshot = tmp_path / "snapshots" / "abc"
+    monkeypatch.setattr(rows, "resolve", lambda *_, **__: snapshot)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    folder(snapshot, card(entry("http://127.0.0.1:9/x.jsonl")))
+    with pytest.raises(CheckpointError, match="which is not in the folder"):
+        load_rows("org/data")
+    folder(snapshot, card(entry("a.jsonl")))
+    assert load_rows("org/data@v1")["text"][:] == ["the cat"]
+    (snapshot / "README.md").unlink()
+    assert load_rows("org/data")["text"][:] == ["the cat"]
+
+    def missing(*_, **__):
+        raise CheckpointError("offline")
+
+    monkeypatch.setattr(rows, "resolve", missing)
+    assert load_rows("org/data@v1")["text"][:] == ["the cat"]
+    assert revisions == ["abc", "abc", "v1"]

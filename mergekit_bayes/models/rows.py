@@ -1,11 +1,11 @@
 """Read rows of text: files, folders and Hub data sets."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_bayes.checkpoint.sources import is_hub_id, resolve
+from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.libraries import call, reason
 from mergekit_bayes.models.data_files import (
@@ -103,12 +103,12 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
 
     name, rows, numbers, empty_is_null = table
     if text is not None:
-        values = _column(rows, text, name)
+        values = _read_out(rows[text], text, name)
         texts = check_texts(values, text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
             rows = _with_column(rows, text, texts)
     if label is not None:
-        labels = check_labels(rows[label], label, name, numbers)
+        labels = check_labels(_read_out(rows[label], label, name), label, name, numbers)
         if isinstance(rows.features[label], Json):
             rows = _with_column(rows, label, labels)
     return rows
@@ -166,8 +166,8 @@ def _load(name: str, features: "Features | None") -> "Dataset":
             lambda: load_dataset(chosen.loader, split="train", features=features, **options),
         )
     if is_hub_id(name) and not name.endswith(tuple(LOADERS)):
-        _check_card(name)
         repo, _, revision = name.partition("@")
+        revision = _check_card(name) or revision
         return _loaded(
             name,
             lambda: load_dataset(repo, split="train", revision=revision or None, features=features),
@@ -212,8 +212,11 @@ def _is_opened(feature: Any) -> bool:
     return is_file or (inner is not None and _is_opened(inner))
 
 
-def _check_card(name: str) -> None:
+def _check_card(name: str) -> str | None:
     """Refuse a Hub data set whose card names files outside of its repository.
+
+    Returns:
+        The commit of the card; None if it cannot be had.
 
     Raises:
         CheckpointError: It does.
@@ -221,8 +224,9 @@ def _check_card(name: str) -> None:
     try:
         folder = resolve(name, CARDS, repo_type="dataset")
     except CheckpointError:
-        return  # told by datasets, which may have the rows in its own cache
+        return None  # told by datasets, which may have the rows in its own cache
     patterns_of_card(folder)
+    return commit_in(name, folder)
 
 
 def _choose(
@@ -243,7 +247,9 @@ def _choose(
     empty_is_null = rows.info.builder_name == "csv"
     numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
-        candidates = zip(*(found[column] or () for column in where), strict=True)
+        candidates = zip(
+            *(_read_out(found[column] or (), column, name) for column in where), strict=True
+        )
         matching = [
             i
             for i, values in enumerate(candidates)
@@ -261,22 +267,23 @@ def _values(rows: "Dataset", column: str, name: str) -> Sequence[object] | None:
     Objects may differ from row to row, so that their values are looked at and not their type.
     """
     if column in rows.column_names:
-        values: Sequence[object] = _column(rows, column, name)
+        values: Sequence[object] = rows[column]  # read where it is iterated
         return values
     outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
-    found = [_inside(row, column) for row in rows.select_columns(outer)] if outer else [_MISSING]
+    objects = _read_out(rows.select_columns(outer), column, name) if outer else []
+    found = [_inside(row, column) for row in objects] or [_MISSING]
     if all(value is _MISSING for value in found):
         return None
     return [None if value is _MISSING else value for value in found]
 
 
-def _column(rows: "Dataset", column: str, name: str) -> list[object]:
+def _read_out(values: Iterable[object], column: str, name: str) -> list[object]:
     """The values of a column, some of which a file may hold in no form of Python's.
 
     Raises:
         CheckpointError: They cannot be read.
     """
-    return call(f"'{name}': column '{column}' cannot be read", lambda: list(rows[column]))
+    return call(f"'{name}': column '{column}' cannot be read", lambda: list(values))
 
 
 def _inside(value: object, path: str) -> object:
@@ -305,7 +312,7 @@ def _open_objects(
         if column not in rows.column_names:
             rows = _with_column(rows, column, _values(rows, column, name) or [None] * len(rows))
     if text is not None and not isinstance(rows.features[text], Value):
-        rows = _with_column(rows, text, [_text_of(value) for value in rows[text]])
+        rows = _with_column(rows, text, [_text_of(v) for v in _read_out(rows[text], text, name)])
     return rows
 
 
