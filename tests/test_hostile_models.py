@@ -237,6 +237,9 @@ ADAPTERS = {
     "module": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "megatron_core"),
     "kind": ({"peft_type": "x"}, "adapter_config.json"),
     "base": ({"base_model_name_or_path": None}, "None"),
+    "pattern": ({"target_modules": "(a+)+(.*.*.*)*c_attn"}, "regular expression"),
+    "no pattern": ({"target_modules": "("}, "regular expression"),
+    "pattern of ranks": ({"rank_pattern": {"(.*)*(.*)*x": 1}}, "regular expression"),
     "alpha": ({"lora_alpha": "x"}, "peft"),
 }
 
@@ -245,7 +248,7 @@ ADAPTERS = {
 def test_an_adapter_that_its_tensors_do_not_bear_out_is_refused(folders, name):
     values, message = ADAPTERS[name]
     change(folders / "adapter" / "adapter_config.json", **values)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(BmergeError, match=message):
         bounded_raise(lambda: load_model(str(folders / "adapter")))
 
 
