@@ -142,7 +142,7 @@ class Loaded:
         tokens = torch.tensor([((ids or [0]) * _TRIED)[: min(_TRIED, self.context)]]).to(
             self.device
         )
-        with torch.inference_mode():
+        with torch.no_grad():  # what a model keeps of a pass may be trained with
             output = call(
                 f"'{self.path}': the model cannot be run",
                 lambda: self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)),
