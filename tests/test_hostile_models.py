@@ -97,6 +97,7 @@ def bounded(function):
 LARGE = {  # by architecture; every one is refused
     "gpt2": [
         {"n_layer": 10**9},
+        {"n_layer": 60_000},
         {"n_layer": 0},
         {"n_layer": -1},
         {"n_embd": 10**7},
@@ -336,3 +337,22 @@ def test_a_broken_checkpoint_is_refused_before_it_is_resumed(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x02" + b"c" * 50)
     with pytest.raises(CheckpointError, match=f"{name}: cannot be read .* before it"):
         refuse_broken(checkpoint)
+
+
+def test_numbers_of_published_configs_are_accepted(folders):
+    """Sentinels and keys that transformers does not use are nobody's fault."""
+    honest = {
+        "num_nextn_predict_layers": 0,
+        "num_kv_shared_layers": -1,
+        "rope_theta": 10**12,
+        "num_parameters": 70 * 10**9,
+        "tokenizer_model_max_length": int(1e30),
+        "max_sequence_length": 10_485_760,
+        "sliding_window": None,
+        "label_smoothing": 0.1,
+        "text_config": {"vocab_size": 10**6},
+        "auto_map": {},
+        "attn_implementation": "eager",
+    }
+    change(folders / "gpt2" / "config.json", **honest)
+    load_model(str(folders / "gpt2")).move_to("cpu")

@@ -371,5 +371,5 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
                 f"{number:,}, but the model's embedding has {rows:,} rows (tokens 0 to "
                 f"{rows - 1:,}). Use the tokenizer that belongs to the model."
             )
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:  # some configs have no such key
         config.pad_token_id = tokenizer.pad_token_id
