@@ -350,7 +350,7 @@ def test_numbers_of_published_configs_are_accepted(folders):
         "max_sequence_length": 10_485_760,
         "sliding_window": None,
         "label_smoothing": 0.1,
-        "text_config": {"vocab_size": 10**6},
+        "extra": {"vocab_size": 10**6},
         "auto_map": {},
         "attn_implementation": "eager",
     }
