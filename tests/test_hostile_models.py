@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.finetune.checkpoints import Checkpoint, refuse_broken
 from mergekit_bayes.libraries import call, call_tokenizers
@@ -356,3 +357,22 @@ def test_numbers_of_published_configs_are_accepted(folders):
     }
     change(folders / "gpt2" / "config.json", **honest)
     load_model(str(folders / "gpt2")).move_to("cpu")
+
+
+WORD_LISTS = {
+    "pipe": (os.mkfifo, "not a regular file"),
+    "utf16": (lambda f: f.write_bytes("bad".encode("utf-16")), "not UTF-8 but UTF-16"),
+    "latin": (lambda f: f.write_bytes(b"caf\xe9"), "not UTF-8"),
+    "large": (lambda f: f.write_text("bad\n" * 300_000), "1,200,000 bytes, where at most"),
+    "folder": (Path.mkdir, "Is a directory"),
+    "empty": (lambda f: f.write_text("\n \n"), "the word list is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WORD_LISTS)
+def test_a_word_list_that_cannot_be_read_is_one_message(tmp_path, name):
+    make, message = WORD_LISTS[name]
+    make(tmp_path / "list.txt")
+    with pytest.raises(BmergeError, match=message) as refused:
+        open_scorer(f"words:{tmp_path / 'list.txt'}")
+    assert "list.txt" in str(refused.value)
