@@ -11,19 +11,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.documents import read_record
-from mergekit_bayes.errors import BmergeError, PrecisionError
+from mergekit_bayes.detox.steps import model_identity
+from mergekit_bayes.documents import as_record, parse_json, read_record
+from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.finetune.checkpoints import MARKER, mark_whole, open_checkpoints
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.lora import merge_adapters
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.merge.partial import Partial
+from mergekit_bayes.merge.report import MergedModel
 from mergekit_bayes.merge.side_files import SideFiles
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import plan_merge
@@ -355,6 +358,33 @@ def test_a_token_beyond_the_embedding_takes_no_memory(models: None, file: str, n
     assert tokens is not None
     assert tokens.count == number + 1
     assert f"gives the token 'far' the number {number:,}, and the written embedding has" in notes
+
+
+def test_a_name_of_a_tensor_that_no_model_has_is_refused(tmp_path: Path) -> None:
+    long = {f"{'a.' * 5000}{i}": np.zeros((2, 2), np.float32) for i in range(2)}
+    file = tiny.write(tmp_path / "a.safetensors", long)
+    with pytest.raises(CheckpointError, match=r"a name of 10,001 characters, 'a\.a"):
+        run_inspect(str(file))
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    adapter(one, factors(0), base_model_name_or_path=str(other))
+    adapter(other, factors(1), base_model_name_or_path=str(one))
+    with pytest.raises(CheckpointError, match="leads back to this adapter"):
+        model_identity(str(one))
+
+
+def test_infinite_numbers_of_a_merge_are_read_back() -> None:
+    models = (MergedModel(ref="a", role="task", scale=1.0, identity="i", ratio=float("inf")),)
+    numbers: dict[str, Any] = {"largest_multiplier": float("inf"), "guarded_share": 0.5}
+    fields: dict[str, Any] = dict.fromkeys(MergeReport.model_fields, None) | {"models": models}
+    report = MergeReport.model_construct(**fields).model_copy(update=numbers)
+    text = report.model_dump_json(exclude_none=True)
+    content = parse_json(text)
+    assert isinstance(content, dict)
+    assert content["largest_multiplier"] == "Infinity"
+    assert as_record(MergedModel, content["models"][0]) == models[0]
 
 
 def marker() -> dict[str, object]:

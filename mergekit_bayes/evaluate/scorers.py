@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity, content_hash
-from mergekit_bayes.documents import SETTINGS, DocumentError, decode_text, read_bytes
+from mergekit_bayes.documents import DocumentError, decode_text, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.metrics.scorers import (
@@ -20,6 +20,8 @@ from mergekit_bayes.metrics.scorers import (
     word_scorer,
 )
 from mergekit_bayes.models.load import load_model
+
+_WORDS = 8 << 20  # bytes of a list of words, of which one pattern is made
 
 
 class Scorer(NamedTuple):
@@ -85,7 +87,7 @@ def open_scorer(spec: str, device: str | None = None) -> Scorer:
 
 def _open_words(spec: str, path: Path) -> Scorer:
     try:
-        content = read_bytes(path, SETTINGS)
+        content = read_bytes(path, _WORDS)
         lines = decode_text(content).splitlines()
     except OSError as error:
         raise CheckpointError(

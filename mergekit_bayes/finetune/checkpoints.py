@@ -72,7 +72,7 @@ class _Marker(Frozen):
     """
 
     format: Literal[1] = 1
-    step: int = Field(ge=0)
+    step: int = Field(gt=0)
     loss: float
     settings: dict[str, Any]
     files: dict[str, int]
