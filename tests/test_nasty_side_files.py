@@ -2,9 +2,11 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -497,3 +499,48 @@ def test_a_recipe_may_hold_anything(tmp_path: Path) -> None:
 
 def test_a_posterior_info_is_a_record_of_every_field() -> None:
     assert record().keys() == PosteriorInfo.model_fields.keys()
+
+
+LARGE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "lines": ("vocab.txt", lambda: b"\n" * (30 << 20)),
+    "wide": ("vocab.txt", lambda: "\N{GRINNING FACE}".encode() + b"a" * (31 << 20)),
+    "pieces": ("tokenizer.model", lambda: b"\x0a\x00" * (30 << 20)),
+    "long integer": ("tokenizer.model", lambda: b"\x0a" + b"\xff" * (60 << 20)),
+    "fields": ("tokenizer.model", lambda: b"\x0a\x80\x80\x80\x10" + b"\x08\x00" * (1 << 24)),
+    "ranks": ("x.tiktoken", lambda: b"YWJj 1\n" * (4 << 20)),
+    "long token": ("x.tiktoken", lambda: b"YWJj" * (8 << 20) + b" 0\n"),
+    "numbers": ("vocab.json", lambda: b'{"a":[' + b"1," * (5 << 20) + b"1]}"),
+    "names": ("tokenizer_config.json", lambda: encoded({f"a{i}": i for i in range(900_000)})),
+    "keys": ("config.json", lambda: encoded({f"a{i}_heads": i for i in range(500_000)})),
+    "text": ("chat_template.jinja", lambda: b"x" * (120 << 20)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE)
+def test_a_large_file_takes_ten_seconds_and_500_mib_at_most(models: None, case: str) -> None:
+    file, content = LARGE[case]
+    with_only(file)
+    put(Path("task", file), content())
+    plan_alone = multiprocessing.get_context("fork").Process(target=measured_plan)
+    plan_alone.start()
+    plan_alone.join(30)
+    if plan_alone.is_alive():
+        plan_alone.kill()
+    assert plan_alone.exitcode == 0
+
+
+def measured_plan() -> None:
+    """Plan in a process of its own, within its own processor time and resident memory."""
+    peak, start = Path("/proc/self/clear_refs"), time.process_time()
+    peak.write_text("5")  # forget the peak that was inherited
+    before = resident_peak()
+    ends_well(plan)
+    assert time.process_time() - start < 10
+    assert resident_peak() - before < 500 << 10
+
+
+def resident_peak() -> int:
+    """The peak of resident memory in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
