@@ -82,9 +82,10 @@ def read_bytes(file: Path, limit: int = SIDE_FILE) -> bytes:
         DocumentError: It is no regular file, or is larger than `limit`.
     """
     with open_regular(file) as content:
-        # The size is only a hint: the file may grow, and some of the kernel's files say 0.
         size = os.fstat(content.fileno()).st_size
-        data = content.read(limit + 1) if size <= limit else b""
+        data = content.read(size + 1) if size <= limit else b""
+        if len(data) > size:  # it grows, or is a pipe or one of the kernel's, which say 0
+            data += content.read(max(0, limit + 1 - len(data)))
         if (found := max(len(data), size)) > limit:
             raise DocumentError(f"{found:,} bytes, where at most {limit:,} are read")
         return data

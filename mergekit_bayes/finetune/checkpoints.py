@@ -118,7 +118,8 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
         The checkpoint, or None for a run from the first step.
 
     Raises:
-        CheckpointError: The folder holds checkpoints and neither `resume` nor `force` is set.
+        CheckpointError: The folder holds checkpoints and neither `resume` nor `force` is set, or
+            a folder is in the place of a marker.
     """
     paths = _checkpoint_folders(folder)
     if not resume:
@@ -138,6 +139,8 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
         else:
             return Checkpoint(path, marker.step, marker.settings, marker.loss)
         # Else it could vouch for files that the resumed run has only half written again.
+        if (path / MARKER).is_dir():
+            raise CheckpointError(f"{path / MARKER}: is a folder. Remove it, and resume again.")
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None

@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
 from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
+from mergekit_bayes.patterns import MOST_WAYS, PatternError, count_ways
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor name in WEIGHTS
@@ -131,6 +132,18 @@ def _is_flag_or_text(value: object) -> bool:
     return isinstance(value, bool | str)
 
 
+# The keys whose values are regular expressions: what PEFT makes of one before it matches, and
+# whether the entries of a list are plain names.
+_PATTERNS: dict[str, tuple[Callable[[str], str], bool]] = {
+    "target_modules": (str, True),
+    "exclude_modules": (str, True),
+    "modules_to_save": (r"(^|.*\.){}($|\..*)".format, False),
+    "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.".format, False),
+    "rank_pattern": (lambda pattern: module_pattern(pattern), False),
+    "alpha_pattern": (lambda pattern: module_pattern(pattern), False),
+}
+_NAME = re.compile(r"[\w.-]{0,256}")
+MOST_PATTERNS = 20_000  # a rank for each layer of the largest models
 _TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond what Python handles
 # The keys whose values are relied on beside the ranks and alphas: a test, and what is expected.
 _FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -158,15 +171,41 @@ def _check_forms(config: Mapping[str, object], file: Path) -> None:
                 f"{file}: {key} is {shown(value)}, where {expected} is expected. Correct it "
                 "there, or save the adapter again."
             )
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key)
-        for pattern in patterns if isinstance(patterns, dict) else ():
+    check_adapter_patterns(config, file)
+
+
+def check_adapter_patterns(config: Mapping[str, object], file: Path) -> None:
+    """Check the regular expressions that PEFT, or this package, makes of an adapter's config.
+
+    Args:
+        config: The content of the file; values of other forms than PEFT gives them are skipped.
+        file: The `adapter_config.json`, for messages.
+
+    Raises:
+        ConfigError: One is no regular expression, or a match may take long.
+    """
+    ways = 0.0
+    for key, (in_full, is_plain) in _PATTERNS.items():
+        value = config.get(key)
+        is_text = isinstance(value, str)
+        patterns = [value] if is_text else value if isinstance(value, list | dict) else []
+        if len(patterns) > MOST_PATTERNS:
+            raise ConfigError(
+                f"{file}: {key} has {len(patterns):,} entries, where at most {MOST_PATTERNS:,} "
+                "are read. Save the adapter again."
+            )
+        for pattern in patterns:
+            if not isinstance(pattern, str) or (is_plain and not is_text):
+                continue
             try:
-                re.compile(module_pattern(pattern))
-            except (re.error, *_TOO_LARGE) as error:
+                ways += 0 if _NAME.fullmatch(pattern) else count_ways(in_full(pattern))
+                if ways > MOST_WAYS:
+                    raise PatternError("with those before it, it may take hours to match")
+            except PatternError as error:
+                has = "has the key" if isinstance(value, dict) else "has"
                 raise ConfigError(
-                    f"{file}: {key} has the key {shown(pattern)}, which is no regular expression "
-                    f"({error}). Correct it there, or save the adapter again."
+                    f"{file}: {key} {has} {shown(pattern)}, which is not used as a regular "
+                    f"expression: {error}. Correct it there, or save the adapter again."
                 ) from None
 
 
