@@ -141,9 +141,6 @@ def load_adapter(base: "PreTrainedModel", path: Path, config: "PeftConfig") -> "
     """
     from peft import PeftModel
 
-    if hasattr(config, "prompt_tuning_init"):
-        # PEFT would load a tokenizer for a start value that the adapter's tensors replace.
-        config.prompt_tuning_init = "RANDOM"
     model: PeftModel = _call(
         path,
         "peft cannot load it",
