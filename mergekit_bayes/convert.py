@@ -92,13 +92,13 @@ def run_convert(
     """
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
     pickles = _find(path, ref)
-    if path.is_file() != (target.suffix == ".safetensors"):
-        form = "a .safetensors file" if path.is_file() else "a folder"
+    if path.is_dir() == (target.suffix == ".safetensors"):
+        form = "a folder" if path.is_dir() else "a .safetensors file"
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
     if target.exists() and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
     with replacing(target, force=force) as partial:
-        if path.is_file():
+        if not path.is_dir():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)
         else:
             partial.mkdir()
@@ -111,7 +111,7 @@ def run_convert(
             copy_side_files(path, partial)
     return ConvertReport(
         path=target,
-        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
+        files=tuple(f.name for f in files) if path.is_dir() else (target.name,),
         tensors=sum(map(len, stored.specs)),
         bytes=stored.nbytes,
         tied=stored.tied,
@@ -135,7 +135,7 @@ class _Stored(NamedTuple):
 
 def _find(path: Path, ref: str) -> _Pickles:
     """The pickles of a folder, or the one file."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"'{ref}' is a .safetensors file already; every command reads it as it is."

@@ -1,0 +1,379 @@
+"""A conversion stores the numbers that torch.load reads, or refuses the file: never other ones."""
+
+import io
+import random
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from os import mkfifo
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mergekit_bayes import convert as convert_module
+from mergekit_bayes.checkpoint import archive as archive_module
+from mergekit_bayes.checkpoint import pickle_steps
+from mergekit_bayes.convert import run_convert
+from tests.archives import (
+    Call,
+    again,
+    archive,
+    converted,
+    header_of,
+    loaded,
+    patch,
+    pickled,
+    storage,
+    tensor,
+    without_checksums,
+)
+
+V2 = torch._utils._rebuild_tensor_v2
+FOUR = struct.pack("<4f", 1, 2, 3, 4)
+
+
+def everything():
+    """A state dict with everything that an archive may describe in its own way."""
+    w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    z = torch.view_as_complex(w[:, :2].clone())
+    attributed = w.clone()
+    attributed.note = "x"
+    parameter = torch.nn.Parameter(w.clone())
+    parameter.note = 3
+    return torch.nn.Linear(2, 2).state_dict() | {
+        "w": w,
+        "tied": w,
+        "transposed": w.t(),
+        "column": w[1:, 1],
+        "conjugate": z.conj(),
+        "negative": z.clone().conj().imag,
+        "half": w.half(),
+        "bf16": w.bfloat16().t(),
+        "u16": torch.arange(5).to(torch.uint16),
+        "e4m3": w.to(torch.float8_e4m3fn),
+        "parameter": parameter,
+        "attributed": attributed,
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "bool": w > 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Such a file, without checksums, which would find every change."""
+    path = tmp_path_factory.mktemp("saved") / "m.bin"
+    with without_checksums():
+        torch.save(everything(), path)
+    return path
+
+
+def test_a_sound_archive_is_read_as_torch_reads_it(tmp_path, saved):
+    path = tmp_path / "m.bin"
+    path.write_bytes(saved.read_bytes())
+    assert converted(path) == loaded(path)
+    assert len(loaded(path)) == len(everything())
+    torch.save(everything(), path)  # with checksums
+    assert converted(path) == loaded(path)
+    again(path)  # as Python's own writer lays it out
+    assert converted(path) == loaded(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["pickle", "directory", "anywhere"])
+@pytest.mark.parametrize(
+    "seeds", [range(40), pytest.param(range(40, 2000), marks=pytest.mark.slow)]
+)
+def test_a_changed_archive_never_becomes_other_numbers(tmp_path, saved, part, seeds):
+    path, good = tmp_path / "m.bin", saved.read_bytes()
+    with zipfile.ZipFile(saved) as file:
+        directory = file.start_dir
+    start = good.index(b"\x80\x02")
+    span = {"pickle": (start, good.index(b".PK")), "directory": (directory, len(good))}
+    first, end = span.get(part, (0, len(good)))
+    results = []
+    for seed in seeds:
+        dice, data = random.Random(f"{part} {seed}"), bytearray(good)
+        for _ in range(dice.choice((1, 1, 2))):
+            at, other, size = (
+                dice.randrange(first, end),
+                dice.randrange(first, end),
+                dice.choice("124"),
+            )
+            match dice.randrange(5):
+                case 0:
+                    data[at : at + 1] = bytes([dice.randrange(256)])
+                case 1:
+                    data[at : at + 1] = bytes([good[at] ^ 1 << dice.randrange(8)])
+                case 2:
+                    del data[at : at + int(size)]
+                case 3:
+                    data[at:at] = good[other : other + int(size)]
+                case _:
+                    data[at : at + int(size)] = good[other : other + int(size)]
+        path.write_bytes(data)
+        ours, theirs = converted(path), loaded(path)
+        if isinstance(ours, str):
+            assert str(path) in ours
+            assert ours.isprintable()
+            assert len(ours) < 1000
+        elif isinstance(theirs, dict):
+            assert ours == theirs, seed
+        results.append(ours)
+    refused = sum(isinstance(result, str) for result in results)
+    assert 0 < refused < len(results)
+
+
+def rewritten(**options):
+    return lambda path: again(path, **options)
+
+
+def patched(member, field, form, *values, local=True):
+    """Overwrite a field of a member's own header, or of its entry in the directory."""
+    return lambda path: patch(path, header_of(path, member)[not local] + field, form, *values)
+
+
+def both(*changes):
+    return lambda path: [change(path) for change in changes]
+
+
+def resized(size):
+    """Both sayings of the size of a member."""
+    return both(
+        patched("data/0", 20, "<LL", size, size, local=False),
+        patched("data/0", 18, "<LL", size, size),
+    )
+
+
+def around(before=b"", after=b""):
+    return lambda path: path.write_bytes(before + path.read_bytes() + after)
+
+
+def overlapping(path):
+    """A member within another's bytes, which both are told rightly."""
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as file:
+        file.writestr("m/data/0", FOUR)
+    archive(path, SOUND, {"0": FOUR}, more=inner.getvalue())
+    start = path.read_bytes().index(b"m/more") + len("m/more")
+    patch(path, header_of(path, "data/0")[1] + 42, "<L", start)
+
+
+def copied(path):
+    """A second member of the same name, as an appending writer leaves it."""
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as file:
+        file.writestr("m/data/0", b"\0" * len(FOUR))
+
+
+def in_other_case(path):
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("m/DATA/0", b"\0" * len(FOUR))
+
+
+def piped(path):
+    path.unlink()
+    mkfifo(path)
+
+
+DEFLATED = zipfile.ZIP_DEFLATED
+CHANGES = {
+    "deflated numbers": (rewritten(method=DEFLATED, only="data/0"), "compressed"),
+    "deflated pickle": (rewritten(method=DEFLATED, only="data.pkl"), "compressed"),
+    "bzip2": (rewritten(method=zipfile.ZIP_BZIP2), "compressed"),
+    "said to be stored": (
+        both(
+            rewritten(method=DEFLATED, only="data/0"), patched("data/0", 10, "<H", 0, local=False)
+        ),
+        "compressed",
+    ),
+    "deflated only in its own header": (patched("data/0", 8, "<H", DEFLATED), "differs"),
+    "encrypted": (
+        both(patched("data/0", 6, "<H", 1), patched("data/0", 8, "<H", 1, local=False)),
+        "encrypted",
+    ),
+    "of another size in its own header": (patched("data/0", 18, "<LL", 8, 8), "another size"),
+    "smaller": (resized(8), "needs the 16 bytes"),
+    "larger": (resized(40), "overlap|needs the 16 bytes|not those"),
+    "behind the end": (resized(1 << 30), "lies behind"),
+    "with another name in its own header": (patched("data/0", 30, "<c", b"X"), "differs"),
+    "at another's place": (patched("data/0", 42, "<L", 0, local=False), "differs"),
+    "overlapping": (overlapping, "overlap"),
+    "a folder": (patched("data/0", 38, "<L", 16, local=False), "marked as a folder"),
+    "in another part": (patched("data/0", 34, "<H", 1, local=False), "another part"),
+    "changed": (
+        lambda path: path.write_bytes(path.read_bytes().replace(FOUR, FOUR[::-1])),
+        "CRC-32",
+    ),
+    "changed pickle": (
+        lambda path: path.write_bytes(path.read_bytes().replace(b"X\x01\0\0\0w", b"X\x01\0\0\0v")),
+        "CRC-32",
+    ),
+    "with bytes before it": (around(before=b"MZ"), "is not a file of torch.save"),
+    "with an archive before it": (around(before=b"PK\x03\x04"), "differs|directory"),
+    "with bytes behind it": (around(after=b"\0"), "more behind it"),
+    "with a comment": (
+        both(around(after=b"!"), lambda path: patch(path, -3, "<H", 1)),
+        "comment|behind",
+    ),
+    "twice": (copied, "twice"),
+    "twice but for case": (in_other_case, "twice"),
+    "in two folders": (
+        rewritten(rename=lambda n: n.replace("m/data/", "n/data/")),
+        "within its folder",
+    ),
+    "in no folder": (rewritten(rename=lambda n: n.removeprefix("m/")), "within its folder"),
+    "without numbers": (rewritten(rename=lambda n: n.replace("data/0", "data/1")), "are not there"),
+    "without a pickle": (
+        rewritten(rename=lambda n: n.replace("data.pkl", "x")),
+        "without data.pkl",
+    ),
+    "big-endian": (lambda path: archive(path, SOUND, {"0": FOUR}, byteorder=b"big"), "byte order"),
+    "with fewer entries than it says": (
+        lambda path: patch(path, -14, "<HH", 9, 9),
+        "directory|cut",
+    ),
+    "with more entries than it says": (lambda path: patch(path, -14, "<HH", 1, 1), "more entries"),
+    "a pipe": (piped, "is not a file"),
+}
+SOUND = {"w": tensor(storage(), (2, 2), (2, 1))}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_stored_plainly_is_refused_with_its_reason(tmp_path, change):
+    path = archive(tmp_path / "m.bin", SOUND, {"0": FOUR})
+    assert converted(path) == loaded(path)
+    spoil, reason = CHANGES[change]
+    spoil(path)
+    message = converted(path)
+    assert isinstance(message, str)
+    assert path.name in message
+    assert re.search(reason, message), message
+    assert [p for p in tmp_path.iterdir() if p != path] == []
+
+
+def rebuilt(*arguments):
+    return {"w": Call(V2, *arguments)}
+
+
+def doubling(value, times=60):
+    for _ in range(times):
+        value = (value, value)
+    return value
+
+
+FLOATS, HOOKS = storage(), Call(OrderedDict)
+PICKLES = {
+    "repeats one number": ({"w": tensor(FLOATS, (10**6, 10**6), (0, 0))}, "would take 4,000,0"),
+    "repeats a storage": (
+        {f"w{i}": tensor(FLOATS, (1 + i, 2), (0, 1)) for i in range(90)},
+        "would take 32,760 .*'w89'",
+    ),
+    "is a view beyond its storage": ({"w": tensor(FLOATS, (2, 2), (3, 1))}, "beyond its storage"),
+    "begins beyond its storage": ({"w": tensor(FLOATS, (), (), offset=4)}, "beyond its storage"),
+    "has a negative stride": ({"w": tensor(FLOATS, (2,), (-1,), offset=3)}, "other values"),
+    "has a negative offset": ({"w": tensor(FLOATS, (2,), (1,), offset=-1)}, "other values"),
+    "has more strides than sizes": ({"w": tensor(FLOATS, (2,), (1, 1))}, "other values"),
+    "has 65 dimensions": ({"w": tensor(FLOATS, (1,) * 65, (1,) * 65)}, "other values"),
+    "has 2**70 numbers": ({"w": tensor(FLOATS, (1 << 35, 1 << 35), (0, 0))}, "none can have"),
+    "is empty beyond measure": ({"w": tensor(FLOATS, (0, 1 << 62), (0, 0))}, "none can have"),
+    "needs more than its member": ({"w": tensor(storage(count=5), (5,), (1,))}, "needs the 20 b"),
+    "needs less than its member": ({"w": tensor(storage(count=3), (3,), (1,))}, "needs the 12 b"),
+    "has a storage of -1 numbers": ({"w": tensor(storage(count=-1), (3,), (1,))}, "not described"),
+    "has a storage of another folder": ({"w": tensor(storage(key="../data.pkl"), (), ())}, "not t"),
+    "has a storage of two dtypes": (
+        {
+            "w": tensor(FLOATS, (4,), (1,)),
+            "v": tensor(storage(torch.IntStorage), (4,), (1,)),
+        },
+        "two ways",
+    ),
+    "negates whole numbers": (
+        {"w": tensor(storage(torch.IntStorage), (4,), (1,), neg=True)},
+        "other values",
+    ),
+    "conjugates real numbers": ({"w": tensor(FLOATS, (4,), (1,), conj=True)}, "other values"),
+    "has no storage": (rebuilt(3, 0, (2,), (1,), False, HOOKS), "other values"),
+    "has a size that is a list": (rebuilt(FLOATS, 0, [2], (1,), False, HOOKS), "other values"),
+    "has too few values": (rebuilt(FLOATS), "other values"),
+    "has a quantised dtype": (
+        {"w": tensor(storage(torch.QInt32Storage), (4,), (1,))},
+        "'w' is qint32",
+    ),
+    "is on the meta device": ({"w": torch.empty(2, device="meta")}, "'w' is without data"),
+    "is sparse": (
+        {"w": Call(torch._utils._rebuild_sparse_tensor, Call(torch.Size, (2,)), ())},
+        "'w' is sparse",
+    ),
+    "asks for memory": ({"w": Call(bytearray, 1 << 40)}, "bytearray' beside tensors"),
+    "makes a tensor of its size": ({"w": Call(torch.Tensor, 1 << 40)}, "calls torch.Tensor with"),
+    "has a name whose hash takes for ever": (
+        b"}N" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+        "a name of type tuple",
+    ),
+    "has a shape that takes for ever": ({"w": tensor(FLOATS, doubling(2), (1,))}, "other values"),
+    "is a tuple that takes for ever": ({"w": doubling(2)}, "'w' is tuple"),
+    "has a number of 4 kB": ({"w": 1 << 32000}, "LONG4, which no tensor has"),
+    "is an object": ({"w": Call(random.Random)}, "'random.Random' beside tensors"),
+    "is a set": ({"w": {1}}, "'__builtin__.set' beside tensors"),
+    "is cut": (pickled(SOUND)[:-9], "broken pickle"),
+    "goes on without an end": (pickled(SOUND)[:-1], "broken pickle"),
+    "recalls what it did not store": (b"h\x05.", "recalls"),
+    "takes from an empty stack": (b"\x85.", "a value is missing"),
+    "closes what it did not open": (b"t.", "a mark is missing"),
+    "calls a number": (b"K\x01)R.", "no function"),
+    "gives attributes to a dict": (b"}}b.", "attributes beside"),
+    "is of no such step": (b"\xff.", "broken pickle"),
+    "is 100,000 marks deep": (b"(" * 100_000 + b".", "a value is missing"),
+    "is nested 50,000 deep": (b"]" + b"]a" * 9 + b"\x85" * 50_000 + b".", "holds tuple"),
+}
+
+
+@pytest.mark.parametrize("what", PICKLES)
+def test_a_pickle_that_claims_too_much_is_refused_before_it_costs_anything(tmp_path, what):
+    content, reason = PICKLES[what]
+    path = archive(tmp_path / "m.bin", content, {"0": FOUR})
+    message = converted(path)
+    assert isinstance(message, str)
+    assert path.name in message
+    assert re.search(reason, message), message
+    assert message.isprintable()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_work_that_a_file_may_ask_for_has_a_limit(tmp_path, monkeypatch):
+    path = archive(
+        tmp_path / "m.bin", {f"w{i}": tensor(FLOATS, (), ()) for i in range(9)}, {"0": FOUR}
+    )
+    assert len(converted(path)) == 9
+    for module, name, limit, reason in (
+        (archive_module, "MOST_MEMBERS", 1, "3 members, where at most 1 are read"),
+        (convert_module, "MOST_MEMBERS", 8, "holds 9 tensors, where at most 8"),
+        (convert_module, "LARGEST", 99, "where at most 99 are read"),
+        (pickle_steps, "_MOST_STEPS", 99, "more than 99 steps"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, limit)
+            assert reason in converted(path)
+
+
+def test_names_that_share_memory_are_not_refused_where_a_config_unties_them(tmp_path):
+    """The size of the output is limited by that of the file, but four names of one tensor fit."""
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    w = torch.ones(500, 100)
+    torch.save(
+        dict.fromkeys(("shared", "encoder", "decoder", "head"), w), tmp_path / "pytorch_model.bin"
+    )
+    report = run_convert(str(tmp_path), tmp_path / "out")
+    assert (report.tensors, report.bytes, report.tied) == (4, 4 * w.nbytes, {})
+
+
+@pytest.mark.slow
+def test_a_storage_of_more_than_four_gigabytes(tmp_path):
+    w = torch.arange(1 << 29).to(torch.float64)
+    torch.save({"w": w, "v": torch.ones(3)}, tmp_path / "m.bin")
+    run_convert(str(tmp_path / "m.bin"), tmp_path / "out.safetensors")
+    written = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(written["w"], w)
+    assert torch.equal(written["v"], torch.ones(3))
