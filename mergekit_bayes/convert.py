@@ -95,7 +95,7 @@ def run_convert(
     if path.is_dir() == (target.suffix == ".safetensors"):
         form = "a folder" if path.is_dir() else "a .safetensors file"
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
-    if target.exists() and path.resolve().is_relative_to(target.resolve()):
+    if os.path.exists(target) and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
     with replacing(target, force=force) as partial:
         if not path.is_dir():
