@@ -26,11 +26,12 @@ from mergekit_bayes.checkpoint.pickled import (
     Storage,
 )
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
+from mergekit_bayes.checkpoint.side_files import FETCHED, check_side_files, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import ties_embeddings
+from mergekit_bayes.configs.reading import refuse_output_name
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.records import Frozen, Progress
 
@@ -90,6 +91,7 @@ def run_convert(
         ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
             the model itself.
     """
+    refuse_output_name(str(out))
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
     pickles = _find(path, ref)
     if path.is_dir() == (target.suffix == ".safetensors"):
@@ -97,6 +99,8 @@ def run_convert(
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
     if os.path.exists(target) and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
+    if path.is_dir():
+        check_side_files(path)
     with replacing(target, force=force) as partial:
         if not path.is_dir():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub.facts import read_facts
 from mergekit_bayes.hub.folder import CARD
@@ -129,6 +130,7 @@ def is_generated(card: str) -> bool:
 def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, re.Match[str] | None]:
     """Fields and text of an existing card, and the place of our section in the text."""
     if existing is None and (folder / CARD).exists():
+        contained(folder, CARD)
         existing = (folder / CARD).read_text()
     if existing is None or is_generated(existing):
         return {}, "", None

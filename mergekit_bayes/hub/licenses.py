@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_bayes.checkpoint.contained import contained
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.folder import CARD
 from mergekit_bayes.hub.front_matter import split_card
 from mergekit_bayes.hub.parents import Parent
@@ -72,5 +74,9 @@ def read_license(card: str) -> License | None:
 
 
 def _license_beside(path: Path) -> License | None:
-    card = (path.parent if path.is_file() else path) / CARD
-    return read_license(card.read_text()) if card.is_file() else None
+    folder = path.parent if path.is_file() else path
+    try:
+        contained(folder, CARD)
+    except CheckpointError:  # there is none, or it is a link to what is not of that model
+        return None
+    return read_license((folder / CARD).read_text())
