@@ -10,7 +10,7 @@ from os import mkfifo
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from mergekit_bayes import convert as convert_module
 from mergekit_bayes.checkpoint import archive as archive_module
@@ -84,7 +84,7 @@ def test_a_sound_archive_is_read_as_torch_reads_it(tmp_path, saved):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["pickle", "directory", "anywhere"])
 @pytest.mark.parametrize(
-    "seeds", [range(40), pytest.param(range(40, 2000), marks=pytest.mark.slow)]
+    "seeds", [range(25), pytest.param(range(25, 1500), marks=pytest.mark.slow)]
 )
 def test_a_changed_archive_never_becomes_other_numbers(tmp_path, saved, part, seeds):
     path, good = tmp_path / "m.bin", saved.read_bytes()
@@ -325,8 +325,8 @@ PICKLES = {
     "calls a number": (b"K\x01)R.", "no function"),
     "gives attributes to a dict": (b"}}b.", "attributes beside"),
     "is of no such step": (b"\xff.", "broken pickle"),
-    "is 100,000 marks deep": (b"(" * 100_000 + b".", "a value is missing"),
-    "is nested 50,000 deep": (b"]" + b"]a" * 9 + b"\x85" * 50_000 + b".", "holds tuple"),
+    "is 20,000 marks deep": (b"(" * 20_000 + b".", "a value is missing"),
+    "is nested 20,000 deep": (b"]" + b"]a" * 9 + b"\x85" * 20_000 + b".", "holds tuple"),
 }
 
 
@@ -371,9 +371,14 @@ def test_names_that_share_memory_are_not_refused_where_a_config_unties_them(tmp_
 
 @pytest.mark.slow
 def test_a_storage_of_more_than_four_gigabytes(tmp_path):
-    w = torch.arange(1 << 29).to(torch.float64)
+    """Its sizes, and the places of what follows, are in other fields than those of small ones."""
+    w = torch.zeros((1 << 32) + 8, dtype=torch.uint8)
+    w[-3:] = torch.tensor([1, 2, 3])
     torch.save({"w": w, "v": torch.ones(3)}, tmp_path / "m.bin")
     run_convert(str(tmp_path / "m.bin"), tmp_path / "out.safetensors")
-    written = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(written["w"], w)
-    assert torch.equal(written["v"], torch.ones(3))
+    with safe_open(tmp_path / "out.safetensors", "pt") as written:
+        assert written.get_slice("w").get_shape() == [len(w)]
+        assert torch.equal(written.get_slice("w")[-5:], w[-5:])
+        assert torch.equal(written.get_tensor("v"), torch.ones(3))
+    for file in tmp_path.iterdir():  # or they would stay for three more runs
+        file.unlink()
