@@ -30,6 +30,7 @@ from mergekit_bayes.checkpoint.side_files import FETCHED, check_side_files, copy
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSpec
+from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.checkpoint.ties import ties_embeddings
 from mergekit_bayes.configs.reading import refuse_output_name
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
@@ -88,6 +89,7 @@ def run_convert(
     Raises:
         CheckpointError: There is no pickled checkpoint, it holds more than tensors, or `out`
             exists.
+        ChangedError: A file was written to while it was read.
         ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
             the model itself.
     """
@@ -101,6 +103,7 @@ def run_convert(
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
     if path.is_dir():
         check_side_files(path)
+    stamps = stamps_of(pickles.files)
     with replacing(target, force=force) as partial:
         if not path.is_dir():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)
@@ -113,6 +116,7 @@ def run_convert(
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
                 write_index(partial, pickles.stem, shards, stored.nbytes)
             copy_side_files(path, partial)
+        refuse_changed(stamps)
     return ConvertReport(
         path=target,
         files=tuple(f.name for f in files) if path.is_dir() else (target.name,),

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes import convert
 from mergekit_bayes.checkpoint.archive import Archive
 from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.convert import run_convert
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.posterior import open_posterior
@@ -281,6 +283,18 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         with pytest.raises(CheckpointError):
             run_convert(str(path), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_pickle_that_changes_meanwhile_is_not_converted(tmp_path, monkeypatch):
+    sharded(tmp_path, {name: torch.ones(2) for name in "ab"})
+    first = tmp_path / "pytorch_model-00001-of-00002.bin"
+    monkeypatch.setattr(
+        convert, "copy_side_files", lambda *_: first.write_bytes(first.read_bytes())
+    )
+    os.utime(first, (0, 0))
+    with pytest.raises(ChangedError, match=r"pytorch_model-00001.*was changed"):
+        run_convert(str(tmp_path), tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
 def test_an_index_of_pickles_is_compared_with_its_shards(tmp_path):

@@ -55,9 +55,11 @@ class Scratch(Closing):
     def close(self) -> None:
         """Remove the folder, except for what another process has kept from being put back."""
         if self._lock >= 0:
-            if _put_back(self._folder):
-                shutil.rmtree(self._folder, ignore_errors=True)
-            self._unlock()
+            try:
+                if _put_back(self._folder):
+                    shutil.rmtree(self._folder, ignore_errors=True)
+            finally:
+                self._unlock()
 
     def keep(self) -> None:
         """Leave the folder to the user: no process will take it for left over."""
