@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.archive import MOST_MEMBERS, Archive
+from mergekit_bayes.checkpoint.archive import MOST_MEMBERS, SAVE_AGAIN, Archive
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.pickle_steps import LARGEST, read_pickle
@@ -38,9 +38,6 @@ from mergekit_bayes.records import Frozen, Progress
 
 _PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")
 _STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # pickle -> safetensors
-_SAVE_AGAIN = (
-    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
-)
 # How many times its own size a file may take, written out. Names that share memory take more than
 # the file where a config unties them: an embedding, which can be most of a model, up to four times.
 _GROWTH = 4
@@ -247,11 +244,11 @@ def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
     file, members = archive.path, archive.members
     pickle = members.get("data.pkl")
     if pickle is None:
-        raise CheckpointError(f"{file}: is a zip archive without data.pkl. {_SAVE_AGAIN}")
+        raise CheckpointError(f"{file}: is a zip archive without data.pkl. {SAVE_AGAIN}")
     if pickle.size > LARGEST:
         raise CheckpointError(
             f"{file}: its pickle has {pickle.size:,} bytes, where at most {LARGEST:,} are read. "
-            f"{_SAVE_AGAIN}"
+            f"{SAVE_AGAIN}"
         )
     archive.check("data.pkl")
     order = members.get("byteorder")
@@ -265,12 +262,12 @@ def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
     except ForeignError as error:
         raise CheckpointError(
             f"{file}: holds {shown(str(error))} beside tensors, which could run code when it is "
-            f"loaded, so it is refused. {_SAVE_AGAIN}"
+            f"loaded, so it is refused. {SAVE_AGAIN}"
         ) from None
     except PickleError as error:
-        raise CheckpointError(f"{file}: {error}. Fetch it again. {_SAVE_AGAIN}") from None
+        raise CheckpointError(f"{file}: {error}. Fetch it again. {SAVE_AGAIN}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {_kind(content)}, not tensors by name. {_SAVE_AGAIN}")
+        raise CheckpointError(f"{file}: holds {_kind(content)}, not tensors by name. {SAVE_AGAIN}")
     if len(content) > MOST_MEMBERS:
         raise CheckpointError(
             f"{file}: holds {len(content):,} tensors, where at most {MOST_MEMBERS:,} are read."
@@ -289,11 +286,15 @@ def _checked(archive: Archive, name: object, tensor: object) -> PickledTensor:
     if not isinstance(name, str) or not isinstance(tensor, PickledTensor | OtherTensor):
         raise CheckpointError(
             f"{file}: {shown(name)} is {_kind(tensor)}, where a state dict holds a tensor by its "
-            f"name. {_SAVE_AGAIN}"
+            f"name. {SAVE_AGAIN}"
         )
     if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
         raise CheckpointError(
-            f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
+            f"{file}: {shown(name)} cannot be a name in safetensors. {SAVE_AGAIN}"
+        )
+    if isinstance(tensor, OtherTensor) and tensor.is_broken:
+        raise CheckpointError(
+            f"{file}: {shown(name)} is {tensor.kind}. Fetch it again. {SAVE_AGAIN}"
         )
     if isinstance(tensor, OtherTensor) or tensor.dtype not in ITEM_SIZE:
         form = tensor.kind if isinstance(tensor, OtherTensor) else tensor.dtype

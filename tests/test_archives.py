@@ -264,20 +264,39 @@ def doubling(value, times=60):
 
 
 FLOATS, HOOKS = storage(), Call(OrderedDict)
+OTHER, BEYOND = "'w' is made by .* other values", "'w' is .* goes beyond the 16 b"
 PICKLES = {
     "repeats one number": ({"w": tensor(FLOATS, (10**6, 10**6), (0, 0))}, "would take 4,000,0"),
     "repeats a storage": (
         {f"w{i}": tensor(FLOATS, (1 + i, 2), (0, 1)) for i in range(90)},
         "would take 32,760 .*'w89'",
     ),
-    "is a view beyond its storage": ({"w": tensor(FLOATS, (2, 2), (3, 1))}, "beyond its storage"),
-    "begins beyond its storage": ({"w": tensor(FLOATS, (), (), offset=4)}, "beyond its storage"),
-    "has a negative stride": ({"w": tensor(FLOATS, (2,), (-1,), offset=3)}, "other values"),
-    "has a negative offset": ({"w": tensor(FLOATS, (2,), (1,), offset=-1)}, "other values"),
-    "has more strides than sizes": ({"w": tensor(FLOATS, (2,), (1, 1))}, "other values"),
-    "has 65 dimensions": ({"w": tensor(FLOATS, (1,) * 65, (1,) * 65)}, "other values"),
-    "has 2**70 numbers": ({"w": tensor(FLOATS, (1 << 35, 1 << 35), (0, 0))}, "none can have"),
-    "is empty beyond measure": ({"w": tensor(FLOATS, (0, 1 << 62), (0, 0))}, "none can have"),
+    "is a view beyond its storage": (
+        {"w": tensor(FLOATS, (2, 2), (3, 1))},
+        BEYOND,
+    ),
+    "begins beyond its storage": (
+        {"w": tensor(FLOATS, (), (), offset=4)},
+        BEYOND,
+    ),
+    "has a negative stride": (
+        {"w": tensor(FLOATS, (2,), (-1,), offset=3)},
+        OTHER,
+    ),
+    "has a negative offset": (
+        {"w": tensor(FLOATS, (2,), (1,), offset=-1)},
+        OTHER,
+    ),
+    "has more strides than sizes": (
+        {"w": tensor(FLOATS, (2,), (1, 1))},
+        OTHER,
+    ),
+    "has 65 dimensions": (
+        {"w": tensor(FLOATS, (1,) * 65, (1,) * 65)},
+        OTHER,
+    ),
+    "has 2**70 numbers": ({"w": tensor(FLOATS, (1 << 35, 1 << 35), (0, 0))}, "'w' is .* can have"),
+    "is empty beyond measure": ({"w": tensor(FLOATS, (0, 1 << 62), (0, 0))}, "'w' is .* can have"),
     "needs more than its member": ({"w": tensor(storage(count=5), (5,), (1,))}, "needs the 20 b"),
     "needs less than its member": ({"w": tensor(storage(count=3), (3,), (1,))}, "needs the 12 b"),
     "has a storage of -1 numbers": ({"w": tensor(storage(count=-1), (3,), (1,))}, "not described"),
@@ -291,12 +310,18 @@ PICKLES = {
     ),
     "negates whole numbers": (
         {"w": tensor(storage(torch.IntStorage), (4,), (1,), neg=True)},
-        "other values",
+        OTHER,
     ),
-    "conjugates real numbers": ({"w": tensor(FLOATS, (4,), (1,), conj=True)}, "other values"),
-    "has no storage": (rebuilt(3, 0, (2,), (1,), False, HOOKS), "other values"),
-    "has a size that is a list": (rebuilt(FLOATS, 0, [2], (1,), False, HOOKS), "other values"),
-    "has too few values": (rebuilt(FLOATS), "other values"),
+    "conjugates real numbers": (
+        {"w": tensor(FLOATS, (4,), (1,), conj=True)},
+        OTHER,
+    ),
+    "has no storage": (rebuilt(3, 0, (2,), (1,), False, HOOKS), OTHER),
+    "has a size that is a list": (
+        rebuilt(FLOATS, 0, [2], (1,), False, HOOKS),
+        OTHER,
+    ),
+    "has too few values": (rebuilt(FLOATS), OTHER),
     "has a quantised dtype": (
         {"w": tensor(storage(torch.QInt32Storage), (4,), (1,))},
         "'w' is qint32",
@@ -307,12 +332,18 @@ PICKLES = {
         "'w' is sparse",
     ),
     "asks for memory": ({"w": Call(bytearray, 1 << 40)}, "bytearray' beside tensors"),
-    "makes a tensor of its size": ({"w": Call(torch.Tensor, 1 << 40)}, "calls torch.Tensor with"),
+    "makes a tensor of its size": (
+        {"w": Call(torch.Tensor, 1 << 40)},
+        "'w' is made by torch.Tensor of",
+    ),
     "has a name whose hash takes for ever": (
         b"}N" + b"q\x00h\x00\x86" * 60 + b"Ns.",
         "a name of type tuple",
     ),
-    "has a shape that takes for ever": ({"w": tensor(FLOATS, doubling(2), (1,))}, "other values"),
+    "has a shape that takes for ever": (
+        {"w": tensor(FLOATS, doubling(2), (1,))},
+        OTHER,
+    ),
     "is a tuple that takes for ever": ({"w": doubling(2)}, "'w' is tuple"),
     "has a number of 4 kB": ({"w": 1 << 32000}, "LONG4, which no tensor has"),
     "is an object": ({"w": Call(random.Random)}, "'random.Random' beside tensors"),

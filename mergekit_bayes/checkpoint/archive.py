@@ -20,6 +20,9 @@ from mergekit_bayes.checkpoint.safetensors import open_file
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import CheckpointError, shown
 
+SAVE_AGAIN = (
+    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
+)
 MOST_MEMBERS = 200_000  # one for each tensor
 _CHUNK = 4 << 20
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
@@ -136,8 +139,8 @@ class Archive(Closing):
 
     def _broken(self, symptom: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: is not an archive as torch.save writes it ({symptom}). Fetch it again, "
-            "or load it in Python and save it with `torch.save(model.state_dict(), ...)`."
+            f"{self.path}: is not an archive as torch.save writes it ({symptom}). Fetch it again. "
+            f"{SAVE_AGAIN}"
         )
 
     def _read_members(self) -> dict[str, Member]:
@@ -147,8 +150,7 @@ class Archive(Closing):
                 raise CheckpointError(f"{self.path}: {reason}")
             raise CheckpointError(
                 f"{self.path}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it "
-                "again, or load it in Python and save it with `torch.save(model.state_dict(), "
-                "...)`."
+                f"again. {SAVE_AGAIN}"
             )
         count, start, size = self._find_directory()
         directory = self.read(start, size)
