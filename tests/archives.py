@@ -39,6 +39,11 @@ def tensor(stored, shape, stride, offset=0, **metadata):
     return Call(rebuild, stored, offset, shape, stride, False, Call(OrderedDict), *more)
 
 
+FOUR = struct.pack("<4f", 1, 2, 3, 4)
+FLOATS, HOOKS = storage(), Call(OrderedDict)
+SOUND = {"w": tensor(FLOATS, (2, 2), (2, 1))}
+
+
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value):
         return tuple(value) if type(value) is Stored else None
