@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,9 @@ from mergekit_bayes.checkpoint import scratch as scratch_module
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.errors import CheckpointError
+
+# From Python 3.12 on: threads, of which torch has some, do not go on in a forked process.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def write(target, text, *, force=False):
@@ -81,6 +84,7 @@ MOMENTS = {  # module, function, and how many calls of it are made before the pr
     "before it removes the rest": (scratch_module, "_put_back", 0),
     "while it removes the rest": (shutil, "rmtree", 0),
 }
+UNTIDY = ("before it removes the rest", "while it removes the rest")
 RENAMES = {
     "before the old one moves": (os, "rename", 0),
     "before the new one moves": (os, "rename", 1),
@@ -108,6 +112,33 @@ def test_a_replacement_that_is_killed_halfway_loses_nothing(tmp_path, moment):
     with pytest.raises(CheckpointError, match="exists"):  # put back
         write(target, "new")
     assert text(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("moment", {**MOMENTS, **RENAMES})
+def test_a_process_that_is_stopped_cleans_up_itself(tmp_path, monkeypatch, moment, stop):
+    """As Ctrl-C stops it, or a signal that the command line turns into an exit."""
+    target = tmp_path / "out"
+    write(target, "old")
+    module, name, calls = {**MOMENTS, **RENAMES}[moment]
+    real, made = getattr(module, name), []
+
+    def stops(*arguments, **options):
+        made.append(1)
+        if len(made) == calls + 1:
+            raise stop
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, stops)
+    with suppress(KeyboardInterrupt, SystemExit, CheckpointError):
+        write(target, "new", force=True)
+    assert len(made) > calls
+    monkeypatch.undo()
+    assert text(target) in ("old", "new")
+    if moment not in UNTIDY:
+        assert list(tmp_path.iterdir()) == [target]
+    write(target, "newer", force=True)
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -37,19 +37,18 @@ class Scratch(Closing):
         """
         remove_left_over(parent, prefix)
         while True:
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             # Until it is locked, another process may take it for left over and remove it.
-            with suppress(FileNotFoundError):
-                self._lock = os.open(
-                    self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600
-                )
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                stack.callback(os.close, lock)
                 with suppress(OSError):  # of a disk without locks; then nothing there is left over
-                    fcntl.flock(self._lock, fcntl.LOCK_EX)
-                self.new, self.old = self._folder / _NEW, self._folder / _OLD
-                with ExitStack() as stack:
-                    stack.callback(os.close, self._lock)
-                    self.new.mkdir()
-                    stack.pop_all()  # made in full: `close` or `keep` ends it
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                self.new, self.old = folder / _NEW, folder / _OLD
+                self.new.mkdir()
+                self._folder, self._lock = folder, lock
+                stack.pop_all()  # made in full: `close` or `keep` ends it
                 return
 
     def close(self) -> None:
