@@ -234,9 +234,9 @@ def _check_headers(response: "httpx2.Response") -> None:
     Raises:
         HubError: A commit or a hash that is none.
     """
-    for name, value in list(response.headers.multi_items()):
-        if _UNPRINTABLE.search(value):  # some are printed, as those of X-HF-Warning
-            response.headers[name] = _UNPRINTABLE.sub("?", value)
+    for name, text in list(response.headers.multi_items()):
+        if _UNPRINTABLE.search(text):  # some are printed, as those of X-HF-Warning
+            response.headers[name] = _UNPRINTABLE.sub("?", text)
     checks = {"x-repo-commit": _COMMIT, "x-linked-etag": _ETAG}
     if "x-repo-commit" in response.headers and "resolve" in response.request.url.path:
         checks["etag"] = _ETAG
@@ -308,7 +308,7 @@ def _check_listing(body: bytes) -> None:
                 f"the Hub lists {shown(row if path is None else path)}, which is no path of a "
                 "file in a repository; nothing was fetched."
             )
-        size = row.get("size", 0)
+        size = row.get("size", 0) if isinstance(row, dict) else None
         if type(size) is not int or not 0 <= size < 1 << 63:
             raise HubError(f"the Hub gives {shown(path)} the size {shown(size)}.")
     if not _BUDGET.turn_page():

@@ -1,6 +1,5 @@
 """Which files of a model folder are pushed, which stay behind, and which are deleted on the Hub."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -11,9 +10,10 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
-from mergekit_bayes.hub.folder import CARD, lone_precision_files, precision_info
-from mergekit_bayes.hub.local_paths import names_paths
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
+from mergekit_bayes.hub.local_paths import holds_token, names_paths
 from mergekit_bayes.posterior import PosteriorInfo
 
 _INNER_FILES = (
@@ -65,7 +65,8 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         only_posterior: Push nothing but the posterior.
 
     Raises:
-        CheckpointError: Not a folder, or neither a model nor a precision in it.
+        CheckpointError: Not a folder, neither a model nor a precision in it, or a file that holds
+            a token.
         ConfigError: The options leave nothing to push.
         PrecisionError: No posterior, one of other weights, or one that does not name its weights.
     """
@@ -98,6 +99,12 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         if precision:
             _check_posterior(folder, precision)
             chosen |= _posterior_files(folder / "posterior", precision)
+    for path, file in chosen.items():
+        if holds_token(file):
+            raise CheckpointError(
+                f"{file}: holds what looks like a token of the Hub. Nothing was pushed: take the "
+                "token out of the file, and withdraw it if others have seen it."
+            )
     return Choice(
         tuple(PushFile(path, file, file.stat().st_size) for path, file in sorted(chosen.items())),
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
@@ -156,12 +163,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
 def _modules(folder: Path) -> Iterator[str]:
     """Python files that the model's config or tokenizer says it needs (`auto_map`)."""
     for name in ("config.json", "tokenizer_config.json"):
-        try:
-            content = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            continue
-        auto_map = (content.get("auto_map") or {}) if isinstance(content, dict) else {}
-        for value in auto_map.values():
+        for value in mapping(read_object(folder / name).get("auto_map")).values():
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str) and "--" not in place:  # "--": of another repository
                     yield f"{place.partition('.')[0]}.py"
