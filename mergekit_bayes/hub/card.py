@@ -20,6 +20,7 @@ from mergekit_bayes.hub.folder import CARD, read_card
 from mergekit_bayes.hub.front_matter import Fields, front_matter, join_card, split_card
 from mergekit_bayes.hub.licenses import License, agreed_license
 from mergekit_bayes.hub.markdown import one_line
+from mergekit_bayes.hub.markdown import text as text_of
 from mergekit_bayes.hub.parents import Parent
 from mergekit_bayes.hub.sections import card_section
 
@@ -105,7 +106,7 @@ def make_card(
     elif text.strip():
         text = f"{text.rstrip()}\n\n{ours}\n"
     else:
-        text = f"# {one_line(facts.repo.rpartition('/')[2], 200)}\n\n{ours}\n"
+        text = f"# {text_of(facts.repo.rpartition('/')[2])}\n\n{ours}\n"
     return Card(join_card(user_fields | our_fields, text.lstrip()), (*facts.notes, *notes))
 
 

@@ -18,6 +18,7 @@ from mergekit_bayes.plan import MergeConfig
 
 _MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
 _MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
+_LONGEST_LINE = 1000  # characters
 _AUTO_MODELS = {
     "text-classification": "AutoModelForSequenceClassification",
     "fill-mask": "AutoModelForMaskedLM",
@@ -82,7 +83,9 @@ def further_section(facts: Facts) -> str:
     if facts.recipe:
         line = f"bmerge merge {MERGE_RECIPE} -o again"
         commands.append(_Command(line, "make it again, with the same bytes"))
-    width = max(len(command.line) for command in commands)
+    # A name that had to be cut names something else.
+    commands = [command for command in commands if len(command.line) <= _LONGEST_LINE]
+    width = max(len(command.line) for command in commands) if commands else 0
     lines = (f"{command.line:<{width}}   # {one_line(command.comment)}" for command in commands)
     title = "Merge it further, or undo it" if undoing else "Merge it further"
     return f"## {title}\n\n{_needed(facts)}{block(chr(10).join(lines), 'bash')}"

@@ -99,7 +99,7 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         if precision:
             _check_posterior(folder, precision)
             chosen |= _posterior_files(folder / "posterior", precision)
-    for path, file in chosen.items():
+    for file in chosen.values():
         if holds_token(file):
             raise CheckpointError(
                 f"{file}: holds what looks like a token of the Hub. Nothing was pushed: take the "

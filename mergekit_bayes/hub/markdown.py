@@ -26,7 +26,8 @@ def one_line(value: object, limit: int = _LONGEST) -> str:
 def text(value: object) -> str:
     """A value as running text, without any markup in it."""
     marked = _INSIDE_WORD.sub("\0", one_line(value))  # as in a tensor's name: no emphasis
-    return _MARKUP.sub(r"\\\1", marked).replace("\0", "_")
+    escaped = _MARKUP.sub(r"\\\1", marked).replace("\0", "_")
+    return escaped.replace("\\<", "&lt;")  # so that no comment begins, even for a reader of bytes
 
 
 def code(value: object) -> str:
