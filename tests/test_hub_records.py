@@ -180,7 +180,7 @@ def check_command(line):
     lexer.whitespace_split, lexer.commenters = True, "#"
     words = list(lexer)
     assert words[:2] == ["bmerge", "merge"]
-    assert not [word for word in words if set(word) <= set("();<>|&")]
+    assert not [word for word in words if word and set(word) <= set("();<>|&")]
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert flags <= {
         "--base",

@@ -139,6 +139,8 @@ def _undoable(facts: Facts) -> list[MergedModel]:
     method = METHODS.get(report.method) if report is not None else None
     if report is None or method is None or not method.can_be_undone:
         return []
+    if report.weights not in ("precision", "uniform"):
+        return []
     if report.weights == "precision" and not facts.has_posterior:
         return []
     if texts(facts.recipe.get("scale")):  # other scales in some tensors
