@@ -5,6 +5,9 @@ wrong with it is a `DocumentError`, whose text is a reason in a few words. All s
 here; `tests/test_documents.py` refuses a bare `json.loads`, `yaml.safe_load` or `read_text`.
 """
 
+import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -13,35 +16,62 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_bayes.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic import BaseModel
+
+M = TypeVar("M", bound="BaseModel")
 
 SIDE_FILE = 128 << 20  # bytes; the largest published tokenizers have about 35 MB
 SETTINGS = 1 << 20  # bytes of YAML; the front matter of the largest cards has about 300 KB
 _DEPTH = 100  # configs nest about 5 deep
-_MEMORY = 400 << 20  # bytes that a parsed document may take, estimated from above
+_MEMORY = 512 << 20  # bytes that a parsed document may take, estimated from above
 _YAML_NODES = 200_000  # with every alias counted as what it stands for
 _DIGITS = 400  # characters of a numeral
 _NUMERAL = re.compile(r"[-+0-9_:.]+")
 _LARGEST = 2**1023  # beyond it an integer has no float
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-# What a list, an object and one more value take in CPython, in bytes.
-_COSTS = ((b"[", 64), (b"{", 200), (b",", 64))
+# What a list, an object, a name in it and one more value take in CPython, in bytes.
+_COSTS = ((b"[", 88), (b"{", 200), (b":", 120), (b",", 72))
+# Text with such characters takes 4 and 2 bytes for each of its characters.
+_WIDTHS = ((re.compile(rb"[\xf0-\xff]"), 4), (re.compile(rb"[\xc4-\xff]"), 2))
 
 
 class DocumentError(ValueError):
     """A document cannot be read; the text is the reason, as it fits into parentheses."""
 
 
-def read_bytes(file: Path, limit: int = SIDE_FILE) -> bytes:
-    """The bytes of a regular file.
+def open_regular(file: Path) -> io.BufferedReader:
+    """Open a regular file to read it.
 
-    A pipe under `/dev`, as a shell's `<(...)` makes it, is read as well; no other pipe is waited
+    A pipe under `/dev`, as a shell's `<(...)` makes it, is opened as well; no other pipe is waited
     for.
+
+    Raises:
+        OSError: The file cannot be opened.
+        DocumentError: It is no regular file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        is_shell_pipe = stat.S_ISFIFO(mode) and str(file).startswith("/dev/")
+        if not stat.S_ISREG(mode) and not is_shell_pipe:
+            raise DocumentError("not a regular file")
+        os.set_blocking(descriptor, True)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(file: Path, limit: int = SIDE_FILE) -> bytes:
+    """The bytes of a file that `open_regular` opens.
 
     Args:
         file: The file.
@@ -51,19 +81,11 @@ def read_bytes(file: Path, limit: int = SIDE_FILE) -> bytes:
         OSError: The file cannot be opened or read.
         DocumentError: It is no regular file, or is larger than `limit`.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", closefd=True) as content:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(21, "Is a directory", str(file))
-        is_shell_pipe = stat.S_ISFIFO(status.st_mode) and str(file).startswith("/dev/")
-        if not stat.S_ISREG(status.st_mode) and not is_shell_pipe:
-            raise DocumentError("not a regular file")
-        os.set_blocking(descriptor, True)
+    with open_regular(file) as content:
         # The size is only a hint: the file may grow, and some of the kernel's files say 0.
-        data = content.read(limit + 1) if status.st_size <= limit else b""
-        if max(len(data), status.st_size) > limit:
-            found = max(len(data), status.st_size)
+        size = os.fstat(content.fileno()).st_size
+        data = content.read(limit + 1) if size <= limit else b""
+        if (found := max(len(data), size)) > limit:
             raise DocumentError(f"{found:,} bytes, where at most {limit:,} are read")
         return data
 
@@ -108,9 +130,7 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
             memory.
     """
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    memory = len(data) + sum(cost * data.count(sign) for sign, cost in _COSTS)
-    if memory > _MEMORY:
-        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
+    check_memory(data)
     try:
         content: object = json.loads(
             decode_text(data),
@@ -133,6 +153,19 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
         except UnicodeEncodeError:
             raise DocumentError("half of a surrogate pair") from None
     return content
+
+
+def check_memory(data: bytes) -> None:
+    """Refuse JSON that would take too much memory, before a library parses it.
+
+    Raises:
+        DocumentError: If it would.
+    """
+    width = next((width for signs, width in _WIDTHS if signs.search(data)), 1)
+    # The bytes themselves, all of them as text, and the strings that are made of it.
+    memory = len(data) * (1 + 2 * width) + sum(cost * data.count(sign) for sign, cost in _COSTS)
+    if memory > _MEMORY:
+        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
 
 
 def parse_yaml(text: str, *, unique: bool = False) -> object:
@@ -195,6 +228,61 @@ def read_object(file: Path) -> dict[str, Any]:
         return read_mapping(file)
     except CheckpointError:
         return {}
+
+
+def as_record(model: type[M], content: object) -> M:
+    """The record that parsed JSON or YAML holds.
+
+    Raises:
+        DocumentError: It is not such a record; the reason says what is wrong first.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))[:200]
+        found = f" and not {shown(first['input'])}" if first["type"] != "missing" else ""
+        raise DocumentError(f"{shown(place)}: {first['msg']}{found}") from None
+
+
+def read_record(model: type[M], file: Path, what_to_do: str = "Write it again, or remove it.") -> M:
+    """The record in a JSON or YAML file.
+
+    Args:
+        model: The record's class.
+        file: The file.
+        what_to_do: The last sentence of the message if it cannot be read.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds something else.
+    """
+    content = read_mapping(file, what_to_do)
+    try:
+        return as_record(model, content)
+    except DocumentError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). {what_to_do}") from None
+
+
+def parse_lines(file: Path) -> Iterator[object]:
+    """The JSON values in a file that has one on each line, parsed as they are asked for.
+
+    Raises:
+        OSError: The file cannot be opened or read.
+        DocumentError: It is no regular file, or a line is not such JSON as `parse_json` reads.
+    """
+    with open_regular(file) as content:
+        for number in itertools.count(1):
+            line = content.readline(SETTINGS + 1)
+            if not line:
+                return
+            if len(line) > SETTINGS:
+                raise DocumentError(f"line {number} has more than {SETTINGS:,} bytes")
+            try:
+                yield parse_json(line)
+            except DocumentError as error:
+                raise DocumentError(f"line {number}: {error}") from None
 
 
 def _in_short(error: Exception) -> str:

@@ -364,6 +364,18 @@ def test_a_folder_that_is_not_its_own_is_refused(world, tmp_path):
         run_detox(DetoxConfig(**{**world, "output": str(tmp_path)}), quiet=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_steps_that_another_account_may_have_made_are_not_taken_over(world, tmp_path, force):
+    (tmp_path / "detox.yaml").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.txt").write_text("precious")
+    (tmp_path / "steps").symlink_to(tmp_path / "elsewhere")
+    settings = {**world, "output": str(tmp_path), "force": force}
+    with pytest.raises(CheckpointError, match="steps is a link"):
+        run_detox(DetoxConfig(**settings), quiet=True)
+    assert (tmp_path / "elsewhere" / "kept.txt").read_text() == "precious"
+
+
 def test_lists_are_swept_and_curves_are_named_by_what_differs(world):
     compared = curves(DetoxConfig(**{**world, "base_count": [1, 3], "shrink": [None, 0.3]}))
     assert [c.label for c in compared if c.method == "gradient_matching"] == [

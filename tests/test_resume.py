@@ -14,6 +14,7 @@ import pytest
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
 from mergekit_bayes.merge import run as engine
+from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.stream import units as units_module
 from tests import interrupted, tiny
 from tests.interrupted import SHAPES, config, contents, spoiled, units_done
@@ -218,16 +219,16 @@ def test_a_part_that_began_before_a_power_cut_and_was_finished_after_it_is_belie
 ):
     lines = [
         {"plan": "p", "sync": False, "boot": "one", "host": "h"},
-        {"unit": 0, "tally": {}},
+        {"unit": 0, "tally": UnitTally().to_json()},
         {"plan": "p", "sync": False, "boot": "two", "host": "h"},
-        {"unit": 1, "tally": {}},
+        {"unit": 1, "tally": UnitTally().to_json()},
         {"plan": "p", "sync": False, "boot": "two", "host": "h"},
-        {"unit": 2, "tally": {}},
+        {"unit": 2, "tally": UnitTally().to_json()},
         {"synced": True},
         {"plan": "p", "sync": False, "boot": "two", "host": "h"},
-        {"unit": 3, "tally": {}},
+        {"unit": 3, "tally": UnitTally().to_json()},
         {"plan": "q", "sync": True, "boot": "two", "host": "h"},
-        {"unit": 4, "tally": {}},
+        {"unit": 4, "tally": UnitTally().to_json()},
     ]
     (tmp_path / "journal-1-of-1.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,6 +1,5 @@
 """`bmerge detox`: subtract what a toxic fine-tune added, by every method, and report the cost."""
 
-import json
 import math
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from bmerge_cli.render import (
     Json,
     Overrides,
     Quiet,
+    TrustRemoteCode,
     console,
     failures,
     is_interactive,
@@ -22,6 +22,7 @@ from bmerge_cli.render import (
     table,
 )
 from mergekit_bayes.configs import load_config
+from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command(
             "share.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -61,6 +63,7 @@ def command(
     from mergekit_bayes.detox.report import verdicts
 
     words = [*(overrides or []), *(["force=true"] if force else [])]
+    words += ["trust_remote_code=true"] if trust_remote_code else []
     settings = load_config(DetoxConfig, config, words)
     screen = console(quiet=quiet)
     if push_to is not None:
@@ -82,7 +85,7 @@ def command(
     if push_to is not None:
         _push(report, push_to)
     if as_json:
-        print_json(json.loads(report.model_dump_json()))
+        print_json(parse_json(report.model_dump_json()))
     elif not quiet:
         typer.echo(str(Path(report.path) / "report.md"))
 

@@ -2,14 +2,13 @@
 calibration.
 """
 
-import json
-
 import typer
 
 from bmerge_cli import values
 from bmerge_cli.evaluate_tables import show_report
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, steps_bar
+from mergekit_bayes.documents import parse_json
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 
 NAME = "evaluate"
@@ -50,6 +49,7 @@ NAME = "evaluate"
     option("bootstrap"),
     option("device"),
     option("dtype"),
+    option("trust_remote_code"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -71,6 +71,6 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
         report = run_evaluate(config, quiet=quiet, progress=advance)
     show_report(screen, report)
     if as_json:
-        print_json(json.loads(report.model_dump_json()))
+        print_json(parse_json(report.model_dump_json()))
     elif report.path and not quiet:
         typer.echo(report.path)

@@ -6,8 +6,7 @@ Each takes what was typed and the name of the flag, and raises a `ConfigError` t
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from mergekit_bayes.documents import DocumentError, parse_yaml
 from mergekit_bayes.errors import ConfigError
 
 _DTYPES = {
@@ -83,8 +82,8 @@ def selection(items: Sequence[str], flag: str) -> dict[str, object]:
         if not separator or not column or not value:
             raise ConfigError(f"{flag}: expected COLUMN=VALUE, found '{item}'.")
         try:
-            values[column] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[column] = parse_yaml(value)
+        except DocumentError:
             values[column] = value
     return values
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSource
+from mergekit_bayes.documents import DocumentError, open_regular
+from mergekit_bayes.errors import CheckpointError
 
 _BLOCK, _BLOCKS = 4096, 16  # bytes of a block, blocks of a tensor
 _STEP = 1 << 20  # bytes read at a time where all of a tensor is hashed
@@ -44,13 +46,21 @@ def checkpoint_identity(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it."""
+    """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it.
+
+    Raises:
+        OSError: A file cannot be read.
+        CheckpointError: It is neither a folder nor a regular file.
+    """
     if path.is_dir():
         files = (f for f in sorted(path.rglob("*")) if f.is_file())
         hashes = [(str(f.relative_to(path)), content_hash(f)) for f in files]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except DocumentError as error:
+        raise CheckpointError(f"{path}: {error}. Remove it.") from None
 
 
 def block_hash(source: TensorSource, name: str) -> bytes:

@@ -34,7 +34,7 @@ def replacing(target: Path, *, force: bool) -> Iterator[Path]:
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:60]}.", dir=target.parent))
         partial = scratch / target.name
         yield partial
         if target.is_dir() and not target.is_symlink():

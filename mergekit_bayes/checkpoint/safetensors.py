@@ -11,13 +11,14 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
+from mergekit_bayes.checkpoint.stamps import Stamp, stamp_of
 from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, shown
 
@@ -41,6 +42,7 @@ class SafetensorsSource(Closing):
 
     Attributes:
         files: The files, in the order given.
+        inputs: The same files, each with its stamp of when it was opened.
         metadata: The `__metadata__` of all headers, merged.
         notes: None.
         is_computed: False.
@@ -58,6 +60,7 @@ class SafetensorsSource(Closing):
                 hold one name.
         """
         self.files = tuple(files)
+        self.inputs: dict[Path, Stamp] = {}
         self.metadata: dict[str, str] = {}
         self._fds: list[int] = []
         self._placed: dict[str, _Placed] = {}
@@ -71,6 +74,7 @@ class SafetensorsSource(Closing):
     def _open(self, index: int, path: Path) -> None:
         # Without O_NONBLOCK a pipe would be waited for; with it, the check of its mode refuses it.
         self._fds.append(open_file(path, os.O_RDONLY | os.O_NONBLOCK))
+        self.inputs[path] = stamp_of(self._fds[-1])
         try:
             header, metadata, data_start = _read_header(self._fds[-1], path)
         except OSError as error:
@@ -91,11 +95,6 @@ class SafetensorsSource(Closing):
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor, by name."""
         return self._specs
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The files themselves."""
-        return self.files
 
     def counted(self, count: float) -> Self:
         """The same source: the count of a stored precision is a factor."""
@@ -138,17 +137,26 @@ class SafetensorsSource(Closing):
             os.close(self._fds.pop())
 
 
-def open_file(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+def open_file(path: Path, flags: int, opener: Callable[[Path, int], int] = _open) -> int:
     """Open a file and return its descriptor.
 
     Near the soft limit of open files, the limit is raised to the hard one, since a merge of many
     sharded models keeps many files open.
 
+    Args:
+        path: The file.
+        flags: Flags of `os.open`.
+        opener: What opens it.
+
     Raises:
         CheckpointError: The file cannot be opened.
     """
     try:
-        fd = os.open(path, flags, 0o666)
+        fd = opener(path, flags)
     except OSError as error:
         if error.errno == errno.EMFILE:
             many = "too many open files; allow more with `ulimit -n 65536`"

@@ -6,7 +6,6 @@ tokenizer in any of them is compared with one in any other.
 """
 
 import base64
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mergekit_bayes.checkpoint.identity import content_hash
-from mergekit_bayes.documents import read_object
+from mergekit_bayes.documents import read_bytes, read_mapping, read_object, read_text
+from mergekit_bayes.errors import CheckpointError, shown
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
+_MOST = 2_000_000  # tokens; XLM-V, which has the most, has 901,629
 _UNKNOWN, _CONTROL = 2, 3  # types of a SentencePiece piece that is no text
 
 
@@ -130,47 +131,53 @@ def _read_cached(read: _Reader, file: Path, changed: int, size: int) -> TokenLis
     """The tokens that a file lists, None if it lists none; time and size tell its versions."""
     try:
         tokens = read(file)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
-        return None
-    except RecursionError:  # nested too deeply
+    except (OSError, CheckpointError, ValueError, LookupError):
         return None
     return tokens if tokens is not None and tokens.tokens else None
 
 
 def _read_tokenizer_json(file: Path) -> TokenList | None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
+    content = read_mapping(file)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
-        tokens = {int(i): str(token) for token, i in vocabulary.items()}
+        tokens = {_number(i): token for token, i in vocabulary.items()}
     else:  # Unigram: a list of [token, score]
-        tokens = {i: str(entry[0]) for i, entry in enumerate(vocabulary)}
-    added = {int(t["id"]): str(t["content"]) for t in content.get("added_tokens") or ()}
-    return TokenList(file, tokens | added)
+        tokens = {i: _text(entry) for i, entry in enumerate(_list(vocabulary))}
+    added = _list(content.get("added_tokens") or [])
+    for token in added:
+        if not isinstance(token, dict):
+            raise ValueError("an added token that is no mapping")
+        tokens[_number(token.get("id"))] = _text([token.get("content")])
+    return TokenList(file, tokens)
 
 
 def _read_vocab_json(file: Path) -> TokenList | None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not all(isinstance(i, int) for i in content.values()):
+    content = read_mapping(file)
+    if any(isinstance(i, dict) for i in content.values()):
         return None  # one vocabulary for each language
-    tokens = {i: str(token) for token, i in content.items()}
+    tokens = {_number(i): token for token, i in content.items()}
     return TokenList(file, tokens | _added_tokens(file.parent))
 
 
 def _read_vocab_txt(file: Path) -> TokenList | None:
     # Not splitlines(): a token may hold one of Unicode's other line separators.
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    text = read_text(file).removesuffix("\n")
+    _check_count(text.count("\n"))
+    lines = text.split("\n")
     return TokenList(file, dict(enumerate(lines)) | _added_tokens(file.parent))
 
 
 def _read_model(file: Path) -> TokenList | None:
     """A SentencePiece model or, under the same name in some models, a tiktoken file."""
-    content = file.read_bytes()
+    content = read_bytes(file)
     added = _added_tokens(file.parent)
     if content[:1] != b"\x0a":  # the tag of a SentencePiece model's first piece
         return TokenList(file, _tiktoken_tokens(content) | added)
     tokens, special = {}, set()
     pieces = (piece for number, piece in _fields(content) if number == 1)
     for i, piece in enumerate(pieces):
+        _check_count(i)
         if not isinstance(piece, bytes):
             raise ValueError("a piece that is a number")
         fields = dict(_fields(piece))
@@ -183,13 +190,14 @@ def _read_model(file: Path) -> TokenList | None:
 
 def _tiktoken_tokens(content: bytes) -> dict[int, str]:
     """The tokens of lines `BASE64 RANK`."""
+    _check_count(content.count(b"\n"))
     characters = _byte_characters()
     tokens = {}
     for line in content.splitlines():
         if line.strip():
             token, rank = line.split()
             decoded = base64.b64decode(token, validate=True)
-            tokens[int(rank)] = "".join(characters[byte] for byte in decoded)
+            tokens[_number(int(rank[:20]))] = "".join(characters[byte] for byte in decoded)
     return tokens
 
 
@@ -206,13 +214,37 @@ def _byte_characters() -> list[str]:
 def _added_tokens(folder: Path) -> dict[int, str]:
     """Tokens that were added to a vocabulary, as slow tokenizers store them."""
     content = read_object(folder / "added_tokens.json")
-    added = {i: token for token, i in content.items() if isinstance(i, int)}
+    added = {i: token for token, i in content.items() if type(i) is int and i >= 0}
     decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for number, token in decoder.items():
-            if number.isdecimal() and isinstance(token, dict) and "content" in token:
-                added[int(number)] = str(token["content"])
+            if number.isdecimal() and isinstance(token, dict):
+                added[int(number[:20])] = str(token.get("content", ""))[:1000]
     return added
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} as the number of a token")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)} as a list of tokens")
+    return value
+
+
+def _text(entry: object) -> str:
+    """The token of an entry, which is a list that begins with it."""
+    if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+        raise ValueError(f"{shown(entry)} as an entry of a vocabulary")
+    return entry[0]
+
+
+def _check_count(count: int) -> None:
+    if count > _MOST:
+        raise ValueError(f"more than {_MOST:,} tokens")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.identity import content_hash, files_identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.evaluate.scorers import Scorer
 
 
@@ -51,8 +52,8 @@ def model_identity(ref: str) -> dict[str, object]:
         "config": content_hash(config) if config.exists() else None,
     }
     if adapter.exists():
-        settings = json.loads(adapter.read_text())
-        base, revision = str(settings["base_model_name_or_path"]), settings.get("revision")
+        settings = read_mapping(adapter, "Save the adapter again.")
+        base, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")
         pinned = f"{base}@{revision}" if revision and is_hub_id(base) else base
         found |= {"adapter": content_hash(adapter), "base": model_identity(pinned)}
     return found

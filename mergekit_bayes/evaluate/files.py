@@ -3,24 +3,55 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import ConfigDict
 
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.documents import DocumentError, as_record, parse_lines, read_record
+from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.evaluate.continuations import Continuations
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.classification import ClassificationReport
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
+from mergekit_bayes.records import Frozen
 
 Row: TypeAlias = dict[str, Any]  # a line of a JSONL file
+T = TypeVar("T")
+R = TypeVar("R", bound=Frozen)
 _REPORT = "report.json"
 _DOCUMENTS = "documents.jsonl"
 _EXAMPLES = "examples.jsonl"
 _CONTINUATIONS = "continuations.jsonl"
+_AGAIN = "Remove the folder, and measure again."
+
+
+class _Line(Frozen):
+    """What is read back of a line; the rest is for readers of the file."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _DocumentRow(_Line):
+    set: str
+    nats: float
+    tokens: int
+    sampled_nats: float | None = None
+
+
+class _ExampleRow(_Line):
+    set: str
+    label: int
+    nats: float
+    probabilities: tuple[float, ...]
+    sampled_nats: float | None = None
+    sampled_probabilities: tuple[float, ...] | None = None
+
+
+class _ContinuationRow(_Line):
+    scores: dict[str, float]
 
 
 def write_report(
@@ -52,30 +83,28 @@ def read_report(folder: str | Path) -> EvaluateReport:
         CheckpointError: A file of the folder cannot be read.
     """
     folder = Path(folder)
+    report = read_record(EvaluateReport, folder / _REPORT, _AGAIN)
     try:
-        report = EvaluateReport.model_validate_json((folder / _REPORT).read_text())
-        documents = _read_lines(folder / _DOCUMENTS)
-        examples = _read_lines(folder / _EXAMPLES)
-        continuations = _read_lines(folder / _CONTINUATIONS)
-    except (OSError, ValidationError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its report cannot be read ({str(error).splitlines()[0]})."
-        ) from None
-    sampled = report.sampled
-    if sampled is not None:
-        update = {
-            "perplexity": _with_documents(sampled.perplexity, documents, "sampled_"),
-            "classification": _with_examples(sampled.classification, examples, "sampled_"),
-        }
-        sampled = sampled.model_copy(update=update)
-    return report.model_copy(
-        update={
-            "perplexity": _with_documents(report.perplexity, documents, ""),
-            "classification": _with_examples(report.classification, examples, ""),
-            "sampled": sampled,
-            "toxicity": _with_prompts(report.toxicity, continuations),
-        }
-    )
+        documents = _read_lines(folder / _DOCUMENTS, _DocumentRow)
+        examples = _read_lines(folder / _EXAMPLES, _ExampleRow)
+        continuations = _read_lines(folder / _CONTINUATIONS, _ContinuationRow)
+        sampled = report.sampled
+        if sampled is not None:
+            update = {
+                "perplexity": _with_documents(sampled.perplexity, documents, sampled=True),
+                "classification": _with_examples(sampled.classification, examples, sampled=True),
+            }
+            sampled = sampled.model_copy(update=update)
+        return report.model_copy(
+            update={
+                "perplexity": _with_documents(report.perplexity, documents, sampled=False),
+                "classification": _with_examples(report.classification, examples, sampled=False),
+                "sampled": sampled,
+                "toxicity": _with_prompts(report.toxicity, continuations),
+            }
+        )
+    except (OSError, DocumentError) as error:
+        raise CheckpointError(f"{folder}: its report cannot be read ({error}). {_AGAIN}") from None
 
 
 def _document_rows(report: EvaluateReport) -> Iterator[Row]:
@@ -117,43 +146,68 @@ def _continuation_rows(continuations: Continuations, seed: int) -> Iterator[Row]
 
 
 def _with_documents(
-    reports: Mapping[str, PerplexityReport], documents: Sequence[Row], prefix: str
+    reports: Mapping[str, PerplexityReport], documents: Sequence[_DocumentRow], *, sampled: bool
 ) -> dict[str, PerplexityReport]:
     result = {}
     for name, report in reports.items():
-        rows = [row for row in documents if row["set"] == name]
+        rows = [row for row in documents if row.set == name]
+        _check_count(len(rows), report.documents, f"documents of {shown(name)}")
         update = {
-            "document_nats": tuple(row[f"{prefix}nats"] for row in rows),
-            "document_tokens": tuple(row["tokens"] for row in rows),
+            "document_nats": tuple(
+                _given(row.sampled_nats if sampled else row.nats) for row in rows
+            ),
+            "document_tokens": tuple(row.tokens for row in rows),
         }
         result[name] = report.model_copy(update=update)
     return result
 
 
 def _with_examples(
-    reports: Mapping[str, ClassificationReport], examples: Sequence[Row], prefix: str
+    reports: Mapping[str, ClassificationReport], examples: Sequence[_ExampleRow], *, sampled: bool
 ) -> dict[str, ClassificationReport]:
     result = {}
     for name, report in reports.items():
-        rows = [row for row in examples if row["set"] == name]
+        rows = [row for row in examples if row.set == name]
+        _check_count(len(rows), report.examples, f"examples of {shown(name)}")
         update = {
-            "example_labels": tuple(row["label"] for row in rows),
-            "example_nats": tuple(row[f"{prefix}nats"] for row in rows),
-            "example_probabilities": tuple(tuple(row[f"{prefix}probabilities"]) for row in rows),
+            "example_labels": tuple(row.label for row in rows),
+            "example_nats": tuple(
+                _given(row.sampled_nats if sampled else row.nats) for row in rows
+            ),
+            "example_probabilities": tuple(
+                _given(row.sampled_probabilities if sampled else row.probabilities) for row in rows
+            ),
         }
         result[name] = report.model_copy(update=update)
     return result
 
 
 def _with_prompts(
-    reports: Mapping[str, ToxicityReport], continuations: Sequence[Row]
+    reports: Mapping[str, ToxicityReport], continuations: Sequence[_ContinuationRow]
 ) -> dict[str, ToxicityReport]:
     result = {}
     for spec, report in reports.items():
-        toxic = np.array([row["scores"][spec] for row in continuations]) >= report.threshold
+        scores = [_given(row.scores.get(spec)) for row in continuations]
+        _check_count(len(scores), report.n_continuations, "continuations")
+        if report.n_prompts < 1 or len(scores) % report.n_prompts:
+            raise DocumentError(
+                f"{len(scores)} continuations are not of {report.n_prompts} prompts"
+            )
+        toxic = np.array(scores) >= report.threshold
         share = toxic.reshape(report.n_prompts, -1).mean(axis=1)
         result[spec] = report.model_copy(update={"prompt_share": tuple(share.tolist())})
     return result
+
+
+def _given(value: T | None) -> T:
+    if value is None:
+        raise DocumentError("a line lacks a number that the report has")
+    return value
+
+
+def _check_count(found: int, expected: int, what: str) -> None:
+    if found != expected:
+        raise DocumentError(f"{found:,} {what}, where {expected:,} were measured")
 
 
 def _write_lines(path: Path, rows: Iterator[Row]) -> None:
@@ -162,8 +216,6 @@ def _write_lines(path: Path, rows: Iterator[Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _read_lines(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [json.loads(line) for line in file]
+def _read_lines(path: Path, row: type[R]) -> list[R]:
+    """The lines of a JSONL file that may be absent."""
+    return [as_record(row, line) for line in parse_lines(path)] if path.exists() else []

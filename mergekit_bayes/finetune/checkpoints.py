@@ -12,14 +12,19 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
+from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.documents import DocumentError, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.posterior import Identity
+from mergekit_bayes.records import Frozen
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +33,7 @@ LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorB
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
+    "trust_remote_code",
     "output",
     "model",
     "data",
@@ -57,6 +63,24 @@ class Checkpoint(NamedTuple):
     loss: float
 
 
+class _Marker(Frozen):
+    """What the marker of a checkpoint records.
+
+    Attributes:
+        format: Version of this record.
+        step: As in `Checkpoint`.
+        loss: As in `Checkpoint`.
+        settings: As in `Checkpoint`.
+        files: Bytes of each file by its name in the checkpoint.
+    """
+
+    format: Literal[1] = 1
+    step: int = Field(ge=0)
+    loss: float
+    settings: dict[str, Any]
+    files: dict[str, int]
+
+
 def checkpoints_of(target: Path) -> Path:
     """The folder for the checkpoints of the run that writes `target`."""
     return target.with_name(f"{target.name}.checkpoints")
@@ -65,6 +89,20 @@ def checkpoints_of(target: Path) -> Path:
 def has_folder(config: FinetuneConfig) -> bool:
     """Whether a run writes into `checkpoints_of` its output: checkpoints, or the files of logs."""
     return config.save_steps is not None or bool(set(config.report_to) - {"none"})
+
+
+def make_checkpoint_folder(folder: Path) -> None:
+    """Make the folder for the checkpoints, or check that this account has made it.
+
+    What is in it is loaded with --resume and removed with --force. A link of this account is
+    followed: checkpoints are large, and may be kept on another disk.
+
+    Raises:
+        CheckpointError: It is no folder of this account, or cannot be made.
+    """
+    if folder.is_symlink() and folder.lstat().st_uid == os.geteuid():
+        folder = folder.resolve()
+    make_own_folder(folder)
 
 
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -93,11 +131,12 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
             shutil.rmtree(path)
         return None
     for path in reversed(paths):
-        reason = _torn(path)
-        if reason is None:
-            marker = json.loads((path / MARKER).read_text())
-            return Checkpoint(path, marker["step"], marker["settings"], marker["loss"])
-        logger.warning("'%s' is torn (%s): skipped.", path, reason)
+        try:
+            marker = _read_marker(path)
+        except DocumentError as error:
+            logger.warning("'%s' is torn (%s): skipped.", path, error)
+        else:
+            return Checkpoint(path, marker.step, marker.settings, marker.loss)
         # Else it could vouch for files that the resumed run has only half written again.
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
@@ -115,7 +154,10 @@ def copy_logs(folder: Path, output: Path) -> None:
         inner = path.relative_to(folder)
         target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
+        try:
+            copy_contained(folder, inner, target)
+        except CheckpointError as error:  # a log is not worth the training
+            logger.warning("a log is left out: %s", error)
 
 
 def close_checkpoints(folder: Path, *, keep: bool) -> None:
@@ -134,8 +176,9 @@ def close_checkpoints(folder: Path, *, keep: bool) -> None:
 
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder in which there is no file."""
-    if folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
-        shutil.rmtree(folder)
+    is_empty = folder.is_dir() and not any(path.is_file() for path in folder.rglob("*"))
+    if is_empty and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)  # it may be of another account
 
 
 def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
@@ -152,15 +195,14 @@ def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: floa
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
         sync_path(file)
-    marker = {
-        "format": 1,
-        "step": step,
-        "loss": loss,
-        "settings": dict(settings),
-        "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
-    }
+    marker = _Marker(
+        step=step,
+        loss=loss,
+        settings=dict(settings),
+        files={str(file.relative_to(path)): file.stat().st_size for file in files},
+    )
     partial = path / f"{MARKER}.partial"
-    partial.write_text(json.dumps(marker, indent=1))
+    write_own(partial, json.dumps(marker.model_dump(), indent=1))
     sync_path(partial)
     os.replace(partial, path / MARKER)
     sync_path(path)
@@ -188,8 +230,7 @@ def identity_of(
         "model": base.blocks if base is not None else config.model,
         "data": _digest(examples),
     }
-    identity: dict[str, object] = json.loads(json.dumps(settings))
-    return identity
+    return settings
 
 
 def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]) -> None:
@@ -242,21 +283,25 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__)
 
 
-def _torn(path: Path) -> str | None:
-    """Why a checkpoint is not complete; None if it is."""
+def _read_marker(path: Path) -> _Marker:
+    """The marker of a checkpoint.
+
+    Raises:
+        DocumentError: The checkpoint is not complete; the text says why.
+    """
+    file = path / MARKER
+    if not os.path.lexists(file):
+        raise DocumentError("it was never finished")
     try:
-        sizes = json.loads((path / MARKER).read_text())["files"]
-    except FileNotFoundError:
-        return "it was never finished"
-    except (OSError, ValueError, KeyError):
-        return f"its {MARKER} cannot be read"
-    for name, size in sizes.items():
-        file = path / name
-        actual = file.stat().st_size if file.is_file() else None
-        if actual != size:
+        marker = read_record(_Marker, file)
+    except CheckpointError:
+        raise DocumentError(f"its {MARKER} cannot be read") from None
+    sizes = {str(f.relative_to(path)): f.stat().st_size for f in path.rglob("*") if f.is_file()}
+    for name, size in marker.files.items():
+        if (actual := sizes.get(name)) != size:
             problem = "is missing" if actual is None else f"holds {actual}"
-            return f"{name} should hold {size} bytes and {problem}"
-    return None
+            raise DocumentError(f"{name} should hold {size} bytes and {problem}")
+    return marker
 
 
 def _digest(examples: Sequence[Mapping[str, object]]) -> str:

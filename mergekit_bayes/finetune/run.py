@@ -23,6 +23,7 @@ from mergekit_bayes.finetune.checkpoints import (
     checkpoints_of,
     close_checkpoints,
     has_folder,
+    make_checkpoint_folder,
     open_checkpoints,
     refuse_other_settings,
     remove_if_empty,
@@ -118,9 +119,12 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
+    folder = checkpoints_of(target)
+    if has_folder(config):
+        make_checkpoint_folder(folder)
     if config.save_steps is None:
         return None
-    return open_checkpoints(checkpoints_of(target), resume=config.resume, force=config.force)
+    return open_checkpoints(folder, resume=config.resume, force=config.force)
 
 
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:

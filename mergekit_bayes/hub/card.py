@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub.facts import read_facts
 from mergekit_bayes.hub.folder import CARD, read_card
@@ -150,6 +151,7 @@ def _find_section(text: str) -> _Section | None:
 def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, _Section | None]:
     """Fields and text of an existing card, and the place of our section in the text."""
     if existing is None and (folder / CARD).exists():
+        contained(folder, CARD)
         existing = read_card(folder / CARD)
     if existing is None or is_generated(existing):
         return {}, "", None
@@ -168,7 +170,7 @@ def _template_lines() -> set[str]:
     """The lines of the Hub client's empty model card, which PEFT fills in and extends."""
     from huggingface_hub import ModelCard
 
-    text = Path(ModelCard.default_template_path).read_text(encoding="utf-8")
+    text = read_card(Path(ModelCard.default_template_path))
     filled = re.sub(r'\{\{ \w+ \| default\("([^"]*)", true\) ?\}\}', r"\1", text)
     return {line.strip() for line in filled.splitlines()}
 

@@ -1,13 +1,15 @@
 """What a model folder says about itself: how it was made, its posterior, task and evaluations."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, RECORDS
 from mergekit_bayes.hub.folder import (
     MergeRecord,
     lone_precision_files,
@@ -74,10 +76,14 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         only_posterior: Describe nothing but the posterior.
 
     Raises:
-        CheckpointError: Neither a model nor a precision, or a file that cannot be read.
+        CheckpointError: Neither a model nor a precision, or a file that cannot be read or leads
+            out of the folder.
     """
     lone = lone_precision_files(folder)
     only = only_posterior or bool(lone)
+    precision = lone or (precision_files(folder) if posterior else [])
+    for file in (*precision, *_documents(folder, only=only)):
+        contained(folder, file.relative_to(folder))
     report = None if only else read_merge(folder)
     recipe, finetune = ({} if only else read_record(folder / name) for name in _SETTINGS)
     made_from = parents(folder, posterior_only=only_posterior)
@@ -86,7 +92,6 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
     if not lone:
         with SafetensorsSource(checkpoint_files(folder)) as mean:
             mean_identity = identity(mean)
-    precision = lone or (precision_files(folder) if posterior else [])
     info = precision_info(precision)
     config = read_record(folder / "config.json")
     evaluations, notes = ((), ()) if only else _evaluations(folder, mean_identity)
@@ -112,7 +117,7 @@ def _evaluations(
 ) -> tuple[tuple[Mapping[str, object], ...], tuple[str, ...]]:
     """Evaluations of these weights, and a note for each evaluation of other weights."""
     reports, notes = [], []
-    for file in sorted([*folder.glob("report.json"), *folder.glob("*/report.json")]):
+    for file in _report_files(folder):
         report = read_record(file)
         if "model_identity" not in report:
             continue
@@ -124,6 +129,17 @@ def _evaluations(
                 "leaves its results out"
             )
     return tuple(reports), tuple(notes)
+
+
+def _report_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("report.json"), *folder.glob("*/report.json")])
+
+
+def _documents(folder: Path, *, only: bool) -> list[Path]:
+    """The files of a folder whose content is read for a card, as far as they are there."""
+    names = ("config.json", "adapter_config.json", *(() if only else RECORDS))
+    reports = [] if only else _report_files(folder)
+    return [*(folder / name for name in names if os.path.lexists(folder / name)), *reports]
 
 
 def _pipeline(architectures: Sequence[str], adapter_task: str) -> str | None:

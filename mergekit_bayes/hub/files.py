@@ -1,17 +1,19 @@
 """Which files of a model folder are pushed, which stay behind, and which are deleted on the Hub."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
 from mergekit_bayes.documents import read_object
-from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, shown
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
 from mergekit_bayes.hub.local_paths import holds_token, names_paths
 from mergekit_bayes.posterior import PosteriorInfo
@@ -33,7 +35,7 @@ class PushFile(NamedTuple):
 
     Attributes:
         path: Its path in the repository.
-        source: The local file; None for the card, which is made.
+        source: The real path of the local file; None for the card, which is made.
         size: Bytes.
     """
 
@@ -65,8 +67,8 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         only_posterior: Push nothing but the posterior.
 
     Raises:
-        CheckpointError: Not a folder, neither a model nor a precision in it, or a file that holds
-            a token.
+        CheckpointError: Not a folder, or neither a model nor a precision in it; or a file of the
+            push is a link out of the folder, is not a regular file, or holds a token.
         ConfigError: The options leave nothing to push.
         PrecisionError: No posterior, one of other weights, or one that does not name its weights.
     """
@@ -87,6 +89,7 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
                 f"'{folder}' holds a precision and no model. Push it with --posterior-only."
             )
         chosen = _posterior_files(folder, lone)
+        _real_files(folder, chosen)  # before any is opened
         _named_weights(folder, lone, "MODEL", "")
     else:
         chosen = {} if only_posterior else _model_files(folder)
@@ -97,19 +100,38 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
                 "TEXTS`."
             )
         if precision:
-            _check_posterior(folder, precision)
             chosen |= _posterior_files(folder / "posterior", precision)
-    for file in chosen.values():
-        if holds_token(file):
+            _real_files(folder, chosen)
+            _check_posterior(folder, precision)
+    files = tuple(_real_files(folder, chosen))
+    for file in files:
+        if file.source is not None and holds_token(file.source):
             raise CheckpointError(
-                f"{file}: holds what looks like a token of the Hub. Nothing was pushed: take the "
-                "token out of the file, and withdraw it if others have seen it."
+                f"{folder / file.path}: holds what looks like a token of the Hub. Nothing was "
+                "pushed: take the token out of the file, and withdraw it if others have seen it."
             )
     return Choice(
-        tuple(PushFile(path, file, file.stat().st_size) for path, file in sorted(chosen.items())),
+        files,
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
         tuple(_path_notes(chosen)),
     )
+
+
+def _real_files(folder: Path, chosen: Mapping[str, Path]) -> list[PushFile]:
+    """The files of a push, by path; an error if one leads out of the folder or has an odd name.
+
+    Tensors must lie in the folder, too: a merge only computes with them, a push publishes them.
+    """
+    files = []
+    for path, file in sorted(chosen.items()):
+        if not path.isprintable():
+            raise CheckpointError(
+                f"'{folder}': the name {shown(path)} holds what cannot be printed, and is not "
+                "published. Rename the file."
+            )
+        real = contained(folder, file.relative_to(folder))
+        files.append(PushFile(path, real, real.stat().st_size))
+    return files
 
 
 def stale_files(
@@ -153,7 +175,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
     chosen = {file.name: file for file in weights}
     for file in sorted(folder.iterdir()):
         is_side_file = any(fnmatchcase(file.name, pattern) for pattern in PUBLISHED)
-        if file.is_file() and (file.name in names or is_side_file):
+        if not file.is_dir() and (file.name in names or is_side_file):
             chosen[file.name] = file
     for pattern in _INNER_FILES:
         chosen |= {f"{file.parent.name}/{file.name}": file for file in sorted(folder.glob(pattern))}
@@ -163,6 +185,8 @@ def _model_files(folder: Path) -> dict[str, Path]:
 def _modules(folder: Path) -> Iterator[str]:
     """Python files that the model's config or tokenizer says it needs (`auto_map`)."""
     for name in ("config.json", "tokenizer_config.json"):
+        if os.path.lexists(folder / name):
+            contained(folder, name)
         for value in mapping(read_object(folder / name).get("auto_map")).values():
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str) and "--" not in place:  # "--": of another repository

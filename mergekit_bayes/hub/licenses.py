@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.sources import local_path
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.folder import CARD, read_card
@@ -77,8 +78,11 @@ def read_license(card: str) -> License | None:
 
 
 def _license_beside(path: Path) -> License | None:
-    card = (path.parent if os.path.isfile(path) else path) / CARD
-    return _license_in(card) if os.path.isfile(card) else None
+    folder = path.parent if os.path.isfile(path) else path
+    try:
+        return _license_in(contained(folder, CARD))
+    except CheckpointError:  # there is none, or it is a link to what is not of that model
+        return None
 
 
 def _license_in(card: Path) -> License | None:

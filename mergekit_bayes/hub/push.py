@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.hub_errors import printable
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError
@@ -143,6 +144,7 @@ def _folder_card(folder: Path, *, only_posterior: bool) -> str:
     file = folder / CARD
     if not file.is_file() or (only_posterior and not lone_precision_files(folder)):
         return ""
+    contained(folder, CARD)
     text = read_card(file)
     return "" if is_generated(text) else text
 
@@ -219,7 +221,9 @@ def _compared(
 
     changed, unchanged = [], []
     for file in plan.files:
-        content = plan.card.encode() if file.source is None else str(file.source.resolve())
+        content: bytes | str = plan.card.encode()
+        if file.source is not None:  # nothing was put in its place since it was chosen
+            content = str(contained(file.source.parent, file.source.name))
         add = CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=content)
         if is_unchanged(add, remote.get(file.path)):
             unchanged.append(file.path)

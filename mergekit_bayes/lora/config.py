@@ -1,13 +1,13 @@
 """`adapter_config.json` as PEFT writes it: what is read of it, and which adapters are refused."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
 
@@ -71,12 +71,13 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         writer = explain_files(path) or "Name the folder that PEFT wrote."
         raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {writer}")
     try:
-        text = file.read_bytes()
+        text = read_bytes(file)
         if reason := explain_stand_in(text[:HEAD]):
             raise CheckpointError(f"{file}: {reason}")
-        config: LoraConfig = json.loads(text)
-        if not isinstance(config, dict):
+        content = parse_json(text)
+        if not isinstance(content, dict):
             raise ValueError("it is not a mapping")
+        config = cast(LoraConfig, content)
         if reason := explain_config(config):
             raise ConfigError(f"'{ref}' is not an adapter of PEFT: {reason}")
         _refuse_other_kinds(config, ref)

@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.checkpoint.stamps import Stamp
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
@@ -32,6 +35,7 @@ class Partial:
     Args:
         folder: `OUT.partial`.
         plan: The plan's hash.
+        inputs: The files that are read, as they were when this process opened them.
 
     Attributes:
         out: Where the output is written.
@@ -39,10 +43,10 @@ class Partial:
         journals: What has been written.
     """
 
-    def __init__(self, folder: Path, plan: str) -> None:
+    def __init__(self, folder: Path, plan: str, inputs: Mapping[Path, Stamp] | None = None) -> None:
         self.folder, self.out, self.plan = folder, folder / "out", plan
         self.replaced = folder / "replaced"
-        self.journals = Journals(folder, plan)
+        self.journals = Journals(folder, plan, inputs)
         self._lock: int | None = None
 
     @contextmanager
@@ -56,7 +60,8 @@ class Partial:
 
         Raises:
             BusyError: Another process works there that would be in the way.
-            CheckpointError: The folder is not a merge's, or another plan has begun there.
+            CheckpointError: The folder is not a merge's or not of this account, something in it
+                leads elsewhere, or another plan has begun there.
         """
         self._lock = self._enter(alone=alone, force=force)
         try:
@@ -69,11 +74,9 @@ class Partial:
     @property
     def is_publishing(self) -> bool:
         """Whether the output is complete and is being given its final name."""
-        with suppress(OSError, ValueError, AttributeError):
-            record = json.loads((self.folder / "whole.json").read_text())
-            is_certain = record.get("sync") or is_this_boot(record)
-            return bool(record.get("plan") == self.plan and is_certain)
-        return False
+        record = read_object(self.folder / "whole.json")
+        is_certain = record.get("sync") or is_this_boot(record)
+        return bool(record.get("plan") == self.plan and is_certain)
 
     def publish(self, *, sync: bool) -> None:
         """Record that the output is complete.
@@ -121,6 +124,7 @@ class Partial:
                 f"{self.folder} holds another merge that was not finished (other models, settings "
                 "or version). Finish it with its own command, remove the folder, or pass --force."
             )
+        refuse_planted(self.folder, but=self.replaced)
         if is_alone:
             if not self.is_publishing:
                 self._unpublish()
@@ -135,10 +139,11 @@ class Partial:
 
     def _open_lock(self) -> int:
         while True:
-            self._refuse_foreign()
-            self.folder.mkdir(parents=True, exist_ok=True)
             # A process that has just finished may remove the folder in between.
             with suppress(FileNotFoundError):
+                # One merge is of one account: nobody else has to look in, or could add to it.
+                make_own_folder(self.folder, 0o700)
+                self._refuse_foreign()
                 return open_lock(self.folder / "lock", os.O_CREAT)
 
     def _refuse_foreign(self) -> None:
@@ -157,7 +162,7 @@ class Partial:
     def _is_current(self, file: int) -> bool:
         """Whether a lock is that of the folder, and not of one that was removed meanwhile."""
         with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(file), os.stat(self.folder / "lock"))
+            return os.path.samestat(os.fstat(file), os.lstat(self.folder / "lock"))
         return False
 
     def _release(self) -> None:
@@ -168,18 +173,15 @@ class Partial:
     def _begun_plan(self) -> str | None:
         """The hash of the plan that has begun in the folder."""
         for name in ("plan.json", "whole.json"):
-            with suppress(OSError, ValueError, AttributeError):
-                plan = json.loads((self.folder / name).read_text()).get("plan")
-                if isinstance(plan, str):
-                    return plan
+            plan = read_object(self.folder / name).get("plan")
+            if isinstance(plan, str):
+                return plan
         return None
 
     def _write(self, name: str, **more: object) -> None:
         scratch = self.folder / f"{name}.new"
-        with scratch.open("w") as file:
-            file.write(json.dumps({"plan": self.plan, **more}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_own(scratch, json.dumps({"plan": self.plan, **more}) + "\n")
+        sync_path(scratch)
         os.replace(scratch, self.folder / name)
         sync_path(self.folder)
 

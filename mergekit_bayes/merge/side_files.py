@@ -1,13 +1,12 @@
 """Config, tokenizer, chat template, code and the like, which a merged model takes from inputs."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.model_config import change_config
-from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable, copy_side_file
+from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.plan import MergePlan
 
 _CONFIG_DTYPE = {
@@ -50,21 +49,17 @@ class SideFiles:
         if self._choice is None:
             return
         files = self._choice.gathered.files
-        check_readable(files.values())
+        check_readable(files)
         file = files.get(Path("config.json"))
         if file is not None and (self._changes_dtype or self._changes):
-            try:
-                json.loads(file.read_bytes())
-            except ValueError as error:
-                raise CheckpointError(f"{file}: is not JSON ({error}).") from None
+            read_mapping(file, "The output needs it: save that model again.")
 
     def copy(self, out: Path) -> None:
         """Copy the side files, and write what is true of the output into the copied configs."""
         if self._choice is None:
             return
         for name, file in self._choice.gathered.files.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / name)
+            copy_side_file(file, name, out)
         if self._choice.gathered.template is not None:
             (out / CHAT_TEMPLATE).write_text(self._choice.gathered.template, encoding="utf-8")
         dtype = _CONFIG_DTYPE[self._main_dtype()] if self._changes_dtype else None
@@ -84,7 +79,7 @@ def _rewrite(file: Path, changes: Mapping[str, object], dtype: str | None) -> No
     """Set keys and the dtype in a config, if there is one; nothing to set leaves its bytes."""
     if not file.exists() or not (changes or dtype):
         return
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_mapping(file)
     before = json.dumps(content)
     if dtype is not None:
         _set_dtype(content, dtype)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
@@ -56,6 +56,20 @@ class UnitTally:
         replaced = line["mended"]
         return cls(**{k: v for k, v in line.items() if k != "mended"}, replaced=replaced)
 
+    @staticmethod
+    def is_line(value: object) -> TypeGuard[TallyLine]:
+        """Whether a value has the form that `to_json` gives."""
+        if not isinstance(value, dict) or value.keys() != UnitTally().to_json().keys():
+            return False
+        lists = [value["stored"], value["mended"]]
+        if not all(isinstance(numbers, list) for numbers in lists):
+            return False
+        counts = [value[key] for key in ("entries", "changed", "lost", "guarded")]
+        numbers = [value["multiplier"], *value["stored"]]
+        return all(type(count) is int for count in (*counts, *value["mended"])) and all(
+            type(number) in (int, float) for number in numbers
+        )
+
     def to_json(self) -> TallyLine:
         """The tally as a journal keeps it."""
         return {
@@ -105,6 +119,12 @@ class MergeTotals:
             if plan.steps[unit.step].tied_to is not None:
                 continue  # a copy is counted once
             tally = UnitTally.from_json(tallies[unit.id])
+            if len(tally.stored) not in (0, len(plan.inputs)):
+                raise CheckpointError(
+                    f"{plan.target}.partial: a journal counts {len(tally.stored)} models in unit "
+                    f"{unit.id}, and the merge has {len(plan.inputs)}. Remove that folder, and "
+                    "merge again."
+                )
             self._add(tally)
             if tally.stored and plan.method.needs_precision:
                 entries, sums = by_step.get(unit.step, (0, [0.0] * len(plan.inputs)))

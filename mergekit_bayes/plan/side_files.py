@@ -18,6 +18,7 @@ from mergekit_bayes.checkpoint.side_files import (
     GatheredFiles,
     gather_side_files,
     inline_template,
+    side_files,
 )
 from mergekit_bayes.checkpoint.tokenizers import (
     TokenList,
@@ -27,7 +28,7 @@ from mergekit_bayes.checkpoint.tokenizers import (
     tokenizer_identity,
     tokens_apart,
 )
-from mergekit_bayes.documents import read_object
+from mergekit_bayes.documents import DocumentError, read_bytes, read_object
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
@@ -98,6 +99,17 @@ def choose_side_files(
     if token_ids and not is_told:
         notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
+
+
+def refuse_links(inputs: Inputs) -> None:
+    """Refuse models with side files that are links out of their folder, before any is read.
+
+    Raises:
+        CheckpointError: A model has one.
+    """
+    for model in inputs:
+        for folder in _folders(model.posterior):
+            side_files(folder)
 
 
 def config_input(inputs: Inputs) -> Input | None:
@@ -317,8 +329,8 @@ def _content(folder: Path, group: str) -> object:
     """What decides the effect of a group of settings; empty if the folder has nothing of it."""
     if group == CHAT:
         try:
-            return (folder / CHAT_TEMPLATE).read_bytes()
-        except OSError:  # what cannot be read is reported when it is to be copied
+            return read_bytes(folder / CHAT_TEMPLATE)
+        except (OSError, DocumentError):  # what cannot be read is reported when it is to be copied
             template = inline_template(folder)
             return template.encode() if template is not None else None
     names = {"generation config": "generation_config.json", "processor": "preprocessor_config.json"}

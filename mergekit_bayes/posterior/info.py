@@ -1,17 +1,15 @@
 """What a posterior says about itself: estimator, units, prior, identity."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSource
-from mergekit_bayes.errors import CheckpointError, PrecisionError
+from mergekit_bayes.documents import DocumentError, as_record, parse_json
+from mergekit_bayes.errors import CheckpointError, PrecisionError, shown
 from mergekit_bayes.records import Frozen
 
 FORMAT = 1
@@ -213,16 +211,16 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
     if text is None:
         return None
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if not isinstance(content, dict):
-            raise ValueError("it is not a mapping")
+            raise DocumentError("it is not a mapping")
         if content.get("format") != FORMAT:
             raise PrecisionError(
-                f"{file}: posterior format {content.get('format')}, this version reads {FORMAT}. "
-                "Update mergekit-bayes."
+                f"{file}: posterior format {shown(content.get('format'))}, this version reads "
+                f"{FORMAT}. Update mergekit-bayes."
             )
-        return PosteriorInfo.model_validate(content)
-    except (ValidationError, ValueError, AttributeError) as error:
+        return as_record(PosteriorInfo, content)
+    except DocumentError as error:
         raise PrecisionError(
             f"{file}: its posterior information cannot be read ({error})."
         ) from None

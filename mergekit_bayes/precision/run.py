@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
@@ -68,7 +69,9 @@ def _refuse_settings(config: PrecisionConfig) -> None:
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(config.model, config.task, dtype=config.dtype)
+    loaded = load_model(
+        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -119,6 +122,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             rename(name): tensor.cpu().numpy()
             for name, tensor in checkpoint_names(model, precision).items()
         }
+        refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
