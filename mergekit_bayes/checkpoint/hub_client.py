@@ -7,7 +7,6 @@ names what cannot be a commit, a file or a hash. It is installed by `set_client_
 fetching and pushing share it. A program that has set a factory of its own keeps that one.
 """
 
-import email.utils
 import logging
 import re
 import threading
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 60.0  # seconds of one wait that a server asks for
 ALL_WAITS = 300.0  # seconds of waiting in one operation, such as a push
-SILENCE = 120.0  # seconds in which a server must begin to answer what is sent to it
+SILENCE = 120.0  # seconds in which a server must answer where huggingface_hub sets no limit
 LARGEST_ANSWER = 64 << 20  # bytes of an answer that is held in memory
 LONGEST_ANSWER = 600.0  # seconds in which such an answer must be complete
 PAGES = 500  # of a repository's list of files, each of a thousand
@@ -35,7 +34,7 @@ _LIMIT_RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", re.ASCII)
 _CONFLICT = "another conflicting operation is in progress"  # huggingface_hub asks again at once
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?\w[\w.+=:-]{0,199}"?', re.ASCII)
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _OPENS_A_REQUEST = "create_pr"  # the parameter of a commit that opens a pull request
 
 
@@ -123,6 +122,8 @@ def asked_wait(status: int, headers: Mapping[str, str]) -> float | None:
         return float(text)
     if text.isascii() and text.isdigit():
         return float("inf")
+    import email.utils  # only for a date, which is rare
+
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):
@@ -173,12 +174,8 @@ def _factory(default: "Callable[[], httpx2.Client]") -> "Callable[[], httpx2.Cli
 
 def _timeout(request: "httpx2.Request") -> dict[str, float]:
     """Timeouts where huggingface_hub sets none, as it does for all but downloads."""
-    from huggingface_hub import constants
-
-    fetches = request.method in ("GET", "HEAD")
-    default = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) if fetches else SILENCE
     given = request.extensions.get("timeout") or {}
-    return {key: given.get(key) or default for key in ("connect", "read", "write", "pool")}
+    return {key: given.get(key) or SILENCE for key in ("connect", "read", "write", "pool")}
 
 
 def _wait(request: "httpx2.Request", response: "httpx2.Response", tries: int) -> float | None:
@@ -235,8 +232,8 @@ def _check_headers(response: "httpx2.Response") -> None:
         HubError: A commit or a hash that is none.
     """
     for name, text in list(response.headers.multi_items()):
-        if _UNPRINTABLE.search(text):  # some are printed, as those of X-HF-Warning
-            response.headers[name] = _UNPRINTABLE.sub("?", text)
+        if _CONTROL.search(text):  # some are printed, as those of X-HF-Warning
+            response.headers[name] = _CONTROL.sub("?", text)
     checks = {"x-repo-commit": _COMMIT, "x-linked-etag": _ETAG}
     if "x-repo-commit" in response.headers and "resolve" in response.request.url.path:
         checks["etag"] = _ETAG
@@ -316,9 +313,6 @@ def _check_listing(body: bytes) -> None:
 
 
 def _is_plain(path: str) -> bool:
-    parts = path.split("/")
-    return (
-        path.isprintable()
-        and "\\" not in path
-        and not any(p in ("", ".", "..") or len(p.encode()) > 255 for p in parts)
-    )
+    parts = re.split(r"[/\\]", path)
+    names_one = all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+    return names_one and not _CONTROL.search(path)
