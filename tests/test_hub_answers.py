@@ -66,7 +66,7 @@ def listing(tmp_path):
     "headers",
     [
         {"ETag": '"../../../../evil"'},
-        {"ETag": '"/tmp/evil-of-bmerge"'},
+        {"ETag": '"FOLDER/evil"'},
         {"ETag": '".."'},
         {"ETag": '"' + "a" * 300 + '"'},
         {"X_Linked_ETag": '"../../../../evil"'},
@@ -77,13 +77,13 @@ def listing(tmp_path):
 )
 def test_a_hash_that_is_a_path_stores_nothing(hub, tmp_path, headers):
     hub.add("org/a", {"config.json": b"{}"})
+    headers = {k: v.replace("FOLDER", str(tmp_path)) for k, v in headers.items()}
     tampered(hub, "/resolve/", with_headers(**headers))
     before = listing(tmp_path)
     with pytest.raises(CheckpointError, match=r"'org/a': the Hub answered with [a-z-]+: "):
         sources.resolve("org/a")
     stored = listing(tmp_path) - before
     assert all("models--org--a" in str(p) or "CACHEDIR" in str(p) for p in stored), stored
-    assert not os.path.exists("/tmp/evil-of-bmerge")
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,12 @@ def test_an_answer_that_fills_the_memory_is_not_read(hub, monkeypatch, part):
         sources.resolve("org/a")
 
 
-def test_a_list_of_files_without_end_is_one_message(hub):
+def test_a_list_of_files_without_end_is_one_message(hub, monkeypatch):
     hub.add("org/a", {"config.json": b"{}"})
     link = f'<{hub.url}/api/models/org/a/tree/main?cursor=x>; rel="next"'
     tampered(hub, "/tree/", with_headers(Link=link))
-    with pytest.raises(CheckpointError, match="has more than 500 pages"):
+    monkeypatch.setattr(hub_client, "FILES", 1000)
+    with pytest.raises(CheckpointError, match="has more than 1,000 files, or does not end"):
         sources.resolve("org/a")
 
 
@@ -213,7 +214,9 @@ def test_tokens_of_all_forms_are_taken_out_of_messages(hub, secret):
         assert not [part for part in ("abc", "def", "ghi", "aa.", "bb", "xyzzy") if part in said]
 
 
-def test_a_redirect_to_another_host_carries_no_token(hub, tmp_path):
+@pytest.fixture
+def elsewhere():
+    """Another server: its address, and the tokens that it has seen."""
     seen = []
 
     class Elsewhere(BaseHTTPRequestHandler):
@@ -222,27 +225,57 @@ def test_a_redirect_to_another_host_carries_no_token(hub, tmp_path):
             self.send_response(200)
             self.send_header("Content-Length", "2")
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(b"[]")
 
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    hub.add("org/a", {"config.json": b"{}"})
-    place = f"http://127.0.0.1:{server.server_port}/blob"
-    tampered(
-        hub,
-        "/resolve/",
-        lambda a: Answer(302, a.headers | {"Location": place, "X-Linked-Size": "2"}, b""),
-    )
-    try:
-        assert (sources.resolve("org/a") / "config.json").read_bytes() == b"{}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{other.server_port}", seen
+    other.shutdown()
+    other.server_close()
+
+
+def test_a_redirect_to_another_host_carries_no_token(hub, elsewhere):
+    place, seen = elsewhere
+    hub.add("org/a", {"config.json": b"[]"})
+    headers = {"Location": f"{place}/blob", "X-Linked-Size": "2"}
+    tampered(hub, "/resolve/", lambda a: Answer(302, a.headers | headers, b""))
+    assert (sources.resolve("org/a") / "config.json").read_bytes() == b"[]"
     assert seen == [None]
     assert {request.token for request in hub.log} == {TOKEN}
+
+
+@pytest.mark.parametrize("kind", ["moved", "next page"])
+def test_a_list_that_goes_on_elsewhere_carries_no_token(hub, elsewhere, kind):
+    place, seen = elsewhere
+    hub.add("org/a", {"config.json": b"[]"})
+    link = {"Link": f'<{place}/api/models/org/a/tree/main>; rel="next"'}
+    moved = Answer(307, {"Location": f"{place}/api/models/org/a/tree/main"})
+    tampered(hub, "/tree/", with_headers(**link) if kind == "next page" else lambda answer: moved)
+    remote.file_sizes("org/a")
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("part", ["whoami", "/api/models/org/a", "/tree/", "/commit/", "/create"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"", b"1" * 5000, b'{"a":NaN'])
+def test_any_bytes_for_an_answer_are_one_message(hub, tmp_path, part, content):
+    hub.add("org/a", {"config.json": b"{}"})
+    tampered(hub, part, lambda answer: answer._replace(content=content))
+    one_message(lambda: check_login("org/a"))
+    one_message(lambda: sources.resolve("org/a"))
+    one_message(lambda: push_folder(folder(tmp_path / "a"), "org/a"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary"])
+def test_a_token_file_that_is_none_is_one_message(hub, monkeypatch, tmp_path, kind):
+    monkeypatch.delenv("HF_TOKEN")
+    token = tmp_path / "home" / "token"
+    token.mkdir() if kind == "folder" else token.write_bytes(b"\xffsecret")
+    hub.add("org/a", {"config.json": b"{}"})
+    with pytest.raises(CheckpointError, match=r"'org/a': (your token holds|reading or writing)"):
+        sources.resolve("org/a")
 
 
 @pytest.mark.parametrize(
