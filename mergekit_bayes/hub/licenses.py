@@ -69,19 +69,21 @@ def read_license(card: str) -> License | None:
         fields, _ = split_card(card)
     except ValueError:
         return None
-    if not isinstance(fields.get("license"), str):
+    if not (isinstance(fields.get("license"), str) and fields["license"]):
         return None
     keys = ["license"]
     if fields["license"] == "other":
         keys += ["license_name", "license_link"]
-    return {k: one_line(fields[k], 300) for k in keys if isinstance(fields.get(k), str)}
+    return {k: one_line(v, 300) for k in keys if isinstance(v := fields.get(k), str) and v}
 
 
 def _license_beside(path: Path) -> License | None:
     folder = path.parent if os.path.isfile(path) else path
+    if not os.path.isfile(folder / CARD):  # also where a record names what no path can be
+        return None
     try:
         return _license_in(contained(folder, CARD))
-    except CheckpointError:  # there is none, or it is a link to what is not of that model
+    except CheckpointError:  # it is a link to what is not of that model
         return None
 
 
