@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.contained import contained
-from mergekit_bayes.checkpoint.sources import local_path
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.folder import CARD, read_card
 from mergekit_bayes.hub.front_matter import split_card
@@ -43,7 +42,8 @@ def agreed_license(
 
 def local_licenses(made_from: Sequence[Parent]) -> dict[Parent, License | None]:
     """The licences that the cards of local parents name; None for a card that names none."""
-    return {p: _license_beside(local_path(p.path)) for p in made_from if p.path is not None}
+    paths = {p: Path(os.path.expanduser(p.path)) for p in made_from if p.path is not None}
+    return {parent: _license_beside(path) for parent, path in paths.items()}
 
 
 def hub_licenses(api: "HfApi", made_from: Sequence[Parent]) -> dict[Parent, License | None]:
