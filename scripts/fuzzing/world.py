@@ -61,6 +61,7 @@ def _line(name: str, words: str, needs: str, out: str | None = None, **options: 
 
 
 _MERGE = {"out": "out", "weight": 3.0, "weights": True, "kept": ("out.partial",)}
+_MODEL = {"weight": 1.5}
 _SAMPLED = "--continuations 2 --new-tokens 3 --bootstrap 20"
 LINES = (
     _line("merge average", "a b", "a b", **_MERGE),
