@@ -32,10 +32,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+from scripts.fuzzing.lines import LINES, Line, files_of
 from scripts.fuzzing.mutations import break_path
 from scripts.fuzzing.stage import Stage
 from scripts.fuzzing.verdict import BAD, GOOD, Good, judge, snapshot, tensors
-from scripts.fuzzing.world import LINES, Line, files_of, fresh, make_world
+from scripts.fuzzing.world import fresh, make_world
 
 LIMIT = 10.0  # seconds
 

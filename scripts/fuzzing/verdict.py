@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
+from scripts.fuzzing.lines import Line, side_file
 from scripts.fuzzing.stage import CEILING, LARGEST, Hang, Ran
-from scripts.fuzzing.world import CANARY, Line, side_file
+from scripts.fuzzing.world import CANARY
 
 if TYPE_CHECKING:
     import torch
