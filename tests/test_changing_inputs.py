@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import random
 import shutil
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from mergekit_bayes.checkpoint.stamps import (
     stamps_of,
     to_json,
 )
+from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.lora import merge_adapters
 from mergekit_bayes.merge import MergeConfig, Part, carry_out, plan_merge, run_merge, work
@@ -328,6 +332,14 @@ def test_stamps_are_compared_as_far_as_they_mean_the_same_there(case):
     assert found == ([PATH] if is_changed else [])
 
 
+def test_names_that_are_no_text_are_recorded_as_text():
+    stamped = {Path(os.fsdecode(b"m\xff")): Stamp(8, 1, (1, 5))}
+    recorded = parse_json(json.dumps(to_json(stamped)))
+    changed = {path: stamp._replace(written=2) for path, stamp in stamped.items()}
+    assert changed_since(recorded, stamped, same_machine=True) == []
+    assert changed_since(recorded, changed, same_machine=True) == list(stamped)
+
+
 @pytest.mark.parametrize("recorded", [None, 1, [], {}, {"m": 1}, {"m": ["x", None, {}]}])
 def test_a_record_that_is_none_says_nothing(recorded):
     assert changed_since(recorded, {PATH: Stamp(8, 1, (1, 5))}, same_machine=True) == []
@@ -351,6 +363,47 @@ def test_a_file_that_was_copied_with_its_time_is_another_file_only_while_it_is_o
         refuse_changed(loose)
         with pytest.raises(ChangedError, match="another file has its name"):
             refuse_changed(source.inputs)
+
+
+@pytest.mark.slow
+def test_whenever_an_input_is_overwritten_the_output_is_of_one_version(tmp_path, monkeypatch):
+    """Another thread writes the new version, a piece at a time, from a random moment on."""
+    monkeypatch.chdir(tmp_path)
+    shapes = {f"h.{i}.weight": (500, 400) for i in range(12)}
+    for seed, name in enumerate(("base", "old", "new")):
+        tiny.write(f"{name}.safetensors", tiny.arrays(seed, shapes))
+
+    def merge(model, out):
+        settings = MergeConfig(models=(model,), base="base.safetensors", out=out, force=True)
+        run_merge(settings, threads=2)
+        return Path(out).read_bytes()
+
+    whole = {merge(f"{name}.safetensors", f"{name}.whole.safetensors") for name in ("old", "new")}
+    began = time.perf_counter()
+    merge("old.safetensors", "out.safetensors")
+    seconds, rng = time.perf_counter() - began, random.Random(0)
+    new = Path("new.safetensors").read_bytes()
+    pieces = [new[start : start + (1 << 18)] for start in range(0, len(new), 1 << 18)]
+    refused = 0
+
+    def overwrite_later():
+        time.sleep(rng.uniform(0, 1.3 * seconds))
+        with open("a.safetensors", "r+b", buffering=0) as file:
+            for piece in pieces:
+                file.write(piece)
+
+    for _ in range(40):
+        shutil.copyfile("old.safetensors", "a.safetensors")
+        os.utime("a.safetensors", (10**9, 10**9))
+        writer = threading.Thread(target=overwrite_later)
+        writer.start()
+        try:
+            assert merge("a.safetensors", "out.safetensors") in whole
+        except ChangedError:
+            refused += 1
+        finally:
+            writer.join()
+    assert refused
 
 
 # --verify

@@ -100,7 +100,7 @@ def changed_error(path: Path | str, change: str) -> ChangedError:
 def to_json(stamps: Mapping[Path, Stamp]) -> dict[str, list[int]]:
     """Stamps as JSON, to be compared by a later process: size, time and inode by path."""
     return {
-        str(path): [stamp.size, stamp.written, *(stamp.place or ())[1:]]
+        _key(path): [stamp.size, stamp.written, *(stamp.place or ())[1:]]
         for path, stamp in stamps.items()
     }
 
@@ -122,10 +122,8 @@ def changed_since(
         return []
     changed = []
     for path, now in stamps.items():
-        match recorded.get(str(path)):
-            case [int(size), int(written)] if same_machine:
-                is_changed = (size, written) != now[:2]
-            case [int(size), int(written), int(_)] if same_machine:
+        match recorded.get(_key(path)):
+            case [int(size), int(written), *_] if same_machine:
                 is_changed = (size, written) != now[:2]
             case [int(size), int(written), int(inode)] if now.place and inode == now.place[1]:
                 is_changed = size != now.size or abs(written - now.written) > _COARSE
@@ -134,6 +132,11 @@ def changed_since(
         if is_changed:
             changed.append(path)
     return changed
+
+
+def _key(path: Path) -> str:
+    """A path as text that can be encoded, whatever bytes its name has."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _stamp(path: Path) -> Stamp:

@@ -51,7 +51,8 @@ def run_evaluate(
 
     Raises:
         ConfigError: There is nothing to measure, no scorer for toxicity, or a scorer fails.
-        CheckpointError: A model or file cannot be read, or the output exists without `force`.
+        CheckpointError: A model or file cannot be read, the model is written to meanwhile, or the
+            output exists without `force`.
         MismatchError: A column is missing, or the model is a classifier where a language model is
             needed, or the reverse.
         PrecisionError: The model's posterior cannot be drawn from.
@@ -98,12 +99,13 @@ def run_evaluate(
         if draws is not None:
             sampled = predict_sampled(config, loaded, texts, examples, draws, at_mean, tell)
         continuations = score_continuations(config, loaded, prompts, scorers, tell)
+        model_identity = checkpoint_identity(loaded.path)
         # The libraries map the file into memory, so that what is written to it is in the model.
         refuse_changed(read)
 
     report = EvaluateReport(
         model=config.model,
-        model_identity=checkpoint_identity(loaded.path),
+        model_identity=model_identity,
         settings=config.model_dump(mode="json"),
         device=str(loaded.device),
         dtype=loaded.dtype,
