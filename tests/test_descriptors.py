@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.convert import run_convert
+from mergekit_bayes.documents import DocumentError, read_mapping, read_text
 from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.hub import make_card, plan_push
 from mergekit_bayes.inspect import run_inspect
@@ -180,6 +181,20 @@ def test_a_refused_merge_leaves_no_file_open(broken):
         config = MergeConfig(models=models, out=out, **settings)
         refused(run_merge, config)
         refused(run_merge, config, part=Part(1, 2))
+
+
+def test_what_is_no_document_is_closed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    Path("large").write_bytes(b"[" * 100)
+    Path("latin-1").write_bytes(b"\xe9")
+    for name in ("folder", "pipe", "large", "latin-1", "missing"):
+        before = open_files()
+        with pytest.raises((DocumentError, OSError)):
+            read_text(Path(name), limit=10)
+        assert open_files() == before
+        refused(read_mapping, Path(name))
 
 
 def test_a_refused_pickle_or_scratch_file_is_closed(tmp_path, monkeypatch):

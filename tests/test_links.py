@@ -12,6 +12,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint import contained as room
 from mergekit_bayes.checkpoint import side_files as listing
 from mergekit_bayes.checkpoint.contained import contained, copy_contained, open_contained
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import copy_logs
@@ -433,3 +434,29 @@ def test_an_output_with_a_long_name_is_written(here):
     assert RUN.invoke(app, ("merge", "m", "other", "-o", name)).exit_code == 0
     pickled(Path("m"))
     assert RUN.invoke(app, ("convert", "m", "-o", name[:-1])).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "+" + "y" * 300, "~nobody-of-this-name/x"])
+def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(here, name):
+    folder(Path("m"))
+    Path("t.txt").write_text("text")
+    for arguments in (
+        ("push", name, "org/m", "--dry-run"),
+        ("merge", "m", name, "-o", "out"),
+        ("inspect", name),
+        ("convert", name, "-o", "out"),
+        ("precision", name, "--data", "t.txt"),
+        ("evaluate", "m", "--toxicity", "t.txt", "--scorer", f"words:{name}"),
+    ):
+        result = RUN.invoke(app, arguments)
+        assert result.exit_code == 2, (arguments, result.output, result.exception)
+        assert len(result.stderr.splitlines()) == 1, arguments
+
+
+def test_a_download_is_not_looked_for_behind_a_link(here):
+    model = Path("m", ".cache", "huggingface")
+    model.mkdir(parents=True)
+    Path("keys", "x.incomplete").write_text("")
+    (model / "download").symlink_to("../../../keys")
+    with pytest.raises(CheckpointError, match=r"'m' holds neither model\.safetensors"):
+        checkpoint_files(Path("m"))

@@ -16,7 +16,11 @@ import pytest
 
 from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.finetune.checkpoints import make_checkpoint_folder, remove_if_empty
+from mergekit_bayes.finetune.checkpoints import (
+    make_checkpoint_folder,
+    open_checkpoints,
+    remove_if_empty,
+)
 from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
 from tests import interrupted
@@ -58,9 +62,17 @@ def of_another(real, inode):
         status = real(*args, **options)
         if status.st_ino != inode:
             return status
-        return os.stat_result((*status[:4], OTHER, *status[5:10]))
+        return changed(status, owner=OTHER)
 
     return act
+
+
+def changed(status, *, mode=0, owner=None):
+    """What the system says of a file, with more bits of its mode or another owner."""
+    owner = status.st_uid if owner is None else owner
+    fields = (status.st_mode | mode, *status[1:4], owner, *status[5:10])
+    more = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blocks", "st_blksize")
+    return os.stat_result(fields, {name: getattr(status, name) for name in more})
 
 
 def foreign(folder, monkeypatch):
@@ -264,12 +276,7 @@ def test_a_file_system_without_owners_and_modes_is_used(begun, tmp_path, monkeyp
     """It says the same of all that this account makes there: another owner, open to all."""
     plan, folder = copied(begun, tmp_path)
     real = os.fstat
-
-    def fstat(file):
-        status = real(file)
-        return os.stat_result((status[0] | 0o777, *status[1:10]))
-
-    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(os, "fstat", lambda file: changed(real(file), mode=0o777))
     monkeypatch.setattr(os, "geteuid", lambda: OTHER)
     assert carry_out(plan) is not None
     assert not folder.exists()
@@ -287,6 +294,17 @@ def test_checkpoints_that_another_account_prepared_are_not_loaded(tmp_path, monk
     with pytest.raises(CheckpointError, match=said):
         make_checkpoint_folder(folder)
     remove_if_empty(folder)  # as a run that was refused does at its end
+
+
+def test_a_link_in_place_of_a_checkpoint_is_removed_and_not_what_it_leads_to(tmp_path, victim):
+    folder = tmp_path / "out.checkpoints"
+    make_checkpoint_folder(folder)
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-2").symlink_to(victim.parent)
+    before = state(victim)
+    assert open_checkpoints(folder, resume=False, force=True) is None
+    assert not os.listdir(folder)
+    assert state(victim) == before
 
 
 def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, victim):
@@ -307,8 +325,8 @@ def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, 
 # The rooms that write files, and why others cannot have put links where they write. A new room is
 # added here with its reason; `replacing` yields a path in a folder that mkdtemp has just made.
 WRITERS = {
+    "checkpoint/contained": "a new file, below the folder of `replacing` or OUT.partial",
     "checkpoint/own_files": "it checks what it opens",
-    "checkpoint/side_files": "into the folder of `replacing`",
     "checkpoint/sink": "a new file, or one that own_files opens",
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
     "detox/picture": "to the path of `replacing`",

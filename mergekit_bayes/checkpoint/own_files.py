@@ -45,8 +45,8 @@ def make_own_folder(path: Path, mode: int = 0o775) -> None:
         ) from error
     with _opened(path) as folder:
         status = os.fstat(folder)
-        has_mode = bool(status.st_mode & stat.S_IWOTH)
-        if status.st_uid == os.geteuid() and not has_mode:
+        is_open = bool(status.st_mode & stat.S_IWOTH)
+        if status.st_uid == os.geteuid() and not is_open:
             return
         made = _file_made_in(folder)
         if made is None or made.st_uid != status.st_uid:
@@ -54,7 +54,7 @@ def make_own_folder(path: Path, mode: int = 0o775) -> None:
                 f"{path} belongs to {_account(status)}, and what others prepared is not used. "
                 f"{_WAY_OUT}"
             )
-        if has_mode and not made.st_mode & stat.S_IWOTH:
+        if is_open and not made.st_mode & stat.S_IWOTH:
             raise CheckpointError(
                 f"{path} can be written by every account (its mode is "
                 f"{stat.S_IMODE(status.st_mode):o}), so that its content cannot be relied on. "

@@ -1,6 +1,7 @@
 """Open the scorers that rate continuations."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,7 @@ def open_scorer(spec: str, device: str | None = None, *, trust_remote_code: bool
             "package.module:function."
         )
     if prefix == "words":
-        return _open_words(spec, Path(rest).expanduser())
+        return _open_words(spec, Path(os.path.expanduser(rest)))
     if prefix == "model":
         return _open_classifier(spec, rest, device, trust_remote_code=trust_remote_code)
     return _open_function(spec)

@@ -128,7 +128,7 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
                 "Continue it with --resume, replace it with --force, or choose another output."
             )
         for path in paths:
-            shutil.rmtree(path)
+            _remove(path)
         return None
     for path in reversed(paths):
         try:
@@ -170,7 +170,7 @@ def close_checkpoints(folder: Path, *, keep: bool) -> None:
     for path in _log_files(folder):
         path.unlink()
     for path in () if keep else _checkpoint_folders(folder):
-        shutil.rmtree(path)
+        _remove(path)
     remove_if_empty(folder)
 
 
@@ -261,6 +261,14 @@ def _said(value: object) -> str:
     if value is None:
         return "left out"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; of a link to one only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def _log_files(folder: Path) -> list[Path]:

@@ -74,8 +74,8 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
     """
     if not posterior and only_posterior:
         raise ConfigError("--no-posterior and --posterior-only together leave nothing to push.")
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
+        if os.path.exists(folder):
             raise CheckpointError(
                 f"'{folder}' is a file; push takes a folder (merge with -o FOLDER)."
             )
@@ -157,7 +157,7 @@ def stale_files(
 def _posterior_files(folder: Path, precision: list[Path]) -> dict[str, Path]:
     """The files of a precision in `folder`, by their paths in the repository."""
     described = [folder / name for name in _POSTERIOR_FILES]
-    files = [*precision, *(file for file in described if file.exists())]
+    files = [*precision, *(file for file in described if os.path.lexists(file))]
     return {f"posterior/{file.name}": file for file in files}
 
 
@@ -168,7 +168,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
     chosen = {file.name: file for file in weights}
     for file in sorted(folder.iterdir()):
         is_side_file = any(fnmatchcase(file.name, pattern) for pattern in PUBLISHED)
-        if not file.is_dir() and (file.name in names or is_side_file):
+        if not os.path.isdir(file) and (file.name in names or is_side_file):
             chosen[file.name] = file
     for pattern in _INNER_FILES:
         chosen |= {f"{file.parent.name}/{file.name}": file for file in sorted(folder.glob(pattern))}
@@ -207,7 +207,7 @@ def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -
             reason = "a checkpoint or an unfinished output"
         else:
             reason = "not a file of a model"
-        reasons[path.name + "/" * path.is_dir()] = reason
+        reasons[path.name + "/" * os.path.isdir(path)] = reason
     inner = (path for subfolder in folders - {folder} for path in subfolder.iterdir())
     for path in sorted(path for path in inner if path not in chosen):
         reasons[path.relative_to(folder).as_posix()] = "not a file of a model"

@@ -1,5 +1,6 @@
 """Licences of the models that a model was made from, and the one that its own card may name."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ def agreed_license(
 
 def local_licenses(made_from: Sequence[Parent]) -> dict[Parent, License | None]:
     """The licences that the cards of local parents name; None for a card that names none."""
-    return {p: _license_beside(Path(p.path).expanduser()) for p in made_from if p.path is not None}
+    paths = {p: Path(os.path.expanduser(p.path)) for p in made_from if p.path is not None}
+    return {parent: _license_beside(path) for parent, path in paths.items()}
 
 
 def hub_licenses(api: "HfApi", made_from: Sequence[Parent]) -> dict[Parent, License | None]:
@@ -74,7 +76,7 @@ def read_license(card: str) -> License | None:
 
 
 def _license_beside(path: Path) -> License | None:
-    folder = path.parent if path.is_file() else path
+    folder = path.parent if os.path.isfile(path) else path
     try:
         contained(folder, CARD)
     except CheckpointError:  # there is none, or it is a link to what is not of that model

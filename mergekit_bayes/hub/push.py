@@ -5,6 +5,7 @@ uploaded before the commit and kept by the Hub: the same command resumes an inte
 folder that the repository already holds makes no commit.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ def _make_card(
 def _folder_card(folder: Path, *, only_posterior: bool) -> str:
     """The folder's card; empty for one by PEFT, and for a model's if only a posterior is pushed."""
     file = folder / CARD
-    if not file.is_file() or (only_posterior and not lone_precision_files(folder)):
+    if not os.path.lexists(file) or (only_posterior and not lone_precision_files(folder)):
         return ""
     contained(folder, CARD)
     text = file.read_text()

@@ -1,6 +1,7 @@
 """The folder `OUT.partial`, in which a merge is written until it is complete.
 
-`merge.journal` lists the files in it.
+`merge.journal` lists the files in it. Its name can be foreseen: nothing in it is used before
+`checkpoint.own_files` has checked that this account made it.
 """
 
 import json

@@ -4,6 +4,7 @@ The likelihood part is `N * F`, where F is the curvature per observation and N c
 observations of all the data. How many examples the estimate looked at is recorded separately.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,8 +62,8 @@ def _refuse_settings(config: PrecisionConfig) -> None:
     if config.output:
         target = Path(config.output)
     else:
-        target = precision_path(Path(config.model).expanduser())
-    if target.exists() and not config.force:
+        target = precision_path(Path(os.path.expanduser(config.model)))
+    if os.path.exists(target) and not config.force:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
