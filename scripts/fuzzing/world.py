@@ -11,6 +11,7 @@ import yaml
 
 from scripts.fuzzing.lines import Line
 
+OUTSIDE = "outside"
 CANARY = "canary-7f3a91c4-nothing-may-hold-this"
 WORDS = ("the", "cat", "dog", "sat", "on", "good", "bad", "film", "was", "dull", "nice", "and")
 CARD = """---
@@ -31,15 +32,21 @@ def make_world(root: Path) -> None:
     """Write all models, texts and settings below a folder."""
     root.mkdir(parents=True)
     with contextlib.chdir(root):
-        (root.parent / "secrets").mkdir()
-        (root.parent / "canary").write_text(CANARY)
-        (root.parent / "secrets" / "id_rsa").write_text(CANARY)
-        (root.parent / "secrets" / "config.json").write_text(json.dumps({"secret": CANARY}))
+        make_outside(root.parent / OUTSIDE)
         _write_texts()
         _write_models()
         _write_pickles()
         _write_settings()
         _write_results()
+
+
+def make_outside(folder: Path) -> None:
+    """Write, anew, what links out of a model lead to and no line may show, copy or change."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "secrets").mkdir(parents=True)
+    for name in ("key", "secrets/id_rsa"):
+        folder.joinpath(name).write_text(CANARY)
+    folder.joinpath("secrets/config.json").write_text(json.dumps({"secret": CANARY}))
 
 
 def _write_texts() -> None:
