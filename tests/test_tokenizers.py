@@ -227,8 +227,12 @@ def test_an_embedding_without_rows_is_refused_by_name(tmp_path):
                 run_merge(MergeConfig(models=tuple(order), vocab=vocab, out=str(tmp_path / "out")))
 
 
-def test_a_tokenizer_larger_than_any_is_refused_before_it_is_read(tmp_path):
+def test_a_tokenizer_that_is_too_large_or_a_folder_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(10 << 30)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read .*10,737,418,240"):
+        tokenizer_identity(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(Is a directory"):
         tokenizer_identity(tmp_path)

@@ -59,16 +59,18 @@ def tokenizer_identity(folder: Path) -> str | None:
     """SHA-256 of a folder's `tokenizer.json`; None if it has none.
 
     Raises:
-        OSError: It cannot be read.
-        CheckpointError: It is not a regular file, or larger than any tokenizer.
+        CheckpointError: It cannot be read, is not a regular file, or is larger than any tokenizer.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
     try:
         return hashlib.sha256(read_bytes(file)).hexdigest()
+    except OSError as error:
+        reason = error.strerror or str(error)
     except DocumentError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}). Fetch it again.") from None
+        reason = str(error)
+    raise CheckpointError(f"{file}: cannot be read ({reason}). Fetch it again.")
 
 
 def read_tokens(folder: Path) -> TokenList | None:
