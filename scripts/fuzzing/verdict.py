@@ -33,6 +33,7 @@ BAD = (
     "message",
 )
 MEMORY = 500 << 20  # bytes above what the same line takes on good files
+_LONGEST = 4000  # characters of a message
 _READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
 
 Snapshot = dict[str, tuple[object, ...]]
@@ -143,12 +144,14 @@ def _is_message(line: str) -> bool:
 
 
 def _message(ran: Ran) -> Verdict | None:
-    lines = [line for line in ran.err.splitlines() if line.strip()]
-    messages = [line for line in lines if _is_message(line)]
-    if len(messages) != 1 or lines[-1] != messages[0]:
-        return Verdict("message", f"{len(messages)} messages: {' | '.join(lines)[-300:]!r}")
-    if len(messages[0]) > 4000:
-        return Verdict("message", f"{len(messages[0]):,} characters: {messages[0][:200]!r}")
+    lines = ran.err.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if _is_message(line)]
+    text = "\n".join(lines[starts[0] :]) if starts else ran.err
+    # Settings that are wrong are named all at once, a line each.
+    if len(starts) != 1 or (len(lines) > starts[0] + 1 and not text.startswith("ConfigError")):
+        return Verdict("message", f"{len(starts)} messages: {text[-300:]!r}")
+    if len(text) > _LONGEST:
+        return Verdict("message", f"{len(text):,} characters: {text[:200]!r}")
     return None
 
 
