@@ -32,10 +32,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+from scripts.fuzzing.lines import LINES, Line, files_of
 from scripts.fuzzing.mutations import break_path
 from scripts.fuzzing.stage import Stage
-from scripts.fuzzing.verdict import BAD, GOOD, Good, judge, snapshot, tensors
-from scripts.fuzzing.world import LINES, Line, files_of, fresh, make_world
+from scripts.fuzzing.verdict import BAD, GOOD, Good, Verdict, judge, snapshot, tensors
+from scripts.fuzzing.world import OUTSIDE, fresh, make_outside, make_world
 
 LIMIT = 10.0  # seconds
 
@@ -79,6 +80,7 @@ class Fuzzer:
         self.seed, self.limit, self.stage = seed, limit, Stage()
         with self.stage.caught():
             make_world(self.world)
+        self.outside = snapshot(self.world.parent / OUTSIDE)
         self._good: dict[str, Good] = {}
 
     def good(self, line: Line) -> Good:
@@ -106,7 +108,7 @@ class Fuzzer:
     def case(self, number: int) -> Case:
         """Run one case."""
         line, rng = self.drawn(number)
-        file, canary = rng.choice(files_of(line, self.world)), self.world.with_name("canary")
+        file, canary = rng.choice(files_of(line, self.world)), self.world.parent / OUTSIDE / "key"
         return self.broken(line, file, lambda path: break_path(path, rng, canary), number)
 
     def broken(self, line: Line, file: str, spoil: Callable[[Path], str], number: int = 0) -> Case:
@@ -125,6 +127,9 @@ class Fuzzer:
         before = snapshot(self.work)
         ran = self.stage.run(line.words, self.work, self.limit)
         found = judge(line, ran, self.work, before, good, file)
+        if snapshot(self.world.parent / OUTSIDE) != self.outside:
+            found = Verdict("input changed", "files to which a link leads")
+            make_outside(self.world.parent / OUTSIDE)
         seconds = round(ran.seconds, 2)
         return Case(number, line.name, file, how, found.kind, found.why, found.group, seconds)
 

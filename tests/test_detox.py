@@ -167,6 +167,20 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     ]
 
 
+def test_a_step_that_is_a_link_is_neither_believed_nor_written_to(world, first, tmp_path):
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(world["output"], output)
+    elsewhere.mkdir()
+    step = next((output / "steps").glob("control-*"))
+    shutil.rmtree(step)
+    step.symlink_to(elsewhere)
+    with pytest.raises(
+        CheckpointError, match=r"steps/control-\w+ is a link, which is not followed"
+    ):
+        run_detox(DetoxConfig(**{**world, "output": str(output)}), quiet=True)
+    assert not list(elsewhere.iterdir())
+
+
 def rewrite(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -9,8 +9,9 @@ import pytest
 from mergekit_bayes import convert
 from mergekit_bayes.errors import CheckpointError
 from scripts.fuzz import Fuzzer, failures, table
+from scripts.fuzzing.lines import LINES
 from scripts.fuzzing.verdict import BAD
-from scripts.fuzzing.world import CANARY, LINES
+from scripts.fuzzing.world import CANARY
 
 CASES = 200
 MANY = 3000

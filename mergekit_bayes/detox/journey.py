@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from mergekit_bayes.checkpoint.contained import copy_contained
-from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
@@ -197,6 +197,7 @@ class _Journey:
         # The steps that are there count as done, so another account must not have made them.
         if os.path.lexists(self.work):
             make_own_folder(self.work)
+            refuse_planted(self.work, but=self.kept)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))

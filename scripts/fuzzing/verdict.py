@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
+from scripts.fuzzing.lines import Line, side_file
 from scripts.fuzzing.stage import CEILING, LARGEST, Hang, Ran
-from scripts.fuzzing.world import CANARY, Line, side_file
+from scripts.fuzzing.world import CANARY
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ BAD = (
     "message",
 )
 MEMORY = 500 << 20  # bytes above what the same line takes on good files
+_LONGEST = 4000  # characters of a message
 _READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
 
 Snapshot = dict[str, tuple[object, ...]]
@@ -142,12 +144,14 @@ def _is_message(line: str) -> bool:
 
 
 def _message(ran: Ran) -> Verdict | None:
-    lines = [line for line in ran.err.splitlines() if line.strip()]
-    messages = [line for line in lines if _is_message(line)]
-    if len(messages) != 1 or lines[-1] != messages[0]:
-        return Verdict("message", f"{len(messages)} messages: {' | '.join(lines)[-300:]!r}")
-    if len(messages[0]) > 4000:
-        return Verdict("message", f"{len(messages[0]):,} characters: {messages[0][:200]!r}")
+    lines = ran.err.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if _is_message(line)]
+    text = "\n".join(lines[starts[0] :]) if starts else ran.err
+    # Settings that are wrong are named all at once, a line each.
+    if len(starts) != 1 or (len(lines) > starts[0] + 1 and not text.startswith("ConfigError")):
+        return Verdict("message", f"{len(starts)} messages: {text[-300:]!r}")
+    if len(text) > _LONGEST:
+        return Verdict("message", f"{len(text):,} characters: {text[:200]!r}")
     return None
 
 
@@ -217,18 +221,18 @@ def _output(line: Line, folder: Path, good: Good | None, broken: str) -> Verdict
     if side_file(broken) and found != good.tensors:
         return Verdict("wrong", "other tensors than those of the good line")
     if line.name.startswith("convert") and broken.endswith(".bin"):
-        return _as_torch_reads(line, folder, found)
+        same = found == good.tensors
+        return None if same else _as_torch_reads(line, folder)
     return None
 
 
-def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict | None:
-    """Compare with what torch itself reads; a tied name is stored once."""
+def _as_torch_reads(line: Line, folder: Path) -> Verdict | None:
+    """Compare what was converted with what torch itself reads; a tied name is stored once."""
     import torch
     from safetensors.torch import load_file
 
-    files = sorted((folder / line.needs[0]).glob("*.bin"))
     theirs: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted((folder / line.needs[0]).glob("*.bin")):
         try:
             theirs |= torch.load(file, weights_only=True)
         except Exception as error:
@@ -239,7 +243,7 @@ def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict 
         ours |= load_file(file)
     for name, tensor in ours.items():
         same = name in theirs and tensor.dtype == theirs[name].dtype
-        if not same or not torch.equal(tensor.view(torch.uint8), _bits(theirs[name])):
+        if not same or not torch.equal(_bits(tensor), _bits(theirs[name])):
             return Verdict("wrong", f"{name} is not what torch reads")
     return None
 
@@ -247,7 +251,7 @@ def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict 
 def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _spent(ran: Ran, good: Good | None) -> Verdict | None:
