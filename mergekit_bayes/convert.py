@@ -1,58 +1,48 @@
 """Convert PyTorch's pickled checkpoints to safetensors, shard by shard.
 
-A pickle can run code when it is loaded, so a merge does not read any. Here it is read by
-`torch.load(weights_only=True)`, which builds tensors and nothing else. Every tensor keeps its name,
-dtype, shape and bits. Tensors that share their memory (tied weights) are stored once.
+A pickle can run code when it is loaded, so a merge does not read any, and none is loaded here
+either: `checkpoint.pickle_steps` reads where its tensors lie, and their bytes are copied. Every
+tensor keeps its name, dtype, shape and bits. Tensors that are the same view of the same bytes (tied
+weights) are stored once.
 """
 
+import math
 import os
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.checkpoint.archive import MOST_MEMBERS, SAVE_AGAIN, Archive
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.model_config import read_config
+from mergekit_bayes.checkpoint.pickle_steps import LARGEST, read_pickle
+from mergekit_bayes.checkpoint.pickled import (
+    ForeignError,
+    OtherTensor,
+    PickledTensor,
+    PickleError,
+    Storage,
+)
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import FETCHED, copy_side_files
+from mergekit_bayes.checkpoint.side_files import FETCHED, check_side_files, copy_side_files
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
-from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSpec
+from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.checkpoint.ties import ties_embeddings
+from mergekit_bayes.configs.reading import refuse_output_name
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.records import Frozen, Progress
 
 _PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")
 _STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # pickle -> safetensors
-_SAVE_AGAIN = (
-    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
-)
-_DTYPES = {  # PyTorch's dtype -> its name in safetensors
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
+# How many times its own size a file may take, written out. Names that share memory take more than
+# the file where a config unties them: an embedding, which can be most of a model, up to four times.
+_GROWTH = 4
+_BLOCK = 4 << 20  # bytes of a strided tensor that are put in order at a time
+_SIGN_BIT = {"F16": 15, "BF16": 15, "F32": 31, "F64": 63}
 
 
 class ConvertReport(Frozen):
@@ -82,8 +72,8 @@ def run_convert(
 ) -> ConvertReport:
     """Convert a pickled checkpoint to safetensors with the same shards, and copy its side files.
 
-    One shard is mapped at a time, and its tensors are written one by one. Of tensors that share all
-    of their memory the first name is stored, unless the model's config says `tie_word_embeddings:
+    One shard is open at a time, and its tensors are copied one by one. Of tensors that share all of
+    their memory the first name is stored, unless the model's config says `tie_word_embeddings:
     false`: its loader would then not find the others, and all are stored.
 
     Args:
@@ -96,18 +86,23 @@ def run_convert(
     Raises:
         CheckpointError: There is no pickled checkpoint, it holds more than tensors, or `out`
             exists.
+        ChangedError: A file was written to while it was read.
         ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
             the model itself.
     """
+    refuse_output_name(str(out))
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
     pickles = _find(path, ref)
-    if path.is_file() != (target.suffix == ".safetensors"):
-        form = "a .safetensors file" if path.is_file() else "a folder"
+    if path.is_dir() == (target.suffix == ".safetensors"):
+        form = "a folder" if path.is_dir() else "a .safetensors file"
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
-    if target.exists() and path.resolve().is_relative_to(target.resolve()):
+    if os.path.exists(target) and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
+    if path.is_dir():
+        check_side_files(path)
+    stamps = stamps_of(pickles.files)
     with replacing(target, force=force) as partial:
-        if path.is_file():
+        if not path.is_dir():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)
         else:
             partial.mkdir()
@@ -118,9 +113,10 @@ def run_convert(
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
                 write_index(partial, pickles.stem, shards, stored.nbytes)
             copy_side_files(path, partial)
+        refuse_changed(stamps)
     return ConvertReport(
         path=target,
-        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
+        files=tuple(f.name for f in files) if path.is_dir() else (target.name,),
         tensors=sum(map(len, stored.specs)),
         bytes=stored.nbytes,
         tied=stored.tied,
@@ -144,7 +140,7 @@ class _Stored(NamedTuple):
 
 def _find(path: Path, ref: str) -> _Pickles:
     """The pickles of a folder, or the one file."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"'{ref}' is a .safetensors file already; every command reads it as it is."
@@ -206,97 +202,162 @@ def _convert_file(
     file: Path, target: Path, keep_ties: bool
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Write one pickle's tensors: the specs of what is stored, and the stored name of each tie."""
-    tensors = _load(file)
-    specs = {name: _spec(tensor, name, file) for name, tensor in tensors.items()}
-    tied = {} if keep_ties else _ties(tensors)
-    stored = {name: spec for name, spec in specs.items() if name not in tied}
-    # Ties are recorded as the format's own `save_model` does: alias to stored name.
-    with SafetensorsSink(target, stored, {**tied, "format": "pt"}) as sink:
-        for name in stored:
-            sink.write_bytes(name, 0, _bytes(tensors[name]))
-    return stored, tied
+    with Archive(file) as archive:
+        tensors = _read_tensors(archive)
+        tied = {} if keep_ties else _ties(tensors)
+        stored = {name: tensor for name, tensor in tensors.items() if name not in tied}
+        specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+        nbytes = sum(spec.nbytes for spec in specs.values())
+        if nbytes > _GROWTH * archive.size:
+            largest = max(specs, key=lambda name: specs[name].nbytes)
+            raise CheckpointError(
+                f"{file}: has {archive.size:,} bytes, but its tensors would take {nbytes:,} when "
+                f"they are written out, most of them {shown(largest)}: views that repeat the same "
+                "numbers. Make them contiguous before they are saved."
+            )
+        # Ties are recorded as the format's own `save_model` does: alias to stored name.
+        with SafetensorsSink(target, specs, {**tied, "format": "pt"}) as sink:
+            for storage, names in _by_storage(stored).items():
+                _copy(archive, storage, {name: stored[name] for name in names}, sink)
+    return specs, tied
 
 
-def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _ties(tensors: Mapping[str, PickledTensor]) -> dict[str, str]:
     """Each tensor that is the very same view of memory as an earlier one, and that one's name."""
-    first: dict[object, str] = {}
-    ties = {}
+    first: dict[PickledTensor, str] = {}
+    return {
+        name: first[tensor]
+        for name, tensor in tensors.items()
+        if 0 not in tensor.shape and first.setdefault(tensor, name) != name
+    }
+
+
+def _by_storage(tensors: Mapping[str, PickledTensor]) -> dict[Storage, list[str]]:
+    names: dict[Storage, list[str]] = {}
     for name, tensor in tensors.items():
-        view = (
-            tensor.data_ptr(),
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
-        if tensor.numel() and first.setdefault(view, name) != name:
-            ties[name] = first[view]
-    return ties
+        names.setdefault(tensor.storage, []).append(name)
+    return names
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle by name, mapped from the file; an error if it holds anything else."""
-    if not file.is_file() or not zipfile.is_zipfile(file):
-        if file.is_file():
-            with file.open("rb") as content:
-                head = content.read(HEAD)
-            if reason := explain_stand_in(head):
-                raise CheckpointError(f"{file}: {reason}")
+def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
+    """The tensors of an archive by name; an error if it holds anything else, or not their bytes."""
+    file, members = archive.path, archive.members
+    pickle = members.get("data.pkl")
+    if pickle is None:
+        raise CheckpointError(f"{file}: is a zip archive without data.pkl. {SAVE_AGAIN}")
+    if pickle.size > LARGEST:
         raise CheckpointError(
-            f"{file}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it again. "
-            f"{_SAVE_AGAIN}"
+            f"{file}: its pickle has {pickle.size:,} bytes, where at most {LARGEST:,} are read. "
+            f"{SAVE_AGAIN}"
+        )
+    archive.check("data.pkl")
+    order = members.get("byteorder")
+    if order and archive.read(order.start, min(order.size, 8)) != b"little":
+        raise CheckpointError(
+            f"{file}: was saved on a machine of another byte order. Load it in Python and save it "
+            "with `safetensors.torch.save_file`."
         )
     try:
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"(?:GLOBAL|class|function) ([A-Za-z_][\w.]*\.\w+)", str(error))
+        content = read_pickle(archive.read(pickle.start, pickle.size))
+    except ForeignError as error:
         raise CheckpointError(
-            f"{file}: holds {match[1] if match else 'something'} beside tensors, which could run "
-            f"code when it is loaded, so it is refused. {_SAVE_AGAIN}"
+            f"{file}: holds {shown(str(error))} beside tensors, which could run code when it is "
+            f"loaded, so it is refused. {SAVE_AGAIN}"
         ) from None
-    except Exception as error:  # a broken archive makes torch raise errors of many classes
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+    except PickleError as error:
+        raise CheckpointError(f"{file}: {error}. Fetch it again. {SAVE_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {_kind(content)}, not tensors by name. {SAVE_AGAIN}")
+    if len(content) > MOST_MEMBERS:
         raise CheckpointError(
-            f"{file}: cannot be loaded as tensors only ({type(error).__name__}: {reason}). "
-            f"Fetch it again. {_SAVE_AGAIN}"
-        ) from None
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{file}: holds {type(content).__name__}, not tensors by name. {_SAVE_AGAIN}"
+            f"{file}: holds {len(content):,} tensors, where at most {MOST_MEMBERS:,} are read."
         )
-    for name, tensor in content.items():
-        _check_entry(file, name, tensor)
-    return {name: tensor.detach() for name, tensor in content.items()}
+    return {name: _checked(archive, name, tensor) for name, tensor in content.items()}
 
 
-def _check_entry(file: Path, name: object, tensor: object) -> None:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+def _kind(value: object) -> str:
+    is_tensor = isinstance(value, PickledTensor | OtherTensor)
+    return "Tensor" if is_tensor else type(value).__name__.lstrip("_")
+
+
+def _checked(archive: Archive, name: object, tensor: object) -> PickledTensor:
+    """A tensor of the pickle, whose storage is in the archive and whose name can be stored."""
+    file = archive.path
+    if not isinstance(name, str) or not isinstance(tensor, PickledTensor | OtherTensor):
         raise CheckpointError(
-            f"{file}: {shown(name)} is {type(tensor).__name__}, where a state dict holds a tensor "
-            f"by its name. {_SAVE_AGAIN}"
+            f"{file}: {shown(name)} is {_kind(tensor)}, where a state dict holds a tensor by its "
+            f"name. {SAVE_AGAIN}"
         )
     if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
         raise CheckpointError(
-            f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
+            f"{file}: {shown(name)} cannot be a name in safetensors. {SAVE_AGAIN}"
         )
-
-
-def _spec(tensor: Tensor, name: str, file: Path) -> TensorSpec:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-        form = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+    if isinstance(tensor, OtherTensor) and tensor.is_broken:
         raise CheckpointError(
-            f"{file}: {shown(name)} is {form}, which safetensors cannot hold. Make it dense first."
+            f"{file}: {shown(name)} is {tensor.kind}. Fetch it again. {SAVE_AGAIN}"
         )
-    return TensorSpec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+    if isinstance(tensor, OtherTensor) or tensor.dtype not in ITEM_SIZE:
+        form = tensor.kind if isinstance(tensor, OtherTensor) else tensor.dtype
+        raise CheckpointError(
+            f"{file}: {shown(name)} is {form}, which safetensors cannot hold. Make it plain first."
+        )
+    storage = tensor.storage
+    member = archive.members.get(f"data/{storage.key}")
+    if member is None or member.size != storage.size:
+        found = "are not there" if member is None else f"are {member.size:,}"
+        raise CheckpointError(
+            f"{file}: {shown(name)} needs the {storage.size:,} bytes of the member "
+            f"{shown('data/' + storage.key)}, which {found}. Fetch it again."
+        )
+    return tensor
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order, as safetensors stores them."""
-    tensor = tensor.resolve_conj().resolve_neg()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _copy(
+    archive: Archive,
+    storage: Storage,
+    tensors: Mapping[str, PickledTensor],
+    sink: SafetensorsSink,
+) -> None:
+    """Write the tensors of one storage, after its bytes have been compared with their checksum."""
+    member = f"data/{storage.key}"
+    archive.check(member)
+    start = archive.members[member].start
+    whole = None
+    for name, tensor in tensors.items():
+        item, at = ITEM_SIZE[tensor.dtype], 0
+        if 0 in tensor.shape:
+            continue
+        if tensor.is_plain:
+            pieces = archive.chunks(start + tensor.offset * item, math.prod(tensor.shape) * item)
+        else:
+            if whole is None:  # read once, however many views there are
+                whole = np.frombuffer(archive.read(start, storage.size), np.uint8)
+            pieces = _in_order(tensor, whole)
+        for piece in pieces:
+            sink.write_bytes(name, at, memoryview(piece))
+            at += len(piece)
+
+
+def _in_order(tensor: PickledTensor, storage: Array) -> Iterator[bytes]:
+    """The bytes of a strided tensor in row-major order, as safetensors stores them."""
+    item = ITEM_SIZE[tensor.dtype]
+    numbers = storage[: storage.size // item * item].view(f"<u{item}")[tensor.offset :]
+    view = np.lib.stride_tricks.as_strided(
+        numbers, tensor.shape, [n * item for n in tensor.stride], writeable=False
+    )
+    flips = np.array(_flips(tensor), numbers.dtype)
+    rows = view if view.ndim else view.reshape(1)
+    count = max(1, _BLOCK // max(1, rows[0].nbytes))
+    for i in range(0, len(rows), count):
+        yield (np.ascontiguousarray(rows[i : i + count]) ^ flips).tobytes()
+
+
+def _flips(tensor: PickledTensor) -> int:
+    """The bits of each element that are to be turned: signs, where a view negates."""
+    if tensor.dtype != "C64":
+        return 1 << _SIGN_BIT[tensor.dtype] if tensor.is_negative else 0
+    real, imaginary = tensor.is_negative, tensor.is_negative != tensor.is_conjugate
+    return real << 31 | imaginary << 63
 
 
 def _unties(folder: Path) -> bool:

@@ -132,11 +132,7 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
             memory.
     """
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    width = next((width for signs, width in _WIDTHS if signs.search(data)), 1)
-    # The bytes themselves, all of them as text, and the strings that are made of it.
-    memory = len(data) * (1 + 2 * width) + sum(cost * data.count(sign) for sign, cost in _COSTS)
-    if memory > _MEMORY:
-        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
+    check_memory(data)
     try:
         content: object = json.loads(
             decode_text(data),
@@ -159,6 +155,19 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
         except UnicodeEncodeError:
             raise DocumentError("half of a surrogate pair") from None
     return content
+
+
+def check_memory(data: bytes) -> None:
+    """Refuse JSON that would take too much memory, before a library parses it.
+
+    Raises:
+        DocumentError: If it would.
+    """
+    width = next((width for signs, width in _WIDTHS if signs.search(data)), 1)
+    # The bytes themselves, all of them as text, and the strings that are made of it.
+    memory = len(data) * (1 + 2 * width) + sum(cost * data.count(sign) for sign, cost in _COSTS)
+    if memory > _MEMORY:
+        raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
 
 
 def parse_yaml(text: str, *, unique: bool = False) -> object:

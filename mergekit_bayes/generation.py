@@ -1,7 +1,8 @@
 """Sample continuations of a causal language model, with noise that does not depend on the batch."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.draws import word
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.libraries import call_tokenizers, token_ids
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -81,10 +83,10 @@ def sample_continuations(
     room = room_for_prompts(context, sampling.new_tokens)
     if not prompts:
         raise ConfigError("there is no prompt to continue.")
-    encoded = [
-        [start, *tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]]
-        for p in prompts
-    ]
+    options = {"add_special_tokens": False, "verbose": False}
+    encoded = token_ids(
+        model, lambda: [[start, *tokenizer(p, **options)["input_ids"]] for p in prompts]
+    )
     shortened = sum(len(ids) > room for ids in encoded)
     encoded = [ids[-room:] for ids in encoded]
     stops = torch.tensor(sorted(_stops(model, tokenizer)), dtype=torch.long)
@@ -105,7 +107,12 @@ def sample_continuations(
     texts, lengths = [], []
     for blocks in drawn:
         continuations = [row[row >= 0].tolist() for row in torch.cat(blocks)]
-        texts.append(tokenizer.batch_decode(continuations, skip_special_tokens=True))
+        texts.append(
+            call_tokenizers(
+                "the tokenizer cannot decode",
+                partial(tokenizer.batch_decode, continuations, skip_special_tokens=True),
+            )
+        )
         lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
 
@@ -167,7 +174,13 @@ def _stops(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> set[
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         return stops
-    return stops | set(eos if isinstance(eos, list) else [eos])
+    named = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) and 0 <= token < 2**31 for token in named):
+        raise CheckpointError(
+            f"the model's generation config: eos_token_id is {shown(eos)}, expected a token's "
+            "number, or a list of them."
+        )
+    return stops | set(named)
 
 
 @torch.inference_mode()
@@ -187,7 +200,11 @@ def _draw(
     output = model(
         input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
     )
-    cache = output.past_key_values
+    cache: Any = getattr(output, "past_key_values", None)
+    if not hasattr(cache, "batch_select_indices"):
+        raise CheckpointError(
+            "the model gives no key-value cache, without which no continuations are drawn here."
+        )
     owners = torch.repeat_interleave(torch.arange(len(ids)), counts).to(device)
     cache.batch_select_indices(owners)
     logits = output.logits[:, -1].index_select(0, owners)

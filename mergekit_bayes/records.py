@@ -12,6 +12,12 @@ Progress: TypeAlias = Callable[[int, int], None]  # (done, of)
 
 FORCE = "Replace an existing output; of a folder, everything in it."
 Force: TypeAlias = Annotated[bool, Field(description=FORCE)]
+TRUST_REMOTE_CODE = (
+    "Run Python code that lies in the folder of a model, of its base or of a scorer and that "
+    "transformers needs to load it. Such code can do everything that you can; by default none is "
+    "run."
+)
+TrustRemoteCode: TypeAlias = Annotated[bool, Field(description=TRUST_REMOTE_CODE)]
 
 
 class Frozen(BaseModel):

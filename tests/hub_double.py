@@ -27,6 +27,7 @@ def serving():
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
 
@@ -53,7 +54,7 @@ def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> Non
     """
     from huggingface_hub import constants, hf_api
 
-    from mergekit_bayes.checkpoint import sources
+    from mergekit_bayes.checkpoint import hub_client, sources
 
     home.mkdir(parents=True, exist_ok=True)
     for name, value in environment(hub, home, token).items():
@@ -72,5 +73,6 @@ def use(hub: Hub, monkeypatch: Any, home: Any, token: str | None = TOKEN) -> Non
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(sources, "_COMMITS", {})
+    monkeypatch.setattr(hub_client, "_sleep", lambda seconds: None)
     if "transformers.utils.hub" in sys.modules:  # it keeps a client, of the hub of an earlier test
         monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_state import ORGANISATIONS, TOKEN, USER, Blob, Hub, Repo, Request
+from tests.hub_state import ORGANISATIONS, TOKEN, USER, Answer, Blob, Fault, Hub, Repo, Request
 
 
 class Refused(Exception):
@@ -43,7 +43,14 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.log.append(
             Request(self.command, unquote(url.path), self.headers.get("Range"), token)
         )
+        self.fault: Fault | None = self.hub.fault(self.command, unquote(url.path))
+        if self.hub.silent is not None and self.hub.silent in url.path:
+            self.hub.closing.wait()
         try:
+            if self.fault is not None and not self.fault.done:
+                self._body()
+                self._answer(200, {}, b"")
+                return
             self.token = token
             if token is not None and token != TOKEN:
                 raise Refused(401, None, "Invalid credentials in Authorization header")
@@ -209,6 +216,9 @@ class Handler(BaseHTTPRequestHandler):
             match line["key"]:
                 case "header":
                     message = value["summary"]
+                    at = self._at(repo, revision)
+                    if not pull_request and value.get("parentCommit", at) != at:
+                        raise Refused(412, None, "A commit has happened since. Please refresh.")
                 case "file":
                     files[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
                 case "lfsFile":
@@ -279,6 +289,14 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: int, headers: dict[str, str], content: bytes, *, half: bool = False
     ) -> None:
+        if self.fault is not None:
+            if self.fault.answer is None:
+                self.close_connection = True
+                self.connection.close()
+                return
+            status, headers, content = self.fault.answer
+        path = unquote(self.path)
+        status, headers, content = self.hub.tamper(path, Answer(status, headers, content))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

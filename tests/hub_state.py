@@ -1,11 +1,13 @@
 """What the Hub's test double holds: repositories in memory, content-addressed as in git.
 
 Files named `*.safetensors` are large (LFS), all others regular. A test sets what goes wrong
-(`gated`, `cut_uploads`, `cut_downloads`) and reads the requests (`log`).
+(`gated`, `cut_uploads`, `cut_downloads`, `faults`, `tamper`) and reads the requests (`log`).
 """
 
 import hashlib
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -70,6 +72,33 @@ class Request(NamedTuple):
     token: str | None
 
 
+class Answer(NamedTuple):
+    """What the server sends."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes = b""
+
+
+@dataclass
+class Fault:
+    """Answers in place of the right ones.
+
+    Attributes:
+        method: Method of the requests.
+        part: Part of their path.
+        answer: What is sent; None for a connection that breaks off.
+        times: How often.
+        done: Whether the request is carried out nevertheless.
+    """
+
+    method: str
+    part: str
+    answer: Answer | None
+    times: int = 1
+    done: bool = False
+
+
 class Hub:
     """The state of the server.
 
@@ -82,6 +111,9 @@ class Hub:
         cut_downloads: Number of answers of more than a kilobyte that break off half-way.
         auth: What whoami says of the token.
         orgs: What whoami says of the user's organisations.
+        faults: Answers in place of the right ones.
+        tamper: Called with path and answer; returns what is sent instead.
+        silent: Part of the paths of requests that are never answered.
         url: Address of the server.
     """
 
@@ -93,7 +125,19 @@ class Hub:
         self.cut_downloads = 0
         self.auth: dict[str, Any] = {"type": "access_token"}
         self.orgs: list[dict[str, Any]] = []
+        self.faults: list[Fault] = []
+        self.tamper: Callable[[str, Answer], Answer] = lambda path, answer: answer
+        self.silent: str | None = None
+        self.closing = threading.Event()
         self.url = ""
+
+    def fault(self, method: str, path: str) -> Fault | None:
+        """The fault that this request meets."""
+        for fault in self.faults:
+            if fault.times > 0 and fault.method == method and fault.part in path:
+                fault.times -= 1
+                return fault
+        return None
 
     def requested(self, method: str, part: str = "") -> list[str]:
         """Paths that contain `part` and were requested by a method."""

@@ -7,14 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from mergekit_bayes.checkpoint.own_files import open_own
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import TensorSpec
+from mergekit_bayes.convert import run_convert
+from mergekit_bayes.documents import DocumentError, read_mapping, read_text
 from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.hub import make_card, plan_push
 from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.lora import merge_adapters, open_adapter, open_model
+from mergekit_bayes.merge import MergeConfig, Part, run_merge
+from mergekit_bayes.models.sampling import open_samplable
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior import open_posterior, save_posterior
 from tests import tiny
 from tests.adapters import adapter, base, factors, precise
@@ -109,3 +116,97 @@ def test_a_file_that_finds_no_room_is_closed(tmp_path, monkeypatch):
 def write_nothing(path, specs):
     with SafetensorsSink(path, specs, {}):
         pass
+
+
+# What a posterior's record may be changed to, all of which is refused.
+RECORDS = {
+    "cut": lambda record: "{",
+    "list": lambda record: "[]",
+    "format": lambda record: json.dumps(record | {"format": 9}),
+    "type": lambda record: json.dumps(record | {"ess": "many"}),
+    "digits": lambda record: json.dumps(record).replace(
+        '"ess":', '"ess": 1' + 5000 * "0" + ', "x":'
+    ),
+    "prior": lambda record: json.dumps(record | {"prior": {"kind": "other"}}),
+    "surrogate": lambda record: json.dumps(record | {"unit": "\ud800"}),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_refused_record_leaves_no_file_open(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for name in ("good", "bad"):
+        tiny.posterior(f"{name}.safetensors", tiny.arrays(0), tiny.precisions(0))
+    with SafetensorsSource([Path("bad.precision.safetensors")]) as source:
+        record = json.loads(source.metadata["bmerge"])
+    Path("bad.precision.safetensors").unlink()
+    text = RECORDS[kind](record)
+    tiny.write("bad.precision.safetensors", tiny.precisions(0), metadata={"bmerge": text})
+    good, bad = "good.safetensors", "bad.safetensors"
+    refused(open_posterior, bad)
+    refused(open_model, bad)
+    refused(open_samplable, bad)
+    refused(open_posterior, good, precision="bad.precision.safetensors")
+    refused(run_inspect, bad)
+    refused(run_inspect, good, precision="bad.precision.safetensors")
+    for models, precision in (((good, bad), {}), ((good,), {good: "bad.precision.safetensors"})):
+        settings = MergeConfig(models=models, weights="precision", precision=precision, out="o")
+        refused(plan_merge, settings)
+        refused(run_merge, settings, part=Part(1, 2))
+    assert not Path("o.partial").exists()
+
+
+def test_a_refused_merge_leaves_no_file_open(broken):
+    good, other = "good", "good/model.safetensors"
+    shapes = {n: np.full(s, np.nan, np.float32) for n, s in tiny.SHAPES.items()}
+    tiny.write("nan/model.safetensors", shapes)
+    Path("taken").mkdir()
+    Path("taken/x").touch()
+    Path("mine.partial").mkdir()
+    Path("mine.partial/x").touch()
+    Path("link.partial").symlink_to("taken")
+    for models, out, settings in (
+        ((good, "nan"), "o", {}),
+        ((good, other), "taken", {}),
+        ((good, other), "mine", {}),
+        ((good, other), "link", {}),
+        ((good, other), "good", {}),
+        ((good, "missing"), "o", {}),
+        ((good, "twice"), "o", {}),
+        ((good, "adapter"), "o", {}),
+        ((good, "base+shape"), "o", {}),
+        ((good, "base"), "o", {}),
+        ((good, other), "o", {"identities": {good: "0" * 64}}),
+    ):
+        config = MergeConfig(models=models, out=out, **settings)
+        refused(run_merge, config)
+        refused(run_merge, config, part=Part(1, 2))
+
+
+def test_what_is_no_document_is_closed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    Path("large").write_bytes(b"[" * 100)
+    Path("latin-1").write_bytes(b"\xe9")
+    for name in ("folder", "pipe", "large", "latin-1", "missing"):
+        before = open_files()
+        with pytest.raises((DocumentError, OSError)):
+            read_text(Path(name), limit=10)
+        assert open_files() == before
+        refused(read_mapping, Path(name))
+
+
+def test_a_refused_pickle_or_scratch_file_is_closed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("list", [1]), ("code", {"a": Path}), ("entry", {"a": 5})):
+        torch.save(content, f"{name}.bin")
+        refused(run_convert, f"{name}.bin", f"{name}.safetensors")
+    Path("text.bin").write_text("x")
+    refused(run_convert, "text.bin", "text.safetensors")
+    Path("file").touch()
+    Path("hard").hardlink_to("file")
+    Path("link").symlink_to("file")
+    os.mkfifo("pipe")
+    for name in ("hard", "link", "pipe"):
+        refused(open_own, Path(name), os.O_RDWR)

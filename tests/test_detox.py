@@ -167,6 +167,20 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     ]
 
 
+def test_a_step_that_is_a_link_is_neither_believed_nor_written_to(world, first, tmp_path):
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    shutil.copytree(world["output"], output)
+    elsewhere.mkdir()
+    step = next((output / "steps").glob("control-*"))
+    shutil.rmtree(step)
+    step.symlink_to(elsewhere)
+    with pytest.raises(
+        CheckpointError, match=r"steps/control-\w+ is a link, which is not followed"
+    ):
+        run_detox(DetoxConfig(**{**world, "output": str(output)}), quiet=True)
+    assert not list(elsewhere.iterdir())
+
+
 def rewrite(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -362,6 +376,18 @@ def test_a_folder_that_is_not_its_own_is_refused(world, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="no output of detox"):
         run_detox(DetoxConfig(**{**world, "output": str(tmp_path)}), quiet=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_steps_that_another_account_may_have_made_are_not_taken_over(world, tmp_path, force):
+    (tmp_path / "detox.yaml").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.txt").write_text("precious")
+    (tmp_path / "steps").symlink_to(tmp_path / "elsewhere")
+    settings = {**world, "output": str(tmp_path), "force": force}
+    with pytest.raises(CheckpointError, match="steps is a link"):
+        run_detox(DetoxConfig(**settings), quiet=True)
+    assert (tmp_path / "elsewhere" / "kept.txt").read_text() == "precious"
 
 
 def test_lists_are_swept_and_curves_are_named_by_what_differs(world):

@@ -1,6 +1,7 @@
 """Evaluate: one report, nothing half-written, and a message for each error of the user."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.files import read_report
@@ -132,6 +134,19 @@ def test_perplexity_is_that_of_the_rows_asked_for(model, world):
     assert {p.documents for p in one.perplexity.values()} == {2}
     assert (one.perplexity["all"].window, one.perplexity["all"].protocol) == (64, "rolling")
     assert (one.toxicity, one.sampling) == ({}, None)
+
+
+def test_weights_that_change_while_they_are_measured_are_refused(model, world):
+    copy = shutil.copytree(model, world / "copy")
+
+    def overwrite(*_):
+        with (copy / "model.safetensors").open("r+b") as file:
+            file.seek(-64, 2)
+            file.write(bytes(64))
+
+    with pytest.raises(ChangedError, match=r"copy/model\.safetensors: was changed"):
+        run_evaluate(config(str(copy), output="out"), progress=overwrite)
+    assert not (world / "out").exists()
 
 
 def test_the_same_config_gives_the_same_report(model, world):

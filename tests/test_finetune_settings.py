@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergekit_bayes.configs import load_config
+from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune import FinetuneConfig, LoraSettings
 from mergekit_bayes.finetune.choices import choose, learning_rate
 from mergekit_bayes.finetune.run import run_finetune
@@ -226,3 +227,10 @@ def test_an_adapters_default_rate_is_ten_times_that_of_whole_weights(tmp_path, d
         whole = config(tmp_path, data, optimizer=optimizer)
         assert learning_rate(whole) == rate
         assert learning_rate(whole.model_copy(update={"lora": LoraSettings()})) == 10 * rate
+
+
+def test_numbers_at_the_edges_of_a_setting_are_used_or_refused(tmp_path, data):
+    with pytest.raises(ConfigError, match="weight_decay > 0"):
+        run_finetune(config(tmp_path, data, weight_decay=1e-320), quiet=True)
+    with pytest.raises(ConfigError, match=r"num_labels: expected .* at most 1000000"):
+        config(tmp_path, data, num_labels=10**12)

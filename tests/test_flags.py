@@ -119,7 +119,11 @@ def test_the_flags_of_a_command_are_described_by_its_config(name):
             assert parameter.default == fields[parameter.name].default, parameter.name
 
 
-@pytest.mark.parametrize(("name", "keys"), [("merge", {"identities", "precision_identities"})])
+IDENTITIES = {"identities", "precision_identities"}
+IDENTITIES |= {f"full_{name}" for name in IDENTITIES}
+
+
+@pytest.mark.parametrize(("name", "keys"), [("merge", IDENTITIES)])
 def test_every_setting_but_those_of_recipes_has_a_flag(name, keys):
     parameters = {p.name for p in get_command(app).commands[name].params}
     assert CONFIGS[name].model_fields.keys() - parameters == keys

@@ -1,6 +1,5 @@
 """Broken indexes of sharded models: each ends in one message, or opens all of the model."""
 
-import copy
 import json
 import os
 import random
@@ -12,8 +11,9 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import open_posterior
+from scripts.fuzzing.documents import ODD, changed_document, json_text
+from scripts.fuzzing.mutations import cut, flipped
 from tests import tiny
-from tests.fuzzing import ODD, cut, flipped, nodes
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +39,7 @@ def test_a_mutated_index_ends_in_one_message_or_opens_all_of_the_model(tmp_path)
     rng, model = random.Random(0), tmp_path / "m"
     content = sharded(model)
     good = json.dumps(content).encode()
-    odd = [
+    odd = (
         *ODD,
         "..",
         ".",
@@ -51,7 +51,7 @@ def test_a_mutated_index_ends_in_one_message_or_opens_all_of_the_model(tmp_path)
         "sub",
         "loop.safetensors",
         "model-00001-of-00002.safetensors",
-    ]
+    )
     (model / "sub").mkdir()
     (model / "loop.safetensors").symlink_to("loop.safetensors")
     opened = 0
@@ -62,13 +62,7 @@ def test_a_mutated_index_ends_in_one_message_or_opens_all_of_the_model(tmp_path)
         elif i % 3 == 1:
             data = flipped(good, rng)
         else:
-            changed = copy.deepcopy(content)
-            path = rng.choice([p for p in nodes(changed) if p])
-            outer = changed
-            for key in path[:-1]:
-                outer = outer[key]
-            outer[path[-1]] = rng.choice(odd)
-            data = json.dumps(changed).encode()
+            data = json_text(changed_document(content, rng, odd), rng)
         (model / INDEX).write_bytes(data)
         message = None
         try:

@@ -1,6 +1,7 @@
 """The compiled pass gives the bits of numpy, for every method and dtype, whatever the chunks."""
 
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,8 @@ from mergekit_bayes.methods.histogram import BINS
 from tests import tiny
 from tests.facts import facts_of
 
-pytest.importorskip("numba", reason="the compiled pass needs numba")
+numba = pytest.importorskip("numba", reason="the compiled pass needs numba")
+compiled = importlib.import_module("mergekit_bayes.compiled")
 fused = importlib.import_module("mergekit_bayes.kernels.fused")
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a pass that fell back to numpy
 
@@ -383,3 +385,33 @@ def test_draws_are_uniform_and_a_matter_of_key_and_entry_alone():
     ]
     for other in others:
         assert abs(np.corrcoef(draws[:50_000], keyed_draws(other, 0, 50_000))[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "is_cached"),
+    [
+        (0o755, None, True),
+        (0o1777, None, True),
+        (0o777, None, False),
+        (0o755, os.geteuid() + 1000, False),
+    ],
+)
+def test_compiled_code_is_kept_only_where_nobody_else_could_put_code(
+    tmp_path, monkeypatch, caplog, mode, owner, is_cached
+):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(shared))
+    if owner is not None and os.geteuid() == 0:
+        os.chown(shared, owner, owner)
+    elif owner is not None:  # what this account has made is then of another one
+        monkeypatch.setattr(os, "geteuid", lambda: owner)
+    function = compiled.compiled()(one)
+    assert function() == 1
+    assert bool(function.stats.cache_path) == is_cached
+    assert ("can be written by other accounts" in caplog.text) != is_cached
+
+
+def one():
+    return 1

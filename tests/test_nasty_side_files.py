@@ -34,9 +34,9 @@ from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior.info import PosteriorInfo, parse_info
 from mergekit_bayes.recipes import read_recipe
+from scripts.fuzzing.documents import ODD, nodes
 from tests import tiny
 from tests.adapters import BASE, adapter, factors
-from tests.fuzzing import ODD, nodes
 
 ROWS = 7
 SHAPES = {**BASE, "wte.weight": (ROWS, 4)}

@@ -14,12 +14,14 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from bmerge_cli import finetune, precision
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision import run as engine
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -82,6 +84,24 @@ def test_the_model_is_not_touched_and_a_second_run_needs_force(tmp_path, data):
         run_precision(PrecisionConfig(model=str(model), data=data))
     run_precision(PrecisionConfig(model=str(model), data=data, force=True))
     assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_weights_that_change_while_their_curvature_is_taken_are_refused(
+    tmp_path, data, monkeypatch
+):
+    model = tiny_gpt2(tmp_path / "m")
+    real = engine.estimate_curvature
+
+    def estimate(*arguments, **options):
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-64, 2)
+            file.write(bytes(64))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(engine, "estimate_curvature", estimate)
+    with pytest.raises(ChangedError, match=r"m/model\.safetensors: was changed"):
+        run_precision(PrecisionConfig(model=str(model), data=data))
+    assert not (model / "posterior").exists()
 
 
 def test_it_may_be_written_elsewhere_and_named_in_a_merge(tmp_path, data):

@@ -1,6 +1,7 @@
 """Side files of the first model come along with a merge, except those that describe its weights."""
 
 import errno
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -95,14 +96,14 @@ def test_a_side_file_that_cannot_be_copied_is_found_before_the_first_tensor_is_m
     Path("ma/config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"ma/config\.json: cannot be read .Expecting"):
         run_merge(MergeConfig(models=("ma", "mb"), out="out", dtype="BF16"))
-    real = Path.open
+    real = os.open
 
-    def refusing(self, mode="r", *rest, **options):
-        if self.name == "config.json" and mode == "rb":
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return real(self, mode, *rest, **options)
+    def refusing(path, flags, *rest, dir_fd=None):
+        if path == "config.json" and dir_fd is not None:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *rest, dir_fd=dir_fd)
 
-    monkeypatch.setattr(Path, "open", refusing)
+    monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(
         CheckpointError, match=r"ma/config\.json: cannot be read \(Permission denied\)"
     ):

@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_marker_of_types_and_the_licence(wheel):
 def test_the_wheel_installs_the_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
-        assert "bmerge = bmerge_cli.main:main" in archive.read(name).decode()
+        assert "bmerge = bmerge_cli.entry:main" in archive.read(name).decode()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """`python -m bmerge_cli`, for launchers that start modules."""
 
-from bmerge_cli.main import main
+from bmerge_cli.entry import main
 
 main()

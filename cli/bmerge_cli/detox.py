@@ -14,6 +14,7 @@ from bmerge_cli.render import (
     Json,
     Overrides,
     Quiet,
+    TrustRemoteCode,
     console,
     failures,
     is_interactive,
@@ -47,6 +48,7 @@ def command(
             "share.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -61,6 +63,7 @@ def command(
     from mergekit_bayes.detox.report import verdicts
 
     words = [*(overrides or []), *(["force=true"] if force else [])]
+    words += ["trust_remote_code=true"] if trust_remote_code else []
     settings = load_config(DetoxConfig, config, words)
     screen = console(quiet=quiet)
     if push_to is not None:

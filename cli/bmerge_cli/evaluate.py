@@ -49,6 +49,7 @@ NAME = "evaluate"
     option("bootstrap"),
     option("device"),
     option("dtype"),
+    option("trust_remote_code"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:

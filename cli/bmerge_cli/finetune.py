@@ -24,6 +24,7 @@ NAME = "finetune"
     FinetuneConfig,
     option("resume"),
     option("num_processes", low=1),
+    option("trust_remote_code"),
     option("force"),
 )
 def command(

@@ -1,8 +1,10 @@
 """The `bmerge` command: one module per subcommand, which imports torch only when it runs."""
 
+import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 
 from bmerge_cli import convert, detox, evaluate, finetune, inspect, merge, methods, precision, push
 from bmerge_cli.render import failures
+from bmerge_cli.terminal import guarded_streams
 from mergekit_bayes import __version__
 from mergekit_bayes.errors import ConfigError
 
@@ -52,17 +55,34 @@ def _root(
     pass
 
 
-def main() -> None:
-    """Entry point of the console script and of `python -m bmerge_cli.main`."""
+def main(ready: Callable[[], object] | None = None) -> None:
+    """Run the command line, as `python -m bmerge_cli.main` and the `bmerge` script do.
+
+    Args:
+        ready: Called once an interrupt has its message.
+    """
+    if {"-q", "--quiet"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("mergekit_bayes.checkpoint.hub_client").setLevel(logging.ERROR)
     if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
         # The Hub's client reads it once, when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with failures():
+        with guarded_streams(), failures():
+            if ready is not None:
+                ready()
+            _refuse_undecodable(sys.argv[1:])
             _refuse_bare_numbers(sys.argv[1:])
             app()
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+
+
+def _refuse_undecodable(words: list[str]) -> None:
+    """Refuse names that are not UTF-8: reports, recipes and cards, which name them, are."""
+    for word in words:
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"{os.fsencode(word)!r} is not UTF-8. Rename the file or folder.")
 
 
 def _refuse_bare_numbers(words: list[str]) -> None:

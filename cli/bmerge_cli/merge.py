@@ -1,5 +1,6 @@
 """`bmerge merge`: add, average or subtract models, by equal weights or by precision."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -132,7 +133,7 @@ def _config(settings: Settings) -> MergeConfig:
 def _adapters_alone(config: MergeConfig) -> bool:
     if config.base is not None:
         return False
-    return all(is_hub_id(m) or Path(m).expanduser().is_dir() for m in config.models) and all(
+    return all(is_hub_id(m) or os.path.isdir(os.path.expanduser(m)) for m in config.models) and all(
         is_adapter(resolve(m, CHECKPOINT)) for m in config.models
     )
 

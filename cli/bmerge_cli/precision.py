@@ -25,6 +25,7 @@ NAME = "precision"
     option("task"),
     option("device"),
     option("dtype"),
+    option("trust_remote_code"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:

@@ -15,12 +15,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bmerge_cli.terminal import Screen, printable
 from mergekit_bayes.errors import BmergeError
-from mergekit_bayes.records import FORCE
+from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help=FORCE)]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_REMOTE_CODE)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="key=value: override a setting of the file; repeatable."),
@@ -30,10 +32,11 @@ Overrides = Annotated[
 def console(*, quiet: bool = False) -> Console:
     """A console on stderr, so that stdout stays machine-readable.
 
-    It prints text as it is: a path may hold what would be markup or an emoji.
+    It prints text as it is, since a path may hold what would be markup or an emoji, but for
+    characters that would command the terminal.
     """
     width = None if sys.stderr.isatty() else 160  # a log file has no edge at which to cut tables
-    return Console(
+    return Screen(
         stderr=True,
         quiet=quiet,
         highlight=False,
@@ -124,7 +127,7 @@ def failures(stopped: str = "nothing was written; the same line starts again") -
         typer.echo(f"stopped; {stopped}", err=True)
         raise typer.Exit(130) from None
     except BmergeError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(printable(f"{type(error).__name__}: {error}"), err=True)
         raise typer.Exit(2) from None
     except BrokenPipeError:  # stdout was closed, as `| head` does
         sys.stderr.close()

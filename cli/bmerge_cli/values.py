@@ -3,8 +3,8 @@
 Each takes what was typed and the name of the flag, and raises a `ConfigError` that names both.
 """
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from mergekit_bayes.documents import DocumentError, parse_yaml
 from mergekit_bayes.errors import ConfigError
@@ -93,7 +93,7 @@ def named_texts(items: Sequence[str], flag: str) -> dict[str, str]:
     sets: dict[str, str] = {}
     for item in items:
         name, separator, texts = item.partition("=")
-        if not separator or Path(item).exists():
+        if not separator or os.path.exists(item):
             name, texts = item, item
         if not name or not texts:
             raise ConfigError(f"{flag}: expected TEXTS or NAME=TEXTS, found '{item}'.")

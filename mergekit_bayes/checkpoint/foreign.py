@@ -5,10 +5,11 @@ leaves in its place, a web page, a pickle. The reader then meets a header that m
 this module says why and what to do.
 """
 
+import os
 import shlex
 from pathlib import Path
 
-from mergekit_bayes.errors import shown
+from mergekit_bayes.errors import CheckpointError, shown
 
 HEAD = 512  # bytes from which a file's kind is judged; a tar archive names itself at byte 257
 
@@ -35,6 +36,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     ),
 )
 
+_DOWNLOADS = ".cache/huggingface/download"  # where the Hub's client keeps what is not complete
 # Endings that downloaders give to files that are not complete.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 
@@ -71,7 +73,9 @@ def explain_foreign(head: bytes, size: int, path: Path) -> str | None:
         text = head.lstrip()
         kind = "JSON" if text[:1] in (b"{", b"[") else "a text"
         line = text.splitlines()[0][:80].decode(errors="replace") if text else ""
-        return f"is {kind}, not safetensors; it begins with {shown(line)}. {_FETCH}."
+        # A link may lead to a key or a token, which is not for the log of a job.
+        quoted = "" if path.is_symlink() else f"; it begins with {shown(line)}"
+        return f"is {kind}, not safetensors{quoted}. {_FETCH}."
     if size >= 8 and not any(head):
         return (
             f"begins with {len(head)} bytes of zeros: a downloader reserved the space and did not "
@@ -125,13 +129,17 @@ def explain_missing(folder: Path) -> str | None:
 
     Returns:
         Sentences to follow the folder's name; None if its content shows nothing.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
     """
     names = _names(folder)
     for name in names:
         file = folder / name
-        is_broken = file.is_symlink() and not file.exists()
+        is_broken = os.path.islink(file) and not os.path.exists(file)
         if is_broken and name.endswith((".safetensors", ".index.json")):
-            return f"holds {name}, a link to {file.readlink()}, which is not there. {_FETCH} again."
+            target = os.readlink(file)
+            return f"holds {name}, a link to {target}, which is not there. {_FETCH} again."
     if unfinished := explain_unfinished(folder):
         return f"holds {unfinished}"
     if others := [name for name in names if name.endswith(".safetensors")]:
@@ -162,10 +170,15 @@ def explain_missing(folder: Path) -> str | None:
 
 
 def explain_unfinished(folder: Path) -> str | None:
-    """What a downloader has not finished, in a folder or in the cache within it, and what to do."""
+    """What a downloader has not finished, in a folder or in the cache within it, and what to do.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
     waiting = [name for name in _names(folder) if name.endswith(_UNFINISHED)]
-    cache = folder / ".cache/huggingface/download"
-    if not waiting and cache.is_dir():
+    cache = folder / _DOWNLOADS
+    # Not through a link, which could lead to any number of files.
+    if not waiting and os.path.realpath(cache) == f"{os.path.realpath(folder)}/{_DOWNLOADS}":
         waiting = sorted(str(p.relative_to(folder)) for p in cache.rglob("*.incomplete"))
     if not waiting:
         return None
@@ -176,7 +189,10 @@ def explain_unfinished(folder: Path) -> str | None:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}).") from None
 
 
 def is_unfinished(path: Path) -> bool:

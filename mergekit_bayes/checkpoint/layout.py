@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.foreign import (
     explain_unfinished,
     is_unfinished,
 )
+from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.documents import parse_json, read_bytes
@@ -154,7 +155,7 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_
         "metadata": {"total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_own(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n")
 
 
 def read_index(index: Path) -> dict[str, str]:

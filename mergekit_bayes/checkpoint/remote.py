@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.hub_errors import explain
+from mergekit_bayes.checkpoint.hub_errors import asking
+from mergekit_bayes.checkpoint.safetensors import check_entry
 from mergekit_bayes.checkpoint.sources import commit_of
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
@@ -41,7 +42,7 @@ def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.hf_api import RepoFile
 
-    try:
+    with asking(ref):
         if is_offline_mode():
             folder = Path(
                 snapshot_download(repo, repo_type=repo_type, revision=commit, allow_patterns=["-"])
@@ -50,8 +51,6 @@ def file_sizes(ref: str, repo_type: str = "model") -> dict[str, int]:
             return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         tree = HfApi().list_repo_tree(repo, repo_type=repo_type, revision=commit, recursive=True)
         return {file.path: file.size for file in tree if isinstance(file, RepoFile)}
-    except Exception as error:  # the client raises errors of many libraries
-        raise CheckpointError(explain(error, ref)) from None
 
 
 def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteHeader, ...]:
@@ -64,18 +63,19 @@ def read_headers(ref: str, names: tuple[str, ...]) -> tuple[RemoteHeader, ...]:
     Raises:
         CheckpointError: As `sources.resolve`.
     """
+    sizes, repo, commit = file_sizes(ref), ref.partition("@")[0], commit_of(ref)
     from huggingface_hub import HfApi
 
-    sizes, repo, commit = file_sizes(ref), ref.partition("@")[0], commit_of(ref)
     headers = []
-    try:
-        for name in names:
+    for name in names:
+        with asking(ref):
             header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit)
-            tensors = {
-                tensor: TensorSpec(str(info.dtype), tuple(info.shape))
-                for tensor, info in header.tensors.items()
-            }
-            headers.append(RemoteHeader(name, sizes[name], tensors, dict(header.metadata or {})))
-    except Exception as error:  # the client raises errors of many libraries
-        raise CheckpointError(explain(error, ref)) from None
+        metadata, place = header.metadata or {}, Path(f"{repo}@{commit}") / name
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise CheckpointError(f"{place}: its __metadata__ is not text by name.")
+        tensors = {}
+        for tensor, info in header.tensors.items():
+            entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [*info.data_offsets]}
+            tensors[tensor], _, _ = check_entry(tensor, entry, place)
+        headers.append(RemoteHeader(name, sizes[name], tensors, dict(metadata)))
     return tuple(headers)

@@ -11,13 +11,14 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
+from mergekit_bayes.checkpoint.stamps import Stamp, stamp_of
 from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, shown
 
@@ -42,6 +43,7 @@ class SafetensorsSource(Closing):
 
     Attributes:
         files: The files, in the order given.
+        inputs: The same files, each with its stamp of when it was opened.
         metadata: The `__metadata__` of all headers, merged.
         notes: None.
         is_computed: False.
@@ -59,6 +61,7 @@ class SafetensorsSource(Closing):
                 hold one name.
         """
         self.files = tuple(files)
+        self.inputs: dict[Path, Stamp] = {}
         self.metadata: dict[str, str] = {}
         self._fds: list[int] = []
         self._placed: dict[str, _Placed] = {}
@@ -72,6 +75,7 @@ class SafetensorsSource(Closing):
     def _open(self, index: int, path: Path) -> None:
         # Without O_NONBLOCK a pipe would be waited for; with it, the check of its mode refuses it.
         self._fds.append(open_file(path, os.O_RDONLY | os.O_NONBLOCK))
+        self.inputs[path] = stamp_of(self._fds[-1])
         try:
             header, metadata, data_start = _read_header(self._fds[-1], path)
         except OSError as error:
@@ -92,11 +96,6 @@ class SafetensorsSource(Closing):
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every tensor, by name."""
         return self._specs
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The files themselves."""
-        return self.files
 
     def counted(self, count: float) -> Self:
         """The same source: the count of a stored precision is a factor."""
@@ -139,17 +138,26 @@ class SafetensorsSource(Closing):
             os.close(self._fds.pop())
 
 
-def open_file(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666)
+
+
+def open_file(path: Path, flags: int, opener: Callable[[Path, int], int] = _open) -> int:
     """Open a file and return its descriptor.
 
     Near the soft limit of open files, the limit is raised to the hard one, since a merge of many
     sharded models keeps many files open.
 
+    Args:
+        path: The file.
+        flags: Flags of `os.open`.
+        opener: What opens it.
+
     Raises:
         CheckpointError: The file cannot be opened.
     """
     try:
-        fd = os.open(path, flags, 0o666)
+        fd = opener(path, flags)
     except OSError as error:
         if error.errno == errno.EMFILE:
             many = "too many open files; allow more with `ulimit -n 65536`"
@@ -209,7 +217,7 @@ def _check_header(
     """Yield each tensor with its place, in order of the bytes, which must be covered exactly."""
     spans = []
     for name, entry in header.items():
-        spec, start, stop = _check_entry(name, entry, path)
+        spec, start, stop = check_entry(name, entry, path)
         if stop - start != spec.nbytes:
             raise CheckpointError(
                 f"{path}: {shown(name)} is {spec.dtype} {list(spec.shape)} and needs {spec.nbytes} "
@@ -242,8 +250,12 @@ def _check_header(
         )
 
 
-def _check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
-    """Spec, first byte and end of a tensor, from its entry in the header."""
+def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:
+    """Spec, first byte and end of a tensor, from its entry in the header.
+
+    Raises:
+        CheckpointError: The entry is not one of the format.
+    """
     if len(name) > _LONGEST_NAME:
         raise CheckpointError(
             f"{path}: a tensor has a name of {len(name):,} characters, {shown(name)}, where at "

@@ -10,11 +10,18 @@ Three lists say what happens to them, because the three risks differ:
 `gather_side_files` takes them from several folders: what belongs together from one folder each.
 """
 
-import shutil
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.contained import (
+    contained,
+    copy_contained,
+    open_contained,
+    refuse_leaving,
+)
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_pointer
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
@@ -125,25 +132,43 @@ _NOT_COPIED = (
     "*.log",
     "*.jsonl",
 )
+# Folders that hold no side files: hidden ones, a posterior, logs and checkpoints of a training.
+_NOT_ENTERED = (".*", "posterior", "runs", "checkpoint-*")
 _FILE_LIMIT, _FOLDER_LIMIT = 100 << 20, 1 << 20  # bytes
+_MOST, _MOST_INNER = 10_000, 1_000  # files of a model, and of a subfolder that is copied
 
 
 def side_files(folder: Path) -> list[Path]:
     """The files that accompany a model's tensors, relative to its folder.
 
     Left out are tensors of any format and their indexes; what a merge, a training or an evaluation
-    says of this model, `runs/` of a training included; its card; hidden files; and files over 100
-    MiB. A subfolder such as
-    `1_Pooling/` is taken if it holds none of these and at most 1 MiB.
+    says of this model, `runs/` and `checkpoint-*/` of a training included; its card; hidden files;
+    and files over 100 MiB. A subfolder such as `1_Pooling/` is taken if it holds none of these, at
+    most 1,000 files and at most 1 MiB. Links to a folder are not followed inside a subfolder.
+
+    Raises:
+        CheckpointError: The folder cannot be listed, or one of these is a link that leads out of
+            the folder or nowhere, or a pipe, socket or device.
     """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}).") from None
     accepted: list[Path] = []
-    for path in sorted(folder.iterdir()):
-        inner = [f for f in sorted(path.rglob("*")) if f.is_file()] if path.is_dir() else [path]
-        sizes = [f.stat().st_size for f in inner if _is_side_file(f)]
-        limit = _FOLDER_LIMIT if path.is_dir() else _FILE_LIMIT
-        is_accepted = len(sizes) == len(inner) and sum(sizes) <= limit
-        if is_accepted and not path.match(".*") and path.name not in ("posterior", "runs"):
-            accepted += [f.relative_to(folder) for f in inner]
+    for name in map(Path, names):
+        if any(name.match(pattern) for pattern in _NOT_ENTERED):
+            continue
+        limit, files = _FILE_LIMIT, [] if _is_left_out(name) else [name]
+        if os.path.isdir(folder / name):
+            refuse_leaving(folder, name)
+            limit, files = _FOLDER_LIMIT, _files_below(folder, name)
+        if sum(contained(folder, file).stat().st_size for file in files) <= limit:
+            accepted += files
+        if len(accepted) > _MOST:
+            raise CheckpointError(
+                f"{folder}: holds more than {_MOST:,} files beside its tensors, where a model has "
+                "a few dozen. Move what is not of the model to another folder."
+            )
     return accepted
 
 
@@ -151,20 +176,24 @@ def check_side_files(folder: Path) -> None:
     """Find what of a model's side files cannot be copied, or would be of no use.
 
     Raises:
-        CheckpointError: A file cannot be read, or is a pointer to the file itself.
+        CheckpointError: As `side_files` and `check_readable`.
     """
-    check_readable(folder / name for name in side_files(folder))
+    check_readable({name: folder / name for name in side_files(folder)})
 
 
-def check_readable(files: Iterable[Path]) -> None:
+def check_readable(files: Mapping[Path, Path]) -> None:
     """Find files that cannot be read, or that stand in the place of what they should hold.
 
+    Args:
+        files: The files, by their names relative to their models.
+
     Raises:
-        CheckpointError: A file cannot be read, or is a pointer to the file itself.
+        CheckpointError: A file cannot be read, lies outside of its model's folder, or is a pointer
+            to the file itself.
     """
-    for file in files:
+    for name, file in files.items():
         try:
-            with file.open("rb") as content:
+            with open(open_contained(_model_of(file, name), name), "rb") as content:
                 head = content.read(HEAD)
         except OSError as error:
             raise CheckpointError(
@@ -183,19 +212,35 @@ def copy_side_files(source: Path, target: Path, *, but: str | None = None) -> No
         but: A pattern of names that are not copied.
 
     Raises:
+        CheckpointError: As `side_files`.
         OSError: A file cannot be read or written.
     """
     for name in side_files(source):
         if but is None or not name.match(but):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            copy_side_file(source / name, name, target)
+
+
+def copy_side_file(file: Path, name: Path, target: Path) -> None:
+    """Copy one side file to the same place in another folder.
+
+    Args:
+        file: The file.
+        name: Its name relative to its model.
+        target: The folder to copy to.
+
+    Raises:
+        CheckpointError: The file lies outside of its model's folder.
+        OSError: The file cannot be read or written.
+    """
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    copy_contained(_model_of(file, name), name, target / name)
 
 
 class GatheredFiles(NamedTuple):
     """Where each side file of a merge comes from.
 
     Attributes:
-        files: The file to copy, by its name relative to the output.
+        files: The file to copy, by its name relative to its model and to the output.
         folders: For each group of `GROUPS` that some folder has, the folder that gives it.
         template: The chat template, where it is written inside a `tokenizer_config.json` that is
             not copied; None otherwise.
@@ -216,6 +261,9 @@ def gather_side_files(config_folder: Path, folders: Sequence[Path]) -> GatheredF
     Args:
         config_folder: The folder whose `config.json` is taken.
         folders: The folders to look in, the chosen one first.
+
+    Raises:
+        CheckpointError: As `side_files`.
     """
     listings = {folder: side_files(folder) for folder in (config_folder, *folders)}
     files: dict[Path, Path] = {}
@@ -262,5 +310,33 @@ def _is_usable(group: str, members: Sequence[Path]) -> bool:
     return any(name.match(pattern) for name in members for pattern in _VOCABULARIES)
 
 
-def _is_side_file(file: Path) -> bool:
-    return file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED)
+def _model_of(file: Path, name: Path) -> Path:
+    """The folder of the model that has this file under this name."""
+    return file.parents[len(name.parts) - 1]
+
+
+def _is_left_out(name: Path) -> bool:
+    return any(name.match(pattern) for pattern in _NOT_COPIED)
+
+
+def _files_below(folder: Path, name: Path) -> list[Path]:
+    """The files of a subfolder, relative to the folder; empty if it holds other than side files."""
+    files, links, waiting = list[Path](), list[Path](), [name]
+    while waiting:
+        place = waiting.pop()
+        with suppress(PermissionError), os.scandir(folder / place) as entries:
+            for entry in entries:
+                path = place / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(path)
+                elif entry.is_symlink() and os.path.isdir(folder / path):
+                    links.append(path)
+                elif _is_left_out(path):
+                    return []
+                else:
+                    files.append(path)
+                if len(files) + len(links) + len(waiting) > _MOST_INNER:
+                    return []
+    for path in links:
+        refuse_leaving(folder, path)
+    return sorted(files)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
+from mergekit_bayes.checkpoint.own_files import open_own
 from mergekit_bayes.checkpoint.safetensors import open_file
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.errors import CheckpointError
@@ -49,8 +50,9 @@ class SafetensorsSink:
             path: The file; it must not exist unless `shared` or `begun`.
             specs: Dtype and shape of every tensor, by name.
             metadata: The header's `__metadata__`; its length reserves the room for later changes.
-            shared: The file may exist, begun by another process or by a merge that was stopped.
-            begun: The file must exist, at its final size.
+            shared: The file may exist, begun by another process or by a merge that was stopped,
+                in a folder of this account.
+            begun: The file must exist there, at its final size.
 
         Raises:
             CheckpointError: The file cannot be created, or the disk is full.
@@ -75,14 +77,21 @@ class SafetensorsSink:
         size = len(self._header())
         self._reserved = size + (-size) % 8
         self._start = 8 + self._reserved
-        if begun and (not path.is_file() or path.stat().st_size != self._start + at):
-            raise LostError(f"{path}: what was written there is gone.")
-        self._fd = open_file(
-            path, os.O_RDWR | (0 if begun else os.O_CREAT) | (0 if shared else os.O_EXCL)
-        )
+        lost = LostError(f"{path}: what was written there is gone.")
+        if begun and not os.path.lexists(path):
+            raise lost
+        if shared or begun:
+            self._fd = open_file(path, os.O_RDWR | (0 if begun else os.O_CREAT), open_own)
+        else:
+            self._fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         with ExitStack() as stack:
             stack.callback(self.abandon)
-            self._guarded(self._allocate, self._start + at)
+            found, final = os.fstat(self._fd).st_size, self._start + at
+            if begun and found != final:
+                raise lost
+            if found > final:  # what is shared and was not begun here may hold anything
+                self._guarded(os.ftruncate, self._fd, final)
+            self._guarded(self._allocate, final)
             stack.pop_all()  # allocated in full: the caller closes it from here on
 
     def _header(self) -> bytes:

@@ -5,13 +5,15 @@ files that match the patterns are fetched, into huggingface_hub's cache, whose o
 (`HF_HOME`, `HF_HUB_OFFLINE`, the token).
 """
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bayes.checkpoint.hub_errors import explain
+from mergekit_bayes.checkpoint.hub_client import HubError, is_commit, prepare
+from mergekit_bayes.checkpoint.hub_errors import asking, explain
 from mergekit_bayes.checkpoint.side_files import FETCHED
-from mergekit_bayes.errors import CheckpointError, nearest
+from mergekit_bayes.errors import CheckpointError, nearest, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import ResolvedRevision
@@ -27,7 +29,7 @@ _COMMITS: "dict[tuple[str, str, str], ResolvedRevision]" = {}  # by repository, 
 def is_hub_id(ref: str) -> bool:
     """Whether `ref` has the form `org/name[@revision]` and no local path of that name exists."""
     return (
-        not Path(ref).exists()
+        not os.path.exists(os.path.expanduser(ref))  # False for a name that no file can have
         and not ref.startswith(("/", ".", "~"))
         and bool(_HUB_ID.fullmatch(ref))
     )
@@ -46,10 +48,11 @@ def resolve(ref: str, patterns: tuple[str, ...] = CHECKPOINT, repo_type: str = "
         CheckpointError: There is neither such a path nor such a repository, or the Hub refused;
             the message has a remedy.
     """
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(ref))
+    if os.path.exists(path):
         return path
     _refuse_paths(ref)
+    prepare()
     from huggingface_hub import snapshot_download
 
     try:
@@ -73,10 +76,8 @@ def commit_of(ref: str, repo_type: str = "model") -> str:
         CheckpointError: As `resolve`.
     """
     _refuse_paths(ref)
-    try:
+    with asking(ref):
         return str(_commit(ref, repo_type).resolved)
-    except Exception as error:  # the client raises errors of many libraries
-        raise CheckpointError(explain(error, ref)) from None
 
 
 def commit_in(ref: str, path: Path) -> str | None:
@@ -110,16 +111,21 @@ def forget(repo: str) -> None:
 
 def _neighbour(path: Path) -> str:
     """A hint at the file or folder that a mistyped local path may have meant."""
-    if not path.parent.is_dir():
+    try:
+        name = nearest(path.name, (p.name for p in path.parent.iterdir()))
+    except OSError:
         return ""
-    name = nearest(path.name, (p.name for p in path.parent.iterdir()))
-    return f" If a local path was meant: did you mean '{path.parent / name}'?" if name else ""
+    meant = shown(str(path.parent / (name or "")))
+    return f" If a local path was meant: did you mean {meant}?" if name else ""
 
 
 def _refuse_paths(ref: str) -> None:
-    if not is_hub_id(ref) or ref.endswith(_FILE_ENDINGS):
+    # A revision is a path below the cache's `refs`, where its commit is written down.
+    leaves = any(part in ("", ".", "..") for part in re.split("[@/]", ref))
+    if not is_hub_id(ref) or ref.endswith(_FILE_ENDINGS) or leaves:
         raise CheckpointError(
-            f"'{ref}': no such file or folder, and not a Hub id (org/name or org/name@revision)."
+            f"{shown(ref)}: no such file or folder, and not a Hub id (org/name or "
+            "org/name@revision)."
         )
 
 
@@ -130,7 +136,25 @@ def _commit(ref: str, repo_type: str) -> "ResolvedRevision":
     repo, _, revision = ref.partition("@")
     key = (repo, repo_type, revision)
     if key not in _COMMITS:
-        _COMMITS[key] = HfApi().resolve_revision(
+        _check_note(repo, repo_type, revision or "main")
+        found = HfApi().resolve_revision(
             repo, repo_type=repo_type, revision=revision or None, local_files_only=is_offline_mode()
         )
+        if not is_commit(found.resolved):
+            raise HubError(
+                f"{shown(found.resolved)} is given as the commit of '{revision or 'main'}', and is "
+                "none. Either the Hub says so, or the cache's note under `refs` is damaged: remove "
+                "it there."
+            )
+        _COMMITS[key] = found
     return _COMMITS[key]
+
+
+def _check_note(repo: str, repo_type: str, revision: str) -> None:
+    """Refuse a cache whose note of a revision's commit is no file; a pipe would be waited for."""
+    from huggingface_hub import constants
+
+    folder = f"{repo_type}s--{repo.replace('/', '--')}"
+    note = Path(constants.HF_HUB_CACHE).expanduser() / folder / "refs" / revision
+    if note.exists() and not note.is_file():
+        raise HubError(f"the cache's note {shown(str(note))} is not a file: remove it.")

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_bayes.checkpoint.stamps import Stamp
+
 Array = NDArray[Any]
 
 # Bytes per element of each dtype of the format.
@@ -99,8 +101,8 @@ class CheckpointSource(TensorSource, Protocol):
         ...
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
-        """All files that are read: an output must not replace any of them."""
+    def inputs(self) -> Mapping[Path, Stamp]:
+        """All files that are read, as they were when opened. No output may replace any of them."""
         ...
 
     @property

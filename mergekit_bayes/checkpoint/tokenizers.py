@@ -6,6 +6,7 @@ tokenizer in any of them is compared with one in any other.
 """
 
 import base64
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
-from mergekit_bayes.checkpoint.identity import content_hash
-from mergekit_bayes.documents import read_bytes, read_mapping, read_object, read_text
+from mergekit_bayes.documents import (
+    DocumentError,
+    read_bytes,
+    read_mapping,
+    read_object,
+    read_text,
+)
 from mergekit_bayes.errors import CheckpointError, shown
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
@@ -54,9 +60,21 @@ _Reader: TypeAlias = Callable[[Path], TokenList | None]
 
 
 def tokenizer_identity(folder: Path) -> str | None:
-    """SHA-256 of a folder's `tokenizer.json`; None if it has none."""
+    """SHA-256 of a folder's `tokenizer.json`; None if it has none.
+
+    Raises:
+        CheckpointError: It cannot be read, is not a regular file, or is larger than any tokenizer.
+    """
     file = folder / "tokenizer.json"
-    return content_hash(file) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return hashlib.sha256(read_bytes(file)).hexdigest()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DocumentError as error:
+        reason = str(error)
+    raise CheckpointError(f"{file}: cannot be read ({reason}). Fetch it again.")
 
 
 def read_tokens(folder: Path) -> TokenList | None:

@@ -26,11 +26,13 @@ from pydantic.fields import FieldInfo
 
 from mergekit_bayes.configs.explain import config_error, members
 from mergekit_bayes.documents import SETTINGS, DocumentError, parse_yaml, read_text
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.records import Frozen
 
 # Two spellings of one setting: configs have one of them as a field and take the other, too.
 _SPELLINGS = {"out": "output", "output": "out"}
+_NAME_MAX = 255  # bytes of a file name, on all common file systems
+_LONGEST_ENDING = ".checkpoints"  # of what is written beside an output until it is complete
 
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Config(Frozen, metaclass=_Explained):
             if field != name and field in values:
                 raise ValueError(_one_setting(field))
             value = _text_of_paths(value)
+            if field in _SPELLINGS and isinstance(value, str):
+                refuse_output_name(value)
             if field in cls.model_fields and _is_one_of_a_list(cls.model_fields[field], value):
                 value = (value,)
             read[field] = value
@@ -90,6 +94,26 @@ class Config(Frozen, metaclass=_Explained):
 
 
 C = TypeVar("C", bound=Config)
+
+
+def refuse_output_name(out: str) -> None:
+    """Refuse an output whose name is too long or not UTF-8, or an unknown user's home folder.
+
+    Raises:
+        ConfigError: It is.
+    """
+    _refuse_bytes(out)
+    try:
+        parts = Path(out).expanduser().parts
+    except RuntimeError:
+        raise ConfigError(f"output {shown(out)}: there is no such home folder.") from None
+    for part in parts:
+        longest = _NAME_MAX - (len(_LONGEST_ENDING) if part == parts[-1] else 0)
+        if (length := len(os.fsencode(part))) > longest:
+            raise ConfigError(
+                f"output {shown(part)}: the name has {length} bytes, where {longest} are possible. "
+                "Choose a shorter one."
+            )
 
 
 def field_named(config: type[Config], name: str) -> str:
@@ -203,14 +227,22 @@ def _one_setting(field: str) -> str:
 
 
 def _text_of_paths(value: Any) -> Any:
-    """The value with text for each path in it."""
+    """The value with text for each path in it; an error for text that is not UTF-8."""
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        value = os.fspath(value)
+    if isinstance(value, str):
+        _refuse_bytes(value)
     if isinstance(value, (list, tuple)):
         return type(value)(map(_text_of_paths, value)) if type(value) in (list, tuple) else value
     if type(value) is dict:
         return {key: _text_of_paths(inner) for key, inner in value.items()}
     return value
+
+
+def _refuse_bytes(text: str) -> None:
+    """Refuse the name of a file that is not UTF-8: no report and no recipe could hold it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{shown(text)} is not UTF-8. Rename the file or folder.")
 
 
 def _is_one_of_a_list(field: FieldInfo, value: object) -> bool:

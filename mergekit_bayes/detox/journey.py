@@ -1,5 +1,6 @@
 """The verbs of a removal in order, each done once, and the report of it."""
 
+import os
 import platform
 import shlex
 import shutil
@@ -10,8 +11,11 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
-from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config
 from mergekit_bayes.detox.picture import draw
@@ -46,7 +50,7 @@ from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
-from mergekit_bayes.models.load import choose_device, load_model
+from mergekit_bayes.models.load import Loaded, choose_device, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import open_posterior
@@ -58,6 +62,7 @@ Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
 _AGAIN = "Remove it, and the step is done again."
+_NO_RESULT = ("force", "trust_remote_code")  # settings that change no result
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -186,6 +191,13 @@ class _Journey:
             )
         self.curves = curves(config)
         self.work, self.kept = output / "steps", output / "model"
+        base = resolve(config.base, CHECKPOINT)
+        if base.is_dir():
+            side_files(base)  # links out of the folder are refused before the first step
+        # The steps that are there count as done, so another account must not have made them.
+        if os.path.lexists(self.work):
+            make_own_folder(self.work)
+            refuse_planted(self.work, but=self.kept)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))
@@ -200,27 +212,29 @@ class _Journey:
             "prompts": data_identity(evaluate.toxicity or ""),
         }
         self.finetune_key: list[object] = [
-            without(finetune.model_dump(mode="json"), "output", "force", "model"),
+            without(finetune.model_dump(mode="json"), "output", "model", *_NO_RESULT),
             self.base,
             self.identities["toxic"],
         ]
         settings = evaluate.model_dump(mode="json")
         self.evaluate_key: list[object] = [
-            without(settings, "model", "output", "force", "batch_size", "sampling_batch"),
+            without(settings, "model", "output", "batch_size", "sampling_batch", *_NO_RESULT),
             self.identities["texts"],
             self.identities["prompts"],
             {scorer.spec: scorer_identity(scorer) for scorer in scorers},
         ]
         if config.force or not self._base_folder().exists():
             with quiet_libraries(bars=False):
-                refuse_model(evaluate, load_model(config.base, "auto", dtype=evaluate.dtype))
+                refuse_model(evaluate, _load_base(evaluate))
         if needs_precision(config):
             self.identities["precision"] = data_identity(precision_config(config, "").data)
         if config.force and is_ours:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
-        (output / _SETTINGS).write_text(text)
+        make_own_folder(self.work)
+        with replacing(output / _SETTINGS, force=True) as partial:
+            partial.write_text(text)
 
     def finetune(self) -> Path:
         """The model fine-tuned on the toxic text."""
@@ -240,7 +254,7 @@ class _Journey:
         folder = step_folder(
             self.work,
             "precision",
-            without(settings, "model", "output", "force"),
+            without(settings, "model", "output", *_NO_RESULT),
             self.base,
             self.identities["precision"],
         )
@@ -269,7 +283,7 @@ class _Journey:
         if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
             if not model.exists():
                 run_merge(merge.model_copy(update={"out": str(model)}))
-                shutil.copyfile(model / MERGE_REPORT, merge_report)
+                copy_contained(model, MERGE_REPORT, merge_report)
             if not evaluation.exists():
                 evaluate = evaluate_config(self.config, str(model), str(evaluation))
                 run_evaluate(evaluate, quiet=self.quiet)
@@ -289,7 +303,7 @@ class _Journey:
         if not is_there:
             mark.unlink(missing_ok=True)
             run_merge(merge.model_copy(update={"out": str(model), "force": True}))
-            mark.write_text(made_of)
+            write_own(mark, made_of)
         return model
 
     def keep_none(self) -> None:
@@ -338,7 +352,11 @@ def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
     read_texts(config)
     read_labelled(config)
     read_prompts(config)
-    return open_scorers(config.scorer, config.device)
+    return open_scorers(config.scorer, config.device, trust_remote_code=config.trust_remote_code)
+
+
+def _load_base(config: EvaluateConfig) -> Loaded:
+    return load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
 
 
 def _refuse_precision(config: PrecisionConfig) -> None:

@@ -10,9 +10,11 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.records import TrustRemoteCode
 
 Method = Literal["task_arithmetic", "gradient_matching", "control"]
 HELD_OUT = "held-out toxic text"
+_OURS = ("model", "output", "trust_remote_code", "force")  # that detox sets for each step
 _NAMES = {
     "task_arithmetic": "task arithmetic",
     "gradient_matching": "gradient matching",
@@ -113,6 +115,7 @@ class DetoxConfig(Config):
         description="Keep all candidates. Otherwise only the chosen one is kept, in `model/` of "
         "the output, and the report says how to make each again.",
     )
+    trust_remote_code: TrustRemoteCode = False
     force: bool = Field(False, description="Repeat all steps.")
 
 
@@ -161,13 +164,17 @@ def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
             compare with the base's.
     """
     given = _without(
-        config.finetune, FinetuneConfig, "finetune", ("model", "output", "data", "where", "force")
+        config.finetune,
+        FinetuneConfig,
+        "finetune",
+        ("model", "output", "data", "where", "trust_remote_code", "force"),
     )
     given |= {
         "model": config.base,
         "output": output,
         "data": config.toxic.data,
         "where": config.toxic.where,
+        "trust_remote_code": config.trust_remote_code,
     }
     settings = parse_config(FinetuneConfig, given, "finetune")
     if settings.lora is not None:
@@ -189,8 +196,8 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     Raises:
         ConfigError: A setting that detox makes itself, or one that does not exist.
     """
-    given = _without(config.precision, PrecisionConfig, "precision", ("model", "output", "force"))
-    given |= {"model": config.base, "output": output}
+    given = _without(config.precision, PrecisionConfig, "precision", _OURS)
+    given |= {"model": config.base, "output": output, "trust_remote_code": config.trust_remote_code}
     return parse_config(PrecisionConfig, given, "precision")
 
 
@@ -201,8 +208,8 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
         ConfigError: A setting that detox makes itself or has no use for, or no texts, prompts or
             scorers.
     """
-    given = _without(config.evaluate, EvaluateConfig, "evaluate", ("model", "output", "force"))
-    given |= {"model": model, "output": output}
+    given = _without(config.evaluate, EvaluateConfig, "evaluate", _OURS)
+    given |= {"model": model, "output": output, "trust_remote_code": config.trust_remote_code}
     if config.held_out_toxic is not None:
         given |= _with_held_out(given, config.held_out_toxic)
     settings = parse_config(EvaluateConfig, given, "evaluate")

@@ -6,6 +6,7 @@ end.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def data_identity(refs: str | Sequence[str]) -> dict[str, str]:
     A Hub data set is identified by its name only.
     """
     names = [refs] if isinstance(refs, str) else refs
-    return {ref: _content(Path(ref).expanduser()) for ref in names}
+    return {ref: _content(Path(os.path.expanduser(ref))) for ref in names}
 
 
 def model_identity(ref: str, adapters: tuple[Path, ...] = ()) -> dict[str, object]:
@@ -99,4 +100,4 @@ def without(settings: Mapping[str, object], *names: str) -> dict[str, object]:
 
 
 def _content(path: Path) -> str:
-    return content_hash(path) if path.exists() else "by name"
+    return content_hash(path) if os.path.exists(path) else "by name"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.evaluate.continuations import score_continuations, toxicity_by_scorer
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
@@ -49,7 +51,8 @@ def run_evaluate(
 
     Raises:
         ConfigError: There is nothing to measure, no scorer for toxicity, or a scorer fails.
-        CheckpointError: A model or file cannot be read, or the output exists without `force`.
+        CheckpointError: A model or file cannot be read, the model is written to meanwhile, or the
+            output exists without `force`.
         MismatchError: A column is missing, or the model is a classifier where a language model is
             needed, or the reverse.
         PrecisionError: The model's posterior cannot be drawn from.
@@ -66,11 +69,18 @@ def run_evaluate(
         texts = read_texts(config)
         labelled = read_labelled(config)
         prompts = read_prompts(config)
-        scorers = open_scorers(config.scorer, config.device)
-        loaded = load_model(config.model, "auto", dtype=config.dtype)
+        scorers = open_scorers(
+            config.scorer, config.device, trust_remote_code=config.trust_remote_code
+        )
+        loaded = load_model(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
         refuse_model(config, loaded)
         if config.samples is not None:
             _keep_draws(loaded.model)
+        read = stamps_of(checkpoint_files(loaded.path))
+        if posterior is not None:
+            read |= posterior.inputs
         loaded.move_to(config.device)
         examples = number_classes(config, labelled, loaded)
         draws = None
@@ -89,10 +99,13 @@ def run_evaluate(
         if draws is not None:
             sampled = predict_sampled(config, loaded, texts, examples, draws, at_mean, tell)
         continuations = score_continuations(config, loaded, prompts, scorers, tell)
+        model_identity = checkpoint_identity(loaded.path)
+        # The libraries map the file into memory, so that what is written to it is in the model.
+        refuse_changed(read)
 
     report = EvaluateReport(
         model=config.model,
-        model_identity=checkpoint_identity(loaded.path),
+        model_identity=model_identity,
         settings=config.model_dump(mode="json"),
         device=str(loaded.device),
         dtype=loaded.dtype,

@@ -1,6 +1,7 @@
 """Open the scorers that rate continuations."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from mergekit_bayes.metrics.scorers import (
 )
 from mergekit_bayes.models.load import load_model
 
-_WORDS = 8 << 20  # bytes of a list of words, of which one pattern is made
+_WORD_LIST = 1 << 20  # bytes; published lists have some 10 kB, and every word costs time a text
 
 
 class Scorer(NamedTuple):
@@ -40,31 +41,35 @@ class Scorer(NamedTuple):
     folder: Path | None = None
 
 
-def open_scorers(specs: Sequence[str], device: str | None = None) -> list[Scorer]:
+def open_scorers(
+    specs: Sequence[str], device: str | None = None, *, trust_remote_code: bool = False
+) -> list[Scorer]:
     """Open all scorers and try each on one text.
 
     Args:
         specs: As `open_scorer` takes them.
         device: Where classifiers run, by `models.load.choose_device`.
+        trust_remote_code: Run Python code of a classifier's folder, where it needs any.
 
     Raises:
         ConfigError: As `open_scorer`, or a scorer fails.
         CheckpointError: As `open_scorer`.
         MismatchError: As `open_scorer`.
     """
-    scorers = [open_scorer(spec, device) for spec in specs]
+    scorers = [open_scorer(spec, device, trust_remote_code=trust_remote_code) for spec in specs]
     for scorer in scorers:
         scorer.score(["This is a test."])
     return scorers
 
 
-def open_scorer(spec: str, device: str | None = None) -> Scorer:
+def open_scorer(spec: str, device: str | None = None, *, trust_remote_code: bool = False) -> Scorer:
     """Open a scorer.
 
     Args:
         spec: `words:FILE`, `model:PATH_OR_ID#LABEL` or `package.module:function`. A label may end
             in `=softmax` or `=sigmoid`, which says how the classifier's labels are read.
         device: Where a classifier runs.
+        trust_remote_code: Run Python code of a classifier's folder, where it needs any.
 
     Raises:
         ConfigError: It is none of the three, an empty list, a label that the model lacks, labels
@@ -79,15 +84,15 @@ def open_scorer(spec: str, device: str | None = None) -> Scorer:
             "package.module:function."
         )
     if prefix == "words":
-        return _open_words(spec, Path(rest).expanduser())
+        return _open_words(spec, Path(os.path.expanduser(rest)))
     if prefix == "model":
-        return _open_classifier(spec, rest, device)
+        return _open_classifier(spec, rest, device, trust_remote_code=trust_remote_code)
     return _open_function(spec)
 
 
 def _open_words(spec: str, path: Path) -> Scorer:
     try:
-        content = read_bytes(path, _WORDS)
+        content = read_bytes(path, _WORD_LIST)
         lines = decode_text(content).splitlines()
     except OSError as error:
         raise CheckpointError(
@@ -103,9 +108,11 @@ def _open_words(spec: str, path: Path) -> Scorer:
     return Scorer(spec, score, ScorerInfo(kind="words", fingerprint=fingerprint))
 
 
-def _open_classifier(spec: str, target: str, device: str | None) -> Scorer:
+def _open_classifier(
+    spec: str, target: str, device: str | None, *, trust_remote_code: bool
+) -> Scorer:
     ref, _, label = target.rpartition("#") if "#" in target else (target, "", "")
-    loaded = load_model(ref)
+    loaded = load_model(ref, trust_remote_code=trust_remote_code)
     if loaded.task != "classification":
         raise MismatchError(f"--scorer '{spec}': '{ref}' is no text-classification checkpoint.")
     label, chosen = _split_reading(label, list(loaded.model.config.id2label.values()))

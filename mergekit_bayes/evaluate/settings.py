@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype
-from mergekit_bayes.records import Force
+from mergekit_bayes.records import Force, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
@@ -113,6 +113,7 @@ class EvaluateConfig(Config):
     )
     device: Device = None
     dtype: Dtype = "float32"
+    trust_remote_code: TrustRemoteCode = False
     output: str | None = Field(
         None, description="Folder for the report, the losses of documents and the continuations."
     )

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from mergekit_bayes.checkpoint.contained import copy_contained
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -31,6 +33,7 @@ LOGS = "runs"  # in the output; the Trainer's own name for the folder of TensorB
 # Settings that may change between a run and its continuation: where things are, and what happens
 # after training. The model and the data are compared by their content.
 _FREE = {
+    "trust_remote_code",
     "output",
     "model",
     "data",
@@ -88,6 +91,20 @@ def has_folder(config: FinetuneConfig) -> bool:
     return config.save_steps is not None or bool(set(config.report_to) - {"none"})
 
 
+def make_checkpoint_folder(folder: Path) -> None:
+    """Make the folder for the checkpoints, or check that this account has made it.
+
+    What is in it is loaded with --resume and removed with --force. A link of this account is
+    followed: checkpoints are large, and may be kept on another disk.
+
+    Raises:
+        CheckpointError: It is no folder of this account, or cannot be made.
+    """
+    if folder.is_symlink() and folder.lstat().st_uid == os.geteuid():
+        folder = folder.resolve()
+    make_own_folder(folder)
+
+
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:
     """Find the newest complete checkpoint to continue from.
 
@@ -112,7 +129,7 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
                 "Continue it with --resume, replace it with --force, or choose another output."
             )
         for path in paths:
-            shutil.rmtree(path)
+            _remove(path)
         return None
     for path in reversed(paths):
         try:
@@ -140,7 +157,10 @@ def copy_logs(folder: Path, output: Path) -> None:
         inner = path.relative_to(folder)
         target = output / (inner if inner.parts[0] == LOGS else Path(LOGS, inner))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
+        try:
+            copy_contained(folder, inner, target)
+        except CheckpointError as error:  # a log is not worth the training
+            logger.warning("a log is left out: %s", error)
 
 
 def close_checkpoints(folder: Path, *, keep: bool) -> None:
@@ -153,14 +173,15 @@ def close_checkpoints(folder: Path, *, keep: bool) -> None:
     for path in _log_files(folder):
         path.unlink()
     for path in () if keep else _checkpoint_folders(folder):
-        shutil.rmtree(path)
+        _remove(path)
     remove_if_empty(folder)
 
 
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder in which there is no file."""
-    if folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
-        shutil.rmtree(folder)
+    is_empty = folder.is_dir() and not any(path.is_file() for path in folder.rglob("*"))
+    if is_empty and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)  # it may be of another account
 
 
 def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: float) -> None:
@@ -184,7 +205,7 @@ def mark_whole(path: Path, step: int, settings: Mapping[str, object], loss: floa
         files={str(file.relative_to(path)): file.stat().st_size for file in files},
     )
     partial = path / f"{MARKER}.partial"
-    partial.write_text(json.dumps(marker.model_dump(), indent=1))
+    write_own(partial, json.dumps(marker.model_dump(), indent=1))
     sync_path(partial)
     os.replace(partial, path / MARKER)
     sync_path(path)
@@ -243,6 +264,14 @@ def _said(value: object) -> str:
     if value is None:
         return "left out"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; of a link to one only the link."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
 
 
 def _log_files(folder: Path) -> list[Path]:

@@ -2,8 +2,10 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import identity_of
@@ -77,6 +79,7 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
 
 def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     loaded = _load_model(config)
+    _refuse_links(loaded)
     if config.lora is not None:
         model = _with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
@@ -87,12 +90,23 @@ def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     return loaded, _load_examples(config, loaded), base_identity(loaded.path)
 
 
+def _refuse_links(loaded: Loaded) -> None:
+    """Refuse links that lead out of the model's folder: the tokenizer is stored with the result."""
+    for folder in {loaded.path, Path(str(loaded.tokenizer.name_or_path))}:
+        if folder.is_dir():
+            side_files(folder)
+
+
 def _load_model(config: FinetuneConfig) -> Loaded:
     """Load the model; a checkpoint without a head gets one for the labels in the data."""
     needs_head = config.task == "classification" and config.num_labels is None
-    if not needs_head or is_classifier(config.model):
+    if not needs_head or is_classifier(config.model, trust_remote_code=config.trust_remote_code):
         return load_model(
-            config.model, config.task, num_labels=config.num_labels, dtype=config.dtype
+            config.model,
+            config.task,
+            num_labels=config.num_labels,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
         )
     rows = load_rows(
         config.data, where=config.where, max_rows=config.max_rows, label=config.label_column
@@ -104,6 +118,7 @@ def _load_model(config: FinetuneConfig) -> Loaded:
         config.task,
         num_labels=len(labels) if are_names else max(1, *labels) + 1,
         dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
     )
     if are_names:
         loaded.model.config.id2label = {i: str(label) for i, label in enumerate(labels)}

@@ -17,6 +17,8 @@ from mergekit_bayes.models.load import Loaded, other_head
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Below it the ess that keeps the first noise quiet, and so the prior, leaves float32.
+_LEAST_DECAY = 1e-20
 _REPLICAS = "Train replicas instead (--num-processes N, or accelerate launch --multi_gpu)"
 _NO_FP16 = (
     "fp16 with a gradient scaler is switched on (by the launcher, if not by the settings), and "
@@ -140,10 +142,14 @@ def _refuse_settings(config: FinetuneConfig) -> None:
             f"mc_samples: {config.mc_samples} samples do not make antithetic pairs; give an even "
             "number."
         )
-    if config.optimizer == "ivon" and config.curvature == "ggn" and not config.weight_decay:
+    if (
+        config.optimizer == "ivon"
+        and config.curvature == "ggn"
+        and config.weight_decay < _LEAST_DECAY
+    ):
         raise ConfigError(
-            "curvature: ggn needs weight_decay > 0, or entries without curvature have no "
-            "precision. Give one (1e-6), or curvature: price."
+            "curvature: ggn needs weight_decay > 0, at least 1e-20, or entries without curvature "
+            "have no precision. Give one (1e-6), or curvature: price."
         )
     if config.resume and config.save_steps is None:
         raise ConfigError(

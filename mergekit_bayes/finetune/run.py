@@ -8,7 +8,6 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 """
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
     close_checkpoints,
     has_folder,
+    make_checkpoint_folder,
     open_checkpoints,
     refuse_other_settings,
     remove_if_empty,
@@ -92,14 +93,13 @@ class _Trained(NamedTuple):
 @contextmanager
 def _checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
     """Where the Trainer writes: beside the output, or a folder that is removed at the end."""
-    scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
     beside = checkpoints_of(Path(config.output))
-    try:
-        yield beside if has_folder(config) else scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if has_folder(config) and is_main():  # of a run that ended before its first file
-            remove_if_empty(beside)
+    with Scratch(Path(tempfile.gettempdir()), "bmerge-") as scratch:
+        try:
+            yield beside if has_folder(config) else scratch.new
+        finally:
+            if has_folder(config) and is_main():  # of a run that ended before its first file
+                remove_if_empty(beside)
 
 
 def _store(run: Run, optimizer: IVON | None, trained: _Trained, folder: Path) -> FinetuneReport:
@@ -118,9 +118,12 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
+    folder = checkpoints_of(target)
+    if has_folder(config):
+        make_checkpoint_folder(folder)
     if config.save_steps is None:
         return None
-    return open_checkpoints(checkpoints_of(target), resume=config.resume, force=config.force)
+    return open_checkpoints(folder, resume=config.resume, force=config.force)
 
 
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Task
-from mergekit_bayes.records import Force, Frozen
+from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 
 class LoraSettings(Config):
@@ -44,7 +44,10 @@ class FinetuneConfig(Config):
         description="`causal-lm`, `classification`, or `auto` for what the architecture says.",
     )
     num_labels: int | None = Field(
-        None, ge=2, description="Number of classes; makes a new head for a classifier."
+        None,
+        ge=2,
+        le=1_000_000,
+        description="Number of classes; makes a new head for a classifier.",
     )
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."
@@ -171,6 +174,7 @@ class FinetuneConfig(Config):
         "transformers: `tensorboard`, `wandb` and so on, or a list of them. Files that this makes "
         "are in `OUTPUT.checkpoints` during training and in `OUTPUT/runs` at the end.",
     )
+    trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
 

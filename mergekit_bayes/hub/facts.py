@@ -1,15 +1,23 @@
 """What a model folder says about itself: how it was made, its posterior, task and evaluations."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import RECORDS
-from mergekit_bayes.hub.folder import MergeRecord, lone_precision_files, precision_info, read_record
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, RECORDS
+from mergekit_bayes.hub.folder import (
+    MergeRecord,
+    lone_precision_files,
+    precision_info,
+    read_merge,
+    read_record,
+    texts,
+)
 from mergekit_bayes.hub.parents import Parent, parents
 from mergekit_bayes.posterior import PosteriorInfo
 
@@ -19,6 +27,7 @@ _PIPELINES = {  # the end of an architecture's class name -> the Hub's pipeline 
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
 }
+_SETTINGS = (MERGE_RECIPE, FINETUNE)
 _ADAPTER_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
@@ -29,7 +38,7 @@ class Facts:
     Attributes:
         repo: `org/name`, or the folder's name.
         only_posterior: The card is of a posterior, without a model.
-        report: `merge_report.json`; empty if the folder is not a merge.
+        report: `merge_report.json`; None if the folder is not a merge.
         recipe: `merge_recipe.yaml`, likewise.
         finetune: `finetune.yaml`; empty if the folder is not a fine-tune.
         adapter: `adapter_config.json`; empty for a whole model.
@@ -44,7 +53,7 @@ class Facts:
 
     repo: str
     only_posterior: bool
-    report: MergeRecord
+    report: MergeRecord | None
     recipe: Mapping[str, object]
     finetune: Mapping[str, object]
     adapter: Mapping[str, object]
@@ -67,25 +76,29 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         only_posterior: Describe nothing but the posterior.
 
     Raises:
-        CheckpointError: Neither a model nor a precision, or a file that cannot be read.
+        CheckpointError: Neither a model nor a precision, or a file that cannot be read or leads
+            out of the folder.
     """
     lone = lone_precision_files(folder)
     only = only_posterior or bool(lone)
-    report, recipe, finetune = ({} if only else read_record(folder / name) for name in RECORDS)
+    precision = lone or (precision_files(folder) if posterior else [])
+    for file in (*precision, *_documents(folder, only=only)):
+        contained(folder, file.relative_to(folder))
+    report = None if only else read_merge(folder)
+    recipe, finetune = ({} if only else read_record(folder / name) for name in _SETTINGS)
     made_from = parents(folder, posterior_only=only_posterior)
     adapter = read_record(folder / "adapter_config.json")
     mean_identity = None
     if not lone:
         with SafetensorsSource(checkpoint_files(folder)) as mean:
             mean_identity = identity(mean)
-    precision = lone or (precision_files(folder) if posterior else [])
     info = precision_info(precision)
     config = read_record(folder / "config.json")
     evaluations, notes = ((), ()) if only else _evaluations(folder, mean_identity)
     return Facts(
         repo=repo,
         only_posterior=only,
-        report=cast(MergeRecord, report),
+        report=report,
         recipe=recipe,
         finetune=finetune,
         adapter=adapter,
@@ -93,9 +106,7 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         parents=made_from,
         has_posterior=bool(precision),
         info=info,
-        pipeline=_pipeline(
-            cast(Sequence[str], config.get("architectures") or ()), str(adapter.get("task_type"))
-        ),
+        pipeline=_pipeline(texts(config.get("architectures")), str(adapter.get("task_type"))),
         evaluations=evaluations,
         notes=notes,
     )
@@ -106,7 +117,7 @@ def _evaluations(
 ) -> tuple[tuple[Mapping[str, object], ...], tuple[str, ...]]:
     """Evaluations of these weights, and a note for each evaluation of other weights."""
     reports, notes = [], []
-    for file in sorted([*folder.glob("report.json"), *folder.glob("*/report.json")]):
+    for file in _report_files(folder):
         report = read_record(file)
         if "model_identity" not in report:
             continue
@@ -118,6 +129,17 @@ def _evaluations(
                 "leaves its results out"
             )
     return tuple(reports), tuple(notes)
+
+
+def _report_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("report.json"), *folder.glob("*/report.json")])
+
+
+def _documents(folder: Path, *, only: bool) -> list[Path]:
+    """The files of a folder whose content is read for a card, as far as they are there."""
+    names = ("config.json", "adapter_config.json", *(() if only else RECORDS))
+    reports = [] if only else _report_files(folder)
+    return [*(folder / name for name in names if os.path.lexists(folder / name)), *reports]
 
 
 def _pipeline(architectures: Sequence[str], adapter_task: str) -> str | None:

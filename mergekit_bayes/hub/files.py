@@ -1,19 +1,21 @@
 """Which files of a model folder are pushed, which stay behind, and which are deleted on the Hub."""
 
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
-from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
-from mergekit_bayes.hub.folder import CARD, lone_precision_files, precision_info
-from mergekit_bayes.hub.local_paths import names_paths
+from mergekit_bayes.documents import read_object
+from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, shown
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
+from mergekit_bayes.hub.local_paths import holds_token, names_paths
 from mergekit_bayes.posterior import PosteriorInfo
 
 _INNER_FILES = (
@@ -33,7 +35,7 @@ class PushFile(NamedTuple):
 
     Attributes:
         path: Its path in the repository.
-        source: The local file; None for the card, which is made.
+        source: The real path of the local file; None for the card, which is made.
         size: Bytes.
     """
 
@@ -65,14 +67,15 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         only_posterior: Push nothing but the posterior.
 
     Raises:
-        CheckpointError: Not a folder, or neither a model nor a precision in it.
+        CheckpointError: Not a folder, or neither a model nor a precision in it; or a file of the
+            push is a link out of the folder, is not a regular file, or holds a token.
         ConfigError: The options leave nothing to push.
         PrecisionError: No posterior, one of other weights, or one that does not name its weights.
     """
     if not posterior and only_posterior:
         raise ConfigError("--no-posterior and --posterior-only together leave nothing to push.")
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):  # False, too, for a name that no folder can have
+        if os.path.exists(folder):
             raise CheckpointError(
                 f"'{folder}' is a file; push takes a folder (merge with -o FOLDER)."
             )
@@ -86,6 +89,7 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
                 f"'{folder}' holds a precision and no model. Push it with --posterior-only."
             )
         chosen = _posterior_files(folder, lone)
+        _real_files(folder, chosen)  # before any is opened
         _named_weights(folder, lone, "MODEL", "")
     else:
         chosen = {} if only_posterior else _model_files(folder)
@@ -96,13 +100,38 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
                 "TEXTS`."
             )
         if precision:
-            _check_posterior(folder, precision)
             chosen |= _posterior_files(folder / "posterior", precision)
+            _real_files(folder, chosen)
+            _check_posterior(folder, precision)
+    files = tuple(_real_files(folder, chosen))
+    for file in files:
+        if file.source is not None and holds_token(file.source):
+            raise CheckpointError(
+                f"{folder / file.path}: holds what looks like a token of the Hub. Nothing was "
+                "pushed: take the token out of the file, and withdraw it if others have seen it."
+            )
     return Choice(
-        tuple(PushFile(path, file, file.stat().st_size) for path, file in sorted(chosen.items())),
+        files,
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
         tuple(_path_notes(chosen)),
     )
+
+
+def _real_files(folder: Path, chosen: Mapping[str, Path]) -> list[PushFile]:
+    """The files of a push, by path; an error if one leads out of the folder or has an odd name.
+
+    Tensors must lie in the folder, too: a merge only computes with them, a push publishes them.
+    """
+    files = []
+    for path, file in sorted(chosen.items()):
+        if not path.isprintable():
+            raise CheckpointError(
+                f"'{folder}': the name {shown(path)} holds what cannot be printed, and is not "
+                "published. Rename the file."
+            )
+        real = contained(folder, file.relative_to(folder))
+        files.append(PushFile(path, real, real.stat().st_size))
+    return files
 
 
 def stale_files(
@@ -135,7 +164,7 @@ def stale_files(
 def _posterior_files(folder: Path, precision: list[Path]) -> dict[str, Path]:
     """The files of a precision in `folder`, by their paths in the repository."""
     described = [folder / name for name in _POSTERIOR_FILES]
-    files = [*precision, *(file for file in described if file.exists())]
+    files = [*precision, *(file for file in described if os.path.lexists(file))]
     return {f"posterior/{file.name}": file for file in files}
 
 
@@ -146,7 +175,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
     chosen = {file.name: file for file in weights}
     for file in sorted(folder.iterdir()):
         is_side_file = any(fnmatchcase(file.name, pattern) for pattern in PUBLISHED)
-        if file.is_file() and (file.name in names or is_side_file):
+        if not os.path.isdir(file) and (file.name in names or is_side_file):
             chosen[file.name] = file
     for pattern in _INNER_FILES:
         chosen |= {f"{file.parent.name}/{file.name}": file for file in sorted(folder.glob(pattern))}
@@ -156,12 +185,9 @@ def _model_files(folder: Path) -> dict[str, Path]:
 def _modules(folder: Path) -> Iterator[str]:
     """Python files that the model's config or tokenizer says it needs (`auto_map`)."""
     for name in ("config.json", "tokenizer_config.json"):
-        try:
-            content = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            continue
-        auto_map = (content.get("auto_map") or {}) if isinstance(content, dict) else {}
-        for value in auto_map.values():
+        if os.path.lexists(folder / name):
+            contained(folder, name)
+        for value in mapping(read_object(folder / name).get("auto_map")).values():
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str) and "--" not in place:  # "--": of another repository
                     yield f"{place.partition('.')[0]}.py"
@@ -183,7 +209,7 @@ def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -
             reason = "a checkpoint or an unfinished output"
         else:
             reason = "not a file of a model"
-        reasons[path.name + "/" * path.is_dir()] = reason
+        reasons[path.name + "/" * os.path.isdir(path)] = reason
     inner = (path for subfolder in folders - {folder} for path in subfolder.iterdir())
     for path in sorted(path for path in inner if path not in chosen):
         reasons[path.relative_to(folder).as_posix()] = "not a file of a model"

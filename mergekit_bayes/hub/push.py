@@ -5,16 +5,19 @@ uploaded before the commit and kept by the Hub: the same command resumes an inte
 folder that the repository already holds makes no commit.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mergekit_bayes.checkpoint.contained import contained
+from mergekit_bayes.checkpoint.hub_errors import printable
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub.card import Card, is_generated, make_card
 from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
-from mergekit_bayes.hub.folder import CARD, lone_precision_files
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, read_card
 from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
 from mergekit_bayes.hub.login import check_target, explained
 from mergekit_bayes.hub.parents import Parent, parents
@@ -23,6 +26,7 @@ from mergekit_bayes.hub.repository import (
     RemoteFile,
     Target,
     check_same_form,
+    checked_commit,
     head_commit,
     is_unchanged,
     list_files,
@@ -139,9 +143,10 @@ def _make_card(
 def _folder_card(folder: Path, *, only_posterior: bool) -> str:
     """The folder's card; empty for one by PEFT, and for a model's if only a posterior is pushed."""
     file = folder / CARD
-    if not file.is_file() or (only_posterior and not lone_precision_files(folder)):
+    if not os.path.lexists(file) or (only_posterior and not lone_precision_files(folder)):
         return ""
-    text = file.read_text()
+    contained(folder, CARD)
+    text = read_card(file)
     return "" if is_generated(text) else text
 
 
@@ -170,7 +175,7 @@ def _push(target: Target, content: _Content, existing: str, say: Say | None) -> 
     if not content.only_posterior:
         check_same_form(target, [file.path for file in content.choice.files], remote)
     if not existing and CARD in remote:  # the text of a card on the Hub is kept too
-        existing = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text()
+        existing = read_card(Path(api.hf_hub_download(repo, CARD, revision=head)))
     plan = _plan(content, repo, existing, hub_licenses(api, content.parents))
     if is_new_branch:
         api.create_branch(repo, branch=target.revision, exist_ok=True)
@@ -217,7 +222,9 @@ def _compared(
 
     changed, unchanged = [], []
     for file in plan.files:
-        content = plan.card.encode() if file.source is None else str(file.source.resolve())
+        content: bytes | str = plan.card.encode()
+        if file.source is not None:  # nothing was put in its place since it was chosen
+            content = str(contained(file.source.parent, file.source.name))
         add = CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=content)
         if is_unchanged(add, remote.get(file.path)):
             unchanged.append(file.path)
@@ -234,16 +241,44 @@ def _commit(
     changed: "list[CommitOperationAdd]",
     deleted: list[str],
 ) -> tuple[str, str | None]:
-    """Commit on top of `head`; the commit, and the address of a pull request."""
+    """Commit on top of `head`; the commit, and the address of a pull request.
+
+    The Hub refuses a commit whose parent is no longer the head, so that none is made twice. Where
+    its answer is lost, the files on the branch tell whether it was made.
+    """
     from huggingface_hub import CommitOperationDelete
 
     deletions = [CommitOperationDelete(path_in_repo=path, is_folder=False) for path in deleted]
-    result = api.create_commit(
-        target.repo,
-        [*changed, *deletions],
-        commit_message=message,
-        revision=None if target.create_pr else target.revision,
-        create_pr=target.create_pr,
-        parent_commit=head,
-    )
-    return str(result.oid), result.pr_url
+    try:
+        result = api.create_commit(
+            target.repo,
+            [*changed, *deletions],
+            commit_message=message,
+            revision=None if target.create_pr else target.revision,
+            create_pr=target.create_pr,
+            parent_commit=head,
+        )
+    except Exception:  # the client raises errors of many libraries
+        made = None if target.create_pr else _made_commit(api, target, head, changed, deleted)
+        if made is None:
+            raise
+        return made, None
+    address = None if result.pr_url is None else printable(str(result.pr_url))
+    return checked_commit(result.oid), address
+
+
+def _made_commit(
+    api: "HfApi",
+    target: Target,
+    head: str,
+    changed: "list[CommitOperationAdd]",
+    deleted: list[str],
+) -> str | None:
+    """The commit that was made though its answer was lost; None if it was not, or who knows."""
+    try:
+        commit, _ = head_commit(api, target)
+        remote = list_files(api, target.repo, commit) if commit != head else {}
+    except Exception:  # what failed first is the error that the user sees
+        return None
+    is_made = commit != head and all(is_unchanged(a, remote.get(a.path_in_repo)) for a in changed)
+    return commit if is_made and remote.keys().isdisjoint(deleted) else None

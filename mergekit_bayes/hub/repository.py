@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.checkpoint.hub_client import HubError, is_commit
+from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.hub.files import ADAPTER_FILE, MODEL_FILE
 
 if TYPE_CHECKING:
@@ -63,23 +64,36 @@ def head_commit(api: "HfApi", target: Target) -> tuple[str, bool]:
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return str(api.repo_info(target.repo, revision=target.revision).sha), False
+        found = api.repo_info(target.repo, revision=target.revision).sha
+        return checked_commit(found), False
     except RevisionNotFoundError:
         if target.revision == "main" or target.revision.startswith("refs/"):
             raise
-        return str(api.repo_info(target.repo).sha), True
+        return checked_commit(api.repo_info(target.repo).sha), True
+
+
+def checked_commit(value: object) -> str:
+    """What the Hub gives as a commit.
+
+    Raises:
+        HubError: It is none.
+    """
+    if not is_commit(value):
+        raise HubError(f"the Hub gives {shown(value)} as a commit, which is none.")
+    return str(value)
 
 
 def list_files(api: "HfApi", repo: str, commit: str) -> dict[str, RemoteFile]:
-    """The files of a repository by path."""
+    """The files of a repository by path; those without a usable hash count as others than ours."""
     from huggingface_hub.hf_api import RepoFile
 
     tree = api.list_repo_tree(repo, revision=commit, recursive=True)
-    return {
-        file.path: RemoteFile(file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-        for file in tree
-        if isinstance(file, RepoFile)
-    }
+    files = {}
+    for file in tree:
+        if isinstance(file, RepoFile):
+            sha256 = file.lfs.sha256 if file.lfs else None
+            files[file.path] = RemoteFile(file.size, str(file.blob_id), sha256 and str(sha256))
+    return files
 
 
 def is_unchanged(add: "CommitOperationAdd", remote: RemoteFile | None) -> bool:

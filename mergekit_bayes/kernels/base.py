@@ -78,7 +78,8 @@ class Numbers(NamedTuple):
 
     def cast(self, dtype: type[np.floating[Any]]) -> "Numbers":
         """The same numbers as float32 or float64, as the entries are; keys stay integers."""
-        numbers: Numbers = _cast(self._replace(keys=()), dtype)
+        with np.errstate(over="ignore"):  # a merge that is not finite is refused as such
+            numbers: Numbers = _cast(self._replace(keys=()), dtype)
         return numbers._replace(keys=self.keys)
 
 

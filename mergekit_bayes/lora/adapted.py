@@ -9,6 +9,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
+from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.layers import Factors
@@ -78,9 +79,9 @@ class AdaptedSource(Closing):
         return self.base.files
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
+    def inputs(self) -> Mapping[Path, Stamp]:
         """The files of the base and of the adapter."""
-        return (*self.base.inputs, *self.adapter.posterior.mean.inputs)
+        return {**self.base.inputs, **self.adapter.posterior.mean.inputs}
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -191,7 +192,7 @@ class ProductPrecision(Closing):
         return self._source.files
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
+    def inputs(self) -> Mapping[Path, Stamp]:
         """The files of the adapter's precision."""
         return self._source.inputs
 

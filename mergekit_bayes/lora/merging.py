@@ -19,7 +19,9 @@ from mergekit_bayes.checkpoint.side_files import (
     MERGE_REPORT,
     check_side_files,
     copy_side_files,
+    side_files,
 )
+from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.lora.adapter import Adapter, open_adapter
 from mergekit_bayes.lora.checks import check_bases, check_options, check_output, check_precisions
 from mergekit_bayes.lora.config import CONFIG
@@ -70,7 +72,7 @@ def merge_adapters(
         progress: Called with (layers done, layers in all).
 
     Raises:
-        CheckpointError: A file cannot be read, or the output exists.
+        CheckpointError: A file cannot be read or was changed meanwhile, or the output exists.
         ConfigError: The options contradict each other, or an adapter is of a kind that is not read.
         MismatchError: The adapters have different bases or shapes, or factors of which no average
             can be taken.
@@ -91,7 +93,12 @@ def merge_adapters(
                 (identities or {}).get(ref),
                 (precision_identities or {}).get(ref) if has_precision else None,
             )
+        read = stamps_of(file for a in opened for file in documents_in(a.posterior.path))
+        for adapter in opened:
+            read |= adapter.posterior.inputs
         check_output(out, opened)
+        for adapter in opened:
+            side_files(adapter.posterior.path)  # refuses links that lead out of its folder
         check_side_files(opened[0].posterior.path)
         notes = check_bases(opened)
         if weights == "precision":
@@ -152,6 +159,7 @@ def merge_adapters(
             },
         }
         (partial / MERGE_RECIPE).write_text(recipe_text(recipe))
+        refuse_changed(read)
         return report
 
 

@@ -1,7 +1,7 @@
 """Open a model by what the user typed: a plain one, or `BASE+ADAPTER`."""
 
+import os
 from contextlib import ExitStack
-from pathlib import Path
 
 from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.errors import CheckpointError
@@ -107,4 +107,4 @@ def split_ref(ref: str) -> tuple[str, str] | None:
 
 
 def _exists(ref: str) -> bool:
-    return bool(ref) and Path(ref).expanduser().exists()
+    return bool(ref) and os.path.exists(os.path.expanduser(ref))

@@ -13,7 +13,7 @@ are journals beside each other.
 
 A line is believed where its data cannot have been lost: if it was written under `sync`; if this
 boot of this machine wrote it; and, from any machine, once its part has waited for the disk at its
-end.
+end. It is not believed where an input was written after it: see `stamps.changed_since`.
 """
 
 import errno
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.checkpoint.stamps import Stamp, changed_since, to_json
 from mergekit_bayes.documents import DocumentError, parse_json, read_bytes, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
@@ -43,10 +44,11 @@ class Journals:
     Args:
         folder: `OUT.partial`.
         plan: The plan's hash.
+        inputs: The files that are read, as they were when this process opened them.
     """
 
-    def __init__(self, folder: Path, plan: str) -> None:
-        self._folder, self._plan = folder, plan
+    def __init__(self, folder: Path, plan: str, inputs: Mapping[Path, Stamp] | None = None) -> None:
+        self._folder, self._plan, self._inputs = folder, plan, inputs or {}
 
     @contextmanager
     def open(self, part: Part, *, sync: bool) -> Iterator["Journal"]:
@@ -60,7 +62,7 @@ class Journals:
             CheckpointError: Another process is at this part.
         """
         path = self._path(part)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = open_lock(path, os.O_CREAT | os.O_APPEND)
         try:
             # For a moment the lock may belong to a process that only looks: see `running`.
             if not any(try_lock(file) for _ in attempts()):
@@ -69,7 +71,7 @@ class Journals:
                 )
             if sync:
                 sync_path(self._folder)
-            yield Journal(path, file, self._plan, sync=sync)
+            yield Journal(path, file, self._plan, self._inputs, sync=sync)
         finally:
             os.close(file)
 
@@ -107,11 +109,17 @@ class Journals:
         """The tally of each unit that has been written, by the unit's number."""
         done: dict[int, TallyLine] = {}
         for path in self.paths():
-            for line in _read_lines(path, self._plan):
+            for line in _read_lines(path, self._plan, self._inputs):
                 unit, tally = line.get("unit"), line.get("tally")
                 if isinstance(unit, int) and UnitTally.is_line(tally):
                     done.setdefault(unit, tally)
         return done
+
+    def changed_inputs(self) -> list[Path]:
+        """The inputs that were written after some unit of this plan was."""
+        lines = (line for path in self.paths() for line in _parse(path))
+        found = (_changed(line, self._inputs) for line in lines if line.get("plan") == self._plan)
+        return sorted({path for changed in found for path in changed})
 
     def forget(self) -> None:
         """Remove the journals, so that no unit counts as written."""
@@ -131,16 +139,23 @@ class Journal:
         path: The file.
         file: Its descriptor, open for appending.
         plan: The plan's hash.
+        inputs: The files that are read.
         sync: Whether to wait for the disk after every line.
     """
 
-    def __init__(self, path: Path, file: int, plan: str, *, sync: bool) -> None:
+    def __init__(
+        self, path: Path, file: int, plan: str, inputs: Mapping[Path, Stamp], *, sync: bool
+    ) -> None:
         self.path, self._file, self._sync = path, file, sync
-        self._write({"plan": plan, "sync": sync, **this_host()})
+        self._write({"plan": plan, "sync": sync, **this_host(), "inputs": to_json(inputs)})
 
     def add(self, unit: int, tally: Mapping[str, object]) -> None:
         """Add the line of a unit that has been written."""
         self._write({"unit": unit, "tally": tally})
+
+    def forget(self) -> None:
+        """Remove all lines, so that none of the part's units counts as written."""
+        os.ftruncate(self._file, 0)
 
     def mark_synced(self) -> None:
         """Add that the disk has the data of all lines so far."""
@@ -185,19 +200,18 @@ def is_this_boot(line: Mapping[str, object]) -> bool:
     )
 
 
-def _read_lines(path: Path, plan: str) -> Iterator[Line]:
-    """The lines of a plan's units that can be believed.
+def _changed(line: Line, inputs: Mapping[Path, Stamp]) -> list[Path]:
+    """The inputs that were written after the process that wrote this line had opened them."""
+    same_machine = is_this_boot(line) or line.get("host") == platform.node()
+    return changed_since(line.get("inputs"), inputs, same_machine=same_machine)
 
-    Args:
-        path: The journal.
-        plan: The plan's hash; lines of other plans are skipped, and torn ones.
+
+def _parse(path: Path) -> Iterator[Line]:
+    """The lines of a journal, without torn ones.
 
     Raises:
         CheckpointError: It is no file that can be read.
     """
-    is_plans = is_certain = False
-    boot: object = None
-    doubtful: list[Line] = []
     try:
         content = read_bytes(path)
     except (OSError, DocumentError) as error:
@@ -206,14 +220,29 @@ def _read_lines(path: Path, plan: str) -> Iterator[Line]:
             f"{path}: cannot be read ({reason}). Remove it, and its part is merged again."
         ) from None
     for text in content.splitlines():
-        try:
+        with suppress(DocumentError):
             line = parse_json(text)
-        except DocumentError:
-            continue
-        if not isinstance(line, dict):
-            continue
+            if isinstance(line, dict):
+                yield line
+
+
+def _read_lines(path: Path, plan: str, inputs: Mapping[Path, Stamp]) -> Iterator[Line]:
+    """The lines of a plan's units that can be believed.
+
+    Args:
+        path: The journal.
+        plan: The plan's hash; lines of other plans are skipped.
+        inputs: The files that are read; lines that are older than one of them are skipped.
+
+    Raises:
+        CheckpointError: It is no file that can be read.
+    """
+    is_plans = is_certain = False
+    boot: object = None
+    doubtful: list[Line] = []
+    for line in _parse(path):
         if "boot" in line:
-            is_plans = line.get("plan") == plan
+            is_plans = line.get("plan") == plan and not _changed(line, inputs)
             is_certain = line.get("sync") is True or is_this_boot(line)
             if not is_plans or line["boot"] != boot:
                 doubtful = []

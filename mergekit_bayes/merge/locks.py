@@ -6,22 +6,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.own_files import open_own
+
 MOMENT = 3.0  # seconds that a process waits for others to begin, look or leave
 
 
 def open_lock(path: Path, flags: int = 0) -> int:
-    """A descriptor of a file that is to be locked.
-
-    A file of another account can often be read only, which is enough for a lock on a local disk.
+    """A descriptor of a file that is to be locked, in a folder of this account.
 
     Args:
         path: The file.
         flags: More flags of `os.open`.
+
+    Raises:
+        CheckpointError: It is a link, or belongs to another account.
     """
-    try:
-        return os.open(path, os.O_RDWR | flags, 0o666)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY)
+    return open_own(path, os.O_RDWR | flags)
 
 
 def try_lock(file: int, *, shared: bool = False) -> bool:

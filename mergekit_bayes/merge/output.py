@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import precision_path, shard_name, write_index
+from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
@@ -116,14 +117,14 @@ class Output(Closing):
                     precision.close()
             if not plan.to_file:
                 write_info(self.out / "posterior", info)
-        (self.out / recipe_path(plan.target).name).write_text(recipe_text(plan))
+        write_own(self.out / recipe_path(plan.target).name, recipe_text(plan))
         if not plan.to_file:
             self._write_indices()
             self._side_files.copy(self.out)
 
     def write_report(self, text: str) -> None:
         """Write the report beside the tensors."""
-        (self.out / report_path(self.plan.target).name).write_text(text)
+        write_own(self.out / report_path(self.plan.target).name, text)
 
     def _write_indices(self) -> None:
         if len(self._means) == 1:

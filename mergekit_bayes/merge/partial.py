@@ -1,17 +1,20 @@
 """The folder `OUT.partial`, in which a merge is written until it is complete.
 
-`merge.journal` lists the files in it.
+`merge.journal` lists the files in it. Its name can be foreseen: nothing in it is used before
+`checkpoint.own_files` has checked that this account made it.
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
+from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
@@ -33,6 +36,7 @@ class Partial:
     Args:
         folder: `OUT.partial`.
         plan: The plan's hash.
+        inputs: The files that are read, as they were when this process opened them.
 
     Attributes:
         out: Where the output is written.
@@ -40,10 +44,10 @@ class Partial:
         journals: What has been written.
     """
 
-    def __init__(self, folder: Path, plan: str) -> None:
+    def __init__(self, folder: Path, plan: str, inputs: Mapping[Path, Stamp] | None = None) -> None:
         self.folder, self.out, self.plan = folder, folder / "out", plan
         self.replaced = folder / "replaced"
-        self.journals = Journals(folder, plan)
+        self.journals = Journals(folder, plan, inputs)
         self._lock: int | None = None
 
     @contextmanager
@@ -57,7 +61,8 @@ class Partial:
 
         Raises:
             BusyError: Another process works there that would be in the way.
-            CheckpointError: The folder is not a merge's, or another plan has begun there.
+            CheckpointError: The folder is not a merge's or not of this account, something in it
+                leads elsewhere, or another plan has begun there.
         """
         self._lock = self._enter(alone=alone, force=force)
         try:
@@ -120,6 +125,7 @@ class Partial:
                 f"{self.folder} holds another merge that was not finished (other models, settings "
                 "or version). Finish it with its own command, remove the folder, or pass --force."
             )
+        refuse_planted(self.folder, but=self.replaced)
         if is_alone:
             if not self.is_publishing:
                 self._unpublish()
@@ -134,10 +140,11 @@ class Partial:
 
     def _open_lock(self) -> int:
         while True:
-            self._refuse_foreign()
-            self.folder.mkdir(parents=True, exist_ok=True)
             # A process that has just finished may remove the folder in between.
             with suppress(FileNotFoundError):
+                # One merge is of one account: nobody else has to look in, or could add to it.
+                make_own_folder(self.folder, 0o700)
+                self._refuse_foreign()
                 return open_lock(self.folder / "lock", os.O_CREAT)
 
     def _refuse_foreign(self) -> None:
@@ -156,7 +163,7 @@ class Partial:
     def _is_current(self, file: int) -> bool:
         """Whether a lock is that of the folder, and not of one that was removed meanwhile."""
         with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(file), os.stat(self.folder / "lock"))
+            return os.path.samestat(os.fstat(file), os.lstat(self.folder / "lock"))
         return False
 
     def _release(self) -> None:
@@ -174,10 +181,8 @@ class Partial:
 
     def _write(self, name: str, **more: object) -> None:
         scratch = self.folder / f"{name}.new"
-        with scratch.open("w") as file:
-            file.write(json.dumps({"plan": self.plan, **more}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_own(scratch, json.dumps({"plan": self.plan, **more}) + "\n")
+        sync_path(scratch)
         os.replace(scratch, self.folder / name)
         sync_path(self.folder)
 

@@ -26,6 +26,15 @@ def recipe_text(plan: MergePlan) -> str:
         for model in models
         if plan.method.needs_precision and model.precision is not None
     }
+    if not plan.config.verify:
+        del content["full_identities"], content["full_precision_identities"]
+        return recipes.recipe_text(content)
+    content["full_identities"] = {model.pinned: model.full_identity for model in models}
+    content["full_precision_identities"] = {
+        model.pinned: model.full_precision_identity
+        for model in models
+        if model.pinned in content["precision_identities"]
+    }
     return recipes.recipe_text(content)
 
 

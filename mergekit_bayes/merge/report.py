@@ -21,7 +21,7 @@ class MergedModel(Record):
         role: `base` or `task`.
         scale: The task's scale; None for the base.
         identity: Content hash of its mean, by sampled blocks.
-        full: The same by all bytes, where `--verify` asked for it.
+        full: The same by all bytes, where `--verify` asked for it; of BASE+ADAPTER both hashes.
         commit: Commit of its Hub repository.
         estimator: How its curvature was found.
         unit: What one of its observations is.
@@ -114,7 +114,9 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         method=plan.method.name,
         formula=plan.method.formula or plan.method.summary,
         weights="precision" if plan.method.needs_precision else "uniform",
-        settings=plan.config.model_dump(exclude={"force", "out", "identities"})
+        settings=plan.config.model_dump(
+            exclude={"force", "out", "identities", "full_identities", "full_precision_identities"}
+        )
         | {
             "param": dict(plan.settings),
             "side_files": plan.side_files.ref if plan.side_files is not None else None,
@@ -154,7 +156,7 @@ def _merged_model(
         role="base" if is_base else "task",
         scale=None if is_base else model.scale,
         identity=posterior.identity,
-        full=posterior.info.mean.full if plan.config.verify and posterior.info else None,
+        full=posterior.full_identity if plan.config.verify else None,
         commit=posterior.commit,
         estimator=info.estimator if info else None,
         unit=info.unit if info else None,

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.sink import LostError
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.documents import read_record
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.merge.output import Output
@@ -29,6 +31,8 @@ from mergekit_bayes.stream.units import Unit, units_of
 
 PATIENCE = 60.0  # seconds without another part at work, after which the first one does the rest
 _ALL = Part(1, 1)
+# Settings that decide no byte of the output.
+_NO_MATTER = {"out", "force", "full_identities", "full_precision_identities"}
 
 
 def _silent(_: str) -> None:
@@ -102,11 +106,12 @@ def carry_out(
 
     Raises:
         BmergeError: An entry that cannot be merged, a full disk, another merge or other files in
-            `OUT.partial`, another process at the same part.
+            `OUT.partial`, another process at the same part, an input that was changed meanwhile.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: expected 1 or more.")
-    partial = Partial(partial_path(plan.target), plan_hash(plan))
+    plan.refuse_changed()
+    partial = _partial(plan)
     pool = Pool(plan, chunk, threads, fused, sync=sync, progress=progress)
     try:
         with partial.locked(alone=part is None, force=plan.config.force):
@@ -175,7 +180,7 @@ def join(
         # The first rank has stopped waiting for this one and does its part, too.
     if part.number > 1:
         return None
-    partial = Partial(partial_path(plan.target), plan_hash(plan))
+    partial = _partial(plan)
     wait_for(partial, [unit.id for unit in units_of(plan)], part, PATIENCE)
     return carry()
 
@@ -185,7 +190,7 @@ def plan_hash(plan: MergePlan) -> str:
     models = [model.posterior for model in plan.inputs]
     content = {
         "version": __version__,
-        "config": plan.config.model_dump(mode="json", exclude={"out", "force"}),
+        "config": plan.config.model_dump(mode="json", exclude=_NO_MATTER),
         "settings": plan.settings,
         "models": [[m.identity, m.precision_identity if m.has_precision else None] for m in models],
         "steps": [
@@ -196,7 +201,39 @@ def plan_hash(plan: MergePlan) -> str:
         "info": plan.info.model_dump(mode="json") if plan.info else None,
         "target": plan.target.name,
     }
+    if plan.config.verify:
+        content["full"] = [
+            [m.full_identity, m.full_precision_identity if m.has_precision else None]
+            for m in models
+        ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _partial(plan: MergePlan) -> Partial:
+    return Partial(partial_path(plan.target), plan_hash(plan), plan.inputs.files)
+
+
+@contextmanager
+def _unchanged(plan: MergePlan) -> Iterator[None]:
+    """What is done inside has read the inputs as they were when the plan was made, or fails.
+
+    An error is looked into as well: what cannot be merged may be half of a file that is written.
+
+    Raises:
+        ChangedError: A file was written to or replaced.
+        CheckpointError: A file is gone or cannot be reached.
+    """
+    try:
+        yield
+    except BmergeError:
+        try:
+            plan.refuse_changed()
+        except ChangedError:
+            raise
+        except CheckpointError:  # of a disk that is away, the first error says more
+            pass
+        raise
+    plan.refuse_changed(full=plan.config.verify)
 
 
 def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
@@ -215,7 +252,12 @@ def _do_part(pool: Pool, partial: Partial, part: Part) -> None:
             ) from None
         with output:
             units = [unit for unit in units_of(plan) if part.takes(unit.position)]
-            pool.run(units, done, output, journal)
+            try:
+                with _unchanged(plan):
+                    pool.run(units, done, output, journal)
+            except ChangedError:
+                journal.forget()
+                raise
             output.sync()
             output.sync_names()
             journal.mark_synced()
@@ -227,6 +269,7 @@ def _do_all(pool: Pool, partial: Partial, say: Callable[[str], None]) -> None:
         refuse_existing(plan)
         _check_space(plan, partial)
         with (
+            _unchanged(plan),
             _open_output(plan, partial, say) as output,
             partial.journals.open(_ALL, sync=pool.sync) as journal,
         ):
@@ -238,9 +281,11 @@ def _do_all(pool: Pool, partial: Partial, say: Callable[[str], None]) -> None:
             output.finish(totals.guarded_share)
             output.write_report(make_report(plan, totals).model_dump_json(indent=2) + "\n")
     except BmergeError as error:
-        # Data that is refused will be refused again, so nothing of the merge is kept. After an
-        # error of the disk what is written is kept, to be resumed.
-        if is_fresh and not (isinstance(error.__context__, OSError) and partial.journals.done()):
+        # Data that is refused will be refused again, so nothing of the merge is kept, and nothing
+        # of inputs that were changed. After an error of the disk what is written is kept, to be
+        # resumed.
+        is_resumable = isinstance(error.__context__, OSError) and partial.journals.done()
+        if isinstance(error, ChangedError) or (is_fresh and not is_resumable):
             partial.remove()
         raise
 
@@ -270,6 +315,11 @@ def _tell(
         joins = any(part.of > 1 for part in partial.journals.parts())
         action = "joining the parts of" if joins else "resuming"
         say(f"{action} '{plan.target}': {written / total:.0%} is written already")
+    if changed := partial.journals.changed_inputs():
+        say(
+            f"'{changed[0]}' was written to after parts of this merge were made; they are made "
+            "again"
+        )
     if missing := partial.journals.missing_parts():
         say(f"parts that never began are done here: {', '.join(missing)}")
 

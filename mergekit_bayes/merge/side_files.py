@@ -1,12 +1,11 @@
 """Config, tokenizer, chat template, code and the like, which a merged model takes from inputs."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.model_config import change_config
-from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable
+from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable, copy_side_file
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.plan import MergePlan
 
@@ -50,7 +49,7 @@ class SideFiles:
         if self._choice is None:
             return
         files = self._choice.gathered.files
-        check_readable(files.values())
+        check_readable(files)
         file = files.get(Path("config.json"))
         if file is not None and (self._changes_dtype or self._changes):
             read_mapping(file, "The output needs it: save that model again.")
@@ -60,8 +59,7 @@ class SideFiles:
         if self._choice is None:
             return
         for name, file in self._choice.gathered.files.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / name)
+            copy_side_file(file, name, out)
         if self._choice.gathered.template is not None:
             (out / CHAT_TEMPLATE).write_text(self._choice.gathered.template, encoding="utf-8")
         dtype = _CONFIG_DTYPE[self._main_dtype()] if self._changes_dtype else None

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.libraries import token_ids
 from mergekit_bayes.metrics.base import (
     PRESENT,
     Draws,
@@ -189,7 +190,7 @@ def class_probabilities(
     if not texts:
         raise ConfigError("there is no text to classify.")
     options = {"truncation": True, "max_length": max_length, "verbose": False}
-    encoded: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    encoded = token_ids(model, lambda: tokenizer(list(texts), **options)["input_ids"])
     for i, ids in enumerate(encoded):
         if not ids:
             raise ConfigError(f"text {i + 1} of {len(encoded)} holds no token to classify.")

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.libraries import token_ids
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.records import FloatArray, Progress, Record
 
@@ -118,7 +119,8 @@ def measure_perplexity(
         CheckpointError: The model's log-probabilities are not numbers, or `concatenate` has no EOS.
     """
     stride = fitting_stride(stride, window)
-    encoded = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
+    options = {"add_special_tokens": False, "verbose": False}
+    encoded = token_ids(model, lambda: [tokenizer(t, **options)["input_ids"] for t in texts])
     streams = _joined(encoded, tokenizer.eos_token_id) if concatenate else _separate(encoded)
     windows = [
         w for i, ids in enumerate(streams.ids) for w in _windows(i, ids, start, window, stride)

@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import head_of
+from mergekit_bayes.libraries import TOKENIZER_FAILS, call_tokenizers, known_to, longest_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,7 +124,11 @@ def classifier_scorer(
     separate = read_label(model, label, name=name, reading=reading).reading == "sigmoid"
     labels = {str(text): int(i) for i, text in model.config.id2label.items()}
     index = labels[label]
-    longest = min(tokenizer.model_max_length, 512)
+    longest = longest_text(tokenizer, 512)
+
+    tokenise = partial(
+        tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
 
     @torch.inference_mode()
     def score(texts: list[str]) -> list[float]:
@@ -130,13 +136,8 @@ def classifier_scorer(
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for at in range(0, len(order), batch_size):
             rows = order[at : at + batch_size]
-            batch = tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            )
+            batch = call_tokenizers(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
+            known_to(model, batch["input_ids"].tolist())
             logits = model(**batch.to(model.device)).logits.float()
             probability = logits.sigmoid() if separate else logits.softmax(-1)
             for i, value in zip(rows, probability[:, index].tolist(), strict=True):

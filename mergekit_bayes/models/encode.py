@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.libraries import token_ids
 from mergekit_bayes.models.load import Loaded
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ def _encode(
                 example["labels"] = value
         return examples
     start = loaded.start  # before any text is tokenised, which may take minutes
-    encoded = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    encoded = token_ids(
+        loaded.model,
+        lambda: loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [],
+    )
     eos = loaded.tokenizer.eos_token_id
     ending = [] if eos is None else [eos]
     if not pack:
@@ -111,9 +115,8 @@ def tokens_of(
     """
     if not texts:
         raise MismatchError(f"no row has a text in column '{column}'.")
-    encoded: list[list[int]] = loaded.tokenizer(
-        list(texts), truncation=True, max_length=max_length
-    )["input_ids"]
+    options = {"truncation": True, "max_length": max_length}
+    encoded = token_ids(loaded.model, lambda: loaded.tokenizer(list(texts), **options)["input_ids"])
     bare = [text for text, ids in zip(texts, encoded, strict=True) if not ids]
     if bare:
         # Without numbers: which rows of a file these are depends on the filter that was read.

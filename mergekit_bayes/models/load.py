@@ -6,7 +6,7 @@ token of a row is context only), one row for a classifier.
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
+from mergekit_bayes.models.limits import ADAPTER_CONFIG
+from mergekit_bayes.models.pretrained import (
+    load_adapter,
+    load_adapter_config,
+    load_config,
+    load_tokenizer,
+    load_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +46,7 @@ Dtype: TypeAlias = Annotated[
     ),
 ]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
+_TRIED = 7  # tokens of the text that a loaded model is tried on
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -73,15 +82,27 @@ class Loaded:
 
     @cached_property
     def context(self) -> int:
-        """The largest number of tokens that the model can read at once."""
-        config = self.model.config
+        """The largest number of tokens that the model can read at once.
+
+        Raises:
+            CheckpointError: The config or the tokenizer gives less than two.
+        """
+        config, tokens = self.model.config, None
         for name in ("n_positions", "max_position_embeddings", "n_ctx"):
             positions = getattr(config, name, None)
             if isinstance(positions, int):
                 # These architectures count positions from the padding index + 1.
                 shifted = config.model_type in _COUNT_FROM_PAD
-                return positions - (config.pad_token_id + 1 if shifted else 0)
-        return int(min(self.tokenizer.model_max_length, 2048))
+                tokens = positions - (config.pad_token_id + 1 if shifted else 0)
+                break
+        if tokens is None:
+            tokens = longest_text(self.tokenizer, 2048)
+        if tokens < 2:
+            raise CheckpointError(
+                f"'{self.path}': its context is {tokens} tokens, expected at least 2. Take the "
+                "config that belongs to the model."
+            )
+        return tokens
 
     @cached_property
     def pad(self) -> int:
@@ -100,12 +121,41 @@ class Loaded:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def move_to(self, device: str | None) -> None:
-        """Move the model to a device, by `choose_device`.
+        """Move the model to a device, by `choose_device`, and try it there.
 
         Raises:
             ConfigError: There is no such device here.
+            CheckpointError: As `try_out`.
         """
         self.model.to(choose_device(device))
+        self.try_out()
+
+    def try_out(self) -> None:
+        """Run the model on a few tokens: a config may describe what loads, but does not run.
+
+        Raises:
+            CheckpointError: It fails, or its outputs are not those of its task.
+        """
+        import torch
+
+        (ids,) = token_ids(self.model, lambda: [self.tokenizer("a")["input_ids"]])
+        tokens = torch.tensor([((ids or [0]) * _TRIED)[: min(_TRIED, self.context)]]).to(
+            self.device
+        )
+        with torch.inference_mode():
+            output = call(
+                f"'{self.path}': the model cannot be run",
+                lambda: self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)),
+                "Take the config that belongs to the model.",
+            )
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.ndim != (
+            2 if self.task == "classification" else 3
+        ):
+            raise CheckpointError(
+                f"'{self.path}': the model gives no logits for {self.task}. Take the config that "
+                "belongs to the model."
+            )
 
 
 def choose_device(name: str | None) -> "torch.device":
@@ -133,9 +183,14 @@ def choose_device(name: str | None) -> "torch.device":
 
 
 def load_model(
-    ref: str, task: Task = "auto", *, num_labels: int | None = None, dtype: str = "float32"
+    ref: str,
+    task: Task = "auto",
+    *,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a checkpoint, or a PEFT adapter on its base, without remote code.
+    """Load a checkpoint, or a PEFT adapter on its base.
 
     Args:
         ref: A local folder or `org/name[@revision]`.
@@ -143,57 +198,35 @@ def load_model(
             model.
         num_labels: Number of labels, for a classifier whose checkpoint has no head yet.
         dtype: Type of the parameters; `auto` keeps that of the file.
+        trust_remote_code: Run Python code of the folder, or of the base's, where it needs any.
 
     Raises:
-        CheckpointError: There is no such model, or transformers cannot load it.
+        CheckpointError: There is no such model, transformers cannot load it, or it needs code of
+            its own.
         ConfigError: The checkpoint is a masked language model and no task is named.
     """
-    from safetensors import SafetensorError
-
     path = resolve(ref, CHECKPOINT)
     if path.is_file():
         raise CheckpointError(
             f"'{ref}' is a file; running a model needs the folder with its config and tokenizer."
         )
-    try:
-        if (path / "adapter_config.json").exists():
-            return _load_adapter(path, task, num_labels, dtype)
-        loaded = _load_checkpoint(ref, path, task, num_labels, dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        _refuse_foreign(path)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"'{ref}': transformers cannot load it ({reason}).") from None
+    if (path / ADAPTER_CONFIG).exists():
+        return _load_adapter(path, task, num_labels, dtype, trust_remote_code)
+    loaded = _load_checkpoint(ref, path, task, num_labels, dtype, trust_remote_code)
     _complete_tokenizer(ref, loaded)
     return loaded
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Name the file that is not what its name says, where that is why a model cannot be loaded."""
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as content:
-            head = content.read(HEAD)
-        if reason := explain_foreign(head, file.stat().st_size, file):
-            raise CheckpointError(f"{file}: {reason}")
-
-
-def is_classifier(ref: str) -> bool:
+def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     """Whether a checkpoint already has a classification head, or is an adapter for one.
 
     Raises:
         CheckpointError: There is no such model, or its config cannot be read.
     """
-    import transformers
-    from peft import PeftConfig
-
     path = resolve(ref, CHECKPOINT)
-    try:
-        if (path / "adapter_config.json").exists():
-            return bool(PeftConfig.from_pretrained(path).task_type == "SEQ_CLS")
-        return _has_classification_head(transformers.AutoConfig.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{ref}': its config cannot be read ({str(error).splitlines()[0]})."
-        ) from None
+    if (path / ADAPTER_CONFIG).exists():
+        return bool(load_adapter_config(path).task_type == "SEQ_CLS")
+    return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
 
 
 def other_head(loaded: Loaded) -> str | None:
@@ -211,27 +244,32 @@ def other_head(loaded: Loaded) -> str | None:
 
 
 def _load_checkpoint(
-    ref: str, path: Path, task: Task, num_labels: int | None, dtype: str
+    ref: str,
+    path: Path,
+    task: Task,
+    num_labels: int | None,
+    dtype: str,
+    trust_remote_code: bool,
 ) -> Loaded:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     if task == "auto":
         task = "classification" if _has_classification_head(config) else "causal-lm"
         _refuse_masked(config, ref)
-    options: dict[str, object] = {"dtype": dtype}
-    if num_labels is not None:
-        options["num_labels"] = num_labels
     if task == "classification":
         _refuse_other_labels(config, ref, num_labels)
         auto = transformers.AutoModelForSequenceClassification
     else:
         _refuse_encoder_decoder(config, ref)
         auto = transformers.AutoModelForCausalLM
-    model, found = auto.from_pretrained(path, output_loading_info=True, **options)
+    model, missing = load_weights(
+        auto, path, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
+    )
     if task != "classification" or _has_classification_head(config):  # else a new head is meant
-        _warn_of_missing(ref, found["missing_keys"])
-    return Loaded(model.eval(), transformers.AutoTokenizer.from_pretrained(path), task, path)
+        _warn_of_missing(ref, missing)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    return Loaded(model.eval(), tokenizer, task, path)
 
 
 def _refuse_encoder_decoder(config: "PretrainedConfig", ref: str) -> None:
@@ -254,40 +292,45 @@ def _refuse_other_labels(config: "PretrainedConfig", ref: str, num_labels: int |
         )
 
 
-def _load_adapter(path: Path, task: Task, num_labels: int | None, dtype: str) -> Loaded:
-    import transformers
-    from peft import PeftConfig, PeftModel
-
+def _load_adapter(
+    path: Path, task: Task, num_labels: int | None, dtype: str, trust_remote_code: bool
+) -> Loaded:
     # The labels of a classifier, and how they are read, are in the config that a fine-tune leaves
     # beside its adapter.
     labels = None
     if (path / "config.json").exists():
-        labels = transformers.AutoConfig.from_pretrained(path)
+        labels = load_config(path, trust_remote_code=trust_remote_code)
         if num_labels is None:
             num_labels = labels.num_labels
-    config = PeftConfig.from_pretrained(path)
+    config = load_adapter_config(path)
     name = str(config.base_model_name_or_path)
     if config.revision and is_hub_id(name):
         name = f"{name}@{config.revision}"
     if task == "auto":
         task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
-    base = load_model(name, task, num_labels=num_labels, dtype=dtype)
+    base = load_model(
+        name, task, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id
         if labels.problem_type is not None:
             base.model.config.problem_type = labels.problem_type
-    # Trainable, so that a precision can be estimated for the adapter's parameters.
-    model = PeftModel.from_pretrained(base.model, path, is_trainable=True)
+    model = load_adapter(base.model, path, config)
     return Loaded(model.eval(), base.tokenizer, base.task, path)
 
 
 def _has_classification_head(config: "PretrainedConfig") -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return any(name.endswith("ForSequenceClassification") for name in _architectures(config))
 
 
-def _warn_of_missing(ref: str, names: Iterable[str]) -> None:
+def _architectures(config: "PretrainedConfig") -> list[str]:
+    """The names of a config's architectures; none where it holds something else."""
+    names = config.architectures
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _warn_of_missing(ref: str, missing: Sequence[str]) -> None:
     """Say which parameters a checkpoint lacks: they are random, and the model is another one."""
-    missing = sorted(names)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         logger.warning(
@@ -299,7 +342,7 @@ def _warn_of_missing(ref: str, names: Iterable[str]) -> None:
 
 
 def _refuse_masked(config: "PretrainedConfig", ref: str) -> None:
-    for name in config.architectures or ():
+    for name in _architectures(config):
         if name.endswith("ForMaskedLM"):
             raise ConfigError(
                 f"'{ref}' is a masked language model ({name}), which sees the token that it "
@@ -317,7 +360,16 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
             f"'{ref}' has no tokenizer, or an empty one. Save that of its base there: "
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
         )
-    if tokenizer.pad_token is None:
+    rows = embedding_rows(loaded.model)
+    if tokenizer.pad_token is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if rows is not None and number is not None and number >= rows:
+            raise CheckpointError(
+                f"'{ref}': the tokenizer's {name} is {shown(getattr(tokenizer, name))}, token "
+                f"{number:,}, but the model's embedding has {rows:,} rows (tokens 0 to "
+                f"{rows - 1:,}). Use the tokenizer that belongs to the model."
+            )
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id

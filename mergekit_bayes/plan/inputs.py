@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.specs import Closing
+from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
 
 
@@ -102,6 +104,21 @@ class Inputs(Closing):
     def donor(self) -> Input:
         """The input whose names, shapes and shards the output has: the base or the first task."""
         return self.tasks[0] if self.base is None else self.base
+
+    @property
+    def files(self) -> dict[Path, Stamp]:
+        """All files of tensors that are read, as they were when opened."""
+        files: dict[Path, Stamp] = {}
+        for model in self:
+            for file, stamp in model.posterior.inputs.items():
+                files.setdefault(file, stamp)  # the first, where two models share a file
+        return files
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all models, each once; of BASE+ADAPTER both."""
+        opened = [p for model in self for p in (model.posterior, *model.posterior.parts)]
+        return list(dict.fromkeys(p.path for p in opened if p.path.is_dir()))
 
     def close(self) -> None:
         """Close the files of all models."""

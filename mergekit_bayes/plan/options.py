@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from math import isfinite
 from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, nearest, shown
@@ -23,6 +22,8 @@ _PRECISION_ONLY = (
 )
 # What other tools and papers call the sum or the average of models with equal weights.
 _OF_OTHER_TOOLS = ("linear", "mean", "model_soup", "soup", "uniform", "weighted_average")
+# The arithmetic of a merge is float32: its smallest number of full accuracy, and its largest.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _ANCHORS = ("h0", "none", "zero-decay", "recorded")
 
 
@@ -100,8 +101,11 @@ def check_options(
         ConfigError: The first such option, by its flag.
     """
     given = (*scales, *(r.scale for r in rules))
-    if not all(isfinite(s) for s in given):
-        raise ConfigError(f"--scale: {list(given)} must be finite.")
+    if not all(abs(s) <= _LARGEST for s in given):
+        raise ConfigError(
+            f"--scale: {list(given)} must be finite, at most {_LARGEST:.1e}, the largest that "
+            "float32 holds."
+        )
     if config.base is None:
         _check_without_base(config, scales, given)
     if config.max_shard_size is not None:
@@ -157,7 +161,8 @@ def parse_size(text: str) -> int:
         raise ConfigError(f"--max-shard-size '{text}': expected a size such as 5GB or 512MiB.")
     unit = 1024 if match[3] else 1000
     exponent = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * unit**exponent)
+    # No file is larger than a signed offset reaches, and a numeral of any length is finite here.
+    return int(min(float(match[1]) * unit**exponent, 2.0**62))
 
 
 def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
@@ -247,8 +252,11 @@ def _check_models_named(config: MergeConfig) -> None:
                     f"{', or BASE' if config.base is not None else ''}."
                 )
     for ref, value in config.isotropic.items():
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"--isotropic {ref}={value}: a precision is a positive number.")
+        if not _SMALLEST <= value <= _LARGEST:
+            raise ConfigError(
+                f"--isotropic {ref}={value}: a precision is a positive number that float32 holds, "
+                f"from {_SMALLEST:.1e} to {_LARGEST:.1e}."
+            )
 
 
 def _check_anchor(anchor: str) -> None:

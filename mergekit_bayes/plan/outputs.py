@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.checkpoint.own_files import refuse_foreign_link
 from mergekit_bayes.checkpoint.replacing import refuse_foreign
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -27,6 +28,7 @@ def choose_target(config: MergeConfig, inputs: Inputs) -> Path:
     if target.name in ("", "..") or "\0" in target.name:
         raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
     if target.is_symlink():
+        refuse_foreign_link(target)
         target = target.resolve()  # what the link points to is replaced, not the link
     written = [target]
     if target.suffix == ".safetensors":
@@ -102,8 +104,7 @@ def partial_path(target: Path) -> Path:
 
 
 def _refuse_overwriting(target: Path, written: Sequence[Path], model: Posterior) -> None:
-    files = [*model.mean.inputs, *(model.precision.inputs if model.precision else ())]
-    for file in (path.resolve() for path in files):
+    for file in (path.resolve() for path in model.inputs):
         if any(path.resolve() in (file, *file.parents) for path in written):
             raise CheckpointError(
                 f"-o {target} would overwrite '{model.ref}', an input. Choose another -o."

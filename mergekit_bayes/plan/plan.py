@@ -5,12 +5,13 @@ and outputs. Every mismatch is found first, and `--dry-run` costs nothing. `merg
 a plan out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.specs import Closing
+from mergekit_bayes.checkpoint.stamps import Stamp, documents_in, refuse_changed, stamps_of
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.lora import is_adapter, open_model
 from mergekit_bayes.lora.writers import refuse_factors
@@ -33,7 +34,7 @@ from mergekit_bayes.plan.options import (
 from mergekit_bayes.plan.outputs import choose_target, split_shards
 from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files
+from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, refuse_links
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import summarise
 from mergekit_bayes.plan.weigh import weigh
@@ -67,6 +68,8 @@ class MergePlan(Closing):
         drawing_identities: Content hash of each model without stored copies of tied tensors, by
             which random numbers are drawn; empty where the method draws none.
         side_files: Where the output's side files come from; None where it has none.
+        documents: The configs, tokenizers and the like that were read or will be copied, as they
+            were before.
     """
 
     config: MergeConfig
@@ -85,6 +88,7 @@ class MergePlan(Closing):
     config_changes: dict[str, object] = field(default_factory=dict)
     drawing_identities: dict[Input, str] = field(default_factory=dict)
     side_files: SideFileChoice | None = None
+    documents: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
     @property
     def base(self) -> Input | None:
@@ -107,6 +111,21 @@ class MergePlan(Closing):
         """Whether the output is one file rather than a folder."""
         return self.target.suffix == ".safetensors"
 
+    def refuse_changed(self, *, full: bool = False) -> None:
+        """Check that all inputs are what they were when the plan was made.
+
+        Args:
+            full: Hash all bytes of all tensors again.
+
+        Raises:
+            ChangedError: A file was written to or replaced.
+            CheckpointError: A file is gone or cannot be reached.
+        """
+        refuse_changed({**self.inputs.files, **self.documents})
+        if full:
+            for model in self.inputs:
+                model.posterior.refuse_other_bytes()
+
     def close(self) -> None:
         """Close the files of all models."""
         self.inputs.close()
@@ -123,7 +142,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
     Raises:
         ConfigError: Options that contradict each other.
-        CheckpointError: A file that cannot be read, or an output that exists.
+        CheckpointError: A file that cannot be read, or that was changed while it was read, or an
+            output that exists.
         MismatchError: Models that do not fit together.
         PrecisionError: A precision that is missing or belongs to other weights.
     """
@@ -132,6 +152,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     check_options(config, method, scales, rules)
     with ExitStack() as stack:
         inputs = _open_inputs(config, method, scales, stack)
+        refuse_links(inputs)
+        documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
         notes = [note for model in inputs for note in model.posterior.mean.notes]
         guard, info = config.guard, None
@@ -145,6 +167,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         config_changes = correct_config(inputs, matched.steps, notes)
         config_changes |= head_changes(config, inputs, matched.steps, notes)
         side_files = choose_side_files(config, inputs, matched.steps, target, notes)
+        if side_files is not None:
+            copied = side_files.gathered.files.values()
+            documents |= stamps_of(file for file in copied if file not in documents)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
@@ -173,7 +198,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                 else {}
             ),
             side_files=side_files,
+            documents=documents,
         )
+        plan.refuse_changed()
         stack.pop_all()  # the plan closes them
         return plan
 
@@ -202,6 +229,11 @@ def _open_inputs(
         posterior.check_identity(
             config.identities.get(model.ref),
             config.precision_identities.get(model.ref) if counts else None,
+        )
+        posterior.check_identity(
+            config.full_identities.get(model.ref),
+            config.full_precision_identities.get(model.ref) if counts else None,
+            full=True,
         )
     return inputs
 

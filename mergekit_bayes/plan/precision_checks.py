@@ -1,6 +1,5 @@
 """Whether every precision belongs to its weights, and whether all of them are comparable."""
 
-from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.plan.inputs import Inputs, precision_info
@@ -54,7 +53,7 @@ def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> No
         return
     if model.info.mean.full is None:
         notes.append(f"'{model.ref}' has no full hash on record; only sampled blocks were compared")
-    elif identity(model.mean, full=True) != model.info.mean.full:
+    elif model.full_identity != model.info.mean.full:
         raise PrecisionError(
             f"'{model.ref}' differs from the weights that its precision was taken at."
         )

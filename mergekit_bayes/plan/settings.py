@@ -149,10 +149,18 @@ class MergeConfig(Config):
     precision_identities: dict[str, str] = Field(
         {}, description="Recipes only: the content hash that each precision must have."
     )
+    full_identities: dict[str, str] = Field(
+        {}, description="Recipes only: the hash of all bytes that each model must have."
+    )
+    full_precision_identities: dict[str, str] = Field(
+        {}, description="Recipes only: the hash of all bytes that each precision must have."
+    )
     posterior: bool = Field(True, description="Write the merged precision.")
     force: Force = False
     verify: bool = Field(
-        False, description="Compare full hashes of the weights, not only sampled blocks."
+        False,
+        description="Hash all bytes of all inputs, before and after merging, instead of sampled "
+        "blocks; compare with what is on record, and record the hashes in the recipe.",
     )
 
     @model_validator(mode="before")

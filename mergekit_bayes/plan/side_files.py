@@ -18,6 +18,7 @@ from mergekit_bayes.checkpoint.side_files import (
     GatheredFiles,
     gather_side_files,
     inline_template,
+    side_files,
 )
 from mergekit_bayes.checkpoint.tokenizers import (
     TokenList,
@@ -99,6 +100,17 @@ def choose_side_files(
         notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     _note_beyond(gathered, steps, notes)
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
+
+
+def refuse_links(inputs: Inputs) -> None:
+    """Refuse models with side files that are links out of their folder, before any is read.
+
+    Raises:
+        CheckpointError: A model has one.
+    """
+    for model in inputs:
+        for folder in _folders(model.posterior):
+            side_files(folder)
 
 
 def config_input(inputs: Inputs) -> Input | None:

@@ -12,6 +12,8 @@ The precision has a subfolder because some loaders take every `*.safetensors` be
 weights.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from mergekit_bayes.checkpoint.sources import (
     resolve,
 )
 from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource
+from mergekit_bayes.checkpoint.stamps import Stamp, changed_error
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
@@ -72,6 +75,38 @@ class Posterior(Closing):
         return f"isotropic {self.isotropic}" if self.precision is None else identity(self.precision)
 
     @cached_property
+    def full_identity(self) -> str:
+        """Content hash of the mean by all bytes; for BASE+ADAPTER those of both, with a `+`."""
+        return self._hash_mean()
+
+    @cached_property
+    def full_precision_identity(self) -> str:
+        """Content hash of the precision and of its record, by all bytes.
+
+        Of BASE+ADAPTER it is that of the adapter's.
+        """
+        return self._hash_precision()
+
+    def _hash_mean(self) -> str:
+        if self.parts:  # what is stored, not what is computed of it
+            return "+".join(part._hash_mean() for part in self.parts)
+        return identity(self.mean, full=True)
+
+    def _hash_precision(self) -> str:
+        if self.parts and self.precision is not None:
+            return self.parts[-1]._hash_precision()
+        if self.precision is None:
+            return f"isotropic {self.isotropic}"
+        # The record decides how the numbers count, and is in the header.
+        record = json.dumps(dict(self.precision.metadata), sort_keys=True)
+        return hashlib.sha256(f"{identity(self.precision, full=True)}{record}".encode()).hexdigest()
+
+    @property
+    def inputs(self) -> Mapping[Path, Stamp]:
+        """All files of tensors that are read, as they were when opened."""
+        return {**self.mean.inputs, **(self.precision.inputs if self.precision else {})}
+
+    @cached_property
     def renamed_precisions(self) -> Mapping[str, str]:
         """The precision's name of each tensor that it names otherwise than the mean."""
         if self.precision is None:
@@ -107,17 +142,42 @@ class Posterior(Closing):
         """Whether there is a precision, stored or isotropic."""
         return self.precision is not None or self.isotropic is not None
 
-    def check_identity(self, mean: str | None, precision: str | None = None) -> None:
+    def check_identity(
+        self, mean: str | None, precision: str | None = None, *, full: bool = False
+    ) -> None:
         """Compare the content hashes with those that a recipe records; None is not compared.
+
+        Args:
+            mean: What the recipe records of the mean.
+            precision: What it records of the precision.
+            full: Whether these are hashes of all bytes.
 
         Raises:
             MismatchError: The recipe was made with another mean or precision.
         """
-        if mean is not None and mean != self.identity:
-            raise self._changed("", mean, self.identity, "identities")
-        if precision is not None and precision != self.precision_identity:
-            raise self._changed(
-                "the precision of ", precision, self.precision_identity, "precision_identities"
+        prefix = "full_" if full else ""
+        if mean is not None:
+            actual = self.full_identity if full else self.identity
+            if mean != actual:
+                raise self._changed("", mean, actual, f"{prefix}identities")
+        if precision is not None:
+            actual = self.full_precision_identity if full else self.precision_identity
+            if precision != actual:
+                raise self._changed(
+                    "the precision of ", precision, actual, f"{prefix}precision_identities"
+                )
+
+    def refuse_other_bytes(self) -> None:
+        """Hash all bytes again, and compare with the full hashes of before.
+
+        Raises:
+            ChangedError: The mean or the precision has other content than before.
+        """
+        if self._hash_mean() != self.full_identity:
+            raise changed_error(f"'{self.ref}'", "all bytes together have another hash")
+        if self.has_precision and self._hash_precision() != self.full_precision_identity:
+            raise changed_error(
+                f"the precision of '{self.ref}'", "all bytes together have another hash"
             )
 
     def _changed(self, what: str, recorded: str, actual: str, key: str) -> MismatchError:

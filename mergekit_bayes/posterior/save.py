@@ -12,6 +12,7 @@ from mergekit_bayes.checkpoint.layout import (
     shard_name,
     write_index,
 )
+from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
@@ -59,7 +60,7 @@ def save_posterior(
 
 def write_info(folder: Path, info: PosteriorInfo) -> None:
     """Write `posterior.json`, the copy of the record that is there to be read by eye."""
-    (folder / "posterior.json").write_text(info.model_dump_json(indent=2) + "\n")
+    write_own(folder / "posterior.json", info.model_dump_json(indent=2) + "\n")
 
 
 def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:

@@ -4,6 +4,7 @@ The likelihood part is `N * F`, where F is the curvature per observation and N c
 observations of all the data. How many examples the estimate looked at is recorded separately.
 """
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
@@ -60,15 +62,17 @@ def _refuse_settings(config: PrecisionConfig) -> None:
     if config.output:
         target = Path(config.output)
     else:
-        target = precision_path(Path(config.model).expanduser())
-    if target.exists() and not config.force:
+        target = precision_path(Path(os.path.expanduser(config.model)))
+    if os.path.exists(target) and not config.force:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(config.model, config.task, dtype=config.dtype)
+    loaded = load_model(
+        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -119,6 +123,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             rename(name): tensor.cpu().numpy()
             for name, tensor in checkpoint_names(model, precision).items()
         }
+        refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),

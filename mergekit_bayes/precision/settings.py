@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
-from mergekit_bayes.records import Force, Frozen
+from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 
 class PrecisionConfig(Config):
@@ -42,6 +42,7 @@ class PrecisionConfig(Config):
     task: Task = Field("auto", description="auto, causal-lm or classification.")
     device: Device = None
     dtype: Dtype = "float32"
+    trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
 

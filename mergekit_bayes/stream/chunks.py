@@ -85,10 +85,10 @@ class Reader:
             return Chunk(means, empty, extras, n, n, start, mean, np.zeros(0, np.float32))
         precisions = self._precisions(operands, measured, step.row, start, stop)
         extras, left_in_row, row_size = _extras(measured.extras, step.row, start, stop)
+        with np.errstate(over="ignore"):  # a merge that is not finite is refused as such
+            extras = extras.astype(real)
         precision = self.buffer("precision", (n,), np.float32)
-        return Chunk(
-            means, precisions, extras.astype(real), left_in_row, row_size, start, mean, precision
-        )
+        return Chunk(means, precisions, extras, left_in_row, row_size, start, mean, precision)
 
     def _precisions(
         self,

@@ -1,0 +1,181 @@
+"""No text from a file, a folder or a server commands the terminal."""
+
+import ast
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.progress import Progress, TextColumn
+from rich.text import Text
+from safetensors.numpy import save_file
+
+from bmerge_cli import render
+from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams, printable
+from mergekit_bayes.errors import CheckpointError
+
+# A title, a cleared screen, an answer typed for the user, C1, a bell, backspaces, a line that is
+# overwritten, the other direction, half of a surrogate pair.
+_ATTACKS = (
+    "\x1b]0;title\x07",
+    "\x1b[2J",
+    "\x1b[6n",
+    "\x9b2J",
+    "\x07\x08\x08",
+    "good\rbad",
+    "\u202egnp.exe",
+    "\u2066x\u2069",
+    "a\u2028b",
+    "\udcff",
+    "\x7f",
+)
+
+
+@pytest.mark.parametrize("attack", _ATTACKS)
+def test_nothing_that_a_console_prints_commands_the_terminal(attack):
+    file = io.StringIO()
+    screen = Screen(file=file, force_terminal=True, width=200, markup=False, emoji=False)
+    screen.print(f"note: {attack}", markup=False)
+    screen.print(Text(attack))
+    screen.print(render.table([attack, "n"], [[attack, "1"]], title=attack))
+    with Progress(TextColumn("{task.description}"), console=screen) as bar:
+        bar.update(bar.add_task(attack), completed=1)
+    written = file.getvalue()
+    assert printable(attack) in written
+    for character in set(printable(attack)) ^ set(attack):
+        if character not in "\x1b\r\\" and not character.isalnum():
+            assert character not in written
+    assert attack not in written
+
+
+def test_markup_and_ordinary_text_are_printed_as_they_are():
+    text = "[bold]x[/bold] :smile: \tÄ 中 é 😀 [/]\n"
+    assert printable(text) == text
+    assert printable("a\r\nb") == "a\r\nb"
+    file = io.StringIO()
+    screen = render.console()
+    screen.file = file
+    screen.print(text.strip())
+    screen.print(render.table(["[red]a"], [["[/nothing] :smile:"]], title="[b]t"))
+    for part in ("[bold]x[/bold] :smile:", "[red]a", "[/nothing] :smile:", "[b]t"):
+        assert part in file.getvalue()
+
+
+@pytest.mark.parametrize("attack", _ATTACKS)
+def test_a_message_of_an_error_is_printable(attack, capsys):
+    @render.failures()
+    def command():
+        raise CheckpointError(f"'{attack}' is wrong")
+
+    with pytest.raises(Exception, match="2"):
+        command()
+    assert printable(attack) in capsys.readouterr().err
+
+
+def test_a_bar_of_another_library_may_return_to_its_line():
+    stream = io.StringIO()
+    guarded = GuardedStream(stream)
+    guarded.write("\r 50 %\x1b[A\n")
+    guarded.writelines(["\x1b]0;t\x07", "\x1b[2J"])
+    assert stream.getvalue() == "\r 50 %\x1b[A\n\\x1b]0;t\\x07\\x1b[2J"
+    assert guarded.isatty() is False
+
+
+def test_streams_are_guarded_and_given_back():
+    stdout, stderr = sys.stdout, sys.stderr
+    with guarded_streams():
+        assert isinstance(sys.stderr, GuardedStream)
+        assert not isinstance(sys.stdout, GuardedStream)  # no terminal
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+
+
+def test_a_command_on_a_real_terminal_prints_names_from_a_file_as_escapes(tmp_path):
+    name = "\x1b]0;owned\x07\x1b[2J[bold red]w"
+    folder = tmp_path / "m\x1b[5m"
+    folder.mkdir()
+    save_file(
+        {f"{name}.{i}.weight": np.ones((2, 2), np.float32) for i in range(2)},
+        folder / "model.safetensors",
+    )
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "bmerge_cli.main", "inspect", str(folder)]
+    done = subprocess.run(command, stdout=follower, stderr=follower, check=False)
+    os.close(follower)
+    shown = b""
+    try:
+        while piece := os.read(leader, 1 << 16):
+            shown += piece
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    finally:
+        os.close(leader)
+    assert done.returncode == 0
+    assert b"\\x1b]0;owned\\x07\\x1b[2J[bold red]w" in shown
+    for sequence in (b"\x1b]0;", b"\x07", b"\x1b[2J", b"\x1b[5m"):
+        assert sequence not in shown
+
+
+def test_a_path_that_is_not_utf8_is_refused_by_its_bytes(tmp_path):
+    for i, name in enumerate("ab"):
+        save_file({"w": np.full((2, 2), i, np.float32)}, tmp_path / f"{name}.safetensors")
+    out = os.path.join(os.fsencode(tmp_path), b"caf\xe9.safetensors")
+    inputs = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    command = [sys.executable, "-m", "bmerge_cli.main", "merge", *inputs, "-o", out]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"ConfigError: b'")
+    assert b"caf\\xe9" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert not os.path.exists(out)
+
+
+def test_only_one_room_prints():
+    """No module prints past the guarded console: `print`, `rich.print`, `sys.stdout.write`."""
+    root = Path(__file__).parent.parent
+    for file in (*(root / "mergekit_bayes").rglob("*.py"), *(root / "cli").rglob("*.py")):
+        if file.name == "quiet.py":
+            continue  # a bar of rich's with words of our own
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Call(func=ast.Name(id="print"), keywords=[ast.keyword(arg="file")]):
+                    continue  # to stderr, which is guarded
+                case ast.Call(func=ast.Name(id="print" | "Console")):
+                    pytest.fail(f"{file}:{node.lineno} prints by itself")
+                case ast.Attribute(
+                    value=ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr"),
+                    attr="write",
+                ):
+                    pytest.fail(f"{file}:{node.lineno} writes to a stream by itself")
+
+
+@pytest.mark.parametrize("during", ["typer", "bmerge_cli.main", "mergekit_bayes.plan"])
+def test_an_interrupt_while_the_commands_are_loaded_is_one_line(during):
+    """The signal comes from an import hook, so that it hits the same place each time."""
+    code = f"""
+import os, signal, sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == {during!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Hook())
+sys.argv = ["bmerge", "methods"]
+from bmerge_cli.entry import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (130, b"")
+    assert done.stderr == b"stopped; nothing was written\n"
+
+
+def test_a_process_in_the_background_goes_on_ignoring_interrupts():
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "os.kill(os.getpid(), signal.SIGINT); sys.argv = ['bmerge', '--version'];"
+        "from bmerge_cli.entry import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
