@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fuzzing import ODD, nodes
 
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
@@ -31,7 +32,6 @@ from mergekit_bayes.posterior.info import PosteriorInfo, parse_info
 from mergekit_bayes.recipes import read_recipe
 from tests import tiny
 from tests.adapters import BASE, adapter, factors
-from tests.fuzzing import ODD, nodes
 
 ROWS = 7
 SHAPES = {**BASE, "wte.weight": (ROWS, 4)}
