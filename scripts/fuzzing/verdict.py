@@ -157,12 +157,11 @@ def _message(ran: Ran) -> Verdict | None:
 
 
 def _terminal(ran: Ran) -> Verdict | None:
-    for stream in (ran.err, ran.out):
-        for line in stream.split("\n"):
-            signs = {s for s in line if s != "\t" and not s.isprintable()}
-            # Bars of libraries go back to the start of their line.
-            if signs - {"\r"} or (signs and _is_message(line)):
-                return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
+    for line in ran.err.split("\n"):  # stdout is no terminal here, and a card goes there as it is
+        signs = {s for s in line if s != "\t" and not s.isprintable()}
+        # Bars of libraries go back to the start of their line.
+        if signs - {"\r"} or (signs and _is_message(line)):
+            return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
     return None
 
 
