@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.fuzzing import ODD, nodes
 
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
