@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.archive import MOST_MEMBERS, Archive
+from mergekit_bayes.checkpoint.archive import MOST_MEMBERS, SAVE_AGAIN, Archive
 from mergekit_bayes.checkpoint.layout import check_index, read_index, shard_name, write_index
 from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.pickle_steps import LARGEST, read_pickle
@@ -30,6 +30,7 @@ from mergekit_bayes.checkpoint.side_files import FETCHED, check_side_files, copy
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.sources import resolve
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSpec
+from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.checkpoint.ties import ties_embeddings
 from mergekit_bayes.configs.reading import refuse_output_name
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
@@ -37,9 +38,6 @@ from mergekit_bayes.records import Frozen, Progress
 
 _PATTERNS = (*FETCHED, "pytorch_model*.bin", "adapter_model*.bin")
 _STEMS = {"pytorch_model": "model", "adapter_model": "adapter_model"}  # pickle -> safetensors
-_SAVE_AGAIN = (
-    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
-)
 # How many times its own size a file may take, written out. Names that share memory take more than
 # the file where a config unties them: an embedding, which can be most of a model, up to four times.
 _GROWTH = 4
@@ -88,21 +86,23 @@ def run_convert(
     Raises:
         CheckpointError: There is no pickled checkpoint, it holds more than tensors, or `out`
             exists.
+        ChangedError: A file was written to while it was read.
         ConfigError: `out` is a folder where a file is needed or the reverse, or `out` would replace
             the model itself.
     """
     refuse_output_name(str(out))
     path, target = resolve(ref, _PATTERNS), Path(out).expanduser()
     pickles = _find(path, ref)
-    if path.is_file() != (target.suffix == ".safetensors"):
-        form = "a .safetensors file" if path.is_file() else "a folder"
+    if path.is_dir() == (target.suffix == ".safetensors"):
+        form = "a folder" if path.is_dir() else "a .safetensors file"
         raise ConfigError(f"-o {target}: '{ref}' becomes {form}. Name one.")
-    if target.exists() and path.resolve().is_relative_to(target.resolve()):
+    if os.path.exists(target) and path.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"-o {target} would replace '{ref}' itself. Choose another -o.")
     if path.is_dir():
         check_side_files(path)
+    stamps = stamps_of(pickles.files)
     with replacing(target, force=force) as partial:
-        if path.is_file():
+        if not path.is_dir():
             stored = _convert(pickles, [partial], keep_ties=False, progress=progress)
         else:
             partial.mkdir()
@@ -113,9 +113,10 @@ def run_convert(
                 shards = {f.name: list(specs) for f, specs in zip(files, stored.specs, strict=True)}
                 write_index(partial, pickles.stem, shards, stored.nbytes)
             copy_side_files(path, partial)
+        refuse_changed(stamps)
     return ConvertReport(
         path=target,
-        files=(target.name,) if path.is_file() else tuple(f.name for f in files),
+        files=tuple(f.name for f in files) if path.is_dir() else (target.name,),
         tensors=sum(map(len, stored.specs)),
         bytes=stored.nbytes,
         tied=stored.tied,
@@ -139,7 +140,7 @@ class _Stored(NamedTuple):
 
 def _find(path: Path, ref: str) -> _Pickles:
     """The pickles of a folder, or the one file."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"'{ref}' is a .safetensors file already; every command reads it as it is."
@@ -243,11 +244,11 @@ def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
     file, members = archive.path, archive.members
     pickle = members.get("data.pkl")
     if pickle is None:
-        raise CheckpointError(f"{file}: is a zip archive without data.pkl. {_SAVE_AGAIN}")
+        raise CheckpointError(f"{file}: is a zip archive without data.pkl. {SAVE_AGAIN}")
     if pickle.size > LARGEST:
         raise CheckpointError(
             f"{file}: its pickle has {pickle.size:,} bytes, where at most {LARGEST:,} are read. "
-            f"{_SAVE_AGAIN}"
+            f"{SAVE_AGAIN}"
         )
     archive.check("data.pkl")
     order = members.get("byteorder")
@@ -261,12 +262,12 @@ def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
     except ForeignError as error:
         raise CheckpointError(
             f"{file}: holds {shown(str(error))} beside tensors, which could run code when it is "
-            f"loaded, so it is refused. {_SAVE_AGAIN}"
+            f"loaded, so it is refused. {SAVE_AGAIN}"
         ) from None
     except PickleError as error:
-        raise CheckpointError(f"{file}: {error}. Fetch it again. {_SAVE_AGAIN}") from None
+        raise CheckpointError(f"{file}: {error}. Fetch it again. {SAVE_AGAIN}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {_kind(content)}, not tensors by name. {_SAVE_AGAIN}")
+        raise CheckpointError(f"{file}: holds {_kind(content)}, not tensors by name. {SAVE_AGAIN}")
     if len(content) > MOST_MEMBERS:
         raise CheckpointError(
             f"{file}: holds {len(content):,} tensors, where at most {MOST_MEMBERS:,} are read."
@@ -285,11 +286,15 @@ def _checked(archive: Archive, name: object, tensor: object) -> PickledTensor:
     if not isinstance(name, str) or not isinstance(tensor, PickledTensor | OtherTensor):
         raise CheckpointError(
             f"{file}: {shown(name)} is {_kind(tensor)}, where a state dict holds a tensor by its "
-            f"name. {_SAVE_AGAIN}"
+            f"name. {SAVE_AGAIN}"
         )
     if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name):
         raise CheckpointError(
-            f"{file}: {shown(name)} cannot be a name in safetensors. {_SAVE_AGAIN}"
+            f"{file}: {shown(name)} cannot be a name in safetensors. {SAVE_AGAIN}"
+        )
+    if isinstance(tensor, OtherTensor) and tensor.is_broken:
+        raise CheckpointError(
+            f"{file}: {shown(name)} is {tensor.kind}. Fetch it again. {SAVE_AGAIN}"
         )
     if isinstance(tensor, OtherTensor) or tensor.dtype not in ITEM_SIZE:
         form = tensor.kind if isinstance(tensor, OtherTensor) else tensor.dtype

@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes import convert
+from mergekit_bayes.checkpoint.archive import Archive
 from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.convert import run_convert
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.posterior import open_posterior
@@ -175,23 +178,25 @@ def test_every_dtype_and_view_keeps_its_bits(tmp_path):
         assert bits(written[name]) == bits(tensor), name
 
 
-def test_one_shard_is_mapped_at_a_time_by_the_careful_loader_only(tmp_path, monkeypatch):
+def test_one_shard_is_open_at_a_time_and_no_pickle_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     sharded(tmp_path / "m", {name: torch.ones(2000) for name in "abcdef"}, 3)
-    load, loaded = torch.load, []
+    read, were_open = Archive.read, set()
 
-    def watched(file, **options):
-        assert options == {"weights_only": True, "map_location": "cpu", "mmap": True}
-        maps = Path("/proc/self/maps").read_text()
-        assert not [f for f in loaded if str(f) in maps]
-        found = load(file, **options)
-        assert str(file) in Path("/proc/self/maps").read_text()
-        loaded.append(file)
-        return found
+    def watched(archive, start, size):
+        links = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+        (file,) = [link for link in links if link.endswith(".bin")]
+        were_open.add(file)
+        return read(archive, start, size)
 
-    monkeypatch.setattr(torch, "load", watched)
+    def refuse(*_, **__):
+        raise AssertionError("a pickle is loaded")
+
+    monkeypatch.setattr(Archive, "read", watched)
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
     run_convert(str(tmp_path / "m"), tmp_path / "out")
-    assert len(loaded) == 3
+    assert len(were_open) == 3
 
 
 class Code:
@@ -248,14 +253,14 @@ def torchscript(path):
         ),
         (lambda path: torch.save({"w": torch.zeros(2), "epoch": 3}, path), "'epoch' is int"),
         (lambda path: torch.save({0: torch.zeros(2)}, path), "0 is Tensor"),
-        (lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path), "sparse_coo"),
+        (lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path), "'w' is sparse"),
         (
             lambda path: torch.save({"w": torch.zeros(2, dtype=torch.complex128)}, path),
             "complex128",
         ),
         (lambda path: torch.save({"__metadata__": torch.zeros(2)}, path), "cannot be a name"),
         (lambda path: torch.save({"\ud800": torch.zeros(2)}, path), "cannot be"),
-        (torchscript, "cannot be loaded as tensors only"),
+        (torchscript, "is a program of TorchScript"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -278,6 +283,18 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         with pytest.raises(CheckpointError):
             run_convert(str(path), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_pickle_that_changes_meanwhile_is_not_converted(tmp_path, monkeypatch):
+    sharded(tmp_path, {name: torch.ones(2) for name in "ab"})
+    first = tmp_path / "pytorch_model-00001-of-00002.bin"
+    monkeypatch.setattr(
+        convert, "copy_side_files", lambda *_: first.write_bytes(first.read_bytes())
+    )
+    os.utime(first, (0, 0))
+    with pytest.raises(ChangedError, match=r"pytorch_model-00001.*was changed"):
+        run_convert(str(tmp_path), tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
 def test_an_index_of_pickles_is_compared_with_its_shards(tmp_path):

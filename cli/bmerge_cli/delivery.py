@@ -1,11 +1,10 @@
 """`--push-to`: where a command writes its model, and the push that follows."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import BaseModel
@@ -14,6 +13,9 @@ from rich.console import Console
 from bmerge_cli.push import push
 from bmerge_cli.render import print_result
 from mergekit_bayes.errors import BmergeError, ConfigError
+
+if TYPE_CHECKING:
+    from mergekit_bayes.checkpoint.scratch import Scratch
 
 PushTo = Annotated[
     str | None,
@@ -27,15 +29,16 @@ class Delivery:
     Attributes:
         repo: `org/name`, or None for no push.
         out: The output: as given, or in a temporary folder where it is only pushed.
-        temporary: The temporary folder, if there is one.
+        temporary: The temporary folder, if there is one; a killed command's is removed by the next.
     """
 
     def __init__(self, repo: str | None, out: str | None) -> None:
         self.repo = repo
         self.out = out
-        self.temporary: Path | None = None
+        self.temporary: Scratch | None = None
         if repo is None:
             return
+        from mergekit_bayes.checkpoint import scratch
         from mergekit_bayes.hub import check_login
 
         if out is not None and out.endswith(".safetensors"):
@@ -45,8 +48,8 @@ class Delivery:
             )
         check_login(repo)  # before hours of work, not after
         if out is None:
-            self.temporary = Path(tempfile.mkdtemp(prefix="bmerge-"))
-            self.out = str(self.temporary / repo.rpartition("/")[2])
+            self.temporary = scratch.Scratch(Path(tempfile.gettempdir()), "bmerge-")
+            self.out = str(self.temporary.new / repo.rpartition("/")[2])
 
     def finish(
         self, report: BaseModel, path: str | Path, screen: Console, *, as_json: bool, quiet: bool
@@ -69,7 +72,8 @@ class Delivery:
         try:
             pushed = push(Path(self.out), self.repo, screen)
         except BmergeError as error:
-            self.temporary = None  # the work is kept
+            if self.temporary is not None:
+                self.temporary.keep()
             raise type(error)(
                 f"{error} The model is in '{self.out}': `bmerge push {self.out} {self.repo}`."
             ) from None
@@ -85,4 +89,4 @@ def delivering(repo: str | None, out: str | None) -> Iterator[Delivery]:
         yield delivery
     finally:
         if delivery.temporary is not None:
-            shutil.rmtree(delivery.temporary, ignore_errors=True)
+            delivery.temporary.close()

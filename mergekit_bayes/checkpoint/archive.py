@@ -20,11 +20,15 @@ from mergekit_bayes.checkpoint.safetensors import open_file
 from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.errors import CheckpointError, shown
 
+SAVE_AGAIN = (
+    "Save it again with `torch.save(model.state_dict(), ...)`, or ask its author for safetensors."
+)
 MOST_MEMBERS = 200_000  # one for each tensor
 _CHUNK = 4 << 20
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _END64, _LOCATOR = b"PK\x06\x06", b"PK\x06\x07"
 _DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11  # the flags that torch.save sets
+_IS_FOLDER = 1 << 4  # among the attributes of a file
 _SATURATED = 0xFFFFFFFF  # in place of a number that a field of 64 bits holds
 
 
@@ -135,8 +139,8 @@ class Archive(Closing):
 
     def _broken(self, symptom: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: is not an archive as torch.save writes it ({symptom}). Fetch it again, "
-            "or load it in Python and save it with `torch.save(model.state_dict(), ...)`."
+            f"{self.path}: is not an archive as torch.save writes it ({symptom}). Fetch it again. "
+            f"{SAVE_AGAIN}"
         )
 
     def _read_members(self) -> dict[str, Member]:
@@ -146,8 +150,7 @@ class Archive(Closing):
                 raise CheckpointError(f"{self.path}: {reason}")
             raise CheckpointError(
                 f"{self.path}: is not a file of torch.save since PyTorch 1.6, or was cut. Fetch it "
-                "again, or load it in Python and save it with `torch.save(model.state_dict(), "
-                "...)`."
+                f"again. {SAVE_AGAIN}"
             )
         count, start, size = self._find_directory()
         directory = self.read(start, size)
@@ -243,8 +246,8 @@ def _entries(
     """The entries of the directory, which must fill it."""
     at = 0
     for _ in range(count):
-        signature, flags, method, crc, packed, size, n, extra, comment, disk, header = (
-            struct.unpack_from("<4s4xHH4xLLLHHHH6xL", directory, at)
+        signature, flags, method, crc, packed, size, n, extra, comment, disk, attributes, header = (
+            struct.unpack_from("<4s4xHH4xLLLHHHH2xLL", directory, at)
         )
         begin, at = at + 46, at + 46 + n + extra + comment
         if signature != _CENTRAL or at > len(directory):
@@ -260,7 +263,11 @@ def _entries(
             raise broken("a member is compressed; torch.save stores them as they are")
         if flags & ~(_DESCRIPTOR | _UTF8) or disk != 0 or min(size, header) < 0:
             raise broken("a member is encrypted, patched or in another part")
-        yield _Entry(directory[begin : begin + n], header, size, crc, flags)
+        name = directory[begin : begin + n]
+        # PyTorch's reader leaves the memory of such a member as it finds it.
+        if size and (attributes & _IS_FOLDER or name.endswith(b"/")):
+            raise broken("a member is marked as a folder")
+        yield _Entry(name, header, size, crc, flags)
     if at != len(directory):
         raise broken("its directory has more entries than it says")
 

@@ -15,7 +15,7 @@ from mergekit_bayes.checkpoint.pickled import PickleError, Storage, call, named,
 from mergekit_bayes.errors import shown
 
 LARGEST = 16 << 20  # bytes; a checkpoint of 10,000 tensors takes about 2 MB
-_MOST_STEPS = 3_000_000
+_MOST_STEPS = 2_000_000  # a tensor takes 30
 
 
 def read_pickle(data: bytes) -> object:
@@ -98,7 +98,9 @@ class _Reader:
 
     def pack(self, count: int) -> None:
         """Make a tuple of the topmost values."""
-        self.push(tuple([self.pop() for _ in range(count)][::-1]))
+        if len(self._stack) < count:
+            raise PickleError("holds a broken pickle (a value is missing)")
+        self._stack[-count:] = [tuple(self._stack[-count:])]
 
     def fill(self, items: list[object]) -> None:
         """Put names and values, in turn, into the topmost dict."""

@@ -142,10 +142,12 @@ class OtherTensor(NamedTuple):
     """A tensor that is not plain.
 
     Attributes:
-        kind: What it is instead, as an adjective.
+        kind: What it is instead, to follow "is".
+        is_broken: Whether there can be no such tensor.
     """
 
     kind: str
+    is_broken: bool = False
 
 
 class Named(NamedTuple):
@@ -189,7 +191,7 @@ def call(function: object, arguments: object) -> object:
     """What a function would make.
 
     Raises:
-        PickleError: It makes no tensor of these values.
+        PickleError: It is none of those that may be named.
     """
     if not isinstance(function, Named) or not isinstance(arguments, tuple):
         raise PickleError("holds a broken pickle (it calls what is no function)")
@@ -198,7 +200,7 @@ def call(function: object, arguments: object) -> object:
     maker = _MAKERS.get(function.name)
     made = None if maker is None else maker(*arguments[:9])
     if made is None:
-        raise PickleError(f"calls {function.name} with other values than a tensor has")
+        return OtherTensor(f"made by {function.name} of other values than a tensor has", True)
     return made
 
 
@@ -292,11 +294,12 @@ def _view(
         entries *= max(size, 1)
         last += (size - 1) * step
         if entries * item >= _TOO_LARGE:
-            raise PickleError(f"holds a tensor of the shape {shown(shape)}, which none can have")
+            return OtherTensor(f"of the shape {shown(shape)}, which no tensor can have", True)
     if 0 not in shape and (last + 1) * item > storage.size:
-        raise PickleError(
-            f"holds a tensor {shown(list(shape))} with strides {shown(list(stride))} from element "
-            f"{offset} on, which goes beyond its storage of {storage.size} bytes"
+        return OtherTensor(
+            f"of the shape {shown(shape)} with strides {shown(stride)} from element {offset} on, "
+            f"which goes beyond the {storage.size:,} bytes of its storage",
+            True,
         )
     if not set(bits) <= {"conj", "neg"} or not all(isinstance(v, bool) for v in bits.values()):
         return None

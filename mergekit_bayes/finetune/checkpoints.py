@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mergekit_bayes.checkpoint.contained import copy_contained
-from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.documents import DocumentError, read_mapping, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -77,7 +77,7 @@ class _Marker(Frozen):
     """
 
     format: Literal[1] = 1
-    step: int = Field(ge=0)
+    step: int = Field(gt=0)
     loss: float
     settings: dict[str, Any]
     files: dict[str, int]
@@ -121,8 +121,10 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
 
     Raises:
         CheckpointError: The folder holds checkpoints and neither `resume` nor `force` is set, or
-            a folder is in the place of a marker.
+            something that no training writes, such as a link, is in the place of a file.
     """
+    if folder.is_dir():
+        refuse_planted(folder.resolve(), but=folder.resolve() / LOGS)
     paths = _checkpoint_folders(folder)
     if not resume:
         if paths and not force:

@@ -8,7 +8,6 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 """
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.checkpoint.scratch import Scratch
+from mergekit_bayes.errors import BmergeError, CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+# Methods of the Trainer that read the files of a checkpoint, and nothing else.
+_LOADERS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state")
 
 
 def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneReport:
@@ -95,14 +98,13 @@ class _Trained(NamedTuple):
 @contextmanager
 def _checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
     """Where the Trainer writes: beside the output, or a folder that is removed at the end."""
-    scratch = Path(tempfile.mkdtemp(prefix="bmerge-"))
     beside = checkpoints_of(Path(config.output))
-    try:
-        yield beside if has_folder(config) else scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if has_folder(config) and is_main():  # of a run that ended before its first file
-            remove_if_empty(beside)
+    with Scratch(Path(tempfile.gettempdir()), "bmerge-") as scratch:
+        try:
+            yield beside if has_folder(config) else scratch.new
+        finally:
+            if has_folder(config) and is_main():  # of a run that ended before its first file
+                remove_if_empty(beside)
 
 
 def _store(run: Run, optimizer: IVON | None, trained: _Trained, folder: Path) -> FinetuneReport:
@@ -131,12 +133,33 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
 
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:
     """Train from the first step, or on from a checkpoint."""
+    from transformers import TrainerState
+
     step, loss, path = 0, 0.0, None
     if checkpoint is not None:
         step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
+        with _loading(checkpoint):
+            TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        for name in _LOADERS:
+            setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))
     output = trainer.train(resume_from_checkpoint=path)
     loss += mean_over_ranks(output.training_loss) * (output.global_step - step)
     return _Trained(output.global_step, loss / max(1, output.global_step))
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what libraries raise over a checkpoint's files, which is anything, into one message."""
+    try:
+        yield
+    except BmergeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"'{checkpoint.path}' cannot be loaded ({type(error).__name__}: {reason}). Remove it: "
+            "--resume then takes the one before it."
+        ) from None
 
 
 def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) -> _Trained:
@@ -144,9 +167,11 @@ def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) 
 
     The Trainer itself would make one more step if that lies in the middle of an epoch.
     """
-    trainer._load_from_checkpoint(str(checkpoint.path))
-    if is_ivon:
-        trainer.create_optimizer()
-        file = checkpoint.path / "optimizer.pt"
-        trainer.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    with _loading(checkpoint):
+        trainer._load_from_checkpoint(str(checkpoint.path))
+        if is_ivon:
+            trainer.create_optimizer()
+            file = checkpoint.path / "optimizer.pt"
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            trainer.optimizer.load_state_dict(state)
     return _Trained(checkpoint.step, checkpoint.loss / checkpoint.step)

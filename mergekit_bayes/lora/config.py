@@ -7,6 +7,7 @@ from typing import TypedDict, cast
 
 from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.documents import CONFIG as MOST_BYTES
 from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
@@ -71,7 +72,7 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         writer = explain_files(path) or "Name the folder that PEFT wrote."
         raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {writer}")
     try:
-        text = read_bytes(file)
+        text = read_bytes(file, MOST_BYTES)
         if reason := explain_stand_in(text[:HEAD]):
             raise CheckpointError(f"{file}: {reason}")
         content = parse_json(text)

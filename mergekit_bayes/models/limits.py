@@ -93,9 +93,17 @@ def check_documents(path: Path) -> None:
     """Check the files of a folder that libraries read whole, before they do.
 
     Raises:
-        CheckpointError: One is not a regular file, too large, nested too deeply or no JSON.
+        CheckpointError: The folder is none, or a file is not a regular file, too large, nested too
+            deeply or no JSON.
     """
-    for file in sorted(path.iterdir()):
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}': cannot be listed ({error.strerror}). Name a folder that save_pretrained "
+            "wrote."
+        ) from None
+    for file in files:
         if file.is_dir():
             for inner in file.iterdir() if file.name == "additional_chat_templates" else ():
                 _check_file(inner)
