@@ -139,18 +139,6 @@ def test_a_mapping_is_read_by_its_ending(tmp_path: Path) -> None:
     assert read_mapping(file) == {"a": {"b": 1}}
 
 
-# Where documents are still read elsewhere, by module; each of them is to go.
-_ELSEWHERE: dict[str, int] = {
-    "mergekit_bayes/hub/card.py": 2,
-    "mergekit_bayes/hub/files.py": 2,
-    "mergekit_bayes/hub/folder.py": 3,
-    "mergekit_bayes/hub/front_matter.py": 1,
-    "mergekit_bayes/hub/licenses.py": 2,
-    "mergekit_bayes/hub/local_paths.py": 1,
-    "mergekit_bayes/hub/push.py": 2,
-}
-
-
 def test_documents_are_read_in_one_room() -> None:
     """No module parses JSON or YAML, or reads a whole file, but by `documents`."""
     root = Path(__file__).parent.parent
@@ -158,7 +146,7 @@ def test_documents_are_read_in_one_room() -> None:
     for file in (*(root / "mergekit_bayes").rglob("*.py"), *(root / "cli").rglob("*.py")):
         if file.name != "documents.py" and (reads := _reads(file.read_text())):
             found[file.relative_to(root).as_posix()] = len(reads)
-    assert found == _ELSEWHERE
+    assert found == {}
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,11 @@ def test_a_name_that_no_shard_holds_is_told_as_an_error_of_the_index(tmp_path):
     (tmp_path / files[1]).rename(tmp_path / f"{files[1]}.incomplete")
     with pytest.raises(CheckpointError, match=r"which is not there\. There is a download that did"):
         open_posterior(str(tmp_path))
+
+
+def test_a_text_to_which_a_link_leads_is_not_quoted(tmp_path):
+    (tmp_path / "token").write_text("hf_secret_of_this_account")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "token")
+    with pytest.raises(CheckpointError, match="is a text, not safetensors") as caught:
+        open_posterior(str(tmp_path))
+    assert "hf_secret" not in str(caught.value)

@@ -9,8 +9,9 @@ import pytest
 from mergekit_bayes import convert
 from mergekit_bayes.errors import CheckpointError
 from scripts.fuzz import Fuzzer, failures, table
+from scripts.fuzzing.lines import LINES
 from scripts.fuzzing.verdict import BAD
-from scripts.fuzzing.world import CANARY, LINES
+from scripts.fuzzing.world import CANARY
 
 CASES = 200
 MANY = 3000
@@ -122,5 +123,5 @@ def test_a_planted_fault_is_found(fuzzer, monkeypatch, fault):
 
     monkeypatch.setattr(convert, "run_convert", faulty)
     monkeypatch.setattr(fuzzer, "limit", 0.3 if kind == "hang" else fuzzer.limit)
-    case = fuzzer.broken(LINE, "pickled/README.md", lambda path: "not at all")
+    case = fuzzer.broken(LINE, "pickled/README.md", lambda hub: "not at all")
     assert (case.kind, kind in BAD) == (kind, kind not in ("done", "refused"))

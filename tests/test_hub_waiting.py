@@ -183,6 +183,7 @@ def test_a_hub_that_says_nothing_is_one_message(hub, slept, monkeypatch, tmp_pat
 
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.02)
+    monkeypatch.setattr(hub_client, "SILENCE", 0.02)
     monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.02)
     repo = hub.add("org/a", files(folder(tmp_path / "a")))
     repo.refs["v1"] = repo.refs["main"]

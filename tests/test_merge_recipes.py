@@ -134,4 +134,4 @@ def test_a_recipe_notices_that_a_precision_changed():
 def test_a_recipe_in_another_encoding_is_refused():
     Path("r.yaml").write_bytes("models: [ä]".encode("latin-1"))
     done = run("r.yaml")
-    assert (done.exit_code, "is not UTF-8" in " ".join(done.stderr.split())) == (2, True)
+    assert (done.exit_code, "not UTF-8 from byte" in " ".join(done.stderr.split())) == (2, True)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -225,3 +226,10 @@ def test_another_number_of_labels_than_the_heads_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has a head for 2 labels already"):
         load_model(str(folder), "classification", num_labels=3)
     assert load_model(str(folder), "classification", num_labels=2).model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_folder_of_a_model_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"m': cannot be listed \(Not a directory\)"):
+        load_model(str(tmp_path / "m"))

@@ -82,7 +82,7 @@ def test_patterns_that_match_nothing_or_cannot_be_read_are_errors():
     for scale, match in (
         ("a.safetensors:mlp=0.5", r"--scale 'a\.safetensors:mlp=0\.5' matches no tensor"),
         ("a.safetensors:attn=much", "'much' is not a number"),
-        ("a.safetensors:(=1", "is no regular expression"),
+        ("a.safetensors:(=1", "is not used as a regular expression"),
         (
             "c.safetensors:attn=1",
             "expected a number, or MODEL:REGEX=X with a model as given: a.safetensors",

@@ -7,8 +7,13 @@ from itertools import product
 
 import pytest
 
-from mergekit_bayes.checkpoint.tokenizers import read_tokens, special_token_ids, tokens_apart
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.checkpoint.tokenizers import (
+    read_tokens,
+    special_token_ids,
+    tokenizer_identity,
+    tokens_apart,
+)
+from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from tests import tiny
 
@@ -220,3 +225,14 @@ def test_an_embedding_without_rows_is_refused_by_name(tmp_path):
         for vocab in ("error", "base", "common"):
             with pytest.raises(MismatchError, match=r"no rows in '.*a\.safetensors'"):
                 run_merge(MergeConfig(models=tuple(order), vocab=vocab, out=str(tmp_path / "out")))
+
+
+def test_a_tokenizer_that_is_too_large_or_a_folder_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(10 << 30)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read .*10,737,418,240"):
+        tokenizer_identity(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read \(Is a directory"):
+        tokenizer_identity(tmp_path)

@@ -1,5 +1,6 @@
 """The `bmerge` command: one module per subcommand, which imports torch only when it runs."""
 
+import logging
 import os
 import re
 import sys
@@ -60,6 +61,9 @@ def main(ready: Callable[[], object] | None = None) -> None:
     Args:
         ready: Called once an interrupt has its message.
     """
+    if {"-q", "--quiet"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("mergekit_bayes.checkpoint.hub_client").setLevel(logging.ERROR)
     if {"-q", "--quiet"} & set(sys.argv) or not sys.stderr.isatty():
         # The Hub's client reads it once, when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -120,6 +120,9 @@ def push(folder: Path, repo: str, screen: Console, **options: Any) -> "PushRepor
 @contextmanager
 def _client_bars(screen: Console) -> Iterator[None]:
     """Show the progress bars of the Hub's client only on a terminal."""
+    from mergekit_bayes.checkpoint.hub_client import prepare
+
+    prepare()  # raises what is wrong with the client's settings
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,

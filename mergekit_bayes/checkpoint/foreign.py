@@ -73,7 +73,9 @@ def explain_foreign(head: bytes, size: int, path: Path) -> str | None:
         text = head.lstrip()
         kind = "JSON" if text[:1] in (b"{", b"[") else "a text"
         line = text.splitlines()[0][:80].decode(errors="replace") if text else ""
-        return f"is {kind}, not safetensors; it begins with {shown(line)}. {_FETCH}."
+        # A link may lead to a key or a token, which is not for the log of a job.
+        quoted = "" if path.is_symlink() else f"; it begins with {shown(line)}"
+        return f"is {kind}, not safetensors{quoted}. {_FETCH}."
     if size >= 8 and not any(head):
         return (
             f"begins with {len(head)} bytes of zeros: a downloader reserved the space and did not "

@@ -7,7 +7,6 @@ names what cannot be a commit, a file or a hash. It is installed by `set_client_
 fetching and pushing share it. A program that has set a factory of its own keeps that one.
 """
 
-import email.utils
 import logging
 import re
 import threading
@@ -25,17 +24,18 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 60.0  # seconds of one wait that a server asks for
 ALL_WAITS = 300.0  # seconds of waiting in one operation, such as a push
-SILENCE = 120.0  # seconds in which a server must begin to answer what is sent to it
+SILENCE = 120.0  # seconds in which a server must answer where huggingface_hub sets no limit
 LARGEST_ANSWER = 64 << 20  # bytes of an answer that is held in memory
 LONGEST_ANSWER = 600.0  # seconds in which such an answer must be complete
-PAGES = 500  # of a repository's list of files, each of a thousand
+FILES = 500_000  # in the lists of files of one operation
 _FIRST_WAIT, _TRIES = 1.0, 4  # where the server does not say how long
 _SECONDS = re.compile(r"\d{1,15}(\.\d+)?", re.ASCII)
 _LIMIT_RESET = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", re.ASCII)
 _CONFLICT = "another conflicting operation is in progress"  # huggingface_hub asks again at once
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?\w[\w.+=:-]{0,199}"?', re.ASCII)
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_HUB_HOSTS = ("huggingface.co", "hf.co")
 _OPENS_A_REQUEST = "create_pr"  # the parameter of a commit that opens a pull request
 
 
@@ -44,18 +44,18 @@ class HubError(CheckpointError):
 
 
 class _Budget:
-    """What is left of an operation's waits and pages; waits of several threads count once."""
+    """What is left of an operation's waits and files; waits of several threads count once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        self._left, self._until, self._pages = ALL_WAITS, 0.0, PAGES
+        self._left, self._until, self._files = ALL_WAITS, 0.0, FILES
 
-    def turn_page(self) -> bool:
-        self._pages -= 1
-        return self._pages >= 0
+    def turn_page(self, files: int) -> bool:
+        self._files -= max(files, 100)  # pages may be empty, and without end
+        return self._files >= 0
 
     def take(self, seconds: float) -> bool:
         with self._lock:
@@ -123,6 +123,8 @@ def asked_wait(status: int, headers: Mapping[str, str]) -> float | None:
         return float(text)
     if text.isascii() and text.isdigit():
         return float("inf")
+    import email.utils  # only for a date, which is rare
+
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):
@@ -140,6 +142,7 @@ def _factory(default: "Callable[[], httpx2.Client]") -> "Callable[[], httpx2.Cli
         ) -> httpx2.Response:
             """Send a request, again where the Hub asks for that and the body can be repeated."""
             request.extensions["timeout"] = _timeout(request)
+            _keep_token(request)
             tries = 0
             while True:
                 response = super().send(request, stream=True, **options)
@@ -171,14 +174,24 @@ def _factory(default: "Callable[[], httpx2.Client]") -> "Callable[[], httpx2.Cli
     return make
 
 
+def _keep_token(request: "httpx2.Request") -> None:
+    """Send the user's token to no host but the Hub's, as to one that a list's next page names."""
+    import httpx2
+    from huggingface_hub import constants, get_token
+
+    if (
+        request.url.host in _HUB_HOSTS
+        or request.url.origin == httpx2.URL(constants.ENDPOINT).origin
+    ):
+        return
+    if request.headers.get("authorization") == f"Bearer {get_token()}":
+        del request.headers["authorization"]
+
+
 def _timeout(request: "httpx2.Request") -> dict[str, float]:
     """Timeouts where huggingface_hub sets none, as it does for all but downloads."""
-    from huggingface_hub import constants
-
-    fetches = request.method in ("GET", "HEAD")
-    default = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) if fetches else SILENCE
     given = request.extensions.get("timeout") or {}
-    return {key: given.get(key) or default for key in ("connect", "read", "write", "pool")}
+    return {key: given.get(key) or SILENCE for key in ("connect", "read", "write", "pool")}
 
 
 def _wait(request: "httpx2.Request", response: "httpx2.Response", tries: int) -> float | None:
@@ -234,9 +247,9 @@ def _check_headers(response: "httpx2.Response") -> None:
     Raises:
         HubError: A commit or a hash that is none.
     """
-    for name, value in list(response.headers.multi_items()):
-        if _UNPRINTABLE.search(value):  # some are printed, as those of X-HF-Warning
-            response.headers[name] = _UNPRINTABLE.sub("?", value)
+    for name, text in list(response.headers.multi_items()):
+        if _CONTROL.search(text):  # some are printed, as those of X-HF-Warning
+            response.headers[name] = _CONTROL.sub("?", text)
     checks = {"x-repo-commit": _COMMIT, "x-linked-etag": _ETAG}
     if "x-repo-commit" in response.headers and "resolve" in response.request.url.path:
         checks["etag"] = _ETAG
@@ -301,24 +314,22 @@ def _check_listing(body: bytes) -> None:
         rows = parse_json(body)
     except DocumentError as error:
         raise HubError(f"the Hub's list of files cannot be read ({error}).") from None
-    for row in rows if isinstance(rows, list) else [rows]:
+    rows = rows if isinstance(rows, list) else [rows]
+    if not _BUDGET.turn_page(len(rows)):
+        raise HubError(f"the Hub's list of files has more than {FILES:,} files, or does not end.")
+    for row in rows:
         path = row.get("path") if isinstance(row, dict) else None
         if not isinstance(path, str) or not _is_plain(path):
             raise HubError(
                 f"the Hub lists {shown(row if path is None else path)}, which is no path of a "
                 "file in a repository; nothing was fetched."
             )
-        size = row.get("size", 0)
+        size = row.get("size", 0) if isinstance(row, dict) else None
         if type(size) is not int or not 0 <= size < 1 << 63:
             raise HubError(f"the Hub gives {shown(path)} the size {shown(size)}.")
-    if not _BUDGET.turn_page():
-        raise HubError(f"the Hub's list of files has more than {PAGES} pages.")
 
 
 def _is_plain(path: str) -> bool:
-    parts = path.split("/")
-    return (
-        path.isprintable()
-        and "\\" not in path
-        and not any(p in ("", ".", "..") or len(p.encode()) > 255 for p in parts)
-    )
+    parts = re.split(r"[/\\]", path)
+    names_one = all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+    return names_one and not _CONTROL.search(path)

@@ -51,7 +51,7 @@ def explain(error: Exception, ref: str) -> str:
     Returns:
         One or two sentences, which never contain a token or a control character.
     """
-    from huggingface_hub import constants, errors, get_token
+    from huggingface_hub import constants, errors
 
     wrappers = (RuntimeError, errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
     while isinstance(error, wrappers) and isinstance(error.__cause__, Exception):
@@ -60,7 +60,7 @@ def explain(error: Exception, ref: str) -> str:
     endpoint = printable(constants.ENDPOINT)
     if isinstance(error, HubError):
         return f"{name}: {error}"
-    if (token := get_token()) is not None and not _is_sendable(token):
+    if (token := _token()) is not None and not _is_sendable(token):
         return (
             f"{name}: your token holds characters that no token has. Correct HF_TOKEN, or log in "
             "again with `hf auth login`."
@@ -123,6 +123,17 @@ def printable(text: str) -> str:
     return "".join(escaped)
 
 
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token()
+    except UnicodeDecodeError:  # of a file that is not text
+        return "\ufffd"
+    except OSError:
+        return None
+
+
 def _is_sendable(token: str) -> bool:
     return token.isascii() and token.isprintable() and " " not in token
 
@@ -149,11 +160,9 @@ def _is_connection(error: Exception, status: int | None) -> bool:
 
 def _reason(error: Exception) -> str:
     """The error's own text in one line, without any token, cut to 300 characters."""
-    from huggingface_hub import get_token
-
     lines = [line.strip() for line in str(error)[:100_000].splitlines() if line.strip()]
     text = " ".join(lines or [type(error).__name__])
-    if token := get_token():
+    if token := _token():
         text = text.replace(token, "...")
     # Cut last: half a token would not be recognised.
     return printable(_TOKEN.sub("...", text))[:300]

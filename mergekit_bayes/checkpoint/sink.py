@@ -86,9 +86,12 @@ class SafetensorsSink:
             self._fd = open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         with ExitStack() as stack:
             stack.callback(self.abandon)
-            if begun and os.fstat(self._fd).st_size != self._start + at:
+            found, final = os.fstat(self._fd).st_size, self._start + at
+            if begun and found != final:
                 raise lost
-            self._guarded(self._allocate, self._start + at)
+            if found > final:  # what is shared and was not begun here may hold anything
+                self._guarded(os.ftruncate, self._fd, final)
+            self._guarded(self._allocate, final)
             stack.pop_all()  # allocated in full: the caller closes it from here on
 
     def _header(self) -> bytes:

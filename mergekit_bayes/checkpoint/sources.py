@@ -29,18 +29,10 @@ _COMMITS: "dict[tuple[str, str, str], ResolvedRevision]" = {}  # by repository, 
 def is_hub_id(ref: str) -> bool:
     """Whether `ref` has the form `org/name[@revision]` and no local path of that name exists."""
     return (
-        not os.path.exists(_local(ref))  # False for a name that no file can have
+        not os.path.exists(os.path.expanduser(ref))  # False for a name that no file can have
         and not ref.startswith(("/", ".", "~"))
         and bool(_HUB_ID.fullmatch(ref))
     )
-
-
-def _local(ref: str) -> Path:
-    """The path that a reference would be; one of an unknown user's home stays as it is."""
-    try:
-        return Path(ref).expanduser()
-    except RuntimeError:
-        return Path(ref)
 
 
 def resolve(ref: str, patterns: tuple[str, ...] = CHECKPOINT, repo_type: str = "model") -> Path:
@@ -56,7 +48,7 @@ def resolve(ref: str, patterns: tuple[str, ...] = CHECKPOINT, repo_type: str = "
         CheckpointError: There is neither such a path nor such a repository, or the Hub refused;
             the message has a remedy.
     """
-    path = _local(ref)
+    path = Path(os.path.expanduser(ref))
     if os.path.exists(path):
         return path
     _refuse_paths(ref)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from mergekit_bayes.checkpoint.contained import copy_contained
-from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
@@ -33,6 +33,7 @@ from mergekit_bayes.detox.settings import (
 )
 from mergekit_bayes.detox.steps import (
     data_identity,
+    is_empty_folder,
     model_identity,
     precision_identity,
     scorer_identity,
@@ -185,7 +186,7 @@ class _Journey:
         self.config, self.quiet, self.tell = config, quiet, tell
         output = Path(config.output)
         is_ours = (output / _SETTINGS).exists()
-        if output.exists() and any(output.iterdir()) and not is_ours:
+        if os.path.lexists(output) and not (is_ours or is_empty_folder(output)):
             raise CheckpointError(
                 f"'{output}' exists and is no output of detox. Choose another output."
             )
@@ -197,6 +198,7 @@ class _Journey:
         # The steps that are there count as done, so another account must not have made them.
         if os.path.lexists(self.work):
             make_own_folder(self.work)
+            refuse_planted(self.work, but=self.kept)
         finetune = finetune_config(config, "")
         if needs_precision(config):
             _refuse_precision(precision_config(config, ""))

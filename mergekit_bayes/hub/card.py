@@ -17,9 +17,11 @@ from typing import NamedTuple, TypedDict, Unpack
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub.facts import read_facts
-from mergekit_bayes.hub.folder import CARD
+from mergekit_bayes.hub.folder import CARD, read_card
 from mergekit_bayes.hub.front_matter import Fields, front_matter, join_card, split_card
 from mergekit_bayes.hub.licenses import License, agreed_license
+from mergekit_bayes.hub.markdown import one_line
+from mergekit_bayes.hub.markdown import text as text_of
 from mergekit_bayes.hub.parents import Parent
 from mergekit_bayes.hub.sections import card_section
 
@@ -32,7 +34,7 @@ _PEFT_LINE = re.compile(
     r"|- (?:quant_method|_?load_in_[48]bit|llm_int8_\w+|bnb_4bit_\w+): .*"
 )
 _END = "<!-- bmerge: end -->"
-_SECTION = re.compile(r"<!-- bmerge: begin(?P<digests>[^>]*) -->\n.*?" + re.escape(_END), re.DOTALL)
+_BEGIN, _BEGUN = "<!-- bmerge: begin", " -->\n"
 
 
 class Card(NamedTuple):
@@ -90,7 +92,7 @@ def make_card(
     facts = read_facts(folder, name, posterior=posterior, only_posterior=posterior_only)
     user_fields, text, section = _user_part(folder, existing)
     if section is not None:
-        digests = section["digests"].split()
+        digests = section.digests
         user_fields = {k: v for k, v in user_fields.items() if f"{k}={_digest(v)}" not in digests}
     fields, notes = front_matter(facts)
     if "license" not in user_fields:
@@ -101,11 +103,11 @@ def make_card(
     digests_now = "".join(f" {k}={_digest(v)}" for k, v in our_fields.items())
     ours = f"<!-- bmerge: begin{digests_now} -->\n{card_section(facts)}\n{_END}"
     if section is not None:
-        text = text[: section.start()] + ours + text[section.end() :]
+        text = text[: section.start] + ours + text[section.end :]
     elif text.strip():
         text = f"{text.rstrip()}\n\n{ours}\n"
     else:
-        text = f"# {facts.repo.rpartition('/')[2]}\n\n{ours}\n"
+        text = f"# {text_of(facts.repo.rpartition('/')[2])}\n\n{ours}\n"
     return Card(join_card(user_fields | our_fields, text.lstrip()), (*facts.notes, *notes))
 
 
@@ -127,32 +129,55 @@ def is_generated(card: str) -> bool:
     return all(not line or line in template or _PEFT_LINE.fullmatch(line) for line in lines)
 
 
-def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, re.Match[str] | None]:
+class _Section(NamedTuple):
+    """Where our section stands in a card, and the digests of our fields."""
+
+    start: int
+    end: int
+    digests: tuple[str, ...]
+
+
+def _find_section(text: str) -> _Section | None:
+    """Our section in the text of a card; searched by plain text, in linear time."""
+    start = text.find(_BEGIN)
+    begun = text.find(_BEGUN, start)
+    end = text.find(_END, begun)
+    if min(start, begun, end) < 0:
+        return None
+    digests = text[start + len(_BEGIN) : begun]
+    return _Section(start, end + len(_END), tuple(digests.split())) if ">" not in digests else None
+
+
+def _user_part(folder: Path, existing: str | None) -> tuple[Fields, str, _Section | None]:
     """Fields and text of an existing card, and the place of our section in the text."""
     if existing is None and (folder / CARD).exists():
         contained(folder, CARD)
-        existing = (folder / CARD).read_text()
+        existing = read_card(folder / CARD)
     if existing is None or is_generated(existing):
         return {}, "", None
     try:
         fields, text = split_card(existing)
     except ValueError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(" ".join(str(error).split()), 300)
         raise ConfigError(
             f"{folder / CARD}: its front matter is not YAML ({reason}). Correct what stands "
             "between the two '---'."
         ) from None
-    return fields, text, _SECTION.search(text)
+    return fields, text, _find_section(text)
 
 
 def _template_lines() -> set[str]:
     """The lines of the Hub client's empty model card, which PEFT fills in and extends."""
     from huggingface_hub import ModelCard
 
-    text = Path(ModelCard.default_template_path).read_text(encoding="utf-8")
+    text = read_card(Path(ModelCard.default_template_path))
     filled = re.sub(r'\{\{ \w+ \| default\("([^"]*)", true\) ?\}\}', r"\1", text)
     return {line.strip() for line in filled.splitlines()}
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    try:
+        written = json.dumps(value, sort_keys=True, default=str)
+    except TypeError:  # YAML has keys that JSON has not
+        written = repr(value)
+    return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:12]

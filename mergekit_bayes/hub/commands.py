@@ -1,21 +1,24 @@
 """The code and commands that a card prints: how to load the model, merge it further, or undo it."""
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.hub.facts import Facts
-from mergekit_bayes.hub.folder import MergedModel
+from mergekit_bayes.hub.folder import MergedModel, mapping, texts
 from mergekit_bayes.hub.local_paths import last_parts
+from mergekit_bayes.hub.markdown import block, code, one_line, word
 from mergekit_bayes.hub.parents import named_parents
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import MergeConfig
 
 _MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
 _MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
+_LONGEST_LINE = 1000  # characters
 _AUTO_MODELS = {
     "text-classification": "AutoModelForSequenceClassification",
     "fill-mask": "AutoModelForMaskedLM",
@@ -28,59 +31,69 @@ def use_section(facts: Facts) -> str:
     if facts.only_posterior:
         model = facts.parents[0].name if facts.parents else "MODEL"
         line = (
-            f"bmerge merge {model} OTHER --weights precision --precision {model}={facts.repo} "
-            "-o merged"
+            f"bmerge merge {word(model)} OTHER --weights precision --precision "
+            f"{word(f'{model}={facts.repo}')} -o merged"
         )
         return (
             "## Use\n\nWith the model that it belongs to, whose weights are checked:\n\n"
-            f"```bash\n{line}\n```"
+            f"{block(line, 'bash')}"
         )
+    name = _python_text(facts.repo)
     if facts.is_adapter:
         task = "SequenceClassification" if facts.pipeline == "text-classification" else "CausalLM"
-        code = (
+        lines = (
             f"from peft import AutoPeftModelFor{task}\n\n"
-            f'model = AutoPeftModelFor{task}.from_pretrained("{facts.repo}")'
+            f"model = AutoPeftModelFor{task}.from_pretrained({name})"
         )
     else:
         auto = _AUTO_MODELS.get(facts.pipeline or "", "AutoModel")
-        code = (
+        lines = (
             f"from transformers import {auto}, AutoTokenizer\n\n"
-            f'model = {auto}.from_pretrained("{facts.repo}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")'
+            f"model = {auto}.from_pretrained({name})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})"
         )
-    return f"## Use\n\n```python\n{code}\n```"
+    return f"## Use\n\n{block(lines, 'python')}"
 
 
 def posterior_code(facts: Facts) -> str:
     """Python that opens the posterior beside the weights."""
+    name = _python_text(facts.repo)
     if facts.is_adapter:
-        source, opened = "lora import open_adapter", f'open_adapter("{facts.repo}").posterior'
+        source, opened = "lora import open_adapter", f"open_adapter({name}).posterior"
     else:
-        source, opened = "posterior import open_posterior", f'open_posterior("{facts.repo}")'
-    return (
-        f"```python\nfrom mergekit_bayes.{source}\n\n"
-        f"posterior = {opened}  # posterior.mean, .precision, .info\n```"
+        source, opened = "posterior import open_posterior", f"open_posterior({name})"
+    return block(
+        f"from mergekit_bayes.{source}\n\n"
+        f"posterior = {opened}  # posterior.mean, .precision, .info",
+        "python",
     )
+
+
+def _python_text(value: str) -> str:
+    """A string literal of Python, in double quotes."""
+    return json.dumps(one_line(value), ensure_ascii=False)
 
 
 def further_section(facts: Facts) -> str:
     """Commands that merge the model further, take a task out of it, and repeat its merge."""
     base = _base(facts)
-    on_base = f" --base {shlex.quote(base)}" if base and not facts.is_adapter else ""
+    on_base = f" --base {word(base)}" if base and not facts.is_adapter else ""
     undoing = [_undo(facts, task, base, on_base) for task in _undoable(facts)] if on_base else []
     commands = [*_merging(facts, base, on_base), *undoing]
     if facts.recipe:
         line = f"bmerge merge {MERGE_RECIPE} -o again"
         commands.append(_Command(line, "make it again, with the same bytes"))
-    width = max(len(command.line) for command in commands)
-    block = "\n".join(f"{command.line:<{width}}   # {command.comment}" for command in commands)
+    # A name that had to be cut names something else.
+    commands = [command for command in commands if len(command.line) <= _LONGEST_LINE]
+    width = max(len(command.line) for command in commands) if commands else 0
+    lines = (f"{command.line:<{width}}   # {one_line(command.comment)}" for command in commands)
     title = "Merge it further, or undo it" if undoing else "Merge it further"
-    return f"## {title}\n\n{_needed(facts)}```bash\n{block}\n```"
+    return f"## {title}\n\n{_needed(facts)}{block(chr(10).join(lines), 'bash')}"
 
 
 def _needed(facts: Facts) -> str:
     """Say which models of the commands a reader of the card has not got."""
-    local = list(dict.fromkeys(f"`{p.name}`" for p in facts.parents if p.repo is None))
+    local = list(dict.fromkeys(code(p.name) for p in facts.parents if p.repo is None))
     if not local:
         return ""
     are = "is a local model" if len(local) == 1 else "are local models"
@@ -94,18 +107,17 @@ class _Command(NamedTuple):
 
 def _base(facts: Facts) -> str | None:
     """The base of the merge, or of the fine-tune, as the user types it."""
-    if facts.report:
-        models = facts.report.get("models") or []
-        bases = (_typed(m["ref"], m.get("commit")) for m in models if m["role"] == "base")
+    if facts.report is not None:
+        bases = (_typed(m.ref, m.commit) for m in facts.report.models if m.role == "base")
     else:
         bases = (_typed(p.name, p.commit) for p in facts.parents if p.role == "base")
     return next(bases, None)
 
 
 def _merging(facts: Facts, base: str | None, on_base: str) -> list[_Command]:
-    merged = bool(facts.report.get("models"))
+    merged = facts.report is not None and bool(facts.report.models)
     weights = "precision" if facts.has_posterior else "uniform"
-    start = f"bmerge merge {facts.repo} OTHER"
+    start = f"bmerge merge {word(facts.repo)} OTHER"
     if merged or not on_base or weights == "uniform":
         repeated = merged and weights == facts.recipe.get("weights")
         settings = _settings(facts.recipe, [base]) if repeated else ""
@@ -124,27 +136,29 @@ def _undoable(facts: Facts) -> list[MergedModel]:
     There are none if the merge weighed by a precision that is not here.
     """
     report = facts.report
-    method = METHODS.get(report.get("method", ""))
-    if method is None or not method.can_be_undone:
+    method = METHODS.get(report.method) if report is not None else None
+    if report is None or method is None or not method.can_be_undone:
         return []
-    if report["weights"] == "precision" and not facts.has_posterior:
+    if report.weights not in ("precision", "uniform"):
         return []
-    scales = cast(Sequence[object], facts.recipe.get("scale", ()))
-    if any(isinstance(scale, str) for scale in scales):  # other scales in some tensors
+    if report.weights == "precision" and not facts.has_posterior:
         return []
-    return [m for m in report["models"] if m["role"] == "task" and m["scale"]][:3]
+    if texts(facts.recipe.get("scale")):  # other scales in some tensors
+        return []
+    return [m for m in report.models if m.role == "task" and m.scale][:3]
 
 
 def _undo(facts: Facts, model: MergedModel, base: str | None, on_base: str) -> _Command:
-    task = _typed(model["ref"], model.get("commit"))
-    scale = str(-(model["scale"] or 0)).removesuffix(".0")
+    task = _typed(model.ref, model.commit)
+    scale = str(-(model.scale or 0)).removesuffix(".0")
+    weights = facts.report.weights if facts.report is not None else "uniform"
     line = (
-        f"bmerge merge {facts.repo} {shlex.quote(task)}{on_base} "
-        f"--weights {facts.report['weights']} --scale 1 --scale {scale}"
+        f"bmerge merge {word(facts.repo)} {word(task)}{on_base} "
+        f"--weights {word(weights)} --scale 1 --scale {scale}"
         f"{_settings(facts.recipe, [base, task])} -o without"
     )
     name = re.sub(r"@[0-9a-f]{40}", "", task)
-    was_removed = (model["scale"] or 0) < 0
+    was_removed = (model.scale or 0) < 0
     return _Command(line, f"put {name} back" if was_removed else f"take {name} out again")
 
 
@@ -155,14 +169,15 @@ def _settings(recipe: Mapping[str, object], refs: Sequence[str | None]) -> str:
     """
     flags = []
     for key in _MODEL_SETTINGS:
-        by_ref = cast(Mapping[str, object], recipe.get(key) or {})
+        by_ref = mapping(recipe.get(key))
         by_typed = {_typed(ref, None): value for ref, value in by_ref.items()}
         flags += [f"--{key}={ref}={last_parts(by_typed[ref])}" for ref in refs if ref in by_typed]
     for key in _MERGE_SETTINGS:
         default = MergeConfig.model_fields[key].default
-        if (value := recipe.get(key, default)) != default:
+        value = recipe.get(key, default)
+        if isinstance(value, (str, int, float)) and value != default:
             flags.append(f"--{key.replace('_', '-')}={value}")
-    return "".join(f" {shlex.quote(flag)}" for flag in flags)
+    return "".join(f" {shlex.quote(one_line(flag))}" for flag in flags)
 
 
 def _typed(ref: str, commits: str | None) -> str:

@@ -4,14 +4,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import RECORDS
-from mergekit_bayes.hub.folder import MergeRecord, lone_precision_files, precision_info, read_record
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, RECORDS
+from mergekit_bayes.hub.folder import (
+    MergeRecord,
+    lone_precision_files,
+    precision_info,
+    read_merge,
+    read_record,
+    texts,
+)
 from mergekit_bayes.hub.parents import Parent, parents
 from mergekit_bayes.posterior import PosteriorInfo
 
@@ -21,6 +27,7 @@ _PIPELINES = {  # the end of an architecture's class name -> the Hub's pipeline 
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
 }
+_SETTINGS = (MERGE_RECIPE, FINETUNE)
 _ADAPTER_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
@@ -31,7 +38,7 @@ class Facts:
     Attributes:
         repo: `org/name`, or the folder's name.
         only_posterior: The card is of a posterior, without a model.
-        report: `merge_report.json`; empty if the folder is not a merge.
+        report: `merge_report.json`; None if the folder is not a merge.
         recipe: `merge_recipe.yaml`, likewise.
         finetune: `finetune.yaml`; empty if the folder is not a fine-tune.
         adapter: `adapter_config.json`; empty for a whole model.
@@ -46,7 +53,7 @@ class Facts:
 
     repo: str
     only_posterior: bool
-    report: MergeRecord
+    report: MergeRecord | None
     recipe: Mapping[str, object]
     finetune: Mapping[str, object]
     adapter: Mapping[str, object]
@@ -77,7 +84,8 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
     precision = lone or (precision_files(folder) if posterior else [])
     for file in (*precision, *_documents(folder, only=only)):
         contained(folder, file.relative_to(folder))
-    report, recipe, finetune = ({} if only else read_record(folder / name) for name in RECORDS)
+    report = None if only else read_merge(folder)
+    recipe, finetune = ({} if only else read_record(folder / name) for name in _SETTINGS)
     made_from = parents(folder, posterior_only=only_posterior)
     adapter = read_record(folder / "adapter_config.json")
     mean_identity = None
@@ -90,7 +98,7 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
     return Facts(
         repo=repo,
         only_posterior=only,
-        report=cast(MergeRecord, report),
+        report=report,
         recipe=recipe,
         finetune=finetune,
         adapter=adapter,
@@ -98,9 +106,7 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         parents=made_from,
         has_posterior=bool(precision),
         info=info,
-        pipeline=_pipeline(
-            cast(Sequence[str], config.get("architectures") or ()), str(adapter.get("task_type"))
-        ),
+        pipeline=_pipeline(texts(config.get("architectures")), str(adapter.get("task_type"))),
         evaluations=evaluations,
         notes=notes,
     )

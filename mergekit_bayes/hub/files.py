@@ -1,6 +1,5 @@
 """Which files of a model folder are pushed, which stay behind, and which are deleted on the Hub."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +12,10 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
+from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, shown
-from mergekit_bayes.hub.folder import CARD, lone_precision_files, precision_info
-from mergekit_bayes.hub.local_paths import names_paths
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
+from mergekit_bayes.hub.local_paths import holds_token, names_paths
 from mergekit_bayes.posterior import PosteriorInfo
 
 _INNER_FILES = (
@@ -68,7 +68,7 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
 
     Raises:
         CheckpointError: Not a folder, or neither a model nor a precision in it; or a file of the
-            push is a link out of the folder, or is not a regular file.
+            push is a link out of the folder, is not a regular file, or holds a token.
         ConfigError: The options leave nothing to push.
         PrecisionError: No posterior, one of other weights, or one that does not name its weights.
     """
@@ -103,8 +103,15 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
             chosen |= _posterior_files(folder / "posterior", precision)
             _real_files(folder, chosen)
             _check_posterior(folder, precision)
+    files = tuple(_real_files(folder, chosen))
+    for file in files:
+        if file.source is not None and holds_token(file.source):
+            raise CheckpointError(
+                f"{folder / file.path}: holds what looks like a token of the Hub. Nothing was "
+                "pushed: take the token out of the file, and withdraw it if others have seen it."
+            )
     return Choice(
-        tuple(_real_files(folder, chosen)),
+        files,
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
         tuple(_path_notes(chosen)),
     )
@@ -180,12 +187,7 @@ def _modules(folder: Path) -> Iterator[str]:
     for name in ("config.json", "tokenizer_config.json"):
         if os.path.lexists(folder / name):
             contained(folder, name)
-        try:
-            content = json.loads((folder / name).read_text())
-        except (OSError, ValueError):
-            continue
-        auto_map = (content.get("auto_map") or {}) if isinstance(content, dict) else {}
-        for value in auto_map.values():
+        for value in mapping(read_object(folder / name).get("auto_map")).values():
             for place in value if isinstance(value, list) else [value]:
                 if isinstance(place, str) and "--" not in place:  # "--": of another repository
                     yield f"{place.partition('.')[0]}.py"

@@ -1,52 +1,63 @@
-"""The files of a model folder that a card and a push read: records, configs, a lone precision."""
+"""The files of a model folder that a card and a push read: records, configs, a lone precision.
 
-import json
-from collections.abc import Sequence
+They may come from anybody: what is shown of a record is read by its type.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
-import yaml
+from pydantic import BaseModel, ConfigDict
 
+from mergekit_bayes import documents
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
+from mergekit_bayes.documents import DocumentError, read_mapping, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import PosteriorInfo, read_info
 
 CARD = "README.md"
+_LARGEST_CARD = 4 << 20  # bytes; the largest published ones have about 1 MB
 
 
-class MergedModel(TypedDict, total=False):
+class _Record(BaseModel):
+    """Keys of a record that a card shows; others are not looked at."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class MergedModel(_Record):
     """A model in `merge_report.json`, as far as a card shows it."""
 
-    ref: str
-    role: str
-    scale: float | None
-    commit: str | None
-    observations: float | None
-    ratio: float | None
+    ref: str = ""
+    role: str = "task"
+    scale: float | None = None
+    commit: str | None = None
+    observations: float | None = None
+    ratio: float | None = None
 
 
-class MergeRecord(TypedDict, total=False):
+class MergeRecord(_Record):
     """`merge_report.json`, as far as a card shows it: of whole models, or of adapters."""
 
-    version: str
-    summary: str
-    method: str
-    formula: str
-    weights: str
-    notes: list[str]
-    models: list[MergedModel]
-    merged_tensors: int
-    copied: list[str]
-    left_out: list[str]
-    guard: float
-    guarded_share: float
-    largest_multiplier: float
-    changed_share: float | None
-    lost_share: float | None
-    adapters: list[str]
-    scales: list[float]
-    rank: int
-    largest_error: float
+    version: str = ""
+    summary: str = ""
+    method: str = ""
+    formula: str = ""
+    weights: str = "uniform"
+    notes: list[str] = []
+    models: list[MergedModel] = []
+    merged_tensors: int = 0
+    copied: dict[str, object] | list[object] = []
+    left_out: dict[str, object] | list[object] = []
+    guard: float = 0.0
+    guarded_share: float = 0.0
+    largest_multiplier: float = 0.0
+    changed_share: float | None = None
+    lost_share: float | None = None
+    adapters: list[str] = []
+    scales: list[float] = []
+    rank: int = 0
+    largest_error: float = 0.0
 
 
 def read_record(file: Path) -> dict[str, object]:
@@ -55,19 +66,52 @@ def read_record(file: Path) -> dict[str, object]:
     Raises:
         CheckpointError: The file cannot be read, or does not hold a mapping.
     """
-    parse = json.loads if file.suffix == ".json" else yaml.safe_load
+    return read_mapping(file) if file.exists() else {}
+
+
+def read_merge(folder: Path) -> MergeRecord | None:
+    """What a folder's `merge_report.json` says; None without one, or if it tells of no merge.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a value in it has another type.
+    """
+    file = folder / MERGE_REPORT
     if not file.exists():
+        return None
+    record = documents.read_record(MergeRecord, file)
+    return record if record.models or record.adapters else None
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """The texts of a list; empty if it is none."""
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+
+
+def mapping(value: object) -> Mapping[str, object]:
+    """The entries of a mapping under text keys; empty if it is none."""
+    if not isinstance(value, dict):
         return {}
+    return {k: v for k, v in value.items() if isinstance(k, str)}
+
+
+def text_or_none(value: object) -> str | None:
+    """A text that is not empty."""
+    return value if isinstance(value, str) and value else None
+
+
+def read_card(file: Path) -> str:
+    """The text of a model card.
+
+    Raises:
+        CheckpointError: It cannot be read, or is too large.
+    """
     try:
-        content = parse(file.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is not a mapping")
-        return content
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{file}: cannot be read ({reason}). Write it again, or remove it."
-        ) from None
+        return read_text(file, _LARGEST_CARD)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DocumentError as error:
+        reason = str(error)
+    raise CheckpointError(f"{file}: cannot be read ({reason}). Write it again, or remove it.")
 
 
 def lone_precision_files(folder: Path) -> list[Path]:

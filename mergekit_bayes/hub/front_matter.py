@@ -8,6 +8,7 @@ malformed model-index and keys that are not strings. It logs a warning for a car
 matter.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import yaml
 
+from mergekit_bayes.documents import parse_yaml
 from mergekit_bayes.hub.facts import Facts
+from mergekit_bayes.hub.folder import mapping
+from mergekit_bayes.hub.markdown import one_line
 from mergekit_bayes.hub.parents import adapter_base
 
 if TYPE_CHECKING:
@@ -34,10 +38,7 @@ def split_card(card: str) -> tuple[Fields, str]:
     block = _BLOCK.match(card)
     if block is None:
         return {}, card
-    try:
-        fields = yaml.safe_load(block["yaml"]) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+    fields = parse_yaml(block["yaml"]) or {}
     if not isinstance(fields, dict):
         raise ValueError("it is not a mapping")
     return fields, card[block.end() :]
@@ -54,9 +55,9 @@ def front_matter(facts: Facts) -> tuple[Fields, tuple[str, ...]]:
     from huggingface_hub import ModelCardData
 
     bases = list(dict.fromkeys(p.repo for p in facts.parents if p.repo is not None))
-    if facts.is_adapter and facts.report:
+    if facts.is_adapter and facts.report is not None:
         base = adapter_base(facts.adapter)
-        if base.repo and base.repo not in bases:
+        if base is not None and base.repo and base.repo not in bases:
             bases = [base.repo, *bases]
     results = [result for report in facts.evaluations for result in _eval_results(report)]
     data = ModelCardData(
@@ -66,7 +67,7 @@ def front_matter(facts: Facts) -> tuple[Fields, tuple[str, ...]]:
         pipeline_tag=facts.pipeline,
         tags=[
             "mergekit-bayes",
-            *(["merge"] if facts.report else []),
+            *(["merge"] if facts.report is not None else []),
             *(["posterior"] if facts.has_posterior else []),
         ],
         model_name=facts.repo.rpartition("/")[2] if results else None,
@@ -77,7 +78,7 @@ def front_matter(facts: Facts) -> tuple[Fields, tuple[str, ...]]:
 
 
 def _relation(facts: Facts) -> str | None:
-    if facts.report:
+    if facts.report is not None:
         return "merge"
     if facts.only_posterior:  # the Hub has no word for the relation of a posterior to its model
         return None
@@ -104,7 +105,7 @@ class _Score(NamedTuple):
     data: str
     metric: str
     title: str
-    value: object  # a number, or an interval with its `value`
+    value: float
 
 
 def _eval_results(report: Mapping[str, object]) -> "list[EvalResult]":
@@ -117,7 +118,7 @@ def _eval_results(report: Mapping[str, object]) -> "list[EvalResult]":
             dataset_name=score.data,
             metric_type=score.metric,
             metric_name=score.title,
-            metric_value=_rounded(score.value),
+            metric_value=float(f"{score.value:.6g}"),
         )
         for score in _scores(report)
     ]
@@ -125,22 +126,29 @@ def _eval_results(report: Mapping[str, object]) -> "list[EvalResult]":
 
 def _scores(report: Mapping[str, object]) -> Iterator[_Score]:
     """The results of an evaluation that the Hub's model-index has a place for."""
-    for data, values in _by_name(report, "perplexity"):
-        token = values["token"]
-        yield _Score("text-generation", data, "perplexity", "perplexity per token", token)
-    for data, values in _by_name(report, "classification"):
-        task = "text-classification"
-        yield _Score(task, data, "accuracy", "accuracy", values["accuracy"])
-        yield _Score(task, data, "ece", "expected calibration error", values["ece"])
-    for scorer, values in _by_name(report, "toxicity"):
+    tasks = "text-generation", "text-classification"
+    yield from _of(report, "perplexity", "token", tasks[0], "perplexity", "perplexity per token")
+    yield from _of(report, "classification", "accuracy", tasks[1], "accuracy", "accuracy")
+    error = "expected calibration error"
+    yield from _of(report, "classification", "ece", tasks[1], "ece", error)
+    for scorer, values in mapping(report.get("toxicity")).items():
         title = f"toxic share by {Path(scorer.partition(':')[2] or scorer).name}"
-        yield _Score("text-generation", "prompts", "toxicity", title, values["share"])
+        if (share := _number(mapping(values).get("share"))) is not None:
+            yield _Score(tasks[0], "prompts", "toxicity", one_line(title, 200), share)
 
 
-def _by_name(report: Mapping[str, object], metric: str) -> list[tuple[str, Mapping[str, object]]]:
-    return list(cast(Mapping[str, Mapping[str, object]], report.get(metric) or {}).items())
+def _of(
+    report: Mapping[str, object], part: str, key: str, task: str, metric: str, title: str
+) -> Iterator[_Score]:
+    """One number of each data set in a part of an evaluation."""
+    for data, values in mapping(report.get(part)).items():
+        if (number := _number(mapping(values).get(key))) is not None:
+            yield _Score(task, one_line(data, 200), metric, title, number)
 
 
-def _rounded(value: object) -> float:
-    number = value["value"] if isinstance(value, dict) else value
-    return float(f"{cast(float, number):.6g}")
+def _number(value: object) -> float | None:
+    """A finite number, or that of an interval with its `value`; None for anything else."""
+    number = value.get("value") if isinstance(value, dict) else value
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+        return None
+    return float(number) if math.isfinite(number) else None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.hub.folder import CARD
+from mergekit_bayes.hub.folder import CARD, read_card
 from mergekit_bayes.hub.front_matter import split_card
+from mergekit_bayes.hub.markdown import one_line
 from mergekit_bayes.hub.parents import Parent
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def local_licenses(made_from: Sequence[Parent]) -> dict[Parent, License | None]:
 
 def hub_licenses(api: "HfApi", made_from: Sequence[Parent]) -> dict[Parent, License | None]:
     """The licences of local parents and of those on the Hub; None where a card cannot be read."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     licenses = local_licenses(made_from)
     for parent in made_from:
@@ -55,9 +56,10 @@ def hub_licenses(api: "HfApi", made_from: Sequence[Parent]) -> dict[Parent, Lice
             continue
         try:
             card = Path(api.hf_hub_download(parent.repo, CARD, revision=parent.commit))
-            licenses[parent] = read_license(card.read_text())
-        except (EntryNotFoundError, HfHubHTTPError):
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
             licenses[parent] = None
+        else:
+            licenses[parent] = _license_in(card)
     return licenses
 
 
@@ -67,18 +69,26 @@ def read_license(card: str) -> License | None:
         fields, _ = split_card(card)
     except ValueError:
         return None
-    if not isinstance(fields.get("license"), str):
+    if not (isinstance(fields.get("license"), str) and fields["license"]):
         return None
     keys = ["license"]
     if fields["license"] == "other":
         keys += ["license_name", "license_link"]
-    return {k: str(fields[k]) for k in keys if fields.get(k)}
+    return {k: one_line(v, 300) for k in keys if isinstance(v := fields.get(k), str) and v}
 
 
 def _license_beside(path: Path) -> License | None:
     folder = path.parent if os.path.isfile(path) else path
-    try:
-        contained(folder, CARD)
-    except CheckpointError:  # there is none, or it is a link to what is not of that model
+    if not os.path.isfile(folder / CARD):  # also where a record names what no path can be
         return None
-    return read_license((folder / CARD).read_text())
+    try:
+        return _license_in(contained(folder, CARD))
+    except CheckpointError:  # it is a link to what is not of that model
+        return None
+
+
+def _license_in(card: Path) -> License | None:
+    try:
+        return read_license(read_card(card))
+    except CheckpointError:  # the card of a parent is not needed
+        return None

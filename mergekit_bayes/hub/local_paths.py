@@ -1,11 +1,15 @@
-"""Local paths in what is published: shown by their last part, and found in pushed files."""
+"""What is not to be published: local paths, shown by their last part, and tokens of the Hub."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mergekit_bayes.documents import DocumentError, read_bytes
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.parents import Parent
 
+_TOKEN = re.compile(r"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{34}(?![A-Za-z0-9_])")
+_SEARCHED = 4 << 20  # bytes; only vocabularies are larger
 _PATH = re.compile(r"[\s\"':\[,](/|~/)[\w.-]+/")
 
 
@@ -53,8 +57,26 @@ def without_paths(note: str, made_from: Sequence[Parent]) -> str:
 
 
 def names_paths(file: Path) -> bool:
-    """Whether a file of text names an absolute path, or one in a home folder."""
-    return bool(_PATH.search(file.read_text(errors="replace")))
+    """Whether a file of text names an absolute path, or one in a home folder.
+
+    Raises:
+        CheckpointError: It is too large, or no regular file.
+    """
+    return bool(_PATH.search(_content(file)))
+
+
+def holds_token(file: Path) -> bool:
+    """Whether a file of text holds what has the form of a token; large files are not searched."""
+    if file.suffix == ".safetensors" or file.stat().st_size > _SEARCHED:
+        return False
+    return bool(_TOKEN.search(_content(file)))
+
+
+def _content(file: Path) -> str:
+    try:
+        return read_bytes(file).decode(errors="replace")
+    except DocumentError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}).") from None
 
 
 def _last_part(text: str) -> str:

@@ -71,16 +71,12 @@ class _Account(NamedTuple):
 
     @classmethod
     def of(cls, answer: object) -> "_Account":
+        if not isinstance(answer, dict) or not isinstance(name := answer.get("name"), str):
+            raise HubError("the Hub does not say whose token this is.")
+        role: str | None = None
         match answer:
-            case {"name": str(name)}:
-                pass
-            case _:
-                raise HubError("the Hub does not say whose token this is.")
-        match answer:
-            case {"auth": {"accessToken": {"role": str(role)}}}:
-                pass
-            case _:
-                role = None
+            case {"auth": {"accessToken": {"role": str(given)}}}:
+                role = given
         writable = set()
         orgs = answer.get("orgs")
         for org in orgs if isinstance(orgs, list) else ():

@@ -3,18 +3,22 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.layout import precision_files
-from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.folder import (
     MergeRecord,
     lone_precision_files,
     precision_info,
+    read_merge,
     read_record,
+    text_or_none,
+    texts,
 )
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class Parent(NamedTuple):
@@ -56,22 +60,21 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
     lone = lone_precision_files(folder)
     if posterior_only or lone:
         info = precision_info(lone or precision_files(folder))
-        name = str(info.training.get("model", "")) if info is not None else ""
+        name = text_or_none(info.training.get("model")) if info is not None else None
         return tuple(named_parents(name, "model", None, None)) if name else ()
-    recipe = read_record(folder / MERGE_RECIPE)
-    report = cast(MergeRecord, read_record(folder / MERGE_REPORT))
-    if "models" in report:  # a merge of whole models
+    report = read_merge(folder)
+    if report is not None and report.models:
         return tuple(
             parent
-            for m in report["models"]
-            for parent in named_parents(str(m["ref"]), m["role"], m["scale"], m.get("commit"))
+            for m in report.models
+            for parent in named_parents(m.ref, m.role, m.scale, m.commit)
         )
-    if "adapters" in report:
-        return _merged_adapters(report, recipe)
-    if model := read_record(folder / FINETUNE).get("model"):
-        return tuple(named_parents(str(model), "base", None, None))
-    config = read_record(folder / "adapter_config.json")
-    return (adapter_base(config),) if config.get("base_model_name_or_path") else ()
+    if report is not None:
+        return _merged_adapters(report, read_record(folder / MERGE_RECIPE))
+    if model := text_or_none(read_record(folder / FINETUNE).get("model")):
+        return tuple(named_parents(model, "base", None, None))
+    base = adapter_base(read_record(folder / "adapter_config.json"))
+    return () if base is None else (base,)
 
 
 def named_parents(ref: str, role: str, scale: float | None, commits: str | None) -> list[Parent]:
@@ -90,9 +93,9 @@ def named_parents(ref: str, role: str, scale: float | None, commits: str | None)
     result = []
     for i, (name, sha) in enumerate(zip(names, shas, strict=True)):
         repo, _, revision = name.partition("@")
-        commit = sha or (revision if _COMMIT.fullmatch(revision) else "")
+        commit = sha or revision
         part_role = "adapter" if i > 0 else role
-        if commit:
+        if _COMMIT.fullmatch(commit) and _REPO.fullmatch(repo):
             result.append(Parent(part_role, scale, None, repo, commit))
         else:
             result.append(Parent(part_role, scale, name))
@@ -101,23 +104,26 @@ def named_parents(ref: str, role: str, scale: float | None, commits: str | None)
     return result
 
 
-def adapter_base(config: Mapping[str, object]) -> Parent:
-    """The base that an adapter's config names, by Hub id or by path.
+def adapter_base(config: Mapping[str, object]) -> Parent | None:
+    """The base that an adapter's config names, by Hub id or by path; None if it names none.
 
     PEFT does not say which of the two it is: a name in the form of a Hub id is taken for one.
     """
-    name, revision = str(config.get("base_model_name_or_path")), str(config.get("revision") or "")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    name = text_or_none(config.get("base_model_name_or_path"))
+    revision = text_or_none(config.get("revision")) or ""
+    if name is None:
+        return None
+    if _REPO.fullmatch(name):
         return Parent("base", None, None, name, revision if _COMMIT.fullmatch(revision) else None)
     return Parent("base", None, name)
 
 
 def _merged_adapters(report: MergeRecord, recipe: Mapping[str, object]) -> tuple[Parent, ...]:
     """Adapters with their scales; the recipe pins them to commits, where the report does not."""
-    scales = report["scales"] * (len(report["adapters"]) if len(report["scales"]) == 1 else 1)
-    refs = cast(list[str], recipe.get("models")) or report["adapters"]
+    scales = report.scales * (len(report.adapters) if len(report.scales) == 1 else 1)
+    refs = texts(recipe.get("models")) or report.adapters
     return tuple(
         parent
         for ref, scale in zip(refs, scales, strict=False)
-        for parent in named_parents(str(ref), "task", scale, None)
+        for parent in named_parents(ref, "task", scale, None)
     )

@@ -17,7 +17,7 @@ from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.hub.card import Card, is_generated, make_card
 from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
-from mergekit_bayes.hub.folder import CARD, lone_precision_files
+from mergekit_bayes.hub.folder import CARD, lone_precision_files, read_card
 from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
 from mergekit_bayes.hub.login import check_target, explained
 from mergekit_bayes.hub.parents import Parent, parents
@@ -146,7 +146,7 @@ def _folder_card(folder: Path, *, only_posterior: bool) -> str:
     if not os.path.lexists(file) or (only_posterior and not lone_precision_files(folder)):
         return ""
     contained(folder, CARD)
-    text = file.read_text()
+    text = read_card(file)
     return "" if is_generated(text) else text
 
 
@@ -175,7 +175,7 @@ def _push(target: Target, content: _Content, existing: str, say: Say | None) -> 
     if not content.only_posterior:
         check_same_form(target, [file.path for file in content.choice.files], remote)
     if not existing and CARD in remote:  # the text of a card on the Hub is kept too
-        existing = Path(api.hf_hub_download(repo, CARD, revision=head)).read_text()
+        existing = read_card(Path(api.hf_hub_download(repo, CARD, revision=head)))
     plan = _plan(content, repo, existing, hub_licenses(api, content.parents))
     if is_new_branch:
         api.create_branch(repo, branch=target.revision, exist_ok=True)

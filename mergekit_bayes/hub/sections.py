@@ -9,6 +9,7 @@ from mergekit_bayes.hub.commands import further_section, posterior_code, use_sec
 from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import MergedModel, MergeRecord
 from mergekit_bayes.hub.local_paths import published_recipe, without_paths
+from mergekit_bayes.hub.markdown import block, code, one_line, table, text
 from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
@@ -17,29 +18,34 @@ from mergekit_bayes.posterior.wording import (
 )
 
 _COLUMNS = ("model", "role", "scale", "commit", "observations", "sum H / sum H of the base")
+_NOTES = 50  # of a merge; honest ones have a handful
 _OPTIMIZERS = {"ivon": "IVON", "adamw": "AdamW"}
 
 
 def card_section(facts: Facts) -> str:
     """The text between our two HTML comments."""
-    text = "\n\n".join(_parts(facts))
-    return text.replace("<!--", "&lt;!--")  # the two comments around it are the only ones
+    section = "\n\n".join(_parts(facts))
+    return section.replace("<!--", "&lt;!--")  # the two comments around it are the only ones
 
 
 def _parts(facts: Facts) -> Iterator[str]:
     yield _how_it_was_made(facts)
     if facts.parents:
         yield _parents_table(facts)
-    if facts.report.get("models"):
-        summary = without_paths(facts.report.get("summary", ""), facts.parents)
-        lines = [*([summary] if summary else []), *_merge_numbers(facts.report)]
+    report = facts.report
+    if report is not None and report.models:
+        summary = text(without_paths(report.summary, facts.parents))
+        lines = [*([summary] if summary else []), *_merge_numbers(report)]
         yield "\n".join(f"- {line}" for line in lines)
-    elif facts.report:
+    elif report is not None:
         yield (
-            f"Rank {facts.report['rank']}; the largest relative error of a layer is "
-            f"{facts.report['largest_error']:.3g}."
+            f"Rank {report.rank}; the largest relative error of a layer is "
+            f"{report.largest_error:.3g}."
         )
-    if notes := [without_paths(n, facts.parents) for n in facts.report.get("notes", ())]:
+    if report is not None and report.notes:
+        notes = [text(without_paths(note, facts.parents)) for note in report.notes[:_NOTES]]
+        if len(report.notes) > _NOTES:
+            notes.append(f"... and {len(report.notes) - _NOTES} more")
         yield "Notes of the merge:\n\n" + "\n".join(f"- {note}" for note in notes)
     if facts.recipe or facts.finetune:
         yield _recipe(facts)
@@ -54,15 +60,15 @@ def _how_it_was_made(facts: Facts) -> str:
     title = "## How it was made\n\n"
     tool = "`bmerge` (mergekit-bayes)"
     report = facts.report
-    if report:
-        if models := report.get("models"):
-            count = sum(m["role"] != "base" for m in models)
+    if report is not None:
+        if models := report.models:
+            count = sum(m.role != "base" for m in models)
             merged = f"{count} model{'s' * (count > 1)}{' on a base' * (count < len(models))}"
-            what = f"{merged} by `{report['method']}`"
+            what = f"{merged} by {code(report.method)}"
         else:
-            what = f"{len(report['adapters'])} adapters"
-        version, formula = report.get("version", ""), report["formula"]
-        return f"{title}{tool} {version} merged {what}:\n\n```\n{formula}\n```"
+            what = f"{len(report.adapters)} adapters"
+        version = one_line(text(report.version), 40)
+        return f"{title}{tool} {version} merged {what}:\n\n{block(report.formula)}"
     if facts.finetune:
         what = "an adapter (LoRA) " if facts.is_adapter else ""
         optimizer = _OPTIMIZERS.get(str(facts.finetune.get("optimizer", "ivon")), "?")
@@ -76,11 +82,11 @@ def _how_it_was_made(facts: Facts) -> str:
 
 
 def _parents_table(facts: Facts) -> str:
-    models = facts.report.get("models") or []
-    by_ref = {m["ref"]: m for m in models}
+    models = facts.report.models if facts.report is not None else []
+    by_ref = {m.ref: m for m in models}
     rows = []
     for i, p in enumerate(facts.parents):
-        place = f"`{p.name}`" if p.repo else f"`{p.name}` (local)"
+        place = code(p.name) if p.repo else f"{code(p.name)} (local)"
         if p.repo and p.commit:
             place = f"[{p.repo}](https://huggingface.co/{p.repo}/tree/{p.commit})"
         # BASE+ADAPTER is one model of the merge and two parents.
@@ -89,48 +95,41 @@ def _parents_table(facts: Facts) -> str:
         rows.append(
             [
                 place,
-                p.role,
+                text(p.role),
                 "" if p.scale is None else f"{p.scale:g}",
-                f"`{p.commit}`" if p.commit else "",
-                _number(numbers.get("observations")),
-                _number(numbers.get("ratio")),
+                code(p.commit) if p.commit else "",
+                _number(numbers.observations),
+                _number(numbers.ratio),
             ]
         )
     filled = [i for i in range(len(_COLUMNS)) if i < 2 or any(row[i] for row in rows)]
-    lines = [
-        [_COLUMNS[i] for i in filled],
-        ["---"] * len(filled),
-        *([row[i] for i in filled] for row in rows),
-    ]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return table([_COLUMNS[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def _merge_numbers(report: MergeRecord) -> Iterator[str]:
     yield (
-        f"{report['merged_tensors']} tensors merged, {len(report['copied'])} copied, "
-        f"{len(report['left_out'])} left out"
+        f"{report.merged_tensors} tensors merged, {len(report.copied)} copied, "
+        f"{len(report.left_out)} left out"
     )
-    if any((m["scale"] or 0) < 0 for m in report["models"]):
-        share = report["guarded_share"]
+    if any((m.scale or 0) < 0 for m in report.models):
+        share = report.guarded_share
         acted = "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"  # never 0 if it acted
         yield (
-            f"guard {report['guard']:g}: it acted on {acted} of the entries; "
-            f"the largest multiplier of what was removed is {report['largest_multiplier']:.3g}"
+            f"guard {report.guard:g}: it acted on {acted} of the entries; "
+            f"the largest multiplier of what was removed is {report.largest_multiplier:.3g}"
         )
-    if (changed := report.get("changed_share")) is not None:
+    if (changed := report.changed_share) is not None:
         yield f"{changed:.2%} of the merged entries differ from the base in some model"
-    if (lost := report.get("lost_share")) is not None:
+    if (lost := report.lost_share) is not None:
         yield f"{lost:.2%} of those have the base's value in the output"
 
 
 def _recipe(facts: Facts) -> str:
     name = MERGE_RECIPE if facts.recipe else FINETUNE
     content = published_recipe(facts.recipe or facts.finetune, facts.parents)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
+    lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
     head = f"## Recipe\n\n`{name}` without what was left out, local paths by their last part:"
-    return f"{head}\n\n````yaml\n{text}\n````"
+    return f"{head}\n\n{block(lines, 'yaml', backticks=4)}"
 
 
 def _posterior(facts: Facts) -> str:
@@ -141,23 +140,22 @@ def _posterior(facts: Facts) -> str:
         "check that.",
     ]
     if facts.info is not None:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in _info_rows(facts.info) if value)
-        parts.append(f"| | |\n| --- | --- |\n{rows}")
+        parts.append(table(["", ""], [row for row in _info_rows(facts.info) if row[1]]))
     if not facts.only_posterior:
         parts.append(posterior_code(facts))
     return "\n\n".join(parts)
 
 
 def _info_rows(info: PosteriorInfo) -> Iterator[tuple[str, str]]:
-    yield "estimator", info.estimator
+    yield "estimator", text(info.estimator)
     yield "stands for", observations_in_words(info)
     if info.ess != info.observations:
         yield "scaled by (ess)", _number(info.ess)
     yield "prior", prior_in_words(info)
     yield "anchor", anchor_in_words(info)
-    yield "weights, by sampled blocks", f"`{info.mean.blocks}`"
+    yield "weights, by sampled blocks", code(info.mean.blocks)
     for name, value in info.health.items():
-        yield str(name), _number(value)
+        yield text(name), _number(value)
 
 
 def _number(value: object) -> str:
@@ -167,4 +165,4 @@ def _number(value: object) -> str:
     if isinstance(value, (int, float)):
         is_whole = float(value).is_integer() and abs(value) < 1e15
         return f"{value:,.0f}" if is_whole else f"{value:.4g}"
-    return str(value)
+    return text(value)

@@ -1,12 +1,13 @@
 """`adapter_config.json` as PEFT writes it: what is read of it, and which adapters are refused."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.checkpoint.foreign import HEAD, explain_stand_in
+from mergekit_bayes.documents import CONFIG as MOST_BYTES
 from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.lora.writers import explain_config, explain_files, way_out
@@ -71,7 +72,7 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         writer = explain_files(path) or "Name the folder that PEFT wrote."
         raise CheckpointError(f"'{ref}' is not an adapter: it has no {CONFIG}. {writer}")
     try:
-        text = read_bytes(file)
+        text = read_bytes(file, MOST_BYTES)
         if reason := explain_stand_in(text[:HEAD]):
             raise CheckpointError(f"{file}: {reason}")
         content = parse_json(text)
@@ -158,24 +159,7 @@ def _check_forms(config: Mapping[str, object], file: Path) -> None:
                 f"{file}: {key} is {shown(value)}, where {expected} is expected. Correct it "
                 "there, or save the adapter again."
             )
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key)
-        for pattern in patterns if isinstance(patterns, dict) else ():
-            try:
-                re.compile(module_pattern(pattern))
-            except (re.error, *_TOO_LARGE) as error:
-                raise ConfigError(
-                    f"{file}: {key} has the key {shown(pattern)}, which is no regular expression "
-                    f"({error}). Correct it there, or save the adapter again."
-                ) from None
-
-
-def module_pattern(pattern: str) -> str:
-    """The regular expression by which a key of `rank_pattern` and the like matches modules.
-
-    It matches the end of a module's name, from a dot or the start on, as in PEFT.
-    """
-    return rf"(.*\.)?({pattern})$"
+    check_adapter_patterns(config, file)
 
 
 def _refuse_other_kinds(config: Mapping[str, object], ref: str) -> None:

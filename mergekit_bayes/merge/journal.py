@@ -214,9 +214,10 @@ def _parse(path: Path) -> Iterator[Line]:
     """
     try:
         content = read_bytes(path)
-    except DocumentError as error:
+    except (OSError, DocumentError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{path}: {error}. Remove it, and its part is merged again."
+            f"{path}: cannot be read ({reason}). Remove it, and its part is merged again."
         ) from None
     for text in content.splitlines():
         with suppress(DocumentError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import MismatchError, shown
 from mergekit_bayes.libraries import token_ids
 from mergekit_bayes.models.load import Loaded
 
@@ -223,7 +223,7 @@ def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -
             number = value
         if number is None or not 0 <= int(number) < model.config.num_labels:
             raise MismatchError(
-                f"label {value!r} in column '{column}': the model knows "
+                f"label {shown(value)} in column '{column}': the model knows "
                 f"{', '.join(numbers) or 'none'} (or 0 to {model.config.num_labels - 1})."
             )
         result.append(int(number))

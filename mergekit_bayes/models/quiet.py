@@ -59,7 +59,7 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         stack.enter_context(_without_their_bars())
         for name, variable in _LIBRARIES.items():
             if variable is None or variable not in os.environ:
-                stack.enter_context(_errors_only(logging.getLogger(name)))
+                stack.enter_context(logged_from(logging.ERROR, name))
         if not sys.warnoptions:
             stack.enter_context(warnings.catch_warnings())
             for category in _SILENT:
@@ -68,9 +68,16 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_only(logger: logging.Logger) -> Iterator[None]:
+def logged_from(least: int, name: str) -> Iterator[None]:
+    """Let a library log from this level on only; what it was set to is restored at the end.
+
+    Args:
+        least: The level.
+        name: Name of the library's logger.
+    """
+    logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
+    logger.setLevel(max(level, least))
     try:
         yield
     finally:

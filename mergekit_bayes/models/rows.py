@@ -1,17 +1,26 @@
 """Read rows of text: files, folders and Hub data sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mergekit_bayes.checkpoint.sources import is_hub_id
+from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.libraries import call, reason
+from mergekit_bayes.models.data_files import (
+    CARDS,
+    LOADERS,
+    files_of,
+    one_file,
+    patterns_of_card,
+)
 from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
+from mergekit_bayes.models.quiet import logged_from
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _TEXT = "text"  # the key of the text in an object
 _MISSING = object()
 # Only an empty cell of a CSV file is null. By default pandas also drops the words NA and null.
@@ -94,11 +103,12 @@ def _checked(table: _Table, text: str | None, label: str | None) -> "Dataset":
 
     name, rows, numbers, empty_is_null = table
     if text is not None:
-        texts = check_texts(rows[text], text, name, numbers, empty_is_null=empty_is_null)
+        values = _read_out(rows[text], text, name)
+        texts = check_texts(values, text, name, numbers, empty_is_null=empty_is_null)
         if rows.features[text] != Value("string"):
             rows = _with_column(rows, text, texts)
     if label is not None:
-        labels = check_labels(rows[label], label, name, numbers)
+        labels = check_labels(_read_out(rows[label], label, name), label, name, numbers)
         if isinstance(rows.features[label], Json):
             rows = _with_column(rows, label, labels)
     return rows
@@ -142,33 +152,81 @@ def _load(name: str, features: "Features | None") -> "Dataset":
     from datasets import load_dataset
 
     path = Path(name).expanduser()
-    try:
-        if path.is_file():
-            suffix = Path(path.name.removesuffix(".gz")).suffix
-            if suffix not in _LOADERS:
-                raise CheckpointError(
-                    f"'{name}': expected one of {', '.join(_LOADERS)} (.gz too), or a folder."
-                )
-            loader = _LOADERS[suffix]
-            options = _OPTIONS.get(loader, {})
-            return load_dataset(
-                loader, data_files=str(path), split="train", features=features, **options
-            )
-        if path.is_dir():
-            return load_dataset(str(path), split="train", features=features)
-        if is_hub_id(name) and not name.endswith(tuple(_LOADERS)):
-            repo, _, revision = name.partition("@")
-            return load_dataset(repo, split="train", revision=revision or None, features=features)
-    except CheckpointError:
-        raise
-    except Exception as error:  # datasets wraps whatever its readers raise
-        if isinstance(error, StopIteration) or isinstance(error.__cause__, StopIteration):
-            raise CheckpointError(f"'{name}' is empty: it holds no row.") from None
-        reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"'{name}': datasets cannot read it ({type(error).__name__}: {reason})."
-        ) from None
+    chosen = None
+    if path.is_dir():
+        chosen = files_of(path, name)
+    elif path.is_file():
+        chosen = one_file(path, name)
+    elif path.exists():
+        raise CheckpointError(f"'{name}' is not a regular file. Write its rows into one.")
+    if chosen is not None:
+        options = _OPTIONS.get(chosen.loader, {}) | {"data_files": chosen.files}
+        return _loaded(
+            name,
+            lambda: load_dataset(chosen.loader, split="train", features=features, **options),
+        )
+    if is_hub_id(name) and not name.endswith(tuple(LOADERS)):
+        repo, _, revision = name.partition("@")
+        revision = _check_card(name) or revision
+        return _loaded(
+            name,
+            lambda: load_dataset(repo, split="train", revision=revision or None, features=features),
+        )
     raise CheckpointError(f"'{name}': no such file or folder, and not a Hub data set.")
+
+
+def _loaded(name: str, load: "Callable[[], Dataset]") -> "Dataset":
+    """What a reader of `datasets` gives, without the columns whose values are opened when read.
+
+    Raises:
+        CheckpointError: It gives nothing.
+    """
+    try:
+        with logged_from(logging.CRITICAL, "datasets"):  # it logs what it raises
+            rows = call(f"'{name}': datasets cannot read it", load)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, StopIteration) or isinstance(
+            getattr(cause, "__cause__", None), StopIteration
+        ):
+            raise CheckpointError(f"'{name}' is empty: it holds no row.") from None
+        if cause is not None and cause.__cause__ is not None:  # datasets wraps what readers raise
+            raise CheckpointError(
+                f"'{name}': datasets cannot read it ({type(cause).__name__}: "
+                f"{reason(cause.__cause__)})."
+            ) from None
+        raise
+    # Images and sounds may be addresses, and are no text.
+    opened = [column for column, kind in rows.features.items() if _is_opened(kind)]
+    return rows.remove_columns(opened) if opened else rows
+
+
+def _is_opened(feature: Any) -> bool:
+    """Whether values of a column, or inside of it, are files or addresses that are opened."""
+    from datasets import Json
+
+    if isinstance(feature, dict):
+        return any(map(_is_opened, feature.values()))
+    inner = getattr(feature, "feature", None)  # of a list
+    is_file = hasattr(feature, "decode_example") and not isinstance(feature, Json)
+    return is_file or (inner is not None and _is_opened(inner))
+
+
+def _check_card(name: str) -> str | None:
+    """Refuse a Hub data set whose card names files outside of its repository.
+
+    Returns:
+        The commit of the card; None if it cannot be had.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    try:
+        folder = resolve(name, CARDS, repo_type="dataset")
+    except CheckpointError:
+        return None  # told by datasets, which may have the rows in its own cache
+    patterns_of_card(folder)
+    return commit_in(name, folder)
 
 
 def _choose(
@@ -179,7 +237,7 @@ def _choose(
     text: str | None,
 ) -> _Table:
     """The rows that match `where`, with the named columns only."""
-    found = {column: _values(rows, column) for column in [*columns, *where]}
+    found = {column: _values(rows, column, name) for column in [*columns, *where]}
     for column, values in found.items():
         if values is None:
             advice = _columns_of_text(rows) if column == text else ""
@@ -189,31 +247,43 @@ def _choose(
     empty_is_null = rows.info.builder_name == "csv"
     numbers: Sequence[int] = range(1, len(rows) + 1)
     if where:
-        candidates = zip(*(found[column] or () for column in where), strict=True)
+        candidates = zip(
+            *(_read_out(found[column] or (), column, name) for column in where), strict=True
+        )
         matching = [
             i
             for i, values in enumerate(candidates)
             if _matches(dict(zip(where, values, strict=True)), where)
         ]
         rows, numbers = rows.select(matching), [i + 1 for i in matching]
-    rows = _open_objects(rows, columns, text)
+    rows = _open_objects(rows, columns, text, name)
     kept = rows.select_columns(list(columns)) if columns else rows
     return _Table(name, kept, numbers, empty_is_null)
 
 
-def _values(rows: "Dataset", column: str) -> Sequence[object] | None:
+def _values(rows: "Dataset", column: str, name: str) -> Sequence[object] | None:
     """The values of a column, or of what is inside objects; None where no row has it.
 
     Objects may differ from row to row, so that their values are looked at and not their type.
     """
     if column in rows.column_names:
-        values: Sequence[object] = rows[column]
+        values: Sequence[object] = rows[column]  # read where it is iterated
         return values
     outer = [name for name in rows.column_names if column.startswith(f"{name}.")]
-    found = [_inside(row, column) for row in rows.select_columns(outer)] if outer else [_MISSING]
+    objects = _read_out(rows.select_columns(outer), column, name) if outer else []
+    found = [_inside(row, column) for row in objects] or [_MISSING]
     if all(value is _MISSING for value in found):
         return None
     return [None if value is _MISSING else value for value in found]
+
+
+def _read_out(values: Iterable[object], column: str, name: str) -> list[object]:
+    """The values of a column, some of which a file may hold in no form of Python's.
+
+    Raises:
+        CheckpointError: They cannot be read.
+    """
+    return call(f"'{name}': column '{column}' cannot be read", lambda: list(values))
 
 
 def _inside(value: object, path: str) -> object:
@@ -228,7 +298,9 @@ def _inside(value: object, path: str) -> object:
     return next((inner for inner in found if inner is not _MISSING), _MISSING)
 
 
-def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> "Dataset":
+def _open_objects(
+    rows: "Dataset", columns: Sequence[str], text: str | None, name: str
+) -> "Dataset":
     """Make columns of what is inside objects, where a column is named that is inside one.
 
     `prompt.text` is a column of its own then. Objects in the column of texts stand for the text
@@ -238,9 +310,9 @@ def _open_objects(rows: "Dataset", columns: Sequence[str], text: str | None) -> 
 
     for column in columns:
         if column not in rows.column_names:
-            rows = _with_column(rows, column, _values(rows, column) or [None] * len(rows))
+            rows = _with_column(rows, column, _values(rows, column, name) or [None] * len(rows))
     if text is not None and not isinstance(rows.features[text], Value):
-        rows = _with_column(rows, text, [_text_of(value) for value in rows[text]])
+        rows = _with_column(rows, text, [_text_of(v) for v in _read_out(rows[text], text, name)])
     return rows
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_buffer, is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
-from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError, shown
 from mergekit_bayes.methods.base import Method
+from mergekit_bayes.patterns import LONGEST_NAME, compile_pattern
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.left_over import missing_in
 from mergekit_bayes.plan.missing_layers import explain_missing_layers
@@ -58,7 +59,9 @@ def match_tensors(
         model: rename_copies(donor, model.posterior, map_names(donor, model.posterior, notes))
         for model in inputs
     }
-    only = re.compile(config.only) if config.only else None
+    only = compile_pattern(config.only, anywhere=True) if config.only else None
+    if only or rules:
+        _refuse_long_names(inputs)
 
     def matters(model: Input, tensors: Collection[str]) -> bool:
         merged = [name for name in tensors if only is None or only.search(name)]
@@ -76,6 +79,18 @@ def match_tensors(
     if ties.config_changes:
         notes.append(ties.describe_untied())
     return matched
+
+
+def _refuse_long_names(inputs: Inputs) -> None:
+    """Refuse names of tensors on which a pattern could take long."""
+    for model in inputs:
+        for name in model.posterior.mean.specs:
+            if len(name) > LONGEST_NAME:
+                raise ConfigError(
+                    f"'{model.ref}' has a tensor with a name of {len(name):,} characters, "
+                    f"{shown(name)}, where --only and --scale MODEL:REGEX=X match names of up to "
+                    f"{LONGEST_NAME}. Rename it, or drop these options."
+                )
 
 
 class _Selection(NamedTuple):

@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mergekit_bayes.errors import ConfigError, nearest
+from mergekit_bayes.errors import ConfigError, nearest, shown
 from mergekit_bayes.methods import METHODS, choose, settings_of
 from mergekit_bayes.methods.base import Method
+from mergekit_bayes.patterns import PatternError, compile_pattern
 from mergekit_bayes.plan.settings import BY_MODEL, MergeConfig
 
 _PRECISION_ONLY = (
@@ -125,10 +126,10 @@ def check_options(
     parse_shrink(config.shrink)
     if config.only is not None:
         try:
-            re.compile(config.only)
-        except re.error as error:
+            compile_pattern(config.only, anywhere=True)
+        except PatternError as error:
             raise ConfigError(
-                f"--only '{config.only}' is not a regular expression ({error})."
+                f"--only {shown(config.only)} is not used as a regular expression: {error}."
             ) from None
 
 
@@ -177,10 +178,10 @@ def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
     regex = front[len(model) + 1 :]
     tasks = tuple(i for i, m in enumerate(models) if m == model)
     try:
-        return ScaleRule(tasks, re.compile(regex), float(number), text)
-    except re.error as error:
+        return ScaleRule(tasks, compile_pattern(regex, anywhere=True), float(number), text)
+    except PatternError as error:
         raise ConfigError(
-            f"--scale '{text}': '{regex}' is no regular expression ({error})."
+            f"--scale {shown(text)}: {shown(regex)} is not used as a regular expression: {error}."
         ) from None
     except ValueError:
         raise ConfigError(f"--scale '{text}': '{number}' is not a number.") from None

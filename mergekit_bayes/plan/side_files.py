@@ -29,7 +29,7 @@ from mergekit_bayes.checkpoint.tokenizers import (
     tokens_apart,
 )
 from mergekit_bayes.documents import DocumentError, read_bytes, read_object
-from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError, shown
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step
@@ -98,6 +98,7 @@ def choose_side_files(
         )
     if token_ids and not is_told:
         notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
+    _note_beyond(gathered, steps, notes)
     return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
 
 
@@ -282,6 +283,19 @@ def _note_choice(
             f"{_listed(without)} is left out (--side-files chooses)"
         )
     return bool(differing or without)
+
+
+def _note_beyond(gathered: GatheredFiles, steps: Sequence[Step], notes: list[str]) -> None:
+    """Say if the tokenizer that is written gives numbers for which there is no row."""
+    folder = gathered.folders.get("tokenizer")
+    tokens = read_tokens(folder) if folder is not None else None
+    rows = [step.spec.shape[0] for step in steps if is_token_matrix(step.name, step.spec)]
+    if tokens is not None and rows and tokens.count > min(rows):
+        last = tokens.count - 1
+        notes.append(
+            f"{tokens.file} gives the token {shown(tokens.tokens[last])} the number {last:,}, and "
+            f"the written embedding has {min(rows):,} rows: the output cannot read that token"
+        )
 
 
 def _own_groups(owner: Input, gathered: GatheredFiles) -> dict[str, Path]:

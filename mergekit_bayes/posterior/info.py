@@ -8,7 +8,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSource
-from mergekit_bayes.documents import DocumentError, as_record, parse_json
+from mergekit_bayes.documents import SETTINGS, DocumentError, as_record, parse_json
 from mergekit_bayes.errors import CheckpointError, PrecisionError, shown
 from mergekit_bayes.records import Frozen
 
@@ -16,6 +16,7 @@ FORMAT = 1
 LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
+_LARGEST = 3.4e38  # about the largest float32, in which merges are computed
 
 
 class Identity(Frozen):
@@ -114,7 +115,7 @@ class PosteriorInfo(Frozen):
         observations: N, the number of observations that the data's part stands for.
         ess: The count by which the stored precision is scaled, `S = ess * (curvature + prior)`;
             readers multiply by `observations / ess`.
-        sampled: Number of examples that were used for the estimate.
+        sampled: float of examples that were used for the estimate.
         prior: What the precision contains besides the data's part.
         anchor: What the training pulled towards.
         mean: Identity of the weights at which the curvature was taken.
@@ -211,6 +212,8 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
     if text is None:
         return None
     try:
+        if len(text) > SETTINGS:
+            raise DocumentError(f"{len(text):,} characters, where at most {SETTINGS:,} are read")
         content = parse_json(text)
         if not isinstance(content, dict):
             raise DocumentError("it is not a mapping")
@@ -219,11 +222,39 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
                 f"{file}: posterior format {shown(content.get('format'))}, this version reads "
                 f"{FORMAT}. Update mergekit-bayes."
             )
-        return as_record(PosteriorInfo, content)
+        info = as_record(PosteriorInfo, content)
+        _check_numbers(info)
+        return info
     except DocumentError as error:
         raise PrecisionError(
             f"{file}: its posterior information cannot be read ({error})."
         ) from None
+
+
+def _check_numbers(info: PosteriorInfo) -> None:
+    """Refuse numbers with which no merge can count.
+
+    Raises:
+        DocumentError: A number is NaN or beyond float32, or a prior's precision is below zero.
+    """
+    prior, merge = info.prior, info.merge
+    numbers: dict[str, float | None] = {
+        "observations": info.observations,
+        "ess": info.ess,
+        "sampled": info.sampled,
+        "prior.precision": prior.precision,
+        "prior.base_count": prior.base_count,
+        "anchor.precision": info.anchor.precision,
+        "merge.common_count": merge.common_count if merge is not None else None,
+    }
+    for i, term in enumerate(info.terms):
+        numbers |= {f"terms.{i}.scale": term.scale, f"terms.{i}.gain": term.gain}
+    for name, number in numbers.items():
+        if number is not None and not abs(number) <= _LARGEST:
+            raise DocumentError(f"{name} is {number}, which no merge can count with")
+    for name in ("prior.precision", "anchor.precision"):
+        if (numbers[name] or 0) < 0:
+            raise DocumentError(f"{name} is {numbers[name]}, and a precision is not negative")
 
 
 def identify(source: TensorSource, *, full: bool = True) -> Identity:

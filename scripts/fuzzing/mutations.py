@@ -26,6 +26,7 @@ from scripts.fuzzing.documents import (
 
 Bytes = Callable[[bytes, random.Random], bytes]
 
+_ROWS = (".jsonl", ".csv", ".txt", ".parquet")  # rows may be many gigabytes, and are then read
 _NAMES = (b"\xff\xfe.json", b"\x1b[31mred.json", b"a\nb.txt", b"a" * 250 + b".json", b"[red]x[.md")
 
 
@@ -244,7 +245,7 @@ def entry(path: Path, rng: random.Random, canary: Path) -> str:
             short.unlink(missing_ok=True)
     elif kind == "sparse":
         with path.open("wb") as file:
-            file.truncate(10 << 30)
+            file.truncate(1 << 26 if path.suffix in _ROWS else 10 << 30)
     elif kind != "missing":
         targets = {"dangling": "nowhere", "outside": canary, "loop": path.name}
         targets |= {"outside folder": canary.with_name("secrets"), "zeros": "/dev/zero"}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
+from scripts.fuzzing.lines import Line, side_file
 from scripts.fuzzing.stage import CEILING, LARGEST, Hang, Ran
-from scripts.fuzzing.world import CANARY, Line, side_file
+from scripts.fuzzing.world import CANARY
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ BAD = (
     "message",
 )
 MEMORY = 500 << 20  # bytes above what the same line takes on good files
+_LONGEST = 4000  # characters of a message
 _READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
 
 Snapshot = dict[str, tuple[object, ...]]
@@ -123,17 +125,18 @@ def judge(
         _changed(line, before, after),
         _canary(ran, folder, before, after),
         None if refused else _output(line, folder, good, broken),
-        _spent(ran, good),
+        _spent(line, ran, good),
     )
     return next((v for v in checks if v is not None), Verdict("refused" if refused else "done"))
 
 
 @dataclass(frozen=True)
 class Good:
-    """What a line does on good files: its peak of memory, and the digests of its tensors."""
+    """What a line does on good files: its peak of memory, digests of its tensors, what it reads."""
 
     grown: int
     tensors: dict[str, str]
+    files: list[str]
 
 
 def _is_message(line: str) -> bool:
@@ -142,22 +145,23 @@ def _is_message(line: str) -> bool:
 
 
 def _message(ran: Ran) -> Verdict | None:
-    lines = [line for line in ran.err.splitlines() if line.strip()]
-    messages = [line for line in lines if _is_message(line)]
-    if len(messages) != 1 or lines[-1] != messages[0]:
-        return Verdict("message", f"{len(messages)} messages: {' | '.join(lines)[-300:]!r}")
-    if len(messages[0]) > 4000:
-        return Verdict("message", f"{len(messages[0]):,} characters: {messages[0][:200]!r}")
+    lines = ran.err.strip().splitlines()
+    starts = [number for number, line in enumerate(lines) if _is_message(line)]
+    text = "\n".join(lines[starts[0] :]) if starts else ran.err
+    # Settings that are wrong are named all at once, a line each.
+    if len(starts) != 1 or (len(lines) > starts[0] + 1 and not text.startswith("ConfigError")):
+        return Verdict("message", f"{len(starts)} messages: {text[-300:]!r}")
+    if len(text) > _LONGEST:
+        return Verdict("message", f"{len(text):,} characters: {text[:200]!r}")
     return None
 
 
 def _terminal(ran: Ran) -> Verdict | None:
-    for stream in (ran.err, ran.out):
-        for line in stream.split("\n"):
-            signs = {s for s in line if s != "\t" and not s.isprintable()}
-            # Bars of libraries go back to the start of their line.
-            if signs - {"\r"} or (signs and _is_message(line)):
-                return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
+    for line in ran.err.split("\n"):  # stdout is no terminal here, and a card goes there as it is
+        signs = {s for s in line if s != "\t" and not s.isprintable()}
+        # Bars of libraries go back to the start of their line.
+        if signs - {"\r"} or (signs and _is_message(line)):
+            return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
     return None
 
 
@@ -217,18 +221,18 @@ def _output(line: Line, folder: Path, good: Good | None, broken: str) -> Verdict
     if side_file(broken) and found != good.tensors:
         return Verdict("wrong", "other tensors than those of the good line")
     if line.name.startswith("convert") and broken.endswith(".bin"):
-        return _as_torch_reads(line, folder, found)
+        same = found == good.tensors
+        return None if same else _as_torch_reads(line, folder)
     return None
 
 
-def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict | None:
-    """Compare with what torch itself reads; a tied name is stored once."""
+def _as_torch_reads(line: Line, folder: Path) -> Verdict | None:
+    """Compare what was converted with what torch itself reads; a tied name is stored once."""
     import torch
     from safetensors.torch import load_file
 
-    files = sorted((folder / line.needs[0]).glob("*.bin"))
     theirs: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in sorted((folder / line.needs[0]).glob("*.bin")):
         try:
             theirs |= torch.load(file, weights_only=True)
         except Exception as error:
@@ -239,7 +243,7 @@ def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict 
         ours |= load_file(file)
     for name, tensor in ours.items():
         same = name in theirs and tensor.dtype == theirs[name].dtype
-        if not same or not torch.equal(tensor.view(torch.uint8), _bits(theirs[name])):
+        if not same or not torch.equal(_bits(tensor), _bits(theirs[name])):
             return Verdict("wrong", f"{name} is not what torch reads")
     return None
 
@@ -247,15 +251,15 @@ def _as_torch_reads(line: Line, folder: Path, found: dict[str, str]) -> Verdict 
 def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     import torch
 
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _spent(ran: Ran, good: Good | None) -> Verdict | None:
+def _spent(line: Line, ran: Ran, good: Good | None) -> Verdict | None:
     if "File too large" in ran.err:
         return Verdict("disk", f"over {LARGEST >> 20} MiB")
     if good is not None and ran.grown > good.grown + MEMORY:
         return Verdict("memory", f"{(ran.grown - good.grown) >> 20:,} MiB above the good line")
-    if good is not None and ran.opened:
+    if good is not None and ran.opened and not line.hub:  # the client keeps its connections
         return Verdict("leak", f"{ran.opened} files left open")
     return None
 

@@ -1,18 +1,17 @@
-"""The small world that `scripts/fuzz.py` breaks: models, texts and settings, and lines over them.
-
-Every line ends with exit code 0 on the unbroken world.
-"""
+"""The small world that `scripts/fuzz.py` breaks: models, texts and settings."""
 
 import contextlib
 import json
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from scripts.fuzzing.lines import Line
+
+OUTSIDE = "outside"
 CANARY = "canary-7f3a91c4-nothing-may-hold-this"
 WORDS = ("the", "cat", "dog", "sat", "on", "good", "bad", "film", "was", "dull", "nice", "and")
 CARD = """---
@@ -29,149 +28,25 @@ Some text.
 """
 
 
-@dataclass(frozen=True)
-class Line:
-    """A command line and the files that a case may break.
-
-    Attributes:
-        name: Its name in tables; the first word is the command.
-        words: Arguments of `bmerge`, relative to the folder of a case.
-        needs: Entries of the world that are copied for it.
-        out: What it writes; None if it writes nothing.
-        weight: How often it is drawn, beside the others.
-        weights: Whether the same tensors must come out if only side files differ.
-        kept: Entries beside `out` that may be there after a refusal, as the documents say.
-        broken: The only entries of `needs` that are broken; all of them by default.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    needs: tuple[str, ...]
-    out: str | None = None
-    weight: float = 1.0
-    weights: bool = False
-    kept: tuple[str, ...] = ()
-    broken: tuple[str, ...] = ()
-
-
-def _line(name: str, words: str, needs: str, out: str | None = None, **options: object) -> Line:
-    command = name.split()[0]
-    full = f"{command} {words}" + (f" -o {out}" if command in ("merge", "convert") and out else "")
-    return Line(name, tuple(full.split()), tuple(needs.split()), out, **options)  # type: ignore[arg-type]
-
-
-_MERGE = {"out": "out", "weight": 3.0, "weights": True, "kept": ("out.partial",)}
-_SAMPLED = "--continuations 2 --new-tokens 3 --bootstrap 20"
-LINES = (
-    _line("merge average", "a b", "a b", **_MERGE),
-    _line("merge precision", "a b --weights precision", "a b", **_MERGE),
-    _line(
-        "merge removal",
-        "a b --base base --weights precision --scale 1 --scale=-0.5",
-        "base a b",
-        **_MERGE,
-    ),
-    _line("merge ties", "a b --base base --method ties", "base a b", **_MERGE),
-    _line(
-        "merge files",
-        "a.safetensors b.safetensors --weights precision",
-        "a.safetensors a.precision.safetensors b.safetensors b.precision.safetensors",
-        **(_MERGE | {"out": "out.safetensors", "kept": ("out.safetensors.partial",)}),
-    ),
-    _line("merge adapters", "adapter other-adapter", "adapter other-adapter", **_MERGE),
-    _line("merge adapted", "base+adapter b --base base", "base adapter b", **_MERGE),
-    _line("merge sharded", "sharded a --max-shard-size 8KB", "sharded a", **_MERGE),
-    _line("merge recipe", "recipe.yaml", "recipe.yaml a b", **_MERGE),
-    _line("merge recipe verified", "recipe.yaml --verify", "recipe.yaml a b", **_MERGE),
-    _line(
-        "merge resumed",
-        "a b --weights precision",
-        "a b out.partial",
-        **(_MERGE | {"broken": ("out.partial",)}),
-    ),
-    _line("merge plan", "a b --base base --weights precision --dry-run", "base a b", weight=2.0),
-    _line("inspect", "a", "a", weight=3.0),
-    _line("inspect pair", "a sharded", "a sharded", weight=2.0),
-    _line(
-        "inspect file",
-        "a.safetensors --precision a/posterior",
-        "a a.safetensors a.precision.safetensors",
-        weight=1.0,
-    ),
-    _line("inspect adapter", "adapter --json", "adapter", weight=1.0),
-    _line("convert folder", "pickled", "pickled", "out", weight=4.0, weights=True),
-    _line("convert shards", "pickled-shards", "pickled-shards", "out", weight=4.0, weights=True),
-    _line(
-        "convert file",
-        "pickled/pytorch_model.bin",
-        "pickled",
-        "out.safetensors",
-        weight=2.0,
-        broken=("pickled/pytorch_model.bin",),
-    ),
-    _line("push", "merged org/x --dry-run", "merged", weight=4.0),
-    _line("push json", "a org/x --dry-run --json", "a", weight=3.0),
-    _line("push adapter", "adapter org/x --dry-run", "adapter", weight=2.0),
-    _line("push posterior", "merged org/x --dry-run --posterior-only", "merged", weight=1.0),
-    _line("precision", "a --data rows.jsonl --examples 4 -o out", "a rows.jsonl", "out"),
-    _line(
-        "precision beside", "b --data rows.csv --examples 4 --force", "b rows.csv", "b/posterior"
-    ),
-    _line("evaluate text", "a --perplexity rows.jsonl -o out.json", "a rows.jsonl", "out.json"),
-    _line("evaluate parquet", "a --perplexity rows.parquet", "a rows.parquet", weight=0.5),
-    _line("evaluate plain", "a --perplexity rows.txt --samples 2 --prior 1", "a rows.txt"),
-    _line(
-        "evaluate toxicity",
-        f"a --toxicity rows.csv --scorer words:words.txt {_SAMPLED}",
-        "a rows.csv words.txt",
-    ),
-    _line(
-        "evaluate by a model",
-        f"a --toxicity rows.jsonl --scorer model:classifier#LABEL_1 {_SAMPLED}",
-        "a classifier rows.jsonl",
-    ),
-    _line("evaluate labels", "classifier --classify labelled.jsonl", "classifier labelled.jsonl"),
-    _line(
-        "finetune",
-        "finetune.yaml",
-        "finetune.yaml a rows.jsonl",
-        "out",
-        kept=("out.checkpoints",),
-        weight=0.7,
-    ),
-    _line(
-        "finetune resumed",
-        "finetune.yaml --resume",
-        "finetune.yaml a rows.jsonl out.checkpoints",
-        "out",
-        kept=("out.checkpoints",),
-        broken=("out.checkpoints",),
-        weight=0.7,
-    ),
-    _line(
-        "detox",
-        "detox.yaml",
-        "detox.yaml base rows.jsonl words.txt",
-        "out",
-        kept=("out",),
-        weight=0.1,
-    ),
-)
-
-
 def make_world(root: Path) -> None:
     """Write all models, texts and settings below a folder."""
     root.mkdir(parents=True)
     with contextlib.chdir(root):
-        (root.parent / "secrets").mkdir()
-        (root.parent / "canary").write_text(CANARY)
-        (root.parent / "secrets" / "id_rsa").write_text(CANARY)
-        (root.parent / "secrets" / "config.json").write_text(json.dumps({"secret": CANARY}))
+        make_outside(root.parent / OUTSIDE)
         _write_texts()
         _write_models()
         _write_pickles()
         _write_settings()
-        _write_merges()
+        _write_results()
+
+
+def make_outside(folder: Path) -> None:
+    """Write, anew, what links out of a model lead to and no line may show, copy or change."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "secrets").mkdir(parents=True)
+    for name in ("key", "secrets/id_rsa"):
+        folder.joinpath(name).write_text(CANARY)
+    folder.joinpath("secrets/config.json").write_text(json.dumps({"secret": CANARY}))
 
 
 def _write_texts() -> None:
@@ -188,6 +63,10 @@ def _write_texts() -> None:
     import pyarrow
     import pyarrow.parquet
 
+    Path("texts").mkdir()
+    shutil.copy("rows.jsonl", "texts/rows.jsonl")
+    card = {"configs": [{"config_name": "default", "data_files": "rows.jsonl"}]}
+    Path("texts/README.md").write_text(f"---\n{yaml.safe_dump(card)}---\nTexts.\n")
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "rows.parquet")
 
 
@@ -292,11 +171,13 @@ def _write_pickles() -> None:
 def _write_settings() -> None:
     short = {"batch_size": 2, "max_steps": 1, "flush_batches": 1}
     finetune = {"model": "a", "data": "rows.jsonl", "output": "out", **short, "save_steps": 1}
-    finetune |= {"max_length": 8, "keep_checkpoints": True}
+    finetune |= {"max_length": 8, "keep_checkpoints": True, "max_steps": 2}
     Path("finetune.yaml").write_text(yaml.safe_dump(finetune))
+    labels = {"model": "classifier", "data": "labelled.jsonl", "output": "out", **short}
+    Path("labels.yaml").write_text(yaml.safe_dump(labels))
     detox = {
         "base": "base",
-        "output": "out",
+        "output": "removed",
         "toxic": {"data": "rows.jsonl"},
         "finetune": short,
         "precision": {"data": "rows.jsonl", "examples": 4},
@@ -308,17 +189,18 @@ def _write_settings() -> None:
             "new_tokens": 3,
             "bootstrap": 20,
         },
-        "scales": [0.5, 1.0],
+        "scales": [0.5],
         "extra_scales": 0,
     }
     Path("detox.yaml").write_text(yaml.safe_dump(detox))
 
 
-def _write_merges() -> None:
-    """A merged model with its report, its recipe, a merge that was stopped, and a checkpoint."""
+def _write_results() -> None:
+    """What commands have written: merges, whole and stopped, checkpoints, and a removal's steps."""
+    from mergekit_bayes.detox import DetoxConfig, run_detox
     from mergekit_bayes.finetune.run import run_finetune
     from mergekit_bayes.finetune.settings import FinetuneConfig
-    from mergekit_bayes.merge import MergeConfig, carry_out, plan_merge, run_merge
+    from mergekit_bayes.merge import MergeConfig, Part, carry_out, plan_merge, run_merge
 
     config = MergeConfig(models=("a", "b"), weights="precision", out="merged")
     run_merge(config)
@@ -333,8 +215,12 @@ def _write_merges() -> None:
         plan_merge(config.model_copy(update={"out": "out"})) as plan,
     ):
         carry_out(plan, progress=stop, threads=1)
+    with plan_merge(MergeConfig(models=("a", "b"), out="joined")) as plan:
+        carry_out(plan, part=Part(1, 2))
     run_finetune(FinetuneConfig(**yaml.safe_load(Path("finetune.yaml").read_text())), quiet=True)
-    shutil.rmtree("out")
+    Path("out").rename("tuned")
+    shutil.rmtree("out.checkpoints/checkpoint-2")
+    run_detox(DetoxConfig(**yaml.safe_load(Path("detox.yaml").read_text())), quiet=True)
 
 
 def fresh(world: Path, line: Line, folder: Path) -> None:
@@ -348,21 +234,3 @@ def fresh(world: Path, line: Line, folder: Path) -> None:
             shutil.copytree(world / name, target, symlinks=True)
         else:
             shutil.copy2(world / name, target)
-
-
-def files_of(line: Line, root: Path) -> list[str]:
-    """The files and folders of a line that a case may break, relative to the world."""
-    found = []
-    for name in line.broken or line.needs:
-        path = root / name
-        found.append(name)
-        if path.is_dir():
-            found += [p.relative_to(root).as_posix() for p in sorted(path.rglob("*"))]
-    return found
-
-
-def side_file(name: str) -> bool:
-    """Whether a merge or conversion copies a file and takes nothing from it."""
-    parts = Path(name).parts
-    known = ("README.md", "LICENSE", "chat_template.jinja", "special_tokens_map.json")
-    return "1_Pooling" in parts or parts[-1] in (*known, "evaluation.json", "tokenizer_config.json")

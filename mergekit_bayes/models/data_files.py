@@ -1,0 +1,221 @@
+"""Which files of a folder hold its rows, without what its card would make a library do.
+
+`datasets` reads the card (`README.md`) of a data folder: it may name files of any place or server,
+and types whose values are opened when they are read. Here a card may choose among the folder's
+files, and nothing else. Every file is a regular one of the folder.
+"""
+
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mergekit_bayes.documents import DocumentError, parse_yaml, read_text
+from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.libraries import call
+from mergekit_bayes.models.row_bytes import COMPRESSED, check_bytes
+
+LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_IN_FOLDERS = LOADERS | {".ndjson": "json", ".arrow": "arrow"}
+CARDS = ("README.md", ".huggingface.yaml")
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+_SPLIT = "train"
+
+
+class DataFiles(NamedTuple):
+    """Files of one format.
+
+    Attributes:
+        loader: Name of the format, as `datasets` has it.
+        files: The files, in the order of their rows.
+    """
+
+    loader: str
+    files: list[str]
+
+
+def one_file(file: Path, name: str) -> DataFiles:
+    """The format of a file, by its ending.
+
+    Args:
+        file: The file.
+        name: What messages call it.
+
+    Raises:
+        CheckpointError: It has another ending, or a name that would be read as an address.
+    """
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    if suffix not in LOADERS:
+        raise CheckpointError(
+            f"'{name}': expected one of {', '.join(LOADERS)} (.gz too), or a folder."
+        )
+    return _checked(LOADERS[suffix], [_local(file, name)])
+
+
+def files_of(folder: Path, name: str) -> DataFiles:
+    """The files of a folder that hold the rows of its `train` split.
+
+    Args:
+        folder: The folder.
+        name: What messages call it.
+
+    Raises:
+        CheckpointError: It holds none, its card cannot be read or names something else, or a file
+            is a pipe or a link to another place.
+        ConfigError: Its card describes several data sets.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+
+    base = folder.resolve().as_posix()
+    named = patterns_of_card(folder)
+
+    def find() -> Mapping[str, list[str]]:
+        patterns = get_data_patterns(base) if named is None else sanitize_patterns(named)
+        found: Mapping[str, list[str]] = DataFilesDict.from_patterns(patterns, base_path=base)
+        return found
+
+    _local(folder.resolve(), name)
+    splits = call(f"'{name}': its files cannot be listed", find)
+    if _SPLIT not in splits:
+        others = ", ".join(shown(str(split)) for split in splits)
+        raise CheckpointError(
+            f"'{name}' has no split '{_SPLIT}', only {others}. Name the files that are meant."
+        )
+    loaders = {file: loader for file in splits[_SPLIT] if (loader := _loader_of(file))}
+    if not loaders:
+        raise CheckpointError(
+            f"'{name}' holds no rows of text: expected files that end in {', '.join(LOADERS)}."
+        )
+    ((loader, _), *_) = Counter(loaders.values()).most_common(1)
+    files = [file for file in loaders if loaders[file] == loader]
+    return _checked(loader, [_inside(Path(file), folder, name) for file in files])
+
+
+def _checked(loader: str, files: list[str]) -> DataFiles:
+    """The files, after a pass over their bytes where their format is text."""
+    if loader in ("json", "csv", "text"):
+        for file in files:
+            check_bytes(Path(file), loader=loader)
+    return DataFiles(loader, files)
+
+
+def patterns_of_card(folder: Path) -> object | None:
+    """The files that the card of a data folder names, as `datasets` takes them; None for none.
+
+    Raises:
+        CheckpointError: The card cannot be read, or names a file outside of the folder.
+        ConfigError: It describes several data sets, none of which is the default.
+    """
+    for name in CARDS:
+        card = folder / name
+        if not card.exists():
+            continue
+        configs = _read_card(card).get("configs")
+        if not isinstance(configs, list):
+            continue
+        chosen = [c for c in configs if isinstance(c, Mapping)]
+        for config in chosen:
+            _check_patterns(config.get("data_files"), card)
+            _check_patterns(config.get("data_dir"), card)
+        if len(chosen) > 1:
+            chosen = [c for c in chosen if c.get("default") is True] or [
+                c for c in chosen if c.get("config_name") == "default"
+            ]
+        if configs and len(chosen) != 1:
+            names = ", ".join(
+                shown(c.get("config_name")) for c in configs if isinstance(c, Mapping)
+            )
+            raise ConfigError(
+                f"'{folder}' holds several data sets ({names}). Name the files that are meant."
+            )
+        if chosen and chosen[0].get("data_files") is not None:
+            files: object = chosen[0]["data_files"]
+            return files
+    return None
+
+
+def _read_card(card: Path) -> Mapping[str, object]:
+    """The front matter of a card; empty where there is none.
+
+    Raises:
+        CheckpointError: The card cannot be read.
+    """
+    try:
+        text = read_text(card)
+        if card.suffix == ".md":
+            front = _FRONT_MATTER.match(text.removeprefix("\ufeff"))
+            text = front[1] if front else ""
+        content = parse_yaml(text)
+        return content if isinstance(content, Mapping) else {}
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DocumentError as error:
+        reason = str(error)
+    raise CheckpointError(f"{card}: cannot be read ({reason}). Remove it, or name the files.")
+
+
+def _check_patterns(named: object, card: Path) -> None:
+    """Refuse a name, at any depth, that is of no file inside of the card's folder."""
+    values = [named]
+    while values:
+        value = values.pop()
+        if isinstance(value, Mapping):
+            values += [v for key, v in value.items() if key != "split"]
+        elif isinstance(value, list):
+            values += value
+        elif value is not None:
+            text = str(value)
+            if ":" in text or text.startswith(("/", "~")) or ".." in re.split(r"[/\\]", text):
+                raise CheckpointError(
+                    f"{card}: its data_files name {shown(text)}, which is not in the folder. "
+                    "Nothing is fetched or read from elsewhere because a card says so: name the "
+                    "data yourself, or remove the entry."
+                )
+
+
+def _loader_of(file: str) -> str | None:
+    """The format of a file in a folder, which may be compressed: `a.jsonl.gz`."""
+    path = Path(file)
+    return _IN_FOLDERS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix)
+
+
+def _inside(file: Path, folder: Path, name: str) -> str:
+    """A file of a folder, if it is a regular one and no link to another place.
+
+    The snapshots of a Hub cache are links to `blobs`, which are the repository's own.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    target, root = file.resolve(), folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"'{name}': {shown(file.name)} is a link to {target}, outside of the folder. Name that "
+            "file itself if it is meant."
+        )
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise CheckpointError(f"{file}: not a regular file. Remove it.")
+    return _local(file, name)
+
+
+def _local(file: Path, name: str) -> str:
+    """A path as `datasets` takes it, which reads some names as addresses.
+
+    Raises:
+        CheckpointError: It is such a name.
+    """
+    path = str(file.absolute())
+    if "::" in path or "://" in path:
+        raise CheckpointError(
+            f"'{name}': {shown(path)} would be read as an address. Rename the file or its folder."
+        )
+    return path
