@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="BaseModel")
 
 SIDE_FILE = 128 << 20  # bytes; the largest published tokenizers have about 35 MB
+CONFIG = 16 << 20  # bytes; the largest tokenizer_config.json have about 1 MB
 SETTINGS = 1 << 20  # bytes of YAML; the front matter of the largest cards has about 300 KB
 _DEPTH = 100  # configs nest about 5 deep
 _MEMORY = 512 << 20  # bytes that a parsed document may take, estimated from above
@@ -196,12 +197,15 @@ def parse_yaml(text: str, *, unique: bool = False) -> object:
     return content
 
 
-def read_mapping(file: Path, what_to_do: str = "Write it again, or remove it.") -> dict[str, Any]:
+def read_mapping(
+    file: Path, what_to_do: str = "Write it again, or remove it.", limit: int = SIDE_FILE
+) -> dict[str, Any]:
     """The mapping in a JSON file, or in a YAML file by its ending.
 
     Args:
         file: The file.
         what_to_do: The last sentence of the message if it cannot be read.
+        limit: The most bytes of JSON that are read.
 
     Raises:
         CheckpointError: The file cannot be read, or holds something else.
@@ -210,7 +214,7 @@ def read_mapping(file: Path, what_to_do: str = "Write it again, or remove it.") 
         if file.suffix in (".yaml", ".yml"):
             content = parse_yaml(read_text(file, SETTINGS))
         else:
-            content = parse_json(read_bytes(file))
+            content = parse_json(read_bytes(file, limit))
         if not isinstance(content, dict):
             raise DocumentError("it is not a mapping")
         if not all(isinstance(key, str) for key in content):
@@ -224,9 +228,12 @@ def read_mapping(file: Path, what_to_do: str = "Write it again, or remove it.") 
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file that a merge can do without; empty if it cannot be read."""
+    """The object in a JSON file of at most `CONFIG` bytes; empty if it cannot be read.
+
+    For what a merge can do without.
+    """
     try:
-        return read_mapping(file)
+        return read_mapping(file, limit=CONFIG)
     except CheckpointError:
         return {}
 

@@ -2,34 +2,39 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.fuzzing import ODD, nodes
 
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
 from mergekit_bayes.configs import load_config
-from mergekit_bayes.documents import read_record
-from mergekit_bayes.errors import BmergeError, PrecisionError
+from mergekit_bayes.detox.steps import model_identity
+from mergekit_bayes.documents import as_record, parse_json, read_record
+from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.finetune.checkpoints import MARKER, mark_whole, open_checkpoints
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.lora import merge_adapters
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.merge.partial import Partial
+from mergekit_bayes.merge.report import MergedModel
 from mergekit_bayes.merge.side_files import SideFiles
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior.info import PosteriorInfo, parse_info
 from mergekit_bayes.recipes import read_recipe
+from scripts.fuzzing.documents import ODD, nodes
 from tests import tiny
 from tests.adapters import BASE, adapter, factors
 
@@ -357,6 +362,33 @@ def test_a_token_beyond_the_embedding_takes_no_memory(models: None, file: str, n
     assert f"gives the token 'far' the number {number:,}, and the written embedding has" in notes
 
 
+def test_a_name_of_a_tensor_that_no_model_has_is_refused(tmp_path: Path) -> None:
+    long = {f"{'a.' * 5000}{i}": np.zeros((2, 2), np.float32) for i in range(2)}
+    file = tiny.write(tmp_path / "a.safetensors", long)
+    with pytest.raises(CheckpointError, match=r"a name of 10,001 characters, 'a\.a"):
+        run_inspect(str(file))
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    adapter(one, factors(0), base_model_name_or_path=str(other))
+    adapter(other, factors(1), base_model_name_or_path=str(one))
+    with pytest.raises(CheckpointError, match="leads back to this adapter"):
+        model_identity(str(one))
+
+
+def test_infinite_numbers_of_a_merge_are_read_back() -> None:
+    models = (MergedModel(ref="a", role="task", scale=1.0, identity="i", ratio=float("inf")),)
+    numbers: dict[str, Any] = {"largest_multiplier": float("inf"), "guarded_share": 0.5}
+    fields: dict[str, Any] = dict.fromkeys(MergeReport.model_fields, None) | {"models": models}
+    report = MergeReport.model_construct(**fields).model_copy(update=numbers)
+    text = report.model_dump_json(exclude_none=True)
+    content = parse_json(text)
+    assert isinstance(content, dict)
+    assert content["largest_multiplier"] == "Infinity"
+    assert as_record(MergedModel, content["models"][0]) == models[0]
+
+
 def marker() -> dict[str, object]:
     return {"format": 1, "step": 3, "loss": 1.0, "settings": {"lr": 0.1}, "files": {"a": 1}}
 
@@ -467,3 +499,48 @@ def test_a_recipe_may_hold_anything(tmp_path: Path) -> None:
 
 def test_a_posterior_info_is_a_record_of_every_field() -> None:
     assert record().keys() == PosteriorInfo.model_fields.keys()
+
+
+LARGE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "lines": ("vocab.txt", lambda: b"\n" * (30 << 20)),
+    "wide": ("vocab.txt", lambda: "\N{GRINNING FACE}".encode() + b"a" * (31 << 20)),
+    "pieces": ("tokenizer.model", lambda: b"\x0a\x00" * (30 << 20)),
+    "long integer": ("tokenizer.model", lambda: b"\x0a" + b"\xff" * (60 << 20)),
+    "fields": ("tokenizer.model", lambda: b"\x0a\x80\x80\x80\x10" + b"\x08\x00" * (1 << 24)),
+    "ranks": ("x.tiktoken", lambda: b"YWJj 1\n" * (4 << 20)),
+    "long token": ("x.tiktoken", lambda: b"YWJj" * (8 << 20) + b" 0\n"),
+    "numbers": ("vocab.json", lambda: b'{"a":[' + b"1," * (5 << 20) + b"1]}"),
+    "names": ("tokenizer_config.json", lambda: encoded({f"a{i}": i for i in range(900_000)})),
+    "keys": ("config.json", lambda: encoded({f"a{i}_heads": i for i in range(500_000)})),
+    "text": ("chat_template.jinja", lambda: b"x" * (120 << 20)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE)
+def test_a_large_file_takes_ten_seconds_and_500_mib_at_most(models: None, case: str) -> None:
+    file, content = LARGE[case]
+    with_only(file)
+    put(Path("task", file), content())
+    plan_alone = multiprocessing.get_context("fork").Process(target=measured_plan)
+    plan_alone.start()
+    plan_alone.join(30)
+    if plan_alone.is_alive():
+        plan_alone.kill()
+    assert plan_alone.exitcode == 0
+
+
+def measured_plan() -> None:
+    """Plan in a process of its own, within its own processor time and resident memory."""
+    peak, start = Path("/proc/self/clear_refs"), time.process_time()
+    peak.write_text("5")  # forget the peak that was inherited
+    before = resident_peak()
+    ends_well(plan)
+    assert time.process_time() - start < 10
+    assert resident_peak() - before < 500 << 10
+
+
+def resident_peak() -> int:
+    """The peak of resident memory in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -49,8 +49,7 @@ def content_hash(path: Path) -> str:
     """SHA-256 of a file's bytes; of a folder, of the names and hashes of all files below it.
 
     Raises:
-        OSError: A file cannot be read.
-        CheckpointError: It is neither a folder nor a regular file.
+        CheckpointError: A file cannot be read, or is none.
     """
     if path.is_dir():
         files = (f for f in sorted(path.rglob("*")) if f.is_file())
@@ -59,8 +58,9 @@ def content_hash(path: Path) -> str:
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except DocumentError as error:
-        raise CheckpointError(f"{path}: {error}. Remove it.") from None
+    except (OSError, DocumentError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: cannot be read ({reason}).") from None
 
 
 def block_hash(source: TensorSource, name: str) -> bytes:

@@ -23,6 +23,7 @@ from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+_LONGEST_NAME = 4096  # characters; names are compared part by part, and have about 100
 _MAX_DIMENSIONS = 64  # numpy's own limit
 _SPARE = 128  # file descriptors left for everything else
 
@@ -255,6 +256,11 @@ def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, 
     Raises:
         CheckpointError: The entry is not one of the format.
     """
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{path}: a tensor has a name of {len(name):,} characters, {shown(name)}, where at "
+            f"most {_LONGEST_NAME:,} are read. Save the model under shorter names."
+        )
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
             type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)

@@ -7,6 +7,7 @@ tokenizer in any of them is compared with one in any other.
 
 import base64
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from mergekit_bayes.documents import (
 from mergekit_bayes.errors import CheckpointError, shown
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
-_MOST = 2_000_000  # tokens; XLM-V, which has the most, has 901,629
+_MOST = 1_000_000  # tokens; XLM-V, which has the most, has 901,629
+_LONGEST = 10_000  # characters or bytes of a token
+_MODEL, _LINES = 64 << 20, 32 << 20  # bytes of a SentencePiece model, and of a list of lines
+_FIELDS = 100  # of a piece, which has three
 _UNKNOWN, _CONTROL = 2, 3  # types of a SentencePiece piece that is no text
 
 
@@ -158,6 +162,7 @@ def _read_tokenizer_json(file: Path) -> TokenList | None:
     content = read_mapping(file)
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    _check_count(len(vocabulary) if isinstance(vocabulary, dict | list) else 0)
     if isinstance(vocabulary, dict):
         tokens = {_number(i): token for token, i in vocabulary.items()}
     else:  # Unigram: a list of [token, score]
@@ -174,13 +179,14 @@ def _read_vocab_json(file: Path) -> TokenList | None:
     content = read_mapping(file)
     if any(isinstance(i, dict) for i in content.values()):
         return None  # one vocabulary for each language
+    _check_count(len(content))
     tokens = {_number(i): token for token, i in content.items()}
     return TokenList(file, tokens | _added_tokens(file.parent))
 
 
 def _read_vocab_txt(file: Path) -> TokenList | None:
     # Not splitlines(): a token may hold one of Unicode's other line separators.
-    text = read_text(file).removesuffix("\n")
+    text = read_text(file, _LINES).removesuffix("\n")
     _check_count(text.count("\n"))
     lines = text.split("\n")
     return TokenList(file, dict(enumerate(lines)) | _added_tokens(file.parent))
@@ -188,17 +194,17 @@ def _read_vocab_txt(file: Path) -> TokenList | None:
 
 def _read_model(file: Path) -> TokenList | None:
     """A SentencePiece model or, under the same name in some models, a tiktoken file."""
-    content = read_bytes(file)
+    content = read_bytes(file, _MODEL)
     added = _added_tokens(file.parent)
     if content[:1] != b"\x0a":  # the tag of a SentencePiece model's first piece
         return TokenList(file, _tiktoken_tokens(content) | added)
     tokens, special = {}, set()
-    pieces = (piece for number, piece in _fields(content) if number == 1)
+    pieces = (piece for number, piece in _fields(content, _MOST + _FIELDS) if number == 1)
     for i, piece in enumerate(pieces):
         _check_count(i)
         if not isinstance(piece, bytes):
             raise ValueError("a piece that is a number")
-        fields = dict(_fields(piece))
+        fields = dict(_fields(piece, _FIELDS))
         text = fields.get(1, b"")
         tokens[i] = text.decode() if isinstance(text, bytes) else ""
         if fields.get(3) in (_UNKNOWN, _CONTROL):
@@ -213,7 +219,7 @@ def _tiktoken_tokens(content: bytes) -> dict[int, str]:
     tokens = {}
     for line in content.splitlines():
         if line.strip():
-            token, rank = line.split()
+            token, rank = line[:_LONGEST].split()
             decoded = base64.b64decode(token, validate=True)
             tokens[_number(int(rank[:20]))] = "".join(characters[byte] for byte in decoded)
     return tokens
@@ -265,15 +271,19 @@ def _check_count(count: int) -> None:
         raise ValueError(f"more than {_MOST:,} tokens")
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes, most: int) -> Iterator[tuple[int, int | bytes]]:
     """The fields of an encoded protocol buffer: their number, and an integer or raw bytes.
 
     Raises:
-        ValueError: It is not a protocol buffer.
+        ValueError: It is not a protocol buffer, or has more than `most` fields.
         IndexError: It is cut off.
     """
     position = 0
-    while position < len(message):
+    for count in itertools.count():
+        if position >= len(message):
+            return
+        if count == most:
+            raise ValueError(f"more than {most} fields")
         tag, position = _varint(message, position)
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
@@ -294,14 +304,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
     """An integer in groups of seven bits, the lowest first, and the position after it."""
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-        shift += 7
+    raise ValueError("an integer of more than 64 bits")
 
 
 def _aligned(tokens: TokenList, others: TokenList) -> Mapping[int, str]:

@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.documents import read_mapping
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.scorers import Scorer
 
 
@@ -40,12 +41,24 @@ def data_identity(refs: str | Sequence[str]) -> dict[str, str]:
     return {ref: _content(Path(os.path.expanduser(ref))) for ref in names}
 
 
-def model_identity(ref: str) -> dict[str, object]:
+def model_identity(ref: str, adapters: tuple[Path, ...] = ()) -> dict[str, object]:
     """Content hashes of a model: weights by sampled blocks, tokenizer and config in full.
 
     Those of an adapter contain its settings and its base's identity.
+
+    Args:
+        ref: Path or Hub id.
+        adapters: The adapters whose base the model is.
+
+    Raises:
+        CheckpointError: A file cannot be read, or an adapter is named as its own base.
     """
     path = resolve(ref, CHECKPOINT)
+    if path.resolve() in adapters:
+        raise CheckpointError(
+            f"{path / 'adapter_config.json'}: leads back to this adapter as its own base. Correct "
+            "base_model_name_or_path there."
+        )
     config, adapter = path / "config.json", path / "adapter_config.json"
     found: dict[str, object] = {
         "weights": files_identity(checkpoint_files(path, ref)),
@@ -56,7 +69,10 @@ def model_identity(ref: str) -> dict[str, object]:
         settings = read_mapping(adapter, "Save the adapter again.")
         base, revision = str(settings.get("base_model_name_or_path")), settings.get("revision")
         pinned = f"{base}@{revision}" if revision and is_hub_id(base) else base
-        found |= {"adapter": content_hash(adapter), "base": model_identity(pinned)}
+        found |= {
+            "adapter": content_hash(adapter),
+            "base": model_identity(pinned, (*adapters, path.resolve())),
+        }
     return found
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,9 +21,10 @@ from pydantic import Field
 from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
-from mergekit_bayes.documents import DocumentError, read_record
+from mergekit_bayes.documents import DocumentError, read_mapping, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.libraries import call
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.records import Frozen
 
@@ -75,7 +77,7 @@ class _Marker(Frozen):
     """
 
     format: Literal[1] = 1
-    step: int = Field(ge=0)
+    step: int = Field(gt=0)
     loss: float
     settings: dict[str, Any]
     files: dict[str, int]
@@ -146,6 +148,26 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None
+
+
+def refuse_broken(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose files the Trainer could not read, before it has changed anything.
+
+    Raises:
+        CheckpointError: A file of the right size holds something else.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    advice = f"Remove {checkpoint.path}, to resume from the checkpoint before it."
+    read_mapping(checkpoint.path / "trainer_state.json", advice)
+    for file in sorted(checkpoint.path.glob("*.pt*")):
+        with safe_globals():  # the random states are arrays of numpy
+            call(
+                f"{file}: cannot be read",
+                partial(torch.load, file, map_location="cpu", weights_only=True, mmap=True),
+                advice,
+            )
 
 
 def copy_logs(folder: Path, output: Path) -> None:

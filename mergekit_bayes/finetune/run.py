@@ -25,6 +25,7 @@ from mergekit_bayes.finetune.checkpoints import (
     has_folder,
     make_checkpoint_folder,
     open_checkpoints,
+    refuse_broken,
     refuse_other_settings,
     remove_if_empty,
 )
@@ -74,6 +75,7 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         run = load_run(config, arguments.world_size)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, run.identity)
+            refuse_broken(checkpoint)
             logger.info("resuming from %s", checkpoint.path)
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)

@@ -7,13 +7,13 @@ from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import Input, MergePlan
-from mergekit_bayes.records import Frozen
+from mergekit_bayes.records import Record
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
 _PLAUSIBLE = (1e-3, 1e3)
 
 
-class MergedModel(Frozen):
+class MergedModel(Record):
     """How one input entered the merge.
 
     Attributes:
@@ -45,7 +45,7 @@ class MergedModel(Frozen):
     mended: int = 0
 
 
-class MergeReport(Frozen):
+class MergeReport(Record):
     """What a merge did.
 
     Attributes:

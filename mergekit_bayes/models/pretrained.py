@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.libraries import call, call_tokenizers
@@ -126,6 +127,7 @@ def load_adapter_config(path: Path) -> "PeftConfig":
 
     check_documents(path)
     check_adapter(path)
+    check_adapter_patterns(read_mapping(path / ADAPTER_CONFIG), path / ADAPTER_CONFIG)
     return _call(
         path,
         f"its {ADAPTER_CONFIG} cannot be read",

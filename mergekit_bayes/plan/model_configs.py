@@ -195,7 +195,10 @@ def _conflict(differences: Sequence[Difference], model: Input, reference: Input)
 
 
 def _listed(differences: Sequence[Difference]) -> str:
-    return ", ".join(f"{d.key} {_shown(d.other)} (there {_shown(d.donors)})" for d in differences)
+    told = [f"{d.key[:80]} {_shown(d.other)} (there {_shown(d.donors)})" for d in differences[:20]]
+    if len(differences) > len(told):
+        told.append(f"and {len(differences) - len(told)} more")
+    return ", ".join(told)
 
 
 def _shown(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.checkpoint.tokenizers import has_tokens, read_tokens, tokens_apart
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import MismatchError, shown
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.names import OTHER_BASE
 from mergekit_bayes.plan.settings import MergeConfig
@@ -138,7 +138,7 @@ class TokenConflicts:
         stand = "number stands for another token" if is_one else "numbers stand for other tokens"
         return (
             f"{len(conflicts):,} token {stand} in '{other.ref}' than in "
-            f"'{one.ref}' ({number} is {others_token!r} there, {token!r} here; "
+            f"'{one.ref}' ({number} is {shown(others_token)} there, {shown(token)} here; "
             f"{' and '.join(files)}). Embeddings are merged by number: {way_out}"
         )
 
