@@ -5,6 +5,7 @@ memory.
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -256,6 +257,19 @@ def test_an_adapter_that_its_tensors_do_not_bear_out_is_refused(folders, name):
     change(folders / "adapter" / "adapter_config.json", **values)
     with pytest.raises(BmergeError, match=message):
         bounded_raise(lambda: load_model(str(folders / "adapter")))
+
+
+def test_no_connection_is_made_for_a_folder_on_disk(folders, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("gpt2", "bert", "adapter"):
+        load_model(str(folders / name))
+    (folders / "gpt2" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        load_model(str(folders / "gpt2"))
 
 
 def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
