@@ -14,12 +14,18 @@ import itertools
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 LONGEST_NAME = 256  # characters; longer names are not matched with patterns
-_LONGEST_PATTERN = 1000
+_LONGEST_PATTERN = 4000
+MOST_CHARACTERS = 50_000  # of the patterns of one file together, which take up to 10 s to judge
+_MOST_NESTED = 10  # groups in one another; more take longer to judge than to match
+_MOST_COMPARED = 64  # branches of which each may begin with one of several characters
 MOST_WAYS = 5_000_000  # tried in 25 to 50 ms
+_WIDEST = 1000  # characters of a range; Python compiles each wide one in milliseconds
 _LOOKAHEAD = 16  # characters that are compared to tell what comes next
 
 _parser: Any = importlib.import_module("re._parser")  # no public module parses a pattern
@@ -71,17 +77,26 @@ def count_ways(pattern: str, *, anywhere: bool = False, longest: int = LONGEST_N
         raise PatternError(
             f"it has {len(pattern):,} characters, where at most {_LONGEST_PATTERN:,} are read"
         )
+    if (
+        max(itertools.accumulate((c == "(") - (c == ")") for c in pattern), default=0)
+        > _MOST_NESTED
+    ):
+        raise PatternError(
+            f"it is nested too deeply: more than {_MOST_NESTED} groups in one another"
+        )
     try:
         with warnings.catch_warnings(action="ignore"):
             items = _parser.parse(pattern)
+            ways, repeats = _ways(items, (_END,), longest)
             re.compile(pattern)
-        ways, repeats = _ways(items, (_END,), longest)
     except PatternError:
         raise
     except RecursionError:
         raise PatternError("it is nested too deeply") from None
     except (re.error, OverflowError, ValueError) as error:
         raise PatternError(str(error)) from None
+    finally:
+        _ways.cache_clear()
     if anywhere and not _is_anchored(items):
         ways, repeats = ways * longest, repeats + 1
     return ways / math.factorial(repeats)
@@ -91,6 +106,7 @@ def _is_anchored(items: _Items) -> bool:
     return bool(items) and str(items[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")
 
 
+@cache  # a repeat asks twice about what it repeats, and so do those in it
 def _ways(items: _Items, after: _Masks, longest: int) -> tuple[float, int]:
     """How many ways a sequence may be tried in, and how many of its repeats end anywhere.
 
@@ -117,10 +133,18 @@ def _ways_of_one(operation: str, argument: Any, follow: _Masks, longest: int) ->
         return _ways(inner, follow, longest)
     if operation == "BRANCH":
         return _ways_of_branches(argument[1], follow, longest)
+    if operation == "IN":
+        _refuse_wide_range(argument)
     if operation in _REPEATS:
         least, most, body = argument
         return _ways_of_repeat(least, most, body, follow, longest)
     return 1.0, 0
+
+
+def _refuse_wide_range(members: Sequence[tuple[Any, Any]]) -> None:
+    for kind, value in members:
+        if str(kind) == "RANGE" and value[1] - value[0] > _WIDEST:
+            raise PatternError(f"it has a range of more than {_WIDEST:,} characters")
 
 
 def _ways_of_branches(
@@ -131,12 +155,25 @@ def _ways_of_branches(
     # As if each had as many repeats as the one with the most, by whose k! the ways are divided.
     each = [ways * math.perm(most, most - repeats) for ways, repeats in counted]
     starts = [masks + follow if fixed else masks for masks, fixed in map(_start, branches)]
-    overlapping = [
+    together = sum(itertools.compress(each, _overlapping(starts)))
+    return max(together, *each), most
+
+
+def _overlapping(starts: Sequence[_Masks]) -> list[bool]:
+    """Whether some text begins with a start and with another one too, for each of them."""
+    if all(mask & (mask - 1) == 0 for start in starts for mask in start):  # one character each
+        once = set(starts)
+        longer = Counter(start[:i] for start in starts for i in range(len(start) + 1))
+        return [
+            longer[start] > 1 or any(start[:i] in once for i in range(len(start)))
+            for start in starts
+        ]
+    if len(starts) > _MOST_COMPARED:
+        return [True] * len(starts)
+    return [
         any(i != j and not _differ(one, other) for j, other in enumerate(starts))
         for i, one in enumerate(starts)
     ]
-    together = sum(itertools.compress(each, overlapping))
-    return max(together, *each), most
 
 
 def _ways_of_repeat(
@@ -232,9 +269,7 @@ def _mask(operation: Any, argument: Any) -> int | None:
         if str(kind) == "NEGATE":
             is_negated = True
         elif str(kind) == "RANGE":
-            first, last = value
-            mask |= sum({_bit(c) for c in range(first, min(last, _OTHER) + 1)})
-            mask |= _bit(last)
+            mask |= _bits(*value)
         elif str(kind) == "CATEGORY":
             mask |= _CATEGORIES[str(value)]
         else:
@@ -249,6 +284,11 @@ def _all_but(mask: int) -> int:
 
 def _bit(code: int) -> int:
     return 1 << (ord(chr(code).lower()) if code < _OTHER else _OTHER)
+
+
+@cache
+def _bits(first: int, last: int) -> int:
+    return sum({_bit(c) for c in range(first, min(last, _OTHER) + 1)}) | _bit(last)
 
 
 def _category(pattern: str) -> int:

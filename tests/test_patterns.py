@@ -22,6 +22,7 @@ _OF_UNSLOTH = (
     rf"(?:.*?(?:language|text).*?(?:{_WORDS}).*?(?:{_PROJECTIONS}).*?)"
     rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{_WORDS})\.(?:(?:{_PROJECTIONS})))"
 )
+_BRANCHES = f"({'|'.join(f'{i:x}' for i in range(16, 256))})"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,9 @@ _OF_UNSLOTH = (
         r"(?:(?:self_attn|mlp)\.)+x",
         r"[^.]+\.[^.]+\.weight",
         r".*(?<!lm_head)$",
+        rf"layers\.{_BRANCHES}\.mlp\..*",
+        "|".join(rf"model\.layers\.{i}\.self_attn\.q_proj" for i in range(80)),
+        "((((((a|b)c)+d)+e)+f)+g)+h",
     ],
 )
 def test_honest_patterns_are_compiled_as_they_are(pattern: str) -> None:
@@ -74,7 +78,10 @@ def test_the_patterns_of_other_tools_for_target_modules_are_compiled() -> None:
         ("((a|a)b){30}c", "too many ways"),
         (r"(a)\1", "refers back"),
         (r"(?P<a>x)(?(a)y|z)", "refers back"),
-        ("a" * 1001, "1,001 characters"),
+        ("a" * 4001, "4,001 characters"),
+        ("[a-\uffff]" * 700, "a range of more than 1,000"),
+        ("[^a-\uffff]*x", "a range of more than 1,000"),
+        ("(?:" * 24 + "a" + "b)+" * 24, "nested too deeply"),
         ("[", "unterminated"),
         ("a{99999999999999999999}", "too large"),
         ("(" * 499 + ")" * 499, "nested too deeply"),
@@ -127,14 +134,17 @@ def test_no_pattern_that_is_compiled_takes_long() -> None:
         {"layers_pattern": ["layers", "(a|a)*"]},
         {"modules_to_save": ["(a+)+"]},
         {"rank_pattern": {str(i): 4 for i in range(20_001)}},
-        {"rank_pattern": {f".*.*{i}$": 4 for i in range(9)}},
+        {"rank_pattern": {f".*.*.*{i}$": 4 for i in range(99)}},
+        {"rank_pattern": {f"^x{i}{_BRANCHES}": 4 for i in range(99)}},
     ],
 )
 def test_what_peft_makes_a_pattern_of_is_checked_in_an_adapters_config(
     config: dict[str, object],
 ) -> None:
+    start = time.process_time()
     with pytest.raises(ConfigError, match=rf"^adapter_config.json: {next(iter(config))} has"):
         check_adapter_patterns(config, Path("adapter_config.json"))
+    assert time.process_time() - start < 1
 
 
 def test_the_patterns_of_an_honest_adapter_pass_and_odd_forms_are_skipped() -> None:
@@ -144,7 +154,7 @@ def test_the_patterns_of_an_honest_adapter_pass_and_odd_forms_are_skipped() -> N
         "layers_pattern": "layers",
         "modules_to_save": ["lm_head", "embed_tokens"],
         "rank_pattern": {f"model.layers.{i}.self_attn.q_proj": 4 for i in range(2000)},
-        "alpha_pattern": {r".*\.(\d+)\.(q|v)_proj": 8},
+        "alpha_pattern": {rf".*\.{i}\..*(q|v)_proj": 8 for i in range(80)},
     }
     check_adapter_patterns(honest, Path())
     for odd in (None, 3, [None, 3, {}], {}, [[]], True):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mergekit_bayes.errors import ConfigError, shown
-from mergekit_bayes.patterns import MOST_WAYS, PatternError, count_ways
+from mergekit_bayes.patterns import MOST_CHARACTERS, MOST_WAYS, PatternError, count_ways
 
 # The keys whose values are regular expressions: what PEFT makes of one before it matches, and
 # whether the entries of a list are plain names.
@@ -18,6 +18,7 @@ _PATTERNS: dict[str, tuple[Callable[[str], str], bool]] = {
     "alpha_pattern": (lambda pattern: module_pattern(pattern), False),
 }
 _NAME = re.compile(r"[\w.-]{0,256}")
+LONGEST_MODULE = 128  # characters of a module's name, which has about 60
 MOST_PATTERNS = 20_000  # a rank for each layer of the largest models
 
 
@@ -31,7 +32,7 @@ def check_adapter_patterns(config: Mapping[str, object], file: Path) -> None:
     Raises:
         ConfigError: One is no regular expression, or a match may take long.
     """
-    ways = 0.0
+    ways, characters = 0.0, 0
     for key, (in_full, is_plain) in _PATTERNS.items():
         value = config.get(key)
         is_text = isinstance(value, str)
@@ -44,8 +45,13 @@ def check_adapter_patterns(config: Mapping[str, object], file: Path) -> None:
         for pattern in patterns:
             if not isinstance(pattern, str) or (is_plain and not is_text):
                 continue
+            if _NAME.fullmatch(pattern):
+                continue
             try:
-                ways += 0 if _NAME.fullmatch(pattern) else count_ways(in_full(pattern))
+                characters += len(pattern)
+                if characters > MOST_CHARACTERS:
+                    raise PatternError(f"with those before it, it has {characters:,} characters")
+                ways += count_ways(in_full(pattern), longest=LONGEST_MODULE)
                 if ways > MOST_WAYS:
                     raise PatternError("with those before it, it may take hours to match")
             except PatternError as error:

@@ -6,14 +6,17 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
-from mergekit_bayes.checkpoint.adapter_patterns import MOST_PATTERNS, module_pattern
+from mergekit_bayes.checkpoint.adapter_patterns import (
+    LONGEST_MODULE,
+    MOST_PATTERNS,
+    module_pattern,
+)
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
 from mergekit_bayes.lora.writers import FOLD, explain_name
-from mergekit_bayes.patterns import LONGEST_NAME
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
 
@@ -245,10 +248,10 @@ def _check_factor(where: str, name: str, spec: TensorSpec) -> None:
 
 def _by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
     """The value of the first pattern that matches the end of a module's name."""
-    if patterns and len(module) > LONGEST_NAME:
+    if patterns and len(module) > LONGEST_MODULE:
         raise ConfigError(
             f"{CONFIG} has patterns, and the module {shown(module)} a name of {len(module):,} "
-            f"characters, where patterns are matched with up to {LONGEST_NAME}."
+            f"characters, where patterns are matched with up to {LONGEST_MODULE}."
         )
     for pattern, value in (patterns or {}).items():
         if _compiled(pattern).match(module):

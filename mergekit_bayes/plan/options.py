@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mergekit_bayes.errors import ConfigError, nearest, shown
 from mergekit_bayes.methods import METHODS, choose, settings_of
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.patterns import PatternError, compile_pattern
+from mergekit_bayes.patterns import MOST_CHARACTERS, PatternError, compile_pattern
 from mergekit_bayes.plan.settings import BY_MODEL, MergeConfig
 
 _PRECISION_ONLY = (
@@ -69,7 +69,13 @@ def parse_scales(config: MergeConfig) -> tuple[tuple[float, ...], tuple[ScaleRul
     if count == 0 or (count == 1 and config.base is None):
         raise ConfigError("a merge needs two models, or one and a --base.")
     scales = tuple(s for s in config.scale if not isinstance(s, str)) or (1.0,)
-    rules = tuple(_parse_rule(s, config.models) for s in config.scale if isinstance(s, str))
+    texts = [s for s in config.scale if isinstance(s, str)]
+    if (length := sum(map(len, texts))) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"--scale: the rules have {length:,} characters, where at most {MOST_CHARACTERS:,} are "
+            "read. Give fewer or shorter ones."
+        )
+    rules = tuple(_parse_rule(text, config.models) for text in texts)
     if len(scales) not in (1, count):
         raise ConfigError(
             f"--scale: {len(scales)} given for {count} models. Give one for all, or one per model "
