@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mergekit_bayes.checkpoint.foreign import HEAD
 from mergekit_bayes.errors import CheckpointError
@@ -163,3 +164,12 @@ def test_a_text_to_which_a_link_leads_is_not_quoted(tmp_path):
     with pytest.raises(CheckpointError, match="is a text, not safetensors") as caught:
         open_posterior(str(tmp_path))
     assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("a." * 60 + "w", "61 parts"), ("a" * 5000, "5,000 ch")]
+)
+def test_a_name_of_a_tensor_that_takes_long_to_compare_is_refused(tmp_path, name, found):
+    save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{found}.*where at most"):
+        open_posterior(str(tmp_path))

@@ -23,7 +23,8 @@ from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
-_LONGEST_NAME = 4096  # characters; names are compared part by part, and have about 100
+# Names are compared part by part, in time and memory that grow with the square of the parts.
+_LONGEST_NAME, _MOST_PARTS = 4096, 50  # characters, of which names have about 100; and parts, 12
 _MAX_DIMENSIONS = 64  # numpy's own limit
 _SPARE = 128  # file descriptors left for everything else
 
@@ -260,6 +261,11 @@ def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, 
         raise CheckpointError(
             f"{path}: a tensor has a name of {len(name):,} characters, {shown(name)}, where at "
             f"most {_LONGEST_NAME:,} are read. Save the model under shorter names."
+        )
+    if (parts := name.count(".") + 1) > _MOST_PARTS:
+        raise CheckpointError(
+            f"{path}: the name {shown(name)} of a tensor has {parts:,} parts, where at most "
+            f"{_MOST_PARTS} are read. Save the model under shorter names."
         )
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
