@@ -1,5 +1,6 @@
 """What a pickle of tensors may claim: the numbers that torch.load reads, or the file is refused."""
 
+import pickle
 import random
 import re
 
@@ -119,6 +120,7 @@ PICKLES = {
     ),
     "is a tuple that takes for ever": ({"w": doubling(2)}, "'w' is tuple"),
     "has a number of 4 kB": ({"w": 1 << 32000}, "LONG4, which no tensor has"),
+    "is of a newer protocol": (pickle.dumps({"w": 1}, protocol=4), "a pickle of protocol 4"),
     "is an object": ({"w": Call(random.Random)}, "'random.Random' beside tensors"),
     "is a set": ({"w": {1}}, "'w' is set, where"),
     "is of another dtype than its device's": (

@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.pickled import PickleError, Storage, call, named,
 from mergekit_bayes.errors import shown
 
 LARGEST = 16 << 20  # bytes; a checkpoint of 10,000 tensors takes about 2 MB
+_NEWEST = 3  # protocol; of its steps, tensors need none that 2 does not have
 _MOST_STEPS = 2_000_000  # a tensor takes 30
 
 
@@ -71,6 +72,11 @@ class _Reader:
     def push(self, value: object) -> None:
         """Put a value on the stack."""
         self._stack.append(value)
+
+    def begin(self, protocol: int) -> None:
+        """Refuse protocols whose steps are other ones, and which torch.load refuses too."""
+        if protocol > _NEWEST:
+            raise PickleError(f"holds a pickle of protocol {protocol}, where 2 is what is read")
 
     def mark(self, _: object) -> None:
         """Begin a sequence of values."""
@@ -148,7 +154,7 @@ class _Reader:
 
 
 _STEPS: Mapping[str, Callable[[_Reader, Any], None]] = {
-    "PROTO": lambda reader, arg: None,
+    "PROTO": _Reader.begin,
     "MARK": _Reader.mark,
     "NONE": _Reader.push,
     "NEWTRUE": lambda reader, arg: reader.push(True),
