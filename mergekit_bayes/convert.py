@@ -213,14 +213,23 @@ def _convert_file(
             largest = max(specs, key=lambda name: specs[name].nbytes)
             raise CheckpointError(
                 f"{file}: has {archive.size:,} bytes, but its tensors would take {nbytes:,} when "
-                f"they are written out, most of them {shown(largest)}: views that repeat the same "
-                "numbers. Make them contiguous before they are saved."
+                f"they are written out, most of them {shown(largest)}: {_shared(tensors, keep_ties)}"
             )
         # Ties are recorded as the format's own `save_model` does: alias to stored name.
         with SafetensorsSink(target, specs, {**tied, "format": "pt"}) as sink:
             for storage, names in _by_storage(stored).items():
                 _copy(archive, storage, {name: stored[name] for name in names}, sink)
     return specs, tied
+
+
+def _shared(tensors: Mapping[str, PickledTensor], keep_ties: bool) -> str:
+    """Why tensors take more than their file, and what to do."""
+    if keep_ties and _ties(tensors):
+        return (
+            "names that share their numbers, which the config's tie_word_embeddings: false asks to "
+            "be stored apart. Convert the file by itself, which stores them once."
+        )
+    return "views that repeat the same numbers. Make them contiguous before they are saved."
 
 
 def _ties(tensors: Mapping[str, PickledTensor]) -> dict[str, str]:
