@@ -23,9 +23,11 @@ from mergekit_bayes.detox.steps import model_identity
 from mergekit_bayes.documents import as_record, parse_json, read_record
 from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.evaluate.files import read_report
-from mergekit_bayes.finetune.checkpoints import MARKER, mark_whole, open_checkpoints
+from mergekit_bayes.finetune.checkpoints import MARKER, Checkpoint, mark_whole, open_checkpoints
+from mergekit_bayes.finetune.run import check_state
 from mergekit_bayes.inspect.run import run_inspect
-from mergekit_bayes.lora import merge_adapters
+from mergekit_bayes.lora import merge_adapters, open_adapter
+from mergekit_bayes.lora.truncate import truncate_dense, truncate_product
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.merge.partial import Partial
 from mergekit_bayes.merge.report import MergedModel
@@ -267,6 +269,17 @@ def test_an_adapters_config_may_hold_anything_at_length(models: None) -> None:
         )
 
 
+def test_a_change_beyond_float32_is_refused(models: None) -> None:
+    adapter(Path("large"), factors(0), alpha=10**38)
+    with pytest.raises(CheckpointError, match="lora_alpha not one up to 1e"):
+        open_adapter("large")
+    for side in (1e25, 1e30):
+        with pytest.raises(CheckpointError, match="beyond float32"):
+            truncate_product(np.full((4, 2), side), np.full((2, 4), side), 2)
+    with pytest.raises(CheckpointError, match="beyond float32"):
+        truncate_dense(np.full((4, 4), np.float32(np.inf)), 2)
+
+
 def record() -> dict[str, Any]:
     """A record with every field of a posterior's."""
     mean = {"blocks": "b", "full": "f"}
@@ -403,6 +416,20 @@ def test_a_checkpoints_marker_may_hold_anything(tmp_path: Path) -> None:
     for content in (*NASTY, *changed(marker(), 100, seed=0)):
         put(folder / MARKER, content)
         ends_well(lambda: open_checkpoints(tmp_path, resume=True, force=False))
+
+
+def test_the_state_of_a_trainer_may_hold_anything(tmp_path: Path) -> None:
+    checkpoint, file = Checkpoint(tmp_path, 3, {}, 1.0), tmp_path / "trainer_state.json"
+    good = {"global_step": 3, "epoch": 1.0, "log_history": [{"loss": 1.0, "step": 1}]}
+    put(file, encoded(good))
+    check_state(checkpoint)
+    for content in (*NASTY, *changed(good, 60, seed=0)):
+        put(file, content)
+        ends_well(lambda: check_state(checkpoint))
+    for step in (2, "3", None, [3]):
+        put(file, encoded(good | {"global_step": step}))
+        with pytest.raises(CheckpointError, match="its step is"):
+            check_state(checkpoint)
 
 
 def test_the_files_of_an_unfinished_merge_may_hold_anything(tmp_path: Path) -> None:

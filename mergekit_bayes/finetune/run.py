@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mergekit_bayes.checkpoint.scratch import Scratch
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.documents import read_mapping
+from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+_OLDER = "Remove this checkpoint, and resume from the one before it."
 
 
 def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneReport:
@@ -68,6 +71,8 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
         checkpoint = on_main(lambda: _open_output(config))
+        if checkpoint is not None:
+            check_state(checkpoint)
         run = load_run(config, arguments.world_size)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, run.identity)
@@ -124,6 +129,27 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
     if config.save_steps is None:
         return None
     return open_checkpoints(folder, resume=config.resume, force=config.force)
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Check what the Trainer has recorded of itself in a checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of another step.
+    """
+    import transformers
+
+    file, reason = checkpoint.path / "trainer_state.json", None
+    read_mapping(file, _OLDER)  # a pipe would be waited for, and depth has no bound below
+    try:
+        state = transformers.TrainerState.load_from_json(str(file))
+    except Exception as error:  # of the library, on whatever the file holds
+        reason = str(error) or type(error).__name__
+    else:
+        if state.global_step != checkpoint.step:
+            reason = f"its step is {shown(state.global_step)}, and not {checkpoint.step}"
+    if reason is not None:
+        raise CheckpointError(f"{file}: cannot be read ({reason[:200]}). {_OLDER}")
 
 
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:

@@ -1,6 +1,5 @@
 """`adapter_config.json` as PEFT writes it: what is read of it, and which adapters are refused."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,9 +85,11 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(_is_number(r) and isinstance(r, int) and r > 0 for r in ranks) or not all(
-            _is_number(a) and math.isfinite(a) for a in alphas
+            _is_number(a) and abs(a) <= _LARGEST_ALPHA for a in alphas
         ):
-            raise ValueError("r is not a positive and lora_alpha not a finite number")
+            raise ValueError(
+                f"r is not a positive number, or lora_alpha not one up to {_LARGEST_ALPHA:g}"
+            )
         _check_forms(config, file)
         return config
     except (OSError, ValueError, LookupError, TypeError, AttributeError, *_TOO_LARGE) as error:
@@ -143,6 +144,7 @@ _PATTERNS: dict[str, tuple[Callable[[str], str], bool]] = {
     "rank_pattern": (lambda pattern: module_pattern(pattern), False),
     "alpha_pattern": (lambda pattern: module_pattern(pattern), False),
 }
+_LARGEST_ALPHA = 1e9  # with which a change does not leave float32; 16 to 512 are common
 _NAME = re.compile(r"[\w.-]{0,256}")
 MOST_PATTERNS = 20_000  # a rank for each layer of the largest models
 _TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond what Python handles
