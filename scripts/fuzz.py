@@ -32,11 +32,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+from scripts.fuzzing.hub import break_answers, requested, served
 from scripts.fuzzing.lines import LINES, Line, files_of
 from scripts.fuzzing.mutations import break_path
 from scripts.fuzzing.stage import Stage
 from scripts.fuzzing.verdict import BAD, GOOD, Good, Verdict, judge, snapshot, tensors
 from scripts.fuzzing.world import OUTSIDE, fresh, make_outside, make_world
+from tests.hub_state import Hub
 
 LIMIT = 10.0  # seconds
 
@@ -92,12 +94,14 @@ class Fuzzer:
         if line.name not in self._good:
             fresh(self.world, line, self.work)
             before = snapshot(self.work)
-            ran = self.stage.run(line.words, self.work, 10 * self.limit)
+            with self._around(line) as hub:
+                ran = self.stage.run(line.words, self.work, 10 * self.limit)
             verdict = judge(line, ran, self.work, before)
             if verdict.kind != "done":
                 raise RuntimeError(f"{line.name}: {verdict}\n{ran.err}") from ran.error
             made = tensors(self.work / line.out) if line.out and line.weights else {}
-            self._good[line.name] = Good(ran.grown, made)
+            files = requested(hub) if hub is not None else files_of(line, self.world)
+            self._good[line.name] = Good(ran.grown, made, files)
         return self._good[line.name]
 
     def drawn(self, number: int) -> tuple[Line, random.Random]:
@@ -108,30 +112,45 @@ class Fuzzer:
     def case(self, number: int) -> Case:
         """Run one case."""
         line, rng = self.drawn(number)
-        file, canary = rng.choice(files_of(line, self.world)), self.world.parent / OUTSIDE / "key"
-        return self.broken(line, file, lambda path: break_path(path, rng, canary), number)
+        file, key = rng.choice(self.good(line).files), self.world.parent / OUTSIDE / "key"
 
-    def broken(self, line: Line, file: str, spoil: Callable[[Path], str], number: int = 0) -> Case:
-        """Run a line after one of its files was broken.
+        def spoil(hub: Hub | None) -> str:
+            if hub is not None:
+                return break_answers(hub, file, rng)
+            return break_path(self.work / file, rng, key)
+
+        return self.broken(line, file, spoil, number)
+
+    def broken(
+        self, line: Line, file: str, spoil: Callable[[Hub | None], str], number: int = 0
+    ) -> Case:
+        """Run a line after one of its files, or an answer of its Hub, was broken.
 
         Args:
             line: The line.
-            file: The file or folder, relative to the world.
+            file: The file or folder, relative to the world, or the path of the answer.
             spoil: Breaks it, and says how.
             number: Number of the case.
         """
         good = self.good(line)
         fresh(self.world, line, self.work)
-        how = spoil(self.work / file)
-        self.world.with_name("running").write_text(f"{number}: {line.name}; {file}; {how}\n")
-        before = snapshot(self.work)
-        ran = self.stage.run(line.words, self.work, self.limit)
+        with self._around(line) as hub:
+            how = spoil(hub)
+            running = f"{number}: {line.name}; {file}; {how}\n"
+            self.world.with_name("running").write_text(running, errors="backslashreplace")
+            before = snapshot(self.work)
+            ran = self.stage.run(line.words, self.work, self.limit)
         found = judge(line, ran, self.work, before, good, file)
         if snapshot(self.world.parent / OUTSIDE) != self.outside:
             found = Verdict("input changed", "files to which a link leads")
             make_outside(self.world.parent / OUTSIDE)
         seconds = round(ran.seconds, 2)
         return Case(number, line.name, file, how, found.kind, found.why, found.group, seconds)
+
+    def _around(self, line: Line) -> contextlib.AbstractContextManager[Hub | None]:
+        """The Hub of a line that needs one."""
+        home = self.world.with_name("home")
+        return served(self.world, home) if line.hub else contextlib.nullcontext()
 
     def cases(self, first: int, commands: str | None = None) -> Iterator[Case]:
         """Run case after case.

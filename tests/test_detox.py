@@ -1,6 +1,7 @@
 """The scripted removal: curves are read at equal toxicity, and every step is done once."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -165,6 +166,13 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
         "task arithmetic, scale -0.5",
         "task arithmetic, scale -1",
     ]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("x"), Path.touch])
+def test_an_output_that_is_no_folder_is_refused(world, tmp_path, make):
+    make(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists and is no output of detox"):
+        run_detox(DetoxConfig(**{**world, "output": str(tmp_path / "out")}), quiet=True)
 
 
 def test_a_step_that_is_a_link_is_neither_believed_nor_written_to(world, first, tmp_path):

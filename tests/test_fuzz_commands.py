@@ -123,5 +123,5 @@ def test_a_planted_fault_is_found(fuzzer, monkeypatch, fault):
 
     monkeypatch.setattr(convert, "run_convert", faulty)
     monkeypatch.setattr(fuzzer, "limit", 0.3 if kind == "hang" else fuzzer.limit)
-    case = fuzzer.broken(LINE, "pickled/README.md", lambda path: "not at all")
+    case = fuzzer.broken(LINE, "pickled/README.md", lambda hub: "not at all")
     assert (case.kind, kind in BAD) == (kind, kind not in ("done", "refused"))

@@ -5,15 +5,21 @@ memory.
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from mergekit_bayes.errors import BmergeError, CheckpointError
+from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+from mergekit_bayes.evaluate.scorers import open_scorer
+from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.finetune.checkpoints import Checkpoint, refuse_broken
 from mergekit_bayes.libraries import call, call_tokenizers
 from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import load_model
@@ -93,6 +99,7 @@ def bounded(function):
 LARGE = {  # by architecture; every one is refused
     "gpt2": [
         {"n_layer": 10**9},
+        {"n_layer": 60_000},
         {"n_layer": 0},
         {"n_layer": -1},
         {"n_embd": 10**7},
@@ -237,6 +244,9 @@ ADAPTERS = {
     "module": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "megatron_core"),
     "kind": ({"peft_type": "x"}, "adapter_config.json"),
     "base": ({"base_model_name_or_path": None}, "None"),
+    "pattern": ({"target_modules": "(a+)+(.*.*.*)*c_attn"}, "regular expression"),
+    "no pattern": ({"target_modules": "("}, "regular expression"),
+    "pattern of ranks": ({"rank_pattern": {"(.*)*(.*)*x": 1}}, "regular expression"),
     "alpha": ({"lora_alpha": "x"}, "peft"),
 }
 
@@ -245,8 +255,21 @@ ADAPTERS = {
 def test_an_adapter_that_its_tensors_do_not_bear_out_is_refused(folders, name):
     values, message = ADAPTERS[name]
     change(folders / "adapter" / "adapter_config.json", **values)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(BmergeError, match=message):
         bounded_raise(lambda: load_model(str(folders / "adapter")))
+
+
+def test_no_connection_is_made_for_a_folder_on_disk(folders, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("gpt2", "bert", "adapter"):
+        load_model(str(folders / name))
+    (folders / "gpt2" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        load_model(str(folders / "gpt2"))
 
 
 def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
@@ -294,3 +317,76 @@ def test_what_is_written_during_a_call_is_shown_unless_it_panics(capfd):
     with pytest.raises(CheckpointError, match="PanicException: index"):
         call_tokenizers("x", lambda: write(panic("index")))
     assert not capfd.readouterr().err
+
+
+def test_a_fine_tune_tries_the_model_and_bounds_a_new_head(built, folders):
+    change(folders / "gpt2" / "config.json", n_head=-1)
+    config = FinetuneConfig(
+        model=str(folders / "gpt2"),
+        data=str(built / "t.jsonl"),
+        output=str(folders / "out"),
+        max_steps=1,
+    )
+    with pytest.raises(CheckpointError, match="cannot be run"):
+        run_finetune(config, quiet=True)
+    change(folders / "bert" / "config.json", architectures=["BertModel"])
+    (folders / "l.jsonl").write_text('{"text": "the cat", "label": 1000000000}\n')
+    config = config.model_copy(
+        update={
+            "model": str(folders / "bert"),
+            "data": str(folders / "l.jsonl"),
+            "task": "classification",
+        }
+    )
+    with pytest.raises(MismatchError, match=r"label 1,000,000,000 in column 'label'"):
+        run_finetune(config, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_broken_checkpoint_is_refused_before_it_is_resumed(tmp_path, name):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    torch.save({"state": torch.ones(2)}, tmp_path / "optimizer.pt")
+    torch.save({"numpy": np.zeros(2, np.uint32)}, tmp_path / "rng_state.pth")
+    checkpoint = Checkpoint(tmp_path, 1, {}, 0.0)
+    refuse_broken(checkpoint)
+    (tmp_path / name).write_bytes(b"\x80\x02" + b"c" * 50)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read .* before it"):
+        refuse_broken(checkpoint)
+
+
+def test_numbers_of_published_configs_are_accepted(folders):
+    """Sentinels and keys that transformers does not use are nobody's fault."""
+    honest = {
+        "num_nextn_predict_layers": 0,
+        "num_kv_shared_layers": -1,
+        "rope_theta": 10**12,
+        "num_parameters": 70 * 10**9,
+        "tokenizer_model_max_length": int(1e30),
+        "max_sequence_length": 10_485_760,
+        "sliding_window": None,
+        "label_smoothing": 0.1,
+        "extra": {"vocab_size": 10**6},
+        "auto_map": {},
+        "attn_implementation": "eager",
+    }
+    change(folders / "gpt2" / "config.json", **honest)
+    load_model(str(folders / "gpt2")).move_to("cpu")
+
+
+WORD_LISTS = {
+    "pipe": (os.mkfifo, "not a regular file"),
+    "utf16": (lambda f: f.write_bytes("bad".encode("utf-16")), "not UTF-8 but UTF-16"),
+    "latin": (lambda f: f.write_bytes(b"caf\xe9"), "not UTF-8"),
+    "large": (lambda f: f.write_text("bad\n" * 300_000), "1,200,000 bytes, where at most"),
+    "folder": (Path.mkdir, "Is a directory"),
+    "empty": (lambda f: f.write_text("\n \n"), "the word list is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WORD_LISTS)
+def test_a_word_list_that_cannot_be_read_is_one_message(tmp_path, name):
+    make, message = WORD_LISTS[name]
+    make(tmp_path / "list.txt")
+    with pytest.raises(BmergeError, match=message) as refused:
+        open_scorer(f"words:{tmp_path / 'list.txt'}")
+    assert "list.txt" in str(refused.value)

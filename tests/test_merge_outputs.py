@@ -84,6 +84,13 @@ def test_a_merge_names_the_output_it_will_not_overwrite(world):
         merge("a", "b", out="a.safetensors", force=True)
 
 
+def test_an_output_that_is_a_link_to_itself_is_refused(world):
+    for out in ("loop", "loop.safetensors"):
+        Path(out).symlink_to(out)
+        with pytest.raises(CheckpointError, match=rf"'{out}' is a link that leads to itself"):
+            merge("a", "b", out=out)
+
+
 def test_force_does_not_turn_a_file_into_a_folder_nor_back(world):
     Path("notes.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="is a file, and a folder would replace it"):

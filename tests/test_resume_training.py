@@ -201,6 +201,29 @@ def test_a_torn_checkpoint_is_skipped_with_a_note(tmp_path, data, caplog):
     assert not (tmp_path / "out.checkpoints" / "checkpoint-6" / checkpoints.MARKER).exists()
 
 
+def test_a_checkpoint_with_other_bytes_or_a_pipe_is_one_message(tmp_path, data):
+    run_finetune(settings(tmp_path, data, posterior="none"), quiet=True)
+    shutil.rmtree(tmp_path / "out")
+    whole = tmp_path / "out.checkpoints" / "checkpoint-7"
+    resumed = settings(tmp_path, data, posterior="none", resume=True)
+    for last, names in (
+        ("checkpoint-7", ("config.json", "optimizer.pt")),
+        ("checkpoint-6", ("trainer_state.json", "optimizer.pt", "model.safetensors")),
+    ):
+        for name in names:
+            file = whole.with_name(last) / name
+            content = file.read_bytes()
+            file.write_bytes(b"\xff" * len(content))
+            with pytest.raises(CheckpointError, match=rf"{last}' cannot be loaded \("):
+                run_finetune(resumed, quiet=True)
+            file.write_bytes(content)
+        shutil.rmtree(whole, ignore_errors=True)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is neither a file nor a folder"):
+        run_finetune(resumed, quiet=True)
+
+
 def test_other_settings_than_the_checkpoints_are_refused_by_name(tmp_path, data):
     run_finetune(settings(tmp_path, data, posterior="none"), quiet=True)
     shutil.rmtree(tmp_path / "out")

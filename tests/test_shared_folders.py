@@ -296,14 +296,14 @@ def test_checkpoints_that_another_account_prepared_are_not_loaded(tmp_path, monk
     remove_if_empty(folder)  # as a run that was refused does at its end
 
 
-def test_a_link_in_place_of_a_checkpoint_is_removed_and_not_what_it_leads_to(tmp_path, victim):
+def test_a_link_in_place_of_a_checkpoint_is_not_followed(tmp_path, victim):
     folder = tmp_path / "out.checkpoints"
     make_checkpoint_folder(folder)
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-2").symlink_to(victim.parent)
     before = state(victim)
-    assert open_checkpoints(folder, resume=False, force=True) is None
-    assert not os.listdir(folder)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 is a link"):
+        open_checkpoints(folder, resume=False, force=True)
     assert state(victim) == before
 
 
@@ -327,6 +327,7 @@ def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, 
 WRITERS = {
     "checkpoint/contained": "a new file, below the folder of `replacing` or OUT.partial",
     "checkpoint/own_files": "it checks what it opens",
+    "checkpoint/scratch": "in a new folder of mkdtemp; it follows no link to a lock left over",
     "checkpoint/sink": "a new file, or one that own_files opens",
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
     "detox/picture": "to the path of `replacing`",

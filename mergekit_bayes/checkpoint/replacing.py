@@ -66,6 +66,18 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
+def real_output(path: Path) -> Path:
+    """Where an output is written that may be a link.
+
+    Raises:
+        CheckpointError: The link leads to itself.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise CheckpointError(f"'{path}' is a link that leads to itself. Choose another -o.")
+    return real
+
+
 def sync_path(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     with ExitStack() as stack:

@@ -33,6 +33,7 @@ from mergekit_bayes.detox.settings import (
 )
 from mergekit_bayes.detox.steps import (
     data_identity,
+    is_empty_folder,
     model_identity,
     precision_identity,
     scorer_identity,
@@ -185,7 +186,7 @@ class _Journey:
         self.config, self.quiet, self.tell = config, quiet, tell
         output = Path(config.output)
         is_ours = (output / _SETTINGS).exists()
-        if output.exists() and any(output.iterdir()) and not is_ours:
+        if os.path.lexists(output) and not (is_ours or is_empty_folder(output)):
             raise CheckpointError(
                 f"'{output}' exists and is no output of detox. Choose another output."
             )

@@ -94,6 +94,11 @@ def precision_identity(ref: str) -> str:
     return files_identity(sorted(folder.glob("precision*.safetensors")) or precision_files(folder))
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder with nothing in it."""
+    return path.is_dir() and not any(path.iterdir())
+
+
 def without(settings: Mapping[str, object], *names: str) -> dict[str, object]:
     """The settings without those that do not change the result, or are hashed by content."""
     return {name: value for name, value in settings.items() if name not in names}

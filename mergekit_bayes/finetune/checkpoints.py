@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,11 +19,12 @@ import numpy as np
 from pydantic import Field
 
 from mergekit_bayes.checkpoint.contained import copy_contained
-from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
+from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
-from mergekit_bayes.documents import DocumentError, read_record
+from mergekit_bayes.documents import DocumentError, read_mapping, read_record
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.libraries import call
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.records import Frozen
 
@@ -119,8 +121,10 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
 
     Raises:
         CheckpointError: The folder holds checkpoints and neither `resume` nor `force` is set, or
-            a folder is in the place of a marker.
+            something that no training writes, such as a link, is in the place of a file.
     """
+    if folder.is_dir():
+        refuse_planted(folder.resolve(), but=folder.resolve() / LOGS)
     paths = _checkpoint_folders(folder)
     if not resume:
         if paths and not force:
@@ -144,6 +148,26 @@ def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint |
         (path / MARKER).unlink(missing_ok=True)
     logger.warning("'%s' holds no whole checkpoint: training starts from the first step.", folder)
     return None
+
+
+def refuse_broken(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose files the Trainer could not read, before it has changed anything.
+
+    Raises:
+        CheckpointError: A file of the right size holds something else.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    advice = f"Remove {checkpoint.path}, to resume from the checkpoint before it."
+    read_mapping(checkpoint.path / "trainer_state.json", advice)
+    for file in sorted(checkpoint.path.glob("*.pt*")):
+        with safe_globals():  # the random states are arrays of numpy
+            call(
+                f"{file}: cannot be read",
+                partial(torch.load, file, map_location="cpu", weights_only=True, mmap=True),
+                advice,
+            )
 
 
 def copy_logs(folder: Path, output: Path) -> None:

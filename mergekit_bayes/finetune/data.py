@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_bayes.checkpoint.side_files import side_files
 from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.finetune.checkpoints import identity_of
 from mergekit_bayes.finetune.choices import Choices, choose
 from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
 from mergekit_bayes.models.encode import encode_rows, observations
-from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
+from mergekit_bayes.models.load import UNIT, Loaded, choose_device, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CLASSES = 65_536  # outputs of a new head
 Examples = list[dict[str, Any]]  # rows of `input_ids` and `labels`, as Python lists and numbers
 
 
@@ -80,6 +81,8 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
 def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
     loaded = _load_model(config)
     _refuse_links(loaded)
+    if choose_device(None).type == "cpu":  # where it would be run on a GPU, it is not there yet
+        loaded.try_out()
     if config.lora is not None:
         model = _with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
@@ -113,6 +116,11 @@ def _load_model(config: FinetuneConfig) -> Loaded:
     )
     labels = sorted(set(rows[config.label_column]), key=lambda label: (str(type(label)), label))
     are_names = not all(isinstance(label, int) for label in labels)
+    if not are_names and max(labels) >= _CLASSES:
+        raise MismatchError(
+            f"label {max(labels):,} in column '{config.label_column}': a new head has an output "
+            f"for each number up to it, and at most {_CLASSES:,}. Number the labels from 0."
+        )
     loaded = load_model(
         config.model,
         config.task,

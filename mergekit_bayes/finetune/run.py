@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mergekit_bayes.checkpoint.scratch import Scratch
-from mergekit_bayes.documents import read_mapping
-from mergekit_bayes.errors import CheckpointError, shown
+from mergekit_bayes.errors import BmergeError, CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
     Checkpoint,
     checkpoints_of,
@@ -26,6 +25,7 @@ from mergekit_bayes.finetune.checkpoints import (
     has_folder,
     make_checkpoint_folder,
     open_checkpoints,
+    refuse_broken,
     refuse_other_settings,
     remove_if_empty,
 )
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OLDER = "Remove this checkpoint, and resume from the one before it."
+# Methods of the Trainer that read the files of a checkpoint, and nothing else.
+_LOADERS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state")
 
 
 def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneReport:
@@ -71,11 +72,10 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
         checkpoint = on_main(lambda: _open_output(config))
-        if checkpoint is not None:
-            check_state(checkpoint)
         run = load_run(config, arguments.world_size)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, run.identity)
+            refuse_broken(checkpoint)
             logger.info("resuming from %s", checkpoint.path)
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, arguments, quiet=quiet, loss_before=loss_before)
@@ -131,35 +131,35 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
     return open_checkpoints(folder, resume=config.resume, force=config.force)
 
 
-def check_state(checkpoint: Checkpoint) -> None:
-    """Check what the Trainer has recorded of itself in a checkpoint.
-
-    Raises:
-        CheckpointError: It cannot be read, or is of another step.
-    """
-    import transformers
-
-    file, reason = checkpoint.path / "trainer_state.json", None
-    read_mapping(file, _OLDER)  # a pipe would be waited for, and depth has no bound below
-    try:
-        state = transformers.TrainerState.load_from_json(str(file))
-    except Exception as error:  # of the library, on whatever the file holds
-        reason = str(error) or type(error).__name__
-    else:
-        if state.global_step != checkpoint.step:
-            reason = f"its step is {shown(state.global_step)}, and not {checkpoint.step}"
-    if reason is not None:
-        raise CheckpointError(f"{file}: cannot be read ({reason[:200]}). {_OLDER}")
-
-
 def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:
     """Train from the first step, or on from a checkpoint."""
+    from transformers import TrainerState
+
     step, loss, path = 0, 0.0, None
     if checkpoint is not None:
         step, loss, path = checkpoint.step, checkpoint.loss, str(checkpoint.path)
+        with _loading(checkpoint):
+            TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        for name in _LOADERS:
+            setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))
     output = trainer.train(resume_from_checkpoint=path)
     loss += mean_over_ranks(output.training_loss) * (output.global_step - step)
     return _Trained(output.global_step, loss / max(1, output.global_step))
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what libraries raise over a checkpoint's files, which is anything, into one message."""
+    try:
+        yield
+    except BmergeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"'{checkpoint.path}' cannot be loaded ({type(error).__name__}: {reason}). Remove it: "
+            "--resume then takes the one before it."
+        ) from None
 
 
 def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) -> _Trained:
@@ -167,9 +167,11 @@ def _load_trained(trainer: "Trainer", checkpoint: Checkpoint, *, is_ivon: bool) 
 
     The Trainer itself would make one more step if that lies in the middle of an epoch.
     """
-    trainer._load_from_checkpoint(str(checkpoint.path))
-    if is_ivon:
-        trainer.create_optimizer()
-        file = checkpoint.path / "optimizer.pt"
-        trainer.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    with _loading(checkpoint):
+        trainer._load_from_checkpoint(str(checkpoint.path))
+        if is_ivon:
+            trainer.create_optimizer()
+            file = checkpoint.path / "optimizer.pt"
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            trainer.optimizer.load_state_dict(state)
     return _Trained(checkpoint.step, checkpoint.loss / checkpoint.step)

@@ -6,12 +6,13 @@ They may come from anybody: what is shown of a record is read by its type.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from mergekit_bayes import documents
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.documents import DocumentError, read_mapping, read_text
-from mergekit_bayes.errors import CheckpointError, shown
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import PosteriorInfo, read_info
 
 CARD = "README.md"
@@ -75,16 +76,9 @@ def read_merge(folder: Path) -> MergeRecord | None:
         CheckpointError: The file cannot be read, or a value in it has another type.
     """
     file = folder / MERGE_REPORT
-    content = read_record(file)
-    try:
-        record = MergeRecord.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(
-            f"{file}: {shown(place)} is {shown(first['input'])} ({first['msg']}). Write it again, "
-            "or remove it."
-        ) from None
+    if not file.exists():
+        return None
+    record = documents.read_record(MergeRecord, file)
     return record if record.models or record.adapters else None
 
 

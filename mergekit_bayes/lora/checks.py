@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mergekit_bayes.checkpoint.replacing import refuse_foreign
+from mergekit_bayes.checkpoint.replacing import real_output, refuse_foreign
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG
@@ -58,14 +58,15 @@ def check_output(out: Path, adapters: Sequence[Adapter]) -> None:
     """Refuse an output that is not a folder, or that would replace something of value.
 
     Raises:
-        CheckpointError: It would replace an adapter, or a folder that is no model.
+        CheckpointError: It would replace an adapter, or a folder that is no model, or is a link to
+            itself.
         ConfigError: It is a file.
     """
     if out.suffix == ".safetensors":
         raise ConfigError(f"-o {out}: an adapter is a folder. Name one.")
     refuse_foreign(out)
     paths = [adapter.posterior.path.resolve() for adapter in adapters]
-    if any(out.resolve() in (path, *path.parents) for path in paths):
+    if any(real_output(out) in (path, *path.parents) for path in paths):
         raise CheckpointError(
             f"-o {out} would overwrite an adapter that is merged. Choose another -o."
         )

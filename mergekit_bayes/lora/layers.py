@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
+from mergekit_bayes.checkpoint.adapter_patterns import MOST_PATTERNS, module_pattern
 from mergekit_bayes.checkpoint.names import is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
-from mergekit_bayes.lora.config import CONFIG, MOST_PATTERNS, PREFIX, LoraConfig, module_pattern
+from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.patterns import LONGEST_NAME
 from mergekit_bayes.posterior import Posterior

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import MismatchError, shown
 from mergekit_bayes.libraries import token_ids
 from mergekit_bayes.models.load import Loaded
 
@@ -121,8 +121,8 @@ def tokens_of(
     if bare:
         # Without numbers: which rows of a file these are depends on the filter that was read.
         raise MismatchError(
-            f"'{column}' holds {bare[0]!r}, which is no token for this tokenizer; a classifier "
-            f"needs one. Remove such rows ({len(bare)} of {len(texts)})."
+            f"'{column}' holds {shown(bare[0])}, which is no token for this tokenizer; a "
+            f"classifier needs one. Remove such rows ({len(bare)} of {len(texts)})."
         )
     return encoded
 
@@ -223,7 +223,7 @@ def label_ids(values: Sequence[object], model: "PreTrainedModel", column: str) -
             number = value
         if number is None or not 0 <= int(number) < model.config.num_labels:
             raise MismatchError(
-                f"label {value!r} in column '{column}': the model knows "
+                f"label {shown(value)} in column '{column}': the model knows "
                 f"{', '.join(numbers) or 'none'} (or 0 to {model.config.num_labels - 1})."
             )
         result.append(int(number))

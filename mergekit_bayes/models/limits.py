@@ -5,12 +5,12 @@ files do not hold, nor for a loop that never ends.
 """
 
 import base64
+import math
 import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,14 +44,17 @@ _OBJECTS = (
 )
 _TEXTS = (*GROUPS["tokenizer"], *GROUPS[CHAT])
 # Settings that are repeated in a loop, and settings that are lengths of a text.
+_LAYERS = re.compile(r"^(num|n)_(\w+_)?layers?$")
+_POSITIVE = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "max_position_embeddings")
 _COUNT = re.compile(r"layer|depth|block|expert|label|stage|group|class")
 _LENGTH = re.compile(r"position|ctx|seq|block_size")
 _ADAPTER_SIZE = re.compile(r"num_|rank|_dim$|size|len$|layer")
 _MOST = 65_536  # repetitions, whatever the files hold
+_SHARED_LAYERS = 256  # published models that share one have 12 to 24
 _LONGEST = 1 << 25  # tokens; the longest published contexts have 10 million
 _COPIES = 1024  # layers, virtual tokens and the like of an adapter, whatever it holds
 _SPARE_ELEMENTS = 1 << 26  # that no file holds: buffers, and heads that are made up
-_SPARE_MODULES = 20_000
+_SPARE_MODULES = 10_000
 _MODULES = 64  # modules for each tensor of the files; usual are 1 to 3
 _LONGER = 1000  # times that a tokenizer may lengthen a text; usual is 1 to 3
 _PACKED = 8  # values in one element of a quantised file
@@ -194,23 +197,31 @@ def check_config(path: Path, *, trust_remote_code: bool) -> None:
         stored = stored_in(path)
     except CheckpointError:
         stored = Stored(0, 0, 0)  # told where the tensors are read
-    most = max(_MOST, stored.tensors, stored.largest)
-    longest = max(_LONGEST, stored.largest)
     for key, value in settings_in(config):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        limit = longest if _LENGTH.search(key) else most
-        if abs(value) > limit and (_LENGTH.search(key) or _COUNT.search(key)):
-            raise CheckpointError(
-                f"{file}: {key} is {shown(value)}, expected at most {limit:,}: the tensors of the "
-                f"folder are {stored.tensors:,}, with dimensions up to {stored.largest:,}. Take "
-                "the config of the model that the tensors are of."
-            )
-        if value < 1 and re.search(r"^(num|n)_(\w+_)?layers?$|^max_position_embeddings$", key):
-            raise CheckpointError(
-                f"{file}: {key} is {value}, expected at least 1. Take the config of the model that "
-                "the tensors are of."
-            )
+        if isinstance(value, int) and not isinstance(value, bool):
+            _check_number(key, value, stored, file)
+
+
+def _check_number(key: str, value: int, stored: Stored, file: Path) -> None:
+    """Refuse a number of a config that its tensors do not bear out, where one follows from them."""
+    least: float = -math.inf
+    most: float = math.inf
+    if _LAYERS.search(key):
+        # A layer has a tensor of its own, but for models that share one among all.
+        most = max(_SHARED_LAYERS, stored.tensors)
+    elif _LENGTH.search(key):
+        most = max(_LONGEST, stored.largest)
+    elif _COUNT.search(key):
+        most = max(_MOST, stored.tensors, stored.largest)
+    if key in _POSITIVE:
+        least = 1
+    if not least <= value <= most:
+        expected = f"at least {least}" if value < least else f"at most {most:,}"
+        raise CheckpointError(
+            f"{file}: {key} is {shown(value)}, expected {expected}: the tensors of the folder are "
+            f"{stored.tensors:,}, with dimensions up to {stored.largest:,}. Take the config of the "
+            "model that they are of."
+        )
 
 
 def check_adapter(path: Path) -> None:
@@ -266,7 +277,7 @@ def check_normaliser(path: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
         state = parse_json(
             call(f"'{path}': the tokenizer's {part} cannot be read", step.__getstate__)
         )
-        factor = prod(
+        factor = math.prod(
             max(1, len(str(value)))
             for key, value in settings_in({part: state})
             if key in ("content", "prepend")

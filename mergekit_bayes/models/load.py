@@ -142,7 +142,7 @@ class Loaded:
         tokens = torch.tensor([((ids or [0]) * _TRIED)[: min(_TRIED, self.context)]]).to(
             self.device
         )
-        with torch.inference_mode():
+        with torch.no_grad():  # what a model keeps of a pass may be trained with
             output = call(
                 f"'{self.path}': the model cannot be run",
                 lambda: self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)),
@@ -371,5 +371,5 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
                 f"{number:,}, but the model's embedding has {rows:,} rows (tokens 0 to "
                 f"{rows - 1:,}). Use the tokenizer that belongs to the model."
             )
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:  # some configs have no such key
         config.pad_token_id = tokenizer.pad_token_id

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mergekit_bayes.checkpoint.adapter_patterns import check_adapter_patterns
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.libraries import call, call_tokenizers
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-_LOCAL = {"local_files_only": True}  # for a folder that is on disk
+
+
+def _options(*, trust_remote_code: bool) -> dict[str, bool]:
+    """What every call gets: only trusted code may be of another repository, and be fetched."""
+    return {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -48,7 +53,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedCo
         path,
         "its config cannot be read",
         lambda: transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **_LOCAL
+            path, **_options(trust_remote_code=trust_remote_code)
         ),
     )
 
@@ -89,8 +94,7 @@ def load_weights(
                 path,
                 output_loading_info=True,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                **_LOCAL,
+                **_options(trust_remote_code=trust_remote_code),
                 **options,
             ),
         )
@@ -107,7 +111,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
 
     def load() -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **_LOCAL
+            path, **_options(trust_remote_code=trust_remote_code)
         )
         return tokenizer
 
@@ -126,10 +130,11 @@ def load_adapter_config(path: Path) -> "PeftConfig":
 
     check_documents(path)
     check_adapter(path)
+    check_adapter_patterns(read_mapping(path / ADAPTER_CONFIG), path / ADAPTER_CONFIG)
     return _call(
         path,
         f"its {ADAPTER_CONFIG} cannot be read",
-        lambda: PeftConfig.from_pretrained(str(path), **_LOCAL),
+        lambda: PeftConfig.from_pretrained(str(path), local_files_only=True),
     )
 
 
@@ -145,7 +150,12 @@ def load_adapter(base: "PreTrainedModel", path: Path, config: "PeftConfig") -> "
         path,
         "peft cannot load it",
         lambda: PeftModel.from_pretrained(
-            base, str(path), config=config, is_trainable=True, use_safetensors=True, **_LOCAL
+            base,
+            str(path),
+            config=config,
+            is_trainable=True,
+            use_safetensors=True,
+            local_files_only=True,
         ),
     )
     return model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.checkpoint.own_files import refuse_foreign_link
-from mergekit_bayes.checkpoint.replacing import refuse_foreign
+from mergekit_bayes.checkpoint.replacing import real_output, refuse_foreign
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.plan.inputs import Inputs
@@ -29,7 +29,7 @@ def choose_target(config: MergeConfig, inputs: Inputs) -> Path:
         raise ConfigError(f"-o {config.out}: name a new folder, or a .safetensors file.")
     if target.is_symlink():
         refuse_foreign_link(target)
-        target = target.resolve()  # what the link points to is replaced, not the link
+        target = real_output(target)  # what the link points to is replaced, not the link
     written = [target]
     if target.suffix == ".safetensors":
         # The precision also where none is written: an old one would not belong to the new mean.

@@ -15,7 +15,7 @@ _BIG = (
 )
 _NUMBERS = (*_BIG, *(-n for n in _BIG), -1, 0, 1, 2, 7, 0.0, 1.0, 4.5, 1e308, -0.0, 1e-320)
 _CONSTANTS = (True, False, None, float("nan"), float("inf"), -float("inf"))
-_TEXTS = (
+TEXTS = (
     *("", "4", "F32", "F8_E4M3", "F4", "BOOL", "I64", "1e999", "0x10", "__metadata__", "é", "名"),
     *("\ud800", "\udfff x", "\x00", "\n", "\x1b[2J\x1b]0;title\x07"),
     *("[red]x[/red]", "[/]", ":smile:"),
@@ -43,7 +43,7 @@ _CONTAINERS: tuple[Any, ...] = (
     {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
     {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
 )
-ODD = (*_NUMBERS, *_CONSTANTS, *_TEXTS, *_CONTAINERS)
+ODD = (*_NUMBERS, *_CONSTANTS, *TEXTS, *_CONTAINERS)
 _HOLE = "@hole@"  # stands in a document for what only text can say
 
 

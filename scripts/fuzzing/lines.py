@@ -17,6 +17,7 @@ class Line:
         weights: Whether the same tensors must come out if only side files differ.
         kept: Entries beside `out` that may be there after a refusal, as the documents say.
         broken: The only entries of `needs` that are broken; all of them by default.
+        hub: Whether a Hub's answers are broken instead.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Line:
     weights: bool = False
     kept: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
+    hub: bool = False
 
 
 def _line(name: str, words: str, needs: str, out: str | None = None, **options: object) -> Line:
@@ -63,7 +65,9 @@ LINES = (
     _merge("resumed", "a b --weights precision", "a b out.partial", broken=("out.partial",)),
     _merge("joined", "a b", "a b joined.partial", "joined", broken=("joined.partial",)),
     _line("merge plan", "a b --base base --weights precision --dry-run", "base a b"),
+    _merge("from the Hub", "org/a org/b --weights precision", "", hub=True),
     _line("inspect", "a", "a", weight=3.0),
+    _line("inspect on the Hub", "org/a", "", hub=True, weight=1.0),
     _line("inspect pair", "a sharded", "a sharded"),
     _line("inspect file", "a.safetensors --precision a/posterior", "a a.safetensors", weight=1.0),
     _line("inspect adapter", "adapter --json", "adapter", weight=1.0),
@@ -75,6 +79,7 @@ LINES = (
     _line("push adapter", "adapter org/x --dry-run", "adapter"),
     _line("push tuned", "tuned org/x --dry-run", "tuned"),
     _line("push posterior", "merged org/x --dry-run --posterior-only", "merged", weight=1.0),
+    _line("push to the Hub", "a org/new", "a", hub=True),
     _line("precision", "a --data rows.jsonl --examples 4 -o out", "a rows.jsonl", "out"),
     _line(
         "precision beside", "b --data rows.csv --examples 4 --force", "b rows.csv", "b/posterior"

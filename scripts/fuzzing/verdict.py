@@ -122,20 +122,21 @@ def judge(
         _message(ran) if refused else None,
         _terminal(ran),
         _left(line, folder, before, after, refused),
-        _changed(line, before, after),
+        _changed(line, folder, before, after),
         _canary(ran, folder, before, after),
         None if refused else _output(line, folder, good, broken),
-        _spent(ran, good),
+        _spent(line, ran, good),
     )
     return next((v for v in checks if v is not None), Verdict("refused" if refused else "done"))
 
 
 @dataclass(frozen=True)
 class Good:
-    """What a line does on good files: its peak of memory, and the digests of its tensors."""
+    """What a line does on good files: its peak of memory, digests of its tensors, what it reads."""
 
     grown: int
     tensors: dict[str, str]
+    files: list[str]
 
 
 def _is_message(line: str) -> bool:
@@ -156,12 +157,11 @@ def _message(ran: Ran) -> Verdict | None:
 
 
 def _terminal(ran: Ran) -> Verdict | None:
-    for stream in (ran.err, ran.out):
-        for line in stream.split("\n"):
-            signs = {s for s in line if s != "\t" and not s.isprintable()}
-            # Bars of libraries go back to the start of their line.
-            if signs - {"\r"} or (signs and _is_message(line)):
-                return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
+    for line in ran.err.split("\n"):  # stdout is no terminal here, and a card goes there as it is
+        signs = {s for s in line if s != "\t" and not s.isprintable()}
+        # Bars of libraries go back to the start of their line.
+        if signs - {"\r"} or (signs and _is_message(line)):
+            return Verdict("terminal", f"{sorted(signs)!r} in {line[:200]!r}")
     return None
 
 
@@ -189,8 +189,10 @@ def _left(
     return Verdict("half output", f"{odd[:4]} after exit 0") if odd else None
 
 
-def _changed(line: Line, before: Snapshot, after: Snapshot) -> Verdict | None:
+def _changed(line: Line, folder: Path, before: Snapshot, after: Snapshot) -> Verdict | None:
     own = (*line.kept, *((line.out,) if line.out else ()))
+    # A model's folder may be a link to another one here, in which an output then lies.
+    own += tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in own)
     changed = [n for n, e in before.items() if after.get(n) != e and not _under(n, own)]
     return Verdict("input changed", f"{changed[:4]}") if changed else None
 
@@ -254,12 +256,12 @@ def _bits(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _spent(ran: Ran, good: Good | None) -> Verdict | None:
+def _spent(line: Line, ran: Ran, good: Good | None) -> Verdict | None:
     if "File too large" in ran.err:
         return Verdict("disk", f"over {LARGEST >> 20} MiB")
     if good is not None and ran.grown > good.grown + MEMORY:
         return Verdict("memory", f"{(ran.grown - good.grown) >> 20:,} MiB above the good line")
-    if good is not None and ran.opened:
+    if good is not None and ran.opened and not line.hub:  # the client keeps its connections
         return Verdict("leak", f"{ran.opened} files left open")
     return None
 

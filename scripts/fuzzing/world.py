@@ -171,7 +171,7 @@ def _write_pickles() -> None:
 def _write_settings() -> None:
     short = {"batch_size": 2, "max_steps": 1, "flush_batches": 1}
     finetune = {"model": "a", "data": "rows.jsonl", "output": "out", **short, "save_steps": 1}
-    finetune |= {"max_length": 8, "keep_checkpoints": True}
+    finetune |= {"max_length": 8, "keep_checkpoints": True, "max_steps": 2}
     Path("finetune.yaml").write_text(yaml.safe_dump(finetune))
     labels = {"model": "classifier", "data": "labelled.jsonl", "output": "out", **short}
     Path("labels.yaml").write_text(yaml.safe_dump(labels))
@@ -219,6 +219,7 @@ def _write_results() -> None:
         carry_out(plan, part=Part(1, 2))
     run_finetune(FinetuneConfig(**yaml.safe_load(Path("finetune.yaml").read_text())), quiet=True)
     Path("out").rename("tuned")
+    shutil.rmtree("out.checkpoints/checkpoint-2")
     run_detox(DetoxConfig(**yaml.safe_load(Path("detox.yaml").read_text())), quiet=True)
 
 
