@@ -92,7 +92,7 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         return config
     except (OSError, ValueError, LookupError, TypeError, AttributeError, *_TOO_LARGE) as error:
         raise CheckpointError(
-            f"{file}: cannot be read as a LoRA config ({error!r}). Save the adapter again."
+            f"{file}: cannot be read as a LoRA config ({shown(error)}). Save the adapter again."
         ) from None
 
 

@@ -121,8 +121,8 @@ def tokens_of(
     if bare:
         # Without numbers: which rows of a file these are depends on the filter that was read.
         raise MismatchError(
-            f"'{column}' holds {bare[0]!r}, which is no token for this tokenizer; a classifier "
-            f"needs one. Remove such rows ({len(bare)} of {len(texts)})."
+            f"'{column}' holds {shown(bare[0])}, which is no token for this tokenizer; a "
+            f"classifier needs one. Remove such rows ({len(bare)} of {len(texts)})."
         )
     return encoded
 

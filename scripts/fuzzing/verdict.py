@@ -122,7 +122,7 @@ def judge(
         _message(ran) if refused else None,
         _terminal(ran),
         _left(line, folder, before, after, refused),
-        _changed(line, before, after),
+        _changed(line, folder, before, after),
         _canary(ran, folder, before, after),
         None if refused else _output(line, folder, good, broken),
         _spent(line, ran, good),
@@ -189,8 +189,10 @@ def _left(
     return Verdict("half output", f"{odd[:4]} after exit 0") if odd else None
 
 
-def _changed(line: Line, before: Snapshot, after: Snapshot) -> Verdict | None:
+def _changed(line: Line, folder: Path, before: Snapshot, after: Snapshot) -> Verdict | None:
     own = (*line.kept, *((line.out,) if line.out else ()))
+    # A model's folder may be a link to another one here, in which an output then lies.
+    own += tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in own)
     changed = [n for n, e in before.items() if after.get(n) != e and not _under(n, own)]
     return Verdict("input changed", f"{changed[:4]}") if changed else None
 
