@@ -155,6 +155,14 @@ def test_a_config_that_its_tensors_do_not_bear_out_is_refused(built, folders, ki
     assert str(folders / kind) in message
 
 
+def test_a_tensor_of_another_shape_is_named(folders):
+    change(folders / "gpt2" / "config.json", vocab_size=26)
+    with pytest.raises(
+        CheckpointError, match=r"wte\.weight' is \(27, 8\) in the file, and \(26, 8\)"
+    ):
+        load_model(str(folders / "gpt2"))
+
+
 VALUES = (10**9, 10**12, 10**30, -1, 0, 3, None, "x", [], {}, True, 1.5, "DEL")
 
 

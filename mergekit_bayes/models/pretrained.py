@@ -94,9 +94,15 @@ def load_weights(
                 path,
                 output_loading_info=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
                 **_options(trust_remote_code=trust_remote_code),
                 **options,
             ),
+        )
+    for name, stored_shape, shape in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"'{path}': {shown(name)} is {tuple(stored_shape)} in the file, and {tuple(shape)} by "
+            f"{CONFIG}. Take the config of the model that the tensors are of."
         )
     return model, sorted(report["missing_keys"])
 
