@@ -5,6 +5,7 @@ memory.
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
+from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.finetune.checkpoints import Checkpoint, refuse_broken
 from mergekit_bayes.libraries import call, call_tokenizers
@@ -257,6 +259,19 @@ def test_an_adapter_that_its_tensors_do_not_bear_out_is_refused(folders, name):
         bounded_raise(lambda: load_model(str(folders / "adapter")))
 
 
+def test_no_connection_is_made_for_a_folder_on_disk(folders, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("gpt2", "bert", "adapter"):
+        load_model(str(folders / name))
+    (folders / "gpt2" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        load_model(str(folders / "gpt2"))
+
+
 def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
     loaded = load_model(str(folders / "gpt2"))
     loaded.tokenizer.add_tokens(["zebra"])
@@ -350,9 +365,28 @@ def test_numbers_of_published_configs_are_accepted(folders):
         "max_sequence_length": 10_485_760,
         "sliding_window": None,
         "label_smoothing": 0.1,
-        "text_config": {"vocab_size": 10**6},
+        "extra": {"vocab_size": 10**6},
         "auto_map": {},
         "attn_implementation": "eager",
     }
     change(folders / "gpt2" / "config.json", **honest)
     load_model(str(folders / "gpt2")).move_to("cpu")
+
+
+WORD_LISTS = {
+    "pipe": (os.mkfifo, "not a regular file"),
+    "utf16": (lambda f: f.write_bytes("bad".encode("utf-16")), "not UTF-8 but UTF-16"),
+    "latin": (lambda f: f.write_bytes(b"caf\xe9"), "not UTF-8"),
+    "large": (lambda f: f.write_text("bad\n" * 300_000), "1,200,000 bytes, where at most"),
+    "folder": (Path.mkdir, "Is a directory"),
+    "empty": (lambda f: f.write_text("\n \n"), "the word list is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WORD_LISTS)
+def test_a_word_list_that_cannot_be_read_is_one_message(tmp_path, name):
+    make, message = WORD_LISTS[name]
+    make(tmp_path / "list.txt")
+    with pytest.raises(BmergeError, match=message) as refused:
+        open_scorer(f"words:{tmp_path / 'list.txt'}")
+    assert "list.txt" in str(refused.value)

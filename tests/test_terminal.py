@@ -4,12 +4,14 @@ import ast
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.progress import Progress, TextColumn
 from rich.text import Text
 from safetensors.numpy import save_file
@@ -179,3 +181,21 @@ def test_a_process_in_the_background_goes_on_ignoring_interrupts():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_cleans_up(tmp_path, number):
+    """The signal comes while the output is being written, into a folder beside its final name."""
+    torch.save({"w": torch.zeros(2)}, tmp_path / "m.bin")
+    code = f"""
+import os, sys
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+SafetensorsSink.write_bytes = lambda *_: os.kill(os.getpid(), {int(number)})
+sys.argv = ["bmerge", "convert", "m.bin", "-o", "out.safetensors"]
+from bmerge_cli.entry import main
+main()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, b"")
+    assert os.listdir(tmp_path) == ["m.bin"]

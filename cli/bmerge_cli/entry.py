@@ -1,15 +1,20 @@
-"""The entry point of the `bmerge` script: it answers Ctrl-C from the first moment to the last.
+"""The entry point of the `bmerge` script: it answers signals from the first moment to the last.
 
 Loading the commands takes a few tenths of a second, in which Python itself would answer an
-interrupt by a traceback, and so would its end.
+interrupt by a traceback, and so would its end. A request to terminate, or a terminal that is
+closed, would end the process at once, and leave its scratch folder to the next run.
 """
 
 import os
 import signal
+import sys
 
 
 def main() -> None:
     """Load the command line and run it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, _terminate)
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler:  # a process in the background ignores it
         from bmerge_cli.main import main as run
@@ -23,6 +28,11 @@ def main() -> None:
         run(lambda: signal.signal(signal.SIGINT, before))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was done is done
+
+
+def _terminate(number: int, _: object) -> None:
+    """End by way of all that cleans up, with the exit code that a shell gives to the signal."""
+    sys.exit(128 + number)
 
 
 def _stop(*_: object) -> None:

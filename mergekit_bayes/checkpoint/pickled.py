@@ -198,7 +198,7 @@ def call(function: object, arguments: object) -> object:
     if function.name in _OTHERS:
         return OtherTensor(_OTHERS[function.name])
     maker = _MAKERS.get(function.name)
-    made = None if maker is None else maker(*arguments[:9])
+    made = None if maker is None else maker(*arguments)
     if made is None:
         return OtherTensor(f"made by {function.name} of other values than a tensor has", True)
     return made

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-_LOCAL = {"local_files_only": True}  # for a folder that is on disk
+
+
+def _options(*, trust_remote_code: bool) -> dict[str, bool]:
+    """What every call gets: only trusted code may be of another repository, and be fetched."""
+    return {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -49,7 +53,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedCo
         path,
         "its config cannot be read",
         lambda: transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **_LOCAL
+            path, **_options(trust_remote_code=trust_remote_code)
         ),
     )
 
@@ -90,8 +94,7 @@ def load_weights(
                 path,
                 output_loading_info=True,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                **_LOCAL,
+                **_options(trust_remote_code=trust_remote_code),
                 **options,
             ),
         )
@@ -108,7 +111,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
 
     def load() -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, **_LOCAL
+            path, **_options(trust_remote_code=trust_remote_code)
         )
         return tokenizer
 
@@ -131,7 +134,7 @@ def load_adapter_config(path: Path) -> "PeftConfig":
     return _call(
         path,
         f"its {ADAPTER_CONFIG} cannot be read",
-        lambda: PeftConfig.from_pretrained(str(path), **_LOCAL),
+        lambda: PeftConfig.from_pretrained(str(path), local_files_only=True),
     )
 
 
@@ -147,7 +150,12 @@ def load_adapter(base: "PreTrainedModel", path: Path, config: "PeftConfig") -> "
         path,
         "peft cannot load it",
         lambda: PeftModel.from_pretrained(
-            base, str(path), config=config, is_trainable=True, use_safetensors=True, **_LOCAL
+            base,
+            str(path),
+            config=config,
+            is_trainable=True,
+            use_safetensors=True,
+            local_files_only=True,
         ),
     )
     return model
