@@ -9,7 +9,7 @@ from collections.abc import Callable
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
-from mergekit_bayes.errors import BmergeError, CheckpointError
+from mergekit_bayes.errors import BmergeError, CheckpointError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +45,8 @@ def call_tokenizers(what: str, function: Callable[[], T], what_to_do: str = "") 
     """As `call`, for a library in Rust: if it panics, the stack that Rust writes is not shown.
 
     Rust writes it to the descriptor of stderr, before Python gets the exception. What else is
-    written meanwhile appears when the call has ended.
+    written meanwhile, such as a warning that quotes a file, appears in printable form when the call
+    has ended.
     """
     return call(what, lambda: _without_stacks(function), what_to_do)
 
@@ -64,7 +65,7 @@ def _without_stacks(function: Callable[[], T]) -> T:
             os.dup2(stderr, 2)
             written.seek(0)
             for block in iter(lambda: written.read(1 << 16), b""):
-                os.write(stderr, block)
+                os.write(stderr, printable(block.decode(errors="replace")).encode())
             os.close(stderr)
 
 
@@ -75,7 +76,7 @@ def _is_panic(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """The first line of an error as a message shows it: printable, cut, with its type."""
     lines = str(error).strip().splitlines()
-    text = "".join(c if c.isprintable() else "?" for c in lines[0].strip()) if lines else ""
+    text = printable(lines[0].strip()) if lines else ""
     text = text.rstrip(".:") if len(text) <= 300 else f"{text[:297]}..."
     # An error that only names a key or an index says nothing without its type.
     says = isinstance(error, OSError | RuntimeError | ValueError)

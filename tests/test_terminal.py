@@ -17,8 +17,8 @@ from rich.text import Text
 from safetensors.numpy import save_file
 
 from bmerge_cli import render
-from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams, printable
-from mergekit_bayes.errors import CheckpointError
+from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams
+from mergekit_bayes.errors import CheckpointError, printable
 
 # A title, a cleared screen, an answer typed for the user, C1, a bell, backspaces, a line that is
 # overwritten, the other direction, half of a surrogate pair.

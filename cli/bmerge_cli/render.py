@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bmerge_cli.terminal import Screen, printable
-from mergekit_bayes.errors import BmergeError
+from bmerge_cli.terminal import Screen
+from mergekit_bayes.errors import BmergeError, printable
 from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
