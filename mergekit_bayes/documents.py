@@ -40,6 +40,8 @@ _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _COSTS = ((b"[", 88), (b"{", 200), (b":", 120), (b",", 72))
 # Text with such characters takes 4 and 2 bytes for each of its characters.
 _WIDTHS = ((re.compile(rb"[\xf0-\xff]"), 4), (re.compile(rb"[\xc4-\xff]"), 2))
+# What PyYAML raises where a value is not of its tag: `!!int x`, `!!timestamp x`, `!!float ""`.
+_OF_TAGS = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
 
 
 class DocumentError(ValueError):
@@ -191,7 +193,7 @@ def parse_yaml(text: str, *, unique: bool = False) -> object:
         content: object = yaml.load(text, _unique_loader(loader) if unique else loader)
     except DocumentError:
         raise
-    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+    except (yaml.YAMLError, *_OF_TAGS) as error:
         raise DocumentError(_in_short(error)) from None
     _check_numbers(content)
     return content

@@ -64,12 +64,12 @@ def snapshot(folder: Path) -> Snapshot:
 
 
 def tensors(out: Path) -> dict[str, str]:
-    """A digest of each tensor of an output, which must be readable; those of its posterior aside.
+    """A digest of each tensor of an output, by file and name; all of it must be readable.
 
     Raises:
         ValueError: A file of the output is missing or cannot be read.
     """
-    files = [out] if out.is_file() else sorted(out.glob("*.safetensors"))
+    files = [out] if out.is_file() else sorted(out.rglob("*.safetensors"))
     for index in sorted(out.rglob("*.index.json")) if out.is_dir() else []:
         if "bin" not in index.name:
             for name in json.loads(index.read_text())["weight_map"].values():
@@ -83,7 +83,8 @@ def tensors(out: Path) -> dict[str, str]:
             raise ValueError(f"{file.name}: {error}") from None
         for name, tensor in content:
             about = f"{tensor['dtype']} {tensor['shape']} ".encode()
-            found[name] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
+            place = f"{file.relative_to(out)}/{name}"
+            found[place] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
     return found
 
 
@@ -212,13 +213,13 @@ def _canary(ran: Ran, folder: Path, before: Snapshot, after: Snapshot) -> Verdic
 
 
 def _output(line: Line, folder: Path, good: Good | None, broken: str) -> Verdict | None:
-    if line.out is None or not line.weights:
+    if line.out is None or line.out in line.kept:
         return None
     try:
         found = tensors(folder / line.out)
     except (ValueError, OSError) as error:
         return Verdict("half output", str(error)[:300])
-    if good is None:
+    if good is None or not line.weights:
         return None
     if side_file(broken) and found != good.tensors:
         return Verdict("wrong", "other tensors than those of the good line")
