@@ -214,7 +214,7 @@ def test_a_checkpoint_with_other_bytes_or_a_pipe_is_one_message(tmp_path, data):
             file = whole.with_name(last) / name
             content = file.read_bytes()
             file.write_bytes(b"\xff" * len(content))
-            with pytest.raises(CheckpointError, match=rf"{last}' cannot be loaded \("):
+            with pytest.raises(CheckpointError, match=rf"{last}.* cannot be (loaded|read) \("):
                 run_finetune(resumed, quiet=True)
             file.write_bytes(content)
         shutil.rmtree(whole, ignore_errors=True)
