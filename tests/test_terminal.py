@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 from bmerge_cli import render
 from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams, printable
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.models.quiet import with_bar
 
 # A title, a cleared screen, an answer typed for the user, C1, a bell, backspaces, a line that is
 # overwritten, the other direction, half of a surrogate pair.
@@ -119,6 +121,35 @@ def test_a_command_on_a_real_terminal_prints_names_from_a_file_as_escapes(tmp_pa
     assert b"\\x1b]0;owned\\x07\\x1b[2J[bold red]w" in shown
     for sequence in (b"\x1b]0;", b"\x07", b"\x1b[2J", b"\x1b[5m"):
         assert sequence not in shown
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: render.progress_bar(render.console(), "merging"),
+        lambda: render.steps_bar(render.console()),
+        lambda: _drawn(with_bar(range(2), "curvature", 2)),
+    ],
+)
+def test_a_bar_commands_the_terminal_and_text_beside_it_does_not(show, monkeypatch):
+    """The guard lies below rich's proxies, so that it must not take the bar's codes for text."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        with guarded_streams(), show():
+            print("\x1b]0;owned\x07", file=sys.stderr)
+    assert "\x1b[2K" in stream.getvalue()
+    assert "\\x1b[2K" not in stream.getvalue()
+    assert "\x1b]0;" not in stream.getvalue()
+
+
+@contextmanager
+def _drawn(items):
+    for _ in items:
+        yield
+        break
 
 
 def test_a_path_that_is_not_utf8_is_refused_by_its_bytes(tmp_path):
