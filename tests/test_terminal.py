@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import pty
 import signal
@@ -16,8 +17,10 @@ import torch
 from rich.progress import Progress, TextColumn
 from rich.text import Text
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from bmerge_cli import render
+from bmerge_cli.main import app
 from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams, printable
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.models.quiet import with_bar
@@ -78,6 +81,25 @@ def test_a_message_of_an_error_is_printable(attack, capsys):
     with pytest.raises(Exception, match="2"):
         command()
     assert printable(attack) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guard": "x" * 500_000},
+        {"scale": "x" * 500_000},
+        {"x" * 500_000: 1},
+        dict.fromkeys(map(str, range(1_000))),
+        {"models": ["x" * 500_000]},
+    ],
+)
+def test_a_message_is_short_whatever_the_file_says(settings, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"models": ["a", "b"], **settings}))
+    done = CliRunner().invoke(app, ["merge", str(recipe), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "Error: " in done.stderr
+    assert len(done.stderr) < 8000
 
 
 def test_a_bar_of_another_library_may_return_to_its_line():
