@@ -252,3 +252,19 @@ main()
     done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (128 + number, b"")
     assert os.listdir(tmp_path) == ["m.bin"]
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_the_caller_has_closed_are_opened_on_nothing(closed, tmp_path):
+    """Else the output could get the number of stderr, and what libraries say with it."""
+    code = (
+        "import os, sys; from bmerge_cli.entry import main; sys.argv = ['bmerge', '--version']\n"
+        "try: main()\n"
+        "except SystemExit as end: open('seen', 'w').write(f'{end.code} {os.open(\".\", 0)}')"
+    )
+    script = "; ".join(f"exec {number}>&-" for number in closed)
+    shell = ["bash", "-c", f'{script}; exec "$0" "$@"', sys.executable, "-c", code]
+    subprocess.run(shell, capture_output=True, check=False, cwd=tmp_path)
+    status, number = (tmp_path / "seen").read_text().split()
+    assert status == "0"
+    assert int(number) > 2
