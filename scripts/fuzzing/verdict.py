@@ -182,18 +182,26 @@ def _left(
         return Verdict("half output", f"left {odd[:4]} after {refused=}") if odd else None
     # What a merge of files writes has names that begin with the output's.
     stem = line.out.partition(".")[0] if line.out else "\0"
+    linked = _real_names(folder, line.kept)
     odd = [
-        n for n in new if not n.startswith(stem) or _under(n, tuple(f"{o}.partial" for o in out))
+        n
+        for n in new
+        if not (n.startswith(stem) or _under(n, linked))
+        or _under(n, tuple(f"{o}.partial" for o in out))
     ]
     if line.out and not (folder / line.out).exists():
         odd.append(f"no {line.out}")
     return Verdict("half output", f"{odd[:4]} after exit 0") if odd else None
 
 
+def _real_names(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Where outputs really lie: a folder may be a link of the user's to another one here."""
+    return tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in names)
+
+
 def _changed(line: Line, folder: Path, before: Snapshot, after: Snapshot) -> Verdict | None:
     own = (*line.kept, *((line.out,) if line.out else ()))
-    # A model's folder may be a link to another one here, in which an output then lies.
-    own += tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in own)
+    own += _real_names(folder, own)
     changed = [n for n, e in before.items() if after.get(n) != e and not _under(n, own)]
     return Verdict("input changed", f"{changed[:4]}") if changed else None
 
