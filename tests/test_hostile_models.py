@@ -288,6 +288,21 @@ def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
     assert encode_rows({"text": ["the cat"]}, loaded)
 
 
+def test_a_model_that_fails_on_some_texts_is_one_message(built, folders):
+    """A tokenizer may say that texts are longer, or of more types, than the model has rows for."""
+    text = "the cat " * 100
+    change(folders / "bert" / "tokenizer_config.json", model_max_length=10**6)
+    scorer = open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax")
+    assert scorer.score([text]) == scorer.score([text[:-50]])  # both cut at the context
+    step = {"Sequence": {"id": "A", "type_id": 7}}
+    template = {"type": "TemplateProcessing", "single": [step], "pair": [step, step]}
+    change(folders / "bert" / "tokenizer.json", post_processor=template | {"special_tokens": {}})
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    change(folders / "bert" / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(CheckpointError, match=r"the model cannot be run \(.*index out of range"):
+        open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax").score([text])
+
+
 def test_only_the_library_is_wrapped():
     """Ctrl-C and an exit pass, and errors of this package keep their class."""
     for error in (KeyboardInterrupt, SystemExit, GeneratorExit):
