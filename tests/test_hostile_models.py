@@ -224,6 +224,7 @@ TOKENIZERS = {  # with a word of the message
         lambda f: (f / "tokenizer_config.json").write_text(f'{{"model_max_length": {"9" * 401}}}'),
         "digits",
     ),
+    "empty unknown": (lambda f: change(f / "tokenizer_config.json", unk_token=""), "Recursion"),
     "stop": (lambda f: change(f / "generation_config.json", eos_token_id="x"), "eos_token_id"),
 }
 

@@ -377,7 +377,8 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
         )
     rows = embedding_rows(loaded.model)
-    if tokenizer.pad_token is None or (rows is not None and tokenizer.pad_token_id >= rows):
+    pad = tokenizer.pad_token_id
+    if pad is None or (rows is not None and pad >= rows):
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos_token", "eos_token", "pad_token"):
         number = getattr(tokenizer, f"{name}_id")

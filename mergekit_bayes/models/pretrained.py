@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_SPECIAL = ("bos", "eos", "pad", "unk")
 
 
 def _options(*, trust_remote_code: bool) -> dict[str, bool]:
@@ -119,6 +120,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             path, **_options(trust_remote_code=trust_remote_code)
         )
+        for name in _SPECIAL:  # looked up only when it is asked for
+            getattr(tokenizer, f"{name}_token_id")
         return tokenizer
 
     tokenizer = _call(path, "its tokenizer cannot be read", load, call_tokenizers)
