@@ -251,6 +251,12 @@ ADAPTERS = {
     "layers": ({"layers_to_transform": 10**9, "num_layers": 10**9}, "1000000000"),
     "steps": ({"init_lora_weights": "pissa_niter_999999999"}, "init_lora_weights"),
     "module": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "megatron_core"),
+    "shadow": ({"peft_type": "SHADOW", "shadow_model": "org/model"}, "shadow_model"),
+    "experts": ({"peft_type": "XLORA", "adapters": {"0": "org/adapter"}}, "adapters"),
+    "tokens": (
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "org/model"},
+        "tokenizer_name_or_path",
+    ),
     "kind": ({"peft_type": "x"}, "adapter_config.json"),
     "base": ({"base_model_name_or_path": None}, "None"),
     "pattern": ({"target_modules": "(a+)+(.*.*.*)*c_attn"}, "regular expression"),

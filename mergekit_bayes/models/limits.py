@@ -50,6 +50,13 @@ _POSITIVE = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "max_posi
 _COUNT = re.compile(r"layer|depth|block|expert|label|stage|group|class")
 _LENGTH = re.compile(r"position|ctx|seq|block_size")
 _ADAPTER_SIZE = re.compile(r"num_|rank|_dim$|size|len$|layer")
+# Keys that name models, tokenizers and files of any place or server, and values that name none.
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "adapters": (),
+    "shadow_model": ("mirror",),
+    "tokenizer_name_or_path": (),
+    "prompt_tuning_init_state_dict_path": (),
+}
 _MOST = 65_536  # repetitions, whatever the files hold
 _SHARED_LAYERS = 256  # published models that share one have 12 to 24
 _LONGEST = 1 << 25  # tokens; the longest published contexts have 10 million
@@ -250,6 +257,13 @@ def check_adapter(path: Path) -> None:
             f"{file}: megatron_config makes peft import the module that megatron_core names, which "
             "is not done here. Remove the key."
         )
+    for key, inside in _ELSEWHERE.items():
+        if config.get(key) not in (None, *inside):
+            raise CheckpointError(
+                f"{file}: {key} is {shown(config[key])}, from which peft would load more than the "
+                "adapter. Nothing is read from elsewhere because a config says so: use an adapter "
+                "that is complete, such as LoRA."
+            )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and any(int(steps[:9]) > 1000 for steps in re.findall(r"\d+", start)):
         raise CheckpointError(

@@ -5,7 +5,8 @@ caller says so, pickles are not read, and nothing is fetched for a folder that i
 libraries raise becomes a `CheckpointError`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -182,11 +183,28 @@ def _call(
         CheckpointError: The call failed.
     """
     try:
-        return caller(f"'{path}': {what}", function)
+        with _never_asked():
+            return caller(f"'{path}': {what}", function)
     except CheckpointError as error:
         if "trust_remote_code" not in str(error.__cause__):
             raise
         raise _needs_code(path) from None
+
+
+@contextmanager
+def _never_asked() -> Iterator[None]:
+    """Let transformers refuse code where it would ask on standard input.
+
+    It asks where `trust_remote_code` is not passed, as where peft loads a model.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def _needs_code(path: Path) -> CheckpointError:
