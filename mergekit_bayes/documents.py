@@ -30,7 +30,7 @@ SIDE_FILE = 128 << 20  # bytes; the largest published tokenizers have about 35 M
 CONFIG = 16 << 20  # bytes; the largest tokenizer_config.json have about 1 MB
 SETTINGS = 1 << 20  # bytes of YAML; the front matter of the largest cards has about 300 KB
 _DEPTH = 100  # configs nest about 5 deep
-_MEMORY = 512 << 20  # bytes that a parsed document may take, estimated from above
+MEMORY = 512 << 20  # bytes that a parsed document may take, estimated from above
 _YAML_NODES = 200_000  # with every alias counted as what it stands for
 _DIGITS = 400  # characters of a numeral
 _NUMERAL = re.compile(r"[-+0-9_:.]+")
@@ -118,7 +118,7 @@ def decode_text(data: bytes) -> str:
         raise DocumentError(f"not UTF-8 from byte {error.start} on") from None
 
 
-def parse_json(text: bytes | str, *, strict: bool = False) -> object:
+def parse_json(text: bytes | str, *, strict: bool = False, limit: int = MEMORY) -> object:
     """Parse JSON.
 
     An escaped half of a surrogate pair is refused, because it is not a character, and so is a
@@ -128,13 +128,14 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
         text: UTF-8, or text.
         strict: Refuse a name that is twice in an object, and NaN and infinity, which JSON does not
             have but which Python writes.
+        limit: The most bytes that it may take when it is parsed.
 
     Raises:
         DocumentError: If the text is not such JSON, is nested too deeply, or would take too much
             memory.
     """
     data = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
-    check_memory(data)
+    check_memory(data, limit)
     try:
         content: object = json.loads(
             decode_text(data),
@@ -159,7 +160,7 @@ def parse_json(text: bytes | str, *, strict: bool = False) -> object:
     return content
 
 
-def check_memory(data: bytes) -> None:
+def check_memory(data: bytes, limit: int = MEMORY) -> None:
     """Refuse JSON that would take too much memory, before a library parses it.
 
     Raises:
@@ -168,7 +169,7 @@ def check_memory(data: bytes) -> None:
     width = next((width for signs, width in _WIDTHS if signs.search(data)), 1)
     # The bytes themselves, all of them as text, and the strings that are made of it.
     memory = len(data) * (1 + 2 * width) + sum(cost * data.count(sign) for sign, cost in _COSTS)
-    if memory > _MEMORY:
+    if memory > limit:
         raise DocumentError(f"it may take {memory >> 20:,} MiB when it is parsed")
 
 

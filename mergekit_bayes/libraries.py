@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from threading import RLock
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, printable
 
@@ -125,6 +125,19 @@ def longest_text(tokenizer: object, most: int) -> int:
     length = getattr(tokenizer, "model_max_length", most)
     is_number = isinstance(length, int | float) and not isinstance(length, bool)
     return int(min(max(length, 0), most)) if is_number and length == length else most
+
+
+def outputs_of(model: Callable[..., Any], **inputs: object) -> Any:
+    """What a model gives for these inputs; its config may describe what fails on some texts only.
+
+    Raises:
+        CheckpointError: It fails.
+    """
+    return call(
+        "the model cannot be run",
+        lambda: model(**inputs),
+        "Take the config and the tokenizer that belong to it.",
+    )
 
 
 def embedding_rows(model: object) -> int | None:

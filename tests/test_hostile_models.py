@@ -225,6 +225,7 @@ TOKENIZERS = {  # with a word of the message
         lambda f: (f / "tokenizer_config.json").write_text(f'{{"model_max_length": {"9" * 401}}}'),
         "digits",
     ),
+    "empty unknown": (lambda f: change(f / "tokenizer_config.json", unk_token=""), "Recursion"),
     "stop": (lambda f: change(f / "generation_config.json", eos_token_id="x"), "eos_token_id"),
 }
 
@@ -251,6 +252,12 @@ ADAPTERS = {
     "layers": ({"layers_to_transform": 10**9, "num_layers": 10**9}, "1000000000"),
     "steps": ({"init_lora_weights": "pissa_niter_999999999"}, "init_lora_weights"),
     "module": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "megatron_core"),
+    "shadow": ({"peft_type": "SHADOW", "shadow_model": "org/model"}, "shadow_model"),
+    "experts": ({"peft_type": "XLORA", "adapters": {"0": "org/adapter"}}, "adapters"),
+    "tokens": (
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "org/model"},
+        "tokenizer_name_or_path",
+    ),
     "kind": ({"peft_type": "x"}, "adapter_config.json"),
     "base": ({"base_model_name_or_path": None}, "None"),
     "pattern": ({"target_modules": "(a+)+(.*.*.*)*c_attn"}, "regular expression"),
@@ -287,6 +294,21 @@ def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
     with pytest.raises(CheckpointError, match=r"token 27, but the model's embedding has 27 rows"):
         encode_rows({"text": ["the zebra"]}, loaded)
     assert encode_rows({"text": ["the cat"]}, loaded)
+
+
+def test_a_model_that_fails_on_some_texts_is_one_message(built, folders):
+    """A tokenizer may say that texts are longer, or of more types, than the model has rows for."""
+    text = "the cat " * 100
+    change(folders / "bert" / "tokenizer_config.json", model_max_length=10**6)
+    scorer = open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax")
+    assert scorer.score([text]) == scorer.score([text[:-50]])  # both cut at the context
+    step = {"Sequence": {"id": "A", "type_id": 7}}
+    template = {"type": "TemplateProcessing", "single": [step], "pair": [step, step]}
+    change(folders / "bert" / "tokenizer.json", post_processor=template | {"special_tokens": {}})
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    change(folders / "bert" / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(CheckpointError, match=r"the model cannot be run \(.*index out of range"):
+        open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax").score([text])
 
 
 def test_only_the_library_is_wrapped():
