@@ -10,7 +10,16 @@ The command line turns these into one message and exit code 2; anything else is 
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Control characters but for a tab and the end of a line, marks of direction, Unicode's other ends
+# of lines, and the halves of surrogate pairs that stand for bytes that are not UTF-8.
+CONTROLS = (
+    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
+    r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+)
+_CONTROL = re.compile(rf"[{CONTROLS}]|\r(?!\n)")
 
 
 class BmergeError(Exception):
@@ -49,3 +58,13 @@ def shown(value: object) -> str:
     """A value from outside as a message shows it: quoted, escaped, and cut if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]}...{text[-1]}"
+
+
+def printable(text: str) -> str:
+    """Text with an escape such as `\\x1b` in place of each character that commands a terminal."""
+    return _CONTROL.sub(escape, text)
+
+
+def escape(match: re.Match[str]) -> str:
+    """The escape of a matched character."""
+    return match[0].encode("unicode_escape").decode()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
-from mergekit_bayes.libraries import call_tokenizers, token_ids
+from mergekit_bayes.libraries import call_tokenizers, outputs_of, token_ids
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -197,8 +197,11 @@ def _draw(
     alive = torch.arange(len(keys))  # rows of `result` that are still in the cache
     # A prompt is read once; its continuations share its part of the cache.
     # All ones: nothing is padded, but a prompt may contain the padding token (which is often EOS).
-    output = model(
-        input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), use_cache=True
+    output = outputs_of(
+        model,
+        input_ids=ids.to(device),
+        attention_mask=torch.ones_like(ids, device=device),
+        use_cache=True,
     )
     cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_select_indices"):
@@ -221,7 +224,8 @@ def _draw(
         if step + 1 == keys.shape[1] or not len(alive):
             break
         seen = torch.ones((len(alive), ids.shape[1] + step + 1), dtype=torch.long, device=device)
-        output = model(
+        output = outputs_of(
+            model,
             input_ids=tokens[:, None].to(device),
             attention_mask=seen,
             past_key_values=cache,

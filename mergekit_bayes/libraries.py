@@ -7,9 +7,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from threading import RLock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from mergekit_bayes.errors import BmergeError, CheckpointError
+from mergekit_bayes.errors import BmergeError, CheckpointError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,13 +45,14 @@ def call_tokenizers(what: str, function: Callable[[], T], what_to_do: str = "") 
     """As `call`, for a library in Rust: if it panics, the stack that Rust writes is not shown.
 
     Rust writes it to the descriptor of stderr, before Python gets the exception. What else is
-    written meanwhile appears when the call has ended.
+    written meanwhile, such as a warning that quotes a file, appears in printable form when the call
+    has ended.
     """
     return call(what, lambda: _without_stacks(function), what_to_do)
 
 
 def _without_stacks(function: Callable[[], T]) -> T:
-    with _STDERR, tempfile.TemporaryFile() as written:
+    with _STDERR, _memory() as written:
         stderr = os.dup(2)
         try:
             os.dup2(written.fileno(), 2)
@@ -64,8 +65,15 @@ def _without_stacks(function: Callable[[], T]) -> T:
             os.dup2(stderr, 2)
             written.seek(0)
             for block in iter(lambda: written.read(1 << 16), b""):
-                os.write(stderr, block)
+                os.write(stderr, printable(block.decode(errors="replace")).encode())
             os.close(stderr)
+
+
+def _memory() -> BinaryIO:
+    """A file without a name: in memory where the system can, since a disk may be read-only."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -75,7 +83,7 @@ def _is_panic(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """The first line of an error as a message shows it: printable, cut, with its type."""
     lines = str(error).strip().splitlines()
-    text = "".join(c if c.isprintable() else "?" for c in lines[0].strip()) if lines else ""
+    text = printable(lines[0].strip()) if lines else ""
     text = text.rstrip(".:") if len(text) <= 300 else f"{text[:297]}..."
     # An error that only names a key or an index says nothing without its type.
     says = isinstance(error, OSError | RuntimeError | ValueError)
@@ -117,6 +125,19 @@ def longest_text(tokenizer: object, most: int) -> int:
     length = getattr(tokenizer, "model_max_length", most)
     is_number = isinstance(length, int | float) and not isinstance(length, bool)
     return int(min(max(length, 0), most)) if is_number and length == length else most
+
+
+def outputs_of(model: Callable[..., Any], **inputs: object) -> Any:
+    """What a model gives for these inputs; its config may describe what fails on some texts only.
+
+    Raises:
+        CheckpointError: It fails.
+    """
+    return call(
+        "the model cannot be run",
+        lambda: model(**inputs),
+        "Take the config and the tokenizer that belong to it.",
+    )
 
 
 def embedding_rows(model: object) -> int | None:

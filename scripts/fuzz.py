@@ -7,7 +7,7 @@ and the case's number. The cases run in this process, through the entry point of
 end in 10 seconds, with the result or with one message, and leave neither half an output nor a
 changed input; `docs/reliability.md` says what else is promised. The exit code is 1 if a case did
 not. A case that cannot be stopped ends the process with its stack; its number is in `running` in
-the folder of the world (`fuzz-*` among the temporary folders).
+the folder of the world (`fuzz-*` among the temporary folders). Ctrl-C stops after the running case.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -223,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="a new folder for the world, which is kept")
     chosen = parser.parse_args(arguments)
     cases: list[Case] = []
-    began = time.monotonic()
+    began, stopped = time.monotonic(), threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
     with contextlib.ExitStack() as stack:
         folder = chosen.folder or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="fuzz-"))
@@ -232,11 +235,12 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.only is not None:
             cases = [fuzzer.case(chosen.only)]
         for case in fuzzer.cases(chosen.first, chosen.commands) if not cases else ():
-            if len(cases) == chosen.cases or time.monotonic() - began > (chosen.seconds or 1e9):
-                break
             cases.append(case)
             if case.kind in BAD and not chosen.markdown:
                 print(case, file=sys.stderr, flush=True)
+            late = time.monotonic() - began > (chosen.seconds or 1e9)
+            if len(cases) == chosen.cases or late or stopped.is_set():
+                break
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(case) for case in cases], indent=1))
     if chosen.only is not None:

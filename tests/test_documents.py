@@ -76,6 +76,10 @@ def test_strict_json_is_that_of_the_standard(text: str) -> None:
         ("a: " + ":".join(["59"] * 100_000), "digits"),
         ("a: 2026-99-99", "month"),
         ("!!python/object:os.system x", "constructor"),
+        ("!!int x", "invalid literal"),
+        ("!!timestamp x", "groupdict"),
+        ('!!float ""', "index out of range"),
+        ("!!bool x", "x"),
         ("a: \ud800", "surrogates"),
         ("? [a]\n: b", "unhashable"),
     ],
@@ -144,7 +148,7 @@ def test_documents_are_read_in_one_room() -> None:
     root = Path(__file__).parent.parent
     found: dict[str, int] = {}
     for file in (*(root / "mergekit_bayes").rglob("*.py"), *(root / "cli").rglob("*.py")):
-        if file.name != "documents.py" and (reads := _reads(file.read_text())):
+        if file.parent.name != "documents" and (reads := _reads(file.read_text())):
             found[file.relative_to(root).as_posix()] = len(reads)
     assert found == {}
 

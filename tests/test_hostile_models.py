@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -155,6 +156,14 @@ def test_a_config_that_its_tensors_do_not_bear_out_is_refused(built, folders, ki
     assert str(folders / kind) in message
 
 
+def test_a_tensor_of_another_shape_is_named(folders):
+    change(folders / "gpt2" / "config.json", vocab_size=26)
+    with pytest.raises(
+        CheckpointError, match=r"wte\.weight' is \(27, 8\) in the file, and \(26, 8\)"
+    ):
+        load_model(str(folders / "gpt2"))
+
+
 VALUES = (10**9, 10**12, 10**30, -1, 0, 3, None, "x", [], {}, True, 1.5, "DEL")
 
 
@@ -216,6 +225,7 @@ TOKENIZERS = {  # with a word of the message
         lambda f: (f / "tokenizer_config.json").write_text(f'{{"model_max_length": {"9" * 401}}}'),
         "digits",
     ),
+    "empty unknown": (lambda f: change(f / "tokenizer_config.json", unk_token=""), "Recursion"),
     "stop": (lambda f: change(f / "generation_config.json", eos_token_id="x"), "eos_token_id"),
 }
 
@@ -242,6 +252,12 @@ ADAPTERS = {
     "layers": ({"layers_to_transform": 10**9, "num_layers": 10**9}, "1000000000"),
     "steps": ({"init_lora_weights": "pissa_niter_999999999"}, "init_lora_weights"),
     "module": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "megatron_core"),
+    "shadow": ({"peft_type": "SHADOW", "shadow_model": "org/model"}, "shadow_model"),
+    "experts": ({"peft_type": "XLORA", "adapters": {"0": "org/adapter"}}, "adapters"),
+    "tokens": (
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "org/model"},
+        "tokenizer_name_or_path",
+    ),
     "kind": ({"peft_type": "x"}, "adapter_config.json"),
     "base": ({"base_model_name_or_path": None}, "None"),
     "pattern": ({"target_modules": "(a+)+(.*.*.*)*c_attn"}, "regular expression"),
@@ -280,6 +296,21 @@ def test_tokens_beyond_the_embedding_are_refused_with_both_numbers(folders):
     assert encode_rows({"text": ["the cat"]}, loaded)
 
 
+def test_a_model_that_fails_on_some_texts_is_one_message(built, folders):
+    """A tokenizer may say that texts are longer, or of more types, than the model has rows for."""
+    text = "the cat " * 100
+    change(folders / "bert" / "tokenizer_config.json", model_max_length=10**6)
+    scorer = open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax")
+    assert scorer.score([text]) == scorer.score([text[:-50]])  # both cut at the context
+    step = {"Sequence": {"id": "A", "type_id": 7}}
+    template = {"type": "TemplateProcessing", "single": [step], "pair": [step, step]}
+    change(folders / "bert" / "tokenizer.json", post_processor=template | {"special_tokens": {}})
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    change(folders / "bert" / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(CheckpointError, match=r"the model cannot be run \(.*index out of range"):
+        open_scorer(f"model:{folders / 'bert'}#LABEL_0=softmax").score([text])
+
+
 def test_only_the_library_is_wrapped():
     """Ctrl-C and an exit pass, and errors of this package keep their class."""
     for error in (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -290,7 +321,7 @@ def test_only_the_library_is_wrapped():
     for error in (RecursionError("deep"), MemoryError(), KeyError("k"), OSError(2, "no file")):
         with pytest.raises(CheckpointError, match=r"^what "):
             call("what", raising(error))
-    with pytest.raises(CheckpointError, match=r"\(one\?\[2J\)\. Do this\.$"):
+    with pytest.raises(CheckpointError, match=r"\(one\\x1b\[2J\)\. Do this\.$"):
         call("what", raising(ValueError("one\x1b[2J\ntwo")), "Do this.")
 
 
@@ -317,6 +348,14 @@ def test_what_is_written_during_a_call_is_shown_unless_it_panics(capfd):
     with pytest.raises(CheckpointError, match="PanicException: index"):
         call_tokenizers("x", lambda: write(panic("index")))
     assert not capfd.readouterr().err
+
+
+def test_a_tokenizer_runs_where_no_disk_can_be_written(monkeypatch):
+    def read_only(*_, **__):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert call_tokenizers("x", lambda: 1) == 1
 
 
 def test_a_fine_tune_tries_the_model_and_bounds_a_new_head(built, folders):

@@ -160,6 +160,43 @@ def test_a_card_chooses_among_the_files_of_its_folder(tmp_path):
     assert len(load_rows(folder(tmp_path / "default", card(chosen)))) == 2
 
 
+def config(**settings):
+    lines = "".join(f"\n  {key}: {value}" for key, value in settings.items())
+    return f"---\nconfigs:\n- config_name: default{lines}\n---\n"
+
+
+READ_AS = {  # what a card says, and its files, both of which hold the same two rows
+    "folder": (config(data_dir="en"), {"en/train.jsonl": GOOD, "fr/train.jsonl": GOOD * 2}),
+    "sign": (config(sep="';'"), {"train.csv": "text;n\nthe cat;1\na dog;2\n"}),
+    "names": (config(names="[text, n]"), {"train.csv": "the cat,1\na dog,2\n"}),
+    "tabs": (config(), {"train.tsv": "text\tn\nthe cat\t1\na dog\t2\n"}),
+    "field": (
+        config(field="rows"),
+        {"train.json": '{"rows": [{"text": "the cat"}, {"text": "a dog"}]}'},
+    ),
+    "else": (config(features="[]", description="x", sample_by="word"), {"train.jsonl": GOOD}),
+}
+
+
+@pytest.mark.parametrize("name", READ_AS)
+def test_a_card_says_how_its_rows_are_read(tmp_path, name):
+    front, files = READ_AS[name]
+    path = folder(tmp_path / "data", files | {"README.md": front})
+    if name == "else":
+        with pytest.raises(CheckpointError, match=r"its card reads the rows with 'features'"):
+            load_rows(path)
+    else:
+        assert load_rows(path, text="text")["text"][:] == ["the cat", "a dog"]
+
+
+@pytest.mark.parametrize("value", ["'(a+)+$'", "''", "[',']", "5"])
+def test_a_separator_of_a_card_is_one_character(tmp_path, value):
+    """A longer one is a regular expression for the reader."""
+    path = folder(tmp_path / "data", {"README.md": config(sep=value), "a.csv": "text\nx\n"})
+    with pytest.raises(CheckpointError, match=r"its card reads the rows with 'sep'"):
+        load_rows(path)
+
+
 CARDS = {
     "deep": ("[" * 10**4, "cannot be read"),
     "bomb": (

@@ -9,6 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import pytest
 from typer.testing import CliRunner
 
@@ -256,6 +257,21 @@ def test_a_list_that_goes_on_elsewhere_carries_no_token(hub, elsewhere, kind):
     tampered(hub, "/tree/", with_headers(**link) if kind == "next page" else lambda answer: moved)
     remote.file_sizes("org/a")
     assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("address", "is_sent"),
+    [
+        ("https://huggingface.co/api/models/a/b", True),
+        ("http://huggingface.co/api/models/a/b", False),
+        ("https://huggingface.co.evil.example/a", False),
+        ("https://huggingface.co@evil.example/a", False),
+    ],
+)
+def test_a_token_goes_to_the_hub_alone_and_not_in_the_clear(hub, address, is_sent):
+    request = httpx2.Request("GET", address, headers={"Authorization": f"Bearer {TOKEN}"})
+    hub_client._keep_token(request)
+    assert ("authorization" in request.headers) == is_sent
 
 
 @pytest.mark.parametrize("part", ["whoami", "/api/models/org/a", "/tree/", "/commit/", "/create"])

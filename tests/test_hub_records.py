@@ -370,7 +370,45 @@ def test_a_file_with_a_token_is_not_pushed(model, write):
     plan_push(model, "org/x")
 
 
+TEXTS = [
+    "# head",
+    "- item",
+    "+ item",
+    "1. first",
+    "12) twelfth",
+    "    code",
+    "---",
+    "| a | b |",
+    "*x* _y_ __z__ ~~s~~ `c` [a](b) ![i](j) <b>x</b> &amp; \\",
+    "https://a.b/c_d",
+    "see HTTP://a.b",
+    "www.a.b",
+    "model@v1.0",
+    "a@b.c: mail",
+    "x https://a.b y www.c.d z",
+]
+
+
+@pytest.mark.parametrize("value", TEXTS)
+def test_a_text_is_a_text_wherever_it_stands(value):
+    """It begins no block and holds no markup; an address, which would be a link, is code."""
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    (paragraph,) = (
+        token for token in parser.parse(f"- {markdown.text(value)}") if token.type == "inline"
+    )
+    kinds = {token.type for token in paragraph.children}
+    assert kinds <= {"text", "text_special", "code_inline"}
+    is_address = [token.type == "code_inline" for token in paragraph.children]
+    assert any(is_address) == any(sign in value for sign in ("://", "@", "www."))
+    shown = "".join(token.content for token in paragraph.children)
+    assert shown == value.strip()
+    plain = "".join(t.content for t in paragraph.children if t.type != "code_inline")
+    assert not any(sign in plain for sign in ("://", "@", "www."))
+
+
 def test_honest_texts_look_as_they_did():
+    assert markdown.text("نمی\u200cدانم 👩\u200d💻 模型") == "نمی\u200cدانم 👩\u200d💻 模型"
+    assert markdown.text("1.5 % of 3") == "1\\.5 % of 3"  # shown without the backslash
     assert markdown.text("S = S0 + sum_t scale_t (S_t - S0)") == "S = S0 + sum_t scale_t (S_t - S0)"
     assert markdown.text("h.0.attn.c_attn.weight: 3 of 5") == "h.0.attn.c_attn.weight: 3 of 5"
     assert markdown.code("org/a-b.c") == "`org/a-b.c`"

@@ -233,3 +233,31 @@ def test_what_is_no_folder_of_a_model_is_refused_at_once(tmp_path, make):
     make(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"m': cannot be listed \(Not a directory\)"):
         load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["RobertaFor", "MPNetFor", "LongformerFor", "XLNetFor"])
+def test_a_text_as_long_as_the_context_is_read(tmp_path, name):
+    """Some count positions from the padding index on, and XLNet's config says -1."""
+    kind = getattr(transformers, f"{name}SequenceClassification")
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "d_model": 16,
+        "num_hidden_layers": 1,
+        "n_layer": 1,
+        "num_attention_heads": 2,
+        "n_head": 2,
+        "intermediate_size": 16,
+        "d_inner": 16,
+        "max_position_embeddings": 16,
+        "attention_window": 4,
+        "pad_token_id": 1,
+    }
+    known = kind.config_class().to_dict()
+    model = kind(kind.config_class(**{k: v for k, v in sizes.items() if k in known})).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gpt2(tmp_path / "gpt2"))
+    tokenizer.model_max_length = 20
+    loaded = Loaded(model, tokenizer, "classification", tmp_path)
+    assert loaded.context == (20 if name == "XLNetFor" else 14)
+    tokens = torch.full((1, loaded.context), 5)
+    assert model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.shape == (1, 2)

@@ -25,7 +25,8 @@ from mergekit_bayes.errors import BmergeError, CheckpointError, PrecisionError
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.finetune.checkpoints import MARKER, mark_whole, open_checkpoints
 from mergekit_bayes.inspect.run import run_inspect
-from mergekit_bayes.lora import merge_adapters
+from mergekit_bayes.lora import merge_adapters, open_adapter
+from mergekit_bayes.lora.truncate import truncate_dense, truncate_product
 from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
 from mergekit_bayes.merge.partial import Partial
 from mergekit_bayes.merge.report import MergedModel
@@ -265,6 +266,17 @@ def test_an_adapters_config_may_hold_anything_at_length(models: None) -> None:
             lambda: merge_adapters(("adapter", "adapter2"), Path("out"), force=True),
             lambda: run_inspect("adapter"),
         )
+
+
+def test_a_change_beyond_float32_is_refused(models: None) -> None:
+    adapter(Path("large"), factors(0), alpha=10**38)
+    with pytest.raises(CheckpointError, match="lora_alpha not one up to 1e"):
+        open_adapter("large")
+    for side in (1e25, 1e30):
+        with pytest.raises(CheckpointError, match="beyond float32"):
+            truncate_product(np.full((4, 2), side), np.full((2, 4), side), 2)
+    with pytest.raises(CheckpointError, match="beyond float32"):
+        truncate_dense(np.full((4, 4), np.float32(np.inf)), 2)
 
 
 def record() -> dict[str, Any]:

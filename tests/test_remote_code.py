@@ -23,6 +23,7 @@ from mergekit_bayes.detox.settings import evaluate_config, finetune_config, prec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
+from mergekit_bayes.models import limits
 from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -121,6 +122,20 @@ def built(tmp_path_factory):
         "words": f"words:{tmp_path / 'w.txt'}",
         "marks": marks,
     }
+
+
+def test_what_an_adapter_loads_is_not_asked_about(world, tmp_path, monkeypatch):
+    """peft loads a model for some adapters without saying whether its code is trusted."""
+    adapter = Path(copied(world["adapter"], tmp_path))
+    config = {"peft_type": "SHADOW", "shadow_model": world["own"]}
+    change(adapter / "adapter_config.json", base_model_name_or_path=world["plain"], **config)
+    with pytest.raises(CheckpointError, match="shadow_model"):
+        load_model(str(adapter))
+    monkeypatch.setattr(limits, "_ELSEWHERE", {})  # as of a kind that is not known yet
+    with pytest.raises(CheckpointError, match="needs Python code of its own"):
+        load_model(str(adapter))
+    assert not list(world["marks"].iterdir())
+    assert dynamic_module_utils.TIME_OUT_REMOTE_CODE > 0
 
 
 def evaluate(world, model, scorer=None, **settings):

@@ -9,30 +9,36 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-# Control characters but for a tab and the end of a line, marks of direction, Unicode's other ends
-# of lines, and the halves of surrogate pairs that stand for bytes that are not UTF-8.
-_COMMANDS = (
-    "\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f"
-    "\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff"
-)
-_IN_TEXT = re.compile(rf"[{_COMMANDS}]|\r(?!\n)")
+from mergekit_bayes.errors import CONTROLS, escape, printable
+
 # A bar of the Hub's client returns to the start of its line, and to the line above.
-_IN_A_STREAM = re.compile(rf"(?!\x1b\[A)[{_COMMANDS}]")
-
-
-def printable(text: str) -> str:
-    """Text with an escape in place of each character that would command a terminal."""
-    return _IN_TEXT.sub(_escape, text)
+_IN_A_STREAM = re.compile(rf"(?!\x1b\[A)[{CONTROLS}]")
 
 
 class Screen(Console):
     """A console for text from outside: what is printed cannot command the terminal."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream itself, below all that stand in for it.
+
+        While a bar is shown a proxy of rich's lies over the guarded stream. rich takes off one
+        layer, and the guard would turn the bar's own control characters into text.
+        """
+        stream = super().file
+        while inner := getattr(stream, "rich_proxied_file", None):
+            stream = inner
+        return stream
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
 
     def render_str(self, text: str, **options: Any) -> Text:
         """As rich's, with the text made printable before it is measured."""
@@ -62,7 +68,7 @@ class GuardedStream:
 
     def write(self, text: str) -> int:
         """Write the text in printable form; the length is that of the text as given."""
-        self.rich_proxied_file.write(_IN_A_STREAM.sub(_escape, text))
+        self.rich_proxied_file.write(_IN_A_STREAM.sub(escape, text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -88,7 +94,3 @@ def guarded_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = stdout, stderr
-
-
-def _escape(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode()

@@ -175,14 +175,16 @@ def _factory(default: "Callable[[], httpx2.Client]") -> "Callable[[], httpx2.Cli
 
 
 def _keep_token(request: "httpx2.Request") -> None:
-    """Send the user's token to no host but the Hub's, as to one that a list's next page names."""
+    """Send the user's token to no host but the Hub's, as to one that a list's next page names.
+
+    Nor is it sent in the clear, but to a Hub of the user's own that is named so.
+    """
     import httpx2
     from huggingface_hub import constants, get_token
 
-    if (
-        request.url.host in _HUB_HOSTS
-        or request.url.origin == httpx2.URL(constants.ENDPOINT).origin
-    ):
+    url = request.url
+    is_hub = url.host in _HUB_HOSTS and url.scheme == "https"
+    if is_hub or url.origin == httpx2.URL(constants.ENDPOINT).origin:
         return
     if request.headers.get("authorization") == f"Bearer {get_token()}":
         del request.headers["authorization"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mergekit_bayes.checkpoint.hub_client import HubError, in_words, prepare
-from mergekit_bayes.errors import BmergeError, CheckpointError, shown
+from mergekit_bayes.errors import BmergeError, CheckpointError, printable, shown
 
 # Tokens of all kinds (hf_..., hf_oauth_..., hf_jwt_...), and what else logs in or signs.
 _TOKEN = re.compile(
@@ -115,12 +115,6 @@ def explain(error: Exception, ref: str) -> str:
     return (
         f"{name}: the Hub answered with an error ({type(error).__name__}: {_reason(error)}).{later}"
     )
-
-
-def printable(text: str) -> str:
-    """Text from outside in one line, with what a terminal would obey as escapes."""
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return "".join(escaped)
 
 
 def _token() -> str | None:

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.outputs import scored_logits, trained_loss
+from mergekit_bayes.libraries import outputs_of
 
 
 def ggn_diagonal(
@@ -57,7 +58,9 @@ def ggn_diagonal(
     try:
         for batch in batches:
             labels, tokens = batch.get("labels"), batch.get("input_ids")
-            outputs = model(**{name: v for name, v in batch.items() if name != "labels"})
+            outputs = outputs_of(
+                model, **{name: v for name, v in batch.items() if name != "labels"}
+            )
             loss = trained_loss(model, labels)
             logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
             root = random_root(logits.detach().float(), loss.likelihood, generator)

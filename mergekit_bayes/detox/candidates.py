@@ -1,11 +1,13 @@
-"""The merge that makes a candidate: its settings, and the command line that repeats it."""
+"""The merge that makes a candidate: its settings, its command line, and its point on a curve."""
 
 import shlex
 from pathlib import Path
 from typing import Any
 
+from mergekit_bayes.detox.report import Point
 from mergekit_bayes.detox.settings import Curve, DetoxConfig
-from mergekit_bayes.merge import MergeConfig
+from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.merge import MergeConfig, MergeReport
 
 
 def merge_config(
@@ -61,3 +63,35 @@ def _exact(number: float | str) -> str:
     """A number as short as it can be written without another value being read."""
     short = f"{float(number):g}"
     return short if float(short) == float(number) else repr(float(number))
+
+
+def point_of(
+    report: EvaluateReport,
+    scale: float,
+    merged: MergeReport | None = None,
+    command: str | None = None,
+) -> Point:
+    """One model on a curve.
+
+    Args:
+        report: Its evaluation.
+        scale: The amount that was subtracted; 0 for the base.
+        merged: The report of its merge; None for the base.
+        command: The command line that repeats the merge.
+    """
+    effects: dict[str, Any] = {}
+    if merged is not None:
+        tasks = [model for model in merged.models if model.role == "task"]
+        effects = {
+            "guarded_share": merged.guarded_share,
+            "largest_multiplier": merged.largest_multiplier,
+            "precision_ratio": tasks[0].ratio if tasks else None,
+        }
+    return Point(
+        scale=scale,
+        toxicity=report.toxicity,
+        perplexity=report.perplexity,
+        samples=report.samples,
+        command=command,
+        **effects,
+    )

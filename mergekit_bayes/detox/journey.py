@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import yaml
 
@@ -17,7 +17,7 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
-from mergekit_bayes.detox.candidates import merge_command, merge_config
+from mergekit_bayes.detox.candidates import merge_command, merge_config, point_of
 from mergekit_bayes.detox.picture import draw
 from mergekit_bayes.detox.report import DetoxReport, KeptModel, Point, as_markdown
 from mergekit_bayes.detox.scales import next_scale
@@ -98,7 +98,7 @@ def run_detox(
         toxic_model=str(toxic),
         base_precision=precision,
         scorers={name: info.model_dump() for name, info in base.scorers.items()},
-        base=_point(base, 0.0),
+        base=point_of(base, 0.0),
         curves={
             label: tuple(point for _, (_, point) in sorted(found.items()))
             for label, found in candidates.items()
@@ -292,7 +292,7 @@ class _Journey:
             shutil.rmtree(model, ignore_errors=True)
         report = read_report(evaluation)
         merged = read_record(MergeReport, merge_report, _AGAIN)
-        return report, _point(report, scale, merged, merge_command(merge))
+        return report, point_of(report, scale, merged, merge_command(merge))
 
     def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
         """Merge the chosen candidate into `model` of the output; its folder."""
@@ -364,31 +364,6 @@ def _refuse_precision(config: PrecisionConfig) -> None:
     """Refuse a device and data that the estimate of the base's precision would refuse."""
     choose_device(config.device)
     load_rows(config.data, where=config.where, text=config.text_column)
-
-
-def _point(
-    report: EvaluateReport,
-    scale: float,
-    merged: MergeReport | None = None,
-    command: str | None = None,
-) -> Point:
-    """One model on a curve, from its evaluation and the report of its merge."""
-    effects: dict[str, Any] = {}
-    if merged is not None:
-        tasks = [model for model in merged.models if model.role == "task"]
-        effects = {
-            "guarded_share": merged.guarded_share,
-            "largest_multiplier": merged.largest_multiplier,
-            "precision_ratio": tasks[0].ratio if tasks else None,
-        }
-    return Point(
-        scale=scale,
-        toxicity=report.toxicity,
-        perplexity=report.perplexity,
-        samples=report.samples,
-        command=command,
-        **effects,
-    )
 
 
 def _mark_of(file: Path) -> str | None:

@@ -22,6 +22,7 @@ from mergekit_bayes.metrics.scorers import (
 )
 from mergekit_bayes.models.load import load_model
 
+_LONGEST_TEXT = 512  # tokens that a classifier reads of a text
 _WORD_LIST = 1 << 20  # bytes; published lists have some 10 kB, and every word costs time a text
 
 
@@ -119,7 +120,12 @@ def _open_classifier(
     reading = read_label(loaded.model, label, name=spec, reading=chosen)
     loaded.move_to(device)
     score = classifier_scorer(
-        loaded.model, loaded.tokenizer, label, name=spec, reading=reading.reading
+        loaded.model,
+        loaded.tokenizer,
+        label,
+        name=spec,
+        reading=reading.reading,
+        max_length=min(_LONGEST_TEXT, loaded.context),
     )
 
     def checked(texts: list[str]) -> list[float]:

@@ -10,7 +10,11 @@ from collections.abc import Iterable
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>&~])")
 _INLINE = re.compile(r"[`|\\]")  # without a form that holds in a table and outside of one
-_INSIDE_WORD = re.compile(r"(?<=\w)_(?=\w)")
+_BEGINS_BLOCK = re.compile(r"^(\d{0,9})(?=[#+.)-])")  # a heading, or an item of a list
+# What GitHub's Markdown makes a link of by itself, an address of mail among it (model@v1.0).
+_LINK = re.compile(r"(\S*(?:://|\bwww\.)\S*|[\w.+-]+@[\w-]+\.\S*)", re.IGNORECASE)
+_JOINERS = "\u200c\u200d"  # not printable, but part of words and of emoji
+_INSIDE_WORD = re.compile(r"(?<=[^\W_])_(?=[^\W_])")
 _LONGEST = 2000  # characters; a merge's own notes have up to 400
 _LONGEST_BLOCK = 20_000
 _TABLE_ROWS = 200
@@ -19,13 +23,22 @@ _TABLE_ROWS = 200
 def one_line(value: object, limit: int = _LONGEST) -> str:
     """A value in one line of printable characters, cut if it is long."""
     text = str(value)[: limit + 1]
-    text = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    text = "".join(
+        c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "?" for c in text
+    )
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def text(value: object) -> str:
-    """A value as running text, without any markup in it."""
-    marked = _INSIDE_WORD.sub("\0", one_line(value))  # as in a tensor's name: no emphasis
+    """A value as running text, without any markup in it; an address in it is code."""
+    parts = _LINK.split(one_line(value).strip())  # every second one is an address
+    parts[::2] = [_escaped(part) for part in parts[::2]]
+    parts[1::2] = [code(part) for part in parts[1::2]]
+    return _BEGINS_BLOCK.sub(r"\1\\", "".join(parts))
+
+
+def _escaped(value: str) -> str:
+    marked = _INSIDE_WORD.sub("\0", value)  # as in a tensor's name: no emphasis
     escaped = _MARKUP.sub(r"\\\1", marked).replace("\0", "_")
     return escaped.replace("\\<", "&lt;")  # so that no comment begins, even for a reader of bytes
 

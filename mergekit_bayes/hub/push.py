@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
-from mergekit_bayes.checkpoint.hub_errors import printable
 from mergekit_bayes.checkpoint.sources import forget
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, printable
 from mergekit_bayes.hub.card import Card, is_generated, make_card
 from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, read_card

@@ -88,7 +88,7 @@ def _parents_table(facts: Facts) -> str:
     for i, p in enumerate(facts.parents):
         place = code(p.name) if p.repo else f"{code(p.name)} (local)"
         if p.repo and p.commit:
-            place = f"[{p.repo}](https://huggingface.co/{p.repo}/tree/{p.commit})"
+            place = f"[{text(p.repo)}](https://huggingface.co/{p.repo}/tree/{p.commit})"
         # BASE+ADAPTER is one model of the merge and two parents.
         one_each = len(models) == len(facts.parents)
         numbers = models[i] if one_each else by_ref.get(p.repo or "", MergedModel())

@@ -1,6 +1,5 @@
 """`adapter_config.json` as PEFT writes it: what is read of it, and which adapters are refused."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
@@ -85,9 +84,11 @@ def read_config(path: Path, ref: str) -> LoraConfig:
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         if not all(_is_number(r) and isinstance(r, int) and r > 0 for r in ranks) or not all(
-            _is_number(a) and math.isfinite(a) for a in alphas
+            _is_number(a) and abs(a) <= _LARGEST_ALPHA for a in alphas
         ):
-            raise ValueError("r is not a positive and lora_alpha not a finite number")
+            raise ValueError(
+                f"r is not a positive number, or lora_alpha not one up to {_LARGEST_ALPHA:g}"
+            )
         _check_forms(config, file)
         return config
     except (OSError, ValueError, LookupError, TypeError, AttributeError, *_TOO_LARGE) as error:
@@ -132,6 +133,7 @@ def _is_flag_or_text(value: object) -> bool:
     return isinstance(value, bool | str)
 
 
+_LARGEST_ALPHA = 1e9  # with which a change does not leave float32; 16 to 512 are common
 _TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond what Python handles
 # The keys whose values are relied on beside the ranks and alphas: a test, and what is expected.
 _FORMS: dict[str, tuple[Callable[[object], bool], str]] = {

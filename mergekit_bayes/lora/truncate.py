@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.lora.layers import Factors
 
 _DENSE = 512  # rows or columns up to which LAPACK's SVD is fast
@@ -38,11 +39,14 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
         left: Shape (d_out, k).
         right: Shape (k, d_in).
         rank: Rank of the result.
+
+    Raises:
+        CheckpointError: The product is beyond float32.
     """
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     q, core_left = np.linalg.qr(left)
     p, core_right = np.linalg.qr(right.T)
-    u, sigma, v = np.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    u, sigma, v = _svd(core_left @ core_right.T)
     factors = _factors(q @ u, sigma, v @ p.T, rank)
     lacking = (
         np.concatenate([left, -factors.b.astype(np.float64)], 1),
@@ -52,6 +56,22 @@ def truncate_product(left: Array, right: Array, rank: int) -> Truncated:
     return Truncated(factors, product_norm(*lacking) / norm if norm else 0.0, norm)
 
 
+def _svd(matrix: Array) -> tuple[Array, Array, Array]:
+    """The thin SVD of a float64 matrix.
+
+    Raises:
+        CheckpointError: The matrix is beyond float32, in which its factors are stored.
+    """
+    if np.isfinite(matrix).all():
+        u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
+        if not sigma.size or sigma[0] <= np.finfo(np.float32).max:
+            return u, sigma, v
+    raise CheckpointError(
+        "the change of a layer is beyond float32. Look at lora_alpha in adapter_config.json, at "
+        "--scale, and at the values of the factors."
+    )
+
+
 def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
     """The best approximation of a matrix by factors of a given rank; near the best if it is large.
 
@@ -59,13 +79,16 @@ def truncate_dense(matrix: Array, rank: int, seed: int = 0) -> Truncated:
         matrix: float32, shape (d_out, d_in).
         rank: Rank of the result.
         seed: Seed of the Krylov method's first block.
+
+    Raises:
+        CheckpointError: The matrix is beyond float32.
     """
     width = (_POWERS + 1) * (rank + _OVERSAMPLING)
     if min(matrix.shape) <= max(_DENSE, width):
-        u, sigma, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+        u, sigma, v = _svd(matrix.astype(np.float64))
     else:
         q = _krylov(matrix, rank + _OVERSAMPLING, np.random.default_rng(seed))
-        u, sigma, v = np.linalg.svd((q.T @ matrix).astype(np.float64), full_matrices=False)
+        u, sigma, v = _svd((q.T @ matrix).astype(np.float64))
         u = q @ u
     factors = _factors(u, sigma, v, rank)
     norm = float(np.linalg.norm(matrix))

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.libraries import token_ids
+from mergekit_bayes.libraries import outputs_of, token_ids
 from mergekit_bayes.metrics.base import (
     PRESENT,
     Draws,
@@ -324,7 +324,8 @@ def _log_softmax(
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
     device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    logits = outputs_of(model, **inputs).logits
     log_p: FloatArray = logits.double().log_softmax(-1).cpu().numpy()
     return log_p
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.libraries import token_ids
+from mergekit_bayes.libraries import outputs_of, token_ids
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.records import FloatArray, Progress, Record
 
@@ -279,7 +279,8 @@ def _score(model: torch.nn.Module, batch: list[_Window]) -> list[FloatArray]:
         ids[i, : len(window.inputs)] = torch.tensor(window.inputs)
         mask[i, : len(window.inputs)] = 1
     device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    logits = outputs_of(model, **inputs, use_cache=False).logits
     return [
         _nats(logits[i, len(w.inputs) - w.scored : len(w.inputs)], w.targets)
         for i, w in enumerate(batch)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.heads import head_of
-from mergekit_bayes.libraries import TOKENIZER_FAILS, call_tokenizers, known_to, longest_text
+from mergekit_bayes.libraries import (
+    TOKENIZER_FAILS,
+    call_tokenizers,
+    known_to,
+    longest_text,
+    outputs_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +110,7 @@ def classifier_scorer(
     name: str,
     batch_size: int = 64,
     reading: Reading | None = None,
+    max_length: int = 512,
 ) -> Score:
     """Score by the probability that a text-classification checkpoint gives to `label`.
 
@@ -114,6 +121,7 @@ def classifier_scorer(
         name: The scorer, for messages.
         batch_size: Texts classified together.
         reading: How the labels are read; None lets `read_label` decide.
+        max_length: Tokens of a text at most; longer texts lose their end.
 
     Raises:
         ConfigError: As `read_label`.
@@ -124,7 +132,7 @@ def classifier_scorer(
     separate = read_label(model, label, name=name, reading=reading).reading == "sigmoid"
     labels = {str(text): int(i) for i, text in model.config.id2label.items()}
     index = labels[label]
-    longest = longest_text(tokenizer, 512)
+    longest = longest_text(tokenizer, max_length)
 
     tokenise = partial(
         tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt"
@@ -138,7 +146,7 @@ def classifier_scorer(
             rows = order[at : at + batch_size]
             batch = call_tokenizers(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
             known_to(model, batch["input_ids"].tolist())
-            logits = model(**batch.to(model.device)).logits.float()
+            logits = outputs_of(model, **batch.to(model.device)).logits.float()
             probability = logits.sigmoid() if separate else logits.softmax(-1)
             for i, value in zip(rows, probability[:, index].tolist(), strict=True):
                 result[i] = value

@@ -5,10 +5,11 @@ and types whose values are opened when they are read. Here a card may choose amo
 files, and nothing else. Every file is a regular one of the folder.
 """
 
+import importlib
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ LOADERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_IN_FOLDERS = LOADERS | {".ndjson": "json", ".arrow": "arrow"}
+_IN_FOLDERS = LOADERS | {".ndjson": "json", ".arrow": "arrow", ".tsv": "tsv"}
 CARDS = ("README.md", ".huggingface.yaml")
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 _SPLIT = "train"
@@ -36,10 +37,64 @@ class DataFiles(NamedTuple):
     Attributes:
         loader: Name of the format, as `datasets` has it.
         files: The files, in the order of their rows.
+        options: Settings of their reader.
     """
 
     loader: str
     files: list[str]
+    options: Mapping[str, object] = {}
+
+
+class CardEntry(NamedTuple):
+    """What a card says of the data set of its folder.
+
+    Attributes:
+        files: Its files, as `datasets` takes them; None for all.
+        folder: The folder that they are in, from the card's.
+        settings: All that the card says, settings of a reader among it.
+    """
+
+    files: object | None = None
+    folder: str = ""
+    settings: Mapping[str, object] = {}
+
+
+def _is_sign(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 1  # longer ones are regular expressions
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_line(value: object) -> bool:
+    return value in (None, "infer") or (type(value) is int and 0 <= value < 1000)
+
+
+# Settings of a reader that a card may make.
+_SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "csv": {
+        "sep": _is_sign,
+        "delimiter": _is_sign,
+        "quotechar": _is_sign,
+        "escapechar": _is_sign,
+        "quoting": lambda value: value in (0, 1, 2, 3),
+        "doublequote": _is_truth,
+        "skipinitialspace": _is_truth,
+        "encoding": lambda value: str(value).lower() in ("utf-8", "utf8", "utf-8-sig"),
+        "names": _are_names,
+        "column_names": _are_names,
+        "header": _is_line,
+        "skiprows": _is_line,
+    },
+    "json": {"field": lambda value: isinstance(value, str)},
+    "parquet": {"columns": _are_names},
+    "text": {"sample_by": lambda value: value in ("line", "paragraph", "document")},
+}
 
 
 def one_file(file: Path, name: str) -> DataFiles:
@@ -74,10 +129,11 @@ def files_of(folder: Path, name: str) -> DataFiles:
     """
     from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 
-    base = folder.resolve().as_posix()
-    named = patterns_of_card(folder)
+    entry = entry_of_card(folder)
+    base = (folder.resolve() / entry.folder).as_posix()
 
     def find() -> Mapping[str, list[str]]:
+        named = entry.files
         patterns = get_data_patterns(base) if named is None else sanitize_patterns(named)
         found: Mapping[str, list[str]] = DataFilesDict.from_patterns(patterns, base_path=base)
         return found
@@ -96,19 +152,51 @@ def files_of(folder: Path, name: str) -> DataFiles:
         )
     ((loader, _), *_) = Counter(loaders.values()).most_common(1)
     files = [file for file in loaders if loaders[file] == loader]
-    return _checked(loader, [_inside(Path(file), folder, name) for file in files])
+    loader, options = ("csv", {"sep": "\t"}) if loader == "tsv" else (loader, {})
+    return _checked(
+        loader,
+        [_inside(Path(file), folder, name) for file in files],
+        options | _settings_of(entry, loader, folder),
+    )
 
 
-def _checked(loader: str, files: list[str]) -> DataFiles:
+def _settings_of(entry: CardEntry, loader: str, folder: Path) -> dict[str, object]:
+    """The settings of a reader that a card makes, without which its rows would be others.
+
+    Raises:
+        CheckpointError: One is not for us to follow, or has an impossible value.
+    """
+    known = _SETTINGS.get(loader, {})
+    module = importlib.import_module(f"datasets.packaged_modules.{loader}.{loader}")
+    reader = getattr(module, f"{loader.capitalize()}Config")
+    general = ("config_name", "data_files", "data_dir", "description", "version", "name")
+    settings = {}
+    for key, value in entry.settings.items():
+        if key in general or not hasattr(reader, key):
+            continue
+        if key not in known or not known[key](value):
+            raise CheckpointError(
+                f"{folder}: its card reads the rows with {shown(key)}: {shown(value)}, which is "
+                f"not done here. Name the files that are meant, or write them as JSONL."
+            )
+        settings[key] = value
+    return settings
+
+
+def _checked(
+    loader: str, files: list[str], options: Mapping[str, object] | None = None
+) -> DataFiles:
     """The files, after a pass over their bytes where their format is text."""
+    options = options or {}
+    sign = options.get("delimiter") or options.get("sep") or ","
     if loader in ("json", "csv", "text"):
         for file in files:
-            check_bytes(Path(file), loader=loader)
-    return DataFiles(loader, files)
+            check_bytes(Path(file), loader=loader, separator=str(sign).encode())
+    return DataFiles(loader, files, options)
 
 
-def patterns_of_card(folder: Path) -> object | None:
-    """The files that the card of a data folder names, as `datasets` takes them; None for none.
+def entry_of_card(folder: Path) -> CardEntry:
+    """What the card of a data folder says of its data set; nothing if there is none.
 
     Raises:
         CheckpointError: The card cannot be read, or names a file outside of the folder.
@@ -136,10 +224,14 @@ def patterns_of_card(folder: Path) -> object | None:
             raise ConfigError(
                 f"'{folder}' holds several data sets ({names}). Name the files that are meant."
             )
-        if chosen and chosen[0].get("data_files") is not None:
-            files: object = chosen[0]["data_files"]
-            return files
-    return None
+        if chosen:
+            files: object = chosen[0].get("data_files")
+            return CardEntry(files, str(chosen[0].get("data_dir") or ""), _by_name(chosen[0]))
+    return CardEntry()
+
+
+def _by_name(entry: Mapping[object, object]) -> dict[str, object]:
+    return {key: value for key, value in entry.items() if isinstance(key, str)}
 
 
 def _read_card(card: Path) -> Mapping[str, object]:

@@ -18,6 +18,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import CHAT, GROUPS
 from mergekit_bayes.documents import (
+    MEMORY,
     SIDE_FILE,
     DocumentError,
     check_memory,
@@ -49,14 +50,24 @@ _POSITIVE = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "max_posi
 _COUNT = re.compile(r"layer|depth|block|expert|label|stage|group|class")
 _LENGTH = re.compile(r"position|ctx|seq|block_size")
 _ADAPTER_SIZE = re.compile(r"num_|rank|_dim$|size|len$|layer")
+# Keys that name models, tokenizers and files of any place or server, and values that name none.
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "adapters": (),
+    "shadow_model": ("mirror",),
+    "tokenizer_name_or_path": (),
+    "prompt_tuning_init_state_dict_path": (),
+}
 _MOST = 65_536  # repetitions, whatever the files hold
 _SHARED_LAYERS = 256  # published models that share one have 12 to 24
 _LONGEST = 1 << 25  # tokens; the longest published contexts have 10 million
 _COPIES = 1024  # layers, virtual tokens and the like of an adapter, whatever it holds
 _SPARE_ELEMENTS = 1 << 26  # that no file holds: buffers, and heads that are made up
 _SPARE_MODULES = 10_000
+_TABLES = 2  # copies of the largest tensor until they are tied, beside twice its elements
 _MODULES = 64  # modules for each tensor of the files; usual are 1 to 3
 _LONGER = 1000  # times that a tokenizer may lengthen a text; usual is 1 to 3
+_TOKEN_MEMORY = 1024  # bytes of a parsed vocabulary for each token; usual are 400 to 900
+_VOCABULARY = 1 << 30  # bytes of one at most; XLM-V's 901,629 tokens are estimated at 740 MiB
 _PACKED = 8  # values in one element of a quantised file
 
 
@@ -67,11 +78,13 @@ class Stored(NamedTuple):
         tensors: Number of tensors.
         elements: Number of their elements.
         largest: Largest dimension of any of them.
+        widest: Number of elements of the largest of them.
     """
 
     tensors: int
     elements: int
     largest: int
+    widest: int
 
 
 def stored_in(path: Path) -> Stored:
@@ -86,7 +99,15 @@ def stored_in(path: Path) -> Stored:
             tensors=len(specs),
             elements=sum(spec.size for spec in specs),
             largest=max((dim for spec in specs for dim in spec.shape), default=0),
+            widest=max((spec.size for spec in specs), default=0),
         )
+
+
+def _stored_or_none(path: Path) -> Stored:
+    try:
+        return stored_in(path)
+    except CheckpointError:
+        return Stored(0, 0, 0, 0)  # told where the tensors are read
 
 
 def check_documents(path: Path) -> None:
@@ -111,8 +132,9 @@ def check_documents(path: Path) -> None:
             read_mapping(file)
         else:
             _check_file(file)
-    _check_vocabulary(path / "tokenizer.json")
-    _check_vocabulary(path / "vocab.json")
+    for name in ("tokenizer.json", "vocab.json"):
+        if (path / name).exists():
+            _check_vocabulary(path / name, _stored_or_none(path))
 
 
 def _check_file(file: Path) -> None:
@@ -131,18 +153,18 @@ def _check_file(file: Path) -> None:
         )
 
 
-def _check_vocabulary(file: Path) -> None:
+def _check_vocabulary(file: Path, stored: Stored) -> None:
     """Refuse a file of a tokenizer that a library could not survive.
 
-    It is not parsed, which takes as long as loading it.
+    It is not parsed, which takes as long as loading it. A model with a row for each of a million
+    tokens may have a list of them.
     """
-    if not file.exists():
-        return
+    limit = max(MEMORY, min(_TOKEN_MEMORY * stored.largest, _VOCABULARY))
     try:
         data = read_bytes(file)
-        check_memory(data)
+        check_memory(data, limit)
         if b"precompiled_charsmap" in data or b"\\u00" in data:  # names may be escaped
-            content = parse_json(data)
+            content = parse_json(data, limit=limit)
             for key, value in settings_in({"": content}):
                 if key == "precompiled_charsmap":
                     _check_charsmap(value)
@@ -193,10 +215,7 @@ def check_config(path: Path, *, trust_remote_code: bool) -> None:
                     f"{file}: {key} is {shown(value)}, which is code of a Hub repository. Remove "
                     "the key, or pass --trust-remote-code if you trust it."
                 )
-    try:
-        stored = stored_in(path)
-    except CheckpointError:
-        stored = Stored(0, 0, 0)  # told where the tensors are read
+    stored = _stored_or_none(path)
     for key, value in settings_in(config):
         if isinstance(value, int) and not isinstance(value, bool):
             _check_number(key, value, stored, file)
@@ -238,6 +257,13 @@ def check_adapter(path: Path) -> None:
             f"{file}: megatron_config makes peft import the module that megatron_core names, which "
             "is not done here. Remove the key."
         )
+    for key, inside in _ELSEWHERE.items():
+        if config.get(key) not in (None, *inside):
+            raise CheckpointError(
+                f"{file}: {key} is {shown(config[key])}, from which peft would load more than the "
+                "adapter. Nothing is read from elsewhere because a config says so: use an adapter "
+                "that is complete, such as LoRA."
+            )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and any(int(steps[:9]) > 1000 for steps in re.findall(r"\d+", start)):
         raise CheckpointError(
@@ -297,7 +323,9 @@ def bounded_build(path: Path, stored: Stored, *, is_packed: bool) -> Iterator[No
     """
     from torch.nn.modules import module as registration
 
-    most = 2 * stored.elements * (_PACKED if is_packed else 1) + _SPARE_ELEMENTS
+    # One table of tokens may be stored for an encoder, a decoder, both, and a head.
+    built = 2 * stored.elements + _TABLES * stored.widest
+    most = built * (_PACKED if is_packed else 1) + _SPARE_ELEMENTS
     most_modules = _MODULES * stored.tensors + _SPARE_MODULES
     sizes: dict[tuple[int, str], int] = {}
     modules = elements = 0

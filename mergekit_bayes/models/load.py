@@ -47,7 +47,23 @@ Dtype: TypeAlias = Annotated[
 ]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
 _TRIED = 7  # tokens of the text that a loaded model is tried on
-_COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert")
+_COUNT_FROM_PAD = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Loaded:
         config, tokens = self.model.config, None
         for name in ("n_positions", "max_position_embeddings", "n_ctx"):
             positions = getattr(config, name, None)
-            if isinstance(positions, int):
+            if isinstance(positions, int) and positions != -1:  # XLNet's, which has no limit
                 # These architectures count positions from the padding index + 1.
                 shifted = config.model_type in _COUNT_FROM_PAD
                 tokens = positions - (config.pad_token_id + 1 if shifted else 0)
@@ -361,7 +377,8 @@ def _complete_tokenizer(ref: str, loaded: Loaded) -> None:
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)."
         )
     rows = embedding_rows(loaded.model)
-    if tokenizer.pad_token is None or (rows is not None and tokenizer.pad_token_id >= rows):
+    pad = tokenizer.pad_token_id
+    if pad is None or (rows is not None and pad >= rows):
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos_token", "eos_token", "pad_token"):
         number = getattr(tokenizer, f"{name}_id")

@@ -5,7 +5,8 @@ caller says so, pickles are not read, and nothing is fetched for a folder that i
 libraries raise becomes a `CheckpointError`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+_SPECIAL = ("bos", "eos", "pad", "unk")
 
 
 def _options(*, trust_remote_code: bool) -> dict[str, bool]:
@@ -94,9 +96,15 @@ def load_weights(
                 path,
                 output_loading_info=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
                 **_options(trust_remote_code=trust_remote_code),
                 **options,
             ),
+        )
+    for name, stored_shape, shape in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"'{path}': {shown(name)} is {tuple(stored_shape)} in the file, and {tuple(shape)} by "
+            f"{CONFIG}. Take the config of the model that the tensors are of."
         )
     return model, sorted(report["missing_keys"])
 
@@ -113,6 +121,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             path, **_options(trust_remote_code=trust_remote_code)
         )
+        for name in _SPECIAL:  # looked up only when it is asked for
+            getattr(tokenizer, f"{name}_token_id")
         return tokenizer
 
     tokenizer = _call(path, "its tokenizer cannot be read", load, call_tokenizers)
@@ -173,11 +183,28 @@ def _call(
         CheckpointError: The call failed.
     """
     try:
-        return caller(f"'{path}': {what}", function)
+        with _never_asked():
+            return caller(f"'{path}': {what}", function)
     except CheckpointError as error:
         if "trust_remote_code" not in str(error.__cause__):
             raise
         raise _needs_code(path) from None
+
+
+@contextmanager
+def _never_asked() -> Iterator[None]:
+    """Let transformers refuse code where it would ask on standard input.
+
+    It asks where `trust_remote_code` is not passed, as where peft loads a model.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def _needs_code(path: Path) -> CheckpointError:

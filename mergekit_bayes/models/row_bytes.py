@@ -34,12 +34,13 @@ _STEPS = np.zeros(256, np.int64)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
-def check_bytes(file: Path, *, loader: str) -> None:
+def check_bytes(file: Path, *, loader: str, separator: bytes = b",") -> None:
     """Refuse a file that is not UTF-8, is a bomb, or has rows that are too long, wide or deep.
 
     Args:
         file: A text file, which may be compressed.
         loader: Its format: `json`, `csv` or `text`.
+        separator: What stands between the columns of a CSV.
 
     Raises:
         CheckpointError: As said, with the line, or it cannot be read.
@@ -55,7 +56,7 @@ def check_bytes(file: Path, *, loader: str) -> None:
             while block := content.read(_BLOCK):
                 if not size:
                     _refuse_other_encodings(block, file)
-                    _refuse_wide(block, file, loader)
+                    _refuse_wide(block, file, loader, separator)
                 size += len(block)
                 if size > most:
                     raise CheckpointError(
@@ -85,13 +86,13 @@ def _refuse_other_encodings(block: bytes, file: Path) -> None:
         )
 
 
-def _refuse_wide(block: bytes, file: Path, loader: str) -> None:
+def _refuse_wide(block: bytes, file: Path, loader: str, separator: bytes) -> None:
     """Refuse more columns than readers can take; they choose the columns by the first rows."""
     names = 0
     if loader == "json" and block.count(b":") > _COLUMNS:
         names = len(set(_NAME.findall(block)))
     elif loader == "csv":
-        names = block.partition(b"\n")[0].count(b",") + 1
+        names = block.partition(b"\n")[0].count(separator) + 1
     if names > _COLUMNS:
         raise CheckpointError(
             f"{file}: its rows have {names:,} names, expected at most {_COLUMNS:,}. Keep the "

@@ -11,9 +11,9 @@ from mergekit_bayes.libraries import call, reason
 from mergekit_bayes.models.data_files import (
     CARDS,
     LOADERS,
+    entry_of_card,
     files_of,
     one_file,
-    patterns_of_card,
 )
 from mergekit_bayes.models.encode import FORMS, check_labels, check_texts, not_read
 from mergekit_bayes.models.quiet import logged_from
@@ -160,7 +160,7 @@ def _load(name: str, features: "Features | None") -> "Dataset":
     elif path.exists():
         raise CheckpointError(f"'{name}' is not a regular file. Write its rows into one.")
     if chosen is not None:
-        options = _OPTIONS.get(chosen.loader, {}) | {"data_files": chosen.files}
+        options = {**_OPTIONS.get(chosen.loader, {}), **chosen.options, "data_files": chosen.files}
         return _loaded(
             name,
             lambda: load_dataset(chosen.loader, split="train", features=features, **options),
@@ -225,7 +225,7 @@ def _check_card(name: str) -> str | None:
         folder = resolve(name, CARDS, repo_type="dataset")
     except CheckpointError:
         return None  # told by datasets, which may have the rows in its own cache
-    patterns_of_card(folder)
+    entry_of_card(folder)
     return commit_in(name, folder)
 
 

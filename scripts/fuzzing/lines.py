@@ -84,7 +84,7 @@ LINES = (
     _line(
         "precision beside", "b --data rows.csv --examples 4 --force", "b rows.csv", "b/posterior"
     ),
-    _line("evaluate text", "a --perplexity rows.jsonl -o out.json", "a rows.jsonl", "out.json"),
+    _line("evaluate text", "a --perplexity rows.jsonl -o out", "a rows.jsonl", "out"),
     _line("evaluate parquet", "a --perplexity rows.parquet", "a rows.parquet", weight=1.0),
     _line("evaluate folder", "a --perplexity texts", "a texts", weight=1.0),
     _line("evaluate plain", "a --perplexity rows.txt --samples 2 --prior 1", "a rows.txt"),

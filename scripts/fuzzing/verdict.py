@@ -64,12 +64,12 @@ def snapshot(folder: Path) -> Snapshot:
 
 
 def tensors(out: Path) -> dict[str, str]:
-    """A digest of each tensor of an output, which must be readable; those of its posterior aside.
+    """A digest of each tensor of an output, by file and name; all of it must be readable.
 
     Raises:
         ValueError: A file of the output is missing or cannot be read.
     """
-    files = [out] if out.is_file() else sorted(out.glob("*.safetensors"))
+    files = [out] if out.is_file() else sorted(out.rglob("*.safetensors"))
     for index in sorted(out.rglob("*.index.json")) if out.is_dir() else []:
         if "bin" not in index.name:
             for name in json.loads(index.read_text())["weight_map"].values():
@@ -83,7 +83,8 @@ def tensors(out: Path) -> dict[str, str]:
             raise ValueError(f"{file.name}: {error}") from None
         for name, tensor in content:
             about = f"{tensor['dtype']} {tensor['shape']} ".encode()
-            found[name] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
+            place = f"{file.relative_to(out)}/{name}"
+            found[place] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
     return found
 
 
@@ -121,7 +122,7 @@ def judge(
     checks = (
         _message(ran) if refused else None,
         _terminal(ran),
-        _left(line, folder, before, after, refused),
+        _left(line, folder, before, after, refused, broken),
         _changed(line, folder, before, after),
         _canary(ran, folder, before, after),
         None if refused else _output(line, folder, good, broken),
@@ -170,7 +171,7 @@ def _under(name: str, roots: tuple[str, ...]) -> bool:
 
 
 def _left(
-    line: Line, folder: Path, before: Snapshot, after: Snapshot, refused: bool
+    line: Line, folder: Path, before: Snapshot, after: Snapshot, refused: bool, broken: str
 ) -> Verdict | None:
     new = [name for name in after if name not in before]
     out = (line.out,) if line.out else ()
@@ -181,18 +182,29 @@ def _left(
         return Verdict("half output", f"left {odd[:4]} after {refused=}") if odd else None
     # What a merge of files writes has names that begin with the output's.
     stem = line.out.partition(".")[0] if line.out else "\0"
+    linked = _real_names(folder, line.kept)
     odd = [
-        n for n in new if not n.startswith(stem) or _under(n, tuple(f"{o}.partial" for o in out))
+        n
+        for n in new
+        if not (n.startswith(stem) or _under(n, linked))
+        or _under(n, tuple(f"{o}.partial" for o in out))
     ]
     if line.out and not (folder / line.out).exists():
-        odd.append(f"no {line.out}")
+        if broken.endswith(".yaml"):  # the settings name another output now
+            odd = [n for n in odd if n.startswith(".") or ".partial" in n]
+        else:
+            odd.append(f"no {line.out}")
     return Verdict("half output", f"{odd[:4]} after exit 0") if odd else None
+
+
+def _real_names(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Where outputs really lie: a folder may be a link of the user's to another one here."""
+    return tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in names)
 
 
 def _changed(line: Line, folder: Path, before: Snapshot, after: Snapshot) -> Verdict | None:
     own = (*line.kept, *((line.out,) if line.out else ()))
-    # A model's folder may be a link to another one here, in which an output then lies.
-    own += tuple(os.path.relpath(os.path.realpath(folder / name), folder) for name in own)
+    own += _real_names(folder, own)
     changed = [n for n, e in before.items() if after.get(n) != e and not _under(n, own)]
     return Verdict("input changed", f"{changed[:4]}") if changed else None
 
@@ -212,13 +224,13 @@ def _canary(ran: Ran, folder: Path, before: Snapshot, after: Snapshot) -> Verdic
 
 
 def _output(line: Line, folder: Path, good: Good | None, broken: str) -> Verdict | None:
-    if line.out is None or not line.weights:
+    if line.out is None or line.out in line.kept:
         return None
     try:
         found = tensors(folder / line.out)
     except (ValueError, OSError) as error:
         return Verdict("half output", str(error)[:300])
-    if good is None:
+    if good is None or not line.weights:
         return None
     if side_file(broken) and found != good.tensors:
         return Verdict("wrong", "other tensors than those of the good line")
