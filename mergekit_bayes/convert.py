@@ -210,10 +210,10 @@ def _convert_file(
         specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
         nbytes = sum(spec.nbytes for spec in specs.values())
         if nbytes > _GROWTH * archive.size:
-            largest = max(specs, key=lambda name: specs[name].nbytes)
+            largest = shown(max(specs, key=lambda name: specs[name].nbytes))
             raise CheckpointError(
                 f"{file}: has {archive.size:,} bytes, but its tensors would take {nbytes:,} when "
-                f"they are written out, most of them {shown(largest)}: {_shared(tensors, keep_ties)}"
+                f"they are written out, most of them {largest}: {_shared(tensors, keep_ties)}"
             )
         # Ties are recorded as the format's own `save_model` does: alias to stored name.
         with SafetensorsSink(target, specs, {**tied, "format": "pt"}) as sink:

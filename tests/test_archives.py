@@ -261,7 +261,7 @@ def test_names_that_share_memory_are_not_refused_where_a_config_unties_them(tmp_
     assert (report.tensors, report.bytes, report.tied) == (4, 4 * w.nbytes, {})
     blocks = {f"layers.{i}": w for i in range(9)}
     torch.save(blocks, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="false asks .* Convert the file by itself"):
+    with pytest.raises(CheckpointError, match=r"false asks .* Convert the file by itself"):
         run_convert(str(tmp_path), tmp_path / "blocks")
     report = run_convert(str(tmp_path / "pytorch_model.bin"), tmp_path / "blocks.safetensors")
     assert (report.tensors, len(report.tied)) == (1, 8)
