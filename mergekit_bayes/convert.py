@@ -20,6 +20,7 @@ from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.pickle_steps import LARGEST, read_pickle
 from mergekit_bayes.checkpoint.pickled import (
     ForeignError,
+    Named,
     OtherTensor,
     PickledTensor,
     PickleError,
@@ -276,8 +277,10 @@ def _read_tensors(archive: Archive) -> dict[str, PickledTensor]:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Named):
+        return value.name.removeprefix("__builtin__.")
     is_tensor = isinstance(value, PickledTensor | OtherTensor)
-    return "Tensor" if is_tensor else type(value).__name__.lstrip("_")
+    return "Tensor" if is_tensor else type(value).__name__
 
 
 def _checked(archive: Archive, name: object, tensor: object) -> PickledTensor:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from threading import RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, printable
 
@@ -52,7 +52,7 @@ def call_tokenizers(what: str, function: Callable[[], T], what_to_do: str = "") 
 
 
 def _without_stacks(function: Callable[[], T]) -> T:
-    with _STDERR, tempfile.TemporaryFile() as written:
+    with _STDERR, _memory() as written:
         stderr = os.dup(2)
         try:
             os.dup2(written.fileno(), 2)
@@ -67,6 +67,13 @@ def _without_stacks(function: Callable[[], T]) -> T:
             for block in iter(lambda: written.read(1 << 16), b""):
                 os.write(stderr, printable(block.decode(errors="replace")).encode())
             os.close(stderr)
+
+
+def _memory() -> BinaryIO:
+    """A file without a name: in memory where the system can, since a disk may be read-only."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-LONGEST_NAME = 256  # characters of a name that a pattern is matched with
+LONGEST_NAME = 256  # characters; longer names are not matched with patterns
 _LONGEST_PATTERN = 1000
 MOST_WAYS = 5_000_000  # tried in 25 to 50 ms
 _LOOKAHEAD = 16  # characters that are compared to tell what comes next
@@ -37,28 +37,32 @@ class PatternError(ValueError):
     """A pattern is no regular expression or may take long; the text is the reason."""
 
 
-def compile_pattern(pattern: str, *, anywhere: bool = False) -> re.Pattern[str]:
+def compile_pattern(
+    pattern: str, *, anywhere: bool = False, longest: int = LONGEST_NAME
+) -> re.Pattern[str]:
     """Compile a pattern that was not written here.
 
     Args:
-        pattern: A regular expression, to be matched with names of up to `LONGEST_NAME` characters.
+        pattern: A regular expression, to be matched with names.
         anywhere: Whether it is searched for within names, instead of matched with their start.
+        longest: The most characters of a name.
 
     Raises:
         PatternError: It is no regular expression, or it may take long.
     """
-    if count_ways(pattern, anywhere=anywhere) > MOST_WAYS:
+    if count_ways(pattern, anywhere=anywhere, longest=longest) > MOST_WAYS:
         raise PatternError("it can match a name in too many ways, and may take hours")
     with warnings.catch_warnings(action="ignore"):
         return re.compile(pattern)
 
 
-def count_ways(pattern: str, *, anywhere: bool = False) -> float:
+def count_ways(pattern: str, *, anywhere: bool = False, longest: int = LONGEST_NAME) -> float:
     """In how many ways a match of a pattern may be tried on the worst name; an upper bound.
 
     Args:
         pattern: As in `compile_pattern`.
         anywhere: As in `compile_pattern`.
+        longest: As in `compile_pattern`.
 
     Raises:
         PatternError: It is no regular expression, or one whose ways grow exponentially.
@@ -71,7 +75,7 @@ def count_ways(pattern: str, *, anywhere: bool = False) -> float:
         with warnings.catch_warnings(action="ignore"):
             items = _parser.parse(pattern)
             re.compile(pattern)
-        ways, repeats = _ways(items, (_END,))
+        ways, repeats = _ways(items, (_END,), longest)
     except PatternError:
         raise
     except RecursionError:
@@ -79,7 +83,7 @@ def count_ways(pattern: str, *, anywhere: bool = False) -> float:
     except (re.error, OverflowError, ValueError) as error:
         raise PatternError(str(error)) from None
     if anywhere and not _is_anchored(items):
-        ways, repeats = ways * LONGEST_NAME, repeats + 1
+        ways, repeats = ways * longest, repeats + 1
     return ways / math.factorial(repeats)
 
 
@@ -87,39 +91,42 @@ def _is_anchored(items: _Items) -> bool:
     return bool(items) and str(items[0][1]) in ("AT_BEGINNING", "AT_BEGINNING_STRING")
 
 
-def _ways(items: _Items, after: _Masks) -> tuple[float, int]:
+def _ways(items: _Items, after: _Masks, longest: int) -> tuple[float, int]:
     """How many ways a sequence may be tried in, and how many of its repeats end anywhere.
 
     Args:
         items: The sequence.
         after: The characters that must follow it, as far as they are known.
+        longest: The most characters of a name.
     """
     ways, repeats = 1.0, 0
     for i, (operation, argument) in enumerate(items):
         following, is_fixed = _start(items[i + 1 :])
         follow = following + after if is_fixed else following
-        more, more_repeats = _ways_of_one(str(operation), argument, follow)
+        more, more_repeats = _ways_of_one(str(operation), argument, follow, longest)
         ways, repeats = ways * more, repeats + more_repeats
     return ways, repeats
 
 
-def _ways_of_one(operation: str, argument: Any, follow: _Masks) -> tuple[float, int]:
+def _ways_of_one(operation: str, argument: Any, follow: _Masks, longest: int) -> tuple[float, int]:
     if operation in ("GROUPREF", "GROUPREF_EXISTS"):
         raise PatternError("it refers back to one of its groups")
     if operation in ("ASSERT", "ASSERT_NOT"):
-        return _ways(argument[1], ())
+        return _ways(argument[1], (), longest)
     if (inner := _group(operation, argument)) is not None:
-        return _ways(inner, follow)
+        return _ways(inner, follow, longest)
     if operation == "BRANCH":
-        return _ways_of_branches(argument[1], follow)
+        return _ways_of_branches(argument[1], follow, longest)
     if operation in _REPEATS:
         least, most, body = argument
-        return _ways_of_repeat(least, most, body, follow)
+        return _ways_of_repeat(least, most, body, follow, longest)
     return 1.0, 0
 
 
-def _ways_of_branches(branches: Sequence[_Items], follow: _Masks) -> tuple[float, int]:
-    counted = [_ways(branch, follow) for branch in branches]
+def _ways_of_branches(
+    branches: Sequence[_Items], follow: _Masks, longest: int
+) -> tuple[float, int]:
+    counted = [_ways(branch, follow, longest) for branch in branches]
     most = max(repeats for _, repeats in counted)
     # As if each had as many repeats as the one with the most, by whose k! the ways are divided.
     each = [ways * math.perm(most, most - repeats) for ways, repeats in counted]
@@ -132,21 +139,23 @@ def _ways_of_branches(branches: Sequence[_Items], follow: _Masks) -> tuple[float
     return max(together, *each), most
 
 
-def _ways_of_repeat(least: int, most: int, body: Any, follow: _Masks) -> tuple[float, int]:
-    ways, repeats = _ways(body, follow)
+def _ways_of_repeat(
+    least: int, most: int, body: Any, follow: _Masks, longest: int
+) -> tuple[float, int]:
+    ways, repeats = _ways(body, follow, longest)
     masks, is_fixed = _start(body)
     if least == most and is_fixed:
-        return ways ** min(least, LONGEST_NAME), repeats
+        return ways ** min(least, longest), repeats
     if most <= 1:
         return ways * (1 if least == most or _differ(masks, follow) else 2), repeats
     if len(body) != 1 or _mask(*body[0]) is None:
         if body.getwidth()[0] == 0:
             raise PatternError("it repeats what may be empty")
-        if _ways(body, masks + masks if is_fixed else masks)[0] > 1:
+        if _ways(body, masks + masks if is_fixed else masks, LONGEST_NAME)[0] > 1:
             raise PatternError("it repeats what can match the same text in several ways")
     if _differ(masks, follow):
         return ways, repeats
-    ends = min(LONGEST_NAME, int(most) - least + 1)
+    ends = min(longest, int(most) - least + 1)
     return ways * max(1, ends / _period(follow)), repeats + 1
 
 

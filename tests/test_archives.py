@@ -14,6 +14,7 @@ from mergekit_bayes.convert import run_convert
 from tests.archives import (
     FOUR,
     SOUND,
+    Call,
     again,
     archive,
     converted,
@@ -22,6 +23,8 @@ from tests.archives import (
     patch,
     without_checksums,
 )
+
+FROM_CPU = torch._utils._rebuild_device_tensor_from_cpu_tensor
 
 
 def everything():
@@ -32,6 +35,8 @@ def everything():
     attributed.note = "x"
     parameter = torch.nn.Parameter(w.clone())
     parameter.note = 3
+    noted = torch.nn.Parameter(w.clone())
+    noted.notes = [torch.device("cpu"), torch.bfloat16, {1, 2}, 1j, b"x", torch.Size([2])]
     return torch.nn.Linear(2, 2).state_dict() | {
         "w": w,
         "tied": w,
@@ -44,7 +49,9 @@ def everything():
         "u16": torch.arange(5).to(torch.uint16),
         "e4m3": w.to(torch.float8_e4m3fn),
         "parameter": parameter,
+        "noted": noted,
         "attributed": attributed,
+        "of a TPU": Call(FROM_CPU, w.clone(), torch.float32, "cpu", False),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(2.5),
         "bool": w > 0,

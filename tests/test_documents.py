@@ -148,7 +148,7 @@ def test_documents_are_read_in_one_room() -> None:
     root = Path(__file__).parent.parent
     found: dict[str, int] = {}
     for file in (*(root / "mergekit_bayes").rglob("*.py"), *(root / "cli").rglob("*.py")):
-        if file.name != "documents.py" and (reads := _reads(file.read_text())):
+        if file.parent.name != "documents" and (reads := _reads(file.read_text())):
             found[file.relative_to(root).as_posix()] = len(reads)
     assert found == {}
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -349,6 +350,14 @@ def test_what_is_written_during_a_call_is_shown_unless_it_panics(capfd):
     with pytest.raises(CheckpointError, match="PanicException: index"):
         call_tokenizers("x", lambda: write(panic("index")))
     assert not capfd.readouterr().err
+
+
+def test_a_tokenizer_runs_where_no_disk_can_be_written(monkeypatch):
+    def read_only(*_, **__):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert call_tokenizers("x", lambda: 1) == 1
 
 
 def test_a_fine_tune_tries_the_model_and_bounds_a_new_head(built, folders):

@@ -5,12 +5,15 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora.config import check_adapter_patterns
 from mergekit_bayes.merge import MergeConfig
 from mergekit_bayes.patterns import LONGEST_NAME, PatternError, compile_pattern
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.plan.options import parse_scales
 
 _WORDS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
@@ -146,6 +149,36 @@ def test_the_patterns_of_an_honest_adapter_pass_and_odd_forms_are_skipped() -> N
     check_adapter_patterns(honest, Path())
     for odd in (None, 3, [None, 3, {}], {}, [[]], True):
         check_adapter_patterns(dict.fromkeys(honest, odd), Path())
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        _OF_UNSLOTH,
+        r".*h\.(?:0|1|2).*attn.*c_attn.*weight.*",
+        r".*encoder.*layer.*attention.*self.*query.*weight.*",
+        r"^(?!.*vision).*layers\.(1[0-9]|2[0-3])\..*(q|k|v)_proj.*",
+    ],
+)
+def test_a_pattern_for_tensors_is_judged_by_the_names_that_they_have(pattern: str) -> None:
+    compile_pattern(pattern, anywhere=True, longest=80)
+
+
+def test_patterns_for_tensors_are_refused_with_the_name_that_they_take_long_with(
+    tmp_path: Path,
+) -> None:
+    for model in "ab":
+        tensors = {"a" * n: np.zeros(2, np.float32) for n in (3, 200)}
+        save_file(tensors, tmp_path / f"{model}.safetensors")
+    models = tuple(str(tmp_path / f"{model}.safetensors") for model in "ab")
+    slow = ".*a.*a.*a.*a.*b"
+    for options, setting in (
+        ({"only": slow}, "--only"),
+        ({"scale": (f"{models[0]}:{slow}=2",)}, "--scale"),
+    ):
+        config = MergeConfig(models=models, out=str(tmp_path / "c.safetensors"), **options)
+        with pytest.raises(ConfigError, match=rf"^{setting} .*names such as 'aaa.*too many ways"):
+            plan_merge(config)
 
 
 def test_the_patterns_of_a_recipe_are_checked() -> None:

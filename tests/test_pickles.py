@@ -24,6 +24,7 @@ from tests.archives import (
 )
 
 V2 = torch._utils._rebuild_tensor_v2
+FROM_CPU = torch._utils._rebuild_device_tensor_from_cpu_tensor
 
 
 def rebuilt(*arguments):
@@ -119,7 +120,11 @@ PICKLES = {
     "is a tuple that takes for ever": ({"w": doubling(2)}, "'w' is tuple"),
     "has a number of 4 kB": ({"w": 1 << 32000}, "LONG4, which no tensor has"),
     "is an object": ({"w": Call(random.Random)}, "'random.Random' beside tensors"),
-    "is a set": ({"w": {1}}, "'__builtin__.set' beside tensors"),
+    "is a set": ({"w": {1}}, "'w' is set, where"),
+    "is of another dtype than its device's": (
+        {"w": Call(FROM_CPU, tensor(FLOATS, (4,), (1,)), torch.float16, "xla:0", False)},
+        OTHER,
+    ),
     "is cut": (pickled(SOUND)[:-9], "broken pickle"),
     "goes on without an end": (pickled(SOUND)[:-1], "broken pickle"),
     "recalls what it did not store": (b"h\x05.", "recalls"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 import mergekit_bayes.finetune.checkpoints as checkpoints
 import mergekit_bayes.finetune.refusals as refusals
@@ -324,3 +325,17 @@ def test_the_accelerators_scaler_is_seen_before_training(tmp_path, data, monkeyp
     monkeypatch.setattr(transformers.Trainer, "__init__", switched_on)
     with pytest.raises(ConfigError, match="Use bf16"):
         run_finetune(settings(tmp_path, data), quiet=True)
+
+
+@pytest.mark.parametrize("save_steps", [None, 1])
+def test_a_disk_that_is_full_is_said(tmp_path, data, monkeypatch, save_steps):
+    """safetensors raises an error of its own for it, which is no OSError."""
+    config = settings(tmp_path, data, max_steps=1, save_steps=save_steps, keep_checkpoints=False)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"out.*: writing.* failed \(.*No space left"):
+        run_finetune(config, quiet=True)
+    assert not (tmp_path / "out").exists()

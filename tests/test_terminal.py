@@ -2,11 +2,13 @@
 
 import ast
 import io
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 from rich.progress import Progress, TextColumn
 from rich.text import Text
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from bmerge_cli import render
+from bmerge_cli.main import app
 from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams
 from mergekit_bayes.errors import CheckpointError, printable
+from mergekit_bayes.models.quiet import with_bar
 
 # A title, a cleared screen, an answer typed for the user, C1, a bell, backspaces, a line that is
 # overwritten, the other direction, half of a surrogate pair.
@@ -78,6 +83,25 @@ def test_a_message_of_an_error_is_printable(attack, capsys):
     assert printable(attack) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guard": "x" * 500_000},
+        {"scale": "x" * 500_000},
+        {"x" * 500_000: 1},
+        dict.fromkeys(map(str, range(1_000))),
+        {"models": ["x" * 500_000]},
+    ],
+)
+def test_a_message_is_short_whatever_the_file_says(settings, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"models": ["a", "b"], **settings}))
+    done = CliRunner().invoke(app, ["merge", str(recipe), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "Error: " in done.stderr
+    assert len(done.stderr) < 8000
+
+
 def test_a_bar_of_another_library_may_return_to_its_line():
     stream = io.StringIO()
     guarded = GuardedStream(stream)
@@ -119,6 +143,35 @@ def test_a_command_on_a_real_terminal_prints_names_from_a_file_as_escapes(tmp_pa
     assert b"\\x1b]0;owned\\x07\\x1b[2J[bold red]w" in shown
     for sequence in (b"\x1b]0;", b"\x07", b"\x1b[2J", b"\x1b[5m"):
         assert sequence not in shown
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: render.progress_bar(render.console(), "merging"),
+        lambda: render.steps_bar(render.console()),
+        lambda: _drawn(with_bar(range(2), "curvature", 2)),
+    ],
+)
+def test_a_bar_commands_the_terminal_and_text_beside_it_does_not(show, monkeypatch):
+    """The guard lies below rich's proxies, so that it must not take the bar's codes for text."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        with guarded_streams(), show():
+            print("\x1b]0;owned\x07", file=sys.stderr)
+    assert "\x1b[2K" in stream.getvalue()
+    assert "\\x1b[2K" not in stream.getvalue()
+    assert "\x1b]0;" not in stream.getvalue()
+
+
+@contextmanager
+def _drawn(items):
+    for _ in items:
+        yield
+        break
 
 
 def test_a_path_that_is_not_utf8_is_refused_by_its_bytes(tmp_path):
@@ -199,3 +252,19 @@ main()
     done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (128 + number, b"")
     assert os.listdir(tmp_path) == ["m.bin"]
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_the_caller_has_closed_are_opened_on_nothing(closed, tmp_path):
+    """Else the output could get the number of stderr, and what libraries say with it."""
+    code = (
+        "import os, sys; from bmerge_cli.entry import main; sys.argv = ['bmerge', '--version']\n"
+        "try: main()\n"
+        "except SystemExit as end: open('seen', 'w').write(f'{end.code} {os.open(\".\", 0)}')"
+    )
+    script = "; ".join(f"exec {number}>&-" for number in closed)
+    shell = ["bash", "-c", f'{script}; exec "$0" "$@"', sys.executable, "-c", code]
+    subprocess.run(shell, capture_output=True, check=False, cwd=tmp_path)
+    status, number = (tmp_path / "seen").read_text().split()
+    assert status == "0"
+    assert int(number) > 2

@@ -12,6 +12,7 @@ import sys
 
 def main() -> None:
     """Load the command line and run it."""
+    _open_closed_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
             signal.signal(number, _terminate)
@@ -28,6 +29,18 @@ def main() -> None:
         run(lambda: signal.signal(signal.SIGINT, before))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was done is done
+
+
+def _open_closed_streams() -> None:
+    """Open what the caller has closed (`>&-`) on nothing.
+
+    Else Python has no such stream, and the first file that is opened takes its number: what a
+    library writes to stderr would land in it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: that of the stream
+            setattr(sys, name, open(number, mode, errors="backslashreplace"))  # noqa: SIM115
 
 
 def _terminate(number: int, _: object) -> None:

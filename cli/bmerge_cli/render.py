@@ -19,6 +19,10 @@ from bmerge_cli.terminal import Screen
 from mergekit_bayes.errors import BmergeError, printable
 from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
 
+# Characters of an error. What is said is far below, unless a file made a name or a list longer: a
+# recipe with a value of a megabyte, or with ten thousand unknown keys.
+_LONGEST_MESSAGE = 8000
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help=FORCE)]
@@ -127,7 +131,10 @@ def failures(stopped: str = "nothing was written; the same line starts again") -
         typer.echo(f"stopped; {stopped}", err=True)
         raise typer.Exit(130) from None
     except BmergeError as error:
-        typer.echo(printable(f"{type(error).__name__}: {error}"), err=True)
+        text = f"{type(error).__name__}: {error}"
+        if len(text) > _LONGEST_MESSAGE:
+            text = f"{text[: _LONGEST_MESSAGE // 2]}\n...\n{text[-_LONGEST_MESSAGE // 4 :]}"
+        typer.echo(printable(text), err=True)
         raise typer.Exit(2) from None
     except BrokenPipeError:  # stdout was closed, as `| head` does
         sys.stderr.close()

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -23,6 +23,22 @@ _IN_A_STREAM = re.compile(rf"(?!\x1b\[A)[{CONTROLS}]")
 
 class Screen(Console):
     """A console for text from outside: what is printed cannot command the terminal."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream itself, below all that stand in for it.
+
+        While a bar is shown a proxy of rich's lies over the guarded stream. rich takes off one
+        layer, and the guard would turn the bar's own control characters into text.
+        """
+        stream = super().file
+        while inner := getattr(stream, "rich_proxied_file", None):
+            stream = inner
+        return stream
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
 
     def render_str(self, text: str, **options: Any) -> Text:
         """As rich's, with the text made printable before it is measured."""

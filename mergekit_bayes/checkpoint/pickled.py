@@ -82,6 +82,15 @@ _NAMED = (
     "torch.per_channel_affine",
     "torch.per_channel_affine_float_qparams",
 )
+# What else an attribute of a tensor may hold, where torch.load reads it with `weights_only`.
+_ATTRIBUTES = (
+    "torch.device",
+    "_codecs.encode",  # of bytes
+    "__builtin__.set",
+    "__builtin__.complex",
+    "builtins.set",
+    "builtins.complex",
+)
 
 
 class PickleError(Exception):
@@ -166,7 +175,9 @@ def named(name: str) -> Named:
     Raises:
         ForeignError: It is no part of a tensor.
     """
-    if not any(name in known for known in (_MAKERS, _STORAGES, _DTYPES, _OTHERS, _NAMED)):
+    if not any(
+        name in known for known in (_MAKERS, _STORAGES, _DTYPES, _OTHERS, _NAMED, _ATTRIBUTES)
+    ):
         raise ForeignError(name)
     return Named(name)
 
@@ -197,6 +208,8 @@ def call(function: object, arguments: object) -> object:
         raise PickleError("holds a broken pickle (it calls what is no function)")
     if function.name in _OTHERS:
         return OtherTensor(_OTHERS[function.name])
+    if function.name in _ATTRIBUTES:
+        return function  # in place of the value, which says nothing of a tensor's numbers
     maker = _MAKERS.get(function.name)
     made = None if maker is None else maker(*arguments)
     if made is None:
@@ -270,6 +283,17 @@ def _with_attributes(*arguments: object) -> object:
             return None
 
 
+def _of_another_device(*arguments: object) -> object:
+    """A tensor of a device that saves a copy of it on the CPU, such as a TPU."""
+    match arguments:
+        case (PickledTensor(dtype=stored) as tensor, Named(dtype), str(), bool()) if (
+            _DTYPES.get(dtype) == stored
+        ):
+            return tensor
+        case _:
+            return None
+
+
 def _view(
     storage: Storage,
     dtype: str,
@@ -320,6 +344,7 @@ _MAKERS: Mapping[str, Callable[..., object]] = {
     "torch.serialization._get_layout": _layout,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _of_another_device,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from mergekit_bayes.errors import ConfigError, nearest
+from mergekit_bayes.errors import ConfigError, nearest, shown
 
 _FOREIGN_NAMES = {  # of transformers and peft, in ours
     "lr": "learning_rate",
@@ -188,7 +188,7 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, int, float)):
-        return repr(value)
+        return shown(value)
     if isinstance(value, Mapping):
         return "keys and values"
     return (

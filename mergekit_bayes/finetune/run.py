@@ -9,7 +9,7 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,6 +35,7 @@ from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
 from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
+from mergekit_bayes.libraries import call
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.optim import IVON
 from mergekit_bayes.trainer import unwrap
@@ -142,9 +143,23 @@ def _train(trainer: "Trainer", checkpoint: Checkpoint | None) -> _Trained:
             TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
         for name in _LOADERS:
             setattr(trainer, name, _loading(checkpoint)(getattr(trainer, name)))
+    trainer._save_checkpoint = _saying_what_fails(trainer._save_checkpoint, trainer.args.output_dir)
     output = trainer.train(resume_from_checkpoint=path)
     loss += mean_over_ranks(output.training_loss) * (output.global_step - step)
     return _Trained(output.global_step, loss / max(1, output.global_step))
+
+
+def _saying_what_fails(save: Callable[..., None], folder: str | None) -> Callable[..., None]:
+    """Make a full disk one message: torch and safetensors raise errors of their own for it."""
+
+    def wrapped(*args: object, **kwargs: object) -> None:
+        call(
+            f"{folder}: writing a checkpoint failed",
+            lambda: save(*args, **kwargs),
+            "Free some space; the same line and --resume goes on from the last complete one.",
+        )
+
+    return wrapped
 
 
 @contextmanager

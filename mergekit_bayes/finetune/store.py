@@ -19,6 +19,7 @@ from mergekit_bayes.finetune.checkpoints import copy_logs
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import problems
 from mergekit_bayes.finetune.settings import FinetuneReport
+from mergekit_bayes.libraries import call
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.optim import IVON
@@ -117,10 +118,15 @@ def final_curvature(run: Run) -> dict[str, torch.Tensor]:
 def _save_model(run: Run, folder: Path) -> None:
     """Write model, tokenizer and the settings of the run."""
     config, model = run.config, run.loaded.model
-    model.save_pretrained(folder)
-    run.loaded.tokenizer.save_pretrained(folder)
-    if config.lora is not None and run.loaded.task == "classification":
-        model.config.save_pretrained(folder)  # an adapter's own config does not name the labels
+
+    def save() -> None:
+        model.save_pretrained(folder)
+        run.loaded.tokenizer.save_pretrained(folder)
+        if config.lora is not None and run.loaded.task == "classification":
+            model.config.save_pretrained(folder)  # an adapter's own does not name the labels
+
+    way_out = "Free some space or choose another output."
+    call(f"{config.output}: writing failed", save, way_out)  # safetensors' error is no OSError
     settings = config.model_dump(mode="json", exclude={"force", "resume", "keep_checkpoints"})
     settings["model"] = pinned(config.model, run.loaded.path)
     (folder / FINETUNE).write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -36,10 +36,19 @@ def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     """
     if not (_BARS.get() and sys.stderr.isatty()):
         return items
-    from rich.console import Console
-    from rich.progress import track
+    return _under_a_bar(items, what, total)
 
-    return track(items, what, total, console=Console(stderr=True), transient=True)
+
+def _under_a_bar(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Not redirected: rich's proxies would lie over the guard of the terminal, so that others' text
+    # would pass beside it and the bar's own control characters would be shown as text.
+    with Progress(
+        console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as progress:
+        yield from progress.track(items, total, description=what)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from mergekit_bayes.checkpoint.names import is_buffer, is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError, shown
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.patterns import LONGEST_NAME, compile_pattern
+from mergekit_bayes.patterns import LONGEST_NAME, PatternError, compile_pattern
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.left_over import missing_in
 from mergekit_bayes.plan.missing_layers import explain_missing_layers
 from mergekit_bayes.plan.names import OTHER_BASE, find_left_out, map_names
-from mergekit_bayes.plan.options import ScaleRule
+from mergekit_bayes.plan.options import NOT_KNOWN_YET, ScaleRule
 from mergekit_bayes.plan.precisions import (
     MatchedPrecisions,
     donor_precision,
@@ -59,9 +59,10 @@ def match_tensors(
         model: rename_copies(donor, model.posterior, map_names(donor, model.posterior, notes))
         for model in inputs
     }
-    only = compile_pattern(config.only, anywhere=True) if config.only else None
-    if only or rules:
-        _refuse_long_names(inputs)
+    _check_patterns(config, inputs, rules)
+    only = (
+        compile_pattern(config.only, anywhere=True, longest=NOT_KNOWN_YET) if config.only else None
+    )
 
     def matters(model: Input, tensors: Collection[str]) -> bool:
         merged = [name for name in tensors if only is None or only.search(name)]
@@ -81,16 +82,29 @@ def match_tensors(
     return matched
 
 
-def _refuse_long_names(inputs: Inputs) -> None:
+def _check_patterns(config: MergeConfig, inputs: Inputs, rules: Sequence[ScaleRule]) -> None:
     """Refuse names of tensors on which a pattern could take long."""
-    for model in inputs:
-        for name in model.posterior.mean.specs:
-            if len(name) > LONGEST_NAME:
-                raise ConfigError(
-                    f"'{model.ref}' has a tensor with a name of {len(name):,} characters, "
-                    f"{shown(name)}, where --only and --scale MODEL:REGEX=X match names of up to "
-                    f"{LONGEST_NAME}. Rename it, or drop these options."
-                )
+    patterns = {f"--scale {shown(rule.text)}": rule.pattern.pattern for rule in rules}
+    if config.only:
+        patterns[f"--only {shown(config.only)}"] = config.only
+    if not patterns:
+        return
+    models = {name: model for model in inputs for name in model.posterior.mean.specs}
+    name = max(models, key=len, default="")
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"'{models[name].ref}' has a tensor with a name of {len(name):,} characters, "
+            f"{shown(name)}, where --only and --scale MODEL:REGEX=X match names of up to "
+            f"{LONGEST_NAME}. Rename it, or drop these options."
+        )
+    for setting, pattern in patterns.items():
+        try:
+            compile_pattern(pattern, anywhere=True, longest=len(name))
+        except PatternError as error:
+            raise ConfigError(
+                f"{setting} is not used as a regular expression: with names such as {shown(name)} "
+                f"{error}."
+            ) from None
 
 
 class _Selection(NamedTuple):

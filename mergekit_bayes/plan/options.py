@@ -24,6 +24,9 @@ _PRECISION_ONLY = (
 _OF_OTHER_TOOLS = ("linear", "mean", "model_soup", "soup", "uniform", "weighted_average")
 # The arithmetic of a merge is float32: its smallest number of full accuracy, and its largest.
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+# As the length of the longest name of a tensor: patterns are refused that take long with any name;
+# the others are looked at again when the models have been opened.
+NOT_KNOWN_YET = 1
 _ANCHORS = ("h0", "none", "zero-decay", "recorded")
 
 
@@ -126,7 +129,7 @@ def check_options(
     parse_shrink(config.shrink)
     if config.only is not None:
         try:
-            compile_pattern(config.only, anywhere=True)
+            compile_pattern(config.only, anywhere=True, longest=NOT_KNOWN_YET)
         except PatternError as error:
             raise ConfigError(
                 f"--only {shown(config.only)} is not used as a regular expression: {error}."
@@ -178,7 +181,8 @@ def _parse_rule(text: str, models: tuple[str, ...]) -> ScaleRule:
     regex = front[len(model) + 1 :]
     tasks = tuple(i for i, m in enumerate(models) if m == model)
     try:
-        return ScaleRule(tasks, compile_pattern(regex, anywhere=True), float(number), text)
+        pattern = compile_pattern(regex, anywhere=True, longest=NOT_KNOWN_YET)
+        return ScaleRule(tasks, pattern, float(number), text)
     except PatternError as error:
         raise ConfigError(
             f"--scale {shown(text)}: {shown(regex)} is not used as a regular expression: {error}."

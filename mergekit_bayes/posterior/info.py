@@ -115,7 +115,7 @@ class PosteriorInfo(Frozen):
         observations: N, the number of observations that the data's part stands for.
         ess: The count by which the stored precision is scaled, `S = ess * (curvature + prior)`;
             readers multiply by `observations / ess`.
-        sampled: float of examples that were used for the estimate.
+        sampled: Number of examples that were used for the estimate.
         prior: What the precision contains besides the data's part.
         anchor: What the training pulled towards.
         mean: Identity of the weights at which the curvature was taken.
