@@ -25,3 +25,12 @@ def test_all_of_a_picture_is_in_it(texts, curves, scorers, held_out):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert len(legend.get_texts()) == curves + 1
     assert all(axes.get_window_extent().height > 200 for axes in figure.axes)  # of 465 pixels
+
+
+def test_names_are_no_formulas():
+    report = picture_report(1, 1, 1, held_out=False)
+    name = next(iter(report.base.perplexity))
+    points = [report.base, *(point for points in report.curves.values() for point in points)]
+    for point in points:
+        point.perplexity["$\\frac{$"] = point.perplexity.pop(name)
+    make_figure(report).draw_without_rendering()

@@ -136,6 +136,7 @@ LARGE = {  # by architecture; every one is refused
         {"type_vocab_size": 10**12},
         {"chunk_size_feed_forward": 3},
         {"pad_token_id": 10**9},
+        {"attention_window": [10**9, 4]},
     ],
 }
 
@@ -248,6 +249,7 @@ def bounded_raise(function):
 ADAPTERS = {
     "rank": ({"r": 10**9}, "'r' is 1000000000"),
     "ranks": ({"rank_pattern": {"c_attn": 10**9}}, "'c_attn' is 1000000000"),
+    "hybrid rank": ({"peft_type": "GRALORA", "hybrid_r": 10**6}, "'hybrid_r' is 1000000"),
     "copies": ({"layer_replication": [[0, 1]] * 1000}, "layer_replication has 2,000"),
     "layers": ({"layers_to_transform": 10**9, "num_layers": 10**9}, "1000000000"),
     "steps": ({"init_lora_weights": "pissa_niter_999999999"}, "init_lora_weights"),

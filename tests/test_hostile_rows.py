@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models import row_bytes, rows
+from mergekit_bayes.models import data_files, row_bytes, rows
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 
@@ -269,6 +269,16 @@ def test_values_that_are_files_are_not_opened(tmp_path):
     with pytest.raises(MismatchError, match="no column 'text'; it has label"):
         load_rows(str(tmp_path / "t.parquet"), text="text")
     assert load_rows(str(tmp_path / "t.parquet"), text="label")["label"][:] == ["a"]
+
+
+def test_a_parquet_file_of_very_many_columns_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "_COLUMNS", 3)
+    for count in (3, 4):
+        table = pyarrow.table({"text": ["x"]} | {f"c{i}": ["x"] for i in range(1, count)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{count}.parquet")
+    assert load_rows(str(tmp_path / "3.parquet"), text="text")["text"][:] == ["x"]
+    with pytest.raises(CheckpointError, match=r"it has 4 columns, expected at most 3"):
+        load_rows(str(tmp_path / "4.parquet"))
 
 
 def test_bytes_of_a_parquet_file_that_are_no_text_are_one_message(tmp_path):

@@ -361,13 +361,20 @@ def test_any_bytes_in_a_record_give_a_card_or_one_message(model, name, content):
 
 
 def test_a_file_with_a_token_is_not_pushed(model, write):
-    token = "hf_" + "aB3" * 11 + "x"
+    token = "hf_" + "aBcDeFgHiJ3456789" * 2
     write("tokenizer_config.json", {"token": token})
     with pytest.raises(CheckpointError, match="holds what looks like a token") as caught:
         plan_push(model, "org/x")
     assert token not in str(caught.value)
-    write("tokenizer_config.json", {"token": "hf_hub_download", "x": "hf_" + "a" * 40})
+    write("tokenizer_config.json", {"token": "hf_hub_download", "x": "hf_" + "aB3dE" * 8})
     plan_push(model, "org/x")
+    card = model / "README.md"
+    card.write_text(f"# Mine\nset HF_TOKEN=hf_{'x' * 34}\n")
+    plan_push(model, "org/x")
+    token = "hf_" + "aBcDeFgHiJ3456789" * 2
+    card.write_text(f"# Mine\nset HF_TOKEN={token}\n")
+    with pytest.raises(CheckpointError, match=r"README\.md: holds what looks like a token"):
+        plan_push(model, "org/x")
 
 
 TEXTS = [

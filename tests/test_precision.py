@@ -205,7 +205,10 @@ def test_what_the_user_can_correct_is_one_message_and_exit_code_two(tmp_path, da
         ((finetune, settings), f"'{model}' exists"),
         ((finetune, settings, "--set", "learning_rat=1"), "did you mean 'learning_rate'"),
         ((finetune, tmp_path / "none.yaml"), "none.yaml: cannot be read"),
-        ((finetune, settings, "--force", "--set", "data=absent.csv"), "'absent.csv': no such file"),
+        (
+            (finetune, settings, "--force", "--set", "output=x", "--set", "data=absent.csv"),
+            "'absent.csv': no such file",
+        ),
         ((precision, "org/name", "--data", data), "name a place with -o"),
         ((precision, model, "--data", data, "--where", "label"), "--where"),
         ((precision, tmp_path / "absent", "--data", data), "no such file or folder"),

@@ -1,7 +1,7 @@
 """Write beside the target and rename at the end, so that no output is ever half written."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -64,6 +64,27 @@ def refuse_foreign(folder: Path) -> None:
             f"'{folder}' is a folder without a model in it, which --force leaves alone. Choose "
             "another -o, or remove it yourself."
         )
+
+
+def refuse_inputs(target: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output in whose place an input lies: `--force` would delete it.
+
+    Args:
+        target: The output.
+        inputs: What is read; a Hub id and other things that are no path here do no harm.
+
+    Raises:
+        CheckpointError: One of them is the target, or lies in it.
+    """
+    if not os.path.lexists(target):
+        return
+    place = os.path.realpath(target)
+    for name in inputs:
+        path = os.path.expanduser(name)
+        if os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(place):
+            raise CheckpointError(
+                f"the output '{target}' would replace '{name}', an input. Choose another."
+            )
 
 
 def real_output(path: Path) -> Path:

@@ -30,6 +30,13 @@ def draw(report: DetoxReport, path: Path) -> None:
 
 def make_figure(report: DetoxReport) -> "Figure":
     """The picture, of which nothing is cut off: it is as large as its panels and legend need."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a name may hold "$", which opens a formula
+        return _figure(report)
+
+
+def _figure(report: DetoxReport) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

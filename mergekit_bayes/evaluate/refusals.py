@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
@@ -17,7 +18,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
     Raises:
         ConfigError: There is nothing to measure, a setting has no effect or no object, or there is
             no such device.
-        CheckpointError: The output exists and `force` is not set.
+        CheckpointError: The output exists and `force` is not set, or holds something to be read.
     """
     if not config.perplexity and config.toxicity is None and not config.classify:
         raise ConfigError(
@@ -58,6 +59,11 @@ def refuse_settings(config: EvaluateConfig) -> None:
         raise CheckpointError(
             f"'{config.output}' exists. Choose another -o, or pass --force to replace it."
         )
+    if config.output is not None:
+        texts = (*config.perplexity.values(), *config.classify.values())
+        scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
+        others = filter(None, (config.toxicity, config.precision, *scorers))
+        refuse_inputs(Path(config.output), [config.model, *texts, *others])
 
 
 def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.errors import BmergeError, CheckpointError
 from mergekit_bayes.finetune.checkpoints import (
@@ -60,7 +61,8 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
         quiet: Print nothing and show no progress bars.
 
     Raises:
-        CheckpointError: The output or its checkpoints exist, or the model cannot be loaded.
+        CheckpointError: The output or its checkpoints exist, the output would replace the model or
+            the data, or the model cannot be loaded.
         ConfigError: Settings that contradict each other or the checkpoint that is resumed, or a
             model that cannot be trained.
         MismatchError: Data without the named columns or with unknown labels.
@@ -124,6 +126,8 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
         raise CheckpointError(
             f"'{target}' exists. Choose another output, or pass --force to replace it."
         )
+    data = (config.data,) if isinstance(config.data, str) else config.data
+    refuse_inputs(target, [config.model, *data])
     folder = checkpoints_of(target)
     if has_folder(config):
         make_checkpoint_folder(folder)

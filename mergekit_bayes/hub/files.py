@@ -106,14 +106,19 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
     files = tuple(_real_files(folder, chosen))
     for file in files:
         if file.source is not None and holds_token(file.source):
-            raise CheckpointError(
-                f"{folder / file.path}: holds what looks like a token of the Hub. Nothing was "
-                "pushed: take the token out of the file, and withdraw it if others have seen it."
-            )
+            raise token_found(folder / file.path)
     return Choice(
         files,
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
         tuple(_path_notes(chosen)),
+    )
+
+
+def token_found(file: Path) -> CheckpointError:
+    """The error that a file is not pushed because it holds a token."""
+    return CheckpointError(
+        f"{file}: holds what looks like a token of the Hub. Nothing was pushed: take the token out "
+        "of the file, and withdraw it if others have seen it."
     )
 
 

@@ -9,6 +9,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.parents import Parent
 
 _TOKEN = re.compile(r"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{34}(?![A-Za-z0-9_])")
+_LETTERS = 10  # different ones; an example in a card may be hf_xxxx
 _SEARCHED = 4 << 20  # bytes; only vocabularies are larger
 _PATH = re.compile(r"[\s\"':\[,](/|~/)[\w.-]+/")
 
@@ -69,7 +70,12 @@ def holds_token(file: Path) -> bool:
     """Whether a file of text holds what has the form of a token; large files are not searched."""
     if file.suffix == ".safetensors" or file.stat().st_size > _SEARCHED:
         return False
-    return bool(_TOKEN.search(_content(file)))
+    return has_token(_content(file))
+
+
+def has_token(text: str) -> bool:
+    """Whether a text holds what has the form of a token, and is no row of the same letters."""
+    return any(len(set(match[0])) > _LETTERS for match in _TOKEN.finditer(text))
 
 
 def _content(file: Path) -> str:

@@ -15,9 +15,10 @@ from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError, printable
 from mergekit_bayes.hub.card import Card, is_generated, make_card
-from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files
+from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files, token_found
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, read_card
 from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
+from mergekit_bayes.hub.local_paths import has_token
 from mergekit_bayes.hub.login import check_target, explained
 from mergekit_bayes.hub.parents import Parent, parents
 from mergekit_bayes.hub.report import PushPlan, PushReport
@@ -146,6 +147,8 @@ def _folder_card(folder: Path, *, only_posterior: bool) -> str:
         return ""
     contained(folder, CARD)
     text = read_card(file)
+    if has_token(text):
+        raise token_found(file)
     return "" if is_generated(text) else text
 
 

@@ -29,6 +29,7 @@ _IN_FOLDERS = LOADERS | {".ndjson": "json", ".arrow": "arrow", ".tsv": "tsv"}
 CARDS = ("README.md", ".huggingface.yaml")
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 _SPLIT = "train"
+_COLUMNS = 10_000  # of a Parquet file; 30,000 take 4 GB
 
 
 class DataFiles(NamedTuple):
@@ -192,7 +193,24 @@ def _checked(
     if loader in ("json", "csv", "text"):
         for file in files:
             check_bytes(Path(file), loader=loader, separator=str(sign).encode())
+    elif loader == "parquet":
+        for file in files:
+            _check_columns(file)
     return DataFiles(loader, files, options)
+
+
+def _check_columns(file: str) -> None:
+    """Refuse a Parquet file with more columns than `datasets` can take."""
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    count = call(
+        f"'{file}': datasets cannot read it", lambda: parquet.read_metadata(file).num_columns
+    )
+    if count > _COLUMNS:
+        raise CheckpointError(
+            f"{file}: it has {count:,} columns, expected at most {_COLUMNS:,}. Keep those that are "
+            "needed."
+        )
 
 
 def entry_of_card(folder: Path) -> CardEntry:

@@ -49,7 +49,7 @@ _LAYERS = re.compile(r"^(num|n)_(\w+_)?layers?$")
 _POSITIVE = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "max_position_embeddings")
 _COUNT = re.compile(r"layer|depth|block|expert|label|stage|group|class")
 _LENGTH = re.compile(r"position|ctx|seq|block_size")
-_ADAPTER_SIZE = re.compile(r"num_|rank|_dim$|size|len$|layer")
+_ADAPTER_SIZE = re.compile(r"num_|rank|_dim$|size|len$|layer|_r$")
 # Keys that name models, tokenizers and files of any place or server, and values that name none.
 _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "adapters": (),
@@ -60,11 +60,12 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
 _MOST = 65_536  # repetitions, whatever the files hold
 _SHARED_LAYERS = 256  # published models that share one have 12 to 24
 _LONGEST = 1 << 25  # tokens; the longest published contexts have 10 million
+_WINDOW = 2048  # tokens, to which a text is padded; published models have 64 to 1024
 _COPIES = 1024  # layers, virtual tokens and the like of an adapter, whatever it holds
 _SPARE_ELEMENTS = 1 << 26  # that no file holds: buffers, and heads that are made up
-_SPARE_MODULES = 10_000
+_SPARE_MODULES = 4000
 _TABLES = 2  # copies of the largest tensor until they are tied, beside twice its elements
-_MODULES = 64  # modules for each tensor of the files; usual are 1 to 3
+_MODULES = 16  # modules for each tensor of the files; usual are 1 to 3
 _LONGER = 1000  # times that a tokenizer may lengthen a text; usual is 1 to 3
 _TOKEN_MEMORY = 1024  # bytes of a parsed vocabulary for each token; usual are 400 to 900
 _VOCABULARY = 1 << 30  # bytes of one at most; XLM-V's 901,629 tokens are estimated at 740 MiB
@@ -228,6 +229,8 @@ def _check_number(key: str, value: int, stored: Stored, file: Path) -> None:
     if _LAYERS.search(key):
         # A layer has a tensor of its own, but for models that share one among all.
         most = max(_SHARED_LAYERS, stored.tensors)
+    elif key == "attention_window":
+        most = _WINDOW
     elif _LENGTH.search(key):
         most = max(_LONGEST, stored.largest)
     elif _COUNT.search(key):

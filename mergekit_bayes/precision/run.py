@@ -14,6 +14,7 @@ import torch
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
 from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
+from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
 from mergekit_bayes.checkpoint.stamps import refuse_changed
@@ -42,7 +43,8 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         quiet: Show no progress bars.
 
     Raises:
-        CheckpointError: There is a precision already, or the model cannot be loaded.
+        CheckpointError: There is a precision already, the model cannot be loaded, or the output
+            would replace it or the data.
         ConfigError: A Hub id without an output, or a device that is not there.
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
@@ -67,6 +69,9 @@ def _refuse_settings(config: PrecisionConfig) -> None:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
+    weights = Path(os.path.expanduser(config.model)).glob("*.safetensors")
+    data = (config.data,) if isinstance(config.data, str) else config.data
+    refuse_inputs(target, [config.model, *weights, *data])
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
