@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_bayes.checkpoint.side_files import FETCHED, PUBLISHED, RECORDS
+from mergekit_bayes.checkpoint.side_files import FETCHED, PUBLISHED, RECORDS, side_files
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import MergeConfig, run_merge, work
 from tests import three_models, tiny
@@ -114,3 +114,12 @@ def test_a_side_file_that_cannot_be_copied_is_found_before_the_first_tensor_is_m
 def test_what_is_published_beside_the_records_is_fetched_again():
     for name in set(PUBLISHED) - set(RECORDS):
         assert any(fnmatchcase(name, pattern) for pattern in FETCHED), name
+
+
+def test_a_link_to_a_checkpoint_that_a_training_removed_is_left_behind(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "latest").symlink_to("checkpoint-1000")
+    assert side_files(tmp_path) == [Path("config.json")]
+    (tmp_path / "tokenizer.json").symlink_to("checkpoint-1000/tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link .* not there"):
+        side_files(tmp_path)

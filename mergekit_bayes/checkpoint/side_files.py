@@ -133,7 +133,8 @@ _NOT_COPIED = (
     "*.jsonl",
 )
 # Folders that hold no side files: hidden ones, a posterior, logs and checkpoints of a training.
-_NOT_ENTERED = (".*", "posterior", "runs", "checkpoint-*")
+_CHECKPOINT = "checkpoint-*"
+_NOT_ENTERED = (".*", "posterior", "runs", _CHECKPOINT)
 _FILE_LIMIT, _FOLDER_LIMIT = 100 << 20, 1 << 20  # bytes
 _MOST, _MOST_INNER = 10_000, 1_000  # files of a model, and of a subfolder that is copied
 
@@ -156,7 +157,7 @@ def side_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: cannot be listed ({error.strerror}).") from None
     accepted: list[Path] = []
     for name in map(Path, names):
-        if any(name.match(pattern) for pattern in _NOT_ENTERED):
+        if any(name.match(pattern) for pattern in _NOT_ENTERED) or _was_checkpoint(folder / name):
             continue
         limit, files = _FILE_LIMIT, [] if _is_left_out(name) else [name]
         if os.path.isdir(folder / name):
@@ -317,6 +318,12 @@ def _model_of(file: Path, name: Path) -> Path:
 
 def _is_left_out(name: Path) -> bool:
     return any(name.match(pattern) for pattern in _NOT_COPIED)
+
+
+def _was_checkpoint(path: Path) -> bool:
+    """Whether a link, such as `latest`, led to a checkpoint that a training has removed."""
+    is_broken = os.path.islink(path) and not os.path.exists(path)
+    return is_broken and Path(os.readlink(path)).match(_CHECKPOINT)
 
 
 def _files_below(folder: Path, name: Path) -> list[Path]:
