@@ -333,6 +333,16 @@ def test_the_command_prints_one_document_and_its_own_table(world, first, tmp_pat
             for name in ("model", "out", "output", "force")
         ),
         ({"evaluate": {"perplexity": {}}}, "prompts"),
+        (
+            {
+                "evaluate": {
+                    "perplexity": {"x\x1b]0;t\x07": "t"},
+                    "toxicity": "p",
+                    "scorer": ["words:w"],
+                }
+            },
+            "not printable",
+        ),
         ({"finetune": {"learning_rat": 1}}, "learning_rate"),
     ],
 )

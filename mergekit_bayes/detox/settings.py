@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from pydantic import BeforeValidator, Field
 
 from mergekit_bayes.configs import Config, field_named, parse_config
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
@@ -221,6 +221,12 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
         raise ConfigError(
             "evaluate: name texts (perplexity): what the removal costs is measured on them."
         )
+    for name in (*settings.perplexity, *settings.scorer):
+        if not name.isprintable():  # it stands in the report
+            raise ConfigError(
+                f"evaluate: {shown(name)}: a name of texts or a scorer holds a character that is "
+                "not printable. Choose another name."
+            )
     return settings
 
 
