@@ -303,3 +303,19 @@ def test_models_and_rows_are_loaded_in_one_room_each():
                     assert name in allowed, f"{file}: {name}"
                 if name == "from_pretrained" and "Peft" not in ast.unparse(node.func):
                     assert "_options(trust_remote_code=trust_remote_code)" in ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("finetune", "model: m\noutput: o\ndata: t.jsonl\n"),
+        ("detox", "base: m\noutput: o\nscales: [1]\n"),
+    ],
+)
+@pytest.mark.parametrize("value", ["true", "yes", "1", "'true'", "null"])
+def test_a_settings_file_cannot_let_code_run(tmp_path, command, settings, value):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"{settings}trust_remote_code: {value}\n")
+    done = CliRunner().invoke(app, [command, str(file)])
+    assert done.exit_code == 2
+    assert "Pass --trust-remote-code if you trust that code." in done.stderr

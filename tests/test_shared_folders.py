@@ -335,6 +335,7 @@ WRITERS = {
     "evaluate/files": "into the folder of `replacing`",
     "finetune/checkpoints": "into the folder of `replacing`",
     "finetune/store": "into the folder of `replacing`",
+    "render": "to the device that holds nothing",
     "libraries": "into a file in memory",
     "lora/merging": "into the folder of `replacing`",
     "lora/output": "into the folder of `replacing`",

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from bmerge_cli import render
 from bmerge_cli.main import app
 from bmerge_cli.terminal import GuardedStream, Screen, guarded_streams
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, printable
 from mergekit_bayes.models.quiet import with_bar
 
@@ -119,8 +120,8 @@ def test_streams_are_guarded_and_given_back():
     assert (sys.stdout, sys.stderr) == (stdout, stderr)
 
 
-def test_a_command_on_a_real_terminal_prints_names_from_a_file_as_escapes(tmp_path):
-    name = "\x1b]0;owned\x07\x1b[2J[bold red]w"
+@pytest.mark.parametrize(("name", "code"), [("[bold red]w", 0), ("\x1b]0;owned\x07\x1b[2Jw", 2)])
+def test_a_command_on_a_real_terminal_prints_names_as_escapes(tmp_path, name, code):
     folder = tmp_path / "m\x1b[5m"
     folder.mkdir()
     save_file(
@@ -139,10 +140,20 @@ def test_a_command_on_a_real_terminal_prints_names_from_a_file_as_escapes(tmp_pa
         pass
     finally:
         os.close(leader)
-    assert done.returncode == 0
-    assert b"\\x1b]0;owned\\x07\\x1b[2J[bold red]w" in shown
+    assert done.returncode == code
+    assert b"m\\x1b[5m" in shown
+    assert repr(name)[1:-1].encode() in shown
     for sequence in (b"\x1b]0;", b"\x07", b"\x1b[2J", b"\x1b[5m"):
         assert sequence not in shown
+
+
+@pytest.mark.parametrize("name", [*_ATTACKS[:-2], "a\nb", "a\tb"])
+def test_a_tensor_whose_name_commands_a_terminal_is_refused(tmp_path, name):
+    file = tmp_path / "model.safetensors"
+    save_file({name: np.ones(1, np.float32)}, file)
+    with pytest.raises(CheckpointError, match="holds control characters") as caught:
+        SafetensorsSource([file])
+    assert printable(str(caught.value)) == str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +279,13 @@ def test_streams_that_the_caller_has_closed_are_opened_on_nothing(closed, tmp_pa
     status, number = (tmp_path / "seen").read_text().split()
     assert status == "0"
     assert int(number) > 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device /dev/full of Linux")
+def test_a_full_device_is_one_message():
+    command = [sys.executable, "-m", "bmerge_cli", "methods"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"CheckpointError: standard output: No space left on device")
+    assert done.stderr.count(b"\n") == 1

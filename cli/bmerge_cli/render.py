@@ -2,7 +2,9 @@
 failure.
 """
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,3 +141,11 @@ def failures(stopped: str = "nothing was written; the same line starts again") -
     except BrokenPipeError:  # stdout was closed, as `| head` does
         sys.stderr.close()
         raise typer.Exit(0) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "standard output"
+        typer.echo(f"CheckpointError: {where}: {error.strerror}. Make room there.", err=True)
+        # What Python still holds for a full device must not be written at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(2) from None

@@ -20,7 +20,7 @@ from mergekit_bayes.checkpoint.foreign import HEAD, explain_foreign
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp, stamp_of
 from mergekit_bayes.documents import parse_json
-from mergekit_bayes.errors import CheckpointError, shown
+from mergekit_bayes.errors import CheckpointError, printable, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 # Names are compared part by part, in time and memory that grow with the square of the parts.
@@ -266,6 +266,11 @@ def check_entry(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, 
         raise CheckpointError(
             f"{path}: the name {shown(name)} of a tensor has {parts:,} parts, where at most "
             f"{_MOST_PARTS} are read. Save the model under shorter names."
+        )
+    if printable(name) != name or "\n" in name or "\t" in name:
+        raise CheckpointError(
+            f"{path}: the name {shown(name)} of a tensor holds control characters, which no "
+            "model's has. Save the model under other names."
         )
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(

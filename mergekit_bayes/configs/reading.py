@@ -139,6 +139,11 @@ def load_config(config: type[C], path: Path, overrides: Sequence[str] = ()) -> C
         field = _spelled(config, key)
         if field in values:
             raise ConfigError(f"{path}: {_one_setting(field)}")
+        if field == "trust_remote_code" and value is not False:
+            raise ConfigError(
+                f"{path}: trust_remote_code, which lets the code of a model's folder run, is not "
+                "taken from a file. Pass --trust-remote-code if you trust that code."
+            )
         values[field] = value
     spelled = [_spelled(config, override) for override in overrides]
     return parse_config(config, with_overrides(values, spelled), str(path))

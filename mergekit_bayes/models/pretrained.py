@@ -216,6 +216,5 @@ def _needs_code(path: Path) -> CheckpointError:
     names = ", ".join(sorted(set(named)))
     return CheckpointError(
         f"'{path}' needs Python code of its own (auto_map names {shown(names)}), "
-        "which is not run. Read that code; if you trust it, pass --trust-remote-code (in YAML "
-        "trust_remote_code: true)."
+        "which is not run. Read that code; if you trust it, pass --trust-remote-code."
     )
