@@ -69,7 +69,8 @@ def _refuse_settings(config: PrecisionConfig) -> None:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
-    weights = Path(os.path.expanduser(config.model)).glob("*.safetensors")
+    model = os.path.expanduser(config.model)
+    weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
     data = (config.data,) if isinstance(config.data, str) else config.data
     refuse_inputs(target, [config.model, *weights, *data])
 
