@@ -109,7 +109,8 @@ def test_no_answer_makes_us_wait_longer_than_the_caps(hub, slept, tmp_path, stat
         with pytest.raises(CheckpointError, match="'org/a'"):
             sources.resolve("org/a")
         assert max(slept, default=0) <= LONGEST_WAIT
-        assert sum(slept) - before <= ALL_WAITS
+        # Waits of two files that are fetched at once count once, and both are in the sum.
+        assert sum(slept) - before <= 2 * ALL_WAITS
 
 
 def test_huggingface_hub_itself_does_not_wait_for_what_a_server_asks(hub, monkeypatch, tmp_path):
