@@ -13,7 +13,7 @@ from scripts.fuzzing.lines import LINES
 from scripts.fuzzing.verdict import BAD
 from scripts.fuzzing.world import CANARY
 
-CASES = 200
+CASES = 120
 MANY = 3000
 LINE = next(line for line in LINES if line.name == "convert folder")
 real = convert.run_convert
