@@ -17,6 +17,7 @@ import mergekit_bayes.finetune.refusals as refusals
 import mergekit_bayes.finetune.store as store
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.checkpoints import holding
 from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_launcher, refuse_quantised
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.optim import IVON
@@ -339,3 +340,16 @@ def test_a_disk_that_is_full_is_said(tmp_path, data, monkeypatch, save_steps):
     with pytest.raises(CheckpointError, match=r"out.*: writing.* failed \(.*No space left"):
         run_finetune(config, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_leaves_the_checkpoints_of_the_first_one_alone(tmp_path, data):
+    config = settings(tmp_path, data, posterior="none", force=True, keep_checkpoints=False)
+    folder = tmp_path / "out.checkpoints"
+    folder.mkdir()
+    with holding(folder):
+        (folder / "checkpoint-1").mkdir()
+        with pytest.raises(CheckpointError, match="another run writes its checkpoints there"):
+            run_finetune(config, quiet=True)
+        assert (folder / "checkpoint-1").is_dir()
+    assert run_finetune(config, quiet=True).steps
+    assert not folder.exists()

@@ -5,12 +5,14 @@ flushed to the disk and a marker with their sizes is renamed into place. A folde
 marker, or with files of other sizes, is torn.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -105,6 +107,31 @@ def make_checkpoint_folder(folder: Path) -> None:
     if folder.is_symlink() and folder.lstat().st_uid == os.geteuid():
         folder = folder.resolve()
     make_own_folder(folder)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the folder of the checkpoints against other runs; at the end remove it if it is empty.
+
+    Raises:
+        CheckpointError: Another run holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"'{folder}': another run writes its checkpoints there. Wait for it, or choose another "
+            "output."
+        ) from None
+    except OSError:  # of a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        remove_if_empty(folder)  # of a run that ended before its first file
+        os.close(descriptor)
 
 
 def open_checkpoints(folder: Path, *, resume: bool, force: bool) -> Checkpoint | None:

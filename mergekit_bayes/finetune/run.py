@@ -10,7 +10,7 @@ on kappa and on how much of `hess_init` is left, which the run's health numbers 
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,11 +24,11 @@ from mergekit_bayes.finetune.checkpoints import (
     checkpoints_of,
     close_checkpoints,
     has_folder,
+    holding,
     make_checkpoint_folder,
     open_checkpoints,
     refuse_broken,
     refuse_other_settings,
-    remove_if_empty,
 )
 from mergekit_bayes.finetune.data import Run, load_run
 from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks, on_main
@@ -71,10 +71,14 @@ def run_finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneRepo
 
     refuse_before(config)
     quiet = quiet or not is_main()
-    with quiet_libraries(bars=not quiet), _checkpoint_folder(config) as folder:
+    with (
+        quiet_libraries(bars=not quiet),
+        _checkpoint_folder(config) as folder,
+        ExitStack() as held,
+    ):
         transformers.set_seed(config.seed)
         arguments = training_arguments(config, folder, quiet=quiet)
-        checkpoint = on_main(lambda: _open_output(config))
+        checkpoint = on_main(lambda: _open_output(config, held))
         run = load_run(config, arguments.world_size)
         if checkpoint is not None:
             refuse_other_settings(checkpoint, run.identity)
@@ -103,11 +107,7 @@ def _checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
     """Where the Trainer writes: beside the output, or a folder that is removed at the end."""
     beside = checkpoints_of(Path(config.output))
     with Scratch(Path(tempfile.gettempdir()), "bmerge-") as scratch:
-        try:
-            yield beside if has_folder(config) else scratch.new
-        finally:
-            if has_folder(config) and is_main():  # of a run that ended before its first file
-                remove_if_empty(beside)
+        yield beside if has_folder(config) else scratch.new
 
 
 def _store(run: Run, optimizer: IVON | None, trained: _Trained, folder: Path) -> FinetuneReport:
@@ -119,8 +119,13 @@ def _store(run: Run, optimizer: IVON | None, trained: _Trained, folder: Path) ->
     return report
 
 
-def _open_output(config: FinetuneConfig) -> Checkpoint | None:
-    """Make sure that the output may be written, and find the checkpoint to continue from."""
+def _open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:
+    """Make sure that the output may be written, and find the checkpoint to continue from.
+
+    Args:
+        config: Settings of the run.
+        held: Keeps other runs away from the checkpoints until it is closed.
+    """
     target = Path(config.output)
     if target.exists() and not config.force:
         raise CheckpointError(
@@ -131,6 +136,7 @@ def _open_output(config: FinetuneConfig) -> Checkpoint | None:
     folder = checkpoints_of(target)
     if has_folder(config):
         make_checkpoint_folder(folder)
+        held.enter_context(holding(folder))
     if config.save_steps is None:
         return None
     return open_checkpoints(folder, resume=config.resume, force=config.force)
