@@ -39,6 +39,22 @@ def contents(folder="."):
     }
 
 
+def interrupt(monkeypatch, settings, after, **options):
+    """Merge, and be stopped after some units."""
+    real, left = work.Worker.run, [after]
+
+    def run(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Worker, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            run_merge(settings, threads=1, **options)
+
+
 def units_done(monkeypatch, settings):
     """The units that a merge does."""
     done = []

@@ -29,10 +29,11 @@ from mergekit_bayes.checkpoint.stamps import (
 from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.lora import merge_adapters
-from mergekit_bayes.merge import MergeConfig, Part, carry_out, plan_merge, run_merge, work
+from mergekit_bayes.merge import MergeConfig, Part, carry_out, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
 from mergekit_bayes.stream import units as units_module
 from tests import adapters, tiny
+from tests.interrupted import interrupt
 
 SHAPES = {"wte.weight": (400, 250), "h.0.weight": (60, 30)}  # sampled blocks are 64 of 400 kB
 BLOCK, BLOCKS = 4096, 16
@@ -250,22 +251,6 @@ def test_an_adapter_that_changes_is_refused(tmp_path, monkeypatch, name, alone):
     assert not list(tmp_path.glob("*out*"))
 
 
-def interrupt(monkeypatch, after):
-    """Merge, and be stopped after some units."""
-    real, left = work.Worker.run, [after]
-
-    def run(self, *arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(work.Worker, "run", run)
-        with pytest.raises(KeyboardInterrupt):
-            run_merge(config(), threads=1)
-
-
 def written(settings):
     """What a merge of the inputs as they are writes."""
     run_merge(settings.model_copy(update={"out": "fresh.safetensors"}))
@@ -276,7 +261,7 @@ def written(settings):
 def test_what_was_merged_before_an_input_changed_is_merged_again(here, monkeypatch, how):
     """Nothing tells the plans apart: size and sampled blocks of the input are the same."""
     if how == "stopped":
-        interrupt(monkeypatch, 3)
+        interrupt(monkeypatch, config(), 3)
     else:
         run_merge(config(), part=Part(1, 2))
     between_blocks(Path("a.safetensors"), restore=False)
@@ -306,7 +291,7 @@ def test_a_part_during_which_an_input_changed_counts_for_nothing(here):
 
 
 def test_an_input_that_changes_during_the_end_of_a_stopped_merge_leaves_nothing(here, monkeypatch):
-    interrupt(monkeypatch, 3)
+    interrupt(monkeypatch, config(), 3)
     with pytest.raises(ChangedError):
         merge_while(config(), lambda: overwrite(Path("b.safetensors")))
     assert not list(here.glob("out*"))

@@ -233,13 +233,13 @@ def test_files_of_a_folder_are_its_own(tmp_path):
     outside = write(tmp_path / "secret.jsonl", GOOD)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.jsonl").symlink_to(outside)
-    with pytest.raises(CheckpointError, match=r"is a link to .*secret\.jsonl, outside"):
+    with pytest.raises(CheckpointError, match=r"leads out of its folder, to .*secret\.jsonl"):
         load_rows(str(tmp_path / "out"))
     inside = folder(tmp_path / "in", {".files/a.jsonl": GOOD})
     (tmp_path / "in" / "a.jsonl").symlink_to(".files/a.jsonl")
     assert len(load_rows(inside)) == 2
-    write(tmp_path / "repo" / "blobs" / "1", GOOD)
-    snapshot = tmp_path / "repo" / "snapshots" / "abc"
+    write(tmp_path / "datasets--org--d" / "blobs" / "1", GOOD)
+    snapshot = tmp_path / "datasets--org--d" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "a.jsonl").symlink_to("../../blobs/1")
     assert len(load_rows(str(snapshot))) == 2
@@ -313,3 +313,20 @@ def test_the_card_of_a_hub_data_set_is_read_before_its_rows(tmp_path, monkeypatc
     monkeypatch.setattr(rows, "resolve", missing)
     assert load_rows("org/data@v1")["text"][:] == ["the cat"]
     assert revisions == ["abc", "abc", "v1"]
+
+
+def test_rows_of_a_cache_that_shares_its_blobs_are_read(tmp_path):
+    """The Hub's client links a snapshot's file to a blob, and that to the store of all blobs."""
+    store = tmp_path / "blobs" / "ab" / ("ab" * 32)
+    repository = tmp_path / "datasets--org--d"
+    blob, snapshot = repository / "blobs" / "hash", repository / "snapshots" / "c0ffee"
+    for folder in (store.parent, blob.parent, snapshot):
+        folder.mkdir(parents=True)
+    store.write_text(GOOD)
+    blob.symlink_to(store)
+    (snapshot / "a.jsonl").symlink_to(blob)
+    assert len(load_rows(str(snapshot))) == GOOD.count("\n")
+    (snapshot / "a.jsonl").unlink()
+    (snapshot / "a.jsonl").symlink_to(write(tmp_path / "elsewhere.jsonl", GOOD))
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        load_rows(str(snapshot))

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
+from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.stream import units as units_module
 from tests import interrupted, tiny
-from tests.interrupted import SHAPES, config, contents, spoiled, units_done
+from tests.interrupted import SHAPES, config, contents, interrupt, spoiled, units_done
 
 inputs = interrupted.inputs
 SCENARIOS = {
@@ -151,22 +151,6 @@ def test_a_changed_input_is_another_merge(inputs, tmp_path, monkeypatch):
     tiny.posterior(tmp_path / "a.safetensors", tiny.arrays(8, SHAPES), tiny.precisions(7, SHAPES))
     with pytest.raises(CheckpointError, match="another merge"):
         run_merge(settings)
-
-
-def interrupt(monkeypatch, settings, after, **options):
-    """Merge, and be stopped after some units."""
-    real, left = work.Worker.run, [after]
-
-    def run(self, *arguments):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(work.Worker, "run", run)
-        with pytest.raises(KeyboardInterrupt):
-            run_merge(settings, threads=1, **options)
 
 
 @pytest.mark.parametrize("host", [None, "another machine, or a container's next name"])

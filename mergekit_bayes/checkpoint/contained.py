@@ -142,8 +142,8 @@ def _place(folder: Path, name: str | Path) -> tuple[Path, Path]:
                 return blobs, inner
     raise CheckpointError(
         f"{path}: leads out of its folder, to {shown(str(real))}, and nothing from outside is "
-        "copied or published. If it belongs to the model, put a copy in place of the link; "
-        "otherwise remove the link."
+        "read as a part of it. If it belongs there, put a copy in place of the link; otherwise "
+        "remove the link."
     )
 
 

@@ -6,13 +6,14 @@ files, and nothing else. Every file is a regular one of the folder.
 """
 
 import importlib
+import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.documents import DocumentError, parse_yaml, read_text
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call
@@ -300,20 +301,10 @@ def _loader_of(file: str) -> str | None:
 def _inside(file: Path, folder: Path, name: str) -> str:
     """A file of a folder, if it is a regular one and no link to another place.
 
-    The snapshots of a Hub cache are links to `blobs`, which are the repository's own.
-
     Raises:
         CheckpointError: It is something else.
     """
-    target, root = file.resolve(), folder.resolve()
-    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise CheckpointError(
-            f"'{name}': {shown(file.name)} is a link to {target}, outside of the folder. Name that "
-            "file itself if it is meant."
-        )
-    if not stat.S_ISREG(target.stat().st_mode):
-        raise CheckpointError(f"{file}: not a regular file. Remove it.")
+    contained(folder, os.path.relpath(file, folder.resolve()))
     return _local(file, name)
 
 
