@@ -331,6 +331,7 @@ def _files_below(folder: Path, name: Path) -> list[Path]:
     files, links, waiting = list[Path](), list[Path](), [name]
     while waiting:
         place = waiting.pop()
+        # A folder that the user may not list, such as another one's logs, has nothing to copy.
         with suppress(PermissionError), os.scandir(folder / place) as entries:
             for entry in entries:
                 path = place / entry.name
