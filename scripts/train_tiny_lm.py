@@ -65,6 +65,7 @@ def train(
     texts: list[str],
     folder: Path,
     *,
+    tokenizer: transformers.PreTrainedTokenizerFast | None = None,
     vocabulary: int = 4096,
     words: bool = False,
     layers: int = 3,
@@ -76,8 +77,9 @@ def train(
     rate: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Train tokenizer and model (AdamW, cosine schedule) and save both."""
-    tokenizer = train_tokenizer(texts, vocabulary, words=words)
+    """Train a model (AdamW, cosine schedule), and its tokenizer unless one is given; save both."""
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts, vocabulary, words=words)
     end = tokenizer.eos_token_id
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=generator).tolist()
