@@ -140,7 +140,8 @@ class AdaptConfig(Config):
     )
     top_k: int = Field(64, ge=1, description="Logits kept of an observation by `teacher: stored`.")
     until: Until = Field(
-        Until(), description="Goals that end the run: `toxic_share`, `held_out_rise`, `memory_kl`."
+        Until.model_validate({}),
+        description="Goals that end the run: `toxic_share`, `held_out_rise`, `memory_kl`.",
     )
     check_every: int = Field(10, ge=1, description="Steps from one check of the goals to the next.")
     prompts: str | None = Field(
