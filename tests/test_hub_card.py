@@ -41,6 +41,17 @@ def test_a_card_names_parents_relation_scales_and_commits(hub, merged):
     assert 'open_posterior("org/ab")' in card
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "fisher_negation"])
+def test_a_card_says_nothing_of_a_guard_where_there_is_none(hub, tmp_path, method):
+    out = str(tmp_path / "less")
+    run_merge(
+        MergeConfig(models=("org/a",), base="org/base", method=method, scale=(-1.0,), out=out)
+    )
+    card = model_card(out, repo="org/less")
+    assert f"by `{method}`" in card
+    assert "guard" not in card.partition("## Recipe")[0]
+
+
 def printed(card, end):
     """The words of the command that the card prints with the comment `end`."""
     (line,) = [
