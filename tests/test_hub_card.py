@@ -43,10 +43,9 @@ def test_a_card_names_parents_relation_scales_and_commits(hub, merged):
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "fisher_negation"])
 def test_a_card_says_nothing_of_a_guard_where_there_is_none(merged, tmp_path, method):
-    out = str(tmp_path / "less")
-    run_merge(
-        MergeConfig(models=("org/a",), base="org/base", method=method, scale=(-1.0,), out=out)
-    )
+    out = tmp_path / "less"
+    removal = {"models": ("org/a",), "base": "org/base", "scale": (-1.0,), "method": method}
+    run_merge(MergeConfig(**removal, out=str(out)))
     card = model_card(out, repo="org/less")
     assert f"by `{method}`" in card
     assert "guard" not in card.partition("## Recipe")[0]
