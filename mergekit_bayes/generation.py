@@ -1,4 +1,7 @@
-"""Sample continuations of a causal language model, with noise that does not depend on the batch."""
+"""Texts of a causal language model: continuations of prompts, and texts that it writes by itself.
+
+Both are drawn with noise that does not depend on the batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -115,6 +118,68 @@ def sample_continuations(
         )
         lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
+
+
+def write_texts(
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    count: int,
+    *,
+    start: int,
+    context: int,
+    new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Texts that a causal language model writes from its start token alone.
+
+    Where nothing is known of the data of a model, its own text stands in for them. That holds for
+    its own distribution only, which temperature 1 and the whole of it (`top_p` 1) give: a mean
+    over such texts is then without bias the expectation under the model, of a KL divergence or of
+    a curvature. A nucleus or a low temperature would leave out rare text, which a memory would
+    then not hold. The model may write whatever it can, so filter the texts where that matters.
+
+    The noise is that of `sample_continuations` for one empty prompt, so that a text depends on the
+    seed, its number and the model: more texts, or longer ones, extend what fewer begin with.
+
+    Args:
+        model: A causal language model in eval mode, with a key-value cache.
+        tokenizer: Its tokenizer.
+        count: Number of texts, at least 1.
+        start: The token that a document starts from.
+        context: The model's context in tokens, which holds `start` and `new_tokens`.
+        new_tokens: Tokens of a text at most; EOS ends it earlier, perhaps at once.
+        temperature: Divides the logits.
+        top_p: The nucleus, as in `Sampling`.
+        seed: Seed of the noise.
+        batch_size: Texts written together. It does not change them, up to rounding of the logits.
+        progress: Called with (texts written, texts in all).
+
+    Raises:
+        ConfigError: The context has no room for the new tokens.
+        CheckpointError: As `sample_continuations`.
+    """
+    sampling = Sampling(
+        continuations=count,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    samples = sample_continuations(
+        model,
+        tokenizer,
+        [""],
+        start=start,
+        context=context,
+        sampling=sampling,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return samples.texts[0]
 
 
 def room_for_prompts(context: int, new_tokens: int) -> int:
