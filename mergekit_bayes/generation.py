@@ -311,12 +311,16 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
             "the model's next-token probabilities are not numbers. Its weights hold NaN or "
             "infinity."
         )
-    # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the
-    # last one are all kept.
-    falling = np.sort(p, axis=1)[:, ::-1]
-    crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
-    bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
-    rows, tokens = np.nonzero(p >= np.maximum(bound, np.finfo(p.dtype).tiny))
+    tiny = np.finfo(p.dtype).tiny
+    if top_p < 1:
+        # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with
+        # the last one are all kept.
+        falling = np.sort(p, axis=1)[:, ::-1]
+        crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
+        bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
+        rows, tokens = np.nonzero(p >= np.maximum(bound, tiny))
+    else:
+        rows, tokens = np.nonzero(np.stack(list(map(_may_win, p, keys))) & (p >= tiny))
     height = np.log(p[rows, tokens], dtype=np.float64) + _gumbel(keys[rows], tokens)
     highest = np.maximum.reduceat(height, np.searchsorted(rows, np.arange(len(p))))
     winners = np.flatnonzero(height == highest[rows])
@@ -326,7 +330,25 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
 
 def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
     """Standard Gumbel noise that depends on the key and the token only."""
-    words = word(keys, tokens.astype(np.uint64))
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    noise: FloatArray = -np.log(-np.log(uniform))
+    noise: FloatArray = -np.log(-np.log(_uniform(keys, tokens)))
     return noise
+
+
+def _uniform(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
+    words = word(keys, tokens.astype(np.uint64))
+    uniform: FloatArray = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
+
+
+def _may_win(p: NDArray[np.float32], key: np.uint64) -> NDArray[np.bool_]:
+    """Tokens of a whole distribution that may be drawn, few of them, without their logarithms.
+
+    The largest `log p - log(-log u)` is the smallest `-log(u) / p`. Since `1 - u <= -log u`, a
+    token with `(1 - u) / p` above the likeliest token's `-log(u) / p` does not have it.
+    """
+    uniform = _uniform(np.asarray(key), np.arange(len(p)))
+    likeliest = p.argmax()
+    least = -np.log(uniform[likeliest]) / np.float64(p[likeliest])
+    rounding = 1 + 1e-6
+    result: NDArray[np.bool_] = 1 - uniform <= p * (least * rounding)
+    return result

@@ -21,12 +21,12 @@ from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.finetune.checkpoints import digest
-from mergekit_bayes.finetune.ranks import on_main
+from mergekit_bayes.finetune.ranks import main_first, on_main
 from mergekit_bayes.generation import write_texts
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.estimate import random_examples
 from mergekit_bayes.models.load import Loaded, choose_device
-from mergekit_bayes.models.quiet import with_bar
+from mergekit_bayes.models.quiet import bar, with_bar
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.records import Frozen
 
@@ -95,11 +95,12 @@ class Memory(NamedTuple):
 
 
 def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
-    """Read, write, filter, split and choose the memory. Every rank must call this.
+    """Read, write, filter, split and choose the memory.
 
-    Texts are written and leverage is measured by rank 0 alone, on its GPU where it has one, with
-    the model as it was afterwards: on its device, with its mode and its gradients. Call it at the
-    weights that the memory is to hold, before an adapter is put on them.
+    Every rank must call this at the same time, outside of `ranks.main_first`. Texts are written and
+    leverage is measured by rank 0 alone, on a GPU where there is one; the model is afterwards as it
+    was, on its device, with its mode and its gradients. Call it at the weights that the memory is
+    to hold, before an adapter is put on them.
 
     The held-out part is the end of a seeded order, and what is trained on its front, so that
     memories of different `memory_rows` are checked on the same examples, and a smaller random one
@@ -125,35 +126,13 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """
     if config.memory is None and config.memory_self_generated is None:
         return None
-    is_classifier = loaded.task == "classification"
-    if config.memory_self_generated is not None and is_classifier:
+    if config.memory_self_generated is not None and loaded.task == "classification":
         raise ConfigError(
             "memory_self_generated: a classifier writes no text. Name rows in `memory`."
         )
-    by_leverage = config.memory_select == "leverage"
-    if by_leverage:
+    if config.memory_select == "leverage":
         refuse_unknown_variance(config.model)  # before any text is written, which may take long
-    row_count, examples = 0, []
-    if config.memory is not None:
-        # Only the prediction error asks for labels: what holds a model is its own distribution.
-        label = config.label_column if is_classifier and by_leverage else None
-        rows = load_rows(
-            config.memory.data,
-            where=config.memory.where,
-            max_rows=config.max_rows,
-            text=config.text_column,
-            label=label,
-        )
-        row_count = len(rows)
-        examples += encode_rows(
-            rows,
-            loaded,
-            text=config.text_column,
-            label=label,
-            max_length=config.max_length,
-            pack=config.pack,
-            source=config.memory.data,
-        )
+    row_count, examples = main_first(lambda: _from_rows(config, loaded))
     texts: list[str] = []
     if config.memory_self_generated is not None:
         texts = on_main(lambda: _written(config, loaded))
@@ -183,6 +162,32 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     return Memory(chosen, held_out, texts, facts)
 
 
+def _from_rows(config: AdaptConfig, loaded: Loaded) -> tuple[int, Examples]:
+    """The number of rows that are named, and their examples."""
+    if config.memory is None:
+        return 0, []
+    # Only the prediction error asks for labels: what holds a model is its own distribution.
+    needs_labels = loaded.task == "classification" and config.memory_select == "leverage"
+    label = config.label_column if needs_labels else None
+    rows = load_rows(
+        config.memory.data,
+        where=config.memory.where,
+        max_rows=config.max_rows,
+        text=config.text_column,
+        label=label,
+    )
+    examples = encode_rows(
+        rows,
+        loaded,
+        text=config.text_column,
+        label=label,
+        max_length=config.max_length,
+        pack=config.pack,
+        source=config.memory.data,
+    )
+    return len(rows), examples
+
+
 def _sources(config: AdaptConfig) -> tuple[str, ...]:
     if config.memory is None:
         return ()
@@ -195,7 +200,7 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
     assert config.memory_self_generated is not None
     # It is tried before any text is written.
     scorer = None if config.memory_filter is None else _open_filter(config, config.memory_filter)
-    with _at_work(loaded):
+    with _at_work(loaded), bar("texts", config.memory_self_generated) as progress:
         texts = write_texts(
             loaded.model,
             loaded.tokenizer,
@@ -204,6 +209,7 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
             context=loaded.context,
             new_tokens=min(config.max_length, loaded.context) - 1,
             seed=config.seed,
+            progress=progress,
         )
     if scorer is None:
         return texts
