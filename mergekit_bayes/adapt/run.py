@@ -9,6 +9,7 @@ from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
 from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
+from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.ranks import is_main, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
@@ -62,6 +63,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
             config.removal,
             config.npo_beta,
             _teacher(run),
+            make_weight_part(config, run.loaded, run.places, run.units, run.parts.get("memory")),
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, objective, arguments, [], quiet=quiet, loss_before=loss_before)
