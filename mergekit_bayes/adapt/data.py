@@ -146,7 +146,7 @@ def load_run(config: AdaptConfig) -> Run:
 def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
     loaded = load_base(training)
-    with open_posterior(config.model) as posterior:
+    with open_posterior(config.model, precision=config.precision) as posterior:
         info = posterior.info if posterior.has_precision else None
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
     parts: dict[str, Sequence[Example]] = {
