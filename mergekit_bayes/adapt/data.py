@@ -150,11 +150,12 @@ def load_run(config: AdaptConfig) -> Run:
 def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
     loaded = load_base(training)
-    with open_posterior(config.model) as posterior:
+    with open_posterior(config.model, precision=config.precision) as posterior:
         info = posterior.info if posterior.has_precision else None
         reads = config.prior in ("auto", "stored") or config.posterior == "flush"
         # Before an adapter renames the parameters.
         places = places_of(loaded, posterior) if reads else ()
+        precision = posterior.precision_identity if places else None
     has_memory = config.memory is not None or config.memory_self_generated is not None
     chosen_prior(config, is_stored=bool(places), has_memory=has_memory)  # refused early
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
@@ -178,6 +179,7 @@ def _load(config: AdaptConfig) -> Run:
     }
     identity = settings | {
         "model": base.blocks if base is not None else config.model,
+        "precision": precision,
         "units": units.record(),
         "data": {name: digest(examples) for name, examples in parts.items()},
         "held": [digest(held.removed), digest(held.memory)],

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.kept import KeepSteps, open_kept
 from mergekit_bayes.adapt.objective import Objective
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
@@ -53,6 +54,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
     ):
         transformers.set_seed(config.seed)
         checkpoint = on_main(lambda: open_output(training, held))
+        on_main(lambda: open_kept(config))
         run = load_run(config)
         check_checkpoint(checkpoint, run.identity)
         arguments = adapt_arguments(run, folder, quiet=quiet)
@@ -66,7 +68,10 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
             make_weight_part(config, run.loaded, run.places, run.units, run.parts.get("memory")),
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
-        trainer = make_trainer(run, objective, arguments, [], quiet=quiet, loss_before=loss_before)
+        callbacks = [KeepSteps(run)]
+        trainer = make_trainer(
+            run, objective, arguments, callbacks, quiet=quiet, loss_before=loss_before
+        )
         trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
 
         def store() -> AdaptReport:

@@ -125,7 +125,7 @@ def read_start(config: AdaptConfig, places: Sequence[Place]) -> Start:
     Raises:
         PrecisionError: Entries that are negative or not finite.
     """
-    with open_posterior(config.model) as posterior:
+    with open_posterior(config.model, precision=config.precision) as posterior:
         counted, prior, data = _scales(posterior.info, config.base_observations)
         precision = {
             place.name: _read(posterior, place)
