@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.reconstruction import measure_reconstruction
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.store import save_adapted
@@ -56,19 +57,21 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         check_checkpoint(checkpoint, run.identity)
         arguments = adapt_arguments(run, folder, quiet=quiet)
         run.loaded.model.to(choose_device(None))
+        teacher = _teacher(run)
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
-            _teacher(run),
+            teacher,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         trainer = make_trainer(run, objective, arguments, [], quiet=quiet, loss_before=loss_before)
         trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
 
         def store() -> AdaptReport:
-            report = save_adapted(run, trained.steps)
+            error = measure_reconstruction(run, teacher, None)
+            report = save_adapted(run, trained.steps, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)
