@@ -147,6 +147,29 @@ def test_a_new_scale_redoes_only_its_own_candidates(world, first, tmp_path):
     ]
 
 
+def test_another_method_and_another_guard_redo_nothing_of_the_others(world, first, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    steps = []
+    settings = {"output": str(output), "guard": [0.2, 1], "scales": [1]}
+    methods = ["task_arithmetic", "gradient_matching", "fisher_negation"]
+    report = run_detox(
+        DetoxConfig(**{**world, **settings, "methods": methods}),
+        quiet=True,
+        progress=steps.append,
+    )
+    assert [s for s in steps if not s.endswith("done before")] == [
+        "gradient matching, guard 1, scale -1",
+        "Fisher negation, scale -1",
+    ]
+    assert len(steps) == 3 + 4
+    text = as_markdown(report)
+    assert "gradient matching, guard 1 less Fisher negation" in text
+    assert any("against Fisher negation, nice" in line for line in verdicts(report))
+    rows = [line for line in text.splitlines() if line.startswith("| Fisher negation | 1 |")]
+    assert rows[0].endswith("|  |  |")  # it has no guard
+
+
 def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(world["output"], output)

@@ -140,20 +140,9 @@ def load_run(config: AdaptConfig) -> Run:
         ConfigError: A model that cannot be adapted, or settings that contradict each other.
         MismatchError: Rows without the named columns or with unknown labels.
     """
-    return main_first(lambda: _load(config))
-
-
-def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
-    loaded = load_base(training)
-    with open_posterior(config.model) as posterior:
-        info = posterior.info if posterior.has_precision else None
-    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
-    parts: dict[str, Sequence[Example]] = {
-        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
-    }
-    removed = _held_out(config, loaded, parts)
-    memory = build_memory(config, loaded)
+    loaded, info, parts, removed = main_first(lambda: _load(config, training))
+    memory = build_memory(config, loaded)  # of which rank 0 tells the others
     if memory is not None:
         parts["memory"] = memory.examples
     held = Held(removed, memory.held_out if memory is not None else [])
@@ -174,6 +163,20 @@ def _load(config: AdaptConfig) -> Run:
         "held": [digest(held.removed), digest(held.memory)],
     }
     return Run(config, training, loaded, parts, held, memory, units, base, info, identity)
+
+
+def _load(
+    config: AdaptConfig, training: FinetuneConfig
+) -> tuple[Loaded, PosteriorInfo | None, dict[str, Sequence[Example]], Sequence[Example]]:
+    """The model, the record of its posterior, the examples of each part, and those held out."""
+    loaded = load_base(training)
+    with open_posterior(config.model) as posterior:
+        info = posterior.info if posterior.has_precision else None
+    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
+    parts: dict[str, Sequence[Example]] = {
+        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
+    }
+    return loaded, info, parts, _held_out(config, loaded, parts)
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

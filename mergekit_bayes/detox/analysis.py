@@ -208,13 +208,14 @@ def paying_texts(base: EvaluateReport) -> list[str]:
 
 
 def rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
-    """Gradient matching is compared with task arithmetic and with its own control."""
+    """Gradient matching is compared with the other ways to subtract, and with its own control."""
     if curve.method != "gradient_matching":
         return []
     return [
         c
         for c in curves
-        if c.method == "task_arithmetic" or (c.method == "control" and c[2:] == curve[2:])
+        if c.method in ("task_arithmetic", "fisher_negation")
+        or (c.method == "control" and c[2:] == curve[2:])
     ]
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_bayes.detox.report import Point
-from mergekit_bayes.detox.settings import Curve, DetoxConfig
+from mergekit_bayes.detox.settings import KINDS, Curve, DetoxConfig
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.merge import MergeConfig, MergeReport
+from mergekit_bayes.methods import METHODS
 
 
 def merge_config(
@@ -28,34 +29,38 @@ def merge_config(
         "scale": (-scale,),
         "posterior": False,
     }
+    if KINDS[curve.method].weighs and precision is not None and precision != config.base:
+        common["precision"] = {config.base: precision}
     if curve.method == "task_arithmetic":
         return MergeConfig(**common)
-    assert curve.base_count is not None  # of every curve with precisions
-    elsewhere = precision is not None and precision != config.base
+    if curve.method == "fisher_negation":
+        return MergeConfig(**common, method="fisher_negation")
+    assert curve.base_count is not None  # of every curve in natural parameters,
+    assert curve.guard is not None  # and its guard
     return MergeConfig(
         **common,
         weights="precision",
         anchor=config.anchor,
-        guard=config.guard,
+        guard=curve.guard,
         shrink=curve.shrink,
         pool="tensor" if curve.method == "control" else None,
         observations={config.base: f"{_exact(curve.base_count)}x"},
-        precision={config.base: str(precision)} if elsewhere else {},
     )
 
 
 def merge_command(merge: MergeConfig) -> str:
     """The `bmerge merge` line that makes a candidate; it lacks the output."""
     words = ["bmerge", "merge", *merge.models, "--base", str(merge.base)]
-    words += ["--weights", merge.weights, "--scale", _exact(merge.scale[0])]
+    words += ["--weights", merge.weights] if merge.method is None else ["--method", merge.method]
+    words += ["--scale", _exact(merge.scale[0])]
     if merge.weights == "precision":
         words += ["--anchor", merge.anchor, "--guard", _exact(merge.guard)]
         words += ["--shrink", merge.shrink] if merge.shrink is not None else []
         words += ["--pool", merge.pool] if merge.pool is not None else []
         for model, count in merge.observations.items():
             words += ["--observations", f"{model}={count}"]
-        for model, place in merge.precision.items():
-            words += ["--precision", f"{model}={place}"]
+    for model, place in merge.precision.items():
+        words += ["--precision", f"{model}={place}"]
     return shlex.join([*words, "--no-posterior"])
 
 
@@ -82,11 +87,10 @@ def point_of(
     effects: dict[str, Any] = {}
     if merged is not None:
         tasks = [model for model in merged.models if model.role == "task"]
-        effects = {
-            "guarded_share": merged.guarded_share,
-            "largest_multiplier": merged.largest_multiplier,
-            "precision_ratio": tasks[0].ratio if tasks else None,
-        }
+        effects["precision_ratio"] = tasks[0].ratio if tasks else None
+        if METHODS[merged.method].unguarded_precision is not None:
+            effects["guarded_share"] = merged.guarded_share
+            effects["largest_multiplier"] = merged.largest_multiplier
     return Point(
         scale=scale,
         toxicity=report.toxicity,

@@ -4,10 +4,9 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
 
 import yaml
 
@@ -16,13 +15,13 @@ from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted,
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
-from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
+from mergekit_bayes.detox.analysis import findings
 from mergekit_bayes.detox.candidates import merge_command, merge_config, point_of
 from mergekit_bayes.detox.picture import draw
 from mergekit_bayes.detox.report import DetoxReport, KeptModel, Point, as_markdown
-from mergekit_bayes.detox.scales import next_scale
+from mergekit_bayes.detox.scales import follow_curves
 from mergekit_bayes.detox.settings import (
-    HELD_OUT,
+    KINDS,
     Curve,
     DetoxConfig,
     curves,
@@ -59,7 +58,6 @@ from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
-Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
 _AGAIN = "Remove it, and the step is done again."
@@ -88,7 +86,12 @@ def run_detox(
     toxic = journey.finetune()
     precision = journey.precision(toxic)
     base = journey.evaluate_base()
-    candidates, payments, comparisons = _follow_curves(journey, base, toxic, precision)
+    candidates, payments, comparisons = follow_curves(
+        config,
+        journey.curves,
+        base,
+        lambda curve, scale: journey.candidate(curve, scale, toxic, precision),
+    )
     versions = {name: version(name) for name in _LIBRARIES}
     report = DetoxReport(
         path=config.output,
@@ -120,59 +123,6 @@ def run_detox(
         journey.keep_none()
     _write(Path(config.output), report)
     return report
-
-
-def _follow_curves(
-    journey: "_Journey", base: EvaluateReport, toxic: Path, precision: str | None
-) -> tuple[dict[str, Candidates], list[Payment], list[Comparison]]:
-    """Evaluate the candidates of all curves, at the given scales and where these are too coarse."""
-    config = journey.config
-    candidates: dict[str, Candidates] = {c.label: {} for c in journey.curves}
-    for curve in journey.curves:
-        for scale in config.scales:
-            candidates[curve.label][scale] = journey.candidate(curve, scale, toxic, precision)
-    payments, comparisons = _compare(config, journey.curves, base, candidates)
-    # Levels stay where the first candidates have put them.
-    config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
-    for _ in range(config.extra_scales):
-        added = False
-        for curve in journey.curves:
-            known = candidates[curve.label]
-            between = next_scale(curve.label, list(known), payments, comparisons)
-            if between is not None:
-                known[between] = journey.candidate(curve, between, toxic, precision)
-                added = True
-        if not added:
-            break
-        payments, comparisons = _compare(config, journey.curves, base, candidates)
-    return candidates, payments, comparisons
-
-
-def _compare(
-    config: DetoxConfig,
-    compared: Sequence[Curve],
-    base: EvaluateReport,
-    candidates: Mapping[str, Candidates],
-) -> tuple[list[Payment], list[Comparison]]:
-    """All curves at equal toxicity, with the candidates in the order of their scales."""
-    ordered = {label: sorted(found.items()) for label, found in candidates.items()}
-    return compare_curves(
-        compared,
-        base,
-        {label: [report for _, (report, _) in found] for label, found in ordered.items()},
-        config.levels,
-        config.held_out_rises,
-        {label: [scale for scale, _ in found] for label, found in ordered.items()},
-    )
-
-
-def _rises(base: EvaluateReport, payments: Sequence[Payment]) -> tuple[float, ...]:
-    """The rises of the held-out loss at which curves are compared."""
-    if HELD_OUT not in base.perplexity:
-        return ()
-    start = base.perplexity[HELD_OUT].loss.value
-    levels = dict.fromkeys(p.level for p in payments if p.axis == HELD_OUT)
-    return tuple(level - start for level in levels)
 
 
 class _Journey:
@@ -277,21 +227,13 @@ class _Journey:
         """Merge and evaluate one candidate; delete its model unless the config keeps models."""
         merge = merge_config(self.config, curve, scale, toxic, precision)
         folder = self._candidate_folder(curve, merge, precision)
-        model, evaluation, merge_report = (
-            folder / name for name in ("model", "evaluation", MERGE_REPORT)
-        )
-        lacks_model = self.config.keep_models and not model.exists()
-        if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
-            if not model.exists():
-                run_merge(merge.model_copy(update={"out": str(model)}))
-                copy_contained(model, MERGE_REPORT, merge_report)
-            if not evaluation.exists():
-                evaluate = evaluate_config(self.config, str(model), str(evaluation))
-                run_evaluate(evaluate, quiet=self.quiet)
-        if not self.config.keep_models:
-            shutil.rmtree(model, ignore_errors=True)
-        report = read_report(evaluation)
-        merged = read_record(MergeReport, merge_report, _AGAIN)
+
+        def make(model: Path) -> None:
+            run_merge(merge.model_copy(update={"out": str(model)}))
+            copy_contained(model, MERGE_REPORT, folder / MERGE_REPORT)
+
+        report = self._evaluated(folder, f"{curve.label}, scale -{scale:g}", make)
+        merged = read_record(MergeReport, folder / MERGE_REPORT, _AGAIN)
         return report, point_of(report, scale, merged, merge_command(merge))
 
     def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
@@ -314,6 +256,26 @@ class _Journey:
             shutil.rmtree(self.kept, ignore_errors=True)
             mark.unlink()
 
+    def _evaluated(self, folder: Path, step: str, make: Callable[[Path], object]) -> EvaluateReport:
+        """Make and evaluate a candidate; delete its model unless the config keeps models.
+
+        Args:
+            folder: The candidate's own.
+            step: What it is, for the log.
+            make: Writes the model to the path that it is given.
+        """
+        model, evaluation = folder / "model", folder / "evaluation"
+        lacks_model = self.config.keep_models and not model.exists()
+        if self._must_run(evaluation, step, redo=lacks_model):
+            if not model.exists():
+                make(model)
+            if not evaluation.exists():
+                evaluate = evaluate_config(self.config, str(model), str(evaluation))
+                run_evaluate(evaluate, quiet=self.quiet)
+        if not self.config.keep_models:
+            shutil.rmtree(model, ignore_errors=True)
+        return read_report(evaluation)
+
     def _candidate_folder(self, curve: Curve, merge: MergeConfig, precision: str | None) -> Path:
         """The folder of a candidate's evaluation."""
         settings = merge.model_dump(mode="json")
@@ -322,7 +284,7 @@ class _Journey:
             curve.base_count,
             self.finetune_key,
         ]
-        if merge.weights == "precision" and precision is not None:
+        if KINDS[curve.method].weighs and precision is not None:
             key.append(precision_identity(precision))
         return step_folder(self.work, curve.method, *key, *self.evaluate_key)
 

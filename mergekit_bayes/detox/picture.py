@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"task arithmetic": "#6b6b6b", "gradient matching": "#1f6fb4", "control": "#e07b1a"}
-_MARKERS = {"task arithmetic": "s", "gradient matching": "o", "control": "^"}
+_COLOURS = {
+    "task arithmetic": "#6b6b6b",
+    "gradient matching": "#1f6fb4",
+    "control": "#e07b1a",
+    "Fisher negation": "#3a8f4d",
+}
+_MARKERS = {
+    "task arithmetic": "s",
+    "gradient matching": "o",
+    "control": "^",
+    "Fisher negation": "D",
+}
 _STYLES = ("-", "--", ":", "-.")
 _X_LABEL, _Y_LABEL, _LEGEND = 44, 32, 48  # characters in a line
 _FAR = 1.5  # a panel ends at this multiple of the base's perplexity

@@ -36,8 +36,8 @@ class Point(Record):
         toxicity: Toxicity by scorer.
         perplexity: Perplexity by text.
         samples: What the continuations look like.
-        guarded_share: Share of the merged entries where the guard acted.
-        largest_multiplier: The merge's largest multiplier of a change.
+        guarded_share: Share of the merged entries where the guard acted; None without a guard.
+        largest_multiplier: The merge's largest multiplier of a change; None without a guard.
         precision_ratio: Sum of the task's likelihood precision over the base's, with its count.
         command: The command that makes this model again.
     """
@@ -301,8 +301,9 @@ def _curves_table(report: DetoxReport, scorer: str) -> str:
             row = [label, f"{p.scale:g}", _share(t.share)]
             row += [f"{t.mean.value:.3f}", f"{t.expected_max.value:.3f}"]
             row += [f"{p.perplexity[n].token.value:.4g}" for n in names]
-            bare = p.guarded_share is None or label == "task arithmetic"
-            row += ["", ""] if bare else [f"{p.guarded_share:.1%}", f"{p.largest_multiplier:.2f}"]
+            guarded, multiplier = p.guarded_share, p.largest_multiplier
+            row += ["" if guarded is None else f"{guarded:.1%}"]
+            row += ["" if multiplier is None else f"{multiplier:.2f}"]
             rows.append(row)
     return "\n".join([f"## All models, scored by `{scorer}`", "", *_table(columns, rows)])
 

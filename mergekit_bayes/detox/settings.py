@@ -1,5 +1,6 @@
 """Settings of `bmerge detox`, and the curves that it compares."""
 
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
@@ -12,13 +13,37 @@ from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.records import TrustRemoteCode
 
-Method = Literal["task_arithmetic", "gradient_matching", "control"]
+Method = Literal["task_arithmetic", "gradient_matching", "control", "fisher_negation"]
 HELD_OUT = "held-out toxic text"
 _OURS = ("model", "output", "trust_remote_code", "force")  # that detox sets for each step
-_NAMES = {
-    "task_arithmetic": "task arithmetic",
-    "gradient_matching": "gradient matching",
-    "control": "control",
+
+
+class Kind(NamedTuple):
+    """What a method of the comparison is like.
+
+    Attributes:
+        name: What reports call it.
+        weighs: Whether it needs the base's precision.
+        varied: The settings that apply to it; a list of one gives a curve for each value.
+    """
+
+    name: str
+    weighs: bool = False
+    varied: tuple[Literal["base_count", "shrink", "guard"], ...] = ()
+
+
+KINDS: dict[Method, Kind] = {
+    "task_arithmetic": Kind("task arithmetic"),
+    "gradient_matching": Kind(
+        "gradient matching", weighs=True, varied=("base_count", "shrink", "guard")
+    ),
+    "control": Kind("control", weighs=True, varied=("base_count", "shrink", "guard")),
+    "fisher_negation": Kind("Fisher negation", weighs=True),  # as published, which has none of them
+}
+_IN_WORDS: dict[str, Callable[[Any], str]] = {
+    "base_count": lambda count: f"base {count:g}x",
+    "shrink": lambda shrink: f"shrink {shrink or 'none'}",
+    "guard": lambda guard: f"guard {guard:g}",
 }
 
 
@@ -31,6 +56,7 @@ def _as_texts(value: object) -> tuple[object, ...]:
 
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Guard: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 OneOrMore = BeforeValidator(_as_tuple)  # a single value in the YAML file stands for a list of one
 
 
@@ -78,7 +104,8 @@ class DetoxConfig(Config):
         ("task_arithmetic", "gradient_matching", "control"),
         min_length=1,
         description="Methods to compare; `control` is gradient matching with each precision "
-        "replaced by the mean of its tensor.",
+        "replaced by the mean of its tensor; `fisher_negation` takes an observation of the base "
+        "for as much as one of the task, and no shrinkage, as published.",
     )
     scales: Annotated[tuple[Positive, ...], OneOrMore] = Field(
         min_length=1, description="Amounts a > 0; a candidate is merged with scale -a."
@@ -96,10 +123,12 @@ class DetoxConfig(Config):
     )
     shrink: Annotated[tuple[str | None, ...], BeforeValidator(_as_texts)] = Field(
         ("0.3",),
-        description="As `merge --shrink`. Lists of it or of `base_count` give one curve for each "
-        "combination.",
+        description="As `merge --shrink`. Lists of it, of `base_count` or of `guard` give one "
+        "curve for each combination.",
     )
-    guard: float = Field(0.2, gt=0, le=1, description="As `merge --guard`.")
+    guard: Annotated[tuple[Guard, ...], OneOrMore] = Field(
+        (0.2,), min_length=1, description="As `merge --guard`."
+    )
     anchor: str = Field("h0", description="As `merge --anchor`.")
     levels: tuple[float, ...] = Field(
         (),
@@ -125,35 +154,35 @@ class Curve(NamedTuple):
     Attributes:
         label: What reports call the curve.
         method: The method.
-        base_count: As in `DetoxConfig`; None without precisions.
+        base_count: As in `DetoxConfig`; None where the method has no such setting.
         shrink: As `merge --shrink`.
+        guard: As `merge --guard`; None where the method has no such setting.
     """
 
     label: str
     method: Method
     base_count: float | None = None
     shrink: str | None = None
+    guard: float | None = None
 
 
 def curves(config: DetoxConfig) -> list[Curve]:
     """The curves of a config. A label names only the settings that vary."""
     result = []
     for method in dict.fromkeys(config.methods):
-        if method == "task_arithmetic":
-            result.append(Curve(_NAMES[method], method))
-            continue
-        for count, shrink in product(
-            dict.fromkeys(config.base_count), dict.fromkeys(config.shrink)
-        ):
-            varied = [f"base {count:g}x"] if len(config.base_count) > 1 else []
-            varied += [f"shrink {shrink or 'none'}"] if len(config.shrink) > 1 else []
-            result.append(Curve(", ".join([_NAMES[method], *varied]), method, count, shrink))
+        name, _, varied = KINDS[method]
+        values: list[Sequence[Any]] = [tuple(dict.fromkeys(getattr(config, s))) for s in varied]
+        for chosen in product(*values):
+            found = dict(zip(varied, chosen, strict=True))
+            differs = [s for s, swept in zip(varied, values, strict=True) if len(swept) > 1]
+            words = [name, *(_IN_WORDS[setting](found[setting]) for setting in differs)]
+            result.append(Curve(", ".join(words), method, **found))
     return result
 
 
 def needs_precision(config: DetoxConfig) -> bool:
     """Whether any of the methods weighs by precision."""
-    return any(m != "task_arithmetic" for m in config.methods)
+    return any(KINDS[method].weighs for method in config.methods)
 
 
 def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
