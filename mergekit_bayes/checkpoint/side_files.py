@@ -60,9 +60,10 @@ GROUPS = {
     ),
 }
 
-# What a merge or a fine-tuning run records of itself.
+# What a merge, a fine-tuning run or an adaptation records of itself.
 MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
-RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE)
+ADAPT = "adapt.yaml"
+RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE, ADAPT)
 
 FETCHED = (
     "*.json",

@@ -282,7 +282,7 @@ def identity_of(
     settings |= {name: value for name, value in choices.items() if settings.get(name) is None}
     settings |= {
         "model": base.blocks if base is not None else config.model,
-        "data": _digest(examples),
+        "data": digest(examples),
     }
     return settings
 
@@ -366,12 +366,12 @@ def _read_marker(path: Path) -> _Marker:
     return marker
 
 
-def _digest(examples: Sequence[Mapping[str, object]]) -> str:
-    """SHA-256 of the encoded training data, in order."""
-    digest = hashlib.sha256()
+def digest(examples: Sequence[Mapping[str, object]]) -> str:
+    """SHA-256 of encoded examples, in order."""
+    content = hashlib.sha256()
     for example in examples:
         for name in sorted(example):
             values = np.atleast_1d(np.asarray(example[name], dtype=np.int64))
-            digest.update(f"{name} {len(values)} ".encode())
-            digest.update(values.tobytes())
-    return digest.hexdigest()
+            content.update(f"{name} {len(values)} ".encode())
+            content.update(values.tobytes())
+    return content.hexdigest()

@@ -79,18 +79,28 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
 
 
 def _load(config: FinetuneConfig) -> tuple[Loaded, Examples, Identity | None]:
-    loaded = _load_model(config)
-    _refuse_links(loaded)
-    if choose_device(None).type == "cpu":  # where it would be run on a GPU, it is not there yet
-        loaded.try_out()
+    loaded = load_base(config)
     if config.lora is not None:
-        model = _with_lora(loaded, config.lora, config.model)
+        model = with_lora(loaded, config.lora, config.model)
         loaded = replace(loaded, model=model)
     refuse_after(config, loaded)
     if loaded.task == "classification":
         # Whoever reads the head later must not guess from its labels' names how it was trained.
         loaded.model.config.problem_type = "single_label_classification"
     return loaded, _load_examples(config, loaded), base_identity(loaded.path)
+
+
+def load_base(config: FinetuneConfig) -> Loaded:
+    """Load the model that is trained, before an adapter is put on it, and try it.
+
+    Raises:
+        CheckpointError: It cannot be loaded or run, or a link leads out of its folder.
+    """
+    loaded = _load_model(config)
+    _refuse_links(loaded)
+    if choose_device(None).type == "cpu":  # where it would be run on a GPU, it is not there yet
+        loaded.try_out()
+    return loaded
 
 
 def _refuse_links(loaded: Loaded) -> None:
@@ -134,7 +144,7 @@ def _load_model(config: FinetuneConfig) -> Loaded:
     return loaded
 
 
-def _with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
+def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
     """Put a new adapter on the model; `name` is how the user named the base."""
     from peft import LoraConfig, TaskType, get_peft_model
 

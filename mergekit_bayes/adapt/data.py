@@ -1,0 +1,280 @@
+"""Load the model and the rows of an adaptation, and put together what it works on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mergekit_bayes.adapt.memory import Memory, build_memory
+from mergekit_bayes.adapt.objective import PARTS
+from mergekit_bayes.adapt.settings import AdaptConfig, Rows
+from mergekit_bayes.adapt.units import Units, choose_units
+from mergekit_bayes.draws import mix
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.finetune.checkpoints import digest
+from mergekit_bayes.finetune.data import load_base, with_lora
+from mergekit_bayes.finetune.ranks import main_first
+from mergekit_bayes.finetune.refusals import refuse_quantised
+from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.models.encode import Collate, encode_rows, observations
+from mergekit_bayes.models.load import UNIT, Loaded
+from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.posterior import Identity, PosteriorInfo, open_posterior
+from mergekit_bayes.posterior.info import base_identity
+
+Example = Mapping[str, Any]
+_HELD_OUT = 0.1  # of the removed rows, where `held_out_rise` is a goal and no rows are named
+# Settings that change no bit of the training.
+_FREE = {
+    "model",
+    "output",
+    "force",
+    "resume",
+    "keep_checkpoints",
+    "report_to",
+    "num_processes",
+    "trust_remote_code",
+    "posterior",
+    "flush_batches",
+    "logging_steps",
+    "memory_filter",
+    "prompts",
+    "remove",
+    "add",
+    "memory",
+    "contrast",
+    "held_out",
+}
+
+
+class Held(NamedTuple):
+    """Examples that no step trains on.
+
+    Attributes:
+        removed: Rows like the removed ones; empty unless their loss is a goal.
+        memory: The held-out part of the memory.
+    """
+
+    removed: Sequence[Example]
+    memory: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that an adaptation works on, from the first step to the stored posterior.
+
+    Attributes:
+        config: The settings, as given.
+        training: The same run as the fine-tuning machinery sees it.
+        loaded: The model that is adapted, with its adapter if there is one.
+        parts: Encoded examples that are trained on, by the part's name.
+        held: Encoded examples that are not.
+        memory: How the memory was made; None without one.
+        units: The weights of the parts.
+        base: Content hash of the start.
+        info: The record of the start's posterior; None without one.
+        identity: All that decides the bits of the run; only a run of the same may resume.
+    """
+
+    config: AdaptConfig
+    training: FinetuneConfig
+    loaded: Loaded
+    parts: Mapping[str, Sequence[Example]]
+    held: Held
+    memory: Memory | None
+    units: Units
+    base: Identity | None
+    info: PosteriorInfo | None
+    identity: dict[str, object]
+
+
+def training_config(config: AdaptConfig) -> FinetuneConfig:
+    """The settings of the fine-tuning machinery that carries out an adaptation.
+
+    Its learning rate is a placeholder: the rate is chosen when the model is there.
+    """
+    settings = {
+        "model": config.model,
+        "output": config.output,
+        "data": sources(config),
+        "task": config.task,
+        "optimizer": config.optimizer,
+        "learning_rate": config.learning_rate,
+        "weight_decay": 1e-6 if config.optimizer == "ivon" else 0.0,
+        "max_steps": config.max_steps,
+        "batch_size": config.batch_size,
+        "gradient_accumulation": config.gradient_accumulation,
+        "scheduler": "constant",
+        "lora": config.lora,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "bf16": config.bf16,
+        "logging_steps": config.logging_steps,
+        "save_steps": config.save_steps,
+        "keep_checkpoints": config.keep_checkpoints,
+        "resume": config.resume,
+        "num_processes": config.num_processes,
+        "report_to": config.report_to,
+        "trust_remote_code": config.trust_remote_code,
+        "force": config.force,
+    }
+    return FinetuneConfig.model_validate(settings)
+
+
+def sources(config: AdaptConfig) -> tuple[str, ...]:
+    """All files, folders and Hub data sets of rows that an adaptation reads."""
+    rows = (config.remove, config.add, config.contrast, config.memory, config.held_out)
+    named = [(r.data,) if isinstance(r.data, str) else r.data for r in rows if r is not None]
+    prompts = [config.prompts] if config.prompts is not None else []
+    return tuple(dict.fromkeys([ref for refs in named for ref in refs] + prompts))
+
+
+def load_run(config: AdaptConfig) -> Run:
+    """Load model and rows, and choose what the settings leave open. Every rank must call this.
+
+    Raises:
+        CheckpointError: The model or rows cannot be loaded.
+        ConfigError: A model that cannot be adapted, or settings that contradict each other.
+        MismatchError: Rows without the named columns or with unknown labels.
+    """
+    return main_first(lambda: _load(config))
+
+
+def _load(config: AdaptConfig) -> Run:
+    training = training_config(config)
+    loaded = load_base(training)
+    with open_posterior(config.model) as posterior:
+        info = posterior.info if posterior.has_precision else None
+    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
+    parts: dict[str, Sequence[Example]] = {
+        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
+    }
+    removed = _held_out(config, loaded, parts)
+    memory = build_memory(config, loaded)
+    if memory is not None:
+        parts["memory"] = memory.examples
+    held = Held(removed, memory.held_out if memory is not None else [])
+    counts = {name: observations(examples, loaded.task) for name, examples in parts.items()}
+    unit = UNIT[loaded.task]
+    units = choose_units(config, loaded, counts, info, unit)
+    base = base_identity(loaded.path)
+    if config.lora is not None:
+        loaded = replace(loaded, model=with_lora(loaded, config.lora, config.model))
+    refuse_quantised(loaded.model, config.model)
+    settings = {
+        name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
+    }
+    identity = settings | {
+        "model": base.blocks if base is not None else config.model,
+        "units": units.record(),
+        "data": {name: digest(examples) for name, examples in parts.items()},
+        "held": [digest(held.removed), digest(held.memory)],
+    }
+    return Run(config, training, loaded, parts, held, memory, units, base, info, identity)
+
+
+def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:
+    label = config.label_column if loaded.task == "classification" else None
+    table = load_rows(
+        rows.data, where=rows.where, max_rows=config.max_rows, text=config.text_column, label=label
+    )
+    return encode_rows(
+        table,
+        loaded,
+        text=config.text_column,
+        label=label,
+        max_length=config.max_length,
+        pack=config.pack,
+        source=rows.data,
+    )
+
+
+def _held_out(
+    config: AdaptConfig, loaded: Loaded, parts: dict[str, Sequence[Example]]
+) -> Sequence[Example]:
+    """Rows like the removed ones whose loss is a goal; without named ones taken from these."""
+    if config.held_out is not None:
+        return _encode(config, loaded, config.held_out)
+    if config.until.held_out_rise is None or "remove" not in parts:
+        return []
+    removed = parts["remove"]
+    count = max(1, round(_HELD_OUT * len(removed)))
+    if count == len(removed):
+        raise ConfigError(
+            "held_out_rise: one removed example cannot also be held out. Name rows by held_out."
+        )
+    parts["remove"] = removed[:-count]
+    return removed[-count:]
+
+
+class Mixture(Dataset[dict[str, Example]]):
+    """What one example of a step is: one example of each part.
+
+    Every part goes through its examples in a random order, and again in another one when all have
+    come, however many the other parts have.
+
+    Args:
+        parts: Encoded examples by the part's name.
+        length: Number of items, of all steps and ranks together.
+        seed: Seed of the orders.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Example]], length: int, seed: int) -> None:
+        self._parts, self._length = parts, length
+        self._orders = {
+            name: _order(len(examples), length, mix(seed, PARTS.index(name)))
+            for name, examples in parts.items()
+        }
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, Example]:
+        return {
+            name: {**examples[(j := self._orders[name][i])], "index": j}
+            for name, examples in self._parts.items()
+        }
+
+
+def _order(size: int, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    order: list[int] = []
+    while len(order) < length:
+        order += torch.randperm(size, generator=generator).tolist()
+    return order[:length]
+
+
+class CollateParts:
+    """Join the examples of a `Mixture` into one batch, part after part.
+
+    Beside the tensors of `Collate` it has `part`, each example's part by its place in
+    `objective.PARTS`, and `index`, its place among that part's examples.
+
+    Args:
+        pad: The token that fills short rows.
+    """
+
+    def __init__(self, pad: int) -> None:
+        self._collate = Collate(pad)
+
+    def __call__(self, items: Sequence[Mapping[str, Example]]) -> dict[str, Tensor]:
+        """A batch of all parts of the items."""
+        names = [name for name in PARTS if name in items[0]]
+        examples = [item[name] for name in names for item in items]
+        return batch_of(
+            self._collate, examples, [PARTS.index(name) for name in names for _ in items]
+        )
+
+
+def batch_of(
+    collate: Collate, examples: Sequence[Example], parts: Sequence[int]
+) -> dict[str, Tensor]:
+    """A batch of these examples, which may lack labels and an index, with their parts' numbers."""
+    whole = [{"labels": 0, "index": 0, **example} for example in examples]
+    batch = collate(whole)
+    batch["part"] = torch.tensor(list(parts))
+    batch["index"] = torch.tensor([e["index"] for e in whole])
+    return batch

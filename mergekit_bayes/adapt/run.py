@@ -1,0 +1,82 @@
+"""Adapt a model: remove and add knowledge in a few steps, the rest held by a K-prior."""
+
+from contextlib import ExitStack
+
+from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.refusals import refuse_settings
+from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
+from mergekit_bayes.adapt.store import save_adapted
+from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
+from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
+from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
+from mergekit_bayes.finetune.ranks import is_main, on_main
+from mergekit_bayes.finetune.refusals import refuse_before
+from mergekit_bayes.finetune.session import (
+    check_checkpoint,
+    checkpoint_folder,
+    open_output,
+    train,
+)
+from mergekit_bayes.models.load import choose_device
+from mergekit_bayes.models.quiet import quiet_libraries
+
+
+def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
+    """Adapt a model, and store it with its posterior.
+
+    Under a launcher every rank calls this and gets the same report, or the same error. Rank 0
+    writes.
+
+    Args:
+        config: Settings of the run.
+        quiet: Print nothing and show no progress bars.
+
+    Raises:
+        CheckpointError: The output or its checkpoints exist, the output would replace the model or
+            the rows, or the model cannot be loaded.
+        ConfigError: Settings that contradict each other or the checkpoint that is resumed, or a
+            model that cannot be adapted.
+        MismatchError: Rows without the named columns or with unknown labels.
+    """
+    import transformers
+
+    training = training_config(config)
+    refuse_before(training)
+    refuse_settings(config)
+    quiet = quiet or not is_main()
+    with (
+        quiet_libraries(bars=not quiet),
+        checkpoint_folder(training) as folder,
+        ExitStack() as held,
+    ):
+        transformers.set_seed(config.seed)
+        checkpoint = on_main(lambda: open_output(training, held))
+        run = load_run(config)
+        check_checkpoint(checkpoint, run.identity)
+        arguments = adapt_arguments(run, folder, quiet=quiet)
+        run.loaded.model.to(choose_device(None))
+        objective = Objective(
+            run.units,
+            {name: len(examples) for name, examples in run.parts.items()},
+            config.removal,
+            config.npo_beta,
+            _teacher(run),
+        )
+        loss_before = 0.0 if checkpoint is None else checkpoint.loss
+        trainer = make_trainer(run, objective, arguments, [], quiet=quiet, loss_before=loss_before)
+        trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
+
+        def store() -> AdaptReport:
+            report = save_adapted(run, trained.steps)
+            if has_folder(training):
+                keep = config.keep_checkpoints or config.save_steps is None
+                close_checkpoints(folder, keep=keep)
+            return report
+
+        return on_main(store)
+
+
+def _teacher(run: Run) -> Teacher:
+    model = run.loaded.model
+    return AdapterOff(model) if run.config.lora is not None else FrozenCopy(model)
