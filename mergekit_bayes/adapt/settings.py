@@ -281,6 +281,7 @@ class AdaptReport(Frozen):
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
             on the held-out memory; None where it is too small to tell.
         estimator: What made the precision; None if none was stored.
+        without_precision: Why none was stored; None if one was.
         health: Statistics of the precision.
     """
 
@@ -300,4 +301,5 @@ class AdaptReport(Frozen):
     refused_steps: int
     reconstruction_error: float | None
     estimator: str | None
+    without_precision: str | None
     health: dict[str, float]
