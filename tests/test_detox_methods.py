@@ -104,8 +104,9 @@ def test_every_candidate_is_the_merge_that_its_command_says(posteriors):
         words = shlex.split(command)
         assert ("--guard" in words) == (curve.guard is not None)
         assert ("--precision" in words) == KINDS[curve.method].weighs
-        done = CliRunner().invoke(app, [*words[1:], "-o", other, "-q"])
+        done = CliRunner().invoke(app, [*words[1:], "-o", other])
         assert done.exit_code == 0, done.output
+        assert ("guard" in done.output) == (curve.guard is not None)
         assert Path(one).read_bytes() == Path(other).read_bytes()
         found.add(Path(one).read_bytes())
         assert report.precision_path is None

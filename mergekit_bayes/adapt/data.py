@@ -146,26 +146,10 @@ def load_run(config: AdaptConfig) -> Run:
         ConfigError: A model that cannot be adapted, or settings that contradict each other.
         MismatchError: Rows without the named columns or with unknown labels.
     """
-    return main_first(lambda: _load(config))
-
-
-def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
-    loaded = load_base(training)
-    with open_posterior(config.model, precision=config.precision) as posterior:
-        info = posterior.info if posterior.has_precision else None
-        reads = config.prior in ("auto", "stored") or config.posterior == "flush"
-        # Before an adapter renames the parameters.
-        places = places_of(loaded, posterior) if reads else ()
-        precision = Identity(blocks=posterior.precision_identity) if places else None
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    chosen_prior(config, is_stored=bool(places), has_memory=has_memory)  # refused early
-    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
-    parts: dict[str, Sequence[Example]] = {
-        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
-    }
-    removed = _held_out(config, loaded, parts)
-    memory = build_memory(config, loaded)
+    start = main_first(lambda: _load(config, training))
+    loaded, info, places, precision, parts, removed = start
+    memory = build_memory(config, loaded)  # of which rank 0 tells the others
     if memory is not None:
         parts["memory"] = memory.examples
     held = Held(removed, memory.held_out if memory is not None else [])
@@ -200,6 +184,35 @@ def _load(config: AdaptConfig) -> Run:
         precision,
         identity,
     )
+
+
+class _Start(NamedTuple):
+    """The model, its posterior's record, places and precision, and the rows of each part."""
+
+    loaded: Loaded
+    info: PosteriorInfo | None
+    places: tuple[Place, ...]
+    precision: Identity | None
+    parts: dict[str, Sequence[Example]]
+    removed: Sequence[Example]
+
+
+def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
+    loaded = load_base(training)
+    with open_posterior(config.model, precision=config.precision) as posterior:
+        info = posterior.info if posterior.has_precision else None
+        reads = config.prior in ("auto", "stored") or config.posterior == "flush"
+        # Before an adapter renames the parameters.
+        places = places_of(loaded, posterior) if reads else ()
+        precision = Identity(blocks=posterior.precision_identity) if places else None
+    has_memory = config.memory is not None or config.memory_self_generated is not None
+    chosen_prior(config, is_stored=bool(places), has_memory=has_memory)  # refused early
+    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
+    parts: dict[str, Sequence[Example]] = {
+        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
+    }
+    removed = _held_out(config, loaded, parts)
+    return _Start(loaded, info, places, precision, parts, removed)
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

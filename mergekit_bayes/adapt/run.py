@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.kept import KeepSteps, open_kept
 from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.reconstruction import measure_reconstruction
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.store import save_adapted
@@ -59,13 +60,17 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         check_checkpoint(checkpoint, run.identity)
         arguments = adapt_arguments(run, folder, quiet=quiet)
         run.loaded.model.to(choose_device(None))
+        teacher = _teacher(run)
+        penalty = make_weight_part(
+            config, run.loaded, run.places, run.units, run.parts.get("memory")
+        )
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
-            _teacher(run),
-            make_weight_part(config, run.loaded, run.places, run.units, run.parts.get("memory")),
+            teacher,
+            penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         callbacks = [KeepSteps(run)]
@@ -75,7 +80,8 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
 
         def store() -> AdaptReport:
-            report = save_adapted(run, trained.steps)
+            error = measure_reconstruction(run, teacher, penalty)
+            report = save_adapted(run, trained.steps, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)

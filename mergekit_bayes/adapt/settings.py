@@ -279,7 +279,8 @@ class AdaptReport(Frozen):
         learning_rate: Learning rate at the start.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
-            on the held-out memory; None where it is too small to tell.
+            on the held-out memory: 0 is exact, and noise can bring it below; None where the
+            held-out memory is too small to tell.
         estimator: What made the precision; None if none was stored.
         without_precision: Why none was stored; None if one was.
         health: Statistics of the precision.

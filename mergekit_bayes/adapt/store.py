@@ -36,12 +36,13 @@ from mergekit_bayes.posterior.info import LOSS
 logger = logging.getLogger(__name__)
 
 
-def save_adapted(run: Run, steps: int) -> AdaptReport:
+def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> AdaptReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
         steps: Optimizer steps made.
+        reconstruction_error: Relative squared error of the K-prior's gradient, if it was told.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -73,7 +74,7 @@ def save_adapted(run: Run, steps: int) -> AdaptReport:
             tau=units.tau,
             learning_rate=units.learning_rate,
             refused_steps=0,
-            reconstruction_error=None,
+            reconstruction_error=reconstruction_error,
             estimator=ESTIMATOR if reason is None else None,
             without_precision=reason,
             health=health,

@@ -1,8 +1,8 @@
 """Fisher-weighted negation, after PerTA (arXiv 2601.22030, 2026): each change by whose entry it is.
 
-PerTA subtracts `scale w x task vector` from a model, with w = F_forget / (F_forget + F_retain) and
-F a diagonal Fisher of what to forget and of what to keep. It has neither counts nor a prior; here
-both are those of the merge's precisions. Neither has a guard.
+PerTA subtracts `scale x w x task vector` from a model, with w = F_forget / (F_forget + F_retain)
+from the Fishers of what to forget and of what to keep. It has neither counts nor a prior; here both
+are those of the merge's precisions. Neither has a guard.
 """
 
 import numpy as np
