@@ -4,11 +4,13 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from mergekit_bayes.adapt.data import Run
 from mergekit_bayes.adapt.flush import ESTIMATOR, Flushed, flush, why_none
+from mergekit_bayes.adapt.memory import Memory
 from mergekit_bayes.adapt.settings import AdaptReport, Rows
 from mergekit_bayes.adapt.weights import chosen_prior
 from mergekit_bayes.checkpoint.layout import checkpoint_files
@@ -115,11 +117,12 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
             none of it.
     """
     config, units = run.config, run.units
+    named: dict[Literal["remove", "contrast", "add"], Rows | None]
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
     counts = {"remove": units.removed, "contrast": units.contrast, "add": units.added}
     rows = tuple(
         EditedRows(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             label=label_of(source),
             observations=counts[kind],
             sha256=digest(run.parts[kind]),
@@ -127,14 +130,13 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
         for kind, source in named.items()
         if source is not None
     )
-    has_memory = "memory" in run.parts
     return Edit(
         rows=rows,
         removal=config.removal if config.remove is not None else None,
-        memory=_memory_of(run) if has_memory else None,
+        memory=_memory_of(run.memory) if run.memory is not None else None,
         kappa=units.kappa,
         tau=units.tau,
-        prior=chosen_prior(config, is_stored=bool(run.places), has_memory=has_memory),
+        prior=chosen_prior(config, is_stored=bool(run.places), has_memory=run.memory is not None),
         pool=config.pool,
         steps=steps,
         base=units.base,
@@ -151,16 +153,13 @@ def label_of(rows: Rows) -> str:
     return ", ".join(ref if is_hub_id(ref) else Path(ref).name for ref in sources)
 
 
-def _memory_of(run: Run) -> EditMemory:
-    config = run.config
-    if config.memory is None:
-        kind = "self_generated"
-    else:
-        kind = "rows" if config.memory_self_generated is None else "both"
+def _memory_of(memory: Memory) -> EditMemory:
+    facts = memory.facts
+    kind: Literal["rows", "self_generated", "both"] = "rows" if facts.rows else "self_generated"
     return EditMemory(
-        kind=kind,  # type: ignore[arg-type]
-        observations=run.units.memory,
-        sha256=digest(run.parts["memory"]),
+        kind="both" if facts.rows and facts.self_generated else kind,
+        observations=facts.observations,
+        sha256=facts.sha256,
     )
 
 
@@ -171,7 +170,7 @@ def _save_posterior(
     model, info = run.loaded.model, run.info
     with SafetensorsSource(checkpoint_files(folder)) as source:
         mean = identify(source)
-    edits = () if info is None else info.edits
+    edit = edit_of(run, steps, flushed.start_count)
     record = PosteriorInfo(
         estimator=ESTIMATOR,
         unit=run.units.unit,  # type: ignore[arg-type]
@@ -179,7 +178,7 @@ def _save_posterior(
         ess=flushed.observations,
         sampled=flushed.sampled,
         prior=flushed.prior,
-        anchor=Anchor(),
+        anchor=_anchor(edit),
         mean=mean,
         base=run.base,
         tokenizer=tokenizer_identity(folder),
@@ -189,13 +188,21 @@ def _save_posterior(
         | {LOSS: trained_loss(model).name},
         health=health,
         aliases=dict(getattr(model, "all_tied_weights_keys", None) or {}),
-        edits=(*edits, edit_of(run, steps, flushed.start_count)),
+        edits=(*(() if info is None else info.edits), edit),
     )
     arrays = {
         name: tensor.detach().cpu().float().numpy()
         for name, tensor in checkpoint_names(model, flushed.precision).items()
     }
     save_posterior(folder, arrays, record)
+
+
+def _anchor(edit: Edit) -> Anchor:
+    """What held the weights at the start; only one number for all of them can be recorded."""
+    if not edit.tau or (edit.prior == "none" and edit.memory is None):
+        return Anchor()
+    is_number = isinstance(edit.prior, float) and edit.memory is None
+    return Anchor(kind="base", precision=edit.tau * float(edit.prior) if is_number else None)
 
 
 def _health(flushed: Flushed) -> dict[str, float]:
