@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.data import load_run
 from mergekit_bayes.adapt.run import run_adapt
@@ -18,6 +20,8 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.finetune.checkpoints import digest
+from mergekit_bayes.hub.card import make_card
+from mergekit_bayes.hub.push import plan_push
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
@@ -527,6 +531,26 @@ def test_what_an_adapted_model_counts_on_its_start_is_not_set_by_hand(
         merged(tmp_path, [edited[1]], observations={str(edited[1]): "3x"}, **base)
     with pytest.raises(MismatchError, match=r"was adapted from.*--shrink"):
         merged(tmp_path, [edited[1]], shrink="0.1", **base)
+
+
+def test_the_card_and_inspect_tell_of_the_edit(world, edited):
+    report, folder = edited
+    (folder / "memory.jsonl").write_text("{}")
+    words = (
+        f"removed {report.removed} tokens of remove.jsonl (npo) and added {report.added} tokens of "
+        "add.jsonl; held by its stored precision, tau 1; 3 steps from a start that stood for 1,000 "
+        "tokens"
+    )
+    shown = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "300"})
+    assert f"adapted: {words}" in shown.output
+    card = make_card(folder).text
+    assert words.replace("_", "\\_") in card
+    assert f"- removed: {report.removed} tokens of `remove.jsonl`" in card
+    assert "- held by the stored precision of its start; tau 1" in card
+    assert str(world) not in card
+    pushed = plan_push(folder, "org/x")
+    assert "adapt_report.json" in [file.path for file in pushed.files]
+    assert pushed.left_out["memory.jsonl"] == "text that the model wrote, which may hold anything"
 
 
 def test_a_record_without_edits_is_written_as_before():

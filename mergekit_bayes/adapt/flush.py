@@ -17,13 +17,14 @@ An adapter gets none: what is removed takes precision from the weights of the ba
 stores no numbers for those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.adapt.data import Run
+from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.weights import by_parameter, read_start
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
@@ -53,18 +54,34 @@ class Flushed(NamedTuple):
     start_count: float | None
 
 
-def why_none(run: Run) -> str | None:
-    """Why no precision is stored after a run; None if one is."""
-    if run.config.posterior == "none":
+def why_none(config: AdaptConfig, *, is_stored: bool) -> str | None:
+    """Why no precision is stored after a run; None if one is.
+
+    Args:
+        config: The settings.
+        is_stored: Whether the model has a stored precision.
+    """
+    if config.posterior == "none":
         return "the settings ask for none"
-    if run.config.lora is not None:
+    if config.lora is not None:
         return (
             "an adapter has no numbers for the base's weights, from which removed rows take "
             "precision"
         )
-    if not run.places and not (run.units.memory and run.units.kappa):
+    has_memory = config.memory is not None or config.memory_self_generated is not None
+    if not is_stored and (not has_memory or config.kappa == 0):
         return "there is neither a stored precision of the start nor a memory that counts"
     return None
+
+
+def flushed_parts(places: Collection[object], parts: Collection[str]) -> set[str]:
+    """The parts of a run whose curvature the stored precision takes.
+
+    Args:
+        places: Of the start's stored precision.
+        parts: The names of all.
+    """
+    return {part for part in parts if part != "memory" or not places}
 
 
 def flush(run: Run) -> Flushed:
@@ -81,11 +98,8 @@ def flush(run: Run) -> Flushed:
     base, prior, start_count = _base_part(run)
     units, guard = run.units, run.config.guard
     added, removed = dict[str, Tensor](), dict[str, Tensor]()
-    sampled = 0 if run.places else _examples(run, "memory")
-    for part in run.parts:
-        if part == "memory":
-            continue
-        sampled += _examples(run, part)
+    sampled = sum(_examples(run, part) for part in flushed_parts(run.places, run.parts))
+    for part in (name for name in run.parts if name != "memory"):
         total = removed if part == "remove" else added
         for name, values in _curvature(run, part).items():
             values *= units.weight_of(part)

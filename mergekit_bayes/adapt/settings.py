@@ -276,6 +276,7 @@ class AdaptReport(Frozen):
         base: Observations that the base stands for.
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
+        prior: Its weight-space part: `stored`, `none` or one number, 1/weight^2.
         learning_rate: Learning rate at the start.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
@@ -298,6 +299,7 @@ class AdaptReport(Frozen):
     base: float
     kappa: float
     tau: float
+    prior: Literal["stored", "none"] | float
     learning_rate: float
     refused_steps: int
     reconstruction_error: float | None

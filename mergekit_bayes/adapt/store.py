@@ -1,7 +1,6 @@
 """From an adapted model to a checkpoint folder, with its posterior and what it is the result of."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,8 +34,6 @@ from mergekit_bayes.posterior import (
 )
 from mergekit_bayes.posterior.info import LOSS
 
-logger = logging.getLogger(__name__)
-
 
 def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> AdaptReport:
     """Write the checkpoint folder and its posterior, and say what was written.
@@ -51,9 +48,7 @@ def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> Ad
         PrecisionError: The start's precision holds entries that are no precision.
     """
     config, units = run.config, run.units
-    reason = why_none(run)
-    if reason is not None and config.posterior != "none":
-        logger.warning("no precision is stored: %s.", reason)
+    reason = why_none(config, is_stored=bool(run.places))
     health: dict[str, float] = {}
     with replacing(Path(config.output), force=config.force) as partial:
         save_model(run, partial)
@@ -74,6 +69,7 @@ def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> Ad
             base=units.base,
             kappa=units.kappa,
             tau=units.tau,
+            prior=_prior(run),
             learning_rate=units.learning_rate,
             refused_steps=0,
             reconstruction_error=reconstruction_error,
@@ -136,7 +132,7 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
         memory=_memory_of(run.memory) if run.memory is not None else None,
         kappa=units.kappa,
         tau=units.tau,
-        prior=chosen_prior(config, is_stored=bool(run.places), has_memory=run.memory is not None),
+        prior=_prior(run),
         pool=config.pool,
         steps=steps,
         base=units.base,
@@ -145,6 +141,11 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
         start_precision=None if start_count is None else run.precision,
         start_count=start_count,
     )
+
+
+def _prior(run: Run) -> Literal["stored", "none"] | float:
+    """The weight-space part of the K-prior."""
+    return chosen_prior(run.config, is_stored=bool(run.places), has_memory=run.memory is not None)
 
 
 def label_of(rows: Rows) -> str:
