@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
+from mergekit_bayes.adapt.refusals import refuse_model
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.draws import mix
@@ -72,6 +74,7 @@ class Run:
         loaded: The model that is adapted, with its adapter if there is one.
         parts: Encoded examples that are trained on, by the part's name.
         held: Encoded examples that are not.
+        prompts: What checks have continued; empty without `prompts`.
         memory: How the memory was made; None without one.
         units: The weights of the parts.
         base: Content hash of the start.
@@ -84,6 +87,7 @@ class Run:
     loaded: Loaded
     parts: Mapping[str, Sequence[Example]]
     held: Held
+    prompts: Sequence[str]
     memory: Memory | None
     units: Units
     base: Identity | None
@@ -146,13 +150,14 @@ def load_run(config: AdaptConfig) -> Run:
 def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
     loaded = load_base(training)
+    refuse_model(config, loaded)
     with open_posterior(config.model) as posterior:
         info = posterior.info if posterior.has_precision else None
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
     parts: dict[str, Sequence[Example]] = {
         name: _encode(config, loaded, rows) for name, rows in named.items() if rows
     }
-    removed = _held_out(config, loaded, parts)
+    removed, prompts = _held_out(config, loaded, parts), _prompts(config)
     memory = build_memory(config, loaded)
     if memory is not None:
         parts["memory"] = memory.examples
@@ -172,8 +177,16 @@ def _load(config: AdaptConfig) -> Run:
         "units": units.record(),
         "data": {name: digest(examples) for name, examples in parts.items()},
         "held": [digest(held.removed), digest(held.memory)],
+        "prompts": sha256("\0".join(prompts).encode()).hexdigest(),
     }
-    return Run(config, training, loaded, parts, held, memory, units, base, info, identity)
+    return Run(config, training, loaded, parts, held, prompts, memory, units, base, info, identity)
+
+
+def _prompts(config: AdaptConfig) -> list[str]:
+    if config.prompts is None:
+        return []
+    rows = load_rows(config.prompts, max_rows=config.prompt_rows, text=config.text_column)
+    return list(rows[config.text_column])
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

@@ -33,12 +33,11 @@ def open_kept(config: AdaptConfig) -> None:
     if not config.keep_steps:
         return
     folder = steps_of(Path(config.output))
-    if os.path.lexists(folder) and not config.resume:
-        if not config.force:
-            raise CheckpointError(
-                f"'{folder}' exists, where keep_steps stores. Choose another output, or pass "
-                "--force to replace it."
-            )
+    if os.path.lexists(folder) and not (config.resume or config.force):
+        raise CheckpointError(
+            f"'{folder}' exists, where keep_steps stores. Choose another output, or pass --force "
+            "to replace it."
+        )
     refuse_inputs(folder, [config.model, *sources(config)])
     make_checkpoint_folder(folder)
     if config.resume:

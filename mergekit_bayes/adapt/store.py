@@ -6,18 +6,20 @@ import yaml
 
 from mergekit_bayes.adapt.data import Run
 from mergekit_bayes.adapt.settings import AdaptReport
+from mergekit_bayes.adapt.stopping import Outcome
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import ADAPT
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.libraries import call
 
 
-def save_adapted(run: Run, steps: int) -> AdaptReport:
+def save_adapted(run: Run, steps: int, outcome: Outcome) -> AdaptReport:
     """Write the checkpoint folder, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
         steps: Optimizer steps made.
+        outcome: How the run ended.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -28,9 +30,9 @@ def save_adapted(run: Run, steps: int) -> AdaptReport:
     return AdaptReport(
         path=Path(config.output),
         steps=steps,
-        kept_step=steps,
-        reached=None,
-        checks=(),
+        kept_step=outcome.kept_step,
+        reached=outcome.reached,
+        checks=outcome.checks,
         unit=units.unit,
         removed=units.removed,
         added=units.added,
@@ -39,7 +41,7 @@ def save_adapted(run: Run, steps: int) -> AdaptReport:
         kappa=units.kappa,
         tau=units.tau,
         learning_rate=units.learning_rate,
-        refused_steps=0,
+        refused_steps=outcome.refused_steps,
         reconstruction_error=None,
         estimator=None,
         health={},
