@@ -77,13 +77,14 @@ def _refuse_unused(config: AdaptConfig) -> None:
     needs: list[tuple[bool, tuple[str, ...], str]] = [
         (
             config.has_memory,
-            ("memory_rows", "memory_select", "memory_held_out", "kappa", "leap"),
+            ("memory_rows", "memory_select", "memory_filter", "memory_held_out", "kappa", "leap"),
             "there is no memory (memory or memory_self_generated)",
         ),
         (
             config.memory_self_generated is not None,
             ("memory_filter",),
-            "it scores the texts that the model writes (memory_self_generated), and there are none",
+            "it scores the texts that the model writes, and there are none. Set "
+            "memory_self_generated, or leave it out",
         ),
         (
             config.memory_rows is not None,

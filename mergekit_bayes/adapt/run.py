@@ -7,6 +7,7 @@ from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.kept import KeepSteps, open_kept
 from mergekit_bayes.adapt.leap import LeapGuard
 from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.reconstruction import measure_reconstruction
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.stopping import Stopping
@@ -14,6 +15,7 @@ from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.stored import stored_teacher
 from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
 from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
+from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.hooks import ProgressBar
 from mergekit_bayes.finetune.ranks import is_main, on_main
@@ -65,12 +67,16 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         check_checkpoint(checkpoint, run.identity)
         run.loaded.model.to(choose_device(None))
         teacher = _teacher(run)
+        penalty = make_weight_part(
+            config, run.loaded, run.places, run.units, run.parts.get("memory")
+        )
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
             teacher,
+            penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         bar = None if quiet else ProgressBar(run.units.summary())
@@ -86,7 +92,8 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         outcome = stopping.finish(trained.steps)
 
         def store() -> AdaptReport:
-            report = save_adapted(run, trained.steps, outcome)
+            error = measure_reconstruction(run, teacher, penalty)
+            report = save_adapted(run, trained.steps, outcome, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)

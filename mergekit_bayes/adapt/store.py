@@ -13,13 +13,16 @@ from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.libraries import call
 
 
-def save_adapted(run: Run, steps: int, outcome: Outcome) -> AdaptReport:
+def save_adapted(
+    run: Run, steps: int, outcome: Outcome, reconstruction_error: float | None
+) -> AdaptReport:
     """Write the checkpoint folder, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
         steps: Optimizer steps made.
         outcome: How the run ended.
+        reconstruction_error: Relative squared error of the K-prior's gradient, if it was told.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -42,7 +45,7 @@ def save_adapted(run: Run, steps: int, outcome: Outcome) -> AdaptReport:
         tau=units.tau,
         learning_rate=units.learning_rate,
         refused_steps=outcome.refused_steps,
-        reconstruction_error=None,
+        reconstruction_error=reconstruction_error,
         estimator=None,
         health={},
     )
