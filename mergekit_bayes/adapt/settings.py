@@ -128,6 +128,9 @@ class AdaptConfig(Config):
         "(1/weight^2, on the scale of the summed loss), or `none`. `auto` is `none` with a memory, "
         "else `stored` where there is one.",
     )
+    precision: str | None = Field(
+        None, description="Another place for the model's precision: a file or a folder."
+    )
     pool: Literal["tensor", "row"] | None = Field(
         None,
         description="Replace the stored precision by the mean of each `tensor` or `row` first.",
