@@ -76,7 +76,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(6000, 300, 150, 256, 700, 400, 60, 10),
+    "small": Size(6000, 300, 150, 256, 700, 300, 80, 10),
     "tiny": Size(400, 60, 30, 32, 60, 20, 6, 3),
 }
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -87,6 +87,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "both": {"prior": "stored"},
 }
 PRIOR = 100.0  # of the base, 1/weight^2: weights are of the size of 0.1
+RATE = 1e-3  # of edits, and of joint training at its start
 WITH_MEMORY = ("memory", "both")
 
 
@@ -213,6 +214,7 @@ class Experiment:
                 "output": str(folder),
                 edit.kind: {"data": str(self.folder / "texts" / f"tale_{edit.tale}.jsonl")},
                 "max_steps": self.size.steps,
+                "learning_rate": RATE,
                 "posterior": "flush" if WAYS[way]["prior"] == "stored" else "none",
                 "seed": self.seed + number,
                 "force": True,
@@ -274,12 +276,12 @@ def _train_on(base: Path, rows: Sequence[str], folder: Path, steps: int, seed: i
     examples = encode_rows({"text": rows}, loaded)
     order = random.Random(seed)
     optimizer = torch.optim.AdamW(
-        loaded.model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99)
+        loaded.model.parameters(), lr=RATE, weight_decay=0.0, betas=(0.9, 0.99)
     )
     collate = Collate(loaded.pad)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - step / steps)
+            group["lr"] = RATE * (1 - step / steps)
         batch = collate(order.choices(examples, k=32))
         loss = loaded.model(**batch).loss
         optimizer.zero_grad()
