@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.detox.analysis import rivals
-from mergekit_bayes.detox.candidates import merge_command, merge_config, point_of
+from mergekit_bayes.detox.candidates import Made, merge_command, merge_config, point_of
 from mergekit_bayes.detox.picture import make_figure
 from mergekit_bayes.detox.settings import (
     KINDS,
@@ -93,11 +93,9 @@ def posteriors(tmp_path, monkeypatch):
 
 
 def test_every_candidate_is_the_merge_that_its_command_says(posteriors):
-    found = set()
+    found, made = set(), Made(Path("toxic.safetensors"), "precision.safetensors")
     for i, curve in enumerate(curves(posteriors)):
-        merge = merge_config(
-            posteriors, curve, 0.5, Path("toxic.safetensors"), "precision.safetensors"
-        )
+        merge = merge_config(posteriors, curve, 0.5, made)
         one, other = f"{i}.safetensors", f"{i}-again.safetensors"
         report = run_merge(merge.model_copy(update={"out": one}))
         command = merge_command(merge)
@@ -111,7 +109,7 @@ def test_every_candidate_is_the_merge_that_its_command_says(posteriors):
         found.add(Path(one).read_bytes())
         assert report.precision_path is None
         evaluation = EvaluateReport.model_construct(toxicity={}, perplexity={}, samples=None)
-        point = point_of(evaluation, 0.5, report, command)
+        point = point_of(evaluation, 0.5, command, merged=report)
         assert (point.guarded_share is None) == (curve.guard is None)
         assert (point.largest_multiplier is None) == (curve.guard is None)
         assert (point.precision_ratio is not None) == KINDS[curve.method].weighs

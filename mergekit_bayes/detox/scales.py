@@ -1,20 +1,22 @@
 """At which scales a curve is looked at: at the given ones, and where it crosses a level.
 
 A level that lies beside a candidate is read almost without interpolation, so one candidate at the
-estimated crossing does more than any halving of the grid.
+estimated crossing does more than any halving of the grid. An adaptation is looked at after the
+given steps alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves
+from mergekit_bayes.detox.analysis import compare_curves
+from mergekit_bayes.detox.comparisons import Comparison, Payment
 from mergekit_bayes.detox.evidence import difference_that_matters
 from mergekit_bayes.detox.report import Point
-from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig
+from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, looks
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval
 
-Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
+Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale or step
 _SHARE = 0.25  # of the noise: how uncertain the interpolation may be
 _OF_MATTERS = 0.1  # or of the difference that matters, where there is hardly any noise
 _APART = 0.02  # scales closer than this share of each other tell the same
@@ -27,27 +29,27 @@ def follow_curves(
     base: EvaluateReport,
     candidate: Callable[[Curve, float], tuple[EvaluateReport, Point]],
 ) -> tuple[dict[str, Candidates], list[Payment], list[Comparison]]:
-    """Evaluate the candidates of all curves, at the given scales and where these are too coarse.
+    """Evaluate the candidates of all curves, at the given places and where scales are too coarse.
 
     Args:
         config: The removal.
         curves: Its curves.
         base: The base's evaluation.
-        candidate: Makes and evaluates the candidate of a curve at a scale.
+        candidate: Makes and evaluates the candidate of a curve at a scale or step.
 
     Returns:
         The candidates by the curve's label, what is paid at the levels, and the comparisons.
     """
     candidates: dict[str, Candidates] = {curve.label: {} for curve in curves}
     for curve in curves:
-        for scale in config.scales:
-            candidates[curve.label][scale] = candidate(curve, scale)
+        for place in looks(config, curve):
+            candidates[curve.label][place] = candidate(curve, place)
     payments, comparisons = _compare(config, curves, base, candidates)
     # Levels stay where the first candidates have put them.
     config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
     for _ in range(config.extra_scales):
         added = False
-        for curve in curves:
+        for curve in (c for c in curves if c.unit == "scale"):
             known = candidates[curve.label]
             between = next_scale(curve.label, list(known), payments, comparisons)
             if between is not None:
