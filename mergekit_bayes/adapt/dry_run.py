@@ -7,13 +7,17 @@ Nothing is trained or written.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.memory import refuse_memory
+from mergekit_bayes.adapt.reconstruction import MOST
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
+from mergekit_bayes.adapt.weights import chosen_prior
 from mergekit_bayes.checkpoint.side_files import ADAPT
 from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.finetune.checkpoints import checkpoints_of, has_folder
@@ -56,6 +60,8 @@ class Passes(Frozen):
         checked: Forward, of the held-out examples in all checks.
         continuations: Continuations that all checks draw.
         flushed: Forward and backward, for the stored precision.
+        reconstructed: Forward and backward, and forward through the start, for the
+            gradient-reconstruction error.
     """
 
     trained: int
@@ -63,6 +69,7 @@ class Passes(Frozen):
     checked: int
     continuations: int
     flushed: int
+    reconstructed: int
 
 
 class Bytes(Frozen):
@@ -73,12 +80,14 @@ class Bytes(Frozen):
         teacher: The second copy of the start; 0 where the adapter is switched off instead.
         gradients: One a trained weight.
         optimizer: Two a trained weight.
+        prior: theta_0 and S_w of the weight-space part, at most.
     """
 
     weights: int
     teacher: int
     gradients: int
     optimizer: int
+    prior: int
 
 
 class AdaptPlan(Frozen):
@@ -129,7 +138,7 @@ class AdaptPlan(Frozen):
     tau: float
     learning_rate: float
     removal: str | None
-    prior: str
+    prior: Literal["stored", "none"] | float
     teacher: str
     optimizer: str
     steps: int
@@ -174,6 +183,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
             prompts = len(load_rows(config.prompts, text=config.text_column))
         run = load_run(loadable)
         parts = tuple(_parts(config, run))
+    refuse_memory(config, run.loaded)
     units, model = run.units, run.loaded.model
     checks = _checks(config)
     written = config.memory_self_generated or 0
@@ -201,7 +211,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         steps=units.steps,
         checks=checks,
         passes=_passes(config, run, checks, prompts),
-        bytes=_bytes(config, model),
+        bytes=_bytes(config, run),
         goals=_goals(config),
         stored=_stored(config, _entries(_trained(model))),
     )
@@ -245,12 +255,13 @@ def _entries(parameters: Iterator[Tensor] | Sequence[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _prior(config: AdaptConfig, run: Run) -> str:
-    """The weight-space part in words: `auto` as it is resolved."""
-    if config.prior != "auto":
-        return config.prior if isinstance(config.prior, str) else f"{config.prior:g}"
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    return "none" if has_memory or run.info is None else "stored"
+def _has_memory(config: AdaptConfig) -> bool:
+    return config.memory is not None or config.memory_self_generated is not None
+
+
+def _prior(config: AdaptConfig, run: Run) -> Literal["stored", "none"] | float:
+    is_stored = bool(run.places)
+    return chosen_prior(config, is_stored=is_stored, has_memory=_has_memory(config))
 
 
 def _teacher(config: AdaptConfig) -> str:
@@ -282,6 +293,7 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
     if config.posterior == "flush":
         edited = kinds & {"remove", "add"}
         flushed = len(edited) * config.flush_batches * config.batch_size
+    memory, held = run.parts.get("memory", []), run.held.memory
     drawn = min(prompts, config.prompt_rows) * config.continuations
     return Passes(
         trained=of_a_kind * len(kinds),
@@ -289,20 +301,27 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
         checked=checks * (len(run.held.removed) + len(run.held.memory)),
         continuations=checks * drawn if config.until.toxic_share is not None else 0,
         flushed=flushed,
+        reconstructed=min(MOST, len(memory)) + len(held) if len(held) > 1 else 0,
     )
 
 
-def _bytes(config: AdaptConfig, model: Module) -> Bytes:
+def _bytes(config: AdaptConfig, run: Run) -> Bytes:
+    model = run.loaded.model
     weights = sum(p.nbytes for p in model.parameters())
     trained = _trained(model)
     gradients = sum(p.nbytes for p in trained)
     # AdamW's two moments are of the weights' dtype, IVON's two are float32.
     moments = _FLOAT32 * _entries(trained) if config.optimizer == "ivon" else gradients
+    prior = 0
+    if _prior(config, run) != "none":  # an adapter's change is measured from 0
+        precise = _entries([place.parameter for place in run.places])
+        prior = _FLOAT32 * precise + (gradients if config.lora is None else 0)
     return Bytes(
         weights=weights,
         teacher=weights if _teacher(config) == "copy" else 0,
         gradients=gradients,
         optimizer=2 * moments,
+        prior=prior,
     )
 
 
