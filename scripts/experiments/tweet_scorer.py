@@ -34,15 +34,9 @@ def read(name: str, split: str) -> tuple[list[str], list[int]]:
     return [r["text"] for r in rows], [int(r["label"]) for r in rows]
 
 
-@cache
-def _model() -> Any:
-    texts: list[str] = []
-    labels: list[int] = []
-    for name in SETS:
-        set_texts, set_labels = read(name, "train")
-        texts += set_texts
-        labels += set_labels
-    model = make_pipeline(
+def unfitted() -> Any:
+    """The pipeline before it has seen any text."""
+    return make_pipeline(
         make_union(
             TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True),
             TfidfVectorizer(
@@ -55,8 +49,17 @@ def _model() -> Any:
         ),
         LogisticRegression(C=2.0, max_iter=1000, class_weight="balanced", random_state=0),
     )
-    model.fit(texts, labels)
-    return model
+
+
+@cache
+def _model() -> Any:
+    texts: list[str] = []
+    labels: list[int] = []
+    for name in SETS:
+        set_texts, set_labels = read(name, "train")
+        texts += set_texts
+        labels += set_labels
+    return unfitted().fit(texts, labels)
 
 
 if __name__ == "__main__":
