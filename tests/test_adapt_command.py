@@ -33,10 +33,12 @@ REPORT = AdaptReport(
     base=30_000.0,
     kappa=24.3,
     tau=1.0,
+    prior="none",
     learning_rate=1e-4,
     refused_steps=2,
     reconstruction_error=0.125,
     estimator="ggn",
+    without_precision=None,
     health={"precision_median": 12.3},
 )
 

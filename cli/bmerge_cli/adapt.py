@@ -108,6 +108,8 @@ def _describe(config: AdaptConfig, report: AdaptReport, screen: Console) -> None
             f"posterior: {report.estimator}, median precision "
             f"{report.health['precision_median']:.3g} (1/weight^2)"
         )
+    elif config.posterior != "none":
+        screen.print(f"posterior: none is stored: {report.without_precision}")
     screen.print(f"check it: {_evaluation(config)}")
     screen.print(f"undo it: {_undo(config)}")
 
@@ -221,6 +223,8 @@ def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
         screen.print("ends at: the last step; no goal is set (until)")
     for path, what in plan.stored.items():
         screen.print(f"stores {path}: {what}")
+    if plan.without_precision is not None:
+        screen.print(f"stores no precision: {plan.without_precision}")
 
 
 def _mib(size: int) -> str:

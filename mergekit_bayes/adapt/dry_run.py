@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.flush import flushed_parts, why_none
 from mergekit_bayes.adapt.memory import refuse_memory
 from mergekit_bayes.adapt.reconstruction import MOST
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.weights import chosen_prior
-from mergekit_bayes.checkpoint.side_files import ADAPT
+from mergekit_bayes.checkpoint.side_files import ADAPT, ADAPT_REPORT, MEMORY
 from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.finetune.checkpoints import checkpoints_of, has_folder
 from mergekit_bayes.finetune.refusals import refuse_before
@@ -120,6 +121,7 @@ class AdaptPlan(Frozen):
         bytes: Numbers that stay in memory.
         goals: What ends the run before its last step, in words.
         stored: What is written, by its path.
+        without_precision: Why no precision will be stored; None if one will.
     """
 
     model: str
@@ -147,6 +149,7 @@ class AdaptPlan(Frozen):
     bytes: Bytes
     goals: tuple[str, ...]
     stored: dict[str, str]
+    without_precision: str | None
 
 
 def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
@@ -213,7 +216,8 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         passes=_passes(config, run, checks, prompts),
         bytes=_bytes(config, run),
         goals=_goals(config),
-        stored=_stored(config, _entries(_trained(model))),
+        stored=_stored(config, run),
+        without_precision=why_none(config, is_stored=bool(run.places)),
     )
 
 
@@ -290,9 +294,8 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
     if config.removal in ("npo", "contrast"):
         asked |= kinds & {"remove"}
     flushed = 0
-    if config.posterior == "flush":
-        edited = kinds & {"remove", "add"}
-        flushed = len(edited) * config.flush_batches * config.batch_size
+    if why_none(config, is_stored=bool(run.places)) is None:
+        flushed = len(flushed_parts(run.places, kinds)) * config.flush_batches * config.batch_size
     memory, held = run.parts.get("memory", []), run.held.memory
     drawn = min(prompts, config.prompt_rows) * config.continuations
     return Passes(
@@ -336,20 +339,23 @@ def _goals(config: AdaptConfig) -> tuple[str, ...]:
     return tuple(goals)
 
 
-def _stored(config: AdaptConfig, trained: int) -> dict[str, str]:
+def _stored(config: AdaptConfig, run: Run) -> dict[str, str]:
     target = Path(config.output)
     model = "the model" if config.lora is None else "the adapter"
     stored = {
         str(target): f"{model} and its tokenizer",
         str(target / ADAPT): "the settings of the run",
+        str(target / ADAPT_REPORT): "what the run did",
     }
-    if config.posterior == "flush":
+    if why_none(config, is_stored=bool(run.places)) is None:
+        trained = _entries(_trained(run.loaded.model))
+        start = "the start's" if run.places else "the memory's curvature"
         stored[str(target / "posterior")] = (
-            f"precision of {trained:,} weights, float32: the start's plus the curvature of added "
-            "rows less that of removed ones"
+            f"precision of {trained:,} weights, float32: {start} plus the curvature of added rows "
+            "less that of removed ones"
         )
     if config.memory_self_generated is not None:
-        stored[str(target / "memory.jsonl")] = "the texts that the model wrote"
+        stored[str(target / MEMORY)] = "the texts that the model wrote"
     if config.keep_steps:
         steps = ", ".join(map(str, config.keep_steps))
         stored[str(target.with_name(f"{target.name}.steps"))] = f"{model} after step {steps}"
