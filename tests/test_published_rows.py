@@ -84,6 +84,8 @@ def hub(tmp_path_factory):
             made / "bert", labels=6, names=names, problem_type="multi_label_classification"
         )
         hub.add("unitary/toxic-bert", folder_files(bert))
+        hate = tiny_bert(made / "hate", names=["nothate", "hate"], seed=1)
+        hub.add("facebook/roberta-hate-speech-dynabench-r4-target", folder_files(hate))
         yield hub
 
 
@@ -143,3 +145,21 @@ def test_the_settings_run(hub, work, name):
     assert report["checks"][0]["toxic_share"] is not None
     assert report["checks"][0]["memory_kl"] == 0
     assert report["removed"] == json.loads(plan.stdout)["removed"]
+
+
+def test_the_comparison_runs(hub, work):
+    """As it is, but for fewer steps, prompts and looks."""
+    few = ["finetune.max_steps=3", "precision.examples=8", "scales=[1]", "steps=[1,2]"]
+    few += ["evaluate.prompts=3", "evaluate.continuations=2", "evaluate.max_rows=5"]
+    few += ["adapt.batch_size=2", "finetune.batch_size=2", "finetune.flush_batches=2"]
+    words = [f"--set={word}" for word in (*few, "extra_scales=0", "guard=0.2")]
+    done = run(hub, work, "-m", "bmerge_cli", "detox", ROOT / "configs/detox/gpt2.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((work / "gpt2-detox/report.json").read_text())
+    assert len(report["base"]["toxicity"]) == 2
+    assert set(report["base"]["perplexity"]) == {
+        "civil comments",
+        "wikitext",
+        "held-out toxic text",
+    }
+    assert len(report["curves"]) == 6
