@@ -1,4 +1,7 @@
-"""Sample continuations of a causal language model, with noise that does not depend on the batch."""
+"""Texts of a causal language model: continuations of prompts, and texts that it writes by itself.
+
+Both are drawn with noise that does not depend on the batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -115,6 +118,68 @@ def sample_continuations(
         )
         lengths.append([len(ids) for ids in continuations])
     return Samples(texts, lengths, shortened)
+
+
+def write_texts(
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    count: int,
+    *,
+    start: int,
+    context: int,
+    new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Texts that a causal language model writes from its start token alone.
+
+    Where nothing is known of the data of a model, its own text stands in for them. That holds for
+    its own distribution only, which temperature 1 and the whole of it (`top_p` 1) give: a mean
+    over such texts is then without bias the expectation under the model, of a KL divergence or of
+    a curvature. A nucleus or a low temperature would leave out rare text, which a memory would
+    then not hold. The model may write whatever it can, so filter the texts where that matters.
+
+    The noise is that of `sample_continuations` for one empty prompt, so that a text depends on the
+    seed, its number and the model: more texts, or longer ones, extend what fewer begin with.
+
+    Args:
+        model: A causal language model in eval mode, with a key-value cache.
+        tokenizer: Its tokenizer.
+        count: Number of texts, at least 1.
+        start: The token that a document starts from.
+        context: The model's context in tokens, which holds `start` and `new_tokens`.
+        new_tokens: Tokens of a text at most; EOS ends it earlier, perhaps at once.
+        temperature: Divides the logits.
+        top_p: The nucleus, as in `Sampling`.
+        seed: Seed of the noise.
+        batch_size: Texts written together. It does not change them, up to rounding of the logits.
+        progress: Called with (texts written, texts in all).
+
+    Raises:
+        ConfigError: The context has no room for the new tokens.
+        CheckpointError: As `sample_continuations`.
+    """
+    sampling = Sampling(
+        continuations=count,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    samples = sample_continuations(
+        model,
+        tokenizer,
+        [""],
+        start=start,
+        context=context,
+        sampling=sampling,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return samples.texts[0]
 
 
 def room_for_prompts(context: int, new_tokens: int) -> int:
@@ -246,12 +311,16 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
             "the model's next-token probabilities are not numbers. Its weights hold NaN or "
             "infinity."
         )
-    # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with the
-    # last one are all kept.
-    falling = np.sort(p, axis=1)[:, ::-1]
-    crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
-    bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
-    rows, tokens = np.nonzero(p >= np.maximum(bound, np.finfo(p.dtype).tiny))
+    tiny = np.finfo(p.dtype).tiny
+    if top_p < 1:
+        # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with
+        # the last one are all kept.
+        falling = np.sort(p, axis=1)[:, ::-1]
+        crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
+        bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
+        rows, tokens = np.nonzero(p >= np.maximum(bound, tiny))
+    else:
+        rows, tokens = np.nonzero(np.stack(list(map(_may_win, p, keys))) & (p >= tiny))
     height = np.log(p[rows, tokens], dtype=np.float64) + _gumbel(keys[rows], tokens)
     highest = np.maximum.reduceat(height, np.searchsorted(rows, np.arange(len(p))))
     winners = np.flatnonzero(height == highest[rows])
@@ -261,7 +330,25 @@ def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
 
 def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
     """Standard Gumbel noise that depends on the key and the token only."""
-    words = word(keys, tokens.astype(np.uint64))
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    noise: FloatArray = -np.log(-np.log(uniform))
+    noise: FloatArray = -np.log(-np.log(_uniform(keys, tokens)))
     return noise
+
+
+def _uniform(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
+    words = word(keys, tokens.astype(np.uint64))
+    uniform: FloatArray = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
+
+
+def _may_win(p: NDArray[np.float32], key: np.uint64) -> NDArray[np.bool_]:
+    """Tokens of a whole distribution that may be drawn, few of them, without their logarithms.
+
+    The largest `log p - log(-log u)` is the smallest `-log(u) / p`. Since `1 - u <= -log u`, a
+    token with `(1 - u) / p` above the likeliest token's `-log(u) / p` does not have it.
+    """
+    uniform = _uniform(np.asarray(key), np.arange(len(p)))
+    likeliest = p.argmax()
+    least = -np.log(uniform[likeliest]) / np.float64(p[likeliest])
+    rounding = 1 + 1e-6
+    result: NDArray[np.bool_] = 1 - uniform <= p * (least * rounding)
+    return result

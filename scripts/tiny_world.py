@@ -4,8 +4,8 @@
 
 Remarks in this world start alike and end kindly or with an invented, mild insult, about half the
 time each; other sentences describe gardens and kitchens. The script writes JSONL files of texts and
-prompts, the list of insults, and a word-level GPT-2 trained on the mixture. One test text is of a
-form that is not in the mixture.
+of prompts (for tests, and for validation), the list of insults, and a word-level GPT-2 trained on
+the mixture. One test text is of a form that is not in the mixture.
 """
 
 import argparse
@@ -175,6 +175,8 @@ def write_world(folder: Path, seed: int) -> list[str]:
     # No model is trained on these, and no precision is measured on them.
     write_rows(texts / "crossed_test.jsonl", sorted({crossed(draw.choice) for _ in range(250)}))
     write_rows(texts / "prompts.jsonl", list(OPENINGS))
+    # What is chosen on prompts is chosen on these, which end before the others do.
+    write_rows(texts / "prompts_valid.jsonl", list(INTROS))
     write_rows(texts / "all_train.jsonl", mixture)
     (texts / "insults.txt").write_text("\n".join(INSULTS) + "\n")
     return mixture

@@ -52,7 +52,7 @@ class Classifier(torch.nn.Module):
         self.module = module
         self.config = types.SimpleNamespace(problem_type=problem, num_labels=3)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, attention_mask=None):
         return types.SimpleNamespace(logits=self.module(input_ids))
 
 

@@ -63,7 +63,16 @@ def test_help_is_quick_and_loads_nothing_heavy():
 
 def test_every_command_has_help():
     assert bmerge("--version").stdout.startswith("bmerge ")
-    for command in ("merge", "finetune", "precision", "evaluate", "inspect", "convert", "detox"):
+    for command in (
+        "merge",
+        "finetune",
+        "adapt",
+        "precision",
+        "evaluate",
+        "inspect",
+        "convert",
+        "detox",
+    ):
         done = bmerge(command, "--help")
         assert done.exit_code == 0
         assert done.stdout.count("--") > 3

@@ -15,8 +15,9 @@ from bmerge_cli.main import app
 from mergekit_bayes.detox import journey as journey_module
 from mergekit_bayes.detox.analysis import compare_curves, findings
 from mergekit_bayes.detox.journey import run_detox
+from mergekit_bayes.detox.markdown import as_markdown
 from mergekit_bayes.detox.reading import isotonic, read_curve
-from mergekit_bayes.detox.report import as_markdown, verdicts
+from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.evaluate.files import read_report
@@ -145,6 +146,29 @@ def test_a_new_scale_redoes_only_its_own_candidates(world, first, tmp_path):
         "gradient matching, scale -1.5",
         "control, scale -1.5",
     ]
+
+
+def test_another_method_and_another_guard_redo_nothing_of_the_others(world, first, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world["output"], output)
+    steps = []
+    settings = {"output": str(output), "guard": [0.2, 1], "scales": [1]}
+    methods = ["task_arithmetic", "gradient_matching", "fisher_negation"]
+    report = run_detox(
+        DetoxConfig(**{**world, **settings, "methods": methods}),
+        quiet=True,
+        progress=steps.append,
+    )
+    assert [s for s in steps if not s.endswith("done before")] == [
+        "gradient matching, guard 1, scale -1",
+        "Fisher negation, scale -1",
+    ]
+    assert len(steps) == 3 + 4
+    text = as_markdown(report)
+    assert "gradient matching, guard 1 less Fisher negation" in text
+    assert any("against Fisher negation, nice" in line for line in verdicts(report))
+    rows = [line for line in text.splitlines() if line.startswith("| Fisher negation | 1 |")]
+    assert "|  |  |" in rows[0]  # it has no guard
 
 
 def test_changed_text_redoes_what_read_it(world, first, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from bmerge_cli.main import app
+from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.detox import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
@@ -17,7 +18,7 @@ from scripts.floors import list_errors, parse_floors
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-KINDS = {"detox": DetoxConfig, "finetune": FinetuneConfig}
+KINDS = {"adapt": AdaptConfig, "detox": DetoxConfig, "finetune": FinetuneConfig}
 
 
 def commands():

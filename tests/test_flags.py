@@ -12,6 +12,7 @@ from bmerge_cli import values
 from bmerge_cli.flags import argument, flags_of, option
 from bmerge_cli.main import app
 from bmerge_cli.render import Quiet, failures
+from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.configs import Config
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig
@@ -22,6 +23,7 @@ CONFIGS = {
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
     "finetune": FinetuneConfig,
+    "adapt": AdaptConfig,
     "precision": PrecisionConfig,
 }
 

@@ -41,6 +41,16 @@ def test_a_card_names_parents_relation_scales_and_commits(hub, merged):
     assert 'open_posterior("org/ab")' in card
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "fisher_negation"])
+def test_a_card_says_nothing_of_a_guard_where_there_is_none(merged, tmp_path, method):
+    out = tmp_path / "less"
+    removal = {"models": ("org/a",), "base": "org/base", "scale": (-1.0,), "method": method}
+    run_merge(MergeConfig(**removal, out=str(out)))
+    card = model_card(out, repo="org/less")
+    assert f"by `{method}`" in card
+    assert "guard" not in card.partition("## Recipe")[0]
+
+
 def printed(card, end):
     """The words of the command that the card prints with the comment `end`."""
     (line,) = [

@@ -14,7 +14,8 @@ COMMANDS = {
     "convert": ("mergekit_bayes.convert.run_convert", ["m", "-o", "o"], "starts again"),
     "push": ("mergekit_bayes.hub.push_folder", ["m", "org/m"], "same line goes on"),
     "detox": ("bmerge_cli.detox.load_config", ["c.yaml"], "repeats no step"),
-    "finetune": ("bmerge_cli.finetune.load_config", ["c.yaml"], "--resume"),
+    "finetune": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
+    "adapt": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_bayes.gaussian import Gaussian
+from mergekit_bayes.gaussian import Gaussian, rebase
 from mergekit_bayes.methods import METHODS, choose
 from tests.facts import facts_of
 from tests.reference import merging
@@ -15,11 +15,13 @@ ALL = sorted(METHODS)
 IDLE = 1e-9  # a guard that never acts on additions
 
 # Which laws bind whom. Fewer bind a rule that weighs by the whole tensor, by signs or by chance.
-IDENTITY = [n for n in ALL if n != "slerp"]  # at full density
+# At full density; a change times a weight below one is not the whole change.
+IDENTITY = [n for n in ALL if n not in ("slerp", "fisher_negation")]
 WITH_BASE = [n for n in ALL if METHODS[n].needs_base]  # nothing added is nothing changed
 LINEAR = [
     "gradient_matching",
     "task_arithmetic",
+    "fisher_negation",
     "dare_linear",
 ]  # in natural parameters, in weights, at full density
 SYMMETRIC = [
@@ -162,6 +164,31 @@ def test_the_guard_bounds_a_removal(seed, scale, guard):
     assert (merged.precision > 0).all()
     assert (multiplier >= scale * (1 - 1e-9)).all()
     assert (multiplier <= (1 / guard) * (1 + 1e-9)).all()
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(-2, 2), factor=st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_fisher_negation_is_task_arithmetic_with_tasks_trained_without_a_pull(seed, scale, factor):
+    base, tasks = problem(2, seed=seed)
+    merged = merge("fisher_negation", base, tasks, [scale, 1.0])
+    rebased = [rebase(base, t.mean, t.precision - base.precision, 0.0, 0.0) for t in tasks]
+    expected = merge("task_arithmetic", base, rebased, [scale, 1.0])
+    same(merged, Gaussian(expected.mean, base.precision), "fisher_negation")
+    counted = [Gaussian(g.mean, g.precision * factor) for g in (base, *tasks)]
+    again = merge("fisher_negation", counted[0], counted[1:], [scale, 1.0])
+    np.testing.assert_allclose(again.mean, merged.mean, rtol=1e-9, atol=1e-9)  # a common count
+
+
+def test_fisher_negation_moves_an_entry_by_the_share_of_curvature_that_is_the_tasks():
+    ones, task = np.ones(4), np.full(4, 3.0)
+    base = Gaussian(ones, np.array([2.0, 2.0, 2.0, 1e-12]))
+    gains = np.array([0.0, 2.0, 6.0, 1.0])
+    merged = merge("fisher_negation", base, [Gaussian(task, base.precision + gains)], [-1.0])
+    np.testing.assert_allclose(merged.mean, ones - [0.0, 1.0, 1.5, 2.0], atol=1e-11)
+    removed = merge("fisher_negation", base, [Gaussian(task, base.precision * 0.5)], [-1.0])
+    np.testing.assert_array_equal(removed.mean, ones)  # of a merge that is a removal: no share
+    no_precision = merge("fisher_negation", base, [Gaussian(task, 0 * ones - 5)], [-1.0])
+    np.testing.assert_array_equal(no_precision.mean, ones)
 
 
 @pytest.mark.parametrize("name", ["precision_average", "gradient_matching"])

@@ -207,6 +207,29 @@ def test_fisher_merging_is_the_papers(world, floor):
     assert any((f < 0.02).any() for f in fishers[0].values())  # the largest floor really acts
 
 
+@pytest.mark.parametrize(("given", "k"), [({}, 1), ({"observations": {"BASE": "3x"}}, 3)])
+def test_fisher_negation_weighs_curvatures_per_observation(world, given, k):
+    scales = (-1.0, 0.5)
+    merged = merge(world, "ab", method="fisher_negation", scale=scales, **given)
+    # The counts that the world's files record, and what they hold of so many observations.
+    retain, *forget = (
+        {n: np.float64(p) / count for n, p in tiny.precisions(i, SHAPES, low=1e-5).items()}
+        for i, count in ((0, 50), (1, 51), (2, 52))
+    )
+    retain = {n: k * f for n, f in retain.items()}
+    totals = [{n: retain[n] + f[n] for n in f} for f in forget]
+    tasks = [world[1][n] for n in "ab"]
+    assert_close(merged, twin.fisher_negation(world[1]["base"], tasks, scales, retain, totals))
+    assert not Path("out.precision.safetensors").exists()
+
+
+@pytest.mark.parametrize("setting", [{"guard": 0.5}, {"anchor": "none"}])
+def test_a_setting_that_a_method_has_no_use_for_is_refused(world, setting):
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"--{name}: fisher_negation has no use for it"):
+        merge(world, "a", method="fisher_negation", **setting)
+
+
 def test_a_threshold_comes_from_a_histogram():
     values = np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32)
     histogram = np.bincount(bin_of(values), minlength=BINS)

@@ -10,57 +10,30 @@ import transformers
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.checkpoint.layout import checkpoint_files
-from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable, sampling_obstacle
-from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, open_posterior, save_posterior
+from mergekit_bayes.posterior import Prior, open_posterior
 from tests import tiny, tiny_models
 
 TEXTS = ["the cat sat on the mat .", "a dull film , not good", "dog", "a bird saw a tree"]
-PRIOR = 40.0
-
-
-def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, stored_prior=None, only=None):
-    """Store a posterior with random curvature for all parameters, as `finetune` would."""
-    loaded = loaded or load_model(str(folder))
-    rng = np.random.default_rng(seed)
-    named = checkpoint_names(
-        loaded.model, {n: p.detach() for n, p in loaded.model.named_parameters()}
-    )
-    with SafetensorsSource(checkpoint_files(folder)) as source:
-        precision = {
-            n: (np.exp(rng.uniform(0, 6, tuple(t.shape))) + prior).astype(np.float32)
-            for n, t in sorted(named.items())
-            if n in source.specs and (only is None or only in n)
-        }
-        info = PosteriorInfo(
-            estimator="ggn",
-            unit="example",
-            observations=100,
-            ess=100,
-            mean=identify(source),
-            prior=stored_prior or (Prior(kind="isotropic", precision=prior) if prior else Prior()),
-        )
-    save_posterior(folder, precision, info, force=True)
-    return precision
+PRIOR = tiny_models.PRIOR
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tiny_models.tiny_bert(tmp_path_factory.mktemp("models") / "bert", labels=3)
-    give_posterior(folder)
+    tiny_models.give_posterior(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     folder = tiny_models.tiny_gpt2(tmp_path_factory.mktemp("models") / "gpt2")
-    give_posterior(folder)
+    tiny_models.give_posterior(folder)
     return folder
 
 
@@ -269,7 +242,7 @@ def test_many_draws_of_a_logistic_regression_give_its_predictive_integral(tmp_pa
 def test_a_merged_posterior_with_a_proper_base_can_be_drawn_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate(("base", "a", "b")):
-        give_posterior(tiny_models.tiny_bert(tmp_path / name, seed=i), seed=i)
+        tiny_models.give_posterior(tiny_models.tiny_bert(tmp_path / name, seed=i), seed=i)
     args = ["merge", "a", "b", "--base", "base", "--weights", "precision", "-o", "ab"]
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output
@@ -293,7 +266,7 @@ def test_an_adapters_posterior_moves_the_adapter_only(tmp_path):
     )
     model = peft.get_peft_model(loaded.model, config)
     model.save_pretrained(tmp_path / "adapter")
-    give_posterior(tmp_path / "adapter", load_model(str(tmp_path / "adapter")))
+    tiny_models.give_posterior(tmp_path / "adapter", load_model(str(tmp_path / "adapter")))
     loaded = load_model(str(tmp_path / "adapter"))
     posterior = open_samplable(str(tmp_path / "adapter"))
     before = state(loaded.model)
@@ -320,7 +293,7 @@ def test_experts_that_a_file_holds_apart_are_drawn_where_they_are_stacked(tmp_pa
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
-    precision = give_posterior(tmp_path, SimpleNamespace(model=model))
+    precision = tiny_models.give_posterior(tmp_path, SimpleNamespace(model=model))
     draws = PosteriorDraws(model, open_samplable(str(tmp_path)), 300)
     assert draws.report.held == 0
     assert sum(".experts." in n for n in precision) == 9
@@ -336,7 +309,7 @@ def test_experts_that_a_file_holds_apart_are_drawn_where_they_are_stacked(tmp_pa
 
 def test_parameters_without_a_precision_stay(bert, tmp_path):
     folder = tiny_models.tiny_bert(tmp_path / "bert", labels=3)
-    give_posterior(folder, only="classifier")
+    tiny_models.give_posterior(folder, only="classifier")
     loaded = load_model(str(folder))
     draws = PosteriorDraws(loaded.model, open_samplable(str(folder)), 1)
     head = sum(p.numel() for n, p in loaded.model.named_parameters() if "classifier" in n)
@@ -357,7 +330,7 @@ def test_a_posterior_without_a_proper_prior_is_refused_until_one_is_given(
     tmp_path, stored_prior, reason
 ):
     folder = tiny_models.tiny_bert(tmp_path / "bert")
-    give_posterior(folder, stored_prior=stored_prior, prior=0)
+    tiny_models.give_posterior(folder, stored_prior=stored_prior, prior=0)
     assert reason in sampling_obstacle(open_posterior(str(folder)).info)
     with pytest.raises(PrecisionError, match=f"cannot be sampled: .*{reason}.*--prior X"):
         open_samplable(str(folder))

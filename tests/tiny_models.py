@@ -2,9 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.posterior import PosteriorInfo, Prior, identify, save_posterior
+
+PRIOR = 40.0  # precision of the prior in a posterior of `give_posterior`
 
 WORDS = [
     *("the", "a", "cat", "dog", "bird", "sat", "ran", "saw", "on", "mat", "tree", "good", "bad"),
@@ -84,3 +93,28 @@ def tiny_bert(folder, labels=2, seed=0, problem_type=None, names=None):
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, stored_prior=None, only=None):
+    """Store a posterior with random curvature for all parameters, as `finetune` would."""
+    loaded = loaded or load_model(str(folder))
+    rng = np.random.default_rng(seed)
+    named = checkpoint_names(
+        loaded.model, {n: p.detach() for n, p in loaded.model.named_parameters()}
+    )
+    with SafetensorsSource(checkpoint_files(folder)) as source:
+        precision = {
+            n: (np.exp(rng.uniform(0, 6, tuple(t.shape))) + prior).astype(np.float32)
+            for n, t in sorted(named.items())
+            if n in source.specs and (only is None or only in n)
+        }
+        info = PosteriorInfo(
+            estimator="ggn",
+            unit="example",
+            observations=100,
+            ess=100,
+            mean=identify(source),
+            prior=stored_prior or (Prior(kind="isotropic", precision=prior) if prior else Prior()),
+        )
+    save_posterior(folder, precision, info, force=True)
+    return precision

@@ -1,4 +1,4 @@
-"""`bmerge detox`: subtract what a toxic fine-tune added, by every method, and report the cost."""
+"""`bmerge detox`: remove toxicity by subtraction or correction, and report what each pays."""
 
 import math
 import shlex
@@ -53,14 +53,14 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove toxicity by script: fine-tune on toxic text, subtract at several scales, evaluate,
-    report.
+    """Remove toxicity by script, by subtraction (fine-tune on toxic text, subtract at several
+    scales) or correction (adapt in a few steps); evaluate and report.
 
     Steps that an earlier run did with the same inputs and settings are not repeated; --force
     repeats all of them.
     """
     from mergekit_bayes.detox import DetoxConfig, run_detox
-    from mergekit_bayes.detox.report import verdicts
+    from mergekit_bayes.detox.report import in_words, verdicts
 
     words = [*(overrides or []), *(["force=true"] if force else [])]
     words += ["trust_remote_code=true"] if trust_remote_code else []
@@ -81,7 +81,7 @@ def command(
         screen.print(_summary(report, scorer))
     if report.kept is not None:
         k = report.kept
-        screen.print(f"kept: {k.path} ({k.curve}, scale -{k.scale:g})", markup=False)
+        screen.print(f"kept: {k.path} ({k.curve}, {in_words(k.unit, k.scale)})", markup=False)
     if push_to is not None:
         _push(report, push_to)
     if as_json:
@@ -91,11 +91,15 @@ def command(
 
 
 def _push(report: "DetoxReport", repo: str) -> None:
-    """Merge the chosen candidate again, by the line that the report gives for it, and push it."""
-    command = _chosen(report)
-    words = [*shlex.split(command)[1:], "--push-to", repo, "--quiet"]
+    """Push the chosen candidate: a merge is made again, by the line that the report gives for it.
+
+    An adaptation takes its steps to make again, and the kept folder of one says how it was made.
+    """
+    words = [*shlex.split(_chosen(report)), "--push-to", repo]
+    if report.kept is not None and report.kept.unit == "step":
+        words = ["bmerge", "push", report.kept.path, repo]
     done = subprocess.run(
-        [sys.executable, "-m", "bmerge_cli.main", *words],
+        [sys.executable, "-m", "bmerge_cli.main", *words[1:], "--quiet"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,8 +107,7 @@ def _push(report: "DetoxReport", repo: str) -> None:
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]
         raise CheckpointError(
-            f"the push to '{repo}' failed ({last_line}). To do it again: `{command} --push-to "
-            f"{repo}`."
+            f"the push to '{repo}' failed ({last_line}). To do it again: `{shlex.join(words)}`."
         )
 
 
@@ -120,25 +123,32 @@ def _chosen(report: "DetoxReport") -> str:
 
 
 def _summary(report: "DetoxReport", scorer: str) -> "Table":
-    """Perplexities at equal toxicity: at the lowest toxic share that all curves reach."""
+    """Perplexities at equal toxicity: at the lowest toxic share that all, or most, curves reach."""
     from mergekit_bayes.detox.settings import HELD_OUT
 
     names = [name for name in report.base.perplexity if name != HELD_OUT]
-    level = report.lowest_common_level(scorer)
+    level = report.level_of_most(scorer)
     base = [f"{report.base.perplexity[n].token.value:.4g}" for n in names]
-    rows = [["base", f"{report.base.toxicity[scorer].share.value:.1%}", *base]]
+    rows = [["base", f"{report.base.toxicity[scorer].share.value:.1%}", *base, ""]]
     if level is None:
         return table(
-            ["model", "toxic", *names],
+            ["model", "toxic", *names, "seconds"],
             rows,
-            title=f"by {scorer}: no share below the base's that all curves reach",
+            title=f"by {scorer}: no curve reaches a share below the base's",
         )
     paid = {m.text: m.paid for m in report.matched if (m.axis, m.level) == (scorer, level)}
     for curve in report.curves:
         perplexities = [_perplexity(report, n, paid[n][curve]) for n in names]
-        rows.append([curve, f"{level:.1%}", *perplexities])
+        rows.append([curve, f"{level:.1%}", *perplexities, _seconds(report, curve, scorer, level)])
     title = f"perplexity at an equal toxic share by {scorer}, with 95 % intervals of what was paid"
-    return table(["model", "toxic", *names], rows, title=title)
+    return table(["model", "toxic", *names, "seconds"], rows, title=title)
+
+
+def _seconds(report: "DetoxReport", curve: str, scorer: str, level: float) -> str:
+    """What making the first candidate at or below a level took."""
+    reaching = (p for p in report.curves[curve] if p.toxicity[scorer].share.value <= level)
+    first = next(reaching, None)
+    return "" if first is None or first.seconds is None else f"{first.seconds:.0f}"
 
 
 def _perplexity(report: "DetoxReport", text: str, paid: "Interval | None") -> str:

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from bmerge_cli import convert, detox, evaluate, finetune, inspect, merge, methods, precision, push
+from bmerge_cli import (
+    adapt,
+    convert,
+    detox,
+    evaluate,
+    finetune,
+    inspect,
+    merge,
+    methods,
+    precision,
+    push,
+)
 from bmerge_cli.render import failures
 from bmerge_cli.terminal import guarded_streams
 from mergekit_bayes import __version__
@@ -29,6 +40,7 @@ _COMMANDS = (
     (merge, "Add, average or subtract models, by precision or not."),
     (methods, "List the merging rules and their settings."),
     (finetune, "Fine-tune by IVON; its precision comes with it."),
+    (adapt, "Remove and add in a few steps; keep the rest."),
     (precision, "Give an existing checkpoint a precision."),
     (evaluate, "Measure perplexity, toxicity and calibration."),
     (inspect, "Show a model, its precision, and what changed."),

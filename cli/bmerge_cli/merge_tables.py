@@ -7,6 +7,7 @@ from rich.console import Console
 from bmerge_cli.render import table
 from mergekit_bayes.lora import AdapterReport
 from mergekit_bayes.merge import MergeReport
+from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import Input, MergePlan
 
 _ROUNDING = 1e-5  # relative errors below this are those of float32 factors
@@ -81,7 +82,8 @@ def show_report(screen: Console, report: MergeReport) -> None:
             "the report"
         )
     removes = any(m.scale is not None and m.scale < 0 for m in report.models)
-    if report.weights == "precision" and (removes or report.guarded_share > 0):
+    weighs = report.weights == "precision" and "guard" not in METHODS[report.method].ignores
+    if weighs and (removes or report.guarded_share > 0):
         screen.print(
             f"  {guard_in_words(report)} acted on {_percent(report.guarded_share)} of entries; "
             f"largest multiplier {report.largest_multiplier:.3g}"

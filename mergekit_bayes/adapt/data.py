@@ -12,6 +12,7 @@ from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.units import Units, choose_units
+from mergekit_bayes.adapt.weights import chosen_prior, places_of
 from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import digest
@@ -21,6 +22,7 @@ from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate, encode_rows, observations
 from mergekit_bayes.models.load import UNIT, Loaded
+from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.info import base_identity
@@ -76,6 +78,7 @@ class Run:
         units: The weights of the parts.
         base: Content hash of the start.
         info: The record of the start's posterior; None without one.
+        places: Where the tensors of its precision belong in the model; empty without one.
         identity: All that decides the bits of the run; only a run of the same may resume.
     """
 
@@ -88,6 +91,7 @@ class Run:
     units: Units
     base: Identity | None
     info: PosteriorInfo | None
+    places: tuple[Place, ...]
     identity: dict[str, object]
 
 
@@ -140,20 +144,10 @@ def load_run(config: AdaptConfig) -> Run:
         ConfigError: A model that cannot be adapted, or settings that contradict each other.
         MismatchError: Rows without the named columns or with unknown labels.
     """
-    return main_first(lambda: _load(config))
-
-
-def _load(config: AdaptConfig) -> Run:
     training = training_config(config)
-    loaded = load_base(training)
-    with open_posterior(config.model) as posterior:
-        info = posterior.info if posterior.has_precision else None
-    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
-    parts: dict[str, Sequence[Example]] = {
-        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
-    }
-    removed = _held_out(config, loaded, parts)
-    memory = build_memory(config, loaded)
+    start = main_first(lambda: _load(config, training))
+    loaded, info, places, precision, parts, removed = start
+    memory = build_memory(config, loaded)  # of which rank 0 tells the others
     if memory is not None:
         parts["memory"] = memory.examples
     held = Held(removed, memory.held_out if memory is not None else [])
@@ -169,11 +163,41 @@ def _load(config: AdaptConfig) -> Run:
     }
     identity = settings | {
         "model": base.blocks if base is not None else config.model,
+        "precision": precision,
         "units": units.record(),
         "data": {name: digest(examples) for name, examples in parts.items()},
         "held": [digest(held.removed), digest(held.memory)],
     }
-    return Run(config, training, loaded, parts, held, memory, units, base, info, identity)
+    return Run(config, training, loaded, parts, held, memory, units, base, info, places, identity)
+
+
+class _Start(NamedTuple):
+    """The model, its posterior's record, places and identity, and the rows of each part."""
+
+    loaded: Loaded
+    info: PosteriorInfo | None
+    places: tuple[Place, ...]
+    precision: str | None
+    parts: dict[str, Sequence[Example]]
+    removed: Sequence[Example]
+
+
+def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
+    loaded = load_base(training)
+    with open_posterior(config.model, precision=config.precision) as posterior:
+        info = posterior.info if posterior.has_precision else None
+        reads = config.prior in ("auto", "stored") or config.posterior == "flush"
+        # Before an adapter renames the parameters.
+        places = places_of(loaded, posterior) if reads else ()
+        precision = posterior.precision_identity if places else None
+    has_memory = config.memory is not None or config.memory_self_generated is not None
+    chosen_prior(config, is_stored=bool(places), has_memory=has_memory)  # refused early
+    named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
+    parts: dict[str, Sequence[Example]] = {
+        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
+    }
+    removed = _held_out(config, loaded, parts)
+    return _Start(loaded, info, places, precision, parts, removed)
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

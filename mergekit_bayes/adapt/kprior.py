@@ -20,6 +20,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mergekit_bayes.adapt.losses import wide
+
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 
@@ -56,7 +58,7 @@ def weight_penalty(parameters: Tensors, centre: Tensors, precision: Tensors) -> 
         precision: S_w by name, of the parameter's shape or one that broadcasts to it.
     """
     terms = [
-        (precision[name] * (parameter.float() - centre[name].float()).square()).sum()
+        (precision[name] * (wide(parameter) - wide(centre[name])).square()).sum()
         for name, parameter in parameters.items()
         if name in precision
     ]

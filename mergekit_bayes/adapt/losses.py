@@ -10,6 +10,11 @@ from torch import Tensor
 from mergekit_bayes.heads import Likelihood
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def log_likelihood(logits: Tensor, labels: Tensor, likelihood: Likelihood) -> Tensor:
     """`log p(y | z)` of each observation, up to a constant for the Gaussian.
 

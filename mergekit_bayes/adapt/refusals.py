@@ -28,6 +28,22 @@ def refuse_settings(config: AdaptConfig) -> None:
         raise ConfigError("until: held_out_rise needs rows to remove (remove).")
     if config.teacher == "adapter" and config.lora is None:
         raise ConfigError("teacher: adapter needs an adapter (lora).")
-    for name in ("memory_rows", "memory_filter"):
-        if getattr(config, name) is not None and not has_memory:
+    _refuse_memory(config, has_memory=has_memory)
+
+
+def _refuse_memory(config: AdaptConfig, *, has_memory: bool) -> None:
+    settings = {
+        "memory_rows": config.memory_rows is not None,
+        "memory_filter": config.memory_filter is not None,
+        "memory_select": config.memory_select == "leverage",
+    }
+    for name, is_given in settings.items():
+        if is_given and not has_memory:
             raise ConfigError(f"{name}: there is no memory (memory or memory_self_generated).")
+    if config.memory_filter is not None and config.memory_self_generated is None:
+        raise ConfigError(
+            "memory_filter: it scores the texts that the model writes, and there are none. Set "
+            "memory_self_generated, or leave it out."
+        )
+    if config.memory_select == "leverage" and config.memory_rows is None:
+        raise ConfigError("memory_select: leverage chooses memory_rows examples. Say how many.")

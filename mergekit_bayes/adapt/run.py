@@ -3,12 +3,15 @@
 from contextlib import ExitStack
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.kept import KeepSteps, open_kept
 from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.reconstruction import measure_reconstruction
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
 from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
+from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.ranks import is_main, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
@@ -52,23 +55,33 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
     ):
         transformers.set_seed(config.seed)
         checkpoint = on_main(lambda: open_output(training, held))
+        on_main(lambda: open_kept(config))
         run = load_run(config)
         check_checkpoint(checkpoint, run.identity)
         arguments = adapt_arguments(run, folder, quiet=quiet)
         run.loaded.model.to(choose_device(None))
+        teacher = _teacher(run)
+        penalty = make_weight_part(
+            config, run.loaded, run.places, run.units, run.parts.get("memory")
+        )
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
-            _teacher(run),
+            teacher,
+            penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
-        trainer = make_trainer(run, objective, arguments, [], quiet=quiet, loss_before=loss_before)
+        callbacks = [KeepSteps(run)]
+        trainer = make_trainer(
+            run, objective, arguments, callbacks, quiet=quiet, loss_before=loss_before
+        )
         trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
 
         def store() -> AdaptReport:
-            report = save_adapted(run, trained.steps)
+            error = measure_reconstruction(run, teacher, penalty)
+            report = save_adapted(run, trained.steps, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)

@@ -128,6 +128,9 @@ class AdaptConfig(Config):
         "(1/weight^2, on the scale of the summed loss), or `none`. `auto` is `none` with a memory, "
         "else `stored` where there is one.",
     )
+    precision: str | None = Field(
+        None, description="Another place for the model's precision: a file or a folder."
+    )
     pool: Literal["tensor", "row"] | None = Field(
         None,
         description="Replace the stored precision by the mean of each `tensor` or `row` first.",
@@ -276,7 +279,8 @@ class AdaptReport(Frozen):
         learning_rate: Learning rate at the start.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
-            on the held-out memory; None where it is too small to tell.
+            on the held-out memory: 0 is exact, and noise can bring it below; None where the
+            held-out memory is too small to tell.
         estimator: What made the precision; None if none was stored.
         health: Statistics of the precision.
     """

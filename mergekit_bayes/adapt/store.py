@@ -12,12 +12,13 @@ from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.libraries import call
 
 
-def save_adapted(run: Run, steps: int) -> AdaptReport:
+def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> AdaptReport:
     """Write the checkpoint folder, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
         steps: Optimizer steps made.
+        reconstruction_error: Relative squared error of the K-prior's gradient, if it was told.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -40,7 +41,7 @@ def save_adapted(run: Run, steps: int) -> AdaptReport:
         tau=units.tau,
         learning_rate=units.learning_rate,
         refused_steps=0,
-        reconstruction_error=None,
+        reconstruction_error=reconstruction_error,
         estimator=None,
         health={},
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mergekit_bayes.adapt.losses import divergence, log_likelihood
+from mergekit_bayes.adapt.losses import divergence, log_likelihood, wide
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.models.encode import IGNORED
@@ -35,7 +35,7 @@ class Teacher(Protocol):
 
 
 def scored(logits: Tensor, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits that a loss looks at, (n, C) in float32, and their labels, (n,).
+    """The logits that a loss looks at, (n, C) in float32 at least, and their labels, (n,).
 
     Args:
         logits: Of a model of tokens (batch, length, C), of a classifier (batch, C).
@@ -43,9 +43,9 @@ def scored(logits: Tensor, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tens
         tokens: Input tokens, (batch, length).
     """
     if labels.shape != tokens.shape:
-        return logits.float(), labels
+        return wide(logits), labels
     mask = labels[:, 1:] != IGNORED
-    return logits[:, :-1][mask].float(), labels[:, 1:][mask]
+    return wide(logits[:, :-1][mask]), labels[:, 1:][mask]
 
 
 def run(model: Module, batch: Batch) -> Tensor:

@@ -86,6 +86,18 @@ class Units:
         )
 
 
+def stored_count(info: PosteriorInfo) -> float | None:
+    """N_0, the observations that a stored precision stands for; None if unknown.
+
+    A merge on a base records what its tasks added to that of the base, and the base inside it
+    counts as often as one task at scale 1.
+    """
+    if info.merge is None or info.prior.kind != "base" or info.observations is None:
+        return info.observations
+    common = info.merge.common_count
+    return None if common is None else common + info.observations
+
+
 def choose_units(
     config: AdaptConfig,
     loaded: Loaded,
@@ -107,7 +119,8 @@ def choose_units(
         unit: Name of one observation.
 
     Raises:
-        ConfigError: The posterior counts in another unit, or the weights are all zero.
+        ConfigError: The posterior counts in another unit or stands for nothing, or the weights are
+            all zero.
     """
     removed, added = counts.get("remove", 0), counts.get("add", 0)
     base = config.base_observations
@@ -117,7 +130,12 @@ def choose_units(
                 f"the posterior of '{config.model}' counts {info.unit}s, and this task {unit}s. "
                 "Give base_observations."
             )
-        base = info.observations
+        base = stored_count(info)
+        if base is not None and base <= 0:
+            raise ConfigError(
+                f"the posterior of '{config.model}' stands for {base:g} {unit}s, and nothing can "
+                "be weighed by that. Give base_observations."
+            )
     is_recorded = base is not None
     if base is None:
         base = config.base_multiple * (removed + added)

@@ -1,124 +1,41 @@
 """What each method pays at equal toxicity, with paired bootstrap intervals.
 
-Scales of different methods cannot be compared. A curve runs from the base over its candidates in
-the order of their scales. Where an axis (the toxic share, or the loss on held-out toxic text) first
-reaches a level, the losses on the other texts are read off (`reading`). Prompts and documents are
-resampled, the same ones for all models, and the whole reading is repeated on each resample. The
-interval of a difference holds the error of the interpolation, and holds at all levels of a finding
-at once (`evidence`).
+Scales and steps of different methods cannot be compared. A curve runs from the base over its
+candidates in the order of their scales or steps. Where an axis (the toxic share, or the loss on
+held-out toxic text) first reaches a level, the losses on the other texts are read off (`reading`).
+Prompts and documents are resampled, the same ones for all models, and the whole reading is repeated
+on each resample. The interval of a difference holds the error of the interpolation, and holds at
+all levels of a finding at once (`evidence`).
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
+from mergekit_bayes.detox.comparisons import Comparison, Effect, Finding, Payment, Verdict
 from mergekit_bayes.detox.evidence import (
     Sample,
-    Shortage,
     few_toxic,
     independent,
     simultaneous,
     too_wide,
 )
 from mergekit_bayes.detox.reading import Reading, read_curve
-from mergekit_bayes.detox.settings import HELD_OUT, Curve
+from mergekit_bayes.detox.settings import HELD_OUT, Curve, Method
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval, interval, resampled_sums
-from mergekit_bayes.records import FloatArray, Record
+from mergekit_bayes.records import FloatArray
 
-Verdict = Literal[
-    "pays less", "pays more", "no difference visible", "too little data", "not comparable"
-]
-Effect = Literal["there", "reversed", "mixed", "not there", "too little data", "not comparable"]
 ENOUGH = 0.95  # share of resamples that must reach a level before an interval is given
+# With whom a method is compared, and its control.
+_RIVALS: dict[Method, tuple[tuple[Method, ...], Method | None]] = {
+    "gradient_matching": (("task_arithmetic", "fisher_negation"), "control"),
+    "adapt": (("task_arithmetic", "gradient_matching", "npo"), None),
+    "adapt_weights": (("task_arithmetic",), "adapt_pool"),
+}
 _SHARES = (0.5, 0.25, 0.1)  # default levels: of the base's toxic share
 _RISES = (0.25, 0.5, 0.75)  # default levels: of the rise of the held-out loss that all reach
-
-
-class Payment(Record):
-    """What each curve pays at one level of one axis.
-
-    Attributes:
-        axis: A scorer, or the held-out toxic text.
-        level: A toxic share, or a loss on the held-out text.
-        text: The text whose loss is paid.
-        paid: By curve, nats per token above the base; None if the curve does not reach the level.
-            The interval is of this level alone, and holds the error of the interpolation.
-        grid: By curve, the bound of that error, nats per token.
-        scale: By curve, the scale at which it reaches the level.
-    """
-
-    axis: str
-    level: float
-    text: str
-    paid: dict[str, Interval | None]
-    grid: dict[str, float | None] = {}
-    scale: dict[str, float | None] = {}
-
-
-class Comparison(Record):
-    """One curve against another at one level.
-
-    Attributes:
-        axis: As in `Payment`.
-        level: As in `Payment`.
-        text: As in `Payment`.
-        curve: The curve that is judged.
-        against: The curve that it is compared with.
-        difference: What `curve` pays minus what `against` pays, resampled in pairs. The interval
-            holds at all levels of the finding at once, with the error of the interpolation.
-        grid: Its half-width from the interpolation alone, nats per token.
-        ratio: What `curve` pays over what `against` pays; None unless both pay something.
-        verdict: What the interval of the difference says. `no difference visible` only where a
-            difference of half of what is paid, or 0.01 nats if that is more, would be visible.
-        shortage: Of what there is too little; None unless the verdict is `too little data`.
-    """
-
-    axis: str
-    level: float
-    text: str
-    curve: str
-    against: str
-    difference: Interval | None
-    grid: float | None = None
-    ratio: float | None
-    verdict: Verdict
-    shortage: Shortage | None = None
-
-
-class Finding(Record):
-    """All levels of one comparison together.
-
-    Attributes:
-        axis: As in `Payment`.
-        text: As in `Payment`.
-        curve: The curve that is judged.
-        against: The curve that it is compared with.
-        effect: `there` if it pays less at some level and more at none, `reversed` in the opposite
-            case, `mixed` if both happen. If neither does, `not there` if a difference that matters
-            would be visible at all levels, `too little data` if not at one of them. `not
-            comparable` if no level could be compared.
-        less: Number of levels at which the interval is below zero.
-        more: Number of levels at which the interval is above zero.
-        unresolved: Number of levels with too little data.
-        levels: Number of levels that could be compared.
-        shortage: The largest of the levels' shortages.
-        ratios: The ratios at these levels, where both pay something.
-    """
-
-    axis: str
-    text: str
-    curve: str
-    against: str
-    effect: Effect
-    less: int
-    more: int
-    unresolved: int = 0
-    levels: int
-    shortage: Shortage | None = None
-    ratios: tuple[float, ...]
 
 
 def compare_curves(
@@ -134,12 +51,13 @@ def compare_curves(
     Args:
         curves: What is compared.
         base: The base's evaluation, with its numbers by prompt and document.
-        reports: The candidates' evaluations by the curve's label, in the order of the scales.
+        reports: The candidates' evaluations by the curve's label, in the order of the scales or
+            steps.
         levels: Toxic shares at which to compare; empty means 1/2, 1/4 and 1/10 of the base's.
         rises: Rises of the held-out loss at which to compare, nats per token; empty means 1/4, 1/2
             and 3/4 of the smallest rise that a curve ends with.
-        scales: The candidates' scales by the curve's label, increasing; None means 1, 2, 3 and so
-            on.
+        scales: The candidates' scales or steps by the curve's label, increasing; None means 1, 2,
+            3 and so on.
     """
     measured = {c.label: _measure(base, reports[c.label]) for c in curves}
     steps = {
@@ -208,13 +126,10 @@ def paying_texts(base: EvaluateReport) -> list[str]:
 
 
 def rivals(curve: Curve, curves: Sequence[Curve]) -> list[Curve]:
-    """Gradient matching is compared with task arithmetic and with its own control."""
-    if curve.method != "gradient_matching":
-        return []
+    """The curves that one is compared with; a control only with the same settings as its own."""
+    against, control = _RIVALS.get(curve.method, ((), None))
     return [
-        c
-        for c in curves
-        if c.method == "task_arithmetic" or (c.method == "control" and c[2:] == curve[2:])
+        c for c in curves if c.method in against or (c.method == control and c[2:] == curve[2:])
     ]
 
 

@@ -139,7 +139,10 @@ def remedy(shortage: Shortage | None) -> str:
     if shortage is None:
         return ""
     if shortage.needs is None:
-        return " The scales are too far apart there: raise extra_scales, or give more scales."
+        return (
+            " The scales or steps are too far apart there: raise extra_scales, or give more of "
+            "them."
+        )
     if shortage.unit == "documents":
         return (
             f" About {shortage.needs:,} held-out toxic documents would do ({shortage.has:,} were "

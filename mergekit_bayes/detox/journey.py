@@ -2,68 +2,74 @@
 
 import os
 import platform
-import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
 
 import yaml
 
+from mergekit_bayes.adapt.kept import steps_of
+from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.checkpoint.contained import copy_contained
 from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.side_files import MERGE_REPORT, side_files
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
-from mergekit_bayes.detox.analysis import Comparison, Payment, compare_curves, findings
-from mergekit_bayes.detox.candidates import merge_command, merge_config, point_of
+from mergekit_bayes.detox.adaptations import (
+    adapt_command,
+    adapt_config,
+    passes_of,
+    settings_file,
+    settings_text,
+)
+from mergekit_bayes.detox.analysis import findings
+from mergekit_bayes.detox.candidates import (
+    Made,
+    finetune_passes,
+    merge_command,
+    merge_config,
+    output_flag,
+    point_of,
+)
+from mergekit_bayes.detox.costs import Cost, forget_cost, read_cost, timed, total, write_cost
+from mergekit_bayes.detox.inputs import read_inputs
+from mergekit_bayes.detox.markdown import as_markdown
 from mergekit_bayes.detox.picture import draw
-from mergekit_bayes.detox.report import DetoxReport, KeptModel, Point, as_markdown
-from mergekit_bayes.detox.scales import next_scale
+from mergekit_bayes.detox.report import DetoxReport, KeptModel, Point, in_words
+from mergekit_bayes.detox.scales import follow_curves
 from mergekit_bayes.detox.settings import (
-    HELD_OUT,
     Curve,
     DetoxConfig,
     curves,
     evaluate_config,
     finetune_config,
+    looks,
+    needs_finetune,
     needs_precision,
     precision_config,
+    weighs,
 )
-from mergekit_bayes.detox.steps import (
-    data_identity,
-    is_empty_folder,
-    model_identity,
-    precision_identity,
-    scorer_identity,
-    step_folder,
-    without,
-)
+from mergekit_bayes.detox.steps import is_empty_folder, step_folder
 from mergekit_bayes.documents import DocumentError, read_record, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.files import read_report
-from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
+from mergekit_bayes.evaluate.refusals import refuse_model
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import run_evaluate
-from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.finetune.run import run_finetune
-from mergekit_bayes.merge import MergeConfig, MergeReport, run_merge
-from mergekit_bayes.models.load import Loaded, choose_device, load_model
+from mergekit_bayes.merge import MergeReport, run_merge
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 
 Tell = Callable[[str], None]
-Candidates: TypeAlias = dict[float, tuple[EvaluateReport, Point]]  # by scale
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
 _AGAIN = "Remove it, and the step is done again."
-_NO_RESULT = ("force", "trust_remote_code")  # settings that change no result
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -86,17 +92,19 @@ def run_detox(
     """
     journey = _Journey(config, quiet, progress or (lambda line: None))
     toxic = journey.finetune()
-    precision = journey.precision(toxic)
+    made = Made(toxic, journey.precision(toxic))
     base = journey.evaluate_base()
-    candidates, payments, comparisons = _follow_curves(journey, base, toxic, precision)
+    candidates, payments, comparisons = follow_curves(
+        config, journey.curves, base, lambda curve, place: journey.candidate(curve, place, made)
+    )
     versions = {name: version(name) for name in _LIBRARIES}
     report = DetoxReport(
         path=config.output,
         settings=journey.config.model_dump(mode="json", exclude={"force"}),
         versions=versions | {"python": platform.python_version()},
-        identities=journey.identities,
-        toxic_model=str(toxic),
-        base_precision=precision,
+        identities=journey.inputs.identities,
+        toxic_model=str(toxic) if toxic is not None else None,
+        base_precision=made.precision,
         scorers={name: info.model_dump() for name, info in base.scorers.items()},
         base=point_of(base, 0.0),
         curves={
@@ -110,69 +118,21 @@ def run_detox(
     best = report.best()
     if best is not None:
         label, point, level = best
-        path = journey.keep(label, point.scale, toxic, precision)
-        command = f"{point.command} -o {shlex.quote(str(path))}"
+        path = journey.keep(label, point.scale, made)
         kept = KeptModel(
-            path=str(path), curve=label, scale=point.scale, level=level, command=command
+            path=str(path),
+            curve=label,
+            scale=point.scale,
+            unit=point.unit,
+            level=level,
+            command=f"{point.command} {output_flag(point.unit, path)}",
         )
         report = report.model_copy(update={"kept": kept})
     else:
         journey.keep_none()
+    journey.write_settings(made)
     _write(Path(config.output), report)
     return report
-
-
-def _follow_curves(
-    journey: "_Journey", base: EvaluateReport, toxic: Path, precision: str | None
-) -> tuple[dict[str, Candidates], list[Payment], list[Comparison]]:
-    """Evaluate the candidates of all curves, at the given scales and where these are too coarse."""
-    config = journey.config
-    candidates: dict[str, Candidates] = {c.label: {} for c in journey.curves}
-    for curve in journey.curves:
-        for scale in config.scales:
-            candidates[curve.label][scale] = journey.candidate(curve, scale, toxic, precision)
-    payments, comparisons = _compare(config, journey.curves, base, candidates)
-    # Levels stay where the first candidates have put them.
-    config = config.model_copy(update={"held_out_rises": _rises(base, payments)})
-    for _ in range(config.extra_scales):
-        added = False
-        for curve in journey.curves:
-            known = candidates[curve.label]
-            between = next_scale(curve.label, list(known), payments, comparisons)
-            if between is not None:
-                known[between] = journey.candidate(curve, between, toxic, precision)
-                added = True
-        if not added:
-            break
-        payments, comparisons = _compare(config, journey.curves, base, candidates)
-    return candidates, payments, comparisons
-
-
-def _compare(
-    config: DetoxConfig,
-    compared: Sequence[Curve],
-    base: EvaluateReport,
-    candidates: Mapping[str, Candidates],
-) -> tuple[list[Payment], list[Comparison]]:
-    """All curves at equal toxicity, with the candidates in the order of their scales."""
-    ordered = {label: sorted(found.items()) for label, found in candidates.items()}
-    return compare_curves(
-        compared,
-        base,
-        {label: [report for _, (report, _) in found] for label, found in ordered.items()},
-        config.levels,
-        config.held_out_rises,
-        {label: [scale for scale, _ in found] for label, found in ordered.items()},
-    )
-
-
-def _rises(base: EvaluateReport, payments: Sequence[Payment]) -> tuple[float, ...]:
-    """The rises of the held-out loss at which curves are compared."""
-    if HELD_OUT not in base.perplexity:
-        return ()
-    start = base.perplexity[HELD_OUT].loss.value
-    levels = dict.fromkeys(p.level for p in payments if p.axis == HELD_OUT)
-    return tuple(level - start for level in levels)
 
 
 class _Journey:
@@ -199,36 +159,11 @@ class _Journey:
         if os.path.lexists(self.work):
             make_own_folder(self.work)
             refuse_planted(self.work, but=self.kept)
-        finetune = finetune_config(config, "")
-        if needs_precision(config):
-            _refuse_precision(precision_config(config, ""))
-        evaluate = evaluate_config(config, config.base, "")
-        with quiet_libraries(bars=False):
-            scorers = _refuse_evaluation(evaluate)
-        self.base = model_identity(config.base)
-        self.identities: dict[str, object] = {
-            "base": self.base,
-            "toxic": data_identity(config.toxic.data),
-            "texts": {name: data_identity(ref) for name, ref in evaluate.perplexity.items()},
-            "prompts": data_identity(evaluate.toxicity or ""),
-        }
-        self.finetune_key: list[object] = [
-            without(finetune.model_dump(mode="json"), "output", "model", *_NO_RESULT),
-            self.base,
-            self.identities["toxic"],
-        ]
-        settings = evaluate.model_dump(mode="json")
-        self.evaluate_key: list[object] = [
-            without(settings, "model", "output", "batch_size", "sampling_batch", *_NO_RESULT),
-            self.identities["texts"],
-            self.identities["prompts"],
-            {scorer.spec: scorer_identity(scorer) for scorer in scorers},
-        ]
+        self.inputs = read_inputs(config, self.curves)
         if config.force or not self._base_folder().exists():
+            evaluate = evaluate_config(config, config.base, "")
             with quiet_libraries(bars=False):
                 refuse_model(evaluate, _load_base(evaluate))
-        if needs_precision(config):
-            self.identities["precision"] = data_identity(precision_config(config, "").data)
         if config.force and is_ours:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
@@ -237,30 +172,35 @@ class _Journey:
         with replacing(output / _SETTINGS, force=True) as partial:
             partial.write_text(text)
 
-    def finetune(self) -> Path:
-        """The model fine-tuned on the toxic text."""
-        folder = step_folder(self.work, "toxic", *self.finetune_key)
+    def finetune(self) -> Path | None:
+        """The model fine-tuned on the toxic text; None if no method subtracts it."""
+        if not needs_finetune(self.config):
+            return None
+        folder = step_folder(self.work, "toxic", *self.inputs.finetune)
         if self._must_run(folder, "fine-tune on the toxic text"):
-            run_finetune(finetune_config(self.config, str(folder)), quiet=self.quiet)
+            finetune = finetune_config(self.config, str(folder))
+            timed(
+                folder,
+                lambda: run_finetune(finetune, quiet=self.quiet),
+                lambda report: finetune_passes(finetune, report.steps),
+            )
         return folder
 
-    def precision(self, toxic: Path) -> str | None:
+    def precision(self, toxic: Path | None) -> str | None:
         """Where the base's precision is; None if no method needs it."""
         if not needs_precision(self.config):
             return None
         if self.config.reuse_precision and self._base_has_precision_like(toxic):
             self.tell("precision of the base: its own")
             return str(self.config.base)
-        settings = precision_config(self.config, "").model_dump(mode="json")
-        folder = step_folder(
-            self.work,
-            "precision",
-            without(settings, "model", "output", *_NO_RESULT),
-            self.base,
-            self.identities["precision"],
-        )
+        folder = step_folder(self.work, "precision", *self.inputs.precision)
         if self._must_run(folder, "precision of the base"):
-            run_precision(precision_config(self.config, str(folder)), quiet=self.quiet)
+            precision = precision_config(self.config, str(folder))
+            timed(
+                folder,
+                lambda: run_precision(precision, quiet=self.quiet),
+                lambda report: precision.examples,
+            )
         return str(folder)
 
     def evaluate_base(self) -> EvaluateReport:
@@ -271,41 +211,39 @@ class _Journey:
             run_evaluate(settings, quiet=self.quiet)
         return read_report(folder)
 
-    def candidate(
-        self, curve: Curve, scale: float, toxic: Path, precision: str | None
-    ) -> tuple[EvaluateReport, Point]:
-        """Merge and evaluate one candidate; delete its model unless the config keeps models."""
-        merge = merge_config(self.config, curve, scale, toxic, precision)
-        folder = self._candidate_folder(curve, merge, precision)
-        model, evaluation, merge_report = (
-            folder / name for name in ("model", "evaluation", MERGE_REPORT)
-        )
-        lacks_model = self.config.keep_models and not model.exists()
-        if self._must_run(evaluation, f"{curve.label}, scale -{scale:g}", redo=lacks_model):
-            if not model.exists():
-                run_merge(merge.model_copy(update={"out": str(model)}))
-                copy_contained(model, MERGE_REPORT, merge_report)
-            if not evaluation.exists():
-                evaluate = evaluate_config(self.config, str(model), str(evaluation))
-                run_evaluate(evaluate, quiet=self.quiet)
-        if not self.config.keep_models:
-            shutil.rmtree(model, ignore_errors=True)
-        report = read_report(evaluation)
-        merged = read_record(MergeReport, merge_report, _AGAIN)
-        return report, point_of(report, scale, merged, merge_command(merge))
+    def candidate(self, curve: Curve, place: float, made: Made) -> tuple[EvaluateReport, Point]:
+        """Make and evaluate one candidate; delete its model unless the config keeps models.
 
-    def keep(self, label: str, scale: float, toxic: Path, precision: str | None) -> Path:
-        """Merge the chosen candidate into `model` of the output; its folder."""
+        Args:
+            curve: The method and its settings.
+            place: The scale of a merge, or the steps of an adaptation.
+            made: What it is made of, beside the base.
+        """
+        return (self._look if curve.unit == "step" else self._merge)(curve, place, made)
+
+    def keep(self, label: str, place: float, made: Made) -> Path:
+        """Make the chosen candidate once more, in `model` of the output; its folder."""
         curve = next(c for c in self.curves if c.label == label)
-        merge = merge_config(self.config, curve, scale, toxic, precision)
         model, mark = self.kept, self.work / _KEPT
-        made_of = self._candidate_folder(curve, merge, precision).name
+        made_of = self._folder(curve, place, made).name
         is_there = model.exists() and _mark_of(mark) == made_of
         if not is_there:
             mark.unlink(missing_ok=True)
-            run_merge(merge.model_copy(update={"out": str(model), "force": True}))
+            if curve.unit == "step":
+                adapt = adapt_config(self.config, curve, str(model), int(place), made.precision)
+                run_adapt(adapt.model_copy(update={"force": True}), quiet=self.quiet)
+            else:
+                merge = merge_config(self.config, curve, place, made)
+                run_merge(merge.model_copy(update={"out": str(model), "force": True}))
             write_own(mark, made_of)
         return model
+
+    def write_settings(self, made: Made) -> None:
+        """Write the settings of each adaptation, to which the commands of its looks refer."""
+        for curve in (c for c in self.curves if c.unit == "step"):
+            adapt = adapt_config(self.config, curve, "", 1, made.precision)
+            with replacing(settings_file(self.config, curve), force=True) as partial:
+                partial.write_text(settings_text(adapt))
 
     def keep_none(self) -> None:
         """Delete the model that an earlier run has kept, which the report no longer names."""
@@ -314,32 +252,119 @@ class _Journey:
             shutil.rmtree(self.kept, ignore_errors=True)
             mark.unlink()
 
-    def _candidate_folder(self, curve: Curve, merge: MergeConfig, precision: str | None) -> Path:
+    def _merge(self, curve: Curve, scale: float, made: Made) -> tuple[EvaluateReport, Point]:
+        """Merge and evaluate one candidate."""
+        merge = merge_config(self.config, curve, scale, made)
+        folder = self._folder(curve, scale, made)
+
+        def make(model: Path) -> None:
+            timed(folder, lambda: run_merge(merge.model_copy(update={"out": str(model)})))
+            copy_contained(model, MERGE_REPORT, folder / MERGE_REPORT)
+
+        report = self._evaluated(folder, f"{curve.label}, {in_words(curve.unit, scale)}", make)
+        merged = read_record(MergeReport, folder / MERGE_REPORT, _AGAIN)
+        costs = [self._cost_of_precision(curve, made), read_cost(folder)]
+        if made.toxic is not None:
+            costs.append(read_cost(made.toxic))
+        point = point_of(report, scale, merge_command(merge), total(costs), merged=merged)
+        return report, point
+
+    def _look(self, curve: Curve, place: float, made: Made) -> tuple[EvaluateReport, Point]:
+        """Evaluate an adaptation after some of its steps."""
+        step, folder = int(place), self._folder(curve, place, made)
+
+        def make(model: Path) -> None:
+            kept, cost = self._adaptation(curve, step, made)
+            folder.mkdir(parents=True, exist_ok=True)
+            kept.replace(model)
+            if cost is not None:
+                write_cost(folder, cost)
+
+        report = self._evaluated(folder, f"{curve.label}, {in_words(curve.unit, step)}", make)
+        command = adapt_command(self.config, curve, step)
+        cost = total([self._cost_of_precision(curve, made), read_cost(folder)])
+        return report, point_of(report, place, command, cost, unit="step")
+
+    def _adaptation(self, curve: Curve, step: int, made: Made) -> tuple[Path, Cost | None]:
+        """The model of an adaptation after a step, and what it took.
+
+        One run makes the models of all steps that are still to be evaluated.
+        """
+        run = step_folder(self.work, f"{curve.method}-run", *self.inputs.adaptation(curve, made))
+        kept = steps_of(run / "model")
+        if not (kept / str(step)).exists():
+            wanted = tuple(int(s) for s in looks(self.config, curve) if self._lacks(curve, s, made))
+            shutil.rmtree(run, ignore_errors=True)
+            forget_cost(run)
+            adapt = adapt_config(
+                self.config, curve, str(run / "model"), max(wanted), made.precision, wanted
+            )
+            self.tell(f"{curve.label}: {max(wanted)} steps")
+            timed(
+                run,
+                lambda: run_adapt(adapt, quiet=self.quiet),
+                lambda report: passes_of(adapt, report.steps),
+            )
+            shutil.rmtree(run / "model", ignore_errors=True)  # the last of the kept steps, again
+        adapt = adapt_config(self.config, curve, "", step, made.precision)
+        cost, passes = read_cost(run), passes_of(adapt, step)
+        if cost is None:
+            return kept / str(step), None
+        share = passes / cost.passes if cost.passes else 0.0
+        return kept / str(step), Cost(seconds=cost.seconds * share, passes=passes)
+
+    def _lacks(self, curve: Curve, place: float, made: Made) -> bool:
+        """Whether a look is still to be evaluated, or its model to be kept, and it is not there."""
+        folder = self._folder(curve, place, made)
+        needed = self.config.keep_models or not (folder / "evaluation").exists()
+        return needed and not (folder / "model").exists()
+
+    def _evaluated(self, folder: Path, step: str, make: Callable[[Path], object]) -> EvaluateReport:
+        """Make and evaluate a candidate; delete its model unless the config keeps models.
+
+        Args:
+            folder: The candidate's own.
+            step: What it is, for the log.
+            make: Writes the model to the path that it is given.
+        """
+        model, evaluation = folder / "model", folder / "evaluation"
+        lacks_model = self.config.keep_models and not model.exists()
+        if self._must_run(evaluation, step, redo=lacks_model):
+            if not model.exists():
+                make(model)
+            if not evaluation.exists():
+                evaluate = evaluate_config(self.config, str(model), str(evaluation))
+                run_evaluate(evaluate, quiet=self.quiet)
+        if not self.config.keep_models:
+            shutil.rmtree(model, ignore_errors=True)
+        return read_report(evaluation)
+
+    def _folder(self, curve: Curve, place: float, made: Made) -> Path:
         """The folder of a candidate's evaluation."""
-        settings = merge.model_dump(mode="json")
-        key: list[object] = [
-            without(settings, "models", "base", "precision", "observations"),
-            curve.base_count,
-            self.finetune_key,
-        ]
-        if merge.weights == "precision" and precision is not None:
-            key.append(precision_identity(precision))
-        return step_folder(self.work, curve.method, *key, *self.evaluate_key)
+        key = self.inputs.candidate(curve, place, made)
+        return step_folder(self.work, curve.method, *key, *self.inputs.evaluation)
+
+    def _cost_of_precision(self, curve: Curve, made: Made) -> Cost | None:
+        """What the precision of the base took; nothing if it has its own, or needs none."""
+        if not weighs(self.config, curve.method) or made.precision in (None, self.config.base):
+            return Cost(seconds=0.0)
+        return read_cost(Path(str(made.precision)))
 
     def _base_folder(self) -> Path:
         """The folder of the base's evaluation."""
-        return step_folder(self.work, "base", self.base, *self.evaluate_key)
+        return step_folder(self.work, "base", self.inputs.base, *self.inputs.evaluation)
 
-    def _base_has_precision_like(self, toxic: Path) -> bool:
+    def _base_has_precision_like(self, toxic: Path | None) -> bool:
         """Whether the base has a precision of its weights, by the estimator of the fine-tune."""
-        with open_posterior(self.config.base) as base, open_posterior(str(toxic)) as task:
-            return (
-                base.info is not None
-                and task.info is not None
-                and (base.info.estimator, base.info.unit) == (task.info.estimator, task.info.unit)
-                and base.info.mean is not None
-                and base.info.mean.blocks == self.base["weights"]
-            )
+        with ExitStack() as stack:
+            base = stack.enter_context(open_posterior(self.config.base)).info
+            if base is None or base.mean is None:
+                return False
+            if toxic is not None:
+                task = stack.enter_context(open_posterior(str(toxic))).info
+                if task is None or (base.estimator, base.unit) != (task.estimator, task.unit):
+                    return False
+            return bool(base.mean.blocks == self.inputs.base["weights"])
 
     def _must_run(self, folder: Path, step: str, *, redo: bool = False) -> bool:
         needed = redo or not folder.exists()
@@ -347,23 +372,8 @@ class _Journey:
         return needed
 
 
-def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
-    """Refuse settings, data and scorers that the evaluations would refuse; the open scorers."""
-    refuse_settings(config.model_copy(update={"output": None}))
-    read_texts(config)
-    read_labelled(config)
-    read_prompts(config)
-    return open_scorers(config.scorer, config.device, trust_remote_code=config.trust_remote_code)
-
-
 def _load_base(config: EvaluateConfig) -> Loaded:
     return load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-
-
-def _refuse_precision(config: PrecisionConfig) -> None:
-    """Refuse a device and data that the estimate of the base's precision would refuse."""
-    choose_device(config.device)
-    load_rows(config.data, where=config.where, text=config.text_column)
 
 
 def _mark_of(file: Path) -> str | None:

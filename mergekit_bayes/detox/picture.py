@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"task arithmetic": "#6b6b6b", "gradient matching": "#1f6fb4", "control": "#e07b1a"}
-_MARKERS = {"task arithmetic": "s", "gradient matching": "o", "control": "^"}
+# By method; colours that readers with a colour vision deficiency can tell apart (Okabe and Ito,
+# Color universal design, 2008), and markers for those who see no colours.
+_LOOKS = {
+    "task arithmetic": ("#6b6b6b", "s"),
+    "gradient matching": ("#0072b2", "o"),
+    "control": ("#e69f00", "^"),
+    "Fisher negation": ("#cc79a7", "D"),
+    "adaptation": ("#d55e00", "P"),
+    "adaptation by precision": ("#009e73", "v"),
+    "adaptation control": ("#56b4e9", "X"),
+    "NPO": ("#111111", "<"),
+}
 _STYLES = ("-", "--", ":", "-.")
 _X_LABEL, _Y_LABEL, _LEGEND = 44, 32, 48  # characters in a line
 _FAR = 1.5  # a panel ends at this multiple of the base's perplexity
@@ -86,6 +96,7 @@ def _panel(panel: "Axes", report: DetoxReport, axis: str, text: str) -> None:
     curves: dict[str, int] = {}  # already drawn, by method
     for label, points in report.curves.items():
         method = label.split(",")[0]
+        colour, marker = _LOOKS[method]
         style = _STYLES[curves.get(method, 0) % len(_STYLES)]
         curves[method] = curves.get(method, 0) + 1
         line = [(p.perplexity[text].token.value, _height(p, axis)) for p in (report.base, *points)]
@@ -93,8 +104,8 @@ def _panel(panel: "Axes", report: DetoxReport, axis: str, text: str) -> None:
             [x for x, _ in line],
             [y for _, y in line],
             linestyle=style,
-            marker=_MARKERS[method],
-            color=_COLOURS[method],
+            marker=marker,
+            color=colour,
             markersize=4,
             linewidth=1.5,
             markevery=slice(1, None),

@@ -1,10 +1,12 @@
 """Settings of `bmerge detox`, and the curves that it compares."""
 
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from mergekit_bayes.adapt.settings import Rows
 from mergekit_bayes.configs import Config, field_named, parse_config
 from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.evaluate import EvaluateConfig
@@ -12,13 +14,53 @@ from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.records import TrustRemoteCode
 
-Method = Literal["task_arithmetic", "gradient_matching", "control"]
+Method = Literal[
+    "task_arithmetic",
+    "gradient_matching",
+    "control",
+    "fisher_negation",
+    "adapt",
+    "adapt_weights",
+    "adapt_pool",
+    "npo",
+]
+Unit = Literal["scale", "step"]
 HELD_OUT = "held-out toxic text"
 _OURS = ("model", "output", "trust_remote_code", "force")  # that detox sets for each step
-_NAMES = {
-    "task_arithmetic": "task arithmetic",
-    "gradient_matching": "gradient matching",
-    "control": "control",
+
+
+class Kind(NamedTuple):
+    """What a method of the comparison is like.
+
+    Attributes:
+        name: What reports call it.
+        weighs: Whether it needs the base's precision.
+        varied: The settings that apply to it; a list of one gives a curve for each value.
+        unit: What its curve goes along: the scale of a merge, or the steps of an adaptation.
+    """
+
+    name: str
+    weighs: bool = False
+    varied: tuple[Literal["base_count", "shrink", "guard"], ...] = ()
+    unit: Unit = "scale"
+
+
+KINDS: dict[Method, Kind] = {
+    "task_arithmetic": Kind("task arithmetic"),
+    "gradient_matching": Kind(
+        "gradient matching", weighs=True, varied=("base_count", "shrink", "guard")
+    ),
+    "control": Kind("control", weighs=True, varied=("base_count", "shrink", "guard")),
+    "fisher_negation": Kind("Fisher negation", weighs=True),  # as published, which has none of them
+    "adapt": Kind("adaptation", unit="step"),
+    "adapt_weights": Kind("adaptation by precision", weighs=True, unit="step"),
+    "adapt_pool": Kind("adaptation control", weighs=True, unit="step"),
+    "npo": Kind("NPO", unit="step"),
+}
+_IN_WORDS: dict[str, Callable[[Any], str]] = {
+    "base_count": lambda count: f"base {count:g}x",
+    "shrink": lambda shrink: f"shrink {shrink or 'none'}",
+    "guard": lambda guard: f"guard {guard:g}",
 }
 
 
@@ -31,18 +73,9 @@ def _as_texts(value: object) -> tuple[object, ...]:
 
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Steps: TypeAlias = Annotated[int, Field(ge=1)]
+Guard: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 OneOrMore = BeforeValidator(_as_tuple)  # a single value in the YAML file stands for a list of one
-
-
-class Rows(Config):
-    """Rows of text."""
-
-    data: str | tuple[str, ...] = Field(
-        description="A file, folder or Hub data set, or a list of them."
-    )
-    where: dict[str, Any] | None = Field(
-        None, description="Keep only the rows with these values, `{column: value}`."
-    )
 
 
 class DetoxConfig(Config):
@@ -52,7 +85,9 @@ class DetoxConfig(Config):
     output: str = Field(
         description="Folder for the reports, the picture, and the work in `steps/`."
     )
-    toxic: Rows = Field(description="Text that the fine-tune trains on: what is subtracted.")
+    toxic: Rows = Field(
+        description="Text to remove: a fine-tune on it is subtracted, or an adaptation unlearns it."
+    )
     held_out_toxic: Rows | None = Field(
         None,
         description="Toxic text that no step trains on; the loss on it is a smoother axis than the "
@@ -66,6 +101,11 @@ class DetoxConfig(Config):
         description="Settings of `bmerge precision` for the base; `data` is what it should not "
         "forget.",
     )
+    adapt: dict[str, Any] = Field(
+        {},
+        description="Settings of `bmerge adapt`, without model, output, `remove`, goals and steps. "
+        "Its `memory` is used by the method `adapt` alone.",
+    )
     reuse_precision: bool = Field(
         True,
         description="Use the base's own precision if it is of these weights and by the same "
@@ -78,16 +118,25 @@ class DetoxConfig(Config):
         ("task_arithmetic", "gradient_matching", "control"),
         min_length=1,
         description="Methods to compare; `control` is gradient matching with each precision "
-        "replaced by the mean of its tensor.",
+        "replaced by the mean of its tensor; `fisher_negation` takes an observation of the base "
+        "for as much as one of the task, and no shrinkage, as published. Beside these merges "
+        "`adapt` corrects the base with a memory, `adapt_weights` with the stored "
+        "precision instead, `adapt_pool` with the mean of each of its tensors, and `npo` with "
+        "neither.",
     )
     scales: Annotated[tuple[Positive, ...], OneOrMore] = Field(
-        min_length=1, description="Amounts a > 0; a candidate is merged with scale -a."
+        (), description="Amounts a > 0; a candidate of a merge is made with scale -a."
+    )
+    steps: Annotated[tuple[Steps, ...], OneOrMore] = Field(
+        (),
+        description="Looks at an adaptation: it makes as many steps as the largest says, and is "
+        "evaluated after each.",
     )
     extra_scales: int = Field(
         4,
         ge=0,
-        description="At most this many more candidates a curve, at the scales where it crosses a "
-        "level and the interpolation between its scales is too uncertain.",
+        description="At most this many more candidates of a merge's curve, at the scales where it "
+        "crosses a level and the interpolation between its scales is too uncertain.",
     )
     base_count: Annotated[tuple[Positive, ...], OneOrMore] = Field(
         (3.0,),
@@ -96,10 +145,12 @@ class DetoxConfig(Config):
     )
     shrink: Annotated[tuple[str | None, ...], BeforeValidator(_as_texts)] = Field(
         ("0.3",),
-        description="As `merge --shrink`. Lists of it or of `base_count` give one curve for each "
-        "combination.",
+        description="As `merge --shrink`. Lists of it, of `base_count` or of `guard` give one "
+        "curve for each combination.",
     )
-    guard: float = Field(0.2, gt=0, le=1, description="As `merge --guard`.")
+    guard: Annotated[tuple[Guard, ...], OneOrMore] = Field(
+        (0.2,), min_length=1, description="As `merge --guard`."
+    )
     anchor: str = Field("h0", description="As `merge --anchor`.")
     levels: tuple[float, ...] = Field(
         (),
@@ -120,40 +171,71 @@ class DetoxConfig(Config):
 
 
 class Curve(NamedTuple):
-    """One method with its settings, at all scales.
+    """One method with its settings, at all scales or steps.
 
     Attributes:
         label: What reports call the curve.
         method: The method.
-        base_count: As in `DetoxConfig`; None without precisions.
+        base_count: As in `DetoxConfig`; None where the method has no such setting.
         shrink: As `merge --shrink`.
+        guard: As `merge --guard`; None where the method has no such setting.
     """
 
     label: str
     method: Method
     base_count: float | None = None
     shrink: str | None = None
+    guard: float | None = None
+
+    @property
+    def unit(self) -> Unit:
+        """What the curve goes along."""
+        return KINDS[self.method].unit
 
 
 def curves(config: DetoxConfig) -> list[Curve]:
     """The curves of a config. A label names only the settings that vary."""
     result = []
     for method in dict.fromkeys(config.methods):
-        if method == "task_arithmetic":
-            result.append(Curve(_NAMES[method], method))
-            continue
-        for count, shrink in product(
-            dict.fromkeys(config.base_count), dict.fromkeys(config.shrink)
-        ):
-            varied = [f"base {count:g}x"] if len(config.base_count) > 1 else []
-            varied += [f"shrink {shrink or 'none'}"] if len(config.shrink) > 1 else []
-            result.append(Curve(", ".join([_NAMES[method], *varied]), method, count, shrink))
+        name, varied = KINDS[method].name, KINDS[method].varied
+        values: list[Sequence[Any]] = [tuple(dict.fromkeys(getattr(config, s))) for s in varied]
+        for chosen in product(*values):
+            found = dict(zip(varied, chosen, strict=True))
+            differs = [s for s, swept in zip(varied, values, strict=True) if len(swept) > 1]
+            words = [name, *(_IN_WORDS[setting](found[setting]) for setting in differs)]
+            result.append(Curve(", ".join(words), method, **found))
     return result
+
+
+def looks(config: DetoxConfig, curve: Curve) -> tuple[float, ...]:
+    """The scales or steps at which a curve is looked at first.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    found = config.scales if curve.unit == "scale" else config.steps
+    if not found:
+        raise ConfigError(
+            f"{curve.unit}s: {curve.method} needs one or more. Give them, or drop it from methods."
+        )
+    return tuple(dict.fromkeys(float(x) for x in found))
+
+
+def weighs(config: DetoxConfig, method: Method) -> bool:
+    """Whether a method needs the base's precision."""
+    if method == "adapt":  # which has a memory; its settings may say both
+        return bool(config.adapt.get("prior") == "stored")
+    return KINDS[method].weighs
 
 
 def needs_precision(config: DetoxConfig) -> bool:
     """Whether any of the methods weighs by precision."""
-    return any(m != "task_arithmetic" for m in config.methods)
+    return any(weighs(config, method) for method in config.methods)
+
+
+def needs_finetune(config: DetoxConfig) -> bool:
+    """Whether any of the methods subtracts what a fine-tune on the toxic text has changed."""
+    return any(KINDS[method].unit == "scale" for method in config.methods)
 
 
 def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
@@ -163,7 +245,7 @@ def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
         ConfigError: A setting that detox makes itself, an adapter, or a posterior that does not
             compare with the base's.
     """
-    given = _without(
+    given = without_ours(
         config.finetune,
         FinetuneConfig,
         "finetune",
@@ -181,7 +263,8 @@ def finetune_config(config: DetoxConfig, output: str) -> FinetuneConfig:
         raise ConfigError(
             "finetune: lora: an adapter's change is no checkpoint yet. Fine-tune the full weights."
         )
-    if needs_precision(config) and settings.posterior != "flush":
+    by_precision = any(KINDS[m].weighs for m in config.methods if KINDS[m].unit == "scale")
+    if by_precision and settings.posterior != "flush":
         raise ConfigError(
             f"finetune: posterior: '{settings.posterior}' does not compare with the base's "
             "precision, which is the root-GGN diagonal. Leave it at flush, or drop the methods "
@@ -196,7 +279,7 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     Raises:
         ConfigError: A setting that detox makes itself, or one that does not exist.
     """
-    given = _without(config.precision, PrecisionConfig, "precision", _OURS)
+    given = without_ours(config.precision, PrecisionConfig, "precision", _OURS)
     given |= {"model": config.base, "output": output, "trust_remote_code": config.trust_remote_code}
     return parse_config(PrecisionConfig, given, "precision")
 
@@ -208,7 +291,7 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
         ConfigError: A setting that detox makes itself or has no use for, or no texts, prompts or
             scorers.
     """
-    given = _without(config.evaluate, EvaluateConfig, "evaluate", _OURS)
+    given = without_ours(config.evaluate, EvaluateConfig, "evaluate", _OURS)
     given |= {"model": model, "output": output, "trust_remote_code": config.trust_remote_code}
     if config.held_out_toxic is not None:
         given |= _with_held_out(given, config.held_out_toxic)
@@ -241,10 +324,14 @@ def _with_held_out(given: dict[str, Any], rows: Rows) -> dict[str, Any]:
     return {"perplexity": texts, "where": where}
 
 
-def _without(
+def without_ours(
     given: dict[str, Any], config: type[Config], section: str, keys: tuple[str, ...]
 ) -> dict[str, Any]:
-    """A copy of these settings, which must not contain the keys that detox sets itself."""
+    """A copy of these settings, which must not contain the keys that detox sets itself.
+
+    Raises:
+        ConfigError: One of them is there.
+    """
     for key in given:
         if field_named(config, key) in keys:
             raise ConfigError(f"{section}: {key}: detox sets this itself. Drop it.")

@@ -53,12 +53,11 @@ def checkpoint_folder(config: FinetuneConfig) -> Iterator[Path]:
         yield beside if has_folder(config) else scratch.new
 
 
-def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:
-    """Make sure that the output may be written, and find the checkpoint to continue from.
+def refuse_output(config: FinetuneConfig) -> None:
+    """Refuse an output that exists already, or that would replace the model or the data.
 
-    Args:
-        config: Settings of the run.
-        held: Keeps other runs away from the checkpoints until it is closed.
+    Raises:
+        CheckpointError: It is one.
     """
     target = Path(config.output)
     if target.exists() and not config.force:
@@ -67,7 +66,17 @@ def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:
         )
     data = (config.data,) if isinstance(config.data, str) else config.data
     refuse_inputs(target, [config.model, *data])
-    folder = checkpoints_of(target)
+
+
+def open_output(config: FinetuneConfig, held: ExitStack) -> Checkpoint | None:
+    """Make sure that the output may be written, and find the checkpoint to continue from.
+
+    Args:
+        config: Settings of the run.
+        held: Keeps other runs away from the checkpoints until it is closed.
+    """
+    refuse_output(config)
+    folder = checkpoints_of(Path(config.output))
     if has_folder(config):
         make_checkpoint_folder(folder)
         held.enter_context(holding(folder))

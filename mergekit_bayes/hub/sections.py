@@ -111,7 +111,7 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
         f"{report.merged_tensors} tensors merged, {len(report.copied)} copied, "
         f"{len(report.left_out)} left out"
     )
-    if any((m.scale or 0) < 0 for m in report.models):
+    if report.largest_multiplier > 0:  # only a removal in natural parameters is guarded
         share = report.guarded_share
         acted = "less than 0.01%" if 0 < share < 5e-5 else f"{share:.2%}"  # never 0 if it acted
         yield (

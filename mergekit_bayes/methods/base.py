@@ -114,6 +114,7 @@ class Method(NamedTuple):
         is_posterior: Whether a merge can be merged again: natural parameters add up.
         can_be_undone: Whether the opposite scale takes a task out of a merge again.
         tasks: Number of tasks that it takes; None for any.
+        ignores: Settings of a merge by precision that it has no use for, which are refused.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Method(NamedTuple):
     is_posterior: bool = False
     can_be_undone: bool = False
     tasks: int | None = None
+    ignores: tuple[str, ...] = ()
 
     @property
     def writes_posterior(self) -> bool:

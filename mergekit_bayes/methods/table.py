@@ -9,6 +9,7 @@ from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.dare_linear import DARE_LINEAR
 from mergekit_bayes.methods.dare_ties import DARE_TIES
 from mergekit_bayes.methods.fisher import FISHER
+from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.slerp import SLERP
@@ -17,7 +18,9 @@ from mergekit_bayes.methods.ties import TIES
 
 # The methods that --weights and --base choose among.
 TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-METHODS = {m.name: m for m in (*TABLE, FISHER, TIES, DARE_LINEAR, DARE_TIES, SLERP)}
+METHODS = {
+    m.name: m for m in (*TABLE, FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP)
+}
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:

@@ -102,9 +102,10 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
 
 
 def _may_be_precision(shape: Sequence[int], precision: Sequence[int]) -> bool:
-    """Whether a tensor's precision may have this shape: as long or 1 on every axis."""
-    return len(precision) == len(shape) and all(
-        a in (1, b) for a, b in zip(precision, shape, strict=True)
+    """Whether a tensor's precision may have this shape: no axes, or as long or 1 on every one."""
+    return not precision or (
+        len(precision) == len(shape)
+        and all(a in (1, b) for a, b in zip(precision, shape, strict=True))
     )
 
 

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
+from mergekit_bayes.records import Progress
+
 T = TypeVar("T")
 
 _BARS: ContextVar[bool] = ContextVar("_BARS", default=True)
@@ -34,21 +36,39 @@ def with_bar(items: Iterable[T], what: str, total: int) -> Iterable[T]:
 
     There is none inside of `quiet_libraries(bars=False)`, and none where stderr is no terminal.
     """
-    if not (_BARS.get() and sys.stderr.isatty()):
-        return items
-    return _under_a_bar(items, what, total)
+    return _under_a_bar(items, what, total) if _has_bars() else items
+
+
+def _has_bars() -> bool:
+    return _BARS.get() and sys.stderr.isatty()
 
 
 def _under_a_bar(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    with bar(what, total) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(done, total)
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Progress]:
+    """A bar as of `with_bar`, moved by calls with (done, of).
+
+    Where `with_bar` shows none, the calls do nothing.
+    """
+    if not _has_bars():
+        yield lambda done, of: None
+        return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import Progress
 
     # Not redirected: rich's proxies would lie over the guard of the terminal, so that others' text
     # would pass beside it and the bar's own control characters would be shown as text.
-    with Progress(
+    with progress.Progress(
         console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    ) as progress:
-        yield from progress.track(items, total, description=what)
+    ) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done, of: shown.update(task, completed=done, total=of)
 
 
 @contextmanager

@@ -130,6 +130,9 @@ def check_options(
         raise ConfigError(
             f"'{config.base}' is both --base and a model; what it changed would be nothing."
         )
+    for name in method.ignores:
+        if getattr(config, name) != MergeConfig.model_fields[name].default:
+            raise ConfigError(f"--{name}: {method.name} has no use for it. Drop it.")
     _check_models_named(config)
     _check_anchor(config.anchor)
     parse_shrink(config.shrink)

@@ -160,7 +160,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if method.needs_precision:
             check_precisions(config, inputs, notes)
             inputs = weigh(config, inputs, notes)
-            guard = choose_guard(config, inputs, rules, notes)
+            if "guard" not in method.ignores:
+                guard = choose_guard(config, inputs, rules, notes)
         refuse_lost_heads(inputs)
         matched = match_tensors(config, method, inputs, rules, notes)
         compare_configs(config, inputs, matched.steps, notes)

@@ -65,6 +65,17 @@ def gradient_matching(base, tasks, scales, base_precision, precisions, guard):
     return result
 
 
+def fisher_negation(base, tasks, scales, base_precision, precisions):
+    """Each task vector times F_forget / (F_forget + F_retain); the base's precision is F_retain."""
+    result = {n: np.float64(base[n]) for n in base}
+    for scale, vector, precision in zip(scales, deltas(base, tasks), precisions, strict=True):
+        for n in base:
+            retain = np.float64(base_precision[n])
+            forget = np.clip(np.float64(precision[n]) - retain, 0, None)
+            result[n] += scale * vector[n] * forget / (forget + retain)
+    return result
+
+
 def deltas(base, tasks):
     """Task vectors."""
     return [{n: np.float64(t[n]) - np.float64(base[n]) for n in base} for t in tasks]
@@ -161,6 +172,9 @@ TWINS = {
         p.base, p.tasks, p.scales, p.base_precision, p.precisions, p.guard
     ),
     "fisher": lambda p: fisher(p.tasks, p.precisions, p.scales, p.settings["floor"]),
+    "fisher_negation": lambda p: fisher_negation(
+        p.base, p.tasks, p.scales, p.base_precision, p.precisions
+    ),
     "ties": lambda p: ties(p.base, p.tasks, p.scales, p.settings["density"], p.settings["scope"]),
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
