@@ -341,7 +341,7 @@ def test_a_removal_with_all_methods_from_end_to_end(tmp_path, monkeypatch):
     text = Path("out/report.md").read_text()
     assert "## All models, scored by `words:other.txt`" in text
 
-    looks = {(p.parent.name.split("-")[0]): p for p in Path("out/steps").glob("*/model/adapt.yaml")}
+    looks = {p.parts[2].split("-")[0] for p in Path("out/steps").glob("*/model/adapt.yaml")}
     assert set(looks) == set(ADAPTATIONS)
     for method in ADAPTATIONS:
         points = report["curves"][KINDS[method].name]
