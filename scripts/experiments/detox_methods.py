@@ -275,7 +275,6 @@ def adapt_config(world: World, method: Method, condition: str, seed: int, output
             "posterior": "none",
             "max_steps": looks[-1],
             "keep_steps": looks,
-            "check_every": looks[-1],
             "seed": seed,
             **options,
         }
