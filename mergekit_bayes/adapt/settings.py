@@ -242,6 +242,21 @@ class AdaptConfig(Config):
     trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
+    @property
+    def has_goals(self) -> bool:
+        """Whether anything but the number of steps ends the run."""
+        return any(goal is not None for goal in self.until.model_dump().values())
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether there is a goal, or anything that only checks look at."""
+        return self.has_goals or self.prompts is not None or self.held_out is not None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the K-prior has a memory."""
+        return self.memory is not None or self.memory_self_generated is not None
+
 
 class Check(Record):
     """What one check of the goals found.
@@ -276,12 +291,14 @@ class AdaptReport(Frozen):
         base: Observations that the base stands for.
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
+        prior: Its weight-space part: `stored`, `none` or one number, 1/weight^2.
         learning_rate: Learning rate at the start.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
             on the held-out memory: 0 is exact, and noise can bring it below; None where the
             held-out memory is too small to tell.
         estimator: What made the precision; None if none was stored.
+        without_precision: Why none was stored; None if one was.
         health: Statistics of the precision.
     """
 
@@ -297,8 +314,10 @@ class AdaptReport(Frozen):
     base: float
     kappa: float
     tau: float
+    prior: Literal["stored", "none"] | float
     learning_rate: float
     refused_steps: int
     reconstruction_error: float | None
     estimator: str | None
+    without_precision: str | None
     health: dict[str, float]
