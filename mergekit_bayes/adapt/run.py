@@ -64,20 +64,28 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         penalty = make_weight_part(
             config, run.loaded, run.places, run.units, run.parts.get("memory")
         )
+        # IVON takes a quadratic of its weights as its prior; that of an adapter is none.
+        in_prior = config.optimizer == "ivon" and config.lora is None
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
             teacher,
-            penalty,
+            None if in_prior else penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         callbacks = [KeepSteps(run)]
         trainer = make_trainer(
-            run, objective, arguments, callbacks, quiet=quiet, loss_before=loss_before
+            run,
+            objective,
+            arguments,
+            callbacks,
+            weights=penalty if in_prior else None,
+            quiet=quiet,
+            loss_before=loss_before,
         )
-        trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
+        trained = train(trainer, checkpoint, run.units.steps, is_ivon=config.optimizer == "ivon")
 
         def store() -> AdaptReport:
             error = measure_reconstruction(run, teacher, penalty)
