@@ -14,6 +14,7 @@ from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.data import CollateParts, Mixture, load_run
 from mergekit_bayes.adapt.objective import Objective
 from mergekit_bayes.adapt.run import run_adapt
+from mergekit_bayes.adapt.stopping import Outcome
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.adapt.trainer import ivon_arguments
@@ -317,7 +318,7 @@ def at_the_start(world, model, name, change=lambda model: None, **changes):
     """What an adaptation stores in `name` that made no step, but what `change` does."""
     run = load_run(config(world, model, **settings(world, name, **changes)))
     change(run.loaded.model)
-    return save_adapted(run, 0, None), world / name
+    return save_adapted(run, 0, Outcome(0, None, (), 0), None), world / name
 
 
 def stored(folder):

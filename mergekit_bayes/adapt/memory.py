@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mergekit_bayes.adapt.leverage import (
+    evaluating,
     read_variances,
     refuse_unknown_variance,
     self_influence,
@@ -94,6 +95,22 @@ class Memory(NamedTuple):
     facts: MemoryFacts
 
 
+def refuse_memory(config: AdaptConfig, loaded: Loaded) -> None:
+    """Refuse a memory that this model cannot write or choose.
+
+    Raises:
+        CheckpointError: The model's posterior cannot be read.
+        ConfigError: A classifier cannot write, or a choice by leverage without a posterior.
+        PrecisionError: The record of the posterior cannot be read.
+    """
+    if config.memory_self_generated is not None and loaded.task == "classification":
+        raise ConfigError(
+            "memory_self_generated: a classifier writes no text. Name rows in `memory`."
+        )
+    if config.memory_select == "leverage":
+        refuse_unknown_variance(config.model)
+
+
 def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """Read, write, filter, split and choose the memory.
 
@@ -126,12 +143,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """
     if config.memory is None and config.memory_self_generated is None:
         return None
-    if config.memory_self_generated is not None and loaded.task == "classification":
-        raise ConfigError(
-            "memory_self_generated: a classifier writes no text. Name rows in `memory`."
-        )
-    if config.memory_select == "leverage":
-        refuse_unknown_variance(config.model)  # before any text is written, which may take long
+    refuse_memory(config, loaded)  # before any text is written, which may take long
     row_count, examples = main_first(lambda: _from_rows(config, loaded))
     texts: list[str] = []
     if config.memory_self_generated is not None:
@@ -258,11 +270,9 @@ def _chosen(training: Examples, config: AdaptConfig, loaded: Loaded) -> Examples
 def _at_work(loaded: Loaded) -> Iterator[None]:
     """The model in eval mode on a GPU where there is one; afterwards as and where it was."""
     model, device = loaded.model, loaded.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval().to(choose_device(None))
-    try:
-        yield
-    finally:
-        model.to(device)
-        for module, was_training in modes.items():
-            module.training = was_training
+    with evaluating(model):
+        try:
+            model.to(choose_device(None))
+            yield
+        finally:
+            model.to(device)

@@ -3,9 +3,10 @@
 Dropout stays off: with it the divergence from the start would not be zero at the start.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mergekit_bayes.adapt.data import CollateParts, Mixture, Run
 from mergekit_bayes.adapt.objective import Objective, Terms
+from mergekit_bayes.adapt.teacher import Batch
 from mergekit_bayes.adapt.weights import WeightPart
 from mergekit_bayes.finetune.choices import ivon_choices
-from mergekit_bayes.finetune.hooks import CheckpointMarker, ProgressBar
+from mergekit_bayes.finetune.hooks import CheckpointMarker
 from mergekit_bayes.finetune.refusals import refuse_accelerator
+from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.finetune.training import training_arguments
 from mergekit_bayes.heads import Likelihood
 from mergekit_bayes.optim import IVON
@@ -27,20 +30,22 @@ from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+Loss: TypeAlias = Callable[[torch.nn.Module, Batch], Terms]
+
 
 class AdaptTrainer(Trainer):  # type: ignore[misc]
     """The Trainer of an adaptation with AdamW.
 
     Args:
         run: What is adapted, and how.
-        objective: J / N.
+        objective: J / N, of a model and a batch.
         arguments: Arguments of transformers' Trainer.
     """
 
     # The loss is an estimate of the whole objective on one micro-batch, so their mean is taken.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, run: Run, objective: Objective, **arguments: object) -> None:
+    def __init__(self, run: Run, objective: Loss, **arguments: object) -> None:
         self._objective = objective
         self._terms: list[Terms] = []  # since the last line of the log
         super().__init__(
@@ -56,7 +61,8 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The objective on one micro-batch."""
         model.eval()
-        terms = self._objective(model, inputs)
+        with self.accelerator.autocast():  # the teacher computes as the model does
+            terms = self._objective(model, inputs)
         self._terms.append(terms._replace(total=terms.total.detach()))
         return terms.total
 
@@ -76,6 +82,19 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
 
+class ForIvon(NamedTuple):
+    """What IVON needs besides a loss to call.
+
+    Attributes:
+        objective: J / N, which knows how much each observation's curvature counts.
+        weights: The weight-space part that becomes the prior and is not in the loss; None where it
+            is in the loss or there is none.
+    """
+
+    objective: Objective
+    weights: WeightPart | None
+
+
 class IvonAdaptTrainer(IvonTrainerMixin, AdaptTrainer):
     """The Trainer of an adaptation with IVON.
 
@@ -84,11 +103,17 @@ class IvonAdaptTrainer(IvonTrainerMixin, AdaptTrainer):
 
     Args:
         run: What is adapted, and how.
-        objective: J / N.
+        objective: J / N, of a model and a batch.
+        ivon: What IVON needs besides.
         arguments: Arguments of transformers' Trainer.
     """
 
     _inputs: dict[str, Tensor]  # of the micro-batch whose loss is computed
+
+    def __init__(self, run: Run, objective: Loss, ivon: ForIvon, **arguments: object) -> None:
+        self._ivon = ivon
+        settings = IVON, ivon_arguments(run, ivon.weights)
+        super().__init__(run, objective, optimizer_cls_and_kwargs=settings, **arguments)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -105,10 +130,9 @@ class IvonAdaptTrainer(IvonTrainerMixin, AdaptTrainer):
     def _add_curvature(self, scored: Tensor, of_loss: Likelihood, index: int) -> None:
         """One root-GGN draw on the scored logits, each observation by its weight in J."""
         scored = scored.float()
-        weights = self._objective.curvature_weights(self._inputs)
+        weights = self._ivon.objective.curvature_weights(self._inputs)
         root = self._root(scored, of_loss, index) * weights.sqrt()[:, None]
-        edited = self._objective.edited
-        unwrap(self.optimizer).add_curvature((root * scored).sum(), edited)
+        unwrap(self.optimizer).add_curvature((root * scored).sum(), self._ivon.objective.edited)
 
 
 def ivon_arguments(run: Run, weights: WeightPart | None) -> dict[str, Any]:
@@ -144,22 +168,23 @@ def ivon_arguments(run: Run, weights: WeightPart | None) -> dict[str, Any]:
     }
 
 
-def adapt_arguments(run: Run, folder: Path, *, quiet: bool) -> "TrainingArguments":
-    """The Trainer's arguments: those of a fine-tune, with the rate and the memory of few steps."""
-    arguments = training_arguments(run.training, folder, quiet=quiet)
-    arguments.learning_rate = run.units.learning_rate
+def adapt_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> "TrainingArguments":
+    """The Trainer's arguments, as of a fine-tune. Making them joins the process group.
+
+    The learning rate is told when the model is there (`make_trainer`).
+    """
+    arguments = training_arguments(config, folder, quiet=quiet)
     arguments.adam_beta2 = 0.99  # a run has some hundred steps
     return arguments
 
 
 def make_trainer(
     run: Run,
-    objective: Objective,
+    objective: Loss,
     arguments: "TrainingArguments",
     callbacks: list[TrainerCallback],
     *,
-    weights: WeightPart | None = None,
-    quiet: bool,
+    ivon: ForIvon | None = None,
     loss_before: float = 0.0,
 ) -> AdaptTrainer:
     """Make the Trainer of an adaptation.
@@ -169,8 +194,7 @@ def make_trainer(
         objective: J / N.
         arguments: From `adapt_arguments`.
         callbacks: What acts after a step.
-        weights: The weight-space part that becomes IVON's prior and is not in the objective.
-        quiet: Print nothing during training.
+        ivon: What IVON needs besides; None for AdamW.
         loss_before: Sum of the training loss over the steps of the checkpoint that is resumed.
 
     Raises:
@@ -182,20 +206,20 @@ def make_trainer(
         * run.config.gradient_accumulation
         * arguments.world_size
     )
+    arguments.learning_rate = run.units.learning_rate
     options: dict[str, object] = {
         "args": arguments,
         "train_dataset": Mixture(run.parts, items, run.config.seed),
     }
-    is_ivon = run.config.optimizer == "ivon"
-    if is_ivon:
-        options["optimizer_cls_and_kwargs"] = IVON, ivon_arguments(run, weights)
-    trainer = (IvonAdaptTrainer if is_ivon else AdaptTrainer)(run, objective, **options)
-    refuse_accelerator(trainer.accelerator, ivon=is_ivon)
+    if ivon is None:
+        trainer = AdaptTrainer(run, objective, **options)
+    else:
+        trainer = IvonAdaptTrainer(run, objective, ivon, **options)
+    refuse_accelerator(trainer.accelerator, ivon=ivon is not None)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
     for callback in callbacks:
         trainer.add_callback(callback)
-    if not quiet:
-        trainer.add_callback(ProgressBar(run.units.summary()))
+    # The last one: it vouches for what the others have written.
+    trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
     return trainer
