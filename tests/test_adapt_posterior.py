@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -698,3 +699,27 @@ def weights_in(folder):
     """The weights of a folder by name, as torch's tensors."""
     with SafetensorsSource(checkpoint_files(folder)) as source:
         return {name: torch.tensor(read_tensor(source, name)) for name in source.specs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_run_with_ivon_goes_on_bit_for_bit(world, start, tmp_path, lora):
+    changes = {
+        "optimizer": "ivon",
+        "output": str(tmp_path / "out"),
+        "memory": {"data": str(world / "memory.jsonl")},
+        "max_steps": 5,
+        "save_steps": 3,
+        "keep_checkpoints": True,
+        "gradient_accumulation": 2,
+        "lora": lora,
+    }
+    run_adapt(config(world, start[0], **changes), quiet=True)
+    through = weights_in(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out.checkpoints" / "checkpoint-3").is_dir()
+    for later in (tmp_path / "out.checkpoints").glob("checkpoint-5"):
+        shutil.rmtree(later)
+    run_adapt(config(world, start[0], resume=True, **changes), quiet=True)
+    for name, weights in weights_in(tmp_path / "out").items():
+        assert torch.equal(weights, through[name]), name
