@@ -97,10 +97,41 @@ EVALUATION = {
     "classification": {"d": {"accuracy": {"value": 0.5}, "ece": 0.1}},
     "toxicity": {"words:x/list.txt": {"share": {"value": 0.1}}},
 }
+ADAPTED = {
+    "steps": 20,
+    "kept_step": 10,
+    "reached": True,
+    "checks": [
+        {"step": 10, "toxic_share": 0.25, "held_out_rise": 0.5, "memory_kl": "Infinity"},
+        {"step": 20, "toxic_share": 0.1},
+    ],
+    "unit": "token",
+    "removed": 1234,
+    "added": 56,
+    "memory": 789,
+    "base": 6450.0,
+    "kappa": 8.17,
+    "tau": 1.0,
+    "prior": "stored",
+    "refused_steps": 2,
+    "reconstruction_error": 0.125,
+    "without_precision": "an adapter",
+}
 RECORDS = {
     "merge_report.json": REPORT,
     "merge_recipe.yaml": RECIPE,
     "finetune.yaml": {"model": "org/base", "optimizer": "ivon"},
+    "adapt.yaml": {
+        "model": "org/base",
+        "remove": {"data": ["org/rows", "/x/toxic.jsonl"]},
+        "contrast": {"data": "kept.jsonl"},
+        "memory": {"data": "rows.csv"},
+        "memory_self_generated": 9,
+        "removal": "contrast",
+        "optimizer": "adamw",
+        "pool": "row",
+    },
+    "adapt_report.json": ADAPTED,
     "adapter_config.json": {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"},
     "config.json": {"architectures": ["GPT2LMHeadModel"], "auto_map": {"AutoModel": "m.M"}},
     "report.json": EVALUATION,
@@ -240,6 +271,29 @@ def test_any_value_at_any_place_of_any_record_gives_a_card_or_one_message(model,
         if name == "merge_report.json":
             (model / "merge_recipe.yaml").unlink()
         (model / name).unlink()
+
+
+def test_a_card_tells_what_an_adaptation_did(model, write):
+    write("adapt.yaml", RECORDS["adapt.yaml"])
+    write("adapt_report.json", ADAPTED)
+    card = card_or_message(model)
+    for line in (
+        "adapted with AdamW",
+        "- removed: 1,234 tokens of `org/rows`, `toxic.jsonl` by negative preference optimisation",
+        "- added to match them: rows of `kept.jsonl`",
+        "- added: 56 tokens\n",
+        "- held by a memory of 789 tokens of `rows.csv` and of the model's own text, each counted "
+        "8.17 times (kappa) and the stored precision of its start, one number a row; tau 1",
+        "- the start counts as 6,450 tokens",
+        "- 20 steps, 2 of them undone, of which step 10 was kept; a goal was reached",
+        "- the check at that step: 25.0% of the continuations toxic, held-out loss +0.5 nats an "
+        "observation, KL on the memory Infinity nats an observation",
+        "gradient on the held-out memory: 0.125",
+        "- no precision is stored: an adapter",
+        "`adapt.yaml` without what was left out",
+    ):
+        assert line in card
+    assert "/x/" not in card
 
 
 def make_identity(model):

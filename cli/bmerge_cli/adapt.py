@@ -108,6 +108,8 @@ def _describe(config: AdaptConfig, report: AdaptReport, screen: Console) -> None
             f"posterior: {report.estimator}, median precision "
             f"{report.health['precision_median']:.3g} (1/weight^2)"
         )
+    elif config.posterior != "none":
+        screen.print(f"posterior: none is stored: {report.without_precision}")
     screen.print(f"check it: {_evaluation(config)}")
     screen.print(f"undo it: {_undo(config)}")
 

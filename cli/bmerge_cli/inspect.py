@@ -9,6 +9,7 @@ from rich.console import Console
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, table
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
+    edit_in_words,
     observations_in_words,
     prior_in_words,
 )
@@ -107,6 +108,8 @@ def _show_precision(screen: Console, precision: "PrecisionSummary") -> None:
             screen.print(f"  {title}: {pairs}", markup=False)
     for term in info.terms:
         screen.print(f"  term {term.label}, scale {term.scale:g}", markup=False)
+    for edit in info.edits:
+        screen.print(f"  adapted: {edit_in_words(edit, info.unit)}", markup=False)
 
 
 def _show_layers(screen: Console, report: "InspectReport") -> None:

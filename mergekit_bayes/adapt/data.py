@@ -82,6 +82,7 @@ class Run:
         base: Content hash of the start.
         info: The record of the start's posterior; None without one.
         places: Where the tensors of its precision belong in the model; empty without one.
+        precision: Content hash of its precision; None without one.
         identity: All that decides the bits of the run; only a run of the same may resume.
     """
 
@@ -96,6 +97,7 @@ class Run:
     base: Identity | None
     info: PosteriorInfo | None
     places: tuple[Place, ...]
+    precision: Identity | None
     identity: dict[str, object]
 
 
@@ -167,24 +169,36 @@ def load_run(config: AdaptConfig) -> Run:
     }
     identity = settings | {
         "model": base.blocks if base is not None else config.model,
-        "precision": precision,
+        "precision": precision and precision.blocks,
         "units": units.record(),
         "data": {name: digest(examples) for name, examples in parts.items()},
         "held": [digest(held.removed), digest(held.memory)],
         "prompts": sha256("\0".join(prompts).encode()).hexdigest(),
     }
     return Run(
-        config, training, loaded, parts, held, prompts, memory, units, base, info, places, identity
+        config,
+        training,
+        loaded,
+        parts,
+        held,
+        prompts,
+        memory,
+        units,
+        base,
+        info,
+        places,
+        precision,
+        identity,
     )
 
 
 class _Start(NamedTuple):
-    """The model, its posterior's record, places and identity, rows of each part, prompts."""
+    """The model, its posterior's record, places and precision, rows of each part, prompts."""
 
     loaded: Loaded
     info: PosteriorInfo | None
     places: tuple[Place, ...]
-    precision: str | None
+    precision: Identity | None
     parts: dict[str, Sequence[Example]]
     removed: Sequence[Example]
     prompts: list[str]
@@ -198,7 +212,7 @@ def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
         reads = config.prior in ("auto", "stored") or config.posterior == "flush"
         # Before an adapter renames the parameters.
         places = places_of(loaded, posterior) if reads else ()
-        precision = posterior.precision_identity if places else None
+        precision = Identity(blocks=posterior.precision_identity) if places else None
     # Refused early.
     chosen_prior(config, is_stored=bool(places), has_memory=config.has_memory)
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
+from mergekit_bayes.adapt.flush import flushed_parts, why_none
 from mergekit_bayes.adapt.kept import refuse_kept
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
-from mergekit_bayes.checkpoint.side_files import ADAPT
+from mergekit_bayes.adapt.weights import chosen_prior
+from mergekit_bayes.checkpoint.side_files import ADAPT, ADAPT_REPORT, MEMORY
 from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.finetune.checkpoints import checkpoints_of, has_folder
 from mergekit_bayes.finetune.refusals import refuse_before
@@ -205,7 +207,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         passes=_passes(config, run, checks, prompts),
         bytes=_bytes(config, model),
         goals=_goals(config),
-        stored=_stored(config, _entries(_trained(model))),
+        stored=_stored(config, run),
     )
 
 
@@ -249,10 +251,9 @@ def _entries(parameters: Iterator[Tensor] | Sequence[Tensor]) -> int:
 
 def _prior(config: AdaptConfig, run: Run) -> str:
     """The weight-space part in words: `auto` as it is resolved."""
-    if config.prior != "auto":
-        return config.prior if isinstance(config.prior, str) else f"{config.prior:g}"
     has_memory = config.memory is not None or config.memory_self_generated is not None
-    return "none" if has_memory or run.info is None else "stored"
+    prior = chosen_prior(config, is_stored=bool(run.places), has_memory=has_memory)
+    return prior if isinstance(prior, str) else f"{prior:g}"
 
 
 def _teacher(config: AdaptConfig) -> str:
@@ -280,9 +281,8 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
     if config.removal in ("npo", "contrast"):
         asked |= kinds & {"remove"}
     flushed = 0
-    if config.posterior == "flush":
-        edited = kinds & {"remove", "add"}
-        flushed = len(edited) * config.flush_batches * config.batch_size
+    if why_none(config, is_stored=bool(run.places)) is None:
+        flushed = len(flushed_parts(run.places, kinds)) * config.flush_batches * config.batch_size
     drawn = min(prompts, config.prompt_rows) * config.continuations
     return Passes(
         trained=of_a_kind * len(kinds),
@@ -318,20 +318,26 @@ def _goals(config: AdaptConfig) -> tuple[str, ...]:
     return tuple(goals)
 
 
-def _stored(config: AdaptConfig, trained: int) -> dict[str, str]:
+def _stored(config: AdaptConfig, run: Run) -> dict[str, str]:
     target = Path(config.output)
     model = "the model" if config.lora is None else "the adapter"
     stored = {
         str(target): f"{model} and its tokenizer",
         str(target / ADAPT): "the settings of the run",
+        str(target / ADAPT_REPORT): "what the run did",
     }
-    if config.posterior == "flush":
+    reason = why_none(config, is_stored=bool(run.places))
+    if reason is None:
+        trained = _entries(_trained(run.loaded.model))
+        start = "the start's" if run.places else "the memory's curvature"
         stored[str(target / "posterior")] = (
-            f"precision of {trained:,} weights, float32: the start's plus the curvature of added "
-            "rows less that of removed ones"
+            f"precision of {trained:,} weights, float32: {start} plus the curvature of added rows "
+            "less that of removed ones"
         )
+    else:
+        stored[str(target / "posterior")] = f"nothing: {reason}"
     if config.memory_self_generated is not None:
-        stored[str(target / "memory.jsonl")] = "the texts that the model wrote"
+        stored[str(target / MEMORY)] = "the texts that the model wrote"
     if config.keep_steps:
         steps = ", ".join(map(str, config.keep_steps))
         stored[str(target.with_name(f"{target.name}.steps"))] = f"{model} after step {steps}"

@@ -96,18 +96,27 @@ def _summed_loss(model: Module, batch: Mapping[str, Tensor]) -> Tensor:
 @contextmanager
 def _differentiable(model: Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """The model in eval mode, with gradients of these parameters; afterwards as before."""
-    was_training = {module: module.training for module in model.modules()}
     required = [parameter.requires_grad for parameter in parameters]
+    with evaluating(model):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, was_required in zip(parameters, required, strict=True):
+                parameter.requires_grad_(was_required)
+
+
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter, was in zip(parameters, required, strict=True):
-            parameter.requires_grad_(was)
-        for module, was in was_training.items():
-            module.training = was
+        for module, was_training in modes.items():
+            module.training = was_training
 
 
 def refuse_unknown_variance(ref: str) -> None:

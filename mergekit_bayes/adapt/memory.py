@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mergekit_bayes.adapt.leverage import (
+    evaluating,
     read_variances,
     refuse_unknown_variance,
     self_influence,
@@ -258,11 +259,9 @@ def _chosen(training: Examples, config: AdaptConfig, loaded: Loaded) -> Examples
 def _at_work(loaded: Loaded) -> Iterator[None]:
     """The model in eval mode on a GPU where there is one; afterwards as and where it was."""
     model, device = loaded.model, loaded.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval().to(choose_device(None))
-    try:
-        yield
-    finally:
-        model.to(device)
-        for module, was_training in modes.items():
-            module.training = was_training
+    with evaluating(model):
+        try:
+            model.to(choose_device(None))
+            yield
+        finally:
+            model.to(device)

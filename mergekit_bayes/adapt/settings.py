@@ -291,12 +291,14 @@ class AdaptReport(Frozen):
         base: Observations that the base stands for.
         kappa: Weight of one memory observation.
         tau: Weight of the K-prior.
+        prior: Its weight-space part: `stored`, `none` or one number, 1/weight^2.
         learning_rate: Learning rate at the start.
         refused_steps: Steps that were undone because the memory's KL leapt.
         reconstruction_error: Relative squared error of the K-prior's gradient at the end, measured
             on the held-out memory: 0 is exact, and noise can bring it below; None where the
             held-out memory is too small to tell.
         estimator: What made the precision; None if none was stored.
+        without_precision: Why none was stored; None if one was.
         health: Statistics of the precision.
     """
 
@@ -312,8 +314,10 @@ class AdaptReport(Frozen):
     base: float
     kappa: float
     tau: float
+    prior: Literal["stored", "none"] | float
     learning_rate: float
     refused_steps: int
     reconstruction_error: float | None
     estimator: str | None
+    without_precision: str | None
     health: dict[str, float]

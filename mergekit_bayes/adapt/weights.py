@@ -46,10 +46,12 @@ class Start(NamedTuple):
     Attributes:
         precision: S_0 of each place, by its name on disk, on the scale of N_0 observations.
         prior: The prior inside it, which no data added.
+        factor: The factor of what is stored of the data's part.
     """
 
     precision: dict[str, Tensor]
     prior: float
+    factor: float
 
 
 class WeightPart:
@@ -137,7 +139,7 @@ def read_start(config: AdaptConfig, places: Sequence[Place]) -> Start:
             .add_(prior)
             for place in places
         }
-    return Start(precision, prior)
+    return Start(precision, prior, counted * data)
 
 
 def by_parameter(

@@ -62,8 +62,9 @@ GROUPS = {
 
 # What a merge, a fine-tuning run or an adaptation records of itself.
 MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
-ADAPT = "adapt.yaml"
-RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE, ADAPT)
+ADAPT, ADAPT_REPORT = "adapt.yaml", "adapt_report.json"
+RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE, ADAPT, ADAPT_REPORT)
+MEMORY = "memory.jsonl"  # what a model wrote for an adaptation; never published unasked
 
 FETCHED = (
     "*.json",

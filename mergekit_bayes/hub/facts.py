@@ -9,11 +9,13 @@ from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE, RECORDS
+from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE, RECORDS
 from mergekit_bayes.hub.folder import (
+    AdaptRecord,
     MergeRecord,
     lone_precision_files,
     precision_info,
+    read_adaptation,
     read_merge,
     read_record,
     texts,
@@ -27,7 +29,7 @@ _PIPELINES = {  # the end of an architecture's class name -> the Hub's pipeline 
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
 }
-_SETTINGS = (MERGE_RECIPE, FINETUNE)
+_SETTINGS = (MERGE_RECIPE, FINETUNE, ADAPT)
 _ADAPTER_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
@@ -41,6 +43,8 @@ class Facts:
         report: `merge_report.json`; None if the folder is not a merge.
         recipe: `merge_recipe.yaml`, likewise.
         finetune: `finetune.yaml`; empty if the folder is not a fine-tune.
+        adapt: `adapt.yaml`; empty if the folder is not an adapted model.
+        adaptation: `adapt_report.json`, with what it leaves out as if nothing had been done.
         adapter: `adapter_config.json`; empty for a whole model.
         is_adapter: The weights are those of an adapter.
         parents: The models it was made from.
@@ -56,6 +60,8 @@ class Facts:
     report: MergeRecord | None
     recipe: Mapping[str, object]
     finetune: Mapping[str, object]
+    adapt: Mapping[str, object]
+    adaptation: AdaptRecord
     adapter: Mapping[str, object]
     is_adapter: bool
     parents: tuple[Parent, ...]
@@ -85,7 +91,7 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
     for file in (*precision, *_documents(folder, only=only)):
         contained(folder, file.relative_to(folder))
     report = None if only else read_merge(folder)
-    recipe, finetune = ({} if only else read_record(folder / name) for name in _SETTINGS)
+    recipe, finetune, adapt = ({} if only else read_record(folder / name) for name in _SETTINGS)
     made_from = parents(folder, posterior_only=only_posterior)
     adapter = read_record(folder / "adapter_config.json")
     mean_identity = None
@@ -101,6 +107,8 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         report=report,
         recipe=recipe,
         finetune=finetune,
+        adapt=adapt,
+        adaptation=(None if only else read_adaptation(folder)) or AdaptRecord(),
         adapter=adapter,
         is_adapter=bool(adapter) and not (folder / "model.safetensors").exists(),
         parents=made_from,

@@ -11,7 +11,7 @@ from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import PUBLISHED, RECORDS
+from mergekit_bayes.checkpoint.side_files import MEMORY, PUBLISHED, RECORDS
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, shown
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
@@ -212,6 +212,8 @@ def _left_out(folder: Path, chosen: set[Path], *, posterior: bool, only: bool) -
             (".checkpoints", ".partial")
         ):
             reason = "a checkpoint or an unfinished output"
+        elif path.name == MEMORY:
+            reason = "text that the model wrote, which may hold anything"
         else:
             reason = "not a file of a model"
         reasons[path.name + "/" * os.path.isdir(path)] = reason

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mergekit_bayes import documents
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
+from mergekit_bayes.checkpoint.side_files import ADAPT_REPORT, MERGE_REPORT
 from mergekit_bayes.documents import DocumentError, read_mapping, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import PosteriorInfo, read_info
@@ -60,6 +60,35 @@ class MergeRecord(_Record):
     largest_error: float = 0.0
 
 
+class CheckRecord(_Record):
+    """A check in `adapt_report.json`; what is not finite is text."""
+
+    step: int = 0
+    toxic_share: float | None = None
+    held_out_rise: float | str | None = None
+    memory_kl: float | str | None = None
+
+
+class AdaptRecord(_Record):
+    """`adapt_report.json`, as far as a card shows it."""
+
+    steps: int = 0
+    kept_step: int = 0
+    reached: bool | None = None
+    checks: list[CheckRecord] = []
+    unit: str = "observation"
+    removed: int = 0
+    added: int = 0
+    memory: int = 0
+    base: float = 0.0
+    kappa: float = 0.0
+    tau: float = 1.0
+    prior: str | float = "none"
+    refused_steps: int = 0
+    reconstruction_error: float | None = None
+    without_precision: str | None = None
+
+
 def read_record(file: Path) -> dict[str, object]:
     """The content of a JSON or YAML file; empty if the file does not exist.
 
@@ -80,6 +109,16 @@ def read_merge(folder: Path) -> MergeRecord | None:
         return None
     record = documents.read_record(MergeRecord, file)
     return record if record.models or record.adapters else None
+
+
+def read_adaptation(folder: Path) -> AdaptRecord | None:
+    """What a folder's `adapt_report.json` says; None without one.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a value in it has another type.
+    """
+    file = folder / ADAPT_REPORT
+    return documents.read_record(AdaptRecord, file) if file.exists() else None
 
 
 def texts(value: object) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.layout import precision_files
-from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
+from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.folder import (
     MergeRecord,
     lone_precision_files,
@@ -71,8 +71,9 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
         )
     if report is not None:
         return _merged_adapters(report, read_record(folder / MERGE_RECIPE))
-    if model := text_or_none(read_record(folder / FINETUNE).get("model")):
-        return tuple(named_parents(model, "base", None, None))
+    for name in (FINETUNE, ADAPT):
+        if model := text_or_none(read_record(folder / name).get("model")):
+            return tuple(named_parents(model, "base", None, None))
     base = adapter_base(read_record(folder / "adapter_config.json"))
     return () if base is None else (base,)
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from mergekit_bayes.checkpoint.side_files import FINETUNE, MERGE_RECIPE
+from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE
+from mergekit_bayes.hub.adaptation import adaptation
 from mergekit_bayes.hub.commands import further_section, posterior_code, use_section
 from mergekit_bayes.hub.facts import Facts
 from mergekit_bayes.hub.folder import MergedModel, MergeRecord
@@ -13,6 +14,7 @@ from mergekit_bayes.hub.markdown import block, code, one_line, table, text
 from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
+    edit_in_words,
     observations_in_words,
     prior_in_words,
 )
@@ -47,7 +49,9 @@ def _parts(facts: Facts) -> Iterator[str]:
         if len(report.notes) > _NOTES:
             notes.append(f"... and {len(report.notes) - _NOTES} more")
         yield "Notes of the merge:\n\n" + "\n".join(f"- {note}" for note in notes)
-    if facts.recipe or facts.finetune:
+    if facts.adapt:
+        yield adaptation(facts)
+    if facts.recipe or facts.finetune or facts.adapt:
         yield _recipe(facts)
     yield use_section(facts)
     if facts.has_posterior:
@@ -73,6 +77,13 @@ def _how_it_was_made(facts: Facts) -> str:
         what = "an adapter (LoRA) " if facts.is_adapter else ""
         optimizer = _OPTIMIZERS.get(str(facts.finetune.get("optimizer", "ivon")), "?")
         return f"{title}{tool} fine-tuned {what}with {optimizer}."
+    if facts.adapt:
+        what = "an adapter (LoRA) " if facts.is_adapter else ""
+        optimizer = _OPTIMIZERS.get(str(facts.adapt.get("optimizer", "adamw")), "?")
+        return (
+            f"{title}{tool} adapted {what}with {optimizer}: rows were removed or added in a few "
+            "steps, and the rest was held where it was (a K-prior)."
+        )
     if facts.only_posterior:
         return (
             f"{title}A precision for a model that lies elsewhere, made with {tool}; there are no "
@@ -125,8 +136,9 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
 
 
 def _recipe(facts: Facts) -> str:
-    name = MERGE_RECIPE if facts.recipe else FINETUNE
-    content = published_recipe(facts.recipe or facts.finetune, facts.parents)
+    named = ((MERGE_RECIPE, facts.recipe), (FINETUNE, facts.finetune), (ADAPT, facts.adapt))
+    name, settings = next((name, content) for name, content in named if content)
+    content = published_recipe(settings, facts.parents)
     lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
     head = f"## Recipe\n\n`{name}` without what was left out, local paths by their last part:"
     return f"{head}\n\n{block(lines, 'yaml', backticks=4)}"
@@ -153,6 +165,8 @@ def _info_rows(info: PosteriorInfo) -> Iterator[tuple[str, str]]:
         yield "scaled by (ess)", _number(info.ess)
     yield "prior", prior_in_words(info)
     yield "anchor", anchor_in_words(info)
+    for edit in info.edits:
+        yield "adaptation", text(edit_in_words(edit, info.unit))
     yield "weights, by sampled blocks", code(info.mean.blocks)
     for name, value in info.health.items():
         yield text(name), _number(value)

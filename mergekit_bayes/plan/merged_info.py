@@ -13,6 +13,7 @@ from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.weigh import precision_identity
 from mergekit_bayes.posterior import (
     Anchor,
+    Edit,
     Identity,
     MergeTrace,
     Posterior,
@@ -73,7 +74,19 @@ def merged_info(config: MergeConfig, inputs: Inputs, ties: Ties, *, uneven: bool
             uneven=uneven,
             guarded_share=_BLANK_SHARE,
         ),
+        edits=_edits(inputs),
     )
+
+
+def _edits(inputs: Inputs) -> tuple[Edit, ...]:
+    """The adaptations that the base and the tasks added went through, each once.
+
+    How much of their starts' precision is left is not the merge's to say.
+    """
+    infos = [m.precision_info for m in inputs if m is inputs.base or m.scale > 0]
+    update = {"start_precision": None, "start_count": None}
+    edits = (edit for info in infos if info is not None for edit in info.edits)
+    return tuple(dict.fromkeys(edit.model_copy(update=update) for edit in edits))
 
 
 def _shares(inputs: Inputs) -> list[float]:

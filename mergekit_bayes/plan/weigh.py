@@ -86,6 +86,9 @@ class _Weigher:
         if posterior.info is None:
             return self._without_info(posterior, factor)
         if posterior.info.merge is None:
+            contained = self._edited_base(posterior.info)
+            if contained is not None:
+                return self._edited(posterior, posterior.info, *contained)
             return self._trained(posterior, posterior.info, factor)
         return self._merged(posterior, posterior.info, posterior.info.merge, factor)
 
@@ -119,6 +122,59 @@ class _Weigher:
             prior=prior * recorded / unit,
             count=count,
             anchor=self._anchor(model, count / unit),
+        )
+
+    def _edited_base(self, info: PosteriorInfo) -> tuple[float, float] | None:
+        """How much of the base's precision is inside that of an adapted model.
+
+        Returns:
+            The factor before the data's part of what the base stores, and the observations that
+            this stands for; None where this merge's base is none of the starts on record.
+        """
+        if self._base is None:
+            return None
+        base = self._base.posterior
+        factor = 1.0
+        for edit in reversed(info.edits):
+            if edit.start_count is None:
+                return None
+            factor *= edit.start_count
+            if edit.start is None or edit.start.blocks != base.identity:
+                continue
+            if edit.start_precision == precision_identity(base):
+                return factor, edit.base
+        return None
+
+    def _edited(
+        self, model: Posterior, info: PosteriorInfo, contained: float, base_count: float
+    ) -> Weighing:
+        """An adapted model on its own start, whose precision is inside it and counts once.
+
+        What is left is `H_add - H_remove`, which may be negative.
+        """
+        assert self._base is not None
+        requested = requested_count(self._config, model)
+        if requested != "1x":
+            raise ConfigError(
+                f"--observations {model.ref}={requested}: its precision holds that of "
+                f"'{self._base.ref}', which it was adapted from, and counts as that does. Set "
+                f"--observations {self._base.ref} instead."
+            )
+        if self._config.shrink is not None or self._config.pool is not None:
+            raise MismatchError(
+                f"'{model.ref}' was adapted from '{self._base.ref}', whose precision it holds as "
+                "stored, and this merge has "
+                f"{_reshaping(self._config.shrink, self._config.pool)}. Leave that out."
+            )
+        gain = self._base.weighing.gain / contained
+        added = (info.observations or base_count) - base_count
+        return Weighing(
+            gain,
+            info.prior.precision,
+            contains_base=contained,
+            reshape=False,
+            count=gain * added,
+            anchor=self._anchor(model, gain),
         )
 
     def _merged(

@@ -1,9 +1,9 @@
 """The posterior of a model: a mean, a precision of the same names, and their information."""
 
+from mergekit_bayes.posterior.edits import Edit, EditedRows, EditMemory, Identity
 from mergekit_bayes.posterior.info import (
     FORMAT,
     Anchor,
-    Identity,
     MergeTrace,
     PosteriorInfo,
     Prior,
@@ -18,6 +18,9 @@ from mergekit_bayes.posterior.save import save_posterior, write_info
 __all__ = [
     "FORMAT",
     "Anchor",
+    "Edit",
+    "EditMemory",
+    "EditedRows",
     "Identity",
     "MergeTrace",
     "Posterior",

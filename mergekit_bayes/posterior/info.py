@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
@@ -10,6 +12,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSource
 from mergekit_bayes.documents import SETTINGS, DocumentError, as_record, parse_json
 from mergekit_bayes.errors import CheckpointError, PrecisionError, shown
+from mergekit_bayes.posterior.edits import Edit, Identity
 from mergekit_bayes.records import Frozen
 
 FORMAT = 1
@@ -17,18 +20,6 @@ LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
 _LARGEST = 3.4e38  # about the largest float32, in which merges are computed
-
-
-class Identity(Frozen):
-    """Content hash of a set of tensors.
-
-    Attributes:
-        blocks: SHA-256 over sixteen blocks of each tensor.
-        full: SHA-256 over all bytes; None where it was not asked for.
-    """
-
-    blocks: str
-    full: str | None = None
 
 
 class Prior(Frozen):
@@ -128,6 +119,7 @@ class PosteriorInfo(Frozen):
         aliases: Tied names: the alias to the name under which the tensor is stored.
         terms: The posteriors of a merge.
         merge: How a merge counted them.
+        edits: The adaptations inside, the oldest first. A record without any has no such key.
     """
 
     format: int = FORMAT
@@ -147,6 +139,7 @@ class PosteriorInfo(Frozen):
     aliases: dict[str, str] = {}
     terms: tuple[Term, ...] = ()
     merge: MergeTrace | None = None
+    edits: Annotated[tuple[Edit, ...], Field(exclude_if=lambda edits: not edits)] = ()
 
     def to_metadata(self) -> dict[str, str]:
         """The record as the string-to-string metadata of a safetensors file."""
@@ -249,6 +242,13 @@ def _check_numbers(info: PosteriorInfo) -> None:
     }
     for i, term in enumerate(info.terms):
         numbers |= {f"terms.{i}.scale": term.scale, f"terms.{i}.gain": term.gain}
+    for i, edit in enumerate(info.edits):
+        numbers |= {
+            f"edits.{i}.{name}": getattr(edit, name)
+            for name in ("kappa", "tau", "base", "start_count")
+        }
+        if edit.start_count is not None and edit.start_count <= 0:
+            raise DocumentError(f"edits.{i}.start_count is {edit.start_count}, not above zero")
     for name, number in numbers.items():
         if number is not None and not abs(number) <= _LARGEST:
             raise DocumentError(f"{name} is {number}, which no merge can count with")

@@ -1,5 +1,6 @@
 """A posterior's record in words, for the screen and the card."""
 
+from mergekit_bayes.posterior.edits import Edit
 from mergekit_bayes.posterior.info import PosteriorInfo
 
 _NOTHING = 1e-6  # observations: what rounding leaves of counts that cancel
@@ -50,6 +51,38 @@ def anchor_in_words(info: PosteriorInfo) -> str:
     if anchor.precision is None:
         return f"the training pulled towards {towards}"
     return f"the training pulled towards {towards} with {anchor.precision:.4g} an entry"
+
+
+def edit_in_words(edit: Edit, unit: str | None) -> str:
+    """What an adaptation removed and added, and what held the model meanwhile.
+
+    Args:
+        edit: The adaptation.
+        unit: What one observation is.
+    """
+    noun = f"{unit or 'observation'}s"
+    verbs = {"remove": "removed", "contrast": "added to match", "add": "added"}
+    done = [
+        f"{verbs[rows.kind]} {rows.observations:,} {noun} of {rows.label}"
+        + (f" ({edit.removal})" if rows.kind == "remove" and edit.removal else "")
+        for rows in edit.rows
+    ]
+    held = []
+    if (memory := edit.memory) is not None:
+        whose = {"rows": "rows", "self_generated": "its own text", "both": "rows and its own text"}
+        held.append(
+            f"a memory of {memory.observations:,} {noun} ({whose[memory.kind]}), "
+            f"kappa {edit.kappa:.4g}"
+        )
+    if edit.prior != "none":
+        weights = "its stored precision" if edit.prior == "stored" else f"{edit.prior:.4g} a weight"
+        held.append(weights + (f" (one number a {edit.pool})" if edit.pool else ""))
+    source = "" if edit.base_is_recorded else ", assumed"
+    holding = f"held by {' and '.join(held)}, tau {edit.tau:g}" if held else "held by nothing"
+    return (
+        f"{' and '.join(done)}; {holding}; {edit.steps:,} steps from a start that stood for "
+        f"{_rounded(edit.base)} {noun}{source}"
+    )
 
 
 def _rounded(count: float) -> str:
