@@ -193,7 +193,7 @@ def load_run(config: AdaptConfig) -> Run:
 
 
 class _Start(NamedTuple):
-    """The model, its posterior's record, places and precision, rows of each part, prompts."""
+    """The model, its posterior's record, places and precision, each part's rows, prompts."""
 
     loaded: Loaded
     info: PosteriorInfo | None
