@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.flush import flushed_parts, why_none
+from mergekit_bayes.adapt.kept import refuse_kept
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.weights import chosen_prior
@@ -161,6 +162,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
     refuse_before(training)
     refuse_settings(config)
     refuse_output(training)
+    refuse_kept(config)
     loadable = config.model_copy(
         update={
             "memory_self_generated": None,
@@ -262,8 +264,7 @@ def _teacher(config: AdaptConfig) -> str:
 
 def _checks(config: AdaptConfig) -> int:
     """Checks if all steps are made: one of the start, one every so many steps, one at the end."""
-    until = config.until
-    if until.toxic_share is until.held_out_rise is until.memory_kl is None:
+    if not config.has_checks:
         return 0
     return 1 + math.ceil(config.max_steps / config.check_every)
 
@@ -287,7 +288,7 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
         trained=of_a_kind * len(kinds),
         teacher=of_a_kind * len(asked),
         checked=checks * (len(run.held.removed) + len(run.held.memory)),
-        continuations=checks * drawn if config.until.toxic_share is not None else 0,
+        continuations=checks * drawn,
         flushed=flushed,
     )
 

@@ -75,12 +75,12 @@ def measure_reconstruction(
     memory, held_out = adaptation.parts.get("memory"), adaptation.held.memory
     if not memory or len(held_out) < 2:
         return None
-    config, units, loaded = adaptation.config, adaptation.units, adaptation.loaded
-    chosen = random_examples(_numbered(memory), min(len(memory), _EXAMPLES), config.seed)
-    shuffled = random_examples(_numbered(held_out), len(held_out), config.seed)
+    seed, units, loaded = adaptation.config.seed, adaptation.units, adaptation.loaded
+    chosen = random_examples(_numbered(memory), min(len(memory), _EXAMPLES), seed)
+    shuffled = random_examples(_numbered(held_out), len(held_out), seed)
     count = min(_GROUPS, len(shuffled))
     loaded.model.eval()  # the start's predictions are made without dropout
-    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=config.bf16):
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=adaptation.config.bf16):
         return reconstruct(
             loaded.model,
             teacher,
@@ -163,13 +163,14 @@ def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _numbered(examples: Sequence[Example]) -> list[Example]:
-    """The examples with their place, by which a stored teacher knows them."""
+    """The examples with their places, by which a stored teacher knows them."""
     return [{**example, "index": i} for i, example in enumerate(examples)]
 
 
 def _batches(adaptation: Run, examples: Sequence[Example], part: int) -> Iterator[Batch]:
-    collate, size = Collate(adaptation.loaded.pad), adaptation.config.batch_size
+    collate, device = Collate(adaptation.loaded.pad), adaptation.loaded.device
+    size = adaptation.config.batch_size
     for i in range(0, len(examples), size):
         some = examples[i : i + size]
         batch = batch_of(collate, some, [part] * len(some))
-        yield {name: tensor.to(adaptation.loaded.device) for name, tensor in batch.items()}
+        yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -242,6 +242,21 @@ class AdaptConfig(Config):
     trust_remote_code: TrustRemoteCode = False
     force: Force = False
 
+    @property
+    def has_goals(self) -> bool:
+        """Whether anything but the number of steps ends the run."""
+        return any(goal is not None for goal in self.until.model_dump().values())
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether there is a goal, or anything that only checks look at."""
+        return self.has_goals or self.prompts is not None or self.held_out is not None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the K-prior has a memory."""
+        return self.memory is not None or self.memory_self_generated is not None
+
 
 class Check(Record):
     """What one check of the goals found.
