@@ -325,6 +325,7 @@ def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, 
 # The rooms that write files, and why others cannot have put links where they write. A new room is
 # added here with its reason; `replacing` yields a path in a folder that mkdtemp has just made.
 WRITERS = {
+    "adapt/store": "into the folder of `replacing`",
     "checkpoint/contained": "a new file, below the folder of `replacing` or OUT.partial",
     "checkpoint/own_files": "it checks what it opens",
     "checkpoint/scratch": "in a new folder of mkdtemp; it follows no link to a lock left over",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
+from mergekit_bayes.adapt.refusals import refuse_model
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.adapt.weights import chosen_prior, places_of
@@ -44,6 +46,7 @@ _FREE = {
     "logging_steps",
     "memory_filter",
     "prompts",
+    "prompt_column",
     "remove",
     "add",
     "memory",
@@ -74,6 +77,7 @@ class Run:
         loaded: The model that is adapted, with its adapter if there is one.
         parts: Encoded examples that are trained on, by the part's name.
         held: Encoded examples that are not.
+        prompts: What checks have continued; empty without `prompts`.
         memory: How the memory was made; None without one.
         units: The weights of the parts.
         base: Content hash of the start.
@@ -88,6 +92,7 @@ class Run:
     loaded: Loaded
     parts: Mapping[str, Sequence[Example]]
     held: Held
+    prompts: Sequence[str]
     memory: Memory | None
     units: Units
     base: Identity | None
@@ -148,7 +153,7 @@ def load_run(config: AdaptConfig) -> Run:
     """
     training = training_config(config)
     start = main_first(lambda: _load(config, training))
-    loaded, info, places, precision, parts, removed = start
+    loaded, info, places, precision, parts, removed, prompts = start
     memory = build_memory(config, loaded)  # of which rank 0 tells the others
     if memory is not None:
         parts["memory"] = memory.examples
@@ -169,6 +174,7 @@ def load_run(config: AdaptConfig) -> Run:
         "units": units.record(),
         "data": {name: digest(examples) for name, examples in parts.items()},
         "held": [digest(held.removed), digest(held.memory)],
+        "prompts": sha256("\0".join(prompts).encode()).hexdigest(),
     }
     return Run(
         config,
@@ -176,6 +182,7 @@ def load_run(config: AdaptConfig) -> Run:
         loaded,
         parts,
         held,
+        prompts,
         memory,
         units,
         base,
@@ -187,7 +194,7 @@ def load_run(config: AdaptConfig) -> Run:
 
 
 class _Start(NamedTuple):
-    """The model, its posterior's record, places and precision, and the rows of each part."""
+    """The model, its posterior's record, places and precision, each part's rows, prompts."""
 
     loaded: Loaded
     info: PosteriorInfo | None
@@ -195,24 +202,33 @@ class _Start(NamedTuple):
     precision: Identity | None
     parts: dict[str, Sequence[Example]]
     removed: Sequence[Example]
+    prompts: list[str]
 
 
 def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
     loaded = load_base(training)
+    refuse_model(config, loaded)
     with open_posterior(config.model, precision=config.precision) as posterior:
         info = posterior.info if posterior.has_precision else None
         reads = config.prior in ("auto", "stored") or config.posterior == "flush"
         # Before an adapter renames the parameters.
         places = places_of(loaded, posterior) if reads else ()
         precision = Identity(blocks=posterior.precision_identity) if places else None
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    chosen_prior(config, is_stored=bool(places), has_memory=has_memory)  # refused early
+    # Refused early.
+    chosen_prior(config, is_stored=bool(places), has_memory=config.has_memory)
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
     parts: dict[str, Sequence[Example]] = {
         name: _encode(config, loaded, rows) for name, rows in named.items() if rows
     }
     removed = _held_out(config, loaded, parts)
-    return _Start(loaded, info, places, precision, parts, removed)
+    return _Start(loaded, info, places, precision, parts, removed, _prompts(config))
+
+
+def _prompts(config: AdaptConfig) -> list[str]:
+    if config.prompts is None:
+        return []
+    rows = load_rows(config.prompts, max_rows=config.prompt_rows, text=config.prompt_column)
+    return list(rows[config.prompt_column])
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

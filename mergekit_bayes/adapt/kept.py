@@ -21,25 +21,36 @@ def steps_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.steps")
 
 
-def open_kept(config: AdaptConfig) -> None:
-    """Make sure that the steps may be kept, and with `force` remove those of an earlier run.
+def refuse_kept(config: AdaptConfig) -> None:
+    """Refuse to keep steps where there is something.
 
     A run that is resumed finds there what it has kept itself.
 
     Raises:
-        CheckpointError: There is something and neither `force` nor `resume` is set, the model or
-            the rows lie there, or the folder belongs to another account.
+        CheckpointError: There is something and neither `force` nor `resume` is set, or the model
+            or the rows lie there.
+    """
+    folder = steps_of(Path(config.output))
+    if not config.keep_steps:
+        return
+    if os.path.lexists(folder) and not (config.resume or config.force):
+        raise CheckpointError(
+            f"'{folder}' exists, where keep_steps stores. Choose another output, or pass --force "
+            "to replace it."
+        )
+    refuse_inputs(folder, [config.model, *sources(config)])
+
+
+def open_kept(config: AdaptConfig) -> None:
+    """Make the folder of the kept steps, and remove those of an earlier run.
+
+    Raises:
+        CheckpointError: As `refuse_kept`, or the folder belongs to another account.
     """
     if not config.keep_steps:
         return
+    refuse_kept(config)
     folder = steps_of(Path(config.output))
-    if os.path.lexists(folder) and not config.resume:
-        if not config.force:
-            raise CheckpointError(
-                f"'{folder}' exists, where keep_steps stores. Choose another output, or pass "
-                "--force to replace it."
-            )
-    refuse_inputs(folder, [config.model, *sources(config)])
     make_checkpoint_folder(folder)
     if config.resume:
         return

@@ -22,6 +22,7 @@ from mergekit_bayes.adapt.units import Units
 from mergekit_bayes.curvature.outputs import trained_loss
 
 PARTS = ("remove", "contrast", "add", "memory")  # the number of a part is its place here
+HELD = len(PARTS)  # number of the held-out part of the memory, which no objective looks at
 
 
 class Terms(NamedTuple):

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, batch_of
-from mergekit_bayes.adapt.objective import PARTS
+from mergekit_bayes.adapt.objective import HELD, PARTS
 from mergekit_bayes.adapt.teacher import Batch, Teacher, run, scored
 from mergekit_bayes.models.encode import Collate, Example
 from mergekit_bayes.models.estimate import random_examples
@@ -75,17 +75,16 @@ def measure_reconstruction(
     memory, held_out = adaptation.parts.get("memory"), adaptation.held.memory
     if not memory or len(held_out) < 2:
         return None
-    numbered = [{**example, "index": i} for i, example in enumerate(memory)]
     seed, units = adaptation.config.seed, adaptation.units
-    chosen = random_examples(numbered, min(len(memory), MOST), seed)
-    shuffled = random_examples(held_out, len(held_out), seed)
+    chosen = random_examples(_numbered(memory), min(len(memory), MOST), seed)
+    shuffled = random_examples(_numbered(held_out), len(held_out), seed)
     count = min(_GROUPS, len(shuffled))
     adaptation.loaded.model.eval()  # the start's predictions are made without dropout
     return reconstruct(
         adaptation.loaded.model,
         teacher,
-        _batches(adaptation, chosen),
-        [_batches(adaptation, shuffled[i::count]) for i in range(count)],
+        _batches(adaptation, chosen, PARTS.index("memory")),
+        [_batches(adaptation, shuffled[i::count], HELD) for i in range(count)],
         memory_weight=units.kappa * units.memory,
         base_weight=units.base,
         penalty=penalty,
@@ -162,9 +161,14 @@ def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
 
 
-def _batches(adaptation: Run, examples: Sequence[Example]) -> Iterator[Batch]:
+def _numbered(examples: Sequence[Example]) -> list[Example]:
+    """The examples with their places, by which a stored teacher knows them."""
+    return [{**example, "index": i} for i, example in enumerate(examples)]
+
+
+def _batches(adaptation: Run, examples: Sequence[Example], part: int) -> Iterator[Batch]:
     collate, device = Collate(adaptation.loaded.pad), adaptation.loaded.device
-    size, part = adaptation.config.batch_size, PARTS.index("memory")
+    size = adaptation.config.batch_size
     for i in range(0, len(examples), size):
         some = examples[i : i + size]
         batch = batch_of(collate, some, [part] * len(some))

@@ -2,20 +2,26 @@
 
 from contextlib import ExitStack
 
+from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.kept import KeepSteps, open_kept
+from mergekit_bayes.adapt.leap import LeapGuard
 from mergekit_bayes.adapt.objective import Objective
 from mergekit_bayes.adapt.reconstruction import measure_reconstruction
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
+from mergekit_bayes.adapt.stopping import Stopping
 from mergekit_bayes.adapt.store import save_adapted
+from mergekit_bayes.adapt.stored import stored_teacher
 from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
 from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
 from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
+from mergekit_bayes.finetune.hooks import ProgressBar
 from mergekit_bayes.finetune.ranks import is_main, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.session import (
+    Trained,
     check_checkpoint,
     checkpoint_folder,
     open_output,
@@ -54,11 +60,11 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         ExitStack() as held,
     ):
         transformers.set_seed(config.seed)
+        arguments = adapt_arguments(training, folder, quiet=quiet)
         checkpoint = on_main(lambda: open_output(training, held))
         on_main(lambda: open_kept(config))
         run = load_run(config)
         check_checkpoint(checkpoint, run.identity)
-        arguments = adapt_arguments(run, folder, quiet=quiet)
         run.loaded.model.to(choose_device(None))
         teacher = _teacher(run)
         penalty = make_weight_part(
@@ -73,15 +79,21 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
             penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
-        callbacks = [KeepSteps(run)]
-        trainer = make_trainer(
-            run, objective, arguments, callbacks, quiet=quiet, loss_before=loss_before
-        )
-        trained = train(trainer, checkpoint, run.units.steps, is_ivon=False)
+        bar = None if quiet else ProgressBar(run.units.summary())
+        guard = LeapGuard(run, objective, teacher)
+        stopping = Stopping(run, Checks(run, teacher), guard, bar.say if bar else None)
+        callbacks = [guard, stopping, KeepSteps(run), *([bar] if bar else [])]
+        trainer = make_trainer(run, guard, arguments, callbacks, loss_before=loss_before)
+        stopping.begin(checkpoint, trainer.accelerator.autocast)
+        trained = Trained(0, 0.0)
+        if checkpoint is not None or not stopping.is_over:
+            steps = checkpoint.step if checkpoint and stopping.is_over else run.units.steps
+            trained = train(trainer, checkpoint, steps, is_ivon=False)
+        outcome = stopping.finish(trained.steps)
 
         def store() -> AdaptReport:
             error = measure_reconstruction(run, teacher, penalty)
-            report = save_adapted(run, trained.steps, error)
+            report = save_adapted(run, trained.steps, outcome, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)
@@ -91,5 +103,9 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
 
 
 def _teacher(run: Run) -> Teacher:
-    model = run.loaded.model
-    return AdapterOff(model) if run.config.lora is not None else FrozenCopy(model)
+    model, kind = run.loaded.model, run.config.teacher
+    if kind == "stored":
+        return stored_teacher(run)
+    if kind == "adapter" or (kind == "auto" and run.config.lora is not None):
+        return AdapterOff(model)
+    return FrozenCopy(model)

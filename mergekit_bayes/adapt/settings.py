@@ -150,6 +150,11 @@ class AdaptConfig(Config):
     prompts: str | None = Field(
         None, description="Prompts that checks continue, for `toxic_share`; validation data."
     )
+    prompt_column: str = Field(
+        "text",
+        description="Column of the prompts. Of objects (RealToxicityPrompts') the text is read; "
+        "`COLUMN.KEY` names another key.",
+    )
     scorer: str | None = Field(
         None, description="Scorer of the continuations, as `evaluate --scorer`."
     )
@@ -241,6 +246,21 @@ class AdaptConfig(Config):
     )
     trust_remote_code: TrustRemoteCode = False
     force: Force = False
+
+    @property
+    def has_goals(self) -> bool:
+        """Whether anything but the number of steps ends the run."""
+        return any(goal is not None for goal in self.until.model_dump().values())
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether there is a goal, or anything that only checks look at."""
+        return self.has_goals or self.prompts is not None or self.held_out is not None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the K-prior has a memory."""
+        return self.memory is not None or self.memory_self_generated is not None
 
 
 class Check(Record):

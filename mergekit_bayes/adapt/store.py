@@ -11,6 +11,7 @@ from mergekit_bayes.adapt.data import Run
 from mergekit_bayes.adapt.flush import ESTIMATOR, Flushed, flush, why_none
 from mergekit_bayes.adapt.memory import Memory
 from mergekit_bayes.adapt.settings import AdaptReport, Rows
+from mergekit_bayes.adapt.stopping import Outcome
 from mergekit_bayes.adapt.weights import chosen_prior
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.replacing import replacing
@@ -35,12 +36,15 @@ from mergekit_bayes.posterior import (
 from mergekit_bayes.posterior.info import LOSS
 
 
-def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> AdaptReport:
+def save_adapted(
+    run: Run, steps: int, outcome: Outcome, reconstruction_error: float | None
+) -> AdaptReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
         steps: Optimizer steps made.
+        outcome: How the run ended.
         reconstruction_error: Relative squared error of the K-prior's gradient, if it was told.
 
     Raises:
@@ -55,13 +59,13 @@ def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> Ad
         if reason is None:
             flushed = flush(run)
             health = _health(flushed)
-            _save_posterior(run, flushed, health, steps, partial)
+            _save_posterior(run, flushed, health, outcome.kept_step, partial)
         report = AdaptReport(
             path=Path(config.output),
             steps=steps,
-            kept_step=steps,
-            reached=None,
-            checks=(),
+            kept_step=outcome.kept_step,
+            reached=outcome.reached,
+            checks=outcome.checks,
             unit=units.unit,
             removed=units.removed,
             added=units.added,
@@ -71,7 +75,7 @@ def save_adapted(run: Run, steps: int, reconstruction_error: float | None) -> Ad
             tau=units.tau,
             prior=_prior(run),
             learning_rate=units.learning_rate,
-            refused_steps=0,
+            refused_steps=outcome.refused_steps,
             reconstruction_error=reconstruction_error,
             estimator=ESTIMATOR if reason is None else None,
             without_precision=reason,

@@ -3,8 +3,9 @@
 Dropout stays off: with it the divergence from the start would not be zero at the start.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from mergekit_bayes.adapt.data import CollateParts, Mixture, Run
-from mergekit_bayes.adapt.objective import Objective, Terms
-from mergekit_bayes.finetune.hooks import CheckpointMarker, ProgressBar
+from mergekit_bayes.adapt.objective import Terms
+from mergekit_bayes.adapt.teacher import Batch
+from mergekit_bayes.finetune.hooks import CheckpointMarker
 from mergekit_bayes.finetune.refusals import refuse_accelerator
+from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.finetune.training import training_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+Loss: TypeAlias = Callable[[torch.nn.Module, Batch], Terms]
 
 
 class AdaptTrainer(Trainer):  # type: ignore[misc]
@@ -27,14 +32,14 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         run: What is adapted, and how.
-        objective: J / N.
+        objective: J / N, of a model and a batch.
         arguments: Arguments of transformers' Trainer.
     """
 
     # The loss is an estimate of the whole objective on one micro-batch, so their mean is taken.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, run: Run, objective: Objective, **arguments: object) -> None:
+    def __init__(self, run: Run, objective: Loss, **arguments: object) -> None:
         self._objective = objective
         self._terms: list[Terms] = []  # since the last line of the log
         super().__init__(
@@ -50,7 +55,8 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """The objective on one micro-batch."""
         model.eval()
-        terms = self._objective(model, inputs)
+        with self.accelerator.autocast():  # the teacher computes as the model does
+            terms = self._objective(model, inputs)
         self._terms.append(terms._replace(total=terms.total.detach()))
         return terms.total
 
@@ -70,21 +76,22 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
 
-def adapt_arguments(run: Run, folder: Path, *, quiet: bool) -> "TrainingArguments":
-    """The Trainer's arguments: those of a fine-tune, with the rate and the memory of few steps."""
-    arguments = training_arguments(run.training, folder, quiet=quiet)
-    arguments.learning_rate = run.units.learning_rate
+def adapt_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> "TrainingArguments":
+    """The Trainer's arguments, as of a fine-tune. Making them joins the process group.
+
+    The learning rate is told when the model is there (`make_trainer`).
+    """
+    arguments = training_arguments(config, folder, quiet=quiet)
     arguments.adam_beta2 = 0.99  # a run has some hundred steps
     return arguments
 
 
 def make_trainer(
     run: Run,
-    objective: Objective,
+    objective: Loss,
     arguments: "TrainingArguments",
     callbacks: list[TrainerCallback],
     *,
-    quiet: bool,
     loss_before: float = 0.0,
 ) -> AdaptTrainer:
     """Make the Trainer of an adaptation.
@@ -94,7 +101,6 @@ def make_trainer(
         objective: J / N.
         arguments: From `adapt_arguments`.
         callbacks: What acts after a step.
-        quiet: Print nothing during training.
         loss_before: Sum of the training loss over the steps of the checkpoint that is resumed.
 
     Raises:
@@ -106,6 +112,7 @@ def make_trainer(
         * run.config.gradient_accumulation
         * arguments.world_size
     )
+    arguments.learning_rate = run.units.learning_rate
     trainer = AdaptTrainer(
         run,
         objective,
@@ -115,9 +122,8 @@ def make_trainer(
     refuse_accelerator(trainer.accelerator, ivon=False)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
     for callback in callbacks:
         trainer.add_callback(callback)
-    if not quiet:
-        trainer.add_callback(ProgressBar(run.units.summary()))
+    # The last one: it vouches for what the others have written.
+    trainer.add_callback(CheckpointMarker(trainer, run.identity, loss_before))
     return trainer

@@ -92,11 +92,16 @@ class ProgressBar(ProgressCallback):  # type: ignore[misc]
         for name in ("learning_rate", *LOGGED["price"]):
             if name in logs:
                 line += f"  {name} {float(logs[name]):.3g}"
+        self.say(line)
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
         if self.training_bar is None:
             print(line, file=sys.stderr)
-            return
-        self.training_bar.write(line, file=sys.stderr)
-        self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+        else:
+            self.training_bar.write(line, file=sys.stderr)
 
 
 class CheckpointMarker(TrainerCallback):  # type: ignore[misc]

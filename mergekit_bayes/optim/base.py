@@ -140,6 +140,10 @@ class PosteriorOptimizer(torch.optim.Optimizer):
                 self._transient.forget_step()
             raise
 
+    def forget_samples(self) -> None:
+        """Forget the samples since the last step, so that the next `step` changes nothing."""
+        self._transient.forget_step()
+
     def _check_parameters(self) -> None:
         """Raise for parameters that do not fit the settings; a launcher may exchange them."""
         if not self._prior:
