@@ -135,7 +135,11 @@ def test_a_dry_run_counts_the_weights_that_are_held(world):
     assert adapter["bytes"]["gradients"] == 4 * adapter["trained"]
 
 
-def test_texts_that_the_model_will_write_are_not_counted(world):
+def test_texts_that_the_model_will_write_are_not_counted(world, monkeypatch):
+    def write_texts(*_, **__):
+        raise AssertionError("a dry run writes no text")
+
+    monkeypatch.setattr("mergekit_bayes.adapt.memory.write_texts", write_texts)
     plan = planned("--set", "memory_self_generated=7")
     assert plan["memory_self_generated"] == 7
     assert plan["kappa"] is None
