@@ -322,6 +322,23 @@ def test_a_leap_of_the_memorys_divergence_is_undone(world, tmp_path, leap, caplo
     assert caplog.text.count("is undone: it takes the KL divergence") == report.refused_steps
 
 
+@pytest.mark.slow
+def test_a_leap_under_ivon_drops_the_samples_of_the_step(world, tmp_path):
+    """IVON's step would raise, or take the gradients at the refused weights, if they stayed."""
+    config = checked(
+        world,
+        tmp_path,
+        optimizer="ivon",
+        learning_rate=500.0,
+        max_steps=8,
+        check_every=8,
+        prompt_rows=1,
+    )
+    report = run_adapt(config, quiet=True)
+    assert report.refused_steps >= 3
+    assert report.checks[-1].memory_kl < 0.2
+
+
 def child(folder):
     """What each of two ranks finds: leaps, checks, and a run that goes on from a checkpoint."""
     (folder / "words.txt").write_text("bad\n")
