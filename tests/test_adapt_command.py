@@ -105,6 +105,7 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(world, monkeyp
             return original(*words)
 
         monkeypatch.setattr(kind, method, counted)
+    # The guard's looks at single batches are not planned.
     monkeypatch.setattr("mergekit_bayes.adapt.leap.mean_divergence", lambda *_: 0.0)
     done = adapt("--json")
     assert done.exit_code == 0, done.output

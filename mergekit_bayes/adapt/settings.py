@@ -150,6 +150,11 @@ class AdaptConfig(Config):
     prompts: str | None = Field(
         None, description="Prompts that checks continue, for `toxic_share`; validation data."
     )
+    prompt_column: str = Field(
+        "text",
+        description="Column of the prompts. Of objects (RealToxicityPrompts') the text is read; "
+        "`COLUMN.KEY` names another key.",
+    )
     scorer: str | None = Field(
         None, description="Scorer of the continuations, as `evaluate --scorer`."
     )
