@@ -12,11 +12,12 @@ import torch
 
 from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.data import CollateParts, Mixture
-from mergekit_bayes.adapt.kprior import weight_penalty, weight_precision
+from mergekit_bayes.adapt.kprior import weight_precision
 from mergekit_bayes.adapt.losses import ascent, kl_uniform, npo
 from mergekit_bayes.adapt.objective import PARTS, Objective
 from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.adapt.units import Units, choose_units
+from mergekit_bayes.adapt.weights import WeightPart
 from tests.cases import CASES, Classifier, flat
 
 PRIOR = 0.3  # around zero weights
@@ -66,7 +67,6 @@ def objective_of(model, parts, precision=None, *, kappa=1.0, tau=1.0, removal="a
         precision: S_w by parameter name; None for no weight-space part.
         kappa, tau, removal, beta: As in the settings.
     """
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     sizes = {name: len(rows.labels) for name, rows in parts.items()}
     units = Units(
         unit="example",
@@ -82,12 +82,8 @@ def objective_of(model, parts, precision=None, *, kappa=1.0, tau=1.0, removal="a
         steps=1,
     )
 
-    def penalty():
-        return weight_penalty(dict(model.named_parameters()), start, precision)
-
-    function = Objective(
-        units, sizes, removal, beta, FrozenCopy(model), penalty if precision else None
-    )
+    penalty = WeightPart(model, precision) if precision else None
+    function = Objective(units, sizes, removal, beta, FrozenCopy(model), penalty)
     inputs = torch.cat([rows.inputs for rows in parts.values()])
     batch = {
         "input_ids": inputs,

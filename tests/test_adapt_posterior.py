@@ -322,7 +322,7 @@ def at_the_start(world, model, name, change=lambda model: None, **changes):
     """What an adaptation stores in `name` that made no step, but what `change` does."""
     run = load_run(config(world, model, **settings(world, name, **changes)))
     change(run.loaded.model)
-    return save_adapted(run, 0, Outcome(0, None, (), 0), None), world / name
+    return save_adapted(run, Outcome(0, 0), None), world / name
 
 
 def stored(folder):

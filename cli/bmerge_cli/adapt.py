@@ -214,7 +214,8 @@ def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
     size = plan.bytes
     screen.print(
         f"in memory: weights {_mib(size.weights)}, start {_mib(size.teacher)}, gradients "
-        f"{_mib(size.gradients)}, optimizer {_mib(size.optimizer)}, prior {_mib(size.prior)}; "
+        f"{_mib(size.gradients)}, optimizer {_mib(size.optimizer)}, last step {_mib(size.undo)}, "
+        f"best check {_mib(size.best)}, prior {_mib(size.prior)}; "
         "activations come on top"
     )
     for goal in plan.goals:

@@ -79,9 +79,12 @@ class Bytes(Frozen):
 
     Attributes:
         weights: The model, with its adapter.
-        teacher: The second copy of the start; 0 where the adapter is switched off instead.
+        teacher: The second copy of the start, or its stored predictions, in main memory; 0 where
+            the adapter is switched off instead.
         gradients: One a trained weight.
         optimizer: Two a trained weight.
+        undo: The weights before the last step, where there is a memory that can show a leap.
+        best: Those of the best check so far, in main memory.
         prior: theta_0 and S_w of the weight-space part, at most.
     """
 
@@ -89,6 +92,8 @@ class Bytes(Frozen):
     teacher: int
     gradients: int
     optimizer: int
+    undo: int
+    best: int
     prior: int
 
 
@@ -183,9 +188,6 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
     with quiet_libraries(bars=not quiet):
         scorers = [spec for spec in (config.scorer, config.memory_filter) if spec is not None]
         open_scorers(scorers, trust_remote_code=config.trust_remote_code)
-        prompts = 0
-        if config.prompts is not None:
-            prompts = len(load_rows(config.prompts, text=config.text_column))
         run = load_run(loadable)
         parts = tuple(_parts(config, run))
     refuse_memory(config, run.loaded)
@@ -215,7 +217,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         optimizer=config.optimizer,
         steps=units.steps,
         checks=checks,
-        passes=_passes(config, run, checks, prompts),
+        passes=_passes(config, run, checks),
         bytes=_bytes(config, run),
         goals=_goals(config),
         stored=_stored(config, run),
@@ -261,13 +263,8 @@ def _entries(parameters: Iterator[Tensor] | Sequence[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _has_memory(config: AdaptConfig) -> bool:
-    return config.memory is not None or config.memory_self_generated is not None
-
-
 def _prior(config: AdaptConfig, run: Run) -> Literal["stored", "none"] | float:
-    is_stored = bool(run.places)
-    return chosen_prior(config, is_stored=is_stored, has_memory=_has_memory(config))
+    return chosen_prior(config, is_stored=bool(run.places), has_memory=config.has_memory)
 
 
 def _teacher(config: AdaptConfig) -> str:
@@ -283,7 +280,7 @@ def _checks(config: AdaptConfig) -> int:
     return 1 + math.ceil(config.max_steps / config.check_every)
 
 
-def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
+def _passes(config: AdaptConfig, run: Run, checks: int) -> Passes:
     kinds = set(run.parts) | ({"memory"} if config.memory_self_generated else set())
     of_a_kind = (
         config.max_steps
@@ -298,12 +295,14 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
     if why_none(config, is_stored=bool(run.places)) is None:
         flushed = len(flushed_parts(run.places, kinds)) * config.flush_batches * config.batch_size
     memory, held = run.parts.get("memory", []), run.held.memory
-    drawn = min(prompts, config.prompt_rows) * config.continuations
+    predicted = of_a_kind * len(asked)
+    if config.teacher == "stored":  # each once, before the first step
+        predicted = sum(len(run.parts.get(name, [])) for name in asked) + len(held)
     return Passes(
         trained=of_a_kind * len(kinds),
-        teacher=of_a_kind * len(asked),
+        teacher=predicted,
         checked=checks * (len(run.held.removed) + len(run.held.memory)),
-        continuations=checks * drawn,
+        continuations=checks * len(run.prompts) * config.continuations,
         flushed=flushed,
         reconstructed=min(MOST, len(memory)) + len(held) if len(held) > 1 else 0,
     )
@@ -322,11 +321,21 @@ def _bytes(config: AdaptConfig, run: Run) -> Bytes:
         prior = _FLOAT32 * precise + (gradients if config.lora is None else 0)
     return Bytes(
         weights=weights,
-        teacher=weights if _teacher(config) == "copy" else 0,
+        teacher=_teacher_bytes(config, run, weights),
         gradients=gradients,
         optimizer=2 * moments,
+        undo=gradients if config.has_memory else 0,
+        best=gradients if config.has_goals else 0,
         prior=prior,
     )
+
+
+def _teacher_bytes(config: AdaptConfig, run: Run, weights: int) -> int:
+    if _teacher(config) != "stored":
+        return weights if _teacher(config) == "copy" else 0
+    held = observations(run.held.memory, run.loaded.task)
+    removed = run.units.removed if config.removal in ("npo", "contrast") else 0
+    return (2 * _FLOAT32 * config.top_k + _FLOAT32) * (run.units.memory + held) + _FLOAT32 * removed
 
 
 def _goals(config: AdaptConfig) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def refuse_memory(config: AdaptConfig, loaded: Loaded) -> None:
             "memory_self_generated: a classifier writes no text. Name rows in `memory`."
         )
     if config.memory_select == "leverage":
-        refuse_unknown_variance(config.model)
+        refuse_unknown_variance(config)
 
 
 def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
@@ -258,7 +258,7 @@ def _chosen(training: Examples, config: AdaptConfig, loaded: Loaded) -> Examples
     if count >= len(training) or config.memory_select == "random":
         return training[:count]
     with _at_work(loaded):
-        variances = read_variances(config.model, loaded.model, pool=config.pool)
+        variances = read_variances(config, loaded)
         singles = batches(training, 1, Collate(loaded.pad), device=loaded.device)
         shown = with_bar(singles, "leverage", len(training))
         scores = self_influence(loaded.model, shown, variances)

@@ -15,8 +15,8 @@ and of k. Squares of their mean would contain the noise; products of two groups 
     D = mean over i != j of (k - g_i) . (k - g_j)                   E[D] = |k - g|^2
       = |k|^2 - 2 k . mean(g_i) + U
 
-D / U is the estimate. It exceeds |g|^2's own noise only if U > V, with V the squared standard error
-of the mean of the groups; below that nothing can be said.
+D / U is the estimate. It is told where U > V, with V the squared standard error of the groups'
+mean: below that the gradient itself is lost in noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,20 +75,21 @@ def measure_reconstruction(
     memory, held_out = adaptation.parts.get("memory"), adaptation.held.memory
     if not memory or len(held_out) < 2:
         return None
-    seed, units = adaptation.config.seed, adaptation.units
+    seed, units, loaded = adaptation.config.seed, adaptation.units, adaptation.loaded
     chosen = random_examples(_numbered(memory), min(len(memory), MOST), seed)
     shuffled = random_examples(_numbered(held_out), len(held_out), seed)
     count = min(_GROUPS, len(shuffled))
-    adaptation.loaded.model.eval()  # the start's predictions are made without dropout
-    return reconstruct(
-        adaptation.loaded.model,
-        teacher,
-        _batches(adaptation, chosen, PARTS.index("memory")),
-        [_batches(adaptation, shuffled[i::count], HELD) for i in range(count)],
-        memory_weight=units.kappa * units.memory,
-        base_weight=units.base,
-        penalty=penalty,
-    ).relative
+    loaded.model.eval()  # the start's predictions are made without dropout
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=adaptation.config.bf16):
+        return reconstruct(
+            loaded.model,
+            teacher,
+            _batches(adaptation, chosen, PARTS.index("memory")),
+            [_batches(adaptation, shuffled[i::count], HELD) for i in range(count)],
+            memory_weight=units.kappa * units.memory,
+            base_weight=units.base,
+            penalty=penalty,
+        ).relative
 
 
 def reconstruct(

@@ -97,7 +97,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
 
         def store() -> AdaptReport:
             error = measure_reconstruction(run, teacher, penalty)
-            report = save_adapted(run, trained.steps, outcome, error)
+            report = save_adapted(run, outcome, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)

@@ -213,7 +213,7 @@ def make_weight_part(
         return WeightPart(model, {n: torch.tensor(prior) for n, _ in model.named_parameters()})
     start = read_start(config, places)
     precision = {
-        place.name: _pooled(start.precision[place.name], place.shape, config.pool)
+        place.name: pooled(start.precision[place.name], place.shape, config.pool)
         for place in places
     }
     if memory and units.kappa:
@@ -229,7 +229,7 @@ def _memory_curvature(
     """H_M of each place at the start, summed over the memory; estimated on some of a large one."""
     chosen = random_examples(memory, min(len(memory), _LOOKED_AT), config.seed)
     names = {id(p): name for name, p in loaded.model.named_parameters()}
-    with _differentiable(loaded.model, {id(place.parameter) for place in places}):
+    with differentiable(loaded.model, {id(place.parameter) for place in places}):
         total, _ = estimate_curvature(
             "ggn", loaded, chosen, batch_size=config.batch_size, seed=config.seed
         )
@@ -246,7 +246,7 @@ def _like(values: Tensor, precision: Tensor) -> Tensor:
 
 
 @contextmanager
-def _differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
+def differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
     """Let exactly these parameters, by id, require gradients: an adapter's base is frozen."""
     before = {p: p.requires_grad for p in model.parameters()}
     for parameter in before:
@@ -322,8 +322,14 @@ def _read(posterior: Posterior, place: Place) -> Tensor:
     return torch.tensor(stored, dtype=torch.float32)
 
 
-def _pooled(values: Tensor, mean: tuple[int, ...], pool: Literal["tensor", "row"] | None) -> Tensor:
-    """Means of a precision over each row or the tensor of its mean; as it is without `pool`."""
+def pooled(values: Tensor, mean: tuple[int, ...], pool: Literal["tensor", "row"] | None) -> Tensor:
+    """Means of a precision over each row or the tensor; as it is without `pool`.
+
+    Args:
+        values: In any form.
+        mean: Shape of the weights that it belongs to.
+        pool: What a mean is taken over.
+    """
     shape = Form.ENTRY.pooled(pool).shape_of(mean)
     axes = [i for i, size in enumerate(shape) if size < values.shape[i]] if values.ndim else []
     return values.mean(axes, keepdim=True) if axes else values

@@ -46,6 +46,7 @@ from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.models.encode import Collate, Example, batches, encode_rows
 from mergekit_bayes.models.load import Loaded, load_model
+from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import PrecisionConfig
 
@@ -322,7 +323,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    run(chosen.out, SIZES[chosen.size], chosen.seed)
+    with quiet_libraries(bars=False):
+        run(chosen.out, SIZES[chosen.size], chosen.seed)
 
 
 def run(out: Path, size: Size, seed: int) -> list[dict[str, Any]]:

@@ -141,6 +141,16 @@ class Resampled:
         paid, grid, _ = self.read(name, self.losses(name, text), fraction, scorer)
         return as_interval(paid, grid)
 
+    def chosen(self, name: str, text: str) -> FloatArray:
+        """(1 + resamples,): nats a token that the look chosen on valid pays on a text."""
+        curve, of_seed = self.curves[name], {}
+        looks = curve.method.looks_of(self.world)
+        for seed in curve.seeds:
+            losses = self.losses(name, text, seed)
+            at = 1 + looks.index(curve.lasts[seed]["look"])
+            of_seed[seed] = losses[:, at : at + 1] - losses[:, :1]
+        return self._mean(name, of_seed)[:, 0]
+
     def kept(self, name: str, what: str) -> dict[str, FloatArray] | None:
         """How much of a removal is left, `(base - afterwards) / (base - before)`.
 
@@ -170,8 +180,6 @@ def read_curves(world: World, condition: str) -> dict[str, Curve]:
     """All curves of a condition that are complete for a seed at least, from the work folder."""
     result = {}
     for method in all_methods(world):
-        if condition not in method.conditions:
-            continue
         looks: dict[int, list[dict[str, Any]]] = {}
         kept: dict[int, dict[str, Any]] = {}
         for seed in method.seeds(world, condition):
@@ -197,7 +205,7 @@ def _before(world: World, method: Method, condition: str, seed: int) -> float:
     """CPU seconds of the fine-tunes and the precision that a method needs."""
     jobs = [f"tuned-{text}-{condition}-{seed}" for text in method.tuned]
     if method.weighs:
-        jobs.append(f"start-{seed}")
+        jobs.append(world.start(seed, proper=method.proper).name)
     return sum(seconds_of(world, job) for job in jobs)
 
 

@@ -51,7 +51,8 @@ def says(world: World, loaded: Loaded, condition: str, split: str) -> Measured:
     shares = {}
     for name in SCORERS[condition][:1] if is_valid else SCORERS[condition]:
         scores = np.reshape(getattr(detox_scorers, name)(texts), (len(samples.texts), -1))
-        shares[name] = list(score_toxicity(scores).prompt_share)
+        threshold = detox_scorers.fitted(name).threshold
+        shares[name] = list(score_toxicity(scores, threshold=threshold).prompt_share)
     return {"shares": shares, "distinct": describe_samples(samples).distinct_2}
 
 
@@ -127,7 +128,8 @@ def lasts(world: World, folder: Path, condition: str, seed: int) -> Measured:
     loaded = opened(folder)
     quantise(loaded.model)
     result = {"bits": says(world, loaded, condition, "test")}
-    with tempfile.TemporaryDirectory(dir=world.work) as place:
+    (world.work / "models").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=world.work / "models") as place:
         target = os.path.join(place, "relearnt")
         run_finetune(
             FinetuneConfig(
