@@ -519,6 +519,23 @@ def test_two_edits_of_one_start_add_up(world, sure, edited, tmp_path):
     assert len(info.edits) == 2
 
 
+def test_a_chain_of_edits_counts_on_its_first_start(world, sure, edited, tmp_path):
+    """Also where a later edit took the model to stand for more than it records."""
+    rows = {"data": str(world / "memory.jsonl")}
+    changes = {"base_observations": 3000, "remove": rows}
+    report, folder = at_the_start(world, edited[1], "later", **changes)
+    one, _, _ = stored(edited[1])
+    two, _, values = stored(folder)
+    factor = 3000 / one.observations
+    assert two.edits[1].start_count == pytest.approx(factor)
+    assert two.observations == 3000 - report.removed
+    info, _, on_start = merged(tmp_path, [folder], base=str(sure[0]))
+    assert info.observations == pytest.approx(two.observations / factor - 1000)
+    for name in values:
+        expected = (values[name] - 2 * PRIOR) / factor + 2 * PRIOR
+        np.testing.assert_allclose(on_start[name], expected, rtol=1e-4)
+
+
 def test_an_adapted_model_is_averaged_and_built_on_like_any_other(world, sure, edited, tmp_path):
     (one, means, values), (_, its_means, its_values) = stored(edited[1]), stored(sure[0])
     info, averaged, _ = merged(tmp_path, [edited[1], sure[0]], counts="recorded")
