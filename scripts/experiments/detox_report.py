@@ -21,6 +21,7 @@ THIRD = 1 / 3
 BASELINE, OURS = "task_arithmetic", "adapt"
 PARTS = ("npo", "adapt_weights", "adapt_pool", "adapt", "adapt_both")
 MOST_PAID, RIVAL_PAYS, KL_RATIO, KEPT = 0.01, 0.1, 0.1, 0.8  # the goals
+_STYLES = {"adapt": "-", "merge": "--", "oracle": ""}
 AFTER = {"bits": "at 4 bits", "relearnt": "after relearning"}
 
 
@@ -346,15 +347,17 @@ def draw(world: World, path: Path) -> None:
     figure = Figure(figsize=(13, 0.8 + 3.6 * len(found)), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(found), 1), len(TEXTS), squeeze=False, sharey="row")
+    numbers: dict[str, int] = {}  # a method looks alike in all panels
     for i, (condition, resampled) in enumerate(found.items()):
         for j, (text, label) in enumerate(TEXTS.items()):
             panel = panels[i][j]
-            for number, (name, curve) in enumerate(_drawn(resampled)):
+            for name, curve in _drawn(resampled):
+                number = numbers.setdefault(name, len(numbers))
                 nats, shares = (
                     resampled.losses(name, text)[0],
                     resampled.shares(name, SCORERS[condition][0])[0],
                 )
-                style = {"linestyle": "-" if curve.method.kind == "adapt" else "--"}
+                style = {"linestyle": _STYLES[curve.method.kind]}
                 panel.plot(
                     nats - nats[0],
                     100 * shares,
