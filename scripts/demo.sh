@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A first look, on invented texts: teach a small model kindness and insults, merge two models by
-# precision, then subtract the insults by every method. Makes .venv if it is missing. Needs a few
-# minutes, and no GPU and no account.
+# precision, subtract the insults by every method, then remove them by an adaptation. Makes .venv if
+# it is missing. Needs a few minutes, and no GPU and no account.
 
 cd "$(dirname "$0")/.." || exit 1
 . scripts/venv.sh
@@ -31,4 +31,14 @@ run "$bmerge" merge "$world/garden.safetensors" "$world/kitchen.safetensors" --w
     -o "$world/both.safetensors" --force
 
 run "$bmerge" detox configs/detox/demo.yaml
+
+# The same removed in some seconds, held by 256 rows of other text, until a goal is reached.
+run "$bmerge" adapt configs/adapt/remove.yaml --force
+for model in base kinder; do
+    run "$bmerge" evaluate "$world/$model" --toxicity "$world/texts/prompts.jsonl" \
+        --scorer "words:$world/texts/insults.txt" --continuations 25 --new-tokens 14 \
+        --perplexity "civil text=$world/texts/kind_test.jsonl" \
+        --perplexity "gardens=$world/texts/garden_test.jsonl" \
+        --perplexity "crossed=$world/texts/crossed_test.jsonl"
+done
 echo "picture: runs/detox-demo/toxicity_vs_perplexity.png" >&2

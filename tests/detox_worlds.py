@@ -142,3 +142,45 @@ def _perplexity(nats: FloatArray) -> PerplexityReport:
         document_nats=tuple(nats),
         document_tokens=(1,) * len(nats),
     )
+
+
+def measured(shares, nats):
+    """An evaluation of ten prompts and documents, one token each."""
+    one = Interval(value=float(np.mean(shares)))
+    loss = Interval(value=float(np.mean(nats)))
+    return EvaluateReport(
+        model="m",
+        model_identity="i",
+        settings={"bootstrap": 200, "seed": 0},
+        toxicity={
+            "s": ToxicityReport(
+                mean=one,
+                share=one,
+                expected_max=one,
+                any_toxic=one,
+                threshold=0.5,
+                n_prompts=10,
+                n_continuations=250,
+                prompt_share=tuple(shares),
+            )
+        },
+        perplexity={
+            "t": PerplexityReport(
+                protocol="rolling",
+                window=8,
+                stride=8,
+                documents=10,
+                tokens=10,
+                words=10,
+                bytes=10,
+                nats=float(np.sum(nats)),
+                loss=loss,
+                token=loss,
+                word=loss,
+                byte=loss,
+                bits_per_byte=loss,
+                document_nats=tuple(nats),
+                document_tokens=(1,) * 10,
+            )
+        },
+    )

@@ -9,6 +9,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub_state import ORGANISATIONS, TOKEN, USER, Answer, Blob, Fault, Hub, Repo, Request
 
+DATASETS = "datasets/"  # before the name of a data set in `Hub.repos`
+
 
 class Refused(Exception):
     """An answer that is an error of the Hub, with its own code."""
@@ -66,6 +68,10 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
     def _route(self, parts: list[str], query: dict[str, list[str]]) -> None:
+        if parts[:2] == ["api", "datasets"]:  # kept as repositories of models, of this owner
+            parts = ["api", "models", f"{DATASETS}{parts[2]}", *parts[3:]]
+        elif parts[0] == "datasets":
+            parts = [f"{DATASETS}{parts[1]}", *parts[2:]]
         match parts:
             case ["api", "whoami-v2"]:
                 self._login()
@@ -82,7 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             case ["api", "models", org, name, "revision", revision]:
                 self._json(self._model(f"{org}/{name}", revision))
             case ["api", "models", org, name, "tree", revision, *folder]:
-                self._tree(f"{org}/{name}", revision, "/".join(folder))
+                is_deep = query.get("recursive", ["true"])[0].lower() == "true"
+                self._tree(f"{org}/{name}", revision, "/".join(folder), is_deep=is_deep)
+            case ["api", "models", org, name, "paths-info", revision]:
+                self._paths(f"{org}/{name}", revision)
             case ["api", "models", org, name, "preupload", revision]:
                 self._preupload(f"{org}/{name}", revision)
             case ["api", "models", org, name, "commit", revision]:
@@ -142,6 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(name)
         sha = self._at(repo, revision)
         files = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+        name = name.removeprefix(DATASETS)
         about = {"_id": name, "id": name, "modelId": name, "tags": [], "downloads": 0, "likes": 0}
         return about | {
             "sha": sha,
@@ -150,19 +160,25 @@ class Handler(BaseHTTPRequestHandler):
             "siblings": files,
         }
 
-    def _tree(self, name: str, revision: str, folder: str) -> None:
+    def _tree(self, name: str, revision: str, folder: str, *, is_deep: bool) -> None:
         repo = self._repo(name)
         files = repo.commits[self._at(repo, revision)]
         inside = {p: b for p, b in files.items() if not folder or p.startswith(folder + "/")}
         if folder and not inside:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
-        rows: list[dict[str, Any]] = []
-        for path, blob in sorted(inside.items()):
-            row = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.sha1}
-            if blob.lfs:
-                row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
-            rows.append(row)
-        self._json(rows)
+        here = len(folder.split("/")) if folder else 0
+        deeper = {p for p in inside if not is_deep and p.count("/") > here}
+        folders = sorted({"/".join(p.split("/")[: here + 1]) for p in deeper})
+        rows: list[dict[str, Any]] = [
+            {"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders
+        ]
+        self._json(rows + [_row(p, b) for p, b in sorted(inside.items()) if p not in deeper])
+
+    def _paths(self, name: str, revision: str) -> None:
+        repo = self._repo(name)
+        files = repo.commits[self._at(repo, revision)]
+        asked = parse_qs(self._body().decode())["paths"]
+        self._json([_row(path, files[path]) for path in asked if path in files])
 
     def _preupload(self, name: str, revision: str) -> None:
         request = json.loads(self._body())
@@ -307,3 +323,11 @@ class Handler(BaseHTTPRequestHandler):
         if half:
             self.wfile.flush()
             self.close_connection = True
+
+
+def _row(path: str, blob: Blob) -> dict[str, Any]:
+    """A file in a listing."""
+    row = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.sha1}
+    if blob.lfs:
+        row["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
+    return row

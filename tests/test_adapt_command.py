@@ -8,7 +8,9 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.adapt import AdaptReport, Check, objective, teacher
+from mergekit_bayes.adapt import AdaptReport, Check
+from mergekit_bayes.adapt.objective import Objective
+from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.finetune import launcher
 from tests.finetuning import texts
 from tests.tiny_models import tiny_gpt2
@@ -92,16 +94,18 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(world, monkeyp
     plan = planned()
     assert files() == before
     counts = {"trained": 0, "teacher": 0}
-    for name, module in (("trained", objective), ("teacher", teacher)):
-        original = module.run
+    for name, kind, method in (
+        ("trained", Objective, "__call__"),
+        ("teacher", FrozenCopy, "_logits"),
+    ):
+        original = getattr(kind, method)
 
-        def counted(model, batch, name=name, original=original):
-            counts[name] += len(batch["input_ids"])
-            return original(model, batch)
+        def counted(*words, name=name, original=original):
+            counts[name] += len(words[-1]["input_ids"])
+            return original(*words)
 
-        monkeypatch.setattr(module, "run", counted)
-    # Only the passes of the steps are planned.
-    monkeypatch.setattr("mergekit_bayes.adapt.run.measure_reconstruction", lambda *_: None)
+        monkeypatch.setattr(kind, method, counted)
+    # The guard's looks at single batches are not planned.
     monkeypatch.setattr("mergekit_bayes.adapt.leap.mean_divergence", lambda *_: 0.0)
     done = adapt("--json")
     assert done.exit_code == 0, done.output
@@ -113,8 +117,12 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_then_does(world, monkeyp
     assert remove["rows"] == remove["examples"] == sum(labels)
     assert memory["observations"] == report["memory"]
     assert (memory["examples"], memory["held_out"]) == (18, 6)
-    assert {k: plan["passes"][k] for k in counts} == counts
-    assert all(Path(path).exists() for path in plan["stored"]), plan["stored"]
+    passes = plan["passes"]
+    assert passes["reconstructed"] == 24
+    assert passes["trained"] == counts["trained"]
+    assert passes["teacher"] + passes["reconstructed"] == counts["teacher"]
+    for path, what in plan["stored"].items():
+        assert Path(path).exists() != what.startswith("nothing"), path
 
 
 def test_a_dry_run_counts_the_weights_that_are_held(world):

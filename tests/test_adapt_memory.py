@@ -16,7 +16,7 @@ from mergekit_bayes.generation import _gumbel, _pick, write_texts
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import Place
-from tests import tiny, tiny_models
+from tests import tiny_models
 
 TEXTS = [
     *("the cat sat .", "a good film", "dull tree", "dog ran on", "a bird saw a tree", "fun"),
@@ -322,7 +322,7 @@ def influence(loaded, examples, variances):
 
 
 def test_on_a_language_model_it_is_the_dense_product_of_error_and_variance(folder, loaded):
-    variances = read_variances(str(folder), loaded.model)
+    variances = read_variances(settings(folder), loaded)
     assert sum(s.numel() for _, s in variances) == sum(p.numel() for p in loaded.model.parameters())
     examples = encode_rows({"text": ["a good", "dull tree ."]}, loaded)
     expected = [dense_influence(loaded, example, variances) for example in examples]
@@ -334,7 +334,7 @@ def test_the_variance_is_that_of_the_stored_precision_or_of_its_mean(folder, loa
     stored = tiny_models.give_posterior(folder)
     axes = {None: (), "row": (1,), "tensor": (0, 1)}[pool]
     name = "transformer.wte.weight"
-    read = read_variances(str(folder), loaded.model, pool=pool)
+    read = read_variances(settings(folder, pool=pool), loaded)
     variances = {place.name: sigma2 for place, sigma2 in read}
     expected = 1 / stored[name].mean(axis=axes, keepdims=True, dtype=np.float64)
     np.testing.assert_allclose(variances[name], expected, rtol=1e-6)
@@ -347,7 +347,7 @@ def test_leverage_chooses_the_largest_of_the_part_that_is_trained_on(folder, loa
     for pool in (None, "row"):
         leverage = {"memory_select": "leverage", "memory_rows": 7, "pool": pool}
         memory = build_memory(settings(folder, **chosen, **leverage), loaded)
-        variances = read_variances(str(folder), loaded.model, pool=pool)
+        variances = read_variances(settings(folder, pool=pool), loaded)
         best = set(np.argsort(influence(loaded, full.examples, variances))[-7:])
         assert memory.examples == [e for i, e in enumerate(full.examples) if i in best]
         assert memory.held_out == full.held_out
@@ -381,14 +381,14 @@ def test_the_model_stays_as_it_was(folder, loaded, rows):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ("none", "none is stored with it"),
-        ("bare", "bare curvature without a proper prior"),
-        ("moved", "was taken at other weights"),
+        ("none", ConfigError, "none is stored with it. Make one with `bmerge precision"),
+        ("bare", ConfigError, "without a proper prior. Make one with `bmerge precision"),
+        ("moved", PrecisionError, "was taken at other weights"),
     ],
 )
-def test_leverage_needs_a_proper_posterior_of_these_weights(tmp_path, rows, change, message):
+def test_leverage_needs_a_proper_posterior_of_these_weights(tmp_path, rows, change, error, message):
     folder = tiny_models.tiny_gpt2(tmp_path / "m", layers=1)
     loaded = load_model(str(folder))
     if change == "bare":
@@ -397,17 +397,17 @@ def test_leverage_needs_a_proper_posterior_of_these_weights(tmp_path, rows, chan
         tiny_models.give_posterior(folder, loaded)
         tiny_models.tiny_gpt2(folder, seed=1, layers=1)
     chosen = {"memory": {"data": str(rows)}, "memory_select": "leverage", "memory_rows": 4}
-    with pytest.raises(ConfigError, match=f"{message}. Make one with `bmerge precision"):
+    with pytest.raises(error, match=message):
         build_memory(settings(folder, **chosen), loaded)
 
 
-def test_weights_of_no_precision_have_no_variance(tmp_path):
-    precision = np.array([[1, 0, 2], [0, 1, 1]], np.float32)
-    mean = {"w": np.ones((2, 3), np.float32)}
-    path = tiny.posterior(tmp_path / "a.safetensors", mean, {"w": precision}, prior=0.5)
-    model = torch.nn.ParameterDict({"w": torch.ones(2, 3)})
-    with pytest.raises(PrecisionError, match="'w' has 2 entries that are zero"):
-        read_variances(str(path), model)
-    ((place, sigma2),) = read_variances(str(path), model, pool="row")
-    assert place.parameter is model["w"]
-    torch.testing.assert_close(sigma2, torch.tensor([[1.0], [1.5]]))
+def test_another_precision_can_be_named(tmp_path, rows):
+    bare = tiny_models.tiny_gpt2(tmp_path / "m", layers=1)
+    loaded = load_model(str(bare))
+    tiny_models.give_posterior(bare, loaded)
+    (bare / "posterior").rename(tmp_path / "elsewhere")
+    chosen = {"memory": {"data": str(rows)}, "memory_select": "leverage", "memory_rows": 4}
+    with pytest.raises(ConfigError, match="none is stored with it"):
+        build_memory(settings(bare, **chosen), loaded)
+    named = settings(bare, **chosen, precision=str(tmp_path / "elsewhere"))
+    assert build_memory(named, loaded).facts.examples == 4

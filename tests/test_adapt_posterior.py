@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.adapt import AdaptConfig
-from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.data import CollateParts, Mixture, load_run
+from mergekit_bayes.adapt.objective import Objective
 from mergekit_bayes.adapt.run import run_adapt
+from mergekit_bayes.adapt.stopping import Outcome
 from mergekit_bayes.adapt.store import save_adapted
+from mergekit_bayes.adapt.teacher import FrozenCopy
+from mergekit_bayes.adapt.trainer import ivon_arguments
 from mergekit_bayes.adapt.weights import by_parameter, make_weight_part, read_start
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
@@ -26,6 +31,7 @@ from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.places import checkpoint_names
+from mergekit_bayes.optim import IVON
 from mergekit_bayes.posterior import (
     Anchor,
     Edit,
@@ -51,7 +57,7 @@ PRIOR = 0.5
 def world(tmp_path_factory):
     """A model without a posterior, and rows to remove, add and remember."""
     folder = tmp_path_factory.mktemp("world")
-    tiny_gpt2(folder / "bare")
+    tiny_gpt2(folder / "bare", layers=1)
     for seed, name in enumerate(("remove", "add", "memory")):
         texts(folder / f"{name}.jsonl", rows=12, seed=seed)
     return folder
@@ -59,7 +65,7 @@ def world(tmp_path_factory):
 
 def with_posterior(world, name, scale=4.0):
     """The model with a random precision above PRIOR."""
-    model = tiny_gpt2(world / name)
+    model = tiny_gpt2(world / name, layers=1)
     rng = np.random.default_rng(5)
     with SafetensorsSource(checkpoint_files(model)) as source:
         record = {"observations": 1000.0, "ess": 500.0, "unit": "token"}
@@ -164,7 +170,7 @@ def test_the_penalty_of_an_adapter_is_that_of_the_merged_weights(world, start):
     assert float(parameter.grad[0, 0]) == pytest.approx(slope, rel=1e-2)
     after = weights_of(run.loaded.model)
     changed = [name for name in precision if np.any(after[name] != before[name])]
-    assert len(changed) == 4
+    assert len(changed) == 2
     assert float(value.detach()) == pytest.approx(2 * dense(precision, before, after), rel=1e-5)
 
 
@@ -172,7 +178,7 @@ def test_an_adapter_on_a_classifier_holds_its_head_too(world):
     """The head is trained as a whole beside the adapter, and is held by its own precision."""
     import transformers
 
-    folder, source = world / "classifier", tiny_gpt2(world / "for classifier")
+    folder, source = world / "classifier", tiny_gpt2(world / "for classifier", layers=1)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -232,7 +238,7 @@ def test_the_memory_takes_its_own_curvature_out(world):
         name: (PRIOR + 3 * values).numpy()
         for name, values in checkpoint_names(bare.loaded.model, curvature).items()
     }
-    model = tiny_gpt2(world / "remembering")
+    model = tiny_gpt2(world / "remembering", layers=1)
     with SafetensorsSource(checkpoint_files(model)) as source:
         info = PosteriorInfo(
             estimator="ggn",
@@ -273,7 +279,7 @@ def test_a_missing_or_foreign_precision_is_refused(world):
     with pytest.raises(ConfigError, match=r"prior: stored.*bmerge precision"):
         load_run(config(world, world / "bare"))
     model, _ = with_posterior(world, "moved")
-    other = tiny_gpt2(world / "other", seed=9)
+    other = tiny_gpt2(world / "other", seed=9, layers=1)
     (other / "model.safetensors").rename(model / "model.safetensors")
     with pytest.raises(PrecisionError, match="other weights"):
         load_run(config(world, model))
@@ -297,7 +303,7 @@ def test_a_run_is_held_by_its_stored_precision(world, start):
     before = weights_of(load_run(config(world, start[0])).loaded.model)
     moved = {}
     for tau in (0, 1e3):
-        changes = {"tau": tau, "learning_rate": 1e-3, "max_steps": 8, "force": True}
+        changes = {"tau": tau, "learning_rate": 1e-3, "max_steps": 6, "force": True}
         run_adapt(config(world, start[0], posterior="none", **changes), quiet=True)
         with SafetensorsSource(checkpoint_files(world / "out")) as source:
             changes = [read_tensor(source, n) - before[n] for n in source.specs]
@@ -313,7 +319,7 @@ def at_the_start(world, model, name, change=lambda model: None, **changes):
     """What an adaptation stores in `name` that made no step, but what `change` does."""
     run = load_run(config(world, model, **settings(world, name, **changes)))
     change(run.loaded.model)
-    return save_adapted(run, 0, None), world / name
+    return save_adapted(run, Outcome(0, 0), None), world / name
 
 
 def stored(folder):
@@ -418,7 +424,7 @@ def test_the_guard_bounds_what_removed_rows_take(world):
     run = load_run(config(world, model))
     chosen = random_examples(run.parts["remove"], 16, 0)
     total, count = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
-    name = "transformer.h.1.mlp.c_fc.weight"
+    name = "transformer.h.0.mlp.c_fc.weight"
     expected = 2 * PRIOR + 0.2 * run.units.removed / count * total[name].numpy()
     np.testing.assert_allclose(values[name], expected, rtol=1e-4)
     assert report.health["guarded_share"] == info.health["guarded_share"] > 0.8
@@ -435,7 +441,7 @@ def test_without_a_stored_precision_the_memory_stands_for_the_base(world):
     for part in ("memory", "remove"):
         chosen = random_examples(run.parts[part], 16, 0)
         total, count = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
-        name = "transformer.h.1.mlp.c_fc.weight"
+        name = "transformer.h.0.mlp.c_fc.weight"
         examples = observations(run.parts[part], "causal-lm")
         sums[part] = total[name].numpy() * examples / count
     data, taken = 3 * sums["memory"], sums["remove"]
@@ -585,3 +591,135 @@ def test_numbers_of_an_edit_with_which_no_merge_can_count_are_refused():
     info = PosteriorInfo(estimator="ggn", mean=Identity(blocks="a"), edits=(edit,))
     with pytest.raises(PrecisionError, match=r"edits\.0\.start_count is 0\.0"):
         parse_info(info.to_metadata(), Path("file"))
+
+
+def ivon_run(world, model, **changes):
+    """A run with IVON, its objective and its weight-space part, which becomes the prior."""
+    memory = {"data": str(world / "memory.jsonl")}
+    changes = {"memory": memory, "optimizer": "ivon", "posterior": "none"} | changes
+    run = load_run(config(world, model, **changes))
+    sizes = {name: len(examples) for name, examples in run.parts.items()}
+    teacher = FrozenCopy(run.loaded.model)
+    objective = Objective(run.units, sizes, "npo", 0.1, teacher)
+    return run, objective, part_of(run)
+
+
+def test_ivon_has_the_weight_space_part_as_its_prior(world, start):
+    """Over ess it is what AdamW's loss has over N: the objective of the mean is the same."""
+    run, _, part = ivon_run(world, start[0], tau=3, kappa=0)
+    arguments = ivon_arguments(run, part)
+    optimizer = IVON(run.loaded.model.parameters(), **arguments)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    parameter = run.loaded.model.get_parameter(name)
+    centre, decay = optimizer._prior[parameter]
+    assert torch.equal(centre, parameter)
+    expected = 3 * 2 * torch.tensor(start[1][name]) / run.units.edited
+    torch.testing.assert_close(decay, expected)
+    assert arguments["ess"] > run.units.edited
+    assert arguments["clip_radius"] == 1e-3
+    weaker = ivon_arguments(run, None)["prior"][parameter]
+    assert weaker[1] == pytest.approx(1e-6 * arguments["ess"])
+
+
+def test_ivons_curvature_is_that_of_what_is_kept_by_its_weights(world):
+    """The squares are those of the added and memory rows, times their weights in J / N."""
+    add = {"data": str(world / "add.jsonl")}
+    run, objective, _ = ivon_run(world, world / "bare", prior="none", add=add, kappa=2.5, tau=2)
+    batch = CollateParts(run.loaded.pad)(Mixture(run.parts, 3, 0))
+    weights = objective.curvature_weights(batch)
+    per_row = (batch["labels"][:, 1:] != -100).sum(1)
+    expected = torch.repeat_interleave(
+        torch.tensor([0.0] * 3 + [12 / 3] * 3 + [2 * 2.5 * len(run.parts["memory"]) / 3] * 3),
+        per_row,
+    )
+    torch.testing.assert_close(weights, expected)
+    assert objective.edited == run.units.removed + run.units.added
+
+
+def test_a_run_with_ivon_leaves_the_mean(world, start, monkeypatch):
+    """Its curvature is taken of a whole batch, and no noise stays in the weights."""
+    taken, means = [], []
+    add, step = IVON.add_curvature, IVON.step
+
+    def add_curvature(self, projected, observations):
+        taken.append(observations)
+        add(self, projected, observations)
+
+    def look(self, *arguments):
+        step(self, *arguments)
+        means.append(self.param_groups[0]["params"][0].detach().numpy().copy())
+
+    monkeypatch.setattr(IVON, "add_curvature", add_curvature)
+    monkeypatch.setattr(IVON, "step", look)
+    memory = {"data": str(world / "memory.jsonl")}
+    changes = {"optimizer": "ivon", "posterior": "none", "memory": memory, "max_steps": 2}
+    report = run_adapt(config(world, start[0], force=True, **changes), quiet=True)
+    assert taken == [report.removed]
+    with SafetensorsSource(checkpoint_files(world / "out")) as source:
+        saved = read_tensor(source, "transformer.wte.weight")
+    np.testing.assert_array_equal(saved, means[-1])
+    assert np.any(means[0] != means[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", ["stored", "none"])
+def test_ivon_reaches_about_the_objective_of_adamw(world, start, prior):
+    """From one start, by the objective on all rows at the end."""
+    memory = {"data": str(world / "memory.jsonl")}
+    reached = {}
+    for optimizer in ("adamw", "ivon"):
+        changes = {
+            "optimizer": optimizer,
+            "learning_rate": {"adamw": 3e-3, "ivon": 3.0}[optimizer],
+            "add": {"data": str(world / "add.jsonl")},
+            "memory": memory,
+            "prior": prior,
+            "posterior": "none",
+            "max_steps": 100,
+            "force": True,
+        }
+        settings = config(world, start[0], **changes)
+        run = load_run(settings)
+        teacher, part = FrozenCopy(run.loaded.model), part_of(run)
+        sizes = {name: len(examples) for name, examples in run.parts.items()}
+        objective = Objective(run.units, sizes, "npo", 0.1, teacher, part)
+        batch = CollateParts(run.loaded.pad)(Mixture(run.parts, 12, 0))
+        before = float(objective(run.loaded.model, batch).total.detach())
+        run_adapt(settings, quiet=True)
+        after = weights_in(world / "out")
+        with torch.no_grad():
+            for name, parameter in run.loaded.model.named_parameters():
+                parameter.copy_(after[name])
+        reached[optimizer] = before - float(objective(run.loaded.model, batch).total.detach())
+    assert reached["adamw"] > 0.2
+    assert reached["ivon"] > 0.8 * reached["adamw"]
+
+
+def weights_in(folder):
+    """The weights of a folder by name, as torch's tensors."""
+    with SafetensorsSource(checkpoint_files(folder)) as source:
+        return {name: torch.tensor(read_tensor(source, name)) for name in source.specs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_run_with_ivon_goes_on_bit_for_bit(world, start, tmp_path, lora):
+    changes = {
+        "optimizer": "ivon",
+        "output": str(tmp_path / "out"),
+        "memory": {"data": str(world / "memory.jsonl")},
+        "max_steps": 5,
+        "save_steps": 3,
+        "keep_checkpoints": True,
+        "gradient_accumulation": 2,
+        "lora": lora,
+    }
+    run_adapt(config(world, start[0], **changes), quiet=True)
+    through = weights_in(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out.checkpoints" / "checkpoint-3").is_dir()
+    for later in (tmp_path / "out.checkpoints").glob("checkpoint-5"):
+        shutil.rmtree(later)
+    run_adapt(config(world, start[0], resume=True, **changes), quiet=True)
+    for name, weights in weights_in(tmp_path / "out").items():
+        assert torch.equal(weights, through[name]), name

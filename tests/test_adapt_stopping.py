@@ -1,6 +1,8 @@
 """What ends an adaptation, which weights it leaves, and what it keeps on the way."""
 
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import mergekit_bayes.adapt.run as run_module
 from mergekit_bayes.adapt import AdaptConfig, Check, Until
 from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
@@ -15,8 +18,10 @@ from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.adapt.stopping import Stopping, progress
 from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.finetune import ranks
 from tests.finetuning import texts
 from tests.tiny_models import tiny_gpt2
+from tests.two_ranks import found_by_two
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +320,78 @@ def test_a_leap_of_the_memorys_divergence_is_undone(world, tmp_path, leap, caplo
     assert 3 <= report.refused_steps < 10
     assert 0 < report.checks[-1].memory_kl < 0.1
     assert caplog.text.count("is undone: it takes the KL divergence") == report.refused_steps
+
+
+def child(folder):
+    """What each of two ranks finds: leaps, checks, and a run that goes on from a checkpoint."""
+    (folder / "words.txt").write_text("bad\n")
+    found = []
+    for name in ("whole", "resumed"):
+        config = settings(
+            folder,
+            folder,
+            output=str(folder / name),
+            prompts=str(folder / "memory.jsonl"),
+            scorer=f"words:{folder / 'words.txt'}",
+            prompt_rows=2,
+            new_tokens=3,
+            until={"held_out_rise": 1e9, "memory_kl": 5.0},
+            check_every=3,
+            learning_rate=0.5,
+            keep_steps=[1, 4],
+            save_steps=2,
+            keep_checkpoints=True,
+            num_processes=2,
+            resume=True,
+        )
+        report, model = watched(config)
+        mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+        others = [torch.empty_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(others, mine)
+        found.append(
+            {
+                "report": report.model_dump(mode="json", exclude={"path"}),
+                "replicas equal": torch.equal(*others),
+                "sum": float(mine.double().sum()),
+            }
+        )
+        if ranks.is_main() and name == "whole":
+            kept = folder / "whole.checkpoints"
+            shutil.rmtree(kept / "checkpoint-6")
+            shutil.copytree(kept, folder / "resumed.checkpoints")
+        torch.distributed.barrier()
+    everywhere = [None, None]
+    torch.distributed.all_gather_object(everywhere, {"runs": found, "world": ranks.world()})
+    if ranks.is_main():
+        (folder / "found.json").write_text(json.dumps(everywhere))
+    torch.distributed.destroy_process_group()
+
+
+def watched(config):
+    """The report of a run, and this rank's model as the run has left it."""
+    kept, load = [], run_module.load_run
+
+    def load_and_keep(config):
+        kept.append(load(config))
+        return kept[-1]
+
+    run_module.load_run = load_and_keep
+    try:
+        return run_adapt(config, quiet=True), kept[0].loaded.model
+    finally:
+        run_module.load_run = load
+
+
+@pytest.mark.slow
+def test_two_ranks_check_undo_and_go_on_alike(world, tmp_path):
+    for name in ("base", "remove.jsonl", "memory.jsonl"):
+        source = world / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    first, second = found_by_two("tests.test_adapt_stopping", tmp_path)
+    assert first == second
+    whole, resumed = first["runs"]
+    assert whole == resumed
+    assert whole["replicas equal"]
+    assert whole["report"]["refused_steps"] >= 2
+    assert [check["step"] for check in whole["report"]["checks"]] == [0, 3, 6]
+    assert sorted(p.name for p in (tmp_path / "whole.steps").iterdir()) == ["1", "4"]

@@ -21,13 +21,10 @@ from mergekit_bayes.detox.report import verdicts
 from mergekit_bayes.detox.settings import HELD_OUT, Curve, DetoxConfig, curves
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.evaluate.files import read_report
-from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.metrics.base import Interval
-from mergekit_bayes.metrics.perplexity import PerplexityReport
-from mergekit_bayes.metrics.toxicity import ToxicityReport
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
+from tests.detox_worlds import measured
 
 SCALES = (0.5, 1.0)
 
@@ -469,48 +466,6 @@ def test_the_monotone_fit_is_the_least_squares_one(seed):
     x = np.random.default_rng(seed).normal(size=(3, 9)) + np.linspace(0, 2, 9)
     expected = [IsotonicRegression().fit_transform(range(9), row) for row in x]
     assert np.allclose(isotonic(x), expected)
-
-
-def measured(shares, nats):
-    """An evaluation of ten prompts and documents, one token each."""
-    one = Interval(value=float(np.mean(shares)))
-    loss = Interval(value=float(np.mean(nats)))
-    return EvaluateReport(
-        model="m",
-        model_identity="i",
-        settings={"bootstrap": 200, "seed": 0},
-        toxicity={
-            "s": ToxicityReport(
-                mean=one,
-                share=one,
-                expected_max=one,
-                any_toxic=one,
-                threshold=0.5,
-                n_prompts=10,
-                n_continuations=250,
-                prompt_share=tuple(shares),
-            )
-        },
-        perplexity={
-            "t": PerplexityReport(
-                protocol="rolling",
-                window=8,
-                stride=8,
-                documents=10,
-                tokens=10,
-                words=10,
-                bytes=10,
-                nats=float(np.sum(nats)),
-                loss=loss,
-                token=loss,
-                word=loss,
-                byte=loss,
-                bits_per_byte=loss,
-                document_nats=tuple(nats),
-                document_tokens=(1,) * 10,
-            )
-        },
-    )
 
 
 PAIR = [Curve("ta", "task_arithmetic"), Curve("gm", "gradient_matching")]

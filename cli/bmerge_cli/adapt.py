@@ -191,8 +191,9 @@ def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
         f"{plan.unit}s; kappa {kappa}, tau {plan.tau:g}"
     )
     loss = "" if plan.removal is None else f"removal {plan.removal}, "
+    prior = plan.prior if isinstance(plan.prior, str) else f"{plan.prior:g}"
     screen.print(
-        f"{loss}prior {plan.prior}, teacher {plan.teacher}, {plan.optimizer}, learning rate "
+        f"{loss}prior {prior}, teacher {plan.teacher}, {plan.optimizer}, learning rate "
         f"{plan.learning_rate:.3g}"
     )
     passes = plan.passes
@@ -205,12 +206,17 @@ def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
             f"at most {plan.checks:,} checks: {passes.checked:,} held-out examples, "
             f"{passes.continuations:,} continuations"
         )
-    if passes.flushed:
-        screen.print(f"precision at the end: {passes.flushed:,} examples forward and backward")
+    if passes.flushed or passes.reconstructed:
+        screen.print(
+            f"at the end: {passes.flushed:,} examples for the precision, {passes.reconstructed:,} "
+            "for the gradient-reconstruction error"
+        )
     size = plan.bytes
     screen.print(
         f"in memory: weights {_mib(size.weights)}, start {_mib(size.teacher)}, gradients "
-        f"{_mib(size.gradients)}, optimizer {_mib(size.optimizer)}; activations come on top"
+        f"{_mib(size.gradients)}, optimizer {_mib(size.optimizer)}, last step {_mib(size.undo)}, "
+        f"best check {_mib(size.best)}, prior {_mib(size.prior)}; "
+        "activations come on top"
     )
     for goal in plan.goals:
         screen.print(f"ends at: {goal}")
@@ -218,6 +224,8 @@ def _show_plan(screen: Console, plan: "AdaptPlan") -> None:
         screen.print("ends at: the last step; no goal is set (until)")
     for path, what in plan.stored.items():
         screen.print(f"stores {path}: {what}")
+    if plan.without_precision is not None:
+        screen.print(f"stores no precision: {plan.without_precision}")
 
 
 def _mib(size: int) -> str:

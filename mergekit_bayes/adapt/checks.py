@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.adapt.data import Example, Run, batch_of
+from mergekit_bayes.adapt.leverage import evaluating
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.objective import HELD
 from mergekit_bayes.adapt.settings import Check
@@ -154,10 +155,6 @@ def batches_of(adapted: Run, examples: Sequence[Example], part: int) -> Iterator
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Measure in eval mode; afterwards mode and random states are as before."""
     device = next(model.parameters()).device
-    was_training = model.training
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), evaluating(model):
+        yield

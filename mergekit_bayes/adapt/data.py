@@ -46,6 +46,7 @@ _FREE = {
     "logging_steps",
     "memory_filter",
     "prompts",
+    "prompt_column",
     "remove",
     "add",
     "memory",
@@ -226,8 +227,8 @@ def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
 def _prompts(config: AdaptConfig) -> list[str]:
     if config.prompts is None:
         return []
-    rows = load_rows(config.prompts, max_rows=config.prompt_rows, text=config.text_column)
-    return list(rows[config.text_column])
+    rows = load_rows(config.prompts, max_rows=config.prompt_rows, text=config.prompt_column)
+    return list(rows[config.prompt_column])
 
 
 def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ Nothing is trained or written.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import Module
@@ -14,6 +15,8 @@ from torch.nn import Module
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.flush import flushed_parts, why_none
 from mergekit_bayes.adapt.kept import refuse_kept
+from mergekit_bayes.adapt.memory import refuse_memory
+from mergekit_bayes.adapt.reconstruction import MOST
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.weights import chosen_prior
@@ -59,6 +62,8 @@ class Passes(Frozen):
         checked: Forward, of the held-out examples in all checks.
         continuations: Continuations that all checks draw.
         flushed: Forward and backward, for the stored precision.
+        reconstructed: Forward and backward, and forward through the start, for the
+            gradient-reconstruction error.
     """
 
     trained: int
@@ -66,6 +71,7 @@ class Passes(Frozen):
     checked: int
     continuations: int
     flushed: int
+    reconstructed: int
 
 
 class Bytes(Frozen):
@@ -73,15 +79,22 @@ class Bytes(Frozen):
 
     Attributes:
         weights: The model, with its adapter.
-        teacher: The second copy of the start; 0 where the adapter is switched off instead.
+        teacher: The second copy of the start, or its stored predictions, in main memory; 0 where
+            the adapter is switched off instead.
         gradients: One a trained weight.
         optimizer: Two a trained weight.
+        undo: The weights before the last step, where there is a memory that can show a leap.
+        best: Those of the best check so far, in main memory.
+        prior: theta_0 and S_w of the weight-space part, at most.
     """
 
     weights: int
     teacher: int
     gradients: int
     optimizer: int
+    undo: int
+    best: int
+    prior: int
 
 
 class AdaptPlan(Frozen):
@@ -114,6 +127,7 @@ class AdaptPlan(Frozen):
         bytes: Numbers that stay in memory.
         goals: What ends the run before its last step, in words.
         stored: What is written, by its path.
+        without_precision: Why no precision will be stored; None if one will.
     """
 
     model: str
@@ -132,7 +146,7 @@ class AdaptPlan(Frozen):
     tau: float
     learning_rate: float
     removal: str | None
-    prior: str
+    prior: Literal["stored", "none"] | float
     teacher: str
     optimizer: str
     steps: int
@@ -141,6 +155,7 @@ class AdaptPlan(Frozen):
     bytes: Bytes
     goals: tuple[str, ...]
     stored: dict[str, str]
+    without_precision: str | None
 
 
 def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
@@ -173,11 +188,9 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
     with quiet_libraries(bars=not quiet):
         scorers = [spec for spec in (config.scorer, config.memory_filter) if spec is not None]
         open_scorers(scorers, trust_remote_code=config.trust_remote_code)
-        prompts = 0
-        if config.prompts is not None:
-            prompts = len(load_rows(config.prompts, text=config.text_column))
         run = load_run(loadable)
         parts = tuple(_parts(config, run))
+    refuse_memory(config, run.loaded)
     units, model = run.units, run.loaded.model
     checks = _checks(config)
     written = config.memory_self_generated or 0
@@ -204,10 +217,11 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         optimizer=config.optimizer,
         steps=units.steps,
         checks=checks,
-        passes=_passes(config, run, checks, prompts),
-        bytes=_bytes(config, model),
+        passes=_passes(config, run, checks),
+        bytes=_bytes(config, run),
         goals=_goals(config),
         stored=_stored(config, run),
+        without_precision=why_none(config, is_stored=bool(run.places)),
     )
 
 
@@ -249,11 +263,8 @@ def _entries(parameters: Iterator[Tensor] | Sequence[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _prior(config: AdaptConfig, run: Run) -> str:
-    """The weight-space part in words: `auto` as it is resolved."""
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    prior = chosen_prior(config, is_stored=bool(run.places), has_memory=has_memory)
-    return prior if isinstance(prior, str) else f"{prior:g}"
+def _prior(config: AdaptConfig, run: Run) -> Literal["stored", "none"] | float:
+    return chosen_prior(config, is_stored=bool(run.places), has_memory=config.has_memory)
 
 
 def _teacher(config: AdaptConfig) -> str:
@@ -269,7 +280,7 @@ def _checks(config: AdaptConfig) -> int:
     return 1 + math.ceil(config.max_steps / config.check_every)
 
 
-def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
+def _passes(config: AdaptConfig, run: Run, checks: int) -> Passes:
     kinds = set(run.parts) | ({"memory"} if config.memory_self_generated else set())
     of_a_kind = (
         config.max_steps
@@ -283,28 +294,48 @@ def _passes(config: AdaptConfig, run: Run, checks: int, prompts: int) -> Passes:
     flushed = 0
     if why_none(config, is_stored=bool(run.places)) is None:
         flushed = len(flushed_parts(run.places, kinds)) * config.flush_batches * config.batch_size
-    drawn = min(prompts, config.prompt_rows) * config.continuations
+    memory, held = run.parts.get("memory", []), run.held.memory
+    predicted = of_a_kind * len(asked)
+    if config.teacher == "stored":  # each once, before the first step
+        predicted = sum(len(run.parts.get(name, [])) for name in asked) + len(held)
     return Passes(
         trained=of_a_kind * len(kinds),
-        teacher=of_a_kind * len(asked),
+        teacher=predicted,
         checked=checks * (len(run.held.removed) + len(run.held.memory)),
-        continuations=checks * drawn,
+        continuations=checks * len(run.prompts) * config.continuations,
         flushed=flushed,
+        reconstructed=min(MOST, len(memory)) + len(held) if len(held) > 1 else 0,
     )
 
 
-def _bytes(config: AdaptConfig, model: Module) -> Bytes:
+def _bytes(config: AdaptConfig, run: Run) -> Bytes:
+    model = run.loaded.model
     weights = sum(p.nbytes for p in model.parameters())
     trained = _trained(model)
     gradients = sum(p.nbytes for p in trained)
     # AdamW's two moments are of the weights' dtype, IVON's two are float32.
     moments = _FLOAT32 * _entries(trained) if config.optimizer == "ivon" else gradients
+    prior = 0
+    if _prior(config, run) != "none":  # an adapter's change is measured from 0
+        precise = _entries([place.parameter for place in run.places])
+        prior = _FLOAT32 * precise + (gradients if config.lora is None else 0)
     return Bytes(
         weights=weights,
-        teacher=weights if _teacher(config) == "copy" else 0,
+        teacher=_teacher_bytes(config, run, weights),
         gradients=gradients,
         optimizer=2 * moments,
+        undo=gradients if config.has_memory else 0,
+        best=gradients if config.has_goals else 0,
+        prior=prior,
     )
+
+
+def _teacher_bytes(config: AdaptConfig, run: Run, weights: int) -> int:
+    if _teacher(config) != "stored":
+        return weights if _teacher(config) == "copy" else 0
+    held = observations(run.held.memory, run.loaded.task)
+    removed = run.units.removed if config.removal in ("npo", "contrast") else 0
+    return (2 * _FLOAT32 * config.top_k + _FLOAT32) * (run.units.memory + held) + _FLOAT32 * removed
 
 
 def _goals(config: AdaptConfig) -> tuple[str, ...]:
@@ -326,16 +357,13 @@ def _stored(config: AdaptConfig, run: Run) -> dict[str, str]:
         str(target / ADAPT): "the settings of the run",
         str(target / ADAPT_REPORT): "what the run did",
     }
-    reason = why_none(config, is_stored=bool(run.places))
-    if reason is None:
+    if why_none(config, is_stored=bool(run.places)) is None:
         trained = _entries(_trained(run.loaded.model))
         start = "the start's" if run.places else "the memory's curvature"
         stored[str(target / "posterior")] = (
             f"precision of {trained:,} weights, float32: {start} plus the curvature of added rows "
             "less that of removed ones"
         )
-    else:
-        stored[str(target / "posterior")] = f"nothing: {reason}"
     if config.memory_self_generated is not None:
         stored[str(target / MEMORY)] = "the texts that the model wrote"
     if config.keep_steps:

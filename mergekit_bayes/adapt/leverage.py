@@ -19,7 +19,7 @@ examples have more.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.losses import log_likelihood
+from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.teacher import run, scored
-from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
-from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.adapt.weights import differentiable, places_of, pooled, read_start
 from mergekit_bayes.curvature.outputs import trained_loss
-from mergekit_bayes.errors import ConfigError, PrecisionError
-from mergekit_bayes.models.places import Place, find_places
-from mergekit_bayes.models.sampling import open_stored, sampling_obstacle
-from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.places import Place
+from mergekit_bayes.models.sampling import sampling_obstacle
+from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.records import FloatArray
 
 
@@ -70,7 +71,7 @@ def self_influence(
     """
     parameters = list({id(v.place.parameter): v.place.parameter for v in variances}.values())
     scores = []
-    with _differentiable(model, parameters):
+    with evaluating(model), differentiable(model, {id(parameter) for parameter in parameters}):
         for batch in batches:
             loss = _summed_loss(model, batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -94,20 +95,6 @@ def _summed_loss(model: Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _differentiable(model: Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """The model in eval mode, with gradients of these parameters; afterwards as before."""
-    required = [parameter.requires_grad for parameter in parameters]
-    with evaluating(model):
-        try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter, was_required in zip(parameters, required, strict=True):
-                parameter.requires_grad_(was_required)
-
-
-@contextmanager
 def evaluating(model: Module) -> Iterator[None]:
     """The model in eval mode; afterwards every module is in the mode that it had."""
     modes = {module: module.training for module in model.modules()}
@@ -119,69 +106,47 @@ def evaluating(model: Module) -> Iterator[None]:
             module.training = was_training
 
 
-def refuse_unknown_variance(ref: str) -> None:
+def refuse_unknown_variance(config: AdaptConfig) -> None:
     """Refuse a model whose stored posterior gives its weights no variance. Reads headers only.
 
     Raises:
-        ConfigError: There is no precision, it is of other weights, or it has no proper prior.
         CheckpointError: There is no such model, or a file cannot be read.
+        ConfigError: There is no precision, or it has no proper prior.
         PrecisionError: The record of the precision cannot be read.
     """
-    with open_stored(ref) as posterior:
-        _refuse_unknown(ref, posterior)
-
-
-def read_variances(
-    ref: str, model: Module, *, pool: Literal["tensor", "row"] | None = None
-) -> list[Variance]:
-    """Read the variance of each weight from the stored posterior, sigma^2 = 1/S.
-
-    Args:
-        ref: The model as the user named it; of an adapter its own posterior is read.
-        model: The same model, loaded; the variances go to the devices of its parameters.
-        pool: Replace S by its mean over each tensor or row first.
-
-    Raises:
-        ConfigError: As `refuse_unknown_variance`.
-        MismatchError: The names or shapes of the precision are not the model's.
-        PrecisionError: It has entries that are negative, zero or not finite.
-    """
-    with open_stored(ref) as posterior:
-        _refuse_unknown(ref, posterior)
-        source = posterior.precision
-        assert source is not None
-        variances = []
-        for place in find_places(model, posterior):
-            stored = _pooled(read_tensor(source, place.name), pool)
-            bad = int(np.count_nonzero(is_bad_precision(stored) | (stored == 0)))
-            if bad:
-                raise PrecisionError(
-                    f"{source.where(place.name)}: the precision of '{place.name}' has {bad} "
-                    "entries that are zero, negative or not finite. Estimate it again."
-                )
-            sigma2 = torch.from_numpy(np.asarray(np.float32(1) / stored))
-            variances.append(Variance(place, sigma2.to(place.parameter.device)))
-    return variances
-
-
-def _refuse_unknown(ref: str, posterior: Posterior) -> None:
-    if not posterior.has_precision:
-        obstacle: str | None = "none is stored with it"
-    elif posterior.info is not None and posterior.info.mean.blocks != posterior.identity:
-        obstacle = "the stored one was taken at other weights"
-    else:
-        obstacle = sampling_obstacle(posterior.info)
+    with open_posterior(config.model, precision=config.precision) as posterior:
+        obstacle = (
+            sampling_obstacle(posterior.info)
+            if posterior.has_precision
+            else "none is stored with it"
+        )
     if obstacle is not None:
         raise ConfigError(
-            f"memory_select: `leverage` needs the posterior of '{ref}': {obstacle}. Make one with "
-            f"`bmerge precision {ref} --data TEXTS --prior X`, or choose `random`."
+            f"memory_select: leverage needs the posterior of '{config.model}', but {obstacle}. "
+            f"Make one with `bmerge precision {config.model} --data TEXTS --prior X`, or choose "
+            "random."
         )
 
 
-def _pooled(precision: Array, pool: Literal["tensor", "row"] | None) -> Array:
-    """The precision, or its mean over each row (a slice of the first axis) or over the tensor."""
-    if pool is None:
-        return precision
-    axes = tuple(range(pool == "row", precision.ndim))
-    pooled: Array = precision.mean(axis=axes, keepdims=True, dtype=np.float64).astype(np.float32)
-    return pooled
+def read_variances(config: AdaptConfig, loaded: Loaded) -> list[Variance]:
+    """Read the variance of each weight from the stored posterior, sigma^2 = 1/S_0.
+
+    S_0 is that of the K-prior, as `weights.read_start` scales it and `config.pool` pools it. Its
+    prior, without which `refuse_unknown_variance` refuses it, bounds every variance.
+
+    Args:
+        config: The settings.
+        loaded: The model, without an adapter put on it; the variances go to its device.
+
+    Raises:
+        MismatchError: The names or shapes of the precision are not the model's.
+        PrecisionError: It was taken at other weights, or has entries that are no precision.
+    """
+    with open_posterior(config.model, precision=config.precision) as posterior:
+        places = places_of(loaded, posterior)
+    start = read_start(config, places)
+    variances = []
+    for place in places:
+        precision = pooled(start.precision[place.name], place.shape, config.pool)
+        variances.append(Variance(place, precision.reciprocal()))
+    return variances

@@ -95,6 +95,22 @@ class Memory(NamedTuple):
     facts: MemoryFacts
 
 
+def refuse_memory(config: AdaptConfig, loaded: Loaded) -> None:
+    """Refuse a memory that this model cannot write or choose.
+
+    Raises:
+        CheckpointError: The model's posterior cannot be read.
+        ConfigError: A classifier cannot write, or a choice by leverage without a posterior.
+        PrecisionError: The record of the posterior cannot be read.
+    """
+    if config.memory_self_generated is not None and loaded.task == "classification":
+        raise ConfigError(
+            "memory_self_generated: a classifier writes no text. Name rows in `memory`."
+        )
+    if config.memory_select == "leverage":
+        refuse_unknown_variance(config)
+
+
 def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """Read, write, filter, split and choose the memory.
 
@@ -127,12 +143,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """
     if config.memory is None and config.memory_self_generated is None:
         return None
-    if config.memory_self_generated is not None and loaded.task == "classification":
-        raise ConfigError(
-            "memory_self_generated: a classifier writes no text. Name rows in `memory`."
-        )
-    if config.memory_select == "leverage":
-        refuse_unknown_variance(config.model)  # before any text is written, which may take long
+    refuse_memory(config, loaded)  # before any text is written, which may take long
     row_count, examples = main_first(lambda: _from_rows(config, loaded))
     texts: list[str] = []
     if config.memory_self_generated is not None:
@@ -247,7 +258,7 @@ def _chosen(training: Examples, config: AdaptConfig, loaded: Loaded) -> Examples
     if count >= len(training) or config.memory_select == "random":
         return training[:count]
     with _at_work(loaded):
-        variances = read_variances(config.model, loaded.model, pool=config.pool)
+        variances = read_variances(config, loaded)
         singles = batches(training, 1, Collate(loaded.pad), device=loaded.device)
         shown = with_bar(singles, "leverage", len(training))
         scores = self_influence(loaded.model, shown, variances)

@@ -65,6 +65,11 @@ class Objective:
         self._removal, self._beta = removal, beta
         self._teacher, self._penalty = teacher, penalty
 
+    @property
+    def edited(self) -> int:
+        """N, by which J is divided."""
+        return self._units.edited
+
     def __call__(self, model: Module, batch: Batch) -> Terms:
         """J / N on a batch with `input_ids`, `attention_mask`, `labels` and `part`.
 
@@ -88,6 +93,23 @@ class Objective:
             penalty = self._units.tau * self._penalty()
         edited = self._units.edited
         return Terms((total + penalty) / edited, means, penalty.detach() / edited)
+
+    def curvature_weights(self, batch: Batch) -> Tensor:
+        """How much the curvature of each scored observation in a batch counts, (n,).
+
+        With these factors the sum over a batch estimates the generalised Gauss-Newton matrix of
+        the added, contrast and memory terms of J at the start of the memory's divergence. Removed
+        rows have none of it.
+        """
+        weights = torch.zeros(len(batch["part"]), device=batch["part"].device)
+        for number, name in enumerate(PARTS):
+            chosen = batch["part"] == number
+            if name != "remove" and chosen.any():
+                weights[chosen] = self._units.weight_of(name) * self._sizes[name] / chosen.sum()
+        labels, tokens = batch["labels"], batch["input_ids"]
+        shape = (*tokens.shape, 1) if labels.shape == tokens.shape else (len(tokens), 1)
+        spread = weights.reshape(-1, *(1 for _ in shape[1:])).expand(shape)
+        return scored(spread, labels, tokens)[0].squeeze(-1)
 
     def _losses(
         self, model: Module, part: str, batch: Batch, logits: Tensor, labels: Tensor

@@ -33,7 +33,7 @@ from mergekit_bayes.models.encode import Collate, Example
 from mergekit_bayes.models.estimate import random_examples
 
 _GROUPS = 8  # of held-out examples
-_EXAMPLES = 1024  # of a large memory at most; the rest is taken to be like them
+MOST = 1024  # of a large memory at most; the rest is taken to be like them
 
 
 class Reconstruction(NamedTuple):
@@ -76,7 +76,7 @@ def measure_reconstruction(
     if not memory or len(held_out) < 2:
         return None
     seed, units, loaded = adaptation.config.seed, adaptation.units, adaptation.loaded
-    chosen = random_examples(_numbered(memory), min(len(memory), _EXAMPLES), seed)
+    chosen = random_examples(_numbered(memory), min(len(memory), MOST), seed)
     shuffled = random_examples(_numbered(held_out), len(held_out), seed)
     count = min(_GROUPS, len(shuffled))
     loaded.model.eval()  # the start's predictions are made without dropout

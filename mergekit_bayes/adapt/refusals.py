@@ -99,7 +99,7 @@ def _refuse_unused(config: AdaptConfig) -> None:
         ),
         (
             prompts,
-            ("prompt_rows", "continuations", "new_tokens"),
+            ("prompt_column", "prompt_rows", "continuations", "new_tokens"),
             "there are no prompts to continue (prompts)",
         ),
         (

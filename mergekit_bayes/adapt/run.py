@@ -14,7 +14,7 @@ from mergekit_bayes.adapt.stopping import Stopping
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.stored import stored_teacher
 from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
-from mergekit_bayes.adapt.trainer import adapt_arguments, make_trainer
+from mergekit_bayes.adapt.trainer import ForIvon, adapt_arguments, make_trainer
 from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.hooks import ProgressBar
@@ -70,30 +70,34 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         penalty = make_weight_part(
             config, run.loaded, run.places, run.units, run.parts.get("memory")
         )
+        is_ivon = config.optimizer == "ivon"
+        # IVON takes a quadratic of its weights as its prior; that of an adapter is none.
+        in_prior = is_ivon and config.lora is None
         objective = Objective(
             run.units,
             {name: len(examples) for name, examples in run.parts.items()},
             config.removal,
             config.npo_beta,
             teacher,
-            penalty,
+            None if in_prior else penalty,
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         bar = None if quiet else ProgressBar(run.units.summary())
         guard = LeapGuard(run, objective, teacher)
         stopping = Stopping(run, Checks(run, teacher), guard, bar.say if bar else None)
         callbacks = [guard, stopping, KeepSteps(run), *([bar] if bar else [])]
-        trainer = make_trainer(run, guard, arguments, callbacks, loss_before=loss_before)
+        ivon = ForIvon(objective, penalty if in_prior else None) if is_ivon else None
+        trainer = make_trainer(run, guard, arguments, callbacks, ivon=ivon, loss_before=loss_before)
         stopping.begin(checkpoint, trainer.accelerator.autocast)
         trained = Trained(0, 0.0)
         if checkpoint is not None or not stopping.is_over:
             steps = checkpoint.step if checkpoint and stopping.is_over else run.units.steps
-            trained = train(trainer, checkpoint, steps, is_ivon=False)
+            trained = train(trainer, checkpoint, steps, is_ivon=is_ivon)
         outcome = stopping.finish(trained.steps)
 
         def store() -> AdaptReport:
             error = measure_reconstruction(run, teacher, penalty)
-            report = save_adapted(run, trained.steps, outcome, error)
+            report = save_adapted(run, outcome, error)
             if has_folder(training):
                 keep = config.keep_checkpoints or config.save_steps is None
                 close_checkpoints(folder, keep=keep)

@@ -150,6 +150,11 @@ class AdaptConfig(Config):
     prompts: str | None = Field(
         None, description="Prompts that checks continue, for `toxic_share`; validation data."
     )
+    prompt_column: str = Field(
+        "text",
+        description="Column of the prompts. Of objects (RealToxicityPrompts') the text is read; "
+        "`COLUMN.KEY` names another key.",
+    )
     scorer: str | None = Field(
         None, description="Scorer of the continuations, as `evaluate --scorer`."
     )
@@ -196,7 +201,7 @@ class AdaptConfig(Config):
     learning_rate: float | None = Field(
         None,
         ge=0,
-        description="By default 1e-3 of the typical weight (the RMS of the median weight matrix), "
+        description="By default 2e-3 of the typical weight (the RMS of the median weight matrix), "
         "ten times that for an adapter; for IVON the same divided by its `clip_radius` of 1e-3.",
     )
     max_steps: int = Field(200, ge=1, description="Number of steps at most.")

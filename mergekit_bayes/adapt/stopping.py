@@ -37,16 +37,18 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
+        steps: Optimizer steps made.
         kept_step: The step whose weights the model has now.
         reached: Whether a goal was reached; None without one.
         checks: What each check found.
         refused_steps: Steps that were undone.
     """
 
+    steps: int
     kept_step: int
-    reached: bool | None
-    checks: tuple[Check, ...]
-    refused_steps: int
+    reached: bool | None = None
+    checks: tuple[Check, ...] = ()
+    refused_steps: int = 0
 
 
 def progress(check: Check, start: Check, until: Until) -> float | None:
@@ -186,7 +188,7 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
                 steps,
                 _line(found),
             )
-        return Outcome(kept, reached, tuple(self._checks), self._guard.refused)
+        return Outcome(steps, kept, reached, tuple(self._checks), self._guard.refused)
 
     def _restore(self, folder: Path) -> None:
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)

@@ -36,14 +36,11 @@ from mergekit_bayes.posterior import (
 from mergekit_bayes.posterior.info import LOSS
 
 
-def save_adapted(
-    run: Run, steps: int, outcome: Outcome, reconstruction_error: float | None
-) -> AdaptReport:
+def save_adapted(run: Run, outcome: Outcome, reconstruction_error: float | None) -> AdaptReport:
     """Write the checkpoint folder and its posterior, and say what was written.
 
     Args:
         run: The run, whose model is adapted now.
-        steps: Optimizer steps made.
         outcome: How the run ended.
         reconstruction_error: Relative squared error of the K-prior's gradient, if it was told.
 
@@ -62,7 +59,7 @@ def save_adapted(
             _save_posterior(run, flushed, health, outcome.kept_step, partial)
         report = AdaptReport(
             path=Path(config.output),
-            steps=steps,
+            steps=outcome.steps,
             kept_step=outcome.kept_step,
             reached=outcome.reached,
             checks=outcome.checks,

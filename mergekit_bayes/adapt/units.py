@@ -8,7 +8,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.posterior import PosteriorInfo
 
-_STEP = 1e-3  # learning rate over the typical weight
+_STEP = 2e-3  # learning rate over the typical weight
 _ADAPTER = 10.0  # an adapter's factors start small, and its rate is this many times as large
 
 
@@ -109,7 +109,7 @@ def choose_units(
 
         N_0    recorded by the posterior, else base_multiple (N_r + N_a)
         kappa  N_0 / |M|
-        lr     1e-3 of the median RMS of the weight matrices; ten times that for an adapter
+        lr     2e-3 of the median RMS of the weight matrices; ten times that for an adapter
 
     Args:
         config: The settings.

@@ -54,6 +54,26 @@ class Start(NamedTuple):
     factor: float
 
 
+class Term(NamedTuple):
+    """One tensor's part of W.
+
+    Attributes:
+        weight: What it is a quadratic of: a parameter itself, or the change by an adapter.
+        centre: Where it is zero.
+        precision: S_w of it, of its shape or one that broadcasts to it.
+        parameter: The trained parameter; None for the change by an adapter.
+    """
+
+    weight: Callable[[], Tensor]
+    centre: Tensor
+    precision: Tensor
+    parameter: Tensor | None
+
+    def __call__(self) -> Tensor:
+        """Its value, with its graph."""
+        return weight_penalty({"": self.weight()}, {"": self.centre}, {"": self.precision})
+
+
 class WeightPart:
     """W of a model's present weights, with its graph.
 
@@ -63,16 +83,17 @@ class WeightPart:
 
     Attributes:
         precision: As given.
+        terms: What W is the sum of.
     """
 
     def __init__(self, model: Module, precision: Mapping[str, Tensor]) -> None:
         self.precision = precision
-        self._terms = tuple(_terms(model, precision))
+        self.terms = tuple(_terms(model, precision))
 
     def __call__(self) -> Tensor:
         """W, in nats of the summed loss: a number."""
         terms = [
-            checkpoint(term, use_reentrant=False, preserve_rng_state=False) for term in self._terms
+            checkpoint(term, use_reentrant=False, preserve_rng_state=False) for term in self.terms
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
@@ -192,7 +213,7 @@ def make_weight_part(
         return WeightPart(model, {n: torch.tensor(prior) for n, _ in model.named_parameters()})
     start = read_start(config, places)
     precision = {
-        place.name: _pooled(start.precision[place.name], place.shape, config.pool)
+        place.name: pooled(start.precision[place.name], place.shape, config.pool)
         for place in places
     }
     if memory and units.kappa:
@@ -208,7 +229,7 @@ def _memory_curvature(
     """H_M of each place at the start, summed over the memory; estimated on some of a large one."""
     chosen = random_examples(memory, min(len(memory), _LOOKED_AT), config.seed)
     names = {id(p): name for name, p in loaded.model.named_parameters()}
-    with _differentiable(loaded.model, {id(place.parameter) for place in places}):
+    with differentiable(loaded.model, {id(place.parameter) for place in places}):
         total, _ = estimate_curvature(
             "ggn", loaded, chosen, batch_size=config.batch_size, seed=config.seed
         )
@@ -225,7 +246,7 @@ def _like(values: Tensor, precision: Tensor) -> Tensor:
 
 
 @contextmanager
-def _differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
+def differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
     """Let exactly these parameters, by id, require gradients: an adapter's base is frozen."""
     before = {p: p.requires_grad for p in model.parameters()}
     for parameter in before:
@@ -237,20 +258,17 @@ def _differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _terms(model: Module, precision: Mapping[str, Tensor]) -> Iterator[Callable[[], Tensor]]:
-    """A function for each changing weight that has a precision: its term of W."""
+def _terms(model: Module, precision: Mapping[str, Tensor]) -> Iterator[Term]:
+    """A term for each changing weight that has a precision."""
     if hasattr(model, "peft_config"):
         yield from _adapter_terms(model, precision)
         return
     for name, parameter in model.named_parameters():
         if name in precision and parameter.requires_grad:
-            centre = parameter.detach().clone()
-            yield _term(precision[name], partial(_itself, parameter), centre)
+            yield _whole(parameter, parameter.detach().clone(), precision[name])
 
 
-def _adapter_terms(
-    model: Module, precision: Mapping[str, Tensor]
-) -> Iterator[Callable[[], Tensor]]:
+def _adapter_terms(model: Module, precision: Mapping[str, Tensor]) -> Iterator[Term]:
     """The terms of the adapted weights, and of modules that are trained beside the adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -261,23 +279,19 @@ def _adapter_terms(
             trained = module.modules_to_save[_ADAPTER]
             for name, centre in module.original_module.named_parameters():
                 if id(centre) in numbers:
-                    weight = partial(_itself, trained.get_parameter(name))
-                    yield _term(numbers[id(centre)], weight, centre.detach())
+                    parameter = trained.get_parameter(name)
+                    yield _whole(parameter, centre.detach(), numbers[id(centre)])
         elif isinstance(module, BaseTunerLayer):
             base = module.get_base_layer().weight
             if id(base) in numbers:  # peft knows the layer's kind and how it lies
                 change = partial(module.get_delta_weight, _ADAPTER)
-                yield _term(numbers[id(base)], change, torch.zeros((), device=base.device))
+                zero = torch.zeros((), device=base.device)
+                yield Term(change, zero, numbers[id(base)].to(base.device), None)
 
 
-def _term(numbers: Tensor, weight: Callable[[], Tensor], centre: Tensor) -> Callable[[], Tensor]:
-    """One tensor's part of W."""
-    numbers = numbers.to(centre.device)
-    return lambda: weight_penalty({"": weight()}, {"": centre}, {"": numbers})
-
-
-def _itself(parameter: Tensor) -> Tensor:
-    return parameter
+def _whole(parameter: Tensor, centre: Tensor, precision: Tensor) -> Term:
+    """The term of a parameter that is trained as a whole."""
+    return Term(lambda: parameter, centre, precision.to(centre.device), parameter)
 
 
 def _scales(info: PosteriorInfo | None, base: float | None) -> tuple[float, float, float]:
@@ -308,8 +322,14 @@ def _read(posterior: Posterior, place: Place) -> Tensor:
     return torch.tensor(stored, dtype=torch.float32)
 
 
-def _pooled(values: Tensor, mean: tuple[int, ...], pool: Literal["tensor", "row"] | None) -> Tensor:
-    """Means of a precision over each row or the tensor of its mean; as it is without `pool`."""
+def pooled(values: Tensor, mean: tuple[int, ...], pool: Literal["tensor", "row"] | None) -> Tensor:
+    """Means of a precision over each row or the tensor; as it is without `pool`.
+
+    Args:
+        values: In any form.
+        mean: Shape of the weights that it belongs to.
+        pool: What a mean is taken over.
+    """
     shape = Form.ENTRY.pooled(pool).shape_of(mean)
     axes = [i for i, size in enumerate(shape) if size < values.shape[i]] if values.ndim else []
     return values.mean(axes, keepdim=True) if axes else values

@@ -1,4 +1,4 @@
-"""Remove toxicity by a script: fine-tune on toxic text, subtract it by each method, compare."""
+"""Remove toxicity by a script, by subtraction and by correction, and compare the methods."""
 
 from mergekit_bayes.detox.journey import run_detox
 from mergekit_bayes.detox.report import DetoxReport

@@ -1,11 +1,11 @@
-"""What making a model took, kept beside the step that made it."""
+"""What making a model took, kept in `costs/` beside the steps."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mergekit_bayes.checkpoint.own_files import write_own
+from mergekit_bayes.checkpoint.own_files import make_own_folder, write_own
 from mergekit_bayes.documents import read_record
 from mergekit_bayes.records import Record
 
@@ -30,7 +30,7 @@ def timed(
     """Carry out a step and keep what it took.
 
     Args:
-        folder: The step's folder; the record lies beside it.
+        folder: The step's folder, whose name the record has.
         step: Carries it out.
         passes: Examples that were sent through a model, by what the step returns.
     """
@@ -41,7 +41,9 @@ def timed(
 
 def write_cost(folder: Path, cost: Cost) -> None:
     """Keep what the step of a folder took."""
-    write_own(_file(folder), cost.model_dump_json() + "\n")
+    file = _file(folder)
+    make_own_folder(file.parent)
+    write_own(file, cost.model_dump_json() + "\n")
 
 
 def read_cost(folder: Path) -> Cost | None:
@@ -70,4 +72,4 @@ def total(costs: list[Cost | None]) -> Cost | None:
 
 
 def _file(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.cost.json")
+    return folder.parent / "costs" / f"{folder.name}.json"

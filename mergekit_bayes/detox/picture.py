@@ -106,7 +106,7 @@ def _panel(panel: "Axes", report: DetoxReport, axis: str, text: str) -> None:
             linestyle=style,
             marker=marker,
             color=colour,
-            markersize=4,
+            markersize=5,
             linewidth=1.5,
             markevery=slice(1, None),
             label=label,

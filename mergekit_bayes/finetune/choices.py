@@ -143,7 +143,9 @@ def choose(
         processes=processes,
         loss_reduction=f"mean over {UNIT[loaded.task]}s of a step",
         initial_a=None if config.lora is None else _initial_a(loaded.model),
-        ivon=_ivon(config, loaded.model, total, steps) if config.optimizer == "ivon" else None,
+        ivon=ivon_choices(config, loaded.model, total, steps)
+        if config.optimizer == "ivon"
+        else None,
     )
 
 
@@ -154,7 +156,17 @@ def learning_rate(config: FinetuneConfig) -> float:
     return (0.1 if config.optimizer == "ivon" else 1e-4) * (1 if config.lora is None else 10)
 
 
-def _ivon(config: FinetuneConfig, model: torch.nn.Module, total: int, steps: int) -> IvonChoices:
+def ivon_choices(
+    config: FinetuneConfig, model: torch.nn.Module, total: int, steps: int
+) -> IvonChoices:
+    """Arguments of IVON for a model, of which some follow from the data and the run's length.
+
+    Args:
+        config: Settings of the run.
+        model: The model that is trained, with its adapter if there is one.
+        total: Observations of the data.
+        steps: Optimizer steps of the whole run.
+    """
     ggn = config.curvature == "ggn"
     # The least curvature that an entry can start from. Under `ggn` an entry that no output depends
     # on keeps it.

@@ -86,26 +86,6 @@ def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
     return None
 
 
-def open_stored(ref: str, *, precision: str | None = None) -> Posterior:
-    """Open a model and the precision that is stored for it; of an adapter its own, without a base.
-
-    Args:
-        ref: A folder or `org/name[@revision]`.
-        precision: Another place for the precision: a file or a folder.
-
-    Returns:
-        The open posterior, which the caller closes. It may have no precision.
-
-    Raises:
-        CheckpointError: There is no such model, or a file cannot be read.
-        PrecisionError: The given place holds no precision, or its record cannot be read.
-    """
-    path = resolve(ref, CHECKPOINT + POSTERIOR)
-    adapter = path / _ADAPTER
-    is_adapter = (path / _ADAPTER_CONFIG).exists() and adapter.exists()
-    return open_posterior(str(adapter) if is_adapter else ref, precision=precision)
-
-
 def open_samplable(
     ref: str, *, precision: str | None = None, prior: float | None = None
 ) -> Posterior:
@@ -124,8 +104,13 @@ def open_samplable(
         PrecisionError: No precision, one of other weights, or one without a proper prior while
             `prior` is None.
     """
+    path = resolve(ref, CHECKPOINT + POSTERIOR)
+    adapter = path / _ADAPTER
+    is_adapter = (path / _ADAPTER_CONFIG).exists() and adapter.exists()
     with ExitStack() as stack:
-        posterior = stack.enter_context(open_stored(ref, precision=precision))
+        posterior = stack.enter_context(
+            open_posterior(str(adapter) if is_adapter else ref, precision=precision)
+        )
         if not posterior.has_precision:
             raise PrecisionError(
                 f"no precision for '{ref}' (looked for '{precision_path(posterior.path)}'). "

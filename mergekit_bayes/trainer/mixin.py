@@ -222,12 +222,16 @@ class IvonTrainerMixin:
 
     def _add_curvature(self, scored: Tensor, of_loss: Likelihood, index: int) -> None:
         """Give IVON one root-GGN draw on the scored logits of micro-batch `index`."""
-        optimizer, scored = unwrap(self.optimizer), scored.float()
-        group = optimizer.param_groups[0]
+        scored = scored.float()
+        root = self._root(scored, of_loss, index)
+        unwrap(self.optimizer).add_curvature((root * scored).sum(), len(scored))
+
+    def _root(self, scored: Tensor, of_loss: Likelihood, index: int) -> Tensor:
+        """One random root of the Hessian in the scored logits, drawn for this micro-batch."""
+        group = unwrap(self.optimizer).param_groups[0]
         seed = mix(group["seed"], group["steps"], index, self.accelerator.process_index, 1)
         signs = torch.Generator(scored.device).manual_seed(seed)
-        root = random_root(scored.detach(), of_loss, signs)
-        optimizer.add_curvature((root * scored).sum(), len(scored))
+        return random_root(scored.detach(), of_loss, signs)
 
 
 def _logits(outputs: object) -> Tensor | None:

@@ -170,8 +170,6 @@ def read_curves(world: World, condition: str) -> dict[str, Curve]:
     """All curves of a condition that are complete for a seed at least, from the work folder."""
     result = {}
     for method in all_methods(world):
-        if condition not in method.conditions:
-            continue
         looks: dict[int, list[dict[str, Any]]] = {}
         kept: dict[int, dict[str, Any]] = {}
         for seed in method.seeds(world, condition):
@@ -197,7 +195,7 @@ def _before(world: World, method: Method, condition: str, seed: int) -> float:
     """CPU seconds of the fine-tunes and the precision that a method needs."""
     jobs = [f"tuned-{text}-{condition}-{seed}" for text in method.tuned]
     if method.weighs:
-        jobs.append(f"start-{seed}")
+        jobs.append(world.start(seed, proper=method.proper).name)
     return sum(seconds_of(world, job) for job in jobs)
 
 

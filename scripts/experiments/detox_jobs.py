@@ -76,10 +76,18 @@ def jobs(world: World, only: Sequence[str] = ()) -> list[Job]:
         result += [
             Job(f"base-{seed}", train_bases, ("base", seed), (world.base(seed),), before),
             Job(f"oracle-{seed}", train_bases, ("oracle", seed), (world.oracle(seed),), before),
-            Job(f"start-{seed}", write_start, (seed,), (world.start(seed),), (f"base-{seed}",)),
         ]
-        curves = [(m, c) for c in CONDITIONS for m in methods if c in m.conditions]
-        curves = [(m, c) for m, c in curves if seed in m.seeds(world, c)]
+        curves = [(m, c) for c in CONDITIONS for m in methods if seed in m.seeds(world, c)]
+        result += [
+            Job(
+                world.start(seed, proper=proper).name,
+                write_start,
+                (seed, proper),
+                (world.start(seed, proper=proper),),
+                (f"base-{seed}",),
+            )
+            for proper in sorted({False, *(m.proper for m, _ in curves)})
+        ]
         tuned = dict.fromkeys(f"{text}-{c}" for m, c in curves for text in m.tuned)
         result += [
             Job(
@@ -104,6 +112,7 @@ def curve_job(world: World, method: Method, condition: str, seed: int) -> Job:
     folder = world.looks(method.name, condition, seed)
     files = [folder / f"{look:g}.json" for look in method.looks_of(world)]
     needs = [f"look-base-{condition}-{seed}"]
+    needs += [world.start(seed, proper=True).name] if method.proper else []
     needs += [f"tuned-{text}-{condition}-{seed}" for text in method.tuned]
     return Job(
         f"look-{method.name}-{condition}-{seed}",
@@ -134,7 +143,7 @@ def look_at_curve(world: World, method: Method, condition: str, seed: int) -> No
     folder, looks = world.looks(method.name, condition, seed), method.looks_of(world)
     missing = tuple(look for look in looks if not (folder / f"{look:g}.json").exists())
     for look, model, seconds in make_looks(world, method, condition, seed, missing):
-        look_at(world, model, method.name, condition, seed, look, seconds)
+        look_at(world, model, method.name, condition, seed, look, seconds, valid=method.lasts)
     if method.lasts and not (folder / LASTS).exists():
         look = chosen_look(world, method.name, condition, seed, looks)
         ((_, model, _),) = make_looks(world, method, condition, seed, (look,))
@@ -143,12 +152,20 @@ def look_at_curve(world: World, method: Method, condition: str, seed: int) -> No
 
 
 def look_at(
-    world: World, model: Path, method: str, condition: str, seed: int, look: float, made: float
+    world: World,
+    model: Path,
+    method: str,
+    condition: str,
+    seed: int,
+    look: float,
+    made: float,
+    *,
+    valid: bool = True,
 ) -> None:
     """Measure one model."""
     begun = time.process_time()
     oracle = world.oracle(seed) if condition == "trained" else None
-    result = measure(world, model, condition, oracle)
+    result = measure(world, model, condition, oracle, valid=valid)
     result |= {"seconds": made, "measuring": time.process_time() - begun}
     written(world.looks(method, condition, seed) / f"{look:g}.json", result)
 

@@ -51,7 +51,8 @@ def says(world: World, loaded: Loaded, condition: str, split: str) -> Measured:
     shares = {}
     for name in SCORERS[condition][:1] if is_valid else SCORERS[condition]:
         scores = np.reshape(getattr(detox_scorers, name)(texts), (len(samples.texts), -1))
-        shares[name] = list(score_toxicity(scores).prompt_share)
+        threshold = detox_scorers.fitted(name).threshold
+        shares[name] = list(score_toxicity(scores, threshold=threshold).prompt_share)
     return {"shares": shares, "distinct": describe_samples(samples).distinct_2}
 
 

@@ -28,6 +28,7 @@ class Method:
         options: Settings of the merge or the adaptation; FILES are names of texts.
         tuned: Texts whose fine-tunes a merge takes, the first subtracted, others added.
         weighs: Whether the base's precision is used.
+        proper: Whether that precision contains a prior.
         conditions: Where it is run.
         all_seeds: Conditions in which it is run with all seeds; elsewhere with the first.
         lasts: Whether it is measured how long the removal lasts.
@@ -40,12 +41,15 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     weighs: bool = False
+    proper: bool = False
     conditions: tuple[str, ...] = MAIN
     all_seeds: tuple[str, ...] = MAIN
     lasts: bool = True
 
     def seeds(self, world: World, condition: str) -> tuple[int, ...]:
         """The seeds that it is run with."""
+        if condition not in self.conditions or not world.size.has(self.name, condition):
+            return ()
         return world.size.seeds if condition in self.all_seeds else world.size.seeds[:1]
 
     def looks_of(self, world: World) -> tuple[float, ...]:
@@ -61,45 +65,74 @@ def merge(name: str, label: str, looks: tuple[float, ...], **settings: Any) -> M
     return Method(name, label, "merge", looks, **{"tuned": ("removed",), **settings})
 
 
-def gradient_matching(name: str, label: str, looks: tuple[float, ...], **options: Any) -> Method:
-    """Gradient matching with the defaults of the documents."""
+def gradient_matching(name: str, label: str, looks: tuple[float, ...], **settings: Any) -> Method:
+    """Gradient matching with the defaults of the documents; `settings` as those of `adapt`."""
+    fields = _fields_in(settings)
     common = {"weights": "precision", "anchor": "h0", "shrink": "0.3"}
-    return merge(name, label, looks, weighs=True, options=common | options)
+    return merge(name, label, looks, weighs=True, options=common | settings, **fields)
 
 
 def adapt(name: str, label: str, looks: tuple[float, ...], **settings: Any) -> Method:
     """A correction in a few steps; `settings` of `Method` besides those of the adaptation."""
-    fields = {k: settings.pop(k) for k in list(settings) if k in Method.__dataclass_fields__}
+    fields = _fields_in(settings)
     return Method(name, label, "adapt", looks, options=settings, **fields)
 
 
+def _fields_in(settings: dict[str, Any]) -> dict[str, Any]:
+    """Take those of `Method` out of these settings."""
+    return {k: settings.pop(k) for k in list(settings) if k in Method.__dataclass_fields__}
+
+
 SIDE: dict[str, Any] = {"conditions": ONE, "all_seeds": (), "lasts": False}
-PART: dict[str, Any] = {"all_seeds": ONE}
-STEPS = (25, 50, 100, 150, 220)
+PART: dict[str, Any] = {"conditions": ONE, "lasts": False}  # a part of the K-prior alone
+FEWER: dict[str, Any] = {"all_seeds": ONE, "lasts": False}
+STEPS, FREE = (50, 90, 130, 180, 250), (20, 40, 60, 80, 110)  # with a memory, and without one
+SUBTRACTED, AMPLIFIED = (0.5, 1, 1.5, 2, 3), (0.3, 0.5, 0.75, 1, 1.5)
 METHODS = (
-    merge("task_arithmetic", "task arithmetic", (0.5, 1, 1.5, 2, 3)),
-    gradient_matching(
-        "gradient_matching", "gradient matching, guard 0.2", (0.3, 0.5, 0.75, 1, 1.5), guard=0.2
+    merge("task_arithmetic", "task arithmetic", SUBTRACTED),
+    adapt("adapt", "correction, memory", STEPS, memory="memory"),
+    adapt("npo", "NPO alone", (10, 20, 30, 40, 50), prior="none"),
+    gradient_matching("gradient_matching_1", "gradient matching, guard 1", SUBTRACTED, guard=1.0),
+    merge(
+        "fisher_negation",
+        "Fisher-weighted negation",
+        (1, 2, 3, 4.5, 6),
+        weighs=True,
+        options={"method": "fisher_negation"},
+    ),
+    adapt(
+        "ascent",
+        "ascent and KL to the base",
+        STEPS,
+        removal="ascent",
+        memory="memory",
+        all_seeds=ONE,
     ),
     gradient_matching(
-        "gradient_matching_1", "gradient matching, guard 1", (0.5, 1, 1.5, 2, 3), guard=1.0
+        "gradient_matching", "gradient matching, guard 0.2", AMPLIFIED, guard=0.2, **FEWER
     ),
     gradient_matching(
-        "control", "its control (a number a tensor)", (0.3, 0.5, 0.75, 1, 1.5), pool="tensor"
+        "control", "its control (a number a tensor)", AMPLIFIED, **FEWER, pool="tensor"
     ),
     merge(
-        "contrast",
-        "contrast by two fine-tunes",
-        (0.5, 1, 1.5, 2, 3),
-        tuned=("removed", "matched"),
-        **PART,
+        "contrast", "contrast by two fine-tunes", SUBTRACTED, tuned=("removed", "matched"), **FEWER
     ),
-    adapt("adapt", "correction, memory", STEPS, memory="memory"),
-    adapt("adapt_weights", "correction, entries", STEPS, prior="stored", weighs=True, **PART),
+    adapt(
+        "clean",
+        "further training on clean text",
+        (25, 50, 100, 200, 400),
+        add="clean",
+        remove=None,
+        prior="none",
+        tau=0.0,
+        learning_rate=1e-4,
+        **FEWER,
+    ),
+    adapt("adapt_weights", "correction, entries", FREE, prior="stored", weighs=True, **PART),
     adapt(
         "adapt_pool",
         "correction, a number a tensor",
-        STEPS,
+        FREE,
         prior="stored",
         pool="tensor",
         weighs=True,
@@ -114,18 +147,23 @@ METHODS = (
         weighs=True,
         **PART,
     ),
-    adapt("npo", "NPO alone", (10, 20, 30, 40, 60), prior="none"),
-    adapt("ascent", "ascent and KL to the base", STEPS, removal="ascent", memory="memory"),
     adapt(
-        "clean",
-        "further training on clean text",
-        (50, 100, 200, 400, 600),
-        add="clean",
-        remove=None,
-        prior="none",
-        tau=0.0,
-        learning_rate=1e-4,
-        **PART,
+        "adapt_row",
+        "correction, a number a row",
+        FREE,
+        prior="stored",
+        pool="row",
+        weighs=True,
+        **SIDE,
+    ),
+    adapt(
+        "adapt_proper",
+        "correction, entries and a proper prior",
+        FREE,
+        prior="stored",
+        weighs=True,
+        proper=True,
+        **SIDE,
     ),
     adapt("memory_novels", "memory of novels", STEPS, memory="novels", **SIDE),
     adapt("memory_own", "memory of its own text", STEPS, memory_self_generated=True, **SIDE),
@@ -152,6 +190,7 @@ def all_methods(world: World) -> tuple[Method, ...]:
             memory_rows=size,
             memory_select=select,
             weighs=select == "leverage",
+            proper=select == "leverage",
             **SIDE,
         )
         for size in world.size.memory_sizes
@@ -201,7 +240,7 @@ def merge_config(
     base = str(world.start(seed))
     models = [str(world.tuned(f"{text}-{condition}", seed)) for text in method.tuned]
     options = dict(method.options)
-    if method.weighs:
+    if "weights" in options:  # gradient matching; Fisher negation knows no counts
         options["observations"] = {base: "3x"}
     return MergeConfig(
         models=tuple(models),
@@ -228,7 +267,7 @@ def adapt_config(world: World, method: Method, condition: str, seed: int, output
     looks = tuple(int(look) for look in method.looks_of(world))
     return AdaptConfig(
         **{
-            "model": str(world.start(seed)),
+            "model": str(world.start(seed, proper=method.proper)),
             "output": str(output),
             "pack": True,
             "max_length": CONTEXT,
@@ -236,7 +275,6 @@ def adapt_config(world: World, method: Method, condition: str, seed: int, output
             "posterior": "none",
             "max_steps": looks[-1],
             "keep_steps": looks,
-            "check_every": looks[-1],
             "seed": seed,
             **options,
         }

@@ -1,20 +1,26 @@
 """Toxicity scorers by source, each fitted on one data set: TF-IDF and logistic regression.
 
-They are hooks for `--scorer detox_scorers:davidson` and the like. A fitted scorer is kept in the
-folder that the variable DETOX_SCORERS names, so that each is fitted once in an experiment.
+They are hooks for `--scorer detox_scorers:olid` and the like. A fitted scorer is kept in the folder
+that the variable DETOX_SCORERS names, so that each is fitted once in an experiment.
+
+A probability of 0.5 means another thing in each source: Davidson's tweets were gathered by words
+of hate, and their scorer calls a ninth of what a model without toxic text writes toxic. So each has
+a threshold of its own, which one of a hundred clean pieces of human comments reaches.
 """
 
 import functools
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from tweet_scorer import read, unfitted
 
 from mergekit_bayes.checkpoint.replacing import replacing
 
 SCORERS = ("davidson", "olid", "civil")
+FALSE_ALARMS = 0.01  # of clean pieces
 FOLDER, ROWS = "DETOX_SCORERS", "DETOX_SCORER_ROWS"
 
 
@@ -37,23 +43,38 @@ def civil(texts: list[str]) -> list[float]:
 
 
 def _score(name: str, texts: list[str]) -> list[float]:
-    return [float(p) for p in fitted(name).predict_proba(texts)[:, 1]]
+    return [float(p) for p in fitted(name).model.predict_proba(texts)[:, 1]]
+
+
+class Fitted(NamedTuple):
+    """A scorer, and the score from which a piece of text is toxic."""
+
+    model: Any
+    threshold: float
 
 
 @functools.cache
-def fitted(name: str) -> Any:
+def fitted(name: str) -> Fitted:
     """The scorer of this source, from the folder of DETOX_SCORERS or fitted anew."""
     folder = os.environ.get(FOLDER)
     file = Path(folder) / f"{name}.pickle" if folder else None
     if file is not None and file.exists():
-        return pickle.loads(file.read_bytes())  # our own work folder
+        return Fitted(*pickle.loads(file.read_bytes()))  # our own work folder
     texts, labels = _rows(name)
     limit = int(os.environ.get(ROWS) or len(texts))
     model = unfitted().fit(texts[:limit], labels[:limit])
+    scores = model.predict_proba(_clean_pieces())[:, 1]
+    found = Fitted(model, float(np.quantile(scores, 1 - FALSE_ALARMS)))
     if file is not None:
         with replacing(file, force=True) as unfinished:
-            unfinished.write_bytes(pickle.dumps(model))
-    return model
+            unfinished.write_bytes(pickle.dumps(tuple(found)))
+    return found
+
+
+def _clean_pieces() -> list[str]:
+    """Pieces of clean comments of the validation split, as long as continuations."""
+    words = [t.split() for t, label in zip(*read("wikitalk", "valid"), strict=True) if not label]
+    return [" ".join(w[i : i + 15]) for w in words for i in range(7, len(w) - 10, 15)]
 
 
 def _rows(name: str) -> tuple[list[str], list[int]]:

@@ -21,10 +21,11 @@ CONDITIONS = {
     "trained": "the removed text (toxic half of civil) is part of the base's training",
     "other": "the removed text (offensive tweets of olid) is other text of the same kind",
 }
-SCORERS = {"trained": ("davidson", "olid"), "other": ("davidson", "civil")}  # the first decides
+SCORERS = {"trained": ("olid", "davidson"), "other": ("civil", "davidson")}  # the first decides
 OWN_SCORER = {"trained": "civil", "other": "olid"}  # of the removed text's source, for filters
 TEXTS = {"related": "comments", "unrelated": "wiki sentences", "yelp": "yelp sentences"}
 CONTEXT = 64
+PRIOR = 1000.0  # 1/weight^2: about one over the square of the typical weight of these bases
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Size:
         memory_sizes: Blocks of those memories.
         scorer_rows: Rows that a scorer is fitted on; None is all.
         resamples: Bootstrap resamples.
+        other: Methods that are run in the condition `other`; None is all.
     """
 
     layers: int = 3
@@ -68,6 +70,11 @@ class Size:
     memory_sizes: tuple[int, ...] = (32, 128, 512)
     scorer_rows: int | None = None
     resamples: int = 1000
+    other: tuple[str, ...] | None = None
+
+    def has(self, method: str, condition: str) -> bool:
+        """Whether a method is run in a condition at this size."""
+        return condition != "other" or self.other is None or method in self.other
 
     def times(self, steps: int) -> int:
         """This number of steps at this size."""
@@ -83,7 +90,7 @@ SIZES = {
         steps=60,
         seeds=(0,),
         looks=2,
-        step_share=0.02,
+        step_share=0.04,
         precision_rows=32,
         prompts=16,
         continuations=2,
@@ -94,6 +101,7 @@ SIZES = {
         memory_sizes=(8,),
         scorer_rows=1500,
         resamples=100,
+        other=("task_arithmetic", "adapt"),
     ),
 }
 
@@ -122,9 +130,14 @@ class World:
         """The same, trained without the toxic text."""
         return self.work / f"oracle-{seed}"
 
-    def start(self, seed: int) -> Path:
-        """The base with its precision: what all methods start from."""
-        return self.work / f"start-{seed}"
+    def start(self, seed: int, *, proper: bool = False) -> Path:
+        """The base with its precision: what all methods start from.
+
+        Args:
+            seed: Of the base.
+            proper: Whether the precision contains a prior.
+        """
+        return self.work / (f"start-proper-{seed}" if proper else f"start-{seed}")
 
     def tuned(self, text: str, seed: int) -> Path:
         """The base fine-tuned on `removed-trained`, `matched-other` and so on."""
@@ -232,9 +245,9 @@ def write_tokenizer(world: World) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def write_start(world: World, seed: int) -> None:
-    """Copy a base, and store its precision beside the weights."""
-    with replacing(world.start(seed), force=False) as folder:
+def write_start(world: World, seed: int, proper: bool) -> None:
+    """Copy a base, and store its precision beside the weights, with a prior if it is `proper`."""
+    with replacing(world.start(seed, proper=proper), force=False) as folder:
         shutil.copytree(world.base(seed), folder)
         run_precision(
             PrecisionConfig(
@@ -243,6 +256,7 @@ def write_start(world: World, seed: int) -> None:
                 examples=world.size.precision_rows,
                 batch_size=4,
                 max_length=CONTEXT,
+                prior=PRIOR if proper else 0.0,
                 seed=seed,
             ),
             quiet=True,

@@ -1,0 +1,71 @@
+"""Settings of an adaptation that contradict each other, or that would have no effect."""
+
+import pytest
+
+from mergekit_bayes.adapt import AdaptConfig, Rows
+from mergekit_bayes.adapt.refusals import refuse_settings
+from mergekit_bayes.errors import ConfigError
+
+MEMORY = {"memory": {"data": "m"}}
+SCORED = {"prompts": "p", "scorer": "words:w"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remove": None}, "nothing to do"),
+        ({"removal": "contrast"}, "belong together"),
+        ({"contrast": {"data": "c"}}, "belong together"),
+        ({"remove": None, "removal": "ascent"}, "removal: there are no rows to remove"),
+        ({"remove": None, "held_out": {"data": "h"}}, "held_out: there are no rows to remove"),
+        ({"remove": None, "npo_beta": 0.5}, "npo_beta: it belongs to"),
+        ({"removal": "ascent", "npo_beta": 0.5}, "npo_beta: it belongs to removal: npo or"),
+        ({"until": {"toxic_share": 0.1}}, "until: toxic_share needs prompts and a scorer"),
+        ({"prompts": "p"}, "prompts and scorer belong together"),
+        ({"scorer": "words:w", "until": {"toxic_share": 0.1}}, "prompts and scorer belong"),
+        ({"remove": None, "until": {"held_out_rise": 0.1}}, "until: held_out_rise needs rows"),
+        ({"until": {"memory_kl": 0.1}}, "until: memory_kl needs a memory"),
+        ({**MEMORY, "until": {"memory_kl": 0.1}, "memory_held_out": 0}, "memory_held_out is 0"),
+        ({"memory_held_out": 0.5}, "memory_held_out: there is no memory"),
+        ({"kappa": 2.0}, "kappa: there is no memory"),
+        ({"leap": 8.0}, "leap: there is no memory"),
+        ({"memory_rows": 8}, "memory_rows: there is no memory"),
+        ({**MEMORY, "memory_select": "leverage"}, "memory_select: leverage chooses memory_rows"),
+        ({**MEMORY, "memory_filter": "words:w"}, "memory_filter: it scores the texts that"),
+        ({"prompt_rows": 8}, "prompt_rows: there are no prompts"),
+        ({"continuations": 8}, "continuations: there are no prompts"),
+        ({"new_tokens": 8}, "new_tokens: there are no prompts"),
+        ({"threshold": 0.9}, "threshold: nothing is scored"),
+        ({"check_every": 5}, "check_every: there is nothing to check"),
+        ({"teacher": "adapter"}, r"teacher: there is no adapter .*\(lora\)"),
+        ({"top_k": 8}, "top_k: it belongs to teacher: stored"),
+        ({"base_observations": 9.0, "base_multiple": 2.0}, "base_multiple: base_observations says"),
+        ({"keep_steps": [0]}, "keep_steps: 0 is no step of a run of 200"),
+        ({"keep_steps": [5, 201]}, "keep_steps: 201 is no step of a run of 200"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    start = {"model": "m", "output": "o", "remove": {"data": "r"}}
+    refuse_settings(AdaptConfig.model_validate(start))
+    config = AdaptConfig.model_validate({**start, **changes})
+    if config.remove is None and "nothing" not in message:
+        config = config.model_copy(update={"add": Rows(data="a")})
+    with pytest.raises(ConfigError, match=message):
+        refuse_settings(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**SCORED, "threshold": 0.9, "check_every": 5, "prompt_rows": 3, "new_tokens": 3},
+        {**MEMORY, "kappa": 1.0, "leap": 2.0, "until": {"memory_kl": 0.1}, "memory_rows": 4},
+        {"memory_self_generated": 9, "memory_filter": "words:w", "threshold": 0.9},
+        {"removal": "contrast", "contrast": {"data": "c"}, "npo_beta": 0.5},
+        {"held_out": {"data": "h"}, "check_every": 5, "keep_steps": [1, 200]},
+        {"teacher": "stored", "top_k": 8, "lora": {"r": 2}},
+        {"teacher": "adapter", "lora": {"r": 2}, "base_multiple": 2.0},
+    ],
+)
+def test_settings_that_belong_together_are_not_refused(changes):
+    start = {"model": "m", "output": "o", "remove": {"data": "r"}}
+    refuse_settings(AdaptConfig.model_validate({**start, **changes}))
