@@ -112,6 +112,11 @@ def test_what_is_left_of_a_removal_is_counted_from_the_base(known):
     assert known.kept("task_arithmetic", "relearnt")["kept"][0] == pytest.approx(1)
 
 
+def test_the_chosen_look_pays_what_it_pays_at_that_look(known):
+    paid = known.chosen("task_arithmetic", "unrelated")
+    assert paid == pytest.approx(np.full(len(paid), 0.2 * 2))
+
+
 def test_goals_say_what_is_met_and_what_is_missed(experiment, known):
     verdicts = {g.text: g.verdict for g in experiment.report.goals(known)}
     assert verdicts["at 1/3 at most +0.01 nats on comments"] == "MISSED"

@@ -15,8 +15,8 @@ and of k. Squares of their mean would contain the noise; products of two groups 
     D = mean over i != j of (k - g_i) . (k - g_j)                   E[D] = |k - g|^2
       = |k|^2 - 2 k . mean(g_i) + U
 
-D / U is the estimate, told where U > V, with V the squared standard error of the groups' mean:
-below that the gradient itself is lost in noise.
+D / U is the estimate. It is told where U > V, with V the squared standard error of the groups'
+mean: below that the gradient itself is lost in noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

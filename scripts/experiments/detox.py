@@ -5,8 +5,11 @@
 Trains bases (and oracles, which never saw the text), makes five looks of every method, measures
 each, and writes `report.md`, `report.json` and `removal.png`. Every base, fine-tune and look is
 done once, so that the command can be run again after it was stopped; `--report` only writes the
-report of what is there. It needs the texts in ../shared/data, and scikit-learn (part of the test
+report of what is there. What is there counts as done whatever made it, so take another folder after
+a change of methods. It needs the texts in ../shared/data, and scikit-learn (part of the test
 extra).
+
+Scales and steps of the looks were set on validation texts.
 """
 
 import argparse

@@ -141,6 +141,16 @@ class Resampled:
         paid, grid, _ = self.read(name, self.losses(name, text), fraction, scorer)
         return as_interval(paid, grid)
 
+    def chosen(self, name: str, text: str) -> FloatArray:
+        """(1 + resamples,): nats a token that the look chosen on valid pays on a text."""
+        curve, of_seed = self.curves[name], {}
+        looks = curve.method.looks_of(self.world)
+        for seed in curve.seeds:
+            losses = self.losses(name, text, seed)
+            at = 1 + looks.index(curve.lasts[seed]["look"])
+            of_seed[seed] = losses[:, at : at + 1] - losses[:, :1]
+        return self._mean(name, of_seed)[:, 0]
+
     def kept(self, name: str, what: str) -> dict[str, FloatArray] | None:
         """How much of a removal is left, `(base - afterwards) / (base - before)`.
 

@@ -128,7 +128,8 @@ def lasts(world: World, folder: Path, condition: str, seed: int) -> Measured:
     loaded = opened(folder)
     quantise(loaded.model)
     result = {"bits": says(world, loaded, condition, "test")}
-    with tempfile.TemporaryDirectory(dir=world.work) as place:
+    (world.work / "models").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=world.work / "models") as place:
         target = os.path.join(place, "relearnt")
         run_finetune(
             FinetuneConfig(

@@ -253,8 +253,16 @@ def merge_config(
 
 
 def adapt_config(world: World, method: Method, condition: str, seed: int, output: Path) -> Any:
-    """The adaptation of a curve, which stores all looks on its way."""
+    """The adaptation of a curve, which stores all looks on its way.
+
+    The base's precision says how many observations it stands for. Beside other text a person has
+    no such record: there the base is taken without one, and stands for as many times the removed
+    observations as the settings assume.
+    """
     from mergekit_bayes.adapt import AdaptConfig
+
+    is_recorded = condition == "trained"
+    start = world.start(seed, proper=method.proper) if is_recorded else world.base(seed)
 
     options = {"remove": f"removed-{condition}", **method.options}
     for name in ("remove", "add", "memory"):
@@ -267,7 +275,7 @@ def adapt_config(world: World, method: Method, condition: str, seed: int, output
     looks = tuple(int(look) for look in method.looks_of(world))
     return AdaptConfig(
         **{
-            "model": str(world.start(seed, proper=method.proper)),
+            "model": str(start),
             "output": str(output),
             "pack": True,
             "max_length": CONTEXT,

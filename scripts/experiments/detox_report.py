@@ -21,6 +21,7 @@ THIRD = 1 / 3
 BASELINE, OURS = "task_arithmetic", "adapt"
 PARTS = ("npo", "adapt_weights", "adapt_pool", "adapt", "adapt_both")
 MOST_PAID, RIVAL_PAYS, KL_RATIO, KEPT = 0.01, 0.1, 0.1, 0.8  # the goals
+_STYLES = {"adapt": "-", "merge": "--", "oracle": ""}
 AFTER = {"bits": "at 4 bits", "relearnt": "after relearning"}
 
 
@@ -92,7 +93,7 @@ def of_condition(found: Resampled) -> list[str]:
     text += [
         f"\n### At 1/3 of the base's toxic share by {second}\n",
         payments(found, THIRD, scorer=second),
-        "\n### How long the removal lasts\n",
+        "\n### The look that validation chooses, and how long the removal lasts\n",
         "The first look with at most a third of the base's share on validation prompts, else the "
         "lowest. 4 bits: round to nearest in groups of 64 weights of an output, every matrix, "
         "embeddings included. Relearning: 50 AdamW steps (1e-4, 16 rows) on 100 removed rows. "
@@ -161,14 +162,16 @@ def _still(found: Resampled, name: str) -> FloatArray:
 
 def lasting(found: Resampled) -> str:
     """How much of each removal is left."""
-    lines = table_head(
-        ["method", "seeds", "before", *(f"{w}{k}" for w in AFTER.values() for k in ("", ", kept"))]
-    )
+    titles = [TEXTS["related"], TEXTS["unrelated"], "before"]
+    titles += [f"{when}{what}" for when in AFTER.values() for what in ("", ", kept")]
+    lines = table_head(["method", "seeds", "looks", *titles])
     for name, curve in found.curves.items():
         kept = {what: found.kept(name, what) for what in AFTER}
         if any(k is None for k in kept.values()):
             continue
-        cells = [curve.method.label, str(len(curve.seeds))]
+        chosen = " ".join(f"{curve.lasts[seed]['look']:g}" for seed in curve.seeds)
+        cells = [curve.method.label, str(len(curve.seeds)), chosen]
+        cells += [signed(as_interval(found.chosen(name, t))) for t in ("related", "unrelated")]
         cells.append(as_percent(as_interval(kept["bits"]["before"])))
         for what in AFTER:
             cells += [as_percent(as_interval(kept[what]["after"]))]
@@ -344,15 +347,17 @@ def draw(world: World, path: Path) -> None:
     figure = Figure(figsize=(13, 0.8 + 3.6 * len(found)), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     panels = figure.subplots(max(len(found), 1), len(TEXTS), squeeze=False, sharey="row")
+    numbers: dict[str, int] = {}  # a method looks alike in all panels
     for i, (condition, resampled) in enumerate(found.items()):
         for j, (text, label) in enumerate(TEXTS.items()):
             panel = panels[i][j]
-            for number, (name, curve) in enumerate(_drawn(resampled)):
+            for name, curve in _drawn(resampled):
+                number = numbers.setdefault(name, len(numbers))
                 nats, shares = (
                     resampled.losses(name, text)[0],
                     resampled.shares(name, SCORERS[condition][0])[0],
                 )
-                style = {"linestyle": "-" if curve.method.kind == "adapt" else "--"}
+                style = {"linestyle": _STYLES[curve.method.kind]}
                 panel.plot(
                     nats - nats[0],
                     100 * shares,

@@ -18,8 +18,10 @@ from scripts.train_tiny_lm import read_texts, train, train_tokenizer
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CONDITIONS = {
-    "trained": "the removed text (toxic half of civil) is part of the base's training",
-    "other": "the removed text (offensive tweets of olid) is other text of the same kind",
+    "trained": "the removed text (toxic half of civil) is part of the base's training, and the "
+    "base records what it stands for",
+    "other": "the removed text (offensive tweets of olid) is other text of the same kind, and "
+    "corrections start from a base that records nothing",
 }
 SCORERS = {"trained": ("olid", "davidson"), "other": ("civil", "davidson")}  # the first decides
 OWN_SCORER = {"trained": "civil", "other": "olid"}  # of the removed text's source, for filters
