@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from bmerge_cli import detox as detox_command
 from bmerge_cli.main import app
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.configs import load_config, parse_config
@@ -27,7 +28,7 @@ from mergekit_bayes.detox.settings import (
     finetune_config,
     needs_precision,
 )
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from tests import tiny_models
 from tests.detox_worlds import measured
 
@@ -282,6 +283,30 @@ def test_no_steps_and_no_scales_are_refused(stage):
     with pytest.raises(ConfigError, match="scales: task_arithmetic needs one or more"):
         stage.run(methods=["adapt", "task_arithmetic"])
     assert not (stage.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("unit", "line"),
+    [
+        ("step", ["push", "out/model", "org/m"]),
+        ("scale", ["merge", "t", "--scale", "-1", "--push-to", "org/m"]),
+    ],
+)
+def test_an_adaptation_is_pushed_as_it_was_kept(monkeypatch, unit, line):
+    started = []
+
+    def run(words, **options):
+        started.append(words[3:])
+        return SimpleNamespace(returncode=1, stderr="it is full")
+
+    monkeypatch.setattr(detox_command.subprocess, "run", run)
+    point = SimpleNamespace(command="bmerge merge t --scale -1")
+    report = SimpleNamespace(
+        best=lambda: ("a curve", point, 0.1), kept=SimpleNamespace(unit=unit, path="out/model")
+    )
+    with pytest.raises(CheckpointError, match=f"it is full.*`bmerge {' '.join(line)}`"):
+        detox_command._push(report, "org/m")
+    assert started == [[*line, "--quiet"]]
 
 
 def rows(path, texts):
