@@ -136,7 +136,11 @@ def test_a_dry_run_counts_the_weights_that_are_held(world):
     assert adapter["bytes"]["gradients"] == 4 * adapter["trained"]
 
 
-def test_texts_that_the_model_will_write_are_not_counted(world):
+def test_texts_that_the_model_will_write_are_not_counted(world, monkeypatch):
+    def write_texts(*_, **__):
+        raise AssertionError("a dry run writes no text")
+
+    monkeypatch.setattr("mergekit_bayes.adapt.memory.write_texts", write_texts)
     plan = planned("--set", "memory_self_generated=7")
     assert plan["memory_self_generated"] == 7
     assert plan["kappa"] is None
@@ -213,9 +217,30 @@ def test_the_report_says_where_no_goal_was_reached_or_set(world, monkeypatch):
     unset = reported(monkeypatch, REPORT.model_copy(update={"reached": None, "checks": ()}))
     assert "30 steps made (no goal was set)" in unset.stderr
     assert "memory kl" not in unset.stderr
+    noisy = REPORT.model_copy(update={"reconstruction_error": -0.01})
+    assert "of the K-prior: below its noise" in reported(monkeypatch, noisy).stderr
     assert reported(monkeypatch, REPORT, "-q").stderr == ""
     document = json.loads(reported(monkeypatch, REPORT, "--json").stdout)
     assert document == REPORT.model_dump(mode="json")
+
+
+def test_the_report_says_what_a_budget_alone_kept(world, monkeypatch):
+    write({"until": {"memory_kl": 0.1}})
+    done = reported(monkeypatch, REPORT.model_copy(update={"reached": None}))
+    assert "step 20, the last check within the budget of memory_kl, is stored" in done.stderr
+
+
+def test_prompts_may_be_objects_in_a_column_of_their_own(world):
+    rows = [{"prompt": {"text": f"the {word}", "toxicity": 0.1}} for word in ("cat", "dog")]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("list.txt").write_text("bad\n")
+    words = ("prompts=prompts.jsonl", "scorer=words:list.txt", "check_every=2", "continuations=3")
+    line = [f"--set={word}" for word in words]
+    for column in ("prompt", "prompt.text"):
+        plan = planned(*line, f"--set=prompt_column={column}")
+        assert (plan["checks"], plan["passes"]["continuations"]) == (3, 3 * 2 * 3)
+    refused = adapt("--dry-run", *line)
+    assert "no column 'text'" in refused.stderr
 
 
 def test_several_processes_get_the_same_line(world, monkeypatch):

@@ -256,6 +256,9 @@ def test_the_memory_takes_its_own_curvature_out(world):
     assert alone[name].max() > 2 * PRIOR
     torch.testing.assert_close(beside[name], torch.full_like(beside[name], PRIOR))
     torch.testing.assert_close(half[name], PRIOR + 1.5 * curvature[name])
+    settings = config(world, model, memory=memory, kappa=1.5, pool="row")
+    by_row = part_of(load_run(settings)).precision[name]
+    torch.testing.assert_close(by_row, PRIOR + 1.5 * curvature[name].mean(1, keepdim=True))
 
 
 def test_a_number_is_the_precision_of_every_weight(world):
@@ -516,6 +519,23 @@ def test_two_edits_of_one_start_add_up(world, sure, edited, tmp_path):
     assert len(info.edits) == 2
 
 
+def test_a_chain_of_edits_counts_on_its_first_start(world, sure, edited, tmp_path):
+    """Also where a later edit took the model to stand for more than it records."""
+    rows = {"data": str(world / "memory.jsonl")}
+    changes = {"base_observations": 3000, "remove": rows}
+    report, folder = at_the_start(world, edited[1], "later", **changes)
+    one, _, _ = stored(edited[1])
+    two, _, values = stored(folder)
+    factor = 3000 / one.observations
+    assert two.edits[1].start_count == pytest.approx(factor)
+    assert two.observations == 3000 - report.removed
+    info, _, on_start = merged(tmp_path, [folder], base=str(sure[0]))
+    assert info.observations == pytest.approx(two.observations / factor - 1000)
+    for name in values:
+        expected = (values[name] - 2 * PRIOR) / factor + 2 * PRIOR
+        np.testing.assert_allclose(on_start[name], expected, rtol=1e-4)
+
+
 def test_an_adapted_model_is_averaged_and_built_on_like_any_other(world, sure, edited, tmp_path):
     (one, means, values), (_, its_means, its_values) = stored(edited[1]), stored(sure[0])
     info, averaged, _ = merged(tmp_path, [edited[1], sure[0]], counts="recorded")
@@ -638,7 +658,7 @@ def test_ivons_curvature_is_that_of_what_is_kept_by_its_weights(world):
 
 def test_a_run_with_ivon_leaves_the_mean(world, start, monkeypatch):
     """Its curvature is taken of a whole batch, and no noise stays in the weights."""
-    taken, means = [], []
+    taken, means, priors = [], [], []
     add, step = IVON.add_curvature, IVON.step
 
     def add_curvature(self, projected, observations):
@@ -647,7 +667,9 @@ def test_a_run_with_ivon_leaves_the_mean(world, start, monkeypatch):
 
     def look(self, *arguments):
         step(self, *arguments)
-        means.append(self.param_groups[0]["params"][0].detach().numpy().copy())
+        first = self.param_groups[0]["params"][0]
+        means.append(first.detach().numpy().copy())
+        priors.append(self._prior[first][1])
 
     monkeypatch.setattr(IVON, "add_curvature", add_curvature)
     monkeypatch.setattr(IVON, "step", look)
@@ -659,6 +681,7 @@ def test_a_run_with_ivon_leaves_the_mean(world, start, monkeypatch):
         saved = read_tensor(source, "transformer.wte.weight")
     np.testing.assert_array_equal(saved, means[-1])
     assert np.any(means[0] != means[1])
+    assert isinstance(priors[0], torch.Tensor)  # the stored precision, not one small number
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import mergekit_bayes.adapt.run as run_module
 from mergekit_bayes.adapt import AdaptConfig, Check, Until
 from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.leap import LeapGuard
 from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.adapt.stopping import Stopping, progress
 from mergekit_bayes.adapt.teacher import FrozenCopy
@@ -286,7 +287,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_checks(world, tmp_p
         "leap": 1.5,
         "max_steps": 12,
         "check_every": 3,
-        "save_steps": 2,
+        "save_steps": 5,
     }
     whole = run_adapt(checked(world, tmp_path, output=str(tmp_path / "a"), **changes), quiet=True)
     assert whole.refused_steps > 1
@@ -320,6 +321,84 @@ def test_a_leap_of_the_memorys_divergence_is_undone(world, tmp_path, leap, caplo
     assert 3 <= report.refused_steps < 10
     assert 0 < report.checks[-1].memory_kl < 0.1
     assert caplog.text.count("is undone: it takes the KL divergence") == report.refused_steps
+
+
+def refused(found):
+    """The steps that the guard undoes when it finds these divergences, one a step."""
+    model = OneWeight()
+    optimizer = torch.optim.SGD([model.w], lr=1.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    left = iter(found)
+    run = SimpleNamespace(
+        config=SimpleNamespace(leap=4.0, keep_steps=(), has_checks=False),
+        loaded=SimpleNamespace(model=model),
+    )
+
+    def objective(*_):
+        return SimpleNamespace(means={"memory": torch.tensor(float(next(left)))})
+
+    guard, steps = LeapGuard(run, objective, None), []
+    for step in range(len(found)):
+        guard(model, None)
+        state, before = SimpleNamespace(global_step=step), guard.refused
+        guard.on_pre_optimizer_step(None, state, None, optimizer=optimizer, lr_scheduler=rates)
+        steps += [step] * (guard.refused - before)
+    return steps
+
+
+def test_what_is_a_leap():
+    assert refused([0, 0.02, 0.09]) == [2]
+    assert refused([0, 0.02, 0.07]) == []
+    assert refused([0, 0.001, 0.039, 0.041, 0.1]) == []  # of the floor, and then of the mean
+    assert refused([0, 0.041]) == [1]
+    assert refused([0, math.nan]) == [1]
+    assert refused([0, 0.02, 0.09, 0.09]) == [2]  # the weights before the step are not undone
+    assert refused([0.019 * t**2 for t in range(12)]) == []
+
+
+def test_an_undone_step_leaves_weights_and_optimizer_as_they_were_before_it():
+    model = OneWeight()
+    optimizer = torch.optim.AdamW([model.w], lr=0.5, weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    found = iter([0.0, 0.02, 0.09, 0.02])
+    objective = lambda *_: SimpleNamespace(means={"memory": torch.tensor(next(found))})  # noqa: E731
+    run = SimpleNamespace(
+        config=SimpleNamespace(leap=4.0, keep_steps=(), has_checks=False),
+        loaded=SimpleNamespace(model=model),
+    )
+    guard = LeapGuard(run, objective, None)
+    weights, moments = [0.0], []
+    for step in range(4):
+        guard(model, None)
+        model.w.grad = torch.ones(1)
+        state = SimpleNamespace(global_step=step)
+        guard.on_pre_optimizer_step(None, state, None, optimizer=optimizer, lr_scheduler=rates)
+        optimizer.step()
+        rates.step()
+        weights.append(model.w.item())
+        moments.append(optimizer.state[model.w]["exp_avg"].item())
+    assert weights[1:3] == pytest.approx([-0.5, -1.0])
+    assert weights[3] == weights[1]  # as before the second step
+    assert weights[4] == pytest.approx(weights[1] - 0.25, rel=1e-3)  # at half the rate
+    assert moments[2] == moments[1] < moments[3]
+    assert guard.refused == 1
+
+
+@pytest.mark.slow
+def test_a_leap_under_ivon_drops_the_samples_of_the_step(world, tmp_path):
+    """IVON's step would raise, or take the gradients at the refused weights, if they stayed."""
+    config = checked(
+        world,
+        tmp_path,
+        optimizer="ivon",
+        learning_rate=500.0,
+        max_steps=8,
+        check_every=8,
+        prompt_rows=1,
+    )
+    report = run_adapt(config, quiet=True)
+    assert report.refused_steps >= 3
+    assert report.checks[-1].memory_kl < 0.2
 
 
 def child(folder):

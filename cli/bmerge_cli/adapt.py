@@ -98,10 +98,11 @@ def _describe(config: AdaptConfig, report: AdaptReport, screen: Console) -> None
             f"{report.refused_steps:,} step{'s' * (report.refused_steps > 1)} undone: the KL "
             "divergence on the memory leapt, and the learning rate was halved"
         )
-    if report.reconstruction_error is not None:
+    if (error := report.reconstruction_error) is not None:
+        size = f"{error:.3g}" if error > 0 else "below its noise"
         screen.print(
-            f"gradient-reconstruction error of the K-prior: {report.reconstruction_error:.3g} "
-            "(relative, squared; on the held-out memory)"
+            f"gradient-reconstruction error of the K-prior: {size} (relative, squared; on the "
+            "held-out memory)"
         )
     if report.estimator is not None:
         screen.print(
@@ -135,6 +136,9 @@ def _measured(name: str, value: float | None) -> str:
 
 def _kept(config: AdaptConfig, report: AdaptReport) -> str:
     steps = f"{report.steps:,} step{'s' * (report.steps != 1)}"
+    if report.reached is None and config.has_goals:  # of which only the budget is one
+        kept = f"step {report.kept_step:,}, the last check within the budget of memory_kl"
+        return f"{steps} made; {kept}, is stored"
     if report.reached is None:
         return f"{steps} made (no goal was set); step {report.kept_step:,} is stored"
     if report.reached:

@@ -42,8 +42,8 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
 
         leap * max(mean of the last five accepted ones, 0.01 nats)
 
-    Growth with the square of the steps, as by equal steps from the start, stays below a `leap` of
-    4.
+    Growth with the square of the steps, as by equal steps from the start, is four times the mean
+    after the second step and less from then on.
 
     Every rank must have it: the divergence is the mean of all ranks', and all do the same.
 
@@ -98,7 +98,7 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
             self._undo(state.global_step, divergence, optimizer, lr_scheduler)
             _drop_gradients(optimizer)
             return
-        if math.isfinite(divergence):
+        if math.isfinite(divergence) and state.global_step:  # the start's is zero
             self._recent.append(divergence)
         self._keep()
 

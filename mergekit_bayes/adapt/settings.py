@@ -172,8 +172,8 @@ class AdaptConfig(Config):
     leap: float = Field(
         4.0,
         gt=1,
-        description="A step after which the KL divergence on the memory is this many times its "
-        "recent mean is undone, and the learning rate halved.",
+        description="A step after which the KL divergence on the memory is more than this many "
+        "times its recent mean (0.01 nats at least) is undone, and the learning rate halved.",
     )
     keep_steps: tuple[int, ...] = Field(
         (),

@@ -44,6 +44,7 @@ _MEMORY = (
     "memory_select",
     "memory_held_out",
     "kappa",
+    "leap",
 )
 # What a method changes in the settings, and which of them it has no use for.
 _CHANGES: dict[Method, dict[str, object]] = {

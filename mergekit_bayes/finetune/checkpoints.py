@@ -297,7 +297,7 @@ def refuse_other_settings(checkpoint: Checkpoint, identity: Mapping[str, object]
     lines = []
     for name in sorted(set(stored) | set(identity)):
         if stored.get(name) != identity.get(name):
-            if name in ("model", "data"):
+            if name in ("model", "data", "held", "prompts"):
                 lines.append(f"{name} holds something else")
             else:
                 there, here = _said(stored.get(name)), _said(identity.get(name))

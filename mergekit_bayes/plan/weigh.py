@@ -129,7 +129,7 @@ class _Weigher:
 
         Returns:
             The factor before the data's part of what the base stores, and the observations that
-            this stands for; None where this merge's base is none of the starts on record.
+            this stands for there; None where this merge's base is none of the starts on record.
         """
         if self._base is None:
             return None
@@ -138,11 +138,11 @@ class _Weigher:
         for edit in reversed(info.edits):
             if edit.start_count is None:
                 return None
-            factor *= edit.start_count
+            stands_for, factor = factor * edit.base, factor * edit.start_count
             if edit.start is None or edit.start.blocks != base.identity:
                 continue
             if edit.start_precision == precision_identity(base):
-                return factor, edit.base
+                return factor, stands_for
         return None
 
     def _edited(

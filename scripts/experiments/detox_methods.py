@@ -165,6 +165,9 @@ METHODS = (
         proper=True,
         **SIDE,
     ),
+    adapt(
+        "adapt_ivon", "correction, memory, IVON", STEPS, memory="memory", optimizer="ivon", **SIDE
+    ),
     adapt("memory_novels", "memory of novels", STEPS, memory="novels", **SIDE),
     adapt("memory_own", "memory of its own text", STEPS, memory_self_generated=True, **SIDE),
     adapt(
