@@ -128,6 +128,18 @@ METHODS = (
         learning_rate=1e-4,
         **FEWER,
     ),
+    adapt(
+        "clean_few",
+        "further training on the memory's rows",
+        (25, 50, 100, 200, 400),
+        add="memory",
+        remove=None,
+        prior="none",
+        tau=0.0,
+        learning_rate=1e-4,
+        **PART,
+    ),
+    adapt("adapt_clean", "correction, memory of all clean text", STEPS, memory="clean", **PART),
     adapt("adapt_weights", "correction, entries", FREE, prior="stored", weighs=True, **PART),
     adapt(
         "adapt_pool",
