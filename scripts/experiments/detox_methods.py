@@ -87,6 +87,7 @@ SIDE: dict[str, Any] = {"conditions": ONE, "all_seeds": (), "lasts": False}
 PART: dict[str, Any] = {"conditions": ONE, "lasts": False}  # a part of the K-prior alone
 FEWER: dict[str, Any] = {"all_seeds": ONE, "lasts": False}
 STEPS, FREE = (50, 90, 130, 180, 250), (20, 40, 60, 80, 110)  # with a memory, and without one
+FEW = STEPS[:3]  # where the question is only what a memory of another kind or size does
 SUBTRACTED, AMPLIFIED = (0.5, 1, 1.5, 2, 3), (0.3, 0.5, 0.75, 1, 1.5)
 METHODS = (
     merge("task_arithmetic", "task arithmetic", SUBTRACTED),
@@ -153,7 +154,7 @@ METHODS = (
     adapt(
         "adapt_both",
         "correction, memory and entries",
-        STEPS,
+        FEW,
         memory="memory",
         prior="stored",
         weighs=True,
@@ -177,15 +178,13 @@ METHODS = (
         proper=True,
         **SIDE,
     ),
-    adapt(
-        "adapt_ivon", "correction, memory, IVON", STEPS, memory="memory", optimizer="ivon", **SIDE
-    ),
-    adapt("memory_novels", "memory of novels", STEPS, memory="novels", **SIDE),
-    adapt("memory_own", "memory of its own text", STEPS, memory_self_generated=True, **SIDE),
+    adapt("adapt_ivon", "correction, memory, IVON", FEW, memory="memory", optimizer="ivon", **SIDE),
+    adapt("memory_novels", "memory of novels", FEW, memory="novels", **SIDE),
+    adapt("memory_own", "memory of its own text", FEW, memory_self_generated=True, **SIDE),
     adapt(
         "memory_filtered",
         "memory of its own text, filtered",
-        STEPS,
+        FEW,
         memory_self_generated=True,
         memory_filter=True,
         **SIDE,
@@ -200,7 +199,7 @@ def all_methods(world: World) -> tuple[Method, ...]:
         adapt(
             f"memory_{size}_{select}",
             f"memory of {size} blocks, " + ("by leverage" if select == "leverage" else select),
-            STEPS,
+            FEW,
             memory="pool",
             memory_rows=size,
             memory_select=select,
