@@ -92,6 +92,7 @@ SUBTRACTED, AMPLIFIED = (0.5, 1, 1.5, 2, 3), (0.3, 0.5, 0.75, 1, 1.5)
 METHODS = (
     merge("task_arithmetic", "task arithmetic", SUBTRACTED),
     adapt("adapt", "correction, memory", STEPS, memory="memory"),
+    adapt("adapt_beta1", "correction, memory, beta 1", STEPS, memory="memory", npo_beta=1.0),
     adapt("npo", "NPO alone", (10, 20, 30, 40, 50), prior="none"),
     gradient_matching("gradient_matching_1", "gradient matching, guard 1", SUBTRACTED, guard=1.0),
     merge(
