@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
-from mergekit_bayes.adapt.refusals import refuse_model
+from mergekit_bayes.adapt.refusals import refuse_model, refuse_start
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.adapt.weights import chosen_prior, places_of
@@ -206,8 +206,12 @@ class _Start(NamedTuple):
 
 
 def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
+    refuse_start(config)
     loaded = load_base(training)
     refuse_model(config, loaded)
+    if loaded.task == "classification":
+        # Whoever reads the head later must not guess how it was adapted.
+        loaded.model.config.problem_type = "single_label_classification"
     with open_posterior(config.model, precision=config.precision) as posterior:
         info = posterior.info if posterior.has_precision else None
         reads = config.prior in ("auto", "stored") or config.posterior == "flush"
