@@ -553,6 +553,19 @@ def test_an_adapted_model_is_averaged_and_built_on_like_any_other(world, sure, e
     assert info.edits[0].rows == on_it.edits[0].rows == one.edits[0].rows
 
 
+def test_a_start_inside_of_two_tasks_on_another_base_is_told(start, sure, edited, tmp_path):
+    words = "each holds the precision of one start"
+    models = (str(edited[1]), str(sure[0]))
+
+    def notes(name, base, **changes):
+        settings = {"output": str(tmp_path / name), "weights": "precision", "base": base}
+        return " ".join(run_merge(MergeConfig(models=models, **settings, **changes)).notes)
+
+    assert f"'{models[0]}', '{models[1]}': {words}" in notes("twice", str(start[0]), scale=[1, 1])
+    assert words not in notes("difference", str(start[0]), scale=[1, -1])
+    assert words not in notes("average", None)
+
+
 def test_what_an_adapted_model_counts_on_its_start_is_not_set_by_hand(
     world, sure, edited, tmp_path
 ):
