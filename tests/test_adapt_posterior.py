@@ -19,6 +19,7 @@ from mergekit_bayes.adapt.stopping import Outcome
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.adapt.trainer import ivon_arguments
+from mergekit_bayes.adapt.units import choose_units
 from mergekit_bayes.adapt.weights import by_parameter, make_weight_part, read_start
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
@@ -221,11 +222,14 @@ def test_a_precision_is_read_in_any_form(world, shape):
 def test_base_observations_scale_the_data_and_not_the_prior(world, start):
     model, precision = start
     run = load_run(config(world, model, base_observations=3000))
-    read = read_start(run.config, run.places)
+    read = read_start(run.config, run.places, "token")
     stored = 2 * precision["transformer.wpe.weight"]
     assert read.prior == 2 * PRIOR
     expected = 3 * (stored - 2 * PRIOR) + 2 * PRIOR
     np.testing.assert_allclose(read.precision["transformer.wpe.weight"], expected, rtol=1e-5)
+    # 3,000 examples are not three times 1,000 tokens.
+    read = read_start(run.config, run.places, "example")
+    np.testing.assert_allclose(read.precision["transformer.wpe.weight"], stored, rtol=1e-5)
 
 
 def test_the_memory_takes_its_own_curvature_out(world):
@@ -549,6 +553,19 @@ def test_an_adapted_model_is_averaged_and_built_on_like_any_other(world, sure, e
     assert info.edits[0].rows == on_it.edits[0].rows == one.edits[0].rows
 
 
+def test_a_start_inside_of_two_tasks_on_another_base_is_told(start, sure, edited, tmp_path):
+    words = "each holds the precision of one start"
+    models = (str(edited[1]), str(sure[0]))
+
+    def notes(name, base, **changes):
+        settings = {"output": str(tmp_path / name), "weights": "precision", "base": base}
+        return " ".join(run_merge(MergeConfig(models=models, **settings, **changes)).notes)
+
+    assert f"'{models[0]}', '{models[1]}': {words}" in notes("twice", str(start[0]), scale=[1, 1])
+    assert words not in notes("difference", str(start[0]), scale=[1, -1])
+    assert words not in notes("average", None)
+
+
 def test_what_an_adapted_model_counts_on_its_start_is_not_set_by_hand(
     world, sure, edited, tmp_path
 ):
@@ -577,6 +594,30 @@ def test_the_card_and_inspect_tell_of_the_edit(world, edited):
     pushed = plan_push(folder, "org/x")
     assert "adapt_report.json" in [file.path for file in pushed.files]
     assert pushed.left_out["memory.jsonl"] == "text that the model wrote, which may hold anything"
+
+
+def test_an_error_below_its_noise_is_no_number_on_the_card(edited, tmp_path):
+    folder = shutil.copytree(edited[1], tmp_path / "noisy")
+    report = json.loads((folder / "adapt_report.json").read_text())
+    for error, words in ((-0.01, "below its noise"), (0.125, "0.125")):
+        (folder / "adapt_report.json").write_text(
+            json.dumps(report | {"reconstruction_error": error})
+        )
+        assert f"held-out memory: {words}" in make_card(folder).text
+
+
+def test_a_merge_whose_scales_cancel_stands_for_its_base():
+    info = PosteriorInfo(
+        estimator="ggn",
+        unit="token",
+        observations=0,
+        prior=Prior(kind="base"),
+        mean=Identity(blocks="a"),
+        merge=MergeTrace(common_count=500),
+    )
+    config = AdaptConfig(model="m", output="o", learning_rate=1.0)
+    units = choose_units(config, None, {"add": 10}, info, "token")
+    assert (units.base, units.base_is_recorded) == (500, True)
 
 
 def test_a_record_without_edits_is_written_as_before():

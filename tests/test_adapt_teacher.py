@@ -1,16 +1,19 @@
 """The stored teacher says what the start says, and how much it leaves out is known exactly."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 
 from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.adapt.checks import batches_of
 from mergekit_bayes.adapt.data import load_run
 from mergekit_bayes.adapt.objective import HELD, PARTS
-from mergekit_bayes.adapt.refusals import refuse_model
+from mergekit_bayes.adapt.refusals import refuse_model, refuse_start
 from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.adapt.stored import Stored, stored_teacher
 from mergekit_bayes.adapt.teacher import FrozenCopy, run, scored
@@ -161,13 +164,40 @@ def test_a_run_with_it_holds_the_memory_and_stores_what_it_says(world, tmp_path,
 
 def test_models_that_cannot_do_what_is_asked_are_refused(world):
     loaded = load_run(settings(world, model=str(world / "classifier"))).loaded
+    assert loaded.model.config.problem_type == "single_label_classification"
     with pytest.raises(ConfigError, match=r"prompts: .* continues no text"):
         refuse_model(settings(world, prompts="p"), loaded)
-    loaded.model.config.problem_type = "multi_label_classification"
-    with pytest.raises(ConfigError, match=r"teacher: stored keeps .* softmax"):
-        refuse_model(settings(world), loaded)
+    for problem in ("multi_label_classification", "regression"):
+        loaded.model.config.problem_type = problem
+        with pytest.raises(ConfigError, match=rf"config.json says {problem}.*one label of two"):
+            refuse_model(settings(world), loaded)
     with pytest.raises(ConfigError, match="softmax, and this model has none"):
         Stored(loaded.model, [], [], 1)
-    loaded.model.config.problem_type = "regression"
-    with pytest.raises(ConfigError, match="kl_uniform needs outputs that are probabilities"):
-        refuse_model(settings(world, teacher="copy", removal="kl_uniform"), loaded)
+
+
+def test_a_start_that_is_no_whole_model_is_refused(world, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    content = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    for model, base in (
+        (str(adapter), "org/base"),
+        (f"{world / 'base'}+{adapter}", world / "base"),
+    ):
+        message = f"bmerge merge {base}+{adapter} --base {base} --weights uniform"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            refuse_start(settings(world, model=model))
+    with pytest.raises(ConfigError, match=r"no head of a classifier.*bmerge finetune"):
+        refuse_start(settings(world, task="classification"))
+
+
+def test_trained_weights_that_round_steps_away_are_told(world, caplog):
+    for changes, is_told in (
+        ({}, True),
+        ({"lora": {"r": 1}}, False),
+        ({"dtype": "float32"}, False),
+    ):
+        caplog.clear()
+        load_run(settings(world, **{"dtype": "bfloat16", **changes}))
+        assert ("the trained weights are bfloat16" in caplog.text) == is_told

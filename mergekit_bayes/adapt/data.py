@@ -1,5 +1,6 @@
 """Load the model and the rows of an adaptation, and put together what it works on."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
-from mergekit_bayes.adapt.refusals import refuse_model
+from mergekit_bayes.adapt.refusals import refuse_model, refuse_start
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
 from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.adapt.weights import chosen_prior, places_of
@@ -19,7 +20,7 @@ from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import digest
 from mergekit_bayes.finetune.data import load_base, with_lora
-from mergekit_bayes.finetune.ranks import main_first
+from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate, encode_rows, observations
@@ -28,6 +29,8 @@ from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.info import base_identity
+
+logger = logging.getLogger(__name__)
 
 Example = Mapping[str, Any]
 _HELD_OUT = 0.1  # of the removed rows, where `held_out_rise` is a goal and no rows are named
@@ -165,6 +168,7 @@ def load_run(config: AdaptConfig) -> Run:
     if config.lora is not None:
         loaded = replace(loaded, model=with_lora(loaded, config.lora, config.model))
     refuse_quantised(loaded.model, config.model)
+    _warn_of_rounding(config, loaded)
     settings = {
         name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
     }
@@ -193,6 +197,19 @@ def load_run(config: AdaptConfig) -> Run:
     )
 
 
+def _warn_of_rounding(config: AdaptConfig, loaded: Loaded) -> None:
+    """Say if AdamW's steps will be lost in the weights' own rounding; IVON's mean is float32."""
+    trained = [p for p in loaded.model.parameters() if p.requires_grad]
+    narrow = {p.dtype for p in trained if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow and config.optimizer == "adamw" and is_main():
+        name = str(narrow.pop()).removeprefix("torch.")
+        logger.warning(
+            "dtype: the trained weights are %s, in whose rounding many steps of the default "
+            "size are lost. Use dtype: float32 with bf16: true, or lora.",
+            name,
+        )
+
+
 class _Start(NamedTuple):
     """The model, its posterior's record, places and precision, each part's rows, prompts."""
 
@@ -206,8 +223,12 @@ class _Start(NamedTuple):
 
 
 def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
+    refuse_start(config)
     loaded = load_base(training)
     refuse_model(config, loaded)
+    if loaded.task == "classification":
+        # Whoever reads the head later must not guess how it was adapted.
+        loaded.model.config.problem_type = "single_label_classification"
     with open_posterior(config.model, precision=config.precision) as posterior:
         info = posterior.info if posterior.has_precision else None
         reads = config.prior in ("auto", "stored") or config.posterior == "flush"

@@ -130,7 +130,7 @@ def flush(run: Run) -> Flushed:
 def _base_part(run: Run) -> tuple[Mapping[str, Tensor], Prior, float | None]:
     """D_0, the prior beside it, and the factor before what the start stores of it."""
     if run.places:
-        start = read_start(run.config, run.places)
+        start = read_start(run.config, run.places, run.units.unit)
         data = {name: values.sub_(start.prior) for name, values in start.precision.items()}
         named = by_parameter(run.loaded.model, run.places, data)
         return named, _prior_of(run, start.prior), start.factor

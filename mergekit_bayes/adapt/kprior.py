@@ -9,6 +9,11 @@ count twice if S_w were all of the start's precision S_0:
 
     S_w = max(S_0 - kappa H_M, prior)
 
+so that both together have the diagonal max(S_0, kappa H_M + prior) there, also with a memory that
+is not of the start's data: each weight is held as firmly as by S_0 at least. Both curvatures are
+estimates. Where the memory stands for all of S_0, the maximum keeps the positive half of their
+noise.
+
 Without a memory it is S_0, and K is the penalty of elastic weight consolidation. With all data as
 the memory it is the prior, and for generalised linear models the gradient of K is that of the old
 objective. In between, both together are exact for quadratic losses whose curvature is diagonal.

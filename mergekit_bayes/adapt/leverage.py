@@ -32,7 +32,7 @@ from mergekit_bayes.adapt.teacher import run, scored
 from mergekit_bayes.adapt.weights import differentiable, places_of, pooled, read_start
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import open_posterior
@@ -144,7 +144,7 @@ def read_variances(config: AdaptConfig, loaded: Loaded) -> list[Variance]:
     """
     with open_posterior(config.model, precision=config.precision) as posterior:
         places = places_of(loaded, posterior)
-    start = read_start(config, places)
+    start = read_start(config, places, UNIT[loaded.task])
     variances = []
     for place in places:
         precision = pooled(start.precision[place.name], place.shape, config.pool)

@@ -1,9 +1,13 @@
 """Settings and models that an adaptation refuses, as early as they are known."""
 
 from mergekit_bayes.adapt.settings import AdaptConfig
+from mergekit_bayes.checkpoint.sources import CHECKPOINT, resolve
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
-from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.lora import split_ref
+from mergekit_bayes.models.limits import ADAPTER_CONFIG
+from mergekit_bayes.models.load import Loaded, is_classifier
+from mergekit_bayes.models.pretrained import load_adapter_config
 
 
 def refuse_settings(config: AdaptConfig) -> None:
@@ -27,28 +31,53 @@ def refuse_settings(config: AdaptConfig) -> None:
     _refuse_steps(config)
 
 
+def refuse_start(config: AdaptConfig) -> None:
+    """Refuse a start that is not one whole model, before it is loaded.
+
+    An adapter would be lost under a new one, and the weight-space part holds weights, not factors.
+
+    Raises:
+        CheckpointError: There is no such model, or its config cannot be read.
+        ConfigError: An adapter, alone or with its base, or a classifier without a head.
+    """
+    refs = split_ref(config.model)
+    if refs is None and ((path := resolve(config.model, CHECKPOINT)) / ADAPTER_CONFIG).exists():
+        refs = str(load_adapter_config(path).base_model_name_or_path), config.model
+    if refs is not None:
+        base, adapter = refs
+        raise ConfigError(
+            f"'{adapter}' is an adapter, and an adaptation starts from a whole model. Fold it into "
+            f"its base first: `bmerge merge {base}+{adapter} --base {base} --weights uniform -o "
+            "WHOLE`."
+        )
+    remote = config.trust_remote_code
+    if config.task == "classification" and not is_classifier(
+        config.model, trust_remote_code=remote
+    ):
+        raise ConfigError(
+            f"'{config.model}' has no head of a classifier, and there is nothing in a new one to "
+            "keep. Train it first, by `bmerge finetune`."
+        )
+
+
 def refuse_model(config: AdaptConfig, loaded: Loaded) -> None:
     """Refuse what the model cannot do, once it is loaded.
 
     Raises:
-        ConfigError: Prompts for a classifier; stored probabilities or a uniform distribution of
-            outputs that have none.
+        ConfigError: Prompts for a classifier; a classifier that does not choose one label, whose
+            labels are no class numbers and whose losses transformers scales by their number.
     """
     if config.prompts is not None and loaded.task != "causal-lm":
         raise ConfigError(
             f"prompts: '{config.model}' is a classifier and continues no text. Use "
             "until: held_out_rise."
         )
-    likelihood = trained_loss(loaded.model).likelihood
-    if config.teacher == "stored" and likelihood != "categorical":
+    loss = trained_loss(loaded.model)
+    if loss.likelihood != "categorical":
         raise ConfigError(
-            f"teacher: stored keeps the largest probabilities of a softmax, and '{config.model}' "
-            "has none. Use teacher: copy."
-        )
-    if config.removal == "kl_uniform" and likelihood == "gaussian":
-        raise ConfigError(
-            f"removal: kl_uniform needs outputs that are probabilities, and '{config.model}' "
-            "predicts numbers. Use removal: npo."
+            f"'{config.model}' is trained by {loss.describe()}, and only classifiers that choose "
+            "one label of two or more are adapted. If it is one, say so in its config.json: "
+            '"problem_type": "single_label_classification".'
         )
 
 

@@ -225,7 +225,10 @@ class AdaptConfig(Config):
         0, ge=0, lt=2**32, description="Seed of the order of the data and of all noise."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
-        "float32", description="Dtype of the parameters: `float32`, `bfloat16`, or `auto`."
+        "float32",
+        description="Dtype of the parameters: `float32`, `bfloat16`, or `auto` for the file's. "
+        "With AdamW, many steps of the default size are lost in the rounding of trained weights "
+        "of 16 bits; `bf16` or `lora` avoids that.",
     )
     bf16: bool = Field(
         False, description="Compute in bfloat16, with parameters in their own dtype."

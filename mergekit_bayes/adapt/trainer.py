@@ -67,7 +67,7 @@ class AdaptTrainer(Trainer):  # type: ignore[misc]
         return terms.total
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
-        """Add the mean of each term since the last line to the log."""
+        """Add the mean of each term over this rank's batches since the last line to the log."""
         if "loss" in logs and self._terms:
             names = {name for terms in self._terms for name in terms.means}
             for name in sorted(names):

@@ -124,14 +124,13 @@ def choose_units(
     """
     removed, added = counts.get("remove", 0), counts.get("add", 0)
     base = config.base_observations
-    if base is None and info is not None and info.observations:
+    if base is None and info is not None and (base := stored_count(info)) is not None:
         if info.unit is not None and info.unit != unit:
             raise ConfigError(
                 f"the posterior of '{config.model}' counts {info.unit}s, and this task {unit}s. "
                 "Give base_observations."
             )
-        base = stored_count(info)
-        if base is not None and base <= 0:
+        if base <= 0:
             raise ConfigError(
                 f"the posterior of '{config.model}' stands for {base:g} {unit}s, and nothing can "
                 "be weighed by that. Give base_observations."

@@ -138,18 +138,24 @@ def places_of(loaded: Loaded, posterior: Posterior) -> tuple[Place, ...]:
     return tuple(find_places(loaded.model, posterior))
 
 
-def read_start(config: AdaptConfig, places: Sequence[Place]) -> Start:
+def read_start(config: AdaptConfig, places: Sequence[Place], unit: str) -> Start:
     """Read the stored precision, on the scale of the observations that the start stands for.
 
         S_0 = (S - prior) c + prior,    S and the prior times observations / ess as stored
 
-    with c = 1, or the given `base_observations` over those on record.
+    with c = 1, or the given `base_observations` over those on record. A record that counts in
+    another unit tells no c: the same data have another number there.
+
+    Args:
+        config: The settings.
+        places: Of the stored precision.
+        unit: What `base_observations` counts, a token or an example.
 
     Raises:
         PrecisionError: Entries that are negative or not finite.
     """
     with open_posterior(config.model, precision=config.precision) as posterior:
-        counted, prior, data = _scales(posterior.info, config.base_observations)
+        counted, prior, data = _scales(posterior.info, config.base_observations, unit)
         precision = {
             place.name: _read(posterior, place)
             .to(place.parameter.device)
@@ -211,7 +217,7 @@ def make_weight_part(
     model = loaded.model
     if not isinstance(prior, str):
         return WeightPart(model, {n: torch.tensor(prior) for n, _ in model.named_parameters()})
-    start = read_start(config, places)
+    start = read_start(config, places, units.unit)
     precision = {
         place.name: pooled(start.precision[place.name], place.shape, config.pool)
         for place in places
@@ -294,7 +300,9 @@ def _whole(parameter: Tensor, centre: Tensor, precision: Tensor) -> Term:
     return Term(lambda: parameter, centre, precision.to(centre.device), parameter)
 
 
-def _scales(info: PosteriorInfo | None, base: float | None) -> tuple[float, float, float]:
+def _scales(
+    info: PosteriorInfo | None, base: float | None, unit: str
+) -> tuple[float, float, float]:
     """The factor of what is stored, the prior inside it after that, and c of `read_start`.
 
     The record of a merge has nothing to scale by: its precisions are scaled already.
@@ -305,7 +313,7 @@ def _scales(info: PosteriorInfo | None, base: float | None) -> tuple[float, floa
     if info.merge is None and info.ess and info.observations:
         counted = info.observations / info.ess
     prior = info.prior.precision if info.prior.kind in ("isotropic", "base") else 0.0
-    count = stored_count(info)
+    count = stored_count(info) if info.unit in (None, unit) else None
     return counted, prior * counted, base / count if base and count else 1.0
 
 

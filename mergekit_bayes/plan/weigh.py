@@ -1,6 +1,7 @@
 """How much each precision counts: stored precisions become comparable likelihood precisions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError
@@ -41,16 +42,41 @@ def weigh(config: MergeConfig, inputs: Inputs, notes: list[str]) -> Inputs:
         weighing = _Weigher(config, common, None, notes).weighing(inputs.base)
         base = replace(_counted(config, inputs.base, common), weighing=weighing)
     weigher = _Weigher(config, common, base, notes)
-    tasks = (
+    tasks = tuple(
         replace(_counted(config, task, common), weighing=weigher.weighing(task))
         for task in inputs.tasks
     )
-    return Inputs(base, tuple(tasks))
+    if base is not None:  # in an average all shares are of one
+        _note_shared_starts(tasks, notes)
+    return Inputs(base, tasks)
 
 
 def precision_identity(model: Posterior) -> Identity:
     """The identity of a model's precision, as a record of a merge keeps it."""
     return Identity(blocks=model.precision_identity)
+
+
+def _note_shared_starts(tasks: Sequence[Input], notes: list[str]) -> None:
+    """Say if a start's precision is added more than once, inside of models adapted from it."""
+    added = [(task, task.posterior.info) for task in tasks if task.scale > 0]
+    starts: dict[str, list[str]] = {}
+    for task, info in added:
+        if task.weighing.contains_base is not None:
+            continue  # its own start is the base here, and was taken out
+        for edit in info.edits if info is not None else ():
+            if edit.start_precision is not None:
+                starts.setdefault(edit.start_precision.blocks, []).append(task.ref)
+    if not starts:
+        return
+    for task, info in added:
+        if info is not None and (own := precision_identity(task.posterior).blocks) in starts:
+            starts[own].append(task.ref)
+    for refs in starts.values():
+        if len(refs) > 1:
+            notes.append(
+                f"{', '.join(map(repr, refs))}: each holds the precision of one start, which is "
+                "added once for each. With that start as the --base it counts once"
+            )
 
 
 def _counted(config: MergeConfig, model: Input, common: float | None) -> Input:
