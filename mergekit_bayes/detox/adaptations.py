@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mergekit_bayes.adapt.data import sources
-from mergekit_bayes.adapt.refusals import refuse_settings
+from mergekit_bayes.adapt.refusals import OF_MEMORY, refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.detox.settings import Curve, DetoxConfig, Method, weighs, without_ours
@@ -36,16 +36,8 @@ _OURS = (
     "trust_remote_code",
     "force",
 )
-_MEMORY = (
-    "memory",
-    "memory_self_generated",
-    "memory_filter",
-    "memory_rows",
-    "memory_select",
-    "memory_held_out",
-    "kappa",
-    "leap",
-)
+# The threshold is the filter's: checks of a removal have no goal.
+_MEMORY = ("memory", "memory_self_generated", *OF_MEMORY, "threshold")
 # What a method changes in the settings, and which of them it has no use for.
 _CHANGES: dict[Method, dict[str, object]] = {
     "adapt": {},
