@@ -1,5 +1,7 @@
 """Settings of an adaptation that contradict each other, or that would have no effect."""
 
+import math
+
 import pytest
 
 from mergekit_bayes.adapt import AdaptConfig, Rows
@@ -52,6 +54,20 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
         config = config.model_copy(update={"add": Rows(data="a")})
     with pytest.raises(ConfigError, match=message):
         refuse_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior": -5}, "prior: -5 is not 'auto', 'stored' or 'none', nor a number of at least 0"),
+        ({"prior": math.nan}, "prior: nan is not"),
+        ({"tau": math.inf}, "tau: expected a number of at least 0, found inf"),
+        ({"kappa": math.inf}, "kappa: expected a number of at least 0, found inf"),
+    ],
+)
+def test_a_weight_of_the_prior_is_a_number_that_holds(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptConfig.model_validate({"model": "m", "output": "o", **changes})
 
 
 @pytest.mark.parametrize(

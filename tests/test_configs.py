@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import configs, recipes
+from mergekit_bayes.adapt.settings import AdaptConfig, Rows, Until
 from mergekit_bayes.configs import Config, load_config, parse_config, read_yaml
-from mergekit_bayes.detox.settings import DetoxConfig, Rows
+from mergekit_bayes.detox.settings import DetoxConfig
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
@@ -21,6 +22,7 @@ from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 CONFIGS = (
+    AdaptConfig,
     DetoxConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -28,18 +30,21 @@ CONFIGS = (
     MergeConfig,
     PrecisionConfig,
     Rows,
+    Until,
 )
 
 
 # What makes a config of each class, so that one setting at a time can be wrong.
 GOOD = {
-    DetoxConfig: {"base": "b", "output": "o", "toxic": {"data": "d"}, "evaluate": {}, "scales": 1},
+    AdaptConfig: {"model": "m", "output": "o"},
+    DetoxConfig: {"base": "b", "output": "o", "toxic": {"data": "d"}, "evaluate": {}},
     EvaluateConfig: {"model": "m"},
     FinetuneConfig: {"model": "m", "output": "o", "data": "d"},
     LoraSettings: {},
     MergeConfig: {"models": ("a", "b")},
     PrecisionConfig: {"model": "m", "data": "d"},
     Rows: {"data": "d"},
+    Until: {},
 }
 
 
@@ -170,7 +175,7 @@ def test_a_misspelled_or_missing_setting_is_named_however_a_config_is_made(confi
 def test_one_value_stands_for_a_list_of_one_and_a_path_for_its_text(config):
     for name, field in config.model_fields.items():
         if get_origin(field.annotation) is tuple:
-            values = [v for v in ("task_arithmetic", 0.5) if accepts(config, name, (v,))]
+            values = [v for v in ("task_arithmetic", 0.5, 5) if accepts(config, name, (v,))]
             assert values, name
             for value in values:
                 one = config(**GOOD[config] | {name: value})
