@@ -7,8 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from mergekit_bayes.adapt import AdaptConfig
-from mergekit_bayes.adapt.checks import batches_of
-from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.data import batches_of, load_run
 from mergekit_bayes.adapt.objective import HELD, PARTS
 from mergekit_bayes.adapt.refusals import refuse_model
 from mergekit_bayes.adapt.run import run_adapt

@@ -163,11 +163,6 @@ def passes_of(config: AdaptConfig, steps: int) -> int:
 
     Without what a memory costs that the model writes, and without a teacher's stored predictions.
     """
-    parts = (config.remove, config.add, config.contrast)
-    kinds = sum(rows is not None for rows in parts)
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    runs_start = config.teacher != "stored"
-    by_start = (config.removal in ("npo", "contrast")) + has_memory if runs_start else 0
-    return (
-        steps * config.batch_size * config.gradient_accumulation * (kinds + has_memory + by_start)
-    )
+    by_start = len(config.asked) if config.teacher != "stored" else 0
+    of_a_kind = steps * config.batch_size * config.gradient_accumulation
+    return of_a_kind * (len(config.parts) + by_start)

@@ -65,9 +65,10 @@ def _steps(record: AdaptRecord) -> Iterator[str]:
         if check.step == record.kept_step and (found := list(_found(check))):
             yield f"the check at that step: {', '.join(found)}"
     if record.reconstruction_error is not None:
+        error = record.reconstruction_error
         yield (
-            "relative error of the K-prior's gradient on the held-out memory: "
-            f"{record.reconstruction_error:.3g}"
+            "relative squared error of the K-prior's gradient on the held-out memory: "
+            f"{f'{error:.3g}' if error > 0 else 'below its noise'}"
         )
 
 
