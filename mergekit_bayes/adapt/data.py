@@ -32,7 +32,8 @@ from mergekit_bayes.posterior.info import base_identity
 
 Example = Mapping[str, Any]
 _HELD_OUT = 0.1  # of the removed rows, where `held_out_rise` is a goal and no rows are named
-# Settings that change no bit of the training.
+# Settings that may change between a run and its continuation, as in a fine-tune: where things are,
+# what happens after training, and what is compared by its content.
 _FREE = {
     "model",
     "output",
@@ -106,32 +107,14 @@ class Run:
 def training_config(config: AdaptConfig) -> FinetuneConfig:
     """The settings of the fine-tuning machinery that carries out an adaptation.
 
-    Its learning rate is a placeholder: the rate is chosen when the model is there.
+    Those that both have are the same. Its learning rate is a placeholder: the rate is chosen when
+    the model is there.
     """
-    settings = {
-        "model": config.model,
-        "output": config.output,
+    shared = {name: value for name, value in config if name in FinetuneConfig.model_fields}
+    settings = shared | {
         "data": sources(config),
-        "task": config.task,
-        "optimizer": config.optimizer,
-        "learning_rate": config.learning_rate,
         "weight_decay": 1e-6 if config.optimizer == "ivon" else 0.0,
-        "max_steps": config.max_steps,
-        "batch_size": config.batch_size,
-        "gradient_accumulation": config.gradient_accumulation,
         "scheduler": "constant",
-        "lora": config.lora,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        "bf16": config.bf16,
-        "logging_steps": config.logging_steps,
-        "save_steps": config.save_steps,
-        "keep_checkpoints": config.keep_checkpoints,
-        "resume": config.resume,
-        "num_processes": config.num_processes,
-        "report_to": config.report_to,
-        "trust_remote_code": config.trust_remote_code,
-        "force": config.force,
     }
     return FinetuneConfig.model_validate(settings)
 
