@@ -142,3 +142,39 @@ def test_bsam_restores_after_both_passes():
     assert torch.equal(w.detach(), mean)
     optimizer.step()
     assert torch.equal(w.detach(), mean)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"teacher": "stored", "top_k": 8},
+        {"lora": {"r": 2}},
+        {"optimizer": "ivon", "prior": 10.0},
+        {"bf16": True, "until": {"held_out_rise": 50.0}, "check_every": 2},
+    ],
+    ids=["copy", "stored", "adapter", "ivon", "bf16"],
+)
+def test_an_adaptation_runs_on_the_device(tmp_path, changes):
+    """The start, the rows, the checks and the flush lie where the model lies."""
+    from mergekit_bayes.adapt import AdaptConfig
+    from mergekit_bayes.adapt.run import run_adapt
+    from tests.finetuning import texts
+    from tests.tiny_models import tiny_gpt2
+
+    tiny_gpt2(tmp_path / "base", layers=1)
+    texts(tmp_path / "remove.jsonl", rows=24, seed=1)
+    texts(tmp_path / "memory.jsonl", rows=24, seed=2)
+    settings = {
+        "model": str(tmp_path / "base"),
+        "output": str(tmp_path / "out"),
+        "remove": {"data": str(tmp_path / "remove.jsonl")},
+        "memory": {"data": str(tmp_path / "memory.jsonl")},
+        "batch_size": 4,
+        "max_steps": 4,
+        **changes,
+    }
+    report = run_adapt(AdaptConfig.model_validate(settings), quiet=True)
+    assert report.steps == 4
+    has_precision = "lora" not in changes
+    assert (tmp_path / "out" / "posterior").exists() == has_precision

@@ -1,18 +1,19 @@
 """Measure the goals of an adaptation at its present weights, without disturbing the training."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Example, Run, batches_of
 from mergekit_bayes.adapt.leverage import evaluating
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.objective import HELD
 from mergekit_bayes.adapt.settings import Check
-from mergekit_bayes.adapt.teacher import Teacher, run, scored
+from mergekit_bayes.adapt.teacher import Batch, Teacher, run, scored
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
@@ -68,7 +69,8 @@ class Checks:
                 share = self._toxic_share() if self._scorer is not None else None
                 kl = None
                 if held.memory:
-                    kl = mean_divergence(self._run, self._teacher, held.memory, HELD)
+                    batches = batches_of(self._run, held.memory, HELD)
+                    kl = mean_divergence(self._run.loaded.model, self._teacher, batches)
             return Check(step=step, toxic_share=share, held_out_rise=rise, memory_kl=kl), start
 
         check, self._start_loss = on_main(measure)
@@ -113,25 +115,18 @@ class Checks:
 
 
 @torch.no_grad()
-def mean_divergence(
-    adapted: Run, teacher: Teacher, examples: Sequence[Example], part: int
-) -> float:
+def mean_divergence(model: Module, teacher: Teacher, batches: Iterable[Batch]) -> float:
     """Mean `KL(p_0 || p)` of an observation at the model's present weights, in nats.
 
     Args:
-        adapted: The run, whose model is measured.
+        model: The model.
         teacher: The start.
-        examples: Encoded examples of one part, from its first one.
-        part: Number of the part, for a stored teacher.
+        batches: Batches of one part each, as a stored teacher knows them.
     """
-    model = adapted.loaded.model
-    return _mean(
-        teacher.divergence(batch, _scored(run(model, batch), batch))
-        for batch in batches_of(adapted, examples, part)
-    )
+    return _mean(teacher.divergence(batch, _scored(run(model, batch), batch)) for batch in batches)
 
 
-def _scored(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def _scored(logits: Tensor, batch: Batch) -> Tensor:
     return scored(logits, batch["labels"], batch["input_ids"])[0]
 
 
@@ -140,7 +135,7 @@ def _mean(values: Iterator[Tensor]) -> float:
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def undisturbed(model: Module) -> Iterator[None]:
     """Measure in eval mode; afterwards mode and random states are as before."""
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []

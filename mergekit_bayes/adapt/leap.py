@@ -5,6 +5,10 @@ step t is undone: its weights are replaced by those before it, and the learning 
 the optimizer remembers stays, since all of its gradients were taken at weights that were accepted;
 the gradient at the refused weights is dropped. So the guard costs one copy of the trained weights.
 
+A batch with a rare example may have many times the divergence of other batches without any leap.
+So a suspicion is confirmed on the same examples: at the weights before the step their divergence
+must have been smaller by the same factor.
+
 Where somebody looks at the weights before that batch comes (a check, a checkpoint, a kept step, the
 end of the run), the guard looks first, at the front of the memory, so that no weights are kept,
 stored or called good which the next batch would refuse.
@@ -13,6 +17,7 @@ stored or called good which the next batch would refuse.
 import logging
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +26,7 @@ from torch.nn import Module
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mergekit_bayes.adapt.checks import mean_divergence, undisturbed
-from mergekit_bayes.adapt.data import Run
+from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.objective import PARTS, Objective, Terms
 from mergekit_bayes.adapt.teacher import Batch, Teacher
 from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks
@@ -38,9 +43,10 @@ _RECENT = 5  # steps in the mean
 class LeapGuard(TrainerCallback):  # type: ignore[misc]
     """Watches the divergence on the memory; without a memory it does nothing.
 
-    A divergence is a leap if it is not a number, or larger than
+    A divergence is a leap if it is not a number, or larger than both
 
         leap * max(mean of the last five accepted ones, 0.01 nats)
+        leap * max(that of the same examples before the step, 0.01 nats)
 
     Growth with the square of the steps, as by equal steps from the start, is four times the mean
     after the second step and less from then on.
@@ -59,6 +65,7 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run, objective: Objective, teacher: Teacher) -> None:
         self._run, self._objective, self._teacher = run, objective, teacher
         self._seen: list[Tensor] = []  # of the micro-batches of this step
+        self._memory: list[Batch] = []  # their examples of the memory
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._before: list[Tensor] = []  # the weights before the last step
         self._may_undo = False
@@ -69,6 +76,8 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
         terms = self._objective(model, batch)
         if "memory" in terms.means:
             self._seen.append(terms.means["memory"])
+            chosen = (batch["part"] == PARTS.index("memory")).nonzero().flatten()
+            self._memory.append({name: tensor[chosen] for name, tensor in batch.items()})
         return terms
 
     def state(self) -> dict[str, Any]:
@@ -93,8 +102,8 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
         if not self._seen:
             return
         divergence = mean_over_ranks(float(torch.stack(self._seen).mean()))
-        self._seen.clear()
-        if self._may_undo and self._leaps(divergence):
+        examples, self._seen, self._memory = self._memory, [], []
+        if self._may_undo and self._leaps(divergence, examples):
             self._undo(state.global_step, divergence, optimizer, lr_scheduler)
             _drop_gradients(optimizer)
             return
@@ -121,18 +130,37 @@ class LeapGuard(TrainerCallback):  # type: ignore[misc]
         )
         if not (is_looked_at and self._may_undo):
             return
-        examples = self._run.parts["memory"][: config.batch_size]
-        model = self._run.loaded.model
-        with undisturbed(model):
-            own = mean_divergence(self._run, self._teacher, examples, PARTS.index("memory"))
-        divergence = mean_over_ranks(own)
-        if self._leaps(divergence):
+        front = self._run.parts["memory"][: config.batch_size]
+        examples = list(batches_of(self._run, front, PARTS.index("memory")))
+        divergence = self._divergence(examples)
+        if self._leaps(divergence, examples):
             self._undo(step, divergence, optimizer, lr_scheduler)
         self._may_undo = False
 
-    def _leaps(self, divergence: float) -> bool:
+    def _leaps(self, divergence: float, examples: Sequence[Batch]) -> bool:
+        """Whether these examples' divergence leapt by the last step."""
         usual = sum(self._recent) / max(1, len(self._recent))
-        return not divergence <= self._run.config.leap * max(usual, _FLOOR)
+        if divergence <= self._run.config.leap * max(usual, _FLOOR):
+            return False
+        if not math.isfinite(divergence):
+            return True
+        self._swap()
+        before = self._divergence(examples)
+        self._swap()
+        return divergence > self._run.config.leap * max(before, _FLOOR)
+
+    def _divergence(self, examples: Sequence[Batch]) -> float:
+        """Mean divergence at the present weights. Every rank must call this."""
+        model = self._run.loaded.model
+        with undisturbed(model):
+            return mean_over_ranks(mean_divergence(model, self._teacher, examples))
+
+    def _swap(self) -> None:
+        """Exchange the present weights and those before the last step."""
+        for now, before in zip(self._trained(), self._before, strict=True):
+            kept = now.clone()
+            now.copy_(before)
+            before.copy_(kept)
 
     def _trained(self) -> list[Tensor]:
         return [p.data for p in self._run.loaded.model.parameters() if p.requires_grad]

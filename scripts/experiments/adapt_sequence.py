@@ -1,7 +1,7 @@
 """Ten edits in a row by `bmerge adapt`, each on the output of the last: how far does it drift?
 
     OMP_NUM_THREADS=1 python scripts/experiments/adapt_sequence.py -o runs/sequence
-        [--size small|tiny] [--seed 0]
+        [--size small|tiny] [--seed 0] [--only WAY ...]
 
 A language model has learnt the world of `tiny_world.py`. Edits then teach it tales, each a grammar
 of its own over the same words; every third edit removes the oldest tale again. After each edit the
@@ -326,12 +326,15 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/sequence"))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=WAYS, nargs="+", default=list(WAYS))
     chosen = parser.parse_args()
     with quiet_libraries(bars=False):
-        run(chosen.out, SIZES[chosen.size], chosen.seed)
+        run(chosen.out, SIZES[chosen.size], chosen.seed, chosen.only)
 
 
-def run(out: Path, size: Size, seed: int) -> list[dict[str, Any]]:
+def run(
+    out: Path, size: Size, seed: int, ways: Sequence[str] = tuple(WAYS)
+) -> list[dict[str, Any]]:
     """Make all edits in all ways; print a line for each, and return them."""
     experiment = Experiment(out / f"seed-{seed}", size, seed)
     experiment.make_base()
@@ -343,7 +346,7 @@ def run(out: Path, size: Size, seed: int) -> list[dict[str, Any]]:
     )
     lines = []
     for number, edit in enumerate(experiment.edits, 1):
-        for way in WAYS:
+        for way in ways:
             line = experiment.measure(way, number)
             lines.append(line)
             print(

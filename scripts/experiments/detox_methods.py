@@ -87,10 +87,12 @@ SIDE: dict[str, Any] = {"conditions": ONE, "all_seeds": (), "lasts": False}
 PART: dict[str, Any] = {"conditions": ONE, "lasts": False}  # a part of the K-prior alone
 FEWER: dict[str, Any] = {"all_seeds": ONE, "lasts": False}
 STEPS, FREE = (50, 90, 130, 180, 250), (20, 40, 60, 80, 110)  # with a memory, and without one
+FEW = STEPS[:3]  # where the question is only what a memory of another kind or size does
 SUBTRACTED, AMPLIFIED = (0.5, 1, 1.5, 2, 3), (0.3, 0.5, 0.75, 1, 1.5)
 METHODS = (
     merge("task_arithmetic", "task arithmetic", SUBTRACTED),
     adapt("adapt", "correction, memory", STEPS, memory="memory"),
+    adapt("adapt_beta1", "correction, memory, beta 1", STEPS, memory="memory", npo_beta=1.0),
     adapt("npo", "NPO alone", (10, 20, 30, 40, 50), prior="none"),
     gradient_matching("gradient_matching_1", "gradient matching, guard 1", SUBTRACTED, guard=1.0),
     merge(
@@ -128,6 +130,18 @@ METHODS = (
         learning_rate=1e-4,
         **FEWER,
     ),
+    adapt(
+        "clean_few",
+        "further training on the memory's rows",
+        (25, 50, 100, 200, 400),
+        add="memory",
+        remove=None,
+        prior="none",
+        tau=0.0,
+        learning_rate=1e-4,
+        **PART,
+    ),
+    adapt("adapt_clean", "correction, memory of all clean text", STEPS, memory="clean", **PART),
     adapt("adapt_weights", "correction, entries", FREE, prior="stored", weighs=True, **PART),
     adapt(
         "adapt_pool",
@@ -141,7 +155,7 @@ METHODS = (
     adapt(
         "adapt_both",
         "correction, memory and entries",
-        STEPS,
+        FEW,
         memory="memory",
         prior="stored",
         weighs=True,
@@ -165,15 +179,13 @@ METHODS = (
         proper=True,
         **SIDE,
     ),
-    adapt(
-        "adapt_ivon", "correction, memory, IVON", STEPS, memory="memory", optimizer="ivon", **SIDE
-    ),
-    adapt("memory_novels", "memory of novels", STEPS, memory="novels", **SIDE),
-    adapt("memory_own", "memory of its own text", STEPS, memory_self_generated=True, **SIDE),
+    adapt("adapt_ivon", "correction, memory, IVON", FEW, memory="memory", optimizer="ivon", **SIDE),
+    adapt("memory_novels", "memory of novels", FEW, memory="novels", **SIDE),
+    adapt("memory_own", "memory of its own text", FEW, memory_self_generated=True, **SIDE),
     adapt(
         "memory_filtered",
         "memory of its own text, filtered",
-        STEPS,
+        FEW,
         memory_self_generated=True,
         memory_filter=True,
         **SIDE,
@@ -188,7 +200,7 @@ def all_methods(world: World) -> tuple[Method, ...]:
         adapt(
             f"memory_{size}_{select}",
             f"memory of {size} blocks, " + ("by leverage" if select == "leverage" else select),
-            STEPS,
+            FEW,
             memory="pool",
             memory_rows=size,
             memory_select=select,
