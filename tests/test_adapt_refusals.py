@@ -1,9 +1,12 @@
 """Settings of an adaptation that contradict each other, or that would have no effect."""
 
+import math
+
 import pytest
 
-from mergekit_bayes.adapt import AdaptConfig, Rows
-from mergekit_bayes.adapt.refusals import refuse_settings
+from mergekit_bayes.adapt import AdaptConfig, Rows, data
+from mergekit_bayes.adapt.refusals import OF_MEMORY, refuse_settings
+from mergekit_bayes.detox import adaptations
 from mergekit_bayes.errors import ConfigError
 
 MEMORY = {"memory": {"data": "m"}}
@@ -52,6 +55,40 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
         config = config.model_copy(update={"add": Rows(data="a")})
     with pytest.raises(ConfigError, match=message):
         refuse_settings(config)
+
+
+def test_lists_of_settings_name_settings():
+    """A setting that is renamed would otherwise fall out of a list without a word."""
+    unused = {name for names in adaptations._UNUSED.values() for name in names}
+    changed = {name for names in adaptations._CHANGES.values() for name in names}
+    lists = (data._FREE, OF_MEMORY, adaptations._OURS, adaptations._NO_RESULT, unused, changed)
+    for names in lists:
+        assert set(names) <= set(AdaptConfig.model_fields)
+
+
+def test_what_a_fine_tune_can_set_too_reaches_its_machinery():
+    given = {"save_steps": 3, "seed": 7, "dtype": "bfloat16", "bf16": True, "lora": {"r": 3}}
+    given |= {"resume": True, "force": True, "num_processes": 2, "report_to": "none", "pack": True}
+    given |= {"optimizer": "ivon", "keep_checkpoints": True, "logging_steps": 2, "max_steps": 9}
+    config = AdaptConfig.model_validate({"model": "m", "output": "o", "add": {"data": "a"}} | given)
+    training = data.training_config(config)
+    for name in given:
+        assert getattr(training, name) == getattr(config, name), name
+    assert training.data == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prior": -5}, "prior: -5 is not 'auto', 'stored' or 'none', nor a number of at least 0"),
+        ({"prior": math.nan}, "prior: nan is not"),
+        ({"tau": math.inf}, "tau: expected a number of at least 0, found inf"),
+        ({"kappa": math.inf}, "kappa: expected a number of at least 0, found inf"),
+    ],
+)
+def test_a_weight_of_the_prior_is_a_number_that_holds(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaptConfig.model_validate({"model": "m", "output": "o", **changes})
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import kl_div
 
 from mergekit_bayes.adapt import AdaptConfig
-from mergekit_bayes.adapt.checks import batches_of
-from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.data import batches_of, load_run
 from mergekit_bayes.adapt.objective import HELD, PARTS
 from mergekit_bayes.adapt.refusals import refuse_model, refuse_start
 from mergekit_bayes.adapt.run import run_adapt

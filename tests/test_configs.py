@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import configs, recipes
+from mergekit_bayes.adapt.settings import AdaptConfig, Rows, Until
 from mergekit_bayes.configs import Config, load_config, parse_config, read_yaml
-from mergekit_bayes.detox.settings import DetoxConfig, Rows
+from mergekit_bayes.detox.settings import DetoxConfig
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
@@ -21,6 +22,7 @@ from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 CONFIGS = (
+    AdaptConfig,
     DetoxConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -28,11 +30,13 @@ CONFIGS = (
     MergeConfig,
     PrecisionConfig,
     Rows,
+    Until,
 )
 
 
 # What makes a config of each class, so that one setting at a time can be wrong.
 GOOD = {
+    AdaptConfig: {"model": "m", "output": "o"},
     DetoxConfig: {"base": "b", "output": "o", "toxic": {"data": "d"}, "evaluate": {}},
     EvaluateConfig: {"model": "m"},
     FinetuneConfig: {"model": "m", "output": "o", "data": "d"},
@@ -40,6 +44,7 @@ GOOD = {
     MergeConfig: {"models": ("a", "b")},
     PrecisionConfig: {"model": "m", "data": "d"},
     Rows: {"data": "d"},
+    Until: {},
 }
 
 

@@ -62,6 +62,10 @@ def test_each_adaptation_takes_what_it_is_named_after():
         "adapt_pool": ("stored", "tensor", "elsewhere"),
         "npo": ("none", None, None),
     }
+    written = {"memory_self_generated": 9, "memory_filter": "words:w", "threshold": 0.9}
+    filtered = config(adapt=written)
+    assert settings_of(filtered, "adapt").threshold == 0.9
+    assert settings_of(filtered, "npo").memory_filter is None  # nor is the threshold refused
     contrast = {"removal": "contrast", "contrast": {"data": "c"}}
     npo = settings_of(config(adapt=contrast, methods="npo"), "npo")
     assert (npo.removal, npo.contrast) == ("npo", None)

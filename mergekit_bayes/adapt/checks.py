@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mergekit_bayes.adapt.data import Example, Run, batch_of
+from mergekit_bayes.adapt.data import Example, Run, batches_of
 from mergekit_bayes.adapt.leverage import evaluating
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.objective import HELD
@@ -19,7 +19,6 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.finetune.ranks import on_main
 from mergekit_bayes.generation import Sampling, sample_continuations
-from mergekit_bayes.models.encode import Collate
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -133,17 +132,6 @@ def _scored(logits: Tensor, batch: Batch) -> Tensor:
 
 def _mean(values: Iterator[Tensor]) -> float:
     return float(torch.cat([v.double().cpu() for v in values]).mean())
-
-
-def batches_of(adapted: Run, examples: Sequence[Example], part: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of one part's examples in their order, as a teacher reads them, on the device."""
-    collate, size = Collate(adapted.loaded.pad), adapted.config.batch_size
-    device = adapted.loaded.device
-    for first in range(0, len(examples), size):
-        chosen = examples[first : first + size]
-        whole = [{**example, "index": first + i} for i, example in enumerate(chosen)]
-        batch = batch_of(collate, whole, [part] * len(whole))
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @contextmanager

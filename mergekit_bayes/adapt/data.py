@@ -1,7 +1,7 @@
 """Load the model and the rows of an adaptation, and put together what it works on."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from mergekit_bayes.adapt.memory import Memory, build_memory
 from mergekit_bayes.adapt.objective import PARTS
 from mergekit_bayes.adapt.refusals import refuse_model, refuse_start
-from mergekit_bayes.adapt.settings import AdaptConfig, Rows
+from mergekit_bayes.adapt.rows import read_examples
+from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.units import Units, choose_units
 from mergekit_bayes.adapt.weights import chosen_prior, places_of
 from mergekit_bayes.draws import mix
@@ -23,7 +24,7 @@ from mergekit_bayes.finetune.data import load_base, with_lora
 from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
-from mergekit_bayes.models.encode import Collate, encode_rows, observations
+from mergekit_bayes.models.encode import Collate, observations
 from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.rows import load_rows
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 Example = Mapping[str, Any]
 _HELD_OUT = 0.1  # of the removed rows, where `held_out_rise` is a goal and no rows are named
-# Settings that change no bit of the training.
+# Settings that may change between a run and its continuation, as in a fine-tune: where things are,
+# what happens after training, and what is compared by its content.
 _FREE = {
     "model",
     "output",
@@ -62,7 +64,7 @@ class Held(NamedTuple):
     """Examples that no step trains on.
 
     Attributes:
-        removed: Rows like the removed ones; empty unless their loss is a goal.
+        removed: Rows like the removed ones; empty unless they are named or their loss is a goal.
         memory: The held-out part of the memory.
     """
 
@@ -108,32 +110,14 @@ class Run:
 def training_config(config: AdaptConfig) -> FinetuneConfig:
     """The settings of the fine-tuning machinery that carries out an adaptation.
 
-    Its learning rate is a placeholder: the rate is chosen when the model is there.
+    Those that both have are the same. Its learning rate is a placeholder: the rate is chosen when
+    the model is there.
     """
-    settings = {
-        "model": config.model,
-        "output": config.output,
+    shared = {name: value for name, value in config if name in FinetuneConfig.model_fields}
+    settings = shared | {
         "data": sources(config),
-        "task": config.task,
-        "optimizer": config.optimizer,
-        "learning_rate": config.learning_rate,
         "weight_decay": 1e-6 if config.optimizer == "ivon" else 0.0,
-        "max_steps": config.max_steps,
-        "batch_size": config.batch_size,
-        "gradient_accumulation": config.gradient_accumulation,
         "scheduler": "constant",
-        "lora": config.lora,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        "bf16": config.bf16,
-        "logging_steps": config.logging_steps,
-        "save_steps": config.save_steps,
-        "keep_checkpoints": config.keep_checkpoints,
-        "resume": config.resume,
-        "num_processes": config.num_processes,
-        "report_to": config.report_to,
-        "trust_remote_code": config.trust_remote_code,
-        "force": config.force,
     }
     return FinetuneConfig.model_validate(settings)
 
@@ -141,9 +125,9 @@ def training_config(config: AdaptConfig) -> FinetuneConfig:
 def sources(config: AdaptConfig) -> tuple[str, ...]:
     """All files, folders and Hub data sets of rows that an adaptation reads."""
     rows = (config.remove, config.add, config.contrast, config.memory, config.held_out)
-    named = [(r.data,) if isinstance(r.data, str) else r.data for r in rows if r is not None]
+    named = [ref for given in rows if given is not None for ref in given.sources]
     prompts = [config.prompts] if config.prompts is not None else []
-    return tuple(dict.fromkeys([ref for refs in named for ref in refs] + prompts))
+    return tuple(dict.fromkeys(named + prompts))
 
 
 def load_run(config: AdaptConfig) -> Run:
@@ -236,10 +220,10 @@ def _load(config: AdaptConfig, training: FinetuneConfig) -> _Start:
         places = places_of(loaded, posterior) if reads else ()
         precision = Identity(blocks=posterior.precision_identity) if places else None
     # Refused early.
-    chosen_prior(config, is_stored=bool(places), has_memory=config.has_memory)
+    chosen_prior(config, is_stored=bool(places))
     named = {"remove": config.remove, "contrast": config.contrast, "add": config.add}
     parts: dict[str, Sequence[Example]] = {
-        name: _encode(config, loaded, rows) for name, rows in named.items() if rows
+        name: read_examples(config, loaded, rows).examples for name, rows in named.items() if rows
     }
     removed = _held_out(config, loaded, parts)
     return _Start(loaded, info, places, precision, parts, removed, _prompts(config))
@@ -252,28 +236,12 @@ def _prompts(config: AdaptConfig) -> list[str]:
     return list(rows[config.prompt_column])
 
 
-def _encode(config: AdaptConfig, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:
-    label = config.label_column if loaded.task == "classification" else None
-    table = load_rows(
-        rows.data, where=rows.where, max_rows=config.max_rows, text=config.text_column, label=label
-    )
-    return encode_rows(
-        table,
-        loaded,
-        text=config.text_column,
-        label=label,
-        max_length=config.max_length,
-        pack=config.pack,
-        source=rows.data,
-    )
-
-
 def _held_out(
     config: AdaptConfig, loaded: Loaded, parts: dict[str, Sequence[Example]]
 ) -> Sequence[Example]:
     """Rows like the removed ones whose loss is a goal; without named ones taken from these."""
     if config.held_out is not None:
-        return _encode(config, loaded, config.held_out)
+        return read_examples(config, loaded, config.held_out).examples
     if config.until.held_out_rise is None or "remove" not in parts:
         return []
     removed = parts["remove"]
@@ -354,3 +322,20 @@ def batch_of(
     batch["part"] = torch.tensor(list(parts))
     batch["index"] = torch.tensor([e["index"] for e in whole])
     return batch
+
+
+def batches_of(adapted: Run, examples: Sequence[Example], part: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of one part's examples, as a teacher reads them, on the device of the model.
+
+    Args:
+        adapted: The run.
+        examples: Encoded examples of the part, in its order; others have their place as `index`.
+        part: Number of the part.
+    """
+    collate, size = Collate(adapted.loaded.pad), adapted.config.batch_size
+    device = adapted.loaded.device
+    for first in range(0, len(examples), size):
+        chosen = examples[first : first + size]
+        whole = [{"index": first + i, **example} for i, example in enumerate(chosen)]
+        batch = batch_of(collate, whole, [part] * len(whole))
+        yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -14,11 +14,12 @@ from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Run, load_run, training_config
 from mergekit_bayes.adapt.flush import flushed_parts, why_none
-from mergekit_bayes.adapt.kept import refuse_kept
+from mergekit_bayes.adapt.kept import refuse_kept, steps_of
 from mergekit_bayes.adapt.memory import refuse_memory
 from mergekit_bayes.adapt.reconstruction import MOST
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig, Rows
+from mergekit_bayes.adapt.teacher import chosen_teacher
 from mergekit_bayes.adapt.weights import chosen_prior
 from mergekit_bayes.checkpoint.side_files import ADAPT, ADAPT_REPORT, MEMORY
 from mergekit_bayes.evaluate.scorers import open_scorers
@@ -212,8 +213,8 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         tau=units.tau,
         learning_rate=units.learning_rate,
         removal=config.removal if config.remove is not None else None,
-        prior=_prior(config, run),
-        teacher=_teacher(config),
+        prior=chosen_prior(config, is_stored=bool(run.places)),
+        teacher=chosen_teacher(config),
         optimizer=config.optimizer,
         steps=units.steps,
         checks=checks,
@@ -241,7 +242,7 @@ def _parts(config: AdaptConfig, run: Run) -> Iterator[PlannedPart]:
         examples = run.parts.get(name, [])
         yield PlannedPart(
             name=name,
-            sources=(rows.data,) if isinstance(rows.data, str) else rows.data,
+            sources=rows.sources,
             rows=_rows(config, rows),
             examples=len(examples),
             observations=observations(examples, task),
@@ -263,16 +264,6 @@ def _entries(parameters: Iterator[Tensor] | Sequence[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _prior(config: AdaptConfig, run: Run) -> Literal["stored", "none"] | float:
-    return chosen_prior(config, is_stored=bool(run.places), has_memory=config.has_memory)
-
-
-def _teacher(config: AdaptConfig) -> str:
-    if config.teacher != "auto":
-        return config.teacher
-    return "copy" if config.lora is None else "adapter"
-
-
 def _checks(config: AdaptConfig) -> int:
     """Checks if all steps are made: one of the start, one every so many steps, one at the end."""
     if not config.has_checks:
@@ -281,25 +272,22 @@ def _checks(config: AdaptConfig) -> int:
 
 
 def _passes(config: AdaptConfig, run: Run, checks: int) -> Passes:
-    kinds = set(run.parts) | ({"memory"} if config.memory_self_generated else set())
     of_a_kind = (
         config.max_steps
         * config.batch_size
         * config.gradient_accumulation
         * (config.num_processes or 1)
     )
-    asked = kinds & {"memory"}
-    if config.removal in ("npo", "contrast"):
-        asked |= kinds & {"remove"}
     flushed = 0
     if why_none(config, is_stored=bool(run.places)) is None:
-        flushed = len(flushed_parts(run.places, kinds)) * config.flush_batches * config.batch_size
+        kinds = flushed_parts(run.places, config.parts)
+        flushed = len(kinds) * config.flush_batches * config.batch_size
     memory, held = run.parts.get("memory", []), run.held.memory
-    predicted = of_a_kind * len(asked)
+    predicted = of_a_kind * len(config.asked)
     if config.teacher == "stored":  # each once, before the first step
-        predicted = sum(len(run.parts.get(name, [])) for name in asked) + len(held)
+        predicted = sum(len(run.parts.get(name, [])) for name in config.asked) + len(held)
     return Passes(
-        trained=of_a_kind * len(kinds),
+        trained=of_a_kind * len(config.parts),
         teacher=predicted,
         checked=checks * (len(run.held.removed) + len(run.held.memory)),
         continuations=checks * len(run.prompts) * config.continuations,
@@ -316,7 +304,9 @@ def _bytes(config: AdaptConfig, run: Run) -> Bytes:
     # AdamW's two moments are of the weights' dtype, IVON's two are float32.
     moments = _FLOAT32 * _entries(trained) if config.optimizer == "ivon" else gradients
     prior = 0
-    if _prior(config, run) != "none":  # an adapter's change is measured from 0
+    if (
+        chosen_prior(config, is_stored=bool(run.places)) != "none"
+    ):  # an adapter's change is measured from 0
         precise = _entries([place.parameter for place in run.places])
         prior = _FLOAT32 * precise + (gradients if config.lora is None else 0)
     return Bytes(
@@ -331,10 +321,10 @@ def _bytes(config: AdaptConfig, run: Run) -> Bytes:
 
 
 def _teacher_bytes(config: AdaptConfig, run: Run, weights: int) -> int:
-    if _teacher(config) != "stored":
-        return weights if _teacher(config) == "copy" else 0
+    if (kind := chosen_teacher(config)) != "stored":
+        return weights if kind == "copy" else 0
     held = observations(run.held.memory, run.loaded.task)
-    removed = run.units.removed if config.removal in ("npo", "contrast") else 0
+    removed = run.units.removed if "remove" in config.asked else 0
     return (2 * _FLOAT32 * config.top_k + _FLOAT32) * (run.units.memory + held) + _FLOAT32 * removed
 
 
@@ -368,7 +358,7 @@ def _stored(config: AdaptConfig, run: Run) -> dict[str, str]:
         stored[str(target / MEMORY)] = "the texts that the model wrote"
     if config.keep_steps:
         steps = ", ".join(map(str, config.keep_steps))
-        stored[str(target.with_name(f"{target.name}.steps"))] = f"{model} after step {steps}"
+        stored[str(steps_of(target))] = f"{model} after step {steps}"
     if has_folder(training_config(config)):
         kept = "kept" if config.keep_checkpoints else "removed at the end"
         stored[str(checkpoints_of(target))] = f"checkpoints and logs, {kept}"

@@ -9,9 +9,8 @@ the base's data, S is the precision of training without them; that `npo` leaves 
 such a training would have is not so, and the guard keeps S positive where it fails.
 
 S stands for `N_0 + N_add - N_remove` observations, under the same guard; without a stored precision
-N_0 is kappa times the memory's. Contrast rows count as
-added ones, all together like the removed ones. So S is the precision of a model with other data
-and the same prior, and merges like one.
+N_0 is kappa times the memory's. Contrast rows count as added ones, all together like the removed
+ones. So S is the precision of a model with other data and the same prior, and merges like one.
 
 An adapter gets none: what is removed takes precision from the weights of the base, and an adapter
 stores no numbers for those.
@@ -68,8 +67,7 @@ def why_none(config: AdaptConfig, *, is_stored: bool) -> str | None:
             "an adapter has no numbers for the base's weights, from which removed rows take "
             "precision"
         )
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    if not is_stored and (not has_memory or config.kappa == 0):
+    if not is_stored and (not config.has_memory or config.kappa == 0):
         return "there is neither a stored precision of the start nor a memory that counts"
     return None
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mergekit_bayes.adapt.checks import batches_of, mean_divergence, undisturbed
-from mergekit_bayes.adapt.data import Run
+from mergekit_bayes.adapt.checks import mean_divergence, undisturbed
+from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.objective import PARTS, Objective, Terms
 from mergekit_bayes.adapt.teacher import Batch, Teacher
 from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks

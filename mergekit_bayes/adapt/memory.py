@@ -18,6 +18,7 @@ from mergekit_bayes.adapt.leverage import (
     refuse_unknown_variance,
     self_influence,
 )
+from mergekit_bayes.adapt.rows import Encoded, read_examples
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
@@ -28,7 +29,6 @@ from mergekit_bayes.models.encode import Collate, batches, encode_rows, observat
 from mergekit_bayes.models.estimate import random_examples
 from mergekit_bayes.models.load import Loaded, choose_device
 from mergekit_bayes.models.quiet import bar, with_bar
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.records import Frozen
 
 Examples = list[dict[str, Any]]
@@ -141,7 +141,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
         MismatchError: Rows without the named columns or with unknown labels.
         PrecisionError: A posterior with entries that are no precision.
     """
-    if config.memory is None and config.memory_self_generated is None:
+    if not config.has_memory:
         return None
     refuse_memory(config, loaded)  # before any text is written, which may take long
     row_count, examples = main_first(lambda: _from_rows(config, loaded))
@@ -159,7 +159,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     chosen = on_main(lambda: _chosen(training, config, loaded))
     select: Literal["all", "random", "leverage"] = config.memory_select
     facts = MemoryFacts(
-        sources=_sources(config),
+        sources=() if config.memory is None else config.memory.sources,
         rows=row_count,
         self_generated=len(texts),
         left_out=(config.memory_self_generated or 0) - len(texts),
@@ -174,37 +174,13 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     return Memory(chosen, held_out, texts, facts)
 
 
-def _from_rows(config: AdaptConfig, loaded: Loaded) -> tuple[int, Examples]:
-    """The number of rows that are named, and their examples."""
+def _from_rows(config: AdaptConfig, loaded: Loaded) -> Encoded:
+    """The rows that are named."""
     if config.memory is None:
-        return 0, []
+        return Encoded(0, [])
     # Only the prediction error asks for labels: what holds a model is its own distribution.
-    needs_labels = loaded.task == "classification" and config.memory_select == "leverage"
-    label = config.label_column if needs_labels else None
-    rows = load_rows(
-        config.memory.data,
-        where=config.memory.where,
-        max_rows=config.max_rows,
-        text=config.text_column,
-        label=label,
-    )
-    examples = encode_rows(
-        rows,
-        loaded,
-        text=config.text_column,
-        label=label,
-        max_length=config.max_length,
-        pack=config.pack,
-        source=config.memory.data,
-    )
-    return len(rows), examples
-
-
-def _sources(config: AdaptConfig) -> tuple[str, ...]:
-    if config.memory is None:
-        return ()
-    data = config.memory.data
-    return (data,) if isinstance(data, str) else data
+    labelled = config.memory_select == "leverage"
+    return read_examples(config, loaded, config.memory, labelled=labelled)
 
 
 def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:

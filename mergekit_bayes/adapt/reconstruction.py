@@ -19,17 +19,17 @@ D / U is the estimate. It is told where U > V, with V the squared standard error
 mean: below that the gradient itself is lost in noise.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mergekit_bayes.adapt.data import Run, batch_of
+from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.objective import HELD, PARTS
 from mergekit_bayes.adapt.teacher import Batch, Teacher, run, scored
-from mergekit_bayes.models.encode import Collate, Example
+from mergekit_bayes.models.encode import Example
 from mergekit_bayes.models.estimate import random_examples
 
 _GROUPS = 8  # of held-out examples
@@ -84,8 +84,8 @@ def measure_reconstruction(
         return reconstruct(
             loaded.model,
             teacher,
-            _batches(adaptation, chosen, PARTS.index("memory")),
-            [_batches(adaptation, shuffled[i::count], HELD) for i in range(count)],
+            batches_of(adaptation, chosen, PARTS.index("memory")),
+            [batches_of(adaptation, shuffled[i::count], HELD) for i in range(count)],
             memory_weight=units.kappa * units.memory,
             base_weight=units.base,
             penalty=penalty,
@@ -165,12 +165,3 @@ def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 def _numbered(examples: Sequence[Example]) -> list[Example]:
     """The examples with their places, by which a stored teacher knows them."""
     return [{**example, "index": i} for i, example in enumerate(examples)]
-
-
-def _batches(adaptation: Run, examples: Sequence[Example], part: int) -> Iterator[Batch]:
-    collate, device = Collate(adaptation.loaded.pad), adaptation.loaded.device
-    size = adaptation.config.batch_size
-    for i in range(0, len(examples), size):
-        some = examples[i : i + size]
-        batch = batch_of(collate, some, [part] * len(some))
-        yield {name: tensor.to(device) for name, tensor in batch.items()}

@@ -9,6 +9,16 @@ from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.load import Loaded, is_classifier
 from mergekit_bayes.models.pretrained import load_adapter_config
 
+# Settings of the memory, without effect where there is none.
+OF_MEMORY = (
+    "memory_rows",
+    "memory_select",
+    "memory_filter",
+    "memory_held_out",
+    "kappa",
+    "leap",
+)
+
 
 def refuse_settings(config: AdaptConfig) -> None:
     """Refuse settings that contradict each other, before anything is loaded.
@@ -106,7 +116,7 @@ def _refuse_unused(config: AdaptConfig) -> None:
     needs: list[tuple[bool, tuple[str, ...], str]] = [
         (
             config.has_memory,
-            ("memory_rows", "memory_select", "memory_filter", "memory_held_out", "kappa", "leap"),
+            OF_MEMORY,
             "there is no memory (memory or memory_self_generated)",
         ),
         (

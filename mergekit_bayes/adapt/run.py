@@ -13,7 +13,7 @@ from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
 from mergekit_bayes.adapt.stopping import Stopping
 from mergekit_bayes.adapt.store import save_adapted
 from mergekit_bayes.adapt.stored import stored_teacher
-from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher
+from mergekit_bayes.adapt.teacher import AdapterOff, FrozenCopy, Teacher, chosen_teacher
 from mergekit_bayes.adapt.trainer import ForIvon, adapt_arguments, make_trainer
 from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
@@ -107,9 +107,7 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
 
 
 def _teacher(run: Run) -> Teacher:
-    model, kind = run.loaded.model, run.config.teacher
+    kind = chosen_teacher(run.config)
     if kind == "stored":
         return stored_teacher(run)
-    if kind == "adapter" or (kind == "auto" and run.config.lora is not None):
-        return AdapterOff(model)
-    return FrozenCopy(model)
+    return (AdapterOff if kind == "adapter" else FrozenCopy)(run.loaded.model)

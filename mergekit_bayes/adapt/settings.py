@@ -1,7 +1,7 @@
 """Settings of `bmerge adapt`, and its report."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from mergekit_bayes.models.load import Task
 from mergekit_bayes.records import Force, Frozen, Record, TrustRemoteCode
 
 Removal: TypeAlias = Literal["npo", "ascent", "kl_uniform", "contrast"]
+Precision: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Rows(Config):
@@ -22,6 +23,11 @@ class Rows(Config):
     where: dict[str, Any] | None = Field(
         None, description="Keep only the rows with these values, `{column: value}`."
     )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where they come from, as the user named it."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
 
 class Until(Config):
@@ -42,7 +48,7 @@ class Until(Config):
         None,
         gt=0,
         description="Budget: mean KL divergence from the start on the held-out part of the memory, "
-        "nats per observation. A check above it ends the run, and the check before it is kept.",
+        "nats per observation. A check above it ends the run, and one within it is kept.",
     )
 
 
@@ -104,11 +110,15 @@ class AdaptConfig(Config):
     kappa: float | None = Field(
         None,
         ge=0,
+        allow_inf_nan=False,
         description="Weight of one memory observation. By default the base's observations over the "
         "memory's, which is exact for a memory that represents the base's data.",
     )
     tau: float = Field(
-        1.0, ge=0, description="Weight of the whole K-prior; 1 is Bayes' rule, 0 no prior."
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the whole K-prior; 1 is Bayes' rule, 0 no prior.",
     )
     base_observations: float | None = Field(
         None,
@@ -122,7 +132,7 @@ class AdaptConfig(Config):
         description="Where the base records no observations: how many times the removed and added "
         "ones it is taken to have seen.",
     )
-    prior: Literal["auto", "stored", "none"] | float = Field(
+    prior: Literal["auto", "stored", "none"] | Precision = Field(
         "auto",
         description="Weight-space part of the K-prior: the model's `stored` precision, one number "
         "(1/weight^2, on the scale of the summed loss), or `none`. `auto` is `none` with a memory, "
@@ -187,7 +197,9 @@ class AdaptConfig(Config):
         description="`causal-lm`, `classification`, or `auto` for what the architecture says.",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="Rows at most of each of `remove`, `add` and `memory`."
+        None,
+        ge=1,
+        description="Rows at most of each of `remove`, `add`, `contrast`, `memory` and `held_out`.",
     )
     max_length: int = Field(
         512, ge=2, description="Tokens of a row at most; no more than the model's context."
@@ -206,7 +218,9 @@ class AdaptConfig(Config):
     )
     max_steps: int = Field(200, ge=1, description="Number of steps at most.")
     batch_size: int = Field(
-        16, ge=1, description="Examples of each kind (removed, added, memory) in one pass."
+        16,
+        ge=1,
+        description="Examples of each kind (removed, contrast, added, memory) in one pass.",
     )
     gradient_accumulation: int = Field(1, ge=1, description="Passes a step.")
     lora: LoraSettings | None = Field(
@@ -264,6 +278,19 @@ class AdaptConfig(Config):
     def has_memory(self) -> bool:
         """Whether the K-prior has a memory."""
         return self.memory is not None or self.memory_self_generated is not None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The kinds of examples that a step has, by their names in `objective.PARTS`."""
+        rows = {"remove": self.remove, "contrast": self.contrast, "add": self.add}
+        named = [name for name, given in rows.items() if given is not None]
+        return (*named, *(["memory"] if self.has_memory else []))
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Those of these for which the start's predictions are asked for."""
+        removed = ["remove"] if self.removal in ("npo", "contrast") else []
+        return tuple(name for name in self.parts if name in (*removed, "memory"))
 
 
 class Check(Record):

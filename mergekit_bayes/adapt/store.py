@@ -70,7 +70,7 @@ def save_adapted(run: Run, outcome: Outcome, reconstruction_error: float | None)
             base=units.base,
             kappa=units.kappa,
             tau=units.tau,
-            prior=_prior(run),
+            prior=chosen_prior(config, is_stored=bool(run.places)),
             learning_rate=units.learning_rate,
             refused_steps=outcome.refused_steps,
             reconstruction_error=reconstruction_error,
@@ -133,7 +133,7 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
         memory=_memory_of(run.memory) if run.memory is not None else None,
         kappa=units.kappa,
         tau=units.tau,
-        prior=_prior(run),
+        prior=chosen_prior(config, is_stored=bool(run.places)),
         pool=config.pool,
         steps=steps,
         base=units.base,
@@ -144,15 +144,9 @@ def edit_of(run: Run, steps: int, start_count: float | None) -> Edit:
     )
 
 
-def _prior(run: Run) -> Literal["stored", "none"] | float:
-    """The weight-space part of the K-prior."""
-    return chosen_prior(run.config, is_stored=bool(run.places), has_memory=run.memory is not None)
-
-
 def label_of(rows: Rows) -> str:
     """Where rows come from: Hub ids, and of local paths the last part."""
-    sources = (rows.data,) if isinstance(rows.data, str) else rows.data
-    return ", ".join(ref if is_hub_id(ref) else Path(ref).name for ref in sources)
+    return ", ".join(ref if is_hub_id(ref) else Path(ref).name for ref in rows.sources)
 
 
 def _memory_of(memory: Memory) -> EditMemory:

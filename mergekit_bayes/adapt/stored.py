@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mergekit_bayes.adapt.checks import batches_of, undisturbed
-from mergekit_bayes.adapt.data import Run
+from mergekit_bayes.adapt.checks import undisturbed
+from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.objective import HELD, PARTS
 from mergekit_bayes.adapt.teacher import Batch, run, scored

@@ -8,13 +8,14 @@ and `FrozenCopy` run the start; both are exact.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.losses import divergence, log_likelihood, wide
+from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.models.encode import IGNORED
@@ -53,6 +54,13 @@ def run(model: Module, batch: Batch) -> Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits: Tensor = outputs_of(model, **inputs).logits
     return logits
+
+
+def chosen_teacher(config: AdaptConfig) -> Literal["adapter", "copy", "stored"]:
+    """The teacher that a run has: the setting, or what `auto` is for it."""
+    if config.teacher != "auto":
+        return config.teacher
+    return "copy" if config.lora is None else "adapter"
 
 
 class FrozenCopy:

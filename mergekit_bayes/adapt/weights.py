@@ -98,15 +98,12 @@ class WeightPart:
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
-def chosen_prior(
-    config: AdaptConfig, *, is_stored: bool, has_memory: bool
-) -> Literal["stored", "none"] | float:
+def chosen_prior(config: AdaptConfig, *, is_stored: bool) -> Literal["stored", "none"] | float:
     """The weight-space part that a run has: the setting, or what `auto` is for this model.
 
     Args:
         config: The settings.
         is_stored: Whether the model has a stored precision.
-        has_memory: Whether there is a memory.
 
     Raises:
         ConfigError: `stored`, and the model has no precision.
@@ -118,7 +115,7 @@ def chosen_prior(
         )
     if config.prior != "auto":
         return config.prior
-    return "stored" if is_stored and not has_memory else "none"
+    return "stored" if is_stored and not config.has_memory else "none"
 
 
 def places_of(loaded: Loaded, posterior: Posterior) -> tuple[Place, ...]:
@@ -210,8 +207,7 @@ def make_weight_part(
         ConfigError: `prior: stored`, and the model has no precision.
         PrecisionError: The stored precision cannot be used.
     """
-    has_memory = memory is not None
-    prior = chosen_prior(config, is_stored=bool(places), has_memory=has_memory)
+    prior = chosen_prior(config, is_stored=bool(places))
     if prior == "none" or not units.tau:
         return None
     model = loaded.model

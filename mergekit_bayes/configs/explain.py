@@ -100,7 +100,8 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
         expected = str(error["ctx"]["expected"])
         near = nearest(str(value), re.findall(r"'([^']+)'", expected))
         hint = f" Did you mean '{near}'?" if near else ""
-        return f"{_shown(value)} is not {expected}.{hint}"
+        other = _beside_choices(owner, path[-1])
+        return f"{_shown(value)} is not {expected}{f', nor {other}' if other else ''}.{hint}"
     if kind == "too_short":
         return "expected at least one value, found none."
     if kind == "value_error" or owner is None:
@@ -116,6 +117,13 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
         )
         annotation, metadata = _stripped(get_args(annotation)[int(get_origin(annotation) is dict)])
     return f"expected {_expected(annotation, metadata)}, found {_shown(value)}{place}."
+
+
+def _beside_choices(config: type[BaseModel] | None, name: str) -> str:
+    """What a setting may be that is no word of its choices; empty if nothing is."""
+    allowed = members(config.model_fields[name].annotation) if config else ()
+    others = [m for m in allowed if get_origin(m) is not Literal] if len(allowed) > 1 else []
+    return " or ".join(map(_expected, others))
 
 
 def _is_of_key(error: ErrorDetails) -> bool:

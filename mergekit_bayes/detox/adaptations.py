@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mergekit_bayes.adapt.data import sources
-from mergekit_bayes.adapt.refusals import refuse_settings
+from mergekit_bayes.adapt.refusals import OF_MEMORY, refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.configs import parse_config
 from mergekit_bayes.detox.settings import Curve, DetoxConfig, Method, weighs, without_ours
@@ -36,16 +36,8 @@ _OURS = (
     "trust_remote_code",
     "force",
 )
-_MEMORY = (
-    "memory",
-    "memory_self_generated",
-    "memory_filter",
-    "memory_rows",
-    "memory_select",
-    "memory_held_out",
-    "kappa",
-    "leap",
-)
+# The threshold is the filter's: checks of a removal have no goal.
+_MEMORY = ("memory", "memory_self_generated", *OF_MEMORY, "threshold")
 # What a method changes in the settings, and which of them it has no use for.
 _CHANGES: dict[Method, dict[str, object]] = {
     "adapt": {},
@@ -171,11 +163,6 @@ def passes_of(config: AdaptConfig, steps: int) -> int:
 
     Without what a memory costs that the model writes, and without a teacher's stored predictions.
     """
-    parts = (config.remove, config.add, config.contrast)
-    kinds = sum(rows is not None for rows in parts)
-    has_memory = config.memory is not None or config.memory_self_generated is not None
-    runs_start = config.teacher != "stored"
-    by_start = (config.removal in ("npo", "contrast")) + has_memory if runs_start else 0
-    return (
-        steps * config.batch_size * config.gradient_accumulation * (kinds + has_memory + by_start)
-    )
+    by_start = len(config.asked) if config.teacher != "stored" else 0
+    of_a_kind = steps * config.batch_size * config.gradient_accumulation
+    return of_a_kind * (len(config.parts) + by_start)

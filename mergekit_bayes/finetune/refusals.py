@@ -98,8 +98,7 @@ def refuse_other_processes(config: FinetuneConfig, processes: int) -> None:
     if config.num_processes is not None and processes != config.num_processes:
         raise ConfigError(
             f"num_processes: {config.num_processes} were asked for and {processes} run. Start them "
-            f"with bmerge finetune --num-processes {config.num_processes}, or with accelerate "
-            "launch."
+            f"with --num-processes {config.num_processes}, or with accelerate launch."
         )
 
 

@@ -64,10 +64,11 @@ def _steps(record: AdaptRecord) -> Iterator[str]:
     for check in record.checks:
         if check.step == record.kept_step and (found := list(_found(check))):
             yield f"the check at that step: {', '.join(found)}"
-    if (error := record.reconstruction_error) is not None:
+    if record.reconstruction_error is not None:
+        error = record.reconstruction_error
         yield (
-            "squared relative error of the K-prior's gradient on the held-out memory: "
-            + (f"{error:.3g}" if error > 0 else "below its noise")
+            "relative squared error of the K-prior's gradient on the held-out memory: "
+            f"{f'{error:.3g}' if error > 0 else 'below its noise'}"
         )
 
 
