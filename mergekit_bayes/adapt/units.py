@@ -79,9 +79,10 @@ class Units:
             if count
         ]
         source = "recorded" if self.base_is_recorded else "assumed"
+        kappa = f"kappa {self.kappa:.4g}, " if self.memory else ""
         return (
             f"{', '.join(counts)} ({self.unit}s); base {self.base:,.0f} ({source}); "
-            f"kappa {self.kappa:.4g}, tau {self.tau:g}, lr {self.learning_rate:.3g}, at most "
+            f"{kappa}tau {self.tau:g}, lr {self.learning_rate:.3g}, at most "
             f"{self.steps:,} steps"
         )
 
