@@ -137,6 +137,12 @@ def test_a_run_leaves_a_model_with_its_settings(world, adapted):
     )
 
 
+def test_a_run_says_what_its_memory_is_made_of(world, tmp_path, capsys):
+    run_adapt(settings(world, tmp_path / "out", max_steps=1, memory_self_generated=3))
+    told = capsys.readouterr().err
+    assert "memory.jsonl and 3 texts that the model wrote; 57 examples, 6 held out" in told
+
+
 @pytest.mark.slow
 def test_the_same_settings_give_the_same_bytes(world, adapted, tmp_path):
     adapt(world, tmp_path / "out")

@@ -136,6 +136,19 @@ def test_a_dry_run_counts_the_weights_that_are_held(world):
     assert adapter["bytes"]["gradients"] == 4 * adapter["trained"]
 
 
+def test_an_adapter_that_goes_on_has_the_learning_rate_of_one(world):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    whole, base = planned(), AutoModelForCausalLM.from_pretrained("base")
+    get_peft_model(base, LoraConfig(r=2, fan_in_fan_out=True)).save_pretrained("adapter")
+    adapter = planned("--set", "model=adapter")
+    assert adapter["trained"] < whole["trained"]
+    assert adapter["learning_rate"] > 5 * whole["learning_rate"]
+    second = adapt("--dry-run", "--set", "model=adapter", "--set", "lora={r: 2}")
+    assert (second.exit_code, "'adapter' is an adapter already" in second.stderr) == (2, True)
+
+
 def test_texts_that_the_model_will_write_are_not_counted(world, monkeypatch):
     def write_texts(*_, **__):
         raise AssertionError("a dry run writes no text")
@@ -194,8 +207,10 @@ def test_the_report_says_what_was_found_kept_and_what_to_do_next(world, monkeypa
         "6,000 removed, 1,234 in the memory (tokens); the start stands for 30,000; kappa 24.3, "
         "tau 1, learning rate 0.0001"
     )
+    alone = REPORT.model_copy(update={"memory": 0, "kappa": 0.0, "prior": "stored"})
+    assert "30,000; prior stored, tau 1" in " ".join(reported(monkeypatch, alone).stderr.split())
     assert lines[1:5] == [
-        "step toxic share memory kl",
+        "step toxic share memory KL, nats/token",
         "0 50.0% 0.0000",
         "20 4.3% 0.0123",
         "30 0.5000",
@@ -216,7 +231,7 @@ def test_the_report_says_where_no_goal_was_reached_or_set(world, monkeypatch):
     assert "no goal was reached in 30 steps; step 20, the best of the checks" in missed.stderr
     unset = reported(monkeypatch, REPORT.model_copy(update={"reached": None, "checks": ()}))
     assert "30 steps made (no goal was set)" in unset.stderr
-    assert "memory kl" not in unset.stderr
+    assert "memory KL" not in unset.stderr
     noisy = REPORT.model_copy(update={"reconstruction_error": -0.01})
     assert "of the K-prior: below its noise" in reported(monkeypatch, noisy).stderr
     assert reported(monkeypatch, REPORT, "-q").stderr == ""
@@ -225,9 +240,14 @@ def test_the_report_says_where_no_goal_was_reached_or_set(world, monkeypatch):
 
 
 def test_the_report_says_what_a_budget_alone_kept(world, monkeypatch):
-    write({"until": {"memory_kl": 0.1}})
+    write({"until": {"memory_kl": 0.1}, "max_steps": 200})
     done = reported(monkeypatch, REPORT.model_copy(update={"reached": None}))
     assert "step 20, the last check within the budget of memory_kl, is stored" in done.stderr
+    nothing = REPORT.model_copy(update={"reached": None, "kept_step": 0})
+    assert "the start is stored as it was" in reported(monkeypatch, nothing).stderr
+    missed = reported(monkeypatch, REPORT.model_copy(update={"reached": False})).stderr
+    assert "where the budget of memory_kl (0.1) was spent" in missed
+    assert "Raise max_steps" not in missed
 
 
 def test_prompts_may_be_objects_in_a_column_of_their_own(world):

@@ -160,7 +160,7 @@ def test_a_goal_ends_the_run_and_the_best_check_is_kept(caplog):
     assert not caplog.messages
     stalls = {0: share(0.3), 10: share(0.1), 20: share(0.1), 25: share(0.2)}
     assert ended(stalls, toxic_share=0.05) == (25, 10, False)
-    assert "no goal was reached within the budget and 25 steps" in caplog.text
+    assert "no goal was reached within 25 steps. The check" in caplog.text
     assert "check at step 10  toxic 10.0%" in caplog.text
     assert ended({0: share(0.04), 10: share(0.0)}, toxic_share=0.05) == (0, 0, True)
     assert "nothing is trained" in caplog.text

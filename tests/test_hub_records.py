@@ -294,6 +294,8 @@ def test_a_card_tells_what_an_adaptation_did(model, write):
     ):
         assert line in card
     assert "/x/" not in card
+    write("adapt_report.json", ADAPTED | {"reconstruction_error": -0.01})
+    assert "gradient on the held-out memory: below its noise" in card_or_message(model)
 
 
 def make_identity(model):

@@ -366,8 +366,17 @@ def test_numbers_of_numpy_are_scores():
     assert checked_scores(np.array([0.25, 1.0], np.float32), 2, "x") == [0.25, 1.0]
 
 
+@pytest.mark.parametrize("body", ["raise RuntimeError", "def score(texts:"])
+def test_a_module_that_fails_is_one_message(tmp_path, monkeypatch, body):
+    name = f"bmerge_fails_{len(body)}"
+    (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot import {name}.*words:FILE"):
+        open_scorer(f"{name}:score")
+
+
 @pytest.mark.parametrize(
-    "spec", ["words:", "detoxify", ":f", "no_such_module_here:f", "math:no_such_function"]
+    "spec", ["words:", "detoxify", ":f", "no_such_module_here:f", "math:no_such_function", ".a:f"]
 )
 def test_a_scorer_that_is_none_is_refused_by_name(spec):
     with pytest.raises(ConfigError, match=spec.split(":")[0] or "words:FILE"):

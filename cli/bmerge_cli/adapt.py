@@ -91,7 +91,7 @@ def _describe(config: AdaptConfig, report: AdaptReport, screen: Console) -> None
             [f"{check.step:,}", *(_measured(name, getattr(check, name)) for name in columns)]
             for check in report.checks
         ]
-        screen.print(table(["step", *(name.replace("_", " ") for name in columns)], rows))
+        screen.print(table(["step", *(_heading(name, report.unit) for name in columns)], rows))
     screen.print(_kept(config, report))
     if report.refused_steps:
         screen.print(
@@ -122,10 +122,19 @@ def _units(report: AdaptReport) -> str:
         (report.memory, "in the memory"),
     )
     parts = [f"{count:,} {name}" for count, name in counts if count]
+    held = [f"kappa {report.kappa:.4g}"] if report.memory else []
+    if report.prior != "none":
+        held.append(f"prior {report.prior}")
+    held += [f"tau {report.tau:g}", f"learning rate {report.learning_rate:.3g}"]
     return (
-        f"{', '.join(parts)} ({report.unit}s); the start stands for {report.base:,.0f}; kappa "
-        f"{report.kappa:.4g}, tau {report.tau:g}, learning rate {report.learning_rate:.3g}"
+        f"{', '.join(parts)} ({report.unit}s); the start stands for {report.base:,.0f}; "
+        f"{', '.join(held)}"
     )
+
+
+def _heading(name: str, unit: str) -> str:
+    headings = {"held_out_rise": "held-out rise", "memory_kl": "memory KL"}
+    return f"{headings[name]}, nats/{unit}" if name in headings else "toxic share"
 
 
 def _measured(name: str, value: float | None) -> str:
@@ -137,15 +146,27 @@ def _measured(name: str, value: float | None) -> str:
 def _kept(config: AdaptConfig, report: AdaptReport) -> str:
     steps = f"{report.steps:,} step{'s' * (report.steps != 1)}"
     if report.reached is None and config.has_goals:  # of which only the budget is one
+        if report.kept_step == 0 and report.steps:
+            return (
+                f"{steps} made, and the first check was above the budget of memory_kl: the start "
+                "is stored as it was. Raise the budget, or lower check_every or the learning rate"
+            )
         kept = f"step {report.kept_step:,}, the last check within the budget of memory_kl"
         return f"{steps} made; {kept}, is stored"
     if report.reached is None:
         return f"{steps} made (no goal was set); step {report.kept_step:,} is stored"
     if report.reached:
         return f"a goal was reached after {steps}; step {report.kept_step:,} is stored"
+    kept = f"step {report.kept_step:,}, the best of the checks, is stored"
+    if config.until.memory_kl is not None and report.steps < config.max_steps:
+        return (
+            f"no goal was reached in {steps}, where the budget of memory_kl "
+            f"({config.until.memory_kl:g}) was spent; {kept}. Raise it to go further, or give a "
+            "larger memory"
+        )
     return (
-        f"no goal was reached in {steps}; step {report.kept_step:,}, the best of the checks, is "
-        f"stored. Raise max_steps ({config.max_steps:,}) or the learning rate to go further"
+        f"no goal was reached in {steps}; {kept}. Raise max_steps ({config.max_steps:,}) or the "
+        "learning rate to go further"
     )
 
 

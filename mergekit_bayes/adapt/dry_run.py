@@ -341,7 +341,7 @@ def _goals(config: AdaptConfig) -> tuple[str, ...]:
 
 def _stored(config: AdaptConfig, run: Run) -> dict[str, str]:
     target = Path(config.output)
-    model = "the model" if config.lora is None else "the adapter"
+    model = "the adapter" if hasattr(run.loaded.model, "peft_config") else "the model"
     stored = {
         str(target): f"{model} and its tokenizer",
         str(target / ADAPT): "the settings of the run",

@@ -83,6 +83,8 @@ def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:
         )
         loss_before = 0.0 if checkpoint is None else checkpoint.loss
         bar = None if quiet else ProgressBar(run.units.summary())
+        if bar is not None and run.memory is not None:
+            bar.say(f"memory: {run.memory.facts.describe()}")
         guard = LeapGuard(run, objective, teacher)
         stopping = Stopping(run, Checks(run, teacher), guard, bar.say if bar else None)
         callbacks = [guard, stopping, KeepSteps(run), *([bar] if bar else [])]

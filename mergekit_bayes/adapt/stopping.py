@@ -182,10 +182,12 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         reached = self._reached()
         if reached is False and is_main():
             found = next(check for check in self._checks if check.step == kept)
+            budget = "" if self._until.memory_kl is None else " and the budget of memory_kl"
             logger.warning(
-                "until: no goal was reached within the budget and %d steps. The check that came "
-                "closest is kept (%s).",
+                "until: no goal was reached within %d steps%s. The check that came closest is "
+                "kept (%s).",
                 steps,
+                budget,
                 _line(found),
             )
         return Outcome(steps, kept, reached, tuple(self._checks), self._guard.refused)

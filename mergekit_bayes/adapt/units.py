@@ -79,9 +79,10 @@ class Units:
             if count
         ]
         source = "recorded" if self.base_is_recorded else "assumed"
+        kappa = f"kappa {self.kappa:.4g}, " if self.memory else ""
         return (
             f"{', '.join(counts)} ({self.unit}s); base {self.base:,.0f} ({source}); "
-            f"kappa {self.kappa:.4g}, tau {self.tau:g}, lr {self.learning_rate:.3g}, at most "
+            f"{kappa}tau {self.tau:g}, lr {self.learning_rate:.3g}, at most "
             f"{self.steps:,} steps"
         )
 
@@ -169,6 +170,8 @@ def _learning_rate(config: AdaptConfig, loaded: Loaded) -> float:
     )
     if not sizes:
         raise ConfigError("learning_rate: the model has no weights to tell one from. Give it.")
-    rate = _STEP * sizes[len(sizes) // 2] * (_ADAPTER if config.lora is not None else 1)
+    # A model that is an adapter already is trained in its factors, too.
+    is_adapter = config.lora is not None or hasattr(loaded.model, "peft_config")
+    rate = _STEP * sizes[len(sizes) // 2] * (_ADAPTER if is_adapter else 1)
     # IVON's steps are bounded by its clip radius times the learning rate.
     return rate / 1e-3 if config.optimizer == "ivon" else rate

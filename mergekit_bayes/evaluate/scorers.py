@@ -81,7 +81,7 @@ def open_scorer(spec: str, device: str | None = None, *, trust_remote_code: bool
     prefix, separator, rest = spec.partition(":")
     if not separator or not prefix or not rest:
         raise ConfigError(
-            f"--scorer '{spec}': expected words:FILE, model:PATH_OR_ID#LABEL or "
+            f"scorer '{spec}': expected words:FILE, model:PATH_OR_ID#LABEL or "
             "package.module:function."
         )
     if prefix == "words":
@@ -97,14 +97,14 @@ def _open_words(spec: str, path: Path) -> Scorer:
         lines = decode_text(content).splitlines()
     except OSError as error:
         raise CheckpointError(
-            f"--scorer '{spec}': {path} cannot be read ({error.strerror})."
+            f"scorer '{spec}': {path} cannot be read ({error.strerror})."
         ) from None
     except DocumentError as error:
-        raise CheckpointError(f"--scorer '{spec}': {path} is no list of words ({error}).") from None
+        raise CheckpointError(f"scorer '{spec}': {path} is no list of words ({error}).") from None
     try:
         score = word_scorer(lines)
     except ConfigError as error:
-        raise ConfigError(f"--scorer '{spec}': {error}") from None
+        raise ConfigError(f"scorer '{spec}': {error}") from None
     fingerprint = hashlib.sha256(content).hexdigest()
     return Scorer(spec, score, ScorerInfo(kind="words", fingerprint=fingerprint))
 
@@ -115,7 +115,7 @@ def _open_classifier(
     ref, _, label = target.rpartition("#") if "#" in target else (target, "", "")
     loaded = load_model(ref, trust_remote_code=trust_remote_code)
     if loaded.task != "classification":
-        raise MismatchError(f"--scorer '{spec}': '{ref}' is no text-classification checkpoint.")
+        raise MismatchError(f"scorer '{spec}': '{ref}' is no text-classification checkpoint.")
     label, chosen = _split_reading(label, list(loaded.model.config.id2label.values()))
     reading = read_label(loaded.model, label, name=spec, reading=chosen)
     loaded.move_to(device)

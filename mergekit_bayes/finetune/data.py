@@ -145,9 +145,17 @@ def _load_model(config: FinetuneConfig) -> Loaded:
 
 
 def with_lora(loaded: Loaded, lora: LoraSettings, name: str) -> "PeftModel":
-    """Put a new adapter on the model; `name` is how the user named the base."""
+    """Put a new adapter on the model; `name` is how the user named the base.
+
+    Raises:
+        ConfigError: The model is an adapter already, or has none of the modules.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    if hasattr(loaded.model, "peft_config"):  # the new one would take its place
+        raise ConfigError(
+            f"lora: '{name}' is an adapter already. Leave lora out, and it is trained further."
+        )
     modules = lora.target_modules
     settings = LoraConfig(
         r=lora.r,

@@ -82,12 +82,12 @@ def read_label(
     labels = [str(text) for text in config.id2label.values()]
     if label not in labels:
         raise ConfigError(
-            f"--scorer '{name}': the model has no label '{label}'. Name the toxic one of: "
+            f"scorer '{name}': the model has no label '{label}'. Name the toxic one of: "
             f"{', '.join(labels)}."
         )
     if config.problem_type == "regression":
         raise CheckpointError(
-            f"--scorer '{name}': the model is a regression, its output is no probability."
+            f"scorer '{name}': the model is a regression, its output is no probability."
         )
     if reading is not None:
         return LabelReading(reading, "chosen in --scorer")
@@ -96,7 +96,7 @@ def read_label(
     head = head_of(config)
     if head.likelihood is None:
         raise ConfigError(
-            f"--scorer '{name}': {head.reason} ({', '.join(labels)}). If a text has exactly one of "
+            f"scorer '{name}': {head.reason} ({', '.join(labels)}). If a text has exactly one of "
             f"them, write '{name}=softmax'; if it can have several, '{name}=sigmoid'."
         )
     return LabelReading("sigmoid" if head.likelihood == "bernoulli" else "softmax", head.reason)
@@ -168,20 +168,21 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         The scorer, and the file that holds the function, if it is in a file.
 
     Raises:
-        ConfigError: There is no such module or function.
+        ConfigError: There is no such module or function, or the module fails.
     """
     module_name, _, function_name = spec.partition(":")
     folder = str(Path.cwd())
     with _importable(folder):
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
+        except Exception as error:  # a module may raise anything, and its name may be none
             raise ConfigError(
-                f"--scorer '{spec}': cannot import {module_name} ({error})."
-            ) from None
+                f"scorer '{spec}': cannot import {module_name} ({type(error).__name__}: {error}). "
+                "Expected words:FILE, model:PATH_OR_ID#LABEL or package.module:function."
+            ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(f"--scorer '{spec}': {module_name} has no function '{function_name}'.")
+        raise ConfigError(f"scorer '{spec}': {module_name} has no function '{function_name}'.")
 
     def score(texts: list[str]) -> list[float]:
         with _importable(folder):
@@ -189,7 +190,7 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
                 returned = function(texts)
             except Exception as error:
                 raise ConfigError(
-                    f"--scorer '{spec}': raised {type(error).__name__}: {error}"
+                    f"scorer '{spec}': raised {type(error).__name__}: {error}"
                 ) from error
         return checked_scores(returned, len(texts), spec)
 
@@ -213,18 +214,18 @@ def checked_scores(returned: object, expected: int, name: str) -> list[float]:
         scores = [float(x) for x in returned]  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise ConfigError(
-            f"--scorer '{name}': expected a list of {expected} numbers, found "
+            f"scorer '{name}': expected a list of {expected} numbers, found "
             f"{type(returned).__name__} {str(returned)[:60]!r}."
         ) from None
     if len(scores) != expected:
         raise ConfigError(
-            f"--scorer '{name}': expected one score for each of {expected} texts, found "
+            f"scorer '{name}': expected one score for each of {expected} texts, found "
             f"{len(scores)}."
         )
     for i, value in enumerate(scores):
         if not (math.isfinite(value) and 0 <= value <= 1):
             raise ConfigError(
-                f"--scorer '{name}': score {i + 1} of {expected} is {value}; expected 0 to 1."
+                f"scorer '{name}': score {i + 1} of {expected} is {value}; expected 0 to 1."
             )
     return scores
 
