@@ -136,19 +136,6 @@ def test_a_dry_run_counts_the_weights_that_are_held(world):
     assert adapter["bytes"]["gradients"] == 4 * adapter["trained"]
 
 
-def test_an_adapter_that_goes_on_has_the_learning_rate_of_one(world):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    whole, base = planned(), AutoModelForCausalLM.from_pretrained("base")
-    get_peft_model(base, LoraConfig(r=2, fan_in_fan_out=True)).save_pretrained("adapter")
-    adapter = planned("--set", "model=adapter")
-    assert adapter["trained"] < whole["trained"]
-    assert adapter["learning_rate"] > 5 * whole["learning_rate"]
-    second = adapt("--dry-run", "--set", "model=adapter", "--set", "lora={r: 2}")
-    assert (second.exit_code, "'adapter' is an adapter already" in second.stderr) == (2, True)
-
-
 def test_texts_that_the_model_will_write_are_not_counted(world, monkeypatch):
     def write_texts(*_, **__):
         raise AssertionError("a dry run writes no text")

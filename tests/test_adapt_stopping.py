@@ -15,6 +15,7 @@ from mergekit_bayes.adapt import AdaptConfig, Check, Until
 from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
 from mergekit_bayes.adapt.leap import LeapGuard
+from mergekit_bayes.adapt.objective import PARTS
 from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.adapt.stopping import Stopping, progress
 from mergekit_bayes.adapt.teacher import FrozenCopy
@@ -323,23 +324,34 @@ def test_a_leap_of_the_memorys_divergence_is_undone(world, tmp_path, leap, caplo
     assert caplog.text.count("is undone: it takes the KL divergence") == report.refused_steps
 
 
+class Stubbed(LeapGuard):
+    """A guard to whom every example has, before a step, the divergence that was seen last."""
+
+    def _divergence(self, examples):
+        return self.seen
+
+    def see(self, model, divergence):
+        """Make a micro-batch with this divergence."""
+        self.seen = self._recent[-1] if self._recent else 0.0
+        self._objective = lambda *_: SimpleNamespace(
+            means={"memory": torch.tensor(float(divergence))}
+        )
+        self(model, {"part": torch.tensor([PARTS.index("memory")])})
+
+
 def refused(found):
     """The steps that the guard undoes when it finds these divergences, one a step."""
     model = OneWeight()
     optimizer = torch.optim.SGD([model.w], lr=1.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    left = iter(found)
     run = SimpleNamespace(
         config=SimpleNamespace(leap=4.0, keep_steps=(), has_checks=False),
         loaded=SimpleNamespace(model=model),
     )
 
-    def objective(*_):
-        return SimpleNamespace(means={"memory": torch.tensor(float(next(left)))})
-
-    guard, steps = LeapGuard(run, objective, None), []
-    for step in range(len(found)):
-        guard(model, None)
+    guard, steps = Stubbed(run, None, None), []
+    for step, divergence in enumerate(found):
+        guard.see(model, divergence)
         state, before = SimpleNamespace(global_step=step), guard.refused
         guard.on_pre_optimizer_step(None, state, None, optimizer=optimizer, lr_scheduler=rates)
         steps += [step] * (guard.refused - before)
@@ -360,16 +372,14 @@ def test_an_undone_step_leaves_weights_and_optimizer_as_they_were_before_it():
     model = OneWeight()
     optimizer = torch.optim.AdamW([model.w], lr=0.5, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    found = iter([0.0, 0.02, 0.09, 0.02])
-    objective = lambda *_: SimpleNamespace(means={"memory": torch.tensor(next(found))})  # noqa: E731
     run = SimpleNamespace(
         config=SimpleNamespace(leap=4.0, keep_steps=(), has_checks=False),
         loaded=SimpleNamespace(model=model),
     )
-    guard = LeapGuard(run, objective, None)
+    guard = Stubbed(run, None, None)
     weights, moments = [0.0], []
-    for step in range(4):
-        guard(model, None)
+    for step, divergence in enumerate([0.0, 0.02, 0.09, 0.02]):
+        guard.see(model, divergence)
         model.w.grad = torch.ones(1)
         state = SimpleNamespace(global_step=step)
         guard.on_pre_optimizer_step(None, state, None, optimizer=optimizer, lr_scheduler=rates)

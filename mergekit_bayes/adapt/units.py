@@ -170,8 +170,6 @@ def _learning_rate(config: AdaptConfig, loaded: Loaded) -> float:
     )
     if not sizes:
         raise ConfigError("learning_rate: the model has no weights to tell one from. Give it.")
-    # A model that is an adapter already is trained in its factors, too.
-    is_adapter = config.lora is not None or hasattr(loaded.model, "peft_config")
-    rate = _STEP * sizes[len(sizes) // 2] * (_ADAPTER if is_adapter else 1)
+    rate = _STEP * sizes[len(sizes) // 2] * (_ADAPTER if config.lora is not None else 1)
     # IVON's steps are bounded by its clip radius times the learning rate.
     return rate / 1e-3 if config.optimizer == "ivon" else rate
