@@ -264,3 +264,30 @@ def test_several_processes_get_the_same_line(world, monkeypatch):
     words += ["--set=num_processes=2", "--set=force=true", "--json"]
     assert started == [(words, 2)]
     assert planned("--num-processes", "2")["passes"]["trained"] == 48
+
+
+def test_a_source_alone_stands_for_all_of_its_rows(world):
+    named = planned("--set", "memory=good.jsonl")
+    assert named == planned("--set", "memory={data: good.jsonl}")
+    assert planned("--set", "memory=[good.jsonl, good.jsonl]")["parts"][1]["rows"] > 0
+
+
+def test_a_record_of_few_observations_is_told(world, caplog):
+    with_a_precision = ["precision", "base", "--data", "other.jsonl", "--examples", "4", "-q"]
+    assert RUN.invoke(app, with_a_precision).exit_code == 0
+    few = planned()
+    assert few["base_is_recorded"]
+    assert few["base"] < 5 * few["removed"]
+    assert "give base_observations" in caplog.text
+    caplog.clear()
+    planned("--set", "base_observations=1e6")
+    planned("--set", "base_multiple=0.01")
+    assert "base_observations" not in caplog.text
+
+
+def test_a_folder_of_no_kept_step_is_no_obstacle(world):
+    Path("out.steps").mkdir()
+    planned("--set", "keep_steps=[2]")
+    Path("out.steps/2").mkdir()
+    refused = adapt("--dry-run", "--set", "keep_steps=[2]")
+    assert (refused.exit_code, "out.steps" in refused.stderr) == (2, True)

@@ -148,6 +148,7 @@ def load_run(config: AdaptConfig) -> Run:
     counts = {name: observations(examples, loaded.task) for name, examples in parts.items()}
     unit = UNIT[loaded.task]
     units = choose_units(config, loaded, counts, info, unit)
+    _warn_of_a_loose_memory(config, units)
     base = base_identity(loaded.path)
     if config.lora is not None:
         loaded = replace(loaded, model=with_lora(loaded, config.lora, config.model))
@@ -191,6 +192,27 @@ def _warn_of_rounding(config: AdaptConfig, loaded: Loaded) -> None:
             "dtype: the trained weights are %s, in whose rounding many steps of the default "
             "size are lost. Use dtype: float32 with bf16: true, or lora.",
             name,
+        )
+
+
+def _warn_of_a_loose_memory(config: AdaptConfig, units: Units) -> None:
+    """Say if a record of few observations makes the memory count for less than without a record.
+
+    A precision that was made for a checkpoint stands for the rows that it was given, which may be
+    few beside what the checkpoint was trained on.
+    """
+    is_chosen = config.kappa is not None or config.base_observations is not None
+    assumed = config.base_multiple * units.edited
+    if units.memory and not is_chosen and units.base < assumed and is_main():
+        logger.warning(
+            "the posterior of '%s' stands for %s %ss, so the memory holds the model %.2g times as "
+            "firmly as without a posterior (%s assumed). If the model was trained on more, give "
+            "base_observations.",
+            config.model,
+            f"{units.base:,.0f}",
+            units.unit,
+            units.base / assumed,
+            f"{assumed:,.0f}",
         )
 
 

@@ -33,7 +33,8 @@ def refuse_kept(config: AdaptConfig) -> None:
     folder = steps_of(Path(config.output))
     if not config.keep_steps:
         return
-    if os.path.lexists(folder) and not (config.resume or config.force):
+    is_empty = folder.is_dir() and not any(folder.iterdir())  # of a run that kept no step
+    if os.path.lexists(folder) and not (is_empty or config.resume or config.force):
         raise CheckpointError(
             f"'{folder}' exists, where keep_steps stores. Choose another output, or pass --force "
             "to replace it."

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.finetune.settings import LoraSettings
@@ -15,7 +15,7 @@ Precision: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Rows(Config):
-    """Rows of text."""
+    """Rows of text; the name of a file, folder or data set alone stands for all of its rows."""
 
     data: str | tuple[str, ...] = Field(
         description="A file, folder or Hub data set, or a list of them."
@@ -23,6 +23,12 @@ class Rows(Config):
     where: dict[str, Any] | None = Field(
         None, description="Keep only the rows with these values, `{column: value}`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alone(cls, values: Any) -> Any:
+        """A source, or a list of them, stands for rows of which all are kept."""
+        return {"data": values} if isinstance(values, (str, Path, list, tuple)) else values
 
     @property
     def sources(self) -> tuple[str, ...]:
