@@ -109,6 +109,13 @@ def part_of(run):
     return make_weight_part(run.config, run.loaded, run.places, run.units, run.parts.get("memory"))
 
 
+def precisions_of(settings):
+    """S_w of a run by the parameter's name."""
+    run = load_run(settings)
+    terms = {id(term.parameter): term.precision for term in part_of(run).terms}
+    return {name: terms[id(p)] for name, p in run.loaded.model.named_parameters() if id(p) in terms}
+
+
 def weights_of(model):
     """The weights by their names on disk, with an adapter merged into them."""
     model = model.merge_and_unload() if hasattr(model, "peft_config") else model
@@ -253,15 +260,15 @@ def test_the_memory_takes_its_own_curvature_out(world):
             ess=50,
         )
         save_posterior(model, stored, info)
-    alone = part_of(load_run(config(world, model))).precision
-    beside = part_of(load_run(config(world, model, memory=memory, kappa=3))).precision
-    half = part_of(load_run(config(world, model, memory=memory, kappa=1.5))).precision
+    alone = precisions_of(config(world, model))
+    beside = precisions_of(config(world, model, memory=memory, kappa=3))
+    half = precisions_of(config(world, model, memory=memory, kappa=1.5))
     name = "transformer.h.0.mlp.c_fc.weight"
     assert alone[name].max() > 2 * PRIOR
     torch.testing.assert_close(beside[name], torch.full_like(beside[name], PRIOR))
     torch.testing.assert_close(half[name], PRIOR + 1.5 * curvature[name])
     settings = config(world, model, memory=memory, kappa=1.5, pool="row")
-    by_row = part_of(load_run(settings)).precision[name]
+    by_row = precisions_of(settings)[name]
     torch.testing.assert_close(by_row, PRIOR + 1.5 * curvature[name].mean(1, keepdim=True))
 
 

@@ -82,12 +82,10 @@ class WeightPart:
         precision: S_w by parameter name; with an adapter under the names of the base's weights.
 
     Attributes:
-        precision: As given.
         terms: What W is the sum of.
     """
 
     def __init__(self, model: Module, precision: Mapping[str, Tensor]) -> None:
-        self.precision = precision
         self.terms = tuple(_terms(model, precision))
 
     def __call__(self) -> Tensor:
