@@ -86,21 +86,32 @@ def _fields_in(settings: dict[str, Any]) -> dict[str, Any]:
 SIDE: dict[str, Any] = {"conditions": ONE, "all_seeds": (), "lasts": False}
 PART: dict[str, Any] = {"conditions": ONE, "lasts": False}  # a part of the K-prior alone
 FEWER: dict[str, Any] = {"all_seeds": ONE, "lasts": False}
+FIRST: dict[str, Any] = {"all_seeds": (), "lasts": False}
 STEPS, FREE = (50, 90, 130, 180, 250), (20, 40, 60, 80, 110)  # with a memory, and without one
 FEW = STEPS[:3]  # where the question is only what a memory of another kind or size does
 SUBTRACTED, AMPLIFIED = (0.5, 1, 1.5, 2, 3), (0.3, 0.5, 0.75, 1, 1.5)
 METHODS = (
     merge("task_arithmetic", "task arithmetic", SUBTRACTED),
     adapt("adapt", "correction, memory", STEPS, memory="memory"),
-    adapt("adapt_beta1", "correction, memory, beta 1", STEPS, memory="memory", npo_beta=1.0),
+    adapt(
+        "adapt_beta1",
+        "correction, memory, beta 1",
+        STEPS,
+        memory="memory",
+        npo_beta=1.0,
+        all_seeds=(),
+    ),
     adapt("npo", "NPO alone", (10, 20, 30, 40, 50), prior="none"),
-    gradient_matching("gradient_matching_1", "gradient matching, guard 1", SUBTRACTED, guard=1.0),
+    gradient_matching(
+        "gradient_matching_1", "gradient matching, guard 1", SUBTRACTED, guard=1.0, all_seeds=ONE
+    ),
     merge(
         "fisher_negation",
         "Fisher-weighted negation",
         (1, 2, 3, 4.5, 6),
         weighs=True,
         options={"method": "fisher_negation"},
+        all_seeds=ONE,
     ),
     adapt(
         "ascent",
@@ -108,16 +119,16 @@ METHODS = (
         STEPS,
         removal="ascent",
         memory="memory",
-        all_seeds=ONE,
+        all_seeds=(),
     ),
     gradient_matching(
-        "gradient_matching", "gradient matching, guard 0.2", AMPLIFIED, guard=0.2, **FEWER
+        "gradient_matching", "gradient matching, guard 0.2", AMPLIFIED, guard=0.2, **FIRST
     ),
     gradient_matching(
-        "control", "its control (a number a tensor)", AMPLIFIED, **FEWER, pool="tensor"
+        "control", "its control (a number a tensor)", AMPLIFIED, **FIRST, pool="tensor"
     ),
     merge(
-        "contrast", "contrast by two fine-tunes", SUBTRACTED, tuned=("removed", "matched"), **FEWER
+        "contrast", "contrast by two fine-tunes", SUBTRACTED, tuned=("removed", "matched"), **FIRST
     ),
     adapt(
         "clean",
@@ -142,7 +153,7 @@ METHODS = (
         **PART,
     ),
     adapt("adapt_clean", "correction, memory of all clean text", STEPS, memory="clean", **PART),
-    adapt("adapt_weights", "correction, entries", FREE, prior="stored", weighs=True, **PART),
+    adapt("adapt_weights", "correction, entries", FREE, prior="stored", weighs=True, **SIDE),
     adapt(
         "adapt_pool",
         "correction, a number a tensor",
@@ -150,7 +161,7 @@ METHODS = (
         prior="stored",
         pool="tensor",
         weighs=True,
-        **PART,
+        **SIDE,
     ),
     adapt(
         "adapt_both",
@@ -159,7 +170,7 @@ METHODS = (
         memory="memory",
         prior="stored",
         weighs=True,
-        **PART,
+        **SIDE,
     ),
     adapt(
         "adapt_row",
