@@ -307,6 +307,23 @@ def record() -> dict[str, Any]:
         "aliases": {"a": "b"},
         "terms": [{"label": "x", "mean": mean, "scale": 1.0, "gain": 2.0}],
         "merge": {"common_count": 100.0, "anchor": "h0", "uneven": False},
+        "edits": [
+            {
+                "rows": [{"kind": "remove", "label": "r", "observations": 9, "sha256": "a"}],
+                "removal": "npo",
+                "memory": {"kind": "rows", "observations": 3, "sha256": "b"},
+                "kappa": 2.0,
+                "tau": 1.0,
+                "prior": 1.5,
+                "pool": "row",
+                "steps": 3,
+                "base": 100.0,
+                "base_is_recorded": True,
+                "start": mean,
+                "start_precision": mean,
+                "start_count": 1.0,
+            }
+        ],
     }
 
 
