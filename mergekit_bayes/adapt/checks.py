@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.adapt.data import Example, Run, batches_of
-from mergekit_bayes.adapt.leverage import evaluating
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.objective import HELD
 from mergekit_bayes.adapt.settings import Check
@@ -19,6 +18,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.finetune.ranks import on_main
 from mergekit_bayes.generation import Sampling, sample_continuations
+from mergekit_bayes.models.modes import evaluating
 
 Autocast = Callable[[], AbstractContextManager[object]]
 

@@ -17,8 +17,7 @@ the leverage `tr(A_j v_j)` of classical regression. It is a sum over the example
 examples have more.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +28,11 @@ from torch.nn import Module
 from mergekit_bayes.adapt.losses import log_likelihood
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.teacher import run, scored
-from mergekit_bayes.adapt.weights import differentiable, places_of, pooled, read_start
+from mergekit_bayes.adapt.weights import places_of, pooled, read_start
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import UNIT, Loaded
+from mergekit_bayes.models.modes import differentiable, evaluating
 from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import open_posterior
@@ -92,18 +92,6 @@ def _summed_loss(model: Module, batch: Mapping[str, Tensor]) -> Tensor:
     loss = trained_loss(model, batch["labels"])
     scale = loss.scale(logits.shape[-1])
     return -scale * log_likelihood(logits, labels, loss.likelihood).sum()
-
-
-@contextmanager
-def evaluating(model: Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every module is in the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes.items():
-            module.training = was_training
 
 
 def refuse_unknown_variance(config: AdaptConfig) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mergekit_bayes.adapt.leverage import (
-    evaluating,
     read_variances,
     refuse_unknown_variance,
     self_influence,
@@ -28,6 +27,7 @@ from mergekit_bayes.generation import write_texts
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.estimate import random_examples
 from mergekit_bayes.models.load import Loaded, choose_device
+from mergekit_bayes.models.modes import evaluating
 from mergekit_bayes.models.quiet import bar, with_bar
 from mergekit_bayes.records import Frozen
 

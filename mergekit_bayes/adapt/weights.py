@@ -13,8 +13,7 @@ theta_0 and S_w take as much memory as the parameters that they belong to, each;
 are made again in the backward pass, one tensor at a time. With an adapter there is no theta_0.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -32,6 +31,7 @@ from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.models.encode import Example
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.modes import differentiable
 from mergekit_bayes.models.places import Place, find_places
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.forms import Form
@@ -243,19 +243,6 @@ def _like(values: Tensor, precision: Tensor) -> Tensor:
     if not precision.ndim:
         return values.mean()
     return values.mean(axes, keepdim=True) if axes else values
-
-
-@contextmanager
-def differentiable(model: Module, chosen: Collection[int]) -> Iterator[None]:
-    """Let exactly these parameters, by id, require gradients: an adapter's base is frozen."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    for parameter in before:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def _terms(model: Module, precision: Mapping[str, Tensor]) -> Iterator[Term]:
