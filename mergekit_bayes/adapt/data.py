@@ -20,7 +20,7 @@ from mergekit_bayes.adapt.weights import chosen_prior, places_of
 from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import digest
-from mergekit_bayes.finetune.data import load_base, with_lora
+from mergekit_bayes.finetune.data import load_base, warn_of_rounding, with_lora
 from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
@@ -153,7 +153,7 @@ def load_run(config: AdaptConfig) -> Run:
     if config.lora is not None:
         loaded = replace(loaded, model=with_lora(loaded, config.lora, config.model))
     refuse_quantised(loaded.model, config.model)
-    _warn_of_rounding(config, loaded)
+    warn_of_rounding(training, loaded)
     settings = {
         name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE
     }
@@ -180,19 +180,6 @@ def load_run(config: AdaptConfig) -> Run:
         precision,
         identity,
     )
-
-
-def _warn_of_rounding(config: AdaptConfig, loaded: Loaded) -> None:
-    """Say if AdamW's steps will be lost in the weights' own rounding; IVON's mean is float32."""
-    trained = [p for p in loaded.model.parameters() if p.requires_grad]
-    narrow = {p.dtype for p in trained if p.is_floating_point() and p.dtype.itemsize < 4}
-    if narrow and config.optimizer == "adamw" and is_main():
-        name = str(narrow.pop()).removeprefix("torch.")
-        logger.warning(
-            "dtype: the trained weights are %s, in whose rounding many steps of the default "
-            "size are lost. Use dtype: float32 with bf16: true, or lora.",
-            name,
-        )
 
 
 def _warn_of_a_loose_memory(config: AdaptConfig, units: Units) -> None:

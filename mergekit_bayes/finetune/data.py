@@ -73,6 +73,7 @@ def load_run(config: FinetuneConfig, processes: int) -> Run:
         MismatchError: Data without the named columns or with unknown labels.
     """
     loaded, examples, base = main_first(lambda: _load(config))
+    warn_of_rounding(config, loaded)
     choices = choose(config, loaded, examples, processes)
     identity = identity_of(config, choices.record(), base, examples)
     return Run(config, loaded, examples, choices, base, identity)
@@ -101,6 +102,19 @@ def load_base(config: FinetuneConfig) -> Loaded:
     if choose_device(None).type == "cpu":  # where it would be run on a GPU, it is not there yet
         loaded.try_out()
     return loaded
+
+
+def warn_of_rounding(config: FinetuneConfig, loaded: Loaded) -> None:
+    """Say if AdamW's steps will be lost in the weights' own rounding; IVON's mean is float32."""
+    trained = [p for p in loaded.model.parameters() if p.requires_grad]
+    narrow = {p.dtype for p in trained if p.is_floating_point() and p.dtype.itemsize < 4}
+    if narrow and config.optimizer == "adamw" and is_main():
+        name = str(narrow.pop()).removeprefix("torch.")
+        logger.warning(
+            "dtype: the trained weights are %s, in whose rounding many steps of the default "
+            "size are lost. Use dtype: float32 with bf16: true, or lora.",
+            name,
+        )
 
 
 def _refuse_links(loaded: Loaded) -> None:
