@@ -16,6 +16,7 @@ from torch import Tensor
 from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call_tokenizers, outputs_of, token_ids
+from mergekit_bayes.ranks import spread, world
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def sample_continuations(
             the logits.
         progress: Called with (continuations drawn, continuations in all).
 
+    Several ranks (`ranks.spread`) share the batches, and each gets all continuations.
+
     Raises:
         ConfigError: There is no prompt, or the context has no room for the new tokens.
         CheckpointError: The model's probabilities are not numbers.
@@ -94,18 +97,25 @@ def sample_continuations(
     encoded = [ids[-room:] for ids in encoded]
     stops = torch.tensor(sorted(_stops(model, tokenizer)), dtype=torch.long)
 
-    drawn: list[list[Tensor]] = [[] for _ in prompts]
-    done, total = 0, len(prompts) * sampling.continuations
-    for group in _groups(encoded, sampling.continuations, batch_size):
+    total = len(prompts) * sampling.continuations
+    done = 0
+
+    def draw(group: list[_Rows]) -> list[Tensor]:
+        nonlocal done
         ids = torch.tensor([encoded[rows.prompt] for rows in group])
         keys = np.concatenate([_keys(rows, sampling) for rows in group])
-        counts = torch.tensor([rows.last - rows.first for rows in group])
-        tokens = _draw(model, ids, counts, keys, sampling, stops)
-        for rows, block in zip(group, torch.split(tokens, counts.tolist()), strict=True):
-            drawn[rows.prompt].append(block)
+        counts = [rows.last - rows.first for rows in group]
+        tokens = _draw(model, ids, torch.tensor(counts), keys, sampling, stops)
         done += len(tokens)
         if progress is not None:
-            progress(done, total)
+            progress(min(done * world(), total), total)
+        return list(torch.split(tokens, counts))
+
+    groups = list(_groups(encoded, sampling.continuations, batch_size))
+    drawn: list[list[Tensor]] = [[] for _ in prompts]
+    for group, tokens in zip(groups, spread(groups, draw), strict=True):
+        for rows, block in zip(group, tokens, strict=True):
+            drawn[rows.prompt].append(block)
 
     texts, lengths = [], []
     for blocks in drawn:

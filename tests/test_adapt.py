@@ -301,7 +301,7 @@ def test_an_interrupted_run_leaves_no_output_and_resumes_to_the_same_bytes(
 
 def child(folder):
     """What each of two ranks does; rank 0 writes what the test reads."""
-    from mergekit_bayes.finetune import ranks
+    from mergekit_bayes import ranks
 
     report = adapt(folder, folder / "two", batch_size=2, num_processes=2, max_steps=4)
     found = [None, None]

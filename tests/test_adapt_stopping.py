@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import mergekit_bayes.adapt.run as run_module
+from mergekit_bayes import ranks
 from mergekit_bayes.adapt import AdaptConfig, Check, Until
 from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
@@ -20,7 +21,6 @@ from mergekit_bayes.adapt.run import run_adapt
 from mergekit_bayes.adapt.stopping import Stopping, progress
 from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.finetune import ranks
 from tests.finetuning import texts
 from tests.tiny_models import tiny_gpt2
 from tests.two_ranks import found_by_two

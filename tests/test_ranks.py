@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import mergekit_bayes.finetune.run as module
+from mergekit_bayes import ranks
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, launcher, ranks
+from mergekit_bayes.finetune import FinetuneConfig, launcher
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny

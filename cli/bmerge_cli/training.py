@@ -98,7 +98,8 @@ def train(
         BmergeError: The training or the push failed.
         Exit: Another process has printed why it failed, or all have ended.
     """
-    from mergekit_bayes.finetune import launcher, ranks
+    from mergekit_bayes import ranks
+    from mergekit_bayes.finetune import launcher
 
     screen = console(quiet=line.quiet or not ranks.is_main())
     delivery = Delivery(line.push_to if ranks.is_main() else None, str(config.output))

@@ -16,9 +16,9 @@ from mergekit_bayes.adapt.teacher import Batch, Teacher, run, scored
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
-from mergekit_bayes.finetune.ranks import on_main
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.models.modes import evaluating
+from mergekit_bayes.ranks import on_main
 
 Autocast = Callable[[], AbstractContextManager[object]]
 

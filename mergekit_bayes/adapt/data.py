@@ -21,7 +21,6 @@ from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.checkpoints import digest
 from mergekit_bayes.finetune.data import load_base, warn_of_rounding, with_lora
-from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_quantised
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate, observations
@@ -30,6 +29,7 @@ from mergekit_bayes.models.places import Place
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.info import base_identity
+from mergekit_bayes.ranks import is_main, main_first
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from mergekit_bayes.checkpoint.replacing import refuse_inputs, replacing
 from mergekit_bayes.checkpoint.side_files import ADAPT
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune.checkpoints import make_checkpoint_folder
-from mergekit_bayes.finetune.ranks import on_main
+from mergekit_bayes.ranks import on_main
 
 
 def steps_of(target: Path) -> Path:

@@ -29,8 +29,8 @@ from mergekit_bayes.adapt.checks import mean_divergence, undisturbed
 from mergekit_bayes.adapt.data import Run, batches_of
 from mergekit_bayes.adapt.objective import PARTS, Objective, Terms
 from mergekit_bayes.adapt.teacher import Batch, Teacher
-from mergekit_bayes.finetune.ranks import is_main, mean_over_ranks
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.ranks import is_main, mean_over_ranks
 
 logger = logging.getLogger(__name__)
 

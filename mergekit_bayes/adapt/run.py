@@ -18,7 +18,6 @@ from mergekit_bayes.adapt.trainer import ForIvon, adapt_arguments, make_trainer
 from mergekit_bayes.adapt.weights import make_weight_part
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.hooks import ProgressBar
-from mergekit_bayes.finetune.ranks import is_main, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.session import (
     Trained,
@@ -29,6 +28,7 @@ from mergekit_bayes.finetune.session import (
 )
 from mergekit_bayes.models.load import choose_device
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.ranks import is_main, on_main
 
 
 def run_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptReport:

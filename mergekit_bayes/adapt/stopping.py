@@ -25,8 +25,8 @@ from mergekit_bayes.adapt.data import Run
 from mergekit_bayes.adapt.leap import LeapGuard
 from mergekit_bayes.adapt.settings import Check, Until
 from mergekit_bayes.finetune.checkpoints import Checkpoint
-from mergekit_bayes.finetune.ranks import is_main
 from mergekit_bayes.libraries import call
+from mergekit_bayes.ranks import is_main
 
 logger = logging.getLogger(__name__)
 

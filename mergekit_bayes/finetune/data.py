@@ -10,7 +10,6 @@ from mergekit_bayes.checkpoint.sources import commit_in, is_hub_id
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.finetune.checkpoints import identity_of
 from mergekit_bayes.finetune.choices import Choices, choose
-from mergekit_bayes.finetune.ranks import is_main, main_first
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
 from mergekit_bayes.models.encode import encode_rows, observations
@@ -18,6 +17,7 @@ from mergekit_bayes.models.load import UNIT, Loaded, choose_device, is_classifie
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity
+from mergekit_bayes.ranks import is_main, main_first
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Mapping
 
-from mergekit_bayes.finetune.ranks import is_main
 from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.ranks import is_main
 
 logger = logging.getLogger(__name__)
 

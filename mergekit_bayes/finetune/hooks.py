@@ -13,7 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from mergekit_bayes.finetune.checkpoints import mark_whole
 from mergekit_bayes.finetune.data import Run
 from mergekit_bayes.finetune.health import LOGGED, HealthMonitor
-from mergekit_bayes.finetune.ranks import mean_over_ranks
+from mergekit_bayes.ranks import mean_over_ranks
 from mergekit_bayes.trainer import IvonTrainerMixin, unwrap
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mergekit_bayes.finetune.checkpoints import close_checkpoints, has_folder
 from mergekit_bayes.finetune.data import Run, load_run
-from mergekit_bayes.finetune.ranks import is_main, on_main
 from mergekit_bayes.finetune.refusals import refuse_before
 from mergekit_bayes.finetune.session import (
     Trained,
@@ -26,6 +25,7 @@ from mergekit_bayes.finetune.store import save_finetuned
 from mergekit_bayes.finetune.training import make_trainer, training_arguments
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.ranks import is_main, on_main
 from mergekit_bayes.trainer import unwrap
 
 

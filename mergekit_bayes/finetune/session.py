@@ -25,9 +25,9 @@ from mergekit_bayes.finetune.checkpoints import (
     refuse_broken,
     refuse_other_settings,
 )
-from mergekit_bayes.finetune.ranks import mean_over_ranks
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.libraries import call
+from mergekit_bayes.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from transformers import Trainer

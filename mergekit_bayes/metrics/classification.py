@@ -33,6 +33,7 @@ from mergekit_bayes.metrics.calibration import (
     squared_calibration_change,
     squared_calibration_error,
 )
+from mergekit_bayes.ranks import spread, world
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -197,16 +198,22 @@ def class_probabilities(
     pad = int(tokenizer.pad_token_id or 0)
     total: FloatArray | None = None
     done = 0
+    batches = list(_batches(encoded, batch_size))
+
+    def classify(rows: list[int]) -> FloatArray:
+        nonlocal done
+        log_p = _log_softmax(model, [encoded[i] for i in rows], pad)
+        done += len(rows)
+        if progress is not None:
+            progress(min(done * world(), len(encoded) * len(draws)), len(encoded) * len(draws))
+        return log_p
+
     for _ in draws:
-        for rows in _batches(encoded, batch_size):
-            log_p = _log_softmax(model, [encoded[i] for i in rows], pad)
+        for rows, log_p in zip(batches, spread(batches, classify), strict=True):
             if total is None:
                 total = np.full((len(encoded), log_p.shape[1]), -np.inf)
             with np.errstate(invalid="ignore"):  # NaN is refused below, by text
                 total[rows] = np.logaddexp(total[rows], log_p)
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(encoded) * len(draws))
     assert total is not None
     bad = np.flatnonzero(~np.isfinite(total).all(axis=1))
     if bad.size:

@@ -24,6 +24,7 @@ from torch import Tensor
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.libraries import outputs_of, token_ids
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
+from mergekit_bayes.ranks import spread, world
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
@@ -246,15 +247,22 @@ def _nats_of_streams(
     """Minus the log of each token's mean probability, all streams after each other."""
     log_sums = [np.full(len(ids), -np.inf) for ids in streams.ids]  # over draws
     tokens, done = sum(w.scored for w in windows), 0
+    batches = list(_batches(windows, budget))
+
+    def score(batch: list[_Window]) -> list[FloatArray]:
+        nonlocal done
+        nats = _score(model, batch)
+        done += sum(w.scored for w in batch)
+        if progress is not None:
+            progress(min(done * world(), tokens * len(draws)), tokens * len(draws))
+        return nats
+
     for _ in draws:
-        for batch in _batches(windows, budget):
-            for window, nats in zip(batch, _score(model, batch), strict=True):
+        for batch, scores in zip(batches, spread(batches, score), strict=True):
+            for window, nats in zip(batch, scores, strict=True):
                 scored = log_sums[window.stream][window.at : window.at + window.scored]
                 with np.errstate(invalid="ignore"):  # the caller refuses NaN and names the text
                     np.logaddexp(scored, -nats, out=scored)
-            done += sum(w.scored for w in batch)
-            if progress is not None:
-                progress(done, tokens * len(draws))
     return np.concatenate([np.log(len(draws)) - log_sum for log_sum in log_sums])
 
 

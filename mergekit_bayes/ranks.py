@@ -6,7 +6,8 @@ is a plain call.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from mergekit_bayes import errors
 from mergekit_bayes.errors import BmergeError
 
 T = TypeVar("T")
+R = TypeVar("R")
+_alone = False  # whether this rank does work that others do not share at this moment
 
 
 def is_main() -> bool:
@@ -23,7 +26,9 @@ def is_main() -> bool:
 
 
 def world() -> int:
-    """Number of processes in the group; 1 where there is no group."""
+    """Number of processes that work together: 1 without a group, and inside of `on_main`."""
+    if _alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -64,6 +69,31 @@ def on_main(work: Callable[[], T]) -> T:
     return cast(T, box[0])
 
 
+def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """The result of each item, where rank r of w works on items r, r + w, r + 2w and so on.
+
+    Every rank must call this with the same items and gets all results, in the order of the items.
+    What is made of an item must not depend on the others, and must be picklable. Then the results
+    are those of one process, to the bit where items are whole batches on equal devices.
+
+    Args:
+        items: What there is to do, such as batches.
+        work: Called once for each item, on one rank.
+
+    Raises:
+        BmergeError: On every rank, the error of the first rank that failed.
+        RuntimeError: Likewise, where that error was of another class.
+    """
+    size = world()
+    if size == 1:
+        return [work(item) for item in items]
+    own, error = _attempt(lambda: [work(item) for item in items[dist.get_rank() :: size]])
+    _agree(error)
+    parts: list[list[R]] = [[] for _ in range(size)]
+    dist.all_gather_object(parts, own)
+    return [parts[i % size][i // size] for i in range(len(items))]
+
+
 def mean_over_ranks(value: float) -> float:
     """Mean of one number of each rank. Every rank must call this."""
     if world() == 1:
@@ -73,9 +103,21 @@ def mean_over_ranks(value: float) -> float:
     return float(sum(values) / len(values))
 
 
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Work that others do not share: what it calls must not wait for them."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
-        return work(), None
+        with _by_itself():
+            return work(), None
     except Exception as error:
         return None, error
 
