@@ -26,10 +26,10 @@ from mergekit_bayes.detox.steps import (
     scorer_identity,
     without,
 )
+from mergekit_bayes.evaluate.inputs import read_inputs as read_inputs_of
 from mergekit_bayes.evaluate.refusals import refuse_settings
-from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
+from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import read_labelled, read_prompts, read_texts
 from mergekit_bayes.models.load import choose_device
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
@@ -155,10 +155,7 @@ def read_inputs(config: DetoxConfig, curves: list[Curve]) -> Inputs:
 def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
     """Refuse settings, data and scorers that the evaluations would refuse; the open scorers."""
     refuse_settings(config.model_copy(update={"output": None}))
-    read_texts(config)
-    read_labelled(config)
-    read_prompts(config)
-    return open_scorers(config.scorer, config.device, trust_remote_code=config.trust_remote_code)
+    return read_inputs_of(config).scorers
 
 
 def _refuse_precision(config: PrecisionConfig) -> None:

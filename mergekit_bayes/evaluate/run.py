@@ -6,29 +6,29 @@ classification are measured twice: at the mean, and with probabilities averaged 
 from the stored posterior.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
-from mergekit_bayes.evaluate.continuations import score_continuations, toxicity_by_scorer
+from mergekit_bayes.evaluate.continuations import (
+    Continuations,
+    score_continuations,
+    toxicity_by_scorer,
+)
 from mergekit_bayes.evaluate.files import write_report
+from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress
-from mergekit_bayes.evaluate.scorers import open_scorers
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import (
-    number_classes,
-    read_labelled,
-    read_prompts,
-    read_texts,
-)
+from mergekit_bayes.evaluate.texts import number_classes
 from mergekit_bayes.metrics.base import PRESENT
 from mergekit_bayes.metrics.toxicity import describe_samples
-from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
 
@@ -59,19 +59,43 @@ def run_evaluate(
     """
     refuse_settings(config)
     tell = progress if progress is not None and not quiet else _ignore
+    with quiet_libraries(bars=False):  # `progress` tells
+        evaluation = evaluate_model(config, read_inputs(config), tell)
+    if config.output is not None:
+        write_report(Path(config.output), *evaluation, force=config.force)
+    return evaluation.report
+
+
+class Evaluation(NamedTuple):
+    """What was measured of a model, and what it wrote, if it was asked to."""
+
+    report: EvaluateReport
+    continuations: Continuations | None
+
+
+def evaluate_model(
+    config: EvaluateConfig,
+    inputs: Inputs,
+    tell: StepProgress,
+    change: Callable[[Loaded], None] | None = None,
+) -> Evaluation:
+    """Measure one model, and write nothing.
+
+    Args:
+        config: The model, and what to measure; checked by `refuse_settings`.
+        inputs: What `read_inputs` read by the same settings.
+        tell: Called with (step, done, of).
+        change: Changes the loaded model before it is measured.
+
+    Raises:
+        BmergeError: As `run_evaluate`.
+    """
     with ExitStack() as stack:
-        stack.enter_context(quiet_libraries(bars=False))  # `progress` tells
         posterior = None
         if config.samples is not None:
             posterior = stack.enter_context(
                 open_samplable(config.model, precision=config.precision, prior=config.prior)
             )
-        texts = read_texts(config)
-        labelled = read_labelled(config)
-        prompts = read_prompts(config)
-        scorers = open_scorers(
-            config.scorer, config.device, trust_remote_code=config.trust_remote_code
-        )
         loaded = load_model(
             config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
@@ -82,7 +106,9 @@ def run_evaluate(
         if posterior is not None:
             read |= posterior.inputs
         loaded.move_to(config.device)
-        examples = number_classes(config, labelled, loaded)
+        if change is not None:
+            change(loaded)
+        examples = number_classes(config, inputs.labelled, loaded)
         draws = None
         if posterior is not None and config.samples is not None:
             draws = PosteriorDraws(
@@ -94,11 +120,11 @@ def run_evaluate(
                 seed=config.seed,
             )
 
-        at_mean = predict(config, loaded, texts, examples, PRESENT, tell)
+        at_mean = predict(config, loaded, inputs.texts, examples, PRESENT, tell)
         sampled = None
         if draws is not None:
-            sampled = predict_sampled(config, loaded, texts, examples, draws, at_mean, tell)
-        continuations = score_continuations(config, loaded, prompts, scorers, tell)
+            sampled = predict_sampled(config, loaded, inputs.texts, examples, draws, at_mean, tell)
+        continuations = score_continuations(config, loaded, inputs.prompts, inputs.scorers, tell)
         model_identity = checkpoint_identity(loaded.path)
         # The libraries map the file into memory, so that what is written to it is in the model.
         refuse_changed(read)
@@ -116,12 +142,10 @@ def run_evaluate(
         toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples) if continuations else None,
-        scorers={scorer.spec: scorer.info for scorer in scorers},
+        scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
         path=config.output,
     )
-    if config.output is not None:
-        write_report(Path(config.output), report, continuations, force=config.force)
-    return report
+    return Evaluation(report, continuations)
 
 
 def _keep_draws(model: "torch.nn.Module") -> None:

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
 
 
-class EvaluateConfig(Config):
-    """What to measure and how: the flags of `bmerge evaluate`."""
+class Measures(Config):
+    """What to measure of a model, and how."""
 
-    model: str = Field(description="A model folder, or a Hub id (org/name[@revision]).")
     perplexity: dict[str, str] = Field(
         {},
         description="TEXTS or NAME=TEXTS: measure the perplexity on a file, folder or Hub data "
@@ -125,3 +124,9 @@ class EvaluateConfig(Config):
         from mergekit_bayes.generation import Sampling
 
         return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
+
+
+class EvaluateConfig(Measures):
+    """What to measure of one model, and how."""
+
+    model: str = Field(description="A model folder, or a Hub id (org/name[@revision]).")

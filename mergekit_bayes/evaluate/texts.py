@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.models.encode import label_ids, tokens_of
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import load_rows
@@ -24,7 +24,7 @@ class Examples(NamedTuple):
     classes: list[int]
 
 
-def read_texts(config: EvaluateConfig) -> dict[str, list[str]]:
+def read_texts(config: Measures) -> dict[str, list[str]]:
     """The texts of each set that perplexity is measured on."""
     column = config.text_column
     result = {}
@@ -34,7 +34,7 @@ def read_texts(config: EvaluateConfig) -> dict[str, list[str]]:
     return result
 
 
-def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
+def read_labelled(config: Measures) -> dict[str, Labelled]:
     """The labelled texts of each set to classify."""
     result = {}
     for name, source in config.classify.items():
@@ -49,7 +49,7 @@ def read_labelled(config: EvaluateConfig) -> dict[str, Labelled]:
     return result
 
 
-def read_prompts(config: EvaluateConfig) -> list[str]:
+def read_prompts(config: Measures) -> list[str]:
     """The prompts to continue; none if toxicity is not measured."""
     if config.toxicity is None:
         return []
@@ -60,7 +60,7 @@ def read_prompts(config: EvaluateConfig) -> list[str]:
 
 
 def number_classes(
-    config: EvaluateConfig, labelled: Mapping[str, Labelled], loaded: Loaded
+    config: Measures, labelled: Mapping[str, Labelled], loaded: Loaded
 ) -> dict[str, Examples]:
     """Translate the labels of each set to the classifier's numbers.
 
@@ -84,5 +84,5 @@ def is_by_name(where: Mapping[str, object]) -> bool:
     return bool(where) and all(isinstance(condition, Mapping) for condition in where.values())
 
 
-def _where(config: EvaluateConfig, name: str) -> Mapping[str, object] | None:
+def _where(config: Measures, name: str) -> Mapping[str, object] | None:
     return (config.where.get(name) if is_by_name(config.where) else config.where) or None
