@@ -7,15 +7,15 @@ as though they agreed on all other prompts: these intervals do not collapse.
 
 import numpy as np
 
-from mergekit_bayes.metrics.base import Z, Interval, participating
+from mergekit_bayes.metrics.base import Interval, Z, participating
 from mergekit_bayes.records import FloatArray
 
 
 def paired_change(before: FloatArray, after: FloatArray) -> Interval:
     """Mean of `after` less that of `before`, paired, with a 95 % interval.
 
-    Numbers that are 0 or 1 are a share, for `paired_share_change`. Of others the mean difference
-    d_i of each prompt counts, with half a prompt added at each of +r and -r and one at 0, as Agresti
+    Numbers that are 0 or 1 are a share, for `paired_share_change`. Of others the mean difference d
+    of each prompt counts, with half a prompt added at each of +r and -r and one at 0, as Agresti
     and Min add pairs to shares:
 
         centre = sum d / (n + 2)
