@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from mergekit_bayes.compare.settings import CompareConfig, Variant
+from mergekit_bayes.compare.settings import CompareConfig
+from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.models.load import Loaded
 
