@@ -110,7 +110,9 @@ def rounded(matrix: Tensor) -> Tensor:
 def _round_in_place(matrix: Tensor) -> bool:
     """Round some rows at a time, in float32 or wider; False if the result is not finite."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    for rows in matrix.split(max(1, _AT_ONCE // max(1, matrix.shape[1]))):
+    count = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), count):
+        rows = matrix[start : start + count]
         nearest = rounded(rows.to(wide))
         if not nearest.isfinite().all():
             return False
