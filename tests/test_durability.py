@@ -190,12 +190,17 @@ def test_an_adapter_is_relearnt_as_its_merged_model(model, world):
 def test_a_classifier_relearns_its_labels(world):
     model = tiny_models.tiny_bert(world / "bert")
     chosen = config(
-        model, classify={"rows": "rows.jsonl"}, perplexity={}, relearn="rows.jsonl", relearn_steps=4
+        model,
+        classify={"rows": "rows.jsonl"},
+        perplexity={},
+        relearn="rows.jsonl",
+        relearn_steps=40,
     )
-    chosen = chosen.model_copy(update={"relearn_rate": 0.02})
+    # At 0.02 so few steps leap over the minimum of so small a model.
+    chosen = chosen.model_copy(update={"relearn_rate": 1e-3})
     reports = measured(chosen)
     losses = [reports[v].classification["rows"].nll.value for v in ("as it is", "relearnt")]
-    assert losses[1] < losses[0] - 0.05
+    assert losses[1] < losses[0] / 4
 
 
 @pytest.mark.parametrize(
