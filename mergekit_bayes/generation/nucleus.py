@@ -77,12 +77,12 @@ def _highest(p: NDArray[np.float32], words: Keys, least: NDArray[np.float32]) ->
     """The token of each row with the largest `log p + g`, the first one of equals.
 
     The largest `log p - log(-log u)` is the smallest `-log(u) / p`. Since `1 - u <= -log u`, a
-    token with `(1 - u) / p` above the likeliest token's `-log(u) / p` does not have it, so few
-    need their logarithms.
+    token with `(1 - u) / p` above the `-log(u) / p` of another one does not have it. The token with
+    about the smallest `(1 - u) / p` leaves few others, and only these need their logarithms.
     """
     each = np.arange(len(p))
-    likeliest = p.argmax(axis=1)
-    bound = -np.log(_uniform(words[each, likeliest])) / p[each, likeliest].astype(np.float64)
+    near = (p / least).argmax(axis=1)
+    bound = -np.log(_uniform(words[each, near])) / p[each, near].astype(np.float64)
     bound *= _SCALE * (1 + 1e-6)  # rounding
     candidates = np.flatnonzero(least <= p * bound.astype(np.float32)[:, None])
     heights = p.ravel()[candidates]
@@ -98,9 +98,10 @@ def _highest(p: NDArray[np.float32], words: Keys, least: NDArray[np.float32]) ->
 
 
 def _least(words: Keys) -> NDArray[np.float32]:
-    """At most `(1 - u) 2^32`, in float32, whose steps are 256 up to 2^32."""
+    """At most `(1 - u) 2^32`, in float32, whose steps are 256 up to 2^32. It is 2^-22 or more."""
     high = (words >> np.uint64(32)).astype(np.float32)
-    return np.subtract(np.float32(_SCALE - 512), high, out=high)
+    np.subtract(np.float32(_SCALE - 512), high, out=high)
+    return np.maximum(high, np.float32(2.0**-22), out=high)
 
 
 def gumbel(words: Keys) -> FloatArray:

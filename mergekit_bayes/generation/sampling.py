@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -252,6 +253,12 @@ def _stops(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> set[
     return stops | set(named)
 
 
+def _last_only(model: torch.nn.Module) -> dict[str, int]:
+    """The argument for logits of the last position alone, where a model takes it."""
+    takes = "logits_to_keep" in signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
+
+
 @torch.inference_mode()
 def _draw(
     model: torch.nn.Module,
@@ -271,6 +278,7 @@ def _draw(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids, device=device),
         use_cache=True,
+        **_last_only(model),
     )
     cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_select_indices"):
