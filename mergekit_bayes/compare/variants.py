@@ -1,6 +1,6 @@
 """What of a model is measured: the model as it is, and what becomes of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.report import Variant
@@ -12,7 +12,7 @@ Change = Callable[[Loaded], None]  # made to the loaded model before it is measu
 
 def variants_of(
     config: CompareConfig, model: str
-) -> Iterator[tuple[Variant, EvaluateConfig, Change | None]]:
+) -> Generator[tuple[Variant, EvaluateConfig, Change | None]]:
     """What is measured of one model, one after the other.
 
     What a variant needs on the disk lasts until the next one is asked for, or the iterator is
