@@ -6,13 +6,12 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.compare.differences import Measured, differences, toxicity_changes
 from mergekit_bayes.compare.files import is_alone, of_one, write_compare
 from mergekit_bayes.compare.findings import findings
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.settings import CompareConfig, CompareReport, Evaluated
-from mergekit_bayes.compare.variants import variants_of
+from mergekit_bayes.compare.variants import refuse_variants, variants_of
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
 from mergekit_bayes.evaluate.report import StepProgress
@@ -62,8 +61,7 @@ def _refuse(config: CompareConfig) -> None:
     for model in config.models:
         evaluation = config.evaluation(model)
         refuse_settings(evaluation.model_copy(update={"output": config.output}))
-    if config.output is not None and config.relearn is not None:
-        refuse_inputs(Path(config.output), [config.relearn])
+    refuse_variants(config)
 
 
 def _refuse_other_tasks(config: CompareConfig) -> None:
@@ -86,15 +84,9 @@ def _measure(
                 several = len(config.models) > 1 or variant != "as it is"
                 told = partial(_tell_of, tell, name) if several else tell
                 evaluation = evaluate_model(settings, inputs, told, change)
-                # A variant may be measured from a folder that is gone when this is read.
-                update = {
-                    "model": model,
-                    "variant": variant,
-                    "settings": evaluation.report.settings | {"model": model},
-                }
-                report = evaluation.report.model_copy(update=update)
+                report = evaluation.report
                 one = Evaluated(label=name, model=model, variant=variant, report=report)
-                yield Measured(one, evaluation._replace(report=report))
+                yield Measured(one, evaluation)
                 gc.collect()  # models hold themselves in circles, and the next one needs the room
 
 

@@ -1,13 +1,16 @@
 """What of a model is measured: the model as it is, and what becomes of it."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
+from mergekit_bayes.compare.relearn import refuse_relearning, relearn
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.report import Variant
+from mergekit_bayes.evaluate.run import Change
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.rounding import round_to_four_bits
 
-Change = Callable[[Loaded], None]  # made to the loaded model before it is measured
+# A posterior describes the stored weights only, so a variant is measured at its own.
+_OF_THE_POSTERIOR = ("samples", "prior", "posterior_temperature", "precision")
 
 
 def variants_of(
@@ -15,15 +18,35 @@ def variants_of(
 ) -> Generator[tuple[Variant, EvaluateConfig, Change | None]]:
     """What is measured of one model, one after the other.
 
-    What a variant needs on the disk lasts until the next one is asked for, or the iterator is
-    closed: iterate inside `contextlib.closing`.
+    All are read from the model that the config names, whose name their reports have, and nothing
+    is left on the disk in between. Variants are measured at their weights only, not over draws
+    from a posterior, which is that of the stored weights.
 
     Args:
-        config: The settings of all models.
+        config: The settings of all models; checked by `refuse_variants`.
         model: One of them, as the config names it.
 
     Yields:
-        The variant, its evaluation (whose model may be another folder), and what to change in the
-        loaded model first, if anything.
+        The variant, its evaluation, and what to change in the loaded model first, if anything.
     """
-    yield "as it is", config.evaluation(model), None
+    as_it_is = config.evaluation(model)
+    yield "as it is", as_it_is, None
+    fields = EvaluateConfig.model_fields
+    own = as_it_is.model_copy(update={name: fields[name].default for name in _OF_THE_POSTERIOR})
+    if config.four_bits:
+        yield "in 4 bits", own, Change("in 4 bits", round_to_four_bits)
+    if config.relearn is not None:
+        yield (
+            "relearnt",
+            own,
+            Change("relearnt", lambda loaded: relearn(config, model, loaded)),
+        )
+
+
+def refuse_variants(config: CompareConfig) -> None:
+    """Refuse what cannot be measured of any model, before the first one is loaded.
+
+    Raises:
+        BmergeError: As `refuse_relearning`.
+    """
+    refuse_relearning(config)

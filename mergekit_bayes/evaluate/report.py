@@ -59,9 +59,9 @@ class EvaluateReport(Frozen):
     Attributes:
         version: Version of this package.
         model: The model, as the config names it.
-        model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
-        variant: Whether the model was changed before it was measured. The identity is that of the
-            files that it was loaded from.
+        model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`. Of a
+            changed model it is a hash of that and the variant, so that no stored weights have it.
+        variant: Whether the model was changed before it was measured.
         settings: The config as JSON.
         device: Where the model ran; None in reports from before it was kept.
         dtype: Type of its parameters; likewise.
