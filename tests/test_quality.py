@@ -195,16 +195,16 @@ def test_batches_change_nothing(judge):
 
 
 def test_a_prompt_that_is_too_long_loses_its_front_and_is_counted(judge):
-    long, text = "the cat sat on mat . " * 3, "the dog ran"
-    found = judged(judge, [[text], [text]], window=8, prompts=[long.strip(), "a"])
+    long, text = f"{'the cat sat on mat . ' * 2}the cat sat", " the dog ran"
+    found = judged(judge, [[text], [text]], window=8, prompts=[long, "a"])
     assert found.shortened == 1
     ids = [0, *judge.tokenizer(long + text)["input_ids"]]
     end = ids[-9:]  # the last token is predicted from eight
     expected = nats_by_hand(judge.model, end, 6)
     assert found.nats[0, 0] == pytest.approx(expected, rel=1e-5)
     # A continuation that is longer than the context is scored in full, in several windows.
-    found = judged(judge, [[long]], window=8, prompts=["a"])
-    assert found.tokens[0, 0] == 18
+    found = judged(judge, [[f" {long}"]], window=8, prompts=["a"])
+    assert found.tokens[0, 0] == 15
 
 
 def bpe(folder):
@@ -294,6 +294,11 @@ def test_nothing_to_read_is_no_perplexity(judge):
     assert judged_change(report, report) is None
     one = describe_judged(judged(judge, [["dog"], [""], [""], [""]]))
     assert (one.tokens, one.token.low) == (1, None)
+    # Resamples of the prompts without a word have no loss.
+    two = describe_judged(judged(judge, [["dog"], ["a mat"], [""], [""]]))
+    assert two.loss.low < two.loss.value < two.loss.high
+    change = judged_change(two, one)
+    assert change.low < change.value < change.high
 
 
 def test_models_are_compared_over_the_same_prompts(judge):

@@ -1,6 +1,7 @@
 """Evaluations over several processes: a batch runs on one rank, and all get its result."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def measured(folder):
     perplexity = measure_perplexity(
         lm.model, lm.tokenizer, TEXTS, window=8, batch_size=2, bootstrap=0, **common
     )
-    pairs = list(zip(TEXTS, TEXTS[1:], strict=False))
+    pairs = list(pairwise(TEXTS))
     judged = conditional_nats(lm.model, lm.tokenizer, pairs, window=16, batch_size=2, **common)
     classes = measure_classification(
         judge.model,
