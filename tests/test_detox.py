@@ -251,6 +251,24 @@ def test_whatever_changes_the_scores_redoes_the_evaluations(world, tmp_path, ada
     assert len(set(found)) == len(found)
 
 
+def test_the_content_of_the_judge_decides_the_evaluations(world, tmp_path):
+    judge = tiny_models.tiny_gpt2(tmp_path / "judge")
+    judged = {**world["evaluate"], "judge": str(judge)}
+
+    def evaluation(evaluate):
+        config = DetoxConfig(**{**world, "output": str(tmp_path / "out"), "evaluate": evaluate})
+        return journey_module._Journey(config, True, lambda line: None)._base_folder()
+
+    found = [evaluation(world["evaluate"]), evaluation(judged)]
+    assert evaluation(judged) == found[1]
+    rewrite(judge / "tokenizer.json", normalizer={"type": "Lowercase"})
+    found.append(evaluation(judged))
+    weights = tiny_models.tiny_gpt2(tmp_path / "other", seed=7) / "model.safetensors"
+    shutil.copyfile(weights, judge / "model.safetensors")
+    found.append(evaluation(judged))
+    assert len(set(found)) == len(found)
+
+
 def test_candidates_are_deleted_unless_they_are_to_be_kept(world, first, tmp_path):
     models = list(Path(world["output"]).glob("steps/*/model"))
     assert not models
