@@ -8,6 +8,7 @@ from the stored posterior.
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +24,7 @@ from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
-from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress
+from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import number_classes
 from mergekit_bayes.metrics.base import PRESENT
@@ -73,11 +74,23 @@ class Evaluation(NamedTuple):
     continuations: Continuations | None
 
 
+class Change(NamedTuple):
+    """What is made of a loaded model before it is measured.
+
+    Attributes:
+        variant: What the report calls the result.
+        make: Changes the model in place.
+    """
+
+    variant: Variant
+    make: Callable[[Loaded], None]
+
+
 def evaluate_model(
     config: EvaluateConfig,
     inputs: Inputs,
     tell: StepProgress,
-    change: Callable[[Loaded], None] | None = None,
+    change: Change | None = None,
 ) -> Evaluation:
     """Measure one model, and write nothing.
 
@@ -85,7 +98,7 @@ def evaluate_model(
         config: The model, and what to measure; checked by `refuse_settings`.
         inputs: What `read_inputs` read by the same settings.
         tell: Called with (step, done, of).
-        change: Changes the loaded model before it is measured.
+        change: What to make of the loaded model first, if anything.
 
     Raises:
         BmergeError: As `run_evaluate`.
@@ -107,7 +120,7 @@ def evaluate_model(
             read |= posterior.inputs
         loaded.move_to(config.device)
         if change is not None:
-            change(loaded)
+            change.make(loaded)
         examples = number_classes(config, inputs.labelled, loaded)
         draws = None
         if posterior is not None and config.samples is not None:
@@ -128,6 +141,8 @@ def evaluate_model(
             config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
         )
         model_identity = checkpoint_identity(loaded.path)
+        if change is not None:
+            model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
         # The libraries map the file into memory, so that what is written to it is in the model.
         refuse_changed(read)
 
@@ -135,6 +150,7 @@ def evaluate_model(
     resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
     report = EvaluateReport(
         model=config.model,
+        variant="as it is" if change is None else change.variant,
         model_identity=model_identity,
         settings=config.model_dump(mode="json"),
         device=str(loaded.device),

@@ -305,4 +305,6 @@ def _distinct(words: list[list[list[str]]], n: int) -> Interval:
     only = np.array([sum(prompts_of[gram] == 1 for gram in own) for own in types])
     without = (len(prompts_of) - only) / rest
     half = Z * float(np.sqrt(without.var() * (len(words) - 1)))
+    if not half:  # prompts that all look alike do not tell how much others differ
+        return Interval(value=value)
     return Interval(value=value, low=max(value - half, 0.0), high=min(value + half, 1.0))
