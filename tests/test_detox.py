@@ -173,8 +173,9 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     shutil.copytree(world["output"], output)
     other = rows(tmp_path / "prompts.jsonl", ["a", "the dog"])
     steps = []
-    evaluate = {**world["evaluate"], "toxicity": other}
-    run_detox(
+    judge = str(tiny_models.tiny_gpt2(tmp_path / "judge", seed=3))
+    evaluate = {**world["evaluate"], "toxicity": other, "judge": judge}
+    report = run_detox(
         DetoxConfig(
             **{**world, "output": str(output), "evaluate": evaluate, "methods": "task_arithmetic"}
         ),
@@ -187,6 +188,10 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
         "task arithmetic, scale -0.5",
         "task arithmetic, scale -1",
     ]
+    text = as_markdown(report).partition("still text?")[2]
+    assert "| perplexity under the judge |" in text
+    assert f" | {report.base.judged.token.value:.4g} |" in text
+    assert all(p.judged is not None for p in report.curves["task arithmetic"])
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("x"), Path.touch])

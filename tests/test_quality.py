@@ -128,8 +128,20 @@ def test_sets_without_text_have_numbers(rows, distinct):
     report = describe_samples(samples_of(*rows))
     assert (report.distinct_1, report.distinct_2, report.distinct_3) == distinct
     assert (report.repeated, report.looping) == (0, 0)
-    for found in report.intervals.values():
+    for name, found in report.intervals.items():
         assert 0 <= found.low <= found.value <= found.high < np.inf
+        assert found.low < found.high or name == "mean_tokens"
+
+
+def test_no_repeat_in_ten_prompts_is_no_certainty():
+    report = describe_samples(samples_of(*[["a b c", ""]] * 10))
+    assert report.intervals["repeated"] == share_interval(np.zeros(10))
+    assert report.intervals["repeated"].high > 0.2
+
+
+def test_reports_are_read_back_from_json():
+    report = describe_samples(samples_of(["a b a b", "a b c"], ["", "c c c c c c"]))
+    assert report.intervals
     assert SamplesReport.model_validate_json(report.model_dump_json()) == report
 
 

@@ -138,11 +138,14 @@ def describe_samples(samples: Samples, *, bootstrap: int = 1000, seed: int = 0) 
     lengths = np.array(samples.tokens, np.float64)
     repeats = np.array([[1 - len(set(p)) / len(p) if p else 0 for p in row] for row in pairs])
     paired = np.array([[bool(p) for p in row] for row in pairs], np.float64)
+    repeated = _mean(repeats, paired, bootstrap, seed)
+    if repeated.low is not None and repeated.low == repeated.high:  # as of no repeat at all
+        repeated = share_interval(np.full(int(paired.any(axis=1).sum()), repeated.value))
     numbers = {
         "mean_tokens": _mean(lengths, np.ones_like(lengths), bootstrap, seed),
         "empty": share_interval(empty.mean(axis=1), empty.shape[1]),
         **{f"distinct_{n}": _distinct(words, n) for n in (1, 2, 3)},
-        "repeated": _mean(repeats, paired, bootstrap, seed),
+        "repeated": repeated,
         "looping": share_interval(looping.mean(axis=1), looping.shape[1]),
     }
     return SamplesReport(
@@ -305,4 +308,6 @@ def _distinct(words: list[list[list[str]]], n: int) -> Interval:
     only = np.array([sum(prompts_of[gram] == 1 for gram in own) for own in types])
     without = (len(prompts_of) - only) / rest
     half = Z * float(np.sqrt(without.var() * (len(words) - 1)))
+    if not half:  # prompts that all look alike do not tell how much others differ
+        return Interval(value=value)
     return Interval(value=value, low=max(value - half, 0.0), high=min(value + half, 1.0))
