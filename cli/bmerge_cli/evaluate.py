@@ -22,6 +22,7 @@ NAME = "evaluate"
     option("perplexity", read=values.named_texts),
     option("toxicity"),
     option("scorer"),
+    option("judge"),
     option("classify", read=values.named_texts),
     option("label_column"),
     option("bins"),

@@ -32,6 +32,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
         )
     if config.scorer and config.toxicity is None:
         raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
+    if config.judge is not None and config.toxicity is None:
+        raise ConfigError("a judge reads continuations: name prompts to continue (--toxicity).")
     if len(set(config.scorer)) < len(config.scorer):
         raise ConfigError(f"a scorer is named twice: {', '.join(config.scorer)}.")
     if config.samples is not None and not config.perplexity and not config.classify:
@@ -62,7 +64,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
     if config.output is not None:
         texts = (*config.perplexity.values(), *config.classify.values())
         scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
-        others = filter(None, (config.toxicity, config.precision, *scorers))
+        others = filter(None, (config.toxicity, config.precision, config.judge, *scorers))
         refuse_inputs(Path(config.output), [config.model, *texts, *others])
 
 
