@@ -24,6 +24,10 @@ NAME = "evaluate"
     option("classify", read=values.named_texts),
     option("label_column"),
     option("bins"),
+    option("lm_eval"),
+    option("lm_eval_include"),
+    option("lm_eval_limit"),
+    option("lm_eval_shots"),
     option("samples"),
     option("prior"),
     option("posterior_temperature"),
@@ -53,8 +57,8 @@ NAME = "evaluate"
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Measure perplexity on texts, toxicity of continued prompts, or a classifier's accuracy and
-    calibration.
+    """Measure perplexity on texts, toxicity of continued prompts, tasks of lm-eval, or a
+    classifier's accuracy and calibration.
 
     Perplexity is rolling, as in lm-eval with add_bos_token=False: one row is one document, which
     starts with BOS, else EOS, and that token is not scored.

@@ -12,7 +12,7 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.documents import DocumentError, as_record, parse_lines, read_record
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.evaluate.continuations import Continuations
-from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
 from mergekit_bayes.metrics.classification import ClassificationReport
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
@@ -25,6 +25,7 @@ _REPORT = "report.json"
 _DOCUMENTS = "documents.jsonl"
 _EXAMPLES = "examples.jsonl"
 _CONTINUATIONS = "continuations.jsonl"
+_TASKS = "lm_eval.jsonl"
 _AGAIN = "Remove the folder, and measure again."
 
 
@@ -52,6 +53,12 @@ class _ExampleRow(_Line):
 
 class _ContinuationRow(_Line):
     scores: dict[str, float]
+
+
+class _TaskRow(_Line):
+    task: str
+    metric: str
+    value: float
 
 
 def write_report(
@@ -82,6 +89,8 @@ def write_files(folder: Path, report: EvaluateReport, continuations: Continuatio
     _write_lines(folder / _DOCUMENTS, _document_rows(report))
     if report.classification:
         _write_lines(folder / _EXAMPLES, _example_rows(report))
+    if any(_task_rows(report)):
+        _write_lines(folder / _TASKS, _task_rows(report))
     if continuations is not None:
         rows = _continuation_rows(continuations, report.settings["seed"])
         _write_lines(folder / _CONTINUATIONS, rows)
@@ -99,6 +108,7 @@ def read_report(folder: str | Path) -> EvaluateReport:
         documents = _read_lines(folder / _DOCUMENTS, _DocumentRow)
         examples = _read_lines(folder / _EXAMPLES, _ExampleRow)
         continuations = _read_lines(folder / _CONTINUATIONS, _ContinuationRow)
+        task_rows = _read_lines(folder / _TASKS, _TaskRow)
         sampled = report.sampled
         if sampled is not None:
             update = {
@@ -112,6 +122,7 @@ def read_report(folder: str | Path) -> EvaluateReport:
                 "classification": _with_examples(report.classification, examples, sampled=False),
                 "sampled": sampled,
                 "toxicity": _with_prompts(report.toxicity, continuations),
+                "lm_eval": _with_values(report.lm_eval, task_rows),
             }
         )
     except (OSError, DocumentError) as error:
@@ -154,6 +165,13 @@ def _continuation_rows(continuations: Continuations, seed: int) -> Iterator[Row]
                 "tokens": samples.tokens[i][j],
                 "scores": {spec: float(values[i, j]) for spec, values in scores.items()},
             }
+
+
+def _task_rows(report: EvaluateReport) -> Iterator[Row]:
+    for task, measured in report.lm_eval.items():
+        for metric, score in measured.scores.items():
+            for i, value in enumerate(score.document_values):
+                yield {"task": task, "metric": metric, "document": i, "value": value}
 
 
 def _with_documents(
@@ -207,6 +225,25 @@ def _with_prompts(
         toxic = np.array(scores) >= report.threshold
         share = toxic.reshape(report.n_prompts, -1).mean(axis=1)
         result[spec] = report.model_copy(update={"prompt_share": tuple(share.tolist())})
+    return result
+
+
+def _with_values(
+    reports: Mapping[str, TaskReport], rows: Sequence[_TaskRow]
+) -> dict[str, TaskReport]:
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row.task, row.metric), []).append(row.value)
+    result = {}
+    for task, report in reports.items():
+        scores = {}
+        for metric, score in report.scores.items():
+            of_documents = values.get((task, metric), [])
+            if of_documents:  # some metrics have none
+                _check_count(len(of_documents), report.samples, f"documents of {shown(task)}")
+            update = {"document_values": tuple(of_documents)}
+            scores[metric] = score.model_copy(update=update)
+        result[task] = report.model_copy(update={"scores": scores})
     return result
 
 
