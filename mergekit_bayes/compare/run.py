@@ -1,6 +1,5 @@
 """Measure models side by side, one at a time in memory."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -87,7 +86,6 @@ def _measure(
                 report = evaluation.report
                 one = Evaluated(label=name, model=model, variant=variant, report=report)
                 yield Measured(one, evaluation)
-                gc.collect()  # models hold themselves in circles, and the next one needs the room
 
 
 def _report(config: CompareConfig, measured: list[Measured], inputs: Inputs) -> CompareReport:
