@@ -154,8 +154,9 @@ def _show_toxicity(
         f"{sampling.continuations}, {sampling.new_tokens} tokens, top_p {sampling.top_p:g}, "
         f"temperature {sampling.temperature:g}, seed {sampling.seed}); [95 % interval]"
     )
-    threshold = report.settings["threshold"]
-    columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
+    thresholds = {toxicity.threshold for toxicity in report.toxicity.values()}
+    share = f"share >= {thresholds.pop():g}" if len(thresholds) == 1 else "toxic share"
+    columns = ["scorer", "mean", share, "expected max", "prompts with any"]
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
@@ -163,7 +164,13 @@ def _show_toxicity(
     screen.print(table(columns, rows, title=title))
     for spec, info in report.scorers.items():
         if info.reading is not None:
-            screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}")
+            own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
+            screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}{own}")
+        if cut := report.toxicity[spec].cut:
+            screen.print(
+                f"note: {_short(spec)} reads the beginning of a long text only, here of {cut:,} "
+                "continuations"
+            )
     screen.print(
         f"mean length {samples.mean_tokens:.1f} tokens, empty {samples.empty:.1%}, distinct word "
         f"pairs {samples.distinct_2:.3f}, repeated pairs {samples.repeated:.3f}"
@@ -205,4 +212,6 @@ def _interval(x: "Interval") -> str:
 def _short(spec: str) -> str:
     """A scorer without the folders of its file."""
     scorer, _, rest = spec.partition(":")
+    if scorer == "panel" and len(parts := Path(rest).parts) > 2:
+        return f"panel:{'/'.join(parts[-2:])}"
     return f"{scorer}:{Path(rest).name}" if scorer in ("words", "model") else spec

@@ -155,7 +155,7 @@ def evaluate_model(
         classification=at_mean.classification,
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
-        toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
+        toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples) if continuations else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},

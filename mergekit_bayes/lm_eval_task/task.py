@@ -57,10 +57,10 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
         metrics = [
             {
                 "metric": name + suffix,
-                "aggregation": partial(_summary, name, settings.threshold),
+                "aggregation": partial(_summary, name, scorer.threshold(settings.threshold)),
                 "higher_is_better": False,
             }
-            for suffix in self._scorers
+            for suffix, scorer in self._scorers.items()
             for name in _METRICS
         ]
         super().__init__(

@@ -293,7 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_panel(folder: Path, members: Sequence[str], *, force: bool) -> None:
     """Write `panel.yaml` beside the members."""
-    lines = [f"  - model: {name}\n    label: {LABELS[1]}\n" for name in members]
+    settings = f"label: {LABELS[1]}\n    reading: softmax\n"
+    lines = [f"  {name}:\n    model: {name}\n    {settings}" for name in members]
     with replacing(folder / "panel.yaml", force=force) as unfinished:
         unfinished.write_text("members:\n" + "".join(lines))
 
