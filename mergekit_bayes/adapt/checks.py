@@ -55,7 +55,7 @@ class Checks:
 
     def _open_scorer(self, spec: str) -> None:
         remote = self._run.config.trust_remote_code
-        (self._scorer,) = open_scorers([spec], trust_remote_code=remote)
+        (self._scorer,) = open_scorers([spec], trust_remote_code=remote, single=True)
 
     def __call__(self, step: int) -> Check:
         """Measure after `step` steps. Every rank must call this; the first call is at the start."""
@@ -99,7 +99,7 @@ class Checks:
             sampling=sampling,
         )
         scores = self._scorer.score([text for row in samples.texts for text in row])
-        return float(np.mean(np.asarray(scores) >= config.threshold))
+        return float(np.mean(np.asarray(scores) >= self._scorer.threshold(config.threshold)))
 
     @torch.no_grad()
     def _loss(self, examples: Sequence[Example]) -> float:

@@ -5,11 +5,13 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.lm_eval import refuse_tasks
+from mergekit_bayes.evaluate.panels import files_of
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
 from mergekit_bayes.generation import room_for_prompts
 from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.metrics.perplexity import fitting_stride
+from mergekit_bayes.metrics.scorers import FORMS
 from mergekit_bayes.models.load import Loaded, choose_device, other_head
 
 
@@ -29,10 +31,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
             "labelled texts (--classify) or tasks (--lm-eval)."
         )
     if config.toxicity is not None and not config.scorer:
-        raise ConfigError(
-            "toxicity needs a scorer: --scorer words:FILE, model:PATH_OR_ID#LABEL or "
-            "package.module:function."
-        )
+        raise ConfigError(f"toxicity needs a scorer: --scorer {FORMS}.")
     if config.scorer and config.toxicity is None:
         raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
     if config.judge is not None and config.toxicity is None:
@@ -66,7 +65,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
         )
     if config.output is not None:
         texts = (*config.perplexity.values(), *config.classify.values())
-        scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
+        scorers = files_of(config.scorer)
         others = (config.toxicity, config.precision, config.judge, config.lm_eval_include, *scorers)
         refuse_inputs(Path(config.output), [config.model, *texts, *filter(None, others)])
 

@@ -161,7 +161,7 @@ def evaluate_model(
         classification=at_mean.classification,
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
-        toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
+        toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples, **resampling) if continuations else None,
         judged=describe_judged(judged, **resampling) if judged else None,

@@ -82,8 +82,9 @@ class Measures(Config):
     )
     scorer: tuple[str, ...] = Field(
         (),
-        description="words:FILE, model:PATH_OR_ID#LABEL or package.module:function: score the "
-        "continuations by a word list, a classifier or a function; repeatable. #LABEL=softmax or "
+        description="words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function: "
+        "score the continuations by a word list, a classifier, each classifier of a panel "
+        "(toxicity, or a YAML file of your own) or a function; repeatable. #LABEL=softmax or "
         "#LABEL=sigmoid says how the classifier's labels are read, where its config does not.",
     )
     judge: str | None = Field(
