@@ -98,12 +98,11 @@ def train(
         BmergeError: The training or the push failed.
         Exit: Another process has printed why it failed, or all have ended.
     """
-    from mergekit_bayes import ranks
-    from mergekit_bayes.finetune import launcher
+    from mergekit_bayes import launcher, ranks
 
     screen = console(quiet=line.quiet or not ranks.is_main())
     delivery = Delivery(line.push_to if ranks.is_main() else None, str(config.output))
-    if (config.num_processes or 1) > 1 and not launcher.launched():
+    if (config.num_processes or 1) > 1 and not ranks.launched():
         raise typer.Exit(launcher.launch(line.repeated(), config.num_processes or 1))
     if (gpus := launcher.idle_gpus()) > 0:
         screen.print(

@@ -3,22 +3,18 @@
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.ranks import launched
 
 _PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent dies
-
-
-def launched() -> bool:
-    """Whether a launcher (bmerge, accelerate, torchrun) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def idle_gpus() -> int:
@@ -51,7 +47,9 @@ def launch(command: Sequence[str], processes: int) -> int:
             "and each process takes one. Use that many, or hide them with CUDA_VISIBLE_DEVICES= to "
             "train on the CPU."
         )
-    environment = _environment(processes, on_cpu=not gpus)
+    # Its server holds the port from here on, so that no other process can take it before rank 0.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = _environment(processes, store.port, on_cpu=not gpus)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -66,15 +64,13 @@ def launch(command: Sequence[str], processes: int) -> int:
         _stop(children)
 
 
-def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
-    """This process's variables and those by which the ranks find each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _environment(processes: int, port: int, *, on_cpu: bool) -> dict[str, str]:
+    """This process's variables and those by which the ranks find each other, at its store."""
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank starts a store of its own, as in torchrun
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
