@@ -48,7 +48,7 @@ def launch(command: Sequence[str], processes: int) -> int:
             "train on the CPU."
         )
     # Its server holds the port from here on, so that no other process can take it before rank 0.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     environment = _environment(processes, store.port, on_cpu=not gpus)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     children: list[subprocess.Popen[bytes]] = []

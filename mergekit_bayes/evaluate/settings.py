@@ -110,6 +110,12 @@ class Measures(Config):
         ge=0,
         description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
+    num_processes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes, which share the work, on a GPU each, or on the CPU's "
+        "cores. Under a launcher there must be this number.",
+    )
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
