@@ -161,14 +161,6 @@ def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     return [parts[i % size][i // size] for i in range(len(items))]
 
 
-def take_from_main(model: torch.nn.Module) -> None:
-    """Give a model of equal shapes on every rank the weights and buffers of rank 0, in place."""
-    if world() > 1:
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, src=0)
-
-
 def mean_over_ranks(value: float) -> float:
     """Mean of one number of each rank. Every rank must call this."""
     if world() == 1:

@@ -11,8 +11,10 @@ from mergekit_bayes.adapt.leverage import Variance, read_variances, self_influen
 from mergekit_bayes.adapt.memory import build_memory
 from mergekit_bayes.adapt.refusals import refuse_settings
 from mergekit_bayes.adapt.settings import AdaptConfig
+from mergekit_bayes.draws import word
 from mergekit_bayes.errors import BmergeError, ConfigError, MismatchError, PrecisionError
-from mergekit_bayes.generation import _gumbel, _pick, write_texts
+from mergekit_bayes.generation import write_texts
+from mergekit_bayes.generation.nucleus import gumbel, pick
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import Place
@@ -22,6 +24,10 @@ TEXTS = [
     *("the cat sat .", "a good film", "dull tree", "dog ran on", "a bird saw a tree", "fun"),
     *("the dog was not nice", "very very good", "mat and mat", "a film", "bad cat", "the tree ."),
 ]
+
+
+def noise_of(keys, tokens):
+    return gumbel(word(keys, tokens.astype(np.uint64)))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,7 @@ def by_hand(loaded, number, new_tokens, seed):
     for key in np.random.Philox(key=counter).random_raw(new_tokens):
         with torch.no_grad():
             log_p = loaded.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).numpy()
-        token = int((log_p + _gumbel(np.array([key]), np.arange(len(log_p)))).argmax())
+        token = int((log_p + noise_of(np.array([key]), np.arange(len(log_p)))).argmax())
         if token == loaded.tokenizer.eos_token_id:
             break
         tokens.append(token)
@@ -119,10 +125,10 @@ def test_the_whole_distribution_is_drawn_from_without_its_unlikely_logarithms():
     spread = torch.tensor([0.0, 1.0, 5.0, 40.0]).repeat_interleave(50)[:, None]
     logits = spread * torch.randn(200, 3000, generator=generator)
     keys = np.random.default_rng(1).integers(2**64, size=200, dtype=np.uint64)
-    noise = _gumbel(keys[:, None], np.arange(3000)[None])
+    noise = noise_of(keys[:, None], np.arange(3000)[None])
     with np.errstate(divide="ignore"):
         heights = np.log(logits.softmax(-1).numpy(), dtype=np.float64) + noise
-    assert _pick(logits, keys, 1.0).tolist() == heights.argmax(axis=1).tolist()
+    assert pick(logits, keys, 1.0).tolist() == heights.argmax(axis=1).tolist()
 
 
 # What is kept of it

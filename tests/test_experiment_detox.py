@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
 pytestmark = pytest.mark.slow
@@ -25,34 +24,6 @@ def experiment():
         yield SimpleNamespace(script=importlib.import_module("detox"), **modules)
     finally:
         sys.path.remove(str(SCRIPTS))
-
-
-def test_rounding_leaves_sixteen_even_levels_of_each_group_of_inputs(experiment):
-    matrix = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
-    rounded = experiment.measure.rounded(matrix)
-    assert rounded.shape == matrix.shape
-    for row, before in zip(rounded, matrix, strict=True):
-        for part, whole in ((row[:64], before[:64]), (row[64:], before[64:])):
-            step = (whole.max().clamp(min=0) - whole.min().clamp(max=0)) / 15
-            assert len(part.unique()) <= 16
-            assert (part - whole).abs().max() <= 0.5001 * step
-            torch.testing.assert_close(part.max(), whole.max())
-    torch.testing.assert_close(experiment.measure.rounded(rounded), rounded)
-
-
-def test_matrices_of_both_layouts_are_rounded_along_their_inputs(experiment):
-    from transformers.pytorch_utils import Conv1D
-
-    weight = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))  # inputs, outputs
-    conv, linear = Conv1D(5, 64), torch.nn.Linear(64, 5)
-    conv.weight.data.copy_(weight)
-    linear.weight.data.copy_(weight.T)
-    bias = linear.bias.clone()
-    experiment.measure.quantise(torch.nn.Sequential(conv, linear))
-    torch.testing.assert_close(conv.weight.T, linear.weight)
-    assert all(len(row.unique()) <= 16 for row in linear.weight)
-    assert not torch.equal(conv.weight, weight)
-    torch.testing.assert_close(linear.bias, bias)
 
 
 def stored(experiment, world, method, condition, seed, looks, *, lasts=None):

@@ -12,9 +12,7 @@ from bmerge_cli.main import app
 from mergekit_bayes import launcher, ranks
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
-from mergekit_bayes.evaluate.inputs import Inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings
-from mergekit_bayes.evaluate.run import evaluate_model
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.metrics.classification import measure_classification
 from mergekit_bayes.metrics.perplexity import measure_perplexity
@@ -140,11 +138,6 @@ def test_an_error_is_printed_once_and_leaves_nothing(found, folder, line, messag
     assert not [path for path in folder.iterdir() if "nothing" in path.name]
 
 
-def test_weights_that_are_changed_on_the_main_rank_are_those_of_all(found):
-    first, second = (result["changed"] for result in found[0])
-    assert first == second != found[1][1]
-
-
 OUTPUTS = ("two", "one")
 
 
@@ -152,19 +145,6 @@ def run_line(*words):
     """What a command answers, in this process."""
     done = CliRunner().invoke(app, [*words, "--json"])
     return {"code": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}
-
-
-def changed(folder):
-    """The losses of a model that rank 0 changes before it is measured."""
-    inputs = Inputs({"t": TEXTS}, {}, [], [])
-    config = EvaluateConfig(model=str(folder / "lm"), perplexity={"t": ""}, window=8, batch_size=2)
-
-    def change(loaded):
-        with torch.no_grad():
-            loaded.model.transformer.wte.weight.mul_(torch.rand(()) + 0.5)
-
-    report = evaluate_model(config, inputs, lambda *_: None, change).report
-    return list(report.perplexity["t"].document_nats)
 
 
 def measured(folder):
@@ -209,7 +189,6 @@ def child(folder):
         "measured": measured(folder),
         "worked": worked,
         "error": error,
-        "changed": changed(folder),
         "alone": ranks.on_main(lambda: ranks.spread([0, 1, 2], int)),
     }
     os.chdir(folder)

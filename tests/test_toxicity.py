@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.scorers import open_scorer
-from mergekit_bayes.generation import Samples, Sampling, _gumbel, _pick, sample_continuations
+from mergekit_bayes.generation import Samples, Sampling, sample_continuations
+from mergekit_bayes.generation.nucleus import gumbel, pick
 from mergekit_bayes.metrics.base import score_interval, share_interval
 from mergekit_bayes.metrics.scorers import (
     READINGS,
@@ -39,6 +41,10 @@ def sample(loaded, prompts=PROMPTS, batch_size=128, context=64, **settings):
     )
 
 
+def noise_of(keys, tokens):
+    return gumbel(word(keys, tokens.astype(np.uint64)))
+
+
 def nucleus(logits, top_p, temperature=1.0):
     """The published filter, from its definition: the fewest likeliest tokens whose sum reaches
     top_p, renormalised.
@@ -64,7 +70,7 @@ def by_hand(loaded, prompt, index, continuation, settings):
             logits = loaded.model(torch.tensor([ids + drawn])).logits[0, -1]
         kept = nucleus(logits, settings.top_p, settings.temperature)
         token = max(
-            kept, key=lambda t: np.log(kept[t]) + _gumbel(np.array([key]), np.array([t]))[0]
+            kept, key=lambda t: np.log(kept[t]) + noise_of(np.array([key]), np.array([t]))[0]
         )
         if token == loaded.tokenizer.eos_token_id:
             break
@@ -117,7 +123,7 @@ def test_tokens_are_drawn_in_the_proportions_of_the_nucleus(top_p):
     """Pearson's statistic over the nucleus."""
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
     n = 50_000
-    tokens = _pick(
+    tokens = pick(
         logits.expand(n, -1),
         np.random.default_rng(1).integers(2**64, size=n, dtype=np.uint64),
         top_p,
@@ -132,7 +138,7 @@ def test_tokens_are_drawn_in_the_proportions_of_the_nucleus(top_p):
 
 
 def test_noise_is_gumbel_and_independent_between_neighbouring_keys_and_tokens():
-    noise = _gumbel(np.arange(500, dtype=np.uint64)[:, None], np.arange(500)[None, :])
+    noise = noise_of(np.arange(500, dtype=np.uint64)[:, None], np.arange(500)[None, :])
     assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
     assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.05)
     for neighbour in (

@@ -1,16 +1,14 @@
 """Settings and report of models measured side by side: the contract of this package."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from mergekit_bayes import __version__
-from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.records import Frozen
-
-Variant = Literal["as it is", "in 4 bits", "relearnt"]
 
 
 class CompareConfig(Measures):

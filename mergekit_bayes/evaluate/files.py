@@ -57,7 +57,7 @@ class _ContinuationRow(_Line):
 def write_report(
     folder: Path, report: EvaluateReport, continuations: Continuations | None, *, force: bool
 ) -> None:
-    """Write `report.json`, and the numbers by document, example and continuation beside it.
+    """Write the files of an evaluation.
 
     Args:
         folder: The output; it appears under its name only when it is complete.
@@ -66,14 +66,25 @@ def write_report(
         force: Replace a folder that exists.
     """
     with replacing(folder, force=force) as unfinished:
-        unfinished.mkdir()
-        (unfinished / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
-        _write_lines(unfinished / _DOCUMENTS, _document_rows(report))
-        if report.classification:
-            _write_lines(unfinished / _EXAMPLES, _example_rows(report))
-        if continuations is not None:
-            rows = _continuation_rows(continuations, report.settings["seed"])
-            _write_lines(unfinished / _CONTINUATIONS, rows)
+        write_files(unfinished, report, continuations)
+
+
+def write_files(folder: Path, report: EvaluateReport, continuations: Continuations | None) -> None:
+    """Write `report.json`, and the numbers by document, example and continuation beside it.
+
+    Args:
+        folder: A new folder, inside of one that is not finished.
+        report: What was measured.
+        continuations: What was scored, if anything.
+    """
+    folder.mkdir()
+    (folder / _REPORT).write_text(report.model_dump_json(indent=2) + "\n")
+    _write_lines(folder / _DOCUMENTS, _document_rows(report))
+    if report.classification:
+        _write_lines(folder / _EXAMPLES, _example_rows(report))
+    if continuations is not None:
+        rows = _continuation_rows(continuations, report.settings["seed"])
+        _write_lines(folder / _CONTINUATIONS, rows)
 
 
 def read_report(folder: str | Path) -> EvaluateReport:

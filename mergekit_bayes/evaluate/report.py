@@ -13,6 +13,7 @@ from mergekit_bayes.models.sampling import SamplingReport
 from mergekit_bayes.records import Frozen
 
 StepProgress = Callable[[str, int, int], None]  # (step, done, of)
+Variant = Literal["as it is", "in 4 bits", "relearnt"]
 
 
 class ScorerInfo(Frozen):
@@ -58,7 +59,9 @@ class EvaluateReport(Frozen):
     Attributes:
         version: Version of this package.
         model: The model, as the config names it.
-        model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`.
+        model_identity: SHA-256 by sampled blocks of the weights, `posterior.Identity.blocks`. Of a
+            changed model it is a hash of that and the variant, so that no stored weights have it.
+        variant: Whether the model was changed before it was measured.
         settings: The config as JSON.
         device: Where the model ran; None in reports from before it was kept.
         dtype: Type of its parameters; likewise.
@@ -77,6 +80,7 @@ class EvaluateReport(Frozen):
     version: str = __version__
     model: str
     model_identity: str
+    variant: Variant = "as it is"
     settings: dict[str, Any]
     device: str | None = None
     dtype: str | None = None

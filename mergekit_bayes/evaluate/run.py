@@ -10,6 +10,7 @@ Under a launcher all ranks share the batches, and each number is that of one pro
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
-from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress
+from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import Examples, number_classes
 from mergekit_bayes.metrics.base import PRESENT
@@ -34,7 +35,7 @@ from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.ranks import is_main, join, main_first, on_main, take_from_main
+from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def run_evaluate(
     """Measure what the config asks for.
 
     Data and scorers are read and tried before the model runs. The output appears under its name
-    only when it is complete. Under a launcher every rank calls this and gets the same report, or
+    only when it is complete. Under a launcher every rank calls this and gets the same numbers, or
     the same error; rank 0 tells and writes.
 
     Args:
@@ -80,11 +81,23 @@ class Evaluation(NamedTuple):
     continuations: Continuations | None
 
 
+class Change(NamedTuple):
+    """What is made of a loaded model before it is measured.
+
+    Attributes:
+        variant: What the report calls the result.
+        make: Changes the model in place.
+    """
+
+    variant: Variant
+    make: Callable[[Loaded], None]
+
+
 def evaluate_model(
     config: EvaluateConfig,
     inputs: Inputs,
     tell: StepProgress,
-    change: Callable[[Loaded], None] | None = None,
+    change: Change | None = None,
 ) -> Evaluation:
     """Measure one model, and write nothing.
 
@@ -92,8 +105,8 @@ def evaluate_model(
         config: The model, and what to measure; checked by `refuse_settings`.
         inputs: What `read_inputs` read by the same settings.
         tell: Called with (step, done, of).
-        change: Changes the weights of the loaded model in place before it is measured. Under a
-            launcher rank 0 does so, and the others take its weights.
+        change: What to make of the loaded model first, if anything. Every rank of a launcher makes
+            it, and must get the same weights.
 
     Raises:
         BmergeError: As `run_evaluate`.
@@ -102,8 +115,7 @@ def evaluate_model(
         opened = main_first(lambda: _open(config, inputs, stack))
         loaded, examples = opened.loaded, opened.examples
         if change is not None:
-            on_main(lambda: change(loaded))
-            take_from_main(loaded.model)
+            change.make(loaded)
         draws = main_first(lambda: _draws(config, opened))
 
         at_mean = predict(config, loaded, inputs.texts, examples, PRESENT, tell)
@@ -112,9 +124,12 @@ def evaluate_model(
             sampled = predict_sampled(config, loaded, inputs.texts, examples, draws, at_mean, tell)
         continuations = score_continuations(config, loaded, inputs.prompts, inputs.scorers, tell)
         model_identity = on_main(lambda: _identity(opened))
+        if change is not None:
+            model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
 
     report = EvaluateReport(
         model=config.model,
+        variant="as it is" if change is None else change.variant,
         model_identity=model_identity,
         settings=config.model_dump(mode="json"),
         device=str(loaded.device),

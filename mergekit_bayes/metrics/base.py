@@ -115,7 +115,7 @@ def share_interval(
         return Interval(value=mean)
     bernoulli = mean * (1 - mean)
     design = values.var(ddof=1) * size / bernoulli if bernoulli > 0 else size
-    informative = min(_participating(values), _participating(1 - values))
+    informative = min(participating(values), participating(1 - values))
     low, high = ends
     agreeing = size * (high - mean) * (mean - low) / bernoulli if bernoulli > 0 else size
     design = (informative * min(design, size) + 2 * agreeing) / (informative + 2)
@@ -166,7 +166,7 @@ def share_change_interval(before: FloatArray, after: FloatArray) -> Interval:
     return Interval(value=change, low=float(centre - half), high=float(centre + half))
 
 
-def _participating(values: FloatArray) -> float:
+def participating(values: FloatArray) -> float:
     """The number of groups that the sum comes from: k for k equal values among zeros."""
     squares = float((values**2).sum())
     return float(values.sum()) ** 2 / squares if squares > 0 else 0.0

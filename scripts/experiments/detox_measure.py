@@ -19,8 +19,8 @@ from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.rounding import round_to_four_bits
 
-GROUP, LEVELS = 64, 15  # weights of one scale; 4 bits
 RELEARN_STEPS = 50
 
 Measured = dict[str, Any]
@@ -126,7 +126,7 @@ def measure(
 def lasts(world: World, folder: Path, condition: str, seed: int) -> Measured:
     """What a model says once it is stored in 4 bits, and once it has seen removed rows again."""
     loaded = opened(folder)
-    quantise(loaded.model)
+    round_to_four_bits(loaded)
     result = {"bits": says(world, loaded, condition, "test")}
     (world.work / "models").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=world.work / "models") as place:
@@ -149,32 +149,6 @@ def lasts(world: World, folder: Path, condition: str, seed: int) -> Measured:
         )
         result["relearnt"] = says(world, opened(Path(target)), condition, "test")
     return result
-
-
-@torch.no_grad()
-def quantise(model: torch.nn.Module) -> None:
-    """Round every matrix to the nearest of 16 levels, embeddings included.
-
-    Each group of 64 weights that enter one output has its own levels, evenly spaced from its
-    smallest to its largest weight (or zero, if that lies outside).
-    """
-    for module in model.modules():
-        # Conv1D of GPT-2 keeps (inputs, outputs); Linear and Embedding have an input a column.
-        is_conv = type(module).__name__ == "Conv1D"
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 2:
-                matrix = parameter.T if is_conv else parameter
-                (parameter.T if is_conv else parameter).copy_(rounded(matrix))
-
-
-def rounded(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix with each group of `GROUP` entries of a row at 16 levels."""
-    rows, columns = matrix.shape
-    groups = torch.nn.functional.pad(matrix, (0, -columns % GROUP)).reshape(rows, -1, GROUP)
-    low = groups.amin(-1, keepdim=True).clamp(max=0)
-    step = (groups.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-30) / LEVELS
-    nearest = ((groups - low) / step).round().clamp(0, LEVELS) * step + low
-    return nearest.reshape(rows, -1)[:, :columns]
 
 
 def mean_share(shares: Sequence[float]) -> float:

@@ -1,28 +1,23 @@
-"""Texts of a causal language model: continuations of prompts, and texts that it writes by itself.
-
-Both are drawn with noise that does not depend on the batch.
-"""
+"""Continuations of prompts, drawn in batches of prompts of equal length."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
+from mergekit_bayes.generation.nucleus import Keys, pick
 from mergekit_bayes.libraries import call_tokenizers, outputs_of, token_ids
 from mergekit_bayes.ranks import spread, world
-from mergekit_bayes.records import FloatArray, Progress, Record
+from mergekit_bayes.records import Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Keys = NDArray[np.uint64]
 
 
 class Sampling(Record):
@@ -258,6 +253,12 @@ def _stops(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> set[
     return stops | set(named)
 
 
+def _last_only(model: torch.nn.Module) -> dict[str, int]:
+    """The argument for logits of the last position alone, where a model takes it."""
+    takes = "logits_to_keep" in signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}
+
+
 @torch.inference_mode()
 def _draw(
     model: torch.nn.Module,
@@ -277,6 +278,7 @@ def _draw(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids, device=device),
         use_cache=True,
+        **_last_only(model),
     )
     cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, "batch_select_indices"):
@@ -287,7 +289,7 @@ def _draw(
     cache.batch_select_indices(owners)
     logits = output.logits[:, -1].index_select(0, owners)
     for step in range(keys.shape[1]):
-        tokens = _pick(
+        tokens = pick(
             logits.float() / sampling.temperature, keys[alive.numpy(), step], sampling.top_p
         )
         going = ~torch.isin(tokens, stops)
@@ -307,58 +309,4 @@ def _draw(
             use_cache=True,
         )
         cache, logits = output.past_key_values, output.logits[:, -1]
-    return result
-
-
-def _pick(logits: Tensor, keys: Keys, top_p: float) -> Tensor:
-    """One token for each row: the token of the nucleus with the largest `log p + g`.
-
-    g is Gumbel noise, independent for each token, so that a token is drawn with probability p.
-    """
-    p = logits.softmax(-1).cpu().numpy()
-    if not np.isfinite(p).all():
-        raise CheckpointError(
-            "the model's next-token probabilities are not numbers. Its weights hold NaN or "
-            "infinity."
-        )
-    tiny = np.finfo(p.dtype).tiny
-    if top_p < 1:
-        # Only values are sorted: with SIMD that is far quicker than torch's topk. Tokens tied with
-        # the last one are all kept.
-        falling = np.sort(p, axis=1)[:, ::-1]
-        crossing = (np.cumsum(falling, axis=1, dtype=np.float64) < top_p).sum(axis=1, keepdims=True)
-        bound = np.take_along_axis(falling, np.minimum(crossing, p.shape[1] - 1), axis=1)
-        rows, tokens = np.nonzero(p >= np.maximum(bound, tiny))
-    else:
-        rows, tokens = np.nonzero(np.stack(list(map(_may_win, p, keys))) & (p >= tiny))
-    height = np.log(p[rows, tokens], dtype=np.float64) + _gumbel(keys[rows], tokens)
-    highest = np.maximum.reduceat(height, np.searchsorted(rows, np.arange(len(p))))
-    winners = np.flatnonzero(height == highest[rows])
-    _, first = np.unique(rows[winners], return_index=True)
-    return torch.from_numpy(tokens[winners[first]])
-
-
-def _gumbel(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
-    """Standard Gumbel noise that depends on the key and the token only."""
-    noise: FloatArray = -np.log(-np.log(_uniform(keys, tokens)))
-    return noise
-
-
-def _uniform(keys: Keys, tokens: NDArray[np.int64]) -> FloatArray:
-    words = word(keys, tokens.astype(np.uint64))
-    uniform: FloatArray = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return uniform
-
-
-def _may_win(p: NDArray[np.float32], key: np.uint64) -> NDArray[np.bool_]:
-    """Tokens of a whole distribution that may be drawn, few of them, without their logarithms.
-
-    The largest `log p - log(-log u)` is the smallest `-log(u) / p`. Since `1 - u <= -log u`, a
-    token with `(1 - u) / p` above the likeliest token's `-log(u) / p` does not have it.
-    """
-    uniform = _uniform(np.asarray(key), np.arange(len(p)))
-    likeliest = p.argmax()
-    least = -np.log(uniform[likeliest]) / np.float64(p[likeliest])
-    rounding = 1 + 1e-6
-    result: NDArray[np.bool_] = 1 - uniform <= p * (least * rounding)
     return result

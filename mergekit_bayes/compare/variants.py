@@ -1,0 +1,52 @@
+"""What of a model is measured: the model as it is, and what becomes of it."""
+
+from collections.abc import Iterator
+
+from mergekit_bayes.compare.relearn import refuse_relearning, relearn
+from mergekit_bayes.compare.settings import CompareConfig
+from mergekit_bayes.evaluate.report import Variant
+from mergekit_bayes.evaluate.run import Change
+from mergekit_bayes.evaluate.settings import EvaluateConfig
+from mergekit_bayes.models.rounding import round_to_four_bits
+
+# A posterior describes the stored weights only, so a variant is measured at its own.
+_OF_THE_POSTERIOR = ("samples", "prior", "posterior_temperature", "precision")
+
+
+def variants_of(
+    config: CompareConfig, model: str
+) -> Iterator[tuple[Variant, EvaluateConfig, Change | None]]:
+    """What is measured of one model, one after the other.
+
+    All are read from the model that the config names, whose name their reports have, and nothing
+    is left on the disk in between. Variants are measured at their weights only, not over draws
+    from a posterior, which is that of the stored weights.
+
+    Args:
+        config: The settings of all models; checked by `refuse_variants`.
+        model: One of them, as the config names it.
+
+    Yields:
+        The variant, its evaluation, and what to change in the loaded model first, if anything.
+    """
+    as_it_is = config.evaluation(model)
+    yield "as it is", as_it_is, None
+    fields = EvaluateConfig.model_fields
+    own = as_it_is.model_copy(update={name: fields[name].default for name in _OF_THE_POSTERIOR})
+    if config.four_bits:
+        yield "in 4 bits", own, Change("in 4 bits", round_to_four_bits)
+    if config.relearn is not None:
+        yield (
+            "relearnt",
+            own,
+            Change("relearnt", lambda loaded: relearn(config, model, loaded)),
+        )
+
+
+def refuse_variants(config: CompareConfig) -> None:
+    """Refuse what cannot be measured of any model, before the first one is loaded.
+
+    Raises:
+        BmergeError: As `refuse_relearning`.
+    """
+    refuse_relearning(config)

@@ -1,0 +1,85 @@
+"""Differences between two models on the same prompts, each with several continuations.
+
+The continuations of a prompt depend on each other, so that prompts are what an interval counts. Two
+models may also differ on few prompts or on none, where a bootstrap has an interval of zero width,
+as though they agreed on all other prompts: these intervals do not collapse.
+"""
+
+import numpy as np
+
+from mergekit_bayes.metrics.base import Interval, Z, participating
+from mergekit_bayes.records import FloatArray
+
+
+def paired_change(before: FloatArray, after: FloatArray) -> Interval:
+    """Mean of `after` less that of `before`, paired, with a 95 % interval.
+
+    Numbers that are 0 or 1 are a share, for `paired_share_change`. Of others the mean difference d
+    of each prompt counts, with half a prompt added at each of +r and -r and one at 0, as Agresti
+    and Min add pairs to shares:
+
+        centre = sum d / (n + 2)
+        half   = z sqrt((sum d^2 + r^2) / (n + 2) - centre^2) / sqrt(n + 2)
+
+    r is how far the means of prompts lie apart, of both models together: a prompt is feared to
+    change by no more than what was seen (`metrics.base.score_interval` takes the same for one
+    model). What is rare and was never seen stays outside.
+
+    Args:
+        before: (prompts, continuations), not negative.
+        after: (prompts, continuations), of the other model.
+
+    Returns:
+        The change; for fewer than two prompts without an interval.
+    """
+    if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
+        return paired_share_change(before, after)
+    means = np.stack([before.mean(axis=1), after.mean(axis=1)])
+    d = means[1] - means[0]
+    n, change = len(d), float(d.mean())
+    if n < 2:
+        return Interval(value=change)
+    reach = float(np.ptp(means)) or float(means.max()) or 1.0
+    centre = float(d.sum()) / (n + 2)
+    variance = (float((d**2).sum()) + reach**2) / (n + 2) - centre**2
+    return _around(change, centre, Z * float(np.sqrt(variance / (n + 2))))
+
+
+def paired_share_change(before: FloatArray, after: FloatArray) -> Interval:
+    """Change of a share between paired answers in groups, with a 95 % interval.
+
+        D  = Var(d) k / (q - change^2), at most k;    d = mean of a group's changes, -1 to 1
+        D' = (c D + 2 k) / (c + 2),    c = (sum x)^2 / sum x^2,    x = pairs of a group that differ
+
+    with q the share of pairs that differ. Of the n k pairs, n k / D' count: the interval is that of
+    Agresti and Min (Statistics in Medicine, 2005) for so many, as in `metrics.base`. The design
+    effect D (Kish, 1965) cannot be measured from few groups, and counts for the c groups that
+    differ, beside two whose pairs all agree on their change. With groups of one this is
+    `metrics.base.share_change_interval`.
+
+    Args:
+        before: (n, k), 0 or 1.
+        after: (n, k), 0 or 1.
+
+    Returns:
+        The change; for fewer than two groups without an interval.
+    """
+    (n, k), d = before.shape, (after - before).mean(axis=1)
+    change = float(d.mean())
+    if n < 2:
+        return Interval(value=change)
+    differ = (after != before).sum(axis=1).astype(np.float64)
+    of_one = float(differ.mean()) / k - change**2
+    design = min(float(d.var(ddof=1)) * k / of_one, k) if of_one > 0 else k
+    informative = participating(differ)
+    design = (informative * design + 2 * k) / (informative + 2)
+    gained = float((after > before).sum()) / design + 0.5
+    lost = float((after < before).sum()) / design + 0.5
+    count = n * k / design + 2
+    half = Z * float(np.sqrt(gained + lost - (gained - lost) ** 2 / count)) / count
+    return _around(change, (gained - lost) / count, half)
+
+
+def _around(value: float, centre: float, half: float) -> Interval:
+    # Rounding may put the value on the wrong side of an end.
+    return Interval(value=value, low=min(centre - half, value), high=max(centre + half, value))
