@@ -10,6 +10,10 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import launcher, ranks
+from mergekit_bayes.adapt.checks import Checks
+from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.settings import AdaptConfig
+from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.refusals import refuse_settings
@@ -138,6 +142,16 @@ def test_an_error_is_printed_once_and_leaves_nothing(found, folder, line, messag
     assert not [path for path in folder.iterdir() if "nothing" in path.name]
 
 
+def test_the_checks_of_an_adaptation_and_the_texts_of_its_memory_are_those_of_one(found, folder):
+    one = adapted(folder)
+    assert [result["adapted"] for result in found[0]] == [one, one]
+    texts, start, check = one
+    assert len(texts) == 9
+    assert check["memory_kl"] > start["memory_kl"] == 0
+    assert check["held_out_rise"] != start["held_out_rise"] == 0
+    assert 0 < check["toxic_share"] < 1
+
+
 OUTPUTS = ("two", "one")
 
 
@@ -175,6 +189,33 @@ def measured(folder):
     return [samples.texts, list(perplexity.document_nats), list(classes.example_nats)]
 
 
+def adapted(folder):
+    """What the model writes for a memory, and two checks: of the start, and of other weights."""
+    config = AdaptConfig(
+        model=str(folder / "lm"),
+        output=str(folder / "adapted"),
+        remove={"data": str(folder / "t.jsonl")},
+        memory_self_generated=9,
+        memory_held_out=0.6,
+        base_observations=1000,
+        prior="none",
+        prompts=str(folder / "t.jsonl"),
+        scorer=f"model:{folder / 'judge'}#LABEL_1=softmax",
+        threshold=0.24,
+        until={"held_out_rise": 1.0, "toxic_share": 0.01},
+        max_length=16,
+        batch_size=2,
+        new_tokens=4,
+        continuations=20,
+    )
+    run = load_run(config)
+    checks = Checks(run, FrozenCopy(run.loaded.model))
+    start = checks(0)
+    with torch.no_grad():
+        run.loaded.model.transformer.wte.weight.mul_(1.5)
+    return [run.memory.texts, start.model_dump(), checks(1).model_dump()]
+
+
 def child(folder):
     ranks.join(2)
     worked = []
@@ -189,6 +230,7 @@ def child(folder):
         "measured": measured(folder),
         "worked": worked,
         "error": error,
+        "adapted": adapted(folder),
         "alone": ranks.on_main(lambda: ranks.spread([0, 1, 2], int)),
     }
     os.chdir(folder)
