@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.metrics.classification import measure_classification
+from mergekit_bayes.metrics.conditional import conditional_nats
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
@@ -177,6 +179,8 @@ def measured(folder):
     perplexity = measure_perplexity(
         lm.model, lm.tokenizer, TEXTS, window=8, batch_size=2, bootstrap=0, **common
     )
+    pairs = list(pairwise(TEXTS))
+    judged = conditional_nats(lm.model, lm.tokenizer, pairs, window=16, batch_size=2, **common)
     classes = measure_classification(
         judge.model,
         judge.tokenizer,
@@ -186,7 +190,8 @@ def measured(folder):
         batch_size=3,
         bootstrap=0,
     )
-    return [samples.texts, list(perplexity.document_nats), list(classes.example_nats)]
+    nats = (perplexity.document_nats, judged.nats, classes.example_nats)
+    return [samples.texts, *map(list, nats)]
 
 
 def adapted(folder):

@@ -10,13 +10,14 @@ from mergekit_bayes.evaluate.scorers import open_scorer
 from mergekit_bayes.generation import Samples, Sampling, sample_continuations
 from mergekit_bayes.generation.nucleus import gumbel, pick
 from mergekit_bayes.metrics.base import score_interval, share_interval
+from mergekit_bayes.metrics.quality import describe_samples
 from mergekit_bayes.metrics.scorers import (
     READINGS,
     checked_scores,
     hook_scorer,
     word_scorer,
 )
-from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
+from mergekit_bayes.metrics.toxicity import score_toxicity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 

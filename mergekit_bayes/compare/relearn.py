@@ -1,8 +1,10 @@
-"""Relearning: how fast removed text comes back, which tells a removal from a thin cover.
+"""Relearning: what a model says after a short fine-tune on removed text.
 
 A copy of the model is trained for a few steps on some of the removed rows, as whoever downloads it
-could, and is measured again. All of its weights are trained, those of an adapter's merged base,
-too: how much a model can relearn must not depend on how its edit is stored.
+could, and is measured again. That teaches the text to a model that never held it, too, so the
+number alone does not tell whether the text was erased or covered: for that, compare it with one of
+a model that was trained without the text. All weights are trained, those of an adapter's merged
+base, too: how much a model can relearn must not depend on how its edit is stored.
 """
 
 import tempfile
@@ -19,7 +21,7 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
 from mergekit_bayes.models.rows import load_rows
-from mergekit_bayes.ranks import main_first, on_main, world
+from mergekit_bayes.ranks import launched, main_first, on_main
 
 _ROWS_A_STEP = 16
 _PREFIX = ".bmerge-relearn-"
@@ -117,12 +119,13 @@ def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig
 
 
 def _rows_of_a_process() -> int:
-    if _ROWS_A_STEP % world():
+    processes = launched() or 1
+    if _ROWS_A_STEP % processes:
         raise ConfigError(
-            f"--relearn: {world()} processes cannot share the {_ROWS_A_STEP} rows of a step "
+            f"--relearn: {processes} processes cannot share the {_ROWS_A_STEP} rows of a step "
             "evenly. Start 1, 2, 4, 8 or 16."
         )
-    return _ROWS_A_STEP // world()
+    return _ROWS_A_STEP // processes
 
 
 def _make_folder(config: CompareConfig, stack: ExitStack) -> Path:

@@ -1,7 +1,8 @@
-"""What an evaluation reads beside its model: texts, prompts and scorers, opened once."""
+"""What an evaluation reads beside its model: texts, prompts, scorers and judge, opened once."""
 
 from dataclasses import dataclass
 
+from mergekit_bayes.evaluate.judge import Judge, open_judge
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.texts import Labelled, read_labelled, read_prompts, read_texts
@@ -16,21 +17,23 @@ class Inputs:
         labelled: The labelled texts of each set to classify.
         prompts: The prompts to continue; none if toxicity is not measured.
         scorers: The open scorers, each tried on one text.
+        judge: The model under which the continuations have a perplexity, if any.
     """
 
     texts: dict[str, list[str]]
     labelled: dict[str, Labelled]
     prompts: list[str]
     scorers: list[Scorer]
+    judge: Judge | None = None
 
 
 def read_inputs(config: Measures) -> Inputs:
-    """Read the data and open the scorers that a config names.
+    """Read the data, and open the scorers and the judge that a config names.
 
     Raises:
-        ConfigError: A scorer fails, or is none.
-        CheckpointError: A file or a scorer's model cannot be read.
-        MismatchError: A column is missing, or a scorer is not a classifier.
+        ConfigError: A scorer fails, or is none, or the judge's context has no room.
+        CheckpointError: A file, a scorer's model or the judge cannot be read.
+        MismatchError: A column is missing, a scorer is not a classifier, or the judge is one.
     """
     return Inputs(
         texts=read_texts(config),
@@ -39,4 +42,13 @@ def read_inputs(config: Measures) -> Inputs:
         scorers=open_scorers(
             config.scorer, config.device, trust_remote_code=config.trust_remote_code
         ),
+        judge=open_judge(
+            config.judge,
+            config.device,
+            config.dtype,
+            new_tokens=config.new_tokens,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.judge is not None
+        else None,
     )

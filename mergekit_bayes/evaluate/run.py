@@ -30,7 +30,7 @@ from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import Examples, number_classes
 from mergekit_bayes.metrics.base import PRESENT
-from mergekit_bayes.metrics.toxicity import describe_samples
+from mergekit_bayes.metrics.quality import describe_judged, describe_samples
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
@@ -122,11 +122,15 @@ def evaluate_model(
         sampled = None
         if draws is not None:
             sampled = predict_sampled(config, loaded, inputs.texts, examples, draws, at_mean, tell)
-        continuations = score_continuations(config, loaded, inputs.prompts, inputs.scorers, tell)
+        continuations = score_continuations(
+            config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
+        )
         model_identity = on_main(lambda: _identity(opened))
         if change is not None:
             model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
 
+    judged = continuations.judged if continuations else None
+    resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
     report = EvaluateReport(
         model=config.model,
         variant="as it is" if change is None else change.variant,
@@ -140,7 +144,9 @@ def evaluate_model(
         sampled=sampled,
         toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
-        samples=describe_samples(continuations.samples) if continuations else None,
+        samples=describe_samples(continuations.samples, **resampling) if continuations else None,
+        judged=describe_judged(judged, **resampling) if judged else None,
+        judge=inputs.judge.info if judged and inputs.judge else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
         path=config.output,
     )
