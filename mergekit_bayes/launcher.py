@@ -1,12 +1,15 @@
 """Start a command as several processes on this machine, where no other launcher has."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,11 @@ import torch.distributed as dist
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.ranks import launched
 
+T = TypeVar("T")
+P = ParamSpec("P")
+# What launchers tell a process of the others.
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_RANKS = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")  # the beginnings of names
 _PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent dies
 
 
@@ -62,6 +70,43 @@ def launch(command: Sequence[str], processes: int) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
         _stop(children)
+
+
+def apart(work: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """Call a function in a process of its own, which belongs to no launcher.
+
+    What trains would join the other ranks, which do something else. Without a launcher this is a
+    plain call.
+
+    Args:
+        work: A function of a module.
+        arguments: Its arguments; picklable, as the result must be.
+        keywords: Likewise.
+
+    Raises:
+        BmergeError: What the function raises.
+    """
+    if not launched():
+        return work(*arguments, **keywords)
+    torch.cuda.empty_cache()  # the other process needs the room
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_launcher) as pool:
+        return pool.submit(work, *arguments, **keywords).result()
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher tells of other processes."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_A_RANK and not name.startswith(_OF_RANKS)
+    }
+
+
+def _leave_launcher() -> None:
+    _end_with_parent()
+    for name in set(os.environ) - set(without_launcher(os.environ)):
+        del os.environ[name]
 
 
 def _environment(processes: int, port: int, *, on_cpu: bool) -> dict[str, str]:

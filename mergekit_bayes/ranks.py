@@ -8,7 +8,7 @@ is a plain call.
 import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -129,11 +129,42 @@ def on_main(work: Callable[[], T]) -> T:
     """
     result, error = _attempt(work) if is_main() or world() == 1 else (None, None)
     _agree(error)
+    return cast(T, result) if world() == 1 else cast(T, _told(result))
+
+
+def lead(work: Callable[[Callable[[T], object]], R], job: Callable[[T], object]) -> R:
+    """Do work on rank 0 alone, but for jobs in it that all ranks do together.
+
+    The other ranks do one job after the other, as rank 0 comes to them, until its work is done;
+    every rank returns its result, which must be picklable.
+
+    Args:
+        work: Called on rank 0, with a function that has all ranks do a job.
+        job: What every rank does with what that function is given, which must be picklable and not
+            None. An error in it must be the same on all ranks.
+
+    Raises:
+        BmergeError: On every rank, the error of rank 0.
+        RuntimeError: Likewise, where that error was of another class.
+    """
     if world() == 1:
-        return cast(T, result)
-    box = [result]
-    dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])
+        return work(job)
+
+    def together(item: T) -> None:
+        _told(item)
+        with _by_itself(False):
+            job(item)
+
+    result, error = None, None
+    if is_main():
+        result, error = _attempt(lambda: work(together))
+        _told(None)
+    else:
+        while (item := _told(None)) is not None:
+            with suppress(BmergeError):  # rank 0 decides what follows from it
+                job(cast(T, item))
+    _agree(error)
+    return cast(R, _told(result))
 
 
 def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
@@ -175,11 +206,18 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def _told(value: object) -> object:
+    """What rank 0 has; every rank calls this."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 @contextmanager
-def _by_itself() -> Iterator[None]:
-    """Work that others do not share: what it calls must not wait for them."""
+def _by_itself(alone: bool = True) -> Iterator[None]:
+    """Work that others do not share, or share again: what it calls must not wait for them."""
     global _alone
-    before, _alone = _alone, True
+    before, _alone = _alone, alone
     try:
         yield
     finally:
