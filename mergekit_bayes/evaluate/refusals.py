@@ -13,6 +13,7 @@ from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.metrics.perplexity import fitting_stride
 from mergekit_bayes.metrics.scorers import FORMS
 from mergekit_bayes.models.load import Loaded, choose_device, other_head
+from mergekit_bayes.ranks import launched
 
 
 def refuse_settings(config: EvaluateConfig) -> None:
@@ -20,7 +21,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
 
     Raises:
         ConfigError: There is nothing to measure, a setting has no effect or no object, or there is
-            no such device.
+            no such device, or one for several processes.
         CheckpointError: The output exists and `force` is not set, or holds something to be read.
     """
     refuse_tasks(config)
@@ -54,7 +55,12 @@ def refuse_settings(config: EvaluateConfig) -> None:
             f"samples with --dtype {config.dtype}: most draws are nearer to the mean than the next "
             f"{config.dtype} number, and would be rounded away. Give --dtype float32."
         )
-    choose_device(config.device)
+    device = choose_device(config.device)
+    if launched() and device.index is not None:
+        raise ConfigError(
+            f"--device {config.device}: {launched()} processes would run on this one GPU. Leave "
+            "--device out, and each takes its own."
+        )
     names = {**config.perplexity, **config.classify}
     for name in config.where if is_by_name(config.where) else ():
         if name not in names:

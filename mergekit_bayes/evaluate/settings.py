@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype
-from mergekit_bayes.records import Force, TrustRemoteCode
+from mergekit_bayes.records import Force, NumProcesses, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
@@ -132,6 +132,7 @@ class Measures(Config):
         ge=0,
         description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
+    num_processes: NumProcesses = None
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
