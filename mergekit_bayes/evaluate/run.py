@@ -17,6 +17,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.evaluate.continuations import (
     Continuations,
+    agreement_of_scorers,
     score_continuations,
     toxicity_by_scorer,
 )
@@ -160,6 +161,10 @@ def evaluate_model(
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
         toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
+        agreement=agreement_of_scorers(config, inputs.scorers, continuations)
+        if continuations
+        else (),
+        bias=inputs.bias if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples, **resampling) if continuations else None,
         judged=describe_judged(judged, **resampling) if judged else None,
