@@ -375,6 +375,57 @@ def test_prompts_are_read_from_objects(world, column, text):
     assert read_prompts(config) == [text, text]
 
 
+# The columns of the published file, with scores that are null.
+PUBLISHED = [
+    {
+        "filename": f"{i}.txt",
+        "begin": 1,
+        "end": 9,
+        "challenging": bool(i % 2),
+        "prompt": {"text": f"prompt {i}", "toxicity": score, "threat": None if i == 1 else 0.1},
+        "continuation": {"text": " so", "toxicity": 0.2},
+    }
+    for i, score in enumerate([0.25, None, 0.25, 0.75])
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"challenging": True}, [1, 3]),
+        ({"prompt.toxicity": 0.25}, [0, 2]),
+        ({"prompt.toxicity": [0.25, 0.75]}, [0, 2, 3]),
+        ({"prompt.toxicity": None}, [1]),
+        ({"prompt.threat": None, "challenging": True}, [1]),
+        ({"continuation.toxicity": 0.2, "filename": "3.txt"}, [3]),
+    ],
+)
+def test_prompts_are_chosen_by_what_is_in_objects_with_nulls(world, given, expected):
+    write_rows(world / "published.jsonl", PUBLISHED)
+    config = EvaluateConfig(
+        model="m", toxicity="published.jsonl", prompt_column="prompt", prompts_where=given
+    )
+    assert read_prompts(config) == [f"prompt {i}" for i in expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt.toxic": 0.25}, r"no column 'prompt\.toxic'; it has .*prompt\.toxicity"),
+        ({"prompt.toxicity": 0.5}, r"no row of published\.jsonl is left where"),
+        ({"prompt": 0.25}, r"no row of published\.jsonl is left where"),
+    ],
+)
+def test_a_choice_of_prompts_that_finds_none_is_refused(world, given, message):
+    write_rows(world / "published.jsonl", PUBLISHED)
+    config = EvaluateConfig(
+        model="m", toxicity="published.jsonl", prompt_column="prompt", prompts_where=given
+    )
+    with pytest.raises(MismatchError, match=message):
+        read_prompts(config)
+
+
 def test_a_column_whose_name_has_a_full_stop_is_that_column(world):
     write_rows(world / "flat.jsonl", [{"prompt.text": "a dog", "prompt": {"text": "no"}}])
     config = EvaluateConfig(model="m", toxicity="flat.jsonl", prompt_column="prompt.text")
@@ -433,7 +484,7 @@ def test_the_screen_shows_names_as_they_are(model, world):
     done = bmerge("evaluate", model, *options)
     assert done.exit_code == 0, done.output
     assert f"model:{name}#toxic: softmax of the label" in done.stderr
-    assert done.stderr.count(f"model:{name}#toxic") == 2  # in the table as well
+    assert done.stderr.count(f"model:{name}#toxic") == 3  # in the table and of its bias, too
     assert "[red]a[/red] :cat:" in done.stderr
 
 

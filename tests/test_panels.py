@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.checkpoint import sources
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig, panel_locks
+from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.panels import read_members
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.report import Pin, ScorerInfo
@@ -19,6 +22,7 @@ from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.evaluate.scorers import open_scorer, open_scorers
 from tests import pushing, tiny_models
 from tests.pushing import files
+from tests.two_ranks import found_by_two
 
 hub = pushing.hub
 LABELS = ["toxic", "insult", "other"]
@@ -330,6 +334,44 @@ def test_a_hub_id_that_is_a_folder_here_is_not_guessed(hub, judges, tmp_path, mo
         open_scorers([f"panel:{panel}"])
 
 
+def test_a_folder_that_appears_in_the_place_of_a_hub_id_is_refused(hub, judges, tmp_path):
+    repo = hub.add("org/a", files(judges / "a"))
+    panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a"})
+    open_scorers([f"panel:{panel}"])
+    shutil.copytree(judges / "a", tmp_path / "org" / "a")
+    message = f"at another commit. Expected {repo.refs['main']}, found None"
+    with pytest.raises(CheckpointError, match=message):
+        open_scorers([f"panel:{panel}"])
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_record_and_compare_with_it(panel):
+    first, second = found_by_two("tests.test_panels", panel.parent)
+    assert first == second
+    assert locked(panel)["first"]["files"] == first["files"]
+    assert list(locked(panel)) == ["first", "second"]
+    (panel.parent / "a" / "config.json").write_text("{}")
+    first, second = found_by_two("tests.test_panels", panel.parent)
+    assert first["error"] == second["error"]
+    assert "its config.json is not the same" in first["error"]
+
+
+def child(folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    result = {"world": dist.get_world_size()}
+    try:
+        scorers = open_scorers([f"panel:{folder / 'mine.yaml'}"])
+        result["files"] = scorers[0].info.pin.files
+    except BmergeError as error:
+        result["error"] = str(error)
+    results = [None, None]
+    dist.all_gather_object(results, result)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(results))
+
+
 @pytest.fixture
 def world(panel, monkeypatch):
     monkeypatch.chdir(panel.parent)
@@ -358,6 +400,30 @@ def test_each_member_has_its_own_row_in_the_report(world):
     scores = [row["scores"][names[1]] for row in rows]
     assert report.toxicity[names[1]].share.value == sum(s >= 0.25 for s in scores) / len(scores)
     assert report.scorers[names[0]].pin.files == locked(world / "mine.yaml")["first"]["files"]
+    (pair,) = report.agreement
+    assert (pair.first, pair.second, pair.texts) == (*names, 12)
+    verdicts = [
+        [row["scores"][n] >= t for n, t in zip(names, (0.6, 0.25), strict=True)] for row in rows
+    ]
+    assert pair.same.value == pytest.approx(sum(a == b for a, b in verdicts) / 12)
+    assert [report.bias[name].threshold for name in names] == [0.6, 0.25]
+    again = read_report("out")
+    assert (again.agreement, again.bias, again.scorers) == (
+        report.agreement,
+        report.bias,
+        report.scorers,
+    )
+
+
+def test_the_screen_shows_agreement_and_bias(world):
+    options = ["--toxicity", "prompts.jsonl", "--scorer", "panel:mine.yaml", "--continuations", "2"]
+    done = CliRunner().invoke(app, ["evaluate", "m", *options], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    screen = " ".join(done.stderr.split())
+    assert "panel:mine.yaml/first: softmax of the label, since the panel says so" in screen
+    assert "since the panel says so; toxic from 0.25 on" in screen
+    assert "do the scorers agree?" in screen
+    assert "panel:mine.yaml/second on civil sentences that name a group: furthest a" in screen
 
 
 def test_texts_that_a_classifier_does_not_read_in_full_are_counted(judges):

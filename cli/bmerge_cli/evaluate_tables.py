@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
+    from mergekit_bayes.metrics.identity_terms import IdentityBias
     from mergekit_bayes.metrics.perplexity import PerplexityReport
     from mergekit_bayes.metrics.quality import SamplesReport
 
@@ -168,16 +169,19 @@ def _show_toxicity(
         rows.append([scorer_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
     for spec, info in report.scorers.items():
+        name = scorer_name(spec)
         if info.reading is not None:
             own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
-            screen.print(
-                f"{scorer_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
-            )
+            screen.print(f"{name}: {info.reading} of the label, since {info.reason}{own}")
         if cut := report.toxicity[spec].cut:
             screen.print(
-                f"note: {scorer_name(spec)} reads the beginning of a long text only, here of "
-                f"{cut:,} continuations"
+                f"note: {name} reads the beginning of a long text only, here of {cut:,} "
+                "continuations"
             )
+    if report.agreement:
+        _show_agreement(screen, report)
+    for spec, bias in report.bias.items():
+        _show_bias(screen, scorer_name(spec), bias)
     if samples.shortened:
         screen.print(
             f"note: {samples.shortened} prompts lost their beginning, since the context is too "
@@ -185,8 +189,34 @@ def _show_toxicity(
         )
 
 
+def _show_agreement(screen: Console, report: "EvaluateReport") -> None:
+    from mergekit_bayes.compare.wording import scorer_name
+
+    columns = ["scorers", "same verdict", "kappa", "rank correlation"]
+    rows = [
+        [
+            f"{scorer_name(pair.first)}, {scorer_name(pair.second)}",
+            *map(_range, (pair.same, pair.kappa, pair.spearman)),
+        ]
+        for pair in report.agreement
+    ]
+    screen.print(table(columns, rows, title="do the scorers agree? [95 % interval]"))
+
+
+def _show_bias(screen: Console, name: str, bias: "IdentityBias") -> None:
+    furthest = ", ".join(f"{term} {bias.groups[term].mean:.3f}" for term in bias.furthest)
+    alarms = sum(group.false_alarms for group in bias.groups.values()) / len(bias.groups)
+    neutral = bias.neutral
+    screen.print(
+        f"{name} on civil sentences that name a group: furthest {furthest} (neutral nouns "
+        f"{neutral.mean:.3f}); spread {bias.spread:.3f} (neutral {bias.neutral_spread:.3f}); false "
+        f"alarms {alarms:.1%} (neutral {neutral.false_alarms:.1%})"
+    )
+
+
 def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesReport") -> None:
     """Print whether the continuations are still text: a row of numbers over their intervals."""
+
     of_samples = {
         "tokens": ("mean_tokens", "{:.1f}"),
         "empty": ("empty", "{:.1%}"),

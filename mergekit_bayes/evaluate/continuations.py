@@ -11,6 +11,7 @@ from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.generation import Samples, sample_continuations
+from mergekit_bayes.metrics.agreement import Agreement, measure_agreement
 from mergekit_bayes.metrics.quality import Judged
 from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
 from mergekit_bayes.models.load import Loaded
@@ -87,3 +88,15 @@ def toxicity_by_scorer(
         )
         for scorer in scorers
     }
+
+
+def agreement_of_scorers(
+    config: EvaluateConfig, scorers: Sequence[Scorer], continuations: Continuations
+) -> tuple[Agreement, ...]:
+    """How far every two scorers agree on the continuations."""
+    return measure_agreement(
+        continuations.scores,
+        {scorer.spec: scorer.threshold(config.threshold) for scorer in scorers},
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+    )

@@ -1,12 +1,14 @@
 """What an evaluation reads beside its model: its data, scorers, judge and tasks, opened once."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from mergekit_bayes.evaluate.judge import Judge, open_judge
 from mergekit_bayes.evaluate.lm_eval import Tasks, read_tasks
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.texts import Labelled, read_labelled, read_prompts, read_texts
+from mergekit_bayes.metrics.identity_terms import IdentityBias, measure_bias
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Inputs:
         scorers: The open scorers, each tried on one text.
         judge: The model under which the continuations have a perplexity, if any.
         tasks: The tasks of lm-eval with their data, if any.
+        threshold: The score from which a text is toxic, by scorers that have none of their own.
     """
 
     texts: dict[str, list[str]]
@@ -28,6 +31,16 @@ class Inputs:
     scorers: list[Scorer]
     judge: Judge | None = None
     tasks: Tasks | None = None
+    threshold: float = 0.5
+
+    @cached_property
+    def bias(self) -> dict[str, IdentityBias]:
+        """The bias of each classifier among the scorers, by its name, measured when first asked."""
+        return {
+            scorer.spec: measure_bias(scorer.score, threshold=scorer.threshold(self.threshold))
+            for scorer in self.scorers
+            if scorer.info.kind == "model"
+        }
 
 
 def read_inputs(config: Measures) -> Inputs:
@@ -56,4 +69,5 @@ def read_inputs(config: Measures) -> Inputs:
         if config.judge is not None
         else None,
         tasks=read_tasks(config),
+        threshold=config.threshold,
     )

@@ -7,8 +7,10 @@ from pydantic import Field
 
 from mergekit_bayes import __version__
 from mergekit_bayes.generation import Sampling
+from mergekit_bayes.metrics.agreement import Agreement
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.classification import ClassificationChange, ClassificationReport
+from mergekit_bayes.metrics.identity_terms import IdentityBias
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.quality import JudgedReport, SamplesReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
@@ -150,7 +152,10 @@ class EvaluateReport(Frozen):
         classification: Scores at the mean, by the names of the labelled texts.
         label_reading: How the outputs of a classifier were read, and what says so.
         sampled: The same averaged over the posterior's samples, if the config asks for them.
-        toxicity: Toxicity by each scorer, by the scorers' names in the config.
+        toxicity: Toxicity by each scorer, by the scorers' names in the config, or
+            `panel:NAME/MEMBER`.
+        agreement: Whether every two scorers agree on the continuations.
+        bias: What each classifier among the scorers says of civil sentences that name a group.
         scored: Only the continuation is scored, not the prompt.
         sampling: How continuations were drawn.
         samples: What the continuations look like, independent of the scorers.
@@ -173,6 +178,8 @@ class EvaluateReport(Frozen):
     label_reading: str | None = None
     sampled: SampledReport | None = None
     toxicity: dict[str, ToxicityReport] = {}
+    agreement: tuple[Agreement, ...] = ()
+    bias: dict[str, IdentityBias] = {}
     scored: Literal["continuation"] = "continuation"
     sampling: Sampling | None = None
     samples: SamplesReport | None = None

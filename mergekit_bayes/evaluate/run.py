@@ -19,6 +19,7 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.stamps import Stamp, refuse_changed, stamps_of
 from mergekit_bayes.evaluate.continuations import (
     Continuations,
+    agreement_of_scorers,
     score_continuations,
     toxicity_by_scorer,
 )
@@ -145,6 +146,10 @@ def evaluate_model(
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
         toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
+        agreement=agreement_of_scorers(config, inputs.scorers, continuations)
+        if continuations
+        else (),
+        bias=inputs.bias if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples, **resampling) if continuations else None,
         judged=describe_judged(judged, **resampling) if judged else None,

@@ -16,12 +16,12 @@ from mergekit_bayes.evaluate.panel_locks import open_pinned
 from mergekit_bayes.evaluate.panels import PanelMember, is_panel, read_members, refuse_several
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.heads import head_of
+from mergekit_bayes.metrics.base import Score
 from mergekit_bayes.metrics.scorers import (
     FORMS,
     READINGS,
     LabelReading,
     Reading,
-    Score,
     checked_scores,
     classifier_scorer,
     count_cut,

@@ -6,13 +6,14 @@ replacement (Efron's percentile interval, 95 %). A share is not, since resamples
 a single hit have none either: it has Wilson's interval.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 
 from mergekit_bayes.records import FloatArray, Record
 
+Score = Callable[[list[str]], list[float]]  # of each text, in [0, 1]
 Z = 1.959963984540054  # of the normal distribution, for 95 %
 _PERCENTILES = (2.5, 97.5)
 _CELLS = 16_000_000  # resampled numbers in memory at once

@@ -4,7 +4,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from mergekit_bayes.libraries import (
     longest_text,
     outputs_of,
 )
+from mergekit_bayes.metrics.base import Score
 from mergekit_bayes.ranks import on_main, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Score = Callable[[list[str]], list[float]]
 Reading = Literal["softmax", "sigmoid"]
 READINGS: tuple[Reading, ...] = ("softmax", "sigmoid")
 FORMS = "words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function"
