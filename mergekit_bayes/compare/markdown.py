@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mergekit_bayes.compare.settings import CompareReport
+from mergekit_bayes.compare.report import CompareReport
 from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, scorer_name
 from mergekit_bayes.hub.markdown import code, table, text
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.compare.settings import Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.metrics.base import Interval
 
 _SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping")

@@ -1,9 +1,10 @@
-"""What an evaluation reads beside its model: texts, prompts, scorers and judge, opened once."""
+"""What an evaluation reads beside its model: its data, scorers, judge and tasks, opened once."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 from mergekit_bayes.evaluate.judge import Judge, open_judge
+from mergekit_bayes.evaluate.lm_eval import Tasks, read_tasks
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.texts import Labelled, read_labelled, read_prompts, read_texts
@@ -21,6 +22,7 @@ class Inputs:
         scorers: The open scorers, each tried on one text.
         judge: The model under which the continuations have a perplexity, if any.
         threshold: The score from which a text is toxic, by scorers that have none of their own.
+        tasks: The tasks of lm-eval with their data, if any.
     """
 
     texts: dict[str, list[str]]
@@ -29,6 +31,7 @@ class Inputs:
     scorers: list[Scorer]
     judge: Judge | None = None
     threshold: float = 0.5
+    tasks: Tasks | None = None
 
     @cached_property
     def bias(self) -> dict[str, IdentityBias]:
@@ -44,8 +47,9 @@ def read_inputs(config: Measures) -> Inputs:
     """Read the data, and open the scorers and the judge that a config names.
 
     Raises:
-        ConfigError: A scorer fails, or is none, or the judge's context has no room.
-        CheckpointError: A file, a scorer's model or the judge cannot be read.
+        ConfigError: A scorer fails, or is none, there is no such task, or the judge's context has
+            no room.
+        CheckpointError: A file, a task, a scorer's model or the judge cannot be read.
         MismatchError: A column is missing, a scorer is not a classifier, or the judge is one.
     """
     return Inputs(
@@ -65,4 +69,5 @@ def read_inputs(config: Measures) -> Inputs:
         if config.judge is not None
         else None,
         threshold=config.threshold,
+        tasks=read_tasks(config),
     )
