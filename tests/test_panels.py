@@ -325,6 +325,43 @@ def test_a_member_in_a_pull_request_of_the_hub_is_found(hub, judges, tmp_path):
     assert scorer.info.pin.commit == commit
 
 
+# The labels that pages of the Hub show of "unbiased": seven kinds, and nine groups mentioned.
+UNBIASED = [
+    *("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat"),
+    *("sexual_explicit", "male", "female", "homosexual_gay_or_lesbian", "christian", "jewish"),
+    *("muslim", "black", "white", "psychiatric_or_mental_illness"),
+]
+
+
+def test_the_panel_of_the_package_is_fetched_and_recorded(hub, judges, tmp_path, monkeypatch):
+    """Stand-ins under the published names: the tensors of two are in a pull request only."""
+    monkeypatch.setenv("BMERGE_HOME", str(tmp_path / "own"))
+    many = tiny_models.tiny_bert(tmp_path / "many", labels=16, names=UNBIASED, problem_type=MULTI)
+    hub.add("ibm-granite/granite-guardian-hap-38m", files(judges / "a"))
+    for name, folder, ref in (
+        ("unitary/unbiased-toxic-roberta", many, "refs/pr/2"),
+        ("tomh/toxigen_roberta", judges / "b", "refs/pr/1"),
+    ):
+        converted = hub.add("org/converted", files(folder))
+        repo = hub.add(name, {"pytorch_model.bin": b"a pickle"})
+        repo.commit(ref, converted.commits[converted.refs["main"]], "converted")
+    scorers = open_scorers(["panel:toxicity"])
+    read = {s.spec: (s.info.label, s.info.reading) for s in scorers}
+    assert read == {
+        "panel:toxicity/hap": ("LABEL_1", "softmax"),
+        "panel:toxicity/detoxify": ("toxicity", "sigmoid"),
+        "panel:toxicity/toxigen": ("LABEL_1", "softmax"),
+    }
+    lock = tmp_path / "own" / "panels" / "toxicity.lock.json"
+    recorded = json.loads(lock.read_text())["members"]
+    assert {name: pin["commit"] for name, pin in recorded.items()} == {
+        "hap": hub.repos["ibm-granite/granite-guardian-hap-38m"].refs["main"],
+        "detoxify": hub.repos["unitary/unbiased-toxic-roberta"].refs["refs/pr/2"],
+        "toxigen": hub.repos["tomh/toxigen_roberta"].refs["refs/pr/1"],
+    }
+    assert lock.parent.stat().st_mode & 0o077 == 0
+
+
 def test_a_hub_id_that_is_a_folder_here_is_not_guessed(hub, judges, tmp_path, monkeypatch):
     hub.add("org/a", files(judges / "a"))
     panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a"})

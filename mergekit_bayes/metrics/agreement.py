@@ -99,7 +99,7 @@ def _kappa(shares: FloatArray) -> FloatArray:
     p, a, b = np.moveaxis(shares, -1, 0)
     by_chance = a * b + (1 - a) * (1 - b)
     beyond = np.where(1 - by_chance > 1e-12, 1 - by_chance, np.nan)  # else it is rounding
-    kappa: FloatArray = (p - by_chance) / beyond
+    kappa: FloatArray = np.round((p - by_chance) / beyond, 12)  # so that no agreement is 0
     return kappa
 
 
