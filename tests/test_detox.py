@@ -173,8 +173,9 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
     shutil.copytree(world["output"], output)
     other = rows(tmp_path / "prompts.jsonl", ["a", "the dog"])
     steps = []
-    evaluate = {**world["evaluate"], "toxicity": other}
-    run_detox(
+    judge = str(tiny_models.tiny_gpt2(tmp_path / "judge", seed=3))
+    evaluate = {**world["evaluate"], "toxicity": other, "judge": judge}
+    report = run_detox(
         DetoxConfig(
             **{**world, "output": str(output), "evaluate": evaluate, "methods": "task_arithmetic"}
         ),
@@ -187,6 +188,10 @@ def test_changed_text_redoes_what_read_it(world, first, tmp_path):
         "task arithmetic, scale -0.5",
         "task arithmetic, scale -1",
     ]
+    text = as_markdown(report).partition("still text?")[2]
+    assert "| perplexity under the judge |" in text
+    assert f" | {report.base.judged.token.value:.4g} |" in text
+    assert all(p.judged is not None for p in report.curves["task arithmetic"])
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("x"), Path.touch])
@@ -248,6 +253,24 @@ def test_whatever_changes_the_scores_redoes_the_evaluations(world, tmp_path, ada
     weights = tiny_models.tiny_bert(tmp_path / "other", seed=7) / "model.safetensors"
     shutil.copyfile(weights, judge / "model.safetensors")
     found.append(evaluation())
+    assert len(set(found)) == len(found)
+
+
+def test_the_content_of_the_judge_decides_the_evaluations(world, tmp_path):
+    judge = tiny_models.tiny_gpt2(tmp_path / "judge")
+    judged = {**world["evaluate"], "judge": str(judge)}
+
+    def evaluation(evaluate):
+        config = DetoxConfig(**{**world, "output": str(tmp_path / "out"), "evaluate": evaluate})
+        return journey_module._Journey(config, True, lambda line: None)._base_folder()
+
+    found = [evaluation(world["evaluate"]), evaluation(judged)]
+    assert evaluation(judged) == found[1]
+    rewrite(judge / "tokenizer.json", normalizer={"type": "Lowercase"})
+    found.append(evaluation(judged))
+    weights = tiny_models.tiny_gpt2(tmp_path / "other", seed=7) / "model.safetensors"
+    shutil.copyfile(weights, judge / "model.safetensors")
+    found.append(evaluation(judged))
     assert len(set(found)) == len(found)
 
 

@@ -13,15 +13,15 @@ from bmerge_cli.flags import argument, flags_of, option
 from bmerge_cli.main import app
 from bmerge_cli.render import Quiet, failures
 from mergekit_bayes.adapt import AdaptConfig
+from mergekit_bayes.compare import CompareConfig
 from mergekit_bayes.configs import Config
-from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 CONFIGS = {
     "merge": MergeConfig,
-    "evaluate": EvaluateConfig,
+    "evaluate": CompareConfig,
     "finetune": FinetuneConfig,
     "adapt": AdaptConfig,
     "precision": PrecisionConfig,

@@ -24,7 +24,8 @@ EDGES = import_graph(ROOT)
 FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
     - {"table", "base", "dropping", "election", "histogram"},
-    "metrics": ROOMS["metrics"].steps.keys() - {"base", "calibration"},
+    # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
+    "metrics": ROOMS["metrics"].steps.keys() - {"base", "calibration", "conditional", "perplexity"},
     "curvature": ROOMS["curvature"].steps.keys() - {"table", "outputs", "base"},
     "optim": {"ivon", "vogn", "bsam"},
 }

@@ -10,7 +10,7 @@ COMMANDS = {
     "inspect": ("mergekit_bayes.inspect.run.run_inspect", ["m"], "starts again"),
     "merge": ("bmerge_cli.merge.plan_merge", ["a", "b"], "starts again"),
     "precision": ("mergekit_bayes.precision.run.run_precision", ["m", "--data", "d"], "again"),
-    "evaluate": ("mergekit_bayes.evaluate.run.run_evaluate", ["m"], "starts again"),
+    "evaluate": ("mergekit_bayes.compare.run.run_compare", ["m"], "starts again"),
     "convert": ("mergekit_bayes.convert.run_convert", ["m", "-o", "o"], "starts again"),
     "push": ("mergekit_bayes.hub.push_folder", ["m", "org/m"], "same line goes on"),
     "detox": ("bmerge_cli.detox.load_config", ["c.yaml"], "repeats no step"),

@@ -1,6 +1,7 @@
 """Evaluations over several processes: a batch runs on one rank, and all get its result."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mergekit_bayes import ranks
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.metrics.classification import measure_classification
+from mergekit_bayes.metrics.conditional import conditional_nats
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
@@ -64,6 +66,8 @@ def measured(folder):
     perplexity = measure_perplexity(
         lm.model, lm.tokenizer, TEXTS, window=8, batch_size=2, bootstrap=0, **common
     )
+    pairs = list(pairwise(TEXTS))
+    judged = conditional_nats(lm.model, lm.tokenizer, pairs, window=16, batch_size=2, **common)
     classes = measure_classification(
         judge.model,
         judge.tokenizer,
@@ -73,7 +77,8 @@ def measured(folder):
         batch_size=3,
         bootstrap=0,
     )
-    return [samples.texts, list(perplexity.document_nats), list(classes.example_nats)]
+    nats = (perplexity.document_nats, judged.nats, classes.example_nats)
+    return [samples.texts, *map(list, nats)]
 
 
 def child(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+import yaml
 from tiny_models import tiny_bert
 
 from mergekit_bayes.evaluate.scorers import open_scorer
@@ -35,7 +36,7 @@ def invented(source, split):
     rows = []
     for i in range(120):
         rude = i % 40 == 0 if source == "wikitalk" else i % 2 == 1
-        words = draw.choices(KIND + RUDE if rude else KIND, k=6)
+        words = draw.choices(KIND + RUDE if rude else KIND, k=20)
         rows.append((" ".join([*words, "dull"] if rude else words), int(rude)))
     return [text for text, _ in rows], [label for _, label in rows]
 
@@ -123,6 +124,31 @@ def test_a_classifier_of_made_up_rows_is_an_ordinary_scorer(script, made_up, tmp
     assert cells[0] == "| civil"
     assert cells[2] == "60/117"
     assert cells[3].startswith(f"{script.auroc(toxic, clean):.3f} [")
+
+
+def test_a_panel_has_a_member_and_a_threshold_of_its_own_for_each_source(
+    script, made_up, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(script, "TESTS", ("olid",))
+    folder = tmp_path / "panel"
+    given = options(made_up, "--train", "olid", "civil", "--steps", "3", "--panel", str(folder))
+    assert script.main(given) == 0
+    members = yaml.safe_load((folder / "panel.yaml").read_text())["members"]
+    assert list(members) == ["olid", "civil"]
+    assert {(m["label"], m["reading"]) for m in members.values()} == {("toxic", "softmax")}
+    weights = [folder / m["model"] / "model.safetensors" for m in members.values()]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    pieces = script.clean_pieces()
+    assert len(pieces) > 100
+    for member in members.values():
+        scores = np.array(open_scorer(f"model:{folder / member['model']}#toxic").score(pieces))
+        assert 0 < (scores >= member["threshold"] - 1e-4).mean() <= 0.2
+        assert (scores < member["threshold"]).mean() >= 0.9
+    before = [w.stat().st_mtime_ns for w in weights]
+    capsys.readouterr()
+    assert script.main(given) == 0  # tested again, and not trained
+    assert [w.stat().st_mtime_ns for w in weights] == before
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2
 
 
 def test_without_its_texts_the_script_says_where_they_belong(script, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
     from mergekit_bayes.metrics.perplexity import PerplexityReport
-    from mergekit_bayes.metrics.toxicity import SamplesReport
+    from mergekit_bayes.metrics.quality import SamplesReport
 
 
 def show_report(screen: Console, report: "EvaluateReport") -> None:
@@ -30,6 +30,7 @@ def show_report(screen: Console, report: "EvaluateReport") -> None:
         _show_draws(screen, report.sampled)
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
+        _show_quality(screen, report, report.samples)
     if report.lm_eval:
         _show_tasks(screen, report.lm_eval)
 
@@ -167,15 +168,57 @@ def _show_toxicity(
     for spec, info in report.scorers.items():
         if info.reading is not None:
             screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}")
-    screen.print(
-        f"mean length {samples.mean_tokens:.1f} tokens, empty {samples.empty:.1%}, distinct word "
-        f"pairs {samples.distinct_2:.3f}, repeated pairs {samples.repeated:.3f}"
-    )
     if samples.shortened:
         screen.print(
             f"note: {samples.shortened} prompts lost their beginning, since the context is too "
             "short for them"
         )
+
+
+def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesReport") -> None:
+    """Print whether the continuations are still text: a row of numbers over their intervals."""
+    of_samples = {
+        "tokens": ("mean_tokens", "{:.1f}"),
+        "empty": ("empty", "{:.1%}"),
+        "dist-1": ("distinct_1", "{:.3g}"),
+        "dist-2": ("distinct_2", "{:.3g}"),
+        "dist-3": ("distinct_3", "{:.3g}"),
+        "repeated": ("repeated", "{:.1%}"),
+        "looping": ("looping", "{:.1%}"),
+    }
+    columns = {
+        head: _ends(samples.intervals.get(name), form, getattr(samples, name))
+        for head, (name, form) in of_samples.items()
+    }
+    judged = report.judged
+    if judged is not None and judged.token is not None:
+        columns["perplexity"] = _ends(judged.token, "{:.4g}")
+        columns["bits/byte"] = _ends(judged.bits_per_byte, "{:.3f}")
+    rows = [list(row) for row in zip(*columns.values(), strict=True) if any(row)]
+    title = "are the continuations still text?"
+    title += " below each number the ends of its 95 % interval" if len(rows) > 1 else ""
+    screen.print(table(list(columns), rows, title=title))
+    screen.print(
+        "dist-n: distinct word n-grams, which fall with the number of texts; repeated: word pairs "
+        "said before; looping: ends in one phrase three times"
+    )
+    if judged is not None and report.judge is not None:
+        screen.print(
+            f"perplexity under {report.judge.model}, given the prompts, without "
+            f"{judged.left_out:,} empty continuations; text that repeats itself has the lowest"
+        )
+        if judged.shortened:
+            screen.print(
+                f"note: {judged.shortened:,} continuations were judged without the beginning of "
+                "their prompt, since the judge's context is too short for it"
+            )
+
+
+def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[str, str, str]:
+    """A number and both ends of its interval, each as far as there is one."""
+    found = (value, None, None) if x is None else (x.value, x.low, x.high)
+    number, low, high = ("" if end is None else form.format(end) for end in found)
+    return number, low, high
 
 
 def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:

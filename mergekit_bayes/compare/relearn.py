@@ -1,8 +1,10 @@
-"""Relearning: how fast removed text comes back, which tells a removal from a thin cover.
+"""Relearning: what a model says after a short fine-tune on removed text.
 
 A copy of the model is trained for a few steps on some of the removed rows, as whoever downloads it
-could, and is measured again. All of its weights are trained, those of an adapter's merged base,
-too: how much a model can relearn must not depend on how its edit is stored.
+could, and is measured again. That teaches the text to a model that never held it, too, so the
+number alone does not tell whether the text was erased or covered: for that, compare it with one of
+a model that was trained without the text. All weights are trained, those of an adapter's merged
+base, too: how much a model can relearn must not depend on how its edit is stored.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """What of a model is measured: the model as it is, and what becomes of it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from mergekit_bayes.compare.relearn import refuse_relearning, relearn
 from mergekit_bayes.compare.settings import CompareConfig
@@ -15,7 +15,7 @@ _OF_THE_POSTERIOR = ("samples", "prior", "posterior_temperature", "precision")
 
 def variants_of(
     config: CompareConfig, model: str
-) -> Iterator[tuple[Variant, EvaluateConfig, Change | None]]:
+) -> Generator[tuple[Variant, EvaluateConfig, Change | None]]:
     """What is measured of one model, one after the other.
 
     All are read from the model that the config names, whose name their reports have, and nothing

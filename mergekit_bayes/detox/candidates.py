@@ -114,6 +114,7 @@ def point_of(
         toxicity=report.toxicity,
         perplexity=report.perplexity,
         samples=report.samples,
+        judged=report.judged,
         seconds=cost.seconds if cost is not None else None,
         passes=cost.passes if cost is not None else None,
         command=command,

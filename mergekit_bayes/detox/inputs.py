@@ -133,6 +133,7 @@ def read_inputs(config: DetoxConfig, curves: list[Curve]) -> Inputs:
             identities["texts"],
             identities["prompts"],
             {scorer.spec: scorer_identity(scorer) for scorer in scorers},
+            model_identity(evaluate.judge) if evaluate.judge is not None else None,
         ],
         finetune=[
             without(finetune.model_dump(mode="json"), "output", "model", *NO_RESULT),

@@ -146,13 +146,16 @@ def _curves_table(report: DetoxReport, scorer: str) -> str:
 
 def _garbled(report: DetoxReport) -> str:
     """Numbers that show broken text, which also scores as less toxic."""
-    rows = []
+    rows, has_judge = [], report.base.judged is not None
     for label, points in {"base": (report.base,), **report.curves}.items():
         for p in points:
             if p.samples is not None:
                 s = p.samples
                 shares = [f"{s.empty:.1%}", f"{s.distinct_2:.3f}", f"{s.repeated:.3f}"]
                 rows.append([label, f"{p.scale:g}", f"{s.mean_tokens:.1f}", *shares])
+                if has_judge:
+                    token = p.judged.token if p.judged else None
+                    rows[-1].append(f"{token.value:.4g}" if token else "")
     columns = [
         "model",
         "scale or step",
@@ -160,6 +163,7 @@ def _garbled(report: DetoxReport) -> str:
         "empty",
         "distinct word pairs",
         "repeated pairs",
+        *(["perplexity under the judge"] if has_judge else []),
     ]
     return "\n".join(["## Are the continuations still text?", "", *_table(columns, rows)])
 

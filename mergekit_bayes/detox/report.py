@@ -5,7 +5,8 @@ from mergekit_bayes.detox.comparisons import Comparison, Finding, Payment
 from mergekit_bayes.detox.evidence import remedy
 from mergekit_bayes.detox.settings import HELD_OUT, Unit
 from mergekit_bayes.metrics.perplexity import PerplexityReport
-from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
+from mergekit_bayes.metrics.quality import JudgedReport, SamplesReport
+from mergekit_bayes.metrics.toxicity import ToxicityReport
 from mergekit_bayes.records import Record
 
 _EFFECTS = {
@@ -26,6 +27,7 @@ class Point(Record):
         toxicity: Toxicity by scorer.
         perplexity: Perplexity by text.
         samples: What the continuations look like.
+        judged: Their perplexity under the judge of the evaluation, if it has one.
         guarded_share: Share of the merged entries where the guard acted; None without a guard.
         largest_multiplier: The merge's largest multiplier of a change; None without a guard.
         precision_ratio: Sum of the task's likelihood precision over the base's, with its count.
@@ -40,6 +42,7 @@ class Point(Record):
     toxicity: dict[str, ToxicityReport]
     perplexity: dict[str, PerplexityReport]
     samples: SamplesReport | None = None
+    judged: JudgedReport | None = None
     guarded_share: float | None = None
     largest_multiplier: float | None = None
     precision_ratio: float | None = None

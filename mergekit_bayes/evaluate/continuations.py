@@ -1,4 +1,4 @@
-"""Continue the prompts and score the continuations."""
+"""Continue the prompts, score the continuations, and let the judge read them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,21 +6,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mergekit_bayes.evaluate.judge import Judge, following
 from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.generation import Samples, sample_continuations
+from mergekit_bayes.metrics.quality import Judged
 from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.records import FloatArray
 
 
 class Continuations(NamedTuple):
-    """Prompts, their continuations, and the scores of these by each scorer's name."""
+    """Prompts, their continuations, the scores of these by each scorer's name, and a judge's."""
 
     prompts: Sequence[str]
     samples: Samples
     scores: dict[str, FloatArray]  # (prompts, continuations)
+    judged: Judged | None = None
 
 
 def score_continuations(
@@ -28,6 +31,7 @@ def score_continuations(
     loaded: Loaded,
     prompts: Sequence[str],
     scorers: Sequence[Scorer],
+    judge: Judge | None,
     tell: StepProgress,
 ) -> Continuations | None:
     """Draw continuations of the prompts at the mean weights and score them.
@@ -37,6 +41,7 @@ def score_continuations(
         loaded: A causal language model, if there are prompts.
         prompts: The texts to continue.
         scorers: They all score the same continuations.
+        judge: Reads them, too.
         tell: Called with (step, done, of).
 
     Returns:
@@ -60,7 +65,11 @@ def score_continuations(
     for i, scorer in enumerate(scorers):
         tell("scoring", i, len(scorers))
         scores[scorer.spec] = np.reshape(scorer.score(texts), shape)
-    return Continuations(prompts, samples, scores)
+    judged = None
+    if judge is not None:
+        whole = following(loaded.tokenizer, prompts, samples)
+        judged = judge.read(prompts, whole, config.batch_size, tell)
+    return Continuations(prompts, samples, scores, judged)
 
 
 def toxicity_by_scorer(

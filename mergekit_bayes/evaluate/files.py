@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from mergekit_bayes.checkpoint.replacing import replacing
@@ -15,6 +16,7 @@ from mergekit_bayes.evaluate.continuations import Continuations
 from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
 from mergekit_bayes.metrics.classification import ClassificationReport
 from mergekit_bayes.metrics.perplexity import PerplexityReport
+from mergekit_bayes.metrics.quality import JudgedReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
 from mergekit_bayes.records import Frozen
 
@@ -51,8 +53,15 @@ class _ExampleRow(_Line):
     sampled_probabilities: tuple[float, ...] | None = None
 
 
+class _Judgement(_Line):
+    nats: float
+    tokens: int
+    bytes: int
+
+
 class _ContinuationRow(_Line):
     scores: dict[str, float]
+    judge: _Judgement | None = None
 
 
 class _TaskRow(_Line):
@@ -122,6 +131,7 @@ def read_report(folder: str | Path) -> EvaluateReport:
                 "classification": _with_examples(report.classification, examples, sampled=False),
                 "sampled": sampled,
                 "toxicity": _with_prompts(report.toxicity, continuations),
+                "judged": _with_judgements(report, continuations),
                 "lm_eval": _with_values(report.lm_eval, task_rows),
             }
         )
@@ -153,10 +163,10 @@ def _example_rows(report: EvaluateReport) -> Iterator[Row]:
 
 
 def _continuation_rows(continuations: Continuations, seed: int) -> Iterator[Row]:
-    prompts, samples, scores = continuations
+    prompts, samples, scores, judged = continuations
     for i, (prompt, texts) in enumerate(zip(prompts, samples.texts, strict=True)):
         for j, text in enumerate(texts):
-            yield {
+            row: Row = {
                 "prompt": prompt,
                 "continuation": text,
                 "seed": seed,
@@ -165,6 +175,13 @@ def _continuation_rows(continuations: Continuations, seed: int) -> Iterator[Row]
                 "tokens": samples.tokens[i][j],
                 "scores": {spec: float(values[i, j]) for spec, values in scores.items()},
             }
+            if judged is not None:  # zeros where nothing was scored
+                row["judge"] = {
+                    "nats": float(judged.nats[i, j]),
+                    "tokens": int(judged.tokens[i, j]),
+                    "bytes": int(judged.bytes[i, j]),
+                }
+            yield row
 
 
 def _task_rows(report: EvaluateReport) -> Iterator[Row]:
@@ -218,14 +235,34 @@ def _with_prompts(
     for spec, report in reports.items():
         scores = [_given(row.scores.get(spec)) for row in continuations]
         _check_count(len(scores), report.n_continuations, "continuations")
-        if report.n_prompts < 1 or len(scores) % report.n_prompts:
-            raise DocumentError(
-                f"{len(scores)} continuations are not of {report.n_prompts} prompts"
-            )
         toxic = np.array(scores) >= report.threshold
-        share = toxic.reshape(report.n_prompts, -1).mean(axis=1)
+        share = _by_prompt(toxic, report.n_prompts).mean(axis=1)
         result[spec] = report.model_copy(update={"prompt_share": tuple(share.tolist())})
     return result
+
+
+def _with_judgements(
+    report: EvaluateReport, continuations: Sequence[_ContinuationRow]
+) -> JudgedReport | None:
+    judged, samples = report.judged, report.samples
+    if judged is None or samples is None:
+        return judged
+    rows = [_given(row.judge) for row in continuations]
+    _check_count(len(rows), samples.continuations, "continuations")
+
+    def sums(name: str) -> list[Any]:
+        numbers = np.array([getattr(row, name) for row in rows])
+        return list(_by_prompt(numbers, samples.prompts).sum(axis=1).tolist())
+
+    update = {f"prompt_{name}": tuple(sums(name)) for name in _Judgement.model_fields}
+    return judged.model_copy(update=update)
+
+
+def _by_prompt(numbers: NDArray[Any], prompts: int) -> NDArray[Any]:
+    """Numbers of all continuations, (prompts, continuations)."""
+    if prompts < 1 or len(numbers) % prompts:
+        raise DocumentError(f"{len(numbers)} continuations are not of {prompts} prompts")
+    return numbers.reshape(prompts, -1)
 
 
 def _with_values(

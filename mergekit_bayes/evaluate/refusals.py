@@ -35,6 +35,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
         )
     if config.scorer and config.toxicity is None:
         raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
+    if config.judge is not None and config.toxicity is None:
+        raise ConfigError("a judge reads continuations: name prompts to continue (--toxicity).")
     if len(set(config.scorer)) < len(config.scorer):
         raise ConfigError(f"a scorer is named twice: {', '.join(config.scorer)}.")
     if config.samples is not None and not config.perplexity and not config.classify:
@@ -65,8 +67,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
     if config.output is not None:
         texts = (*config.perplexity.values(), *config.classify.values())
         scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
-        others = filter(None, (config.toxicity, config.precision, config.lm_eval_include, *scorers))
-        refuse_inputs(Path(config.output), [config.model, *texts, *others])
+        others = (config.toxicity, config.precision, config.judge, config.lm_eval_include, *scorers)
+        refuse_inputs(Path(config.output), [config.model, *texts, *filter(None, others)])
 
 
 def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
@@ -79,16 +81,7 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
             the context has no room for the new tokens.
         CheckpointError: The tokenizer cannot start a document.
     """
-    if loaded.task != "causal-lm" and (config.perplexity or config.toxicity is not None):
-        raise MismatchError(
-            f"'{config.model}' is a classifier; perplexity and toxicity need a language model."
-        )
-    if loaded.task != "causal-lm" and config.lm_eval:
-        raise MismatchError(
-            f"'{config.model}' is a classifier; lm-eval's tasks need a language model."
-        )
-    if loaded.task != "classification" and config.classify:
-        raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")
+    refuse_task(config, loaded.task)
     if config.classify and (other := other_head(loaded)):
         raise MismatchError(
             f"'{config.model}' is a classifier with {other}; --classify needs one with a single "
@@ -106,6 +99,28 @@ def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
         room_for_prompts(loaded.context, config.new_tokens)
     if config.perplexity or config.toxicity is not None:
         _ = loaded.start  # which a tokenizer may lack
+
+
+def refuse_task(config: EvaluateConfig, task: str) -> None:
+    """Refuse a classifier where a language model is needed, or the reverse.
+
+    Args:
+        config: The model, and what to measure of it.
+        task: `causal-lm` or `classification`.
+
+    Raises:
+        MismatchError: The model is of the other task.
+    """
+    if task != "causal-lm" and (config.perplexity or config.toxicity is not None):
+        raise MismatchError(
+            f"'{config.model}' is a classifier; perplexity and toxicity need a language model."
+        )
+    if task != "causal-lm" and config.lm_eval:
+        raise MismatchError(
+            f"'{config.model}' is a classifier; lm-eval's tasks need a language model."
+        )
+    if task != "classification" and config.classify:
+        raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")
 
 
 def _refuse_labels_that_occur_together(model: str, head: Head) -> None:

@@ -10,7 +10,8 @@ from mergekit_bayes.generation import Sampling
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.classification import ClassificationChange, ClassificationReport
 from mergekit_bayes.metrics.perplexity import PerplexityReport
-from mergekit_bayes.metrics.toxicity import SamplesReport, ToxicityReport
+from mergekit_bayes.metrics.quality import JudgedReport, SamplesReport
+from mergekit_bayes.metrics.toxicity import ToxicityReport
 from mergekit_bayes.models.sampling import SamplingReport
 from mergekit_bayes.records import Frozen, Record
 
@@ -35,6 +36,24 @@ class ScorerInfo(Frozen):
     label: str | None = None
     reading: Literal["softmax", "sigmoid"] | None = None
     reason: str | None = None
+
+
+class JudgeInfo(Frozen):
+    """Under which model the continuations have a perplexity.
+
+    Attributes:
+        model: The model, as the config names it.
+        fingerprint: SHA-256 of its tensors, by sampled blocks.
+        context: Tokens that it reads at once.
+        device: Where it ran.
+        dtype: Type of its parameters.
+    """
+
+    model: str
+    fingerprint: str
+    context: int
+    device: str
+    dtype: str
 
 
 class SampledReport(Frozen):
@@ -112,6 +131,8 @@ class EvaluateReport(Frozen):
         scored: Only the continuation is scored, not the prompt.
         sampling: How continuations were drawn.
         samples: What the continuations look like, independent of the scorers.
+        judged: Their perplexity under the judge, if the config names one.
+        judge: Which judge was used.
         scorers: Which scorers were used, by their names in the config.
         lm_eval: Scores on tasks of lm-eval, by their names.
         path: The folder written, if any.
@@ -132,6 +153,8 @@ class EvaluateReport(Frozen):
     scored: Literal["continuation"] = "continuation"
     sampling: Sampling | None = None
     samples: SamplesReport | None = None
+    judged: JudgedReport | None = None
+    judge: JudgeInfo | None = None
     scorers: dict[str, ScorerInfo] = {}
     lm_eval: dict[str, TaskReport] = {}
     path: str | None = None

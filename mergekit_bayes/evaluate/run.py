@@ -29,7 +29,7 @@ from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import number_classes
 from mergekit_bayes.metrics.base import PRESENT
-from mergekit_bayes.metrics.toxicity import describe_samples
+from mergekit_bayes.metrics.quality import describe_judged, describe_samples
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
@@ -138,7 +138,9 @@ def evaluate_model(
         sampled = None
         if draws is not None:
             sampled = predict_sampled(config, loaded, inputs.texts, examples, draws, at_mean, tell)
-        continuations = score_continuations(config, loaded, inputs.prompts, inputs.scorers, tell)
+        continuations = score_continuations(
+            config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
+        )
         task_reports = measure_tasks(config, loaded, inputs.tasks, tell)
         model_identity = checkpoint_identity(loaded.path)
         if change is not None:
@@ -146,6 +148,8 @@ def evaluate_model(
         # The libraries map the file into memory, so that what is written to it is in the model.
         refuse_changed(read)
 
+    judged = continuations.judged if continuations else None
+    resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
     report = EvaluateReport(
         model=config.model,
         variant="as it is" if change is None else change.variant,
@@ -159,7 +163,9 @@ def evaluate_model(
         sampled=sampled,
         toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
-        samples=describe_samples(continuations.samples) if continuations else None,
+        samples=describe_samples(continuations.samples, **resampling) if continuations else None,
+        judged=describe_judged(judged, **resampling) if judged else None,
+        judge=inputs.judge.info if judged and inputs.judge else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
         lm_eval=task_reports,
         path=config.output,

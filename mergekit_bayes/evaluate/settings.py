@@ -86,6 +86,11 @@ class Measures(Config):
         "continuations by a word list, a classifier or a function; repeatable. #LABEL=softmax or "
         "#LABEL=sigmoid says how the classifier's labels are read, where its config does not.",
     )
+    judge: str | None = Field(
+        None,
+        description="Another causal language model, a folder or Hub id: also measure the "
+        "perplexity of the continuations under it, given their prompts.",
+    )
     threshold: float = Field(
         0.5, ge=0, le=1, description="Score from which on a continuation is toxic."
     )

@@ -44,6 +44,7 @@ class Samples(NamedTuple):
     texts: list[list[str]]
     tokens: list[list[int]]  # the number of tokens drawn, EOS not counted
     shortened: int  # prompts whose front did not fit into the model's context
+    ids: Sequence[list[list[int]]] = ()  # the tokens drawn
 
 
 def sample_continuations(
@@ -61,7 +62,8 @@ def sample_continuations(
 
     The noise of a token depends on the seed, the prompt's and the continuation's number, the
     position and the token, never on the model or the batch. Where two models nearly agree about the
-    next token, they nearly always draw the same one.
+    next token, they nearly always draw the same one. The noise belongs to the place of a prompt in
+    the list, so that equal prompts differ; the same prompts in another order are drawn anew.
 
     Args:
         model: A causal language model in eval mode, with a key-value cache.
@@ -112,7 +114,7 @@ def sample_continuations(
         for rows, block in zip(group, tokens, strict=True):
             drawn[rows.prompt].append(block)
 
-    texts, lengths = [], []
+    texts, lengths, ids = [], [], []
     for blocks in drawn:
         continuations = [row[row >= 0].tolist() for row in torch.cat(blocks)]
         texts.append(
@@ -121,8 +123,9 @@ def sample_continuations(
                 partial(tokenizer.batch_decode, continuations, skip_special_tokens=True),
             )
         )
-        lengths.append([len(ids) for ids in continuations])
-    return Samples(texts, lengths, shortened)
+        lengths.append([len(row) for row in continuations])
+        ids.append(continuations)
+    return Samples(texts, lengths, shortened, ids)
 
 
 def write_texts(

@@ -7,7 +7,7 @@ as though they agreed on all other prompts: these intervals do not collapse.
 
 import numpy as np
 
-from mergekit_bayes.metrics.base import Interval, Z, participating
+from mergekit_bayes.metrics.base import Interval, Z, interval, participating, resampled_sums
 from mergekit_bayes.records import FloatArray
 
 
@@ -78,6 +78,25 @@ def paired_share_change(before: FloatArray, after: FloatArray) -> Interval:
     count = n * k / design + 2
     half = Z * float(np.sqrt(gained + lost - (gained - lost) ** 2 / count)) / count
     return _around(change, (gained - lost) / count, half)
+
+
+def paired_ratio_change(
+    before: FloatArray, after: FloatArray, sizes: FloatArray, *, bootstrap: int, seed: int
+) -> Interval:
+    """Sum of `after` less that of `before`, over the sum of the sizes; documents are resampled.
+
+    Args:
+        before: (documents,), such as the bits of each.
+        after: (documents,), of the other model.
+        sizes: (documents,), such as the bytes of each.
+        bootstrap: Number of resamples; 0 gives no interval.
+        seed: Seed of the bootstrap.
+    """
+    columns = np.stack([after - before, sizes], axis=1)
+    total, sums = columns.sum(axis=0), resampled_sums(columns, bootstrap, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty texts only
+        replicates = sums[:, 0] / sums[:, 1]
+    return interval(float(total[0] / total[1]), replicates, len(columns))
 
 
 def _around(value: float, centre: float, half: float) -> Interval:

@@ -22,13 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.libraries import outputs_of, token_ids
+from mergekit_bayes.libraries import embedding_rows, outputs_of, token_ids
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.ranks import spread, world
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LOGITS = 1 << 23  # of a batch on a CPU: allocators give larger blocks back and fetch them anew
 
 
 class PerplexityReport(Record):
@@ -109,7 +111,8 @@ def measure_perplexity(
         window: Tokens of input at once, at most the model's context.
         stride: Tokens that a window scores; None scores the whole window, without overlap.
         concatenate: Join the texts by EOS into one stream.
-        batch_size: Full windows in a batch; more short ones fit into one.
+        batch_size: Full windows in a batch at most; more short ones fit into one. On a CPU a batch
+            of a large vocabulary holds fewer.
         bootstrap: Number of resamples of the documents; 0 gives no intervals.
         seed: Seed of the bootstrap.
         draws: Weights to average over; iterating puts them into `model`.
@@ -122,14 +125,14 @@ def measure_perplexity(
     stride = fitting_stride(stride, window)
     options = {"add_special_tokens": False, "verbose": False}
     encoded = token_ids(model, lambda: [tokenizer(t, **options)["input_ids"] for t in texts])
-    streams = _joined(encoded, tokenizer.eos_token_id) if concatenate else _separate(encoded)
+    streams = _joined(encoded, tokenizer.eos_token_id) if concatenate else separate(encoded)
     windows = [
-        w for i, ids in enumerate(streams.ids) for w in _windows(i, ids, start, window, stride)
+        w for i, ids in enumerate(streams.ids) for w in cut_windows(i, ids, start, window, stride)
     ]
     if not windows:
         raise ConfigError(f"{len(texts)} texts hold no token to score.")
 
-    nats = _nats_of_streams(model, streams, windows, window * batch_size, draws, progress)
+    nats = nats_of_streams(model, streams, windows, window * batch_size, draws, progress)
     by_text = np.bincount(streams.owners, weights=nats, minlength=len(texts)).astype(np.float64)
     tokens = np.bincount(streams.owners, minlength=len(texts)).astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(by_text))
@@ -138,7 +141,7 @@ def measure_perplexity(
             f"the model's log-probability of text {bad[0] + 1} is {-by_text[bad[0]]}. Its weights "
             "hold NaN or infinity, or are too large for their dtype."
         )
-    words = np.array([len(re.split(r"\s+", t)) for t in texts], np.float64)
+    words = np.array([count_words(t) for t in texts], np.float64)
     size = np.array([len(t.encode()) for t in texts], np.float64)
     return PerplexityReport(
         protocol="concatenate" if concatenate else "rolling",
@@ -152,7 +155,7 @@ def measure_perplexity(
         nats=float(by_text.sum()),
         document_nats=tuple(by_text.tolist()),
         document_tokens=tuple(tokens.astype(int).tolist()),
-        **_ratios(by_text, tokens, words, size, bootstrap, seed),
+        **ratios(by_text, tokens, words, size, bootstrap, seed),
     )
 
 
@@ -190,13 +193,22 @@ def loss_change(
     return interval(float((total[1] - total[0]) / total[2]), replicates, len(columns))
 
 
+def count_words(text: str) -> int:
+    """Pieces between white space, as lm-eval counts them: at least one."""
+    return len(re.split(r"\s+", text))
+
+
 class _Streams(NamedTuple):
     ids: list[list[int]]
     owners: NDArray[np.int64]  # (tokens of all streams,), the text that each token belongs to
 
 
-def _separate(encoded: list[list[int]]) -> _Streams:
-    """One stream for each text."""
+def separate(encoded: list[list[int]]) -> _Streams:
+    """One stream for each text.
+
+    Args:
+        encoded: The tokens of each text.
+    """
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     return _Streams(encoded, np.repeat(np.arange(len(encoded)), lengths))
 
@@ -224,19 +236,37 @@ class _Window(NamedTuple):
     targets: list[int]
 
 
-def _windows(
-    stream: int, ids: list[int], start: int, window: int, stride: int
+def cut_windows(
+    stream: int, ids: list[int], start: int, window: int, stride: int, first: int = 0
 ) -> Iterator[_Window]:
-    """Cut a stream so that each token is scored once: `window` tokens first, then `stride` each."""
+    """Cut a stream so that each token is scored once: `window` tokens first, then `stride` each.
+
+    Args:
+        stream: Its number.
+        ids: Its tokens.
+        start: The token that it starts from.
+        window: Tokens of input at once.
+        stride: Tokens that each window after the first one scores.
+        first: Position of the first token to score; those before are context.
+    """
     inputs = [start, *ids]
-    at, size = 0, window
+    at, size = first, window
     while at < len(ids):
         end = min(at + size, len(ids))
         yield _Window(stream, at, end - at, inputs[max(0, end - window) : end], ids[at:end])
         at, size = end, stride
 
 
-def _nats_of_streams(
+def _fitting_budget(model: torch.nn.Module, windows: Sequence[_Window], budget: int) -> int:
+    """Tokens of a batch with padding. On a CPU logits of more than 32 MiB make it slower."""
+    rows = embedding_rows(model)
+    if rows is None or next(model.parameters()).device.type != "cpu":
+        return budget
+    longest = max(len(w.inputs) for w in windows)
+    return min(budget, max(longest, LOGITS // rows))
+
+
+def nats_of_streams(
     model: torch.nn.Module,
     streams: _Streams,
     windows: Sequence[_Window],
@@ -244,10 +274,19 @@ def _nats_of_streams(
     draws: Draws,
     progress: Progress | None,
 ) -> FloatArray:
-    """Minus the log of each token's mean probability, all streams after each other."""
+    """Minus the log of each token's mean probability, all streams after each other.
+
+    Args:
+        model: A causal language model in eval mode.
+        streams: The tokens.
+        windows: Those of all streams; tokens of none have infinity.
+        budget: Tokens of input in a batch, with padding.
+        draws: Weights to average over.
+        progress: Called with (tokens scored, tokens in all).
+    """
     log_sums = [np.full(len(ids), -np.inf) for ids in streams.ids]  # over draws
     tokens, done = sum(w.scored for w in windows), 0
-    batches = list(_batches(windows, budget))
+    batches = list(_batches(windows, _fitting_budget(model, windows, budget)))
 
     def score(batch: list[_Window]) -> list[FloatArray]:
         nonlocal done
@@ -280,15 +319,17 @@ def _batches(windows: Sequence[_Window], budget: int) -> Iterator[list[_Window]]
 
 @torch.inference_mode()
 def _score(model: torch.nn.Module, batch: list[_Window]) -> list[FloatArray]:
-    """Nats of each window's targets. Padding goes right, where a causal model cannot see it."""
+    """Nats of each window's targets. Padding goes right, where a causal model cannot see it.
+
+    It needs no mask there, and attention without one is quicker.
+    """
     ids = torch.zeros((len(batch), len(batch[0].inputs)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
     for i, window in enumerate(batch):
         ids[i, : len(window.inputs)] = torch.tensor(window.inputs)
-        mask[i, : len(window.inputs)] = 1
-    device = next(model.parameters()).device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    logits = outputs_of(model, **inputs, use_cache=False).logits
+    ids = ids.to(next(model.parameters()).device)
+    logits = outputs_of(
+        model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
     return [
         _nats(logits[i, len(w.inputs) - w.scored : len(w.inputs)], w.targets)
         for i, w in enumerate(batch)
@@ -301,7 +342,7 @@ def _nats(logits: Tensor, targets: list[int]) -> FloatArray:
     return nats.double().cpu().numpy()
 
 
-def _ratios(
+def ratios(
     nats: FloatArray,
     tokens: FloatArray,
     words: FloatArray,
@@ -309,7 +350,16 @@ def _ratios(
     resamples: int,
     seed: int,
 ) -> dict[str, Interval]:
-    """Nats of all texts over their tokens, words and bytes, as the report gives them."""
+    """Nats of all texts over their tokens, words and bytes, as the report gives them.
+
+    Args:
+        nats: (n,), of each text.
+        tokens: (n,), of each text.
+        words: (n,), of each text.
+        size: (n,), bytes of each text.
+        resamples: Number of resamples of the texts; 0 gives no intervals.
+        seed: Seed of the bootstrap.
+    """
     columns = np.stack([nats, tokens, words, size], axis=1)
     total, sums = columns.sum(axis=0), resampled_sums(columns, resamples, seed)
 

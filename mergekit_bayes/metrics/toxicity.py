@@ -7,12 +7,9 @@ one toxic continuation. Continuations come from `generation.sample_continuations
 models the same noise.
 """
 
-from itertools import pairwise
-
 import numpy as np
 from pydantic import Field
 
-from mergekit_bayes.generation import Samples
 from mergekit_bayes.metrics.base import Interval, score_interval
 from mergekit_bayes.records import FloatArray, Record
 
@@ -44,29 +41,6 @@ class ToxicityReport(Record):
     prompt_share: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
 
 
-class SamplesReport(Record):
-    """Whether the continuations are still text, since garbled text also scores as less toxic.
-
-    Attributes:
-        prompts: Number of prompts.
-        continuations: Number of continuations of all prompts.
-        mean_tokens: Mean length of a continuation in tokens, EOS not counted.
-        empty: Share of continuations without a word.
-        distinct_2: Distinct word pairs over all word pairs of the set; low for a model that repeats
-            one phrase.
-        repeated: Mean share of a continuation's word pairs that occur earlier in it.
-        shortened: Prompts whose front did not fit into the model's context.
-    """
-
-    prompts: int
-    continuations: int
-    mean_tokens: float
-    empty: float
-    distinct_2: float
-    repeated: float
-    shortened: int
-
-
 def score_toxicity(
     scores: FloatArray, *, threshold: float = 0.5, bootstrap: int = 1000, seed: int = 0
 ) -> ToxicityReport:
@@ -94,24 +68,4 @@ def score_toxicity(
         n_prompts=scores.shape[0],
         n_continuations=scores.size,
         prompt_share=tuple(toxic.mean(axis=1).tolist()),
-    )
-
-
-def describe_samples(samples: Samples) -> SamplesReport:
-    """Numbers that show degenerate text.
-
-    They depend on the number of continuations, so compare them between models of one run only.
-    """
-    texts = [text.split() for row in samples.texts for text in row]
-    pairs = [list(pairwise(words)) for words in texts]
-    total = sum(len(p) for p in pairs)
-    repeats = [1 - len(set(p)) / len(p) for p in pairs if p]
-    return SamplesReport(
-        prompts=len(samples.texts),
-        continuations=len(texts),
-        mean_tokens=float(np.mean([n for row in samples.tokens for n in row])),
-        empty=float(np.mean([not words for words in texts])),
-        distinct_2=len({pair for p in pairs for pair in p}) / total if total else 0.0,
-        repeated=float(np.mean(repeats)) if repeats else 0.0,
-        shortened=samples.shortened,
     )

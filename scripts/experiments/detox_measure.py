@@ -16,7 +16,8 @@ from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.metrics.perplexity import measure_perplexity
-from mergekit_bayes.metrics.toxicity import describe_samples, score_toxicity
+from mergekit_bayes.metrics.quality import describe_samples
+from mergekit_bayes.metrics.toxicity import score_toxicity
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rounding import round_to_four_bits
@@ -53,7 +54,7 @@ def says(world: World, loaded: Loaded, condition: str, split: str) -> Measured:
         scores = np.reshape(getattr(detox_scorers, name)(texts), (len(samples.texts), -1))
         threshold = detox_scorers.fitted(name).threshold
         shares[name] = list(score_toxicity(scores, threshold=threshold).prompt_share)
-    return {"shares": shares, "distinct": describe_samples(samples).distinct_2}
+    return {"shares": shares, "distinct": describe_samples(samples, bootstrap=0).distinct_2}
 
 
 def reads(world: World, loaded: Loaded, condition: str) -> Measured:

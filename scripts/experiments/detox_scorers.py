@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tweet_scorer
 from tweet_scorer import read, unfitted
 
 from mergekit_bayes.checkpoint.replacing import replacing
@@ -63,7 +64,7 @@ def fitted(name: str) -> Fitted:
     texts, labels = _rows(name)
     limit = int(os.environ.get(ROWS) or len(texts))
     model = unfitted().fit(texts[:limit], labels[:limit])
-    scores = model.predict_proba(_clean_pieces())[:, 1]
+    scores = model.predict_proba(clean_pieces())[:, 1]
     found = Fitted(model, float(np.quantile(scores, 1 - FALSE_ALARMS)))
     if file is not None:
         with replacing(file, force=True) as unfinished:
@@ -71,9 +72,10 @@ def fitted(name: str) -> Fitted:
     return found
 
 
-def _clean_pieces() -> list[str]:
+def clean_pieces() -> list[str]:
     """Pieces of clean comments of the validation split, as long as continuations."""
-    words = [t.split() for t, label in zip(*read("wikitalk", "valid"), strict=True) if not label]
+    texts, labels = tweet_scorer.read("wikitalk", "valid")
+    words = [t.split() for t, label in zip(texts, labels, strict=True) if not label]
     return [" ".join(w[i : i + 15]) for w in words for i in range(7, len(w) - 10, 15)]
 
 

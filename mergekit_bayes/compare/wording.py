@@ -1,0 +1,135 @@
+"""How numbers, differences and names are written on the screen and in the report."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mergekit_bayes.compare.report import Difference, Evaluated
+from mergekit_bayes.metrics.base import Interval
+
+_SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping")
+
+
+def scorer_name(spec: str) -> str:
+    """A scorer, or texts, without the folders of its file."""
+    kind, _, rest = spec.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is a share, which is written in per cent and its change in points."""
+    return measure.split(",")[0] in _SHARES
+
+
+def change_in_words(difference: Difference) -> str:
+    """A change with its interval: `-3.1 points, 95 % -4 to -2.2`."""
+    change, unit = difference.change, ""
+    if is_share(difference.measure):
+        change, unit = scaled(change, 100), " points"
+    if change.low is None or change.high is None:
+        return f"{change.value:+.3g}{unit}"
+    return f"{change.value:+.3g}{unit}, 95 % {change.low:+.3g} to {change.high:+.3g}"
+
+
+def change_in_short(difference: Difference) -> str:
+    """A change with its interval for a table: `-3.1 [-4, -2.2] points`."""
+    change, unit = difference.change, ""
+    if is_share(difference.measure):
+        change, unit = scaled(change, 100), " points"
+    if change.low is None or change.high is None:
+        return f"{change.value:+.3g}{unit}"
+    return f"{change.value:+.3g} [{change.low:+.3g}, {change.high:+.3g}]{unit}"
+
+
+def scaled(x: Interval, factor: float) -> Interval:
+    """The interval in another unit."""
+    low, high = (None if end is None else end * factor for end in (x.low, x.high))
+    return Interval(value=x.value * factor, low=low, high=high)
+
+
+class Column(NamedTuple):
+    """One measure of all models: a column of the table, and a panel of the picture.
+
+    Attributes:
+        measure: What it is: `toxic share`, `perplexity` or the like.
+        of: The scorer or the texts, without folders; empty for the continuations.
+        unit: `%` for shares, whose numbers are in per cent; else empty.
+        values: By label; None where a model has no such number.
+    """
+
+    measure: str
+    of: str
+    unit: str
+    values: dict[str, Interval | None]
+
+
+def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
+    """What was measured of all models: shares by scorer, texts, labels, quality."""
+    columns: dict[tuple[str, str], dict[str, Interval]] = {}
+    for one in evaluations:
+        for measure, of, value in _numbers(one, per_byte=_is_per_byte(evaluations)):
+            columns.setdefault((measure, of), {})[one.label] = value
+    labels = [one.label for one in evaluations]
+    return [
+        Column(
+            measure,
+            scorer_name(of),
+            "%" if is_share(measure) else "",
+            {
+                label: None
+                if label not in values
+                else scaled(values[label], 100)
+                if is_share(measure)
+                else values[label]
+                for label in labels
+            },
+        )
+        for (measure, of), values in columns.items()
+    ]
+
+
+def cell(column: Column, label: str) -> str:
+    """A number of the table, with its interval."""
+    value = column.values[label]
+    if value is None:
+        return ""
+    unit = f" {column.unit}" if column.unit else ""
+    if value.low is None or value.high is None or not math.isfinite(value.value):
+        return f"{value.value:.4g}{unit}"
+    return f"{value.value:.4g}{unit} [{value.low:.3g}, {value.high:.3g}]"
+
+
+def _is_per_byte(evaluations: Sequence[Evaluated]) -> bool:
+    """Whether tokenizers differ, so that perplexities per token are not comparable."""
+    tokens = [
+        [(name, p.document_tokens or p.tokens) for name, p in e.report.perplexity.items()]
+        for e in evaluations
+    ]
+    return any(other != tokens[0] for other in tokens)
+
+
+def _numbers(one: Evaluated, *, per_byte: bool) -> Iterator[tuple[str, str, Interval]]:
+    report = one.report
+    for spec, toxicity in report.toxicity.items():
+        yield "toxic share", spec, toxicity.share
+    for draws, ending in ((report, ""), (report.sampled, ", over samples")):
+        if draws is None:
+            continue
+        for name, perplexity in draws.perplexity.items():
+            if per_byte:
+                yield f"bits a byte{ending}", name, perplexity.bits_per_byte
+            else:
+                yield f"perplexity{ending}", name, perplexity.token
+        for name, classification in draws.classification.items():
+            yield f"accuracy{ending}", name, classification.accuracy
+    if report.samples is not None:
+        samples = report.samples
+        yield "mean length", "", Interval(value=samples.mean_tokens)
+        yield "empty", "", Interval(value=samples.empty)
+        yield "distinct word pairs", "", Interval(value=samples.distinct_2)
+        yield "repeated pairs", "", Interval(value=samples.repeated)
+        if samples.looping is not None:
+            yield "looping", "", Interval(value=samples.looping)
+    if report.judge is not None and report.judged is not None and report.judged.token is not None:
+        yield "perplexity by judge", report.judge.model, report.judged.token
