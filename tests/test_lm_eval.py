@@ -10,11 +10,15 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import ranks
+from mergekit_bayes.compare.files import read_compare
+from mergekit_bayes.compare.run import run_compare
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
 from mergekit_bayes.evaluate.task_code import refuse_code
 from mergekit_bayes.hub.card import model_card
 from mergekit_bayes.hub.front_matter import split_card
+from mergekit_bayes.metrics.paired import paired_change
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 from tests.two_ranks import found_by_two
@@ -131,6 +135,30 @@ def test_the_files_give_the_report_back(world, report):
         "document": 3,
         "value": report.lm_eval["tiny_choice"].scores["acc,none"].document_values[3],
     }
+
+
+def test_models_side_by_side_are_compared_by_document(world, report, tmp_path):
+    other = str(tiny_models.tiny_gpt2(tmp_path / "other", seed=1))
+    own = {"lm_eval": ("tiny_choice", "tiny_rolling"), "lm_eval_shots": 2}
+    both = CompareConfig(
+        models=(str(world / "lm"), other),
+        lm_eval_include=str(world / "tasks"),
+        output=str(tmp_path / "out"),
+        **own,
+    )
+    found = run_compare(both)
+    assert read_compare(tmp_path / "out") == found
+    one, two = (e.report.lm_eval["tiny_choice"].scores["acc,none"] for e in found.evaluations)
+    assert one == report.lm_eval["tiny_choice"].scores["acc,none"]
+    assert one.document_values != two.document_values
+    # The sums of nats of a perplexity are no numbers of documents.
+    (change,) = found.differences
+    assert (change.measure, change.of) == ("acc", "tiny_choice")
+    before, after = (np.array(score.document_values)[:, None] for score in (one, two))
+    assert change.change == paired_change(before, after)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "tiny_rolling" in page
+    assert (tmp_path / "out" / "evaluation.png").stat().st_size > 0
 
 
 @pytest.fixture
