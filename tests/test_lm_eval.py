@@ -9,15 +9,22 @@ import torch
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes import ranks
+from mergekit_bayes.compare.files import read_compare
+from mergekit_bayes.compare.run import run_compare
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
 from mergekit_bayes.evaluate.task_code import refuse_code
 from mergekit_bayes.hub.card import model_card
 from mergekit_bayes.hub.front_matter import split_card
+from mergekit_bayes.metrics.paired import paired_change
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
+from tests.two_ranks import found_by_two
 
 lm_eval = pytest.importorskip("lm_eval", reason="a test dependency")
+lm_eval_model = pytest.importorskip("mergekit_bayes.evaluate.lm_eval_model")
 DATA = """dataset_path: json
 dataset_kwargs: {{data_files: {{train: {path}, validation: {path}}}}}
 training_split: train
@@ -130,30 +137,69 @@ def test_the_files_give_the_report_back(world, report):
     }
 
 
-def test_the_seed_decides_what_is_drawn_and_no_generator_is_left_moved(world, monkeypatch):
-    from mergekit_bayes.evaluate import lm_eval_model
+def test_models_side_by_side_are_compared_by_document(world, report, tmp_path):
+    other = str(tiny_models.tiny_gpt2(tmp_path / "other", seed=1))
+    own = {"lm_eval": ("tiny_choice", "tiny_rolling"), "lm_eval_shots": 2}
+    both = CompareConfig(
+        models=(str(world / "lm"), other),
+        lm_eval_include=str(world / "tasks"),
+        output=str(tmp_path / "out"),
+        **own,
+    )
+    found = run_compare(both)
+    assert read_compare(tmp_path / "out") == found
+    one, two = (e.report.lm_eval["tiny_choice"].scores["acc,none"] for e in found.evaluations)
+    assert one == report.lm_eval["tiny_choice"].scores["acc,none"]
+    assert one.document_values != two.document_values
+    # The sums of nats of a perplexity are no numbers of documents.
+    (change,) = found.differences
+    assert (change.measure, change.of) == ("acc", "tiny_choice")
+    before, after = (np.array(score.document_values)[:, None] for score in (one, two))
+    assert change.change == paired_change(before, after)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "tiny_rolling" in page
+    assert (tmp_path / "out" / "evaluation.png").stat().st_size > 0
 
-    drawn = []
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What tasks sample, block for block."""
+    answers = []
     answer = lm_eval_model.HFLM.generate_until
 
     def keep(self, *args, **options):
-        drawn.append(answer(self, *args, **options))
-        return drawn[-1]
+        answers.append(answer(self, *args, **options))
+        return answers[-1]
 
     monkeypatch.setattr(lm_eval_model.HFLM, "generate_until", keep)
+    return answers
+
+
+def test_the_seed_decides_what_is_drawn_and_no_generator_is_left_moved(world, drawn):
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
     for seed in (0, 0, 1):
         run_evaluate(config(world, lm_eval=("tiny_sampled",), seed=seed))
-        torch.rand(3)
-    torch.set_rng_state(states[1])
+        assert torch.equal(torch.get_rng_state(), states[1])
     assert drawn[0] == drawn[1] != drawn[2]
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[2]
 
 
-def test_blocks_of_requests_do_not_change_the_numbers(world, report, monkeypatch):
-    from mergekit_bayes.evaluate import lm_eval_model
+def test_a_block_is_drawn_alike_whoever_works_on_the_others(world, drawn, monkeypatch):
+    """As with several ranks, of which each works on some blocks only."""
+    monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
+    own = config(world, lm_eval=("tiny_sampled",))
+    run_evaluate(own)
+    forward = drawn[:]
+    assert len(forward) == 3
+    drawn.clear()
+    reverse = lambda items, work: [work(item) for item in reversed(items)][::-1]  # noqa: E731
+    monkeypatch.setattr(lm_eval_model, "spread", reverse)
+    run_evaluate(own)
+    assert drawn == forward[::-1]
 
+
+def test_blocks_of_requests_do_not_change_the_numbers(world, report, monkeypatch):
     monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
     told = []
     small = run_evaluate(
@@ -181,7 +227,7 @@ def test_the_card_lists_the_scores(world, report, tmp_path):
 
 
 def test_the_command_prints_a_table_and_nothing_of_lm_eval(world):
-    line = ["evaluate", str(world / "lm"), "--lm-eval", "tiny_choice,tiny_sampled"]
+    line = ["evaluate", str(world / "lm"), "--lm-eval", ",".join(TASKS)]
     options = ["--lm-eval-include", str(world / "tasks"), "--lm-eval-limit", "7", "--json"]
     result = CliRunner().invoke(app, [*line, *options])
     assert result.exit_code == 0, result.output
@@ -191,6 +237,7 @@ def test_the_command_prints_a_table_and_nothing_of_lm_eval(world):
     assert head.split()[:4] == ["task", "metric", "score", "better"]
     assert [row.split()[:2] for row in rows] == [
         ["tiny_choice", "acc"],
+        ["tiny_rolling", "word_perplexity"],
         ["tiny_sampled", "exact_match"],
     ]
 
@@ -287,3 +334,25 @@ def test_code_of_an_own_task_runs_only_where_it_is_trusted(world, tmp_path, kind
 
 def test_plain_tasks_are_no_code(world):
     refuse_code(world / "tasks")
+
+
+def child(folder):
+    """The evaluation of one of two ranks."""
+    torch.distributed.init_process_group("gloo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval_model, "_BATCHES", 1)
+        report = run_evaluate(config(folder))
+    found = {"world": ranks.world(), "report": report.model_dump_json()}
+    every = [None, None]
+    torch.distributed.all_gather_object(every, found)
+    if ranks.is_main():
+        (folder / "found.json").write_text(json.dumps(every))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_does(world, monkeypatch):
+    two = [json.loads(found["report"]) for found in found_by_two("tests.test_lm_eval", world)]
+    monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
+    one = json.loads(run_evaluate(config(world)).model_dump_json())
+    assert [report["lm_eval"] for report in two] == [one["lm_eval"]] * 2

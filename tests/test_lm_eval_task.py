@@ -75,6 +75,13 @@ def test_the_numbers_are_those_of_our_metrics_on_the_same_continuations(found):
     assert found["higher_is_better"]["bmerge_toxicity"]["toxic_share_words:words.txt"] is False
 
 
+def test_no_script_is_looked_for_under_the_name_of_a_number(folder, monkeypatch):
+    from lm_eval.api import task
+
+    monkeypatch.setattr(task, "get_metric", lambda *args: pytest.fail(str(args)))
+    evaluate(folder, scorer=f"words:{folder}/words.txt", continuations=1, new_tokens=2)
+
+
 def test_only_the_continuation_is_scored(found):
     """The prompt `the dog` holds a listed word, its continuations need not."""
     sample = found["samples"]["bmerge_toxicity"][1]

@@ -267,11 +267,10 @@ def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
     rows = []
     for task, report in reports.items():
         for score in report.scores.values():
-            filtered = "" if score.filter == "none" else f" ({score.filter})"
             rows.append(
                 [
                     task,
-                    f"{score.metric}{filtered}",
+                    score.name,
                     _range(score.score),
                     {True: "higher", False: "lower", None: ""}[score.higher_is_better],
                     f"{report.samples:,}",

@@ -8,7 +8,7 @@ import numpy as np
 from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.inputs import Inputs
-from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
 from mergekit_bayes.evaluate.run import Evaluation
 from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.classification import ClassificationReport, classification_change
@@ -88,6 +88,7 @@ def _changes(
         old_draws, new_draws = old.sampled, new.sampled
         yield from _of_texts(config, old_draws.perplexity, new_draws.perplexity, inputs, _SAMPLED)
         yield from _of_labels(config, old_draws.classification, new_draws.classification, _SAMPLED)
+    yield from _of_tasks(old.lm_eval, new.lm_eval)
     yield from _of_samples(before, after)
     yield from _of_the_judge(config, old, new)
 
@@ -162,6 +163,22 @@ def _right(report: ClassificationReport) -> FloatArray:
     chosen = np.array(report.example_probabilities).argmax(axis=1)
     right: FloatArray = (chosen == np.array(report.example_labels)).astype(np.float64)
     return right
+
+
+def _of_tasks(before: dict[str, TaskReport], after: dict[str, TaskReport]) -> Iterator[Change]:
+    """Of the scores that are means over documents; of others no pairs are known."""
+    for task, old in before.items():
+        for key, score in old.scores.items():
+            other = after[task].scores.get(key) if task in after else None
+            if other is None:
+                continue
+            values = [np.array(s.document_values, np.float64) for s in (score, other)]
+            means = [
+                len(v) > 0 and np.isclose(v.mean(), s.score.value)
+                for v, s in zip(values, (score, other), strict=True)
+            ]
+            if all(means) and len(values[0]) == len(values[1]):
+                yield score.name, task, paired_change(*(v[:, None] for v in values))
 
 
 def _of_samples(before: Evaluation, after: Evaluation) -> Iterator[Change]:

@@ -125,6 +125,9 @@ def _numbers(one: Evaluated, *, per_byte: bool) -> Iterator[tuple[str, str, Inte
                 yield f"perplexity{ending}", name, perplexity.token
         for name, classification in draws.classification.items():
             yield f"accuracy{ending}", name, classification.accuracy
+    for task, measured in report.lm_eval.items():
+        for score in measured.scores.values():
+            yield score.name, task, score.score
     if report.samples is not None:
         samples = report.samples
         yield "mean length", "", Interval(value=samples.mean_tokens)

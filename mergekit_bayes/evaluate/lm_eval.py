@@ -149,6 +149,10 @@ def _in_lm_eval(seed: int, *, trusted: bool) -> Iterator[None]:
 
     python, numbers = random.getstate(), np.random.get_state()
     start_bar, forks = tqdm.__init__, os.environ.get(_SOLO)
+
+    def no_bar(bar: Any, *args: Any, **options: Any) -> None:
+        start_bar(bar, *args, **(options | {"disable": True}))
+
     with ExitStack() as stack:
         stack.callback(random.setstate, python)
         stack.callback(np.random.set_state, numbers)
@@ -159,7 +163,7 @@ def _in_lm_eval(seed: int, *, trusted: bool) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         os.environ[_SOLO] = "1"
-        tqdm.__init__ = functools.partialmethod(start_bar, disable=True)
+        tqdm.__init__ = no_bar
         try:
             yield
         finally:

@@ -117,6 +117,11 @@ class TaskScore(Record):
     higher_is_better: bool | None = None
     document_values: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
 
+    @property
+    def name(self) -> str:
+        """The metric, with its filter where the answers were filtered."""
+        return self.metric if self.filter == "none" else f"{self.metric} ({self.filter})"
+
 
 class TaskReport(Frozen):
     """What a model scored on a task of lm-eval, or on a group of tasks.

@@ -8,7 +8,7 @@ Every number is the mean over prompts of that of each prompt, as in `score_toxic
 mean of them comes with a standard error that counts prompts, and not continuations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,6 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
             prompts = _read_prompts(settings)
         self._threshold = settings.threshold
         self._scorers = dict(zip(_suffixes(scorers), scorers, strict=True))
-        metrics = [
-            {
-                "metric": name + suffix,
-                "aggregation": mean,
-                "higher_is_better": False,
-            }
-            for suffix in self._scorers
-            for name in _METRICS
-        ]
         super().__init__(
             config={
                 "task": config.get("task"),
@@ -90,7 +81,8 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
                         "filter": [{"function": "take_first_k", "k": settings.continuations}],
                     }
                 ],
-                "metric_list": metrics,
+                # For a metric with a name that it does not know, lm-eval would load a script.
+                "metric_list": [],
                 "metadata": {"version": self.VERSION, **settings.model_dump(mode="json")},
             }
         )
@@ -114,6 +106,17 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
             for name, field in _METRICS.items():
                 numbers[name + suffix] = float(getattr(report, field).value)
         return numbers
+
+    def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
+        """Every number is a mean over prompts."""
+        return dict.fromkeys(self._names(), mean)
+
+    def higher_is_better(self) -> dict[str, bool]:
+        """No number is better where it is higher."""
+        return dict.fromkeys(self._names(), False)
+
+    def _names(self) -> list[str]:
+        return [name + suffix for suffix in self._scorers for name in _METRICS]
 
 
 def _read_prompts(settings: TaskSettings) -> datasets.Dataset:
