@@ -8,6 +8,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mergekit_bayes.compare.run import run_compare
+from mergekit_bayes.compare.settings import CompareConfig
+from mergekit_bayes.compare.wording import columns_of
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
 from mergekit_bayes.evaluate.judge import following, open_judge
@@ -385,3 +388,16 @@ def test_a_judge_that_cannot_read_is_refused(world):
         )
     with pytest.raises(CheckpointError, match="judge"):
         run_evaluate(config(judge="judge", output="judge", force=True))
+
+
+def test_models_side_by_side_are_read_by_one_judge(world):
+    settings = config(judge="judge").model_dump(exclude={"model"})
+    report = run_compare(CompareConfig(**settings, models=("model", "judge")))
+    first, second = (one.report.judged for one in report.evaluations)
+    changes = {d.measure: d.change for d in report.differences}
+    found = changes["nats a token by judge"]
+    assert found.value == pytest.approx(second.loss.value - first.loss.value)
+    assert found.low < found.value < found.high
+    assert changes["looping"].value == 0
+    (column,) = (c for c in columns_of(report.evaluations) if c.measure == "perplexity by judge")
+    assert list(column.values.values()) == [first.token, second.token]

@@ -1,5 +1,6 @@
 """The tables of `bmerge evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from rich.console import Console
 from bmerge_cli.render import table
 
 if TYPE_CHECKING:
-    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport
+    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport, TaskReport
     from mergekit_bayes.generation import Sampling
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
@@ -30,6 +31,8 @@ def show_report(screen: Console, report: "EvaluateReport") -> None:
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
         _show_quality(screen, report, report.samples)
+    if report.lm_eval:
+        _show_tasks(screen, report.lm_eval)
 
 
 def _show_perplexity(screen: Console, report: "EvaluateReport") -> None:
@@ -216,6 +219,27 @@ def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[
     found = (value, None, None) if x is None else (x.value, x.low, x.high)
     number, low, high = ("" if end is None else form.format(end) for end in found)
     return number, low, high
+
+
+def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
+    version = next(iter(reports.values())).lm_eval_version
+    columns = ["task", "metric", "score", "better", "documents", "shots", "version"]
+    rows = []
+    for task, report in reports.items():
+        for score in report.scores.values():
+            filtered = "" if score.filter == "none" else f" ({score.filter})"
+            rows.append(
+                [
+                    task,
+                    f"{score.metric}{filtered}",
+                    _range(score.score),
+                    {True: "higher", False: "lower", None: ""}[score.higher_is_better],
+                    f"{report.samples:,}",
+                    "" if report.shots is None else str(report.shots),
+                    report.task_version,
+                ]
+            )
+    screen.print(table(columns, rows, title=f"tasks of lm-eval {version}; [95 % interval]"))
 
 
 def _share(share: float | None) -> str:

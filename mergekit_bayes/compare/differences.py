@@ -5,13 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.compare.settings import CompareConfig, Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.inputs import Inputs
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import Evaluation
 from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.classification import ClassificationReport, classification_change
 from mergekit_bayes.metrics.paired import paired_change, paired_ratio_change
 from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change
+from mergekit_bayes.metrics.quality import is_looping, judged_change
 from mergekit_bayes.records import FloatArray
 
 
@@ -86,6 +89,7 @@ def _changes(
         yield from _of_texts(config, old_draws.perplexity, new_draws.perplexity, inputs, _SAMPLED)
         yield from _of_labels(config, old_draws.classification, new_draws.classification, _SAMPLED)
     yield from _of_samples(before, after)
+    yield from _of_the_judge(config, old, new)
 
 
 _SAMPLED = ", over samples"
@@ -167,8 +171,22 @@ def _of_samples(before: Evaluation, after: Evaluation) -> Iterator[Change]:
     old, new = before.continuations.samples, after.continuations.samples
     lengths = [np.array(samples.tokens, np.float64) for samples in (old, new)]
     yield "mean length", "continuations", paired_change(*lengths)
-    empty = [
-        np.array([[not text.split() for text in row] for row in samples.texts], np.float64)
-        for samples in (old, new)
-    ]
+    words = [[[text.split() for text in row] for row in samples.texts] for samples in (old, new)]
+    empty = [np.array([[not w for w in row] for row in rows], np.float64) for rows in words]
     yield "empty", "continuations", paired_change(*empty)
+    looping = [
+        np.array([[is_looping(w) for w in row] for row in rows], np.float64) for rows in words
+    ]
+    yield "looping", "continuations", paired_change(*looping)
+
+
+def _of_the_judge(
+    config: CompareConfig, before: EvaluateReport, after: EvaluateReport
+) -> Iterator[Change]:
+    if before.judged is None or after.judged is None or config.judge is None:
+        return
+    change = judged_change(
+        before.judged, after.judged, bootstrap=config.bootstrap, seed=config.seed
+    )
+    if change is not None:
+        yield "nats a token by judge", config.judge, change

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bayes.compare.settings import CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.wording import Column, columns_of
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.metrics.base import Interval
@@ -21,7 +21,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS: dict[Variant, str] = {"as it is": "o", "in 4 bits": "s", "relearnt": "D"}
 _LABEL, _TITLE = 26, 30  # characters in a line
 _ACROSS = 4  # panels beside each other at most
-_PANEL, _LINE, _GAP = 2.7, 0.21, 1.15  # inches: a panel's width, a line of a label, title and axis
+_PANEL, _LINE, _GAP = 2.7, 0.17, 1.15  # inches: a panel's width, a line of a label, title and axis
 _LETTER = 0.085  # inches of a character, about
 _FAR = 20.0  # from this ratio on an axis of losses is logarithmic
 
@@ -52,7 +52,7 @@ def _figure(evaluations: Sequence[Evaluated]) -> "Figure":
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     rows = _rows_of_panels(columns_of(evaluations))
     labels = [_wrapped(e.label, _LABEL) for e in evaluations]
-    lines = [label.count("\n") + 1.6 for label in labels]
+    lines = [label.count("\n") + 2.0 for label in labels]
     across = max(len(row) for row in rows)
     names = max(len(line) for label in labels for line in label.split("\n")) * _LETTER
     height = len(rows) * (_GAP + _LINE * sum(lines))

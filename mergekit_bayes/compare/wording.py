@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.compare.settings import Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.metrics.base import Interval
 
-_SHARES = ("toxic share", "prompts with any", "accuracy", "empty")
+_SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping")
 
 
 def scorer_name(spec: str) -> str:
@@ -129,3 +129,7 @@ def _numbers(one: Evaluated, *, per_byte: bool) -> Iterator[tuple[str, str, Inte
         yield "empty", "", Interval(value=samples.empty)
         yield "distinct word pairs", "", Interval(value=samples.distinct_2)
         yield "repeated pairs", "", Interval(value=samples.repeated)
+        if samples.looping is not None:
+            yield "looping", "", Interval(value=samples.looping)
+    if report.judge is not None and report.judged is not None and report.judged.token is not None:
+        yield "perplexity by judge", report.judge.model, report.judged.token

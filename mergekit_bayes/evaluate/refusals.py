@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate.lm_eval import refuse_tasks
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
 from mergekit_bayes.generation import room_for_prompts
@@ -20,10 +21,12 @@ def refuse_settings(config: EvaluateConfig) -> None:
             no such device.
         CheckpointError: The output exists and `force` is not set, or holds something to be read.
     """
-    if not config.perplexity and config.toxicity is None and not config.classify:
+    refuse_tasks(config)
+    measured = (config.perplexity, config.toxicity, config.classify, config.lm_eval)
+    if not any(measured):
         raise ConfigError(
-            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer) or "
-            "labelled texts (--classify)."
+            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer), "
+            "labelled texts (--classify) or tasks (--lm-eval)."
         )
     if config.toxicity is not None and not config.scorer:
         raise ConfigError(
@@ -64,8 +67,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
     if config.output is not None:
         texts = (*config.perplexity.values(), *config.classify.values())
         scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
-        others = filter(None, (config.toxicity, config.precision, config.judge, *scorers))
-        refuse_inputs(Path(config.output), [config.model, *texts, *others])
+        others = (config.toxicity, config.precision, config.judge, config.lm_eval_include, *scorers)
+        refuse_inputs(Path(config.output), [config.model, *texts, *filter(None, others)])
 
 
 def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
@@ -111,6 +114,10 @@ def refuse_task(config: EvaluateConfig, task: str) -> None:
     if task != "causal-lm" and (config.perplexity or config.toxicity is not None):
         raise MismatchError(
             f"'{config.model}' is a classifier; perplexity and toxicity need a language model."
+        )
+    if task != "causal-lm" and config.lm_eval:
+        raise MismatchError(
+            f"'{config.model}' is a classifier; lm-eval's tasks need a language model."
         )
     if task != "classification" and config.classify:
         raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")

@@ -22,6 +22,7 @@ from mergekit_bayes.evaluate.continuations import (
 )
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
+from mergekit_bayes.evaluate.lm_eval import measure_tasks
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
@@ -140,6 +141,7 @@ def evaluate_model(
         continuations = score_continuations(
             config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
         )
+        task_reports = measure_tasks(config, loaded, inputs.tasks, tell)
         model_identity = checkpoint_identity(loaded.path)
         if change is not None:
             model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
@@ -165,6 +167,7 @@ def evaluate_model(
         judged=describe_judged(judged, **resampling) if judged else None,
         judge=inputs.judge.info if judged and inputs.judge else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
+        lm_eval=task_reports,
         path=config.output,
     )
     return Evaluation(report, continuations)

@@ -14,6 +14,7 @@ from mergekit_bayes.hub.folder import (
     AdaptRecord,
     MergeRecord,
     lone_precision_files,
+    mapping,
     precision_info,
     read_adaptation,
     read_merge,
@@ -126,17 +127,24 @@ def _evaluations(
     """Evaluations of these weights, and a note for each evaluation of other weights."""
     reports, notes = [], []
     for file in _report_files(folder):
-        report = read_record(file)
-        if "model_identity" not in report:
-            continue
-        if report["model_identity"] == mean_identity:
-            reports.append(report)
-        else:
+        measured = _measured(read_record(file))
+        of_these = [report for report in measured if report["model_identity"] == mean_identity]
+        reports += of_these[:1]
+        if measured and not of_these:
             notes.append(
                 f"{file.relative_to(folder)} evaluates other weights than these, so the card "
                 "leaves its results out"
             )
     return tuple(reports), tuple(notes)
+
+
+def _measured(report: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """The evaluations in a `report.json`: one, those of models side by side, or none."""
+    several = report.get("evaluations")
+    found = [report]
+    if isinstance(several, list):
+        found = [mapping(mapping(one).get("report")) for one in several]
+    return [one for one in found if "model_identity" in one]
 
 
 def _report_files(folder: Path) -> list[Path]:

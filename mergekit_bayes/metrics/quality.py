@@ -134,7 +134,7 @@ def describe_samples(samples: Samples, *, bootstrap: int = 1000, seed: int = 0) 
     words = [[text.split() for text in row] for row in samples.texts]
     pairs = [[_grams(text, 2) for text in row] for row in words]
     empty = np.array([[not text for text in row] for row in words], np.float64)
-    looping = np.array([[_loops(text) for text in row] for row in words], np.float64)
+    looping = np.array([[is_looping(text) for text in row] for row in words], np.float64)
     lengths = np.array(samples.tokens, np.float64)
     repeats = np.array([[1 - len(set(p)) / len(p) if p else 0 for p in row] for row in pairs])
     paired = np.array([[bool(p) for p in row] for row in pairs], np.float64)
@@ -270,8 +270,8 @@ def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def _loops(words: list[str]) -> bool:
-    """Whether the end is one phrase over and over: its last 3 p words have the period p."""
+def is_looping(words: list[str]) -> bool:
+    """Whether the end is one phrase over and over: its last 3 p words have the period p > 1."""
     longest = len(words) // _TIMES
     return any(
         words[-_TIMES * p : -p] == words[-(_TIMES - 1) * p :]
