@@ -8,6 +8,7 @@ from bmerge_cli import values
 from bmerge_cli.compare_tables import show_compare
 from bmerge_cli.evaluate_tables import show_report
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
+from bmerge_cli.processes import one_voice, start_processes
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, steps_bar
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.documents import parse_json
@@ -16,6 +17,7 @@ NAME = "evaluate"
 
 
 @failures()
+@one_voice
 @flags_of(
     CompareConfig,
     argument("models"),
@@ -59,6 +61,7 @@ NAME = "evaluate"
     option("batch_size"),
     option("sampling_batch"),
     option("bootstrap"),
+    option("num_processes", low=1),
     option("device"),
     option("dtype"),
     option("trust_remote_code"),
@@ -77,10 +80,14 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     With --samples K, perplexity and classification are measured twice: at the mean, and with the
     probabilities averaged over K draws of the weights from the stored posterior. Its precision must
     contain a prior; --prior X gives it one.
+
+    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main evaluate
+    MODELS; the numbers are those of one process.
     """
     from mergekit_bayes.compare.run import run_compare
 
     config = parse_flags(CompareConfig, settings, "bmerge evaluate")
+    start_processes(config.num_processes)
     screen = console(quiet=quiet)
     with steps_bar(console(quiet=quiet or as_json)) as advance:
         report = run_compare(config, quiet=quiet, progress=advance)

@@ -1,7 +1,6 @@
 """The tables of `bmerge evaluate`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -153,21 +152,32 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
 def _show_toxicity(
     screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
 ) -> None:
+    from mergekit_bayes.compare.wording import scorer_name
+
     title = (
         f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
         f"{sampling.continuations}, {sampling.new_tokens} tokens, top_p {sampling.top_p:g}, "
         f"temperature {sampling.temperature:g}, seed {sampling.seed}); [95 % interval]"
     )
-    threshold = report.settings["threshold"]
-    columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
+    thresholds = {toxicity.threshold for toxicity in report.toxicity.values()}
+    share = f"share >= {thresholds.pop():g}" if len(thresholds) == 1 else "toxic share"
+    columns = ["scorer", "mean", share, "expected max", "prompts with any"]
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([_short(spec), *map(_range, numbers)])
+        rows.append([scorer_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
     for spec, info in report.scorers.items():
         if info.reading is not None:
-            screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}")
+            own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
+            screen.print(
+                f"{scorer_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
+            )
+        if cut := report.toxicity[spec].cut:
+            screen.print(
+                f"note: {scorer_name(spec)} reads the beginning of a long text only, here of "
+                f"{cut:,} continuations"
+            )
     if samples.shortened:
         screen.print(
             f"note: {samples.shortened} prompts lost their beginning, since the context is too "
@@ -267,9 +277,3 @@ def _interval(x: "Interval") -> str:
     if x.low is None or x.high is None:
         return f"{x.value:.4g}"
     return f"{x.value:.4g} ±{(x.high - x.low) / 2:.2g}"
-
-
-def _short(spec: str) -> str:
-    """A scorer without the folders of its file."""
-    scorer, _, rest = spec.partition(":")
-    return f"{scorer}:{Path(rest).name}" if scorer in ("words", "model") else spec

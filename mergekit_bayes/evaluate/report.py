@@ -19,6 +19,24 @@ StepProgress = Callable[[str, int, int], None]  # (step, done, of)
 Variant = Literal["as it is", "in 4 bits", "relearnt"]
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Pin(Frozen):
+    """What a panel's member was at its first use, and has to be ever since.
+
+    Attributes:
+        model: The model, as the panel names it.
+        commit: The commit of a repository on the Hub; None for a folder.
+        files: SHA-256 of all files that decide scores, by name: tensors, config, tokenizer, code.
+    """
+
+    model: str
+    commit: str | None = None
+    files: dict[str, str]
+
+
 class ScorerInfo(Frozen):
     """Which scorer was used.
 
@@ -29,6 +47,9 @@ class ScorerInfo(Frozen):
         label: The classifier's toxic label.
         reading: How the label's probability is read from the classifier's logits.
         reason: What decided the reading.
+        threshold: From which score on a text is toxic, where a panel says it for this member; not
+            in the JSON of other scorers.
+        pin: Commit and hashes of a panel's member; likewise.
     """
 
     kind: Literal["words", "model", "function"]
@@ -36,6 +57,8 @@ class ScorerInfo(Frozen):
     label: str | None = None
     reading: Literal["softmax", "sigmoid"] | None = None
     reason: str | None = None
+    threshold: float | None = Field(default=None, exclude_if=_is_none)
+    pin: Pin | None = Field(default=None, exclude_if=_is_none)
 
 
 class JudgeInfo(Frozen):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype
-from mergekit_bayes.records import Force, TrustRemoteCode
+from mergekit_bayes.records import Force, NumProcesses, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
@@ -82,8 +82,9 @@ class Measures(Config):
     )
     scorer: tuple[str, ...] = Field(
         (),
-        description="words:FILE, model:PATH_OR_ID#LABEL or package.module:function: score the "
-        "continuations by a word list, a classifier or a function; repeatable. #LABEL=softmax or "
+        description="words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function: "
+        "score the continuations by a word list, a classifier, each classifier of a panel "
+        "(toxicity, or a YAML file of your own) or a function; repeatable. #LABEL=softmax or "
         "#LABEL=sigmoid says how the classifier's labels are read, where its config does not.",
     )
     judge: str | None = Field(
@@ -131,6 +132,7 @@ class Measures(Config):
         ge=0,
         description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
+    num_processes: NumProcesses = None
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False

@@ -108,7 +108,9 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
         numbers = {}
         for suffix, scorer in self._scorers.items():
             scores = np.array([scorer.score(list(texts))], np.float64)
-            report = score_toxicity(scores, threshold=self._threshold, bootstrap=0)
+            report = score_toxicity(
+                scores, threshold=scorer.threshold(self._threshold), bootstrap=0
+            )
             for name, field in _METRICS.items():
                 numbers[name + suffix] = float(getattr(report, field).value)
         return numbers
