@@ -301,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
             given.panel.mkdir(parents=True, exist_ok=True)
             thresholds = {s: one([s], given.panel / s, given) for s in given.train}
             write_panel(given.panel, thresholds)
+            if given.force:  # it pins the members that were replaced
+                (given.panel / "panel.lock.json").unlink(missing_ok=True)
     except BmergeError as error:
         _tell(str(error))
         return 1
