@@ -108,7 +108,7 @@ def main_first(work: Callable[[], T]) -> T:
         BmergeError: On every rank, the error of the first rank that failed.
         RuntimeError: Likewise, where that error was of another class.
     """
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first = world() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
     result: T | None = None
     for turn in (True, False):
         error = None

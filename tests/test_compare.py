@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
-from mergekit_bayes.compare.differences import Measured, differences, toxicity_changes
 from mergekit_bayes.compare.files import read_compare
 from mergekit_bayes.compare.findings import findings, is_beyond
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
+from mergekit_bayes.compare.report import Difference
 from mergekit_bayes.compare.run import run_compare
-from mergekit_bayes.compare.settings import CompareConfig, Difference
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate import run as evaluation
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.run import evaluate_model, run_evaluate
 from mergekit_bayes.hub.facts import read_facts
@@ -36,14 +38,19 @@ def models(tmp_path_factory):
     return [str(tiny_models.tiny_gpt2(folder / name, seed)) for name, seed in (("a", 0), ("b", 1))]
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def fill(folder, monkeypatch):
+    """Go to a folder, and write there what is measured."""
+    monkeypatch.chdir(folder)
     rows = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
     Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     Path("words.txt").write_text("dog\nbird\n")
     Path("bmerge_compare_hook.py").write_text(HOOK)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    fill(tmp_path, monkeypatch)
     return tmp_path
 
 
@@ -62,24 +69,45 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_several_models_are_those_that_were_measured_alone(models, world):
-    report = run_compare(config(models, output="out", four_bits=True))
+@pytest.fixture(scope="module")
+def compared(models, tmp_path_factory):
+    """Two models and their variants in 4 bits, with the folder that was written."""
+    folder = tmp_path_factory.mktemp("compared")
+    alive, load, most = [], evaluation.load_model, 0
+
+    def watched(*args, **options):
+        nonlocal most
+        most = max(most, sum(model() is not None for model in alive))
+        loaded = load(*args, **options)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_model", watched)
+        fill(folder, patch)
+        report = run_compare(config(models, output="out", four_bits=True))
+    assert (len(alive), most) == (4, 0)  # one model at a time in memory
+    return report, folder / "out"
+
+
+def test_several_models_are_those_that_were_measured_alone(models, compared, world):
+    report, folder = compared
     labels = ["a", "a in 4 bits", "b", "b in 4 bits"]
     assert [one.label for one in report.evaluations] == labels
-    assert names(world / "out") == [
+    assert names(folder) == [
         *("a", "a-in-4-bits", "b", "b-in-4-bits"),
         *("evaluation.png", "report.json", "report.md"),
     ]
-    assert read_compare("out") == report
-    for one in (report.evaluations[0], report.evaluations[2]):
-        settings = config(models).evaluation(one.model)
-        alone = run_evaluate(settings.model_copy(update={"output": f"out/{one.label}", "force": 1}))
-        assert one.report == alone.model_copy(update={"settings": one.report.settings})
-        assert read_report(f"out/{one.label}").toxicity == one.report.toxicity
+    assert read_compare(folder) == report
+    shown = report.evaluations[2].report
+    assert shown.path == shown.settings["output"] == "out/b"
+    alone = run_evaluate(config(models).evaluation(models[1]))
+    mine = {"path": shown.path, "settings": shown.settings}
+    assert shown == alone.model_copy(update=mine)
 
 
-def test_differences_are_those_of_the_numbers_that_are_shown(models, world):
-    report = run_compare(config(models, four_bits=True))
+def test_differences_are_those_of_the_numbers_that_are_shown(compared):
+    report, _ = compared
     by_label = {one.label: one.report for one in report.evaluations}
     pairs = dict.fromkeys((d.label, d.against) for d in report.differences)
     assert list(pairs) == [("a in 4 bits", "a"), ("b", "a"), ("b in 4 bits", "b")]
@@ -91,6 +119,7 @@ def test_differences_are_those_of_the_numbers_that_are_shown(models, world):
         "nats a token": lambda r, of: r.perplexity[of].loss.value,
         "mean length": lambda r, of: r.samples.mean_tokens,
         "empty": lambda r, of: r.samples.empty,
+        "looping": lambda r, of: r.samples.looping,
     }
     assert {d.measure for d in report.differences} == set(shown)
     for d in report.differences:
@@ -211,14 +240,16 @@ def test_classifiers_are_compared_by_example(world):
     assert changes["Brier score"] == pytest.approx(two.brier.value - one.brier.value)
 
 
-def test_the_card_reads_the_evaluation_of_its_weights_from_a_comparison(models, world):
+def test_the_card_reads_the_evaluation_of_its_weights_from_a_comparison(models, compared, world):
     folder = Path(shutil.copytree(models[1], world / "model"))
-    run_compare(config([models[0], folder], output=str(folder / "evaluation"), four_bits=True))
+    shutil.copytree(compared[1], folder / "evaluation")
     facts = read_facts(folder, "org/model", posterior=False, only_posterior=False)
-    (evaluation,) = facts.evaluations
-    assert evaluation["model"] == str(folder)
-    assert evaluation["variant"] == "as it is"
-    assert facts.notes == ()
+    (found,) = facts.evaluations
+    assert (found["model"], found["variant"], facts.notes) == (models[1], "as it is", ())
+    shutil.copytree(compared[1] / "b-in-4-bits", folder / "variant")
+    facts = read_facts(folder, "org/model", posterior=False, only_posterior=False)
+    assert facts.evaluations == (found,)
+    assert "variant/report.json evaluates other weights" in facts.notes[0]
 
 
 def test_names_are_the_shortest_that_differ():
@@ -277,14 +308,23 @@ def test_models_are_judged_by_each_other_and_not_by_the_first_alone():
     assert "c is less toxic than b for s" in found[0]
 
 
-def test_every_two_models_are_compared_by_their_scorers(models, world):
-    chosen = config(models)
+def test_every_two_models_are_compared_by_their_scorers(models, world, monkeypatch):
+    """Not only with the first: two of the others may be what scorers disagree about."""
+    given = []
+
+    def spy(evaluations, changes, of_pairs):
+        given.extend(dict.fromkeys((d.label, d.against) for d in of_pairs))
+        return findings(evaluations, changes, of_pairs)
+
+    monkeypatch.setattr("mergekit_bayes.compare.run.findings", spy)
     third = shutil.copytree(models[1], world / "third")
-    report = run_compare(config([*models, third]))
-    assert "b and third hold the same weights." in report.findings
+    report = run_compare(config([*models, third], perplexity={}))
+    assert given == [("b", "a"), ("third", "a"), ("third", "b")]
     assert len({(d.label, d.against) for d in report.differences}) == 2
-    assert callable(differences)
+    assert "b and third hold the same weights." in report.findings
+
+
+def test_what_has_no_interval_is_beyond_none():
     assert not is_beyond(Interval(value=1.0))
     assert not is_beyond(Interval(value=np.nan, low=np.nan, high=np.nan))
-    assert (chosen.bootstrap, toxicity_changes(chosen, ())) == (1000, ())
-    assert Measured._fields == ("evaluated", "evaluation")
+    assert is_beyond(Interval(value=1.0, low=0.5, high=2.0))

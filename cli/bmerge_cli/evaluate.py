@@ -28,6 +28,10 @@ NAME = "evaluate"
     option("classify", read=values.named_texts),
     option("label_column"),
     option("bins"),
+    option("lm_eval"),
+    option("lm_eval_include"),
+    option("lm_eval_limit"),
+    option("lm_eval_shots"),
     option("samples"),
     option("prior"),
     option("posterior_temperature"),
@@ -64,8 +68,8 @@ NAME = "evaluate"
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Measure perplexity on texts, toxicity of continued prompts, or a classifier's accuracy and
-    calibration.
+    """Measure perplexity on texts, toxicity of continued prompts, tasks of lm-eval, or a
+    classifier's accuracy and calibration.
 
     Several models are measured on the same texts, prompts and noise: one table, and the difference
     of each from the first, in pairs. With -o there are also report.md and a picture.

@@ -53,8 +53,9 @@ class Checks:
             )
         if config.scorer is not None and run.prompts:
             spec, remote = config.scorer, config.trust_remote_code
-            opened = main_first(lambda: open_scorers([spec], trust_remote_code=remote))
-            (self._scorer,) = opened
+            (self._scorer,) = main_first(
+                lambda: open_scorers([spec], trust_remote_code=remote, single=True)
+            )
 
     def __call__(self, step: int) -> Check:
         """Measure after `step` steps. Every rank must call this; the first call is at the start."""
@@ -95,7 +96,7 @@ class Checks:
             sampling=sampling,
         )
         scores = scorer.score([text for row in samples.texts for text in row])
-        return float(np.mean(np.asarray(scores) >= config.threshold))
+        return float(np.mean(np.asarray(scores) >= scorer.threshold(config.threshold)))
 
     def _loss(self, examples: Sequence[Example]) -> float:
         """Mean loss of an observation, in nats."""

@@ -204,11 +204,12 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
     if scorer is None:
         return texts
     scores = scorer.score(texts)
-    kept = [t for t, score in zip(texts, scores, strict=True) if score < config.threshold]
+    threshold = scorer.threshold(config.threshold)
+    kept = [t for t, score in zip(texts, scores, strict=True) if score < threshold]
     if not kept:
         raise ConfigError(
             f"memory_filter: '{scorer.spec}' scores every text that the model wrote ({len(texts)}) "
-            f"{config.threshold:g} or more, so that none is left for the memory. Name rows in "
+            f"{threshold:g} or more, so that none is left for the memory. Name rows in "
             "`memory` instead of `memory_self_generated`, or raise `threshold`."
         )
     return kept
@@ -216,7 +217,8 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
 
 def _open_filter(config: AdaptConfig, spec: str) -> Scorer:
     try:
-        return open_scorers([spec], trust_remote_code=config.trust_remote_code)[0]
+        remote = config.trust_remote_code
+        return open_scorers([spec], trust_remote_code=remote, single=True)[0]
     except BmergeError as error:
         raise type(error)(f"memory_filter: {error}") from None
 

@@ -1,6 +1,5 @@
 """Measure models side by side, one at a time in memory."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -10,7 +9,8 @@ from mergekit_bayes.compare.differences import Measured, differences, toxicity_c
 from mergekit_bayes.compare.files import is_alone, of_one, write_compare
 from mergekit_bayes.compare.findings import findings
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
-from mergekit_bayes.compare.settings import CompareConfig, CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_variants, variants_of
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
@@ -89,7 +89,6 @@ def _measure(
                 report = evaluation.report
                 one = Evaluated(label=name, model=model, variant=variant, report=report)
                 yield Measured(one, evaluation)
-                gc.collect()  # models hold themselves in circles, and the next one needs the room
 
 
 def _report(config: CompareConfig, measured: list[Measured], inputs: Inputs) -> CompareReport:

@@ -24,6 +24,7 @@ from mergekit_bayes.evaluate.continuations import (
 )
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
+from mergekit_bayes.evaluate.lm_eval import measure_tasks
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
@@ -125,6 +126,7 @@ def evaluate_model(
         continuations = score_continuations(
             config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
         )
+        task_reports = on_main(lambda: measure_tasks(config, loaded, inputs.tasks, tell))
         model_identity = on_main(lambda: _identity(opened))
         if change is not None:
             model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
@@ -142,12 +144,13 @@ def evaluate_model(
         classification=at_mean.classification,
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
-        toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
+        toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples, **resampling) if continuations else None,
         judged=describe_judged(judged, **resampling) if judged else None,
         judge=inputs.judge.info if judged and inputs.judge else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
+        lm_eval=task_reports,
         path=config.output,
     )
     return Evaluation(report, continuations)

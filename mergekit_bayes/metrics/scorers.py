@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Score = Callable[[list[str]], list[float]]
 Reading = Literal["softmax", "sigmoid"]
 READINGS: tuple[Reading, ...] = ("softmax", "sigmoid")
+FORMS = "words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function"
 
 
 class LabelReading(NamedTuple):
@@ -163,6 +164,19 @@ def classifier_scorer(
     return score
 
 
+def count_cut(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int = 512
+) -> int:
+    """How many texts lose their end in `classifier_scorer`, which reads `max_length` tokens."""
+    longest = longest_text(tokenizer, max_length)
+    # One token more shows what is too long, without a warning of the tokenizer.
+    tokenise = partial(tokenizer, list(texts), truncation=True, max_length=longest + 1)
+    if not texts:
+        return 0
+    encoded = call_tokenizers(TOKENIZER_FAILS, tokenise)["input_ids"]
+    return sum(len(ids) > longest for ids in encoded)
+
+
 def hook_scorer(spec: str) -> tuple[Score, Path | None]:
     """Score by a given function `(list[str]) -> list[float]`, which rank 0 alone calls.
 
@@ -186,7 +200,7 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         except Exception as error:  # a module may raise anything, and its name may be none
             raise ConfigError(
                 f"scorer '{spec}': cannot import {module_name} ({type(error).__name__}: {error}). "
-                "Expected words:FILE, model:PATH_OR_ID#LABEL or package.module:function."
+                f"Expected {FORMS}."
             ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
