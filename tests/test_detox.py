@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 from tests.detox_worlds import measured
 
+ROOT = Path(__file__).parent.parent
 SCALES = (0.5, 1.0)
 
 
@@ -560,3 +564,24 @@ def test_a_share_that_the_base_is_below_anyway_is_no_level():
     base, rival, judged = (measured(np.full(10, s), 2 + NOISE) for s in (0.6, 0.2, 0.2))
     matched, _ = compare_curves(PAIR, base, {"ta": [rival], "gm": [judged]}, levels=[0.7, 0.3])
     assert [m.level for m in matched] == [0.3]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_report_of_one(world, tmp_path):
+    """They share the evaluations; whatever trains is trained by one."""
+    config = tmp_path / "detox.yaml"
+    methods = ["task_arithmetic", "gradient_matching", "adapt"]
+    adapt = {"memory": world["evaluate"]["perplexity"]["nice"], "batch_size": 4}
+    more = {"methods": methods, "adapt": adapt, "steps": [1, 2], "scales": [0.5]}
+    reports = []
+    for name, flags in (("one", []), ("two", ["--num-processes", "2"])):
+        config.write_text(yaml.safe_dump({**world, **more, "output": str(tmp_path / name)}))
+        line = [sys.executable, "-m", "bmerge_cli.main", "detox", str(config), *flags]
+        done = subprocess.run([*line, "--json"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        text = done.stdout.replace(str(tmp_path / name), "OUT")
+        reports.append(re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', text))
+    assert reports[0] == reports[1]
+    done = subprocess.run([*line, "--set", "scales=[]"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("scales: task_arithmetic needs one or more") == 1, done.stderr

@@ -127,6 +127,12 @@ def test_a_function_scores_in_the_first_process_alone(found):
     assert [call for call in calls if not call.endswith(" 1")] == [f"0 {7 * len(TEXTS)}"]
 
 
+def test_all_ranks_do_the_jobs_that_the_first_comes_to(found):
+    first, second = (result["led"] for result in found[0])
+    assert first == {"did": [1, 3, 2], "alone": [1, 1], "result": "done, without item 3"}
+    assert second == {"did": [1, 3, 2], "alone": [], "result": "done, without item 3"}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -236,6 +242,7 @@ def child(folder):
         "worked": worked,
         "error": error,
         "adapted": adapted(folder),
+        "led": led(),
         "alone": ranks.on_main(lambda: ranks.spread([0, 1, 2], int)),
     }
     os.chdir(folder)
@@ -252,6 +259,29 @@ def child(folder):
     torch.distributed.all_gather_object(results, result)
     if ranks.is_main():
         (folder / "found.json").write_text(json.dumps(results))
+
+
+def led():
+    """What a rank did where rank 0 leads, and how many worked with it between the jobs."""
+    did, alone = [], []
+
+    def job(item):
+        did.extend(set(ranks.spread([item, item], lambda item: item)))
+        ranks.spread([item], refuse_three)
+
+    def work(together):
+        alone.append(ranks.world())
+        together(1)
+        try:
+            together(3)
+        except ConfigError as error:
+            refused = f"done, without {error}"
+        alone.append(ranks.world())
+        together(2)
+        return refused
+
+    result = ranks.lead(work, job)
+    return {"did": did, "alone": alone, "result": result}
 
 
 def refuse_three(item):
