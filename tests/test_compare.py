@@ -118,6 +118,9 @@ def test_differences_are_those_of_the_numbers_that_are_shown(compared):
         "nats a token": lambda r, of: r.perplexity[of].loss.value,
         "mean length": lambda r, of: r.samples.mean_tokens,
         "empty": lambda r, of: r.samples.empty,
+        "looping": lambda r, of: r.samples.looping,
+        "repeated pairs": lambda r, of: r.samples.repeated,
+        "distinct word pairs": lambda r, of: r.samples.distinct_2,
     }
     assert {d.measure for d in report.differences} == set(shown)
     for d in report.differences:

@@ -13,7 +13,12 @@ from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.classification import ClassificationReport, classification_change
 from mergekit_bayes.metrics.paired import paired_change, paired_ratio_change
 from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change
-from mergekit_bayes.metrics.quality import is_looping, judged_change
+from mergekit_bayes.metrics.quality import (
+    distinct_change,
+    is_looping,
+    judged_change,
+    repeated_change,
+)
 from mergekit_bayes.records import FloatArray
 
 
@@ -177,6 +182,8 @@ def _of_samples(before: Evaluation, after: Evaluation) -> Iterator[Change]:
         np.array([[is_looping(w) for w in row] for row in rows], np.float64) for rows in words
     ]
     yield "looping", "continuations", paired_change(*looping)
+    yield "repeated pairs", "continuations", repeated_change(old, new)
+    yield "distinct word pairs", "continuations", distinct_change(old, new)
 
 
 def _of_the_judge(
