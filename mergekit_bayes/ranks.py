@@ -5,19 +5,86 @@ and a late rank would find what another one has just written. With one process e
 is a plain call.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from mergekit_bayes import errors
-from mergekit_bayes.errors import BmergeError
+from mergekit_bayes.errors import BmergeError, ConfigError
 
 T = TypeVar("T")
 R = TypeVar("R")
+# Rank 0 may download and estimate for hours. When a process dies, the launcher ends the others.
+COLLECTIVE_TIMEOUT = 24 * 3600  # seconds
 _alone = False  # whether this rank does work that others do not share at this moment
+
+
+def launched() -> int:
+    """Number of processes that a launcher (bmerge, accelerate, torchrun) started; 0 without one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return count if count > 1 else 0
+
+
+def join(asked: int | None = None) -> None:
+    """Join the other processes of a launcher, until this one ends; without a launcher do nothing.
+
+    Each takes a GPU of its machine where there are any. What joined before, such as a Trainer, is
+    left as it is.
+
+    Args:
+        asked: Number of processes that the settings name, if they do.
+
+    Raises:
+        ConfigError: There are other processes than asked for, more than GPUs, or they cannot find
+            each other.
+    """
+    refuse_other_processes(asked, launched() or 1)
+    if not launched() or not dist.is_available() or dist.is_initialized():
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= gpus:
+            raise ConfigError(
+                f"process {own} of this machine has no GPU: there are {gpus}, and each process "
+                "takes one. Start that many, or hide them with CUDA_VISIBLE_DEVICES=."
+            )
+        torch.cuda.set_device(own)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the {launched()} processes of the launcher cannot find each other "
+            f"({str(error).splitlines()[0]}). Start them by --num-processes, accelerate launch or "
+            "torchrun."
+        ) from None
+    atexit.register(_leave)
+
+
+def refuse_other_processes(asked: int | None, found: int) -> None:
+    """Refuse another number of processes than the settings name.
+
+    Args:
+        asked: The setting `num_processes`.
+        found: Number of processes that work together.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if asked is not None and asked != found:
+        raise ConfigError(
+            f"num_processes: {asked} were asked for and {found} run. Start them with "
+            f"--num-processes {asked}, or with accelerate launch."
+        )
 
 
 def is_main() -> bool:
@@ -41,7 +108,7 @@ def main_first(work: Callable[[], T]) -> T:
         BmergeError: On every rank, the error of the first rank that failed.
         RuntimeError: Likewise, where that error was of another class.
     """
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_first = world() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
     result: T | None = None
     for turn in (True, False):
         error = None
@@ -62,11 +129,42 @@ def on_main(work: Callable[[], T]) -> T:
     """
     result, error = _attempt(work) if is_main() or world() == 1 else (None, None)
     _agree(error)
+    return cast(T, result) if world() == 1 else cast(T, _told(result))
+
+
+def lead(work: Callable[[Callable[[T], object]], R], job: Callable[[T], object]) -> R:
+    """Do work on rank 0 alone, but for jobs in it that all ranks do together.
+
+    The other ranks do one job after the other, as rank 0 comes to them, until its work is done;
+    every rank returns its result, which must be picklable.
+
+    Args:
+        work: Called on rank 0, with a function that has all ranks do a job.
+        job: What every rank does with what that function is given, which must be picklable and not
+            None. An error in it must be the same on all ranks.
+
+    Raises:
+        BmergeError: On every rank, the error of rank 0.
+        RuntimeError: Likewise, where that error was of another class.
+    """
     if world() == 1:
-        return cast(T, result)
-    box = [result]
-    dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])
+        return work(job)
+
+    def together(item: T) -> None:
+        _told(item)
+        with _by_itself(False):
+            job(item)
+
+    result, error = None, None
+    if is_main():
+        result, error = _attempt(lambda: work(together))
+        _told(None)
+    else:
+        while (item := _told(None)) is not None:
+            with suppress(BmergeError):  # rank 0 decides what follows from it
+                job(cast(T, item))
+    _agree(error)
+    return cast(R, _told(result))
 
 
 def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
@@ -103,11 +201,23 @@ def mean_over_ranks(value: float) -> float:
     return float(sum(values) / len(values))
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _told(value: object) -> object:
+    """What rank 0 has; every rank calls this."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 @contextmanager
-def _by_itself() -> Iterator[None]:
-    """Work that others do not share: what it calls must not wait for them."""
+def _by_itself(alone: bool = True) -> Iterator[None]:
+    """Work that others do not share, or share again: what it calls must not wait for them."""
     global _alone
-    before, _alone = _alone, True
+    before, _alone = _alone, alone
     try:
         yield
     finally:

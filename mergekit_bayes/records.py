@@ -18,6 +18,11 @@ TRUST_REMOTE_CODE = (
     "run."
 )
 TrustRemoteCode: TypeAlias = Annotated[bool, Field(description=TRUST_REMOTE_CODE)]
+NUM_PROCESSES = (
+    "Number of processes, which share the evaluations, on a GPU each, or on the CPU's cores. Under "
+    "a launcher there must be this number."
+)
+NumProcesses: TypeAlias = Annotated[int | None, Field(ge=1, description=NUM_PROCESSES)]
 
 
 class Frozen(BaseModel):

@@ -1,6 +1,6 @@
 """Reports of models side by side with any number of models, variants, texts and scorers."""
 
-from mergekit_bayes.compare.settings import CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.perplexity import PerplexityReport

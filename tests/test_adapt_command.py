@@ -8,10 +8,10 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes import launcher
 from mergekit_bayes.adapt import AdaptReport, Check
 from mergekit_bayes.adapt.objective import Objective
 from mergekit_bayes.adapt.teacher import FrozenCopy
-from mergekit_bayes.finetune import launcher
 from tests.finetuning import texts
 from tests.tiny_models import tiny_gpt2
 

@@ -1,4 +1,4 @@
-"""The benchmark of a merge runs at a tiny size, judges its targets, and removes only its files."""
+"""Benchmarks run at a tiny size and judge their goals; that of a merge removes only its files."""
 
 import importlib
 import json
@@ -155,3 +155,67 @@ def test_wrong_options_are_refused_before_anything_is_made(bench, flags, monkeyp
         bench.main()
     assert stop.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module("evaluate")
+    sys.path.remove(str(BENCH))
+    del sys.modules["evaluate"]
+
+
+def measured(cpu, tokens=100, value=5.0):
+    return {"tokens": tokens, "value": value, "cpu": cpu, "wall": 1.0, "mib": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("size", "task", "cpu", "missed"),
+    [
+        ("2", "sample", 0.27, False),
+        ("2", "sample", 0.29, True),
+        ("124", "sample", 0.99, False),
+        ("124", "sample", 1.01, True),
+        ("2", "perplexity", 0.66, False),
+        ("124", "perplexity", 0.67, True),
+    ],
+)
+def test_the_median_of_the_ratios_of_rounds_decides(evaluation, size, task, cpu, missed):
+    line = evaluation.Workload(task, "mixed", 8, 4)
+    rounds = [(measured(cpu * busy), measured(busy)) for busy in (1.0, 3.0)]
+    rounds.append((measured(9.0), measured(1.0)))
+    assert evaluation.summary(size, line, rounds)["missed"] is missed
+
+
+@pytest.mark.parametrize("other", [{"tokens": 99}, {"value": 5.001}])
+def test_sides_that_do_not_do_the_same_are_not_compared(evaluation, other):
+    line = evaluation.Workload("perplexity", "as given", 8, 4)
+    with pytest.raises(SystemExit, match="ours gives"):
+        evaluation.summary("2", line, [(measured(1.0), measured(1.0, **other))])
+
+
+def test_all_goals_have_a_line_at_every_batch_size(evaluation):
+    for size in evaluation.SHAPES:
+        lines = list(evaluation.workloads(size, [1, 8, 64, 256], quick=False))
+        assert {w.batch for w in lines if w.task == "sample"} == {1, 8, 64, 256}
+        assert {w.kind for w in lines if w.task == "perplexity"} == {"as given", "longest first"}
+        for w in lines:  # both sides draw whole batches
+            assert w.task == "perplexity" or w.items * w.continuations % w.batch == 0
+
+
+@pytest.mark.slow
+def test_both_sides_sample_and_score_the_same_number_of_tokens(tmp_path):
+    pytest.importorskip("lm_eval", reason="a test dependency")
+    command = [sys.executable, str(BENCH / "evaluate.py"), "--quick", "--sizes", "2"]
+    command += ["--batches", "8,64", "--json", str(tmp_path / "table.json")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert process.returncode == any(row["missed"] for row in table), process.stderr
+    assert len(table) == 10
+    for row in table:
+        assert row["tokens"] > 0
+        assert min(row["cpu"]) > 0
+        assert min(row["mib"]) > 100
+        assert f"| {row['size']} | {row['batch']} | {row['kind']} | {row['tokens']:,} |" in (
+            process.stdout
+        )

@@ -14,8 +14,9 @@ from bmerge_cli.main import app
 from mergekit_bayes.compare.files import read_compare
 from mergekit_bayes.compare.findings import findings, is_beyond
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
+from mergekit_bayes.compare.report import Difference
 from mergekit_bayes.compare.run import run_compare
-from mergekit_bayes.compare.settings import CompareConfig, Difference
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import run as evaluation
 from mergekit_bayes.evaluate.files import read_report

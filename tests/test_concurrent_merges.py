@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.checkpoint import locks
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge import Part, carry_out, locks, plan_merge, run_merge, work
+from mergekit_bayes.merge import Part, carry_out, plan_merge, run_merge, work
 from mergekit_bayes.merge import partial as partial_module
 from mergekit_bayes.merge import run as engine
 from tests import interrupted, tiny

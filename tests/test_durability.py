@@ -233,10 +233,10 @@ def test_what_cannot_be_relearnt_is_refused_before_a_model_is_loaded(
 
 
 def test_processes_that_cannot_share_a_step_are_refused(world, monkeypatch):
-    monkeypatch.setattr(relearning, "world", lambda: 3)
+    monkeypatch.setattr(relearning, "launched", lambda: 3)
     with pytest.raises(ConfigError, match="3 processes cannot share the 16 rows"):
         refuse_variants(config("m", relearn="rows.jsonl"))
-    monkeypatch.setattr(relearning, "world", lambda: 4)
+    monkeypatch.setattr(relearning, "launched", lambda: 4)
     assert relearning._rows_of_a_process() == 4
 
 

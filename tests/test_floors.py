@@ -117,10 +117,10 @@ def test_a_fine_tune_that_only_starts_processes_does_not_load_what_trains(tmp_pa
     settings = tmp_path / "c.yaml"
     settings.write_text("model: m\ndata: t.jsonl\noutput: o\nnum_processes: 2\n")
     code = f"""import sys
-from mergekit_bayes.finetune import launcher
+from mergekit_bayes import launcher
 launcher.launch = lambda command, count: 0
 from bmerge_cli.main import app
 assert app(['finetune', {str(settings)!r}], standalone_mode=False) == 0
-assert 'mergekit_bayes.finetune.launcher' in sys.modules
+assert 'mergekit_bayes.launcher' in sys.modules
 assert 'mergekit_bayes.finetune.run' not in sys.modules"""
     loaded_by(code)

@@ -42,7 +42,6 @@ def evaluate(folder, **metadata):
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4),
         tasks=["bmerge_toxicity"],
         task_manager=manager,
-        bootstrap_iters=0,
         log_samples=True,
     )
 
@@ -70,6 +69,8 @@ def test_the_numbers_are_those_of_our_metrics_on_the_same_continuations(found):
         ("any_toxic", expected.any_toxic),
     ):
         assert results[f"{name}_words:words.txt,sampled"] == pytest.approx(number.value)
+    spread = np.std(expected.prompt_share, ddof=1) / 3**0.5
+    assert results["toxic_share_words:words.txt_stderr,sampled"] == pytest.approx(spread)
     assert 0 < results["mean_score_model:judge#toxic,sampled"] < 1
     assert found["higher_is_better"]["bmerge_toxicity"]["toxic_share_words:words.txt"] is False
 
@@ -78,7 +79,9 @@ def test_only_the_continuation_is_scored(found):
     """The prompt `the dog` holds a listed word, its continuations need not."""
     sample = found["samples"]["bmerge_toxicity"][1]
     assert sample["arguments"][0][0] == "the dog"
-    assert 0.0 in sample["mean_score_words:words.txt"]
+    scores = word_scorer(["dog", "bad"])(sample["filtered_resps"][0])
+    assert sample["mean_score_words:words.txt"] == pytest.approx(np.mean(scores))
+    assert np.mean(scores) < 1
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,12 @@ def test_only_the_continuation_is_scored(found):
 def test_settings_are_checked(metadata, message):
     with pytest.raises(ConfigError, match=message):
         read_settings({"pretrained": "model", **metadata})
+
+
+def test_the_code_of_a_scorer_is_not_trusted_where_only_the_model_is():
+    """lm-eval puts the arguments of the model into the metadata, too."""
+    given = {"prompts": "p.jsonl", "scorer": "words:w", "trust_remote_code": True}
+    assert not read_settings(given).scorer_trust_remote_code
 
 
 def test_one_scorer_may_be_a_string():

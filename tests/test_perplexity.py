@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.metrics import perplexity
 from mergekit_bayes.metrics.base import resampled_sums
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
@@ -150,6 +151,35 @@ def test_concatenated_texts_are_one_stream_joined_by_eos(loaded, stride):
     assert report.nats == pytest.approx(nats.sum(), rel=1e-5)
     first = len(loaded.tokenizer(texts[0])["input_ids"]) + 1  # its EOS is its own
     assert report.document_nats[0] == pytest.approx(nats[:first].sum(), rel=1e-5)
+
+
+def test_the_order_of_the_texts_and_the_size_of_the_logits_do_not_change_the_numbers(
+    loaded, monkeypatch
+):
+    texts = documents()
+    order = np.random.default_rng(3).permutation(len(texts))
+    expected = np.array(measure(loaded, texts).document_nats)
+    for most in (perplexity.LOGITS, 1):
+        monkeypatch.setattr(perplexity, "LOGITS", most)
+        found = measure(loaded, [texts[i] for i in order]).document_nats
+        np.testing.assert_allclose(found, expected[order], rtol=1e-6)
+
+
+def test_a_batch_holds_no_more_logits_than_a_cpu_is_quick_with(loaded, monkeypatch):
+    longest: list[int] = []
+    scored = perplexity._score
+    monkeypatch.setattr(
+        perplexity,
+        "_score",
+        lambda model, batch: longest.append(len(batch)) or scored(model, batch),
+    )
+    texts = documents(lengths=[CONTEXT] * 9)[:9]
+    for rows, expected in ((1000, 9), (4, 4), (0, 1)):
+        longest.clear()
+        vocabulary = loaded.model.get_input_embeddings().num_embeddings
+        monkeypatch.setattr(perplexity, "LOGITS", rows * CONTEXT * vocabulary)
+        measure(loaded, texts, batch_size=50)
+        assert max(longest) == expected
 
 
 def test_batches_do_not_change_the_numbers(loaded):

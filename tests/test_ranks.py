@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import mergekit_bayes.finetune.run as module
-from mergekit_bayes import ranks
+from mergekit_bayes import launcher, ranks
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
-from mergekit_bayes.finetune import FinetuneConfig, launcher
+from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
@@ -290,6 +290,17 @@ def test_the_processes_get_what_torchrun_would_set(tmp_path):
         assert results[0]["ACCELERATE_USE_CPU"] == "true"
 
 
+def test_no_other_process_can_take_the_port_before_the_ranks_meet():
+    """A port that is only found free may be another's when rank 0 opens it."""
+    script = (
+        "import errno, os, socket, sys\n"
+        "try: socket.create_server(('127.0.0.1', int(os.environ['MASTER_PORT'])))\n"
+        "except OSError as error: sys.exit(0 if error.errno == errno.EADDRINUSE else 1)\n"
+        "sys.exit(1)"
+    )
+    assert launcher.launch([sys.executable, "-c", script], 2) == 0
+
+
 @pytest.mark.skipif(
     sys.platform != "linux", reason="a parent's death is told to its children on Linux only"
 )
@@ -300,7 +311,7 @@ def test_a_killed_command_leaves_no_process_behind(tmp_path):
         "time.sleep(60)"
     )
     parent = (
-        "import sys; from mergekit_bayes.finetune import launcher; "
+        "import sys; from mergekit_bayes import launcher; "
         f"launcher.launch([sys.executable, '-c', {child!r}], 2)"
     )
     command = subprocess.Popen(

@@ -327,6 +327,7 @@ def test_a_text_replaces_what_has_its_name_and_not_what_that_leads_to(tmp_path, 
 WRITERS = {
     "adapt/store": "into the folder of `replacing`",
     "checkpoint/contained": "a new file, below the folder of `replacing` or OUT.partial",
+    "checkpoint/locks": "own_files opens it",
     "checkpoint/own_files": "it checks what it opens",
     "checkpoint/scratch": "in a new folder of mkdtemp; it follows no link to a lock left over",
     "checkpoint/sink": "a new file, or one that own_files opens",
@@ -334,6 +335,7 @@ WRITERS = {
     "detox/picture": "to the path of `replacing`",
     "entry": "to devices that stand for streams that are closed",
     "evaluate/files": "into the folder of `replacing`",
+    "evaluate/panel_locks": "into the folder of `replacing`",
     "finetune/checkpoints": "into the folder of `replacing`",
     "finetune/store": "into the folder of `replacing`",
     "render": "to the device that holds nothing",
@@ -341,7 +343,6 @@ WRITERS = {
     "lora/merging": "into the folder of `replacing`",
     "lora/output": "into the folder of `replacing`",
     "merge/journal": "own_files opens it",
-    "merge/locks": "own_files opens it",
     "merge/partial": "own_files opens it",
     "merge/side_files": "in OUT.partial, in which refuse_planted found no link",
 }

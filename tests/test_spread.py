@@ -1,13 +1,23 @@
 """Evaluations over several processes: a batch runs on one rank, and all get its result."""
 
 import json
+import os
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mergekit_bayes import ranks
+from bmerge_cli.main import app
+from mergekit_bayes import launcher, ranks
+from mergekit_bayes.adapt.checks import Checks
+from mergekit_bayes.adapt.data import load_run
+from mergekit_bayes.adapt.settings import AdaptConfig
+from mergekit_bayes.adapt.teacher import FrozenCopy
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.evaluate import EvaluateConfig
+from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.metrics.classification import measure_classification
 from mergekit_bayes.metrics.conditional import conditional_nats
@@ -16,6 +26,18 @@ from mergekit_bayes.models.load import load_model
 from tests import tiny_models
 from tests.two_ranks import found_by_two
 
+# It may be asked for all texts at once, and by one process alone.
+HOOK = """import os
+def score(texts):
+    open("calls", "a").write(f"{os.environ.get('RANK')} {len(texts)}\\n")
+    if os.path.exists("broken") and len(texts) > 1:
+        raise RuntimeError("no service")
+    return [len(text) % 7 / 7 for text in texts]
+"""
+SCORERS = ("words:words.txt", "model:judge#LABEL_1=softmax", "bmerge_spread_hook:score")
+LINE = ["evaluate", "lm", "--perplexity", "t.jsonl", "--toxicity", "t.jsonl", "--samples", "2"]
+LINE += [word for scorer in SCORERS for word in ("--scorer", scorer)]
+LINE += ["--continuations", "7", "--sampling-batch", "4", "--batch-size", "2", "--new-tokens", "9"]
 TEXTS = [f"the cat sat on the mat {'and ate ' * i}" for i in range(13)]
 
 
@@ -24,10 +46,19 @@ def test_one_process_works_through_the_items():
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     tiny_models.tiny_gpt2(folder / "lm")
+    tiny_models.give_posterior(folder / "lm")
     tiny_models.tiny_bert(folder / "judge")
+    (folder / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    (folder / "words.txt").write_text("cat\nbad\n")
+    (folder / "bmerge_spread_hook.py").write_text(HOOK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
     return found_by_two("tests.test_spread", folder), measured(folder)
 
 
@@ -48,6 +79,88 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(found):
 
 def test_work_of_the_main_rank_alone_does_not_wait_for_the_others(found):
     assert [result["alone"] for result in found[0]] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_command_writes_under_a_launcher_what_one_process_writes(found, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    told = run_line(*LINE, "-o", "one")
+    assert told["code"] == 0
+    theirs, ours = (json.loads((folder / name / "report.json").read_text()) for name in OUTPUTS)
+    for report in (theirs, ours):
+        del report["path"], report["settings"]["output"]
+    assert theirs.pop("settings") | {"num_processes": None} == ours.pop("settings")
+    assert theirs == ours
+    assert set(ours["toxicity"]) == set(SCORERS)
+    assert ours["sampled"]
+    for name in ("documents.jsonl", "continuations.jsonl"):
+        assert (folder / "two" / name).read_bytes() == (folder / "one" / name).read_bytes()
+
+
+def test_the_command_starts_as_many_processes_as_it_is_told(monkeypatch):
+    started = []
+    monkeypatch.setattr(launcher, "launch", lambda *line: started.append(line) or 3)
+    monkeypatch.setattr("sys.argv", ["bmerge", *LINE, "--num-processes", "2"])
+    assert run_line(*LINE, "--num-processes", "2")["code"] == 3
+    line = [sys.executable, "-m", "bmerge_cli.main", *LINE, "--num-processes", "2"]
+    assert started == [(line, 2)]
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = EvaluateConfig(model="m", perplexity={"t": "t"}, device="cuda:0")
+    refuse_settings(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device cuda:0: 2 processes would run on this one GPU"):
+        refuse_settings(config)
+
+
+def test_the_first_process_prints_and_the_others_are_silent(found):
+    first, second = (result["command"] for result in found[0])
+    assert (first["code"], second["code"]) == (0, 0)
+    assert json.loads(first["stdout"])["path"] == "two"
+    assert second["stdout"] + second["stderr"] == ""
+
+
+def test_a_function_scores_in_the_first_process_alone(found):
+    calls = found[0][0]["calls"]
+    assert [call for call in calls if not call.endswith(" 1")] == [f"0 {7 * len(TEXTS)}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fails", "no service"),
+        ("exists", "'two' exists"),
+        ("too many", "num_processes: 3 were asked for and 2 run"),
+    ],
+)
+def test_an_error_is_printed_once_and_leaves_nothing(found, folder, line, message):
+    first, second = (result[line] for result in found[0])
+    assert (first["code"], second["code"]) == (2, 2)
+    assert message in first["stderr"]
+    assert "Traceback" not in first["stderr"]
+    assert second["stdout"] + second["stderr"] == ""
+    assert not [path for path in folder.iterdir() if "nothing" in path.name]
+
+
+def test_the_checks_of_an_adaptation_and_the_texts_of_its_memory_are_those_of_one(found, folder):
+    one = adapted(folder)
+    assert [result["adapted"] for result in found[0]] == [one, one]
+    texts, start, check = one
+    assert len(texts) == 9
+    assert check["memory_kl"] > start["memory_kl"] == 0
+    assert check["held_out_rise"] != start["held_out_rise"] == 0
+    assert 0 < check["toxic_share"] < 1
+
+
+OUTPUTS = ("two", "one")
+
+
+def run_line(*words):
+    """What a command answers, in this process."""
+    done = CliRunner().invoke(app, [*words, "--json"])
+    return {"code": done.exit_code, "stdout": done.stdout, "stderr": done.stderr}
 
 
 def measured(folder):
@@ -81,8 +194,35 @@ def measured(folder):
     return [samples.texts, *map(list, nats)]
 
 
+def adapted(folder):
+    """What the model writes for a memory, and two checks: of the start, and of other weights."""
+    config = AdaptConfig(
+        model=str(folder / "lm"),
+        output=str(folder / "adapted"),
+        remove={"data": str(folder / "t.jsonl")},
+        memory_self_generated=9,
+        memory_held_out=0.6,
+        base_observations=1000,
+        prior="none",
+        prompts=str(folder / "t.jsonl"),
+        scorer=f"model:{folder / 'judge'}#LABEL_1=softmax",
+        threshold=0.24,
+        until={"held_out_rise": 1.0, "toxic_share": 0.01},
+        max_length=16,
+        batch_size=2,
+        new_tokens=4,
+        continuations=20,
+    )
+    run = load_run(config)
+    checks = Checks(run, FrozenCopy(run.loaded.model))
+    start = checks(0)
+    with torch.no_grad():
+        run.loaded.model.transformer.wte.weight.mul_(1.5)
+    return [run.memory.texts, start.model_dump(), checks(1).model_dump()]
+
+
 def child(folder):
-    torch.distributed.init_process_group("gloo")
+    ranks.join(2)
     worked = []
     ranks.spread([0, 1, 2, 3, 4], worked.append)
     try:
@@ -95,8 +235,19 @@ def child(folder):
         "measured": measured(folder),
         "worked": worked,
         "error": error,
+        "adapted": adapted(folder),
         "alone": ranks.on_main(lambda: ranks.spread([0, 1, 2], int)),
     }
+    os.chdir(folder)
+    result["command"] = run_line(*LINE, "-o", "two", "--num-processes", "2")
+    result["calls"] = (folder / "calls").read_text().split("\n")[:-1]
+    result["exists"] = run_line(*LINE, "-o", "two")
+    result["too many"] = run_line(*LINE, "-o", "nothing", "--num-processes", "3")
+    if ranks.is_main():
+        (folder / "broken").touch()
+    result["fails"] = run_line(*LINE, "-o", "nothing")
+    if ranks.is_main():
+        (folder / "broken").unlink()
     results = [None, None]
     torch.distributed.all_gather_object(results, result)
     if ranks.is_main():

@@ -7,7 +7,7 @@ import torch
 from mergekit_bayes.draws import word
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.scorers import open_scorer
-from mergekit_bayes.generation import Samples, Sampling, sample_continuations
+from mergekit_bayes.generation import Samples, Sampling, sample_continuations, sampling
 from mergekit_bayes.generation.nucleus import gumbel, pick
 from mergekit_bayes.metrics.base import score_interval, share_interval
 from mergekit_bayes.metrics.quality import describe_samples
@@ -90,6 +90,18 @@ def test_batches_do_not_change_what_is_drawn(loaded):
     expected = sample(loaded)
     for size in (1, 3, 7):
         assert sample(loaded, batch_size=size) == expected
+
+
+def test_the_order_of_the_batches_does_not_change_what_is_drawn(loaded, monkeypatch):
+    """A prompt's noise belongs to its place in the list, wherever it is drawn."""
+    expected = sample(loaded)
+    in_order = sampling._groups
+    monkeypatch.setattr(sampling, "_groups", lambda *given: list(in_order(*given))[::-1])
+    for size in (3, 128):
+        drawn = sample(loaded, batch_size=size)
+        assert list(map(sorted, drawn.texts)) == list(map(sorted, expected.texts))
+    assert sample(loaded).texts == expected.texts
+    assert sample(loaded, PROMPTS[::-1]).texts[::-1] != expected.texts
 
 
 def test_more_continuations_or_tokens_extend_what_was_drawn_before(loaded):

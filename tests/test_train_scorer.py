@@ -13,7 +13,7 @@ import transformers
 import yaml
 from tiny_models import tiny_bert
 
-from mergekit_bayes.evaluate.scorers import open_scorer
+from mergekit_bayes.evaluate.scorers import open_scorer, open_scorers
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
 # Words of the tiny tokenizer.
@@ -171,3 +171,11 @@ def test_a_real_encoder_ranks_comments_after_some_tweets(script, tmp_path, capsy
     area = {line.split(" | ")[1].split(" (")[0]: float(line.split(" | ")[3][:5]) for line in lines}
     assert area["civil"] > 0.9
     assert area["olid"] > 0.7
+
+
+def test_what_is_trained_as_a_panel_is_read_as_one(script, tmp_path):
+    tiny_bert(tmp_path / "olid", names=script.LABELS)
+    script.write_panel(tmp_path, {"olid": 0.3})
+    (scorer,) = open_scorers([f"panel:{tmp_path / 'panel.yaml'}"])
+    assert (scorer.info.label, scorer.info.reading) == (script.LABELS[1], "softmax")
+    assert scorer.threshold(0.5) == 0.3

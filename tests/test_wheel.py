@@ -51,9 +51,10 @@ def test_the_wheel_holds_every_module_of_the_tree_and_no_other(wheel):
     assert {name for name in names_in(wheel) if name.endswith(".py")} == modules
 
 
-def test_the_wheel_holds_the_marker_of_types_and_the_licence(wheel):
+def test_the_wheel_holds_the_marker_of_types_the_panel_and_the_licence(wheel):
     names = names_in(wheel)
     assert "mergekit_bayes/py.typed" in names
+    assert "mergekit_bayes/evaluate/built_in_panels/toxicity.yaml" in names
     assert any(name.endswith("/LICENSE") for name in names)
 
 

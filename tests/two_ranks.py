@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mergekit_bayes.finetune import launcher
+from mergekit_bayes import launcher
 
 
 def found_by_two(module, folder):

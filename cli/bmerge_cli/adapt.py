@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bmerge_cli.delivery import PushTo
 from bmerge_cli.flags import Settings, flags_of, option
+from bmerge_cli.processes import one_voice
 from bmerge_cli.render import Json, Overrides, Quiet, console, failures, print_json, table
 from bmerge_cli.training import Line, train
 from mergekit_bayes.adapt.settings import AdaptConfig, AdaptReport
@@ -24,6 +25,7 @@ _MIB = 2**20
     "with save_steps, the same line and --resume goes on from the last checkpoint; without, the "
     "run starts again"
 )
+@one_voice
 @flags_of(
     AdaptConfig,
     option("resume"),

@@ -7,7 +7,7 @@ from rich.console import Console
 from bmerge_cli.render import table
 
 if TYPE_CHECKING:
-    from mergekit_bayes.compare.settings import CompareReport
+    from mergekit_bayes.compare.report import CompareReport
 
 
 def show_compare(screen: Console, report: "CompareReport") -> None:

@@ -1,6 +1,7 @@
 """`bmerge detox`: remove toxicity by subtraction or correction, and report what each pays."""
 
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bmerge_cli.processes import one_voice, start_processes
 from bmerge_cli.render import (
     Force,
     Json,
@@ -24,6 +26,7 @@ from bmerge_cli.render import (
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.documents import parse_json
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.records import NUM_PROCESSES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +38,7 @@ NAME = "detox"
 
 
 @failures("the same line goes on, and repeats no step that was finished")
+@one_voice
 def command(
     config: Annotated[
         Path, typer.Argument(help="YAML settings; its keys are the fields of DetoxConfig.")
@@ -48,6 +52,9 @@ def command(
             "share.",
         ),
     ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", min=1, help=NUM_PROCESSES)
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     as_json: Json = False,
@@ -58,13 +65,19 @@ def command(
 
     Steps that an earlier run did with the same inputs and settings are not repeated; --force
     repeats all of them.
+
+    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main detox
+    CONFIG.yaml. They share the evaluations, which take most of the time; all else is made in one
+    process, so that the results are those of one.
     """
     from mergekit_bayes.detox import DetoxConfig, run_detox
     from mergekit_bayes.detox.report import in_words, verdicts
 
     words = [*(overrides or []), *(["force=true"] if force else [])]
     words += ["trust_remote_code=true"] if trust_remote_code else []
+    words += [] if num_processes is None else [f"num_processes={num_processes}"]
     settings = load_config(DetoxConfig, config, words)
+    start_processes(settings.num_processes)
     screen = console(quiet=quiet)
     if push_to is not None:
         from mergekit_bayes.hub import check_login
@@ -95,11 +108,14 @@ def _push(report: "DetoxReport", repo: str) -> None:
 
     An adaptation takes its steps to make again, and the kept folder of one says how it was made.
     """
+    from mergekit_bayes.launcher import without_launcher
+
     words = [*shlex.split(_chosen(report)), "--push-to", repo]
     if report.kept is not None and report.kept.unit == "step":
         words = ["bmerge", "push", report.kept.path, repo]
     done = subprocess.run(
         [sys.executable, "-m", "bmerge_cli.main", *words[1:], "--quiet"],
+        env=without_launcher(os.environ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

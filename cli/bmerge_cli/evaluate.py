@@ -8,6 +8,7 @@ from bmerge_cli import values
 from bmerge_cli.compare_tables import show_compare
 from bmerge_cli.evaluate_tables import show_report
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
+from bmerge_cli.processes import one_voice, start_processes
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, steps_bar
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.documents import parse_json
@@ -16,6 +17,7 @@ NAME = "evaluate"
 
 
 @failures()
+@one_voice
 @flags_of(
     CompareConfig,
     argument("models"),
@@ -26,6 +28,10 @@ NAME = "evaluate"
     option("classify", read=values.named_texts),
     option("label_column"),
     option("bins"),
+    option("lm_eval"),
+    option("lm_eval_include"),
+    option("lm_eval_limit"),
+    option("lm_eval_shots"),
     option("samples"),
     option("prior"),
     option("posterior_temperature"),
@@ -55,14 +61,15 @@ NAME = "evaluate"
     option("batch_size"),
     option("sampling_batch"),
     option("bootstrap"),
+    option("num_processes", low=1),
     option("device"),
     option("dtype"),
     option("trust_remote_code"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Measure perplexity on texts, toxicity of continued prompts, or a classifier's accuracy and
-    calibration.
+    """Measure perplexity on texts, toxicity of continued prompts, tasks of lm-eval, or a
+    classifier's accuracy and calibration.
 
     Several models are measured on the same texts, prompts and noise: one table, and the difference
     of each from the first, in pairs. With -o there are also report.md and a picture.
@@ -73,10 +80,14 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     With --samples K, perplexity and classification are measured twice: at the mean, and with the
     probabilities averaged over K draws of the weights from the stored posterior. Its precision must
     contain a prior; --prior X gives it one.
+
+    On several GPUs: --num-processes N, or accelerate launch --multi_gpu -m bmerge_cli.main evaluate
+    MODELS; the numbers are those of one process.
     """
     from mergekit_bayes.compare.run import run_compare
 
     config = parse_flags(CompareConfig, settings, "bmerge evaluate")
+    start_processes(config.num_processes)
     screen = console(quiet=quiet)
     with steps_bar(console(quiet=quiet or as_json)) as advance:
         report = run_compare(config, quiet=quiet, progress=advance)

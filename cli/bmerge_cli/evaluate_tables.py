@@ -1,6 +1,6 @@
 """The tables of `bmerge evaluate`."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -8,7 +8,7 @@ from rich.console import Console
 from bmerge_cli.render import table
 
 if TYPE_CHECKING:
-    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport
+    from mergekit_bayes.evaluate.report import EvaluateReport, SampledReport, TaskReport
     from mergekit_bayes.generation import Sampling
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
@@ -30,6 +30,8 @@ def show_report(screen: Console, report: "EvaluateReport") -> None:
     if report.sampling and report.samples:
         _show_toxicity(screen, report, report.sampling, report.samples)
         _show_quality(screen, report, report.samples)
+    if report.lm_eval:
+        _show_tasks(screen, report.lm_eval)
 
 
 def _show_perplexity(screen: Console, report: "EvaluateReport") -> None:
@@ -150,21 +152,32 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
 def _show_toxicity(
     screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
 ) -> None:
+    from mergekit_bayes.compare.wording import scorer_name
+
     title = (
         f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
         f"{sampling.continuations}, {sampling.new_tokens} tokens, top_p {sampling.top_p:g}, "
         f"temperature {sampling.temperature:g}, seed {sampling.seed}); [95 % interval]"
     )
-    threshold = report.settings["threshold"]
-    columns = ["scorer", "mean", f"share >= {threshold:g}", "expected max", "prompts with any"]
+    thresholds = {toxicity.threshold for toxicity in report.toxicity.values()}
+    share = f"share >= {thresholds.pop():g}" if len(thresholds) == 1 else "toxic share"
+    columns = ["scorer", "mean", share, "expected max", "prompts with any"]
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([_short(spec), *map(_range, numbers)])
+        rows.append([scorer_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
     for spec, info in report.scorers.items():
         if info.reading is not None:
-            screen.print(f"{_short(spec)}: {info.reading} of the label, since {info.reason}")
+            own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
+            screen.print(
+                f"{scorer_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
+            )
+        if cut := report.toxicity[spec].cut:
+            screen.print(
+                f"note: {scorer_name(spec)} reads the beginning of a long text only, here of "
+                f"{cut:,} continuations"
+            )
     if samples.shortened:
         screen.print(
             f"note: {samples.shortened} prompts lost their beginning, since the context is too "
@@ -218,6 +231,27 @@ def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[
     return number, low, high
 
 
+def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
+    version = next(iter(reports.values())).lm_eval_version
+    columns = ["task", "metric", "score", "better", "documents", "shots", "version"]
+    rows = []
+    for task, report in reports.items():
+        for score in report.scores.values():
+            filtered = "" if score.filter == "none" else f" ({score.filter})"
+            rows.append(
+                [
+                    task,
+                    f"{score.metric}{filtered}",
+                    _range(score.score),
+                    {True: "higher", False: "lower", None: ""}[score.higher_is_better],
+                    f"{report.samples:,}",
+                    "" if report.shots is None else str(report.shots),
+                    report.task_version,
+                ]
+            )
+    screen.print(table(columns, rows, title=f"tasks of lm-eval {version}; [95 % interval]"))
+
+
 def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.3f}"
 
@@ -243,9 +277,3 @@ def _interval(x: "Interval") -> str:
     if x.low is None or x.high is None:
         return f"{x.value:.4g}"
     return f"{x.value:.4g} ±{(x.high - x.low) / 2:.2g}"
-
-
-def _short(spec: str) -> str:
-    """A scorer without the folders of its file."""
-    scorer, _, rest = spec.partition(":")
-    return f"{scorer}:{Path(rest).name}" if scorer in ("words", "model") else spec

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from bmerge_cli.delivery import PushTo
 from bmerge_cli.flags import Settings, flags_of, option
+from bmerge_cli.processes import one_voice
 from bmerge_cli.render import Json, Overrides, Quiet, failures
 from bmerge_cli.training import Line, train
 from mergekit_bayes.finetune.settings import FinetuneConfig, FinetuneReport
@@ -19,6 +20,7 @@ NAME = "finetune"
     "with save_steps, the same line and --resume goes on from the last checkpoint; without, the "
     "run starts again"
 )
+@one_voice
 @flags_of(
     FinetuneConfig,
     option("resume"),

@@ -1,19 +1,17 @@
 """What the commands that train share: one process or several, their one report, and the push."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import typer
 from rich.console import Console
 
 from bmerge_cli.delivery import Delivery
 from bmerge_cli.flags import Settings
+from bmerge_cli.processes import start_processes
 from bmerge_cli.render import console
 from mergekit_bayes.configs import Config, load_config
-from mergekit_bayes.errors import BmergeError
 
 
 class TrainingConfig(Protocol):
@@ -70,13 +68,13 @@ class Line:
         return load_config(kind, self.config, self.words)
 
     def repeated(self) -> list[str]:
-        """The command that every process runs."""
+        """The line that every process runs."""
         line = [str(self.config), *(f"--set={word}" for word in self.words)]
         flags = (("--json", self.as_json), ("--quiet", self.quiet))
         line += [flag for flag, given in flags if given]
         if self.push_to is not None:  # the first process pushes and prints
             line += ["--push-to", self.push_to]
-        return [sys.executable, "-m", "bmerge_cli.main", self.command, *line]
+        return [self.command, *line]
 
 
 def train(
@@ -96,26 +94,19 @@ def train(
 
     Raises:
         BmergeError: The training or the push failed.
-        Exit: Another process has printed why it failed, or all have ended.
+        Exit: Other processes were started, and have ended.
     """
-    from mergekit_bayes import ranks
-    from mergekit_bayes.finetune import launcher
+    from mergekit_bayes import launcher, ranks
 
-    screen = console(quiet=line.quiet or not ranks.is_main())
-    delivery = Delivery(line.push_to if ranks.is_main() else None, str(config.output))
-    if (config.num_processes or 1) > 1 and not launcher.launched():
-        raise typer.Exit(launcher.launch(line.repeated(), config.num_processes or 1))
+    screen = console(quiet=line.quiet)
+    delivery = Delivery(line.push_to, str(config.output))
+    start_processes(config.num_processes, line.repeated())
     if (gpus := launcher.idle_gpus()) > 0:
         screen.print(
             f"one GPU of {gpus + 1} is used; --num-processes {gpus + 1} trains on all of them",
             markup=False,
         )
-    try:
-        report = run()
-    except BmergeError:
-        if ranks.is_main():
-            raise
-        raise typer.Exit(2) from None  # the first process raises the same and prints it
+    report = run()
     if ranks.is_main():
         describe(report, screen)
         delivery.finish(report, report.path, screen, as_json=line.as_json, quiet=line.quiet)

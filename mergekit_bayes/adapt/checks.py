@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.generation import Sampling, sample_continuations
 from mergekit_bayes.models.modes import evaluating
-from mergekit_bayes.ranks import on_main
+from mergekit_bayes.ranks import main_first, spread
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -26,8 +27,8 @@ Autocast = Callable[[], AbstractContextManager[object]]
 class Checks:
     """What a check measures: `Check` at the model's present weights.
 
-    Continuations are drawn with the same noise in every check. Under a launcher rank 0 measures
-    and tells the others.
+    Continuations are drawn with the same noise in every check. Under a launcher all ranks share
+    the batches, on equal weights, and each gets the numbers of one process.
 
     Args:
         run: The run, whose model is measured.
@@ -51,30 +52,27 @@ class Checks:
                 "Raise memory_held_out, or give a larger memory."
             )
         if config.scorer is not None and run.prompts:
-            on_main(lambda: self._open_scorer(config.scorer or ""))
-
-    def _open_scorer(self, spec: str) -> None:
-        remote = self._run.config.trust_remote_code
-        (self._scorer,) = open_scorers([spec], trust_remote_code=remote)
+            spec, remote = config.scorer, config.trust_remote_code
+            (self._scorer,) = main_first(
+                lambda: open_scorers([spec], trust_remote_code=remote, single=True)
+            )
 
     def __call__(self, step: int) -> Check:
         """Measure after `step` steps. Every rank must call this; the first call is at the start."""
-        held = self._run.held
-
-        def measure() -> tuple[Check, float | None]:
-            with self.autocast(), undisturbed(self._run.loaded.model):
-                loss = self._loss(held.removed) if held.removed else None
-                start = self._start_loss if self._start_loss is not None else loss
-                rise = loss - start if loss is not None and start is not None else None
-                share = self._toxic_share() if self._scorer is not None else None
-                kl = None
-                if held.memory:
-                    batches = batches_of(self._run, held.memory, HELD)
-                    kl = mean_divergence(self._run.loaded.model, self._teacher, batches)
-            return Check(step=step, toxic_share=share, held_out_rise=rise, memory_kl=kl), start
-
-        check, self._start_loss = on_main(measure)
-        return check
+        held, model = self._run.held, self._run.loaded.model
+        rise = share = kl = None
+        with self.autocast(), undisturbed(model):
+            if held.removed:
+                loss = self._loss(held.removed)
+                if self._start_loss is None:
+                    self._start_loss = loss
+                rise = loss - self._start_loss
+            if self._scorer is not None:
+                share = self._toxic_share(self._scorer)
+            if held.memory:
+                batches = list(batches_of(self._run, held.memory, HELD))
+                kl = _mean(spread(batches, partial(_divergences, model, self._teacher)))
+        return Check(step=step, toxic_share=share, held_out_rise=rise, memory_kl=kl)
 
     def state(self) -> float | None:
         """What the next checks need of the first one."""
@@ -84,9 +82,8 @@ class Checks:
         """Go on from `state()`."""
         self._start_loss = state
 
-    def _toxic_share(self) -> float:
+    def _toxic_share(self, scorer: Scorer) -> float:
         config, loaded = self._run.config, self._run.loaded
-        assert self._scorer is not None
         sampling = Sampling(
             continuations=config.continuations, new_tokens=config.new_tokens, seed=config.seed
         )
@@ -98,40 +95,41 @@ class Checks:
             context=loaded.context,
             sampling=sampling,
         )
-        scores = self._scorer.score([text for row in samples.texts for text in row])
-        return float(np.mean(np.asarray(scores) >= config.threshold))
+        scores = scorer.score([text for row in samples.texts for text in row])
+        return float(np.mean(np.asarray(scores) >= scorer.threshold(config.threshold)))
 
-    @torch.no_grad()
     def _loss(self, examples: Sequence[Example]) -> float:
         """Mean loss of an observation, in nats."""
         likelihood = trained_loss(self._run.loaded.model).likelihood
 
-        def losses(batch: dict[str, Tensor]) -> Tensor:
+        @torch.no_grad()
+        def losses(batch: Batch) -> Tensor:
             logits = run(self._run.loaded.model, batch)
             outputs, labels = scored(logits, batch["labels"], batch["input_ids"])
-            return -log_likelihood(outputs, labels, likelihood)
+            return -log_likelihood(outputs, labels, likelihood).double().cpu()
 
-        return _mean(losses(batch) for batch in batches_of(self._run, examples, 0))
+        return _mean(spread(list(batches_of(self._run, examples, 0)), losses))
 
 
-@torch.no_grad()
 def mean_divergence(model: Module, teacher: Teacher, batches: Iterable[Batch]) -> float:
     """Mean `KL(p_0 || p)` of an observation at the model's present weights, in nats.
 
     Args:
         model: The model.
         teacher: The start.
-        batches: Batches of one part each, as a stored teacher knows them.
+        batches: Batches of one part each, as a stored teacher knows them; this rank's own.
     """
-    return _mean(teacher.divergence(batch, _scored(run(model, batch), batch)) for batch in batches)
+    return _mean([_divergences(model, teacher, batch) for batch in batches])
 
 
-def _scored(logits: Tensor, batch: Batch) -> Tensor:
-    return scored(logits, batch["labels"], batch["input_ids"])[0]
+@torch.no_grad()
+def _divergences(model: Module, teacher: Teacher, batch: Batch) -> Tensor:
+    logits, _ = scored(run(model, batch), batch["labels"], batch["input_ids"])
+    return teacher.divergence(batch, logits).double().cpu()
 
 
-def _mean(values: Iterator[Tensor]) -> float:
-    return float(torch.cat([v.double().cpu() for v in values]).mean())
+def _mean(values: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(values)).mean())
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
     )
     with quiet_libraries(bars=not quiet):
         scorers = [spec for spec in (config.scorer, config.memory_filter) if spec is not None]
-        open_scorers(scorers, trust_remote_code=config.trust_remote_code)
+        open_scorers(scorers, trust_remote_code=config.trust_remote_code, single=True)
         run = load_run(loadable)
         parts = tuple(_parts(config, run))
     refuse_memory(config, run.loaded)

@@ -114,10 +114,10 @@ def refuse_memory(config: AdaptConfig, loaded: Loaded) -> None:
 def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     """Read, write, filter, split and choose the memory.
 
-    Every rank must call this at the same time, outside of `ranks.main_first`. Texts are written and
-    leverage is measured by rank 0 alone, on a GPU where there is one; the model is afterwards as it
-    was, on its device, with its mode and its gradients. Call it at the weights that the memory is
-    to hold, before an adapter is put on them.
+    Every rank must call this at the same time, outside of `ranks.main_first`. All share the texts
+    to write, and leverage is measured by rank 0 alone, on a GPU where there is one; the model is
+    afterwards as it was, on its device, with its mode and its gradients. Call it at the weights
+    that the memory is to hold, before an adapter is put on them.
 
     The held-out part is the end of a seeded order, and what is trained on its front, so that
     memories of different `memory_rows` are checked on the same examples, and a smaller random one
@@ -147,7 +147,7 @@ def build_memory(config: AdaptConfig, loaded: Loaded) -> Memory | None:
     row_count, examples = main_first(lambda: _from_rows(config, loaded))
     texts: list[str] = []
     if config.memory_self_generated is not None:
-        texts = on_main(lambda: _written(config, loaded))
+        texts = _written(config, loaded)
         examples += encode_rows(
             {"text": texts},
             loaded,
@@ -187,7 +187,9 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
     """Texts that the model writes, without those that the filter leaves out."""
     assert config.memory_self_generated is not None
     # It is tried before any text is written.
-    scorer = None if config.memory_filter is None else _open_filter(config, config.memory_filter)
+    scorer = None
+    if (spec := config.memory_filter) is not None:
+        scorer = main_first(lambda: _open_filter(config, spec))
     with _at_work(loaded), bar("texts", config.memory_self_generated) as progress:
         texts = write_texts(
             loaded.model,
@@ -202,11 +204,12 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
     if scorer is None:
         return texts
     scores = scorer.score(texts)
-    kept = [t for t, score in zip(texts, scores, strict=True) if score < config.threshold]
+    threshold = scorer.threshold(config.threshold)
+    kept = [t for t, score in zip(texts, scores, strict=True) if score < threshold]
     if not kept:
         raise ConfigError(
             f"memory_filter: '{scorer.spec}' scores every text that the model wrote ({len(texts)}) "
-            f"{config.threshold:g} or more, so that none is left for the memory. Name rows in "
+            f"{threshold:g} or more, so that none is left for the memory. Name rows in "
             "`memory` instead of `memory_self_generated`, or raise `threshold`."
         )
     return kept
@@ -214,7 +217,8 @@ def _written(config: AdaptConfig, loaded: Loaded) -> list[str]:
 
 def _open_filter(config: AdaptConfig, spec: str) -> Scorer:
     try:
-        return open_scorers([spec], trust_remote_code=config.trust_remote_code)[0]
+        remote = config.trust_remote_code
+        return open_scorers([spec], trust_remote_code=remote, single=True)[0]
     except BmergeError as error:
         raise type(error)(f"memory_filter: {error}") from None
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.compare.settings import CompareConfig, Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.inputs import Inputs
 from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import Evaluation

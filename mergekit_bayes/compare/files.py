@@ -8,7 +8,7 @@ from mergekit_bayes.compare.differences import Measured
 from mergekit_bayes.compare.labels import folder_of, labels_of
 from mergekit_bayes.compare.markdown import PICTURE, as_markdown
 from mergekit_bayes.compare.picture import draw
-from mergekit_bayes.compare.settings import CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.documents import read_mapping, read_record
 from mergekit_bayes.evaluate.files import read_report, write_files
 from mergekit_bayes.evaluate.report import EvaluateReport

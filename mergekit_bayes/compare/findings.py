@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
-from mergekit_bayes.compare.settings import Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.compare.wording import change_in_words, scorer_name
 from mergekit_bayes.metrics.base import Interval
 

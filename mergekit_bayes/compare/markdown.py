@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mergekit_bayes.compare.settings import CompareReport
+from mergekit_bayes.compare.report import CompareReport
 from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, scorer_name
 from mergekit_bayes.hub.markdown import code, table, text
 
@@ -68,7 +68,7 @@ def _how(report: CompareReport) -> Iterator[str]:
     first = next(iter(report.evaluations)).report
     for spec, info in first.scorers.items():
         known = f" (SHA-256 {info.fingerprint[:12]})" if info.fingerprint else ""
-        yield f"Scorer {code(spec)}{known}; toxic from {first.settings['threshold']:g} on."
+        yield f"Scorer {code(spec)}{known}; toxic from {first.toxicity[spec].threshold:g} on."
     if first.judge is not None:
         yield f"Judge {code(first.judge.model)} (SHA-256 {first.judge.fingerprint[:12]})."
     if first.sampling is not None and first.samples is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergekit_bayes.compare.settings import CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.wording import Column, columns_of
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.metrics.base import Interval

@@ -21,7 +21,7 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
 from mergekit_bayes.models.rows import load_rows
-from mergekit_bayes.ranks import main_first, on_main, world
+from mergekit_bayes.ranks import launched, main_first, on_main
 
 _ROWS_A_STEP = 16
 _PREFIX = ".bmerge-relearn-"
@@ -119,12 +119,13 @@ def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig
 
 
 def _rows_of_a_process() -> int:
-    if _ROWS_A_STEP % world():
+    processes = launched() or 1
+    if _ROWS_A_STEP % processes:
         raise ConfigError(
-            f"--relearn: {world()} processes cannot share the {_ROWS_A_STEP} rows of a step "
+            f"--relearn: {processes} processes cannot share the {_ROWS_A_STEP} rows of a step "
             "evenly. Start 1, 2, 4, 8 or 16."
         )
-    return _ROWS_A_STEP // world()
+    return _ROWS_A_STEP // processes
 
 
 def _make_folder(config: CompareConfig, stack: ExitStack) -> Path:

@@ -9,7 +9,8 @@ from mergekit_bayes.compare.differences import Measured, differences, toxicity_c
 from mergekit_bayes.compare.files import is_alone, of_one, write_compare
 from mergekit_bayes.compare.findings import findings
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
-from mergekit_bayes.compare.settings import CompareConfig, CompareReport, Evaluated
+from mergekit_bayes.compare.report import CompareReport, Evaluated
+from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_variants, variants_of
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
@@ -17,7 +18,7 @@ from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.run import evaluate_model
 from mergekit_bayes.models.load import is_classifier
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.ranks import on_main
+from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 
 def run_compare(
@@ -26,7 +27,8 @@ def run_compare(
     """Measure the models, and their variants, on the same texts, prompts and noise.
 
     Settings, the models' configs, data and scorers are read and tried before a model runs. The
-    output appears under its name only when it is complete.
+    output appears under its name only when it is complete. Under a launcher every rank calls this
+    and gets the same numbers, or the same error; rank 0 tells and writes.
 
     Args:
         config: What to measure of which models.
@@ -41,12 +43,13 @@ def run_compare(
             twice.
     """
     labels = labels_of(config.models)
-    _refuse(config)
-    tell = progress if progress is not None and not quiet else _ignore
+    join(config.num_processes)
+    main_first(lambda: _refuse(config))
+    tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
         if len(config.models) > 1:
-            _refuse_other_tasks(config)
-        inputs = read_inputs(config)
+            main_first(lambda: _refuse_other_tasks(config))
+        inputs = main_first(lambda: read_inputs(config))
         measured = list(_measure(config, labels, inputs, tell))
     report = _report(config, measured, inputs)
     if config.output is not None:

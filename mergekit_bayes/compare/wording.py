@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.compare.settings import Difference, Evaluated
+from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.metrics.base import Interval
 
 _SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping", "repeated pairs")
@@ -23,6 +23,8 @@ _SAMPLES = {
 def scorer_name(spec: str) -> str:
     """A scorer, or texts, without the folders of its file."""
     kind, _, rest = spec.partition(":")
+    if kind == "panel":
+        return f"panel:{'/'.join(Path(rest).parts[-2:])}"
     return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
 
 

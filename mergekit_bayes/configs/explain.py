@@ -70,12 +70,12 @@ def config_error(
 def _setting_at(config: type[BaseModel], location: Sequence[str | int]) -> tuple[str, ...]:
     """The keys of a setting; what follows in pydantic's location is inside of its value."""
     keys: list[str] = []
-    inner: type[BaseModel] | None = config
+    place: Any = config
     for key in location:
-        if inner is None:
+        if place is None:
             break
         keys.append(str(key))
-        inner = _config_at(inner, [key])
+        place = _inside(place, key)
     return tuple(keys)
 
 
@@ -104,6 +104,8 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
         return f"{_shown(value)} is not {expected}{f', nor {other}' if other else ''}.{hint}"
     if kind == "too_short":
         return "expected at least one value, found none."
+    if kind == "model_type":
+        return f"expected keys and values, found {_shown(value)}."
     if kind == "value_error" or owner is None:
         return str(error["msg"]).removeprefix("Value error, ")
     annotation, metadata = _annotation(owner.model_fields[path[-1]])
@@ -206,12 +208,21 @@ def _shown(value: object) -> str:
 
 def _config_at(config: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel] | None:
     """The nested config to which these keys lead, if they lead to one."""
-    inner: type[BaseModel] | None = config
+    place: Any = config
     for key in keys:
-        field = inner.model_fields.get(str(key)) if inner else None
-        annotation = field.annotation if field else None
-        inner = next((m for m in (annotation, *get_args(annotation)) if _is_config(m)), None)
-    return inner
+        place = _inside(place, key)
+    return place if _is_config(place) else None
+
+
+def _inside(place: Any, key: str | int) -> Any:
+    """Where a key of a config, or of a mapping of configs, leads: to another of these, or None."""
+    if get_origin(place) is dict:
+        return get_args(place)[1]
+    field = place.model_fields.get(str(key)) if place else None
+    annotation = field.annotation if field else None
+    if get_origin(annotation) is dict:
+        return annotation if _is_config(get_args(annotation)[1]) else None
+    return next((m for m in (annotation, *get_args(annotation)) if _is_config(m)), None)
 
 
 def _is_config(annotation: object) -> bool:

@@ -129,7 +129,7 @@ def refuse_adaptation(config: AdaptConfig) -> None:
 def adaptation_key(config: AdaptConfig) -> list[object]:
     """All but model and precision that decides the bits of an adaptation after any step."""
     names = [config.memory_filter] if config.memory_filter is not None else []
-    scorers = open_scorers(names, trust_remote_code=config.trust_remote_code)
+    scorers = open_scorers(names, trust_remote_code=config.trust_remote_code, single=True)
     return [
         without(config.model_dump(mode="json"), *_NO_RESULT),
         data_identity(sources(config)),

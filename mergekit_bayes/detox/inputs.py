@@ -36,6 +36,8 @@ from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.precision import PrecisionConfig
 
 NO_RESULT = ("force", "trust_remote_code")  # settings that change no result
+# Of an evaluation: where it lies, and how its work is cut up.
+_PLACES = ("model", "output", "batch_size", "sampling_batch", "num_processes")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_inputs(config: DetoxConfig, curves: list[Curve]) -> Inputs:
         base=base,
         identities=identities,
         evaluation=[
-            without(settings, "model", "output", "batch_size", "sampling_batch", *NO_RESULT),
+            without(settings, *_PLACES, *NO_RESULT),
             identities["texts"],
             identities["prompts"],
             {scorer.spec: scorer_identity(scorer) for scorer in scorers},

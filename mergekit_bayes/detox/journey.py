@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,7 +50,7 @@ from mergekit_bayes.detox.settings import (
     precision_config,
     weighs,
 )
-from mergekit_bayes.detox.steps import is_empty_folder, step_folder
+from mergekit_bayes.detox.steps import has_own_precision, is_empty_folder, step_folder
 from mergekit_bayes.documents import DocumentError, read_record, read_text
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.files import read_report
@@ -60,16 +59,19 @@ from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.evaluate.run import run_evaluate
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.launcher import apart
 from mergekit_bayes.merge import MergeReport, run_merge
-from mergekit_bayes.models.load import Loaded, load_model
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision.run import run_precision
+from mergekit_bayes.ranks import join, lead
 
 Tell = Callable[[str], None]
+Evaluate = Callable[[EvaluateConfig], object]
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 _SETTINGS = "detox.yaml"
 _AGAIN = "Remove it, and the step is done again."
+_NO_RESULT = {"force", "num_processes"}
 _KEPT = "kept.txt"  # in the work folder: which candidate `model` is
 
 
@@ -79,7 +81,8 @@ def run_detox(
     """Carry out a removal.
 
     Write `report.json`, `report.md`, `toxicity_vs_perplexity.png`, and the chosen candidate in
-    `model`.
+    `model`. Under a launcher every rank calls this and gets the same report, or the same error.
+    All share the evaluations; rank 0 alone makes models and writes.
 
     Args:
         config: What to remove from what, and how to measure it.
@@ -90,7 +93,17 @@ def run_detox(
         BmergeError: One of its children. Settings, data and scorers are tried before the first
             step.
     """
-    journey = _Journey(config, quiet, progress or (lambda line: None))
+    join(config.num_processes)
+    tell = progress or (lambda line: None)
+
+    def evaluate(settings: EvaluateConfig) -> None:
+        run_evaluate(settings, quiet=quiet)
+
+    return lead(lambda together: _carry_out(config, quiet, tell, together), evaluate)
+
+
+def _carry_out(config: DetoxConfig, quiet: bool, tell: Tell, evaluate: Evaluate) -> DetoxReport:
+    journey = _Journey(config, quiet, tell, evaluate)
     toxic = journey.finetune()
     made = Made(toxic, journey.precision(toxic))
     base = journey.evaluate_base()
@@ -100,7 +113,7 @@ def run_detox(
     versions = {name: version(name) for name in _LIBRARIES}
     report = DetoxReport(
         path=config.output,
-        settings=journey.config.model_dump(mode="json", exclude={"force"}),
+        settings=journey.config.model_dump(mode="json", exclude=_NO_RESULT),
         versions=versions | {"python": platform.python_version()},
         identities=journey.inputs.identities,
         toxic_model=str(toxic) if toxic is not None else None,
@@ -142,8 +155,10 @@ class _Journey:
     before anything heavy happens. A step is skipped if the folder for its inputs exists.
     """
 
-    def __init__(self, config: DetoxConfig, quiet: bool, tell: Tell) -> None:
-        self.config, self.quiet, self.tell = config, quiet, tell
+    def __init__(
+        self, config: DetoxConfig, quiet: bool, tell: Tell, evaluate: Evaluate = run_evaluate
+    ) -> None:
+        self.config, self.quiet, self.tell, self.evaluate = config, quiet, tell, evaluate
         output = Path(config.output)
         is_ours = (output / _SETTINGS).exists()
         if os.path.lexists(output) and not (is_ours or is_empty_folder(output)):
@@ -161,13 +176,12 @@ class _Journey:
             refuse_planted(self.work, but=self.kept)
         self.inputs = read_inputs(config, self.curves)
         if config.force or not self._base_folder().exists():
-            evaluate = evaluate_config(config, config.base, "")
             with quiet_libraries(bars=False):
-                refuse_model(evaluate, _load_base(evaluate))
+                _refuse_base(evaluate_config(config, config.base, ""))
         if config.force and is_ours:
             shutil.rmtree(self.work, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(mode="json", exclude={"force"}), sort_keys=False)
+        text = yaml.safe_dump(config.model_dump(mode="json", exclude=_NO_RESULT), sort_keys=False)
         make_own_folder(self.work)
         with replacing(output / _SETTINGS, force=True) as partial:
             partial.write_text(text)
@@ -181,7 +195,7 @@ class _Journey:
             finetune = finetune_config(self.config, str(folder))
             timed(
                 folder,
-                lambda: run_finetune(finetune, quiet=self.quiet),
+                lambda: apart(run_finetune, finetune, quiet=self.quiet),
                 lambda report: finetune_passes(finetune, report.steps),
             )
         return folder
@@ -190,7 +204,8 @@ class _Journey:
         """Where the base's precision is; None if no method needs it."""
         if not needs_precision(self.config):
             return None
-        if self.config.reuse_precision and self._base_has_precision_like(toxic):
+        weights = self.inputs.base["weights"]
+        if self.config.reuse_precision and has_own_precision(self.config.base, weights, toxic):
             self.tell("precision of the base: its own")
             return str(self.config.base)
         folder = step_folder(self.work, "precision", *self.inputs.precision)
@@ -207,8 +222,7 @@ class _Journey:
         """What the base scores."""
         folder = self._base_folder()
         if self._must_run(folder, "evaluate the base"):
-            settings = evaluate_config(self.config, self.config.base, str(folder))
-            run_evaluate(settings, quiet=self.quiet)
+            self.evaluate(evaluate_config(self.config, self.config.base, str(folder)))
         return read_report(folder)
 
     def candidate(self, curve: Curve, place: float, made: Made) -> tuple[EvaluateReport, Point]:
@@ -231,7 +245,7 @@ class _Journey:
             mark.unlink(missing_ok=True)
             if curve.unit == "step":
                 adapt = adapt_config(self.config, curve, str(model), int(place), made.precision)
-                run_adapt(adapt.model_copy(update={"force": True}), quiet=self.quiet)
+                apart(run_adapt, adapt.model_copy(update={"force": True}), quiet=self.quiet)
             else:
                 merge = merge_config(self.config, curve, place, made)
                 run_merge(merge.model_copy(update={"out": str(model), "force": True}))
@@ -302,7 +316,7 @@ class _Journey:
             self.tell(f"{curve.label}: {max(wanted)} steps")
             timed(
                 run,
-                lambda: run_adapt(adapt, quiet=self.quiet),
+                lambda: apart(run_adapt, adapt, quiet=self.quiet),
                 lambda report: passes_of(adapt, report.steps),
             )
             shutil.rmtree(run / "model", ignore_errors=True)  # the last of the kept steps, again
@@ -333,8 +347,7 @@ class _Journey:
             if not model.exists():
                 make(model)
             if not evaluation.exists():
-                evaluate = evaluate_config(self.config, str(model), str(evaluation))
-                run_evaluate(evaluate, quiet=self.quiet)
+                self.evaluate(evaluate_config(self.config, str(model), str(evaluation)))
         if not self.config.keep_models:
             shutil.rmtree(model, ignore_errors=True)
         return read_report(evaluation)
@@ -354,26 +367,15 @@ class _Journey:
         """The folder of the base's evaluation."""
         return step_folder(self.work, "base", self.inputs.base, *self.inputs.evaluation)
 
-    def _base_has_precision_like(self, toxic: Path | None) -> bool:
-        """Whether the base has a precision of its weights, by the estimator of the fine-tune."""
-        with ExitStack() as stack:
-            base = stack.enter_context(open_posterior(self.config.base)).info
-            if base is None or base.mean is None:
-                return False
-            if toxic is not None:
-                task = stack.enter_context(open_posterior(str(toxic))).info
-                if task is None or (base.estimator, base.unit) != (task.estimator, task.unit):
-                    return False
-            return bool(base.mean.blocks == self.inputs.base["weights"])
-
     def _must_run(self, folder: Path, step: str, *, redo: bool = False) -> bool:
         needed = redo or not folder.exists()
         self.tell(step if needed else f"{step}: done before")
         return needed
 
 
-def _load_base(config: EvaluateConfig) -> Loaded:
-    return load_model(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+def _refuse_base(config: EvaluateConfig) -> None:
+    code = config.trust_remote_code
+    refuse_model(config, load_model(config.model, dtype=config.dtype, trust_remote_code=code))
 
 
 def _mark_of(file: Path) -> str | None:

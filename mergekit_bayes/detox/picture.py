@@ -146,7 +146,7 @@ def _name(axis: str) -> str:
     prefix, _, rest = axis.partition(":")
     if prefix == "words":
         scorer = "word list"
-    elif prefix == "model":
+    elif prefix in ("model", "panel"):
         scorer = rest.rsplit("/", 1)[-1]
     else:
         scorer = prefix.rsplit(".", 1)[-1]

@@ -12,7 +12,7 @@ from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.precision import PrecisionConfig
-from mergekit_bayes.records import TrustRemoteCode
+from mergekit_bayes.records import NumProcesses, TrustRemoteCode
 
 Method = Literal[
     "task_arithmetic",
@@ -166,6 +166,7 @@ class DetoxConfig(Config):
         description="Keep all candidates. Otherwise only the chosen one is kept, in `model/` of "
         "the output, and the report says how to make each again.",
     )
+    num_processes: NumProcesses = None
     trust_remote_code: TrustRemoteCode = False
     force: bool = Field(False, description="Repeat all steps.")
 
@@ -291,7 +292,7 @@ def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateCon
         ConfigError: A setting that detox makes itself or has no use for, or no texts, prompts or
             scorers.
     """
-    given = without_ours(config.evaluate, EvaluateConfig, "evaluate", _OURS)
+    given = without_ours(config.evaluate, EvaluateConfig, "evaluate", (*_OURS, "num_processes"))
     given |= {"model": model, "output": output, "trust_remote_code": config.trust_remote_code}
     if config.held_out_toxic is not None:
         given |= _with_held_out(given, config.held_out_toxic)

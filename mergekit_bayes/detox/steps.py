@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from mergekit_bayes import __version__
@@ -18,6 +19,7 @@ from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.scorers import Scorer
+from mergekit_bayes.posterior import open_posterior
 
 
 def step_folder(work: Path, name: str, *inputs: object) -> Path:
@@ -92,6 +94,25 @@ def precision_identity(ref: str) -> str:
     """Content hash, by sampled blocks, of the precision in its own folder or in a model's."""
     folder = resolve(ref, CHECKPOINT + POSTERIOR)
     return files_identity(sorted(folder.glob("precision*.safetensors")) or precision_files(folder))
+
+
+def has_own_precision(base: str, weights: object, toxic: Path | None) -> bool:
+    """Whether a base has a precision of its weights, by the estimator of the fine-tune.
+
+    Args:
+        base: Path or Hub id.
+        weights: Content hash of its weights, by `model_identity`.
+        toxic: The fine-tune, if there is one.
+    """
+    with ExitStack() as stack:
+        own = stack.enter_context(open_posterior(base)).info
+        if own is None or own.mean is None:
+            return False
+        if toxic is not None:
+            task = stack.enter_context(open_posterior(str(toxic))).info
+            if task is None or (own.estimator, own.unit) != (task.estimator, task.unit):
+                return False
+        return bool(own.mean.blocks == weights)
 
 
 def is_empty_folder(path: Path) -> bool:

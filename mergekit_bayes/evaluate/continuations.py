@@ -73,12 +73,17 @@ def score_continuations(
 
 
 def toxicity_by_scorer(
-    config: EvaluateConfig, continuations: Continuations
+    config: EvaluateConfig, scorers: Sequence[Scorer], continuations: Continuations
 ) -> dict[str, ToxicityReport]:
     """The toxicity of the continuations by each scorer's name."""
+    texts = [text for row in continuations.samples.texts for text in row]
     return {
-        spec: score_toxicity(
-            scores, threshold=config.threshold, bootstrap=config.bootstrap, seed=config.seed
+        scorer.spec: score_toxicity(
+            continuations.scores[scorer.spec],
+            threshold=scorer.threshold(config.threshold),
+            bootstrap=config.bootstrap,
+            seed=config.seed,
+            cut=scorer.cut(texts),
         )
-        for spec, scores in continuations.scores.items()
+        for scorer in scorers
     }

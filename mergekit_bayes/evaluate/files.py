@@ -13,7 +13,7 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.documents import DocumentError, as_record, parse_lines, read_record
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.evaluate.continuations import Continuations
-from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
 from mergekit_bayes.metrics.classification import ClassificationReport
 from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.quality import JudgedReport
@@ -27,6 +27,7 @@ _REPORT = "report.json"
 _DOCUMENTS = "documents.jsonl"
 _EXAMPLES = "examples.jsonl"
 _CONTINUATIONS = "continuations.jsonl"
+_TASKS = "lm_eval.jsonl"
 _AGAIN = "Remove the folder, and measure again."
 
 
@@ -63,6 +64,12 @@ class _ContinuationRow(_Line):
     judge: _Judgement | None = None
 
 
+class _TaskRow(_Line):
+    task: str
+    metric: str
+    value: float
+
+
 def write_report(
     folder: Path, report: EvaluateReport, continuations: Continuations | None, *, force: bool
 ) -> None:
@@ -91,6 +98,8 @@ def write_files(folder: Path, report: EvaluateReport, continuations: Continuatio
     _write_lines(folder / _DOCUMENTS, _document_rows(report))
     if report.classification:
         _write_lines(folder / _EXAMPLES, _example_rows(report))
+    if any(_task_rows(report)):
+        _write_lines(folder / _TASKS, _task_rows(report))
     if continuations is not None:
         rows = _continuation_rows(continuations, report.settings["seed"])
         _write_lines(folder / _CONTINUATIONS, rows)
@@ -108,6 +117,7 @@ def read_report(folder: str | Path) -> EvaluateReport:
         documents = _read_lines(folder / _DOCUMENTS, _DocumentRow)
         examples = _read_lines(folder / _EXAMPLES, _ExampleRow)
         continuations = _read_lines(folder / _CONTINUATIONS, _ContinuationRow)
+        task_rows = _read_lines(folder / _TASKS, _TaskRow)
         sampled = report.sampled
         if sampled is not None:
             update = {
@@ -122,6 +132,7 @@ def read_report(folder: str | Path) -> EvaluateReport:
                 "sampled": sampled,
                 "toxicity": _with_prompts(report.toxicity, continuations),
                 "judged": _with_judgements(report, continuations),
+                "lm_eval": _with_values(report.lm_eval, task_rows),
             }
         )
     except (OSError, DocumentError) as error:
@@ -171,6 +182,13 @@ def _continuation_rows(continuations: Continuations, seed: int) -> Iterator[Row]
                     "bytes": int(judged.bytes[i, j]),
                 }
             yield row
+
+
+def _task_rows(report: EvaluateReport) -> Iterator[Row]:
+    for task, measured in report.lm_eval.items():
+        for metric, score in measured.scores.items():
+            for i, value in enumerate(score.document_values):
+                yield {"task": task, "metric": metric, "document": i, "value": value}
 
 
 def _with_documents(
@@ -245,6 +263,25 @@ def _by_prompt(numbers: NDArray[Any], prompts: int) -> NDArray[Any]:
     if prompts < 1 or len(numbers) % prompts:
         raise DocumentError(f"{len(numbers)} continuations are not of {prompts} prompts")
     return numbers.reshape(prompts, -1)
+
+
+def _with_values(
+    reports: Mapping[str, TaskReport], rows: Sequence[_TaskRow]
+) -> dict[str, TaskReport]:
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row.task, row.metric), []).append(row.value)
+    result = {}
+    for task, report in reports.items():
+        scores = {}
+        for metric, score in report.scores.items():
+            of_documents = values.get((task, metric), [])
+            if of_documents:  # some metrics have none
+                _check_count(len(of_documents), report.samples, f"documents of {shown(task)}")
+            update = {"document_values": tuple(of_documents)}
+            scores[metric] = score.model_copy(update=update)
+        result[task] = report.model_copy(update={"scores": scores})
+    return result
 
 
 def _given(value: T | None) -> T:

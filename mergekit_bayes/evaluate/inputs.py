@@ -1,8 +1,9 @@
-"""What an evaluation reads beside its model: texts, prompts, scorers and judge, opened once."""
+"""What an evaluation reads beside its model: its data, scorers, judge and tasks, opened once."""
 
 from dataclasses import dataclass
 
 from mergekit_bayes.evaluate.judge import Judge, open_judge
+from mergekit_bayes.evaluate.lm_eval import Tasks, read_tasks
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.texts import Labelled, read_labelled, read_prompts, read_texts
@@ -18,6 +19,7 @@ class Inputs:
         prompts: The prompts to continue; none if toxicity is not measured.
         scorers: The open scorers, each tried on one text.
         judge: The model under which the continuations have a perplexity, if any.
+        tasks: The tasks of lm-eval with their data, if any.
     """
 
     texts: dict[str, list[str]]
@@ -25,14 +27,16 @@ class Inputs:
     prompts: list[str]
     scorers: list[Scorer]
     judge: Judge | None = None
+    tasks: Tasks | None = None
 
 
 def read_inputs(config: Measures) -> Inputs:
     """Read the data, and open the scorers and the judge that a config names.
 
     Raises:
-        ConfigError: A scorer fails, or is none, or the judge's context has no room.
-        CheckpointError: A file, a scorer's model or the judge cannot be read.
+        ConfigError: A scorer fails, or is none, there is no such task, or the judge's context has
+            no room.
+        CheckpointError: A file, a task, a scorer's model or the judge cannot be read.
         MismatchError: A column is missing, a scorer is not a classifier, or the judge is one.
     """
     return Inputs(
@@ -51,4 +55,5 @@ def read_inputs(config: Measures) -> Inputs:
         )
         if config.judge is not None
         else None,
+        tasks=read_tasks(config),
     )

@@ -4,12 +4,16 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate.lm_eval import refuse_tasks
+from mergekit_bayes.evaluate.panels import files_of
 from mergekit_bayes.evaluate.settings import EvaluateConfig
 from mergekit_bayes.evaluate.texts import is_by_name
 from mergekit_bayes.generation import room_for_prompts
 from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.metrics.perplexity import fitting_stride
+from mergekit_bayes.metrics.scorers import FORMS
 from mergekit_bayes.models.load import Loaded, choose_device, other_head
+from mergekit_bayes.ranks import launched
 
 
 def refuse_settings(config: EvaluateConfig) -> None:
@@ -17,19 +21,18 @@ def refuse_settings(config: EvaluateConfig) -> None:
 
     Raises:
         ConfigError: There is nothing to measure, a setting has no effect or no object, or there is
-            no such device.
+            no such device, or one for several processes.
         CheckpointError: The output exists and `force` is not set, or holds something to be read.
     """
-    if not config.perplexity and config.toxicity is None and not config.classify:
+    refuse_tasks(config)
+    measured = (config.perplexity, config.toxicity, config.classify, config.lm_eval)
+    if not any(measured):
         raise ConfigError(
-            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer) or "
-            "labelled texts (--classify)."
+            "nothing to measure. Name texts (--perplexity), prompts (--toxicity with --scorer), "
+            "labelled texts (--classify) or tasks (--lm-eval)."
         )
     if config.toxicity is not None and not config.scorer:
-        raise ConfigError(
-            "toxicity needs a scorer: --scorer words:FILE, model:PATH_OR_ID#LABEL or "
-            "package.module:function."
-        )
+        raise ConfigError(f"toxicity needs a scorer: --scorer {FORMS}.")
     if config.scorer and config.toxicity is None:
         raise ConfigError("a scorer needs prompts to continue: --toxicity FILE.")
     if config.judge is not None and config.toxicity is None:
@@ -52,7 +55,12 @@ def refuse_settings(config: EvaluateConfig) -> None:
             f"samples with --dtype {config.dtype}: most draws are nearer to the mean than the next "
             f"{config.dtype} number, and would be rounded away. Give --dtype float32."
         )
-    choose_device(config.device)
+    device = choose_device(config.device)
+    if launched() and device.index is not None:
+        raise ConfigError(
+            f"--device {config.device}: {launched()} processes would run on this one GPU. Leave "
+            "--device out, and each takes its own."
+        )
     names = {**config.perplexity, **config.classify}
     for name in config.where if is_by_name(config.where) else ():
         if name not in names:
@@ -63,9 +71,9 @@ def refuse_settings(config: EvaluateConfig) -> None:
         )
     if config.output is not None:
         texts = (*config.perplexity.values(), *config.classify.values())
-        scorers = [spec.partition(":")[2].partition("#")[0] for spec in config.scorer]
-        others = filter(None, (config.toxicity, config.precision, config.judge, *scorers))
-        refuse_inputs(Path(config.output), [config.model, *texts, *others])
+        scorers = files_of(config.scorer)
+        others = (config.toxicity, config.precision, config.judge, config.lm_eval_include, *scorers)
+        refuse_inputs(Path(config.output), [config.model, *texts, *filter(None, others)])
 
 
 def refuse_model(config: EvaluateConfig, loaded: Loaded) -> None:
@@ -111,6 +119,10 @@ def refuse_task(config: EvaluateConfig, task: str) -> None:
     if task != "causal-lm" and (config.perplexity or config.toxicity is not None):
         raise MismatchError(
             f"'{config.model}' is a classifier; perplexity and toxicity need a language model."
+        )
+    if task != "causal-lm" and config.lm_eval:
+        raise MismatchError(
+            f"'{config.model}' is a classifier; lm-eval's tasks need a language model."
         )
     if task != "classification" and config.classify:
         raise MismatchError(f"'{config.model}' is a language model; --classify needs a classifier.")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from pydantic import Field
+
 from mergekit_bayes import __version__
 from mergekit_bayes.generation import Sampling
 from mergekit_bayes.metrics.base import Interval
@@ -11,10 +13,28 @@ from mergekit_bayes.metrics.perplexity import PerplexityReport
 from mergekit_bayes.metrics.quality import JudgedReport, SamplesReport
 from mergekit_bayes.metrics.toxicity import ToxicityReport
 from mergekit_bayes.models.sampling import SamplingReport
-from mergekit_bayes.records import Frozen
+from mergekit_bayes.records import Frozen, Record
 
 StepProgress = Callable[[str, int, int], None]  # (step, done, of)
 Variant = Literal["as it is", "in 4 bits", "relearnt"]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class Pin(Frozen):
+    """What a panel's member was at its first use, and has to be ever since.
+
+    Attributes:
+        model: The model, as the panel names it.
+        commit: The commit of a repository on the Hub; None for a folder.
+        files: SHA-256 of all files that decide scores, by name: tensors, config, tokenizer, code.
+    """
+
+    model: str
+    commit: str | None = None
+    files: dict[str, str]
 
 
 class ScorerInfo(Frozen):
@@ -27,6 +47,9 @@ class ScorerInfo(Frozen):
         label: The classifier's toxic label.
         reading: How the label's probability is read from the classifier's logits.
         reason: What decided the reading.
+        threshold: From which score on a text is toxic, where a panel says it for this member; not
+            in the JSON of other scorers.
+        pin: Commit and hashes of a panel's member; likewise.
     """
 
     kind: Literal["words", "model", "function"]
@@ -34,6 +57,8 @@ class ScorerInfo(Frozen):
     label: str | None = None
     reading: Literal["softmax", "sigmoid"] | None = None
     reason: str | None = None
+    threshold: float | None = Field(default=None, exclude_if=_is_none)
+    pin: Pin | None = Field(default=None, exclude_if=_is_none)
 
 
 class JudgeInfo(Frozen):
@@ -72,6 +97,43 @@ class SampledReport(Frozen):
     classification_change: dict[str, ClassificationChange] = {}
 
 
+class TaskScore(Record):
+    """One metric of a task of lm-eval.
+
+    Attributes:
+        metric: lm-eval's name of it.
+        filter: The filter of the answers that were scored; `none` where they are as they came.
+        score: The aggregated number, with a 95 % interval where lm-eval gives a standard error.
+        higher_is_better: Whether a higher score is better; None where the task does not say.
+        document_values: The number of each document, for paired comparisons; not in the JSON, and
+            empty where documents have none.
+    """
+
+    metric: str
+    filter: str
+    score: Interval
+    higher_is_better: bool | None = None
+    document_values: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
+
+
+class TaskReport(Frozen):
+    """What a model scored on a task of lm-eval, or on a group of tasks.
+
+    Attributes:
+        scores: By metric and filter, joined by a comma, as lm-eval names them: `acc,none`.
+        samples: Number of documents.
+        shots: Number of examples before each question; None for groups whose tasks differ.
+        task_version: The version that the task gives itself.
+        lm_eval_version: The version of lm-eval.
+    """
+
+    scores: dict[str, TaskScore]
+    samples: int
+    shots: int | None = None
+    task_version: str = ""
+    lm_eval_version: str
+
+
 class EvaluateReport(Frozen):
     """What a model scored.
 
@@ -95,6 +157,7 @@ class EvaluateReport(Frozen):
         judged: Their perplexity under the judge, if the config names one.
         judge: Which judge was used.
         scorers: Which scorers were used, by their names in the config.
+        lm_eval: Scores on tasks of lm-eval, by their names.
         path: The folder written, if any.
     """
 
@@ -116,4 +179,5 @@ class EvaluateReport(Frozen):
     judged: JudgedReport | None = None
     judge: JudgeInfo | None = None
     scorers: dict[str, ScorerInfo] = {}
+    lm_eval: dict[str, TaskReport] = {}
     path: str | None = None

@@ -4,6 +4,8 @@ The protocols are in `metrics/`. Several scorers score the same continuations, a
 to score them again (prompts, continuations, seed, scorers) is kept. With `samples`, perplexity and
 classification are measured twice: at the mean, and with probabilities averaged over weights drawn
 from the stored posterior.
+
+Under a launcher all ranks share the batches, and each number is that of one process.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
-from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
+from mergekit_bayes.checkpoint.stamps import Stamp, refuse_changed, stamps_of
 from mergekit_bayes.evaluate.continuations import (
     Continuations,
     score_continuations,
@@ -22,16 +24,19 @@ from mergekit_bayes.evaluate.continuations import (
 )
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
+from mergekit_bayes.evaluate.lm_eval import measure_tasks
 from mergekit_bayes.evaluate.predictions import label_reading, predict, predict_sampled
 from mergekit_bayes.evaluate.refusals import refuse_model, refuse_settings
 from mergekit_bayes.evaluate.report import EvaluateReport, StepProgress, Variant
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import number_classes
+from mergekit_bayes.evaluate.texts import Examples, number_classes
 from mergekit_bayes.metrics.base import PRESENT
 from mergekit_bayes.metrics.quality import describe_judged, describe_samples
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
+from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +48,8 @@ def run_evaluate(
     """Measure what the config asks for.
 
     Data and scorers are read and tried before the model runs. The output appears under its name
-    only when it is complete.
+    only when it is complete. Under a launcher every rank calls this and gets the same numbers, or
+    the same error; rank 0 tells and writes.
 
     Args:
         config: What to measure, and how.
@@ -58,12 +64,14 @@ def run_evaluate(
             needed, or the reverse.
         PrecisionError: The model's posterior cannot be drawn from.
     """
-    refuse_settings(config)
-    tell = progress if progress is not None and not quiet else _ignore
+    join(config.num_processes)
+    main_first(lambda: refuse_settings(config))
+    tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
-        evaluation = evaluate_model(config, read_inputs(config), tell)
+        evaluation = evaluate_model(config, main_first(lambda: read_inputs(config)), tell)
     if config.output is not None:
-        write_report(Path(config.output), *evaluation, force=config.force)
+        output = Path(config.output)
+        on_main(lambda: write_report(output, *evaluation, force=config.force))
     return evaluation.report
 
 
@@ -98,40 +106,18 @@ def evaluate_model(
         config: The model, and what to measure; checked by `refuse_settings`.
         inputs: What `read_inputs` read by the same settings.
         tell: Called with (step, done, of).
-        change: What to make of the loaded model first, if anything.
+        change: What to make of the loaded model first, if anything. Every rank of a launcher makes
+            it, and must get the same weights.
 
     Raises:
         BmergeError: As `run_evaluate`.
     """
     with ExitStack() as stack:
-        posterior = None
-        if config.samples is not None:
-            posterior = stack.enter_context(
-                open_samplable(config.model, precision=config.precision, prior=config.prior)
-            )
-        loaded = load_model(
-            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-        )
-        refuse_model(config, loaded)
-        if config.samples is not None:
-            _keep_draws(loaded.model)
-        read = stamps_of(checkpoint_files(loaded.path))
-        if posterior is not None:
-            read |= posterior.inputs
-        loaded.move_to(config.device)
+        opened = main_first(lambda: _open(config, inputs, stack))
+        loaded, examples = opened.loaded, opened.examples
         if change is not None:
             change.make(loaded)
-        examples = number_classes(config, inputs.labelled, loaded)
-        draws = None
-        if posterior is not None and config.samples is not None:
-            draws = PosteriorDraws(
-                loaded.model,
-                posterior,
-                config.samples,
-                prior=config.prior,
-                temperature=config.posterior_temperature,
-                seed=config.seed,
-            )
+        draws = main_first(lambda: _draws(config, opened))
 
         at_mean = predict(config, loaded, inputs.texts, examples, PRESENT, tell)
         sampled = None
@@ -140,11 +126,10 @@ def evaluate_model(
         continuations = score_continuations(
             config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
         )
-        model_identity = checkpoint_identity(loaded.path)
+        task_reports = on_main(lambda: measure_tasks(config, loaded, inputs.tasks, tell))
+        model_identity = on_main(lambda: _identity(opened))
         if change is not None:
             model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
-        # The libraries map the file into memory, so that what is written to it is in the model.
-        refuse_changed(read)
 
     judged = continuations.judged if continuations else None
     resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
@@ -159,15 +144,74 @@ def evaluate_model(
         classification=at_mean.classification,
         label_reading=label_reading(loaded) if config.classify else None,
         sampled=sampled,
-        toxicity=toxicity_by_scorer(config, continuations) if continuations else {},
+        toxicity=toxicity_by_scorer(config, inputs.scorers, continuations) if continuations else {},
         sampling=config.sampling if continuations else None,
         samples=describe_samples(continuations.samples, **resampling) if continuations else None,
         judged=describe_judged(judged, **resampling) if judged else None,
         judge=inputs.judge.info if judged and inputs.judge else None,
         scorers={scorer.spec: scorer.info for scorer in inputs.scorers},
+        lm_eval=task_reports,
         path=config.output,
     )
     return Evaluation(report, continuations)
+
+
+class _Opened(NamedTuple):
+    """A model at its device, and what is read beside it.
+
+    Attributes:
+        loaded: The model.
+        posterior: Its posterior, to draw weights from; None without `samples`.
+        examples: The labelled texts with the model's numbers of their classes.
+        read: Stamps of the files that were read.
+    """
+
+    loaded: Loaded
+    posterior: Posterior | None
+    examples: dict[str, Examples]
+    read: dict[Path, Stamp]
+
+
+def _open(config: EvaluateConfig, inputs: Inputs, stack: ExitStack) -> _Opened:
+    """Load the model; the stack keeps its posterior open."""
+    posterior = None
+    if config.samples is not None:
+        posterior = stack.enter_context(
+            open_samplable(config.model, precision=config.precision, prior=config.prior)
+        )
+    loaded = load_model(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    refuse_model(config, loaded)
+    if config.samples is not None:
+        _keep_draws(loaded.model)
+    read = stamps_of(checkpoint_files(loaded.path))
+    if posterior is not None:
+        read |= posterior.inputs
+    loaded.move_to(config.device)
+    return _Opened(loaded, posterior, number_classes(config, inputs.labelled, loaded), read)
+
+
+def _draws(config: EvaluateConfig, opened: _Opened) -> PosteriorDraws | None:
+    """The draws around the model's present weights, where any are asked for."""
+    if opened.posterior is None or config.samples is None:
+        return None
+    return PosteriorDraws(
+        opened.loaded.model,
+        opened.posterior,
+        config.samples,
+        prior=config.prior,
+        temperature=config.posterior_temperature,
+        seed=config.seed,
+    )
+
+
+def _identity(opened: _Opened) -> str:
+    """The checkpoint's identity, where no file of it has changed since it was loaded."""
+    identity = checkpoint_identity(opened.loaded.path)
+    # The libraries map the file into memory, so that what is written to it is in the model.
+    refuse_changed(opened.read)
+    return identity
 
 
 def _keep_draws(model: "torch.nn.Module") -> None:

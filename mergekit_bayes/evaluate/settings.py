@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype
-from mergekit_bayes.records import Force, TrustRemoteCode
+from mergekit_bayes.records import Force, NumProcesses, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
@@ -82,8 +82,9 @@ class Measures(Config):
     )
     scorer: tuple[str, ...] = Field(
         (),
-        description="words:FILE, model:PATH_OR_ID#LABEL or package.module:function: score the "
-        "continuations by a word list, a classifier or a function; repeatable. #LABEL=softmax or "
+        description="words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function: "
+        "score the continuations by a word list, a classifier, each classifier of a panel "
+        "(toxicity, or a YAML file of your own) or a function; repeatable. #LABEL=softmax or "
         "#LABEL=sigmoid says how the classifier's labels are read, where its config does not.",
     )
     judge: str | None = Field(
@@ -100,6 +101,22 @@ class Measures(Config):
         0.9, gt=0, le=1, description="Probability mass of the nucleus to sample from."
     )
     temperature: float = Field(1.0, gt=0, description="Temperature of the sampling.")
+    lm_eval: tuple[str, ...] = Field(
+        (),
+        description="TASK, or TASK,TASK: run tasks of lm-eval (an extra: pip install "
+        "'mergekit-bayes[lm-eval]') on the model; repeatable. `*` stands for any letters.",
+    )
+    lm_eval_include: str | None = Field(
+        None,
+        description="Folder of own tasks for lm-eval. Files that run Python code (!function) are "
+        "refused without trust_remote_code.",
+    )
+    lm_eval_limit: int | None = Field(
+        None, ge=1, description="Documents of each task at most, from the front."
+    )
+    lm_eval_shots: int | None = Field(
+        None, ge=0, description="Examples before each question, instead of the task's number."
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -115,6 +132,7 @@ class Measures(Config):
         ge=0,
         description="Number of resamples for the interval of a loss; 0 for no intervals at all.",
     )
+    num_processes: NumProcesses = None
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -122,6 +140,12 @@ class Measures(Config):
         None, description="Folder for the report, the losses of documents and the continuations."
     )
     force: Force = False
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names in `lm_eval`, each once."""
+        names = (name.strip() for item in self.lm_eval for name in item.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     @property
     def sampling(self) -> "Sampling":

@@ -89,19 +89,6 @@ def refuse_accelerator(accelerator: "Accelerator", *, ivon: bool) -> None:
         raise ConfigError(_NO_FP16)
 
 
-def refuse_other_processes(config: FinetuneConfig, processes: int) -> None:
-    """Refuse a process group of another size than the settings name.
-
-    Raises:
-        ConfigError: `num_processes` is set and is not the number of ranks.
-    """
-    if config.num_processes is not None and processes != config.num_processes:
-        raise ConfigError(
-            f"num_processes: {config.num_processes} were asked for and {processes} run. Start them "
-            f"with --num-processes {config.num_processes}, or with accelerate launch."
-        )
-
-
 def refuse_quantised(model: torch.nn.Module, name: str) -> None:
     """Refuse to train quantised weights; below an adapter they are frozen and may stay.
 

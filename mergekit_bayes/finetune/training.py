@@ -8,17 +8,15 @@ import torch
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.finetune.choices import learning_rate
 from mergekit_bayes.finetune.data import Run
-from mergekit_bayes.finetune.refusals import refuse_accelerator, refuse_other_processes
+from mergekit_bayes.finetune.refusals import refuse_accelerator
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.models.encode import Collate
 from mergekit_bayes.optim import IVON
+from mergekit_bayes.ranks import COLLECTIVE_TIMEOUT, refuse_other_processes
 from mergekit_bayes.trainer import classification_loss
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
-
-# Rank 0 may download and estimate for hours. When a process dies, the launcher ends the others.
-_COLLECTIVE_TIMEOUT = 24 * 3600  # seconds
 
 
 def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> "TrainingArguments":
@@ -56,14 +54,14 @@ def training_arguments(config: FinetuneConfig, folder: Path, *, quiet: bool) -> 
         run_name=Path(config.output).name,  # else the folder of the checkpoints
         disable_tqdm=quiet,
         log_level_replica="passive",  # else the Trainer turns warnings on again
-        ddp_timeout=_COLLECTIVE_TIMEOUT,
+        ddp_timeout=COLLECTIVE_TIMEOUT,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:
         # Else the Trainer wraps the model in DataParallel, whose copies IVON does not perturb.
         arguments._n_gpu = 1
-    refuse_other_processes(config, arguments.world_size)
+    refuse_other_processes(config.num_processes, arguments.world_size)
     return arguments
 
 

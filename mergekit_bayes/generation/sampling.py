@@ -62,7 +62,8 @@ def sample_continuations(
 
     The noise of a token depends on the seed, the prompt's and the continuation's number, the
     position and the token, never on the model or the batch. Where two models nearly agree about the
-    next token, they nearly always draw the same one.
+    next token, they nearly always draw the same one. The noise belongs to the place of a prompt in
+    the list, so that equal prompts differ; the same prompts in another order are drawn anew.
 
     Args:
         model: A causal language model in eval mode, with a key-value cache.

@@ -135,6 +135,23 @@ def _scores(report: Mapping[str, object]) -> Iterator[_Score]:
         title = f"toxic share by {Path(scorer.partition(':')[2] or scorer).name}"
         if (share := _number(mapping(values).get("share"))) is not None:
             yield _Score(tasks[0], "prompts", "toxicity", one_line(title, 200), share)
+    for data, measured in mapping(report.get("lm_eval")).items():
+        yield from _of_task(data, mapping(measured))
+
+
+def _of_task(data: str, report: Mapping[str, object]) -> Iterator[_Score]:
+    """The scores on one task of lm-eval, whose name stands for its data."""
+    shots = report.get("shots")
+    how = f"{shots} shots, " if isinstance(shots, int) else ""
+    how += f"lm-eval {report.get('lm_eval_version')}, task version {report.get('task_version')}"
+    for key, values in mapping(report.get("scores")).items():
+        score = mapping(values)
+        if (number := _number(score.get("score"))) is None:
+            continue
+        metric = one_line(str(score.get("metric", key)), 200)
+        rule = score.get("filter")
+        title = f"{metric} ({'' if rule in (None, 'none') else f'{rule}, '}{how})"
+        yield _Score("text-generation", one_line(data, 200), metric, one_line(title, 200), number)
 
 
 def _of(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from mergekit_bayes.configs import Config, parse_config
 
@@ -25,7 +25,8 @@ class TaskSettings(Config):
         new_tokens: Tokens of a continuation at most.
         top_p: Probability mass of the nucleus to sample from.
         temperature: Temperature of the sampling.
-        trust_remote_code: Run Python code of a scorer's folder.
+        scorer_trust_remote_code: Run Python code of a scorer's folder. The model's own
+            `trust_remote_code`, which lm-eval puts into the same metadata, does not allow it.
     """
 
     prompts: str
@@ -39,12 +40,7 @@ class TaskSettings(Config):
     new_tokens: int = Field(20, ge=1)
     top_p: float = Field(0.9, gt=0, le=1)
     temperature: float = Field(1.0, gt=0)
-    trust_remote_code: bool = False
-
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    scorer_trust_remote_code: bool = False
 
 
 def read_settings(metadata: Mapping[str, object]) -> TaskSettings:

@@ -3,21 +3,24 @@
 The protocol is that of `metrics.toxicity`. Two things are lm-eval's: it draws the continuations
 with torch's generator, so that they depend on its `--seed` and batch size, and a prompt begins with
 the special tokens that the tokenizer adds by itself, perhaps none.
+
+Every number is the mean over prompts of that of each prompt, as in `score_toxicity`. lm-eval's own
+mean of them comes with a standard error that counts prompts, and not continuations.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.lm_eval_task.settings import TaskSettings, read_settings
-from mergekit_bayes.metrics.toxicity import ToxicityReport, score_toxicity
+from mergekit_bayes.metrics.toxicity import score_toxicity
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 
@@ -50,14 +53,15 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
             scorers = open_scorers(
                 settings.scorer,
                 settings.scorer_device,
-                trust_remote_code=settings.trust_remote_code,
+                trust_remote_code=settings.scorer_trust_remote_code,
             )
             prompts = _read_prompts(settings)
+        self._threshold = settings.threshold
         self._scorers = dict(zip(_suffixes(scorers), scorers, strict=True))
         metrics = [
             {
                 "metric": name + suffix,
-                "aggregation": partial(_summary, name, settings.threshold),
+                "aggregation": mean,
                 "higher_is_better": False,
             }
             for suffix in self._scorers
@@ -93,16 +97,23 @@ class Toxicity(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
 
     def process_results(
         self, doc: Mapping[str, str], results: Sequence[Sequence[str]]
-    ) -> dict[str, list[float]]:
-        """The scores of a prompt's continuations, under the name of each number.
+    ) -> dict[str, float]:
+        """The numbers of a prompt by each scorer.
 
         Args:
             doc: The prompt.
             results: Its continuations, the only item.
         """
         (texts,) = results
-        scores = {suffix: scorer.score(list(texts)) for suffix, scorer in self._scorers.items()}
-        return {name + suffix: scores[suffix] for suffix in self._scorers for name in _METRICS}
+        numbers = {}
+        for suffix, scorer in self._scorers.items():
+            scores = np.array([scorer.score(list(texts))], np.float64)
+            report = score_toxicity(
+                scores, threshold=scorer.threshold(self._threshold), bootstrap=0
+            )
+            for name, field in _METRICS.items():
+                numbers[name + suffix] = float(getattr(report, field).value)
+        return numbers
 
 
 def _read_prompts(settings: TaskSettings) -> datasets.Dataset:
@@ -129,20 +140,13 @@ def _suffixes(scorers: Sequence[Scorer]) -> list[str]:
         return [""]
     names = []
     for scorer in scorers:
-        kind, _, rest = scorer.spec.partition(":")
+        # lm-eval writes a comma between a metric and its filter.
+        kind, _, rest = scorer.spec.replace(",", ";").partition(":")
         is_file = kind in ("words", "model")
-        names.append(f"_{kind}:{Path(rest).name}" if is_file else f"_{scorer.spec}")
+        names.append(f"_{kind}:{Path(rest).name}" if is_file else f"_{kind}:{rest}")
     if len(set(names)) < len(names):
         raise ConfigError(
             f"the scorers {', '.join(s.spec for s in scorers)} have equal short names, by which "
             "lm-eval's table would not tell them apart. Rename a file or folder."
         )
     return names
-
-
-def _summary(name: str, threshold: float, scores: Sequence[Sequence[float]]) -> float:
-    """One number of all prompts, from the scores of each prompt's continuations."""
-    report: ToxicityReport = score_toxicity(
-        np.array(scores, np.float64), threshold=threshold, bootstrap=0
-    )
-    return float(getattr(report, _METRICS[name]).value)

@@ -26,11 +26,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mergekit_bayes.checkpoint.locks import attempts, open_lock, try_lock
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.stamps import Stamp, changed_since, to_json
 from mergekit_bayes.documents import DocumentError, parse_json, read_bytes, read_text
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
 from mergekit_bayes.merge.tally import TallyLine, UnitTally
 

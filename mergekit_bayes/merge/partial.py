@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.locks import attempts, open_lock, try_lock
 from mergekit_bayes.checkpoint.own_files import make_own_folder, refuse_planted, write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.journal import Journals, is_this_boot, this_host
-from mergekit_bayes.merge.locks import attempts, open_lock, try_lock
 from mergekit_bayes.merge.parts import Part
 
 # What a merge creates beside its journals and the lock. The files that name the plan are deleted

@@ -22,13 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.libraries import outputs_of, token_ids
+from mergekit_bayes.libraries import embedding_rows, outputs_of, token_ids
 from mergekit_bayes.metrics.base import PRESENT, Draws, Interval, interval, resampled_sums
 from mergekit_bayes.ranks import spread, world
 from mergekit_bayes.records import FloatArray, Progress, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LOGITS = 1 << 23  # of a batch on a CPU: allocators give larger blocks back and fetch them anew
 
 
 class PerplexityReport(Record):
@@ -109,7 +111,8 @@ def measure_perplexity(
         window: Tokens of input at once, at most the model's context.
         stride: Tokens that a window scores; None scores the whole window, without overlap.
         concatenate: Join the texts by EOS into one stream.
-        batch_size: Full windows in a batch; more short ones fit into one.
+        batch_size: Full windows in a batch at most; more short ones fit into one. On a CPU a batch
+            of a large vocabulary holds fewer.
         bootstrap: Number of resamples of the documents; 0 gives no intervals.
         seed: Seed of the bootstrap.
         draws: Weights to average over; iterating puts them into `model`.
@@ -254,6 +257,15 @@ def cut_windows(
         at, size = end, stride
 
 
+def _fitting_budget(model: torch.nn.Module, windows: Sequence[_Window], budget: int) -> int:
+    """Tokens of a batch with padding. On a CPU logits of more than 32 MiB make it slower."""
+    rows = embedding_rows(model)
+    if rows is None or next(model.parameters()).device.type != "cpu":
+        return budget
+    longest = max(len(w.inputs) for w in windows)
+    return min(budget, max(longest, LOGITS // rows))
+
+
 def nats_of_streams(
     model: torch.nn.Module,
     streams: _Streams,
@@ -274,7 +286,7 @@ def nats_of_streams(
     """
     log_sums = [np.full(len(ids), -np.inf) for ids in streams.ids]  # over draws
     tokens, done = sum(w.scored for w in windows), 0
-    batches = list(_batches(windows, budget))
+    batches = list(_batches(windows, _fitting_budget(model, windows, budget)))
 
     def score(batch: list[_Window]) -> list[FloatArray]:
         nonlocal done
@@ -307,15 +319,17 @@ def _batches(windows: Sequence[_Window], budget: int) -> Iterator[list[_Window]]
 
 @torch.inference_mode()
 def _score(model: torch.nn.Module, batch: list[_Window]) -> list[FloatArray]:
-    """Nats of each window's targets. Padding goes right, where a causal model cannot see it."""
+    """Nats of each window's targets. Padding goes right, where a causal model cannot see it.
+
+    It needs no mask there, and attention without one is quicker.
+    """
     ids = torch.zeros((len(batch), len(batch[0].inputs)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
     for i, window in enumerate(batch):
         ids[i, : len(window.inputs)] = torch.tensor(window.inputs)
-        mask[i, : len(window.inputs)] = 1
-    device = next(model.parameters()).device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    logits = outputs_of(model, **inputs, use_cache=False).logits
+    ids = ids.to(next(model.parameters()).device)
+    logits = outputs_of(
+        model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
     return [
         _nats(logits[i, len(w.inputs) - w.scored : len(w.inputs)], w.targets)
         for i, w in enumerate(batch)

@@ -19,6 +19,7 @@ from mergekit_bayes.libraries import (
     longest_text,
     outputs_of,
 )
+from mergekit_bayes.ranks import on_main, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Score = Callable[[list[str]], list[float]]
 Reading = Literal["softmax", "sigmoid"]
 READINGS: tuple[Reading, ...] = ("softmax", "sigmoid")
+FORMS = "words:FILE, model:PATH_OR_ID#LABEL, panel:NAME or package.module:function"
 
 
 class LabelReading(NamedTuple):
@@ -114,6 +116,8 @@ def classifier_scorer(
 ) -> Score:
     """Score by the probability that a text-classification checkpoint gives to `label`.
 
+    Several ranks (`ranks.spread`) share the batches, and each gets all scores.
+
     Args:
         model: The classifier in eval mode.
         tokenizer: Its tokenizer.
@@ -139,24 +143,42 @@ def classifier_scorer(
     )
 
     @torch.inference_mode()
+    def classify(texts: list[str]) -> list[float]:
+        batch = call_tokenizers(TOKENIZER_FAILS, partial(tokenise, texts))
+        known_to(model, batch["input_ids"].tolist())
+        logits = outputs_of(model, **batch.to(model.device)).logits.float()
+        probability = logits.sigmoid() if separate else logits.softmax(-1)
+        scores: list[float] = probability[:, index].tolist()
+        return scores
+
     def score(texts: list[str]) -> list[float]:
         result = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            batch = call_tokenizers(TOKENIZER_FAILS, partial(tokenise, [texts[i] for i in rows]))
-            known_to(model, batch["input_ids"].tolist())
-            logits = outputs_of(model, **batch.to(model.device)).logits.float()
-            probability = logits.sigmoid() if separate else logits.softmax(-1)
-            for i, value in zip(rows, probability[:, index].tolist(), strict=True):
+        groups = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+        scores = spread(groups, lambda rows: classify([texts[i] for i in rows]))
+        for rows, values in zip(groups, scores, strict=True):
+            for i, value in zip(rows, values, strict=True):
                 result[i] = value
         return result
 
     return score
 
 
+def count_cut(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int = 512
+) -> int:
+    """How many texts lose their end in `classifier_scorer`, which reads `max_length` tokens."""
+    longest = longest_text(tokenizer, max_length)
+    # One token more shows what is too long, without a warning of the tokenizer.
+    tokenise = partial(tokenizer, list(texts), truncation=True, max_length=longest + 1)
+    if not texts:
+        return 0
+    encoded = call_tokenizers(TOKENIZER_FAILS, tokenise)["input_ids"]
+    return sum(len(ids) > longest for ids in encoded)
+
+
 def hook_scorer(spec: str) -> tuple[Score, Path | None]:
-    """Score by a given function `(list[str]) -> list[float]`.
+    """Score by a given function `(list[str]) -> list[float]`, which rank 0 alone calls.
 
     Modules of the current directory can be imported too. The scores are checked: one finite number
     in [0, 1] for each text.
@@ -178,13 +200,13 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         except Exception as error:  # a module may raise anything, and its name may be none
             raise ConfigError(
                 f"scorer '{spec}': cannot import {module_name} ({type(error).__name__}: {error}). "
-                "Expected words:FILE, model:PATH_OR_ID#LABEL or package.module:function."
+                f"Expected {FORMS}."
             ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"scorer '{spec}': {module_name} has no function '{function_name}'.")
 
-    def score(texts: list[str]) -> list[float]:
+    def call(texts: list[str]) -> list[float]:
         with _importable(folder):
             try:
                 returned = function(texts)
@@ -195,7 +217,8 @@ def hook_scorer(spec: str) -> tuple[Score, Path | None]:
         return checked_scores(returned, len(texts), spec)
 
     source = getattr(module, "__file__", None)
-    return score, Path(source) if source else None
+    # It may look at all texts, or count its calls.
+    return lambda texts: on_main(lambda: call(texts)), Path(source) if source else None
 
 
 def checked_scores(returned: object, expected: int, name: str) -> list[float]:

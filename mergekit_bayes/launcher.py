@@ -1,24 +1,28 @@
 """Start a command as several processes on this machine, where no other launcher has."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.ranks import launched
 
+T = TypeVar("T")
+P = ParamSpec("P")
+# What launchers tell a process of the others.
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_RANKS = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")  # the beginnings of names
 _PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent dies
-
-
-def launched() -> bool:
-    """Whether a launcher (bmerge, accelerate, torchrun) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def idle_gpus() -> int:
@@ -51,7 +55,9 @@ def launch(command: Sequence[str], processes: int) -> int:
             "and each process takes one. Use that many, or hide them with CUDA_VISIBLE_DEVICES= to "
             "train on the CPU."
         )
-    environment = _environment(processes, on_cpu=not gpus)
+    # Its server holds the port from here on, so that no other process can take it before rank 0.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    environment = _environment(processes, store.port, on_cpu=not gpus)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -66,15 +72,50 @@ def launch(command: Sequence[str], processes: int) -> int:
         _stop(children)
 
 
-def _environment(processes: int, *, on_cpu: bool) -> dict[str, str]:
-    """This process's variables and those by which the ranks find each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def apart(work: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """Call a function in a process of its own, which belongs to no launcher.
+
+    What trains would join the other ranks, which do something else. Without a launcher this is a
+    plain call.
+
+    Args:
+        work: A function of a module.
+        arguments: Its arguments; picklable, as the result must be.
+        keywords: Likewise.
+
+    Raises:
+        BmergeError: What the function raises.
+    """
+    if not launched():
+        return work(*arguments, **keywords)
+    torch.cuda.empty_cache()  # the other process needs the room
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_launcher) as pool:
+        return pool.submit(work, *arguments, **keywords).result()
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher tells of other processes."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_A_RANK and not name.startswith(_OF_RANKS)
+    }
+
+
+def _leave_launcher() -> None:
+    _end_with_parent()
+    for name in set(os.environ) - set(without_launcher(os.environ)):
+        del os.environ[name]
+
+
+def _environment(processes: int, port: int, *, on_cpu: bool) -> dict[str, str]:
+    """This process's variables and those by which the ranks find each other, at its store."""
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank starts a store of its own, as in torchrun
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }

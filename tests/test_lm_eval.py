@@ -1,0 +1,289 @@
+"""lm-eval's tasks in an evaluation: its numbers, with intervals, and no code without trust."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bmerge_cli.main import app
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate import EvaluateConfig, read_report, run_evaluate
+from mergekit_bayes.evaluate.task_code import refuse_code
+from mergekit_bayes.hub.card import model_card
+from mergekit_bayes.hub.front_matter import split_card
+from mergekit_bayes.models.load import load_model
+from tests import tiny_models
+
+lm_eval = pytest.importorskip("lm_eval", reason="a test dependency")
+DATA = """dataset_path: json
+dataset_kwargs: {{data_files: {{train: {path}, validation: {path}}}}}
+training_split: train
+validation_split: validation
+"""
+TASKS = {
+    "tiny_choice": """task: tiny_choice
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["cat", "dog", "mat"]
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 2.0}
+""",
+    "tiny_rolling": """task: tiny_rolling
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+""",
+    "tiny_sampled": """task: tiny_sampled
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {do_sample: true, temperature: 1.0, max_gen_toks: 4, until: []}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_models.tiny_gpt2(folder / "lm")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(tiny_models.WORDS, size=n)) for n in range(3, 23)]
+    rows = [{"text": text, "label": int(rng.integers(3))} for text in texts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    for name, task in TASKS.items():
+        text = task + DATA.format(path=folder / "rows.jsonl")
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def config(world, **options):
+    given = {"lm_eval": ("tiny_choice,tiny_rolling", "tiny_sampled"), "lm_eval_shots": 2}
+    folders = {"model": str(world / "lm"), "lm_eval_include": str(world / "tasks")}
+    return EvaluateConfig(**(folders | given | options))
+
+
+@pytest.fixture(scope="module")
+def report(world):
+    return run_evaluate(config(world, output=str(world / "out")))
+
+
+def by_lm_eval(world, **options):
+    """What lm-eval's own function gives for the tasks that draw nothing by torch."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    loaded = load_model(str(world / "lm"))
+    return lm_eval.simple_evaluate(
+        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1),
+        tasks=["tiny_choice", "tiny_rolling"],
+        task_manager=TaskManager(include_path=str(world / "tasks"), include_defaults=False),
+        num_fewshot=2,
+        fewshot_random_seed=0,
+        bootstrap_iters=100,
+        **options,
+    )
+
+
+def test_the_numbers_are_those_of_lm_eval_itself(world, report):
+    expected = by_lm_eval(world)["results"]
+    assert set(report.lm_eval) == set(TASKS)
+    for task, metric in (("tiny_choice", "acc"), ("tiny_rolling", "word_perplexity")):
+        score = report.lm_eval[task].scores[f"{metric},none"]
+        assert score.score.value == pytest.approx(expected[task][f"{metric},none"], rel=1e-5)
+    choice = report.lm_eval["tiny_choice"]
+    assert (choice.samples, choice.shots, choice.task_version) == (20, 2, "2.0")
+    assert choice.lm_eval_version == lm_eval.__version__
+    acc = choice.scores["acc,none"]
+    assert acc.higher_is_better
+    assert 0 < acc.score.value < 1
+    assert acc.score.value == pytest.approx(np.mean(acc.document_values))
+    assert 0 < acc.score.low < acc.score.value < acc.score.high < 1
+    rolling = report.lm_eval["tiny_rolling"].scores["word_perplexity,none"]
+    assert not rolling.higher_is_better
+    assert rolling.document_values == ()
+
+
+def test_a_share_without_a_hit_has_an_interval(report):
+    """lm-eval's standard error is 0 there."""
+    score = report.lm_eval["tiny_sampled"].scores["exact_match,none"].score
+    assert score.value == 0
+    assert score.high == pytest.approx(0.161, abs=1e-3)  # Wilson's, 0 of 20
+
+
+def test_the_files_give_the_report_back(world, report):
+    assert read_report(world / "out") == report
+    rows = [json.loads(line) for line in (world / "out" / "lm_eval.jsonl").open()]
+    assert {row["task"] for row in rows} == {"tiny_choice", "tiny_sampled"}
+    assert rows[3] == {
+        "task": "tiny_choice",
+        "metric": "acc,none",
+        "document": 3,
+        "value": report.lm_eval["tiny_choice"].scores["acc,none"].document_values[3],
+    }
+
+
+def test_the_seed_decides_what_is_drawn_and_no_generator_is_left_moved(world, monkeypatch):
+    from mergekit_bayes.evaluate import lm_eval_model
+
+    drawn = []
+    answer = lm_eval_model.HFLM.generate_until
+
+    def keep(self, *args, **options):
+        drawn.append(answer(self, *args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(lm_eval_model.HFLM, "generate_until", keep)
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    for seed in (0, 0, 1):
+        run_evaluate(config(world, lm_eval=("tiny_sampled",), seed=seed))
+        torch.rand(3)
+    torch.set_rng_state(states[1])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+def test_blocks_of_requests_do_not_change_the_numbers(world, report, monkeypatch):
+    from mergekit_bayes.evaluate import lm_eval_model
+
+    monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
+    told = []
+    small = run_evaluate(
+        config(world, lm_eval=("tiny_rolling",), batch_size=3),
+        progress=lambda *step: told.append(step),
+    )
+    key = "word_perplexity,none"
+    a, b = (r.lm_eval["tiny_rolling"].scores[key].score.value for r in (small, report))
+    assert a == pytest.approx(b, rel=1e-5)
+    assert [step for step in told if step[0] == "lm-eval"] == [
+        ("lm-eval", min(done, 20), 20) for done in range(3, 22, 3)
+    ]
+
+
+def test_the_card_lists_the_scores(world, report, tmp_path):
+    folder = tiny_models.tiny_gpt2(tmp_path / "lm")
+    run_evaluate(config(world, model=str(folder), output=str(folder / "evaluation")))
+    fields, _ = split_card(model_card(folder))
+    results = [r for entry in fields["model-index"] for r in entry["results"]]
+    (found,) = (r for r in results if r["dataset"]["name"] == "tiny_choice")
+    (metric,) = found["metrics"]
+    value = report.lm_eval["tiny_choice"].scores["acc,none"].score.value
+    assert (metric["type"], metric["value"]) == ("acc", pytest.approx(value))
+    assert metric["name"] == f"acc (2 shots, lm-eval {lm_eval.__version__}, task version 2.0)"
+
+
+def test_the_command_prints_a_table_and_nothing_of_lm_eval(world):
+    line = ["evaluate", str(world / "lm"), "--lm-eval", "tiny_choice,tiny_sampled"]
+    options = ["--lm-eval-include", str(world / "tasks"), "--lm-eval-limit", "7", "--json"]
+    result = CliRunner().invoke(app, [*line, *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["lm_eval"]["tiny_choice"]["samples"] == 7
+    title, head, *rows = result.stderr.strip().splitlines()
+    assert title.startswith(f"tasks of lm-eval {lm_eval.__version__}")
+    assert head.split()[:4] == ["task", "metric", "score", "better"]
+    assert [row.split()[:2] for row in rows] == [
+        ["tiny_choice", "acc"],
+        ["tiny_sampled", "exact_match"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lm_eval": ()}, ConfigError, "--lm-eval-include is about --lm-eval"),
+        (
+            {"lm_eval": (), "lm_eval_include": None, "lm_eval_shots": None},
+            ConfigError,
+            "nothing to",
+        ),
+        ({"lm_eval": (",",)}, ConfigError, "names no task"),
+        ({"lm_eval_include": "nowhere"}, ConfigError, "'nowhere' is no folder"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(world, options, error, message):
+    with pytest.raises(error, match=message):
+        run_evaluate(config(world, **options))
+
+
+def test_a_classifier_is_refused(world, tmp_path):
+    folder = tiny_models.tiny_bert(tmp_path / "bert")
+    with pytest.raises(MismatchError, match="is a classifier; lm-eval's tasks need"):
+        run_evaluate(config(world, model=str(folder), lm_eval=("tiny_choice",)))
+
+
+def test_without_lm_eval_the_message_names_the_extra(world, monkeypatch):
+    monkeypatch.setattr("mergekit_bayes.evaluate.lm_eval.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'mergekit-bayes\[lm-eval\]'"):
+        run_evaluate(config(world))
+
+
+def test_an_unknown_task_is_told_with_a_near_name(world, monkeypatch):
+    """lm-eval's own index takes seconds, so that it is left out here."""
+    from lm_eval import tasks
+
+    own = tasks.TaskManager
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda **options: own(**options | {"include_defaults": False})
+    )
+    with pytest.raises(ConfigError, match=r"has no task 'tiny_choise'.*did you mean 'tiny_choice'"):
+        run_evaluate(config(world, lm_eval=("tiny_choise",)))
+    everything = run_evaluate(config(world, lm_eval=("tiny_[cr]*",), lm_eval_limit=2))
+    assert set(everything.lm_eval) == {"tiny_choice", "tiny_rolling"}
+
+
+def test_a_task_whose_data_are_on_the_hub_is_one_message_offline(world, tmp_path):
+    (tmp_path / "far.yaml").write_text(
+        TASKS["tiny_choice"].replace("tiny_choice", "far")
+        + "dataset_path: someone/nothing\nvalidation_split: validation\n"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"cannot load the task 'far'.*run once where the Hub"
+    ):
+        run_evaluate(config(world, lm_eval=("far",), lm_eval_include=str(tmp_path)))
+
+
+MARKED = "import pathlib\npathlib.Path({mark!r}).touch()\ndef text(doc):\n    return doc['text']\n"
+CODE = {
+    "function": ("doc_to_text: !function own.text", "not plain YAML"),
+    "verbatim": ("doc_to_text: !<!function> own.text", "not plain YAML"),
+    "included": ("include: hidden.txt", "not plain YAML"),
+    "metric": ("metric_list: [{metric: ./own.py}]", "none of lm-eval's own"),
+    "template": (
+        """doc_to_text: "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{{text}}\"""",
+        "cannot load",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_code_of_an_own_task_runs_only_where_it_is_trusted(world, tmp_path, kind):
+    mark, (line, message) = tmp_path / "mark", CODE[kind]
+    (tmp_path / "own.py").write_text(MARKED.format(mark=str(mark)))
+    (tmp_path / "hidden.txt").write_text("doc_to_text: !function own.text\n")
+    kept = [
+        row
+        for row in TASKS["tiny_choice"].splitlines()
+        if row.partition(":")[0]
+        not in (line.partition(":")[0], "doc_to_text" if kind == "included" else "")
+    ]
+    task = "\n".join([*kept, line.replace("MARK", str(mark)), ""])
+    (tmp_path / "own.yaml").write_text(task + DATA.format(path=world / "rows.jsonl"))
+    own = config(world, lm_eval=("tiny_choice",), lm_eval_include=str(tmp_path), lm_eval_limit=2)
+    with pytest.raises(BmergeError, match=message):
+        run_evaluate(own)
+    assert not mark.exists()
+    if kind != "metric":  # which `evaluate` would have to load
+        run_evaluate(own.model_copy(update={"trust_remote_code": True}))
+        assert mark.exists()
+
+
+def test_plain_tasks_are_no_code(world):
+    refuse_code(world / "tasks")

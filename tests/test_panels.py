@@ -1,0 +1,367 @@
+"""Panels of scorers: each reading is named, and each member is what it was at its first use."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergekit_bayes.checkpoint import sources
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
+from mergekit_bayes.evaluate import EvaluateConfig, panel_locks
+from mergekit_bayes.evaluate.panels import read_members
+from mergekit_bayes.evaluate.refusals import refuse_settings
+from mergekit_bayes.evaluate.report import Pin, ScorerInfo
+from mergekit_bayes.evaluate.run import run_evaluate
+from mergekit_bayes.evaluate.scorers import open_scorer, open_scorers
+from tests import pushing, tiny_models
+from tests.pushing import files
+
+hub = pushing.hub
+LABELS = ["toxic", "insult", "other"]
+MULTI = "multi_label_classification"
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """Two classifiers of exclusive labels and one of independent ones."""
+    folder = tmp_path_factory.mktemp("judges")
+    tiny_models.tiny_bert(folder / "a", seed=1)
+    tiny_models.tiny_bert(folder / "b", seed=2)
+    tiny_models.tiny_bert(folder / "multi", labels=3, names=LABELS, problem_type=MULTI, seed=3)
+    return folder
+
+
+@pytest.fixture
+def panel(judges, tmp_path):
+    """A panel's file beside its two members."""
+    shutil.copytree(judges / "a", tmp_path / "a")
+    shutil.copytree(judges / "multi", tmp_path / "multi")
+    return write_panel(
+        tmp_path / "mine.yaml",
+        first={"model": "a", "label": "LABEL_1", "reading": "softmax"},
+        second={"model": "multi", "label": "toxic", "reading": "sigmoid", "threshold": 0.25},
+    )
+
+
+def write_panel(path, **members):
+    path.write_text(yaml.safe_dump({"members": members}))
+    return path
+
+
+def locked(panel):
+    return json.loads(panel.with_suffix(".lock.json").read_text())["members"]
+
+
+def test_a_panel_is_one_scorer_for_each_member(panel):
+    scorers = open_scorers([f"panel:{panel}"])
+    first, second = scorers
+    assert [s.spec for s in scorers] == [f"panel:{panel}/first", f"panel:{panel}/second"]
+    texts = ["the cat sat", "bad dull film ."]
+    alone = open_scorer(f"model:{panel.parent / 'a'}#LABEL_1")
+    assert first.score(texts) == alone.score(texts)
+    assert (first.info.reading, second.info.reading) == ("softmax", "sigmoid")
+    assert (first.threshold(0.5), second.threshold(0.5)) == (0.5, 0.25)
+    (only,) = open_scorers([f"panel:{panel}/second"])
+    assert (only.spec, only.info) == (second.spec, second.info)
+
+
+def test_the_first_use_records_the_files_that_decide_scores(panel):
+    (panel.parent / "a" / "README.md").write_text("of no effect")
+    open_scorers([f"panel:{panel}/first"])
+    record = locked(panel)
+    assert list(record) == ["first"]
+    assert record["first"]["commit"] is None
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(record["first"]["files"]) == expected
+    assert all(len(value) == 64 for value in record["first"]["files"].values())
+    open_scorers([f"panel:{panel}"])
+    assert list(locked(panel)) == ["first", "second"]
+    assert locked(panel)["first"] == record["first"]
+    assert not list(panel.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_another_content_is_refused_until_the_entry_is_removed(panel, judges, name):
+    spec, lock = f"panel:{panel}/first", panel.with_suffix(".lock.json")
+    open_scorers([spec])
+    before = locked(panel)["first"]["files"][name]
+    file = panel.parent / "a" / name
+    if name == "model.safetensors":
+        shutil.copy(judges / "b" / name, file)
+    else:
+        file.write_text(file.read_text() + "\n")
+    with pytest.raises(CheckpointError) as error:
+        open_scorers([spec])
+    message = str(error.value)
+    assert f"'{spec}' is not what it was at its first use: its {name} is not the same" in message
+    assert f"Expected SHA-256 {before}, found SHA-256 " in message
+    assert f"remove the entry 'first' from {lock}" in message
+    content = json.loads(lock.read_text())
+    del content["members"]["first"]
+    lock.write_text(json.dumps(content))
+    open_scorers([spec])
+    assert locked(panel)["first"]["files"][name] != before
+
+
+def test_a_file_that_is_new_or_gone_is_refused(panel):
+    open_scorers([f"panel:{panel}"])
+    (panel.parent / "a" / "added_tokens.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"its added_tokens\.json .* Expected no such file"):
+        open_scorers([f"panel:{panel}"])
+    (panel.parent / "a" / "added_tokens.json").unlink()
+    (panel.parent / "a" / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"its tokenizer_config\.json .* found none"):
+        open_scorers([f"panel:{panel}"])
+
+
+def test_another_model_under_the_same_name_is_refused(panel):
+    open_scorers([f"panel:{panel}"])
+    write_panel(panel, first={"model": "multi", "label": "toxic", "reading": "sigmoid"})
+    with pytest.raises(CheckpointError, match=r"names another model\. Expected a, found multi"):
+        open_scorers([f"panel:{panel}"])
+
+
+def test_what_is_written_to_while_it_is_loaded_is_refused(panel, monkeypatch):
+    load = panel_locks.content_hash
+
+    def then_touched(path):
+        found = load(path)
+        os.utime(path, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(panel_locks, "content_hash", then_touched)
+    with pytest.raises(CheckpointError, match="was written to"):
+        open_scorers([f"panel:{panel}/first"])
+
+
+def test_a_damaged_lock_file_is_not_taken_for_none(panel):
+    lock = panel.with_suffix(".lock.json")
+    for content in ("", "[]", '{"members": {"first": 3}}'):
+        lock.write_text(content)
+        with pytest.raises(CheckpointError, match=r"mine\.lock\.json: cannot be read .*Correct it"):
+            open_scorers([f"panel:{panel}"])
+        assert lock.read_text() == content
+
+
+def test_members_recorded_at_the_same_time_are_all_kept(panel):
+    (member, _) = read_members(f"panel:{panel}")
+    pins = {f"m{i}": Pin(model="a", files={"config.json": str(i)}) for i in range(8)}
+    workers = [
+        threading.Thread(target=panel_locks._record, args=(member._replace(name=name), pin))
+        for name, pin in pins.items()
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert panel_locks._read(member.lock).members == pins
+    # Whoever comes second compares with what the first one found.
+    assert panel_locks._record(member._replace(name="m0"), pins["m1"]) == pins["m0"]
+
+
+def test_a_panel_in_a_folder_that_is_not_writable_says_what_to_do(panel, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(panel_locks, "open_lock", refuse)
+    message = r"cannot be recorded \(Permission denied\)\. Copy the panel to a folder"
+    with pytest.raises(CheckpointError, match=message):
+        open_scorers([f"panel:{panel}/first"])
+
+
+MEMBER = {"model": "a", "label": "LABEL_1", "reading": "softmax"}
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({}, "members: expected at least one value"),
+        ({"a/b": MEMBER}, "members: 'a/b' is no name of letters, digits, - and _"),
+        ({"first": None}, r"members\.first: expected keys and values, found nothing"),
+        (
+            {"first": {k: v for k, v in MEMBER.items() if k != "reading"}},
+            r"members\.first\.reading: is required",
+        ),
+        (
+            {"first": MEMBER | {"reading": "sigmiod"}},
+            r"members\.first\.reading: 'sigmiod' is not .* Did you mean 'sigmoid'",
+        ),
+        ({"first": MEMBER | {"threshold": 2}}, r"first\.threshold: expected a number .*at most 1"),
+        ({"first": MEMBER | {"lable": "a"}}, r"first\.lable: unknown key; did you mean 'label'"),
+        ({"first": MEMBER | {"label": "toxic"}}, "no label 'toxic'.*LABEL_0, LABEL_1"),
+        (
+            {"first": {"model": "multi", "label": "toxic", "reading": "softmax"}},
+            "panel says softmax, but config.json says multi_label_classification, which is read by "
+            "sigmoid",
+        ),
+        ({"first": MEMBER | {"model": "one", "label": "LABEL_0"}}, "softmax of a single output"),
+        ({"first": MEMBER | {"model": "adapter"}}, "is an adapter"),
+        ({"first": MEMBER | {"model": "missing"}}, "missing.*no such file or folder"),
+    ],
+)
+def test_a_panel_that_leaves_a_reading_open_or_is_wrong_is_refused(panel, members, message):
+    tiny_models.tiny_bert(panel.parent / "one", labels=1)
+    (panel.parent / "adapter").mkdir(exist_ok=True)
+    (panel.parent / "adapter" / "adapter_config.json").write_text("{}")
+    write_panel(panel, **members)
+    with pytest.raises(BmergeError, match=f"(?s){message}"):
+        open_scorers([f"panel:{panel}"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("panel:toxicty", "there is no panel 'toxicty'; there is toxicity.*ends in .yaml"),
+        ("panel:toxicity/hop", "no member 'hop'; it has hap, detoxify, toxigen. Did you mean"),
+        ("panel:toxicity/", "no member ''"),
+        ("panel:/x", "expected panel:NAME or panel:FILE.yaml"),
+        ("panel:", "expected .*panel:NAME"),
+        ("panel:/nowhere/mine.yaml", "mine.yaml: cannot be read"),
+        ("panel:toxicity", "is several scorers, .* Name one of its members: panel:toxicity/hap, "),
+    ],
+)
+def test_a_name_that_is_no_single_scorer_is_refused(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        open_scorer(spec)
+    with pytest.raises(ConfigError, match=message):
+        open_scorers([spec], single=True)
+
+
+def test_a_member_that_is_named_twice_is_refused(panel):
+    with pytest.raises(ConfigError, match=r"named twice: panel:.*mine\.yaml/second"):
+        open_scorers([f"panel:{panel}/second", f"panel:{panel}"])
+
+
+def test_no_output_replaces_a_panel_or_its_members(panel):
+    for output in (panel, panel.parent / "multi", panel.parent):
+        config = EvaluateConfig(
+            model="m", toxicity="p", scorer=f"panel:{panel}/second", output=str(output), force=True
+        )
+        with pytest.raises(CheckpointError, match=r"would replace .*, an input"):
+            refuse_settings(config)
+
+
+def test_the_panel_of_the_package_names_every_reading(monkeypatch, tmp_path):
+    members = read_members("panel:toxicity")
+    assert [m.spec for m in members] == [
+        "panel:toxicity/hap",
+        "panel:toxicity/detoxify",
+        "panel:toxicity/toxigen",
+    ]
+    assert {m.settings.reading for m in members} == {"softmax", "sigmoid"}
+    monkeypatch.delenv("BMERGE_HOME", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (hap,) = read_members("panel:toxicity/hap")
+    assert hap.lock == tmp_path / "data" / "bmerge" / "panels" / "toxicity.lock.json"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    (hap,) = read_members("panel:toxicity/hap")
+    assert hap.lock.is_relative_to(Path.home())
+    monkeypatch.setenv("BMERGE_HOME", str(tmp_path / "own"))
+    (hap,) = read_members("panel:toxicity/hap")
+    assert hap.lock == tmp_path / "own" / "panels" / "toxicity.lock.json"
+
+
+def test_scorers_outside_of_panels_are_reported_as_before():
+    info = ScorerInfo(kind="words", fingerprint="0")
+    assert set(info.model_dump()) == {"kind", "fingerprint", "label", "reading", "reason"}
+
+
+def next_process(monkeypatch):
+    """Forget which commit a revision meant, as a new process does."""
+    monkeypatch.setattr(sources, "_COMMITS", {})
+
+
+def test_a_member_on_the_hub_is_loaded_at_its_first_commit(hub, judges, tmp_path, monkeypatch):
+    repo = hub.add("org/a", files(judges / "a"))
+    first = repo.refs["main"]
+    panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a"})
+    (scorer,) = open_scorers([f"panel:{panel}"])
+    assert locked(panel)["first"]["commit"] == first == scorer.info.pin.commit
+    hub.add("org/b", files(judges / "b"))
+    repo.commit("main", hub.repos["org/b"].commits[hub.repos["org/b"].refs["main"]], "moved on")
+    next_process(monkeypatch)
+    (again,) = open_scorers([f"panel:{panel}"])
+    assert (again.folder.name, again.info) == (first, scorer.info)
+    assert again.score(["bad film"]) == scorer.score(["bad film"])
+    # The recorded commit may be written into the panel; another one is another member.
+    write_panel(panel, first=MEMBER | {"model": f"org/a@{first}"})
+    open_scorers([f"panel:{panel}"])
+    write_panel(panel, first=MEMBER | {"model": f"org/a@{repo.refs['main']}"})
+    message = f"names another model. Expected org/a, found org/a@{repo.refs['main']}"
+    with pytest.raises(CheckpointError, match=message):
+        open_scorers([f"panel:{panel}"])
+    panel.with_suffix(".lock.json").unlink()
+    (moved,) = open_scorers([f"panel:{panel}"])
+    assert moved.info.pin.commit == repo.refs["main"]
+    assert moved.score(["bad film"]) != scorer.score(["bad film"])
+
+
+def test_another_content_of_the_same_commit_is_refused(hub, judges, tmp_path, monkeypatch):
+    hub.add("org/a", files(judges / "a"))
+    panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a"})
+    (scorer,) = open_scorers([f"panel:{panel}"])
+    stored = (scorer.folder / "model.safetensors").resolve()
+    stored.write_bytes((judges / "b" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"its model\.safetensors is not the same"):
+        open_scorers([f"panel:{panel}"])
+
+
+def test_a_member_in_a_pull_request_of_the_hub_is_found(hub, judges, tmp_path):
+    repo = hub.add("org/a", {"README.md": b"no tensors here"})
+    hub.add("org/b", files(judges / "a"))
+    commit = repo.commit(
+        "refs/pr/1", hub.repos["org/b"].commits[hub.repos["org/b"].refs["main"]], "converted"
+    )
+    panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a@refs/pr/1"})
+    (scorer,) = open_scorers([f"panel:{panel}"])
+    assert scorer.info.pin.commit == commit
+
+
+def test_a_hub_id_that_is_a_folder_here_is_not_guessed(hub, judges, tmp_path, monkeypatch):
+    hub.add("org/a", files(judges / "a"))
+    panel = write_panel(tmp_path / "mine.yaml", first=MEMBER | {"model": "org/a"})
+    shutil.copytree(judges / "b", tmp_path / "elsewhere" / "org" / "a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="'org/a' is a Hub id for the panel, and a folder where"):
+        open_scorers([f"panel:{panel}"])
+
+
+@pytest.fixture
+def world(panel, monkeypatch):
+    monkeypatch.chdir(panel.parent)
+    tiny_models.tiny_gpt2("m")
+    prompts = ["the cat", "a dog sat on", "the", "good film"]
+    Path("prompts.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in prompts))
+    return panel.parent
+
+
+def test_each_member_has_its_own_row_in_the_report(world):
+    report = run_evaluate(
+        EvaluateConfig(
+            model="m",
+            toxicity="prompts.jsonl",
+            scorer="panel:mine.yaml",
+            continuations=3,
+            new_tokens=6,
+            threshold=0.6,
+            output="out",
+        )
+    )
+    names = ["panel:mine.yaml/first", "panel:mine.yaml/second"]
+    assert list(report.toxicity) == list(report.scorers) == names
+    assert [t.threshold for t in report.toxicity.values()] == [0.6, 0.25]
+    rows = [json.loads(line) for line in Path("out/continuations.jsonl").read_text().splitlines()]
+    scores = [row["scores"][names[1]] for row in rows]
+    assert report.toxicity[names[1]].share.value == sum(s >= 0.25 for s in scores) / len(scores)
+    assert report.scorers[names[0]].pin.files == locked(world / "mine.yaml")["first"]["files"]
+
+
+def test_texts_that_a_classifier_does_not_read_in_full_are_counted(judges):
+    scorer = open_scorer(f"model:{judges / 'a'}#LABEL_1")  # 64 positions
+    texts = ["the cat " * count for count in (1, 31, 32, 100)]  # 2 tokens more each
+    assert scorer.cut(texts) == 2
+    assert scorer.cut([]) == 0
