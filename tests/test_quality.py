@@ -135,7 +135,7 @@ def test_changes_of_quality_are_paired_and_hold_their_expectation(change):
     found = [change(*drawn(rng, 40, 12, 0.3)) for _ in range(60)]
     truth = np.mean([x.value for x in found])
     assert sum(x.low <= truth <= x.high for x in found) >= 0.9 * 60
-    assert np.mean([x.high - x.low for x in found]) < 3 * 2 * 1.96 * np.std(
+    assert np.mean([x.high - x.low for x in found]) < 1.9 * 2 * 1.96 * np.std(
         [x.value for x in found]
     )
     one, two = drawn(rng, 40, 12, 0.3)

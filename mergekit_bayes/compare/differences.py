@@ -7,8 +7,9 @@ import numpy as np
 
 from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
+from mergekit_bayes.compare.wording import task_measure
 from mergekit_bayes.evaluate.inputs import Inputs
-from mergekit_bayes.evaluate.report import EvaluateReport
+from mergekit_bayes.evaluate.report import EvaluateReport, TaskReport
 from mergekit_bayes.evaluate.run import Evaluation
 from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.classification import ClassificationReport, classification_change
@@ -93,6 +94,7 @@ def _changes(
         old_draws, new_draws = old.sampled, new.sampled
         yield from _of_texts(config, old_draws.perplexity, new_draws.perplexity, inputs, _SAMPLED)
         yield from _of_labels(config, old_draws.classification, new_draws.classification, _SAMPLED)
+    yield from _of_tasks(old.lm_eval, new.lm_eval)
     yield from _of_samples(before, after)
     yield from _of_the_judge(config, old, new)
 
@@ -161,6 +163,22 @@ def _of_labels(
         yield f"Brier score{ending}", name, change.brier
         if change.reliability is not None:
             yield f"squared calibration error{ending}", name, change.reliability
+
+
+def _of_tasks(before: dict[str, TaskReport], after: dict[str, TaskReport]) -> Iterator[Change]:
+    """Of each score of lm-eval's tasks; paired over documents where it is the mean of theirs."""
+    for name, old in before.items():
+        for key in old.scores:
+            if key not in after[name].scores:
+                continue
+            scores = [report.scores[key] for report in (old, after[name])]
+            values = [np.array([score.document_values]).T for score in scores]
+            change = Interval(value=scores[1].score.value - scores[0].score.value)
+            is_mean = all(
+                len(v) == len(values[0]) > 0 and np.isclose(v.mean(), score.score.value)
+                for v, score in zip(values, scores, strict=True)
+            )
+            yield task_measure(key), name, paired_change(*values) if is_mean else change
 
 
 def _right(report: ClassificationReport) -> FloatArray:

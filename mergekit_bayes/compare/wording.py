@@ -28,6 +28,11 @@ def scorer_name(spec: str) -> str:
     return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
 
 
+def task_measure(key: str) -> str:
+    """A score of a task of lm-eval, by its key: its metric, and its filter if it has one."""
+    return f"lm-eval {key.removesuffix(',none').replace(',', ' ')}"
+
+
 def is_share(measure: str) -> bool:
     """Whether a measure is a share, which is written in per cent and its change in points."""
     return measure.split(",")[0] in _SHARES
@@ -134,6 +139,9 @@ def _numbers(one: Evaluated, *, per_byte: bool) -> Iterator[tuple[str, str, Inte
                 yield f"perplexity{ending}", name, perplexity.token
         for name, classification in draws.classification.items():
             yield f"accuracy{ending}", name, classification.accuracy
+    for name, task in report.lm_eval.items():
+        for key, score in task.scores.items():
+            yield task_measure(key), name, score.score
     if report.samples is not None:
         for measure, field in _SAMPLES.items():
             value = getattr(report.samples, field)
