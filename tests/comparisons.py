@@ -45,7 +45,9 @@ def compare_report(models, texts, scorers=2, variants=("as it is",)):
                     empty=0.01 * place,
                     distinct_2=0.7,
                     repeated=0.05 + 0.01 * place,
+                    looping=0.002 * place,
                     shortened=0,
+                    intervals={"distinct_2": around(0.7, 0.01)},
                 ),
             )
             one = Evaluated(label=label, model=model, variant=variant, report=report)

@@ -11,18 +11,22 @@ import torch
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.compare.differences import Measured, differences
 from mergekit_bayes.compare.files import read_compare
 from mergekit_bayes.compare.findings import findings, is_beyond
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import Difference
 from mergekit_bayes.compare.run import run_compare
 from mergekit_bayes.compare.settings import CompareConfig
+from mergekit_bayes.compare.wording import columns_of
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate import run as evaluation
 from mergekit_bayes.evaluate.files import read_report
+from mergekit_bayes.evaluate.inputs import Inputs
+from mergekit_bayes.evaluate.report import TaskReport, TaskScore
 from mergekit_bayes.evaluate.run import evaluate_model, run_evaluate
 from mergekit_bayes.hub.facts import read_facts
-from mergekit_bayes.metrics.base import Interval
+from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.perplexity import loss_change
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
@@ -120,6 +124,8 @@ def test_differences_are_those_of_the_numbers_that_are_shown(compared):
         "mean length": lambda r, of: r.samples.mean_tokens,
         "empty": lambda r, of: r.samples.empty,
         "looping": lambda r, of: r.samples.looping,
+        "repeated pairs": lambda r, of: r.samples.repeated,
+        "distinct word pairs": lambda r, of: r.samples.distinct_2,
     }
     assert {d.measure for d in report.differences} == set(shown)
     for d in report.differences:
@@ -223,6 +229,43 @@ def test_models_of_other_tokenizers_are_compared_by_bytes(models, world):
     a, b = (one.report.perplexity["civil"] for one in report.evaluations)
     assert (change.measure, a.tokens != b.tokens) == ("bits a byte", True)
     assert change.change.value == pytest.approx(b.bits_per_byte.value - a.bits_per_byte.value)
+
+
+def with_tasks(one, right, words):
+    """An evaluation as of lm-eval: a share of right answers, and a perplexity that is no mean."""
+    share = TaskScore(
+        metric="acc",
+        filter="none",
+        score=Interval(value=float(np.mean(right))),
+        document_values=tuple(map(float, right)),
+    )
+    perplexity = TaskScore(
+        metric="word_perplexity",
+        filter="strict",
+        score=Interval(value=words),
+        document_values=(1.0, 2.0, 3.0, 4.0),
+    )
+    scores = {"acc,none": share, "word_perplexity,strict": perplexity}
+    tasks = {"quiz": TaskReport(scores=scores, samples=4, lm_eval_version="1")}
+    report = one.report.model_copy(update={"lm_eval": tasks})
+    changed = one.model_copy(update={"report": report})
+    return Measured(changed, evaluation.Evaluation(report, None))
+
+
+def test_tasks_are_compared_by_document(compared):
+    first, second = (compared[0].evaluations[i] for i in (0, 2))
+    before = with_tasks(first, [1, 0, 0, 1], 20.0)
+    after = with_tasks(second, [1, 1, 0, 1], 25.0)
+    inputs = Inputs(texts={"civil": TEXTS}, labelled={}, prompts=[], scorers=[])
+    found = differences(config(["a", "b"]), [before, after], inputs)
+    changes = {d.measure: d.change for d in found if d.of == "quiz"}
+    expected = share_change_interval(np.array([1.0, 0, 0, 1]), np.array([1.0, 1, 0, 1]))
+    assert changes == {
+        "acc": expected,
+        "word_perplexity (strict)": Interval(value=5.0),
+    }
+    (column,) = [c for c in columns_of([before.evaluated, after.evaluated]) if c.measure == "acc"]
+    assert {label: x.value for label, x in column.values.items()} == {"a": 0.5, "b": 0.75}
 
 
 def test_classifiers_are_compared_by_example(world):

@@ -63,7 +63,7 @@ def test_names_break_no_table():
     table = [line for line in content.splitlines() if line.startswith("|")]
     cells = {line.replace("\\|", "").count("|") for line in table}
     assert len(table) == 2 + 3
-    assert cells == {1 + 2 + 2 + 4 + 1}  # model, scorers, texts, quality, and the end
+    assert cells == {1 + 2 + 2 + 5 + 1}  # model, scorers, texts, quality, and the end
     assert "`precision`" in MODELS[2]
     assert "\\`precision\\`" in table[-1]
 

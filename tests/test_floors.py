@@ -25,7 +25,8 @@ FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
     - {"table", "base", "dropping", "election", "histogram"},
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
-    "metrics": ROOMS["metrics"].steps.keys() - {"base", "calibration", "conditional", "perplexity"},
+    "metrics": ROOMS["metrics"].steps.keys()
+    - {"base", "calibration", "conditional", "paired", "perplexity"},
     "curvature": ROOMS["curvature"].steps.keys() - {"table", "outputs", "base"},
     "optim": {"ivon", "vogn", "bsam"},
 }

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergekit_bayes.checkpoint import locks
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import (
     MergeConfig,
     Part,
-    locks,
     parse_part,
     part_of_launcher,
     parts,

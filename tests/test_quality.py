@@ -21,8 +21,10 @@ from mergekit_bayes.metrics.quality import (
     SamplesReport,
     describe_judged,
     describe_samples,
+    distinct_change,
     judge_continuations,
     judged_change,
+    repeated_change,
 )
 from mergekit_bayes.models.load import load_model
 from tests import tiny_models
@@ -116,6 +118,34 @@ def test_intervals_of_distinct_words_hold_their_expectation():
         found.append(report.intervals["distinct_1"])
     truth = np.mean([x.value for x in found])
     assert np.mean([x.low <= truth <= x.high for x in found]) > 0.9
+
+
+def drawn(rng, prompts, words, noise):
+    """Four continuations of each prompt, and those of a model that mostly says the same words."""
+    rows = rng.integers(words, size=(prompts, 4, 8)) * rng.integers(1, 3, size=(prompts, 1, 1))
+    others = np.where(rng.random(rows.shape) < noise, rng.integers(3, size=rows.shape), rows)
+    both = [[[" ".join(map(str, text)) for text in row] for row in one] for one in (rows, others)]
+    return [Samples(texts, [[8] * 4] * prompts, 0) for texts in both]
+
+
+@pytest.mark.parametrize("change", [repeated_change, distinct_change])
+def test_changes_of_quality_are_paired_and_hold_their_expectation(change):
+    """Two models that share most of their words: pairs are narrower than two sets apart."""
+    rng = np.random.default_rng(0)
+    found = [change(*drawn(rng, 40, 12, 0.3)) for _ in range(60)]
+    truth = np.mean([x.value for x in found])
+    assert sum(x.low <= truth <= x.high for x in found) >= 0.9 * 60
+    assert np.mean([x.high - x.low for x in found]) < 1.9 * 2 * 1.96 * np.std(
+        [x.value for x in found]
+    )
+    one, two = drawn(rng, 40, 12, 0.3)
+    field = "repeated" if change is repeated_change else "distinct_2"
+    new, old = (getattr(describe_samples(samples), field) for samples in (two, one))
+    assert change(one, two).value == pytest.approx(new - old)
+    assert new != old
+    same = change(one, one)
+    assert same.value == 0
+    assert same.low is None or same.low < same.high
 
 
 @pytest.mark.parametrize(

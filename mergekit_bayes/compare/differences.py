@@ -14,7 +14,12 @@ from mergekit_bayes.metrics.base import Interval, share_change_interval
 from mergekit_bayes.metrics.classification import ClassificationReport, classification_change
 from mergekit_bayes.metrics.paired import paired_change, paired_ratio_change
 from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change
-from mergekit_bayes.metrics.quality import is_looping, judged_change
+from mergekit_bayes.metrics.quality import (
+    distinct_change,
+    is_looping,
+    judged_change,
+    repeated_change,
+)
 from mergekit_bayes.records import FloatArray
 
 
@@ -166,19 +171,20 @@ def _right(report: ClassificationReport) -> FloatArray:
 
 
 def _of_tasks(before: dict[str, TaskReport], after: dict[str, TaskReport]) -> Iterator[Change]:
-    """Of the scores that are means over documents; of others no pairs are known."""
+    """Of each score of lm-eval's tasks: paired where it is a mean over documents, of which only
+    then the pairs are known."""
     for task, old in before.items():
         for key, score in old.scores.items():
             other = after[task].scores.get(key) if task in after else None
             if other is None:
                 continue
-            values = [np.array(s.document_values, np.float64) for s in (score, other)]
-            means = [
-                len(v) > 0 and np.isclose(v.mean(), s.score.value)
+            values = [np.array(s.document_values, np.float64)[:, None] for s in (score, other)]
+            are_means = all(
+                len(v) == len(values[0]) > 0 and np.isclose(v.mean(), s.score.value)
                 for v, s in zip(values, (score, other), strict=True)
-            ]
-            if all(means) and len(values[0]) == len(values[1]):
-                yield score.name, task, paired_change(*(v[:, None] for v in values))
+            )
+            change = Interval(value=other.score.value - score.score.value)
+            yield score.name, task, paired_change(*values) if are_means else change
 
 
 def _of_samples(before: Evaluation, after: Evaluation) -> Iterator[Change]:
@@ -195,6 +201,8 @@ def _of_samples(before: Evaluation, after: Evaluation) -> Iterator[Change]:
         np.array([[is_looping(w) for w in row] for row in rows], np.float64) for rows in words
     ]
     yield "looping", "continuations", paired_change(*looping)
+    yield "repeated pairs", "continuations", repeated_change(old, new)
+    yield "distinct word pairs", "continuations", distinct_change(old, new)
 
 
 def _of_the_judge(

@@ -23,6 +23,7 @@ _LABEL, _TITLE = 26, 30  # characters in a line
 _ACROSS = 4  # panels beside each other at most
 _PANEL, _LINE, _GAP = 2.7, 0.17, 1.15  # inches: a panel's width, a line of a label, title and axis
 _LETTER = 0.085  # inches of a character, about
+_NO_PANEL = "mean length"  # in the tables only: neither better nor worse
 _FAR = 20.0  # from this ratio on an axis of losses is logarithmic
 
 
@@ -50,7 +51,7 @@ def _figure(evaluations: Sequence[Evaluated]) -> "Figure":
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    rows = _rows_of_panels(columns_of(evaluations))
+    rows = _rows_of_panels([c for c in columns_of(evaluations) if c.measure != _NO_PANEL])
     labels = [_wrapped(e.label, _LABEL) for e in evaluations]
     lines = [label.count("\n") + 2.0 for label in labels]
     across = max(len(row) for row in rows)
@@ -99,8 +100,8 @@ def _panel(
     unit = f" ({column.unit})" if column.unit else ""
     title = f"{column.measure}{unit}"
     if column.of:
-        joint = "by" if column.measure == "toxic share" else "on"
-        title += "\n" + _wrapped(f"{joint} {column.of}", _TITLE)
+        joint = {"toxic share": "by ", "perplexity by judge": ""}.get(column.measure, "on ")
+        title += f"\n{_wrapped(joint + column.of, _TITLE)}"
     panel.set_title(title, fontsize=9, loc="left")
     _limits(panel, column)
     first = column.values[evaluations[0].label]

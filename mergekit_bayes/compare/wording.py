@@ -8,7 +8,16 @@ from typing import NamedTuple
 from mergekit_bayes.compare.report import Difference, Evaluated
 from mergekit_bayes.metrics.base import Interval
 
-_SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping")
+_SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping", "repeated pairs")
+
+# What tells text from garble, which also scores as less toxic, by its field in a `SamplesReport`.
+_SAMPLES = {
+    "mean length": "mean_tokens",
+    "empty": "empty",
+    "looping": "looping",
+    "repeated pairs": "repeated",
+    "distinct word pairs": "distinct_2",
+}
 
 
 def scorer_name(spec: str) -> str:
@@ -129,12 +138,9 @@ def _numbers(one: Evaluated, *, per_byte: bool) -> Iterator[tuple[str, str, Inte
         for score in measured.scores.values():
             yield score.name, task, score.score
     if report.samples is not None:
-        samples = report.samples
-        yield "mean length", "", Interval(value=samples.mean_tokens)
-        yield "empty", "", Interval(value=samples.empty)
-        yield "distinct word pairs", "", Interval(value=samples.distinct_2)
-        yield "repeated pairs", "", Interval(value=samples.repeated)
-        if samples.looping is not None:
-            yield "looping", "", Interval(value=samples.looping)
+        for measure, field in _SAMPLES.items():
+            value = getattr(report.samples, field)
+            if value is not None:
+                yield measure, "", report.samples.intervals.get(field, Interval(value=value))
     if report.judge is not None and report.judged is not None and report.judged.token is not None:
         yield "perplexity by judge", report.judge.model, report.judged.token

@@ -19,6 +19,7 @@ from pydantic import Field
 from mergekit_bayes.generation import Samples
 from mergekit_bayes.metrics.base import Interval, Z, interval, resampled_sums, share_interval
 from mergekit_bayes.metrics.conditional import conditional_nats
+from mergekit_bayes.metrics.paired import paired_change
 from mergekit_bayes.metrics.perplexity import count_words, ratios
 from mergekit_bayes.records import FloatArray, Progress, Record
 
@@ -131,13 +132,11 @@ def describe_samples(samples: Samples, *, bootstrap: int = 1000, seed: int = 0) 
         bootstrap: Number of resamples of the prompts; 0 gives no intervals at all.
         seed: Seed of the bootstrap.
     """
-    words = [[text.split() for text in row] for row in samples.texts]
-    pairs = [[_grams(text, 2) for text in row] for row in words]
+    words = _words(samples)
     empty = np.array([[not text for text in row] for row in words], np.float64)
     looping = np.array([[is_looping(text) for text in row] for row in words], np.float64)
     lengths = np.array(samples.tokens, np.float64)
-    repeats = np.array([[1 - len(set(p)) / len(p) if p else 0 for p in row] for row in pairs])
-    paired = np.array([[bool(p) for p in row] for row in pairs], np.float64)
+    repeats, paired = _repeats(words)
     repeated = _mean(repeats, paired, bootstrap, seed)
     if repeated.low is not None and repeated.low == repeated.high:  # as of no repeat at all
         repeated = share_interval(np.full(int(paired.any(axis=1).sum()), repeated.value))
@@ -155,6 +154,45 @@ def describe_samples(samples: Samples, *, bootstrap: int = 1000, seed: int = 0) 
         **{name: number.value for name, number in numbers.items()},
         intervals={k: v for k, v in numbers.items() if bootstrap and v.low is not None},
     )
+
+
+def distinct_change(before: Samples, after: Samples, n: int = 2) -> Interval:
+    """Distinct n-grams over all n-grams of `after` less those of `before`, paired over prompts.
+
+    The jackknife leaves each prompt out of both.
+
+    Args:
+        before: Continuations of the same prompts, as many.
+        after: Those of the other model.
+        n: Words of an n-gram.
+    """
+    (old, old_rest), (new, new_rest) = (_without_each(_words(s), n) for s in (before, after))
+    rest = new_rest - old_rest if len(new_rest) == len(old_rest) else np.empty(0)
+    low, high = _jackknife(new - old, rest)
+    return Interval(value=new - old, low=low, high=high)
+
+
+def repeated_change(before: Samples, after: Samples) -> Interval:
+    """`SamplesReport.repeated` of `after` less that of `before`, paired over prompts.
+
+    Each is a ratio R = sum r / sum c over its continuations, of which c = 1 have a word pair. To
+    first order it is the mean of R + (r - R c) N / sum c over all N continuations, which is paired.
+
+    Args:
+        before: Continuations of the same prompts, as many.
+        after: Those of the other model.
+    """
+    linear = []
+    for samples in (before, after):
+        repeats, paired = _repeats(_words(samples))
+        count = paired.sum() or 1.0
+        ratio = repeats.sum() / count
+        linear.append(ratio + (repeats - ratio * paired) * paired.size / count)
+    return paired_change(*linear)
+
+
+def _words(samples: Samples) -> list[list[list[str]]]:
+    return [[text.split() for text in row] for row in samples.texts]
 
 
 def judge_continuations(
@@ -297,6 +335,17 @@ def _distinct(words: list[list[list[str]]], n: int) -> Interval:
     The jackknife's variance is too large rather than too small, in expectation, for every function
     of independent prompts (Efron and Stein, *The jackknife estimate of variance*, 1981).
     """
+    value, without = _without_each(words, n)
+    low, high = _jackknife(value, without)
+    return Interval(
+        value=value,
+        low=None if low is None else max(low, 0.0),
+        high=None if high is None else min(high, 1.0),
+    )
+
+
+def _without_each(words: list[list[list[str]]], n: int) -> tuple[float, FloatArray]:
+    """Distinct n-grams over all n-grams; the same without each prompt, empty where one has all."""
     by_prompt = [[gram for text in row for gram in _grams(text, n)] for row in words]
     types = [set(grams) for grams in by_prompt]
     prompts_of = Counter(gram for own in types for gram in own)
@@ -304,10 +353,19 @@ def _distinct(words: list[list[list[str]]], n: int) -> Interval:
     value = len(prompts_of) / total if total else 0.0
     rest = total - np.array([len(grams) for grams in by_prompt])
     if len(words) < 2 or not rest.all():
-        return Interval(value=value)
+        return value, np.empty(0)
     only = np.array([sum(prompts_of[gram] == 1 for gram in own) for own in types])
-    without = (len(prompts_of) - only) / rest
-    half = Z * float(np.sqrt(without.var() * (len(words) - 1)))
-    if not half:  # prompts that all look alike do not tell how much others differ
-        return Interval(value=value)
-    return Interval(value=value, low=max(value - half, 0.0), high=min(value + half, 1.0))
+    return value, (len(prompts_of) - only) / rest
+
+
+def _jackknife(value: float, without: FloatArray) -> tuple[float | None, float | None]:
+    """The ends of the interval; None where prompts do not tell how much others differ."""
+    half = Z * float(np.sqrt(without.var() * (len(without) - 1))) if len(without) else 0.0
+    return (value - half, value + half) if half else (None, None)
+
+
+def _repeats(words: list[list[list[str]]]) -> tuple[FloatArray, FloatArray]:
+    """Share of each continuation's word pairs that it said before, and whether it has any pair."""
+    pairs = [[_grams(text, 2) for text in row] for row in words]
+    repeats = np.array([[1 - len(set(p)) / len(p) if p else 0 for p in row] for row in pairs])
+    return repeats, np.array([[bool(p) for p in row] for row in pairs], np.float64)
