@@ -358,7 +358,7 @@ def summary(
         **workload._asdict(),
         "tokens": rounds[0][0]["tokens"],
         "cpu": [statistics.median(r[i]["cpu"] for r in rounds) for i in (0, 1)],
-        "rate": [statistics.median(r[i]["tokens"] / r[i]["wall"] for r in rounds) for i in (0, 1)],
+        "wall": [statistics.median(r[i]["wall"] for r in rounds) for i in (0, 1)],
         "mib": [max(r[i]["mib"] for r in rounds) for i in (0, 1)],
         "ratio": ratio,
         "range": [min(ratios), max(ratios)],
@@ -381,14 +381,14 @@ def report(table: list[dict[str, Any]], given: argparse.Namespace) -> None:
         ("perplexity", "lm-eval's texts", "lm-eval"),
     ):
         print(
-            f"\n| M | batch | {title} | tokens | tokens a second | {rival} | CPU s | {rival} "
+            f"\n| M | batch | {title} | tokens | tokens a CPU s | {rival} | CPU s | {rival} "
             f"| CPU s to {rival} | range | MiB | {rival} | |"
         )
         print(f"| ---: | ---: | --- |{' ---: |' * 9} --- |")
         for r in [r for r in table if r["task"] == task]:
             cells = [
                 *(r["size"], str(r["batch"]), r["kind"], f"{r['tokens']:,}"),
-                *(f"{rate:,.0f}" for rate in r["rate"]),
+                *(f"{r['tokens'] / cpu:,.0f}" for cpu in r["cpu"]),
                 *(f"{cpu:.2f}" for cpu in r["cpu"]),
                 f"{r['ratio']:.2f}",
                 f"{r['range'][0]:.2f} to {r['range'][1]:.2f}",
