@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.metrics.base import Interval, Z, share_interval
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.quiet import logged_from
+from mergekit_bayes.ranks import lead
 
 _SOLO = "DISABLE_MULTIPROC"  # lm-eval's variable: without it, it forks to resample
 
@@ -104,7 +105,8 @@ def measure_tasks(
 ) -> dict[str, TaskReport]:
     """What a model scores on the tasks, by their names.
 
-    Every rank must call this; they share the requests, and each gets all results.
+    Every rank must call this. The first one runs the tasks, whose Python code so runs once, all
+    ranks share their requests to the model, and each gets all results.
 
     Args:
         config: How to measure.
@@ -120,7 +122,7 @@ def measure_tasks(
     import torch
     from lm_eval.evaluator import evaluate
 
-    from mergekit_bayes.evaluate.lm_eval_model import BlockModel
+    from mergekit_bayes.evaluate.lm_eval_model import Asked, BlockModel
 
     for task in tasks.loaded["tasks"].values():
         task.set_fewshot_seed(seed=config.seed)  # again for each model: it has been drawn from
@@ -128,18 +130,23 @@ def measure_tasks(
     with _in_lm_eval(config.seed, trusted=tasks.trusted), torch.random.fork_rng(devices=on_gpu):
         torch.manual_seed(config.seed)
         model = BlockModel(loaded, batch_size=config.batch_size, seed=config.seed, tell=tell)
-        results = call(
-            "lm-eval fails on its tasks",
-            lambda: evaluate(
-                lm=model,
-                task_dict=tasks.loaded,
-                limit=config.lm_eval_limit,
-                bootstrap_iters=config.bootstrap,
-                confirm_run_unsafe_code=tasks.trusted,
-            ),
-        )
-    reports = {name: _task_report(name, results, config) for name in results["results"]}
-    return {name: report for name, report in reports.items() if report.scores}
+
+        def run(together: Callable[[Asked], object]) -> dict[str, TaskReport]:
+            model.together = together
+            results = call(
+                "lm-eval fails on its tasks",
+                lambda: evaluate(
+                    lm=model,
+                    task_dict=tasks.loaded,
+                    limit=config.lm_eval_limit,
+                    bootstrap_iters=config.bootstrap,
+                    confirm_run_unsafe_code=tasks.trusted,
+                ),
+            )
+            reports = {name: _task_report(name, results, config) for name in results["results"]}
+            return {name: report for name, report in reports.items() if report.scores}
+
+        return lead(run, model.answer)
 
 
 @contextmanager
