@@ -9,7 +9,7 @@ from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
-from mergekit_bayes.compare.wording import change_in_words, scorer_name
+from mergekit_bayes.compare.wording import change_in_words, named, of_in_short, scorer_name
 from mergekit_bayes.metrics.base import Interval
 
 _RATES = ("toxic share", "mean score")  # by which a scorer says which model is better
@@ -104,13 +104,15 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
         for higher in (False, True):
             found = [d for d in beyond if (d.change.value > 0) == higher]
             if found:
-                names = _listed([f"{_what(d)} ({change_in_words(d)})" for d in found])
+                names = _listed([f"{named(d.measure, d.of)} ({change_in_words(d)})" for d in found])
                 sentences.append(f"{_DIRECTION[higher]} in {names}")
         if sentences:
             yield f"{label} against {against}: " + "; ".join(sentences) + "."
         if within:
-            names = _listed([_what(d) for d in within], "or")
-            yield f"{label} against {against}: no difference beyond its interval in {names}."
+            yield (
+                f"{label} against {against}: no difference beyond its interval in "
+                f"{_by_measure(within)}."
+            )
 
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:
@@ -134,11 +136,16 @@ def is_beyond(change: Interval) -> bool:
     return change.low > 0 or change.high < 0
 
 
-def _what(difference: Difference) -> str:
-    if difference.of == "continuations":
-        return f"{difference.measure} of the continuations"
-    joint = "by" if difference.measure in (*_RATES, *_SECONDARY) else "on"
-    return f"{difference.measure} {joint} {scorer_name(difference.of)}"
+def _by_measure(differences: Sequence[Difference]) -> str:
+    """The measures, each with all its scorers or texts."""
+    groups: dict[str, list[Difference]] = {}
+    for d in differences:
+        groups.setdefault(d.measure, []).append(d)
+    names = []
+    for measure, found in groups.items():
+        others = [of_in_short(measure, d.of) for d in found[1:]]
+        names.append(_listed([named(measure, found[0].of), *others], "or"))
+    return "; ".join(names)
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.compare.report import CompareReport, Evaluated
-from mergekit_bayes.compare.wording import Column, columns_of
+from mergekit_bayes.compare.wording import Column, columns_of, joint
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.metrics.base import Interval
 
@@ -100,8 +100,7 @@ def _panel(
     unit = f" ({column.unit})" if column.unit else ""
     title = f"{column.measure}{unit}"
     if column.of:
-        joint = {"toxic share": "by ", "perplexity by judge": ""}.get(column.measure, "on ")
-        title += f"\n{_wrapped(joint + column.of, _TITLE)}"
+        title += f"\n{_wrapped(joint(column.measure) + column.of, _TITLE)}"
     panel.set_title(title, fontsize=9, loc="left")
     _limits(panel, column)
     first = column.values[evaluations[0].label]
