@@ -204,6 +204,39 @@ def test_a_block_is_drawn_alike_whoever_works_on_the_others(world, drawn, monkey
     assert drawn == forward[::-1]
 
 
+def test_numbers_that_are_none_are_compared_in_no_pairs(world, tmp_path, monkeypatch):
+    """A line of JSON has no place for NaN, and a report without a number has no picture."""
+
+    def numbers(metric):
+        def evaluate(**_):
+            task = {"acc,none": metric, "acc_stderr,none": float("nan"), "sample_len": 2}
+            rows = [{"doc_id": i, "filter": "none", "metrics": ["acc"]} for i in range(2)]
+            samples = [
+                row | {"acc": value} for row, value in zip(rows, (1.0, float("nan")), strict=True)
+            ]
+            return {
+                "results": {"tiny_choice": task},
+                "higher_is_better": {},
+                "samples": {"tiny_choice": samples},
+                "n-shot": {},
+                "versions": {},
+            }
+
+        return evaluate
+
+    monkeypatch.setattr(evaluator, "evaluate", numbers(float("nan")))
+    one = config(world, lm_eval=("tiny_choice",), output=str(tmp_path / "out"))
+    report = run_evaluate(one)
+    score = report.lm_eval["tiny_choice"].scores["acc,none"]
+    assert (score.score.low, score.document_values) == (None, ())
+    assert np.isnan(
+        read_report(tmp_path / "out").lm_eval["tiny_choice"].scores["acc,none"].score.value
+    )
+    monkeypatch.setattr(evaluator, "evaluate", numbers("bypass"))
+    with pytest.raises(CheckpointError, match="gives no number for its tasks \\(tiny_choice\\)"):
+        run_evaluate(config(world, lm_eval=("tiny_choice",)))
+
+
 def test_tasks_run_on_one_rank_and_tell_the_others_what_they_ask(world, report, monkeypatch):
     """Other ranks get plain values, without the documents of the tasks."""
     told = []

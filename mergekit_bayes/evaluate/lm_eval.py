@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.errors import ConfigError, MismatchError, did_you_mean
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, did_you_mean
 from mergekit_bayes.evaluate.report import StepProgress, TaskReport, TaskScore
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.task_code import refuse_code, sandboxed_templates
@@ -144,7 +144,13 @@ def measure_tasks(
                 ),
             )
             reports = {name: _task_report(name, results, config) for name in results["results"]}
-            return {name: report for name, report in reports.items() if report.scores}
+            found = {name: report for name, report in reports.items() if report.scores}
+            if not found:
+                raise CheckpointError(
+                    f"lm-eval gives no number for its tasks ({', '.join(reports)}): none has a "
+                    "metric that is one."
+                )
+            return found
 
         return lead(run, model.answer)
 
@@ -281,7 +287,7 @@ def _document_values(
     return {
         key: tuple(float(column[document]) for document in documents)
         for key, column in columns.items()
-        if len(column) == len(documents) and all(map(_is_number, column.values()))
+        if len(column) == len(documents) and all(map(_is_finite, column.values()))
     }
 
 
@@ -294,7 +300,7 @@ def _interval(value: float, error: object, documents: Sequence[float]) -> Interv
     shares = np.array(documents)
     if len(shares) and np.isin(shares, (0, 1)).all() and np.isclose(shares.mean(), value):
         return share_interval(shares)
-    if not _is_number(error):
+    if not _is_finite(error):
         return Interval(value=value)
     half = Z * float(error)  # type: ignore[arg-type]  # a number
     return Interval(value=value, low=value - half, high=value + half)
@@ -302,3 +308,7 @@ def _interval(value: float, error: object, documents: Sequence[float]) -> Interv
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number | np.bool_)
+
+
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and bool(np.isfinite(value))  # type: ignore[call-overload]  # a number
