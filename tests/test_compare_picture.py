@@ -7,10 +7,12 @@ import pytest
 
 from bmerge_cli.compare_tables import show_compare
 from bmerge_cli.terminal import Screen
+from mergekit_bayes.compare import markdown, picture, wording
 from mergekit_bayes.compare.markdown import as_markdown
 from mergekit_bayes.compare.picture import make_figure
 from mergekit_bayes.compare.report import CompareReport, Difference
 from mergekit_bayes.compare.wording import named
+from mergekit_bayes.evaluate.report import TaskReport, TaskScore
 from mergekit_bayes.metrics.agreement import Agreement
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.metrics.identity_terms import measure_bias
@@ -70,10 +72,23 @@ def test_names_break_no_table():
     content = as_markdown(compare_report(3, 2))
     table = [line for line in content.splitlines() if line.startswith("|")]
     cells = {line.replace("\\|", "").count("|") for line in table}
-    assert len(table) == 2 + 3
-    assert cells == {1 + 2 + 2 + 5 + 1}  # model, scorers, texts, quality, and the end
+    assert len(table) == 2 + 2 + 2 + 5  # head, scorers, texts, quality
+    assert cells == {1 + 3 + 1}  # measure, models, and the end
     assert "`precision`" in MODELS[2]
-    assert "\\`precision\\`" in table[-1]
+    assert "\\`precision\\`" in table[0]
+
+
+def test_a_picture_of_a_hundred_tasks_is_no_larger_than_a_file_holds(monkeypatch):
+    assert wording.PANELS / 4 * 2**4 * 150 < 2**16  # pixels, of panels 16 inches high
+    for module in (picture, markdown):
+        monkeypatch.setattr(module, "PANELS", 4)
+    report = compare_report(1, 1)
+    score = TaskScore(metric="acc", filter="none", score=Interval(value=0.5, low=0.4, high=0.6))
+    tasks = report.evaluations[0].report.lm_eval
+    for i in range(100):
+        tasks[f"task_{i}"] = TaskReport(scores={"acc,none": score}, samples=9, lm_eval_version="0")
+    assert len(make_figure(report).axes) == 4
+    assert "The picture shows the first 4 of 107 numbers." in as_markdown(report)
 
 
 def test_findings_come_first():

@@ -117,7 +117,7 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:
     count = sum(d.change.low is not None for d in differences)
-    if count:
+    if count > 1:
         yield (
             f"Each of the {count:,} intervals holds alone, with 95 %: of differences between equal "
             "models about one in twenty lies beyond its interval by chance."

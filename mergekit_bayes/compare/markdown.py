@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from mergekit_bayes.compare.report import CompareReport
 from mergekit_bayes.compare.wording import (
     AGREEMENT,
+    PANELS,
     agreement_rows,
     bias_in_words,
     cell,
@@ -12,6 +13,7 @@ from mergekit_bayes.compare.wording import (
     columns_of,
     cuts,
     named,
+    panels_of,
     readings,
 )
 from mergekit_bayes.hub.markdown import code, table, text
@@ -45,7 +47,9 @@ def as_markdown(report: CompareReport) -> str:
     if report.findings:
         parts += ["\n".join(f"- {text(finding)}" for finding in report.findings)]
     parts += [f"![What was measured, with 95 % intervals]({PICTURE})"]
-    parts += ["## What each scored", _INTERVALS, _scores(report)]
+    drawn = len(panels_of(report.evaluations))
+    cut = f" The picture shows the first {PANELS} of {drawn:,} numbers." if drawn > PANELS else ""
+    parts += ["## What each scored", _INTERVALS + cut, _scores(report)]
     if report.differences:
         parts += ["## Differences", _PAIRED, *_differences(report)]
     if any(one.report.agreement for one in report.evaluations):
@@ -58,15 +62,13 @@ def as_markdown(report: CompareReport) -> str:
 
 
 def _scores(report: CompareReport) -> str:
-    """One row a model; of one model alone one row a number."""
-    columns = columns_of(report.evaluations)
-    names = [text(named(c.measure, c.of)) for c in columns]
-    if len(report.evaluations) == 1:
-        label = report.evaluations[0].label
-        rows = [[name, cell(c, label)] for name, c in zip(names, columns, strict=True)]
-        return table(["measure", text(label)], rows)
-    rows = [[text(e.label), *(cell(c, e.label) for c in columns)] for e in report.evaluations]
-    return table(["model", *names], rows)
+    """One row a number: there can be many more of them than models."""
+    labels = [one.label for one in report.evaluations]
+    rows = [
+        [text(named(c.measure, c.of)), *(cell(c, label) for label in labels)]
+        for c in columns_of(report.evaluations)
+    ]
+    return table(["measure", *map(text, labels)], rows)
 
 
 def _differences(report: CompareReport) -> Iterator[str]:

@@ -12,6 +12,8 @@ from mergekit_bayes.metrics.identity_terms import IdentityBias
 
 _SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping", "repeated pairs")
 
+PANELS = 40  # of a picture at most: one of hundreds would be larger than a file may hold
+
 # What tells text from garble, which also scores as less toxic, by its field in a `SamplesReport`.
 _SAMPLES = {
     "mean length": "mean_tokens",
@@ -130,6 +132,11 @@ def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
         )
         for (measure, of), values in columns.items()
     ]
+
+
+def panels_of(evaluations: Sequence[Evaluated]) -> list[Column]:
+    """The numbers that have a panel: not the mean length, which is neither better nor worse."""
+    return [c for c in columns_of(evaluations) if c.measure != "mean length"]
 
 
 def cell(column: Column, label: str) -> str:
