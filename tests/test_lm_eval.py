@@ -237,6 +237,15 @@ def test_numbers_that_are_none_are_compared_in_no_pairs(world, tmp_path, monkeyp
         run_evaluate(config(world, lm_eval=("tiny_choice",)))
 
 
+def test_a_model_of_nan_has_no_accuracy(world, monkeypatch):
+    """Of answers whose probabilities are all NaN lm-eval would choose the first."""
+    monkeypatch.setattr(
+        lm_eval_model.HFLM, "loglikelihood", lambda _, asked, **__: [(np.nan, False)] * len(asked)
+    )
+    with pytest.raises(CheckpointError, match="log-probabilities are not numbers"):
+        run_evaluate(config(world, lm_eval=("tiny_choice",)))
+
+
 def test_tasks_run_on_one_rank_and_tell_the_others_what_they_ask(world, report, monkeypatch):
     """Other ranks get plain values, without the documents of the tasks."""
     told = []

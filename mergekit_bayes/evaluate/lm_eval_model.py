@@ -3,6 +3,7 @@
 Import this module where lm-eval is known to be installed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from mergekit_bayes.draws import mix
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.ranks import spread, world
@@ -80,6 +82,7 @@ class BlockModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
             torch.manual_seed(mix(self._seed, first + start // self._block))
             block = requests[start : start + self._block]
             answers = list(answer(block, disable_tqdm=True))
+            _refuse_nan(answers)
             done += len(block)
             self._tell("lm-eval", min(done * world(), len(requests)), len(requests))
             return answers
@@ -89,3 +92,14 @@ class BlockModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def _asked(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         self.together(Asked(kind, [request.args for request in requests]))
         return self._answers
+
+
+def _refuse_nan(answers: Sequence[Any]) -> None:
+    """Refuse log-probabilities that are not numbers, of which tasks would choose some answer."""
+    for answer in answers:
+        nats = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(nats, float) and math.isnan(nats):
+            raise CheckpointError(
+                "the model's log-probabilities are not numbers. Its weights hold NaN or infinity, "
+                "or are too large for their dtype."
+            )
