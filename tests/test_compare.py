@@ -218,6 +218,15 @@ def test_a_model_that_fails_leaves_no_output(models, world, monkeypatch):
     assert not [path for path in world.iterdir() if "bmerge-" in path.name]
 
 
+def test_an_error_says_which_model_it_is_about(models, world):
+    ruined = Path(shutil.copytree(models[1], world / "ruined"))
+    loaded = load_model(str(ruined))
+    loaded.model.transformer.ln_f.weight.data.fill_(float("nan"))
+    loaded.model.save_pretrained(ruined)
+    with pytest.raises(CheckpointError, match=r"^ruined: the model's log-probability of text 1"):
+        run_compare(config([models[0], ruined], toxicity=None, scorer=()))
+
+
 def test_models_that_read_other_windows_are_not_compared(models, world):
     short = tiny_models.tiny_gpt2(world / "short", context=32)
     only = {"toxicity": None, "scorer": ()}

@@ -33,7 +33,7 @@ class Difference(Frozen):
             as it is.
         measure: What is compared: `toxic share`, `mean score`, `nats a token`, `accuracy` or the
             like.
-        of: The scorer or the texts.
+        of: The scorer, the texts, the task or the judge; `continuations` for what they look like.
         change: The difference, with its 95 % interval, paired.
     """
 

@@ -1,7 +1,7 @@
 """Measure models side by side, one at a time in memory."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_variants, variants_of
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
 from mergekit_bayes.evaluate.report import StepProgress
@@ -94,10 +94,22 @@ def _measure(
                 taken.append(name)
                 several = len(config.models) > 1 or variant != "as it is"
                 told = partial(_tell_of, tell, name) if several else tell
-                evaluation = evaluate_model(settings, inputs, told, change)
+                with _named(name, model) if several else nullcontext():
+                    evaluation = evaluate_model(settings, inputs, told, change)
                 report = evaluation.report
                 one = Evaluated(label=name, model=model, variant=variant, report=report)
                 yield Measured(one, evaluation)
+
+
+@contextmanager
+def _named(label: str, model: str) -> Iterator[None]:
+    """Say in an error which of the models it is about."""
+    try:
+        yield
+    except BmergeError as error:
+        if model in str(error):
+            raise
+        raise type(error)(f"{label}: {error}") from None
 
 
 def _report(config: CompareConfig, measured: list[Measured], inputs: Inputs) -> CompareReport:

@@ -56,7 +56,7 @@ def _pick_block(p: NDArray[np.float32], words: Keys, top_p: float) -> Tokens:
     if not np.isfinite(p.sum()):
         raise CheckpointError(
             "the model's next-token probabilities are not numbers. Its weights hold NaN or "
-            "infinity."
+            "infinity, or the temperature is too near to 0."
         )
     result = np.empty(len(p), np.int64)
     rows = np.arange(len(p))  # those of the block that have no token yet
