@@ -46,6 +46,20 @@ def test_intervals_of_scores_cover_what_is_true():
     assert all(x.high < 0 for x in found)
 
 
+@pytest.mark.parametrize("n", [12, 50])
+def test_intervals_of_lengths_cover_by_no_more_width_than_they_need(n):
+    def lengths():
+        mean = rng.integers(5, 20, size=(n, 1))
+        return rng.poisson(mean, size=(n, 10)) * 1.0, rng.poisson(0.9 * mean, size=(n, 10)) * 1.0
+
+    rng = np.random.default_rng(2)
+    found = [paired_change(*lengths()) for _ in range(300)]
+    truth = -0.1 * 12
+    assert 0.92 * 300 <= sum(x.low <= truth <= x.high for x in found) <= 0.99 * 300
+    wide = np.mean([x.high - x.low for x in found]) / 2
+    assert wide < 1.3 * 1.96 * np.std([x.value for x in found])
+
+
 def test_continuations_are_not_counted_as_though_they_were_independent():
     """All 25 continuations of a prompt change together: prompts alone are evidence."""
     of_prompts = np.zeros((40, 1))

@@ -21,9 +21,9 @@ def paired_change(before: FloatArray, after: FloatArray) -> Interval:
         centre = sum d / (n + 2)
         half   = z sqrt((sum d^2 + r^2) / (n + 2) - centre^2) / sqrt(n + 2)
 
-    r is how far the means of prompts lie apart, of both models together: a prompt is feared to
-    change by no more than what was seen (`metrics.base.score_interval` takes the same for one
-    model). What is rare and was never seen stays outside.
+    r is the largest |d|, or the standard deviation of the prompts' means, of both models together,
+    if that is more: a prompt is feared to change by what was seen, and where hardly one changed by
+    as much as prompts differ. What is rare and was never seen stays outside.
 
     Args:
         before: (prompts, continuations), not negative.
@@ -39,7 +39,8 @@ def paired_change(before: FloatArray, after: FloatArray) -> Interval:
     n, change = len(d), float(d.mean())
     if n < 2:
         return Interval(value=change)
-    reach = float(np.ptp(means)) or float(means.max()) or 1.0
+    differ = float(means.std()) if np.ptp(means) else 0.0  # not 1e-18 of equal ones
+    reach = max(float(np.abs(d).max()), differ) or float(means.max()) or 1.0
     centre = float(d.sum()) / (n + 2)
     variance = (float((d**2).sum()) + reach**2) / (n + 2) - centre**2
     return _around(change, centre, Z * float(np.sqrt(variance / (n + 2))))
