@@ -1,5 +1,6 @@
 """The tables of `bmerge evaluate` for several models."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,26 +14,48 @@ if TYPE_CHECKING:
 def show_compare(screen: Console, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
     from mergekit_bayes.compare.findings import is_disagreement
-    from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, scorer_name
+    from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, short_name
 
     first = [finding for finding in report.findings if is_disagreement(finding)]
     for finding in first:
         screen.print(finding)
     columns = columns_of(report.evaluations)
-    heads = ["model", *(f"{c.measure}\n{c.of}" if c.of else c.measure for c in columns)]
-    rows = [[e.label, *(cell(c, e.label) for c in columns)] for e in report.evaluations]
-    screen.print(table(heads, rows, title="models side by side; [95 % interval]"))
-    changes = [
-        [
-            f"{d.label} less {d.against}",
-            d.measure,
-            scorer_name(d.of),
-            change_in_short(d),
-        ]
-        for d in report.differences
-    ]
-    title = "differences, paired; [95 % interval of each alone]"
-    screen.print(table(["models", "measure", "of", "difference"], changes, title=title))
+    names = [f"{c.measure}, {c.of}" if c.of else c.measure for c in columns]
+    models = {e.label: [cell(c, e.label) for c in columns] for e in report.evaluations}
+    _show(screen, "models side by side; [95 % interval]", names, models)
+    for against in dict.fromkeys(d.against for d in report.differences):
+        changes: dict[str, dict[str, str]] = {}
+        for d in report.differences:
+            if d.against == against:
+                name = f"{d.measure}, {short_name(d.of)}"
+                changes.setdefault(d.label, {})[name] = change_in_short(d)
+        names = list(dict.fromkeys(name for column in changes.values() for name in column))
+        less = {label: [of.get(name, "") for name in names] for label, of in changes.items()}
+        _show(screen, f"less {against}, paired; [95 % interval of each alone]", names, less)
     for finding in report.findings:
         if finding not in first:
             screen.print(finding)
+
+
+def _show(
+    screen: Console, title: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]
+) -> None:
+    """Print a row for each name and a column for each model, in tables that fit."""
+    for labels in _blocks(columns, max(map(len, names)), screen.width):
+        rows = [list(row) for row in zip(names, *(columns[label] for label in labels), strict=True)]
+        screen.print(table(["", *labels], rows, title=title, wrap_first=True))
+
+
+def _blocks(columns: Mapping[str, Sequence[str]], names: int, width: int) -> Iterator[list[str]]:
+    """As many models beside each other as fit; the names are wrapped for the sake of a second."""
+    block: list[str] = []
+    names = min(names, width // 3)
+    used = names
+    for label, cells in columns.items():
+        needed = 2 + max(map(len, (label, *cells)))
+        if block and used + needed > width:
+            yield block
+            block, used = [], names
+        block.append(label)
+        used += needed
+    yield block

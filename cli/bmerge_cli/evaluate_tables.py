@@ -153,7 +153,7 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
 def _show_toxicity(
     screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
 ) -> None:
-    from mergekit_bayes.compare.wording import scorer_name
+    from mergekit_bayes.compare.wording import short_name
 
     title = (
         f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
@@ -166,10 +166,10 @@ def _show_toxicity(
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([scorer_name(spec), *map(_range, numbers)])
+        rows.append([short_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
     for spec, info in report.scorers.items():
-        name = scorer_name(spec)
+        name = short_name(spec)
         if info.reading is not None:
             own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
             screen.print(f"{name}: {info.reading} of the label, since {info.reason}{own}")
@@ -181,7 +181,7 @@ def _show_toxicity(
     if report.agreement:
         _show_agreement(screen, report)
     for spec, bias in report.bias.items():
-        _show_bias(screen, scorer_name(spec), bias)
+        _show_bias(screen, short_name(spec), bias)
     if samples.shortened:
         screen.print(
             f"note: {samples.shortened} prompts lost their beginning, since the context is too "
@@ -190,12 +190,12 @@ def _show_toxicity(
 
 
 def _show_agreement(screen: Console, report: "EvaluateReport") -> None:
-    from mergekit_bayes.compare.wording import scorer_name
+    from mergekit_bayes.compare.wording import short_name
 
     columns = ["scorers", "same verdict", "kappa", "rank correlation"]
     rows = [
         [
-            f"{scorer_name(pair.first)}, {scorer_name(pair.second)}",
+            f"{short_name(pair.first)}, {short_name(pair.second)}",
             *map(_range, (pair.same, pair.kappa, pair.spearman)),
         ]
         for pair in report.agreement

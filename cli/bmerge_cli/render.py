@@ -76,8 +76,14 @@ def print_result(
         typer.echo(str(result))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table; the first column is text, the rest are numbers."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
+    *,
+    wrap_first: bool = False,
+) -> Table:
+    """A plain table; the first column is text, which may be wrapped, the rest are numbers."""
     result = Table(
         title=title,
         title_justify="left",
@@ -86,7 +92,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        wraps = wrap_first and i == 0
+        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=not wraps)
     for row in rows:
         result.add_row(*row)
     return result

@@ -9,11 +9,12 @@ from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
-from mergekit_bayes.compare.wording import change_in_words, scorer_name
+from mergekit_bayes.compare.wording import change_in_words, short_name
 from mergekit_bayes.metrics.base import Interval
 
 _RATES = ("toxic share", "mean score")  # by which a scorer says which model is better
 _SECONDARY = ("expected max", "prompts with any", "squared calibration error")
+_FEW = 3  # measures without a visible difference are named, more are counted: a table has them
 _DISAGREE = "Scorers disagree about"
 _DIRECTION = {True: "higher", False: "lower"}
 
@@ -69,7 +70,7 @@ def _disagreements(of_pairs: Sequence[Difference]) -> list[str]:
 
 
 def _named(changes: Sequence[Difference]) -> str:
-    return _listed([f"{scorer_name(d.of)} ({change_in_words(d)})" for d in changes])
+    return _listed([f"{short_name(d.of)} ({change_in_words(d)})" for d in changes])
 
 
 def _same_weights(evaluations: Sequence[Evaluated]) -> Iterator[str]:
@@ -109,7 +110,8 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
         if sentences:
             yield f"{label} against {against}: " + "; ".join(sentences) + "."
         if within:
-            names = _listed([_what(d) for d in within], "or")
+            few = len(within) <= _FEW
+            names = _listed([_what(d) for d in within], "or") if few else f"{len(within)} measures"
             yield f"{label} against {against}: no difference beyond its interval in {names}."
 
 
@@ -138,7 +140,7 @@ def _what(difference: Difference) -> str:
     if difference.of == "continuations":
         return f"{difference.measure} of the continuations"
     joint = "by" if difference.measure in (*_RATES, *_SECONDARY) else "on"
-    return f"{difference.measure} {joint} {scorer_name(difference.of)}"
+    return f"{difference.measure} {joint} {short_name(difference.of)}"
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mergekit_bayes.compare.report import CompareReport
-from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, scorer_name
+from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, short_name
 from mergekit_bayes.hub.markdown import code, table, text
 
 PICTURE = "evaluation.png"
@@ -35,15 +35,13 @@ def as_markdown(report: CompareReport) -> str:
 
 
 def _scores(report: CompareReport) -> str:
-    """One row a model; of one model alone one row a number."""
-    columns = columns_of(report.evaluations)
-    names = [text(f"{c.measure}, {c.of}" if c.of else c.measure) for c in columns]
-    if len(report.evaluations) == 1:
-        label = report.evaluations[0].label
-        rows = [[name, cell(c, label)] for name, c in zip(names, columns, strict=True)]
-        return table(["measure", text(label)], rows)
-    rows = [[text(e.label), *(cell(c, e.label) for c in columns)] for e in report.evaluations]
-    return table(["model", *names], rows)
+    """One row a number, one column a model."""
+    labels = [e.label for e in report.evaluations]
+    rows = [
+        [text(f"{c.measure}, {c.of}" if c.of else c.measure), *(cell(c, label) for label in labels)]
+        for c in columns_of(report.evaluations)
+    ]
+    return table(["measure", *map(text, labels)], rows)
 
 
 def _differences(report: CompareReport) -> str:
@@ -52,7 +50,7 @@ def _differences(report: CompareReport) -> str:
             text(d.label),
             text(d.against),
             text(d.measure),
-            text(scorer_name(d.of)),
+            text(short_name(d.of)),
             change_in_short(d),
         ]
         for d in report.differences

@@ -20,12 +20,18 @@ _SAMPLES = {
 }
 
 
-def scorer_name(spec: str) -> str:
-    """A scorer, or texts, without the folders of its file."""
-    kind, _, rest = spec.partition(":")
+def short_name(of: str) -> str:
+    """A scorer, texts or a judge, of a path its last two parts, which a Hub id is already."""
+    kind, colon, rest = of.partition(":")
+    if kind in ("words", "model") and rest:
+        return f"{kind}:{Path(rest).name}"
     if kind == "panel":
-        return f"panel:{'/'.join(Path(rest).parts[-2:])}"
-    return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
+        return f"panel:{_tail(rest)}"
+    return of if colon else _tail(of)
+
+
+def _tail(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def is_share(measure: str) -> bool:
@@ -85,7 +91,7 @@ def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
     return [
         Column(
             measure,
-            scorer_name(of),
+            short_name(of),
             "%" if is_share(measure) else "",
             {
                 label: None
