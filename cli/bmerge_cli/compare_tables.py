@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def show_compare(screen: Console, report: "CompareReport") -> None:
     """Print the disagreement of scorers if there is one, all numbers, differences and findings."""
     from mergekit_bayes.compare.findings import is_disagreement
-    from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, short_name
+    from mergekit_bayes.compare.wording import cell, changes_of, columns_of
 
     first = [finding for finding in report.findings if is_disagreement(finding)]
     for finding in first:
@@ -23,15 +23,9 @@ def show_compare(screen: Console, report: "CompareReport") -> None:
     names = [f"{c.measure}, {c.of}" if c.of else c.measure for c in columns]
     models = {e.label: [cell(c, e.label) for c in columns] for e in report.evaluations}
     _show(screen, "models side by side; [95 % interval]", names, models)
-    for against in dict.fromkeys(d.against for d in report.differences):
-        changes: dict[str, dict[str, str]] = {}
-        for d in report.differences:
-            if d.against == against:
-                name = f"{d.measure}, {short_name(d.of)}"
-                changes.setdefault(d.label, {})[name] = change_in_short(d)
-        names = list(dict.fromkeys(name for column in changes.values() for name in column))
-        less = {label: [of.get(name, "") for name in names] for label, of in changes.items()}
-        _show(screen, f"less {against}, paired; [95 % interval of each alone]", names, less)
+    for changes in changes_of(report.differences):
+        title = f"less {changes.against}, paired; [95 % interval of each alone]"
+        _show(screen, title, changes.names, changes.columns)
     for finding in report.findings:
         if finding not in first:
             screen.print(finding)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mergekit_bayes.compare.report import CompareReport
-from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, short_name
+from mergekit_bayes.compare.wording import cell, changes_of, columns_of
 from mergekit_bayes.hub.markdown import code, table, text
 
 PICTURE = "evaluation.png"
@@ -45,17 +45,12 @@ def _scores(report: CompareReport) -> str:
 
 
 def _differences(report: CompareReport) -> str:
-    rows = [
-        [
-            text(d.label),
-            text(d.against),
-            text(d.measure),
-            text(short_name(d.of)),
-            change_in_short(d),
-        ]
-        for d in report.differences
-    ]
-    return table(["model", "less", "measure", "of", "difference"], rows)
+    """One row a measure, one column a model; a table for each model that is compared with."""
+    tables = []
+    for against, names, columns in changes_of(report.differences):
+        rows = [[text(name), *row] for name, *row in zip(names, *columns.values(), strict=True)]
+        tables.append(table([f"less {text(against)}", *map(text, columns)], rows))
+    return "\n\n".join(tables)
 
 
 def _how(report: CompareReport) -> Iterator[str]:

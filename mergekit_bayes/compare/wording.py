@@ -117,6 +117,36 @@ def cell(column: Column, label: str) -> str:
     return f"{value.value:.4g}{unit} [{value.low:.3g}, {value.high:.3g}]"
 
 
+class Changes(NamedTuple):
+    """The differences from one model: a row for each measure, a column for each other model.
+
+    Attributes:
+        against: The model that the others are compared with.
+        names: What changed: the measure, and the scorer, texts or judge.
+        columns: By label, the change of each in short; empty where there is none.
+    """
+
+    against: str
+    names: list[str]
+    columns: dict[str, list[str]]
+
+
+def changes_of(differences: Sequence[Difference]) -> Iterator[Changes]:
+    """All differences, in one table for each model that others are compared with."""
+    for against in dict.fromkeys(d.against for d in differences):
+        cells = {
+            (d.label, f"{d.measure}, {short_name(d.of)}"): change_in_short(d)
+            for d in differences
+            if d.against == against
+        }
+        names = list(dict.fromkeys(name for _, name in cells))
+        columns = {
+            label: [cells.get((label, name), "") for name in names]
+            for label in dict.fromkeys(label for label, _ in cells)
+        }
+        yield Changes(against, names, columns)
+
+
 def _is_per_byte(evaluations: Sequence[Evaluated]) -> bool:
     """Whether tokenizers differ, so that perplexities per token are not comparable."""
     tokens = [
