@@ -76,14 +76,11 @@ def print_result(
         typer.echo(str(result))
 
 
-def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    title: str | None = None,
-    *,
-    wrap_first: bool = False,
-) -> Table:
-    """A plain table; the first column is text, which may be wrapped, the rest are numbers."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table; the first column is text, the rest are numbers.
+
+    Where the screen is too narrow, cells go on in the next line: a number must not lose its end.
+    """
     result = Table(
         title=title,
         title_justify="left",
@@ -92,8 +89,7 @@ def table(
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        wraps = wrap_first and i == 0
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=not wraps)
+        result.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result

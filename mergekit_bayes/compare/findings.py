@@ -9,7 +9,7 @@ from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
-from mergekit_bayes.compare.wording import change_in_words, short_name
+from mergekit_bayes.compare.wording import change_in_words, named, short_name
 from mergekit_bayes.metrics.base import Interval
 
 _RATES = ("toxic share", "mean score")  # by which a scorer says which model is better
@@ -105,19 +105,19 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
         for higher in (False, True):
             found = [d for d in beyond if (d.change.value > 0) == higher]
             if found:
-                names = _listed([f"{_what(d)} ({change_in_words(d)})" for d in found])
+                names = _listed([f"{named(d.measure, d.of)} ({change_in_words(d)})" for d in found])
                 sentences.append(f"{_DIRECTION[higher]} in {names}")
         if sentences:
             yield f"{label} against {against}: " + "; ".join(sentences) + "."
         if within:
-            few = len(within) <= _FEW
-            names = _listed([_what(d) for d in within], "or") if few else f"{len(within)} measures"
-            yield f"{label} against {against}: no difference beyond its interval in {names}."
+            names = _listed([named(d.measure, d.of) for d in within], "or")
+            what = names if len(within) <= _FEW else f"{len(within)} measures"
+            yield f"{label} against {against}: no difference beyond its interval in {what}."
 
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:
     count = sum(d.change.low is not None for d in differences)
-    if count:
+    if count > 1:
         yield (
             f"Each of the {count:,} intervals holds alone, with 95 %: of differences between equal "
             "models about one in twenty lies beyond its interval by chance."
@@ -134,13 +134,6 @@ def is_beyond(change: Interval) -> bool:
     if change.low is None or change.high is None:
         return False
     return change.low > 0 or change.high < 0
-
-
-def _what(difference: Difference) -> str:
-    if difference.of == "continuations":
-        return f"{difference.measure} of the continuations"
-    joint = "by" if difference.measure in (*_RATES, *_SECONDARY) else "on"
-    return f"{difference.measure} {joint} {short_name(difference.of)}"
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:

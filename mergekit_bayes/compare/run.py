@@ -12,12 +12,14 @@ from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_variants, variants_of
+from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
 from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.run import evaluate_model
 from mergekit_bayes.models.load import is_classifier
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.sampling import open_samplable
 from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 
@@ -48,7 +50,7 @@ def run_compare(
     tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
         if len(config.models) > 1:
-            main_first(lambda: _refuse_other_tasks(config))
+            main_first(lambda: _refuse_models(config))
         inputs = main_first(lambda: read_inputs(config))
         measured = list(_measure(config, labels, inputs, tell))
     report = _report(config, measured, inputs)
@@ -60,18 +62,25 @@ def run_compare(
 
 def _refuse(config: CompareConfig) -> None:
     """Refuse settings before anything is read."""
+    if config.precision is not None and len(config.models) > 1:
+        raise ConfigError(
+            f"--precision is of one model's weights, and {len(config.models)} are named. Leave it "
+            "out, and each model's own posterior is read, or measure one model at a time."
+        )
     for model in config.models:
         evaluation = config.evaluation(model)
         refuse_settings(evaluation.model_copy(update={"output": config.output}))
     refuse_variants(config)
 
 
-def _refuse_other_tasks(config: CompareConfig) -> None:
-    """Refuse what a model's config tells, before the first model is measured for long."""
+def _refuse_models(config: CompareConfig) -> None:
+    """Refuse what the models' files tell, before the first one is measured for long."""
     for model in config.models:
         classifier = is_classifier(model, trust_remote_code=config.trust_remote_code)
         task = "classification" if classifier else "causal-lm"
         refuse_task(config.evaluation(model), task)
+        if config.samples is not None:
+            open_samplable(model, prior=config.prior).close()
 
 
 def _measure(
