@@ -158,6 +158,7 @@ def test_agreement_and_bias_of_scorers_stand_beside_models():
         ("toxic share", "words:lists/words.txt", "toxic share by words:words.txt"),
         ("empty", "continuations", "share of empty continuations"),
         ("acc", "hellaswag", "acc on hellaswag"),
+        ("perplexity, over samples", "civil", "perplexity over samples on civil"),
     ],
 )
 def test_measures_have_names(measure, of, name):

@@ -41,7 +41,7 @@ def named(measure: str, of: str) -> str:
     """
     if of in ("", "continuations"):
         return _OF_CONTINUATIONS.get(measure, measure)
-    return f"{measure} {joint(measure)}{of_in_short(measure, of)}"
+    return f"{measure.replace(', over', ' over')} {joint(measure)}{of_in_short(measure, of)}"
 
 
 def joint(measure: str) -> str:
