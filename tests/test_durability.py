@@ -279,6 +279,12 @@ def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch)
     assert trained == [torch.device("cpu")]
 
 
+def test_a_rate_that_leaves_no_finite_weights_is_refused_by_its_name(model, world):
+    chosen = config(model, relearn="rows.jsonl", relearn_steps=2, relearn_rate=1e38)
+    with pytest.raises(ConfigError, match=r"after 2 steps at 1e\+38 .* Lower --relearn-rate"):
+        relearn(chosen, str(model), load_model(str(model)))
+
+
 @pytest.mark.slow
 def test_two_processes_relearn_what_one_does(model, world, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -77,7 +77,8 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
         loaded: The same, loaded; changed in place. An adapter is merged into its base first.
 
     Raises:
-        BmergeError: As `run_finetune`, `merge_adapter`, or the folder cannot be made.
+        BmergeError: As `run_finetune`, `merge_adapter`; or the folder cannot be made, or training
+            left weights that are not finite.
     """
     device = loaded.device
     plain = merge_adapter(loaded)
@@ -94,6 +95,11 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
         trained = main_first(
             lambda: load_model(str(target), trust_remote_code=config.trust_remote_code)
         )
+        if not all(p.isfinite().all() for p in trained.model.parameters()):
+            raise ConfigError(
+                f"--relearn: after {config.relearn_steps} steps at {config.relearn_rate:g} the "
+                f"weights of '{model}' are not finite. Lower --relearn-rate."
+            )
         plain.load_state_dict(trained.model.state_dict())
     loaded.model.to(device)
 

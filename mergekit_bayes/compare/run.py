@@ -44,9 +44,9 @@ def run_compare(
     """
     labels = labels_of(config.models)
     join(config.num_processes)
-    main_first(lambda: _refuse(config))
     tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
+        main_first(lambda: _refuse(config))
         main_first(lambda: _refuse_models(config))
         inputs = main_first(lambda: read_inputs(config))
         measured = list(_measure(config, labels, inputs, tell))
