@@ -384,6 +384,19 @@ def test_a_wrong_label_of_the_panel_of_the_package_says_what_to_write(hub, tmp_p
         open_scorers(["panel:toxicity/hap"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [({0: "toxic", 1: "toxic"}, "0 and 1"), ({0: "a", 5: "toxic"}, "5"), ({-1: "toxic"}, "-1")],
+)
+def test_a_label_without_an_output_of_its_own_is_refused(judges, tmp_path, labels, numbers):
+    shutil.copytree(judges / "a", tmp_path / "a")
+    config = tmp_path / "a" / "config.json"
+    more = {"id2label": {"0": "other"} | labels, "label2id": {}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    with pytest.raises(CheckpointError, match=f"gives 'toxic' the number {numbers}, and the 2 out"):
+        open_scorer(f"model:{tmp_path / 'a'}#toxic")
+
+
 def test_the_commit_of_a_classifier_outside_of_panels_is_reported(hub, judges):
     repo = hub.add("org/a", files(judges / "a"))
     assert open_scorer("model:org/a#LABEL_1").info.commit == repo.refs["main"]
