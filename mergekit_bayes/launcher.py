@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -84,14 +86,57 @@ def apart(work: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
         keywords: Likewise.
 
     Raises:
-        BmergeError: What the function raises.
+        BmergeError: What the function raises, or the process ended without a result.
     """
-    if not launched():
-        return work(*arguments, **keywords)
+    call = partial(work, *arguments, **keywords)
+    return _elsewhere(call, None) if launched() else call()
+
+
+def on_device(
+    device: torch.device, work: Callable[P, T], *arguments: P.args, **keywords: P.kwargs
+) -> T:
+    """Call a function that takes the first GPU that it sees, and have it take this device.
+
+    Where that is another device, or under a launcher, the function runs in a process of its own,
+    which sees no other GPU and belongs to no launcher. Otherwise this is a plain call.
+
+    Args:
+        device: A GPU or the CPU of this machine.
+        work: A function of a module.
+        arguments: Its arguments; picklable, as the result must be.
+        keywords: Likewise.
+
+    Raises:
+        BmergeError: As `apart`.
+    """
+    call, visible = partial(work, *arguments, **keywords), _other_gpus(device)
+    return call() if visible is None and not launched() else _elsewhere(call, visible)
+
+
+def _other_gpus(device: torch.device) -> str | None:
+    """`CUDA_VISIBLE_DEVICES` for a process that is to see this device only; None if it may stay."""
+    if device.type == "cpu" and torch.cuda.device_count():
+        return ""
+    if device.type == "cuda" and device.index:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return names.split(",")[device.index].strip() if names else str(device.index)
+    return None
+
+
+def _elsewhere(call: Callable[[], T], gpus: str | None) -> T:
+    """Call a function in a new process that no launcher knows, which may see these GPUs."""
     torch.cuda.empty_cache()  # the other process needs the room
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_launcher) as pool:
-        return pool.submit(work, *arguments, **keywords).result()
+    try:
+        with ProcessPoolExecutor(
+            1, mp_context=context, initializer=_begin_apart, initargs=(gpus,)
+        ) as pool:
+            return pool.submit(call).result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a process that worked beside this one ended without a message; the system ends one "
+            "when memory runs out. Make room, or start fewer processes."
+        ) from None
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
@@ -103,8 +148,10 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _leave_launcher() -> None:
+def _begin_apart(gpus: str | None) -> None:
     _end_with_parent()
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     for name in set(os.environ) - set(without_launcher(os.environ)):
         del os.environ[name]
 

@@ -89,7 +89,7 @@ def refuse_other_processes(asked: int | None, found: int) -> None:
 
 def is_main() -> bool:
     """Whether this is the one process that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not launched() or int(os.environ.get("RANK", "0")) == 0
 
 
 def world() -> int:
@@ -161,7 +161,7 @@ def lead(work: Callable[[Callable[[T], object]], R], job: Callable[[T], object])
         _told(None)
     else:
         while (item := _told(None)) is not None:
-            with suppress(BmergeError):  # rank 0 decides what follows from it
+            with suppress(Exception):  # rank 0 has it as well, and decides what follows from it
                 job(cast(T, item))
     _agree(error)
     return cast(R, _told(result))

@@ -136,6 +136,13 @@ def test_a_dry_run_counts_the_weights_that_are_held(world):
     assert adapter["bytes"]["gradients"] == 4 * adapter["trained"]
 
 
+def test_one_scorer_may_filter_the_memory_and_rate_the_checks(world):
+    Path("words.txt").write_text("bad\n")
+    scored = ["scorer=words:words.txt", "prompts=bad.jsonl", "until={toxic_share: 0.1}"]
+    written = ["memory_self_generated=7", "memory_filter=words:words.txt"]
+    planned(*(word for name in scored + written for word in ("--set", name)))
+
+
 def test_texts_that_the_model_will_write_are_not_counted(world, monkeypatch):
     def write_texts(*_, **__):
         raise AssertionError("a dry run writes no text")

@@ -1,18 +1,23 @@
 """Variants of a model: measured in 4 bits and relearnt, under its own name, and nothing left."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from mergekit_bayes import ranks
 from mergekit_bayes.checkpoint.identity import checkpoint_identity
 from mergekit_bayes.compare import CompareConfig
 from mergekit_bayes.compare import relearn as relearning
+from mergekit_bayes.compare import run as running
 from mergekit_bayes.compare.relearn import relearn
+from mergekit_bayes.compare.run import run_compare
 from mergekit_bayes.compare.variants import refuse_variants, variants_of
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.evaluate import run as evaluating
 from mergekit_bayes.evaluate.files import write_report
 from mergekit_bayes.evaluate.inputs import read_inputs
 from mergekit_bayes.evaluate.run import evaluate_model, run_evaluate
@@ -21,6 +26,7 @@ from mergekit_bayes.hub.facts import read_facts
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.rounding import round_to_four_bits
 from tests import tiny_models
+from tests.two_ranks import found_by_two
 
 TEXTS = ["the cat sat on the mat .", "a dull film , not good", "a bird saw a tree"]
 
@@ -232,12 +238,79 @@ def test_what_cannot_be_relearnt_is_refused_before_a_model_is_loaded(
         refuse_variants(config("no-such-model", **settings))
 
 
-def test_processes_that_cannot_share_a_step_are_refused(world, monkeypatch):
-    monkeypatch.setattr(relearning, "launched", lambda: 3)
-    with pytest.raises(ConfigError, match="3 processes cannot share the 16 rows"):
-        refuse_variants(config("m", relearn="rows.jsonl"))
-    monkeypatch.setattr(relearning, "launched", lambda: 4)
-    assert relearning._rows_of_a_process() == 4
+def test_a_model_without_variants_is_refused_before_any_is_measured(model, world, monkeypatch):
+    from peft import PromptTuningConfig, get_peft_model
+
+    monkeypatch.setattr(running, "evaluate_model", lambda *_: pytest.fail("a model is measured"))
+    shutil.copytree(model, "coded")
+    written = json.loads(Path("coded/config.json").read_text())
+    Path("coded/config.json").write_text(json.dumps(written | {"quantization_config": {}}))
+    prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    prompts.base_model_name_or_path = str(model)
+    get_peft_model(load_model(str(model)).model, prompts).save_pretrained("prompts")
+    for name, message in (("coded", "'coded' is quantised already"), ("prompts", "no weights")):
+        for settings in ({"four_bits": True}, {"relearn": "rows.jsonl"}):
+            with pytest.raises(ConfigError, match=message):
+                run_compare(config(model, name, **settings))
+
+
+def test_a_weight_without_4_bits_is_refused_before_its_model_is_measured(model, world, monkeypatch):
+    monkeypatch.setattr(evaluating, "predict", lambda *_: pytest.fail("the model is measured"))
+    loaded = load_model(str(model))
+    with torch.no_grad():
+        loaded.model.transformer.wte.weight[3, 4] = float("inf")
+    loaded.model.save_pretrained("infinite")
+    loaded.tokenizer.save_pretrained("infinite")
+    with pytest.raises(CheckpointError, match=r"'transformer.wte.weight' holds a weight"):
+        measured(config("infinite", four_bits=True))
+
+
+def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch):
+    trained = []
+
+    def watched(device, work, settings, *, quiet):
+        trained.append(device)
+        return work(settings, quiet=quiet)
+
+    monkeypatch.setattr(relearning, "on_device", watched)
+    relearn(
+        config(model, relearn="rows.jsonl", relearn_steps=1), str(model), load_model(str(model))
+    )
+    assert trained == [torch.device("cpu")]
+
+
+def test_a_rate_that_leaves_no_finite_weights_is_refused_by_its_name(model, world):
+    chosen = config(model, relearn="rows.jsonl", relearn_steps=2, relearn_rate=1e38)
+    with pytest.raises(ConfigError, match=r"after 2 steps at 1e\+38 .* Lower --relearn-rate"):
+        relearn(chosen, str(model), load_model(str(model)))
+
+
+@pytest.mark.slow
+def test_two_processes_relearn_what_one_does(model, world, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copytree(model, "m")
+    # 100 rows and 16 a step: several processes would fill up the last step of an epoch otherwise.
+    rows = [{"text": f"{TEXTS[i % 3]} {'and ate ' * (i % 7)}"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = relearnt_loss()
+    assert [found["loss"] for found in found_by_two("tests.test_durability", world)] == [
+        expected
+    ] * 2
+
+
+def relearnt_loss():
+    chosen = config("m", relearn="rows.jsonl", relearn_steps=4, relearn_rate=0.01)
+    return run_compare(chosen).evaluations[1].report.perplexity["texts"].loss.value
+
+
+def child(folder):
+    os.chdir(folder)
+    ranks.join(2)
+    result = {"world": ranks.world(), "loss": relearnt_loss()}
+    results = [None, None]
+    torch.distributed.all_gather_object(results, result)
+    if ranks.is_main():
+        (folder / "found.json").write_text(json.dumps(results))
 
 
 def test_a_card_shows_no_numbers_of_a_variant(model, world):

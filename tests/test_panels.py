@@ -196,15 +196,21 @@ MEMBER = {"model": "a", "label": "LABEL_1", "reading": "softmax"}
         ),
         ({"first": MEMBER | {"threshold": 2}}, r"first\.threshold: expected a number .*at most 1"),
         ({"first": MEMBER | {"lable": "a"}}, r"first\.lable: unknown key; did you mean 'label'"),
-        ({"first": MEMBER | {"label": "toxic"}}, "no label 'toxic'.*LABEL_0, LABEL_1"),
+        (
+            {"first": MEMBER | {"label": "toxic"}},
+            r"no label 'toxic'.*LABEL_0, LABEL_1\. Correct members.first in .*/mine.yaml\.$",
+        ),
         (
             {"first": {"model": "multi", "label": "toxic", "reading": "softmax"}},
             "panel says softmax, but config.json says multi_label_classification, which is read by "
-            "sigmoid",
+            r"sigmoid\. Correct members.first in .*/mine.yaml\.$",
         ),
-        ({"first": MEMBER | {"model": "one", "label": "LABEL_0"}}, "softmax of a single output"),
+        ({"first": MEMBER | {"model": "one", "label": "LABEL_0"}}, "single output .* sigmoid"),
         ({"first": MEMBER | {"model": "adapter"}}, "is an adapter"),
-        ({"first": MEMBER | {"model": "missing"}}, "missing.*no such file or folder"),
+        (
+            {"first": MEMBER | {"model": "missing"}},
+            "scorer 'panel:.*/first': '.*missing': no such file or folder",
+        ),
     ],
 )
 def test_a_panel_that_leaves_a_reading_open_or_is_wrong_is_refused(panel, members, message):
@@ -267,6 +273,10 @@ def test_the_panel_of_the_package_names_every_reading(monkeypatch, tmp_path):
     monkeypatch.setenv("BMERGE_HOME", str(tmp_path / "own"))
     (hap,) = read_members("panel:toxicity/hap")
     assert hap.lock == tmp_path / "own" / "panels" / "toxicity.lock.json"
+    monkeypatch.delenv("BMERGE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
+    with pytest.raises(ConfigError, match=r"there is none\. Set BMERGE_HOME to a folder"):
+        read_members("panel:toxicity/hap")
 
 
 def test_scorers_outside_of_panels_are_reported_as_before():
@@ -360,6 +370,38 @@ def test_the_panel_of_the_package_is_fetched_and_recorded(hub, judges, tmp_path,
         "toxigen": hub.repos["tomh/toxigen_roberta"].refs["refs/pr/1"],
     }
     assert lock.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_wrong_label_of_the_panel_of_the_package_says_what_to_write(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("BMERGE_HOME", str(tmp_path / "own"))
+    named = tiny_models.tiny_bert(tmp_path / "named", names=["clean", "hate"])
+    hub.add("ibm-granite/granite-guardian-hap-38m", files(named))
+    message = (
+        "has no label 'LABEL_1'. Name the toxic one of: clean, hate. Copy .*/toxicity.yaml to a "
+        "panel of your own, correct members.hap there, and name it"
+    )
+    with pytest.raises(ConfigError, match=message):
+        open_scorers(["panel:toxicity/hap"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [({0: "toxic", 1: "toxic"}, "0 and 1"), ({0: "a", 5: "toxic"}, "5"), ({-1: "toxic"}, "-1")],
+)
+def test_a_label_without_an_output_of_its_own_is_refused(judges, tmp_path, labels, numbers):
+    shutil.copytree(judges / "a", tmp_path / "a")
+    config = tmp_path / "a" / "config.json"
+    more = {"id2label": {"0": "other"} | labels, "label2id": {}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    with pytest.raises(CheckpointError, match=f"gives 'toxic' the number {numbers}, and the 2 out"):
+        open_scorer(f"model:{tmp_path / 'a'}#toxic")
+
+
+def test_the_commit_of_a_classifier_outside_of_panels_is_reported(hub, judges):
+    repo = hub.add("org/a", files(judges / "a"))
+    assert open_scorer("model:org/a#LABEL_1").info.commit == repo.refs["main"]
+    info = open_scorer(f"model:{judges / 'a'}#LABEL_1").info
+    assert "commit" not in info.model_dump()
 
 
 def test_a_hub_id_that_is_a_folder_here_is_not_guessed(hub, judges, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -339,3 +340,38 @@ def test_without_a_launcher_one_gpu_is_used_and_the_others_are_counted(monkeypat
     assert launcher.idle_gpus() == 0
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         launcher.launch(["true"], 5)
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "gpus", "expected"),
+    [
+        ("cpu", None, 0, None),
+        ("cpu", None, 2, ""),
+        ("cuda:0", None, 2, None),
+        ("cuda:1", None, 2, "1"),
+        ("cuda:1", "3, GPU-5", 2, "GPU-5"),
+        ("mps", None, 0, None),
+    ],
+)
+def test_what_trains_sees_the_device_that_it_is_to_take(monkeypatch, device, there, gpus, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if there is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    called = []
+    monkeypatch.setattr(launcher, "_elsewhere", lambda call, seen: called.append(seen) or call())
+    assert launcher.on_device(torch.device(device), int, "3") == 3
+    assert called == ([] if expected is None else [expected])
+    called.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launcher.on_device(torch.device(device), int, "3") == 3
+    assert called == [expected]
+
+
+@pytest.mark.slow
+def test_what_runs_apart_sees_its_gpus_only_and_tells_how_it_ended(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launcher._elsewhere(partial(os.getenv, "CUDA_VISIBLE_DEVICES"), "GPU-5") == "GPU-5"
+    assert launcher.apart(os.getenv, "WORLD_SIZE") is None
+    with pytest.raises(ConfigError, match="ended without a message"):
+        launcher.apart(os._exit, 9)

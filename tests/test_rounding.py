@@ -9,7 +9,12 @@ import torch
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models import rounding
 from mergekit_bayes.models.load import load_model
-from mergekit_bayes.models.rounding import round_matrices, round_to_four_bits, rounded
+from mergekit_bayes.models.rounding import (
+    refuse_unroundable,
+    round_matrices,
+    round_to_four_bits,
+    rounded,
+)
 from tests import tiny_models
 
 
@@ -210,11 +215,20 @@ def test_a_range_beyond_float32_is_refused():
         round_matrices(linear, "m")
 
 
-def test_quantised_weights_are_refused():
-    linear = torch.nn.Linear(4, 4, bias=False)
-    linear.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match="quantised already"):
-        round_matrices(linear, "m")
+def test_quantised_weights_are_refused(tmp_path):
+    loaded = load_model(str(tiny_models.tiny_gpt2(tmp_path / "m")))
+    coded = torch.zeros(2, 2, dtype=torch.int8)
+    loaded.model.lm_head.weight = torch.nn.Parameter(coded, requires_grad=False)
+    for refuse in (refuse_unroundable, round_to_four_bits):
+        with pytest.raises(ConfigError, match=r"quantised already \('lm_head.weight' is int8\)"):
+            refuse(loaded)
+
+
+def test_what_can_be_rounded_is_looked_at_and_not_changed(tmp_path):
+    loaded = load_model(str(tiny_models.tiny_gpt2(tmp_path / "m")))
+    before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
+    refuse_unroundable(loaded)
+    assert all(torch.equal(p, before[n]) for n, p in loaded.model.named_parameters())
 
 
 def test_no_more_than_some_rows_of_a_matrix_are_in_memory_twice(monkeypatch):

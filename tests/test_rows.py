@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mergekit_bayes.errors import BmergeError, MismatchError
+from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.models.encode import encode_rows
@@ -332,3 +332,8 @@ def test_an_empty_file_is_told_as_empty(tmp_path, name):
         load_rows(str(tmp_path / name), text="text")
     assert "StopIteration" not in str(error.value)
     assert name in str(error.value)
+
+
+def test_a_home_of_an_unknown_user_is_no_file():
+    with pytest.raises(CheckpointError, match=r"~no-such-user/rows\.jsonl"):
+        load_rows("~no-such-user/rows.jsonl")

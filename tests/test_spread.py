@@ -45,6 +45,12 @@ def test_one_process_works_through_the_items():
     assert ranks.spread([3, 1, 2], lambda x: x + 1) == [4, 2, 3]
 
 
+def test_a_rank_without_other_processes_is_the_one_that_speaks(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")  # as a cluster may set it for its own purposes
+    assert ranks.is_main()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
@@ -129,8 +135,8 @@ def test_a_function_scores_in_the_first_process_alone(found):
 
 def test_all_ranks_do_the_jobs_that_the_first_comes_to(found):
     first, second = (result["led"] for result in found[0])
-    assert first == {"did": [1, 3, 2], "alone": [1, 1], "result": "done, without item 3"}
-    assert second == {"did": [1, 3, 2], "alone": [], "result": "done, without item 3"}
+    assert first == {"did": [1, 3, 4, 2], "alone": [1, 1], "result": "done, without item 3"}
+    assert second == {"did": [1, 3, 4, 2], "alone": [], "result": "done, without item 3"}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +238,7 @@ def child(folder):
     worked = []
     ranks.spread([0, 1, 2, 3, 4], worked.append)
     try:
-        ranks.spread([0, 1, 2, 3, 4], refuse_three)
+        ranks.spread([0, 1, 2, 3], refuse_three)
         error = None
     except ConfigError as raised:
         error = str(raised)
@@ -276,6 +282,8 @@ def led():
             together(3)
         except ConfigError as error:
             refused = f"done, without {error}"
+        with pytest.raises(ValueError, match="a bug"):
+            together(4)
         alone.append(ranks.world())
         together(2)
         return refused
@@ -285,5 +293,7 @@ def led():
 
 
 def refuse_three(item):
+    if item == 4:
+        raise ValueError("a bug")
     if item == 3:
         raise ConfigError(f"item {item}")

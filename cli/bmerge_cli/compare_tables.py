@@ -1,6 +1,6 @@
 """The tables of `bmerge evaluate` for several models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -24,7 +24,6 @@ def show_compare(screen: Console, report: "CompareReport") -> None:
     for finding in first:
         screen.print(finding)
     _show_scores(screen, report)
-    _show_differences(screen, report)
     _show_agreement(screen, report)
     scorers = report.evaluations[0].report  # which are the same for all models
     for reading in readings(scorers):
@@ -40,16 +39,28 @@ def show_compare(screen: Console, report: "CompareReport") -> None:
 
 
 def _show_scores(screen: Console, report: "CompareReport") -> None:
-    """Print a row for each number, and beside each other as many models as the screen holds."""
-    from mergekit_bayes.compare.wording import cell, columns_of, named
+    from mergekit_bayes.compare.wording import cell, changes_of, columns_of, named
 
     columns = columns_of(report.evaluations)
     names = [named(c.measure, c.of) for c in columns]
-    models = [[e.label, *(cell(c, e.label) for c in columns)] for e in report.evaluations]
-    title: str | None = "models side by side; [95 % interval]"
-    for beside in _fitting(["measure", *names], models, screen.width):
-        heads = ["measure", *(model[0] for model in beside)]
-        rows = zip(names, *(model[1:] for model in beside), strict=True)
+    models = {e.label: [cell(c, e.label) for c in columns] for e in report.evaluations}
+    _show(screen, "models side by side; [95 % interval]", "measure", names, models)
+    for against, names, changes in changes_of(report.differences):
+        title = "differences, paired; [95 % interval of each difference alone]"
+        _show(screen, title, f"less {against}", names, changes)
+
+
+def _show(
+    screen: Console,
+    title: str | None,
+    head: str,
+    names: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+) -> None:
+    """Print a row for each name, and beside each other as many columns as the screen holds."""
+    for beside in _fitting([head, *names], [[h, *c] for h, c in columns.items()], screen.width):
+        rows = zip(names, *(column[1:] for column in beside), strict=True)
+        heads = [head, *(column[0] for column in beside)]
         screen.print(table(heads, [list(row) for row in rows], title=title))
         title = None
 
@@ -73,19 +84,6 @@ def _fitting(
 
 def _widest(cells: Sequence[str]) -> int:
     return max(map(cell_len, cells))
-
-
-def _show_differences(screen: Console, report: "CompareReport") -> None:
-    from mergekit_bayes.compare.wording import change_in_short, named
-
-    for label, against in dict.fromkeys((d.label, d.against) for d in report.differences):
-        rows = [
-            [named(d.measure, d.of), change_in_short(d)]
-            for d in report.differences
-            if (d.label, d.against) == (label, against)
-        ]
-        title = f"{label} less {against}, paired; [95 % interval of each difference alone]"
-        screen.print(table(["measure", "difference"], rows, title=title))
 
 
 def _show_agreement(screen: Console, report: "CompareReport") -> None:

@@ -159,7 +159,7 @@ def _show_toxicity(
         bias_in_words,
         cuts,
         readings,
-        scorer_name,
+        short_name,
     )
 
     title = (
@@ -173,7 +173,7 @@ def _show_toxicity(
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([scorer_name(spec), *map(_range, numbers)])
+        rows.append([short_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
     for reading in readings(report):
         screen.print(reading)

@@ -187,7 +187,8 @@ def plan_adapt(config: AdaptConfig, *, quiet: bool = False) -> AdaptPlan:
         }
     )
     with quiet_libraries(bars=not quiet):
-        scorers = [spec for spec in (config.scorer, config.memory_filter) if spec is not None]
+        named = dict.fromkeys((config.scorer, config.memory_filter))  # which may be the same
+        scorers = [spec for spec in named if spec is not None]
         open_scorers(scorers, trust_remote_code=config.trust_remote_code, single=True)
         run = load_run(loadable)
         parts = tuple(_parts(config, run))

@@ -9,11 +9,12 @@ from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
-from mergekit_bayes.compare.wording import change_in_words, named, of_in_short, scorer_name
+from mergekit_bayes.compare.wording import change_in_words, named, short_name
 from mergekit_bayes.metrics.base import Interval
 
 _RATES = ("toxic share", "mean score")  # by which a scorer says which model is better
 _SECONDARY = ("expected max", "prompts with any", "squared calibration error")
+_FEW = 3  # measures without a visible difference are named, more are counted: a table has them
 _DISAGREE = "Scorers disagree about"
 _DIRECTION = {True: "higher", False: "lower"}
 
@@ -69,7 +70,7 @@ def _disagreements(of_pairs: Sequence[Difference]) -> list[str]:
 
 
 def _named(changes: Sequence[Difference]) -> str:
-    return _listed([f"{scorer_name(d.of)} ({change_in_words(d)})" for d in changes])
+    return _listed([f"{short_name(d.of)} ({change_in_words(d)})" for d in changes])
 
 
 def _same_weights(evaluations: Sequence[Evaluated]) -> Iterator[str]:
@@ -109,10 +110,9 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
         if sentences:
             yield f"{label} against {against}: " + "; ".join(sentences) + "."
         if within:
-            yield (
-                f"{label} against {against}: no difference beyond its interval in "
-                f"{_by_measure(within)}."
-            )
+            names = _listed([named(d.measure, d.of) for d in within], "or")
+            what = names if len(within) <= _FEW else f"{len(within)} measures"
+            yield f"{label} against {against}: no difference beyond its interval in {what}."
 
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:
@@ -134,18 +134,6 @@ def is_beyond(change: Interval) -> bool:
     if change.low is None or change.high is None:
         return False
     return change.low > 0 or change.high < 0
-
-
-def _by_measure(differences: Sequence[Difference]) -> str:
-    """The measures, each with all its scorers or texts."""
-    groups: dict[str, list[Difference]] = {}
-    for d in differences:
-        groups.setdefault(d.measure, []).append(d)
-    names = []
-    for measure, found in groups.items():
-        others = [of_in_short(measure, d.of) for d in found[1:]]
-        names.append(_listed([named(measure, found[0].of), *others], "or"))
-    return "; ".join(names)
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:

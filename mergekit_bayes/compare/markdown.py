@@ -9,7 +9,7 @@ from mergekit_bayes.compare.wording import (
     agreement_rows,
     bias_in_words,
     cell,
-    change_in_short,
+    changes_of,
     columns_of,
     cuts,
     named,
@@ -72,12 +72,10 @@ def _scores(report: CompareReport) -> str:
 
 
 def _differences(report: CompareReport) -> Iterator[str]:
-    """A table for each two that are compared."""
-    for label, against in dict.fromkeys((d.label, d.against) for d in report.differences):
-        yield f"### {text(label)} less {text(against)}"
-        pair = [d for d in report.differences if (d.label, d.against) == (label, against)]
-        rows = [[text(named(d.measure, d.of)), change_in_short(d)] for d in pair]
-        yield table(["measure", "difference"], rows)
+    """One row a measure, one column a model; a table for each model that is compared with."""
+    for against, names, columns in changes_of(report.differences):
+        rows = [[text(name), *row] for name, *row in zip(names, *columns.values(), strict=True)]
+        yield table([f"less {text(against)}", *map(text, columns)], rows)
 
 
 def _agreement(report: CompareReport) -> str:

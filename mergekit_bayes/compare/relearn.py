@@ -4,7 +4,8 @@ A copy of the model is trained for a few steps on some of the removed rows, as w
 could, and is measured again. That teaches the text to a model that never held it, too, so the
 number alone does not tell whether the text was erased or covered: for that, compare it with one of
 a model that was trained without the text. All weights are trained, those of an adapter's merged
-base, too: how much a model can relearn must not depend on how its edit is stored.
+base, too: how much a model can relearn must not depend on how its edit is stored. One process
+trains, on the device where the model is measured, so that the numbers are those of one process.
 """
 
 import tempfile
@@ -17,11 +18,12 @@ from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.finetune.settings import FinetuneConfig
+from mergekit_bayes.launcher import on_device
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
 from mergekit_bayes.models.rows import load_rows
-from mergekit_bayes.ranks import launched, main_first, on_main
+from mergekit_bayes.ranks import main_first, on_main
 
 _ROWS_A_STEP = 16
 _PREFIX = ".bmerge-relearn-"
@@ -32,8 +34,7 @@ def refuse_relearning(config: CompareConfig) -> None:
     """Refuse settings and rows that cannot be relearnt, before any model is measured.
 
     Raises:
-        ConfigError: Settings of relearning without its rows, or a number of processes that cannot
-            share the rows of a step.
+        ConfigError: Settings of relearning without its rows.
         CheckpointError: The rows cannot be read, or the output would replace them.
         MismatchError: They lack the column of the texts or, where a classifier is measured, of the
             labels, or no row is left.
@@ -51,7 +52,6 @@ def refuse_relearning(config: CompareConfig) -> None:
                 "(--relearn ROWS), or leave the rest out."
             )
         return
-    _rows_of_a_process()
     if config.output is not None:
         refuse_inputs(Path(config.output), [config.relearn])
     load_rows(
@@ -67,8 +67,9 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
     """Train a copy of a model on the rows, and give the loaded model the weights of the copy.
 
     The copy lies in a folder beside the output, which is removed however this ends. Training is
-    that of `bmerge finetune`: AdamW at a constant rate, 16 rows a step, in float32. It runs on a
-    GPU where there is one, and `loaded` makes room there meanwhile. Every rank must call this.
+    that of `bmerge finetune`: AdamW at a constant rate, 16 rows a step, in float32. It runs on the
+    device of `loaded`, which makes room there meanwhile. Every rank must call this, and rank 0
+    trains.
 
     Args:
         config: The rows, the steps, their rate and the seed.
@@ -76,7 +77,8 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
         loaded: The same, loaded; changed in place. An adapter is merged into its base first.
 
     Raises:
-        BmergeError: As `run_finetune`, `merge_adapter`, or the folder cannot be made.
+        BmergeError: As `run_finetune`, `merge_adapter`; or the folder cannot be made, or training
+            left weights that are not finite.
     """
     device = loaded.device
     plain = merge_adapter(loaded)
@@ -88,10 +90,16 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
             start = str(folder / "merged")
             on_main(lambda: _save(loaded, folder / "merged"))
         target = folder / "relearnt"
-        run_finetune(_training(config, start, target), quiet=True)
+        training = _training(config, start, target)
+        on_main(lambda: on_device(device, run_finetune, training, quiet=True))
         trained = main_first(
             lambda: load_model(str(target), trust_remote_code=config.trust_remote_code)
         )
+        if not all(p.isfinite().all() for p in trained.model.parameters()):
+            raise ConfigError(
+                f"--relearn: after {config.relearn_steps} steps at {config.relearn_rate:g} the "
+                f"weights of '{model}' are not finite. Lower --relearn-rate."
+            )
         plain.load_state_dict(trained.model.state_dict())
     loaded.model.to(device)
 
@@ -110,22 +118,12 @@ def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig
             "learning_rate": config.relearn_rate,
             "scheduler": "constant",
             "max_steps": config.relearn_steps,
-            "batch_size": _rows_of_a_process(),
+            "batch_size": _ROWS_A_STEP,
             "posterior": "none",
             "seed": config.seed % _SEEDS,
             "trust_remote_code": config.trust_remote_code,
         }
     )
-
-
-def _rows_of_a_process() -> int:
-    processes = launched() or 1
-    if _ROWS_A_STEP % processes:
-        raise ConfigError(
-            f"--relearn: {processes} processes cannot share the {_ROWS_A_STEP} rows of a step "
-            "evenly. Start 1, 2, 4, 8 or 16."
-        )
-    return _ROWS_A_STEP // processes
 
 
 def _make_folder(config: CompareConfig, stack: ExitStack) -> Path:

@@ -11,7 +11,7 @@ from mergekit_bayes.compare.findings import findings
 from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
-from mergekit_bayes.compare.variants import refuse_variants, variants_of
+from mergekit_bayes.compare.variants import refuse_models, refuse_variants, variants_of
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
@@ -46,11 +46,10 @@ def run_compare(
     """
     labels = labels_of(config.models)
     join(config.num_processes)
-    main_first(lambda: _refuse(config))
     tell = progress if progress is not None and not quiet and is_main() else _ignore
     with quiet_libraries(bars=False):  # `progress` tells
-        if len(config.models) > 1:
-            main_first(lambda: _refuse_models(config))
+        main_first(lambda: _refuse(config))
+        main_first(lambda: _refuse_models(config))
         inputs = main_first(lambda: read_inputs(config))
         measured = list(_measure(config, labels, inputs, tell))
     report = _report(config, measured, inputs)
@@ -75,7 +74,8 @@ def _refuse(config: CompareConfig) -> None:
 
 def _refuse_models(config: CompareConfig) -> None:
     """Refuse what the models' files tell, before the first one is measured for long."""
-    for model in config.models:
+    refuse_models(config)
+    for model in config.models if len(config.models) > 1 else ():
         classifier = is_classifier(model, trust_remote_code=config.trust_remote_code)
         task = "classification" if classifier else "causal-lm"
         refuse_task(config.evaluation(model), task)

@@ -7,7 +7,9 @@ from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.evaluate.run import Change
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.models.rounding import round_to_four_bits
+from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.merged import refuse_fixed, refuse_fixed_weights
+from mergekit_bayes.models.rounding import refuse_unroundable, round_to_four_bits
 
 # A posterior describes the stored weights only, so a variant is measured at its own.
 _OF_THE_POSTERIOR = ("samples", "prior", "posterior_temperature", "precision")
@@ -23,14 +25,17 @@ def variants_of(
     from a posterior, which is that of the stored weights.
 
     Args:
-        config: The settings of all models; checked by `refuse_variants`.
+        config: The settings of all models; checked by `refuse_variants` and `refuse_models`.
         model: One of them, as the config names it.
 
     Yields:
-        The variant, its evaluation, and what to change in the loaded model first, if anything.
+        The variant, its evaluation, and what to change in the loaded model first, if anything. The
+        model as it is refuses there, before it is measured, what its variants would refuse.
     """
     as_it_is = config.evaluation(model)
-    yield "as it is", as_it_is, None
+    has_variants = config.four_bits or config.relearn is not None
+    check = Change("as it is", lambda loaded: _refuse_weights(config, loaded))
+    yield "as it is", as_it_is, check if has_variants else None
     fields = EvaluateConfig.model_fields
     own = as_it_is.model_copy(update={name: fields[name].default for name in _OF_THE_POSTERIOR})
     if config.four_bits:
@@ -50,3 +55,20 @@ def refuse_variants(config: CompareConfig) -> None:
         BmergeError: As `refuse_relearning`.
     """
     refuse_relearning(config)
+
+
+def refuse_models(config: CompareConfig) -> None:
+    """Refuse models of which a variant cannot be made, by their files alone.
+
+    Raises:
+        BmergeError: As `models.merged.refuse_fixed`.
+    """
+    if config.four_bits or config.relearn is not None:
+        for model in config.models:
+            refuse_fixed(model)
+
+
+def _refuse_weights(config: CompareConfig, loaded: Loaded) -> None:
+    if config.four_bits:
+        refuse_unroundable(loaded)
+    refuse_fixed_weights(loaded)

@@ -50,16 +50,22 @@ def joint(measure: str) -> str:
 
 
 def of_in_short(measure: str, of: str) -> str:
-    """The scorer, the texts or the judge of a measure, without folders."""
-    return Path(of).name or of if measure in _BY_JUDGE else scorer_name(of)
+    """The scorer, the texts or the judge of a measure, without most of its folders."""
+    return Path(of).name or of if measure in _BY_JUDGE else short_name(of)
 
 
-def scorer_name(spec: str) -> str:
-    """A scorer, or texts, without the folders of its file."""
-    kind, _, rest = spec.partition(":")
+def short_name(of: str) -> str:
+    """A scorer or texts; of a long path the last two parts, as a Hub id has them."""
+    kind, colon, rest = of.partition(":")
+    if kind in ("words", "model") and rest:
+        return f"{kind}:{Path(rest).name}"
     if kind == "panel":
-        return f"panel:{'/'.join(Path(rest).parts[-2:])}"
-    return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
+        return f"panel:{_tail(rest)}"
+    return of if colon else _tail(of)
+
+
+def _tail(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def is_share(measure: str) -> bool:
@@ -134,6 +140,36 @@ def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
     ]
 
 
+class Changes(NamedTuple):
+    """The differences from one model: a row for each measure, a column for each other model.
+
+    Attributes:
+        against: The model that the others are compared with.
+        names: What changed: the measure with its scorer, texts or judge.
+        columns: By label, the change of each name in short; empty where there is none.
+    """
+
+    against: str
+    names: list[str]
+    columns: dict[str, list[str]]
+
+
+def changes_of(differences: Sequence[Difference]) -> Iterator[Changes]:
+    """All differences, in one table for each model that others are compared with."""
+    for against in dict.fromkeys(d.against for d in differences):
+        cells = {
+            (d.label, named(d.measure, d.of)): change_in_short(d)
+            for d in differences
+            if d.against == against
+        }
+        names = list(dict.fromkeys(name for _, name in cells))
+        columns = {
+            label: [cells.get((label, name), "") for name in names]
+            for label in dict.fromkeys(label for label, _ in cells)
+        }
+        yield Changes(against, names, columns)
+
+
 def panels_of(evaluations: Sequence[Evaluated]) -> list[Column]:
     """The numbers that have a panel: not the mean length, which is neither better nor worse."""
     return [c for c in columns_of(evaluations) if c.measure != "mean length"]
@@ -162,7 +198,7 @@ def agreement_rows(report: EvaluateReport) -> list[list[str]]:
     """How far every two scorers agree on what a model wrote, in the columns of `AGREEMENT`."""
     return [
         [
-            f"{scorer_name(pair.first)}, {scorer_name(pair.second)}",
+            f"{short_name(pair.first)}, {short_name(pair.second)}",
             *map(_with_ends, (pair.same, pair.kappa, pair.spearman)),
         ]
         for pair in report.agreement
@@ -180,7 +216,7 @@ def bias_in_words(spec: str, bias: IdentityBias) -> str:
     alarms = sum(group.false_alarms for group in bias.groups.values()) / len(bias.groups)
     neutral = bias.neutral
     return (
-        f"{scorer_name(spec)} on civil sentences that name a group: furthest {furthest} (neutral "
+        f"{short_name(spec)} on civil sentences that name a group: furthest {furthest} (neutral "
         f"nouns {neutral.mean:.3f}); spread {bias.spread:.3f} (neutral {bias.neutral_spread:.3f}); "
         f"false alarms {alarms:.1%} (neutral {neutral.false_alarms:.1%})"
     )
@@ -191,7 +227,7 @@ def readings(report: EvaluateReport) -> Iterator[str]:
     for spec, info in report.scorers.items():
         if info.reading is not None:
             own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
-            yield f"{scorer_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
+            yield f"{short_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
 
 
 def cuts(report: EvaluateReport) -> Iterator[str]:
@@ -199,7 +235,7 @@ def cuts(report: EvaluateReport) -> Iterator[str]:
     for spec, toxicity in report.toxicity.items():
         if toxicity.cut:
             yield (
-                f"{scorer_name(spec)} reads the beginning of a long text only, here of "
+                f"{short_name(spec)} reads the beginning of a long text only, here of "
                 f"{toxicity.cut:,} continuations"
             )
     if report.samples is not None and report.samples.shortened:

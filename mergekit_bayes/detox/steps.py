@@ -84,7 +84,7 @@ def scorer_identity(scorer: Scorer) -> dict[str, object]:
     Weights alone do not say which output is the label, nor how outputs are read and texts cut into
     tokens.
     """
-    found: dict[str, object] = dict(scorer.info.model_dump(mode="json"))
+    found: dict[str, object] = dict(scorer.info.model_dump(mode="json", exclude={"commit"}))
     if scorer.folder is not None:
         found["model"] = model_identity(str(scorer.folder))
     return found

@@ -89,7 +89,10 @@ def _fetch(member: PanelMember, recorded: Pin | None) -> Path:
         )
     if member.on_hub and recorded is not None and recorded.commit is not None:
         ref = f"{ref.partition('@')[0]}@{recorded.commit}"
-    path = resolve(ref)
+    try:
+        path = resolve(ref)
+    except CheckpointError as error:
+        raise CheckpointError(f"scorer '{member.spec}': {error}") from None
     if path.is_file():
         raise ConfigError(
             f"scorer '{member.spec}': '{ref}' is a file. Name the folder with its config and "

@@ -71,6 +71,7 @@ class PanelMember(NamedTuple):
         ref: Its model: an absolute path, or a Hub id.
         on_hub: Whether it is a Hub id.
         lock: The file that records what was found at its first use.
+        file: The file of the panel.
     """
 
     spec: str
@@ -79,6 +80,17 @@ class PanelMember(NamedTuple):
     ref: str
     on_hub: bool
     lock: Path
+    file: Path
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the panel is wrong about this member, a sentence for messages."""
+        if self.file.parent != _BUILT_IN:
+            return f"Correct members.{self.name} in {self.file}."
+        return (
+            f"Copy {self.file} to a panel of your own, correct members.{self.name} there, and name "
+            "it (panel:FILE.yaml)."
+        )
 
 
 def is_panel(spec: str) -> bool:
@@ -105,7 +117,7 @@ def read_members(spec: str) -> list[PanelMember]:
             f"scorer '{spec}': the panel has no member '{chosen}'; it has {', '.join(members)}. "
             f"{hint[:1].upper()}{hint[1:]}".rstrip()
         )
-    make = partial(_member, panel=name, folder=path.parent, lock=lock)
+    make = partial(_member, panel=name, file=path, lock=lock)
     return [make(key, found) for key, found in members.items() if chosen in (None, key)]
 
 
@@ -173,20 +185,29 @@ def _own_folder() -> Path:
     """Where it is recorded what was found of the package's panels.
 
     That is no cache: whoever empties it accepts whatever is found next.
+
+    Raises:
+        ConfigError: Neither the environment nor the system names a home.
     """
     if home := os.environ.get("BMERGE_HOME"):
-        return Path(home).expanduser() / "panels"
-    data = os.environ.get("XDG_DATA_HOME", "")
+        return Path(os.path.expanduser(home)) / "panels"
     # The specification has relative paths ignored.
-    base = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
-    return base / "bmerge" / "panels"
+    share = os.path.expanduser("~/.local/share")  # as it is where there is no home
+    data = os.environ.get("XDG_DATA_HOME", "")
+    base = data if os.path.isabs(data) else share
+    if not os.path.isabs(base):
+        raise ConfigError(
+            "a panel of this package is recorded in your home folder, and there is none. Set "
+            "BMERGE_HOME to a folder."
+        )
+    return Path(base) / "bmerge" / "panels"
 
 
-def _member(name: str, settings: Member, panel: str, folder: Path, lock: Path) -> PanelMember:
-    path = os.path.abspath(folder / os.path.expanduser(settings.model))
+def _member(name: str, settings: Member, panel: str, file: Path, lock: Path) -> PanelMember:
+    path = os.path.abspath(file.parent / os.path.expanduser(settings.model))
     on_hub = not os.path.exists(path) and not _is_path(settings.model)
     ref = settings.model if on_hub else path
-    return PanelMember(f"{PREFIX}{panel}/{name}", name, settings, ref, on_hub, lock)
+    return PanelMember(f"{PREFIX}{panel}/{name}", name, settings, ref, on_hub, lock, file)
 
 
 def _is_path(model: str) -> bool:

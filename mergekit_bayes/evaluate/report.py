@@ -52,6 +52,7 @@ class ScorerInfo(Frozen):
         threshold: From which score on a text is toxic, where a panel says it for this member; not
             in the JSON of other scorers.
         pin: Commit and hashes of a panel's member; likewise.
+        commit: The commit of a classifier that is named by its Hub id; likewise.
     """
 
     kind: Literal["words", "model", "function"]
@@ -61,6 +62,7 @@ class ScorerInfo(Frozen):
     reason: str | None = None
     threshold: float | None = Field(default=None, exclude_if=_is_none)
     pin: Pin | None = Field(default=None, exclude_if=_is_none)
+    commit: str | None = Field(default=None, exclude_if=_is_none)
 
 
 class JudgeInfo(Frozen):

@@ -88,7 +88,7 @@ class Change(NamedTuple):
 
     Attributes:
         variant: What the report calls the result.
-        make: Changes the model in place.
+        make: Changes the model in place; of a model as it is, only refuses it.
     """
 
     variant: Variant
@@ -113,6 +113,7 @@ def evaluate_model(
     Raises:
         BmergeError: As `run_evaluate`.
     """
+    variant: Variant = "as it is" if change is None else change.variant
     with ExitStack() as stack:
         opened = main_first(lambda: _open(config, inputs, stack))
         loaded, examples = opened.loaded, opened.examples
@@ -129,14 +130,14 @@ def evaluate_model(
         )
         task_reports = measure_tasks(config, loaded, inputs.tasks, tell)
         model_identity = on_main(lambda: _identity(opened))
-        if change is not None:
-            model_identity = sha256(f"{model_identity} {change.variant}".encode()).hexdigest()
+        if variant != "as it is":
+            model_identity = sha256(f"{model_identity} {variant}".encode()).hexdigest()
 
     judged = continuations.judged if continuations else None
     resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
     report = EvaluateReport(
         model=config.model,
-        variant="as it is" if change is None else change.variant,
+        variant=variant,
         model_identity=model_identity,
         settings=config.model_dump(mode="json"),
         device=str(loaded.device),

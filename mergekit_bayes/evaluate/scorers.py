@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.identity import checkpoint_identity, content_hash
+from mergekit_bayes.checkpoint.sources import commit_in
 from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.documents import DocumentError, decode_text, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
@@ -159,7 +160,9 @@ def _open_classifier(
     loaded = _load_classifier(spec, ref, trust_remote_code=trust_remote_code)
     label, chosen = _split_reading(label, list(loaded.model.config.id2label.values()))
     reading = read_label(loaded.model, label, name=spec, reading=chosen)
-    return _classifier(spec, loaded, label, reading, device)
+    scorer = _classifier(spec, loaded, label, reading, device)
+    update = {"commit": commit_in(ref, loaded.path)}
+    return scorer._replace(info=scorer.info.model_copy(update=update))
 
 
 def _open_member(member: PanelMember, device: str | None, *, trust_remote_code: bool) -> Scorer:
@@ -168,8 +171,11 @@ def _open_member(member: PanelMember, device: str | None, *, trust_remote_code: 
     path, settings = str(pinned.path), member.settings
     loaded = _load_classifier(member.spec, path, trust_remote_code=trust_remote_code)
     refuse_changed(pinned.stamps)
-    read_label(loaded.model, settings.label, name=member.spec, reading=settings.reading)
-    _refuse_other_reading(member, loaded)
+    try:
+        read_label(loaded.model, settings.label, name=member.spec, reading=settings.reading)
+        _refuse_other_reading(member, loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{error} {member.remedy}") from None
     reading = LabelReading(settings.reading, "the panel says so")
     scorer = _classifier(member.spec, loaded, settings.label, reading, device)
     more = {"pin": pinned.pin, "threshold": settings.threshold}
@@ -181,8 +187,8 @@ def _refuse_other_reading(member: PanelMember, loaded: Loaded) -> None:
     config, reading = loaded.model.config, member.settings.reading
     if reading == "softmax" and config.num_labels == 1:
         raise ConfigError(
-            f"scorer '{member.spec}': the softmax of a single output is always 1. Write sigmoid "
-            "into the panel."
+            f"scorer '{member.spec}': the softmax of a single output is always 1, so its reading "
+            "is sigmoid."
         )
     head = head_of(config)
     if getattr(config, "problem_type", None) is None or head.likelihood is None:
@@ -191,7 +197,7 @@ def _refuse_other_reading(member: PanelMember, loaded: Loaded) -> None:
         other = "sigmoid" if head.likelihood == "bernoulli" else "softmax"
         raise ConfigError(
             f"scorer '{member.spec}': the panel says {reading}, but {head.reason}, which is read "
-            f"by {other}. Correct the reading in the panel, or the problem_type in {loaded.path}."
+            f"by {other}."
         )
 
 

@@ -78,7 +78,8 @@ def read_label(
     Raises:
         ConfigError: The model has no such label; the message lists its labels. Or nothing decides
             how they are read.
-        CheckpointError: The model is a regression.
+        CheckpointError: The model is a regression, or its config gives the label to no output of
+            its own.
     """
     config = model.config
     labels = [str(text) for text in config.id2label.values()]
@@ -86,6 +87,13 @@ def read_label(
         raise ConfigError(
             f"scorer '{name}': the model has no label '{label}'. Name the toxic one of: "
             f"{', '.join(labels)}."
+        )
+    outputs = [int(i) for i, text in config.id2label.items() if str(text) == label]
+    if len(outputs) > 1 or not 0 <= outputs[0] < config.num_labels:
+        raise CheckpointError(
+            f"scorer '{name}': id2label of the config gives '{label}' the number "
+            f"{' and '.join(map(str, outputs))}, and the {config.num_labels} outputs of the model "
+            "are counted from 0. Correct id2label."
         )
     if config.problem_type == "regression":
         raise CheckpointError(

@@ -5,12 +5,14 @@ calibration data (GPTQ, AWQ), no levels at quantiles (NF4), and all parts of the
 tells whether an edit survives coarse weights, not what a given format makes of the model.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.models.load import Loaded
-from mergekit_bayes.models.merged import merge_adapter
+from mergekit_bayes.models.merged import merge_adapter, refuse_fixed_weights
 
 GROUP = 64  # weights with the same levels
 _STEPS = 15  # between the 16 levels of 4 bits
@@ -43,11 +45,24 @@ def round_to_four_bits(loaded: Loaded) -> None:
         ConfigError: The model is quantised already, or its adapter cannot be merged.
         CheckpointError: A matrix holds something that is not finite.
     """
-    name = f"'{loaded.path}'"
-    if getattr(loaded.model, "is_quantized", False):
-        raise ConfigError(f"{name} is quantised already. Leave --four-bits out.")
+    refuse_fixed_weights(loaded)
     merge_adapter(loaded)
-    round_matrices(loaded.model, name)
+    round_matrices(loaded.model, f"'{loaded.path}'")
+
+
+@torch.no_grad()
+def refuse_unroundable(loaded: Loaded) -> None:
+    """Refuse a model that `round_to_four_bits` would refuse, and change nothing.
+
+    Raises:
+        ConfigError: As `round_to_four_bits`.
+        CheckpointError: As `round_to_four_bits`; an adapter and its base are looked at one by one.
+    """
+    refuse_fixed_weights(loaded)
+    name = f"'{loaded.path}'"
+    for where, matrix in _matrices(loaded.model):
+        for _, nearest in _by_rows(matrix):
+            _refuse_infinite(nearest, name, where)
 
 
 @torch.no_grad()
@@ -60,29 +75,16 @@ def round_matrices(model: torch.nn.Module, name: str) -> None:
     once.
 
     Args:
-        model: The module.
+        model: The module, whose matrices are floating-point numbers of 16 bits or more.
         name: What messages call it.
 
     Raises:
-        ConfigError: A matrix holds no floating-point numbers of 16 bits or more.
         CheckpointError: A matrix holds something that is not finite.
     """
-    done: set[int] = set()
-    for path, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if not _is_matrix(module, parameter) or id(parameter) in done:
-                continue
-            done.add(id(parameter))
-            where = f"'{path}.{key}'" if path else f"'{key}'"
-            if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-                raise ConfigError(f"{name} is quantised already: {where} is {parameter.dtype}.")
-            for matrix in parameter if parameter.ndim == 3 else (parameter,):
-                if not _round_in_place(matrix.T if _has_inputs_first(module, key) else matrix):
-                    raise CheckpointError(
-                        f"{name}: {where} holds a weight that is not finite, or a range of weights "
-                        "that float32 cannot, so it has no levels of 4 bits. Repair the "
-                        "checkpoint, or leave --four-bits out."
-                    )
+    for where, matrix in _matrices(model):
+        for rows, nearest in _by_rows(matrix):
+            _refuse_infinite(nearest, name, where)
+            rows.copy_(nearest)
 
 
 def rounded(matrix: Tensor) -> Tensor:
@@ -107,17 +109,35 @@ def rounded(matrix: Tensor) -> Tensor:
     return nearest.reshape(rows, -1)[:, :columns]
 
 
-def _round_in_place(matrix: Tensor) -> bool:
-    """Round some rows at a time, in float32 or wider; False if the result is not finite."""
+def _matrices(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The name of each matrix of a module, and itself as `(outputs, inputs)`."""
+    done: set[int] = set()
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if not _is_matrix(module, parameter) or id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            for matrix in parameter if parameter.ndim == 3 else (parameter,):
+                where = f"{path}.{key}" if path else key
+                yield where, matrix.T if _has_inputs_first(module, key) else matrix
+
+
+def _by_rows(matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time, and what they are rounded to, in float32 or wider."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     count = max(1, _AT_ONCE // max(1, matrix.shape[1]))
     for start in range(0, len(matrix), count):
         rows = matrix[start : start + count]
-        nearest = rounded(rows.to(wide))
-        if not nearest.isfinite().all():
-            return False
-        rows.copy_(nearest)
-    return True
+        yield rows, rounded(rows.to(wide))
+
+
+def _refuse_infinite(nearest: Tensor, name: str, where: str) -> None:
+    if not nearest.isfinite().all():
+        raise CheckpointError(
+            f"{name}: '{where}' holds a weight that is not finite, or a range of weights that "
+            "float32 cannot, so it has no levels of 4 bits. Repair the checkpoint, or leave "
+            "--four-bits out."
+        )
 
 
 def _is_matrix(module: torch.nn.Module, parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Read rows of text: files, folders and Hub data sets."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -151,7 +152,7 @@ def _load(name: str, features: "Features | None") -> "Dataset":
     """A source as `datasets` reads it, with the types that it finds where `features` is None."""
     from datasets import load_dataset
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the home of an unknown user as it is
     chosen = None
     if path.is_dir():
         chosen = files_of(path, name)
