@@ -265,18 +265,22 @@ def test_a_weight_without_4_bits_is_refused_before_its_model_is_measured(model, 
         measured(config("infinite", four_bits=True))
 
 
-def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch):
-    trained = []
+def test_a_label_that_the_model_lacks_is_refused_before_it_is_measured(world, monkeypatch):
+    monkeypatch.setattr(evaluating, "predict", lambda *_: pytest.fail("the model is measured"))
+    Path("odd.jsonl").write_text(json.dumps({"text": TEXTS[0], "label": 9}))
+    bert = tiny_models.tiny_bert(world / "bert")
+    chosen = config(bert, classify={"a": "rows.jsonl"}, perplexity={}, relearn="odd.jsonl")
+    with pytest.raises(MismatchError, match=r"'odd\.jsonl': label 9 .* LABEL_0, LABEL_1"):
+        measured(chosen)
 
+
+def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch):
     def watched(device, work, settings, *, quiet):
-        trained.append(device)
-        return work(settings, quiet=quiet)
+        raise ConfigError(f"{work.__name__} on {device}")
 
     monkeypatch.setattr(relearning, "on_device", watched)
-    relearn(
-        config(model, relearn="rows.jsonl", relearn_steps=1), str(model), load_model(str(model))
-    )
-    assert trained == [torch.device("cpu")]
+    with pytest.raises(ConfigError, match="run_finetune on cpu"):
+        relearn(config(model, relearn="rows.jsonl"), str(model), load_model(str(model)))
 
 
 def test_a_rate_that_leaves_no_finite_weights_is_refused_by_its_name(model, world):
