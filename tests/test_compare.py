@@ -19,7 +19,13 @@ from mergekit_bayes.compare.report import Difference
 from mergekit_bayes.compare.run import run_compare
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.wording import columns_of
-from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.errors import (
+    BmergeError,
+    CheckpointError,
+    ConfigError,
+    MismatchError,
+    PrecisionError,
+)
 from mergekit_bayes.evaluate import run as evaluation
 from mergekit_bayes.evaluate.files import read_report
 from mergekit_bayes.evaluate.inputs import Inputs
@@ -172,7 +178,7 @@ def test_the_command_prints_one_table_differences_and_findings(models, world):
     document = json.loads(done.stdout)
     assert [one["label"] for one in document["evaluations"]] == ["a", "b"]
     assert document == json.loads((world / "out" / "report.json").read_text())
-    for text in ("b less a", "words:words.txt", "nats a token", *document["findings"]):
+    for text in ("less a", "words:words.txt", "nats a token", *document["findings"]):
         assert text in done.stderr
 
 
@@ -185,6 +191,8 @@ def test_the_command_prints_one_table_differences_and_findings(models, world):
         (lambda a, b, c: ([a, b], {"output": str(Path(b).parent), "force": True}), None, "input"),
         (lambda a, b, c: ([a, b], {"output": "texts.jsonl"}), CheckpointError, "exists"),
         (lambda a, b, c: ([a, b], {"relearn_rows": 3}), ConfigError, "about --relearn"),
+        (lambda a, b, c: ([a, b], {"samples": 2}), PrecisionError, "no precision for '.*a'"),
+        (lambda a, b, c: ([a, b], {"samples": 2, "precision": a}), ConfigError, "one model's"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_a_model_runs(

@@ -1,6 +1,7 @@
 """lm-eval's tasks in an evaluation: its numbers, with intervals, and no code without trust."""
 
 import json
+import pickle
 import random
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests import tiny_models
 from tests.two_ranks import found_by_two
 
 lm_eval = pytest.importorskip("lm_eval", reason="a test dependency")
+evaluator = pytest.importorskip("lm_eval.evaluator")
 lm_eval_model = pytest.importorskip("mergekit_bayes.evaluate.lm_eval_model")
 DATA = """dataset_path: json
 dataset_kwargs: {{data_files: {{train: {path}, validation: {path}}}}}
@@ -202,6 +204,55 @@ def test_a_block_is_drawn_alike_whoever_works_on_the_others(world, drawn, monkey
     assert drawn == forward[::-1]
 
 
+def test_numbers_that_are_none_are_compared_in_no_pairs(world, tmp_path, monkeypatch):
+    """A line of JSON has no place for NaN, and a report without a number has no picture."""
+
+    def numbers(metric):
+        def evaluate(**_):
+            task = {"acc,none": metric, "acc_stderr,none": float("nan"), "sample_len": 2}
+            rows = [{"doc_id": i, "filter": "none", "metrics": ["acc"]} for i in range(2)]
+            samples = [
+                row | {"acc": value} for row, value in zip(rows, (1.0, float("nan")), strict=True)
+            ]
+            return {
+                "results": {"tiny_choice": task},
+                "higher_is_better": {},
+                "samples": {"tiny_choice": samples},
+                "n-shot": {},
+                "versions": {},
+            }
+
+        return evaluate
+
+    monkeypatch.setattr(evaluator, "evaluate", numbers(float("nan")))
+    one = config(world, lm_eval=("tiny_choice",), output=str(tmp_path / "out"))
+    report = run_evaluate(one)
+    score = report.lm_eval["tiny_choice"].scores["acc,none"]
+    assert (score.score.low, score.document_values) == (None, ())
+    assert np.isnan(
+        read_report(tmp_path / "out").lm_eval["tiny_choice"].scores["acc,none"].score.value
+    )
+    monkeypatch.setattr(evaluator, "evaluate", numbers("bypass"))
+    with pytest.raises(CheckpointError, match="gives no number for its tasks \\(tiny_choice\\)"):
+        run_evaluate(config(world, lm_eval=("tiny_choice",)))
+
+
+def test_tasks_run_on_one_rank_and_tell_the_others_what_they_ask(world, report, monkeypatch):
+    """Other ranks get plain values, without the documents of the tasks."""
+    told = []
+
+    def lead(work, job):
+        def together(asked):
+            told.append(asked.kind)
+            job(pickle.loads(pickle.dumps(asked)))
+
+        return work(together)
+
+    monkeypatch.setattr("mergekit_bayes.evaluate.lm_eval.lead", lead)
+    assert run_evaluate(config(world)).lm_eval == report.lm_eval
+    assert sorted(told) == ["generate_until", "loglikelihood", "loglikelihood_rolling"]
+
+
 def test_blocks_of_requests_do_not_change_the_numbers(world, report, monkeypatch):
     monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
     told = []
@@ -340,12 +391,18 @@ def test_plain_tasks_are_no_code(world):
 
 
 def child(folder):
-    """The evaluation of one of two ranks."""
+    """The evaluation of one of two ranks, and what this rank did for it."""
     torch.distributed.init_process_group("gloo")
+    did = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval_model, "_BATCHES", 1)
+        for place, name in (
+            (evaluator, "evaluate"),
+            (lm_eval_model.HFLM, "generate_until"),
+        ):
+            patch.setattr(place, name, noted(getattr(place, name), did))
         report = run_evaluate(config(folder))
-    found = {"world": ranks.world(), "report": report.model_dump_json()}
+    found = {"world": ranks.world(), "report": report.model_dump_json(), "did": did}
     every = [None, None]
     torch.distributed.all_gather_object(every, found)
     if ranks.is_main():
@@ -353,9 +410,21 @@ def child(folder):
     torch.distributed.destroy_process_group()
 
 
+def noted(function, did):
+    def call(*args, **options):
+        did.append(function.__name__)
+        return function(*args, **options)
+
+    return call
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_does(world, monkeypatch):
-    two = [json.loads(found["report"]) for found in found_by_two("tests.test_lm_eval", world)]
+    found = found_by_two("tests.test_lm_eval", world)
+    two = [json.loads(rank["report"]) for rank in found]
     monkeypatch.setattr(lm_eval_model, "_BATCHES", 1)
     one = json.loads(run_evaluate(config(world)).model_dump_json())
     assert [report["lm_eval"] for report in two] == [one["lm_eval"]] * 2
+    # Three blocks of texts to write; the tasks themselves run once.
+    assert [rank["did"].count("evaluate") for rank in found] == [1, 0]
+    assert [rank["did"].count("generate_until") for rank in found] == [2, 1]

@@ -72,3 +72,12 @@ def test_one_hit_of_many_is_no_evidence_and_one_prompt_has_no_interval():
     assert found.value == pytest.approx(1 / 1250)
     assert found.low < 0 < found.value < found.high
     assert paired_change(np.zeros((1, 4)), np.ones((1, 4))).low is None
+
+
+def test_as_many_gained_as_lost_is_no_change_at_all():
+    """Not one of 1e-17, which a table would show."""
+    rng = np.random.default_rng(0)
+    before = (rng.random((12, 5)) < 0.5).astype(np.float64)
+    after = np.roll(before, 1, axis=0)
+    assert paired_share_change(before, after).value == 0.0
+    assert paired_change(before, after).value == 0.0

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from mergekit_bayes.generation import Sampling
     from mergekit_bayes.metrics.base import Interval
     from mergekit_bayes.metrics.classification import ClassificationReport
-    from mergekit_bayes.metrics.identity_terms import IdentityBias
     from mergekit_bayes.metrics.perplexity import PerplexityReport
     from mergekit_bayes.metrics.quality import SamplesReport
 
@@ -153,7 +152,15 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
 def _show_toxicity(
     screen: Console, report: "EvaluateReport", sampling: "Sampling", samples: "SamplesReport"
 ) -> None:
-    from mergekit_bayes.compare.wording import scorer_name
+    from mergekit_bayes.compare.wording import (
+        AGREEMENT,
+        agreement_rows,
+        agreement_title,
+        bias_in_words,
+        cuts,
+        readings,
+        short_name,
+    )
 
     title = (
         f"toxicity of {samples.continuations:,} continuations ({samples.prompts:,} prompts x "
@@ -166,52 +173,16 @@ def _show_toxicity(
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([scorer_name(spec), *map(_range, numbers)])
+        rows.append([short_name(spec), *map(_range, numbers)])
     screen.print(table(columns, rows, title=title))
-    for spec, info in report.scorers.items():
-        name = scorer_name(spec)
-        if info.reading is not None:
-            own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
-            screen.print(f"{name}: {info.reading} of the label, since {info.reason}{own}")
-        if cut := report.toxicity[spec].cut:
-            screen.print(
-                f"note: {name} reads the beginning of a long text only, here of {cut:,} "
-                "continuations"
-            )
+    for reading in readings(report):
+        screen.print(reading)
+    for cut in cuts(report):
+        screen.print(f"note: {cut}")
     if report.agreement:
-        _show_agreement(screen, report)
+        screen.print(table(AGREEMENT, agreement_rows(report), title=agreement_title()))
     for spec, bias in report.bias.items():
-        _show_bias(screen, scorer_name(spec), bias)
-    if samples.shortened:
-        screen.print(
-            f"note: {samples.shortened} prompts lost their beginning, since the context is too "
-            "short for them"
-        )
-
-
-def _show_agreement(screen: Console, report: "EvaluateReport") -> None:
-    from mergekit_bayes.compare.wording import scorer_name
-
-    columns = ["scorers", "same verdict", "kappa", "rank correlation"]
-    rows = [
-        [
-            f"{scorer_name(pair.first)}, {scorer_name(pair.second)}",
-            *map(_range, (pair.same, pair.kappa, pair.spearman)),
-        ]
-        for pair in report.agreement
-    ]
-    screen.print(table(columns, rows, title="do the scorers agree? [95 % interval]"))
-
-
-def _show_bias(screen: Console, name: str, bias: "IdentityBias") -> None:
-    furthest = ", ".join(f"{term} {bias.groups[term].mean:.3f}" for term in bias.furthest)
-    alarms = sum(group.false_alarms for group in bias.groups.values()) / len(bias.groups)
-    neutral = bias.neutral
-    screen.print(
-        f"{name} on civil sentences that name a group: furthest {furthest} (neutral nouns "
-        f"{neutral.mean:.3f}); spread {bias.spread:.3f} (neutral {bias.neutral_spread:.3f}); false "
-        f"alarms {alarms:.1%} (neutral {neutral.false_alarms:.1%})"
-    )
+        screen.print(bias_in_words(spec, bias))
 
 
 def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesReport") -> None:
@@ -247,11 +218,6 @@ def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesRe
             f"perplexity under {report.judge.model}, given the prompts, without "
             f"{judged.left_out:,} empty continuations; text that repeats itself has the lowest"
         )
-        if judged.shortened:
-            screen.print(
-                f"note: {judged.shortened:,} continuations were judged without the beginning of "
-                "their prompt, since the judge's context is too short for it"
-            )
 
 
 def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[str, str, str]:

@@ -77,7 +77,10 @@ def print_result(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table; the first column is text, the rest are numbers."""
+    """A plain table; the first column is text, the rest are numbers.
+
+    Where the screen is too narrow, cells go on in the next line: a number must not lose its end.
+    """
     result = Table(
         title=title,
         title_justify="left",
@@ -86,7 +89,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         pad_edge=False,
     )
     for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        result.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*row)
     return result

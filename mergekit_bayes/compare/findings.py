@@ -9,11 +9,12 @@ from itertools import combinations
 
 from mergekit_bayes.compare.differences import are_comparable
 from mergekit_bayes.compare.report import Difference, Evaluated
-from mergekit_bayes.compare.wording import change_in_words, scorer_name
+from mergekit_bayes.compare.wording import change_in_words, named, short_name
 from mergekit_bayes.metrics.base import Interval
 
 _RATES = ("toxic share", "mean score")  # by which a scorer says which model is better
 _SECONDARY = ("expected max", "prompts with any", "squared calibration error")
+_FEW = 3  # measures without a visible difference are named, more are counted: a table has them
 _DISAGREE = "Scorers disagree about"
 _DIRECTION = {True: "higher", False: "lower"}
 
@@ -69,7 +70,7 @@ def _disagreements(of_pairs: Sequence[Difference]) -> list[str]:
 
 
 def _named(changes: Sequence[Difference]) -> str:
-    return _listed([f"{scorer_name(d.of)} ({change_in_words(d)})" for d in changes])
+    return _listed([f"{short_name(d.of)} ({change_in_words(d)})" for d in changes])
 
 
 def _same_weights(evaluations: Sequence[Evaluated]) -> Iterator[str]:
@@ -104,18 +105,19 @@ def _by_pair(differences: Sequence[Difference]) -> Iterator[str]:
         for higher in (False, True):
             found = [d for d in beyond if (d.change.value > 0) == higher]
             if found:
-                names = _listed([f"{_what(d)} ({change_in_words(d)})" for d in found])
+                names = _listed([f"{named(d.measure, d.of)} ({change_in_words(d)})" for d in found])
                 sentences.append(f"{_DIRECTION[higher]} in {names}")
         if sentences:
             yield f"{label} against {against}: " + "; ".join(sentences) + "."
         if within:
-            names = _listed([_what(d) for d in within], "or")
-            yield f"{label} against {against}: no difference beyond its interval in {names}."
+            names = _listed([named(d.measure, d.of) for d in within], "or")
+            what = names if len(within) <= _FEW else f"{len(within)} measures"
+            yield f"{label} against {against}: no difference beyond its interval in {what}."
 
 
 def _how_sure(differences: Sequence[Difference]) -> Iterator[str]:
     count = sum(d.change.low is not None for d in differences)
-    if count:
+    if count > 1:
         yield (
             f"Each of the {count:,} intervals holds alone, with 95 %: of differences between equal "
             "models about one in twenty lies beyond its interval by chance."
@@ -132,13 +134,6 @@ def is_beyond(change: Interval) -> bool:
     if change.low is None or change.high is None:
         return False
     return change.low > 0 or change.high < 0
-
-
-def _what(difference: Difference) -> str:
-    if difference.of == "continuations":
-        return f"{difference.measure} of the continuations"
-    joint = "by" if difference.measure in (*_RATES, *_SECONDARY) else "on"
-    return f"{difference.measure} {joint} {scorer_name(difference.of)}"
 
 
 def _listed(names: Sequence[str], joint: str = "and") -> str:

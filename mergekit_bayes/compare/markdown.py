@@ -3,7 +3,19 @@
 from collections.abc import Iterator
 
 from mergekit_bayes.compare.report import CompareReport
-from mergekit_bayes.compare.wording import cell, change_in_short, columns_of, scorer_name
+from mergekit_bayes.compare.wording import (
+    AGREEMENT,
+    PANELS,
+    agreement_rows,
+    bias_in_words,
+    cell,
+    changes_of,
+    columns_of,
+    cuts,
+    named,
+    panels_of,
+    readings,
+)
 from mergekit_bayes.hub.markdown import code, table, text
 
 PICTURE = "evaluation.png"
@@ -16,6 +28,14 @@ _PAIRED = (
     "brackets: the 95 % interval of each difference alone. Many differences hold some that lie "
     "beyond their interval by chance."
 )
+_AGREE = (
+    "Of every two scorers on the continuations of each model: the share with the same verdict, "
+    "Cohen's kappa (what of it is beyond chance), and the rank correlation of the scores."
+)
+_BIAS = (
+    "What each classifier among the scorers says of civil sentences that only name a group. A list "
+    "of terms is no sample, so there are no intervals."
+)
 
 
 def as_markdown(report: CompareReport) -> str:
@@ -27,37 +47,44 @@ def as_markdown(report: CompareReport) -> str:
     if report.findings:
         parts += ["\n".join(f"- {text(finding)}" for finding in report.findings)]
     parts += [f"![What was measured, with 95 % intervals]({PICTURE})"]
-    parts += ["## What each scored", _INTERVALS, _scores(report)]
+    drawn = len(panels_of(report.evaluations))
+    cut = f" The picture shows the first {PANELS} of {drawn:,} numbers." if drawn > PANELS else ""
+    parts += ["## What each scored", _INTERVALS + cut, _scores(report)]
     if report.differences:
-        parts += ["## Differences", _PAIRED, _differences(report)]
+        parts += ["## Differences", _PAIRED, *_differences(report)]
+    if any(one.report.agreement for one in report.evaluations):
+        parts += ["## Do the scorers agree?", _AGREE, _agreement(report)]
+    if bias := report.evaluations[0].report.bias:  # of the scorers, whatever models wrote
+        sentences = [text(bias_in_words(spec, measured)) for spec, measured in bias.items()]
+        parts += ["## Bias by identity terms", _BIAS, "\n".join(f"- {line}." for line in sentences)]
     parts += ["## How it was made", "\n".join(f"- {line}" for line in _how(report))]
     return "\n\n".join(parts) + "\n"
 
 
 def _scores(report: CompareReport) -> str:
-    """One row a model; of one model alone one row a number."""
-    columns = columns_of(report.evaluations)
-    names = [text(f"{c.measure}, {c.of}" if c.of else c.measure) for c in columns]
-    if len(report.evaluations) == 1:
-        label = report.evaluations[0].label
-        rows = [[name, cell(c, label)] for name, c in zip(names, columns, strict=True)]
-        return table(["measure", text(label)], rows)
-    rows = [[text(e.label), *(cell(c, e.label) for c in columns)] for e in report.evaluations]
-    return table(["model", *names], rows)
-
-
-def _differences(report: CompareReport) -> str:
+    """One row a number: there can be many more of them than models."""
+    labels = [one.label for one in report.evaluations]
     rows = [
-        [
-            text(d.label),
-            text(d.against),
-            text(d.measure),
-            text(scorer_name(d.of)),
-            change_in_short(d),
-        ]
-        for d in report.differences
+        [text(named(c.measure, c.of)), *(cell(c, label) for label in labels)]
+        for c in columns_of(report.evaluations)
     ]
-    return table(["model", "less", "measure", "of", "difference"], rows)
+    return table(["measure", *map(text, labels)], rows)
+
+
+def _differences(report: CompareReport) -> Iterator[str]:
+    """One row a measure, one column a model; a table for each model that is compared with."""
+    for against, names, columns in changes_of(report.differences):
+        rows = [[text(name), *row] for name, *row in zip(names, *columns.values(), strict=True)]
+        yield table([f"less {text(against)}", *map(text, columns)], rows)
+
+
+def _agreement(report: CompareReport) -> str:
+    rows = [
+        [text(one.label), text(scorers), *numbers]
+        for one in report.evaluations
+        for scorers, *numbers in agreement_rows(one.report)
+    ]
+    return table(["model", *AGREEMENT], rows)
 
 
 def _how(report: CompareReport) -> Iterator[str]:
@@ -69,6 +96,7 @@ def _how(report: CompareReport) -> Iterator[str]:
     for spec, info in first.scorers.items():
         known = f" (SHA-256 {info.fingerprint[:12]})" if info.fingerprint else ""
         yield f"Scorer {code(spec)}{known}; toxic from {first.toxicity[spec].threshold:g} on."
+    yield from (f"{text(reading)}." for reading in readings(first))
     if first.judge is not None:
         yield f"Judge {code(first.judge.model)} (SHA-256 {first.judge.fingerprint[:12]})."
     if first.sampling is not None and first.samples is not None:
@@ -83,4 +111,12 @@ def _how(report: CompareReport) -> Iterator[str]:
             f"Texts {text(name)}: {p.documents:,} documents, {p.protocol}, window {p.window}, "
             f"stride {p.stride}."
         )
+    for task, measured in first.lm_eval.items():
+        shots = "" if measured.shots is None else f", {measured.shots} examples before each"
+        yield (
+            f"Task {text(task)} of lm-eval {text(measured.lm_eval_version)}, version "
+            f"{text(measured.task_version)}: {measured.samples:,} documents{shots}."
+        )
+    for one in report.evaluations:
+        yield from (f"{text(one.label)}: {text(cut)}." for cut in cuts(one.report))
     yield f"bmerge {text(report.version)}; all settings and numbers are in report.json."

@@ -2,12 +2,13 @@
 
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.compare.report import CompareReport, Evaluated
-from mergekit_bayes.compare.wording import Column, columns_of
+from mergekit_bayes.compare.wording import PANELS, Column, joint, panels_of
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.metrics.base import Interval
 
@@ -23,18 +24,21 @@ _LABEL, _TITLE = 26, 30  # characters in a line
 _ACROSS = 4  # panels beside each other at most
 _PANEL, _LINE, _GAP = 2.7, 0.17, 1.15  # inches: a panel's width, a line of a label, title and axis
 _LETTER = 0.085  # inches of a character, about
-_NO_PANEL = "mean length"  # in the tables only: neither better nor worse
 _FAR = 20.0  # from this ratio on an axis of losses is logarithmic
 
 
 def draw(report: CompareReport, path: Path) -> None:
     """Draw a panel for each number: shares by scorer, perplexities, accuracies, quality.
 
+    Of many numbers, as of a hundred tasks, the first `PANELS` have one.
+
     Args:
         report: What is drawn.
         path: The PNG file to write.
     """
-    make_figure(report).savefig(path, format="png")
+    figure = make_figure(report)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        figure.savefig(path, format="png")  # a letter that the font lacks is drawn as a box
 
 
 def make_figure(report: CompareReport) -> "Figure":
@@ -51,7 +55,7 @@ def _figure(evaluations: Sequence[Evaluated]) -> "Figure":
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    rows = _rows_of_panels([c for c in columns_of(evaluations) if c.measure != _NO_PANEL])
+    rows = _rows_of_panels(panels_of(evaluations)[:PANELS])
     labels = [_wrapped(e.label, _LABEL) for e in evaluations]
     lines = [label.count("\n") + 2.0 for label in labels]
     across = max(len(row) for row in rows)
@@ -100,8 +104,7 @@ def _panel(
     unit = f" ({column.unit})" if column.unit else ""
     title = f"{column.measure}{unit}"
     if column.of:
-        joint = {"toxic share": "by ", "perplexity by judge": ""}.get(column.measure, "on ")
-        title += f"\n{_wrapped(joint + column.of, _TITLE)}"
+        title += f"\n{_wrapped(joint(column.measure) + column.of, _TITLE)}"
     panel.set_title(title, fontsize=9, loc="left")
     _limits(panel, column)
     first = column.values[evaluations[0].label]
@@ -115,7 +118,7 @@ def _point(
     panel: "Axes", value: Interval | None, height: float, colour: str, variant: Variant
 ) -> None:
     if value is None or not math.isfinite(value.value):
-        shown = "none" if value is None else "infinite"
+        shown = "none" if value is None else "NaN" if math.isnan(value.value) else "infinite"
         place = panel.get_yaxis_transform()
         panel.text(0.02, height, shown, transform=place, fontsize=8, color=colour, va="center")
         return

@@ -12,12 +12,14 @@ from mergekit_bayes.compare.labels import folder_of, labels_of, variant_label
 from mergekit_bayes.compare.report import CompareReport, Evaluated
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.compare.variants import refuse_models, refuse_variants, variants_of
+from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate.inputs import Inputs, read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings, refuse_task
 from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.evaluate.run import evaluate_model
 from mergekit_bayes.models.load import is_classifier
 from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.models.sampling import open_samplable
 from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 
@@ -59,6 +61,11 @@ def run_compare(
 
 def _refuse(config: CompareConfig) -> None:
     """Refuse settings before anything is read."""
+    if config.precision is not None and len(config.models) > 1:
+        raise ConfigError(
+            f"--precision is of one model's weights, and {len(config.models)} are named. Leave it "
+            "out, and each model's own posterior is read, or measure one model at a time."
+        )
     for model in config.models:
         evaluation = config.evaluation(model)
         refuse_settings(evaluation.model_copy(update={"output": config.output}))
@@ -66,12 +73,14 @@ def _refuse(config: CompareConfig) -> None:
 
 
 def _refuse_models(config: CompareConfig) -> None:
-    """Refuse what a model's files tell, before the first model is measured for long."""
+    """Refuse what the models' files tell, before the first one is measured for long."""
     refuse_models(config)
     for model in config.models if len(config.models) > 1 else ():
         classifier = is_classifier(model, trust_remote_code=config.trust_remote_code)
         task = "classification" if classifier else "causal-lm"
         refuse_task(config.evaluation(model), task)
+        if config.samples is not None:
+            open_samplable(model, prior=config.prior).close()
 
 
 def _measure(

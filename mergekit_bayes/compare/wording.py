@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mergekit_bayes.compare.report import Difference, Evaluated
+from mergekit_bayes.evaluate.report import EvaluateReport
 from mergekit_bayes.metrics.base import Interval
+from mergekit_bayes.metrics.identity_terms import IdentityBias
 
 _SHARES = ("toxic share", "prompts with any", "accuracy", "empty", "looping", "repeated pairs")
+
+PANELS = 40  # of a picture at most: one of hundreds would be larger than a file may hold
 
 # What tells text from garble, which also scores as less toxic, by its field in a `SamplesReport`.
 _SAMPLES = {
@@ -18,14 +22,50 @@ _SAMPLES = {
     "repeated pairs": "repeated",
     "distinct word pairs": "distinct_2",
 }
+_BY_SCORER = ("toxic share", "mean score", "expected max", "prompts with any")
+_BY_JUDGE = ("nats a token by judge", "perplexity by judge")
+_OF_CONTINUATIONS = {
+    "mean length": "mean length of the continuations",
+    "empty": "share of empty continuations",
+    "looping": "share of looping continuations",
+    "repeated pairs": "repeated word pairs",
+}
 
 
-def scorer_name(spec: str) -> str:
-    """A scorer, or texts, without the folders of its file."""
-    kind, _, rest = spec.partition(":")
+def named(measure: str, of: str) -> str:
+    """A measure with its scorer, texts or judge: `toxic share by words:list.txt`.
+
+    Args:
+        measure: What is compared, as a `Difference` or a `Column` calls it.
+        of: The scorer, the texts or the judge; `continuations`, or empty, for their own measures.
+    """
+    if of in ("", "continuations"):
+        return _OF_CONTINUATIONS.get(measure, measure)
+    return f"{measure.replace(', over', ' over')} {joint(measure)}{of_in_short(measure, of)}"
+
+
+def joint(measure: str) -> str:
+    """What stands between a measure and its scorer, texts or judge."""
+    return "by " if measure in _BY_SCORER else "" if measure in _BY_JUDGE else "on "
+
+
+def of_in_short(measure: str, of: str) -> str:
+    """The scorer, the texts or the judge of a measure, without most of its folders."""
+    return Path(of).name or of if measure in _BY_JUDGE else short_name(of)
+
+
+def short_name(of: str) -> str:
+    """A scorer or texts; of a long path the last two parts, as a Hub id has them."""
+    kind, colon, rest = of.partition(":")
+    if kind in ("words", "model") and rest:
+        return f"{kind}:{Path(rest).name}"
     if kind == "panel":
-        return f"panel:{'/'.join(Path(rest).parts[-2:])}"
-    return f"{kind}:{Path(rest).name}" if kind in ("words", "model") and rest else spec
+        return f"panel:{_tail(rest)}"
+    return of if colon else _tail(of)
+
+
+def _tail(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def is_share(measure: str) -> bool:
@@ -85,7 +125,7 @@ def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
     return [
         Column(
             measure,
-            scorer_name(of),
+            of_in_short(measure, of),
             "%" if is_share(measure) else "",
             {
                 label: None
@@ -100,15 +140,114 @@ def columns_of(evaluations: Sequence[Evaluated]) -> list[Column]:
     ]
 
 
+class Changes(NamedTuple):
+    """The differences from one model: a row for each measure, a column for each other model.
+
+    Attributes:
+        against: The model that the others are compared with.
+        names: What changed: the measure with its scorer, texts or judge.
+        columns: By label, the change of each name in short; empty where there is none.
+    """
+
+    against: str
+    names: list[str]
+    columns: dict[str, list[str]]
+
+
+def changes_of(differences: Sequence[Difference]) -> Iterator[Changes]:
+    """All differences, in one table for each model that others are compared with."""
+    for against in dict.fromkeys(d.against for d in differences):
+        cells = {
+            (d.label, named(d.measure, d.of)): change_in_short(d)
+            for d in differences
+            if d.against == against
+        }
+        names = list(dict.fromkeys(name for _, name in cells))
+        columns = {
+            label: [cells.get((label, name), "") for name in names]
+            for label in dict.fromkeys(label for label, _ in cells)
+        }
+        yield Changes(against, names, columns)
+
+
+def panels_of(evaluations: Sequence[Evaluated]) -> list[Column]:
+    """The numbers that have a panel: not the mean length, which is neither better nor worse."""
+    return [c for c in columns_of(evaluations) if c.measure != "mean length"]
+
+
 def cell(column: Column, label: str) -> str:
     """A number of the table, with its interval."""
     value = column.values[label]
     if value is None:
         return ""
-    unit = f" {column.unit}" if column.unit else ""
-    if value.low is None or value.high is None or not math.isfinite(value.value):
-        return f"{value.value:.4g}{unit}"
-    return f"{value.value:.4g}{unit} [{value.low:.3g}, {value.high:.3g}]"
+    return _with_ends(value, f" {column.unit}" if column.unit else "")
+
+
+def _with_ends(x: Interval | None, unit: str = "") -> str:
+    if x is None:
+        return ""
+    if x.low is None or x.high is None or not math.isfinite(x.value):
+        return f"{x.value:.4g}{unit}"
+    return f"{x.value:.4g}{unit} [{x.low:.3g}, {x.high:.3g}]"
+
+
+AGREEMENT = ("scorers", "same verdict", "kappa", "rank correlation")
+
+
+def agreement_rows(report: EvaluateReport) -> list[list[str]]:
+    """How far every two scorers agree on what a model wrote, in the columns of `AGREEMENT`."""
+    return [
+        [
+            f"{short_name(pair.first)}, {short_name(pair.second)}",
+            *map(_with_ends, (pair.same, pair.kappa, pair.spearman)),
+        ]
+        for pair in report.agreement
+    ]
+
+
+def agreement_title(on: str = "") -> str:
+    """The title of a table of scorers' agreement; `on` names the model, where there are several."""
+    return f"do the scorers agree{on}? [95 % interval]"
+
+
+def bias_in_words(spec: str, bias: IdentityBias) -> str:
+    """What a classifier says of civil sentences that name a group."""
+    furthest = ", ".join(f"{term} {bias.groups[term].mean:.3f}" for term in bias.furthest)
+    alarms = sum(group.false_alarms for group in bias.groups.values()) / len(bias.groups)
+    neutral = bias.neutral
+    return (
+        f"{short_name(spec)} on civil sentences that name a group: furthest {furthest} (neutral "
+        f"nouns {neutral.mean:.3f}); spread {bias.spread:.3f} (neutral {bias.neutral_spread:.3f}); "
+        f"false alarms {alarms:.1%} (neutral {neutral.false_alarms:.1%})"
+    )
+
+
+def readings(report: EvaluateReport) -> Iterator[str]:
+    """How the labels of each classifier among the scorers are read, and from where on is toxic."""
+    for spec, info in report.scorers.items():
+        if info.reading is not None:
+            own = "" if info.threshold is None else f"; toxic from {info.threshold:g} on"
+            yield f"{short_name(spec)}: {info.reading} of the label, since {info.reason}{own}"
+
+
+def cuts(report: EvaluateReport) -> Iterator[str]:
+    """What of a model's prompts and continuations was not read whole."""
+    for spec, toxicity in report.toxicity.items():
+        if toxicity.cut:
+            yield (
+                f"{short_name(spec)} reads the beginning of a long text only, here of "
+                f"{toxicity.cut:,} continuations"
+            )
+    if report.samples is not None and report.samples.shortened:
+        yield (
+            f"prompts that lost their beginning, since the model's context is too short for them: "
+            f"{report.samples.shortened:,}"
+        )
+    if report.judged is not None and report.judged.shortened:
+        yield (
+            f"continuations that were judged without the beginning of their prompt, since the "
+            f"judge's context is too short for it: {report.judged.shortened:,}"
+        )
 
 
 def _is_per_byte(evaluations: Sequence[Evaluated]) -> bool:

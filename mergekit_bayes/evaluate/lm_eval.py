@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergekit_bayes.errors import ConfigError, MismatchError, did_you_mean
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, did_you_mean
 from mergekit_bayes.evaluate.report import StepProgress, TaskReport, TaskScore
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.evaluate.task_code import refuse_code, sandboxed_templates
@@ -27,6 +27,7 @@ from mergekit_bayes.libraries import call
 from mergekit_bayes.metrics.base import Interval, Z, share_interval
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.quiet import logged_from
+from mergekit_bayes.ranks import lead
 
 _SOLO = "DISABLE_MULTIPROC"  # lm-eval's variable: without it, it forks to resample
 
@@ -104,7 +105,8 @@ def measure_tasks(
 ) -> dict[str, TaskReport]:
     """What a model scores on the tasks, by their names.
 
-    Every rank must call this; they share the requests, and each gets all results.
+    Every rank must call this. The first one runs the tasks, whose Python code so runs once, all
+    ranks share their requests to the model, and each gets all results.
 
     Args:
         config: How to measure.
@@ -120,7 +122,7 @@ def measure_tasks(
     import torch
     from lm_eval.evaluator import evaluate
 
-    from mergekit_bayes.evaluate.lm_eval_model import BlockModel
+    from mergekit_bayes.evaluate.lm_eval_model import Asked, BlockModel
 
     for task in tasks.loaded["tasks"].values():
         task.set_fewshot_seed(seed=config.seed)  # again for each model: it has been drawn from
@@ -128,18 +130,29 @@ def measure_tasks(
     with _in_lm_eval(config.seed, trusted=tasks.trusted), torch.random.fork_rng(devices=on_gpu):
         torch.manual_seed(config.seed)
         model = BlockModel(loaded, batch_size=config.batch_size, seed=config.seed, tell=tell)
-        results = call(
-            "lm-eval fails on its tasks",
-            lambda: evaluate(
-                lm=model,
-                task_dict=tasks.loaded,
-                limit=config.lm_eval_limit,
-                bootstrap_iters=config.bootstrap,
-                confirm_run_unsafe_code=tasks.trusted,
-            ),
-        )
-    reports = {name: _task_report(name, results, config) for name in results["results"]}
-    return {name: report for name, report in reports.items() if report.scores}
+
+        def run(together: Callable[[Asked], object]) -> dict[str, TaskReport]:
+            model.together = together
+            results = call(
+                "lm-eval fails on its tasks",
+                lambda: evaluate(
+                    lm=model,
+                    task_dict=tasks.loaded,
+                    limit=config.lm_eval_limit,
+                    bootstrap_iters=config.bootstrap,
+                    confirm_run_unsafe_code=tasks.trusted,
+                ),
+            )
+            reports = {name: _task_report(name, results, config) for name in results["results"]}
+            found = {name: report for name, report in reports.items() if report.scores}
+            if not found:
+                raise CheckpointError(
+                    f"lm-eval gives no number for its tasks ({', '.join(reports)}): none has a "
+                    "metric that is one."
+                )
+            return found
+
+        return lead(run, model.answer)
 
 
 @contextmanager
@@ -274,7 +287,7 @@ def _document_values(
     return {
         key: tuple(float(column[document]) for document in documents)
         for key, column in columns.items()
-        if len(column) == len(documents) and all(map(_is_number, column.values()))
+        if len(column) == len(documents) and all(map(_is_finite, column.values()))
     }
 
 
@@ -287,7 +300,7 @@ def _interval(value: float, error: object, documents: Sequence[float]) -> Interv
     shares = np.array(documents)
     if len(shares) and np.isin(shares, (0, 1)).all() and np.isclose(shares.mean(), value):
         return share_interval(shares)
-    if not _is_number(error):
+    if not _is_finite(error):
         return Interval(value=value)
     half = Z * float(error)  # type: ignore[arg-type]  # a number
     return Interval(value=value, low=value - half, high=value + half)
@@ -295,3 +308,7 @@ def _interval(value: float, error: object, documents: Sequence[float]) -> Interv
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number | np.bool_)
+
+
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and bool(np.isfinite(value))  # type: ignore[call-overload]  # a number

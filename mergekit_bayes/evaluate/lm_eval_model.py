@@ -4,7 +4,8 @@ Import this module where lm-eval is known to be installed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -17,11 +18,19 @@ from mergekit_bayes.ranks import spread, world
 _BATCHES = 32  # in a block; lm-eval sorts and shares prefixes within one
 
 
+class Asked(NamedTuple):
+    """Requests of one kind, as ranks tell each other of them."""
+
+    kind: str  # the method of lm-eval's model class
+    arguments: list[Any]  # of each request; its document stays on the rank that read it
+
+
 class BlockModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval's own model class, with the requests in blocks of equal size.
 
     A block does not depend on the number of ranks, and what is drawn in it has a seed of its own,
-    so that several ranks give what one process does.
+    so that several ranks give what one process does. One rank runs the tasks, and `together` has
+    all ranks answer what these ask (`ranks.lead`).
 
     Args:
         loaded: A causal language model.
@@ -41,22 +50,27 @@ class BlockModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._block = _BATCHES * batch_size
         self._seed, self._blocks = seed, 0
         self._tell = tell
+        self._answers: list[Any] = []
+        self.together: Callable[[Asked], object] = self.answer
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Any]:
         """The log likelihood of each continuation, and whether it is the greedy one."""
-        return self._in_blocks(super().loglikelihood, requests)
+        return self._asked("loglikelihood", requests)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[Any]:
         """The log likelihood of each text."""
-        return self._in_blocks(super().loglikelihood_rolling, requests)
+        return self._asked("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Any]:
         """The text that is written after each context."""
-        return self._in_blocks(super().generate_until, requests)
+        return self._asked("generate_until", requests)
 
-    def _in_blocks(self, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+    def answer(self, asked: Asked) -> None:
+        """Answer requests; every rank must call this, and keeps the answers to all of them."""
+        requests = [SimpleNamespace(args=arguments) for arguments in asked.arguments]
+        answer: Callable[..., list[Any]] = getattr(super(), asked.kind)
         starts = range(0, len(requests), self._block)
         first, done = self._blocks, 0
         self._blocks += len(starts)
@@ -64,10 +78,14 @@ class BlockModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         def work(start: int) -> list[Any]:
             nonlocal done
             torch.manual_seed(mix(self._seed, first + start // self._block))
-            block = list(requests[start : start + self._block])
+            block = requests[start : start + self._block]
             answers = list(answer(block, disable_tqdm=True))
             done += len(block)
             self._tell("lm-eval", min(done * world(), len(requests)), len(requests))
             return answers
 
-        return [answer for block in spread(starts, work) for answer in block]
+        self._answers = [answer for block in spread(starts, work) for answer in block]
+
+    def _asked(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        self.together(Asked(kind, [request.args for request in requests]))
+        return self._answers

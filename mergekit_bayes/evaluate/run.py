@@ -128,7 +128,7 @@ def evaluate_model(
         continuations = score_continuations(
             config, loaded, inputs.prompts, inputs.scorers, inputs.judge, tell
         )
-        task_reports = on_main(lambda: measure_tasks(config, loaded, inputs.tasks, tell))
+        task_reports = measure_tasks(config, loaded, inputs.tasks, tell)
         model_identity = on_main(lambda: _identity(opened))
         if variant != "as it is":
             model_identity = sha256(f"{model_identity} {variant}".encode()).hexdigest()

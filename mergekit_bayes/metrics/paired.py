@@ -65,7 +65,7 @@ def paired_share_change(before: FloatArray, after: FloatArray) -> Interval:
         The change; for fewer than two groups without an interval.
     """
     (n, k), d = before.shape, (after - before).mean(axis=1)
-    change = float(d.mean())
+    change = float((after - before).sum()) / (n * k)  # of whole numbers: no rounding before the end
     if n < 2:
         return Interval(value=change)
     differ = (after != before).sum(axis=1).astype(np.float64)
