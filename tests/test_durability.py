@@ -239,7 +239,7 @@ def test_what_cannot_be_relearnt_is_refused_before_a_model_is_loaded(
 
 
 def test_a_model_without_variants_is_refused_before_any_is_measured(model, world, monkeypatch):
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     monkeypatch.setattr(running, "evaluate_model", lambda *_: pytest.fail("a model is measured"))
     shutil.copytree(model, "coded")
@@ -248,7 +248,18 @@ def test_a_model_without_variants_is_refused_before_any_is_measured(model, world
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     prompts.base_model_name_or_path = str(model)
     get_peft_model(load_model(str(model)).model, prompts).save_pretrained("prompts")
-    for name, message in (("coded", "'coded' is quantised already"), ("prompts", "no weights")):
+    loaded = load_model(str(model))
+    low_rank = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    get_peft_model(loaded.model, low_rank).save_pretrained("lora")
+    written = json.loads(Path("lora/adapter_config.json").read_text())
+    written["base_model_name_or_path"] = "coded"
+    Path("lora/adapter_config.json").write_text(json.dumps(written))
+    messages = {
+        "coded": "'coded' is quantised already",
+        "prompts": "no weights",
+        "lora": "'lora' is quantised already",
+    }
+    for name, message in messages.items():
         for settings in ({"four_bits": True}, {"relearn": "rows.jsonl"}):
             with pytest.raises(ConfigError, match=message):
                 run_compare(config(model, name, **settings))
@@ -265,18 +276,22 @@ def test_a_weight_without_4_bits_is_refused_before_its_model_is_measured(model, 
         measured(config("infinite", four_bits=True))
 
 
-def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch):
-    trained = []
+def test_a_label_that_the_model_lacks_is_refused_before_it_is_measured(world, monkeypatch):
+    monkeypatch.setattr(evaluating, "predict", lambda *_: pytest.fail("the model is measured"))
+    Path("odd.jsonl").write_text(json.dumps({"text": TEXTS[0], "label": 9}))
+    bert = tiny_models.tiny_bert(world / "bert")
+    chosen = config(bert, classify={"a": "rows.jsonl"}, perplexity={}, relearn="odd.jsonl")
+    with pytest.raises(MismatchError, match=r"'odd\.jsonl': label 9 .* LABEL_0, LABEL_1"):
+        measured(chosen)
 
+
+def test_relearning_trains_on_the_device_of_the_model(model, world, monkeypatch):
     def watched(device, work, settings, *, quiet):
-        trained.append(device)
-        return work(settings, quiet=quiet)
+        raise ConfigError(f"{work.__name__} on {device}")
 
     monkeypatch.setattr(relearning, "on_device", watched)
-    relearn(
-        config(model, relearn="rows.jsonl", relearn_steps=1), str(model), load_model(str(model))
-    )
-    assert trained == [torch.device("cpu")]
+    with pytest.raises(ConfigError, match="run_finetune on cpu"):
+        relearn(config(model, relearn="rows.jsonl"), str(model), load_model(str(model)))
 
 
 def test_a_rate_that_leaves_no_finite_weights_is_refused_by_its_name(model, world):

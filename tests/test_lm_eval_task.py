@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.evaluate.report import ScorerInfo
+from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.lm_eval_task.settings import read_settings
 from mergekit_bayes.metrics.scorers import word_scorer
 from mergekit_bayes.metrics.toxicity import score_toxicity
@@ -123,3 +125,12 @@ def test_an_empty_prompt_is_refused(folder, tmp_path):
             prompt_column="text",
             scorer=f"words:{folder}/words.txt",
         )
+
+
+def test_a_number_is_named_without_the_folders_of_its_scorer():
+    from mergekit_bayes.lm_eval_task import task
+
+    specs = ["panel:/home/a/mine.yaml/first", "panel:toxicity/hap", "model:a/b#x,y", "m.o:f"]
+    scorers = [Scorer(spec, list, ScorerInfo(kind="words", fingerprint=None)) for spec in specs]
+    names = ["_panel:mine.yaml/first", "_panel:toxicity/hap", "_model:b#x;y", "_m.o:f"]
+    assert task._suffixes(scorers) == names

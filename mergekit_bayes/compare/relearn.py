@@ -11,6 +11,7 @@ trains, on the device where the model is measured, so that the numbers are those
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
@@ -20,10 +21,14 @@ from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.launcher import on_device
 from mergekit_bayes.libraries import call
+from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.ranks import main_first, on_main
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _ROWS_A_STEP = 16
 _PREFIX = ".bmerge-relearn-"
@@ -54,13 +59,25 @@ def refuse_relearning(config: CompareConfig) -> None:
         return
     if config.output is not None:
         refuse_inputs(Path(config.output), [config.relearn])
-    load_rows(
-        config.relearn,
-        where=config.relearn_where or None,
-        max_rows=config.relearn_rows,
-        text=config.text_column,
-        label=config.label_column if config.classify else None,
-    )
+    _rows(config, has_labels=bool(config.classify))
+
+
+def refuse_rows(config: CompareConfig, loaded: Loaded) -> None:
+    """Refuse rows that a loaded model cannot relearn.
+
+    Raises:
+        MismatchError: A label is not one of the classifier's, or no row gives anything to learn
+            from.
+    """
+    if config.relearn is not None:
+        is_classifier = loaded.task == "classification"
+        encode_rows(
+            _rows(config, has_labels=is_classifier),
+            loaded,
+            text=config.text_column,
+            label=config.label_column if is_classifier else None,
+            source=config.relearn,
+        )
 
 
 def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
@@ -102,6 +119,16 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
             )
         plain.load_state_dict(trained.model.state_dict())
     loaded.model.to(device)
+
+
+def _rows(config: CompareConfig, *, has_labels: bool) -> "Dataset":
+    return load_rows(
+        str(config.relearn),
+        where=config.relearn_where or None,
+        max_rows=config.relearn_rows,
+        text=config.text_column,
+        label=config.label_column if has_labels else None,
+    )
 
 
 def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 
-from mergekit_bayes.compare.relearn import refuse_relearning, relearn
+from mergekit_bayes.compare.relearn import refuse_relearning, refuse_rows, relearn
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.evaluate.report import Variant
 from mergekit_bayes.evaluate.run import Change
@@ -34,7 +34,7 @@ def variants_of(
     """
     as_it_is = config.evaluation(model)
     has_variants = config.four_bits or config.relearn is not None
-    check = Change("as it is", lambda loaded: _refuse_weights(config, loaded))
+    check = Change("as it is", lambda loaded: _refuse_loaded(config, loaded))
     yield "as it is", as_it_is, check if has_variants else None
     fields = EvaluateConfig.model_fields
     own = as_it_is.model_copy(update={name: fields[name].default for name in _OF_THE_POSTERIOR})
@@ -68,7 +68,8 @@ def refuse_models(config: CompareConfig) -> None:
             refuse_fixed(model)
 
 
-def _refuse_weights(config: CompareConfig, loaded: Loaded) -> None:
+def _refuse_loaded(config: CompareConfig, loaded: Loaded) -> None:
+    refuse_fixed_weights(loaded)
     if config.four_bits:
         refuse_unroundable(loaded)
-    refuse_fixed_weights(loaded)
+    refuse_rows(config, loaded)

@@ -145,8 +145,9 @@ def _suffixes(scorers: Sequence[Scorer]) -> list[str]:
     for scorer in scorers:
         # lm-eval writes a comma between a metric and its filter.
         kind, _, rest = scorer.spec.replace(",", ";").partition(":")
-        is_file = kind in ("words", "model")
-        names.append(f"_{kind}:{Path(rest).name}" if is_file else f"_{kind}:{rest}")
+        # The panel and its member, or the file or folder, without the folders that hold it.
+        parts = {"words": 1, "model": 1, "panel": 2}.get(kind)
+        names.append(f"_{kind}:{'/'.join(Path(rest).parts[-parts:]) if parts else rest}")
     if len(set(names)) < len(names):
         raise ConfigError(
             f"the scorers {', '.join(s.spec for s in scorers)} have equal short names, by which "

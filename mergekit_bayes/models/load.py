@@ -28,7 +28,7 @@ from mergekit_bayes.models.pretrained import (
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,12 @@ def is_classifier(ref: str, *, trust_remote_code: bool = False) -> bool:
     return _has_classification_head(load_config(path, trust_remote_code=trust_remote_code))
 
 
+def base_of(config: "PeftConfig") -> str:
+    """The path or Hub id of an adapter's base."""
+    name = str(config.base_model_name_or_path)
+    return f"{name}@{config.revision}" if config.revision and is_hub_id(name) else name
+
+
 def other_head(loaded: Loaded) -> str | None:
     """The outputs and the problem of a classifier that does not choose one label of two or more.
 
@@ -319,13 +325,14 @@ def _load_adapter(
         if num_labels is None:
             num_labels = labels.num_labels
     config = load_adapter_config(path)
-    name = str(config.base_model_name_or_path)
-    if config.revision and is_hub_id(name):
-        name = f"{name}@{config.revision}"
     if task == "auto":
         task = "classification" if config.task_type == "SEQ_CLS" else "causal-lm"
     base = load_model(
-        name, task, num_labels=num_labels, dtype=dtype, trust_remote_code=trust_remote_code
+        base_of(config),
+        task,
+        num_labels=num_labels,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id

@@ -7,7 +7,7 @@ from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.libraries import call
 from mergekit_bayes.models.limits import ADAPTER_CONFIG, CONFIG
-from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.load import Loaded, base_of
 from mergekit_bayes.models.pretrained import load_adapter_config
 
 if TYPE_CHECKING:
@@ -18,14 +18,16 @@ def refuse_fixed(ref: str) -> None:
     """Refuse a model whose files say that its weights cannot be changed, without loading it.
 
     Raises:
-        ConfigError: It is quantised, or an adapter that changes no weights.
-        CheckpointError: There is no such model, or its config cannot be read.
+        ConfigError: It, or its base, is quantised; or it is an adapter that changes no weights.
+        CheckpointError: There is no such model or base, or its config cannot be read.
     """
     path = resolve(ref, CHECKPOINT)
     if (path / ADAPTER_CONFIG).exists():
-        if load_adapter_config(path).is_prompt_learning:
+        adapter = load_adapter_config(path)
+        if adapter.is_prompt_learning:
             raise _no_weights(ref)
-    elif (path / CONFIG).exists() and "quantization_config" in read_mapping(path / CONFIG):
+        path = resolve(base_of(adapter), CHECKPOINT)
+    if (path / CONFIG).exists() and "quantization_config" in read_mapping(path / CONFIG):
         raise _quantised(ref)
 
 
