@@ -5,15 +5,14 @@ the random square root below, which needs no labels and no per-example gradients
 on confident models, where sampled labels hardly ever show the other class.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
-from mergekit_bayes.curvature.outputs import scored_logits, trained_loss
-from mergekit_bayes.libraries import outputs_of
+from mergekit_bayes.curvature.squares import Scored, squared_gradients
 
 
 def ggn_diagonal(
@@ -49,31 +48,12 @@ def ggn_diagonal(
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
     """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
-    observations, was_training = 0, model.training
-    model.eval()
-    try:
-        for batch in batches:
-            labels, tokens = batch.get("labels"), batch.get("input_ids")
-            outputs = outputs_of(
-                model, **{name: v for name, v in batch.items() if name != "labels"}
-            )
-            loss = trained_loss(model, labels)
-            logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
-            root = random_root(logits.detach().float(), loss.likelihood, generator)
-            root *= loss.scale(logits.shape[-1]) ** 0.5
-            projected = (root * logits.float()).sum()
-            gradients = torch.autograd.grad(projected, parameters, allow_unused=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient.float(), gradient.float())
-            observations += logits.shape[0]
-    finally:
-        model.train(was_training)
-    return Curvature(dict(zip(names, totals, strict=True)), observations)
+    return squared_gradients(model, batches, _roots, seed=seed)
+
+
+def _roots(scored: Scored) -> Iterator[Tensor]:
+    root = random_root(scored.logits, scored.loss.likelihood, scored.generator)
+    yield root.mul_(scored.loss.scale(scored.logits.shape[-1]) ** 0.5)
 
 
 def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> Tensor:
