@@ -24,7 +24,8 @@ from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
-from mergekit_bayes.precision.from_moments import refuse_moment_settings, run_from_moments
+from mergekit_bayes.precision.from_moments import run_from_moments
+from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
