@@ -19,6 +19,8 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
+from mergekit_bayes.moments import precision_of
+from mergekit_bayes.moments.state import read_state
 from mergekit_bayes.posterior import identify, open_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
@@ -436,3 +438,23 @@ def test_the_command_prints_what_it_read_and_its_notes(run, checkpoint):
     report = json.loads(result.stdout)
     assert (report["estimator"], report["step"], report["rows"]) == ("adam", 5, None)
     assert CliRunner().invoke(app, arguments).exit_code != 0
+
+
+@pytest.mark.parametrize("learns", [0.0, 0.3])
+def test_b_v_is_the_fisher_where_nothing_is_learnt_and_more_by_the_gradient(tmp_path, learns):
+    """F + (B - 1) gbar^2, with the variance that the docstring gives."""
+    size, batch, beta2, steps = 4000, 10, 0.98, 200
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(size))
+    optimizer = torch.optim.AdamW([weight], lr=0.0, betas=(0.9, beta2))
+    mean = learns * torch.randn(size, generator=generator)
+    for _ in range(steps):
+        weight.grad = (mean + torch.randn(batch, size, generator=generator)).mean(0)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    moment = read_state(tmp_path / "optimizer.pt").by_key[0]
+    ratio = precision_of(moment, 1000, batch) / (1000 * (1 + batch * mean**2))
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.02)
+    if not learns:
+        expected = 2 * (1 - beta2) / (1 + beta2)
+        assert float(ratio.var()) == pytest.approx(expected, rel=0.15)
