@@ -14,8 +14,30 @@ class PrecisionConfig(Config):
     """Settings of one estimate of a precision: the flags of `bmerge precision`."""
 
     model: str = Field(description="A model folder, or a Hub id (which needs -o).")
-    data: str | tuple[str, ...] = Field(
-        description="What the precision stands for: a file, folder or Hub data set; repeatable."
+    data: str | tuple[str, ...] | None = Field(
+        None,
+        description="What the precision stands for: a file, folder or Hub data set; repeatable.",
+    )
+    moments: str | None = Field(
+        None,
+        description="Take it from Adam's second moments instead, as a training left them: "
+        "optimizer.pt, a folder of torch.distributed.checkpoint, exp_avg_sq.safetensors, or the "
+        "checkpoint that holds one of them.",
+    )
+    observations: int | None = Field(
+        None, ge=1, description="With --from: tokens or rows of all the training's data."
+    )
+    batch_observations: int | None = Field(
+        None,
+        ge=1,
+        description="With --from: tokens or rows of one optimizer step, over accumulation and "
+        "processes.",
+    )
+    step: int | None = Field(
+        None, ge=1, description="With --from: optimizer steps, where the file does not say."
+    )
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="With --from: Adam's beta2, where the file does not say."
     )
     output: str | None = Field(
         None, description="A folder or .safetensors file; by default MODEL/posterior."
@@ -55,11 +77,13 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
-        rows: Number of rows in the data.
+        rows: Number of rows in the data; None without data, as the next three.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
+        step: Optimizer steps in the second moments; None for an estimate from data.
+        notes: What may make the precision other than it should be.
     """
 
     path: Path
@@ -67,8 +91,10 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
-    rows: int
-    sampled: int
-    device: str
-    dtype: str
+    rows: int | None
+    sampled: int | None
+    device: str | None
+    dtype: str | None
     health: dict[str, float]
+    step: int | None = None
+    notes: tuple[str, ...] = ()
