@@ -31,6 +31,7 @@ NAME = "precision"
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
     """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
     from mergekit_bayes.precision.run import run_precision
+    from mergekit_bayes.precision.stability import in_words
 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
@@ -40,6 +41,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )
+    console(quiet=quiet).print(in_words(report), markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

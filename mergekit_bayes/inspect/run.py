@@ -7,6 +7,7 @@ Hub only the headers are read (`headers`), and its report has no values.
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
+from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import find_renaming, renamed_note
 from mergekit_bayes.checkpoint.sources import is_hub_id
@@ -14,7 +15,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
-from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
 from mergekit_bayes.inspect.notes import layer_notes
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of

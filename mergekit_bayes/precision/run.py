@@ -31,6 +31,7 @@ from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 
 _ESTIMATOR = "ggn"
 
@@ -94,6 +95,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
+        refuse_few(count, len(examples))
         loaded.move_to(config.device)
         curvature = estimate_curvature(
             _ESTIMATOR,
@@ -102,11 +104,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             batch_size=config.batch_size,
             seed=config.seed,
         )
+        stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
         precision = {
             name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
         }
-        health = precision_health(precision)
+        health = precision_health(precision) | health_of(stability)
         # No labels are read, so that the config of a classifier says which loss it trains with.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -142,6 +145,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=health,
+        stability=stability,
     )
 
 

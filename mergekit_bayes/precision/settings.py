@@ -46,6 +46,38 @@ class PrecisionConfig(Config):
     force: Force = False
 
 
+class LayerStability(Frozen):
+    """How far the curvature of a layer would move with other examples.
+
+    Attributes:
+        name: Common start of the tensors' names, or `embeddings`, `rest`, `head`.
+        relative_error: Standard error of a row's curvature over the curvature, root mean square;
+            `curvature.stability` has the equation.
+        rank_correlation: Spearman's, of the rows of a tensor between two halves of the examples;
+            None where no tensor has eight rows.
+    """
+
+    name: str
+    relative_error: float
+    rank_correlation: float | None
+
+
+class Stability(Frozen):
+    """How far the curvature would move with other examples, from disjoint subsamples of them.
+
+    Attributes:
+        relative_error: As that of a layer, over the whole model.
+        rank_correlation: Likewise.
+        layers: The layers that have curvature, in order.
+        more_examples: How many more examples would halve the error.
+    """
+
+    relative_error: float
+    rank_correlation: float | None
+    layers: tuple[LayerStability, ...]
+    more_examples: int
+
+
 class PrecisionReport(Frozen):
     """Where the precision was written, and what it stands for.
 
@@ -60,6 +92,8 @@ class PrecisionReport(Frozen):
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
+        stability: How far it would move with other examples; None for fewer batches than
+            subsamples.
     """
 
     path: Path
@@ -72,3 +106,4 @@ class PrecisionReport(Frozen):
     device: str
     dtype: str
     health: dict[str, float]
+    stability: Stability | None = None
