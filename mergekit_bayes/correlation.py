@@ -8,14 +8,15 @@ _Array = NDArray[np.float64]
 
 def rank_correlation(one: _Array, other: _Array) -> float | None:
     """Spearman's correlation of two vectors; None where one of them is constant."""
-    ranks = np.stack([_ranks(one), _ranks(other)])
+    ranks = np.stack([mean_ranks(one), mean_ranks(other)])
     ranks -= ranks.mean(1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(1))
     return None if not norms.all() else float(ranks[0] @ ranks[1] / norms.prod())
 
 
-def _ranks(values: _Array) -> _Array:
-    """Ranks from 0 on; equal values share the mean of theirs."""
+def mean_ranks(values: _Array) -> _Array:
+    """Ranks from 0 on, in the shape of the values; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum()
-    return (last - (counts + 1) / 2)[inverse]
+    ranks: _Array = (last - (counts + 1) / 2)[inverse].reshape(values.shape)
+    return ranks

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import output_layer
 
+EMBEDDINGS = "embeddings"  # the layer of all embeddings
+
 _NUMBERED = re.compile(r"^(.*?(?:^|\.)\d+)(?=\.)")
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe|embed\w*|tok_embeddings|shared|\w*embeddings?)(\.|$)")
 
@@ -34,5 +36,5 @@ def _place(name: str) -> _Place:
         stack, _, index = numbered[1].rpartition(".")
         return _Place(1, stack, int(index), numbered[1])
     if _EMBEDDING.search(name):
-        return _Place(0, "", 0, "embeddings")
+        return _Place(0, "", 0, EMBEDDINGS)
     return _Place(2, "", 0, "rest")
