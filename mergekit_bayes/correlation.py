@@ -7,8 +7,8 @@ _Array = NDArray[np.float64]
 
 
 def rank_correlation(one: _Array, other: _Array) -> float | None:
-    """Spearman's correlation of two vectors; None where one of them is constant."""
-    ranks = np.stack([mean_ranks(one), mean_ranks(other)])
+    """Spearman's correlation of two arrays of one shape; None where one of them is constant."""
+    ranks = np.stack([mean_ranks(one.ravel()), mean_ranks(other.ravel())])
     ranks -= ranks.mean(1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(1))
     return None if not norms.all() else float(ranks[0] @ ranks[1] / norms.prod())

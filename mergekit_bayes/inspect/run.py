@@ -23,7 +23,7 @@ from mergekit_bayes.lora import open_model
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
 from mergekit_bayes.posterior.forms import is_form_of
-from mergekit_bayes.posterior.information import Information, information, read_grids
+from mergekit_bayes.posterior.information import Information, information, needs_weights, read_grids
 from mergekit_bayes.records import Progress
 
 
@@ -196,4 +196,8 @@ def _information(
         and specs[name].size > 1
         and is_form_of(precision.specs[other], specs[name])
     }
-    return information(read_grids(precision, by_entry), info) if by_entry else None
+    if not by_entry:
+        return None
+    grids = read_grids(precision, by_entry)
+    weights = read_grids(posterior.mean, {name: name for name in needs_weights(grids)})
+    return information(grids, info, weights)

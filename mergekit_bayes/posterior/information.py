@@ -48,7 +48,7 @@ class Grid:
 
     Attributes:
         name: The tensor.
-        values: (rows, columns) in float64, 1/weight^2; one column for a vector.
+        values: (rows, columns) in float64; one column for a vector.
         shape: (rows, columns) of the tensor, whose axes after the first are joined.
         is_embedding: Whether it is an embedding by its name: it has rows of tokens that no text
             held.
@@ -118,11 +118,11 @@ def two_axes(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def read_grids(source: TensorSource, names: Mapping[str, str]) -> dict[str, Grid]:
-    """Read the entries of a precision that are looked at.
+    """Read the entries of a precision or of a mean that are looked at.
 
     Args:
-        source: The precision.
-        names: Its tensors with one number an entry, by the name of the mean's.
+        source: Its tensors.
+        names: Those with one number an entry, by the name under which they are looked at.
     """
     embeddings = set(group_layers(names).get(EMBEDDINGS, ()))
     return {
@@ -175,12 +175,17 @@ def floors(info: PosteriorInfo | None) -> tuple[float, ...]:
     return (prior,)
 
 
-def information(grids: Mapping[str, Grid], info: PosteriorInfo | None) -> Information:
+def information(
+    grids: Mapping[str, Grid],
+    info: PosteriorInfo | None,
+    weights: Mapping[str, Grid] | None = None,
+) -> Information:
     """What a sample of a precision says about its worth.
 
     Args:
         grids: The sample, by tensor name.
         info: The record of the precision.
+        weights: The same entries of the mean, of the tensors that `needs_weights` names.
     """
     prior = floors(info)
     grids = {name: grid for name, grid in grids.items() if grid.values.size}
@@ -194,12 +199,17 @@ def information(grids: Mapping[str, Grid], info: PosteriorInfo | None) -> Inform
         within=_within(grids.values()),
         deviation=_median(_deviation(grid.values) for grid in matrices),
         explained=_median(_explained(grid.ranks) for grid in matrices),
-        aligned=_aligned(grids, matrices),
+        aligned=_aligned(grids, matrices, weights or {}),
         informative=_informative(grids.values(), prior[0]),
         alone=_alone(grids.values(), prior),
         zeros=zeros / entries if entries else 0.0,
         scattered=scattered / entries if entries else 0.0,
     )
+
+
+def is_enough(found: Information) -> bool:
+    """Whether a sample is large enough to say anything of the precision."""
+    return found.matrix_entries >= _ENOUGH
 
 
 def doubts(found: Information) -> list[str]:
@@ -208,7 +218,7 @@ def doubts(found: Information) -> list[str]:
     Args:
         found: What its sample says. Of few matrices nothing is said.
     """
-    if found.matrix_entries < _ENOUGH or found.deviation is None or found.explained is None:
+    if not is_enough(found) or found.deviation is None or found.explained is None:
         return []
     reasons = []
     if found.scattered > _SCATTERED or found.zeros > _ZEROS:
@@ -295,15 +305,22 @@ def _alone(grids: Iterable[Grid], values: Sequence[float]) -> float:
     return float(found / size) if size else 0.0
 
 
-def _aligned(grids: Mapping[str, Grid], matrices: Sequence[Grid]) -> float | None:
+def _aligned(
+    grids: Mapping[str, Grid], matrices: Sequence[Grid], weights: Mapping[str, Grid]
+) -> float | None:
     """The mean over square matrices of `right - wrong`.
 
-    right = the better of the correlations of its outputs with those of other tensors, and of its
-    inputs with theirs; wrong = the same with inputs and outputs exchanged. Where the layer has a
-    bias, its outputs are compared with this alone. Transposing all square matrices changes the
-    sign.
+    Where the layer has a bias, right is the correlation of the bias with the outputs and wrong that
+    with the inputs. Elsewhere two such differences are added:
+
+    - right is the better of the correlations of its outputs with those of other tensors, and of its
+      inputs with theirs; wrong is the same with inputs and outputs exchanged;
+    - right are the correlations of rows with the size of the weights in them, and of columns; wrong
+      are those of rows with columns.
+
+    Transposing all square matrices changes the sign.
     """
-    biases = {grid.name: grids[bias] for grid in matrices if (bias := _bias(grid.name)) in grids}
+    biases = _biases(grids, matrices)
     output = _output_axis(matrices, biases)
     outputs = _references(matrices, output)
     inputs = _references(matrices, 1 - output)
@@ -314,13 +331,37 @@ def _aligned(grids: Mapping[str, Grid], matrices: Sequence[Grid]) -> float | Non
             continue
         out, into = _profile(grid, output), _profile(grid, 1 - output)
         if grid.name in biases:
-            rows = biases[grid.name].values[:, 0]
-            gaps.append(_fit(out, rows) - _fit(into, rows))
-        elif length in outputs and length in inputs:
-            right = max(_fit(out, outputs[length]), _fit(into, inputs[length]))
-            wrong = max(_fit(into, outputs[length]), _fit(out, inputs[length]))
-            gaps.append(right - wrong)
+            bias = biases[grid.name].values[:, 0]
+            gaps.append(_fit(out, bias) - _fit(into, bias))
+            continue
+        gap = 0.0
+        if length in outputs and length in inputs:
+            gap += max(_fit(out, outputs[length]), _fit(into, inputs[length]))
+            gap -= max(_fit(into, outputs[length]), _fit(out, inputs[length]))
+        if grid.name in weights:
+            rows, columns = _sizes(weights[grid.name])
+            down, across = _profile(grid, 0), _profile(grid, 1)
+            gap += _fit(down, rows) + _fit(across, columns)
+            gap -= _fit(down, columns) + _fit(across, rows)
+        gaps.append(gap)
     return float(np.mean(gaps)) if gaps else None
+
+
+def needs_weights(grids: Mapping[str, Grid]) -> list[str]:
+    """The square matrices without a bias: their weights help to tell rows from columns."""
+    matrices = [grid for grid in grids.values() if grid.is_matrix]
+    biases = _biases(grids, matrices)
+    return [g.name for g in matrices if g.shape[0] == g.shape[1] and g.name not in biases]
+
+
+def _biases(grids: Mapping[str, Grid], matrices: Sequence[Grid]) -> dict[str, Grid]:
+    return {grid.name: grids[bias] for grid in matrices if (bias := _bias(grid.name)) in grids}
+
+
+def _sizes(weights: Grid) -> tuple[_Matrix, _Matrix]:
+    """Mean squares of the weights in each row and in each column."""
+    squares = weights.values**2
+    return squares.mean(1), squares.mean(0)
 
 
 def _bias(name: str) -> str:
