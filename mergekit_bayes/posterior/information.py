@@ -20,16 +20,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.checkpoint.codec import is_bad_precision, read_chunk
+from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.layers import EMBEDDINGS, group_layers
 from mergekit_bayes.checkpoint.specs import TensorSource
-from mergekit_bayes.correlation import mean_ranks, rank_correlation
+from mergekit_bayes.correlation import mean_ranks, unit_ranks
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.records import Frozen
 
 SIDE = 32  # indices of an axis that are looked at
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of an expert, in the name of a tensor
 _SMALL = 16  # length of an axis below which a matrix shows no structure
+_AT_ONCE = 1 << 16  # entries of a tensor that is read in one piece
 _ENOUGH = 2048  # entries of matrices below which nothing is said
 _ALONE = 0.01  # share of the prior below which curvature adds nothing to it
 
@@ -63,6 +64,12 @@ class Grid:
     def is_matrix(self) -> bool:
         """Whether it is the weight of a layer, and large enough to show structure."""
         return min(self.shape) >= _SMALL and not self.is_embedding
+
+    @cached_property
+    def logs(self) -> _Matrix:
+        """Logarithms of the values that are positive numbers, flat."""
+        values = self.values.ravel()
+        return np.log(values[np.isfinite(values) & (values > 0)])
 
     @cached_property
     def ranks(self) -> _Matrix:
@@ -137,6 +144,9 @@ def _read_grid(source: TensorSource, stored: str, name: str, *, is_embedding: bo
     places = positions(columns)
     if columns == 1:
         values = read_chunk(source, stored, 0, rows)[positions(rows), None]
+    elif rows * columns <= _AT_ONCE:
+        values = read_chunk(source, stored, 0, rows * columns).reshape(rows, columns)
+        values = values[positions(rows)][:, places]
     else:
         first, last = (int(places[0]), int(places[-1])) if places.size else (0, -1)
         found = [
@@ -197,7 +207,7 @@ def information(
         entries=sum(grid.values.size for grid in grids.values()),
         matrix_entries=entries,
         within=_within(grids.values()),
-        deviation=_median(_deviation(grid.values) for grid in matrices),
+        deviation=_median(_deviation(grid.logs) for grid in matrices),
         explained=_median(_explained(grid.ranks) for grid in matrices),
         aligned=_aligned(grids, matrices, weights or {}),
         informative=_informative(grids.values(), prior[0]),
@@ -242,21 +252,15 @@ def _median(numbers: Iterable[float]) -> float | None:
     return float(np.median(found)) if found else None
 
 
-def _logs(values: _Matrix) -> _Matrix:
-    good: _Matrix = values[~is_bad_precision(values) & (values > 0)]
-    return np.log(good)
-
-
-def _deviation(values: _Matrix) -> float:
-    logs = _logs(values)
+def _deviation(logs: _Matrix) -> float:
     return float(logs.std()) if logs.size else 0.0
 
 
 def _within(grids: Iterable[Grid]) -> float | None:
     sizes, means, variances = [], [], []
     for grid in grids:
-        if (logs := _logs(grid.values)).size:
-            sizes.append(float(np.prod(grid.shape)))
+        if (logs := grid.logs).size:
+            sizes.append(float(grid.shape[0] * grid.shape[1]))
             means.append(logs.mean())
             variances.append(logs.var())
     if not sizes:
@@ -285,10 +289,11 @@ def _scattered(values: _Matrix) -> int:
 def _informative(grids: Iterable[Grid], prior: float) -> float:
     first = second = size = 0.0
     for grid in grids:
-        entries = float(np.prod(grid.shape))
-        data = np.maximum(np.nan_to_num(grid.values, nan=0.0, posinf=0.0) - prior, 0.0)
-        first += entries * data.mean()
-        second += entries * (data**2).mean()
+        entries = float(grid.shape[0] * grid.shape[1])
+        data = grid.values.ravel() - prior
+        data = data[np.isfinite(data) & (data > 0)]
+        first += entries * float(data.sum()) / grid.values.size
+        second += entries * float(data @ data) / grid.values.size
         size += entries
     return float(first**2 / second / size) if second > 0 else 0.0
 
@@ -296,7 +301,7 @@ def _informative(grids: Iterable[Grid], prior: float) -> float:
 def _alone(grids: Iterable[Grid], values: Sequence[float]) -> float:
     found = size = 0.0
     for grid in grids:
-        entries = float(np.prod(grid.shape))
+        entries = float(grid.shape[0] * grid.shape[1])
         alone = np.zeros(grid.values.shape, bool)
         for value in values:
             alone |= np.abs(grid.values - value) <= _ALONE * value
@@ -322,16 +327,18 @@ def _aligned(
     """
     biases = _biases(grids, matrices)
     output = _output_axis(matrices, biases)
-    outputs = _references(matrices, output)
-    inputs = _references(matrices, 1 - output)
+    profiles = {grid.name: (_profile(grid, 0), _profile(grid, 1)) for grid in matrices}
+    outputs = _references(matrices, profiles, output)
+    inputs = _references(matrices, profiles, 1 - output)
     gaps = []
     for grid in matrices:
         length = grid.shape[0]
         if length != grid.shape[1]:
             continue
-        out, into = _profile(grid, output), _profile(grid, 1 - output)
+        down, across = profiles[grid.name]
+        out, into = (across, down) if output else (down, across)
         if grid.name in biases:
-            bias = biases[grid.name].values[:, 0]
+            bias = unit_ranks(biases[grid.name].values)
             gaps.append(_fit(out, bias) - _fit(into, bias))
             continue
         gap = 0.0
@@ -339,8 +346,8 @@ def _aligned(
             gap += max(_fit(out, outputs[length]), _fit(into, inputs[length]))
             gap -= max(_fit(into, outputs[length]), _fit(out, inputs[length]))
         if grid.name in weights:
-            rows, columns = _sizes(weights[grid.name])
-            down, across = _profile(grid, 0), _profile(grid, 1)
+            squares = weights[grid.name].values ** 2
+            rows, columns = unit_ranks(squares.mean(1)), unit_ranks(squares.mean(0))
             gap += _fit(down, rows) + _fit(across, columns)
             gap -= _fit(down, columns) + _fit(across, rows)
         gaps.append(gap)
@@ -358,12 +365,6 @@ def _biases(grids: Mapping[str, Grid], matrices: Sequence[Grid]) -> dict[str, Gr
     return {grid.name: grids[bias] for grid in matrices if (bias := _bias(grid.name)) in grids}
 
 
-def _sizes(weights: Grid) -> tuple[_Matrix, _Matrix]:
-    """Mean squares of the weights in each row and in each column."""
-    squares = weights.values**2
-    return squares.mean(1), squares.mean(0)
-
-
 def _bias(name: str) -> str:
     return f"{name.removesuffix('weight')}bias"
 
@@ -378,20 +379,25 @@ def _output_axis(matrices: Sequence[Grid], biases: Mapping[str, Grid]) -> int:
     return 1 if votes < 0 else 0
 
 
-def _profile(grid: Grid, axis: int) -> _Matrix:
-    """The mean rank of the entries at each index of an axis."""
-    profile: _Matrix = grid.ranks.mean(1 - axis)
-    return profile
+def _profile(grid: Grid, axis: int) -> _Matrix | None:
+    """The mean rank of the entries at each index of an axis, as unit ranks."""
+    return unit_ranks(grid.ranks.mean(1 - axis))
 
 
-def _references(matrices: Sequence[Grid], axis: int) -> dict[int, _Matrix]:
+def _references(
+    matrices: Sequence[Grid],
+    profiles: Mapping[str, tuple[_Matrix | None, _Matrix | None]],
+    axis: int,
+) -> dict[int, _Matrix | None]:
     """The mean profile along an axis of the matrices that are not square, by its length."""
-    profiles: dict[int, list[_Matrix]] = {}
+    found: dict[int, list[_Matrix]] = {}
     for grid in matrices:
-        if grid.shape[0] != grid.shape[1]:
-            profiles.setdefault(grid.shape[axis], []).append(mean_ranks(_profile(grid, axis)))
-    return {length: np.mean(found, axis=0) for length, found in profiles.items()}
+        profile = profiles[grid.name][axis]
+        if grid.shape[0] != grid.shape[1] and profile is not None:
+            found.setdefault(grid.shape[axis], []).append(profile)
+    return {length: unit_ranks(np.mean(several, axis=0)) for length, several in found.items()}
 
 
-def _fit(one: _Matrix, other: _Matrix) -> float:
-    return max(rank_correlation(one, other) or 0.0, 0.0)
+def _fit(one: _Matrix | None, other: _Matrix | None) -> float:
+    """The correlation of two profiles, at least 0; 0 where one of them is constant."""
+    return 0.0 if one is None or other is None else max(float(one @ other), 0.0)
