@@ -99,8 +99,10 @@ def _add_batch(
     del outputs
     vectors = list(roots(Scored(logits.detach().float(), loss, generator)))
     for i, vector in enumerate(vectors):
-        (vector * logits.float()).sum().backward(
-            inputs=list(parameters), retain_graph=i + 1 < len(vectors)
+        torch.autograd.backward(
+            (vector * logits.float()).sum(),
+            retain_graph=i + 1 < len(vectors),
+            inputs=list(parameters),
         )
     return logits.shape[0]
 
@@ -124,6 +126,8 @@ def _handed_over(
         for name, parameter in parameters.items():
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-            handle = parameter.register_post_accumulate_grad_hook(partial(hook, name))
+            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(hook, name)
+            )
             stack.callback(handle.remove)
         yield

@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -80,7 +81,8 @@ class Sums:
             return
         rows, sums = gradient.reshape(total.numel(), -1), total.view(-1, 1)
         at_once = max(1, _AT_ONCE // rows.shape[1])
-        for row, sum_ in zip(rows.split(at_once), sums.split(at_once), strict=True):
+        for start in range(0, len(rows), at_once):
+            row, sum_ = rows[start : start + at_once], sums[start : start + at_once]
             if rows.shape[1] == 1:
                 entries = row.to(sum_.device).float()
                 sum_.addcmul_(entries, entries)
@@ -102,9 +104,12 @@ def _in_a_file(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str,
             f"{folder}: no room for the sums of {size / 1e9:.3g} GB ({error.strerror or error}). "
             "Free some space, choose another -o, or keep them elsewhere (--sums cpu, --pool row)."
         ) from None
-    flat = torch.frombuffer(memory, dtype=torch.float32)[: sum(sizes)]
-    parts = flat.split(sizes)
-    return {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
+    flat = torch.frombuffer(memory, dtype=torch.float32)
+    ends = accumulate(sizes)
+    return {
+        name: flat[end - size : end].view(shape)
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
 
 
 def _fill(file: int, size: int) -> None:
