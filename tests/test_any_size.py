@@ -1,6 +1,10 @@
 """`bmerge precision` at any size: pooled sums, sums elsewhere."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +109,19 @@ def test_rows_that_memory_holds_in_another_order_are_not_pooled(model, monkeypat
     monkeypatch.setattr(places, "checkpoint_names", turned)
     with pytest.raises(MismatchError, match="another order than it has in memory"):
         estimate(model, "row", pool="row")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+def test_the_sums_of_rows_take_no_second_copy_of_a_model_of_100_million():
+    bench = Path(__file__).parent.parent / "scripts" / "bench" / "precision.py"
+
+    def peak(kind):
+        line = [sys.executable, str(bench), "--parameters", "100", "--one", kind]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        return json.loads(subprocess.check_output(line, env=env).splitlines()[-1])
+
+    forward, row, entries = map(peak, ("forward", "row", "entries"))
+    model, activations = forward["model"], forward["peak"] - forward["model"]
+    assert row["peak"] <= 1.25 * model + activations
+    assert entries["peak"] > 1.9 * model + activations  # with the sums of all entries

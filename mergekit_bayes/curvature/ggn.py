@@ -97,6 +97,6 @@ def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> 
     if likelihood == "bernoulli":
         p = logits.sigmoid()
         return signs * (p * (1 - p)).sqrt()
-    p = logits.softmax(-1)
-    signed = p.sqrt() * signs
-    return signed - p * signed.sum(-1, keepdim=True)
+    p = logits.softmax(-1)  # of a language model a gigabyte: no more copies than needed
+    signed = signs.mul_(p.sqrt())
+    return signed.sub_(p.mul_(signed.sum(-1, keepdim=True)))

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import backward
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
@@ -97,14 +99,14 @@ def _add_batch(
     loss = trained_loss(model, labels)
     logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
     del outputs
-    vectors = list(roots(Scored(logits.detach().float(), loss, generator)))
-    for i, vector in enumerate(vectors):
-        torch.autograd.backward(
-            (vector * logits.float()).sum(),
-            retain_graph=i + 1 < len(vectors),
-            inputs=list(parameters),
-        )
-    return logits.shape[0]
+    seen = Scored(logits.detach().float(), loss, generator)
+    vectors = [vector.to(logits.dtype) for vector in roots(seen)]
+    observations, edge = len(logits), get_gradient_edge(logits)
+    del logits, seen  # with many tokens to choose from they are larger than any parameter
+    while vectors:
+        vector = vectors.pop(0)
+        backward(edge, vector, retain_graph=bool(vectors), inputs=list(parameters))
+    return observations
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError
 
-_AT_ONCE = 1 << 22  # entries that are squared at once, which bounds what a float32 copy takes
+_AT_ONCE = 1 << 20  # entries that are squared at once, which bounds what a float32 copy takes
 _WRITTEN = 1 << 20  # bytes of zeros in one write
 
 
