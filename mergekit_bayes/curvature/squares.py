@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
-from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.outputs import (
+    TrainedLoss,
+    numbers,
+    scored_logits,
+    scored_targets,
+    trained_loss,
+)
 from mergekit_bayes.libraries import outputs_of
 
 
@@ -29,11 +35,13 @@ class Scored(NamedTuple):
         logits: z, shape (n, C), float32, without a graph.
         loss: The loss that the model trains with.
         generator: Generator of whatever is drawn, on the device of the logits.
+        targets: Observed labels: class numbers (n,), or numbers (n, C); None without labels.
     """
 
     logits: Tensor
     loss: TrainedLoss
     generator: torch.Generator
+    targets: Tensor | None = None
 
 
 # The vectors v, (n, C) each, one backward pass for each of them.
@@ -50,13 +58,16 @@ def squared_gradients(
             scored where the next label is not -100, a masked one or a classifier of tokens where
             the label itself is not), else a classifier. Dropout is off meanwhile.
         batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens, `labels`.
-            Other labels only say by their dtype which loss a classifier without `problem_type`
-            trains with.
+            Other labels say by their dtype which loss a classifier without `problem_type` trains
+            with, and are what `roots` sees as `Scored.targets`.
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
+
+    Raises:
+        CheckpointError: The model's outputs are not numbers.
     """
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -72,7 +83,9 @@ def squared_gradients(
             )
             loss = trained_loss(model, labels)
             logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
-            vectors = list(roots(Scored(logits.detach().float(), loss, generator)))
+            targets = scored_targets(outputs.logits, labels, tokens, shifts=loss.shifts)
+            seen = numbers(logits.detach().float())
+            vectors = list(roots(Scored(seen, loss, generator, targets)))
             for i, vector in enumerate(vectors):
                 gradients = torch.autograd.grad(
                     (vector * logits.float()).sum(),
