@@ -6,6 +6,11 @@ from bmerge_cli.render import Json, Quiet, console, failures, print_result
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
+_ROWS = {
+    "data": "rows",
+    "self-generated": "texts that the model wrote",
+    "random-tokens": "rows of random tokens",
+}
 
 
 @failures()
@@ -13,6 +18,10 @@ NAME = "precision"
     PrecisionConfig,
     argument("model"),
     option("data"),
+    option("self_generated", low=1),
+    option("keep_generated"),
+    option("random_tokens", low=1),
+    option("estimator"),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -29,13 +38,14 @@ NAME = "precision"
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
+    """Estimate the diagonal curvature of a checkpoint and store it as its precision."""
     from mergekit_bayes.precision.run import run_precision
 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
     console(quiet=quiet).print(
-        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} rows, stands for all "
+        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} "
+        f"{_ROWS[report.source]}, stands for all "
         f"their {report.observations:,} {report.unit}s; median precision "
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,

@@ -10,7 +10,7 @@ from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.squares import Scored, squared_gradients
 from mergekit_bayes.errors import ConfigError
 
-MOST = 64  # outputs; each of them is a backward pass for every observation
+_MOST = 64  # outputs; each of them is a backward pass for every observation
 
 
 def exact_fisher_diagonal(
@@ -51,12 +51,7 @@ def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 def _roots(scored: Scored) -> Iterator[Tensor]:
     outputs = scored.logits.shape[-1]
-    if outputs > MOST:
-        raise ConfigError(
-            f"fisher-exact: the model has {outputs:,} outputs, and each of them costs a backward "
-            f"pass for every observation; at most {MOST} are taken. Choose the estimator ggn, "
-            "which is unbiased for the same curvature."
-        )
+    refuse_outputs(outputs)
     roots = exact_roots(scored.logits, scored.loss.likelihood)
     roots.mul_(scored.loss.scale(outputs) ** 0.5)
     for n, of_one in enumerate(roots):
@@ -64,6 +59,23 @@ def _roots(scored: Scored) -> Iterator[Tensor]:
             alone = torch.zeros_like(scored.logits)
             alone[n] = root
             yield alone
+
+
+def refuse_outputs(count: int) -> None:
+    """Refuse a model with more outputs than the exact Fisher is affordable for.
+
+    Args:
+        count: C, the number of outputs of an observation.
+
+    Raises:
+        ConfigError: There are more than 64.
+    """
+    if count > _MOST:
+        raise ConfigError(
+            f"fisher-exact: the model has {count:,} outputs, and each of them costs a backward "
+            f"pass for every observation; at most {_MOST} are taken. Choose the estimator ggn, "
+            "which is unbiased for the same curvature."
+        )
 
 
 def exact_roots(logits: Tensor, likelihood: str) -> Tensor:

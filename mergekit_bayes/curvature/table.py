@@ -12,3 +12,5 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher-exact": exact_fisher_diagonal,
     "fisher-empirical": empirical_fisher_diagonal,
 }
+# Those that look at observed labels; a precision by one of them stands for the data's labels, too.
+LABELLED = frozenset({"fisher-empirical"})

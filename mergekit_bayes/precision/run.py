@@ -1,4 +1,4 @@
-"""A precision for a checkpoint that has none: the root-GGN diagonal over the user's data.
+"""A precision for a checkpoint that has none: a diagonal of its curvature over some data.
 
 The likelihood part is `N * F`, where F is the curvature per observation and N counts the
 observations of all the data. How many examples the estimate looked at is recorded separately.
@@ -22,17 +22,15 @@ from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models.encode import encode_rows, observations
+from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
-
-_ESTIMATOR = "ggn"
+from mergekit_bayes.precision.sources import read_source, refuse_source
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -71,8 +69,9 @@ def _refuse_settings(config: PrecisionConfig) -> None:
         )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
-    data = (config.data,) if isinstance(config.data, str) else config.data
+    data = (config.data,) if isinstance(config.data, str) else config.data or ()
     refuse_inputs(target, [config.model, *weights, *data])
+    refuse_source(config, target)
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
@@ -83,20 +82,13 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rename = _renaming(source, checkpoint_names(model, parameters))
-        # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, text=config.text_column)
-        examples = encode_rows(
-            rows,
-            loaded,
-            text=config.text_column,
-            max_length=config.max_length,
-            source=config.data,
-        )
+        drawn = read_source(config, loaded)
+        examples = drawn.examples
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         loaded.move_to(config.device)
         curvature = estimate_curvature(
-            _ESTIMATOR,
+            config.estimator,
             loaded,
             random_examples(examples, count, config.seed),
             batch_size=config.batch_size,
@@ -107,11 +99,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
         }
         health = precision_health(precision)
-        # No labels are read, so that the config of a classifier says which loss it trains with.
+        # Labels are read for heads of one label only, so that the config says which loss it is.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
-            estimator=_ESTIMATOR,
+            estimator=config.estimator,
             unit=UNIT[loaded.task],
             observations=total,
             ess=total,
@@ -122,7 +114,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             tokenizer=tokenizer_identity(loaded.path),
             dtype=_stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded) | {LOSS: loss.name},
+            training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
         )
         arrays = {
@@ -133,10 +125,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
-        estimator=_ESTIMATOR,
+        estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
         observations=total,
+        source=drawn.name,
         rows=len(examples),
         sampled=count,
         device=str(loaded.device),
