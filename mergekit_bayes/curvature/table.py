@@ -5,12 +5,14 @@ from mergekit_bayes.curvature.fisher import fisher_diagonal
 from mergekit_bayes.curvature.fisher_empirical import empirical_fisher_diagonal
 from mergekit_bayes.curvature.fisher_exact import exact_fisher_diagonal
 from mergekit_bayes.curvature.ggn import ggn_diagonal
+from mergekit_bayes.curvature.ivon import ivon_diagonal
 
 ESTIMATORS: dict[str, Estimator] = {
     "ggn": ggn_diagonal,
     "fisher": fisher_diagonal,
     "fisher-exact": exact_fisher_diagonal,
     "fisher-empirical": empirical_fisher_diagonal,
+    "ivon": ivon_diagonal,
 }
-# Those that look at observed labels; a precision by one of them stands for the data's labels, too.
-LABELLED = frozenset({"fisher-empirical"})
+# Those that look at the labels of the data; others need none.
+LABELLED = frozenset({"fisher-empirical", "ivon"})

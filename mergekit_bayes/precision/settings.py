@@ -9,7 +9,7 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
-EstimatorName: TypeAlias = Literal["ggn", "fisher", "fisher-exact", "fisher-empirical"]
+EstimatorName: TypeAlias = Literal["ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon"]
 
 
 class PrecisionConfig(Config):
@@ -39,8 +39,8 @@ class PrecisionConfig(Config):
     estimator: EstimatorName = Field(
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
-        "(at most 64 outputs), fisher-empirical (the labels of the data). A merge wants one "
-        "for all models.",
+        "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
+        "weights, labels of the data). A merge wants one estimator for all models.",
     )
     output: str | None = Field(
         None, description="A folder or .safetensors file; by default MODEL/posterior."
@@ -51,7 +51,7 @@ class PrecisionConfig(Config):
     text_column: str = Field("text", description="Column of the text.")
     label_column: str = Field(
         "label",
-        description="Column of a classifier's label, which only fisher-empirical looks at.",
+        description="Column of a classifier's label, which only fisher-empirical and ivon look at.",
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
