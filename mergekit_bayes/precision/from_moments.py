@@ -111,6 +111,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         unit=UNIT[skeleton.task],
         loss=loss.describe(),
         observations=config.observations,
+        source="moments",
         rows=None,
         sampled=None,
         device=None,
