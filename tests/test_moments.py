@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError
 from mergekit_bayes.moments import precision_of
 from mergekit_bayes.moments.state import read_state
 from mergekit_bayes.posterior import identify, open_posterior
-from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision import PrecisionConfig, from_moments
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.moments import BETA2, COUNTS, InChunks, copied, shards, trained
@@ -276,6 +277,7 @@ STATES = {
     "is uint8, expected floating point": {"exp_avg_sq": torch.zeros(4, dtype=torch.uint8)},
     "Adafactor has kept one number a row": {"exp_avg_sq_row": torch.zeros(4)},
     "keeps 'momentum_buffer, step' .* is not Adam": {"momentum_buffer": torch.zeros(4)},
+    "step of 0 is inf": {"exp_avg_sq": torch.zeros(4), "step": torch.tensor(float("inf"))},
     "step of 0 is 0.0": {"exp_avg_sq": torch.zeros(4), "step": torch.tensor(0.0)},
 }
 
@@ -364,11 +366,54 @@ def test_a_broken_or_missing_file_is_one_message(checkpoint, tmp_path):
             precision(checkpoint, folder)
     (folder / ".metadata").write_bytes(data)
     (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"'__0_0.distcp' ends before its bytes of"):
         precision(checkpoint, folder)
     (folder / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="Copy all files"):
         precision(checkpoint, folder)
+
+
+@pytest.mark.parametrize("squares", [torch.zeros(4).to_sparse(), torch.zeros(4, device="meta")])
+def test_tensors_without_their_numbers_are_refused(checkpoint, squares):
+    state = state_of(checkpoint)
+    state["state"][0]["exp_avg_sq"] = squares
+    torch.save(state, checkpoint / "optimizer.pt")
+    with pytest.raises(CheckpointError, match="expected a plain tensor"):
+        precision(checkpoint, checkpoint)
+
+
+def test_shards_that_claim_more_than_they_hold_are_refused(checkpoint, tmp_path):
+    state = by_name(checkpoint)
+    name = "transformer.wte.weight"
+    squares = state["state"][name]["exp_avg_sq"]
+    state["state"][name]["exp_avg_sq"] = InChunks.of(squares)
+    folder = shards(tmp_path / "dcp", {"optimizer": state})
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    item = metadata.state_dict_metadata[f"optimizer.state.{name}.exp_avg_sq"]
+    whole = item.size
+    for size, chunks, message in (
+        (torch.Size([1 << 40, 1 << 20]), item.chunks, "and the parameter"),
+        (whole, item.chunks[:1], "negative or not finite"),
+        (whole, [], "more than its chunks hold"),
+        (torch.Size([9, 3]), item.chunks, "lies beside it"),
+    ):
+        item.size, item.chunks = size, chunks
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises((CheckpointError, MismatchError, PrecisionError), match=message):
+            precision(checkpoint, folder)
+
+
+def test_an_optimizer_s_file_that_changes_meanwhile_is_refused(checkpoint, monkeypatch):
+    """A training that goes on writes it anew."""
+
+    def write_first(model, *arguments, **settings):
+        (checkpoint / "optimizer.pt").touch()
+        return load(model, *arguments, **settings)
+
+    load = from_moments.load_skeleton
+    monkeypatch.setattr(from_moments, "load_skeleton", write_first)
+    with pytest.raises(ChangedError, match=r"optimizer.pt"):
+        precision(checkpoint, checkpoint)
 
 
 @pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
@@ -23,6 +24,8 @@ FROM_DATA = "Estimate the precision from text instead: `bmerge precision MODEL -
 FLOATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an entry
 _IN_8_BITS = ("state2", "qmap2", "absmax2", "codes")  # names of bitsandbytes and of torchao
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col")  # Adafactor's
+
+_MOST_STEPS = 1 << 53
 
 Key = str | int
 
@@ -131,6 +134,25 @@ def refuse_other_numbers(path: Path, key: Key, dtype: str) -> None:
         )
 
 
+def refuse_other_layouts(path: Path, key: Key, value: object) -> Tensor:
+    """The value, if it is a plain tensor whose numbers are in memory.
+
+    Raises:
+        CheckpointError: It is of a class of its own, sparse, or without numbers.
+    """
+    if (
+        type(value) is not Tensor
+        or value.layout is not torch.strided
+        or value.device.type != "cpu"
+        or value.is_quantized
+    ):
+        raise CheckpointError(
+            f"{path}: what it holds of {shown(key)} is {type(value).__name__}, expected a plain "
+            f"tensor. {FROM_DATA}"
+        )
+    return value
+
+
 def as_step(path: Path, key: Key, value: object) -> int | None:
     """The number of steps in a file; None where it holds none.
 
@@ -141,7 +163,7 @@ def as_step(path: Path, key: Key, value: object) -> int | None:
         return None
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, int | float) or value < 1 or value != int(value):
+    if not isinstance(value, int | float) or not 1 <= value < _MOST_STEPS or value % 1:
         raise CheckpointError(
             f"{path}: the step of {shown(key)} is {shown(value)}, expected a whole number from 1 "
             "on. Take the state of an optimizer that has made a step."

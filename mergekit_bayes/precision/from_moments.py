@@ -40,6 +40,7 @@ from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
 ESTIMATOR = "adam"
 _CLIP = 1.0  # the Trainer's default of max_grad_norm
+_LARGEST_NORM = 1e30  # NaN and infinity are no norms
 _COARSE = 0.996  # a larger beta2 changes a moment by less than half a step of bfloat16
 
 
@@ -178,7 +179,9 @@ def _clipping(files: MomentFiles) -> str:
     norms = [
         float(e["grad_norm"])
         for e in entries
-        if isinstance(e, dict) and isinstance(e.get("grad_norm"), int | float)
+        if isinstance(e, dict)
+        and isinstance(e.get("grad_norm"), int | float)
+        and abs(e["grad_norm"]) < _LARGEST_NORM
     ]
     if not norms:
         return said
