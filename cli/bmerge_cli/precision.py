@@ -39,6 +39,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """
     from mergekit_bayes.precision.run import run_precision
+    from mergekit_bayes.precision.stability import in_words
 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
@@ -53,6 +54,8 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     )
     for note in report.notes:
         console(quiet=quiet).print(f"note: {note}", markup=False)
+    if (stability := in_words(report)) is not None:
+        console(quiet=quiet).print(stability, markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn import Module
 
+from mergekit_bayes.curvature.stability import Part
+
 
 class Curvature(NamedTuple):
     """Diagonal curvature of the loss summed over observations.
@@ -21,10 +23,13 @@ class Curvature(NamedTuple):
     Attributes:
         total: By parameter name: float32, >= 0, of the parameter's shape, summed loss/weight^2.
         observations: Number of observations; divide by it for the curvature of the mean loss.
+        parts: Row sums over disjoint subsamples of the batches, which show how stable the total is;
+            empty for an estimator that keeps none, or for fewer batches than subsamples.
     """
 
     total: dict[str, Tensor]
     observations: int
+    parts: tuple[Part, ...] = ()
 
 
 class Estimator(Protocol):

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.stability import Subsamples
 from mergekit_bayes.libraries import outputs_of
 
 
@@ -63,6 +64,7 @@ def squared_gradients(
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     observations, was_training = 0, model.training
+    subsamples = Subsamples()
     model.eval()
     try:
         for batch in batches:
@@ -84,6 +86,7 @@ def squared_gradients(
                     if gradient is not None:
                         total.addcmul_(gradient.float(), gradient.float())
             observations += logits.shape[0]
+            subsamples.after_batch(dict(zip(names, totals, strict=True)), observations)
     finally:
         model.train(was_training)
-    return Curvature(dict(zip(names, totals, strict=True)), observations)
+    return Curvature(dict(zip(names, totals, strict=True)), observations, subsamples.parts())

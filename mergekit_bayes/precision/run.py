@@ -27,6 +27,7 @@ from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
 _ESTIMATOR = "ggn"
@@ -98,6 +99,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
+        refuse_few(count, len(examples))
         loaded.move_to(config.device)
         curvature = estimate_curvature(
             _ESTIMATOR,
@@ -106,11 +108,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             batch_size=config.batch_size,
             seed=config.seed,
         )
+        stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
         precision = {
             name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
         }
-        health = precision_health(precision)
+        health = precision_health(precision) | health_of(stability)
         # No labels are read, so that the config of a classifier says which loss it trains with.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -146,6 +149,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=health,
+        stability=stability,
     )
 
 

@@ -68,6 +68,38 @@ class PrecisionConfig(Config):
     force: Force = False
 
 
+class LayerStability(Frozen):
+    """How far the curvature of a layer would move with other examples.
+
+    Attributes:
+        name: Common start of the tensors' names, or `embeddings`, `rest`, `head`.
+        relative_error: Standard error of a row's curvature over the curvature, root mean square;
+            `curvature.stability` has the equation.
+        rank_correlation: Spearman's, of the rows of a tensor between two halves of the examples;
+            None where no tensor has eight rows.
+    """
+
+    name: str
+    relative_error: float
+    rank_correlation: float | None
+
+
+class Stability(Frozen):
+    """How far the curvature would move with other examples, from disjoint subsamples of them.
+
+    Attributes:
+        relative_error: As that of a layer, over the whole model.
+        rank_correlation: Likewise.
+        layers: The layers that have curvature, in order.
+        more_examples: How many more examples would halve the error.
+    """
+
+    relative_error: float
+    rank_correlation: float | None
+    layers: tuple[LayerStability, ...]
+    more_examples: int
+
+
 class PrecisionReport(Frozen):
     """Where the precision was written, and what it stands for.
 
@@ -84,6 +116,8 @@ class PrecisionReport(Frozen):
         health: Statistics of the precision.
         step: Optimizer steps in the second moments; None for an estimate from data.
         notes: What may make the precision other than it should be.
+        stability: How far it would move with other examples; None for fewer batches than
+            subsamples.
     """
 
     path: Path
@@ -98,3 +132,4 @@ class PrecisionReport(Frozen):
     health: dict[str, float]
     step: int | None = None
     notes: tuple[str, ...] = ()
+    stability: Stability | None = None
