@@ -123,7 +123,7 @@ def stored(folder, file):
         ),
         quiet=True,
     )
-    return report, tiny.read(report.path / "precision.safetensors")
+    return report, tiny.read_precision(folder)
 
 
 def assert_squares(found, squares):

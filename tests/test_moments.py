@@ -71,7 +71,7 @@ def precision(model, source, **settings):
 
 def assert_expected(report, run, step=5):
     """The stored precision is N B v / (1 - beta2^t) of the gradients that the optimizer got."""
-    stored = tiny.read(Path(report.path) / "precision.safetensors")
+    stored = tiny.read_precision(run.folder / f"checkpoint-{step}", report.path)
     expected = run.expected(step)
     assert stored.keys() == expected.keys()
     for name, value in expected.items():
@@ -109,8 +109,8 @@ def test_the_precision_is_n_b_v_of_every_parameter_by_its_name(run, checkpoint):
 def test_the_precision_of_an_earlier_step_and_with_a_prior(run, tmp_path):
     folder = copied(run.folder / "checkpoint-3", tmp_path / "c")
     assert_expected(precision(folder, folder / "optimizer.pt"), run, step=3)
-    report = precision(folder, folder, prior=7.0)
-    stored = tiny.read(report.path / "precision.safetensors")
+    precision(folder, folder, prior=7.0)
+    stored = tiny.read_precision(folder)
     name, expected = "transformer.wpe.weight", run.expected(3)
     np.testing.assert_allclose(stored[name], expected[name] + 7, rtol=2e-5)
     with open_posterior(str(folder)) as posterior:
