@@ -25,6 +25,8 @@ NAME = "precision"
     option("examples", low=1),
     option("batch_size", low=1),
     option("max_length", low=2),
+    option("pool"),
+    option("sums"),
     option("prior"),
     option("seed"),
     option("task"),

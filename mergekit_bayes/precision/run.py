@@ -7,7 +7,7 @@ observations of all the data. How many examples the estimate looked at is record
 import os
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
@@ -25,6 +25,7 @@ from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.from_moments import run_from_moments
+from mergekit_bayes.precision.keeping import keeping, stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
@@ -64,10 +65,7 @@ def _refuse_settings(config: PrecisionConfig) -> None:
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
-    if config.output:
-        target = Path(config.output)
-    else:
-        target = precision_path(Path(os.path.expanduser(config.model)))
+    target = target_of(config)
     if os.path.exists(target) and not config.force:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
@@ -107,12 +105,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             random_examples(examples, count, config.seed),
             batch_size=config.batch_size,
             seed=config.seed,
+            keep=keeping(config, model),
         )
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
-        precision = {
-            name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
-        }
+        precision = stored_precision(config, model, curvature.total, scale)
         health = precision_health(precision) | health_of(stability)
         # No labels are read, so that the config of a classifier says which loss it trains with.
         loss = trained_loss(model)
@@ -132,10 +129,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             training=_training(config, loaded) | {LOSS: loss.name},
             health=health,
         )
-        arrays = {
-            rename(name): tensor.cpu().numpy()
-            for name, tensor in checkpoint_names(model, precision).items()
-        }
+        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
         refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
@@ -161,6 +155,8 @@ def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
+    if config.pool:
+        record["pool"] = config.pool
     ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref

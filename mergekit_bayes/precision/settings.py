@@ -1,7 +1,7 @@
 """Settings of `bmerge precision`, and its report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -57,6 +57,16 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
+    pool: Literal["tensor", "row"] | None = Field(
+        None,
+        description="tensor or row: keep the mean of each tensor or row in place of its entries, "
+        "so that the sums take kilobytes.",
+    )
+    sums: Literal["device", "cpu", "disk"] = Field(
+        "device",
+        description="Where the sums lie meanwhile, 4 bytes an entry: device, cpu (in memory) or "
+        "disk (in a file beside the output).",
+    )
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the choice of rows and of the random signs."
