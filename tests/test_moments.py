@@ -122,6 +122,32 @@ def test_the_precision_of_an_earlier_step_and_with_a_prior(run, tmp_path):
         assert (posterior.info.prior.kind, posterior.info.prior.precision) == ("isotropic", 7)
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_precision_can_be_pooled(run, checkpoint, tmp_path, by_file):
+    """As the moments are read; by names in memory and by names that only the file has."""
+    source = checkpoint
+    if by_file:
+        moments = {n: s["exp_avg_sq"].numpy() for n, s in by_name(checkpoint)["state"].items()}
+        renamed = {n.removeprefix("transformer."): v for n, v in moments.items()}
+        for file in (checkpoint / "model.safetensors", tmp_path / "exp_avg_sq.safetensors"):
+            weights = tiny.read(file) if file.exists() else renamed
+            weights = {n.removeprefix("transformer."): v for n, v in weights.items()}
+            file.unlink(missing_ok=True)
+            source = tiny.write(file, weights, metadata={"step": "5", "beta2": str(BETA2)})
+    expected = {
+        n.removeprefix("transformer.") if by_file else n: v.numpy() + 7
+        for n, v in run.expected(5).items()
+    }
+    precision(checkpoint, source, pool="row", prior=7.0)
+    for name, rows in tiny.read_precision(checkpoint).items():
+        value = expected[name].reshape(len(expected[name]), -1).mean(1)
+        np.testing.assert_allclose(rows.ravel(), value, rtol=2e-5, err_msg=name)
+    precision(checkpoint, source, pool="tensor", prior=7.0)
+    for name, number in tiny.read_precision(checkpoint).items():
+        assert number.size == 1
+        np.testing.assert_allclose(number.item(), expected[name].mean(), rtol=2e-5, err_msg=name)
+
+
 def test_a_state_by_name_or_with_names_needs_no_order(run, checkpoint):
     """As FSDP's FULL_STATE_DICT in accelerate's optimizer.bin, with the names that wrappers add."""
     state = by_name(checkpoint)
@@ -216,6 +242,7 @@ def test_tensors_by_name_need_step_and_beta2_from_somewhere(run, checkpoint, tmp
         ({"batch_observations": None}, "needs --batch-observations: no"),
         ({"observations": 3}, "swapped"),
         ({"data": "rows.jsonl"}, "--data and --from"),
+        ({"batch_size": 4}, "--batch-size is for an estimate from text"),
         ({"moments": None}, "--observations goes with --from"),
         (
             {"moments": None, "observations": None, "batch_observations": None, "beta2": 0.9},

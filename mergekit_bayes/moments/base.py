@@ -74,10 +74,10 @@ class Moments:
         return max((m.step for m in self.by_key.values() if m.step is not None), default=None)
 
 
-def precision_of(moment: Moment, observations: float, batch: float, prior: float = 0.0) -> Tensor:
+def precision_of(moment: Moment, observations: float, batch: float) -> Tensor:
     """The precision that a second moment stands for, float32, in 1/weight^2.
 
-        S = N B v / (1 - beta2^t) + prior
+        S = N B v / (1 - beta2^t)
 
     Bias: `N (B - 1) gbar^2`, see above; a gradient that was clipped by a factor c counts c^2 times.
     Variance: about `2 (1 - beta2) / (1 + beta2)` of S^2 for gradients that are normal.
@@ -86,7 +86,6 @@ def precision_of(moment: Moment, observations: float, batch: float, prior: float
         moment: With step and beta2.
         observations: N, of all the data that the precision stands for.
         batch: B, the observations whose mean loss one optimizer step follows.
-        prior: Isotropic prior precision to include.
 
     Raises:
         ConfigError: The file does not say step or beta2.
@@ -94,7 +93,7 @@ def precision_of(moment: Moment, observations: float, batch: float, prior: float
     if moment.step is None or moment.beta2 is None:
         raise ConfigError("the second moment has no step or no beta2: pass --step and --beta2.")
     factor = observations * batch / (1 - moment.beta2**moment.step)
-    return moment.read().float().mul(factor).add_(prior)
+    return moment.read().float().mul(factor)
 
 
 def refuse_other_states(path: Path, names: Collection[str]) -> None:
