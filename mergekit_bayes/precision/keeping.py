@@ -43,7 +43,16 @@ def stored_precision(
         scale: Observations that the precision stands for, over those in the sums.
     """
     precision = {name: summed.mul_(scale).add_(config.prior) for name, summed in total.items()}
-    stored = checkpoint_names(model, precision)
+    return by_tensor(config, checkpoint_names(model, precision))
+
+
+def by_tensor(config: PrecisionConfig, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A precision by stored name, in one number a tensor where `pool` asks for that.
+
+    Args:
+        config: The settings.
+        stored: Of one number a row, where `pool` asks for fewer than one an entry.
+    """
     if config.pool == "tensor":  # rows of a tensor are equally long, so that their mean is its own
         return {n: t.double().mean().float().reshape(one_shape(t.shape)) for n, t in stored.items()}
     return stored
