@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn import Module
 
+from mergekit_bayes.curvature.stability import Part
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 
 
@@ -24,10 +25,13 @@ class Curvature(NamedTuple):
         total: By parameter name: float32, >= 0, summed loss/weight^2; of the parameter's shape, or
             1 on the axes over which `Keeping` takes the mean.
         observations: Number of observations; divide by it for the curvature of the mean loss.
+        parts: Row sums over disjoint subsamples of the batches, which show how stable the total is;
+            empty for an estimator that keeps none, or for fewer batches than subsamples.
     """
 
     total: dict[str, Tensor]
     observations: int
+    parts: tuple[Part, ...] = ()
 
 
 class Estimator(Protocol):

@@ -26,6 +26,7 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.stability import Subsamples
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
 
@@ -76,14 +77,16 @@ def squared_gradients(
     sums = Sums(parameters, keep)
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
     observations, was_training = 0, model.training
+    subsamples = Subsamples()
     model.eval()
     try:
         with _handed_over(parameters, sums.add):
             for batch in batches:
                 observations += _add_batch(model, batch, roots, generator, parameters.values())
+                subsamples.after_batch(sums.totals, observations)
     finally:
         model.train(was_training)
-    return Curvature(sums.totals, observations)
+    return Curvature(sums.totals, observations, subsamples.parts())
 
 
 def _add_batch(
