@@ -14,14 +14,11 @@ from mergekit_bayes.models.skeleton import Skeleton
 from mergekit_bayes.moments import Moment, Moments
 from mergekit_bayes.precision.settings import PrecisionConfig
 
-_OF_A_PASS = {
-    *("self_generated", "keep_generated", "random_tokens", "where", "examples", "batch_size"),
-    *("max_length", "estimator", "seed", "sums"),
-}
 TRAINER_STATE = "trainer_state.json"
 _OF_DATA = {
     *("where", "text_column", "label_column", "examples", "batch_size", "max_length"),
-    *("sums", "seed", "device", "dtype"),
+    *("sums", "seed", "device", "dtype", "estimator", "num_processes"),
+    *("self_generated", "keep_generated", "random_tokens"),
 }
 _NOTHING_RECORDED = (
     "nothing on the disk says that the moments are of these weights: neither a trainer_state.json "
@@ -49,11 +46,6 @@ def refuse_moment_settings(config: PrecisionConfig) -> None:
         raise ConfigError(f"--{flag} is for an estimate from text, and --from reads none.")
     if config.data is not None:
         raise ConfigError("--data and --from: name one of them, text or what a training has left.")
-    if others := sorted(_OF_A_PASS & config.model_fields_set):
-        raise ConfigError(
-            f"--{others[0].replace('_', '-')} is about a pass over data, and --from makes none. "
-            "Leave it out."
-        )
     if missing := [flag for flag, value in counts.items() if value is None]:
         raise ConfigError(
             f"--from needs {' and '.join(missing)}: no optimizer's file says for how many "
