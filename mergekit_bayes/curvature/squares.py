@@ -84,7 +84,7 @@ def squared_gradients(
             loss = trained_loss(model, labels)
             logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
             targets = scored_targets(outputs.logits, labels, tokens, shifts=loss.shifts)
-            seen = numbers(logits.detach().float())
+            seen = numbers(logits.detach()).float()
             vectors = list(roots(Scored(seen, loss, generator, targets)))
             for i, vector in enumerate(vectors):
                 gradients = torch.autograd.grad(
