@@ -461,6 +461,7 @@ def child(folder):
     dist.all_gather_object(results, result)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(results))
+    dist.destroy_process_group()  # its threads may else end the interpreter with an abort
 
 
 @pytest.fixture

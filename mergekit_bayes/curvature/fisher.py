@@ -8,10 +8,15 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.squares import Scored, squared_gradients
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 
 
 def fisher_diagonal(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Estimate the Fisher diagonal of the summed loss over some batches, at the model's weights.
 
@@ -34,11 +39,12 @@ def fisher_diagonal(
         model: As for `squares.squared_gradients`.
         batches: As for `squares.squared_gradients`.
         seed: Seed of the labels.
+        keep: As for `squares.squared_gradients`.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
     """
-    return squared_gradients(model, batches, _roots, seed=seed)
+    return squared_gradients(model, batches, _roots, seed=seed, keep=keep)
 
 
 def _roots(scored: Scored) -> Iterator[Tensor]:

@@ -8,11 +8,16 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.squares import Scored, squared_gradients
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.errors import MismatchError
 
 
 def empirical_fisher_diagonal(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Estimate the empirical Fisher diagonal of the summed loss over some batches.
 
@@ -39,6 +44,7 @@ def empirical_fisher_diagonal(
         batches: Mappings with `input_ids`, `attention_mask` and `labels`: of a model of tokens of
             the inputs' shape, else class numbers, shape (batch,), or numbers, shape (batch, C).
         seed: Seed of the signs.
+        keep: As for `squares.squared_gradients`.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -46,7 +52,7 @@ def empirical_fisher_diagonal(
     Raises:
         MismatchError: A batch has no labels.
     """
-    return squared_gradients(model, batches, _roots, seed=seed)
+    return squared_gradients(model, batches, _roots, seed=seed, keep=keep)
 
 
 def _roots(scored: Scored) -> Iterator[Tensor]:

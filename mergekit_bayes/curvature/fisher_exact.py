@@ -8,13 +8,18 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.squares import Scored, squared_gradients
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.errors import ConfigError
 
 _MOST = 64  # outputs; each of them is a backward pass for every observation
 
 
 def exact_fisher_diagonal(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Add up the Fisher diagonal of the summed loss over some batches, at the model's weights.
 
@@ -32,6 +37,7 @@ def exact_fisher_diagonal(
         model: As for `squares.squared_gradients`, with at most 64 outputs.
         batches: As for `squares.squared_gradients`.
         seed: Not used: nothing is drawn.
+        keep: As for `squares.squared_gradients`.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -39,7 +45,7 @@ def exact_fisher_diagonal(
     Raises:
         ConfigError: The model has more than 64 outputs.
     """
-    return squared_gradients(model, _rows(batches), _roots, seed=seed)
+    return squared_gradients(model, _rows(batches), _roots, seed=seed, keep=keep)
 
 
 def _rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

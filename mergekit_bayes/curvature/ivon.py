@@ -13,6 +13,7 @@ from mergekit_bayes.curvature.outputs import (
     scored_targets,
     trained_loss,
 )
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.libraries import outputs_of
 
@@ -22,7 +23,11 @@ _DECAY = 0.01  # what the noise adds to every curvature, as a share of the typic
 
 
 def ivon_diagonal(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Estimate the Hessian diagonal of the summed loss over some batches, as IVON does.
 
@@ -53,6 +58,7 @@ def ivon_diagonal(
             are moved meanwhile and put back to the bit.
         batches: As for `fisher_empirical.empirical_fisher_diagonal`.
         seed: Seed of the noise.
+        keep: How finely the result is kept, and where; h needs every entry meanwhile.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -90,9 +96,10 @@ def ivon_diagonal(
                 h.add_(change, alpha=weight).add_(correction)
     finally:
         model.train(was_training)
-    return Curvature(
-        {name: h.mul_(observations) for name, h in zip(named, hess, strict=True)}, observations
-    )
+    sums = Sums(named, keep)
+    for name, h in zip(named, hess, strict=True):
+        sums.add(name, h.mul_(observations).sqrt_())
+    return Curvature(sums.totals, observations)
 
 
 def _start(seen: list[Tensor]) -> tuple[list[Tensor], float]:
