@@ -250,7 +250,7 @@ def test_tensors_by_name_need_step_and_beta2_from_somewhere(run, checkpoint, tmp
         ),
         (
             {"moments": None, "observations": None, "batch_observations": None},
-            "named with --from",
+            "or --from PATH",
         ),
     ],
 )

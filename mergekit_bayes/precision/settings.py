@@ -9,7 +9,9 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
-EstimatorName: TypeAlias = Literal["ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon"]
+EstimatorName: TypeAlias = Literal[
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+]
 
 
 class PrecisionConfig(Config):
@@ -40,7 +42,7 @@ class PrecisionConfig(Config):
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
         "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
-        "weights, labels of the data). A merge wants one estimator for all models.",
+        "weights, labels of the data); --from is adam. A merge wants one estimator for all models.",
     )
     moments: str | None = Field(
         None,
