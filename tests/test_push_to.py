@@ -39,8 +39,8 @@ def test_a_merge_is_pushed_without_an_output_of_its_own(hub, merged, tmp_path, m
     there = hub.repos["org/both"].files()
     assert there["model.safetensors"] == files(tmp_path / "direct")["model.safetensors"]
     assert (
-        there["posterior/precision.safetensors"]
-        == files(tmp_path / "direct")["posterior/precision.safetensors"]
+        there["posterior/precision.posterior"]
+        == files(tmp_path / "direct")["posterior/precision.posterior"]
     )
     assert direct.models[0].commit == hub.repos["org/a"].refs["main"]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.layout import PRECISION_INDEX, checkpoint_files, precision_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import MEMORY, PUBLISHED, RECORDS
 from mergekit_bayes.documents import read_object
@@ -22,11 +22,12 @@ _INNER_FILES = (
     "additional_chat_templates/*.jinja",
     "[0-9]_*/config.json",  # of sentence-transformers
 )
-_POSTERIOR_FILES = ("precision.safetensors.index.json", "posterior.json")
+_POSTERIOR_FILES = (PRECISION_INDEX, "precision.safetensors.index.json", "posterior.json")
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILE = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_POSTERIOR_PATH = re.compile(
-    r"posterior/(precision[^/]*\.safetensors|precision\.safetensors\.index\.json|posterior\.json)"
+_POSTERIOR_PATH = re.compile(  # of today and, with "safetensors", of earlier versions
+    r"posterior/(precision[^/]*\.(posterior|safetensors)|precision(\.safetensors)?\.index\.json"
+    r"|posterior\.json)"
 )
 
 

@@ -147,7 +147,7 @@ def _recipe(facts: Facts) -> str:
 def _posterior(facts: Facts) -> str:
     parts = [
         "## Posterior",
-        "`posterior/precision.safetensors` holds the inverse variance of each entry, 1/weight^2, "
+        "`posterior/precision.posterior` holds the inverse variance of each entry, 1/weight^2, "
         "under the names of the weights' tensors. It belongs to these weights only, and readers "
         "check that.",
     ]

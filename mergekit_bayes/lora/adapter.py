@@ -3,7 +3,7 @@
     adapter_config.json               r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, ...
     adapter_model.safetensors         base_model.model.<module>.lora_A.weight   (r, d_in)
                                       base_model.model.<module>.lora_B.weight   (d_out, r)
-    posterior/precision.safetensors   the same names, 1/weight^2 (optional)
+    posterior/precision.posterior     the same names, 1/weight^2 (optional)
 
 A layer changes its weight by `s B A`, `s = alpha / r` or, rank-stabilised, `alpha / sqrt(r)`.
 """

@@ -15,7 +15,7 @@ from mergekit_bayes.errors import CheckpointError, PrecisionError, shown
 from mergekit_bayes.posterior.edits import Edit, Identity
 from mergekit_bayes.records import Frozen
 
-FORMAT = 1
+FORMAT = 2  # what is written; what is read is every one up to it
 LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
@@ -99,7 +99,7 @@ class PosteriorInfo(Frozen):
     """Everything needed to use a precision without asking its author.
 
     Attributes:
-        format: Version of this record.
+        format: Version of this record and of its files (`docs/posterior-format.md`).
         estimator: Where the curvature comes from: `ggn`, `ivon`, `fisher`, ... A merge carries the
             estimator of its terms.
         unit: What one observation is.
@@ -142,8 +142,12 @@ class PosteriorInfo(Frozen):
     edits: Annotated[tuple[Edit, ...], Field(exclude_if=lambda edits: not edits)] = ()
 
     def to_metadata(self) -> dict[str, str]:
-        """The record as the string-to-string metadata of a safetensors file."""
-        return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
+        """The record as the string-to-string metadata of a precision file of today's format."""
+        return {"format": "pt", _HEADER_KEY: self.in_current_format().model_dump_json()}
+
+    def in_current_format(self) -> "PosteriorInfo":
+        """The record as it is written today; its content is the same in every format so far."""
+        return self.model_copy(update={"format": FORMAT})
 
 
 def recorded_losses(infos: Iterable[PosteriorInfo | None]) -> list[str]:
@@ -210,9 +214,9 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
         content = parse_json(text)
         if not isinstance(content, dict):
             raise DocumentError("it is not a mapping")
-        if content.get("format") != FORMAT:
+        if content.get("format") not in range(1, FORMAT + 1):
             raise PrecisionError(
-                f"{file}: posterior format {shown(content.get('format'))}, this version reads "
+                f"{file}: posterior format {shown(content.get('format'))}, this version reads 1 to "
                 f"{FORMAT}. Update mergekit-bayes."
             )
         info = as_record(PosteriorInfo, content)

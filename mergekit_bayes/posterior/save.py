@@ -1,5 +1,6 @@
 """Write a precision beside its mean."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,17 +9,19 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import encode, is_bad_precision
 from mergekit_bayes.checkpoint.layout import (
     checkpoint_files,
+    is_precision_file,
+    old_precision_path,
+    precision_name,
     precision_path,
-    shard_name,
-    write_index,
+    write_precision_index,
 )
 from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
-from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.posterior.info import PosteriorInfo
+from mergekit_bayes.posterior.stored import PRECISION, PrecisionSink, named
 
 
 def save_posterior(
@@ -36,7 +39,7 @@ def save_posterior(
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
             >= 0. Tensors that were not trained may be absent.
         info: The record, which is stored in every file's header.
-        out: Another place: a `.safetensors` file, or a folder.
+        out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
 
     Returns:
@@ -50,17 +53,23 @@ def save_posterior(
     with SafetensorsSource(checkpoint_files(model)) as mean:
         _check_precision(precision, mean, model)
         target = out or precision_path(model)
+        old = old_precision_path(model) if out is None else target
+        if os.path.lexists(old) and not force:
+            raise CheckpointError(f"'{old}' exists. Pass --force to replace it.")
         with replacing(target, force=force) as partial:
-            if target.suffix == ".safetensors":
+            if is_precision_file(target):
                 _write_set(partial, precision, info)
             else:
                 _write_folder(partial, precision, info, mean)
+        if old != target:  # of an earlier version: there would be two
+            old.unlink(missing_ok=True)
     return target
 
 
 def write_info(folder: Path, info: PosteriorInfo) -> None:
     """Write `posterior.json`, the copy of the record that is there to be read by eye."""
-    write_own(folder / "posterior.json", info.model_dump_json(indent=2) + "\n")
+    text = info.in_current_format().model_dump_json(indent=2)
+    write_own(folder / "posterior.json", text + "\n")
 
 
 def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:
@@ -89,16 +98,17 @@ def _write_folder(
     for name in precision:
         groups.setdefault(mean.file_of(name), []).append(name)
     count = len(mean.files)
-    shards = {shard_name("precision", i, count): names for i, names in sorted(groups.items())}
-    for file, names in shards.items():
+    files = {precision_name(i, count): names for i, names in sorted(groups.items())}
+    for file, names in files.items():
         _write_set(folder / file, {n: precision[n] for n in names}, info)
-    if count > 1:
-        write_index(folder, "precision", shards, sum(4 * p.size for p in precision.values()))
+    if files:
+        in_files = {file: [named(PRECISION, n) for n in names] for file, names in files.items()}
+        write_precision_index(folder, in_files, sum(4 * p.size for p in precision.values()))
     write_info(folder, info)
 
 
 def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
     specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
-    with SafetensorsSink(path, specs, info.to_metadata()) as sink:
+    with PrecisionSink(path, specs, info) as sink:
         for name, t in tensors.items():
             sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
+from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path, precision_path
 from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
@@ -62,13 +62,15 @@ def _refuse_settings(config: PrecisionConfig) -> None:
             "with -o."
         )
     if config.output:
-        target = Path(config.output)
+        target = existing = Path(config.output)
     else:
-        target = precision_path(Path(os.path.expanduser(config.model)))
-    if os.path.exists(target) and not config.force:
-        raise CheckpointError(
-            f"'{target}' exists. Choose another -o, or pass --force to replace it."
-        )
+        model_path = Path(os.path.expanduser(config.model))
+        target, existing = precision_path(model_path), old_precision_path(model_path)
+    for place in (target, existing):
+        if os.path.exists(place) and not config.force:
+            raise CheckpointError(
+                f"'{place}' exists. Choose another -o, or pass --force to replace it."
+            )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
     data = (config.data,) if isinstance(config.data, str) else config.data
