@@ -52,7 +52,8 @@ def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_
 def test_a_posterior_can_be_pushed_alone_and_used_with_a_model_of_somebody_else(hub, tmp_path):
     hub.add("other/a", files(folder(tmp_path / "bare", seed=0, precision=False)))
     hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
-    push_folder(folder(tmp_path / "a", seed=0), "org/a-posterior", only_posterior=True)
+    place = folder(tmp_path / "a", seed=0)
+    push_folder(place, "org/a-posterior", only_posterior=True, posterior_form="entries")
     there = hub.repos["org/a-posterior"].files()
     assert set(there) == {
         ".gitattributes",

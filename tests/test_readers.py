@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.checkpoint.layout import write_index
-from mergekit_bayes.hub import plan_push
+from mergekit_bayes.hub.files import choose_files
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import save_posterior
 from tests import tiny
@@ -186,17 +186,29 @@ def write(layout: str, place: Path) -> tuple[Path, Paths]:
         model = tiny.write(place.with_name("model.safetensors"), mean)
         save_posterior(model, precision, tiny.info(model), out=place)
         return place, set()
-    elif layout == "push":
+    elif layout.startswith("push"):
+        form = layout.removeprefix("push by ")
         local = folder(place.with_name("local"))
-        for file in plan_push(local, "org/a").files:
+        scratch = place.with_name("scratch")
+        scratch.mkdir()
+        options = {"posterior": True, "only_posterior": False, "form": form, "scratch": scratch}
+        for file in choose_files(local, **options).files:
             (place / file.path).parent.mkdir(parents=True, exist_ok=True)
-            content = b"card" if file.source is None else file.source.read_bytes()
-            (place / file.path).write_bytes(content)
+            (place / file.path).write_bytes(file.source.read_bytes())
     (place / "config.json").write_text("{}")
     return place, {"model.safetensors"}
 
 
-LAYOUTS = ("shards", "merge", "merged file", "file", "adapter", "alone", "push")
+LAYOUTS = (
+    "shards",
+    "merge",
+    "merged file",
+    "file",
+    "adapter",
+    "alone",
+    "push by row",
+    "push by row-column",
+)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +247,9 @@ def test_no_name_in_a_posterior_is_one_of_the_model(repositories):
         weights = {name for path in paths for name in names_in(path)}
         stored = {n for path in repository.rglob("*.posterior") for n in names_in(path)}
         assert stored, layout
-        assert all(name.startswith("precision:") for name in stored), layout
+        roles = ("precision:", "rows:", "columns:")
+        assert all(name.startswith(roles) for name in stored), layout
+        assert any(n.startswith("rows:") for n in stored) == (layout == "push by row-column")
         assert not weights & stored, layout
 
 

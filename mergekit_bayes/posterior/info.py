@@ -19,6 +19,8 @@ FORMAT = 2  # what is written; what is read is every one up to it
 LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
+Pool = Literal["tensor", "row", "row-column"]
+_WITHOUT_KEY: Any = Field(None, exclude_if=lambda value: value is None)
 _LARGEST = 3.4e38  # about the largest float32, in which merges are computed
 
 
@@ -64,12 +66,14 @@ class Term(Frozen):
         mean: Identity of its weights.
         scale: Its scale in the merge.
         gain: The factor by which its stored precision was counted.
+        pool: The form to which its precision had been pooled for storing, as in its record.
     """
 
     label: str
     mean: Identity
     scale: float
     gain: float = 1.0
+    pool: Pool | None = _WITHOUT_KEY
 
 
 class MergeTrace(Frozen):
@@ -120,6 +124,8 @@ class PosteriorInfo(Frozen):
         terms: The posteriors of a merge.
         merge: How a merge counted them.
         edits: The adaptations inside, the oldest first. A record without any has no such key.
+        pool: The form to which the numbers were pooled after they were made, for storing; a record
+            has no such key where they were not.
     """
 
     format: int = FORMAT
@@ -140,6 +146,7 @@ class PosteriorInfo(Frozen):
     terms: tuple[Term, ...] = ()
     merge: MergeTrace | None = None
     edits: Annotated[tuple[Edit, ...], Field(exclude_if=lambda edits: not edits)] = ()
+    pool: Pool | None = _WITHOUT_KEY
 
     def to_metadata(self) -> dict[str, str]:
         """The record as the string-to-string metadata of a precision file of today's format."""

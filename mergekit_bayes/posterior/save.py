@@ -18,26 +18,29 @@ from mergekit_bayes.checkpoint.layout import (
 from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
+from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.stored import PRECISION, PrecisionSink, named
+from mergekit_bayes.posterior.stored import RankOne, parts_of
 
 
 def save_posterior(
     model: Path,
-    precision: Mapping[str, Array],
+    precision: Mapping[str, Array | RankOne],
     info: PosteriorInfo,
     *,
     out: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Store a precision beside its model, with the model's names, shapes and shards.
+    """Store a precision beside its model, under the model's names and in its shards.
 
     Args:
         model: The checkpoint, a file or folder; it is not touched.
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0. Tensors that were not trained may be absent.
+            >= 0; each in any form of `forms`, or of rank one. Tensors that were not trained may be
+            absent.
         info: The record, which is stored in every file's header.
         out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
@@ -72,43 +75,57 @@ def write_info(folder: Path, info: PosteriorInfo) -> None:
     write_own(folder / "posterior.json", text + "\n")
 
 
-def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:
+def _check_precision(
+    precision: Mapping[str, Array | RankOne], mean: SafetensorsSource, model: Path
+) -> None:
     for name, values in precision.items():
         spec = mean.specs.get(name)
         if spec is None:
             raise MismatchError(f"precision of '{name}': {model} has no tensor of that name.")
-        if spec.shape != values.shape:
+        if not is_form_of(TensorSpec("F32", values.shape), spec):
             raise MismatchError(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
-        bad = int(np.count_nonzero(is_bad_precision(values)))
+        parts = parts_of(name, values).values()
+        bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
+            size = sum(part.size for part in parts)
             raise PrecisionError(
-                f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
+                f"precision of '{name}': {bad} of {size} entries are negative or not finite."
             )
 
 
 def _write_folder(
-    folder: Path, precision: Mapping[str, Array], info: PosteriorInfo, mean: SafetensorsSource
+    folder: Path,
+    precision: Mapping[str, Array | RankOne],
+    info: PosteriorInfo,
+    mean: SafetensorsSource,
 ) -> None:
     """Write the precision as shards that follow the mean's, with index and record."""
     folder.mkdir()
     groups: dict[int, list[str]] = {}
     for name in precision:
         groups.setdefault(mean.file_of(name), []).append(name)
-    count = len(mean.files)
-    files = {precision_name(i, count): names for i, names in sorted(groups.items())}
-    for file, names in files.items():
-        _write_set(folder / file, {n: precision[n] for n in names}, info)
-    if files:
-        in_files = {file: [named(PRECISION, n) for n in names] for file, names in files.items()}
-        write_precision_index(folder, in_files, sum(4 * p.size for p in precision.values()))
+    count, total_size = len(mean.files), 0
+    in_files: dict[str, list[str]] = {}
+    for i, names in sorted(groups.items()):
+        file = precision_name(i, count)
+        parts = _write_set(folder / file, {n: precision[n] for n in names}, info)
+        in_files[file] = list(parts)
+        total_size += 4 * sum(part.size for part in parts.values())
+    if in_files:
+        write_precision_index(folder, in_files, total_size)
     write_info(folder, info)
 
 
-def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
-    specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
-    with PrecisionSink(path, specs, info) as sink:
-        for name, t in tensors.items():
-            sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))
+def _write_set(
+    path: Path, precision: Mapping[str, Array | RankOne], info: PosteriorInfo
+) -> Mapping[str, Array]:
+    """Write one file, and return its tensors."""
+    parts = {n: t for name, p in precision.items() for n, t in parts_of(name, p).items()}
+    specs = {name: TensorSpec("F32", part.shape) for name, part in parts.items()}
+    with SafetensorsSink(path, specs, info.to_metadata()) as sink:
+        for name, part in parts.items():
+            sink.write_bytes(name, 0, encode(part.reshape(-1), "F32"))
+    return parts

@@ -22,7 +22,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import encode, is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import Array, Closing, TensorSpec
+from mergekit_bayes.checkpoint.specs import Array, Closing, PrecisionSource, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import PrecisionError, shown
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
@@ -68,9 +68,33 @@ class RankOne(NamedTuple):
         return self.rows.size * self.columns.size
 
 
+def stored_numbers(source: PrecisionSource, name: str) -> int:
+    """How many numbers are stored for a precision; of a computed one, how many it has."""
+    if isinstance(source, StoredPrecisions):
+        return source.numbers(name)
+    return source.specs[name].size
+
+
 def named(role: str, name: str) -> str:
     """The name in a file of a model's tensor in a role."""
     return f"{role}:{name}"
+
+
+def parts_of(name: str, precision: Array | RankOne) -> dict[str, Array]:
+    """The tensors that a precision is in a file, by their names there.
+
+    Args:
+        name: The model's name of its tensor.
+        precision: One number an entry, a row or the tensor; or of rank one.
+    """
+    if isinstance(precision, RankOne):
+        return {named(ROWS, name): precision.rows, named(COLUMNS, name): precision.columns}
+    return {named(PRECISION, name): precision}
+
+
+def renamed(part: str) -> str:
+    """The name in a file of today's format of what has a name in a file of any format."""
+    return part if part.partition(":")[0] in _ROLES else named(PRECISION, part)
 
 
 def stored_tensors(
@@ -175,6 +199,15 @@ class StoredPrecisions(Closing):
     def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of every precision, by the name of the model's tensor."""
         return self._specs
+
+    @property
+    def in_files(self) -> SafetensorsSource:
+        """The tensors as they are in the files."""
+        return self._stored
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The names in the files of a tensor's precision: one, or those of `rows` and `columns`."""
+        return self._tensors[name].parts
 
     def numbers(self, name: str) -> int:
         """How many numbers are stored for a tensor."""
