@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mergekit_bayes.checkpoint import names
+from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.checkpoint.names import is_buffer, is_vocabulary, output_layer
 from mergekit_bayes.checkpoint.renaming import NameChange, Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MemorySource, TensorSpec
 from mergekit_bayes.checkpoint.ties import find_ties, stored_copies
-from mergekit_bayes.inspect.layers import group_layers
 from mergekit_bayes.merge import MergeConfig, run_merge
 from tests import tiny
 

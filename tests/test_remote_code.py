@@ -89,7 +89,7 @@ def built(tmp_path_factory):
     marks = tmp_path / "marks"
     marks.mkdir()
     rows = [{"text": "the cat sat", "label": 0}, {"text": "a bad dog", "label": 1}]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows * 2))
     (tmp_path / "w.txt").write_text("bad\n")
     tiny_gpt2(tmp_path / "plain", width=8, layers=1)
     own = tiny_gpt2(tmp_path / "own", width=8, layers=1)

@@ -153,14 +153,14 @@ def test_the_curvature_is_the_hessian_of_the_models_own_loss(kind):
 def test_a_stored_precision_is_in_the_unit_of_transformers_loss(tmp_path, labels, problem, weight):
     """The bias of the head: at one row a batch its draws have no noise."""
     folder = tiny_bert(tmp_path / "bert", labels=labels, problem_type=problem)
-    texts = ["the cat sat on the mat .", "a dog ran", "good film"]
+    texts = ["the cat sat on the mat .", "a dog ran", "good film", "dull"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     config = PrecisionConfig(
         model=str(folder), data=str(tmp_path / "texts.txt"), batch_size=1, prior=0.25
     )
     report = run_precision(config, quiet=True)
     loaded = load_model(str(folder))
-    (batch,) = batches(encode_rows({"text": texts}, loaded), 3, Collate(loaded.pad))
+    (batch,) = batches(encode_rows({"text": texts}, loaded), 4, Collate(loaded.pad))
     with torch.no_grad():
         expected = weight(loaded.model(**batch).logits).sum(0) + 0.25
     (file,) = report.path.glob("*.safetensors")

@@ -10,6 +10,7 @@ from bmerge_cli.render import Json, Quiet, console, failures, print_json, table
 from mergekit_bayes.posterior.wording import (
     anchor_in_words,
     edit_in_words,
+    information_in_words,
     observations_in_words,
     prior_in_words,
 )
@@ -63,7 +64,7 @@ def _show(screen: Console, report: "InspectReport") -> None:
     _show_names(screen, "no parameters", report.buffers)
     _show_names(screen, "tied copies", report.tied)
     if report.precision is not None:
-        _show_precision(screen, report.precision)
+        _show_precision(screen, report.precision, report.parameters)
     if report.identity is None:  # only headers were read
         rows = [[layer.name, f"{layer.parameters:,}"] for layer in report.layers]
         screen.print(table(["layer", "parameters"], rows, title="\nweights"))
@@ -82,9 +83,12 @@ def _show_names(screen: Console, label: str, names: Sequence[str]) -> None:
         screen.print(f"{label}: {', '.join(names[:4])}{more}", markup=False)
 
 
-def _show_precision(screen: Console, precision: "PrecisionSummary") -> None:
+def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: int) -> None:
     info = precision.info
     screen.print(f"\nprecision: {precision.files[0]}", markup=False)
+    if precision.information is not None:
+        words = information_in_words(precision.information, parameters * precision.covered)
+        screen.print(f"  {words}", markup=False)
     if precision.not_samplable:
         screen.print(
             f"  weights cannot be drawn from it: {precision.not_samplable}; --prior X of `bmerge "

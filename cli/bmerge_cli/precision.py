@@ -13,6 +13,11 @@ NAME = "precision"
     PrecisionConfig,
     argument("model"),
     option("data"),
+    option("moments", "--from"),
+    option("observations", low=1),
+    option("batch_observations", low=1),
+    option("step", low=1),
+    option("beta2"),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -20,6 +25,8 @@ NAME = "precision"
     option("examples", low=1),
     option("batch_size", low=1),
     option("max_length", low=2),
+    option("pool"),
+    option("sums"),
     option("prior"),
     option("seed"),
     option("task"),
@@ -29,17 +36,28 @@ NAME = "precision"
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
+    """Estimate the root-GGN diagonal of a checkpoint and store it as its precision.
+
+    With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
+    """
     from mergekit_bayes.precision.run import run_precision
+    from mergekit_bayes.precision.stability import in_words
 
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
+    if report.rows is None:
+        basis = f"second moments of {report.step:,} steps, stands for"
+    else:
+        basis = f"looked at {report.sampled:,} of {report.rows:,} rows, stands for all their"
     console(quiet=quiet).print(
-        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} rows, stands for all "
-        f"their {report.observations:,} {report.unit}s; median precision "
+        f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision "
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )
+    for note in report.notes:
+        console(quiet=quiet).print(f"note: {note}", markup=False)
+    if (stability := in_words(report)) is not None:
+        console(quiet=quiet).print(stability, markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -159,8 +159,8 @@ def _curvature(run: Run, part: str) -> dict[str, Tensor]:
     """Curvature of the loss summed over a part, from random batches of it."""
     config, examples = run.config, run.parts[part]
     chosen = random_examples(examples, config.flush_batches * config.batch_size, config.seed)
-    total, looked_at = estimate_curvature(
+    curvature = estimate_curvature(
         ESTIMATOR, run.loaded, chosen, batch_size=config.batch_size, seed=config.seed
     )
-    scale = observations(examples, run.loaded.task) / looked_at
-    return {name: values.mul_(scale) for name, values in total.items()}
+    scale = observations(examples, run.loaded.task) / curvature.observations
+    return {name: values.mul_(scale) for name, values in curvature.total.items()}

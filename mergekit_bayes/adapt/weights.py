@@ -230,9 +230,9 @@ def _memory_curvature(
     chosen = random_examples(memory, min(len(memory), _LOOKED_AT), config.seed)
     names = {id(p): name for name, p in loaded.model.named_parameters()}
     with differentiable(loaded.model, {id(place.parameter) for place in places}):
-        total, _ = estimate_curvature(
+        total = estimate_curvature(
             "ggn", loaded, chosen, batch_size=config.batch_size, seed=config.seed
-        )
+        ).total
     scale = len(memory) / len(chosen)
     return {place.name: place.view(total[names[id(place.parameter)]]) * scale for place in places}
 

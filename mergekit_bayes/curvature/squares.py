@@ -8,17 +8,26 @@ batch's n observations. With J_n the Jacobian of z_n in the weights, each of the
 to the diagonal. If the v_n of one batch are uncorrelated with mean zero, the cross terms of
 observations vanish, and the expectation is the diagonal of `sum_n J_n' E[v_n v_n'] J_n` at any
 batch size.
+
+Each gradient is squared, added and freed as soon as the backward pass has made it, so that no more
+than one is there at a time, and the model's size counts once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import backward
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.stability import Subsamples
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
 
 
@@ -41,7 +50,12 @@ Roots = Callable[[Scored], Iterable[Tensor]]
 
 
 def squared_gradients(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], roots: Roots, *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    roots: Roots,
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Add up `(grad sum_n <v_n, z_n>)^2` over batches, at the model's weights.
 
@@ -54,36 +68,71 @@ def squared_gradients(
             trains with.
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
     """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    sums = Sums(parameters, keep)
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
     observations, was_training = 0, model.training
+    subsamples = Subsamples()
     model.eval()
     try:
-        for batch in batches:
-            labels, tokens = batch.get("labels"), batch.get("input_ids")
-            outputs = outputs_of(
-                model, **{name: v for name, v in batch.items() if name != "labels"}
-            )
-            loss = trained_loss(model, labels)
-            logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
-            vectors = list(roots(Scored(logits.detach().float(), loss, generator)))
-            for i, vector in enumerate(vectors):
-                gradients = torch.autograd.grad(
-                    (vector * logits.float()).sum(),
-                    parameters,
-                    allow_unused=True,
-                    retain_graph=i + 1 < len(vectors),
-                )
-                for total, gradient in zip(totals, gradients, strict=True):
-                    if gradient is not None:
-                        total.addcmul_(gradient.float(), gradient.float())
-            observations += logits.shape[0]
+        with _handed_over(parameters, sums.add):
+            for batch in batches:
+                observations += _add_batch(model, batch, roots, generator, parameters.values())
+                subsamples.after_batch(sums.totals, observations)
     finally:
         model.train(was_training)
-    return Curvature(dict(zip(names, totals, strict=True)), observations)
+    return Curvature(sums.totals, observations, subsamples.parts())
+
+
+def _add_batch(
+    model: Module,
+    batch: Mapping[str, Tensor],
+    roots: Roots,
+    generator: torch.Generator,
+    parameters: Collection[Tensor],
+) -> int:
+    """Run the backward passes of a batch, inside of `_handed_over`; return its observations."""
+    labels, tokens = batch.get("labels"), batch.get("input_ids")
+    outputs = outputs_of(model, **{name: v for name, v in batch.items() if name != "labels"})
+    loss = trained_loss(model, labels)
+    logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
+    del outputs
+    seen = Scored(logits.detach().float(), loss, generator)
+    vectors = [vector.to(logits.dtype) for vector in roots(seen)]
+    observations, edge = len(logits), get_gradient_edge(logits)
+    del logits, seen  # with many tokens to choose from they are larger than any parameter
+    while vectors:
+        vector = vectors.pop(0)
+        backward(edge, vector, retain_graph=bool(vectors), inputs=list(parameters))
+    return observations
+
+
+@contextmanager
+def _handed_over(
+    parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, a backward pass hands each gradient over as soon as it has it, and keeps none.
+
+    A tied parameter is one parameter: its gradient comes once a pass, when all its uses are added
+    up. Afterwards the gradients that were there before are there again.
+    """
+
+    def hook(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            take(name, parameter.grad)
+            parameter.grad = None
+
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(hook, name)
+            )
+            stack.callback(handle.remove)
+        yield

@@ -122,7 +122,7 @@ def read_inputs(config: DetoxConfig, curves: list[Curve]) -> Inputs:
         "prompts": data_identity(evaluate.toxicity or ""),
     }
     if precision is not None:
-        identities["precision"] = data_identity(precision.data)
+        identities["precision"] = data_identity(precision.data or ())
     if adaptations:
         identities["adaptations"] = {method: key[1] for method, key in keys.items()}
     settings = evaluate.model_dump(mode="json")
@@ -164,4 +164,4 @@ def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
 def _refuse_precision(config: PrecisionConfig) -> None:
     """Refuse a device and data that the estimate of the base's precision would refuse."""
     choose_device(config.device)
-    load_rows(config.data, where=config.where, text=config.text_column)
+    load_rows(config.data or (), where=config.where, text=config.text_column)

@@ -282,7 +282,10 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     """
     given = without_ours(config.precision, PrecisionConfig, "precision", _OURS)
     given |= {"model": config.base, "output": output, "trust_remote_code": config.trust_remote_code}
-    return parse_config(PrecisionConfig, given, "precision")
+    settings = parse_config(PrecisionConfig, given, "precision")
+    if settings.data is None:
+        raise ConfigError("precision: data: name the text that the base's precision stands for.")
+    return settings
 
 
 def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateConfig:

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.checkpoint.layout import POSTERIOR_ENDING, POSTERIOR_FOLDER
 from mergekit_bayes.checkpoint.remote import RemoteHeader, file_sizes, read_headers
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
 from mergekit_bayes.inspect.report import InspectReport, LayerReport, PrecisionSummary
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit_bayes.inspect.report import LayerReport, PrecisionSummary
 from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.information import doubts
 
 _WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
 _HEALTH = (  # number in IVON's health report, its bound, what it means above the bound
@@ -51,6 +52,9 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
             f"the precision is pooled: {precision.numbers:,} numbers stand for {covered:,} "
             "parameters"
         )
+    if precision.information is not None:
+        for doubt in doubts(precision.information):
+            yield f"the precision is doubtful: {doubt}"
     if precision.unknown:
         yield (
             f"{len(precision.unknown)} tensors of the precision fit none of the model by name, "

@@ -2,6 +2,7 @@
 
 from mergekit_bayes import __version__
 from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.information import Information
 from mergekit_bayes.records import Frozen
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -79,6 +80,8 @@ class PrecisionSummary(Frozen):
         unknown: Its tensors that the model lacks or has in another shape.
         zeros: Parameters whose precision is zero; None where only headers were read.
         bad: Parameters whose precision is negative or not finite, likewise.
+        information: What a sample of its entries says about its worth; None where only headers
+            were read, or no tensor has one number an entry.
         not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`) unless a
             prior is given.
     """
@@ -91,6 +94,7 @@ class PrecisionSummary(Frozen):
     unknown: tuple[str, ...]
     zeros: int | None
     bad: int | None
+    information: Information | None = None
     not_samplable: str | None = None
 
 

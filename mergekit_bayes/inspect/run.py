@@ -4,9 +4,10 @@ Tensors are streamed in chunks (`totals`), so memory does not grow with the mode
 Hub only the headers are read (`headers`), and its report has no values.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
+from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.checkpoint.rename_rules import Scope
 from mergekit_bayes.checkpoint.renaming import find_renaming, renamed_note
 from mergekit_bayes.checkpoint.sources import is_hub_id
@@ -14,13 +15,15 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
-from mergekit_bayes.inspect.layers import count_dtypes, group_layers, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
 from mergekit_bayes.inspect.notes import layer_notes
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.models.sampling import sampling_obstacle
-from mergekit_bayes.posterior import Posterior, identify
+from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
+from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.information import Information, information, needs_weights, read_grids
 from mergekit_bayes.records import Progress
 
 
@@ -60,7 +63,7 @@ def run_inspect(
             match = _match(names, mean, second)
         totals = _read_layers(names, posterior, match, progress or _ignore)
         layers = tuple(total.report() for total in totals)
-        summary = _precision_summary(posterior, totals)
+        summary = _precision_summary(posterior, names, totals)
         return InspectReport(
             # BASE+ADAPTER has two paths, and both are what is shown.
             path=posterior.ref if posterior.parts else str(posterior.path),
@@ -150,7 +153,9 @@ def _comparison(match: TensorMatch, totals: list[LayerTotals]) -> Comparison:
     )
 
 
-def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> PrecisionSummary | None:
+def _precision_summary(
+    posterior: Posterior, names: Sequence[str], totals: list[LayerTotals]
+) -> PrecisionSummary | None:
     precision, mean = posterior.precision, posterior.mean
     # The precision of BASE+ADAPTER is made of that of the adapter's factors, which has the record.
     owner = posterior.parts[-1] if posterior.parts else posterior
@@ -170,5 +175,29 @@ def _precision_summary(posterior: Posterior, totals: list[LayerTotals]) -> Preci
         unknown=unknown_tensors(precision_specs, mean.specs),
         zeros=sum(total.precision.zeros for total in totals),
         bad=sum(total.precision.bad for total in totals),
+        information=_information(posterior, names, info),
         not_samplable=sampling_obstacle(info),
     )
+
+
+def _information(
+    posterior: Posterior, names: Sequence[str], info: PosteriorInfo | None
+) -> Information | None:
+    """What a sample of the tensors with one number an entry says about the precision."""
+    precision, specs = posterior.precision, posterior.mean.specs
+    if precision is None or precision.is_computed:
+        return None
+    stored = {name: posterior.renamed_precisions.get(name, name) for name in names}
+    by_entry = {
+        name: other
+        for name, other in stored.items()
+        if other in precision.specs
+        and precision.specs[other].shape == specs[name].shape
+        and specs[name].size > 1
+        and is_form_of(precision.specs[other], specs[name])
+    }
+    if not by_entry:
+        return None
+    grids = read_grids(precision, by_entry)
+    weights = read_grids(posterior.mean, {name: name for name in needs_weights(grids)})
+    return information(grids, info, weights)

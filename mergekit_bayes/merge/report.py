@@ -8,6 +8,7 @@ from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import Input, MergePlan
 from mergekit_bayes.records import Record
+from mergekit_bayes.stream.worth import notes_on_precisions
 
 # Ratios of sum H_t to sum H_0 outside this range are nearly always a mistake of units.
 _PLAUSIBLE = (1e-3, 1e3)
@@ -107,6 +108,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         lost_share = totals.lost / totals.changed
         _note_lost(plan, lost_share, notes)
     _note_undo(plan, totals, notes)
+    notes += notes_on_precisions(plan)
     return MergeReport(
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,

@@ -30,6 +30,7 @@ from mergekit_bayes.checkpoint.layout import (
     precision_set,
     set_files,
 )
+from mergekit_bayes.checkpoint.moment_files import explain_moments
 from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import (
@@ -235,7 +236,7 @@ def open_posterior(
         mean = stack.enter_context(SafetensorsSource(checkpoint_files(path, ref)))
         posterior = Posterior(ref, path, mean, isotropic=isotropic)
         if isotropic is None and with_precision:
-            files = _given_precision(precision) if precision else precision_files(path)
+            files = _given_precision(precision, ref) if precision else precision_files(path)
             if files:
                 source = stack.enter_context(StoredPrecisions(files))
                 posterior = replace(posterior, precision=source, info=source.info)
@@ -243,14 +244,19 @@ def open_posterior(
     return posterior
 
 
-def _given_precision(ref: str) -> list[Path]:
+def _given_precision(ref: str, model: str) -> list[Path]:
     """The files of a precision that was named by itself."""
     path = resolve(ref, PRECISION)  # from the Hub the precision only, not the model beside it
     if path.is_file():
+        if reason := explain_moments(path, ref, model):
+            raise PrecisionError(reason)
         return [path] if path.suffix == POSTERIOR_ENDING else checkpoint_files(path, ref)
     for folder in (path / POSTERIOR_FOLDER, path):
         if files := precision_set(folder):
             return files
+    # The weights of a training's checkpoint are no precision either.
+    if reason := explain_moments(path, ref, model):
+        raise PrecisionError(reason)
     if is_hub_id(ref):
         resolve(ref, CHECKPOINT)
     if files := set_files(path, "model"):

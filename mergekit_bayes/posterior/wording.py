@@ -2,6 +2,7 @@
 
 from mergekit_bayes.posterior.edits import Edit
 from mergekit_bayes.posterior.info import PosteriorInfo
+from mergekit_bayes.posterior.information import Information
 
 _NOTHING = 1e-6  # observations: what rounding leaves of counts that cancel
 
@@ -83,6 +84,27 @@ def edit_in_words(edit: Edit, unit: str | None) -> str:
         f"{' and '.join(done)}; {holding}; {edit.steps:,} steps from a start that stood for "
         f"{_rounded(edit.base)} {noun}{source}"
     )
+
+
+def information_in_words(found: Information, parameters: float) -> str:
+    """How far a precision is from one number, and how much of it the data said.
+
+    Args:
+        found: What its sample says.
+        parameters: Number of parameters that have a precision.
+    """
+    parts = []
+    if found.within is not None:
+        inside = ""
+        if found.explained is not None:
+            inside = f" (in a matrix, rows and columns explain {max(found.explained, 0):.0%} of it)"
+        parts.append(f"{found.within:.0%} of the variance of its log lies within tensors{inside}")
+    parts.append(
+        f"effective number of informative entries {found.informative * parameters:,.0f} of "
+        f"{parameters:,.0f}"
+    )
+    parts.append(f"{found.alone:.1%} hold the prior or the start alone")
+    return ", ".join(parts)
 
 
 def _rounded(count: float) -> str:

@@ -5,15 +5,9 @@ observations of all the data. How many examples the estimate looked at is record
 """
 
 import os
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path, precision_path
-from mergekit_bayes.checkpoint.rename_rules import Scope
-from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
+from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
@@ -21,7 +15,7 @@ from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.encode import encode_rows, observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
@@ -30,7 +24,12 @@ from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.precision.from_moments import run_from_moments
+from mergekit_bayes.precision.keeping import keeping, stored_precision, target_of
+from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.stability import describe, health_of, refuse_few
+from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
 _ESTIMATOR = "ggn"
 
@@ -51,40 +50,46 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
     """
     _refuse_settings(config)
     with quiet_libraries(bars=not quiet):
+        if config.moments is not None:
+            return run_from_moments(config, Path(os.path.expanduser(config.moments)))
         return _run(config)
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
+    refuse_moment_settings(config)
+    if config.data is None and config.moments is None:
+        raise ConfigError("name what the precision stands for: --data TEXT, or --from PATH.")
     choose_device(config.device)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
-    if config.output:
-        target = existing = Path(config.output)
-    else:
-        model_path = Path(os.path.expanduser(config.model))
-        target, existing = precision_path(model_path), old_precision_path(model_path)
-    for place in (target, existing):
+    target = target_of(config)
+    earlier = (
+        target if config.output else old_precision_path(Path(os.path.expanduser(config.model)))
+    )
+    for place in (target, earlier):
         if os.path.exists(place) and not config.force:
             raise CheckpointError(
                 f"'{place}' exists. Choose another -o, or pass --force to replace it."
             )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
-    data = (config.data,) if isinstance(config.data, str) else config.data
-    refuse_inputs(target, [config.model, *weights, *data])
+    data = (config.data,) if isinstance(config.data, str) else config.data or ()
+    moments = (config.moments,) if config.moments else ()
+    refuse_inputs(target, [config.model, *weights, *data, *moments])
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
+    assert config.data is not None  # `_refuse_settings` made sure of it
     loaded = load_model(
         config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        rename = _renaming(source, checkpoint_names(model, parameters))
+        rename = stored_names(source, checkpoint_names(model, parameters))
         # No labels are read: the root-GGN needs the model's own distribution only.
         rows = load_rows(config.data, where=config.where, text=config.text_column)
         examples = encode_rows(
@@ -96,6 +101,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         )
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
+        refuse_few(count, len(examples))
         loaded.move_to(config.device)
         curvature = estimate_curvature(
             _ESTIMATOR,
@@ -103,12 +109,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             random_examples(examples, count, config.seed),
             batch_size=config.batch_size,
             seed=config.seed,
+            keep=keeping(config, model),
         )
+        stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
-        precision = {
-            name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
-        }
-        health = precision_health(precision)
+        precision = stored_precision(config, model, curvature.total, scale)
+        health = precision_health(precision) | health_of(stability)
         # No labels are read, so that the config of a classifier says which loss it trains with.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -122,15 +128,12 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             anchor=Anchor(),
             mean=identify(source),
             tokenizer=tokenizer_identity(loaded.path),
-            dtype=_stored_dtype(source),
+            dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
             training=_training(config, loaded) | {LOSS: loss.name},
             health=health,
         )
-        arrays = {
-            rename(name): tensor.cpu().numpy()
-            for name, tensor in checkpoint_names(model, precision).items()
-        }
+        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
         refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
@@ -144,34 +147,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=health,
+        stability=stability,
     )
-
-
-def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) -> Renaming:
-    """From names in memory to the file's, which may differ (`h.0...` of GPT-2 on the Hub).
-
-    Raises:
-        MismatchError: The file does not hold a parameter of the model.
-    """
-    rename = find_renaming(source.specs, tensors, scope=Scope.REPLACED)
-    for name in tensors:
-        if rename(name) not in source.specs:
-            raise MismatchError(
-                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
-                "its values were made up on loading. Fine-tune the model first, or choose another "
-                "--task."
-            )
-    return rename
-
-
-def _stored_dtype(source: SafetensorsSource) -> str:
-    """The number format of most of the file's values, by torch's name where it has one."""
-    sizes: Counter[str] = Counter()
-    for spec in source.specs.values():
-        sizes[spec.dtype] += spec.size
-    (stored, _), *_ = sizes.most_common(1)
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return names.get(stored, stored)
 
 
 def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
@@ -182,6 +159,8 @@ def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
+    if config.pool:
+        record["pool"] = config.pool
     ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref

@@ -1,7 +1,7 @@
 """Settings of `bmerge precision`, and its report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,8 +14,30 @@ class PrecisionConfig(Config):
     """Settings of one estimate of a precision: the flags of `bmerge precision`."""
 
     model: str = Field(description="A model folder, or a Hub id (which needs -o).")
-    data: str | tuple[str, ...] = Field(
-        description="What the precision stands for: a file, folder or Hub data set; repeatable."
+    data: str | tuple[str, ...] | None = Field(
+        None,
+        description="What the precision stands for: a file, folder or Hub data set; repeatable.",
+    )
+    moments: str | None = Field(
+        None,
+        description="Take it from Adam's second moments instead, as a training left them: "
+        "optimizer.pt, a folder of torch.distributed.checkpoint, exp_avg_sq.safetensors, or the "
+        "checkpoint that holds one of them.",
+    )
+    observations: int | None = Field(
+        None, ge=1, description="With --from: tokens or rows of all the training's data."
+    )
+    batch_observations: int | None = Field(
+        None,
+        ge=1,
+        description="With --from: tokens or rows of one optimizer step, over accumulation and "
+        "processes.",
+    )
+    step: int | None = Field(
+        None, ge=1, description="With --from: optimizer steps, where the file does not say."
+    )
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="With --from: Adam's beta2, where the file does not say."
     )
     output: str | None = Field(
         None, description="A folder or .safetensors file; by default MODEL/posterior."
@@ -35,6 +57,16 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
+    pool: Literal["tensor", "row"] | None = Field(
+        None,
+        description="tensor or row: keep the mean of each tensor or row in place of its entries, "
+        "so that the sums take kilobytes.",
+    )
+    sums: Literal["device", "cpu", "disk"] = Field(
+        "device",
+        description="Where the sums lie meanwhile, 4 bytes an entry: device, cpu (in memory) or "
+        "disk (in a file beside the output).",
+    )
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the choice of rows and of the random signs."
@@ -46,6 +78,38 @@ class PrecisionConfig(Config):
     force: Force = False
 
 
+class LayerStability(Frozen):
+    """How far the curvature of a layer would move with other examples.
+
+    Attributes:
+        name: Common start of the tensors' names, or `embeddings`, `rest`, `head`.
+        relative_error: Standard error of a row's curvature over the curvature, root mean square;
+            `curvature.stability` has the equation.
+        rank_correlation: Spearman's, of the rows of a tensor between two halves of the examples;
+            None where no tensor has eight rows.
+    """
+
+    name: str
+    relative_error: float
+    rank_correlation: float | None
+
+
+class Stability(Frozen):
+    """How far the curvature would move with other examples, from disjoint subsamples of them.
+
+    Attributes:
+        relative_error: As that of a layer, over the whole model.
+        rank_correlation: Likewise.
+        layers: The layers that have curvature, in order.
+        more_examples: How many more examples would halve the error.
+    """
+
+    relative_error: float
+    rank_correlation: float | None
+    layers: tuple[LayerStability, ...]
+    more_examples: int
+
+
 class PrecisionReport(Frozen):
     """Where the precision was written, and what it stands for.
 
@@ -55,11 +119,15 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
-        rows: Number of rows in the data.
+        rows: Number of rows in the data; None without data, as the next three.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
+        step: Optimizer steps in the second moments; None for an estimate from data.
+        notes: What may make the precision other than it should be.
+        stability: How far it would move with other examples; None for fewer batches than
+            subsamples.
     """
 
     path: Path
@@ -67,8 +135,11 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
-    rows: int
-    sampled: int
-    device: str
-    dtype: str
+    rows: int | None
+    sampled: int | None
+    device: str | None
+    dtype: str | None
     health: dict[str, float]
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+    stability: Stability | None = None
