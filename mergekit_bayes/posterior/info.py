@@ -124,8 +124,8 @@ class PosteriorInfo(Frozen):
         terms: The posteriors of a merge.
         merge: How a merge counted them.
         edits: The adaptations inside, the oldest first. A record without any has no such key.
-        pool: The form to which the numbers were pooled after they were made, for storing; a record
-            has no such key where they were not.
+        pool: The form to which an estimate was pooled, when it was made or stored again; a record
+            has no such key where it was not. That of a merge was chosen by it and is in `merge`.
     """
 
     format: int = FORMAT

@@ -9,7 +9,7 @@ A tensor whose form is as coarse already stays as it is, and so does a vector. T
 pieces, so that memory does not grow with the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,13 @@ from mergekit_bayes.checkpoint.layout import (
     write_precision_index,
 )
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, TensorSource, TensorSpec
+from mergekit_bayes.checkpoint.specs import (
+    ITEM_SIZE,
+    Array,
+    MemorySource,
+    TensorSource,
+    TensorSpec,
+)
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.kernels import row_sums
 from mergekit_bayes.posterior.forms import row_shape
@@ -126,6 +132,22 @@ def pooled(source: TensorSource, name: str, pool: Literal["row", "row-column"]) 
     total = column_totals.mean() if row else 0.0
     columns = column_totals / total if total > 0 else np.ones(row)
     return RankOne(means, columns.astype(np.float32).reshape(1, *shape[1:]))
+
+
+def rank_ones(precision: Mapping[str, Array]) -> dict[str, Array | RankOne]:
+    """Precisions by entry as two vectors each; a vector stays.
+
+    Args:
+        precision: float32 arrays, by name.
+
+    Raises:
+        PrecisionError: An entry is negative or not finite.
+    """
+    source = MemorySource(precision, "the estimate")
+    return {
+        name: pooled(source, name, "row-column") if values.ndim > 1 else values
+        for name, values in precision.items()
+    }
 
 
 def _pieces(

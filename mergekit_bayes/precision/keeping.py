@@ -27,7 +27,7 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     Raises:
         MismatchError: The model's rows cannot be pooled.
     """
-    axes = row_axes(model) if config.pool else {}
+    axes = row_axes(model) if config.pool in ("row", "tensor") else {}
     return Keeping(axes, target_of(config).parent if config.sums == "disk" else config.sums)
 
 
