@@ -15,6 +15,11 @@ from mergekit_bayes.moments import Moment, Moments
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 TRAINER_STATE = "trainer_state.json"
+_OF_DATA = {
+    *("where", "text_column", "label_column", "examples", "batch_size", "max_length"),
+    *("sums", "seed", "device", "dtype", "estimator", "num_processes"),
+    *("self_generated", "keep_generated", "random_tokens"),
+}
 _NOTHING_RECORDED = (
     "nothing on the disk says that the moments are of these weights: neither a trainer_state.json "
     "beside the weights, nor weights beside the moments"
@@ -36,6 +41,9 @@ def refuse_moment_settings(config: PrecisionConfig) -> None:
         if given := [flag for flag, value in own.items() if value is not None]:
             raise ConfigError(f"{given[0]} goes with --from: data are counted, not told.")
         return
+    if of_data := sorted(_OF_DATA & config.model_fields_set):
+        flag = of_data[0].replace("_", "-")
+        raise ConfigError(f"--{flag} is for an estimate from text, and --from reads none.")
     if config.data is not None:
         raise ConfigError("--data and --from: name one of them, text or what a training has left.")
     if missing := [flag for flag, value in counts.items() if value is None]:

@@ -1,4 +1,4 @@
-"""A precision for a checkpoint that has none: the root-GGN diagonal over the user's data.
+"""A precision for a checkpoint that has none: a diagonal of its curvature over some data.
 
 The likelihood part is `N * F`, where F is the curvature per observation and N counts the
 observations of all the data. How many examples the estimate looked at is recorded separately.
@@ -6,6 +6,7 @@ observations of all the data. How many examples the estimate looked at is record
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path
@@ -18,24 +19,24 @@ from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.models.encode import encode_rows, observations
-from mergekit_bayes.models.estimate import estimate_curvature, random_examples
-from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
+from mergekit_bayes.models.encode import observations
+from mergekit_bayes.models.estimate import random_examples
+from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.posterior.pooling import rank_ones
 from mergekit_bayes.posterior.stored import RankOne
 from mergekit_bayes.precision.from_moments import run_from_moments
-from mergekit_bayes.precision.keeping import keeping, stored_precision, target_of
+from mergekit_bayes.precision.keeping import stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
+from mergekit_bayes.precision.passes import Estimate, load, refuse_device, with_passes
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
-
-_ESTIMATOR = "ggn"
+from mergekit_bayes.ranks import is_main, join
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -52,18 +53,14 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
-    _refuse_settings(config)
-    with quiet_libraries(bars=not quiet):
-        if config.moments is not None:
-            return run_from_moments(config, Path(os.path.expanduser(config.moments)))
-        return _run(config)
+    join(config.num_processes)
+    with quiet_libraries(bars=not quiet and is_main()):
+        return with_passes(config, partial(_run, config))
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_moment_settings(config)
-    if config.data is None and config.moments is None:
-        raise ConfigError("name what the precision stands for: --data TEXT, or --from PATH.")
-    choose_device(config.device)
+    refuse_device(config)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
@@ -83,47 +80,35 @@ def _refuse_settings(config: PrecisionConfig) -> None:
     data = (config.data,) if isinstance(config.data, str) else config.data or ()
     moments = (config.moments,) if config.moments else ()
     refuse_inputs(target, [config.model, *weights, *data, *moments])
+    if config.moments is None:
+        refuse_source(config, target)
 
 
-def _run(config: PrecisionConfig) -> PrecisionReport:
-    assert config.data is not None  # `_refuse_settings` made sure of it
-    loaded = load_model(
-        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
+    _refuse_settings(config)
+    if config.moments is not None:
+        return run_from_moments(config, Path(os.path.expanduser(config.moments)))
+    loaded = load(config)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rename = stored_names(source, checkpoint_names(model, parameters))
-        # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, text=config.text_column)
-        examples = encode_rows(
-            rows,
-            loaded,
-            text=config.text_column,
-            max_length=config.max_length,
-            source=config.data,
-        )
+        drawn = read_source(config, loaded)
+        examples = drawn.examples
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         refuse_few(count, len(examples))
-        loaded.move_to(config.device)
-        curvature = estimate_curvature(
-            _ESTIMATOR,
-            loaded,
-            random_examples(examples, count, config.seed),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            keep=keeping(config, model),
-        )
+        chosen = random_examples(examples, count, config.seed)
+        curvature = estimate(config.estimator, loaded, chosen)
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
         precision = stored_precision(config, model, curvature.total, scale)
         health = precision_health(precision) | health_of(stability)
-        # No labels are read, so that the config of a classifier says which loss it trains with.
+        # Labels are read for heads of one label only, so that the config says which loss it is.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
-            estimator=_ESTIMATOR,
+            estimator=config.estimator,
             unit=UNIT[loaded.task],
             observations=total,
             ess=total,
@@ -134,7 +119,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             tokenizer=tokenizer_identity(loaded.path),
             dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded) | {LOSS: loss.name},
+            training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
             pool=config.pool,
         )
@@ -146,10 +131,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, stored, info, out=out, force=config.force),
-        estimator=_ESTIMATOR,
+        estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
         observations=total,
+        source=drawn.name,
         rows=len(examples),
         sampled=count,
         device=str(loaded.device),
