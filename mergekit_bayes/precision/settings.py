@@ -7,6 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
+from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
@@ -84,10 +85,11 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
-    pool: Literal["tensor", "row"] | None = Field(
+    pool: Pool | None = Field(
         None,
         description="tensor or row: keep the mean of each tensor or row in place of its entries, "
-        "so that the sums take kilobytes.",
+        "so that the sums take kilobytes. row-column: store two vectors a matrix, whose product "
+        "has the sums of its rows and columns.",
     )
     sums: Literal["device", "cpu", "disk"] = Field(
         "device",
