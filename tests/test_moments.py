@@ -91,7 +91,7 @@ def test_the_precision_is_n_b_v_of_every_parameter_by_its_name(run, checkpoint):
     assert names_in_groups(checkpoint) != list(run.expected(5))  # the groups reorder the model
     squares = [n for n, v in run.expected(5).items() if v.ndim == 2 and len(set(v.shape)) == 1]
     assert any("c_proj" in name for name in squares)
-    report = precision(checkpoint, checkpoint)
+    report = precision(checkpoint, checkpoint, estimator="adam")
     assert_expected(report, run)
     assert (report.estimator, report.unit, report.step) == ("adam", "token", 5)
     assert (report.rows, report.sampled, report.observations) == (None, None, 5000)
@@ -242,7 +242,18 @@ def test_tensors_by_name_need_step_and_beta2_from_somewhere(run, checkpoint, tmp
         ({"batch_observations": None}, "needs --batch-observations: no"),
         ({"observations": 3}, "swapped"),
         ({"data": "rows.jsonl"}, "--data and --from"),
-        ({"batch_size": 4}, "--batch-size is for an estimate from text"),
+        ({"batch_size": 4}, "--batch-size is about a pass over data"),
+        ({"device": "cpu"}, "--device is about a pass over data"),
+        ({"estimator": "ggn"}, "--estimator ggn makes a pass over data"),
+        (
+            {
+                "moments": None,
+                "observations": None,
+                "batch_observations": None,
+                "estimator": "adam",
+            },
+            "--estimator adam reads what a training has left",
+        ),
         ({"moments": None}, "--observations goes with --from"),
         (
             {"moments": None, "observations": None, "batch_observations": None, "beta2": 0.9},
@@ -250,7 +261,7 @@ def test_tensors_by_name_need_step_and_beta2_from_somewhere(run, checkpoint, tmp
         ),
         (
             {"moments": None, "observations": None, "batch_observations": None},
-            "--data TEXT, or --from PATH",
+            "named with --from",
         ),
     ],
 )

@@ -6,6 +6,11 @@ from bmerge_cli.render import Json, Quiet, console, failures, print_result
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
+_ROWS = {
+    "data": "rows",
+    "self-generated": "texts that the model wrote",
+    "random-tokens": "rows of random tokens",
+}
 
 
 @failures()
@@ -18,6 +23,10 @@ NAME = "precision"
     option("batch_observations", low=1),
     option("step", low=1),
     option("beta2"),
+    option("self_generated", low=1),
+    option("keep_generated"),
+    option("random_tokens", low=1),
+    option("estimator"),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -36,7 +45,7 @@ NAME = "precision"
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Estimate the root-GGN diagonal of a checkpoint and store it as its precision.
+    """Estimate the diagonal curvature of a checkpoint and store it as its precision.
 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """
@@ -48,7 +57,8 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     if report.rows is None:
         basis = f"second moments of {report.step:,} steps, stands for"
     else:
-        basis = f"looked at {report.sampled:,} of {report.rows:,} rows, stands for all their"
+        rows = _ROWS[report.source]
+        basis = f"looked at {report.sampled:,} of {report.rows:,} {rows}, stands for all their"
     console(quiet=quiet).print(
         f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision "
         f"{report.health['precision_median']:.3g} (1/weight^2)",

@@ -25,7 +25,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
-from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.outputs import (
+    TrainedLoss,
+    numbers,
+    scored_logits,
+    scored_targets,
+    trained_loss,
+)
 from mergekit_bayes.curvature.stability import Subsamples
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
@@ -38,11 +44,13 @@ class Scored(NamedTuple):
         logits: z, shape (n, C), float32, without a graph.
         loss: The loss that the model trains with.
         generator: Generator of whatever is drawn, on the device of the logits.
+        targets: Observed labels: class numbers (n,), or numbers (n, C); None without labels.
     """
 
     logits: Tensor
     loss: TrainedLoss
     generator: torch.Generator
+    targets: Tensor | None = None
 
 
 # The vectors v, (n, C) each, one backward pass for each of them.
@@ -64,14 +72,17 @@ def squared_gradients(
             scored where the next label is not -100, a masked one or a classifier of tokens where
             the label itself is not), else a classifier. Dropout is off meanwhile.
         batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens, `labels`.
-            Other labels only say by their dtype which loss a classifier without `problem_type`
-            trains with.
+            Other labels say by their dtype which loss a classifier without `problem_type` trains
+            with, and are what `roots` sees as `Scored.targets`.
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
         keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
+
+    Raises:
+        CheckpointError: The model's outputs are not numbers.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     sums = Sums(parameters, keep)
@@ -101,8 +112,9 @@ def _add_batch(
     outputs = outputs_of(model, **{name: v for name, v in batch.items() if name != "labels"})
     loss = trained_loss(model, labels)
     logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
+    targets = scored_targets(outputs.logits, labels, tokens, shifts=loss.shifts)
     del outputs
-    seen = Scored(logits.detach().float(), loss, generator)
+    seen = Scored(numbers(logits.detach().float()), loss, generator, targets)
     vectors = [vector.to(logits.dtype) for vector in roots(seen)]
     observations, edge = len(logits), get_gradient_edge(logits)
     del logits, seen  # with many tokens to choose from they are larger than any parameter

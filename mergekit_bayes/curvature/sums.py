@@ -43,6 +43,11 @@ class Keeping(NamedTuple):
         kept = self.axes.get(name, parameter.ndim)
         return (*parameter.shape[:kept], *(1 for _ in parameter.shape[kept:]))
 
+    def mean_of(self, name: str, entries: Tensor) -> Tensor:
+        """The mean of a parameter's entries, of `shape_of`."""
+        left_out = tuple(range(self.axes.get(name, entries.ndim), entries.ndim))
+        return entries.mean(left_out, keepdim=True) if left_out else entries
+
 
 ENTRIES = Keeping()
 

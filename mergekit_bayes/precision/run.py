@@ -1,4 +1,4 @@
-"""A precision for a checkpoint that has none: the root-GGN diagonal over the user's data.
+"""A precision for a checkpoint that has none: a diagonal of its curvature over some data.
 
 The likelihood part is `N * F`, where F is the curvature per observation and N counts the
 observations of all the data. How many examples the estimate looked at is recorded separately.
@@ -16,22 +16,20 @@ from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.models.encode import encode_rows, observations
+from mergekit_bayes.models.encode import observations
 from mergekit_bayes.models.estimate import estimate_curvature, random_examples
 from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.keeping import keeping, stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
-
-_ESTIMATOR = "ggn"
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -57,8 +55,6 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
 def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_moment_settings(config)
-    if config.data is None and config.moments is None:
-        raise ConfigError("name what the precision stands for: --data TEXT, or --from PATH.")
     choose_device(config.device)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
@@ -75,10 +71,11 @@ def _refuse_settings(config: PrecisionConfig) -> None:
     data = (config.data,) if isinstance(config.data, str) else config.data or ()
     moments = (config.moments,) if config.moments else ()
     refuse_inputs(target, [config.model, *weights, *data, *moments])
+    if config.moments is None:
+        refuse_source(config, target)
 
 
 def _run(config: PrecisionConfig) -> PrecisionReport:
-    assert config.data is not None  # `_refuse_settings` made sure of it
     loaded = load_model(
         config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -86,21 +83,14 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rename = stored_names(source, checkpoint_names(model, parameters))
-        # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, text=config.text_column)
-        examples = encode_rows(
-            rows,
-            loaded,
-            text=config.text_column,
-            max_length=config.max_length,
-            source=config.data,
-        )
+        drawn = read_source(config, loaded)
+        examples = drawn.examples
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         refuse_few(count, len(examples))
         loaded.move_to(config.device)
         curvature = estimate_curvature(
-            _ESTIMATOR,
+            config.estimator,
             loaded,
             random_examples(examples, count, config.seed),
             batch_size=config.batch_size,
@@ -111,11 +101,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         scale = total / curvature.observations
         precision = stored_precision(config, model, curvature.total, scale)
         health = precision_health(precision) | health_of(stability)
-        # No labels are read, so that the config of a classifier says which loss it trains with.
+        # Labels are read for heads of one label only, so that the config says which loss it is.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
-            estimator=_ESTIMATOR,
+            estimator=config.estimator,
             unit=UNIT[loaded.task],
             observations=total,
             ess=total,
@@ -126,7 +116,7 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             tokenizer=tokenizer_identity(loaded.path),
             dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded) | {LOSS: loss.name},
+            training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
         )
         arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
@@ -134,10 +124,11 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
-        estimator=_ESTIMATOR,
+        estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
         observations=total,
+        source=drawn.name,
         rows=len(examples),
         sampled=count,
         device=str(loaded.device),

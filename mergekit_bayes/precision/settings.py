@@ -1,13 +1,17 @@
 """Settings of `bmerge precision`, and its report."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
+
+EstimatorName: TypeAlias = Literal[
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+]
 
 
 class PrecisionConfig(Config):
@@ -16,7 +20,30 @@ class PrecisionConfig(Config):
     model: str = Field(description="A model folder, or a Hub id (which needs -o).")
     data: str | tuple[str, ...] | None = Field(
         None,
-        description="What the precision stands for: a file, folder or Hub data set; repeatable.",
+        description="What the precision stands for: a file, folder or Hub data set; repeatable. "
+        "Any text will do for a model whose own data are not at hand, and needs no labels.",
+    )
+    self_generated: int | None = Field(
+        None,
+        ge=1,
+        description="Instead of data: this many texts that a causal language model writes itself, "
+        "at temperature 1, of at most `max_length` tokens.",
+    )
+    keep_generated: str | None = Field(
+        None, description="File in which those texts are kept, as JSON lines for --data."
+    )
+    random_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Instead of data: this many uniform tokens, in rows of `max_length`. Cheap, "
+        "and far from text.",
+    )
+    estimator: EstimatorName = Field(
+        "ggn",
+        description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
+        "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
+        "weights, labels of the data), or adam (with --from). A merge wants one "
+        "estimator for all models.",
     )
     moments: str | None = Field(
         None,
@@ -47,7 +74,8 @@ class PrecisionConfig(Config):
     )
     text_column: str = Field("text", description="Column of the text.")
     label_column: str = Field(
-        "label", description="Column of the label, which root-GGN does not need."
+        "label",
+        description="Column of a classifier's label, which only fisher-empirical and ivon look at.",
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
@@ -69,7 +97,11 @@ class PrecisionConfig(Config):
     )
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of the choice of rows and of the random signs."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choice of rows, of what the estimator draws, and of tokens and "
+        "texts instead of data.",
     )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
     device: Device = None
@@ -119,7 +151,9 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
-        rows: Number of rows in the data; None without data, as the next three.
+        source: What the rows are: `data`, `self-generated` or `random-tokens`; without rows
+            `moments`.
+        rows: Number of rows in the source; None without data, as the next three.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
@@ -135,6 +169,7 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
+    source: str
     rows: int | None
     sampled: int | None
     device: str | None
