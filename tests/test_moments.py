@@ -314,6 +314,31 @@ def test_clipped_gradients_are_told_with_their_norms(run, checkpoint):
     assert note.endswith("clip factor squared")
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (
+            lambda s: s["state"][0].update(exp_avg_sq=s["state"][0]["exp_avg_sq"].bfloat16()),
+            "in 16 bits",
+        ),
+        (
+            lambda s: s["param_groups"][0].update(decoupled_weight_decay=False, weight_decay=0.1),
+            "adds the weight decay to the gradients",
+        ),
+        (lambda s: s["state"].pop(3), "1 of 28 parameters never had a gradient"),
+    ],
+)
+def test_what_makes_moments_other_than_they_should_be_is_told(checkpoint, change, note):
+    state = state_of(checkpoint)
+    for group in state["param_groups"]:
+        group["betas"] = (0.9, 0.999)
+    torch.save(state, checkpoint / "optimizer.pt")
+    assert not any(note in one for one in precision(checkpoint, checkpoint).notes)
+    change(state)
+    torch.save(state, checkpoint / "optimizer.pt")
+    assert any(note in one for one in precision(checkpoint, checkpoint).notes)
+
+
 EIGHT = {"state1": torch.zeros(4, dtype=torch.uint8), "state2": torch.zeros(4, dtype=torch.uint8)}
 STATES = {
     "bitsandbytes, which keeps them in 8 bits": EIGHT | {"qmap2": torch.zeros(256)},
