@@ -86,7 +86,7 @@ def test_sums_elsewhere_give_the_same_bytes(model, place):
 
 def test_a_merge_reads_a_pooled_precision(tmp_path):
     a, b = tiny_gpt2(tmp_path / "a", seed=1), tiny_gpt2(tmp_path / "b", seed=2)
-    (tmp_path / "t.jsonl").write_text('{"text": "the cat sat ."}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "the cat sat ."}\n' * 4)
     pooled = {}
     for model in (a, b):
         estimate(model, f"{model.name}.row", pool="row")

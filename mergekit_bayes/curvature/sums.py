@@ -33,10 +33,13 @@ class Keeping(NamedTuple):
             1 keeps one number a row. A parameter that is not named keeps all its entries.
         place: `device` for the parameter's own, `cpu` for memory, or a folder in which a file
             without a name holds the sums. It is gone when the process ends, however it does.
+        is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
+            must make the pass, with the same batches.
     """
 
     axes: Mapping[str, int] = {}
     place: Literal["device", "cpu"] | Path = "device"
+    is_shared: bool = False
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""

@@ -28,7 +28,8 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
         MismatchError: The model's rows cannot be pooled.
     """
     axes = row_axes(model) if config.pool else {}
-    return Keeping(axes, target_of(config).parent if config.sums == "disk" else config.sums)
+    place = target_of(config).parent if config.sums == "disk" else config.sums
+    return Keeping(axes, place, is_shared=True)
 
 
 def stored_precision(

@@ -104,6 +104,12 @@ class PrecisionConfig(Config):
         "texts instead of data.",
     )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    num_processes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
+        "cores. Under a launcher there must be this number.",
+    )
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
