@@ -42,8 +42,9 @@ class PrecisionConfig(Config):
     estimator: EstimatorName = Field(
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
-        "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
-        "weights, labels of the data); --from is adam. A merge wants one estimator for all models.",
+        "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
+        "weights, labels of the data), or adam (with --from). A merge wants one "
+        "estimator for all models.",
     )
     moments: str | None = Field(
         None,
