@@ -150,7 +150,7 @@ def test_planted_faults_are_found_and_good_precisions_are_not_doubted(
     """The experiment with untrained models and fewer rows."""
     script = experiment.script
     monkeypatch.setattr(script, "_GOOD", ((64, 4, "held_out"), (32, 1, "held_out")))
-    experiment.world.make_texts(tmp_path, train=0, test=600)
+    experiment.world.make_texts(tmp_path, train=0, test=300)
     folders = [make(tmp_path / str(seed), seed=seed) for seed in range(3)]
     model = experiment.world.Model(make.__name__, 1, folders[0], folders[1])
     other = experiment.world.Model(make.__name__, 2, folders[2], folders[2])
