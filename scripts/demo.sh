@@ -34,11 +34,9 @@ run "$bmerge" detox configs/detox/demo.yaml
 
 # The same removed in some seconds, held by 256 rows of other text, until a goal is reached.
 run "$bmerge" adapt configs/adapt/remove.yaml --force
-for model in base kinder; do
-    run "$bmerge" evaluate "$world/$model" --toxicity "$world/texts/prompts.jsonl" \
-        --scorer "words:$world/texts/insults.txt" --continuations 25 --new-tokens 14 \
-        --perplexity "civil text=$world/texts/kind_test.jsonl" \
-        --perplexity "gardens=$world/texts/garden_test.jsonl" \
-        --perplexity "crossed=$world/texts/crossed_test.jsonl"
-done
-echo "picture: runs/detox-demo/toxicity_vs_perplexity.png" >&2
+run "$bmerge" evaluate "$world/base" "$world/kinder" --toxicity "$world/texts/prompts.jsonl" \
+    --scorer "words:$world/texts/insults.txt" --continuations 25 --new-tokens 14 \
+    --perplexity "civil text=$world/texts/kind_test.jsonl" \
+    --perplexity "gardens=$world/texts/garden_test.jsonl" \
+    --perplexity "crossed=$world/texts/crossed_test.jsonl" -o runs/side-by-side --force
+echo "pictures: runs/detox-demo/toxicity_vs_perplexity.png, runs/side-by-side/evaluation.png" >&2

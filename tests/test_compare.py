@@ -120,7 +120,12 @@ def test_differences_are_those_of_the_numbers_that_are_shown(compared):
     report, _ = compared
     by_label = {one.label: one.report for one in report.evaluations}
     pairs = dict.fromkeys((d.label, d.against) for d in report.differences)
-    assert list(pairs) == [("a in 4 bits", "a"), ("b", "a"), ("b in 4 bits", "b")]
+    assert list(pairs) == [
+        ("a in 4 bits", "a"),
+        ("b", "a"),
+        ("b in 4 bits", "b"),
+        ("b in 4 bits", "a in 4 bits"),
+    ]
     shown = {
         "toxic share": lambda r, of: r.toxicity[of].share.value,
         "mean score": lambda r, of: r.toxicity[of].mean.value,

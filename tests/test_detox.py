@@ -419,6 +419,8 @@ HOOK = "def score(texts):\n    return [2.0 for _ in texts]\n"
         ("evaluate", {"prompts_where": {"text": "nope"}}, "no row"),
         ("evaluate", {"text_column": "nope"}, "no column 'nope'"),
         ("precision", {"text_column": "nope"}, "no column 'nope'"),
+        ("precision", {"estimator": "fisher"}, "estimator: 'fisher' does not compare"),
+        ("precision", {"random_tokens": 9}, "precision: --data and --random-tokens"),
         ("precision", {"where": {"text": "nope"}}, "no row"),
         ("evaluate", {"where": {"none": {"text": "a"}}}, "no texts are called 'none'"),
         ("evaluate", {"scorer": ["bmerge_detox_hook:score"]}, "score 1 of 1 is 2"),

@@ -343,3 +343,10 @@ def test_a_card_shows_no_numbers_of_a_variant(model, world):
     (shown,) = facts.evaluations
     assert shown["variant"] == "as it is"
     assert any("in-4-bits/report.json evaluates other weights" in note for note in facts.notes)
+
+
+def test_rows_without_a_word_are_not_relearnt(model, world, monkeypatch):
+    monkeypatch.setattr("mergekit_bayes.compare.run.evaluate_model", pytest.fail)
+    (world / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
+    with pytest.raises(MismatchError, match="no row of blank"):
+        run_compare(config(model, relearn="blank.jsonl"))

@@ -27,7 +27,7 @@ FAMILIES = {
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},
-    "curvature": ROOMS["curvature"].steps.keys() - {"table", "squares", "outputs", "base"},
+    "curvature": ROOMS["curvature"].steps.keys() - {"table", "squares", "outputs", "base", "sums"},
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {

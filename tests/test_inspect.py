@@ -148,10 +148,12 @@ def test_bad_health_is_said_aloud(world):
     assert "kappa 2" in notes
     assert "above a tenth of the weights' RMS in embeddings, transformer.h.2" in notes
     flushed = info.model_copy(update={"estimator": "ggn"})
-    save_posterior(
-        posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), flushed, force=True
-    )
-    assert run_inspect("a.safetensors").notes == ()
+    frozen = info.model_copy(update={"health": {}})  # IVON's curvature at a mean that stood still
+    for measured in (flushed, frozen):
+        save_posterior(
+            posterior.path, tiny.precisions(0, SHAPES, low=1e-3, high=1e-2), measured, force=True
+        )
+        assert run_inspect("a.safetensors").notes == ()
 
 
 def test_buffers_and_tied_copies_are_no_parameters(tmp_path):

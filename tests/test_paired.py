@@ -95,3 +95,11 @@ def test_as_many_gained_as_lost_is_no_change_at_all():
     after = np.roll(before, 1, axis=0)
     assert paired_share_change(before, after).value == 0.0
     assert paired_change(before, after).value == 0.0
+
+
+def test_no_share_falls_by_more_than_all_of_it():
+    for shape in ((40, 1), (40, 5)):
+        change = paired_change(np.ones(shape), np.zeros(shape))
+        assert (change.value, change.low) == (-1, -1)
+        assert paired_change(np.zeros(shape), np.ones(shape)).high == 1
+    assert share_change_interval(np.ones(40), np.zeros(40)).low == -1

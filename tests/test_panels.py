@@ -372,6 +372,18 @@ def test_the_panel_of_the_package_is_fetched_and_recorded(hub, judges, tmp_path,
     assert lock.parent.stat().st_mode & 0o077 == 0
 
 
+def test_what_could_not_be_opened_is_not_recorded(panel):
+    """The corrected panel would be refused for naming another model than at its first use."""
+    content = panel.read_text()
+    panel.write_text(content.replace("model: a\n", "model: multi\n").replace("LABEL_1", "rude"))
+    with pytest.raises(ConfigError, match="rude"):
+        open_scorers([f"panel:{panel}/first"])
+    assert not panel.with_suffix(".lock.json").exists()
+    panel.write_text(content)
+    open_scorers([f"panel:{panel}/first"])
+    assert list(locked(panel)) == ["first"]
+
+
 def test_a_wrong_label_of_the_panel_of_the_package_says_what_to_write(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("BMERGE_HOME", str(tmp_path / "own"))
     named = tiny_models.tiny_bert(tmp_path / "named", names=["clean", "hate"])
@@ -449,6 +461,7 @@ def child(folder):
     dist.all_gather_object(results, result)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(results))
+    dist.destroy_process_group()  # its threads may else end the interpreter with an abort
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_the_work_that_a_file_may_ask_for_has_a_limit(tmp_path, monkeypatch):
         (archive_module, "MOST_MEMBERS", 1, "3 members, where at most 1 are read"),
         (convert_module, "MOST_MEMBERS", 8, "holds 9 tensors, where at most 8"),
         (convert_module, "LARGEST", 99, "where at most 99 are read"),
-        (pickle_steps, "_MOST_STEPS", 99, "more than 99 steps"),
+        (pickle_steps.PickleReader, "most_steps", 99, "more than 99 steps"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, limit)

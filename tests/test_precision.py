@@ -20,8 +20,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig
-from mergekit_bayes.precision import run as engine
+from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -90,7 +89,7 @@ def test_weights_that_change_while_their_curvature_is_taken_are_refused(
     tmp_path, data, monkeypatch
 ):
     model = tiny_gpt2(tmp_path / "m")
-    real = engine.estimate_curvature
+    real = passes.estimate_curvature
 
     def estimate(*arguments, **options):
         with (model / "model.safetensors").open("r+b") as file:
@@ -98,7 +97,7 @@ def test_weights_that_change_while_their_curvature_is_taken_are_refused(
             file.write(bytes(64))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(engine, "estimate_curvature", estimate)
+    monkeypatch.setattr(passes, "estimate_curvature", estimate)
     with pytest.raises(ChangedError, match=r"m/model\.safetensors: was changed"):
         run_precision(PrecisionConfig(model=str(model), data=data))
     assert not (model / "posterior").exists()

@@ -10,7 +10,14 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior import (
+    Anchor,
+    PosteriorInfo,
+    Prior,
+    identify,
+    open_posterior,
+    save_posterior,
+)
 
 SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": ()}
 
@@ -83,6 +90,12 @@ def read(path):
     }
     source.close()
     return found
+
+
+def read_precision(model, place=None):
+    """All tensors of a model's precision, which may be stored elsewhere."""
+    with open_posterior(str(model), precision=place and str(place)) as opened:
+        return {n: read_tensor(opened.precision, n) for n in opened.precision.specs}
 
 
 def gaussians(n, shape=(50,), seed=0, above=None):

@@ -92,13 +92,15 @@ def _show_classification(screen: Console, report: "EvaluateReport") -> None:
 
 
 def _classification_row(name: str, measured: "ClassificationReport") -> list[str]:
+    from mergekit_bayes.compare.wording import with_ends
+
     numbers = (
         *(measured.accuracy, measured.nll, measured.brier),
         *(measured.reliability, measured.ece),
     )
     return [
         name,
-        *map(_range, numbers),
+        *map(with_ends, numbers),
         f"{measured.confidence:.4g}",
         f"{measured.examples:,}",
     ]
@@ -160,6 +162,7 @@ def _show_toxicity(
         cuts,
         readings,
         short_name,
+        with_ends,
     )
 
     title = (
@@ -173,7 +176,7 @@ def _show_toxicity(
     rows = []
     for spec, toxicity in report.toxicity.items():
         numbers = (toxicity.mean, toxicity.share, toxicity.expected_max, toxicity.any_toxic)
-        rows.append([short_name(spec), *map(_range, numbers)])
+        rows.append([short_name(spec), *map(with_ends, numbers)])
     screen.print(table(columns, rows, title=title))
     for reading in readings(report):
         screen.print(reading)
@@ -214,9 +217,10 @@ def _show_quality(screen: Console, report: "EvaluateReport", samples: "SamplesRe
         "said before; looping: ends in one phrase three times"
     )
     if judged is not None and report.judge is not None:
+        without = f", without {judged.left_out:,} empty continuations" if judged.left_out else ""
         screen.print(
-            f"perplexity under {report.judge.model}, given the prompts, without "
-            f"{judged.left_out:,} empty continuations; text that repeats itself has the lowest"
+            f"perplexity under {report.judge.model}, given the prompts{without}; text that repeats "
+            "itself has the lowest"
         )
 
 
@@ -228,6 +232,8 @@ def _ends(x: "Interval | None", form: str, value: float | None = None) -> tuple[
 
 
 def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
+    from mergekit_bayes.compare.wording import with_ends
+
     version = next(iter(reports.values())).lm_eval_version
     columns = ["task", "metric", "score", "better", "documents", "shots", "version"]
     rows = []
@@ -237,7 +243,7 @@ def _show_tasks(screen: Console, reports: "Mapping[str, TaskReport]") -> None:
                 [
                     task,
                     score.name,
-                    _range(score.score),
+                    with_ends(score.score),
                     {True: "higher", False: "lower", None: ""}[score.higher_is_better],
                     f"{report.samples:,}",
                     "" if report.shots is None else str(report.shots),
@@ -257,15 +263,6 @@ def _change(x: "Interval | None") -> str:
     if x.low is None or x.high is None:
         return f"{x.value:+.3g}"
     return f"{x.value:+.3g} [{x.low:+.3g}, {x.high:+.3g}]"
-
-
-def _range(x: "Interval | None") -> str:
-    """A number with both ends, where they lie at unequal distances."""
-    if x is None:
-        return ""
-    if x.low is None or x.high is None:
-        return f"{x.value:.4g}"
-    return f"{x.value:.4g} [{x.low:.3g}, {x.high:.3g}]"
 
 
 def _interval(x: "Interval") -> str:

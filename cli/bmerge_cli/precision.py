@@ -2,17 +2,33 @@
 
 from bmerge_cli import values
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
+from bmerge_cli.processes import one_voice, start_processes
 from bmerge_cli.render import Json, Quiet, console, failures, print_result
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
+_ROWS = {
+    "data": "rows",
+    "self-generated": "texts that the model wrote",
+    "random-tokens": "rows of random tokens",
+}
 
 
 @failures()
+@one_voice
 @flags_of(
     PrecisionConfig,
     argument("model"),
     option("data"),
+    option("moments", "--from"),
+    option("observations", low=1),
+    option("batch_observations", low=1),
+    option("step", low=1),
+    option("beta2"),
+    option("self_generated", low=1),
+    option("keep_generated"),
+    option("random_tokens", low=1),
+    option("estimator"),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -20,28 +36,42 @@ NAME = "precision"
     option("examples", low=1),
     option("batch_size", low=1),
     option("max_length", low=2),
+    option("pool"),
+    option("sums"),
     option("prior"),
     option("seed"),
     option("task"),
+    option("num_processes", low=1),
     option("device"),
     option("dtype"),
     option("trust_remote_code"),
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Estimate the root-GGN diagonal of a checkpoint and store it as its precision."""
+    """Estimate the diagonal curvature of a checkpoint and store it as its precision.
+
+    With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
+    """
+    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
+    start_processes(config.num_processes)
     from mergekit_bayes.precision.run import run_precision
     from mergekit_bayes.precision.stability import in_words
 
-    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
+    if report.rows is None:
+        basis = f"second moments of {report.step:,} steps, stands for"
+    else:
+        rows = _ROWS[report.source]
+        basis = f"looked at {report.sampled:,} of {report.rows:,} {rows}, stands for all their"
     console(quiet=quiet).print(
-        f"{report.estimator}: looked at {report.sampled:,} of {report.rows:,} rows, stands for all "
-        f"their {report.observations:,} {report.unit}s; median precision "
+        f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision "
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )
-    console(quiet=quiet).print(in_words(report), markup=False)
+    for note in report.notes:
+        console(quiet=quiet).print(f"note: {note}", markup=False)
+    if (stability := in_words(report)) is not None:
+        console(quiet=quiet).print(stability, markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -15,8 +15,6 @@ from mergekit_bayes.checkpoint.pickled import PickleError, Storage, call, named,
 from mergekit_bayes.errors import shown
 
 LARGEST = 16 << 20  # bytes; a checkpoint of 10,000 tensors takes about 2 MB
-_NEWEST = 3  # protocol; of its steps, tensors need none that 2 does not have
-_MOST_STEPS = 2_000_000  # a tensor takes 30
 
 
 def read_pickle(data: bytes) -> object:
@@ -29,21 +27,13 @@ def read_pickle(data: bytes) -> object:
         ForeignError: It names something that is no part of a tensor.
         PickleError: It is broken, or describes what no plain tensor has.
     """
-    reader = _Reader()
-    for opcode, argument in _steps(data):
-        if opcode == "STOP":
-            return reader.pop()
-        step = _STEPS.get(opcode)
-        if step is None:
-            raise PickleError(f"holds a pickle with the step {opcode}, which no tensor has")
-        step(reader, argument)
-    raise PickleError("holds a pickle without an end")
+    return PickleReader().read(data)
 
 
-def _steps(data: bytes) -> Iterator[tuple[str, Any]]:
+def _steps(data: bytes, most: int) -> Iterator[tuple[str, Any]]:
     """The steps of a pickle, by name, and their arguments."""
     steps = pickletools.genops(data)
-    for _ in range(_MOST_STEPS):
+    for _ in range(most):
         try:
             opcode, argument, _ = next(steps)
         except StopIteration:
@@ -51,17 +41,46 @@ def _steps(data: bytes) -> Iterator[tuple[str, Any]]:
         except ValueError as error:  # the step is unknown or cut
             raise PickleError(f"holds a broken pickle ({str(error)[:100]})") from None
         yield opcode.name, argument
-    raise PickleError(f"holds a pickle of more than {_MOST_STEPS:,} steps")
+    raise PickleError(f"holds a pickle of more than {most:,} steps")
 
 
-class _Reader:
-    """The stack machine of a pickle."""
+class PickleReader:
+    """The stack machine of a pickle.
+
+    Attributes:
+        steps: What each step does, by its name.
+        most_steps: The most steps of a pickle that are followed.
+        newest: The newest protocol that is read.
+        content: What has no other steps, for messages.
+    """
+
+    steps: Mapping[str, Callable[[Any, Any], None]]
+    most_steps = 2_000_000  # a tensor takes 30
+    newest = 3  # of its steps, tensors need none that 2 does not have
+    content = "no tensor"
 
     def __init__(self) -> None:
         self._stack: list[object] = []
         self._marked: list[list[object]] = []
         self._memo: dict[int, object] = {}
         self._storages: dict[str, Storage] = {}
+
+    def read(self, data: bytes) -> object:
+        """The value that a pickle describes.
+
+        Raises:
+            PickleError: It is broken, or takes a step that is not known.
+        """
+        for opcode, argument in _steps(data, self.most_steps):
+            if opcode == "STOP":
+                return self.pop()
+            step = self.steps.get(opcode)
+            if step is None:
+                raise PickleError(
+                    f"holds a pickle with the step {opcode}, which {self.content} has"
+                )
+            step(self, argument)
+        raise PickleError("holds a pickle without an end")
 
     def pop(self) -> Any:
         """Take the topmost value."""
@@ -75,8 +94,10 @@ class _Reader:
 
     def begin(self, protocol: int) -> None:
         """Refuse protocols whose steps are other ones, and which torch.load refuses too."""
-        if protocol > _NEWEST:
-            raise PickleError(f"holds a pickle of protocol {protocol}, where 2 is what is read")
+        if protocol > self.newest:
+            raise PickleError(
+                f"holds a pickle of protocol {protocol}, where at most {self.newest} is read"
+            )
 
     def mark(self, _: object) -> None:
         """Begin a sequence of values."""
@@ -153,18 +174,18 @@ class _Reader:
         self.push(found)
 
 
-_STEPS: Mapping[str, Callable[[_Reader, Any], None]] = {
-    "PROTO": _Reader.begin,
-    "MARK": _Reader.mark,
-    "NONE": _Reader.push,
+PickleReader.steps = {
+    "PROTO": PickleReader.begin,
+    "MARK": PickleReader.mark,
+    "NONE": PickleReader.push,
     "NEWTRUE": lambda reader, arg: reader.push(True),
     "NEWFALSE": lambda reader, arg: reader.push(False),
-    "BININT": _Reader.push,
-    "BININT1": _Reader.push,
-    "BININT2": _Reader.push,
-    "LONG1": _Reader.push,
-    "BINFLOAT": _Reader.push,
-    "BINUNICODE": _Reader.push,
+    "BININT": PickleReader.push,
+    "BININT1": PickleReader.push,
+    "BININT2": PickleReader.push,
+    "LONG1": PickleReader.push,
+    "BINFLOAT": PickleReader.push,
+    "BINUNICODE": PickleReader.push,
     "EMPTY_TUPLE": lambda reader, arg: reader.push(()),
     "EMPTY_LIST": lambda reader, arg: reader.push([]),
     "EMPTY_DICT": lambda reader, arg: reader.push({}),
@@ -176,12 +197,12 @@ _STEPS: Mapping[str, Callable[[_Reader, Any], None]] = {
     "APPENDS": lambda reader, arg: reader.extend(reader.pop_marked()),
     "SETITEM": lambda reader, arg: reader.fill([reader.pop(), reader.pop()][::-1]),
     "SETITEMS": lambda reader, arg: reader.fill(reader.pop_marked()),
-    "BINPUT": _Reader.put,
-    "LONG_BINPUT": _Reader.put,
-    "BINGET": _Reader.get,
-    "LONG_BINGET": _Reader.get,
+    "BINPUT": PickleReader.put,
+    "LONG_BINPUT": PickleReader.put,
+    "BINGET": PickleReader.get,
+    "LONG_BINGET": PickleReader.get,
     "GLOBAL": lambda reader, arg: reader.name(arg.replace(" ", ".")),
-    "REDUCE": _Reader.call,
-    "BUILD": _Reader.build,
-    "BINPERSID": _Reader.load,
+    "REDUCE": PickleReader.call,
+    "BUILD": PickleReader.build,
+    "BINPERSID": PickleReader.load,
 }

@@ -36,7 +36,8 @@ Change = tuple[str, str, Interval]  # measure, of which scorer or texts, change
 def differences(
     config: CompareConfig, measured: Sequence[Measured], inputs: Inputs
 ) -> tuple[Difference, ...]:
-    """Of each model from the first, and of each variant from its model as it is.
+    """Of each model from the first, of each variant from its model as it is, and from the first
+    model's variant of the same kind: what an edit is still worth after both were changed alike.
 
     Args:
         config: What was measured.
@@ -72,14 +73,14 @@ def toxicity_changes(config: CompareConfig, measured: Sequence[Measured]) -> tup
 
 
 def _pairs(measured: Sequence[Measured]) -> Iterator[tuple[Measured, Measured]]:
-    own: dict[str, Measured] = {}
+    first = measured[0].evaluated.model if measured else ""
+    found = {(m.evaluated.model, m.evaluated.variant): m for m in measured}
     for one in measured:
-        model = one.evaluated.model
-        if one.evaluated.variant != "as it is":
-            yield own[model], one
-        elif own:
-            yield measured[0], one
-        own.setdefault(model, one)
+        model, variant = one.evaluated.model, one.evaluated.variant
+        if variant != "as it is":
+            yield found[model, "as it is"], one
+        if model != first and (first, variant) in found:
+            yield found[first, variant], one
 
 
 def _changes(

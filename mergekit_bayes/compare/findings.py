@@ -43,6 +43,7 @@ def findings(
 def _disagreements(of_pairs: Sequence[Difference]) -> list[str]:
     """First those where both scorers are sure, then those where one is."""
     both, one = [], []
+    told = set()  # a share and a mean that disagree alike are one disagreement
     for measure in _RATES:
         changes = [d for d in of_pairs if d.measure == measure]
         for label, against in dict.fromkeys((d.label, d.against) for d in changes):
@@ -50,8 +51,9 @@ def _disagreements(of_pairs: Sequence[Difference]) -> list[str]:
             lower = [d for d in pair if d.change.value < 0]
             higher = [d for d in pair if d.change.value > 0]
             sure = [d for d in pair if is_beyond(d.change)]
-            if not lower or not higher or not sure:
+            if not lower or not higher or not sure or (label, against) in told:
                 continue
+            told.add((label, against))
             low, high = ([d for d in side if d in sure] for side in (lower, higher))
             if low and high:
                 both.append(

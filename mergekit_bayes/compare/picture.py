@@ -99,7 +99,7 @@ def _panel(
         _point(panel, column.values[one.label], height, colour, one.variant)
     panel.set_yticks(heights)
     panel.set_ylim(sum(lines), 0)
-    panel.tick_params(axis="y", length=0)
+    panel.tick_params(axis="y", length=0, pad=8)  # a marker at the edge covers no name
     panel.tick_params(labelsize=8)
     unit = f" ({column.unit})" if column.unit else ""
     title = f"{column.measure}{unit}"

@@ -17,6 +17,7 @@ from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.evaluate.texts import refuse_blank
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.launcher import on_device
@@ -122,13 +123,15 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
 
 
 def _rows(config: CompareConfig, *, has_labels: bool) -> "Dataset":
-    return load_rows(
+    rows = load_rows(
         str(config.relearn),
         where=config.relearn_where or None,
         max_rows=config.relearn_rows,
         text=config.text_column,
         label=config.label_column if has_labels else None,
     )
+    refuse_blank(str(config.relearn), config.text_column, list(rows[config.text_column]))
+    return rows
 
 
 def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig:

@@ -180,15 +180,17 @@ def cell(column: Column, label: str) -> str:
     value = column.values[label]
     if value is None:
         return ""
-    return _with_ends(value, f" {column.unit}" if column.unit else "")
+    return with_ends(value, f" {column.unit}" if column.unit else "")
 
 
-def _with_ends(x: Interval | None, unit: str = "") -> str:
+def with_ends(x: Interval | None, unit: str = "") -> str:
+    """A number with both ends of its interval, which may lie at unequal distances."""
     if x is None:
         return ""
     if x.low is None or x.high is None or not math.isfinite(x.value):
         return f"{x.value:.4g}{unit}"
-    return f"{x.value:.4g}{unit} [{x.low:.3g}, {x.high:.3g}]"
+    low, high = (end + 0.0 for end in (x.low, x.high))  # of -0, too
+    return f"{x.value:.4g}{unit} [{low:.3g}, {high:.3g}]"
 
 
 AGREEMENT = ("scorers", "same verdict", "kappa", "rank correlation")
@@ -199,7 +201,7 @@ def agreement_rows(report: EvaluateReport) -> list[list[str]]:
     return [
         [
             f"{short_name(pair.first)}, {short_name(pair.second)}",
-            *map(_with_ends, (pair.same, pair.kappa, pair.spearman)),
+            *map(with_ends, (pair.same, pair.kappa, pair.spearman)),
         ]
         for pair in report.agreement
     ]

@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature.stability import Part
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 
 
 class Curvature(NamedTuple):
     """Diagonal curvature of the loss summed over observations.
 
     Attributes:
-        total: By parameter name: float32, >= 0, of the parameter's shape, summed loss/weight^2.
+        total: By parameter name: float32, >= 0, summed loss/weight^2; of the parameter's shape, or
+            1 on the axes over which `Keeping` takes the mean.
         observations: Number of observations; divide by it for the curvature of the mean loss.
         parts: Row sums over disjoint subsamples of the batches, which show how stable the total is;
             empty for an estimator that keeps none, or for fewer batches than subsamples.
@@ -36,7 +38,12 @@ class Estimator(Protocol):
     """A function from a model and batches of its data to a `Curvature`."""
 
     def __call__(
-        self, model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+        self,
+        model: Module,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        seed: int = 0,
+        keep: Keeping = ENTRIES,
     ) -> Curvature:
         """Estimate the diagonal curvature of the loss summed over the batches.
 
@@ -47,5 +54,6 @@ class Estimator(Protocol):
             batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens,
                 `labels`. Other labels only say by their dtype which loss is trained.
             seed: Seed of whatever the estimator draws.
+            keep: How finely the sums are kept, and where.
         """
         ...

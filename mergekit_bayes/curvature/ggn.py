@@ -13,10 +13,15 @@ from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.squares import Scored, squared_gradients
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 
 
 def ggn_diagonal(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Estimate the GGN diagonal of the summed loss over some batches, at the model's weights.
 
@@ -44,11 +49,12 @@ def ggn_diagonal(
             Other labels only say by their dtype which loss a classifier without `problem_type`
             trains with.
         seed: Seed of the signs.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
     """
-    return squared_gradients(model, batches, _roots, seed=seed)
+    return squared_gradients(model, batches, _roots, seed=seed, keep=keep)
 
 
 def _roots(scored: Scored) -> Iterator[Tensor]:
@@ -91,6 +97,6 @@ def random_root(logits: Tensor, likelihood: str, generator: torch.Generator) -> 
     if likelihood == "bernoulli":
         p = logits.sigmoid()
         return signs * (p * (1 - p)).sqrt()
-    p = logits.softmax(-1)
-    signed = p.sqrt() * signs
-    return signed - p * signed.sum(-1, keepdim=True)
+    p = logits.softmax(-1)  # of a language model a gigabyte: no more copies than needed
+    signed = signs.mul_(p.sqrt())
+    return signed.sub_(p.mul_(signed.sum(-1, keepdim=True)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.heads import Likelihood, head_of
 
 _IGNORED = -100  # the label that transformers' losses leave out
@@ -109,12 +110,49 @@ def scored_logits(
         shifts: A label is scored by the token before it, as in a causal language model, and not
             by its own.
     """
-    has_labels = labels is not None and tokens is not None and labels.shape == tokens.shape
-    if labels is not None and has_labels and logits.ndim == 3:
+    if labels is not None and _by_token(logits, labels, tokens):
         if shifts:
             return logits[:, :-1][labels[:, 1:] != _IGNORED]
         return logits[labels != _IGNORED]
     return logits.reshape(-1, logits.shape[-1])
+
+
+def scored_targets(
+    logits: Tensor, labels: Tensor | None, tokens: Tensor | None, *, shifts: bool = True
+) -> Tensor | None:
+    """Return the observed labels of the logits that `scored_logits` returns, in their order.
+
+    Returns:
+        Class numbers, shape (n,), or numbers, shape (n, C) or (n,) for one output; None without
+        labels. The arguments are those of `scored_logits`.
+    """
+    if labels is None or not _by_token(logits, labels, tokens):
+        return labels
+    shown = labels[:, 1:] if shifts else labels
+    return shown[shown != _IGNORED]
+
+
+def numbers(logits: Tensor) -> Tensor:
+    """Return the logits, of which some may be -inf: a class that the model rules out.
+
+    Args:
+        logits: Shape (n, C).
+
+    Raises:
+        CheckpointError: The probabilities are not numbers.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise CheckpointError(
+            "the model's outputs on the data are not numbers. Its weights hold NaN or infinity, "
+            f"or they overflow in {str(logits.dtype).removeprefix('torch.')}."
+        )
+    return logits
+
+
+def _by_token(logits: Tensor, labels: Tensor | None, tokens: Tensor | None) -> bool:
+    """Whether each token has a label of its own."""
+    has_labels = labels is not None and tokens is not None and labels.shape == tokens.shape
+    return has_labels and logits.ndim == 3
 
 
 def likelihood(model: Module, labels: Tensor | None = None) -> Likelihood:

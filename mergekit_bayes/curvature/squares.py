@@ -8,19 +8,37 @@ batch's n observations. With J_n the Jacobian of z_n in the weights, each of the
 to the diagonal. If the v_n of one batch are uncorrelated with mean zero, the cross terms of
 observations vanish, and the expectation is the diagonal of `sum_n J_n' E[v_n v_n'] J_n` at any
 batch size.
+
+Each gradient is squared, added and freed as soon as the backward pass has made it, so that no more
+than one is there at a time, and the model's size counts once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import backward
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import Module
 
 from mergekit_bayes.curvature.base import Curvature
-from mergekit_bayes.curvature.outputs import TrainedLoss, scored_logits, trained_loss
+from mergekit_bayes.curvature.outputs import (
+    TrainedLoss,
+    numbers,
+    scored_logits,
+    scored_targets,
+    trained_loss,
+)
 from mergekit_bayes.curvature.stability import Subsamples
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
+from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
+
+_Batch: TypeAlias = Mapping[str, Tensor]
 
 
 class Scored(NamedTuple):
@@ -30,19 +48,27 @@ class Scored(NamedTuple):
         logits: z, shape (n, C), float32, without a graph.
         loss: The loss that the model trains with.
         generator: Generator of whatever is drawn, on the device of the logits.
+        targets: Observed labels: class numbers (n,), or numbers (n, C); None without labels.
     """
 
     logits: Tensor
     loss: TrainedLoss
     generator: torch.Generator
+    targets: Tensor | None = None
 
 
-# The vectors v, (n, C) each, one backward pass for each of them.
+# The vectors v, (n, C) each, one backward pass for each of them. How many random numbers are drawn
+# must follow from the shape of the logits alone, so that other ranks can skip them.
 Roots = Callable[[Scored], Iterable[Tensor]]
 
 
 def squared_gradients(
-    model: Module, batches: Iterable[Mapping[str, Tensor]], roots: Roots, *, seed: int = 0
+    model: Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    roots: Roots,
+    *,
+    seed: int = 0,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Add up `(grad sum_n <v_n, z_n>)^2` over batches, at the model's weights.
 
@@ -51,42 +77,123 @@ def squared_gradients(
             scored where the next label is not -100, a masked one or a classifier of tokens where
             the label itself is not), else a classifier. Dropout is off meanwhile.
         batches: Mappings with `input_ids`, `attention_mask` and, for models of tokens, `labels`.
-            Other labels only say by their dtype which loss a classifier without `problem_type`
-            trains with.
+            Other labels say by their dtype which loss a classifier without `problem_type` trains
+            with, and are what `roots` sees as `Scored.targets`.
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
+
+    Raises:
+        CheckpointError: The model's outputs are not numbers.
     """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    sums, subsamples = Sums(parameters, keep), Subsamples()
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
+    own = _Pass(model, roots, generator, tuple(parameters.values()))
+    rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
     observations, was_training = 0, model.training
-    subsamples = Subsamples()
     model.eval()
     try:
-        for batch in batches:
-            labels, tokens = batch.get("labels"), batch.get("input_ids")
-            outputs = outputs_of(
-                model, **{name: v for name, v in batch.items() if name != "labels"}
-            )
-            loss = trained_loss(model, labels)
-            logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
-            vectors = list(roots(Scored(logits.detach().float(), loss, generator)))
-            for i, vector in enumerate(vectors):
-                gradients = torch.autograd.grad(
-                    (vector * logits.float()).sum(),
-                    parameters,
-                    allow_unused=True,
-                    retain_graph=i + 1 < len(vectors),
-                )
-                for total, gradient in zip(totals, gradients, strict=True):
-                    if gradient is not None:
-                        total.addcmul_(gradient.float(), gradient.float())
-            observations += logits.shape[0]
-            subsamples.after_batch(dict(zip(names, totals, strict=True)), observations)
+        with _handed_over(parameters, sums.add):
+            for together in _by_round(batches, ranks):
+                step = partial(own.add, together, rank)
+                observations += in_step(step) if ranks > 1 else step()
+                subsamples.after_batch(sums.totals, observations)
     finally:
         model.train(was_training)
-    return Curvature(dict(zip(names, totals, strict=True)), observations, subsamples.parts())
+    parts = subsamples.parts()
+    if ranks > 1:
+        for total in sums.totals.values():
+            add_over_ranks(total)
+        counted = gather((observations, parts))
+        observations = sum(count for count, _ in counted)
+        parts = tuple(part for _, own_parts in counted for part in own_parts)
+    return Curvature(sums.totals, observations, parts)
+
+
+def _by_round(batches: Iterable[_Batch], ranks: int) -> Iterator[list[_Batch]]:
+    """One batch for each rank at a time; the last time there may be fewer."""
+    remaining = iter(batches)
+    while together := list(islice(remaining, ranks)):
+        yield together
+
+
+class _Pass(NamedTuple):
+    """One rank's share of a pass: the passes of its own batches, and the draws of all.
+
+    What others draw is drawn here, too, and thrown away, so that each batch gets the random numbers
+    that it gets in one process.
+    """
+
+    model: Module
+    roots: Roots
+    generator: torch.Generator
+    parameters: tuple[Tensor, ...]
+
+    def add(self, together: Sequence[_Batch], rank: int) -> int:
+        """Run the backward passes of one batch of a round, inside of `_handed_over`.
+
+        Returns:
+            Its number of observations; 0 where there is none for this rank, as in a last round.
+        """
+        if rank >= len(together):
+            return 0
+        batch = together[rank]
+        inputs = {name: v for name, v in batch.items() if name != "labels"}
+        outputs = outputs_of(self.model, **inputs).logits
+        for other in together[:rank]:
+            self._skip(outputs, other)
+        logits, seen = self._look(outputs, batch)
+        vectors = [vector.to(logits.dtype) for vector in self.roots(seen)]
+        for other in together[rank + 1 :]:
+            self._skip(outputs, other)
+        observations, edge = len(logits), get_gradient_edge(logits)
+        # With many tokens to choose from, logits are larger than any parameter.
+        del outputs, logits, seen
+        while vectors:
+            vector = vectors.pop(0)
+            backward(edge, vector, retain_graph=bool(vectors), inputs=list(self.parameters))
+        return observations
+
+    def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:
+        """The logits of a batch that are scored, with their graph and as an estimator sees them."""
+        labels, tokens = batch.get("labels"), batch.get("input_ids")
+        loss = trained_loss(self.model, labels)
+        logits = scored_logits(outputs, labels, tokens, shifts=loss.shifts)
+        targets = scored_targets(outputs, labels, tokens, shifts=loss.shifts)
+        return logits, Scored(numbers(logits.detach().float()), loss, self.generator, targets)
+
+    def _skip(self, like: Tensor, batch: _Batch) -> None:
+        """Draw what another rank draws, for logits that are not known here but for their shape."""
+        shape = (*batch["input_ids"].shape[: like.ndim - 1], like.shape[-1])
+        for _ in self.roots(self._look(like.new_zeros(()).expand(shape), batch)[1]):
+            pass
+
+
+@contextmanager
+def _handed_over(
+    parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, a backward pass hands each gradient over as soon as it has it, and keeps none.
+
+    A tied parameter is one parameter: its gradient comes once a pass, when all its uses are added
+    up. Afterwards the gradients that were there before are there again.
+    """
+
+    def hook(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            take(name, parameter.grad)
+            parameter.grad = None
+
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(hook, name)
+            )
+            stack.callback(handle.remove)
+        yield

@@ -4,6 +4,7 @@ The name of each step's folder is made of these hashes.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mergekit_bayes.detox.adaptations import adapt_config, adaptation_key, refuse_adaptation
 from mergekit_bayes.detox.candidates import Made, merge_config
@@ -26,6 +27,7 @@ from mergekit_bayes.detox.steps import (
     scorer_identity,
     without,
 )
+from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.evaluate.inputs import read_inputs as read_inputs_of
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.scorers import Scorer
@@ -34,6 +36,7 @@ from mergekit_bayes.models.load import choose_device
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.sources import refuse_source
 
 NO_RESULT = ("force", "trust_remote_code")  # settings that change no result
 # Of an evaluation: where it lies, and how its work is cut up.
@@ -122,7 +125,7 @@ def read_inputs(config: DetoxConfig, curves: list[Curve]) -> Inputs:
         "prompts": data_identity(evaluate.toxicity or ""),
     }
     if precision is not None:
-        identities["precision"] = data_identity(precision.data)
+        identities["precision"] = data_identity(precision.data or ())
     if adaptations:
         identities["adaptations"] = {method: key[1] for method, key in keys.items()}
     settings = evaluate.model_dump(mode="json")
@@ -162,6 +165,11 @@ def _refuse_evaluation(config: EvaluateConfig) -> list[Scorer]:
 
 
 def _refuse_precision(config: PrecisionConfig) -> None:
-    """Refuse a device and data that the estimate of the base's precision would refuse."""
+    """Refuse a device and a source that the estimate of the base's precision would refuse."""
     choose_device(config.device)
-    load_rows(config.data, where=config.where, text=config.text_column)
+    try:
+        refuse_source(config, Path(config.output) if config.output else None)
+    except BmergeError as error:
+        raise type(error)(f"precision: {error}") from None
+    if config.data is not None:
+        load_rows(config.data, where=config.where, text=config.text_column)

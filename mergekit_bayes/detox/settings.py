@@ -278,11 +278,23 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     """The settings of the base's precision.
 
     Raises:
-        ConfigError: A setting that detox makes itself, or one that does not exist.
+        ConfigError: A setting that detox makes itself, one that does not exist, or an estimator
+            other than that of the fine-tune.
     """
     given = without_ours(config.precision, PrecisionConfig, "precision", _OURS)
     given |= {"model": config.base, "output": output, "trust_remote_code": config.trust_remote_code}
-    return parse_config(PrecisionConfig, given, "precision")
+    settings = parse_config(PrecisionConfig, given, "precision")
+    if settings.moments is not None:
+        raise ConfigError(
+            "precision: moments: second moments do not compare with the precision of the "
+            "fine-tune, which is the root-GGN diagonal. Name data."
+        )
+    if settings.estimator != "ggn":
+        raise ConfigError(
+            f"precision: estimator: '{settings.estimator}' does not compare with the precision of "
+            "the fine-tune, which is the root-GGN diagonal. Leave it at ggn."
+        )
+    return settings
 
 
 def evaluate_config(config: DetoxConfig, model: str, output: str) -> EvaluateConfig:

@@ -55,11 +55,11 @@ class Pinned(NamedTuple):
 
 
 def open_pinned(member: PanelMember) -> Pinned:
-    """Fetch a member and compare it with the record of its first use, or make that record.
+    """Fetch a member and compare it with the record of its first use, if there is one.
 
     Raises:
         CheckpointError: It is not what it was at its first use, or cannot be read; or the record
-            cannot be read or written.
+            cannot be read.
         ConfigError: The model is an adapter, or it is not clear which one is meant.
     """
     recorded = _read(member.lock).members.get(member.name)
@@ -73,10 +73,22 @@ def open_pinned(member: PanelMember) -> Pinned:
         commit=commit_in(member.ref, path),
         files={name: content_hash(file) for name, file in sorted(files.items())},
     )
-    if recorded is None:
-        recorded = _record(member, pin)
-    _compare(member, recorded, pin)
+    if recorded is not None:
+        _compare(member, recorded, pin)
     return Pinned(path, pin, stamps)
+
+
+def keep(member: PanelMember, pin: Pin) -> None:
+    """Record the first use of a member that was opened; of a later use nothing is changed.
+
+    What cannot be opened is not recorded: the panel is corrected, and there has been no use yet.
+
+    Raises:
+        CheckpointError: The record cannot be written, or another process has recorded something
+            else meanwhile.
+    """
+    if member.name not in _read(member.lock).members:
+        _compare(member, _record(member, pin), pin)
 
 
 def _fetch(member: PanelMember, recorded: Pin | None) -> Path:

@@ -13,7 +13,7 @@ from mergekit_bayes.checkpoint.sources import commit_in
 from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.documents import DocumentError, decode_text, read_bytes
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.evaluate.panel_locks import open_pinned
+from mergekit_bayes.evaluate.panel_locks import keep, open_pinned
 from mergekit_bayes.evaluate.panels import PanelMember, is_panel, read_members, refuse_several
 from mergekit_bayes.evaluate.report import ScorerInfo
 from mergekit_bayes.heads import head_of
@@ -166,7 +166,6 @@ def _open_classifier(
 
 
 def _open_member(member: PanelMember, device: str | None, *, trust_remote_code: bool) -> Scorer:
-    # One process of each machine makes the record of a first use; the others compare with it.
     pinned = main_first(lambda: open_pinned(member))
     path, settings = str(pinned.path), member.settings
     loaded = _load_classifier(member.spec, path, trust_remote_code=trust_remote_code)
@@ -178,6 +177,8 @@ def _open_member(member: PanelMember, device: str | None, *, trust_remote_code: 
         raise ConfigError(f"{error} {member.remedy}") from None
     reading = LabelReading(settings.reading, "the panel says so")
     scorer = _classifier(member.spec, loaded, settings.label, reading, device)
+    # One process of each machine makes the record of a first use; the others compare with it.
+    main_first(lambda: keep(member, pinned.pin))
     more = {"pin": pinned.pin, "threshold": settings.threshold}
     return scorer._replace(info=scorer.info.model_copy(update=more))
 

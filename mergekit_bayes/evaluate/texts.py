@@ -31,7 +31,20 @@ def read_texts(config: Measures) -> dict[str, list[str]]:
     for name, source in config.perplexity.items():
         rows = load_rows(source, where=_where(config, name), max_rows=config.max_rows, text=column)
         result[name] = list(rows[column])
+        refuse_blank(source, column, result[name])
     return result
+
+
+def refuse_blank(source: str, column: str, texts: list[str]) -> None:
+    """Refuse rows of which none has a word.
+
+    Raises:
+        MismatchError: There is nothing to read in them.
+    """
+    if not any(text.strip() for text in texts):
+        raise MismatchError(
+            f"no row of {source} has a word in its column '{column}', or a token to read."
+        )
 
 
 def read_labelled(config: Measures) -> dict[str, Labelled]:

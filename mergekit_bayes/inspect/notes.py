@@ -27,8 +27,9 @@ def layer_notes(layers: Sequence[LayerReport], precision: PrecisionSummary | Non
         return
     yield from _precision_notes(layers, precision)
     info = precision.info
-    # IVON's own health says nothing about a curvature that was measured afterwards.
-    if info is not None and info.estimator == "ivon":
+    # Not of a curvature that was measured afterwards, which has no `init_fraction`: IVON's noise in
+    # training says nothing about it.
+    if info is not None and info.estimator == "ivon" and "init_fraction" in info.health:
         yield from _ivon_notes(layers, info)
 
 

@@ -164,7 +164,8 @@ def share_change_interval(before: FloatArray, after: FloatArray) -> Interval:
     gained, lost = float((after > before).sum()) + 0.5, float((after < before).sum()) + 0.5
     centre = (gained - lost) / (n + 2)
     half = Z * np.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    return Interval(value=change, low=float(centre - half), high=float(centre + half))
+    low, high = max(float(centre - half), -1.0), min(float(centre + half), 1.0)
+    return Interval(value=change, low=low, high=high)
 
 
 def participating(values: FloatArray) -> float:

@@ -78,7 +78,7 @@ def paired_share_change(before: FloatArray, after: FloatArray) -> Interval:
     lost = float((after < before).sum()) / design + 0.5
     count = n * k / design + 2
     half = Z * float(np.sqrt(gained + lost - (gained - lost) ** 2 / count)) / count
-    return _around(change, (gained - lost) / count, half)
+    return _around(change, (gained - lost) / count, half, most=1.0)
 
 
 def paired_ratio_change(
@@ -100,6 +100,7 @@ def paired_ratio_change(
     return interval(float(total[0] / total[1]), replicates, len(columns))
 
 
-def _around(value: float, centre: float, half: float) -> Interval:
+def _around(value: float, centre: float, half: float, most: float = np.inf) -> Interval:
     # Rounding may put the value on the wrong side of an end.
-    return Interval(value=value, low=min(centre - half, value), high=max(centre + half, value))
+    low, high = max(centre - half, -most), min(centre + half, most)
+    return Interval(value=value, low=min(low, value), high=max(high, value))

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from mergekit_bayes.curvature import ESTIMATORS, Curvature
+from mergekit_bayes.curvature import ENTRIES, ESTIMATORS, Curvature, Keeping
 from mergekit_bayes.models.encode import Collate, batches
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.quiet import with_bar
@@ -21,6 +21,7 @@ def estimate_curvature(
     *,
     batch_size: int,
     seed: int,
+    keep: Keeping = ENTRIES,
 ) -> Curvature:
     """Diagonal curvature of the summed loss over examples, at the model's present weights.
 
@@ -33,12 +34,13 @@ def estimate_curvature(
             it trains with, where its `problem_type` does not.
         batch_size: Examples in a backward pass. Smaller batches give more draws of the same data.
         seed: Seed of the estimator.
+        keep: How finely the sums are kept, and where.
     """
     collate = Collate(loaded.pad)
     device = loaded.device
     steps = batches(examples, batch_size, collate, device=device)
     shown = with_bar(steps, "curvature", math.ceil(len(examples) / batch_size))
-    return ESTIMATORS[estimator](loaded.model, shown, seed=seed)
+    return ESTIMATORS[estimator](loaded.model, shown, seed=seed, keep=keep)
 
 
 def random_examples(examples: Sequence[E], count: int, seed: int) -> list[E]:

@@ -8,6 +8,7 @@ from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.forms import row_shape
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,36 @@ def checkpoint_names(
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def row_axes(model: "torch.nn.Module") -> dict[str, int]:
+    """How many axes of each parameter stay where a precision has one number a row of its file.
+
+    The first one, of a parameter that is stored as it is. Of one that is stored in parts, such as
+    stacked experts (expert, row, column), each part has rows of its own: all but the last stay.
+
+    Returns:
+        By name, for every parameter that requires a gradient.
+
+    Raises:
+        MismatchError: The rows of a part do not lie along the last axis of its parameter.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    empty = {n: _empty(p.shape, p.dtype) for n, p in parameters.items()}
+    stored = _stored_names(model, empty)
+    as_it_is = {id(tensor) for tensor in stored.values()}
+    axes = {n: min(1, t.ndim) if id(t) in as_it_is else t.ndim - 1 for n, t in empty.items()}
+    rows = {
+        n: _empty((*t.shape[: axes[n]], *(1 for _ in t.shape[axes[n] :])), t.dtype)
+        for n, t in empty.items()
+    }
+    for name, tensor in _stored_names(model, rows).items():
+        if tuple(tensor.shape) != row_shape(tuple(stored[name].shape)):
+            raise MismatchError(
+                f"'{name}' is stored in another order than it has in memory, so that its rows "
+                "cannot be pooled. Leave out --pool."
+            )
+    return axes
 
 
 def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
@@ -117,16 +148,11 @@ def _by_checkpoint_name(model: "torch.nn.Module") -> dict[str, Place]:
     """
     import torch
 
-    def named(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-        if not hasattr(model, "config") and not hasattr(model, "peft_config"):
-            return dict(tensors)  # not a model of transformers: stored under the names in memory
-        return checkpoint_names(model, tensors)
-
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    empty = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in parameters.items()}
+    empty = {n: _empty(p.shape, p.dtype) for n, p in parameters.items()}
     origin = {id(tensor): name for name, tensor in empty.items()}
     places, renamed = {}, set()
-    for name, tensor in named(empty).items():
+    for name, tensor in _stored_names(model, empty).items():
         if id(tensor) in origin:
             parameter = parameters[origin[id(tensor)]]
             places[name] = Place(name, parameter, tuple(parameter.shape), None, 0)
@@ -136,9 +162,22 @@ def _by_checkpoint_name(model: "torch.nn.Module") -> dict[str, Place]:
     for name, parameter in parameters.items():
         if name not in renamed:
             indices = torch.arange(parameter.numel()).reshape(parameter.shape)
-            for part_name, part in named({name: indices}).items():
+            for part_name, part in _stored_names(model, {name: indices}).items():
                 places[part_name] = _strided(part_name, parameter, part)
     return places
+
+
+def _stored_names(model: "torch.nn.Module", tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    if not hasattr(model, "config") and not hasattr(model, "peft_config"):
+        return dict(tensors)  # not a model of transformers: stored under the names in memory
+    return checkpoint_names(model, tensors)
+
+
+def _empty(shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
+    """A tensor that has a shape and takes no memory."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def _strided(name: str, parameter: "Tensor", indices: "Tensor") -> Place:

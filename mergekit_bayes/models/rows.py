@@ -85,7 +85,7 @@ def load_rows(
     # A source from which nothing is left may have columns of another type.
     filled = [rows for rows in tables if len(rows)]
     if not filled:
-        condition = f" where {dict(where)}" if where else ""
+        condition = " where " + " and ".join(f"{c}={v}" for c, v in where.items()) if where else ""
         raise MismatchError(f"no row of {', '.join(names)} is left{condition}.")
     try:
         return concatenate_datasets(filled) if len(filled) > 1 else filled[0]
@@ -333,8 +333,9 @@ def _matches(row: Mapping[str, object], where: Mapping[str, object]) -> bool:
 
 def _columns_of_text(rows: "Dataset") -> str:
     """Which columns would do as the text, and which known forms of rows are not read."""
-    forms = [not_read(c) for c in rows.column_names if c in FORMS]
     texts = [n for n, kind in _leaves(rows.features) if kind in ("string", "large_string")]
+    inside = {name.partition(".")[0] for name in texts if "." in name}
+    forms = [not_read(c) for c in rows.column_names if c in FORMS and c not in inside]
     if texts:
         forms.append(f"Columns of text: {', '.join(texts)}; name one as the text column.")
     else:

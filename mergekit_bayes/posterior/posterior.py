@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files, set_files
+from mergekit_bayes.checkpoint.moment_files import explain_moments
 from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import (
@@ -226,7 +227,7 @@ def open_posterior(
         mean = stack.enter_context(SafetensorsSource(checkpoint_files(path, ref)))
         posterior = Posterior(ref, path, mean, isotropic=isotropic)
         if isotropic is None and with_precision:
-            files = _given_precision(precision) if precision else precision_files(path)
+            files = _given_precision(precision, ref) if precision else precision_files(path)
             if files:
                 source = stack.enter_context(SafetensorsSource(files))
                 posterior = replace(posterior, precision=source, info=read_info(source))
@@ -234,12 +235,17 @@ def open_posterior(
     return posterior
 
 
-def _given_precision(ref: str) -> list[Path]:
+def _given_precision(ref: str, model: str) -> list[Path]:
     """The files of a precision that was named by itself."""
     path = resolve(ref, PRECISION)  # from the Hub the precision only, not the model beside it
     if path.is_file():
+        if reason := explain_moments(path, ref, model):
+            raise PrecisionError(reason)
         return checkpoint_files(path, ref)
     for folder, stem in ((path / "posterior", "precision"), (path, "precision"), (path, "model")):
+        # The weights of a training's checkpoint are no precision either.
+        if stem == "model" and (reason := explain_moments(path, ref, model)):
+            raise PrecisionError(reason)
         if stem == "model" and is_hub_id(ref):
             resolve(ref, CHECKPOINT)
         if files := set_files(folder, stem):

@@ -18,6 +18,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
 
 
@@ -33,8 +34,8 @@ def save_posterior(
 
     Args:
         model: The checkpoint, a file or folder; it is not touched.
-        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0. Tensors that were not trained may be absent.
+        precision: float32 arrays under the checkpoint's own tensor names, in any form; 1/weight^2,
+            finite and >= 0. Tensors that were not trained may be absent.
         info: The record, which is stored in every file's header.
         out: Another place: a `.safetensors` file, or a folder.
         force: Replace what is there.
@@ -68,7 +69,7 @@ def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, mo
         spec = mean.specs.get(name)
         if spec is None:
             raise MismatchError(f"precision of '{name}': {model} has no tensor of that name.")
-        if spec.shape != values.shape:
+        if not is_form_of(TensorSpec("F32", values.shape), spec):
             raise MismatchError(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."

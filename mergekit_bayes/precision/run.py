@@ -1,19 +1,14 @@
-"""A precision for a checkpoint that has none: the root-GGN diagonal over the user's data.
+"""A precision for a checkpoint that has none: a diagonal of its curvature over some data.
 
 The likelihood part is `N * F`, where F is the curvature per observation and N counts the
 observations of all the data. How many examples the estimate looked at is recorded separately.
 """
 
 import os
-from collections import Counter
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path
-from mergekit_bayes.checkpoint.rename_rules import Scope
-from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
+from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
@@ -21,19 +16,23 @@ from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.models.encode import encode_rows, observations
-from mergekit_bayes.models.estimate import estimate_curvature, random_examples
-from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.models.encode import observations
+from mergekit_bayes.models.estimate import random_examples
+from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.precision.from_moments import run_from_moments
+from mergekit_bayes.precision.keeping import stored_precision, target_of
+from mergekit_bayes.precision.moment_checks import refuse_moment_settings
+from mergekit_bayes.precision.passes import Estimate, load, refuse_device, with_passes
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
-
-_ESTIMATOR = "ggn"
+from mergekit_bayes.precision.stored import stored_dtype, stored_names
+from mergekit_bayes.ranks import is_main, join
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -50,71 +49,58 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
-    _refuse_settings(config)
-    with quiet_libraries(bars=not quiet):
-        return _run(config)
+    join(config.num_processes)
+    with quiet_libraries(bars=not quiet and is_main()):
+        return with_passes(config, partial(_run, config))
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
-    choose_device(config.device)
+    refuse_moment_settings(config)
+    refuse_device(config)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
-    if config.output:
-        target = Path(config.output)
-    else:
-        target = precision_path(Path(os.path.expanduser(config.model)))
+    target = target_of(config)
     if os.path.exists(target) and not config.force:
         raise CheckpointError(
             f"'{target}' exists. Choose another -o, or pass --force to replace it."
         )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
-    data = (config.data,) if isinstance(config.data, str) else config.data
-    refuse_inputs(target, [config.model, *weights, *data])
+    data = (config.data,) if isinstance(config.data, str) else config.data or ()
+    moments = (config.moments,) if config.moments else ()
+    refuse_inputs(target, [config.model, *weights, *data, *moments])
+    if config.moments is None:
+        refuse_source(config, target)
 
 
-def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(
-        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
+    _refuse_settings(config)
+    if config.moments is not None:
+        return run_from_moments(config, Path(os.path.expanduser(config.moments)))
+    loaded = load(config)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        rename = _renaming(source, checkpoint_names(model, parameters))
-        # No labels are read: the root-GGN needs the model's own distribution only.
-        rows = load_rows(config.data, where=config.where, text=config.text_column)
-        examples = encode_rows(
-            rows,
-            loaded,
-            text=config.text_column,
-            max_length=config.max_length,
-            source=config.data,
-        )
+        rename = stored_names(source, checkpoint_names(model, parameters))
+        drawn = read_source(config, loaded)
+        examples = drawn.examples
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         refuse_few(count, len(examples))
-        loaded.move_to(config.device)
-        curvature = estimate_curvature(
-            _ESTIMATOR,
-            loaded,
-            random_examples(examples, count, config.seed),
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        chosen = random_examples(examples, count, config.seed)
+        curvature = estimate(config.estimator, loaded, chosen)
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
-        precision = {
-            name: summed.mul_(scale).add_(config.prior) for name, summed in curvature.total.items()
-        }
+        precision = stored_precision(config, model, curvature.total, scale)
         health = precision_health(precision) | health_of(stability)
-        # No labels are read, so that the config of a classifier says which loss it trains with.
+        # Labels are read for heads of one label only, so that the config says which loss it is.
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         info = PosteriorInfo(
-            estimator=_ESTIMATOR,
+            estimator=config.estimator,
             unit=UNIT[loaded.task],
             observations=total,
             ess=total,
@@ -123,23 +109,21 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             anchor=Anchor(),
             mean=identify(source),
             tokenizer=tokenizer_identity(loaded.path),
-            dtype=_stored_dtype(source),
+            dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded) | {LOSS: loss.name},
+            training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
         )
-        arrays = {
-            rename(name): tensor.cpu().numpy()
-            for name, tensor in checkpoint_names(model, precision).items()
-        }
+        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
         refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
-        estimator=_ESTIMATOR,
+        estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
         observations=total,
+        source=drawn.name,
         rows=len(examples),
         sampled=count,
         device=str(loaded.device),
@@ -147,33 +131,6 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         health=health,
         stability=stability,
     )
-
-
-def _renaming(source: SafetensorsSource, tensors: Mapping[str, torch.Tensor]) -> Renaming:
-    """From names in memory to the file's, which may differ (`h.0...` of GPT-2 on the Hub).
-
-    Raises:
-        MismatchError: The file does not hold a parameter of the model.
-    """
-    rename = find_renaming(source.specs, tensors, scope=Scope.REPLACED)
-    for name in tensors:
-        if rename(name) not in source.specs:
-            raise MismatchError(
-                f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
-                "its values were made up on loading. Fine-tune the model first, or choose another "
-                "--task."
-            )
-    return rename
-
-
-def _stored_dtype(source: SafetensorsSource) -> str:
-    """The number format of most of the file's values, by torch's name where it has one."""
-    sizes: Counter[str] = Counter()
-    for spec in source.specs.values():
-        sizes[spec.dtype] += spec.size
-    (stored, _), *_ = sizes.most_common(1)
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return names.get(stored, stored)
 
 
 def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
@@ -184,6 +141,8 @@ def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
+    if config.pool:
+        record["pool"] = config.pool
     ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref

@@ -1,7 +1,7 @@
 """Settings of `bmerge precision`, and its report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -9,13 +9,59 @@ from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
+EstimatorName: TypeAlias = Literal["ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon"]
+
 
 class PrecisionConfig(Config):
     """Settings of one estimate of a precision: the flags of `bmerge precision`."""
 
     model: str = Field(description="A model folder, or a Hub id (which needs -o).")
-    data: str | tuple[str, ...] = Field(
-        description="What the precision stands for: a file, folder or Hub data set; repeatable."
+    data: str | tuple[str, ...] | None = Field(
+        None,
+        description="What the precision stands for: a file, folder or Hub data set; repeatable. "
+        "Any text will do for a model whose own data are not at hand, and needs no labels.",
+    )
+    self_generated: int | None = Field(
+        None,
+        ge=1,
+        description="Instead of data: this many texts that a causal language model writes itself, "
+        "at temperature 1, of at most `max_length` tokens.",
+    )
+    keep_generated: str | None = Field(
+        None, description="File in which those texts are kept, as JSON lines for --data."
+    )
+    random_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Instead of data: this many uniform tokens, in rows of `max_length`. Cheap, "
+        "and far from text.",
+    )
+    estimator: EstimatorName = Field(
+        "ggn",
+        description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
+        "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
+        "weights, labels of the data). A merge wants one estimator for all models.",
+    )
+    moments: str | None = Field(
+        None,
+        description="Take it from Adam's second moments instead, as a training left them: "
+        "optimizer.pt, a folder of torch.distributed.checkpoint, exp_avg_sq.safetensors, or the "
+        "checkpoint that holds one of them.",
+    )
+    observations: int | None = Field(
+        None, ge=1, description="With --from: tokens or rows of all the training's data."
+    )
+    batch_observations: int | None = Field(
+        None,
+        ge=1,
+        description="With --from: tokens or rows of one optimizer step, over accumulation and "
+        "processes.",
+    )
+    step: int | None = Field(
+        None, ge=1, description="With --from: optimizer steps, where the file does not say."
+    )
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="With --from: Adam's beta2, where the file does not say."
     )
     output: str | None = Field(
         None, description="A folder or .safetensors file; by default MODEL/posterior."
@@ -25,7 +71,8 @@ class PrecisionConfig(Config):
     )
     text_column: str = Field("text", description="Column of the text.")
     label_column: str = Field(
-        "label", description="Column of the label, which root-GGN does not need."
+        "label",
+        description="Column of a classifier's label, which only fisher-empirical and ivon look at.",
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
@@ -35,11 +82,31 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
+    pool: Literal["tensor", "row"] | None = Field(
+        None,
+        description="tensor or row: keep the mean of each tensor or row in place of its entries, "
+        "so that the sums take kilobytes.",
+    )
+    sums: Literal["device", "cpu", "disk"] = Field(
+        "device",
+        description="Where the sums lie meanwhile, 4 bytes an entry: device, cpu (in memory) or "
+        "disk (in a file beside the output).",
+    )
     prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of the choice of rows and of the random signs."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the choice of rows, of what the estimator draws, and of tokens and "
+        "texts instead of data.",
     )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    num_processes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
+        "cores. Under a launcher there must be this number.",
+    )
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -87,11 +154,15 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
-        rows: Number of rows in the data.
+        source: What the rows are: `data`, `self-generated` or `random-tokens`; without rows
+            `moments`.
+        rows: Number of rows in the source; None without data, as the next three.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
         health: Statistics of the precision.
+        step: Optimizer steps in the second moments; None for an estimate from data.
+        notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
             subsamples.
     """
@@ -101,9 +172,12 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
-    rows: int
-    sampled: int
-    device: str
-    dtype: str
+    source: str
+    rows: int | None
+    sampled: int | None
+    device: str | None
+    dtype: str | None
     health: dict[str, float]
+    step: int | None = None
+    notes: tuple[str, ...] = ()
     stability: Stability | None = None

@@ -60,9 +60,11 @@ def health_of(found: Stability | None) -> dict[str, float]:
     return {} if found is None else {"relative_error": found.relative_error}
 
 
-def in_words(report: PrecisionReport) -> str:
-    """How stable an estimate is, and how it would become more so, in one line."""
+def in_words(report: PrecisionReport) -> str | None:
+    """How stable an estimate is, and how it would become more so; None for one without rows."""
     found = report.stability
+    if report.rows is None or report.sampled is None:
+        return None
     if found is None:
         return (
             f"stability: unknown, with fewer than {K} batches; a smaller --batch-size or more rows "

@@ -1,0 +1,221 @@
+"""A precision from Adam's second moments: what a training has left behind, without any data.
+
+    S = N B v / (1 - beta2^t) + prior        (`moments.base` says what it is worth)
+
+N and B are asked for, because no optimizer's file holds them. The moments must be of the weights:
+their step number is compared with that of `trainer_state.json`, their shapes with those of the
+tensors, and the weights that lie beside them, or whose hash they record, with the model's.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.moment_files import MomentFiles, find_moments
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
+from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.curvature import Keeping
+from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.curvature.outputs import trained_loss
+from mergekit_bayes.documents import read_mapping
+from mergekit_bayes.models.load import UNIT
+from mergekit_bayes.models.skeleton import Skeleton, load_skeleton
+from mergekit_bayes.moments import Moment, Moments, Parameter, name_moments, read_moments
+from mergekit_bayes.moments.base import precision_of
+from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.precision.keeping import by_tensor, keeping, stored_precision
+from mergekit_bayes.precision.moment_checks import (
+    TRAINER_STATE,
+    in_memory,
+    refuse_other_shapes,
+    refuse_other_weights,
+    with_settings,
+)
+from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
+from mergekit_bayes.precision.stored import stored_dtype, stored_names
+
+ESTIMATOR = "adam"
+_CLIP = 1.0  # the Trainer's default of max_grad_norm
+_LARGEST_NORM = 1e30  # NaN and infinity are no norms
+_COARSE = 0.996  # a larger beta2 changes a moment by less than half a step of bfloat16
+
+
+def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
+    """Store the precision that an optimizer's second moments stand for.
+
+    Args:
+        config: Settings, with `moments` and both counts.
+        files: Where the moments are.
+
+    Raises:
+        CheckpointError: The files cannot be read, are not Adam's, or the output exists.
+        ConfigError: The file says neither step nor beta2, and they are not given.
+        MismatchError: The moments are of another model, or of another step than the weights.
+        PrecisionError: A moment is negative or not finite.
+    """
+    assert config.observations is not None  # `refuse_moment_settings` made sure of it
+    found = find_moments(files)
+    stamps = stamps_of(found.files)
+    skeleton = load_skeleton(config.model, config.task, trust_remote_code=config.trust_remote_code)
+    model = skeleton.model
+    with (
+        SafetensorsSource(checkpoint_files(skeleton.path)) as source,
+        read_moments(found) as moments,
+    ):
+        notes = refuse_other_weights(config, skeleton, source, found, moments)
+        named = with_settings(config, found.path, name_moments(moments, _parameters(skeleton)))
+        refuse_other_shapes(found.path, skeleton, source, named)
+        tensors = _as_stored(config, skeleton, named)
+        health = precision_health(tensors)
+        rename = stored_names(source, tensors)
+        loss = trained_loss(model)
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        step = max(moment.step or 0 for moment in named.values())
+        beta2 = max(moment.beta2 or 0 for moment in named.values())
+        notes += _notes(named, moments, found, len(_parameters(skeleton)))
+        info = PosteriorInfo(
+            estimator=ESTIMATOR,
+            unit=UNIT[skeleton.task],
+            observations=config.observations,
+            ess=config.observations,
+            prior=Prior(kind="isotropic", precision=config.prior) if config.prior else Prior(),
+            anchor=Anchor(),
+            mean=identify(source),
+            tokenizer=tokenizer_identity(skeleton.path),
+            dtype=stored_dtype(source),
+            aliases={alias: rename(name) for alias, name in tied.items()},
+            training={
+                "optimizer": "adam",
+                "steps": step,
+                "beta2": beta2,
+                "batch_observations": config.batch_observations,
+                LOSS: loss.name,
+            }
+            | ({"pool": config.pool} if config.pool else {})
+            | _hub_model(config, skeleton),
+            health=health,
+        )
+        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in tensors.items()}
+        refuse_changed({**source.inputs, **stamps})
+    out = Path(config.output) if config.output else None
+    return PrecisionReport(
+        path=save_posterior(skeleton.path, arrays, info, out=out, force=config.force),
+        estimator=ESTIMATOR,
+        unit=UNIT[skeleton.task],
+        loss=loss.describe(),
+        observations=config.observations,
+        source="moments",
+        rows=None,
+        sampled=None,
+        device=None,
+        dtype=None,
+        step=step,
+        notes=tuple(notes),
+        health=health,
+    )
+
+
+def _parameters(skeleton: Skeleton) -> list[Parameter]:
+    """The trained parameters of a model in its order, each with the class of its module."""
+    model = skeleton.model
+    owners = {
+        f"{path}.{name}" if path else name: type(module).__name__
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return [
+        Parameter(name, tuple(p.shape), owners[name])
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
+def _as_stored(
+    config: PrecisionConfig, skeleton: Skeleton, named: Mapping[str, Moment]
+) -> dict[str, Tensor]:
+    """The precision under the names that `save_pretrained` gives, as finely as `pool` says.
+
+    Moments are read one by one, so that a pooled precision takes the memory of one tensor.
+    """
+    assert config.observations is not None
+    assert config.batch_observations is not None
+    is_in_memory = in_memory(skeleton, named)
+    if config.pool and not is_in_memory:
+        keep = Keeping({name: min(1, len(moment.shape)) for name, moment in named.items()})
+    else:
+        keep = keeping(config, skeleton.model)
+    total = {}
+    for name, moment in named.items():
+        entries = precision_of(moment, config.observations, config.batch_observations)
+        shape = keep.shape_of(name, entries)
+        if shape != entries.shape:
+            entries = entries.reshape(math.prod(shape), -1).mean(1).reshape(shape)
+        total[name] = entries
+    if is_in_memory:
+        return stored_precision(config, skeleton.model, total, 1.0)
+    return by_tensor(config, {name: entries.add_(config.prior) for name, entries in total.items()})
+
+
+def _notes(
+    named: Mapping[str, Moment], moments: Moments, files: MomentFiles, trained: int
+) -> list[str]:
+    """What in the moments makes a precision other than it should be."""
+    notes = [_clipping(files)]
+    if in_names := sum(map(len, moments.groups)) - len(named):
+        notes.append(
+            f"{in_names} of {trained} parameters never had a gradient, and get no precision"
+        )
+    if any(m.dtype in ("bfloat16", "float16") and (m.beta2 or 0) > _COARSE for m in named.values()):
+        notes.append(
+            "the moments are in 16 bits, where a beta2 so close to 1 loses most of each change: "
+            "they may be far too small or too large"
+        )
+    if moments.decays:
+        notes.append(
+            "the optimizer adds the weight decay to the gradients (Adam, not AdamW), and the "
+            "moments hold it"
+        )
+    return notes
+
+
+def _clipping(files: MomentFiles) -> str:
+    """What is known of clipped gradients, which count by the square of the factor."""
+    said = "gradients that were clipped make a precision too small by the clip factor squared"
+    state = files.path.parent / TRAINER_STATE
+    if files.path.is_dir() and (files.path / TRAINER_STATE).is_file():
+        state = files.path / TRAINER_STATE
+    if not state.is_file():
+        return said
+    history = read_mapping(state).get("log_history")
+    entries = history if isinstance(history, list) else []
+    norms = [
+        float(e["grad_norm"])
+        for e in entries
+        if isinstance(e, dict)
+        and isinstance(e.get("grad_norm"), int | float)
+        and abs(e["grad_norm"]) < _LARGEST_NORM
+    ]
+    if not norms:
+        return said
+    clipped = [norm for norm in norms if norm > _CLIP]
+    median = statistics.median(norms)
+    told = f"{said}; of {len(norms)} norms in {TRAINER_STATE}, {len(clipped)} are above {_CLIP:g}"
+    if median <= _CLIP:
+        return f"{told} (the Trainer's default max_grad_norm)"
+    return (
+        f"{told}, with the median {median:.3g}: clipped at {_CLIP:g}, the Trainer's default, the "
+        f"precision would be about {(median / _CLIP) ** 2:.3g} times too small"
+    )
+
+
+def _hub_model(config: PrecisionConfig, skeleton: Skeleton) -> dict[str, str]:
+    """The Hub model that it is of; the path of a folder is left out."""
+    ref = pinned(config.model, skeleton.path)
+    return {"model": ref} if ref != config.model or is_hub_id(ref) else {}
