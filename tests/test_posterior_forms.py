@@ -1,7 +1,9 @@
 """A precision in coarser forms: what is stored, how it merges, and what a push sends."""
 
+import errno
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import MemorySource
-from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.hub import make_card, plan_push, push_folder
 from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.lora import open_adapter
@@ -277,6 +279,31 @@ def test_a_push_sends_one_number_a_row_unless_told_otherwise(hub, tmp_path):  # 
     assert (place / "posterior" / "precision.posterior").read_bytes() == hub.repos[
         "org/entries"
     ].files()["posterior/precision.posterior"]
+
+
+def test_a_form_that_cannot_be_written_is_one_message_and_nothing_is_left(
+    hub,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    place = folder(tmp_path / "a")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pooling_module, "write_precision_index", full)
+        with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. Name .* TMPDIR"):
+            push_folder(place, "org/a")
+    assert "org/a" not in hub.repos
+    assert push_folder(place, "org/a").changed
+    assert not list((tmp_path / "scratch").iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match="TMPDIR"):
+        plan_push(place, "org/a")
+    assert plan_push(place, "org/a", posterior_form="entries").files  # needs no such folder
 
 
 def test_a_posterior_of_the_earlier_layout_is_pushed_in_todays(hub, tmp_path):  # noqa: F811
