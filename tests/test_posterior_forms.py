@@ -30,9 +30,9 @@ from tests.pushing import adapter, folder, hub  # noqa: F401
 SHAPES = tiny.SHAPES | {"h.0.conv": (3, 2, 2)}
 
 
-def saved(place, values, seed=0):
+def saved(place, values, seed=0, shapes=SHAPES):
     """A model folder with a precision in any form."""
-    model = tiny.write(place / "model.safetensors", tiny.arrays(seed, SHAPES)).parent
+    model = tiny.write(place / "model.safetensors", tiny.arrays(seed, shapes)).parent
     save_posterior(model, values, tiny.info(model))
     return model
 
@@ -133,9 +133,11 @@ def test_rank_one_merges_as_its_entries_do(tmp_path, settings):
 
 
 def test_the_row_form_merges_as_the_entries_pooled_by_row(tmp_path):
-    """To the bit, since both add in the same order."""
+    """To the bit, since both add in the same order, also a row in several pieces."""
+    shapes = SHAPES | {"wide": (2, 300_001)}
     for seed, name in enumerate(("base", "a")):
-        entries = saved(tmp_path / "entries" / name, tiny.precisions(seed, SHAPES), seed)
+        place = tmp_path / "entries" / name
+        entries = saved(place, tiny.precisions(seed, shapes), seed, shapes)
         again(entries, tmp_path / "row" / name, "row")
     for kind, settings in (("entries", {"pool": "row"}), ("row", {})):
         place = tmp_path / kind
