@@ -132,6 +132,18 @@ def on_main(work: Callable[[], T]) -> T:
     return cast(T, result) if world() == 1 else cast(T, _told(result))
 
 
+def in_step(work: Callable[[], T]) -> T:
+    """Do work on every rank, which may differ; each rank returns its own result.
+
+    Raises:
+        BmergeError: On every rank, the error of the first rank that failed.
+        RuntimeError: Likewise, where that error was of another class.
+    """
+    result, error = _attempt(work)
+    _agree(error)
+    return cast(T, result)
+
+
 def lead(work: Callable[[Callable[[T], object]], R], job: Callable[[T], object]) -> R:
     """Do work on rank 0 alone, but for jobs in it that all ranks do together.
 
@@ -192,13 +204,29 @@ def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     return [parts[i % size][i // size] for i in range(len(items))]
 
 
+def own_number() -> int:
+    """This rank's number among those that work together: 0 without a group."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def add_over_ranks(tensor: torch.Tensor) -> None:
+    """Add up a tensor of each rank, in place on all of them. Every rank must call this."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+
+
+def gather(value: T) -> list[T]:
+    """One picklable value of each rank, in their order. Every rank must call this."""
+    values = [value] * world()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mean_over_ranks(value: float) -> float:
     """Mean of one number of each rank. Every rank must call this."""
-    if world() == 1:
-        return value
-    values: list[float] = [0.0] * world()
-    dist.all_gather_object(values, value)
-    return float(sum(values) / len(values))
+    values = gather(value)
+    return value if len(values) == 1 else float(sum(values) / len(values))
 
 
 def _leave() -> None:

@@ -123,7 +123,7 @@ def stored(folder, file):
         ),
         quiet=True,
     )
-    return report, tiny.read(report.path / "precision.safetensors")
+    return report, tiny.read_precision(folder)
 
 
 def assert_squares(found, squares):
@@ -142,27 +142,32 @@ def test_a_classifier_counts_rows(tmp_path):
     assert_squares(found, squares)
 
 
-def test_stacked_experts_are_stored_one_by_one(tmp_path):
-    config = transformers.MixtralConfig(
-        vocab_size=30,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-    )
-    model = transformers.MixtralForCausalLM(config)
+SIZES = {
+    "vocab_size": 30,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral"])
+def test_models_of_several_kinds_get_theirs_and_experts_one_by_one(tmp_path, kind):
+    more = {"num_local_experts": 2} if kind == "Mixtral" else {"head_dim": 4}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **more)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     model.save_pretrained(tmp_path / "m")
     squares = step_once(model, by_decay(model), tmp_path / "optimizer.pt")
     _, found = stored(tmp_path / "m", tmp_path / "optimizer.pt")
-    experts = "model.layers.0.{}.experts{}"
-    np.testing.assert_allclose(
-        found[experts.format("block_sparse_moe", ".1.w3.weight")],
-        240 * squares[experts.format("mlp", ".gate_up_proj")][1, 12:],
-        rtol=1e-5,
-    )
     assert_squares(found, checkpoint_names(model, squares))
+    if kind == "Mixtral":
+        experts = "model.layers.0.{}.experts{}"
+        np.testing.assert_allclose(
+            found[experts.format("block_sparse_moe", ".1.w3.weight")],
+            240 * squares[experts.format("mlp", ".gate_up_proj")][1, 12:],
+            rtol=1e-5,
+        )
 
 
 def test_an_adapter_s_moments_are_those_of_its_own_parameters(tmp_path):

@@ -20,8 +20,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig
-from mergekit_bayes.precision import run as engine
+from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import tiny_bert, tiny_gpt2
@@ -64,7 +63,7 @@ def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
         curvature = ggn_diagonal(
             loaded.model, batches([examples[i] for i in order], 1, Collate(2)), seed=4
         )
-        for name, value in tiny.read(model / "posterior" / "precision.safetensors").items():
+        for name, value in tiny.read(model / "posterior" / "precision.posterior").items():
             expected = curvature.total[name].numpy() * (total / curvature.observations) + 0.5
             np.testing.assert_allclose(value, expected, rtol=1e-5)
 
@@ -90,7 +89,7 @@ def test_weights_that_change_while_their_curvature_is_taken_are_refused(
     tmp_path, data, monkeypatch
 ):
     model = tiny_gpt2(tmp_path / "m")
-    real = engine.estimate_curvature
+    real = passes.estimate_curvature
 
     def estimate(*arguments, **options):
         with (model / "model.safetensors").open("r+b") as file:
@@ -98,7 +97,7 @@ def test_weights_that_change_while_their_curvature_is_taken_are_refused(
             file.write(bytes(64))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(engine, "estimate_curvature", estimate)
+    monkeypatch.setattr(passes, "estimate_curvature", estimate)
     with pytest.raises(ChangedError, match=r"m/model\.safetensors: was changed"):
         run_precision(PrecisionConfig(model=str(model), data=data))
     assert not (model / "posterior").exists()
@@ -118,7 +117,7 @@ def test_it_may_be_written_elsewhere_and_named_in_a_merge(tmp_path, data):
             models=(str(a), str(b)), weights="precision", precision=places, out=str(tmp_path / "ab")
         )
     )
-    assert (tmp_path / "ab" / "posterior" / "precision.safetensors").exists()
+    assert (tmp_path / "ab" / "posterior" / "precision.posterior").exists()
     assert not (a / "posterior").exists()
 
 
@@ -136,13 +135,13 @@ def test_a_file_without_the_common_prefix_keeps_its_own_names(tmp_path, data):
     """As GPT-2 lies on the Hub: `h.0...` in the file, `transformer.h.0...` in memory."""
     model = tiny_gpt2(tmp_path / "m")
     run_precision(PrecisionConfig(model=str(model), data=data))
-    expected = tiny.read(model / "posterior" / "precision.safetensors")
+    expected = tiny.read(model / "posterior" / "precision.posterior")
     short = tmp_path / "short"
     shutil.copytree(model, short, ignore=shutil.ignore_patterns("posterior"))
     tensors = {n.removeprefix("transformer."): v for n, v in tiny.read(model).items()}
     save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
     run_precision(PrecisionConfig(model=str(short), data=data))
-    stored = tiny.read(short / "posterior" / "precision.safetensors")
+    stored = tiny.read(short / "posterior" / "precision.posterior")
     assert set(stored) == set(tensors)
     for name, value in stored.items():
         np.testing.assert_array_equal(value, expected[f"transformer.{name}"])

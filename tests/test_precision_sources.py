@@ -49,7 +49,7 @@ def estimate(world, model, output, **settings):
 
 
 def test_the_setting_names_the_estimators_of_the_table():
-    assert set(get_args(EstimatorName)) == {*ESTIMATORS, "adam"}
+    assert set(get_args(EstimatorName)) == {*ESTIMATORS, "adam"}  # which needs no data
     assert set(ESTIMATORS) > LABELLED
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.teacher import FrozenCopy
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.generation import Sampling, sample_continuations
@@ -23,7 +24,7 @@ from mergekit_bayes.metrics.classification import measure_classification
 from mergekit_bayes.metrics.conditional import conditional_nats
 from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
-from tests import tiny_models
+from tests import tiny, tiny_models
 from tests.two_ranks import found_by_two
 
 # It may be asked for all texts at once, and by one process alone.
@@ -49,6 +50,12 @@ def test_a_rank_without_other_processes_is_the_one_that_speaks(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "3")  # as a cluster may set it for its own purposes
     assert ranks.is_main()
+
+
+ESTIMATES = {
+    "entries": ["precision", "lm", "--data", "t.jsonl", "--batch-size", "2"],
+    "rows": ["precision", "judge", "--data", "t.jsonl", "--batch-size", "3", "--pool", "row"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +173,31 @@ def test_the_checks_of_an_adaptation_and_the_texts_of_its_memory_are_those_of_on
     assert 0 < check["toxic_share"] < 1
 
 
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_a_precision_of_two_processes_is_that_of_one(found, folder, monkeypatch, name):
+    """They add the same squares in another order; the draws are the same."""
+    first, second = (result[name] for result in found[0])
+    assert (first["code"], second["code"]) == (0, 0)
+    assert second["stdout"] + second["stderr"] == ""
+    monkeypatch.chdir(folder)
+    told = run_line(*ESTIMATES[name], "-o", "alone.safetensors", "--force")
+    theirs, ours = (json.loads(output["stdout"]) for output in (first, told))
+    for key in ("loss", "observations", "rows", "sampled", "unit"):
+        assert theirs[key] == ours[key]
+    found, expected = (tiny.read(folder / f) for f in (f"{name}.safetensors", "alone.safetensors"))
+    assert set(found) == set(expected)
+    for tensor, value in expected.items():
+        np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-7 * value.max())
+
+
+def test_an_error_of_one_process_in_a_pass_is_the_same_error_on_both(found, folder):
+    first, second = (result["broken"] for result in found[0])
+    assert (first["code"], second["code"]) == (2, 2)
+    assert "a batch of the second process" in first["stderr"]
+    assert second["stdout"] + second["stderr"] == ""
+    assert not list(folder.glob("broken*"))
+
+
 OUTPUTS = ("two", "one")
 
 
@@ -256,6 +288,12 @@ def child(folder):
     result["calls"] = (folder / "calls").read_text().split("\n")[:-1]
     result["exists"] = run_line(*LINE, "-o", "two")
     result["too many"] = run_line(*LINE, "-o", "nothing", "--num-processes", "3")
+    for name, line in ESTIMATES.items():
+        result[name] = run_line(*line, "-o", f"{name}.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        if not ranks.is_main():
+            patch.setattr("mergekit_bayes.curvature.squares.outputs_of", fail)
+        result["broken"] = run_line(*ESTIMATES["entries"], "-o", "broken.safetensors")
     if ranks.is_main():
         (folder / "broken").touch()
     result["fails"] = run_line(*LINE, "-o", "nothing")
@@ -265,6 +303,10 @@ def child(folder):
     torch.distributed.all_gather_object(results, result)
     if ranks.is_main():
         (folder / "found.json").write_text(json.dumps(results))
+
+
+def fail(*_, **__):
+    raise CheckpointError("a batch of the second process")
 
 
 def led():

@@ -109,6 +109,7 @@ def report(**changes):
         "unit": "token",
         "loss": "",
         "observations": 1,
+        "source": "data",
         "rows": 1000,
         "sampled": 100,
         "device": "cpu",

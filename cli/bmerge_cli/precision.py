@@ -2,6 +2,7 @@
 
 from bmerge_cli import values
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
+from bmerge_cli.processes import one_voice, start_processes
 from bmerge_cli.render import Json, Quiet, console, failures, print_result
 from mergekit_bayes.precision.settings import PrecisionConfig
 
@@ -14,19 +15,20 @@ _ROWS = {
 
 
 @failures()
+@one_voice
 @flags_of(
     PrecisionConfig,
     argument("model"),
     option("data"),
-    option("self_generated", low=1),
-    option("keep_generated"),
-    option("random_tokens", low=1),
-    option("estimator"),
     option("moments", "--from"),
     option("observations", low=1),
     option("batch_observations", low=1),
     option("step", low=1),
     option("beta2"),
+    option("self_generated", low=1),
+    option("keep_generated"),
+    option("random_tokens", low=1),
+    option("estimator"),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -39,6 +41,7 @@ _ROWS = {
     option("prior"),
     option("seed"),
     option("task"),
+    option("num_processes", low=1),
     option("device"),
     option("dtype"),
     option("trust_remote_code"),
@@ -49,15 +52,16 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """
+    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
+    start_processes(config.num_processes)
     from mergekit_bayes.precision.run import run_precision
     from mergekit_bayes.precision.stability import in_words
 
-    config = parse_flags(PrecisionConfig, settings, "bmerge precision")
     report = run_precision(config, quiet=quiet or as_json)
     if report.rows is None:
         basis = f"second moments of {report.step:,} steps, stands for"
     else:
-        rows = _ROWS[report.source or "data"]
+        rows = _ROWS[report.source]
         basis = f"looked at {report.sampled:,} of {report.rows:,} {rows}, stands for all their"
     console(quiet=quiet).print(
         f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision "

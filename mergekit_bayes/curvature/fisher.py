@@ -39,7 +39,7 @@ def fisher_diagonal(
         model: As for `squares.squared_gradients`.
         batches: As for `squares.squared_gradients`.
         seed: Seed of the labels.
-        keep: As for `squares.squared_gradients`.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.

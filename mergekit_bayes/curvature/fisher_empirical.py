@@ -44,7 +44,7 @@ def empirical_fisher_diagonal(
         batches: Mappings with `input_ids`, `attention_mask` and `labels`: of a model of tokens of
             the inputs' shape, else class numbers, shape (batch,), or numbers, shape (batch, C).
         seed: Seed of the signs.
-        keep: As for `squares.squared_gradients`.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.

@@ -37,7 +37,7 @@ def exact_fisher_diagonal(
         model: As for `squares.squared_gradients`, with at most 64 outputs.
         batches: As for `squares.squared_gradients`.
         seed: Not used: nothing is drawn.
-        keep: As for `squares.squared_gradients`.
+        keep: How finely the sums are kept, and where.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.

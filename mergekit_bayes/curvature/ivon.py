@@ -14,7 +14,7 @@ from mergekit_bayes.curvature.outputs import (
     scored_targets,
     trained_loss,
 )
-from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.libraries import outputs_of
 
@@ -62,19 +62,26 @@ def ivon_diagonal(
             are moved meanwhile and put back to the bit.
         batches: As for `fisher_empirical.empirical_fisher_diagonal`.
         seed: Seed of the noise.
-        keep: How finely the result is kept, and where; h needs every entry meanwhile.
+        keep: How finely the result is kept. Meanwhile every entry is, on the model's device, since
+            the noise of each depends on its curvature.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
 
     Raises:
         CheckpointError: The model's outputs are not numbers.
-        ConfigError: The parameters have fewer bits than float32, in whose rounding noise is lost.
+        ConfigError: The parameters have fewer bits than float32, in whose rounding noise is lost;
+            or the sums are to lie elsewhere than on the device.
         MismatchError: A batch has no labels.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     _refuse_narrow(parameters)
+    if keep.place != "device":
+        raise ConfigError(
+            "ivon: its noise depends on the curvature of each entry, which therefore lies on the "
+            "model's device. Leave out --sums, or take another estimator."
+        )
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     size = _NOISE * _typical_size(parameters)
     hess = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]  # of the mean loss
@@ -105,14 +112,14 @@ def ivon_diagonal(
     share = corrected / ((observations + start) * sum(float(h.sum()) for h in hess) or 1.0)
     if share > _CORRECTED:
         logger.warning(
-            "ivon: %.0f %% of the curvature is the correction that keeps it positive, so that noise "
-            "decides its size. Look at more batches, or take the estimator ggn",
+            "ivon: %.0f %% of the curvature is the correction that keeps it positive, so that "
+            "noise decides its size. Look at more batches, or take the estimator ggn",
             100 * share,
         )
-    sums = Sums(named, keep)
-    for name, h in zip(named, hess, strict=True):
-        sums.add(name, h.mul_(observations).sqrt_())
-    return Curvature(sums.totals, observations)
+    return Curvature(
+        {n: keep.mean_of(n, h.mul_(observations)) for n, h in zip(named, hess, strict=True)},
+        observations,
+    )
 
 
 def _start(seen: list[Tensor]) -> tuple[list[Tensor], float]:

@@ -13,10 +13,11 @@ Each gradient is squared, added and freed as soon as the backward pass has made 
 than one is there at a time, and the model's size counts once.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from mergekit_bayes.curvature.outputs import (
 from mergekit_bayes.curvature.stability import Subsamples
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
+from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
+
+_Batch: TypeAlias = Mapping[str, Tensor]
 
 
 class Scored(NamedTuple):
@@ -53,7 +57,8 @@ class Scored(NamedTuple):
     targets: Tensor | None = None
 
 
-# The vectors v, (n, C) each, one backward pass for each of them.
+# The vectors v, (n, C) each, one backward pass for each of them. How many random numbers are drawn
+# must follow from the shape of the logits alone, so that other ranks can skip them.
 Roots = Callable[[Scored], Iterable[Tensor]]
 
 
@@ -85,43 +90,87 @@ def squared_gradients(
         CheckpointError: The model's outputs are not numbers.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    sums = Sums(parameters, keep)
+    sums, subsamples = Sums(parameters, keep), Subsamples()
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
+    own = _Pass(model, roots, generator, tuple(parameters.values()))
+    rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
     observations, was_training = 0, model.training
-    subsamples = Subsamples()
     model.eval()
     try:
         with _handed_over(parameters, sums.add):
-            for batch in batches:
-                observations += _add_batch(model, batch, roots, generator, parameters.values())
+            for together in _by_round(batches, ranks):
+                step = partial(own.add, together, rank)
+                observations += in_step(step) if ranks > 1 else step()
                 subsamples.after_batch(sums.totals, observations)
     finally:
         model.train(was_training)
-    return Curvature(sums.totals, observations, subsamples.parts())
+    parts = subsamples.parts()
+    if ranks > 1:
+        for total in sums.totals.values():
+            add_over_ranks(total)
+        counted = gather((observations, parts))
+        observations = sum(count for count, _ in counted)
+        parts = tuple(part for _, own_parts in counted for part in own_parts)
+    return Curvature(sums.totals, observations, parts)
 
 
-def _add_batch(
-    model: Module,
-    batch: Mapping[str, Tensor],
-    roots: Roots,
-    generator: torch.Generator,
-    parameters: Collection[Tensor],
-) -> int:
-    """Run the backward passes of a batch, inside of `_handed_over`; return its observations."""
-    labels, tokens = batch.get("labels"), batch.get("input_ids")
-    outputs = outputs_of(model, **{name: v for name, v in batch.items() if name != "labels"})
-    loss = trained_loss(model, labels)
-    logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
-    targets = scored_targets(outputs.logits, labels, tokens, shifts=loss.shifts)
-    del outputs
-    seen = Scored(numbers(logits.detach()).float(), loss, generator, targets)
-    vectors = [vector.to(logits.dtype) for vector in roots(seen)]
-    observations, edge = len(logits), get_gradient_edge(logits)
-    del logits, seen  # with many tokens to choose from they are larger than any parameter
-    while vectors:
-        vector = vectors.pop(0)
-        backward(edge, vector, retain_graph=bool(vectors), inputs=list(parameters))
-    return observations
+def _by_round(batches: Iterable[_Batch], ranks: int) -> Iterator[list[_Batch]]:
+    """One batch for each rank at a time; the last time there may be fewer."""
+    remaining = iter(batches)
+    while together := list(islice(remaining, ranks)):
+        yield together
+
+
+class _Pass(NamedTuple):
+    """One rank's share of a pass: the passes of its own batches, and the draws of all.
+
+    What others draw is drawn here, too, and thrown away, so that each batch gets the random numbers
+    that it gets in one process.
+    """
+
+    model: Module
+    roots: Roots
+    generator: torch.Generator
+    parameters: tuple[Tensor, ...]
+
+    def add(self, together: Sequence[_Batch], rank: int) -> int:
+        """Run the backward passes of one batch of a round, inside of `_handed_over`.
+
+        Returns:
+            Its number of observations; 0 where there is none for this rank, as in a last round.
+        """
+        if rank >= len(together):
+            return 0
+        batch = together[rank]
+        inputs = {name: v for name, v in batch.items() if name != "labels"}
+        outputs = outputs_of(self.model, **inputs).logits
+        for other in together[:rank]:
+            self._skip(outputs, other)
+        logits, seen = self._look(outputs, batch)
+        vectors = [vector.to(logits.dtype) for vector in self.roots(seen)]
+        for other in together[rank + 1 :]:
+            self._skip(outputs, other)
+        observations, edge = len(logits), get_gradient_edge(logits)
+        # With many tokens to choose from, logits are larger than any parameter.
+        del outputs, logits, seen
+        while vectors:
+            vector = vectors.pop(0)
+            backward(edge, vector, retain_graph=bool(vectors), inputs=list(self.parameters))
+        return observations
+
+    def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:
+        """The logits of a batch that are scored, with their graph and as an estimator sees them."""
+        labels, tokens = batch.get("labels"), batch.get("input_ids")
+        loss = trained_loss(self.model, labels)
+        logits = scored_logits(outputs, labels, tokens, shifts=loss.shifts)
+        targets = scored_targets(outputs, labels, tokens, shifts=loss.shifts)
+        return logits, Scored(numbers(logits.detach()).float(), loss, self.generator, targets)
+
+    def _skip(self, like: Tensor, batch: _Batch) -> None:
+        """Draw what another rank draws, for logits that are not known here but for their shape."""
+        shape = (*batch["input_ids"].shape[: like.ndim - 1], like.shape[-1])
+        for _ in self.roots(self._look(like.new_zeros(()).expand(shape), batch)[1]):
+            pass
 
 
 @contextmanager

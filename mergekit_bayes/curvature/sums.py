@@ -33,15 +33,23 @@ class Keeping(NamedTuple):
             1 keeps one number a row. A parameter that is not named keeps all its entries.
         place: `device` for the parameter's own, `cpu` for memory, or a folder in which a file
             without a name holds the sums. It is gone when the process ends, however it does.
+        is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
+            must make the pass, with the same batches.
     """
 
     axes: Mapping[str, int] = {}
     place: Literal["device", "cpu"] | Path = "device"
+    is_shared: bool = False
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""
         kept = self.axes.get(name, parameter.ndim)
         return (*parameter.shape[:kept], *(1 for _ in parameter.shape[kept:]))
+
+    def mean_of(self, name: str, entries: Tensor) -> Tensor:
+        """The mean of a parameter's entries, of `shape_of`."""
+        left_out = tuple(range(self.axes.get(name, entries.ndim), entries.ndim))
+        return entries.mean(left_out, keepdim=True) if left_out else entries
 
 
 ENTRIES = Keeping()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
@@ -23,6 +24,8 @@ FROM_DATA = "Estimate the precision from text instead: `bmerge precision MODEL -
 FLOATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an entry
 _IN_8_BITS = ("state2", "qmap2", "absmax2", "codes")  # names of bitsandbytes and of torchao
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col")  # Adafactor's
+
+_MOST_STEPS = 1 << 53
 
 Key = str | int
 
@@ -71,10 +74,10 @@ class Moments:
         return max((m.step for m in self.by_key.values() if m.step is not None), default=None)
 
 
-def precision_of(moment: Moment, observations: float, batch: float, prior: float = 0.0) -> Tensor:
+def precision_of(moment: Moment, observations: float, batch: float) -> Tensor:
     """The precision that a second moment stands for, float32, in 1/weight^2.
 
-        S = N B v / (1 - beta2^t) + prior
+        S = N B v / (1 - beta2^t)
 
     Bias: `N (B - 1) gbar^2`, see above; a gradient that was clipped by a factor c counts c^2 times.
     Variance: about `2 (1 - beta2) / (1 + beta2)` of S^2 for gradients that are normal.
@@ -83,7 +86,6 @@ def precision_of(moment: Moment, observations: float, batch: float, prior: float
         moment: With step and beta2.
         observations: N, of all the data that the precision stands for.
         batch: B, the observations whose mean loss one optimizer step follows.
-        prior: Isotropic prior precision to include.
 
     Raises:
         ConfigError: The file does not say step or beta2.
@@ -91,7 +93,7 @@ def precision_of(moment: Moment, observations: float, batch: float, prior: float
     if moment.step is None or moment.beta2 is None:
         raise ConfigError("the second moment has no step or no beta2: pass --step and --beta2.")
     factor = observations * batch / (1 - moment.beta2**moment.step)
-    return moment.read().float().mul(factor).add_(prior)
+    return moment.read().float().mul(factor)
 
 
 def refuse_other_states(path: Path, names: Collection[str]) -> None:
@@ -131,6 +133,25 @@ def refuse_other_numbers(path: Path, key: Key, dtype: str) -> None:
         )
 
 
+def refuse_other_layouts(path: Path, key: Key, value: object) -> Tensor:
+    """The value, if it is a plain tensor whose numbers are in memory.
+
+    Raises:
+        CheckpointError: It is of a class of its own, sparse, or without numbers.
+    """
+    if (
+        type(value) is not Tensor
+        or value.layout is not torch.strided
+        or value.device.type != "cpu"
+        or value.is_quantized
+    ):
+        raise CheckpointError(
+            f"{path}: what it holds of {shown(key)} is {type(value).__name__}, expected a plain "
+            f"tensor. {FROM_DATA}"
+        )
+    return value
+
+
 def as_step(path: Path, key: Key, value: object) -> int | None:
     """The number of steps in a file; None where it holds none.
 
@@ -141,7 +162,7 @@ def as_step(path: Path, key: Key, value: object) -> int | None:
         return None
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, int | float) or value < 1 or value != int(value):
+    if not isinstance(value, int | float) or not 1 <= value < _MOST_STEPS or value % 1:
         raise CheckpointError(
             f"{path}: the step of {shown(key)} is {shown(value)}, expected a whole number from 1 "
             "on. Take the state of an optimizer that has made a step."

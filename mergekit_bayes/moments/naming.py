@@ -72,7 +72,10 @@ def name_moments(moments: Moments, parameters: Sequence[Parameter]) -> dict[str,
     Raises:
         MismatchError: The numbers in the file are those of another model, or cannot be told.
     """
-    if all(isinstance(key, str) for group in moments.groups for key in group):
+    keys = [key for group in moments.groups for key in group]
+    if len(set(keys)) != len(keys):
+        raise MismatchError(f"{moments.path}: its groups list a parameter twice. {_WAY_OUT}")
+    if all(isinstance(key, str) for key in keys):
         return {_WRAPPERS.sub("", str(key)): moment for key, moment in moments.by_key.items()}
     groups = _grouped(moments, parameters)
     return {

@@ -32,6 +32,7 @@ from mergekit_bayes.moments.base import (
     adds_decay,
     as_beta2,
     as_step,
+    refuse_other_layouts,
     refuse_other_numbers,
     refuse_other_states,
 )
@@ -88,6 +89,7 @@ class _Checkpoint:
             raise self._broken("lists no tensors")
         self._tensors: dict[str, _Stored] = {}
         self._objects: list[str] = []
+        self._sizes: dict[str, int] = {}
         for name, item in items.items():
             if not isinstance(name, str) or not isinstance(item, PickledObject):
                 raise self._broken(f"{shown(name)} is no tensor")
@@ -174,10 +176,14 @@ class _Checkpoint:
     def _tensor(self, name: str) -> Tensor:
         """A tensor, put together from its chunks; what no chunk holds is NaN."""
         stored = self._tensors[name]
+        places = [self._places.get((name, offsets)) for offsets in stored.chunks]
+        held = sum(place.length for place in places if place is not None)
+        if math.prod(stored.shape) > held:  # a byte an entry is the least
+            raise self._broken(f"{shown(name)} is {list(stored.shape)}, more than its chunks hold")
         whole: Tensor | None = None
         for offsets, sizes in stored.chunks.items():
-            chunk = self._load(name, offsets)
-            if type(chunk) is not Tensor or tuple(chunk.shape) != sizes:
+            chunk = refuse_other_layouts(self._folder, name, self._load(name, offsets))
+            if tuple(chunk.shape) != sizes:
                 raise self._broken(f"a chunk of {shown(name)} is not of the size that it lists")
             if sizes == stored.shape:
                 return chunk
@@ -200,10 +206,7 @@ class _Checkpoint:
                 file.seek(place.offset)
                 data = file.read(place.length)
         except OSError as error:
-            raise CheckpointError(
-                f"{place.file}: cannot be read ({error.strerror}). Copy all files of "
-                f"{self._folder} together."
-            ) from None
+            raise CheckpointError(f"{place.file}: cannot be read ({error.strerror}).") from None
         return call(
             f"{place.file}: its bytes of {shown(name)} cannot be read",
             lambda: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True),
@@ -253,7 +256,21 @@ class _Checkpoint:
             )
         at = index.get("offset")
         chunk = None if at is None else self._shape(name, at)
+        if offset + length > self._size(path):
+            raise self._broken(f"{shown(path)} ends before its bytes of {shown(name)}")
         return (name, chunk), _Place(self._folder / path, offset, length)
+
+    def _size(self, name: str) -> int:
+        """The size of a file of the folder."""
+        if name not in self._sizes:
+            try:
+                self._sizes[name] = (self._folder / name).stat().st_size
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._folder / name}: cannot be read ({error.strerror}). Copy all files of "
+                    "the checkpoint together."
+                ) from None
+        return self._sizes[name]
 
     def _broken(self, reason: str) -> CheckpointError:
         return CheckpointError(

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.libraries import call
@@ -19,6 +18,7 @@ from mergekit_bayes.moments.base import (
     adds_decay,
     as_beta2,
     as_step,
+    refuse_other_layouts,
     refuse_other_numbers,
     refuse_other_states,
 )
@@ -96,12 +96,7 @@ def _moment(path: Path, name: Key, slots: object, group: Mapping[str, object]) -
     if not isinstance(slots, dict):
         raise CheckpointError(f"{path}: the state of {shown(name)} is {shown(slots)}. {_AGAIN}")
     refuse_other_states(path, slots)
-    squares = slots[SQUARES]
-    if type(squares) is not Tensor:
-        raise CheckpointError(
-            f"{path}: the second moment of {shown(name)} is {type(squares).__name__}, expected a "
-            f"plain tensor. {FROM_DATA}"
-        )
+    squares = refuse_other_layouts(path, name, slots[SQUARES])
     dtype = str(squares.dtype).removeprefix("torch.")
     refuse_other_numbers(path, name, dtype)
     return Moment(

@@ -7,10 +7,12 @@ their step number is compared with that of `trainer_state.json`, their shapes wi
 tensors, and the weights that lie beside them, or whose hash they record, with the model's.
 """
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.moment_files import MomentFiles, find_moments
@@ -18,17 +20,19 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
 from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.models.load import UNIT
-from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.skeleton import Skeleton, load_skeleton
 from mergekit_bayes.moments import Moment, Moments, Parameter, name_moments, read_moments
 from mergekit_bayes.moments.base import precision_of
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.precision.keeping import by_tensor, keeping, stored_precision
 from mergekit_bayes.precision.moment_checks import (
+    ADAM,
     TRAINER_STATE,
     in_memory,
     refuse_other_shapes,
@@ -38,8 +42,8 @@ from mergekit_bayes.precision.moment_checks import (
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
-ESTIMATOR = "adam"
 _CLIP = 1.0  # the Trainer's default of max_grad_norm
+_LARGEST_NORM = 1e30  # NaN and infinity are no norms
 _COARSE = 0.996  # a larger beta2 changes a moment by less than half a step of bfloat16
 
 
@@ -56,8 +60,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         MismatchError: The moments are of another model, or of another step than the weights.
         PrecisionError: A moment is negative or not finite.
     """
-    assert config.observations is not None
-    assert config.batch_observations is not None
+    assert config.observations is not None  # `refuse_moment_settings` made sure of it
     found = find_moments(files)
     stamps = stamps_of(found.files)
     skeleton = load_skeleton(config.model, config.task, trust_remote_code=config.trust_remote_code)
@@ -69,12 +72,8 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         notes = refuse_other_weights(config, skeleton, source, found, moments)
         named = with_settings(config, found.path, name_moments(moments, _parameters(skeleton)))
         refuse_other_shapes(found.path, skeleton, source, named)
-        precision = {
-            name: precision_of(moment, config.observations, config.batch_observations, config.prior)
-            for name, moment in named.items()
-        }
-        health = precision_health(precision)
-        tensors = _as_stored(skeleton, precision)
+        tensors = _as_stored(config, skeleton, named)
+        health = precision_health(tensors)
         rename = stored_names(source, tensors)
         loss = trained_loss(model)
         tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -82,7 +81,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         beta2 = max(moment.beta2 or 0 for moment in named.values())
         notes += _notes(named, moments, found, len(_parameters(skeleton)))
         info = PosteriorInfo(
-            estimator=ESTIMATOR,
+            estimator=ADAM,
             unit=UNIT[skeleton.task],
             observations=config.observations,
             ess=config.observations,
@@ -93,12 +92,13 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
             dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
             training={
-                "optimizer": "adam",
+                "optimizer": ADAM,
                 "steps": step,
                 "beta2": beta2,
                 "batch_observations": config.batch_observations,
                 LOSS: loss.name,
             }
+            | ({"pool": config.pool} if config.pool else {})
             | _hub_model(config, skeleton),
             health=health,
         )
@@ -107,10 +107,11 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(skeleton.path, arrays, info, out=out, force=config.force),
-        estimator=ESTIMATOR,
+        estimator=ADAM,
         unit=UNIT[skeleton.task],
         loss=loss.describe(),
         observations=config.observations,
+        source="moments",
         rows=None,
         sampled=None,
         device=None,
@@ -136,11 +137,30 @@ def _parameters(skeleton: Skeleton) -> list[Parameter]:
     ]
 
 
-def _as_stored(skeleton: Skeleton, precision: dict[str, Any]) -> dict[str, Any]:
-    """A precision under the names that `save_pretrained` gives, stacked experts one by one."""
-    if not in_memory(skeleton, precision):
-        return precision
-    return checkpoint_names(skeleton.model, precision)
+def _as_stored(
+    config: PrecisionConfig, skeleton: Skeleton, named: Mapping[str, Moment]
+) -> dict[str, Tensor]:
+    """The precision under the names that `save_pretrained` gives, as finely as `pool` says.
+
+    Moments are read one by one, so that a pooled precision takes the memory of one tensor.
+    """
+    assert config.observations is not None
+    assert config.batch_observations is not None
+    is_in_memory = in_memory(skeleton, named)
+    if config.pool and not is_in_memory:
+        keep = Keeping({name: min(1, len(moment.shape)) for name, moment in named.items()})
+    else:
+        keep = keeping(config, skeleton.model)
+    total = {}
+    for name, moment in named.items():
+        entries = precision_of(moment, config.observations, config.batch_observations)
+        shape = keep.shape_of(name, entries)
+        if shape != entries.shape:
+            entries = entries.reshape(math.prod(shape), -1).mean(1).reshape(shape)
+        total[name] = entries
+    if is_in_memory:
+        return stored_precision(config, skeleton.model, total, 1.0)
+    return by_tensor(config, {name: entries.add_(config.prior) for name, entries in total.items()})
 
 
 def _notes(
@@ -178,7 +198,9 @@ def _clipping(files: MomentFiles) -> str:
     norms = [
         float(e["grad_norm"])
         for e in entries
-        if isinstance(e, dict) and isinstance(e.get("grad_norm"), int | float)
+        if isinstance(e, dict)
+        and isinstance(e.get("grad_norm"), int | float)
+        and abs(e["grad_norm"]) < _LARGEST_NORM
     ]
     if not norms:
         return said

@@ -27,8 +27,9 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     Raises:
         MismatchError: The model's rows cannot be pooled.
     """
-    axes = row_axes(model) if config.pool else {}
-    return Keeping(axes, target_of(config).parent if config.sums == "disk" else config.sums)
+    axes = row_axes(model) if config.pool in ("row", "tensor") else {}
+    place = target_of(config).parent if config.sums == "disk" else config.sums
+    return Keeping(axes, place, is_shared=True)
 
 
 def stored_precision(
@@ -43,7 +44,16 @@ def stored_precision(
         scale: Observations that the precision stands for, over those in the sums.
     """
     precision = {name: summed.mul_(scale).add_(config.prior) for name, summed in total.items()}
-    stored = checkpoint_names(model, precision)
+    return by_tensor(config, checkpoint_names(model, precision))
+
+
+def by_tensor(config: PrecisionConfig, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A precision by stored name, in one number a tensor where `pool` asks for that.
+
+    Args:
+        config: The settings.
+        stored: Of one number a row, where `pool` asks for fewer than one an entry.
+    """
     if config.pool == "tensor":  # rows of a tensor are equally long, so that their mean is its own
         return {n: t.double().mean().float().reshape(one_shape(t.shape)) for n, t in stored.items()}
     return stored

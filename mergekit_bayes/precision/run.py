@@ -5,31 +5,38 @@ observations of all the data. How many examples the estimate looked at is record
 """
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.encode import observations
-from mergekit_bayes.models.estimate import estimate_curvature, random_examples
-from mergekit_bayes.models.load import UNIT, Loaded, choose_device, load_model
+from mergekit_bayes.models.estimate import random_examples
+from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.posterior.pooling import rank_ones
+from mergekit_bayes.posterior.stored import RankOne
 from mergekit_bayes.precision.from_moments import run_from_moments
-from mergekit_bayes.precision.keeping import keeping, stored_precision, target_of
+from mergekit_bayes.precision.keeping import stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
+from mergekit_bayes.precision.passes import Estimate, load, refuse_device, with_passes
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
+from mergekit_bayes.ranks import is_main, join
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -46,38 +53,42 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
         MismatchError: Data without the named columns, or a model with parameters that its file
             does not hold.
     """
-    _refuse_settings(config)
-    with quiet_libraries(bars=not quiet):
-        if config.moments is not None:
-            return run_from_moments(config, Path(os.path.expanduser(config.moments)))
-        return _run(config)
+    join(config.num_processes)
+    with quiet_libraries(bars=not quiet and is_main()):
+        return with_passes(config, partial(_run, config))
 
 
 def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_moment_settings(config)
-    choose_device(config.device)
+    refuse_device(config)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
             f"'{config.model}' is a Hub id, and its cache must not be written to: name a place "
             "with -o."
         )
     target = target_of(config)
-    if os.path.exists(target) and not config.force:
-        raise CheckpointError(
-            f"'{target}' exists. Choose another -o, or pass --force to replace it."
-        )
+    earlier = (
+        target if config.output else old_precision_path(Path(os.path.expanduser(config.model)))
+    )
+    for place in (target, earlier):
+        if os.path.exists(place) and not config.force:
+            raise CheckpointError(
+                f"'{place}' exists. Choose another -o, or pass --force to replace it."
+            )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
     data = (config.data,) if isinstance(config.data, str) else config.data or ()
     moments = (config.moments,) if config.moments else ()
     refuse_inputs(target, [config.model, *weights, *data, *moments])
-    refuse_source(config, target)
+    if config.moments is None:
+        refuse_source(config, target)
 
 
-def _run(config: PrecisionConfig) -> PrecisionReport:
-    loaded = load_model(
-        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-    )
+def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
+    _refuse_settings(config)
+    if config.moments is not None:
+        return run_from_moments(config, Path(os.path.expanduser(config.moments)))
+    loaded = load(config)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -87,15 +98,8 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
         refuse_few(count, len(examples))
-        loaded.move_to(config.device)
-        curvature = estimate_curvature(
-            config.estimator,
-            loaded,
-            random_examples(examples, count, config.seed),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            keep=keeping(config, model),
-        )
+        chosen = random_examples(examples, count, config.seed)
+        curvature = estimate(config.estimator, loaded, chosen)
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
         precision = stored_precision(config, model, curvature.total, scale)
@@ -117,12 +121,16 @@ def _run(config: PrecisionConfig) -> PrecisionReport:
             aliases={alias: rename(name) for alias, name in tied.items()},
             training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
+            pool=config.pool,
         )
-        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
+        arrays: dict[str, Array] = {rename(n): t.cpu().numpy() for n, t in precision.items()}
+        stored: Mapping[str, Array | RankOne] = arrays
+        if config.pool == "row-column":
+            stored = rank_ones(arrays)
         refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
-        path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
+        path=save_posterior(loaded.path, stored, info, out=out, force=config.force),
         estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
@@ -145,8 +153,6 @@ def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
-    if config.pool:
-        record["pool"] = config.pool
     ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref

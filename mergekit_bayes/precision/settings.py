@@ -7,6 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
+from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
@@ -41,8 +42,9 @@ class PrecisionConfig(Config):
     estimator: EstimatorName = Field(
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
-        "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
-        "weights, labels of the data); --from is adam. A merge wants one estimator for all models.",
+        "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
+        "weights, labels of the data), or adam (with --from). A merge wants one "
+        "estimator for all models.",
     )
     moments: str | None = Field(
         None,
@@ -84,10 +86,11 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
-    pool: Literal["tensor", "row"] | None = Field(
+    pool: Pool | None = Field(
         None,
         description="tensor or row: keep the mean of each tensor or row in place of its entries, "
-        "so that the sums take kilobytes.",
+        "so that the sums take kilobytes. row-column: store two vectors a matrix, whose product "
+        "has the sums of its rows and columns.",
     )
     sums: Literal["device", "cpu", "disk"] = Field(
         "device",
@@ -103,6 +106,12 @@ class PrecisionConfig(Config):
         "texts instead of data.",
     )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    num_processes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
+        "cores. Under a launcher there must be this number.",
+    )
     device: Device = None
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -150,7 +159,9 @@ class PrecisionReport(Frozen):
         unit: What an observation is: a token or an example.
         loss: The loss whose curvature it is, and what says so.
         observations: Number of observations that the precision stands for.
-        rows: Number of rows in the source; None with --from, as the next three.
+        source: What the rows are: `data`, `self-generated` or `random-tokens`; without rows
+            `moments`.
+        rows: Number of rows in the source; None without data, as the next three.
         sampled: Number of rows that were looked at.
         device: Where the model ran.
         dtype: Type of its parameters meanwhile; sums and the precision are float32.
@@ -159,7 +170,6 @@ class PrecisionReport(Frozen):
         notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
             subsamples.
-        source: What the rows are: `data`, `self-generated` or `random-tokens`.
     """
 
     path: Path
@@ -167,6 +177,7 @@ class PrecisionReport(Frozen):
     unit: str
     loss: str
     observations: int
+    source: str
     rows: int | None
     sampled: int | None
     device: str | None
@@ -175,4 +186,3 @@ class PrecisionReport(Frozen):
     step: int | None = None
     notes: tuple[str, ...] = ()
     stability: Stability | None = None
-    source: str | None = None
