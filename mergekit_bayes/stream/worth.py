@@ -41,6 +41,7 @@ _Array = NDArray[np.float64]
 Samples = dict[Input, dict[str, Grid]]
 
 
+@np.errstate(all="ignore")  # bad entries are reported elsewhere
 def notes_on_precisions(plan: MergePlan) -> list[str]:
     """Remarks on the precisions of a merge, for its report.
 
