@@ -25,7 +25,7 @@ for subject in garden kitchen; do
             --set "data=$world/texts/${subject}_train.jsonl" --set "output=$world/$subject"
     fi
     cp "$world/$subject/model.safetensors" "$world/$subject.safetensors"
-    cp "$world/$subject/posterior/precision.safetensors" "$world/$subject.precision.safetensors"
+    cp "$world/$subject/posterior/precision.posterior" "$world/$subject.posterior"
 done
 run "$bmerge" merge "$world/garden.safetensors" "$world/kitchen.safetensors" --weights precision \
     -o "$world/both.safetensors" --force

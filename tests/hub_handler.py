@@ -7,7 +7,18 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_state import ORGANISATIONS, TOKEN, USER, Answer, Blob, Fault, Hub, Repo, Request
+from tests.hub_state import (
+    LARGE,
+    ORGANISATIONS,
+    TOKEN,
+    USER,
+    Answer,
+    Blob,
+    Fault,
+    Hub,
+    Repo,
+    Request,
+)
 
 DATASETS = "datasets/"  # before the name of a data set in `Hub.repos`
 
@@ -189,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
                 "files": [
                     {
                         "path": f["path"],
-                        "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                        "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
                         "shouldIgnore": False,
                         "oid": files[f["path"]].oid if f["path"] in files else None,
                     }

@@ -1,7 +1,8 @@
 """What the Hub's test double holds: repositories in memory, content-addressed as in git.
 
-Files named `*.safetensors` are large (LFS), all others regular. A test sets what goes wrong
-(`gated`, `cut_uploads`, `cut_downloads`, `faults`, `tamper`) and reads the requests (`log`).
+Files of tensors are large (LFS; the Hub goes by name, size and content), all others regular. A
+test sets what goes wrong (`gated`, `cut_uploads`, `cut_downloads`, `faults`, `tamper`) and reads
+the requests (`log`).
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+LARGE = (".safetensors", ".posterior")
 TOKEN = "hf_aTokenThatNobodyMaySee"
 USER = "me"
 ORGANISATIONS = ("org", "me")
@@ -146,7 +148,7 @@ class Hub:
     def add(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
         """A repository with one commit."""
         repo = self.repos[name] = Repo(**options)
-        blobs = {p: Blob(c, p.endswith(".safetensors")) for p, c in (files or {}).items()}
+        blobs = {p: Blob(c, p.endswith(LARGE)) for p, c in (files or {}).items()}
         self.large |= {b.sha256: b.content for b in blobs.values() if b.lfs}
         repo.commit("main", blobs, "initial commit")
         return repo

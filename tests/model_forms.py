@@ -8,7 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_path, write_index
+from mergekit_bayes.checkpoint.layout import (
+    POSTERIOR_ENDING,
+    checkpoint_files,
+    precision_path,
+    write_index,
+)
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -47,8 +52,9 @@ def here(tmp_path, monkeypatch):
 
 
 def save(path, tensors, dtype="F32", metadata=None):
-    """A checkpoint as torch writes it."""
+    """A checkpoint as torch writes it, or in a file that ends in `.posterior` precisions."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = tiny.names_in(path, tensors)
     stored = {
         n: torch.as_tensor(np.asarray(t)).to(TORCH[dtype]).contiguous() for n, t in tensors.items()
     }
@@ -57,9 +63,12 @@ def save(path, tensors, dtype="F32", metadata=None):
 
 def load(path):
     """A checkpoint's tensors as torch reads them, in float64."""
-    files = checkpoint_files(Path(path))
+    path = Path(path)
+    files = [path] if path.suffix == POSTERIOR_ENDING else checkpoint_files(path)
     return {
-        n: t.to(torch.float64).numpy() for file in files for n, t in load_file(str(file)).items()
+        n.removeprefix("precision:"): t.to(torch.float64).numpy()
+        for file in files
+        for n, t in load_file(str(file)).items()
     }
 
 
@@ -167,7 +176,7 @@ CLASSES = {
 
 
 def opened(folder):
-    return load(folder), load(Path(folder) / "posterior" / "precision.safetensors")
+    return load(folder), load(Path(folder) / "posterior" / "precision.posterior")
 
 
 def close(found, expected, rtol=2e-5, atol=2e-6, what=""):

@@ -25,8 +25,7 @@ def folder(path, seed=0, precision=True):
     mean = tiny.arrays(seed)
     if precision:
         tiny.posterior(path / "model.safetensors", mean, tiny.precisions(seed))
-        (path / "posterior").mkdir()
-        (path / "model.precision.safetensors").rename(path / "posterior" / "precision.safetensors")
+        tiny.into_folder(path)
         (path / "posterior" / "posterior.json").write_text("{}")
     else:
         tiny.write(path / "model.safetensors", mean)
@@ -42,10 +41,7 @@ def adapter(path, base, seed=0):
     }
     mean = tiny.arrays(seed, shapes)
     tiny.posterior(path / "adapter_model.safetensors", mean, tiny.precisions(seed, shapes))
-    (path / "posterior").mkdir()
-    (path / "adapter_model.precision.safetensors").rename(
-        path / "posterior" / "precision.safetensors"
-    )
+    tiny.into_folder(path, "adapter_model")
     about = {
         "peft_type": "LORA",
         "r": 1,

@@ -213,10 +213,10 @@ def test_a_precision_is_read_in_any_form(world, shape):
         "scalar": lambda v: np.array(v.mean()),
     }[shape]
     precision = {name: made(values) for name, values in precision.items()}
-    file = model / "posterior" / "precision.safetensors"
+    file = model / "posterior" / "precision.posterior"
     with safetensors.safe_open(file, "np") as opened:
         header = opened.metadata()
-    tensors = {name: torch.tensor(values) for name, values in precision.items()}
+    tensors = {f"precision:{name}": torch.tensor(values) for name, values in precision.items()}
     safetensors.torch.save_file(tensors, file, header)
     run = load_run(config(world, model))
     part = part_of(run)
@@ -628,7 +628,7 @@ def test_a_merge_whose_scales_cancel_stands_for_its_base():
 
 
 def test_a_record_without_edits_is_written_as_before():
-    """SHA-256 of the record as it was written before there were edits."""
+    """SHA-256 of the record as it was written before there were edits, but for its format."""
     info = PosteriorInfo(
         estimator="ggn",
         unit="token",
@@ -647,7 +647,9 @@ def test_a_record_without_edits_is_written_as_before():
         terms=(Term(label="t", mean=Identity(blocks="e"), scale=-1),),
         merge=MergeTrace(common_count=7, shrink="0.1"),
     )
-    written = info.to_metadata()["bmerge"]
+    assert '"format":2,' in info.to_metadata()["bmerge"]
+    info = info.model_copy(update={"format": 1})
+    written = info.model_dump_json()
     assert hashlib.sha256(written.encode()).hexdigest().startswith("55b97b7bf26796a7")
     indented = info.model_dump_json(indent=2)
     assert hashlib.sha256(indented.encode()).hexdigest().startswith("80825969a1cde041")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import places
@@ -74,7 +75,24 @@ def test_a_pooled_precision_is_the_mean_of_the_entries_that_the_file_would_hold(
         np.testing.assert_allclose(rows[name].ravel(), by_row, rtol=1e-6)
         np.testing.assert_allclose(tensors[name].ravel(), entry.mean(dtype=np.float64), rtol=1e-6)
     with open_posterior(str(model), precision=str(model.parent / "row.safetensors")) as posterior:
-        assert posterior.info.training["pool"] == "row"
+        assert posterior.info.pool == "row"
+
+
+def test_a_precision_of_two_vectors_a_matrix_has_the_sums_of_its_entries(model):
+    """`prior` is part of both, since it is on every entry."""
+    entries = estimate(model, "e")
+    estimate(model, "two", pool="row-column")
+    place = str(model.parent / "two.safetensors")
+    with open_posterior(str(model), precision=place) as posterior:
+        assert posterior.info.pool == "row-column"
+        for name, spec in posterior.precision.specs.items():
+            expected = entries[f"precision:{name}"]
+            found = read_tensor(posterior.precision, name).astype(np.float64)
+            assert posterior.precision.numbers(name) <= sum(spec.shape)
+            for axes in ((0,), tuple(range(1, len(spec.shape)))):
+                np.testing.assert_allclose(
+                    found.sum(axes), expected.sum(axes, np.float64), rtol=2e-5
+                )
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

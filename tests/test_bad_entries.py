@@ -29,7 +29,7 @@ def test_a_bad_precision_is_named_and_nothing_is_left_behind(value, kind, settin
         with pytest.raises(PrecisionError) as error:
             merge("b", "a", base=base, scale=(scale,), **settings)
         shown = str(error.value)
-        assert f"'{AT[0]}' in a.precision.safetensors is {value} at flat index 13. " in shown
+        assert f"'{AT[0]}' in a.posterior is {value} at flat index 13. " in shown
         assert "--on-bad base" in shown  # without a base it says that one is needed
         assert ("with --base" in shown) == (base is None)
         assert sorted(Path().iterdir()) == before
@@ -83,7 +83,7 @@ def test_bad_entries_count_as_unchanged_where_asked(where, kind, settings):
     if where == "mean" or "pool" not in settings:
         np.testing.assert_array_equal(found[AT[0]][:, 3], load("base.safetensors")[AT[0]][:, 3])
     # What the data of the other entries added, summed up: none of the bad ones'.
-    s0, h = load("base.precision.safetensors")[AT[0]], good[1][AT[0]] - 0.05
+    s0, h = load("base.posterior")[AT[0]], good[1][AT[0]] - 0.05
     if where == "precision":
         h[:, 3] = 0
     if settings.get("pool"):
@@ -97,7 +97,7 @@ def test_bad_entries_count_as_unchanged_where_asked(where, kind, settings):
         )
     if "pool" not in settings:
         h[:, 3] = 0
-    np.testing.assert_allclose(load("replaced.precision.safetensors")[AT[0]], s0 + h, rtol=2e-5)
+    np.testing.assert_allclose(load("replaced.posterior")[AT[0]], s0 + h, rtol=2e-5)
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
@@ -108,15 +108,13 @@ def test_a_bad_number_of_a_pooled_precision_is_found_and_replaced(pool, value, s
     precision = {n: POOLED[pool](p) for n, p in tiny.precisions(1, SHAPES).items()}
     at = (AT[0], (2, 0) if pool == "row" else (0, 0))
     model("a", 1, precision=spoiled(precision, value, at))
-    with pytest.raises(
-        PrecisionError, match=rf"'{AT[0]}' in a\.precision\.safetensors is {value} at flat"
-    ):
+    with pytest.raises(PrecisionError, match=rf"'{AT[0]}' in a\.posterior is {value} at flat"):
         merge("a", **settings)
     report = merge("a", **settings, on_bad="base")
-    kept = load("x.precision.safetensors")
+    kept = load("x.posterior")
     assert all(np.isfinite(s).all() and (s > 0).all() for s in kept.values())
     assert report.models[1].mended > 0
-    s0 = load("base.precision.safetensors")[AT[0]]
+    s0 = load("base.posterior")[AT[0]]
     if not settings:
         row = slice(2, 3) if pool == "row" else slice(None)
         np.testing.assert_array_equal(
@@ -143,7 +141,7 @@ def test_a_bad_row_that_is_pooled_further_adds_nothing_to_the_mean():
         else:
             expected, bad = s0 + 0.3 * s0.mean() + h + 0.3 * h.mean(), 5  # the entries of its row
             expected[2] -= 0.3 * h.mean()
-        np.testing.assert_allclose(load("x.precision.safetensors")[AT[0]], expected, rtol=2e-5)
+        np.testing.assert_allclose(load("x.posterior")[AT[0]], expected, rtol=2e-5)
         assert report.models[1].mended == bad
 
 
@@ -181,14 +179,14 @@ def test_a_bad_entry_of_a_merge_in_the_frame_of_its_base_adds_nothing():
         for i, name in enumerate(("base", "a", "b")):
             model(name, i)
         merge("a", out="m.safetensors", **settings)
-        stored = load_file("m.precision.safetensors")
+        stored = load_file("m.posterior")
         header = open_posterior("m.safetensors").info.to_metadata()
-        stored[AT[0]][AT[1]] = torch.nan
-        save_file(stored, "m.precision.safetensors", header)
+        stored[f"precision:{AT[0]}"][AT[1]] = torch.nan
+        save_file(stored, "m.posterior", header)
         merge("b", out="b_only.safetensors", **settings)
         report = merge("m", "b", on_bad="base", **settings)
         assert report.models[1].mended == 1
-        for suffix in (".safetensors", ".precision.safetensors"):
+        for suffix in (".safetensors", ".posterior"):
             one, other = (load(f"{n}{suffix}")[AT[0]][AT[1]] for n in ("x", "b_only"))
             assert one == pytest.approx(other, rel=1e-5), (settings, suffix)
 
@@ -200,7 +198,7 @@ def test_a_negative_zero_is_a_precision_and_a_tensor_of_zeros_is_noted():
     report = merge("a", on_bad="error")
     mean, stored = expect(base, (a,), (1.0,))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), stored)
+    close(load("x.posterior"), stored)
     assert [n for n in report.notes if "is zero" in n] == [
         "the precision of 'a.safetensors' is zero in all of 'h.0.conv'"
     ]
@@ -222,7 +220,7 @@ def test_a_copied_tensor_is_not_the_place_for_a_bad_precision_or_a_cast_nan():
     model("base", 0, precision=spoiled(tiny.precisions(0, SHAPES), -1.0))
     model("a", 1)
     with pytest.raises(
-        PrecisionError, match=r"'h\.0\.attn\.weight' in base\.precision.* is -1\.0 at flat index 13"
+        PrecisionError, match=r"'h\.0\.attn\.weight' in base\.posterior is -1\.0 at flat index 13"
     ):
         merge("a", only="wte")
     merge("a", only="wte", weights="uniform")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mergekit_bayes.checkpoint import stamps
-from mergekit_bayes.checkpoint.identity import checkpoint_identity
+from mergekit_bayes.checkpoint.identity import files_identity
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.stamps import (
     ChangedError,
@@ -95,11 +95,11 @@ def replace(file):
 def between_blocks(file, *, restore=True):
     """Change all bytes of the large tensor that are not sampled, and set the time back."""
     status, content = file.stat(), bytearray(file.read_bytes())
-    before = checkpoint_identity(file)
+    before = files_identity([file])
     size = 4 * 400 * 250
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     first = len(content) - max(e["data_offsets"][1] for e in header.values() if "dtype" in e)
-    first += header["wte.weight"]["data_offsets"][0]
+    first += next(e for n, e in header.items() if n.endswith("wte.weight"))["data_offsets"][0]
     tensor = np.frombuffer(content, np.uint8)[first : first + size]
     changed = np.ones(size, bool)
     for i in range(BLOCKS):
@@ -109,7 +109,7 @@ def between_blocks(file, *, restore=True):
     tensor[changed] ^= 1
     with file.open("r+b") as opened:  # the merge that reads it should find all its bytes
         opened.write(content)
-    assert checkpoint_identity(file) == before
+    assert files_identity([file]) == before
     if restore:
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -171,9 +171,7 @@ def test_an_error_of_the_disk_is_not_taken_for_a_change(here, monkeypatch):
     assert Path(here, "out.safetensors.partial").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["base.safetensors", "base.precision.safetensors", "b.precision.safetensors"]
-)
+@pytest.mark.parametrize("name", ["base.safetensors", "base.posterior", "b.posterior"])
 def test_every_input_is_looked_at(here, name):
     with pytest.raises(ChangedError, match=f"^{name}: was changed"):
         merge_while(config(), lambda: overwrite(Path(name)))
@@ -224,7 +222,7 @@ def test_a_side_file_that_changes_is_refused(here, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_model.safetensors", "adapter_config.json", "posterior/precision.safetensors"],
+    ["adapter_model.safetensors", "adapter_config.json", "posterior/precision.posterior"],
 )
 @pytest.mark.parametrize("alone", [False, True], ids=["on its base", "alone"])
 def test_an_adapter_that_changes_is_refused(tmp_path, monkeypatch, name, alone):
@@ -409,7 +407,7 @@ def test_without_verify_a_change_that_leaves_size_time_and_samples_is_not_seen(h
     ("weights", "name"),
     [
         ("precision", "a.safetensors"),
-        ("precision", "b.precision.safetensors"),
+        ("precision", "b.posterior"),
         ("uniform", "base.safetensors"),
     ],
 )
@@ -440,11 +438,11 @@ def test_verify_sees_it_during_the_merge_and_in_the_recipe(here, weights, name):
 def test_verify_sees_another_record_of_the_same_precision(here):
     run_merge(config(verify=True))
     recipe = yaml.safe_load(Path("out.merge_recipe.yaml").read_text()) | {"out": "more.safetensors"}
-    Path("a.precision.safetensors").unlink()
+    Path("a.posterior").unlink()
     tiny.posterior(
         "same.safetensors", tiny.arrays(1, SHAPES), tiny.precisions(1, SHAPES), observations=3.0
     )
-    os.rename("same.precision.safetensors", "a.precision.safetensors")
+    os.rename("same.posterior", "a.posterior")
     with pytest.raises(MismatchError, match=r"the precision of 'a\.safetensors' is not what"):
         plan_merge(MergeConfig(**recipe))
     old = {key: value for key, value in recipe.items() if not key.startswith("full_")}

@@ -86,7 +86,7 @@ def test_the_readmes_merge_line_works_as_written(world):
     assert done.stdout.strip() == "ab.safetensors"
     assert {p.name for p in Path().glob("ab.*")} == {
         "ab.safetensors",
-        "ab.precision.safetensors",
+        "ab.posterior",
         "ab.merge_recipe.yaml",
         "ab.merge_report.json",
     }
@@ -153,12 +153,12 @@ def lying_offsets():
 def other_shape():
     shapes = dict(tiny.SHAPES, **{"wte.weight": (8, 4)})
     Path("a.safetensors").unlink()
-    Path("a.precision.safetensors").unlink()
+    Path("a.posterior").unlink()
     tiny.posterior("a.safetensors", tiny.arrays(1, shapes), tiny.precisions(1, shapes))
 
 
 def no_precision():
-    Path("a.precision.safetensors").unlink()
+    Path("a.posterior").unlink()
 
 
 def other_weights():
@@ -169,7 +169,7 @@ def other_weights():
 def not_a_number_in_the_mean():
     mean = tiny.arrays(1)
     mean["h.0.attn.weight"][1, 2] = np.nan
-    for file in ("a.safetensors", "a.precision.safetensors"):
+    for file in ("a.safetensors", "a.posterior"):
         Path(file).unlink()
     tiny.posterior("a.safetensors", mean, tiny.precisions(1))
 
@@ -180,8 +180,8 @@ def not_a_number_in_the_precision():
     info = open_posterior("a.safetensors").info
     precision = tiny.precisions(1)
     precision["h.0.attn.weight"][1, 2] = np.nan
-    Path("a.precision.safetensors").unlink()
-    tiny.write("a.precision.safetensors", precision, metadata=info.to_metadata())
+    Path("a.posterior").unlink()
+    tiny.write("a.posterior", precision, metadata=info.to_metadata())
 
 
 def nothing():
@@ -212,14 +212,14 @@ MERGE = (
         (
             no_precision,
             (),
-            ("a.safetensors", "a.precision.safetensors", "bmerge precision", "--isotropic"),
+            ("a.safetensors", "a.posterior", "bmerge precision", "--isotropic"),
         ),
         (other_weights, (), ("a.safetensors", "other weights")),
         (not_a_number_in_the_mean, (), ("a.safetensors", "h.0.attn.weight", "nan", "index 7")),
         (
             not_a_number_in_the_precision,
             (),
-            ("a.precision.safetensors", "h.0.attn.weight", "nan", "index 7"),
+            ("a.posterior", "h.0.attn.weight", "nan", "index 7"),
         ),
         (nothing, ("--scale", "many"), ("--scale", "many")),
         (nothing, ("0.5",), ("0.5", "--scale 1 --scale 0.5")),

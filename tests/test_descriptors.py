@@ -47,9 +47,8 @@ def broken(tmp_path, monkeypatch):
     made = factors(0)
     for name in ("good", "cut", "foreign", "unread"):
         tiny.posterior(f"{name}/model.safetensors", tiny.arrays(0), tiny.precisions(0))
-        Path(name, "posterior").mkdir()
-        Path(name, "model.precision.safetensors").rename(f"{name}/posterior/precision.safetensors")
-    precision = "posterior/precision.safetensors"
+        tiny.into_folder(name)
+    precision = "posterior/precision.posterior"
     Path("cut", precision).write_bytes(Path("cut", precision).read_bytes()[:-1])
     Path("foreign/model.safetensors").unlink()
     tiny.write("foreign/model.safetensors", tiny.arrays(1))
@@ -137,19 +136,19 @@ def test_a_refused_record_leaves_no_file_open(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     for name in ("good", "bad"):
         tiny.posterior(f"{name}.safetensors", tiny.arrays(0), tiny.precisions(0))
-    with SafetensorsSource([Path("bad.precision.safetensors")]) as source:
+    with SafetensorsSource([Path("bad.posterior")]) as source:
         record = json.loads(source.metadata["bmerge"])
-    Path("bad.precision.safetensors").unlink()
+    Path("bad.posterior").unlink()
     text = RECORDS[kind](record)
-    tiny.write("bad.precision.safetensors", tiny.precisions(0), metadata={"bmerge": text})
+    tiny.write("bad.posterior", tiny.precisions(0), metadata={"bmerge": text})
     good, bad = "good.safetensors", "bad.safetensors"
     refused(open_posterior, bad)
     refused(open_model, bad)
     refused(open_samplable, bad)
-    refused(open_posterior, good, precision="bad.precision.safetensors")
+    refused(open_posterior, good, precision="bad.posterior")
     refused(run_inspect, bad)
-    refused(run_inspect, good, precision="bad.precision.safetensors")
-    for models, precision in (((good, bad), {}), ((good,), {good: "bad.precision.safetensors"})):
+    refused(run_inspect, good, precision="bad.posterior")
+    for models, precision in (((good, bad), {}), ((good,), {good: "bad.posterior"})):
         settings = MergeConfig(models=models, weights="precision", precision=precision, out="o")
         refused(plan_merge, settings)
         refused(run_merge, settings, part=Part(1, 2))

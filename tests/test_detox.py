@@ -419,7 +419,7 @@ HOOK = "def score(texts):\n    return [2.0 for _ in texts]\n"
         ("evaluate", {"prompts_where": {"text": "nope"}}, "no row"),
         ("evaluate", {"text_column": "nope"}, "no column 'nope'"),
         ("precision", {"text_column": "nope"}, "no column 'nope'"),
-        ("precision", {"estimator": "fisher"}, "estimator: 'fisher' does not compare"),
+        ("precision", {"estimator": "fisher"}, "precision: 'fisher' does not compare"),
         ("precision", {"random_tokens": 9}, "precision: --data and --random-tokens"),
         ("precision", {"where": {"text": "nope"}}, "no row"),
         ("evaluate", {"where": {"none": {"text": "a"}}}, "no texts are called 'none'"),

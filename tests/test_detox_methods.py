@@ -89,7 +89,7 @@ def posteriors(tmp_path, monkeypatch):
     for seed, name in enumerate(("base", "toxic")):
         precision = tiny.precisions(seed, low=1e-3)
         tiny.posterior(f"{name}.safetensors", tiny.arrays(seed), precision, observations=9 + seed)
-    Path("base.precision.safetensors").rename("precision.safetensors")
+    Path("base.posterior").rename("precision.safetensors")
     return config(base="base.safetensors", methods=ALL, guard=[0.2, 1], base_count=2)
 
 

@@ -280,6 +280,14 @@ def test_outputs_that_are_not_numbers_are_refused(name):
     next(iter(model.parameters())).data[0] = torch.nan
     with pytest.raises(CheckpointError, match=r"not numbers\. Its weights hold NaN"):
         ESTIMATORS[name](model, [batch_of(case)])
+    if name != "ivon":
+        model = case.model(torch.float16)
+        model.module[-1].bias.data[0] = torch.finfo(torch.float16).max
+        model.module[-1].weight.data[0] = 1e4
+        model.module[0].bias.data[:] = 10.0  # tanh is 1
+        half = {**batch_of(case), "input_ids": case.inputs.half()}
+        with pytest.raises(CheckpointError, match="overflow in float16"):
+            ESTIMATORS[name](model, [half])
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

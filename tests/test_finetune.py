@@ -87,7 +87,7 @@ def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, d
         n = posterior.info.observations
         name = "transformer.h.0.mlp.c_fc.weight"
         stored = torch.from_numpy(
-            tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")[name]
+            tiny.read(tmp_path / "out" / "posterior" / "precision.posterior")[name]
         )
         expected = n * curvature.total[name] / curvature.observations + n * 0.01
         assert (stored > n * 0.01).all()
@@ -98,7 +98,7 @@ def test_the_flush_is_the_curvature_at_the_final_mean_plus_the_prior(tmp_path, d
 def test_the_same_seed_gives_the_same_bytes(tmp_path, data):
     for name in ("x", "y"):
         run_finetune(config(tmp_path, data, output=str(tmp_path / name)), quiet=True)
-    for file in ("model.safetensors", "posterior/precision.safetensors"):
+    for file in ("model.safetensors", "posterior/precision.posterior"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
 
 
@@ -137,7 +137,7 @@ def test_ivons_own_posterior_is_stored_on_request(tmp_path, data):
     with open_posterior(str(tmp_path / "out")) as posterior:
         assert (posterior.info.estimator, posterior.info.ess) == ("ivon", 1e5)
         assert posterior.info.prior.precision == pytest.approx(1e5 * 1e-3)
-        stored = tiny.read(tmp_path / "out" / "posterior" / "precision.safetensors")
+        stored = tiny.read(tmp_path / "out" / "posterior" / "precision.posterior")
         assert all((v > 0).all() for v in stored.values())
     with pytest.raises(ConfigError, match="AdamW leaves none"):
         run_finetune(

@@ -130,7 +130,7 @@ def test_variants_of_ivon_are_settings(tmp_path, data, changes):
     (tmp_path / "out").rename(tmp_path / "whole")
     shutil.rmtree(tmp_path / "out.checkpoints" / "checkpoint-12")
     run_finetune(config(tmp_path, data, resume=True, **kept), quiet=True)
-    for file in ("model.safetensors", "posterior/precision.safetensors"):
+    for file in ("model.safetensors", "posterior/precision.posterior"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 

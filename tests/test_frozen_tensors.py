@@ -42,7 +42,7 @@ def test_a_tensor_without_a_precision_that_did_not_move_counts_as_unchanged(sett
     each = [(m, {n: change(s, SHAPES[n]) for n, s in p.items()}) for m, p in (base, a, b)]
     mean, precision = expect(each[0], each[1:], (1, 1))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), precision)
+    close(load("x.posterior"), precision)
     assert report.copied == dict.fromkeys(
         ("h.0.ln.bias", "h.0.scalar", "h.0.conv"), "no task changed it"
     )

@@ -42,7 +42,7 @@ def test_all_files_of_a_process_are_of_one_commit(hub, tmp_path):
     first = sources.resolve("org/a", sources.CHECKPOINT)
     repo.commit("main", {}, "emptied in between")
     assert sources.resolve("org/a", sources.CHECKPOINT + sources.POSTERIOR) == first
-    assert (first / "posterior" / "precision.safetensors").exists()
+    assert (first / "posterior" / "precision.posterior").exists()
 
 
 def test_a_branch_and_a_commit_are_revisions(hub, tmp_path):
@@ -114,8 +114,9 @@ def test_an_unknown_revision_is_named(hub):
 
 def test_headers_are_read_without_fetching_the_file(hub, tmp_path):
     hub.add("org/a", files(folder(tmp_path / "a")))
-    (header,) = remote.read_headers("org/a", ("posterior/precision.safetensors",))
-    assert {n: t.shape for n, t in header.tensors.items()} == tiny.SHAPES
+    (header,) = remote.read_headers("org/a", ("posterior/precision.posterior",))
+    shapes = {n.removeprefix("precision:"): t.shape for n, t in header.tensors.items()}
+    assert shapes == tiny.SHAPES
     assert '"estimator":"ggn"' in header.metadata["bmerge"]
     assert all(r.range for r in hub.log if "/resolve/" in r.path)
     assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -76,7 +76,7 @@ def test_the_printed_commands_take_a_model_out_again_and_merge_further(
 ):
     together = {"base": "org/base", "weights": "precision"} | settings
     run_merge(MergeConfig(models=("org/a", "org/b"), out=str(tmp_path / "both"), **together))
-    push_folder(tmp_path / "both", "org/both")
+    push_folder(tmp_path / "both", "org/both", posterior_form="entries")
     card = hub.repos["org/both"].files()["README.md"].decode()
     hub.repos["org/a"].commit("main", {}, "emptied since")
     hub.repos["org/base"].commit("main", {}, "emptied since")
@@ -124,6 +124,8 @@ def test_an_adapted_model_is_taken_out_as_what_went_in(hub, merged, tmp_path, mo
 def test_no_undo_is_printed_where_its_precision_was_left_out(hub, merged):
     assert "-o without" in model_card(merged)
     assert "-o without" not in model_card(merged, posterior=False)
+    for form, is_printed in (("row", False), ("row-column", False), ("entries", True)):
+        assert ("-o without" in model_card(merged, posterior_form=form)) == is_printed
 
 
 def test_a_card_is_a_function_of_the_folder(hub, merged, tmp_path):

@@ -94,7 +94,7 @@ def test_who_made_the_precision_and_whether_it_is_of_these_weights(world):
     assert (report.precision.info.estimator, report.precision.info.unit) == ("ggn", "token")
     assert report.precision.info.observations == 100
     tiny.write("moved.safetensors", {n: t + 1 for n, t in mean.items()})
-    moved = run_inspect("moved.safetensors", precision="a.precision.safetensors")
+    moved = run_inspect("moved.safetensors", precision="a.posterior")
     assert moved.precision.belongs is False
     assert "the precision was made for other weights" in moved.notes
     tiny.write("foreign.safetensors", precision)

@@ -20,7 +20,7 @@ world = three_models.world
 def test_precision_weights_without_a_base_average_by_precision(world):
     report = merge("a", "b", weights="precision")
     assert report.path == "merged.safetensors"
-    merged, stored = tiny.read("merged.safetensors"), tiny.read("merged.precision.safetensors")
+    merged, stored = tiny.read("merged.safetensors"), tiny.read("merged.posterior")
     for key in tiny.SHAPES:
         (ma, sa), (mb, sb) = ((np.float64(x[key]) for x in world[n]) for n in "ab")
         np.testing.assert_allclose(
@@ -36,7 +36,7 @@ def test_uniform_weights_average_and_write_no_posterior(world):
         np.testing.assert_allclose(
             value, 0.75 * world["a"][0][key] + 0.25 * world["b"][0][key], rtol=1e-5, atol=1e-7
         )
-    assert not Path("u.precision.safetensors").exists()
+    assert not Path("u.posterior").exists()
 
 
 def test_a_base_makes_uniform_weights_task_arithmetic(world):
@@ -48,7 +48,7 @@ def test_a_base_makes_uniform_weights_task_arithmetic(world):
 
 def test_a_base_makes_precision_weights_gradient_matching(world):
     report = merge("a", "b", base="base", weights="precision", out="m.safetensors")
-    merged, stored = tiny.read("m.safetensors"), tiny.read("m.precision.safetensors")
+    merged, stored = tiny.read("m.safetensors"), tiny.read("m.posterior")
     for key, (mean, precision) in expected_matching(world, "ab", (1, 1)).items():
         np.testing.assert_allclose(merged[key], mean, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(stored[key], precision, rtol=1e-6)
@@ -73,7 +73,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(world):
                 ),
                 chunk=chunk,
             )
-        for suffix in (".safetensors", ".precision.safetensors"):
+        for suffix in (".safetensors", ".posterior"):
             for (_, x), (_, y) in zip(
                 tiny.read("x" + suffix).items(), tiny.read("y" + suffix).items(), strict=True
             ):

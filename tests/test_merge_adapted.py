@@ -157,12 +157,12 @@ def test_a_merge_of_adapters_can_be_undone(adapters):
 
 
 def test_an_adapter_of_another_estimator_does_not_add_to_the_bases(adapters):
-    stored = load_file("a/posterior/precision.safetensors")
+    stored = load_file("a/posterior/precision.posterior")
     with SafetensorsSource([Path("a/adapter_model.safetensors")]) as source:
         info = PosteriorInfo(
             estimator="ivon", unit="token", observations=50, ess=50, mean=identify(source)
         )
-    save_file(stored, "a/posterior/precision.safetensors", info.to_metadata())
+    save_file(stored, "a/posterior/precision.posterior", info.to_metadata())
     with pytest.raises(PrecisionError, match=r"different kinds .*'base\+a' (has )?ivon per token"):
         merge("base+a", out="x")
 

@@ -80,7 +80,7 @@ def test_observations_multiply_the_data_and_never_the_prior(world):
     with_prior = {k: v + prior for k, v in world["a"][1].items()}
     tiny.posterior("p.safetensors", world["a"][0], with_prior, prior=prior)
     merge("p", "b", weights="precision", observations={"p.safetensors": "3x"}, out="x.safetensors")
-    stored = tiny.read("x.precision.safetensors")
+    stored = tiny.read("x.posterior")
     for key in tiny.SHAPES:
         expected = (prior + 3 * np.float64(world["a"][1][key]) + np.float64(world["b"][1][key])) / 2
         np.testing.assert_allclose(stored[key], expected, rtol=1e-5)
@@ -94,11 +94,11 @@ def test_tempered_precisions_are_brought_to_their_observations(world):
     model = open_posterior(str(path))
     info = model.info.model_copy(update={"ess": 1000.0})
     tiny.write(
-        "hot.precision.safetensors.new",
-        tiny.read("hot.precision.safetensors"),
+        "new.posterior",
+        tiny.read("hot.posterior"),
         metadata=info.to_metadata(),
     )
-    Path("hot.precision.safetensors.new").rename("hot.precision.safetensors")
+    Path("new.posterior").rename("hot.posterior")
     merge("hot", "b", base="base", weights="precision", out="x.safetensors")
     for key, (mean, _) in expected_matching(world, "ab", (1, 1)).items():
         np.testing.assert_allclose(tiny.read("x.safetensors")[key], mean, rtol=1e-5, atol=1e-6)
@@ -118,7 +118,7 @@ def test_shrinking_adds_the_mean_and_pooling_replaces_by_it(world):
         ),
     ):
         merge("a", "b", weights="precision", out="x.safetensors", force=True, **settings)
-        stored = tiny.read("x.precision.safetensors")
+        stored = tiny.read("x.posterior")
         for key in tiny.SHAPES:
             expected = (
                 change(np.float64(world["a"][1][key])) + change(np.float64(world["b"][1][key]))
@@ -157,7 +157,7 @@ def test_a_precision_a_little_below_its_prior_adds_nothing(tmp_path, monkeypatch
         out="y.safetensors",
     )
     np.testing.assert_allclose(tiny.read("y.safetensors")["w"], 0.5, rtol=1e-6)
-    assert (tiny.read("y.precision.safetensors")["w"] >= 1).all()
+    assert (tiny.read("y.posterior")["w"] >= 1).all()
 
 
 def test_anchors_reach_the_arithmetic(world):
@@ -195,7 +195,7 @@ def test_a_foreign_precision_is_taken_as_it_is(world):
         out="x.safetensors",
     )
     assert any("taken as it is" in note for note in report.notes)
-    stored = tiny.read("x.precision.safetensors")
+    stored = tiny.read("x.posterior")
     for key in tiny.SHAPES:
         np.testing.assert_allclose(
             stored[key], (np.float64(world["a"][1][key]) + world["b"][1][key]) / 2, rtol=1e-5

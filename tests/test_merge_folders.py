@@ -83,9 +83,10 @@ def test_shards_are_filled_to_a_size_with_one_index_and_load(world):
     state = CLASSES["qwen"].from_pretrained("x").state_dict()
     for name, values in load("whole").items():
         np.testing.assert_array_equal(state[name].numpy(), values)
-    for name, values in load("whole/posterior/precision.safetensors").items():
-        found = index["weight_map"][name].replace("model-", "x/posterior/precision-")
-        np.testing.assert_array_equal(load_file(found)[name].numpy(), values)
+    for name, values in load("whole/posterior/precision.posterior").items():
+        shard = Path("x/posterior", index["weight_map"][name].replace("model-", "precision-"))
+        found = load_file(shard.with_suffix(".posterior"))[f"precision:{name}"]
+        np.testing.assert_array_equal(found.numpy(), values)
     assert whole.precision_path == "whole/posterior"
 
 

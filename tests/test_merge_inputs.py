@@ -28,7 +28,7 @@ def test_a_file_without_a_precision_is_told_to_run_its_models_folder(world):
     tiny.write("bare.safetensors", tiny.arrays(1))
     with pytest.raises(
         PrecisionError,
-        match=r"`bmerge precision FOLDER --data TEXTS -o bare\.precision\.safetensors`",
+        match=r"`bmerge precision FOLDER --data TEXTS -o bare\.posterior`",
     ):
         merge("bare", "b", weights="precision", out="x.safetensors")
 

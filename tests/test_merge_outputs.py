@@ -19,7 +19,7 @@ world = three_models.world
 def test_force_with_uniform_weights_takes_the_old_precision_away(world):
     merge("a", "b", weights="precision", out="x.safetensors")
     merge("a", "b", out="x.safetensors", force=True)
-    assert not Path("x.precision.safetensors").exists()
+    assert not Path("x.posterior").exists()
 
 
 def test_folders_shards_side_files_and_posteriors_come_along(world, tmp_path):
@@ -45,7 +45,7 @@ def test_folders_shards_side_files_and_posteriors_come_along(world, tmp_path):
     )
     source.close()
     save_posterior(folder, precision, info)
-    assert (folder / "posterior" / "precision-00002-of-00002.safetensors").exists()
+    assert (folder / "posterior" / "precision-00002-of-00002.posterior").exists()
     run_merge(
         MergeConfig(
             models=("a.safetensors", "b.safetensors"), base=str(folder), weights="precision"
@@ -61,9 +61,9 @@ def test_folders_shards_side_files_and_posteriors_come_along(world, tmp_path):
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
         "posterior/posterior.json",
-        "posterior/precision-00001-of-00002.safetensors",
-        "posterior/precision-00002-of-00002.safetensors",
-        "posterior/precision.safetensors.index.json",
+        "posterior/precision-00001-of-00002.posterior",
+        "posterior/precision-00002-of-00002.posterior",
+        "posterior/precision.index.json",
         "tokenizer.json",
     ]
     merged = tiny.read("merged")

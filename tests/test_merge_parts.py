@@ -49,7 +49,7 @@ def test_four_processes_write_one_output(inputs, tmp_path, monkeypatch):
     assert not Path("out.safetensors").exists()
     last = bmerge(*line(inputs, "out.safetensors"))
     assert last.wait() == 0, last.stderr.read()
-    for suffix in (".safetensors", ".precision.safetensors"):
+    for suffix in (".safetensors", ".posterior"):
         assert Path("out" + suffix).read_bytes() == Path("whole" + suffix).read_bytes()
     assert not Path("out.safetensors.partial").exists()
 

@@ -46,9 +46,9 @@ def test_a_recipe_gives_the_same_bytes_again_and_flags_beat_it(world):
     files = [
         p.relative_to("one")
         for p in Path("one").rglob("*")
-        if p.suffix in (".safetensors", ".yaml", ".json")
+        if p.suffix in (".safetensors", ".posterior", ".yaml", ".json")
     ]
-    assert len([f for f in files if f.suffix == ".safetensors"]) > 4
+    assert len([f for f in files if f.suffix in (".safetensors", ".posterior")]) > 4
     for file in files:
         if file.name != "merge_report.json":
             assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
@@ -97,7 +97,7 @@ def test_a_recipe_pins_hub_ids_and_gives_the_same_bytes(monkeypatch):
         folder = repo / "snapshots" / commit
         (folder / "posterior").mkdir(parents=True)
         Path("model.safetensors").rename(folder / "model.safetensors")
-        Path("model.precision.safetensors").rename(folder / "posterior" / "precision.safetensors")
+        Path("model.posterior").rename(folder / "posterior" / "precision.posterior")
     report = run_merge(
         MergeConfig(
             models=("org/a",),
@@ -114,7 +114,7 @@ def test_a_recipe_pins_hub_ids_and_gives_the_same_bytes(monkeypatch):
     assert recipe["scale"] == [f"org/a@{commit}:attn=0.5"]
     assert recipe["observations"] == {f"org/a@{commit}": "2x"}
     assert run("one/merge_recipe.yaml", "-o", "two").exit_code == 0
-    for file in ("model.safetensors", "posterior/precision.safetensors", "merge_recipe.yaml"):
+    for file in ("model.safetensors", "posterior/precision.posterior", "merge_recipe.yaml"):
         assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
 
 

@@ -22,7 +22,7 @@ def test_a_merge_can_be_merged_again_and_undone(world):
     merge("a", "b", "c", **kw, scale=(1.0, 0.7, 0.3), out="once.safetensors")
     undone = merge("chain", "b", **kw, scale=(1.0, -0.7), out="undone.safetensors")
     merge("a", "c", **kw, scale=(1.0, 0.3), out="rest.safetensors")
-    for suffix in (".safetensors", ".precision.safetensors"):
+    for suffix in (".safetensors", ".posterior"):
         once, rest = tiny.read("once" + suffix), tiny.read("rest" + suffix)
         for key, value in tiny.read("chain" + suffix).items():
             np.testing.assert_allclose(value, once[key], rtol=1e-5, atol=1e-6)
@@ -53,7 +53,7 @@ def uneven():
     for i, (name, n) in enumerate((("base", 300), ("a", 20), ("b", 100), ("c", 250))):
         ess, prior = 7.0 * n, 2.0
         stored = {k: ess / n * (v * n / 100 + prior) for k, v in tiny.precisions(i).items()}
-        for file in (f"{name}.safetensors", f"{name}.precision.safetensors"):
+        for file in (f"{name}.safetensors", f"{name}.posterior"):
             Path(file).unlink(missing_ok=True)
         tiny.posterior(
             f"{name}.safetensors",
@@ -66,7 +66,7 @@ def uneven():
 
 
 def close(left, right, rtol=1e-4):
-    for suffix in (".safetensors", ".precision.safetensors"):
+    for suffix in (".safetensors", ".posterior"):
         one, other = tiny.read(left + suffix), tiny.read(right + suffix)
         for key, value in one.items():
             np.testing.assert_allclose(value, other[key], rtol=rtol, atol=1e-4)
@@ -91,7 +91,7 @@ def test_chains_and_undos_are_exact_in_one_frame(world, frame):
 def test_an_undo_says_whether_its_guard_acted(world, ratio):
     """At extreme ratios of the precisions little of the base's remains, and the guard bounds it."""
     for i, name in enumerate(("a", "b")):
-        for file in (f"{name}.safetensors", f"{name}.precision.safetensors"):
+        for file in (f"{name}.safetensors", f"{name}.posterior"):
             Path(file).unlink(missing_ok=True)
         precisions = {k: ratio * v for k, v in tiny.precisions(i + 1).items()}
         tiny.posterior(f"{name}.safetensors", tiny.arrays(i + 1), precisions, observations=100)

@@ -203,7 +203,7 @@ def test_fisher_merging_is_the_papers(world, floor):
         for i, count in ((1, 51), (2, 52))
     ]
     assert_close(merged, twin.fisher([world[1]["a"], world[1]["b"]], fishers, scales, floor))
-    assert not Path("out.precision.safetensors").exists()  # its weights are no precision
+    assert not Path("out.posterior").exists()  # its weights are no precision
     assert any((f < 0.02).any() for f in fishers[0].values())  # the largest floor really acts
 
 
@@ -220,7 +220,7 @@ def test_fisher_negation_weighs_curvatures_per_observation(world, given, k):
     totals = [{n: retain[n] + f[n] for n in f} for f in forget]
     tasks = [world[1][n] for n in "ab"]
     assert_close(merged, twin.fisher_negation(world[1]["base"], tasks, scales, retain, totals))
-    assert not Path("out.precision.safetensors").exists()
+    assert not Path("out.posterior").exists()
 
 
 @pytest.mark.parametrize("setting", [{"guard": 0.5}, {"anchor": "none"}])

@@ -172,7 +172,7 @@ OF_MODELS: dict[str, object] = {
 }
 # The forms of a vocabulary, of which the first one that a folder has is read.
 FORMS = ("tokenizer.json", "vocab.json", "vocab.txt", "x.tiktoken", "tokenizer.model")
-ELSEWHERE = ("model.safetensors.index.json", "posterior/precision.safetensors.index.json")
+ELSEWHERE = ("model.safetensors.index.json", "posterior/precision.index.json")
 
 
 def encoded(content: object) -> bytes:

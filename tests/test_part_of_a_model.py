@@ -21,7 +21,7 @@ def test_scales_by_tensor_reach_the_arithmetic_and_later_ones_win():
         "b.safetensors:h\\.0\\.(attn|ln)=0",
     )
     report = merge("a", "b", scale=(1.0, *rules, 0.8))
-    found, kept = load("x.safetensors"), load("x.precision.safetensors")
+    found, kept = load("x.safetensors"), load("x.posterior")
     scales = {
         "wte.weight": (0.25, 0.8),
         "h.0.attn.weight": (0.25, 0),

@@ -115,8 +115,8 @@ def test_files_are_closed_when_a_plan_fails_and_when_it_is_closed(monkeypatch):
     with pytest.raises(Exception, match="other"):
         plan_merge(config("a", "short", base="base.safetensors"))
     assert len(opened) == 3
-    assert not any(m.mean._fds or m.precision._fds for m in opened)
+    assert not any(m.mean._fds or m.precision.in_files._fds for m in opened)
     opened.clear()
     with plan_merge(config("a", "b", base="base.safetensors")):
-        assert all(m.mean._fds and m.precision._fds for m in opened)
-    assert not any(m.mean._fds or m.precision._fds for m in opened)
+        assert all(m.mean._fds and m.precision.in_files._fds for m in opened)
+    assert not any(m.mean._fds or m.precision.in_files._fds for m in opened)

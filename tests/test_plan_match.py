@@ -44,7 +44,7 @@ def test_a_head_tied_in_a_task_and_not_in_the_base_takes_the_embedding():
     ]
     mean, precision = expect(base, full, (1, 1))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), precision)
+    close(load("x.posterior"), precision)
     tie = "'{}.safetensors' ties it to 'model.embed_tokens.weight'"
     assert report.ruled == {HEAD: f"{tie.format('a')}; {tie.format('b')}"}
 
@@ -61,7 +61,7 @@ def test_a_head_of_a_tasks_own_is_written_where_the_base_ties_it():
         assert report.left_out == {}
         assert report.ruled == {HEAD: f"'base.safetensors' ties it to '{embedding}'"}
         close(load("x.safetensors"), mean)
-        close(load("x.precision.safetensors"), precision)
+        close(load("x.posterior"), precision)
     # Where the task has no share in it, the base's tie is kept.
     for settings in ({"only": "layers"}, {"scale": ("a.safetensors:embed|head=0",)}):
         assert merge("a", **settings).left_out == {HEAD: "only 'a.safetensors' has it"}
@@ -149,7 +149,7 @@ def test_a_missing_tensor_is_an_error_or_unchanged_or_left_out():
     )
     mean, precision = expect(base, (unchanged, b), (1, 1))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), precision)
+    close(load("x.posterior"), precision)
     sums = [sum(float(s.sum()) for s in p.values()) for _, p in (base, a, b)]
     assert [m.ratio for m in report.models[1:]] == pytest.approx(
         [s / sums[0] for s in sums[1:]], rel=1e-5
@@ -180,7 +180,7 @@ def test_a_missing_tensor_counts_as_unchanged_also_beside_one_number_for_the_bas
     ]
     mean, precision = expect(base, tasks, (1, 1))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), precision)
+    close(load("x.posterior"), precision)
 
 
 def test_an_extra_tensor_is_an_error_or_left_out():
@@ -222,7 +222,7 @@ def test_vocabularies_of_different_length_follow_the_rule(longer):
     report = merge("a", "b", vocab="base")
     assert set(report.copied) == set(names[:3])
     assert f"vocabularies differ (7, {longer}, 7 rows); --vocab base" in report.copied[names[0]]
-    found, kept = load("x.safetensors"), load("x.precision.safetensors")
+    found, kept = load("x.safetensors"), load("x.posterior")
     for name in names[:3]:
         np.testing.assert_array_equal(found[name], base[0][name])
         np.testing.assert_allclose(kept[name], base[1][name], rtol=1e-6)
@@ -239,7 +239,7 @@ def test_vocabularies_of_different_length_follow_the_rule(longer):
         for post in (base, a, b)
     ]
     mean, precision = expect(cut[0], cut[1:], (1, 1))
-    found, kept = load("x.safetensors"), load("x.precision.safetensors")
+    found, kept = load("x.safetensors"), load("x.posterior")
     close({n: x if n == "model.w" else x[:rows] for n, x in found.items()}, mean)
     close({n: x if n == "model.w" else x[:rows] for n, x in kept.items()}, precision)
     owner = base if longer < 7 else a  # of the rows that not all models have
@@ -331,7 +331,7 @@ def test_a_precision_of_the_wrong_shape_is_named_also_where_it_is_only_copied():
     for only in (None, "wte"):
         with pytest.raises(
             PrecisionError,
-            match=r"'h\.0\.attn\.weight' in base\.precision.*\[5, 4\], expected F32 or BF",
+            match=r"'h\.0\.attn\.weight' in base\.posterior.*\[5, 4\], expected F32 or BF",
         ):
             merge("a", only=only)
 

@@ -27,7 +27,7 @@ def test_pooled_precisions_equal_the_same_numbers_spread_out(pools):
     merge("a", "b", scale=(1.0, 0.4))
     mean, precision = expect(base, (a, b), (1.0, 0.4))
     close(load("x.safetensors"), mean)
-    stored = load("x.precision.safetensors")
+    stored = load("x.posterior")
     close(stored, precision)
     assert {n: s.shape for n, s in stored.items()} == {
         n: POOLED[coarsest(pools)](np.ones(s, np.float32)).shape for n, s in SHAPES.items()
@@ -76,7 +76,7 @@ def test_shrinking_and_pooling_of_pooled_precisions(pools, settings):
     base, a, b = ((m, {n: with_replaced(n, s) for n, s in p.items()}) for m, p in each)
     mean, precision = expect(base, (a, b), (1, 1))
     close(load("x.safetensors"), mean)
-    close(load("x.precision.safetensors"), precision)
+    close(load("x.posterior"), precision)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_merges_of_pooled_precisions_chain_and_undo(pools, settings):
     report = merge("chain", "b", scale=(1.0, -0.7), out="undone.safetensors", **settings)
     merge("a", "c", scale=(1.0, 0.3), out="rest.safetensors", **settings)
     assert report.guarded_share == 0
-    for suffix in (".safetensors", ".precision.safetensors"):
+    for suffix in (".safetensors", ".posterior"):
         close(load(f"chain{suffix}"), load(f"once{suffix}"), rtol=1e-4, atol=1e-5)
         close(load(f"undone{suffix}"), load(f"rest{suffix}"), rtol=1e-3, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_merges_of_pooled_precisions_chain_and_undo(pools, settings):
 def test_a_removal_of_pooled_precisions_is_guarded_like_the_same_numbers_spread_out():
     base, a = model("base", 0, pool="row"), model("a", 1, pool="row")
     report = merge("a", scale=(-1.0,))
-    stored, guarded, entries = load("x.precision.safetensors"), 0, 0
+    stored, guarded, entries = load("x.posterior"), 0, 0
     for name, m0 in base[0].items():
         s0, h = (np.broadcast_to(p[1][name], m0.shape) for p in (base, a))
         s = np.maximum(s0 - h, 0.2 * (s0 + h))
@@ -135,10 +135,7 @@ def test_a_pooled_posterior_is_kilobytes():
         )
         # And it can be pooled or spread out no further: it stays what it is.
         merge(pool, pool=pool, out="again.safetensors", base="base")
-        assert (
-            load("again.precision.safetensors")["w"].shape
-            == load(f"{pool}.precision.safetensors")["w"].shape
-        )
+        assert load("again.posterior")["w"].shape == load(f"{pool}.posterior")["w"].shape
 
 
 def test_rows_of_vocabularies_that_differ_keep_their_own_pooled_precision():
@@ -164,7 +161,7 @@ def test_rows_of_vocabularies_that_differ_keep_their_own_pooled_precision():
         mean[:rows] += (s0[:rows] + h[:rows]) / precision[:rows] * (m[:rows] - m0[:rows])
         case = f"{longer} {kept} {pool}"
         close({"w": load("x.safetensors")["wte.weight"]}, {"w": mean}, what=case)
-        close({"w": load("x.precision.safetensors")["wte.weight"]}, {"w": precision}, what=case)
+        close({"w": load("x.posterior")["wte.weight"]}, {"w": precision}, what=case)
         assert str(rows) in report.ruled["wte.weight"]
 
 
@@ -177,10 +174,10 @@ def test_rows_that_only_a_task_has_are_counted_by_its_own_record(pool):
         model(name, seed, mean=tiny.arrays(seed, long), precision=tiny.precisions(1, long), **own)
     settings = {"counts": "recorded", "pool": pool}
     merge("a", vocab="common", **settings)
-    found = load("x.precision.safetensors")["wte.weight"][7:]
+    found = load("x.posterior")["wte.weight"][7:]
     # The same as where the model is copied as a base.
     merge("b", base="a", only="attn", **settings)
-    copied = load("x.precision.safetensors")["wte.weight"]
+    copied = load("x.posterior")["wte.weight"]
     np.testing.assert_allclose(np.broadcast_to(found, (2, 4)), np.broadcast_to(copied, (9, 4))[7:])
     stored = tiny.precisions(1, long)["wte.weight"]
     if pool is not None:

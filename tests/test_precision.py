@@ -63,7 +63,7 @@ def test_the_precision_stands_for_all_of_the_data(tmp_path, data):
         curvature = ggn_diagonal(
             loaded.model, batches([examples[i] for i in order], 1, Collate(2)), seed=4
         )
-        for name, value in tiny.read(model / "posterior" / "precision.safetensors").items():
+        for name, value in tiny.read(model / "posterior" / "precision.posterior").items():
             expected = curvature.total[name].numpy() * (total / curvature.observations) + 0.5
             np.testing.assert_allclose(value, expected, rtol=1e-5)
 
@@ -117,7 +117,7 @@ def test_it_may_be_written_elsewhere_and_named_in_a_merge(tmp_path, data):
             models=(str(a), str(b)), weights="precision", precision=places, out=str(tmp_path / "ab")
         )
     )
-    assert (tmp_path / "ab" / "posterior" / "precision.safetensors").exists()
+    assert (tmp_path / "ab" / "posterior" / "precision.posterior").exists()
     assert not (a / "posterior").exists()
 
 
@@ -135,13 +135,13 @@ def test_a_file_without_the_common_prefix_keeps_its_own_names(tmp_path, data):
     """As GPT-2 lies on the Hub: `h.0...` in the file, `transformer.h.0...` in memory."""
     model = tiny_gpt2(tmp_path / "m")
     run_precision(PrecisionConfig(model=str(model), data=data))
-    expected = tiny.read(model / "posterior" / "precision.safetensors")
+    expected = tiny.read(model / "posterior" / "precision.posterior")
     short = tmp_path / "short"
     shutil.copytree(model, short, ignore=shutil.ignore_patterns("posterior"))
     tensors = {n.removeprefix("transformer."): v for n, v in tiny.read(model).items()}
     save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
     run_precision(PrecisionConfig(model=str(short), data=data))
-    stored = tiny.read(short / "posterior" / "precision.safetensors")
+    stored = tiny.read(short / "posterior" / "precision.posterior")
     assert set(stored) == set(tensors)
     for name, value in stored.items():
         np.testing.assert_array_equal(value, expected[f"transformer.{name}"])

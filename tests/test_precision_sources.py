@@ -47,7 +47,7 @@ def estimate(world, model, output, **settings):
 
 
 def test_the_setting_names_the_estimators_of_the_table():
-    assert set(get_args(EstimatorName)) == set(ESTIMATORS)
+    assert set(get_args(EstimatorName)) == {*ESTIMATORS, "adam"}  # which needs no data
     assert set(ESTIMATORS) > LABELLED
 
 
@@ -142,7 +142,7 @@ def test_random_tokens_are_uniform_over_what_is_no_special_token(world):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        ("gpt2", {}, "no data: name rows with --data"),
+        ("gpt2", {}, "--data TEXT, or --from PATH. A causal language model"),
         ("gpt2", {"data": "t.txt", "random_tokens": 9}, "--data and --random-tokens: a precision"),
         ("gpt2", {"random_tokens": 9, "where": {"label": 1}}, "--where chooses rows of --data"),
         ("gpt2", {"random_tokens": 9, "estimator": "fisher-empirical"}, "nobody observed"),
@@ -150,6 +150,7 @@ def test_random_tokens_are_uniform_over_what_is_no_special_token(world):
         ("gpt2", {"self_generated": 2, "keep_generated": "out"}, "lies in the output"),
         ("gpt2", {"self_generated": 2, "keep_generated": "there"}, "'there' exists"),
         ("gpt2", {"self_generated": 0}, "self_generated: expected a whole number"),
+        ("gpt2", {"random_tokens": 9, "estimator": "adam"}, "adam reads what a training has left"),
         ("bert", {"self_generated": 2}, "--self-generated is for causal language models"),
         ("bert", {"random_tokens": 9}, "--random-tokens is for causal language models"),
         ("bert", {"data": "t.txt", "estimator": "fisher-empirical"}, "no column 'label'.*looks at"),

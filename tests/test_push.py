@@ -13,7 +13,7 @@ merged = pushing.merged
 
 
 def test_a_folder_arrives_whole_in_one_commit(hub, merged):
-    report = push_folder(merged, "org/ab")
+    report = push_folder(merged, "org/ab", posterior_form="entries")
     repo = hub.repos["org/ab"]
     there = repo.files()
     assert len(repo.messages) == 2  # the repository's own first one

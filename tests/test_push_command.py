@@ -17,7 +17,8 @@ merged = pushing.merged
 
 def test_a_dry_run_lists_files_and_card_and_contacts_nobody(hub, merged):
     asked = len(hub.log)
-    out = RUN.invoke(app, ["push", str(merged), "org/ab", "--dry-run", "--json"])
+    push = ["push", str(merged), "org/ab", "--posterior-form", "entries", "--dry-run"]
+    out = RUN.invoke(app, [*push, "--json"])
     assert out.exit_code == 0, out.output
     document = json.loads(out.stdout)
     assert {f["path"]: f["size"] for f in document["files"]} == {
@@ -25,7 +26,7 @@ def test_a_dry_run_lists_files_and_card_and_contacts_nobody(hub, merged):
     } | {"README.md": len(document["card"].encode())}
     assert front(document["card"])["base_model_relation"] == "merge"
     assert len(hub.log) == asked
-    text = RUN.invoke(app, ["push", str(merged), "org/ab", "--dry-run"])
+    text = RUN.invoke(app, push)
     assert document["card"] in text.stdout
     assert "model.safetensors" in text.stderr
 

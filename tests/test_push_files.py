@@ -54,10 +54,11 @@ def test_code_that_the_config_names_goes_along(hub, merged):
 def test_no_posterior_leaves_it_at_home_and_takes_away_one_of_other_weights(hub, merged, tmp_path):
     push_folder(merged, "org/ab")
     push_folder(merged, "org/ab", posterior=False)
-    assert "posterior/precision.safetensors" in hub.repos["org/ab"].files()  # of the same weights
+    assert "posterior/precision.posterior" in hub.repos["org/ab"].files()  # of the same weights
     other = folder(tmp_path / "other", seed=5)
     report = push_folder(other, "org/ab", posterior=False)
-    precision = {"posterior/precision.safetensors", "posterior/posterior.json"}
+    names = ("precision.posterior", "precision.index.json", "posterior.json")
+    precision = {f"posterior/{name}" for name in names}
     assert set(report.deleted) == precision | {"merge_report.json", "merge_recipe.yaml"}
     assert open_posterior("org/ab").precision is None
 
@@ -85,9 +86,9 @@ def test_what_a_person_laid_beside_a_posterior_stays(hub, merged):
         "posterior/plot.png": b"p",
         "model.safetensors.md5": b"m",
     }
-    hub.add("org/ab", theirs | {"posterior/precision-00001-of-00002.safetensors": b"x"})
+    hub.add("org/ab", theirs | {"posterior/precision-00001-of-00002.posterior": b"x"})
     report = push_folder(merged, "org/ab")
-    assert report.deleted == ("posterior/precision-00001-of-00002.safetensors",)
+    assert report.deleted == ("posterior/precision-00001-of-00002.posterior",)
     assert theirs.items() <= hub.repos["org/ab"].files().items()
 
 

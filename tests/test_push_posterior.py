@@ -19,7 +19,7 @@ hub = pushing.hub
 @pytest.mark.parametrize("only_posterior", [False, True])
 def test_a_precision_that_names_no_weights_is_not_pushed(hub, tmp_path, only_posterior):
     where = folder(tmp_path / "a")
-    file = where / "posterior" / "precision.safetensors"
+    file = where / "posterior" / "precision.posterior"
     file.unlink()
     tiny.write(file, tiny.precisions(0))
     with pytest.raises(PrecisionError, match=r"does not say which weights .* --no-posterior"):
@@ -38,8 +38,7 @@ def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_
     large = tmp_path / "large"
     mean = tiny.arrays(0, {"w": (512, 512)})
     tiny.posterior(large / "model.safetensors", mean, tiny.precisions(0, {"w": (512, 512)}))
-    (large / "posterior").mkdir()
-    (large / "model.precision.safetensors").rename(large / "posterior" / "precision.safetensors")
+    tiny.into_folder(large)
     before = open_posterior(str(large)).identity
     mean["w"].reshape(-1)[2000] += 1  # between two blocks
     (large / "model.safetensors").unlink()
@@ -53,12 +52,14 @@ def test_a_posterior_of_other_weights_is_not_pushed_even_where_no_sampled_block_
 def test_a_posterior_can_be_pushed_alone_and_used_with_a_model_of_somebody_else(hub, tmp_path):
     hub.add("other/a", files(folder(tmp_path / "bare", seed=0, precision=False)))
     hub.add("org/b", files(folder(tmp_path / "b", seed=1)))
-    push_folder(folder(tmp_path / "a", seed=0), "org/a-posterior", only_posterior=True)
+    place = folder(tmp_path / "a", seed=0)
+    push_folder(place, "org/a-posterior", only_posterior=True, posterior_form="entries")
     there = hub.repos["org/a-posterior"].files()
     assert set(there) == {
         ".gitattributes",
         "README.md",
-        "posterior/precision.safetensors",
+        "posterior/precision.posterior",
+        "posterior/precision.index.json",
         "posterior/posterior.json",
     }
     assert "transformers" not in there["README.md"].decode()
@@ -86,7 +87,7 @@ def test_a_folder_with_nothing_but_a_precision_is_pushed_as_a_posterior(hub, tmp
     with pytest.raises(ConfigError, match="--posterior-only"):
         push_folder(where, "org/p")
     push_folder(where, "org/p", only_posterior=True)
-    assert "posterior/precision.safetensors" in hub.repos["org/p"].files()
+    assert "posterior/precision.posterior" in hub.repos["org/p"].files()
 
 
 def test_an_adapter_is_pushed_in_pefts_layout_and_merged_by_name(hub, tmp_path):
@@ -95,7 +96,8 @@ def test_an_adapter_is_pushed_in_pefts_layout_and_merged_by_name(hub, tmp_path):
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",
-        "posterior/precision.safetensors",
+        "posterior/precision.posterior",
+        "posterior/precision.index.json",
     } <= set(hub.repos["org/a0"].files())
     out = RUN.invoke(
         app, ["merge", "org/a0", "org/a1", "--weights", "precision", "-o", str(tmp_path / "both")]

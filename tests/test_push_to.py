@@ -8,14 +8,17 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import yaml
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.hub import check_login, push_folder
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.posterior.pooling import pooled
 from tests import hub_double, pushing
 from tests.pushing import RUN, files, front
 
@@ -38,10 +41,12 @@ def test_a_merge_is_pushed_without_an_output_of_its_own(hub, merged, tmp_path, m
     )
     there = hub.repos["org/both"].files()
     assert there["model.safetensors"] == files(tmp_path / "direct")["model.safetensors"]
-    assert (
-        there["posterior/precision.safetensors"]
-        == files(tmp_path / "direct")["posterior/precision.safetensors"]
-    )
+    with open_posterior("org/both") as pushed, open_posterior(str(tmp_path / "direct")) as made:
+        for name in made.precision.specs:
+            expected = read_tensor(made.precision, name)
+            if expected.ndim > 1:
+                expected = pooled(made.precision, name, "row")
+            numpy.testing.assert_array_equal(read_tensor(pushed.precision, name), expected)
     assert direct.models[0].commit == hub.repos["org/a"].refs["main"]
 
 
@@ -138,7 +143,8 @@ def test_the_whole_way_round(hub, tmp_path):
     ]
     out = RUN.invoke(app, [*line, "--push-to", "org/ab"])
     assert out.exit_code == 0, out.output
-    local = [w.replace("org/", f"{tmp_path}/") for w in line]
+    # The Hub has one number a row, which merges as the entries do when they are pooled by row.
+    local = [w.replace("org/", f"{tmp_path}/") for w in (*line, "--pool", "row")]
     assert RUN.invoke(app, [*local, "-o", str(tmp_path / "ab")]).exit_code == 0
     there = transformers.AutoModelForCausalLM.from_pretrained("org/ab").state_dict()
     here = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ab").state_dict()
@@ -147,7 +153,9 @@ def test_the_whole_way_round(hub, tmp_path):
     pulled, made = open_posterior("org/ab"), open_posterior(str(tmp_path / "ab"))
     assert pulled.precision_identity == made.precision_identity
     assert pulled.identity == made.identity == pulled.info.mean.blocks
-    assert pulled.info.terms == made.info.terms
+    assert {term.pool for term in pulled.info.terms} == {"row"}
+    terms = tuple(term.model_copy(update={"pool": None}) for term in pulled.info.terms)
+    assert terms == made.info.terms
     about = front(hub.repos["org/ab"].files()["README.md"].decode())
     assert about["base_model"] == ["org/base", "org/a", "org/b"]
 

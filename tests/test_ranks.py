@@ -200,7 +200,7 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two, task):
 @pytest.mark.parametrize("run", RUNS)
 def test_two_ranks_resume_to_the_same_bytes(two, run):
     folder, _ = two
-    for file in ("model.safetensors", "posterior/precision.safetensors"):
+    for file in ("model.safetensors", "posterior/precision.posterior"):
         assert (folder / f"{run}-resumed" / file).read_bytes() == (
             folder / f"{run}-two" / file
         ).read_bytes()

@@ -146,7 +146,7 @@ def test_a_changed_input_is_another_merge(inputs, tmp_path, monkeypatch):
         )
     settings = config(tmp_path, out="out")
     run_merge(settings, part=Part(1, 2))
-    for file in tmp_path.glob("a*.safetensors"):
+    for file in tmp_path.glob("a.*"):
         file.unlink()
     tiny.posterior(tmp_path / "a.safetensors", tiny.arrays(8, SHAPES), tiny.precisions(7, SHAPES))
     with pytest.raises(CheckpointError, match="another merge"):
@@ -188,7 +188,7 @@ def test_a_finished_part_of_another_machine_is_believed(inputs, tmp_path, monkey
             os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd)
         )
         run_merge(settings, part=Part(1, 1))
-    assert {"model.safetensors", "precision.safetensors", "journal-1-of-1.jsonl"} <= {
+    assert {"model.safetensors", "precision.posterior", "journal-1-of-1.jsonl"} <= {
         Path(p).name for p in synced
     }
     file = next(Path("out.partial").glob("journal*"))
@@ -230,7 +230,7 @@ def test_data_that_vanished_from_a_stopped_merge_is_made_anew(inputs, tmp_path, 
     run_merge(settings)
     expected = contents("out")
     shutil.rmtree("out")
-    for name in ("model.safetensors", "posterior/precision.safetensors"):
+    for name in ("model.safetensors", "posterior/precision.posterior"):
         for act in (Path.unlink, lambda file: resize(file, -1), lambda file: resize(file, 9)):
             run_merge(settings, part=Part(1, 2))
             run_merge(settings, part=Part(2, 2))

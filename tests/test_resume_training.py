@@ -23,7 +23,7 @@ from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.optim import IVON
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
-LEFT = ("model.safetensors", "posterior/precision.safetensors")
+LEFT = ("model.safetensors", "posterior/precision.posterior")
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_hessian_and_momentum_continue_to_the_same_bits(tmp_path, data):
     ):
         for key in ("momentum", "hess", "step"):
             assert torch.equal(state[key], other[key])
-    precision = "posterior/precision.safetensors"
+    precision = "posterior/precision.posterior"
     assert (tmp_path / "a" / precision).read_bytes() == (tmp_path / "b" / precision).read_bytes()
 
 
@@ -185,7 +185,7 @@ def test_adapters_and_classifiers_with_dropout_resume_to_the_same_bytes(tmp_path
         if name == "b":
             killed(config, "in the middle of a step")
         run_finetune(config, quiet=True)
-    for file in ("adapter_model.safetensors", "posterior/precision.safetensors"):
+    for file in ("adapter_model.safetensors", "posterior/precision.posterior"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 

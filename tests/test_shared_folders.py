@@ -160,7 +160,7 @@ NAMES = {
     "out/1_Pooling": ("link to a folder",),
     "out/posterior": ("link to a folder",),
     "out/posterior/posterior.json": ("link",),
-    "out/posterior/precision.safetensors": ("link",),
+    "out/posterior/precision.posterior": ("link",),
     "replaced": ("link to a folder",),
 }
 CONTENTS = {

@@ -140,7 +140,7 @@ def write(architecture, storing):
 
 def save_model(name, mean, precision):
     """A file with its precision, in place of the one before."""
-    for file in (f"{name}.safetensors", f"{name}.precision.safetensors"):
+    for file in (f"{name}.safetensors", f"{name}.posterior"):
         Path(file).unlink(missing_ok=True)
     tiny.posterior(f"{name}.safetensors", mean, precision)
 
@@ -150,7 +150,7 @@ def merged(models=("a", "b"), **settings):
     settings = {"out": "x.safetensors", "force": True} | settings
     if settings.get("base"):
         settings["base"] += ".safetensors"
-    precision = Path(settings["out"].replace(".safetensors", ".precision.safetensors"))
+    precision = Path(settings["out"].replace(".safetensors", ".posterior"))
     precision.unlink(missing_ok=True)
     report = run_merge(MergeConfig(models=tuple(f"{m}.safetensors" for m in models), **settings))
     return tiny.read(settings["out"]), tiny.read(precision) if precision.exists() else {}, report

@@ -163,13 +163,13 @@ def test_a_stored_precision_is_in_the_unit_of_transformers_loss(tmp_path, labels
     (batch,) = batches(encode_rows({"text": texts}, loaded), 4, Collate(loaded.pad))
     with torch.no_grad():
         expected = weight(loaded.model(**batch).logits).sum(0) + 0.25
-    (file,) = report.path.glob("*.safetensors")
+    (file,) = report.path.glob("*.posterior")
     loss = "squared error" if problem in (None, "regression") else "binary cross-entropy"
     with open_posterior(str(folder)) as posterior:
         recorded = posterior.info.training["loss"]
     assert recorded.startswith(loss)
     assert recorded.endswith(", mean over the outputs")
-    stored = load_file(file)["classifier.bias"]
+    stored = load_file(file)["precision:classifier.bias"]
     torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-6)
 
 

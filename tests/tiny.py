@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import encode, read_tensor
-from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.layout import (
+    POSTERIOR_ENDING,
+    checkpoint_files,
+    write_precision_index,
+)
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
@@ -18,6 +22,7 @@ from mergekit_bayes.posterior import (
     open_posterior,
     save_posterior,
 )
+from mergekit_bayes.posterior.stored import StoredPrecisions
 
 SHAPES = {"wte.weight": (7, 4), "h.0.attn.weight": (4, 5), "h.0.ln.bias": (4,), "h.0.scalar": ()}
 
@@ -35,10 +40,20 @@ def precisions(seed, shapes=SHAPES, low=0.1, high=10.0):
     }
 
 
+def names_in(path, tensors):
+    """Tensors under the names that they have in a file: a precision's begin with its role."""
+    is_precision = Path(path).suffix == POSTERIOR_ENDING
+    return {f"precision:{n}": t for n, t in tensors.items()} if is_precision else tensors
+
+
 def write(path, tensors, dtype="F32", metadata=None):
-    """A safetensors file by our own sink; its parents are made."""
+    """A safetensors file by our own sink; its parents are made.
+
+    In one that ends in `.posterior` the tensors are precisions, by the model's names.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = names_in(path, tensors)
     sink = SafetensorsSink(
         path,
         {n: TensorSpec(dtype, t.shape) for n, t in tensors.items()},
@@ -82,9 +97,32 @@ def posterior(
     return path
 
 
+def info(model, **changes):
+    """A record of a precision of the weights in a file or folder."""
+    with SafetensorsSource(checkpoint_files(Path(model))) as source:
+        mean = identify(source)
+    return PosteriorInfo(
+        estimator="ggn", unit="token", observations=100.0, ess=100.0, mean=mean, **changes
+    )
+
+
+def into_folder(path, stem="model"):
+    """Move the precision beside a model's file to where that of a folder lies, with its index."""
+    place = Path(path) / "posterior"
+    place.mkdir(parents=True)
+    file = (Path(path) / f"{stem}.posterior").rename(place / "precision.posterior")
+    with SafetensorsSource([file]) as source:
+        names, size = list(source.specs), sum(spec.nbytes for spec in source.specs.values())
+    write_precision_index(place, {file.name: names}, size)
+
+
 def read(path):
-    """All float tensors of a file or folder, as float32 or float64."""
-    source = SafetensorsSource(checkpoint_files(Path(path)))
+    """All float tensors of a file or folder, as float32 or float64, by the model's names."""
+    path = Path(path)
+    if path.suffix == POSTERIOR_ENDING:
+        source = StoredPrecisions([path])
+    else:
+        source = SafetensorsSource(checkpoint_files(path))
     found = {
         n: read_tensor(source, n) for n, spec in source.specs.items() if spec.dtype in MERGEABLE
     }

@@ -84,7 +84,7 @@ def command(
     """Merge models: an average, or with --base the sum of their changes.
 
     uniform: average, task arithmetic.  precision: precision-weighted average, gradient matching
-    (Daheim et al., ICLR 2024). A precision is read from X.precision.safetensors or
+    (Daheim et al., ICLR 2024). A precision is read from X.posterior or
     MODEL/posterior/. Adapters alone merge into an adapter: a sum, or with precision weights an
     average. The same line resumes a merge that was stopped; until it is finished, its output is
     in OUT.partial. With --push-to and no -o the output goes to a temporary folder.

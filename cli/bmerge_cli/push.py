@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.hub import PushPlan, PushReport
 
 NAME = "push"
+PosteriorForm = Literal["row", "row-column", "entries"]  # of mergekit_bayes.hub, loaded when used
 
 
 @failures("nothing was committed, unless a line above says so; the same line goes on")
@@ -50,6 +51,13 @@ def command(
             "--posterior-only", help="Push the posterior without its model, to another repository."
         ),
     ] = False,
+    posterior_form: Annotated[
+        PosteriorForm,
+        typer.Option(
+            help="row: one number a row of each tensor. row-column: two vectors a matrix. entries: "
+            "all of the posterior."
+        ),
+    ] = "row",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="List the files and print the card without going online."),
@@ -67,7 +75,13 @@ def command(
 
     screen = console(quiet=quiet)
     if dry_run:
-        plan = plan_push(folder, repo, posterior=posterior, only_posterior=posterior_only)
+        plan = plan_push(
+            folder,
+            repo,
+            posterior=posterior,
+            only_posterior=posterior_only,
+            posterior_form=posterior_form,
+        )
         if as_json:
             print_json(_document(plan))
         else:
@@ -83,6 +97,7 @@ def command(
         message=message,
         posterior=posterior,
         only_posterior=posterior_only,
+        posterior_form=posterior_form,
     )
     print_result(report, report.pull_request or report.url, as_json=as_json, quiet=quiet)
 

@@ -19,8 +19,16 @@ from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.documents import parse_json, read_bytes
 from mergekit_bayes.errors import CheckpointError, shown
 
+POSTERIOR_FOLDER = "posterior"  # in a model's folder
+POSTERIOR_ENDING = ".posterior"  # of a safetensors file that no loader takes for weights
+PRECISION_INDEX, PRECISION_KEY = "precision.index.json", "tensors"
+_WEIGHT_MAP = "weight_map"
 _STEMS = ("model", "adapter_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_KINDS = {
+    ".gguf": "a GGUF file of llama.cpp, and not",
+    POSTERIOR_ENDING: "the precision of a model, and not",
+}
 
 
 def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
@@ -46,7 +54,7 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
                 "on where it stopped."
             )
         if path.suffix != ".safetensors":
-            kind = "a GGUF file of llama.cpp, and not" if path.suffix == ".gguf" else "not"
+            kind = _OTHER_KINDS.get(path.suffix, "not")
             raise CheckpointError(
                 f"'{ref}' is {kind} a .safetensors file. Name one, or a folder that "
                 "save_pretrained wrote."
@@ -75,23 +83,85 @@ def checkpoint_files(path: Path, ref: str | None = None) -> list[Path]:
 
 
 def precision_files(path: Path) -> list[Path]:
-    """The safetensors files of a model's own precision; empty if it has none."""
+    """The files of a model's own precision; empty if it has none.
+
+    Raises:
+        CheckpointError: There are two precisions, or an index and its files disagree.
+    """
     if path.is_file():
-        sibling = precision_path(path)
-        if sibling.exists() or path.stem not in _STEMS:
-            return [sibling] if sibling.exists() else []
+        siblings = [p for p in (precision_path(path), old_precision_path(path)) if p.exists()]
+        if len(siblings) > 1:
+            raise _stale(path.parent, *siblings)
+        if siblings or path.stem not in _STEMS:
+            return siblings
         path = path.parent  # the single file of a model folder
-    return set_files(path / "posterior", "precision")
+    return precision_set(path / POSTERIOR_FOLDER)
 
 
 def precision_path(model: Path) -> Path:
     """Where a model's precision belongs.
 
-    `X.precision.safetensors` beside the file `X.safetensors`, the folder `posterior` in a folder.
+    `X.posterior` beside the file `X.safetensors`, the folder `posterior` in a folder.
     """
     if model.suffix == ".safetensors":
-        return model.with_name(model.name.removesuffix(".safetensors") + ".precision.safetensors")
-    return model / "posterior"
+        return model.with_suffix(POSTERIOR_ENDING)
+    return model / POSTERIOR_FOLDER
+
+
+def old_precision_path(model: Path) -> Path:
+    """Where earlier versions put it, as far as that is another place: beside a file."""
+    if model.suffix == ".safetensors":
+        return model.with_name(f"{model.stem}.precision.safetensors")
+    return precision_path(model)
+
+
+def is_precision_file(path: Path) -> bool:
+    """Whether an output of this name is one file of a precision, and not a folder of them."""
+    return path.suffix in (POSTERIOR_ENDING, ".safetensors")
+
+
+def precision_set(folder: Path) -> list[Path]:
+    """The files of the precision that lies in this folder itself; empty if there is none.
+
+    The index names them. A single file is read without one, and so is the layout of earlier
+    versions, `precision.safetensors` or its shards with their index.
+
+    Raises:
+        CheckpointError: There are two precisions, shards without an index, or an index and its
+            files disagree.
+    """
+    index, single = folder / PRECISION_INDEX, folder / precision_name(0, 1)
+    old = set_files(folder, "precision")
+    if not os.path.lexists(index):
+        files = [_finished(single)] if os.path.exists(single) else []
+        if not files and (shards := sorted(folder.glob(f"precision-*{POSTERIOR_ENDING}"))):
+            raise CheckpointError(
+                f"{folder}: holds {shards[0].name} and no {index.name}, which names all files of "
+                "the precision. Fetch it, too."
+            )
+    else:
+        files = _indexed(index, PRECISION_KEY)
+    if files and old:
+        raise _stale(folder, files[0], old[0])
+    return files or old
+
+
+def precision_name(index: int, count: int) -> str:
+    """File name of file `index` (from 0) of a precision of `count` files, in its folder."""
+    return _numbered("precision", index, count) + POSTERIOR_ENDING
+
+
+def write_precision_index(folder: Path, files: Mapping[str, list[str]], total_size: int) -> None:
+    """Write the index of a precision, which there is for one file, too.
+
+    It has other keys than a model's, which no loader can take it for.
+
+    Args:
+        folder: Where the files are.
+        files: The tensors' names, as they are in the files, by file name.
+        total_size: Bytes of all tensors.
+    """
+    _write_index(folder / PRECISION_INDEX, PRECISION_KEY, files, total_size)
 
 
 def set_files(folder: Path, stem: str) -> list[Path]:
@@ -109,16 +179,24 @@ def set_files(folder: Path, stem: str) -> list[Path]:
     if not os.path.lexists(index):
         return [_finished(single)] if os.path.exists(single) else []
     if os.path.exists(single):
-        raise CheckpointError(
-            f"{folder}: holds both {single.name} and {index.name}. Remove the stale one, or name a "
-            "file."
-        )
-    weight_map = read_index(index)
-    files = [_finished(folder / name) for name in sorted(set(weight_map.values()))]
+        raise _stale(folder, single, index)
+    return _indexed(index, _WEIGHT_MAP)
+
+
+def _indexed(index: Path, key: str) -> list[Path]:
+    """The files that an index names, compared with it name by name."""
+    file_of = read_index(index, key)
+    files = [_finished(index.parent / name) for name in sorted(set(file_of.values()))]
     with SafetensorsSource(files) as source:
         stored = {name: files[source.file_of(name)].name for name in source.specs}
-    check_index(index, weight_map, stored)
+    check_index(index, file_of, stored)
     return files
+
+
+def _stale(folder: Path, one: Path, other: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: holds both {one.name} and {other.name}. Remove the stale one, or name a file."
+    )
 
 
 def _finished(file: Path) -> Path:
@@ -136,9 +214,11 @@ def _finished(file: Path) -> Path:
 
 def shard_name(stem: str, index: int, count: int) -> str:
     """File name of shard `index` (from 0) of a set of `count` shards called `stem`."""
-    if count == 1:
-        return f"{stem}.safetensors"
-    return f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+    return _numbered(stem, index, count) + ".safetensors"
+
+
+def _numbered(stem: str, index: int, count: int) -> str:
+    return stem if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}"
 
 
 def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_size: int) -> None:
@@ -146,20 +226,25 @@ def write_index(folder: Path, stem: str, shards: Mapping[str, list[str]], total_
 
     Args:
         folder: Where the shards are.
-        stem: What the set is called: `model`, `precision`.
+        stem: What the set is called, such as `model`.
         shards: The tensors' names by file name.
         total_size: Bytes of all tensors.
     """
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    content = {
-        "metadata": {"total_size": total_size},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_own(folder / f"{stem}.safetensors.index.json", json.dumps(content, indent=2) + "\n")
+    _write_index(folder / f"{stem}.safetensors.index.json", _WEIGHT_MAP, shards, total_size)
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """Read the `weight_map` of an index: which file of the same folder holds which tensor.
+def _write_index(index: Path, key: str, files: Mapping[str, list[str]], total_size: int) -> None:
+    file_of = {name: file for file, names in files.items() for name in names}
+    content = {"metadata": {"total_size": total_size}, key: dict(sorted(file_of.items()))}
+    write_own(index, json.dumps(content, indent=2) + "\n")
+
+
+def read_index(index: Path, key: str = _WEIGHT_MAP) -> dict[str, str]:
+    """Read an index: which file of the same folder holds which tensor.
+
+    Args:
+        index: The index file.
+        key: The key of the map in it.
 
     Raises:
         CheckpointError: It is not such a map, or names a file elsewhere or one that is missing.
@@ -171,7 +256,7 @@ def read_index(index: Path) -> dict[str, str]:
         if stand_in := explain_stand_in(text[:HEAD]):
             raise CheckpointError(f"{index}: {stand_in}")
         content = parse_json(text, strict=True)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = content.get(key) if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has none")
         for name, file in weight_map.items():
@@ -185,7 +270,7 @@ def read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"{index}: is not an index with a weight_map of file names beside it ({reason}). Fetch "
+            f"{index}: is not an index with a {key} of file names beside it ({reason}). Fetch "
             "it again."
         ) from None
     for name in sorted(set(weight_map.values())):

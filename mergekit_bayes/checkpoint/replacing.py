@@ -10,7 +10,13 @@ from mergekit_bayes.checkpoint.side_files import MERGE_REPORT
 from mergekit_bayes.errors import CheckpointError
 
 # A folder with one of these files may be replaced by `--force`.
-_OF_A_MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json", MERGE_REPORT)
+_OF_A_MODEL = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.posterior",
+    MERGE_REPORT,
+)
 
 _LONGEST = 200  # bytes of a target's name in that of the folder beside it
 

@@ -101,6 +101,7 @@ PUBLISHED = (
 _NOT_COPIED = (
     # tensors and their indexes
     "*.safetensors",
+    "*.posterior",
     "*.index.json",
     "*.bin",
     "*.pt",

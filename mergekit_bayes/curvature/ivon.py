@@ -166,7 +166,7 @@ def summed_loss(model: Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int
     logits = scored_logits(outputs.logits, labels, tokens, shifts=loss.shifts)
     targets = scored_targets(outputs.logits, labels, tokens, shifts=loss.shifts)
     assert targets is not None
-    z = numbers(logits if logits.dtype.itemsize >= 4 else logits.float())
+    z = numbers(logits)
     if loss.likelihood == "categorical":
         return nn.functional.cross_entropy(z, targets.flatten(), reduction="sum"), len(z)
     y, scale = targets.reshape(z.shape).to(z.dtype), loss.scale(z.shape[-1])

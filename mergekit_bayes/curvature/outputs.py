@@ -143,8 +143,9 @@ def numbers(logits: Tensor) -> Tensor:
     """
     if not bool(logits.amax(-1).isfinite().all()):
         raise CheckpointError(
-            "the model's outputs on the data are not numbers. Its weights hold NaN or infinity, "
-            f"or they overflow in {str(logits.dtype).removeprefix('torch.')}."
+            "the model's outputs on the data are not numbers. Its weights hold NaN or infinity, or "
+            f"its outputs overflow in {str(logits.dtype).removeprefix('torch.')}. Take weights "
+            "that are numbers, and float32 to compute with."
         )
     return logits
 

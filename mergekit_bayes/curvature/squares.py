@@ -167,7 +167,7 @@ class _Pass(NamedTuple):
         loss = trained_loss(self.model, labels)
         logits = scored_logits(outputs, labels, tokens, shifts=loss.shifts)
         targets = scored_targets(outputs, labels, tokens, shifts=loss.shifts)
-        return logits, Scored(numbers(logits.detach().float()), loss, self.generator, targets)
+        return logits, Scored(numbers(logits.detach()).float(), loss, self.generator, targets)
 
     def _skip(self, like: Tensor, batch: _Batch) -> None:
         """Draw what another rank draws, for logits that are not known here but for their shape."""

@@ -284,15 +284,11 @@ def precision_config(config: DetoxConfig, output: str) -> PrecisionConfig:
     given = without_ours(config.precision, PrecisionConfig, "precision", _OURS)
     given |= {"model": config.base, "output": output, "trust_remote_code": config.trust_remote_code}
     settings = parse_config(PrecisionConfig, given, "precision")
-    if settings.moments is not None:
+    if settings.estimator != "ggn" or settings.moments is not None:
+        estimator = "adam" if settings.moments is not None else settings.estimator
         raise ConfigError(
-            "precision: moments: second moments do not compare with the precision of the "
-            "fine-tune, which is the root-GGN diagonal. Name data."
-        )
-    if settings.estimator != "ggn":
-        raise ConfigError(
-            f"precision: estimator: '{settings.estimator}' does not compare with the precision of "
-            "the fine-tune, which is the root-GGN diagonal. Leave it at ggn."
+            f"precision: '{estimator}' does not compare with the precision of the fine-tune, which "
+            "is the root-GGN diagonal. Leave `estimator` at ggn, and name text in `data`."
         )
     return settings
 

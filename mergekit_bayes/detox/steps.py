@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.identity import content_hash, files_identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files, precision_set
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, POSTERIOR, is_hub_id, resolve
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.documents import read_mapping
@@ -93,7 +93,7 @@ def scorer_identity(scorer: Scorer) -> dict[str, object]:
 def precision_identity(ref: str) -> str:
     """Content hash, by sampled blocks, of the precision in its own folder or in a model's."""
     folder = resolve(ref, CHECKPOINT + POSTERIOR)
-    return files_identity(sorted(folder.glob("precision*.safetensors")) or precision_files(folder))
+    return files_identity(precision_set(folder) or precision_files(folder))
 
 
 def has_own_precision(base: str, weights: object, toxic: Path | None) -> bool:

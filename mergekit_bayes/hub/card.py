@@ -24,6 +24,7 @@ from mergekit_bayes.hub.markdown import one_line
 from mergekit_bayes.hub.markdown import text as text_of
 from mergekit_bayes.hub.parents import Parent
 from mergekit_bayes.hub.sections import card_section
+from mergekit_bayes.posterior.pooling import PosteriorForm
 
 # What PEFT writes into the card beside an adapter, on top of the Hub client's template.
 _PEFT_VERSION = re.compile(r"^- PEFT \S+$", re.MULTILINE)
@@ -57,6 +58,7 @@ class CardOptions(TypedDict, total=False):
     licenses: Mapping[Parent, License | None] | None
     posterior: bool
     posterior_only: bool
+    posterior_form: PosteriorForm
 
 
 def model_card(folder: Path, **options: Unpack[CardOptions]) -> str:
@@ -72,6 +74,7 @@ def make_card(
     licenses: Mapping[Parent, License | None] | None = None,
     posterior: bool = True,
     posterior_only: bool = False,
+    posterior_form: PosteriorForm = "entries",
 ) -> Card:
     """Make the card of a model folder, of an adapter's, or of a folder with only a posterior.
 
@@ -82,6 +85,7 @@ def make_card(
         licenses: Licence of each parent, as far as it is known.
         posterior: Describe the posterior too (default True).
         posterior_only: Describe only the posterior, without its model.
+        posterior_form: The form in which the posterior is pushed.
 
     Raises:
         CheckpointError: The folder holds neither a model nor a precision, or a file of it cannot be
@@ -89,7 +93,9 @@ def make_card(
         ConfigError: The front matter of the existing card is not YAML.
     """
     name = repo or folder.resolve().name
-    facts = read_facts(folder, name, posterior=posterior, only_posterior=posterior_only)
+    facts = read_facts(
+        folder, name, posterior=posterior, only_posterior=posterior_only, form=posterior_form
+    )
     user_fields, text, section = _user_part(folder, existing)
     if section is not None:
         digests = section.digests

@@ -133,7 +133,7 @@ def _merging(facts: Facts, base: str | None, on_base: str) -> list[_Command]:
 def _undoable(facts: Facts) -> list[MergedModel]:
     """Up to three tasks that a single scale takes out again.
 
-    There are none if the merge weighed by a precision that is not here.
+    There are none if the merge weighed by a precision that is not here, or not as it was.
     """
     report = facts.report
     method = METHODS.get(report.method) if report is not None else None
@@ -141,7 +141,7 @@ def _undoable(facts: Facts) -> list[MergedModel]:
         return []
     if report.weights not in ("precision", "uniform"):
         return []
-    if report.weights == "precision" and not facts.has_posterior:
+    if report.weights == "precision" and (not facts.has_posterior or facts.pool is not None):
         return []
     if texts(facts.recipe.get("scale")):  # other scales in some tensors
         return []

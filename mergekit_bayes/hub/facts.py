@@ -23,6 +23,9 @@ from mergekit_bayes.hub.folder import (
 )
 from mergekit_bayes.hub.parents import Parent, parents
 from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.info import Pool
+from mergekit_bayes.posterior.pooling import PosteriorForm, is_finer
+from mergekit_bayes.posterior.stored import StoredPrecisions
 
 _PIPELINES = {  # the end of an architecture's class name -> the Hub's pipeline tag
     "ForCausalLM": "text-generation",
@@ -51,6 +54,8 @@ class Facts:
         parents: The models it was made from.
         has_posterior: The folder holds a precision that the card describes.
         info: What the precision's header says.
+        pool: The form to which its numbers are pooled when it is pushed, or were before; None
+            where they are as the estimate or the merge made them.
         pipeline: The Hub's pipeline tag.
         evaluations: Reports of `bmerge evaluate` on these weights.
         notes: What the user should know before publishing.
@@ -68,12 +73,20 @@ class Facts:
     parents: tuple[Parent, ...]
     has_posterior: bool
     info: PosteriorInfo | None
+    pool: Pool | None
     pipeline: str | None
     evaluations: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...]
 
 
-def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool) -> Facts:
+def read_facts(
+    folder: Path,
+    repo: str,
+    *,
+    posterior: bool,
+    only_posterior: bool,
+    form: PosteriorForm = "entries",
+) -> Facts:
     """Read what a folder says about itself.
 
     Args:
@@ -81,6 +94,7 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         repo: The name to show.
         posterior: Describe the posterior in the folder, if there is one.
         only_posterior: Describe nothing but the posterior.
+        form: The form in which the posterior is pushed.
 
     Raises:
         CheckpointError: Neither a model nor a precision, or a file that cannot be read or leads
@@ -115,10 +129,22 @@ def read_facts(folder: Path, repo: str, *, posterior: bool, only_posterior: bool
         parents=made_from,
         has_posterior=bool(precision),
         info=info,
+        pool=_pool(precision, info, form),
         pipeline=_pipeline(texts(config.get("architectures")), str(adapter.get("task_type"))),
         evaluations=evaluations,
         notes=notes,
     )
+
+
+def _pool(
+    precision: Sequence[Path], info: PosteriorInfo | None, form: PosteriorForm
+) -> Pool | None:
+    """The form to which a posterior is pooled when it is pushed, or was before."""
+    if form != "entries" and precision:
+        with StoredPrecisions(precision) as source:
+            if is_finer(source, form):
+                return form
+    return None if info is None else info.pool
 
 
 def _evaluations(

@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files
+from mergekit_bayes.checkpoint.layout import (
+    POSTERIOR_FOLDER,
+    PRECISION_INDEX,
+    checkpoint_files,
+    precision_files,
+)
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.side_files import MEMORY, PUBLISHED, RECORDS
 from mergekit_bayes.documents import read_object
@@ -17,16 +22,19 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError, 
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, mapping, precision_info
 from mergekit_bayes.hub.local_paths import holds_token, names_paths
 from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.pooling import PosteriorForm, is_written, write_pooled
+from mergekit_bayes.posterior.stored import StoredPrecisions
 
 _INNER_FILES = (
     "additional_chat_templates/*.jinja",
     "[0-9]_*/config.json",  # of sentence-transformers
 )
-_POSTERIOR_FILES = ("precision.safetensors.index.json", "posterior.json")
+_POSTERIOR_FILES = (PRECISION_INDEX, "precision.safetensors.index.json", "posterior.json")
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 ADAPTER_FILE = re.compile(r"adapter_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_POSTERIOR_PATH = re.compile(
-    r"posterior/(precision[^/]*\.safetensors|precision\.safetensors\.index\.json|posterior\.json)"
+_POSTERIOR_PATH = re.compile(  # of today and, with "safetensors", of earlier versions
+    r"posterior/(precision[^/]*\.(posterior|safetensors)|precision(\.safetensors)?\.index\.json"
+    r"|posterior\.json)"
 )
 
 
@@ -35,7 +43,8 @@ class PushFile(NamedTuple):
 
     Attributes:
         path: Its path in the repository.
-        source: The real path of the local file; None for the card, which is made.
+        source: The real path of the local file, which for a posterior in another form is a
+            temporary one and gone after the push; None for the card, which is made.
         size: Bytes.
     """
 
@@ -58,13 +67,17 @@ class Choice(NamedTuple):
     notes: tuple[str, ...]
 
 
-def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choice:
+def choose_files(
+    folder: Path, *, posterior: bool, only_posterior: bool, form: PosteriorForm, scratch: Path
+) -> Choice:
     """Choose the files of a push, and check that its posterior is of its weights.
 
     Args:
         folder: A model, an adapter, or a posterior without a model.
         posterior: Push the posterior too.
         only_posterior: Push nothing but the posterior.
+        form: The form in which the posterior is pushed.
+        scratch: An empty folder, for a posterior that is stored in another form or layout.
 
     Raises:
         CheckpointError: Not a folder, or neither a model nor a precision in it; or a file of the
@@ -83,7 +96,8 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
             f"'{folder}': no such folder. A push takes a local folder with a model, an adapter or "
             "a posterior."
         )
-    if lone := lone_precision_files(folder):
+    lone = lone_precision_files(folder)
+    if lone:
         if not only_posterior:
             raise ConfigError(
                 f"'{folder}' holds a precision and no model. Push it with --posterior-only."
@@ -91,6 +105,7 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
         chosen = _posterior_files(folder, lone)
         _real_files(folder, chosen)  # before any is opened
         _named_weights(folder, lone, "MODEL", "")
+        precision = lone
     else:
         chosen = {} if only_posterior else _model_files(folder)
         precision = precision_files(folder) if posterior else []
@@ -107,10 +122,40 @@ def choose_files(folder: Path, *, posterior: bool, only_posterior: bool) -> Choi
     for file in files:
         if file.source is not None and holds_token(file.source):
             raise token_found(folder / file.path)
+    notes = list(_path_notes(chosen))
+    if precision and (rewritten := _rewritten(precision, form, scratch)):
+        own = {path for path in chosen if path.startswith(f"{POSTERIOR_FOLDER}/")}
+        if form != "entries":
+            stored = sum(file.size for file in files if file.path in own)
+            notes.append(_form_note(form, stored, sum(file.size for file in rewritten)))
+        files = (*(file for file in files if file.path not in own), *rewritten)
     return Choice(
-        files,
+        tuple(sorted(files)),
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
-        tuple(_path_notes(chosen)),
+        tuple(notes),
+    )
+
+
+def _rewritten(
+    precision: list[Path], form: PosteriorForm, scratch: Path
+) -> tuple[PushFile, ...] | None:
+    """The files of a posterior in the form of a push; None if it is stored in that already."""
+    with StoredPrecisions(precision) as source:
+        if is_written(source, form):
+            return None
+        assert source.info is not None  # `_named_weights` made sure of it
+        write_pooled(source, source.info, scratch, form)
+    return tuple(
+        PushFile(f"{POSTERIOR_FOLDER}/{file.name}", file, file.stat().st_size)
+        for file in sorted(scratch.iterdir())
+    )
+
+
+def _form_note(form: PosteriorForm, stored: int, pushed: int) -> str:
+    numbers = "one number a row" if form == "row" else "two vectors a matrix"
+    return (
+        f"the posterior goes out with {numbers}, {pushed:,} bytes of {stored:,}; "
+        "`--posterior-form entries` pushes all of it"
     )
 
 
@@ -156,7 +201,7 @@ def stale_files(
 
     def is_stale(path: str) -> bool:
         if _POSTERIOR_PATH.fullmatch(path):
-            return weights_changed or any(p.startswith("posterior/") for p in pushed)
+            return weights_changed or any(p.startswith(f"{POSTERIOR_FOLDER}/") for p in pushed)
         if only_posterior:
             return False
         if path in RECORDS:

@@ -9,11 +9,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mergekit_bayes import documents
-from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.checkpoint.layout import precision_set
 from mergekit_bayes.checkpoint.side_files import ADAPT_REPORT, MERGE_REPORT
 from mergekit_bayes.documents import DocumentError, read_mapping, read_text
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.posterior import PosteriorInfo, read_info
+from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior.stored import StoredPrecisions
 
 CARD = "README.md"
 _LARGEST_CARD = 4 << 20  # bytes; the largest published ones have about 1 MB
@@ -154,13 +155,17 @@ def read_card(file: Path) -> str:
 
 
 def lone_precision_files(folder: Path) -> list[Path]:
-    """The precision files at the top of a folder that holds a posterior and no model."""
-    return sorted(folder.glob("precision*.safetensors"))
+    """The precision files at the top of a folder that holds a posterior and no model.
+
+    Raises:
+        CheckpointError: As `precision_set`.
+    """
+    return precision_set(folder)
 
 
 def precision_info(files: Sequence[Path]) -> PosteriorInfo | None:
     """What the header of a precision says about it; None without files or without such a header."""
     if not files:
         return None
-    with SafetensorsSource(files) as source:
-        return read_info(source)
+    with StoredPrecisions(files) as source:
+        return source.info

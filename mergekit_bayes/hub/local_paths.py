@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.layout import POSTERIOR_ENDING
 from mergekit_bayes.documents import DocumentError, read_bytes
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.hub.parents import Parent
@@ -68,7 +69,7 @@ def names_paths(file: Path) -> bool:
 
 def holds_token(file: Path) -> bool:
     """Whether a file of text holds what has the form of a token; large files are not searched."""
-    if file.suffix == ".safetensors" or file.stat().st_size > _SEARCHED:
+    if file.suffix in (".safetensors", POSTERIOR_ENDING) or file.stat().st_size > _SEARCHED:
         return False
     return has_token(_content(file))
 

@@ -7,15 +7,23 @@ folder that the repository already holds makes no commit.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError, printable
 from mergekit_bayes.hub.card import Card, is_generated, make_card
-from mergekit_bayes.hub.files import Choice, PushFile, choose_files, stale_files, token_found
+from mergekit_bayes.hub.files import (
+    Choice,
+    PushFile,
+    choose_files,
+    stale_files,
+    token_found,
+)
 from mergekit_bayes.hub.folder import CARD, lone_precision_files, read_card
 from mergekit_bayes.hub.licenses import License, hub_licenses, local_licenses
 from mergekit_bayes.hub.local_paths import has_token
@@ -32,6 +40,7 @@ from mergekit_bayes.hub.repository import (
     list_files,
     make_repository,
 )
+from mergekit_bayes.posterior.pooling import PosteriorForm
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -40,7 +49,12 @@ Say = Callable[[str], None]
 
 
 def plan_push(
-    folder: Path, repo: str, *, posterior: bool = True, only_posterior: bool = False
+    folder: Path,
+    repo: str,
+    *,
+    posterior: bool = True,
+    only_posterior: bool = False,
+    posterior_form: PosteriorForm = "row",
 ) -> PushPlan:
     """What `push_folder` would push. Contacts no server, so parents on the Hub give no licence.
 
@@ -49,6 +63,7 @@ def plan_push(
         repo: `org/name`.
         posterior: Push the posterior too (default True).
         only_posterior: Push nothing but the posterior.
+        posterior_form: As of `push_folder`.
 
     Raises:
         CheckpointError: No such folder, or neither a model nor a precision in it.
@@ -57,9 +72,9 @@ def plan_push(
             where those were recorded.
     """
     check_target(repo)
-    content = _read_content(folder, posterior=posterior, only_posterior=only_posterior)
-    existing = _folder_card(folder, only_posterior=only_posterior)
-    return _plan(content, repo, existing, local_licenses(content.parents))
+    with _content(folder, posterior, only_posterior, posterior_form) as content:
+        existing = _folder_card(folder, only_posterior=only_posterior)
+        return _plan(content, repo, existing, local_licenses(content.parents))
 
 
 def push_folder(
@@ -72,6 +87,7 @@ def push_folder(
     message: str | None = None,
     posterior: bool = True,
     only_posterior: bool = False,
+    posterior_form: PosteriorForm = "row",
     say: Say | None = None,
 ) -> PushReport:
     """Push a model folder and its posterior to `org/name`, which is made if it does not exist.
@@ -87,6 +103,8 @@ def push_folder(
         posterior: Push the posterior too (default True).
         only_posterior: Push nothing but the posterior, so that a precision can be published for
             a model that belongs to another account.
+        posterior_form: `row` pushes one number a row of each tensor, the mean of its entries;
+            `row-column` two vectors a matrix; `entries` the posterior as it is.
         say: Called before the commit with a line for each file that it deletes.
 
     Raises:
@@ -100,12 +118,12 @@ def push_folder(
         raise ConfigError(
             "--create-pr opens a pull request on main; leave --revision out, or push to the branch."
         )
-    content = _read_content(folder, posterior=posterior, only_posterior=only_posterior)
-    existing = _folder_card(folder, only_posterior=only_posterior)
-    _make_card(content, repo, existing)  # raises what it refuses before a repository is made
-    target = Target(repo, revision or "main", private, create_pr, message)
-    with explained(repo):
-        return _push(target, content, existing, say)
+    with _content(folder, posterior, only_posterior, posterior_form) as content:
+        existing = _folder_card(folder, only_posterior=only_posterior)
+        _make_card(content, repo, existing)  # raises what it refuses before a repository is made
+        target = Target(repo, revision or "main", private, create_pr, message)
+        with explained(repo):
+            return _push(target, content, existing, say)
 
 
 class _Content(NamedTuple):
@@ -114,14 +132,26 @@ class _Content(NamedTuple):
     folder: Path
     posterior: bool
     only_posterior: bool
+    form: PosteriorForm
     choice: Choice
     parents: tuple[Parent, ...]
 
 
-def _read_content(folder: Path, *, posterior: bool, only_posterior: bool) -> _Content:
-    choice = choose_files(folder, posterior=posterior, only_posterior=only_posterior)
-    made_from = parents(folder, posterior_only=only_posterior)
-    return _Content(folder, posterior, only_posterior, choice, made_from)
+@contextmanager
+def _content(
+    folder: Path, posterior: bool, only_posterior: bool, form: PosteriorForm
+) -> Iterator[_Content]:
+    """What is pushed; a posterior in another form lies in a temporary folder meanwhile."""
+    with TemporaryDirectory(prefix="bmerge-push-") as scratch:
+        choice = choose_files(
+            folder,
+            posterior=posterior,
+            only_posterior=only_posterior,
+            form=form,
+            scratch=Path(scratch),
+        )
+        made_from = parents(folder, posterior_only=only_posterior)
+        yield _Content(folder, posterior, only_posterior, form, choice, made_from)
 
 
 def _make_card(
@@ -137,6 +167,7 @@ def _make_card(
         licenses=licenses,
         posterior=content.posterior,
         posterior_only=content.only_posterior,
+        posterior_form=content.form,
     )
 
 

@@ -20,6 +20,12 @@ from mergekit_bayes.posterior.wording import (
 )
 
 _COLUMNS = ("model", "role", "scale", "commit", "observations", "sum H / sum H of the base")
+_POOLED = {  # what a posterior holds the inverse variance of
+    "tensor": "of each tensor (the mean of its entries)",
+    "row": "of each row of a tensor (the mean of its entries)",
+    "row-column": "of each entry as a product of two vectors",
+    None: "of each entry",
+}
 _NOTES = 50  # of a merge; honest ones have a handful
 _OPTIMIZERS = {"ivon": "IVON", "adamw": "AdamW"}
 
@@ -147,9 +153,9 @@ def _recipe(facts: Facts) -> str:
 def _posterior(facts: Facts) -> str:
     parts = [
         "## Posterior",
-        "`posterior/precision.safetensors` holds the inverse variance of each entry, 1/weight^2, "
-        "under the names of the weights' tensors. It belongs to these weights only, and readers "
-        "check that.",
+        f"`posterior/precision.posterior` holds the inverse variance {_POOLED[facts.pool]}, "
+        "1/weight^2, under the names of the weights' tensors. It belongs to these weights only, "
+        "and readers check that.",
     ]
     if facts.info is not None:
         parts.append(table(["", ""], [row for row in _info_rows(facts.info) if row[1]]))

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layers import group_layers
+from mergekit_bayes.checkpoint.layout import POSTERIOR_ENDING, POSTERIOR_FOLDER
 from mergekit_bayes.checkpoint.remote import RemoteHeader, file_sizes, read_headers
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.specs import TensorSpec
@@ -14,6 +15,7 @@ from mergekit_bayes.inspect.report import InspectReport, LayerReport, PrecisionS
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.stored import stored_tensors
 
 _NOTE = "only headers were read; fetch the model (`hf download`) to see values"
 
@@ -29,7 +31,8 @@ def inspect_headers(ref: str) -> InspectReport:
     """
     sizes = file_sizes(ref)
     files = _of_stem(sizes, "model") or _of_stem(sizes, "adapter_model")
-    precision_files = _of_stem(sizes, "posterior/precision")
+    stem = f"{POSTERIOR_FOLDER}/precision"
+    precision_files = _of_stem(sizes, stem, POSTERIOR_ENDING) or _of_stem(sizes, stem)
     if not files and not precision_files:
         raise CheckpointError(
             f"'{ref}' holds neither safetensors of a model nor a precision. If its tensors are in "
@@ -70,12 +73,12 @@ def inspect_headers(ref: str) -> InspectReport:
     )
 
 
-def _of_stem(sizes: Mapping[str, int], stem: str) -> tuple[str, ...]:
-    """The file `stem.safetensors`, or its shards."""
-    single = f"{stem}.safetensors"
+def _of_stem(sizes: Mapping[str, int], stem: str, ending: str = ".safetensors") -> tuple[str, ...]:
+    """The file of this stem and ending, or its shards."""
+    single = f"{stem}{ending}"
     if single in sizes:
         return (single,)
-    shards = f"{stem}-?????-of-?????.safetensors"
+    shards = f"{stem}-?????-of-?????{ending}"
     return tuple(sorted(path for path in sizes if fnmatchcase(path, shards)))
 
 
@@ -86,8 +89,10 @@ def _specs(headers: Iterable[RemoteHeader]) -> dict[str, TensorSpec]:
 def _precision_summary(
     headers: list[RemoteHeader], mean: Mapping[str, TensorSpec], names: list[str]
 ) -> PrecisionSummary:
-    precision = _specs(headers)
-    info = parse_info(headers[0].metadata, Path(headers[0].name))
+    file = Path(headers[0].name)
+    info = parse_info(headers[0].metadata, file)
+    tensors = stored_tensors(_specs(headers), info, file)
+    precision = {name: tensor.spec for name, tensor in tensors.items()}
     entries = sum(mean[name].size for name in names)
     covered = [name for name in names if is_form_of(precision.get(name), mean[name])]
     return PrecisionSummary(
@@ -95,7 +100,7 @@ def _precision_summary(
         info=info,
         belongs=None,
         covered=sum(mean[name].size for name in covered) / entries if entries else 0.0,
-        numbers=sum(precision[name].size for name in covered),
+        numbers=sum(tensors[name].numbers for name in covered),
         unknown=unknown_tensors(precision, mean) if mean else (),
         zeros=None,
         bad=None,

@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.specs import Array, TensorSource
 from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, LayerReport, PrecisionLayer
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.stored import stored_numbers
 
 _CHUNK = 1 << 18  # elements
 _BINS = 1 << 16
@@ -81,6 +82,8 @@ class LayerTotals:
                     self.precision.add(read_chunk(precision, stored, start, stop))
             if other is not None and partner is not None:
                 self.difference.add(weights, read_chunk(other.source, partner, start, stop))
+        if precision is not None:
+            self.precision.numbers += stored_numbers(precision, stored)
         if precision is not None and is_pooled:
             numbers = read_tensor(precision, stored).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
@@ -133,7 +136,6 @@ class PrecisionTotals:
         values = values.astype(np.float32)
         good = values[~is_bad_precision(values)]
         self.parameters += values.size * stands_for
-        self.numbers += values.size
         self.bad += (values.size - good.size) * stands_for
         self.zeros += int(np.count_nonzero(good == 0)) * stands_for
         if good.size:

@@ -3,7 +3,7 @@
     adapter_config.json               r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, ...
     adapter_model.safetensors         base_model.model.<module>.lora_A.weight   (r, d_in)
                                       base_model.model.<module>.lora_B.weight   (d_out, r)
-    posterior/precision.safetensors   the same names, 1/weight^2 (optional)
+    posterior/precision.posterior     the same names, 1/weight^2 (optional)
 
 A layer changes its weight by `s B A`, `s = alpha / r` or, rank-stabilised, `alpha / sqrt(r)`.
 """
@@ -29,6 +29,7 @@ from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
 from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
+from mergekit_bayes.posterior.forms import is_form_of
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
 INITIAL_A = "initial_A"
@@ -125,18 +126,18 @@ class Adapter(Closing):
             if there is no precision of that name.
 
         Raises:
-            PrecisionError: The precision has another shape than the tensor, or an entry of it is
-                negative or not finite.
+            PrecisionError: The precision has the shape of no form of the tensor's, or an entry of
+                it is negative or not finite.
         """
         source, info = self.posterior.precision, self.posterior.info
         if source is None or name not in source.specs:
             return None
-        if source.specs[name].shape != self.posterior.mean.specs[name].shape:
+        mean = self.posterior.mean.specs[name]
+        if not is_form_of(source.specs[name], mean):
             raise PrecisionError(
                 f"{source.where(name)}: the precision of '{name}' is "
                 f"{list(source.specs[name].shape)}, the tensor "
-                f"{list(self.posterior.mean.specs[name].shape)}. Use the precision that belongs to "
-                "this adapter."
+                f"{list(mean.shape)}. Use the precision that belongs to this adapter."
             )
         stored: Array = read_tensor(source, name).astype(np.float32, copy=False)
         if is_bad_precision(stored).any():
@@ -144,6 +145,7 @@ class Adapter(Closing):
                 f"{source.where(name)}: the precision of '{name}' has entries that are negative or "
                 "not finite. Make it again."
             )
+        stored = np.broadcast_to(stored, mean.shape)  # one number may stand for a row or for all
         if info is None or not info.ess:
             return stored
         observations = info.observations or info.ess

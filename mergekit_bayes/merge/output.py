@@ -4,17 +4,25 @@ import math
 from contextlib import ExitStack
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import precision_path, shard_name, write_index
+from mergekit_bayes.checkpoint.layout import (
+    POSTERIOR_FOLDER,
+    precision_name,
+    precision_path,
+    shard_name,
+    write_index,
+    write_precision_index,
+)
 from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import Closing, TensorSpec
+from mergekit_bayes.checkpoint.specs import Closing
 from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.merge.side_files import SideFiles
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 from mergekit_bayes.posterior import PosteriorInfo, identify, write_info
+from mergekit_bayes.posterior.stored import PRECISION, PrecisionSink, named
 
 
 class Output(Closing):
@@ -41,11 +49,11 @@ class Output(Closing):
             self._means = [out / plan.target.name]
             self._precisions = [out / precision_path(plan.target).name]
         else:
-            folder = out / "posterior"
+            folder = out / POSTERIOR_FOLDER
             if plan.info is not None:
                 folder.mkdir(exist_ok=True)
             self._means = [out / shard_name("model", i, count) for i in range(count)]
-            self._precisions = [folder / shard_name("precision", i, count) for i in range(count)]
+            self._precisions = [folder / precision_name(i, count) for i in range(count)]
         self._mean_sinks: list[SafetensorsSink] = []
         self._precision_sinks: list[SafetensorsSink | None] = []
         self._sinks: dict[str, Sinks] = {}
@@ -56,7 +64,9 @@ class Output(Closing):
 
     def _open_shard(self, shard: int, names: tuple[str, ...], stack: ExitStack) -> None:
         specs = {name: self._steps[name].spec for name in names}
-        mean = self._open(self._means[shard], specs, {"format": "pt"}, stack)
+        metadata, path = {"format": "pt"}, self._means[shard]
+        mean = SafetensorsSink(path, specs, metadata, shared=True, begun=self._begun)
+        stack.callback(mean.abandon)
         self._mean_sinks.append(mean)
         stored = {
             name: spec for name in names if (spec := self._steps[name].precision_spec) is not None
@@ -64,21 +74,11 @@ class Output(Closing):
         precision, info = None, self.plan.info
         if info is not None and stored:
             path = self._precisions[shard]
-            precision = self._open(path, stored, info.to_metadata(), stack)
+            precision = PrecisionSink(path, stored, info, shared=True, begun=self._begun)
+            stack.callback(precision.abandon)
         self._precision_sinks.append(precision)
         for name in names:
             self._sinks[name] = Sinks(mean, precision if name in stored else None)
-
-    def _open(
-        self,
-        path: Path,
-        specs: dict[str, TensorSpec],
-        metadata: dict[str, str],
-        stack: ExitStack,
-    ) -> SafetensorsSink:
-        sink = SafetensorsSink(path, specs, metadata, shared=True, begun=self._begun)
-        stack.callback(sink.abandon)
-        return sink
 
     def close(self) -> None:
         """Close the files as they are, complete after `finish` and incomplete before."""
@@ -116,7 +116,7 @@ class Output(Closing):
                     precision.metadata = info.to_metadata()
                     precision.close()
             if not plan.to_file:
-                write_info(self.out / "posterior", info)
+                write_info(self.out / POSTERIOR_FOLDER, info)
         write_own(self.out / recipe_path(plan.target).name, recipe_text(plan))
         if not plan.to_file:
             self._write_indices()
@@ -127,23 +127,21 @@ class Output(Closing):
         write_own(self.out / report_path(self.plan.target).name, text)
 
     def _write_indices(self) -> None:
-        if len(self._means) == 1:
-            return
         plan, steps = self.plan, self._steps
-        shards = {f.name: list(names) for f, names in zip(self._means, plan.shards, strict=True)}
-        write_index(self.out, "model", shards, sum(step.spec.nbytes for step in plan.steps))
-        if plan.info is None:
-            return
+        if len(self._means) > 1:
+            shards = {f.name: list(n) for f, n in zip(self._means, plan.shards, strict=True)}
+            write_index(self.out, "model", shards, sum(step.spec.nbytes for step in plan.steps))
         stored = {
-            file.name: [name for name in names if steps[name].precision_spec is not None]
+            file.name: [named(PRECISION, n) for n in names if steps[n].precision_spec is not None]
             for file, names, sink in zip(
                 self._precisions, plan.shards, self._precision_sinks, strict=True
             )
             if sink is not None
         }
-        precisions = (step.precision_spec for step in plan.steps)
-        size = sum(spec.nbytes for spec in precisions if spec is not None)
-        write_index(self.out / "posterior", "precision", stored, size)
+        if stored:
+            precisions = (step.precision_spec for step in plan.steps)
+            size = sum(spec.nbytes for spec in precisions if spec is not None)
+            write_precision_index(self.out / POSTERIOR_FOLDER, stored, size)
 
 
 def _identified(

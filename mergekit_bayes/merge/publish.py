@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.checkpoint.layout import old_precision_path, precision_path
 from mergekit_bayes.checkpoint.replacing import sync_path
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.partial import Partial
@@ -67,6 +67,7 @@ def publish(plan: MergePlan, partial: Partial, *, sync: bool) -> None:
 def _publish_files(plan: MergePlan, partial: Partial) -> None:
     if plan.info is None:
         precision_path(plan.target).unlink(missing_ok=True)  # that of the file which is replaced
+    old_precision_path(plan.target).unlink(missing_ok=True)
     for final in _final_names(plan):
         if (partial.out / final.name).exists():
             os.replace(partial.out / final.name, final)

@@ -40,10 +40,12 @@ def choose_guard(
     base = inputs.base.posterior
     removed: dict[str, float] = {}  # by the identity of the mean
     gains: dict[str, float] = {}
+    pools: dict[str, str | None] = {}
     for task in removals:
         identity = task.posterior.identity
         removed[identity] = removed.get(identity, 0.0) - task.scale
         gains[identity] = task.weighing.gain * task.weighing.inner
+        pools[identity] = None if task.precision_info is None else task.precision_info.pool
         if base.info is not None and any(t.mean.blocks == identity for t in base.info.terms):
             raise MismatchError(
                 f"'{base.ref}' contains '{task.ref}', but the frame of a removal is the original "
@@ -58,7 +60,9 @@ def choose_guard(
         for term in info.terms:
             identity = term.mean.blocks
             gain = term.gain * task.weighing.gain
-            if identity in contained and math.isclose(gain, gains[identity], rel_tol=1e-6):
+            if identity not in contained or term.pool != pools[identity]:
+                continue
+            if math.isclose(gain, gains[identity], rel_tol=1e-6):
                 contained[identity] += task.scale * term.scale
     if any(contained[identity] < amount - 1e-9 for identity, amount in removed.items()):
         return config.guard
@@ -71,10 +75,14 @@ def choose_guard(
 
 
 def _is_exact(config: MergeConfig, info: PosteriorInfo) -> bool:
-    """Whether the terms of a merge were added without the guard and by this merge's settings."""
+    """Whether the terms of a merge were added without the guard and by this merge's settings.
+
+    One that was pooled for storing has other numbers than those that its terms were added to.
+    """
     trace = info.merge
     return (
         trace is not None
+        and info.pool is None
         and trace.guarded_share == 0
         and not trace.uneven
         and (trace.only, trace.anchor) == (config.only, config.anchor)

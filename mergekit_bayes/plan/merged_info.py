@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.plan.counts import common_count
-from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.inputs import Input, Inputs, precision_info
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.weigh import precision_identity
@@ -137,9 +137,13 @@ def _terms(tasks: Sequence[Input], shares: Sequence[float]) -> tuple[Term, ...]:
 
 
 def _terms_of(task: Posterior) -> tuple[Term, ...]:
+    info = precision_info(task)
+    pool = None if info is None else info.pool
     if task.info is not None and task.info.terms:
-        return task.info.terms
-    return (Term(label=_label(task), mean=Identity(blocks=task.identity), scale=1.0),)
+        terms = task.info.terms
+        return tuple(term.model_copy(update={"pool": pool or term.pool}) for term in terms)
+    mean = Identity(blocks=task.identity)
+    return (Term(label=_label(task), mean=mean, scale=1.0, pool=pool),)
 
 
 def _label(task: Posterior) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.checkpoint.layout import old_precision_path, precision_path
 from mergekit_bayes.checkpoint.own_files import refuse_foreign_link
 from mergekit_bayes.checkpoint.replacing import real_output, refuse_foreign
 from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE, MERGE_REPORT
@@ -33,7 +33,8 @@ def choose_target(config: MergeConfig, inputs: Inputs) -> Path:
     written = [target]
     if target.suffix == ".safetensors":
         # The precision also where none is written: an old one would not belong to the new mean.
-        written += [report_path(target), recipe_path(target), precision_path(target)]
+        written += [report_path(target), recipe_path(target)]
+        written += [precision_path(target), old_precision_path(target)]
     for model in inputs:
         _refuse_overwriting(target, written, model.posterior)
     for path in written:

@@ -15,10 +15,12 @@ from mergekit_bayes.errors import CheckpointError, PrecisionError, shown
 from mergekit_bayes.posterior.edits import Edit, Identity
 from mergekit_bayes.records import Frozen
 
-FORMAT = 1
+FORMAT = 2  # what is written; what is read is every one up to it
 LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
+Pool = Literal["tensor", "row", "row-column"]
+_WITHOUT_KEY: Any = Field(None, exclude_if=lambda value: value is None)
 _LARGEST = 3.4e38  # about the largest float32, in which merges are computed
 
 
@@ -64,12 +66,14 @@ class Term(Frozen):
         mean: Identity of its weights.
         scale: Its scale in the merge.
         gain: The factor by which its stored precision was counted.
+        pool: The form to which its precision had been pooled for storing, as in its record.
     """
 
     label: str
     mean: Identity
     scale: float
     gain: float = 1.0
+    pool: Pool | None = _WITHOUT_KEY
 
 
 class MergeTrace(Frozen):
@@ -99,7 +103,7 @@ class PosteriorInfo(Frozen):
     """Everything needed to use a precision without asking its author.
 
     Attributes:
-        format: Version of this record.
+        format: Version of this record and of its files (`docs/posterior-format.md`).
         estimator: Where the curvature comes from: `ggn`, `ivon`, `fisher`, ... A merge carries the
             estimator of its terms.
         unit: What one observation is.
@@ -120,6 +124,8 @@ class PosteriorInfo(Frozen):
         terms: The posteriors of a merge.
         merge: How a merge counted them.
         edits: The adaptations inside, the oldest first. A record without any has no such key.
+        pool: The form to which an estimate was pooled, when it was made or stored again; a record
+            has no such key where it was not. That of a merge was chosen by it and is in `merge`.
     """
 
     format: int = FORMAT
@@ -140,10 +146,15 @@ class PosteriorInfo(Frozen):
     terms: tuple[Term, ...] = ()
     merge: MergeTrace | None = None
     edits: Annotated[tuple[Edit, ...], Field(exclude_if=lambda edits: not edits)] = ()
+    pool: Pool | None = _WITHOUT_KEY
 
     def to_metadata(self) -> dict[str, str]:
-        """The record as the string-to-string metadata of a safetensors file."""
-        return {"format": "pt", _HEADER_KEY: self.model_dump_json()}
+        """The record as the string-to-string metadata of a precision file of today's format."""
+        return {"format": "pt", _HEADER_KEY: self.in_current_format().model_dump_json()}
+
+    def in_current_format(self) -> "PosteriorInfo":
+        """The record as it is written today; its content is the same in every format so far."""
+        return self.model_copy(update={"format": FORMAT})
 
 
 def recorded_losses(infos: Iterable[PosteriorInfo | None]) -> list[str]:
@@ -210,9 +221,9 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
         content = parse_json(text)
         if not isinstance(content, dict):
             raise DocumentError("it is not a mapping")
-        if content.get("format") != FORMAT:
+        if content.get("format") not in range(1, FORMAT + 1):
             raise PrecisionError(
-                f"{file}: posterior format {shown(content.get('format'))}, this version reads "
+                f"{file}: posterior format {shown(content.get('format'))}, this version reads 1 to "
                 f"{FORMAT}. Update mergekit-bayes."
             )
         info = as_record(PosteriorInfo, content)

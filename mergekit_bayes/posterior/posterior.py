@@ -1,15 +1,16 @@
 """The posterior of a model: its weights as the mean, and a precision of the same names and shapes.
 
-On disk the mean is an ordinary checkpoint and stays untouched. The precision is a second
-safetensors set with the same names and shards:
+On disk the mean is an ordinary checkpoint and stays untouched. The precision is a second set of
+tensors, in safetensors format, with the same shards:
 
-    model/model.safetensors                 a.safetensors              the mean
-    model/posterior/precision.safetensors   a.precision.safetensors    float32, 1/weight^2, >= 0
-    model/posterior/posterior.json                                     PosteriorInfo, to read
+    model/model.safetensors                 a.safetensors    the mean
+    model/posterior/precision.posterior     a.posterior      float32, 1/weight^2, >= 0
+    model/posterior/precision.index.json                     which file holds which precision
+    model/posterior/posterior.json                           PosteriorInfo, to read
 
 `PosteriorInfo` also travels in the header of every precision file, which is the copy that is read.
-The precision has a subfolder because some loaders take every `*.safetensors` beside the model for
-weights.
+Some loaders take every `*.safetensors` beside the model or below it for weights: hence the ending,
+and a role before every name (`stored`). `docs/posterior-format.md` is the whole specification.
 """
 
 import hashlib
@@ -21,7 +22,14 @@ from functools import cached_property
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.identity import identity
-from mergekit_bayes.checkpoint.layout import checkpoint_files, precision_files, set_files
+from mergekit_bayes.checkpoint.layout import (
+    POSTERIOR_ENDING,
+    POSTERIOR_FOLDER,
+    checkpoint_files,
+    precision_files,
+    precision_set,
+    set_files,
+)
 from mergekit_bayes.checkpoint.moment_files import explain_moments
 from mergekit_bayes.checkpoint.renaming import find_renaming
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
@@ -37,7 +45,8 @@ from mergekit_bayes.checkpoint.sources import (
 from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource
 from mergekit_bayes.checkpoint.stamps import Stamp, changed_error
 from mergekit_bayes.errors import MismatchError, PrecisionError
-from mergekit_bayes.posterior.info import PosteriorInfo, read_info
+from mergekit_bayes.posterior.info import PosteriorInfo
+from mergekit_bayes.posterior.stored import StoredPrecisions
 
 
 @dataclass(frozen=True)
@@ -229,8 +238,8 @@ def open_posterior(
         if isotropic is None and with_precision:
             files = _given_precision(precision, ref) if precision else precision_files(path)
             if files:
-                source = stack.enter_context(SafetensorsSource(files))
-                posterior = replace(posterior, precision=source, info=read_info(source))
+                source = stack.enter_context(StoredPrecisions(files))
+                posterior = replace(posterior, precision=source, info=source.info)
         stack.pop_all()  # the posterior owns the files from here on
     return posterior
 
@@ -241,13 +250,15 @@ def _given_precision(ref: str, model: str) -> list[Path]:
     if path.is_file():
         if reason := explain_moments(path, ref, model):
             raise PrecisionError(reason)
-        return checkpoint_files(path, ref)
-    for folder, stem in ((path / "posterior", "precision"), (path, "precision"), (path, "model")):
-        # The weights of a training's checkpoint are no precision either.
-        if stem == "model" and (reason := explain_moments(path, ref, model)):
-            raise PrecisionError(reason)
-        if stem == "model" and is_hub_id(ref):
-            resolve(ref, CHECKPOINT)
-        if files := set_files(folder, stem):
+        return [path] if path.suffix == POSTERIOR_ENDING else checkpoint_files(path, ref)
+    for folder in (path / POSTERIOR_FOLDER, path):
+        if files := precision_set(folder):
             return files
-    raise PrecisionError(f"'{ref}' holds no precision.safetensors. Name the file itself.")
+    # The weights of a training's checkpoint are no precision either.
+    if reason := explain_moments(path, ref, model):
+        raise PrecisionError(reason)
+    if is_hub_id(ref):
+        resolve(ref, CHECKPOINT)
+    if files := set_files(path, "model"):
+        return files
+    raise PrecisionError(f"'{ref}' holds no precision. Name the file itself.")

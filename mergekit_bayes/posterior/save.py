@@ -1,5 +1,6 @@
 """Write a precision beside its mean."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,36 +9,40 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import encode, is_bad_precision
 from mergekit_bayes.checkpoint.layout import (
     checkpoint_files,
+    is_precision_file,
+    old_precision_path,
+    precision_name,
     precision_path,
-    shard_name,
-    write_index,
+    write_precision_index,
 )
 from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
-from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
+from mergekit_bayes.posterior.stored import RankOne, parts_of
 
 
 def save_posterior(
     model: Path,
-    precision: Mapping[str, Array],
+    precision: Mapping[str, Array | RankOne],
     info: PosteriorInfo,
     *,
     out: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Store a precision beside its model, with the model's names, shapes and shards.
+    """Store a precision beside its model, under the model's names and in its shards.
 
     Args:
         model: The checkpoint, a file or folder; it is not touched.
-        precision: float32 arrays under the checkpoint's own tensor names, in any form; 1/weight^2,
-            finite and >= 0. Tensors that were not trained may be absent.
+        precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
+            >= 0; each in any form of `forms`, or of rank one. Tensors that were not trained may be
+            absent.
         info: The record, which is stored in every file's header.
-        out: Another place: a `.safetensors` file, or a folder.
+        out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
 
     Returns:
@@ -51,20 +56,28 @@ def save_posterior(
     with SafetensorsSource(checkpoint_files(model)) as mean:
         _check_precision(precision, mean, model)
         target = out or precision_path(model)
+        old = old_precision_path(model) if out is None else target
+        if os.path.lexists(old) and not force:
+            raise CheckpointError(f"'{old}' exists. Pass --force to replace it.")
         with replacing(target, force=force) as partial:
-            if target.suffix == ".safetensors":
+            if is_precision_file(target):
                 _write_set(partial, precision, info)
             else:
                 _write_folder(partial, precision, info, mean)
+        if old != target:  # of an earlier version: there would be two
+            old.unlink(missing_ok=True)
     return target
 
 
 def write_info(folder: Path, info: PosteriorInfo) -> None:
     """Write `posterior.json`, the copy of the record that is there to be read by eye."""
-    write_own(folder / "posterior.json", info.model_dump_json(indent=2) + "\n")
+    text = info.in_current_format().model_dump_json(indent=2)
+    write_own(folder / "posterior.json", text + "\n")
 
 
-def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, model: Path) -> None:
+def _check_precision(
+    precision: Mapping[str, Array | RankOne], mean: SafetensorsSource, model: Path
+) -> None:
     for name, values in precision.items():
         spec = mean.specs.get(name)
         if spec is None:
@@ -74,32 +87,45 @@ def _check_precision(precision: Mapping[str, Array], mean: SafetensorsSource, mo
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
-        bad = int(np.count_nonzero(is_bad_precision(values)))
+        parts = parts_of(name, values).values()
+        bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
+            size = sum(part.size for part in parts)
             raise PrecisionError(
-                f"precision of '{name}': {bad} of {values.size} entries are negative or not finite."
+                f"precision of '{name}': {bad} of {size} entries are negative or not finite."
             )
 
 
 def _write_folder(
-    folder: Path, precision: Mapping[str, Array], info: PosteriorInfo, mean: SafetensorsSource
+    folder: Path,
+    precision: Mapping[str, Array | RankOne],
+    info: PosteriorInfo,
+    mean: SafetensorsSource,
 ) -> None:
     """Write the precision as shards that follow the mean's, with index and record."""
     folder.mkdir()
     groups: dict[int, list[str]] = {}
     for name in precision:
         groups.setdefault(mean.file_of(name), []).append(name)
-    count = len(mean.files)
-    shards = {shard_name("precision", i, count): names for i, names in sorted(groups.items())}
-    for file, names in shards.items():
-        _write_set(folder / file, {n: precision[n] for n in names}, info)
-    if count > 1:
-        write_index(folder, "precision", shards, sum(4 * p.size for p in precision.values()))
+    count, total_size = len(mean.files), 0
+    in_files: dict[str, list[str]] = {}
+    for i, names in sorted(groups.items()):
+        file = precision_name(i, count)
+        parts = _write_set(folder / file, {n: precision[n] for n in names}, info)
+        in_files[file] = list(parts)
+        total_size += 4 * sum(part.size for part in parts.values())
+    if in_files:
+        write_precision_index(folder, in_files, total_size)
     write_info(folder, info)
 
 
-def _write_set(path: Path, tensors: Mapping[str, Array], info: PosteriorInfo) -> None:
-    specs = {name: TensorSpec("F32", t.shape) for name, t in tensors.items()}
+def _write_set(
+    path: Path, precision: Mapping[str, Array | RankOne], info: PosteriorInfo
+) -> Mapping[str, Array]:
+    """Write one file, and return its tensors."""
+    parts = {n: t for name, p in precision.items() for n, t in parts_of(name, p).items()}
+    specs = {name: TensorSpec("F32", part.shape) for name, part in parts.items()}
     with SafetensorsSink(path, specs, info.to_metadata()) as sink:
-        for name, t in tensors.items():
-            sink.write_bytes(name, 0, encode(t.reshape(-1), "F32"))
+        for name, part in parts.items():
+            sink.write_bytes(name, 0, encode(part.reshape(-1), "F32"))
+    return parts

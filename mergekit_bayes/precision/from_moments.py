@@ -32,6 +32,7 @@ from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, sav
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.keeping import by_tensor, keeping, stored_precision
 from mergekit_bayes.precision.moment_checks import (
+    ADAM,
     TRAINER_STATE,
     in_memory,
     refuse_other_shapes,
@@ -41,7 +42,6 @@ from mergekit_bayes.precision.moment_checks import (
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.stored import stored_dtype, stored_names
 
-ESTIMATOR = "adam"
 _CLIP = 1.0  # the Trainer's default of max_grad_norm
 _LARGEST_NORM = 1e30  # NaN and infinity are no norms
 _COARSE = 0.996  # a larger beta2 changes a moment by less than half a step of bfloat16
@@ -81,7 +81,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         beta2 = max(moment.beta2 or 0 for moment in named.values())
         notes += _notes(named, moments, found, len(_parameters(skeleton)))
         info = PosteriorInfo(
-            estimator=ESTIMATOR,
+            estimator=ADAM,
             unit=UNIT[skeleton.task],
             observations=config.observations,
             ess=config.observations,
@@ -92,7 +92,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
             dtype=stored_dtype(source),
             aliases={alias: rename(name) for alias, name in tied.items()},
             training={
-                "optimizer": "adam",
+                "optimizer": ADAM,
                 "steps": step,
                 "beta2": beta2,
                 "batch_observations": config.batch_observations,
@@ -107,7 +107,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
     out = Path(config.output) if config.output else None
     return PrecisionReport(
         path=save_posterior(skeleton.path, arrays, info, out=out, force=config.force),
-        estimator=ESTIMATOR,
+        estimator=ADAM,
         unit=UNIT[skeleton.task],
         loss=loss.describe(),
         observations=config.observations,

@@ -33,7 +33,7 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     Raises:
         MismatchError: The model's rows cannot be pooled.
     """
-    axes = row_axes(model) if config.pool else {}
+    axes = row_axes(model) if config.pool in ("row", "tensor") else {}
     place = target_of(config).parent if config.sums == "disk" else config.sums
     return Keeping(axes, place, is_shared=True)
 

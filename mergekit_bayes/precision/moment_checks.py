@@ -14,12 +14,13 @@ from mergekit_bayes.models.skeleton import Skeleton
 from mergekit_bayes.moments import Moment, Moments
 from mergekit_bayes.precision.settings import PrecisionConfig
 
-TRAINER_STATE = "trainer_state.json"
-_OF_DATA = {
-    *("where", "text_column", "label_column", "examples", "batch_size", "max_length"),
-    *("sums", "seed", "device", "dtype", "estimator", "num_processes"),
-    *("self_generated", "keep_generated", "random_tokens"),
+ADAM = "adam"
+_OF_A_PASS = {
+    *("self_generated", "keep_generated", "random_tokens", "where", "text_column", "label_column"),
+    *("examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
+    "num_processes",
 }
+TRAINER_STATE = "trainer_state.json"
 _NOTHING_RECORDED = (
     "nothing on the disk says that the moments are of these weights: neither a trainer_state.json "
     "beside the weights, nor weights beside the moments"
@@ -40,12 +41,23 @@ def refuse_moment_settings(config: PrecisionConfig) -> None:
         own = counts | {"--step": config.step, "--beta2": config.beta2}
         if given := [flag for flag, value in own.items() if value is not None]:
             raise ConfigError(f"{given[0]} goes with --from: data are counted, not told.")
+        if config.estimator == ADAM:
+            raise ConfigError(
+                "--estimator adam reads what a training has left: name it with --from PATH."
+            )
         return
-    if of_data := sorted(_OF_DATA & config.model_fields_set):
-        flag = of_data[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is for an estimate from text, and --from reads none.")
+    if "estimator" in config.model_fields_set and config.estimator != ADAM:
+        raise ConfigError(
+            f"--estimator {config.estimator} makes a pass over data, and --from makes none: what "
+            "it reads is adam."
+        )
     if config.data is not None:
         raise ConfigError("--data and --from: name one of them, text or what a training has left.")
+    if others := sorted(_OF_A_PASS & config.model_fields_set):
+        raise ConfigError(
+            f"--{others[0].replace('_', '-')} is about a pass over data, and --from makes none. "
+            "Leave it out."
+        )
     if missing := [flag for flag, value in counts.items() if value is None]:
         raise ConfigError(
             f"--from needs {' and '.join(missing)}: no optimizer's file says for how many "

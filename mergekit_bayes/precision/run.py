@@ -5,13 +5,15 @@ observations of all the data. How many examples the estimate looked at is record
 """
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
+from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.checkpoint.stamps import refuse_changed
 from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
 from mergekit_bayes.curvature.health import precision_health
@@ -24,6 +26,8 @@ from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
 from mergekit_bayes.posterior.info import LOSS
+from mergekit_bayes.posterior.pooling import rank_ones
+from mergekit_bayes.posterior.stored import RankOne
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.keeping import stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
@@ -69,10 +73,14 @@ def _refuse_settings(config: PrecisionConfig) -> None:
             "with -o."
         )
     target = target_of(config)
-    if os.path.exists(target) and not config.force:
-        raise CheckpointError(
-            f"'{target}' exists. Choose another -o, or pass --force to replace it."
-        )
+    earlier = (
+        target if config.output else old_precision_path(Path(os.path.expanduser(config.model)))
+    )
+    for place in (target, earlier):
+        if os.path.exists(place) and not config.force:
+            raise CheckpointError(
+                f"'{place}' exists. Choose another -o, or pass --force to replace it."
+            )
     model = os.path.expanduser(config.model)
     weights = Path(model).glob("*.safetensors") if os.path.isdir(model) else ()
     data = (config.data,) if isinstance(config.data, str) else config.data or ()
@@ -120,12 +128,16 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
             aliases={alias: rename(name) for alias, name in tied.items()},
             training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
             health=health,
+            pool=config.pool,
         )
-        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in precision.items()}
+        arrays: dict[str, Array] = {rename(n): t.cpu().numpy() for n, t in precision.items()}
+        stored: Mapping[str, Array | RankOne] = arrays
+        if config.pool == "row-column":
+            stored = rank_ones(arrays)
         refuse_changed(source.inputs)  # else the record would be of other weights
     out = Path(config.output) if config.output else None
     return PrecisionReport(
-        path=save_posterior(loaded.path, arrays, info, out=out, force=config.force),
+        path=save_posterior(loaded.path, stored, info, out=out, force=config.force),
         estimator=config.estimator,
         unit=UNIT[loaded.task],
         loss=loss.describe(),
@@ -148,8 +160,6 @@ def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
-    if config.pool:
-        record["pool"] = config.pool
     ref = pinned(config.model, loaded.path)
     if ref != config.model or is_hub_id(ref):
         record["model"] = ref

@@ -7,9 +7,12 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.models.load import Device, Dtype, Task
+from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
-EstimatorName: TypeAlias = Literal["ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon"]
+EstimatorName: TypeAlias = Literal[
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+]
 
 
 class PrecisionConfig(Config):
@@ -39,8 +42,9 @@ class PrecisionConfig(Config):
     estimator: EstimatorName = Field(
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
-        "(at most 64 outputs), fisher-empirical (labels of the data) or ivon (noise on the "
-        "weights, labels of the data). A merge wants one estimator for all models.",
+        "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
+        "weights, labels of the data), or adam (with --from). A merge wants one "
+        "estimator for all models.",
     )
     moments: str | None = Field(
         None,
@@ -82,10 +86,11 @@ class PrecisionConfig(Config):
         "data.",
     )
     max_length: int = Field(512, ge=2, description="Tokens of a row at most.")
-    pool: Literal["tensor", "row"] | None = Field(
+    pool: Pool | None = Field(
         None,
         description="tensor or row: keep the mean of each tensor or row in place of its entries, "
-        "so that the sums take kilobytes.",
+        "so that the sums take kilobytes. row-column: store two vectors a matrix, whose product "
+        "has the sums of its rows and columns.",
     )
     sums: Literal["device", "cpu", "disk"] = Field(
         "device",

@@ -61,19 +61,26 @@ def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
             ("--data", config.data),
             ("--self-generated", config.self_generated),
             ("--random-tokens", config.random_tokens),
+            ("--from", config.moments),
         )
         if value is not None
     ]
     if not given:
         raise ConfigError(
-            "no data: name rows with --data, or let a causal language model do without: "
-            "--self-generated N (texts that it writes) or --random-tokens N. Second moments of a "
-            "training's Adam are named with --from."
+            "name what the precision stands for: --data TEXT, or --from PATH. A causal language "
+            "model can do without: --self-generated N (texts that it writes) or --random-tokens N."
         )
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: a precision stands for one of them. Name one.")
     if config.where is not None and config.data is None:
         raise ConfigError(f"--where chooses rows of --data, and {given[0]} has none. Leave it out.")
+    if config.estimator == "adam" and config.moments is None:
+        raise ConfigError("--estimator adam reads what a training has left. Name it with --from.")
+    if config.estimator not in ("ggn", "adam") and config.moments is not None:
+        raise ConfigError(
+            f"--estimator {config.estimator} needs the model's outputs on rows, and --from has "
+            "Adam's moments only. Leave one of them out."
+        )
     if config.estimator in LABELLED and config.random_tokens is not None:
         raise ConfigError(
             f"--estimator {config.estimator} looks at observed tokens, and nobody observed those "

@@ -22,6 +22,7 @@ from mergekit_bayes.posterior.information import (
     Information,
     chosen,
     doubts,
+    floors,
     information,
     is_enough,
     needs_weights,
@@ -33,7 +34,7 @@ _LAYERS = 2  # numbered layers that are looked at
 _ALIKE = 0.05  # relative deviation of weights from uniform ones that makes no difference
 # Largest ratio of curvature per observation between two models that is no mistake of units, by what
 # an observation is; measured by scripts/experiments/planted_precisions.py.
-_RATIOS = {"token": 6.0, "example": 200.0}
+_RATIOS = {"token": 4.0, "example": 70.0}
 
 _Array = NDArray[np.float64]
 Samples = dict[Input, dict[str, Grid]]
@@ -106,8 +107,9 @@ def _other_scales(samples: Samples, found: Mapping[Input, Information]) -> list[
     for model, (grids, count) in counted.items():
         first = next(iter(counted))
         others, other_count = counted[first]
-        ratio = _ratio(grids, others) * other_count / count
         info = model.precision_info
+        ratio = _ratio(grids, others, floors(info)[0], floors(first.precision_info)[0])
+        ratio *= other_count / count
         limit = _RATIOS.get(str(info.unit if info else None), max(_RATIOS.values()))
         if ratio and not 1 / limit <= ratio <= limit:
             unit = (info.unit if info else None) or "observation"
@@ -126,11 +128,13 @@ def _count(info: PosteriorInfo | None) -> float | None:
     return info.ess or info.observations
 
 
-def _ratio(one: Mapping[str, Grid], other: Mapping[str, Grid]) -> float:
-    """The median ratio of entries that are positive in both; 0 without any."""
+def _ratio(
+    one: Mapping[str, Grid], other: Mapping[str, Grid], prior: float, other_prior: float
+) -> float:
+    """The median ratio of what lies above the priors, where it does in both; 0 without any."""
     ratios = []
     for name in one.keys() & other.keys():
-        a, b = one[name].values, other[name].values
+        a, b = one[name].values - prior, other[name].values - other_prior
         if a.shape == b.shape and one[name].is_matrix:
             both = (a > 0) & (b > 0) & np.isfinite(a) & np.isfinite(b)
             ratios.append(np.log(a[both]) - np.log(b[both]))

@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.posterior import PosteriorInfo, identify
+from mergekit_bayes.posterior.stored import PRECISION, named
 
 MODELS = ("base", "a", "b")
 
@@ -100,8 +101,8 @@ def make(target: Path, shape: Shape, precision: str) -> None:
                 ess=1000,
                 mean=identify(source, full=False),
             )
-        specs = {n: TensorSpec(precision, s) for n, s in shapes.items()}
-        file = folder / name / "posterior" / "precision.safetensors"
+        specs = {named(PRECISION, n): TensorSpec(precision, s) for n, s in shapes.items()}
+        file = folder / name / "posterior" / "precision.posterior"
         _write(file, specs, info.to_metadata(), precisions, rng)
     folder.rename(target)
 

@@ -71,7 +71,7 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     """All rows of one size."""
     folder = work / f"{size:g}"
     means = [str(folder / m / "model.safetensors") for m in MODELS]
-    precisions = [str(folder / m / "posterior" / "precision.safetensors") for m in MODELS]
+    precisions = [str(folder / m / "posterior" / "precision.posterior") for m in MODELS]
     entries = sum(int(np.prod(s)) for s in tensors(SHAPES[size]).values())
     base, a, b = (str(folder / m) for m in MODELS)
 

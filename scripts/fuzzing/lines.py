@@ -39,7 +39,7 @@ def _line(name: str, words: str, needs: str, out: str | None = None, **options: 
 _SAMPLED = "--continuations 2 --new-tokens 3 --bootstrap 20"
 _REMOVAL = "--base base --weights precision --scale 1 --scale=-0.5"
 _LABELS = "--scorer model:classifier#LABEL_1"
-_FILES = "a.safetensors a.precision.safetensors b.safetensors b.precision.safetensors"
+_FILES = "a.safetensors a.posterior b.safetensors b.posterior"
 
 
 def _merge(name: str, words: str, needs: str, out: str = "out", **options: object) -> Line:

@@ -258,7 +258,7 @@ def ways(path: Path) -> dict[str, tuple[Bytes, ...]]:
     documents = _DOCUMENTS.get(path.suffix, ())
     if path.suffix == ".md" and not path.read_bytes().startswith(b"---\n"):
         documents = ()
-    text = () if path.suffix in (".safetensors", ".bin", ".parquet", ".pt") else TEXT
+    text = () if path.suffix in (".safetensors", ".posterior", ".bin", ".parquet", ".pt") else TEXT
     found = {"document": documents, "bytes": BYTES, "text": text}
     return {kind: group for kind, group in found.items() if group}
 
@@ -285,6 +285,7 @@ _DOCUMENTS: dict[str, tuple[Bytes, ...]] = {
     ".yaml": (yaml_values, yaml_values, yaml_spelling),
     ".md": (yaml_values, yaml_values, yaml_spelling),
     ".safetensors": (rewritten, rewritten, rewritten, wrong_length),
+    ".posterior": (rewritten, rewritten, rewritten, wrong_length),
     ".bin": (rezipped, rezipped, repickled),
     ".pt": (rezipped,),
 }

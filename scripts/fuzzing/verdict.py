@@ -33,6 +33,7 @@ BAD = (
     "message",
 )
 MEMORY = 500 << 20  # bytes above what the same line takes on good files
+_ENDINGS = (".safetensors", ".posterior")  # of files of tensors
 _LONGEST = 4000  # characters of a message
 _READ = 32 << 20  # bytes of a file that are compared; of larger ones size and time are
 
@@ -69,19 +70,20 @@ def tensors(out: Path) -> dict[str, str]:
     Raises:
         ValueError: A file of the output is missing or cannot be read.
     """
-    files = [out] if out.is_file() else sorted(out.rglob("*.safetensors"))
+    files = [out] if out.is_file() else sorted(f for e in _ENDINGS for f in out.rglob(f"*{e}"))
     for index in sorted(out.rglob("*.index.json")) if out.is_dir() else []:
         if "bin" not in index.name:
-            for name in json.loads(index.read_text())["weight_map"].values():
+            content = json.loads(index.read_text())
+            for name in content.get("weight_map", content.get("tensors")).values():
                 if not (index.parent / name).is_file():
                     raise ValueError(f"{index.name} names '{name}', which is not there")
     found = {}
     for file in files:
         try:
-            content = safetensors.deserialize(file.read_bytes())
+            stored = safetensors.deserialize(file.read_bytes())
         except Exception as error:
             raise ValueError(f"{file.name}: {error}") from None
-        for name, tensor in content:
+        for name, tensor in stored:
             about = f"{tensor['dtype']} {tensor['shape']} ".encode()
             place = f"{file.relative_to(out)}/{name}"
             found[place] = hashlib.sha256(about + bytes(tensor["data"])).hexdigest()
