@@ -68,7 +68,7 @@ class PrecisionConfig(Config):
         None, ge=0, lt=1, description="With --from: Adam's beta2, where the file does not say."
     )
     output: str | None = Field(
-        None, description="A folder or .safetensors file; by default MODEL/posterior."
+        None, description="A folder or .posterior file; by default MODEL/posterior."
     )
     where: dict[str, Any] | None = Field(
         None, description="COLUMN=VALUE: keep the rows with this value; repeatable."
