@@ -50,6 +50,17 @@ def test_the_second_moment_of_sampled_scores_is_the_hessian_in_the_outputs(likel
     assert (scores.mean(0).abs() < 5 * scores.std(0) / draws**0.5).all()
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_how_much_is_drawn_follows_from_the_shape(likelihood):
+    """So that a process can skip what another one draws, whose logits it does not have."""
+    states = []
+    for logits in (torch.zeros(7, 5), 9 * torch.randn(7, 5), torch.full((7, 5), -50.0)):
+        generator = torch.Generator().manual_seed(0)
+        sampled_score(logits, likelihood, generator)
+        states.append(generator.get_state())
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
 @of_every_case
 def test_the_fisher_is_the_squared_projection_of_sampled_scores(case):
     """With the second moment of the scores the estimate is right exactly."""

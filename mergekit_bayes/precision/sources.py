@@ -25,7 +25,6 @@ from mergekit_bayes.models.load import Loaded, other_head
 from mergekit_bayes.models.quiet import bar
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.precision.settings import PrecisionConfig
-from mergekit_bayes.ranks import on_main
 
 _TEXT = "text"  # the column of the texts that are kept, which is that of `--data` by default
 
@@ -109,7 +108,7 @@ def _refuse_keeping(config: PrecisionConfig, kept: Path, target: Path | None) ->
 def read_source(config: PrecisionConfig, loaded: Loaded) -> Source:
     """Read rows, or have the model do without them.
 
-    Every rank must call this at the same time. A model that writes is moved to its device.
+    A model that writes is moved to its device.
 
     Raises:
         CheckpointError: Rows cannot be read, or the model cannot write.
@@ -222,10 +221,6 @@ def _written(config: PrecisionConfig, loaded: Loaded, length: int) -> list[str]:
         )
     if config.keep_generated is not None:
         kept = Path(os.path.expanduser(config.keep_generated))
-        on_main(lambda: _keep(texts, kept, force=config.force))
+        with replacing(kept, force=config.force) as partial:
+            write_own(partial, "".join(json.dumps({_TEXT: text}) + "\n" for text in texts))
     return texts
-
-
-def _keep(texts: list[str], kept: Path, *, force: bool) -> None:
-    with replacing(kept, force=force) as partial:
-        write_own(partial, "".join(json.dumps({_TEXT: text}) + "\n" for text in texts))
