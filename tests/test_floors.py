@@ -27,7 +27,8 @@ FAMILIES = {
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},
-    "curvature": ROOMS["curvature"].steps.keys() - {"table", "squares", "outputs", "base", "sums"},
+    "curvature": ROOMS["curvature"].steps.keys()
+    - {"table", "squares", "outputs", "base", "state", "stability", "sums", "parts"},
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {

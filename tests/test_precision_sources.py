@@ -45,7 +45,7 @@ def estimate(world, model, output, **settings):
     config = PrecisionConfig(model=str(world / model), output=str(output), **settings)
     report = run_precision(config, quiet=True)
     with open_posterior(str(world / model), precision=str(output)) as posterior:
-        return tiny.read(output), posterior.info, report
+        return tiny.read_precision(world / model, output), posterior.info, report
 
 
 def test_the_setting_names_the_estimators_of_the_table():

@@ -334,6 +334,7 @@ WRITERS = {
     "compare/files": "into the folder of `replacing`",
     "compare/picture": "into the folder of `replacing`",
     "compare/relearn": "in a new folder of scratch",
+    "curvature/parts": "in a folder that make_own_folder has checked; own_files opens it",
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
     "detox/picture": "to the path of `replacing`",
     "entry": "to devices that stand for streams that are closed",

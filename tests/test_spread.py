@@ -20,6 +20,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.generation import Sampling, sample_continuations
+from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.metrics.classification import measure_classification
 from mergekit_bayes.metrics.conditional import conditional_nats
 from mergekit_bayes.metrics.perplexity import measure_perplexity
@@ -56,6 +57,9 @@ ESTIMATES = {
     "entries": ["precision", "lm", "--data", "t.jsonl", "--batch-size", "2"],
     "rows": ["precision", "judge", "--data", "t.jsonl", "--batch-size", "3", "--pool", "row"],
 }
+
+
+STOPPED = [*ESTIMATES["entries"], "-o", "stopped.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +199,15 @@ def test_an_error_of_one_process_in_a_pass_is_the_same_error_on_both(found, fold
     assert (first["code"], second["code"]) == (2, 2)
     assert "a batch of the second process" in first["stderr"]
     assert second["stdout"] + second["stderr"] == ""
-    assert not list(folder.glob("broken*"))
+
+
+def test_two_processes_go_on_where_they_were_stopped(found, folder):
+    first, second = found[0]
+    assert first["parts"] == second["parts"] == ["rank-0-of-2", "rank-1-of-2"]
+    assert (first["resumed"]["code"], second["resumed"]["code"]) == (0, 0)
+    resumed, whole = (folder / f"{name}.safetensors" for name in ("stopped", "entries"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not list(folder.glob("stopped*.partial"))
 
 
 OUTPUTS = ("two", "one")
@@ -292,8 +304,10 @@ def child(folder):
         result[name] = run_line(*line, "-o", f"{name}.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.is_main():
-            patch.setattr("mergekit_bayes.curvature.squares.outputs_of", fail)
-        result["broken"] = run_line(*ESTIMATES["entries"], "-o", "broken.safetensors")
+            patch.setattr("mergekit_bayes.curvature.squares.outputs_of", failing_third_time())
+        result["broken"] = run_line(*STOPPED, "--save-every", "0")
+    result["parts"] = sorted(path.name for path in folder.glob("stopped*/part-*/*"))
+    result["resumed"] = run_line(*STOPPED, "--resume")
     if ranks.is_main():
         (folder / "broken").touch()
     result["fails"] = run_line(*LINE, "-o", "nothing")
@@ -305,8 +319,17 @@ def child(folder):
         (folder / "found.json").write_text(json.dumps(results))
 
 
-def fail(*_, **__):
-    raise CheckpointError("a batch of the second process")
+def failing_third_time():
+    """The outputs of a model, for two batches."""
+    batches = []
+
+    def outputs(model, **inputs):
+        batches.append(1)
+        if len(batches) > 2:
+            raise CheckpointError("a batch of the second process")
+        return outputs_of(model, **inputs)
+
+    return outputs
 
 
 def led():

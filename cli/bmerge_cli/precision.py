@@ -41,6 +41,8 @@ _ROWS = {
     option("prior"),
     option("seed"),
     option("task"),
+    option("resume"),
+    option("save_every"),
     option("num_processes", low=1),
     option("device"),
     option("dtype"),

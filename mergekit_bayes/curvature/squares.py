@@ -33,8 +33,8 @@ from mergekit_bayes.curvature.outputs import (
     scored_targets,
     trained_loss,
 )
-from mergekit_bayes.curvature.stability import Subsamples
-from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
+from mergekit_bayes.curvature.state import State
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
 
@@ -87,31 +87,34 @@ def squared_gradients(
         Tensors for every parameter that requires a gradient; tied parameters once.
 
     Raises:
-        CheckpointError: The model's outputs are not numbers.
+        CheckpointError: The model's outputs are not numbers; or a part cannot be written or read.
+        ConfigError: The part that was saved is of another pass.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    sums, subsamples = Sums(parameters, keep), Subsamples()
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    own = _Pass(model, roots, generator, tuple(parameters.values()))
+    own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
-    observations, was_training = 0, model.training
+    was_training = model.training
+    if keep.parts is not None:
+        state.restore(keep.parts)
     model.eval()
     try:
-        with _handed_over(parameters, sums.add):
-            for together in _by_round(batches, ranks):
+        with _handed_over(parameters, state.sums.add):
+            for together in islice(_by_round(batches, ranks), state.rounds, None):
                 step = partial(own.add, together, rank)
-                observations += in_step(step) if ranks > 1 else step()
-                subsamples.after_batch(sums.totals, observations)
+                state.after_round(in_step(step) if ranks > 1 else step())
+                if keep.parts is not None:
+                    state.save_if_due(keep.parts)
     finally:
         model.train(was_training)
-    parts = subsamples.parts()
+    observations, parts = state.observations, state.subsamples.parts()
     if ranks > 1:
-        for total in sums.totals.values():
+        for total in state.sums.totals.values():
             add_over_ranks(total)
         counted = gather((observations, parts))
         observations = sum(count for count, _ in counted)
         parts = tuple(part for _, own_parts in counted for part in own_parts)
-    return Curvature(sums.totals, observations, parts)
+    return Curvature(state.sums.totals, observations, parts)
 
 
 def _by_round(batches: Iterable[_Batch], ranks: int) -> Iterator[list[_Batch]]:
@@ -131,7 +134,6 @@ class _Pass(NamedTuple):
     model: Module
     roots: Roots
     generator: torch.Generator
-    parameters: tuple[Tensor, ...]
 
     def add(self, together: Sequence[_Batch], rank: int) -> int:
         """Run the backward passes of one batch of a round, inside of `_handed_over`.
@@ -142,20 +144,21 @@ class _Pass(NamedTuple):
         if rank >= len(together):
             return 0
         batch = together[rank]
-        inputs = {name: v for name, v in batch.items() if name != "labels"}
-        outputs = outputs_of(self.model, **inputs).logits
+        seen_by_model = {name: v for name, v in batch.items() if name != "labels"}
+        outputs = outputs_of(self.model, **seen_by_model).logits
         for other in together[:rank]:
             self._skip(outputs, other)
         logits, seen = self._look(outputs, batch)
         vectors = [vector.to(logits.dtype) for vector in self.roots(seen)]
         for other in together[rank + 1 :]:
             self._skip(outputs, other)
+        inputs = [p for p in self.model.parameters() if p.requires_grad]
         observations, edge = len(logits), get_gradient_edge(logits)
         # With many tokens to choose from, logits are larger than any parameter.
         del outputs, logits, seen
         while vectors:
             vector = vectors.pop(0)
-            backward(edge, vector, retain_graph=bool(vectors), inputs=list(self.parameters))
+            backward(edge, vector, retain_graph=bool(vectors), inputs=inputs)
         return observations
 
     def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:

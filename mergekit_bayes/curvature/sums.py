@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_bayes.curvature.parts import Parts
 from mergekit_bayes.errors import CheckpointError
 
 _AT_ONCE = 1 << 20  # entries that are squared at once, which bounds what a float32 copy takes
@@ -35,11 +36,13 @@ class Keeping(NamedTuple):
             without a name holds the sums. It is gone when the process ends, however it does.
         is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
             must make the pass, with the same batches.
+        parts: Where the pass is saved, and gone on from.
     """
 
     axes: Mapping[str, int] = {}
     place: Literal["device", "cpu"] | Path = "device"
     is_shared: bool = False
+    parts: Parts | None = None
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""

@@ -21,6 +21,12 @@ def target_of(config: PrecisionConfig) -> Path:
     return precision_path(Path(os.path.expanduser(config.model)))
 
 
+def parts_folder(config: PrecisionConfig) -> Path:
+    """The folder beside it in which the state of the estimate is saved meanwhile."""
+    target = target_of(config)
+    return target.with_name(target.name + ".partial")
+
+
 def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     """How the sums are kept: by row for `--pool`, in a file beside the output for `--sums disk`.
 

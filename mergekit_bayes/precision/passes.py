@@ -4,15 +4,21 @@ The first process does everything else alone: it reads, checks and writes. The o
 comes to the pass, load the model, share the batches, and wait again.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import NamedTuple, TypeVar
 
+from mergekit_bayes.checkpoint.identity import identity
+from mergekit_bayes.checkpoint.layout import checkpoint_files
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.curvature.parts import Parts, parts_in
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, choose_device, load_model
-from mergekit_bayes.precision.keeping import keeping
+from mergekit_bayes.precision.keeping import keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, is_main, launched, lead
 
@@ -45,12 +51,41 @@ def with_passes(config: PrecisionConfig, work: Callable[[Estimate], R]) -> R:
         together: Callable[[_Pass], object], estimator: str, loaded: Loaded, examples: Examples
     ) -> Curvature:
         here.loaded = loaded
-        together(_Pass(estimator, examples))
+        together(_Pass(estimator, examples, _record(config, estimator, loaded, examples)))
         found, here.found = here.found, None
         assert found is not None
         return found
 
-    return lead(lambda together: work(partial(estimate, together)), here.join_in)
+    def alone(together: Callable[[_Pass], object]) -> R:
+        is_done = False
+        try:
+            result = work(partial(estimate, together))
+            is_done = True
+        finally:
+            if here.parts is not None:
+                here.parts.close(is_done=is_done)
+        return result
+
+    return lead(alone, here.join_in)
+
+
+def refuse_left_over(config: PrecisionConfig) -> None:
+    """Refuse to throw away what a stopped estimate has saved.
+
+    Raises:
+        CheckpointError: There is a saved state, and neither `resume` nor `force` is set.
+        ConfigError: An estimator that saves none is to be resumed.
+    """
+    if config.resume and config.estimator == "ivon":
+        raise ConfigError(
+            "resume: ivon saves no state on its way. Leave --resume out, or take another estimator."
+        )
+    folder = parts_folder(config)
+    if parts_in(folder) and not config.resume and not config.force:
+        raise CheckpointError(
+            f"'{folder}' holds the state of an estimate that was stopped. Go on with --resume, or "
+            "start again with --force."
+        )
 
 
 def refuse_device(config: PrecisionConfig) -> None:
@@ -72,6 +107,27 @@ class _Pass(NamedTuple):
 
     estimator: str
     examples: Examples
+    record: dict[str, str | int]
+
+
+def _record(
+    config: PrecisionConfig, estimator: str, loaded: Loaded, examples: Examples
+) -> dict[str, str | int]:
+    """All that the sums depend on: a saved state of another record is not gone on from."""
+    with SafetensorsSource(checkpoint_files(loaded.path)) as source:
+        weights = identity(source)
+    encoded = json.dumps([dict(example) for example in examples]).encode()
+    return {
+        "estimator": estimator,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "pool": config.pool or "",
+        "dtype": config.dtype,
+        "device": choose_device(config.device).type,
+        "num_processes": launched() or 1,
+        "weights": weights,
+        "rows": sha256(encoded).hexdigest(),
+    }
 
 
 class _Here:
@@ -81,17 +137,25 @@ class _Here:
         self._config = config
         self.loaded: Loaded | None = None
         self.found: Curvature | None = None
+        self.parts: Parts | None = None
 
     def join_in(self, asked: _Pass) -> None:
         """Make the pass, with all other ranks."""
         loaded = in_step(self._on_device)
+        config = self._config
+        self.parts = Parts(
+            parts_folder(config),
+            asked.record,
+            every=config.save_every,
+            is_resumed=config.resume,
+        )
         found = estimate_curvature(
             asked.estimator,
             loaded,
             asked.examples,
-            batch_size=self._config.batch_size,
-            seed=self._config.seed,
-            keep=keeping(self._config, loaded.model),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            keep=keeping(config, loaded.model)._replace(parts=self.parts),
         )
         self.found = found if is_main() else None
 

@@ -31,7 +31,13 @@ from mergekit_bayes.posterior.stored import RankOne
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.keeping import stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
-from mergekit_bayes.precision.passes import Estimate, load, refuse_device, with_passes
+from mergekit_bayes.precision.passes import (
+    Estimate,
+    load,
+    refuse_device,
+    refuse_left_over,
+    with_passes,
+)
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
@@ -82,6 +88,7 @@ def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_inputs(target, [config.model, *weights, *data, *moments])
     if config.moments is None:
         refuse_source(config, target)
+        refuse_left_over(config)
 
 
 def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:

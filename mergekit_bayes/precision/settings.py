@@ -106,6 +106,16 @@ class PrecisionConfig(Config):
         "texts instead of data.",
     )
     task: Task = Field("auto", description="auto, causal-lm or classification.")
+    resume: bool = Field(
+        False,
+        description="Go on with an estimate that was stopped, from the last state that it saved.",
+    )
+    save_every: float = Field(
+        600.0,
+        ge=0,
+        description="Seconds between two saved states, in OUT.partial; each takes what the sums "
+        "take.",
+    )
     num_processes: int | None = Field(
         None,
         ge=1,
