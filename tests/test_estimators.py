@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import weakref
 
 import pytest
 import torch
@@ -135,6 +136,29 @@ def test_the_exact_fisher_is_the_hessian_of_a_head_by_transformers_loss(kind):
     ]
     found = flat(estimate.total.values()).float()
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_holds_two_vectors_at_a_time(monkeypatch):
+    """Of the exact Fisher of a row of tokens there are thousands, each as large as the logits."""
+    case, alive, most = CASES["perceptron, three classes"], weakref.WeakSet(), 0
+    roots = fisher_exact._roots
+
+    def watched(scored):
+        nonlocal most
+        for vector in roots(scored):
+            alive.add(vector)
+            most = max(most, len(alive))
+            yield vector
+            del vector
+
+    monkeypatch.setattr(fisher_exact, "_rows", lambda batches: batches)
+    monkeypatch.setattr(fisher_exact, "_roots", watched)
+    model = case.model()
+    estimate = exact_fisher_diagonal(model, [batch_of(case)])
+    torch.testing.assert_close(
+        mean_diagonal(estimate), case.ggn(model).diagonal(), rtol=1e-5, atol=1e-7
+    )
+    assert most <= 3
 
 
 def test_the_exact_fisher_refuses_many_outputs():
