@@ -146,19 +146,23 @@ class _Pass(NamedTuple):
         batch = together[rank]
         seen_by_model = {name: v for name, v in batch.items() if name != "labels"}
         outputs = outputs_of(self.model, **seen_by_model).logits
+        like = outputs.new_zeros(()).expand(outputs.shape)
         for other in together[:rank]:
-            self._skip(outputs, other)
+            self._skip(like, other)
         logits, seen = self._look(outputs, batch)
-        vectors = [vector.to(logits.dtype) for vector in self.roots(seen)]
-        for other in together[rank + 1 :]:
-            self._skip(outputs, other)
         inputs = [p for p in self.model.parameters() if p.requires_grad]
-        observations, edge = len(logits), get_gradient_edge(logits)
-        # With many tokens to choose from, logits are larger than any parameter.
+        observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
+        vectors = (vector.to(dtype) for vector in self.roots(seen))
+        # With many tokens to choose from, logits are larger than any parameter. `vectors` needs
+        # them until it is at its end, which is looked for before the last pass.
         del outputs, logits, seen
-        while vectors:
-            vector = vectors.pop(0)
-            backward(edge, vector, retain_graph=bool(vectors), inputs=inputs)
+        vector = next(vectors, None)
+        while vector is not None:
+            following = next(vectors, None)
+            backward(edge, vector, retain_graph=following is not None, inputs=inputs)
+            vector = following
+        for other in together[rank + 1 :]:
+            self._skip(like, other)
         return observations
 
     def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:
