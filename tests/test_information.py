@@ -170,3 +170,6 @@ def test_inspect_shows_it_and_notes_doubts(tmp_path, monkeypatch):
     assert "the precision is doubtful: it hardly differs from one number a tensor" in (
         run_inspect("b.safetensors").notes
     )
+    pooled = {n: t.mean(axis=tuple(range(1, t.ndim)), keepdims=True) for n, t in precision.items()}
+    tiny.posterior("c.safetensors", mean, pooled)
+    assert run_inspect("c.safetensors").precision.information is None
