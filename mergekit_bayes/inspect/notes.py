@@ -56,14 +56,14 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
             "parameters"
         )
     if precision.information is not None:
-        for doubt in doubts(precision.information):
-            yield f"the precision is doubtful: {doubt}"
-    # Pooling changes the largest number, too.
-    if precision.numbers == covered and (factor := _scaled_by(layers, precision.info)):
-        yield (
-            f"the numbers of the precision are {factor:.3g} times those that its record describes: "
-            "they were scaled, or are in another unit"
-        )
+        yield from (f"the precision is doubtful: {d}" for d in doubts(precision.information))
+        # Pooling changes the largest number, too.
+        is_by_entry = precision.numbers == covered
+        if is_by_entry and (factor := _scaled_by(layers, precision.info)) is not None:
+            yield (
+                f"the numbers of the precision are {factor:.3g} times those that its record "
+                "describes: they were scaled, or are in another unit"
+            )
     if precision.unknown:
         yield (
             f"{len(precision.unknown)} tensors of the precision fit none of the model by name, "
