@@ -229,7 +229,7 @@ def test_ivon_follows_the_dense_hessian(case):
     torch.testing.assert_close(mean_diagonal(estimate), h, rtol=0.01, atol=0.01 * float(h.mean()))
 
 
-def test_ivon_averages_to_the_diagonal_of_the_hessian():
+def test_ivon_averages_to_the_diagonal_of_the_hessian(caplog):
     """Its bias goes with log(batches) / batches, and its deviation with one over their root."""
     case, draws = CASES["softmax of three classes"], 500
     model = case.model()
@@ -241,6 +241,17 @@ def test_ivon_averages_to_the_diagonal_of_the_hessian():
     bound = 5 * (variance / draws).sqrt() + bias
     assert (bound / exact).max() < 0.6
     assert ((mean_diagonal(estimate) - exact).abs() < bound).all()
+    assert not caplog.records
+
+
+def test_ivon_says_where_noise_decides(caplog):
+    """Many weights that one output depends on equally see each other's noise: V = 200 H^2."""
+    model = CASES["linear regression"].model()
+    model.module = torch.nn.Linear(200, 1, bias=False)
+    batch = {"input_ids": torch.ones(4, 200), "labels": torch.zeros(4, 1)}
+    estimate = ivon_diagonal(model, [batch] * 20)
+    assert "noise decides its size. Look at more batches" in caplog.text
+    assert mean_diagonal(estimate).mean() > 2  # where 1 would be right
 
 
 @of_every_loss

@@ -140,6 +140,22 @@ def test_of_few_entries_nothing_is_said(tmp_path):
     assert information({}, None).informative == 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_bad_and_empty_entries_are_left_out(tmp_path):
+    tensors = curvature(0) | {"none.weight": np.zeros((0, 20), np.float32)}
+    tensors["h.0.mlp.up.weight"][3] = np.nan
+    tensors["h.1.mlp.up.weight"][:, 5] = np.inf
+    tensors["h.2.mlp.up.weight"][7, 7] = -1
+    found = information(sample(tensors, tmp_path), None)
+    assert doubts(found) == []
+    assert 0 < found.within < 1
+    assert 0 < found.informative < 1
+    worst = {name: np.full_like(t, np.nan) for name, t in tensors.items()}
+    found = information(sample(worst, tmp_path), None)
+    assert found.within is None
+    assert found.informative == 0
+
+
 def test_inspect_shows_it_and_notes_doubts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     precision = curvature(0)

@@ -1,7 +1,9 @@
 """A precision in coarser forms: what is stored, how it merges, and what a push sends."""
 
+import errno
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import MemorySource
-from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.hub import make_card, plan_push, push_folder
 from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.lora import open_adapter
@@ -28,9 +30,9 @@ from tests.pushing import adapter, folder, hub  # noqa: F401
 SHAPES = tiny.SHAPES | {"h.0.conv": (3, 2, 2)}
 
 
-def saved(place, values, seed=0):
+def saved(place, values, seed=0, shapes=SHAPES):
     """A model folder with a precision in any form."""
-    model = tiny.write(place / "model.safetensors", tiny.arrays(seed, SHAPES)).parent
+    model = tiny.write(place / "model.safetensors", tiny.arrays(seed, shapes)).parent
     save_posterior(model, values, tiny.info(model))
     return model
 
@@ -131,9 +133,11 @@ def test_rank_one_merges_as_its_entries_do(tmp_path, settings):
 
 
 def test_the_row_form_merges_as_the_entries_pooled_by_row(tmp_path):
-    """To the bit, since both add in the same order."""
+    """To the bit, since both add in the same order, also a row in several pieces."""
+    shapes = SHAPES | {"wide": (2, 300_001)}
     for seed, name in enumerate(("base", "a")):
-        entries = saved(tmp_path / "entries" / name, tiny.precisions(seed, SHAPES), seed)
+        place = tmp_path / "entries" / name
+        entries = saved(place, tiny.precisions(seed, shapes), seed, shapes)
         again(entries, tmp_path / "row" / name, "row")
     for kind, settings in (("entries", {"pool": "row"}), ("row", {})):
         place = tmp_path / kind
@@ -277,6 +281,31 @@ def test_a_push_sends_one_number_a_row_unless_told_otherwise(hub, tmp_path):  # 
     assert (place / "posterior" / "precision.posterior").read_bytes() == hub.repos[
         "org/entries"
     ].files()["posterior/precision.posterior"]
+
+
+def test_a_form_that_cannot_be_written_is_one_message_and_nothing_is_left(
+    hub,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    place = folder(tmp_path / "a")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pooling_module, "write_precision_index", full)
+        with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. Name .* TMPDIR"):
+            push_folder(place, "org/a")
+    assert "org/a" not in hub.repos
+    assert push_folder(place, "org/a").changed
+    assert not list((tmp_path / "scratch").iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match="TMPDIR"):
+        plan_push(place, "org/a")
+    assert plan_push(place, "org/a", posterior_form="entries").files  # needs no such folder
 
 
 def test_a_posterior_of_the_earlier_layout_is_pushed_in_todays(hub, tmp_path):  # noqa: F811

@@ -5,6 +5,8 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from mergekit_bayes.curvature import ESTIMATORS
 from mergekit_bayes.curvature.fisher_exact import exact_fisher_diagonal
@@ -18,7 +20,7 @@ from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import EstimatorName
 from mergekit_bayes.precision.sources import random_tokens
 from tests import tiny
-from tests.tiny_models import tiny_bert, tiny_gpt2
+from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
 
 TEXTS = ["the cat sat .", "a good film", "dull tree", "dog ran on"]
 
@@ -43,7 +45,7 @@ def estimate(world, model, output, **settings):
     config = PrecisionConfig(model=str(world / model), output=str(output), **settings)
     report = run_precision(config, quiet=True)
     with open_posterior(str(world / model), precision=str(output)) as posterior:
-        return tiny.read(output), posterior.info, report
+        return tiny.read_precision(world / model, output), posterior.info, report
 
 
 def test_the_setting_names_the_estimators_of_the_table():
@@ -173,3 +175,58 @@ def test_the_exact_fisher_refuses_a_language_model_before_it_writes(world, tmp_p
     monkeypatch.delattr("mergekit_bayes.precision.sources.write_texts")
     with pytest.raises(ConfigError, match="the model has 27 outputs"):
         estimate(world, "gpt2", tmp_path / "o", self_generated=2, estimator="fisher-exact")
+
+
+SIZES = {
+    "vocab_size": len(WORDS) + 4,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+FAMILIES = {
+    "Llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "Qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 8}),
+    "Mixtral": (
+        transformers.MixtralForCausalLM,
+        transformers.MixtralConfig,
+        {"num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_estimator_and_source_does_for_every_family(tmp_path, family):
+    """On texts of the model itself all but IVON's h estimate one matrix without bias."""
+    model_class, config_class, more = FAMILIES[family]
+    tiny_gpt2(tmp_path / "m")
+    torch.manual_seed(0)
+    model_class(config_class(**SIZES, **more)).save_pretrained(tmp_path / "m")
+    names = set(tiny.read(tmp_path / "m"))
+    kept, sums = tmp_path / "kept.jsonl", {}
+    common = {"batch_size": 1, "max_length": 16}
+    for name in ("ggn", *(n for n in ESTIMATORS if n != "ggn"), "random"):
+        source = {"data": str(kept)}
+        if name == "ggn":
+            source = {"self_generated": 100, "keep_generated": str(kept)}
+        elif name == "random":
+            source = {"random_tokens": 600}
+        if name == "fisher-exact":
+            source["examples"] = 8  # each token takes 26 passes
+        chosen = name if name in ESTIMATORS else "ggn"
+        tensors, info, report = estimate(
+            tmp_path, "m", tmp_path / f"{name}.safetensors", estimator=chosen, **common, **source
+        )
+        assert set(tensors) == names
+        assert report.source == next(iter(source)).replace("_", "-")
+        assert info.unit == "token"
+        sums[name] = (
+            sum(float(t.sum(dtype=np.float64)) for t in tensors.values()) / info.observations
+        )
+    for name in ("ggn", "fisher", "fisher-empirical"):
+        assert sums[name] / sums["fisher-exact"] == pytest.approx(1, abs=0.35), sums
+    assert 0.3 < sums["ivon"] / sums["fisher-exact"] < 30, sums

@@ -7,6 +7,7 @@ earlier versions was mistaken by a reader, the same rule must find that, so that
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -189,12 +190,11 @@ def write(layout: str, place: Path) -> tuple[Path, Paths]:
     elif layout.startswith("push"):
         form = layout.removeprefix("push by ")
         local = folder(place.with_name("local"))
-        scratch = place.with_name("scratch")
-        scratch.mkdir()
-        options = {"posterior": True, "only_posterior": False, "form": form, "scratch": scratch}
-        for file in choose_files(local, **options).files:
-            (place / file.path).parent.mkdir(parents=True, exist_ok=True)
-            (place / file.path).write_bytes(file.source.read_bytes())
+        options = {"posterior": True, "only_posterior": False, "form": form}
+        with ExitStack() as scratch:
+            for file in choose_files(local, **options, scratch=scratch).files:
+                (place / file.path).parent.mkdir(parents=True, exist_ok=True)
+                (place / file.path).write_bytes(file.source.read_bytes())
     (place / "config.json").write_text("{}")
     return place, {"model.safetensors"}
 

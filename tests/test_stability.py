@@ -8,8 +8,11 @@ import scipy.stats
 import torch
 
 from mergekit_bayes.correlation import rank_correlation
+from mergekit_bayes.curvature import ggn_diagonal
 from mergekit_bayes.curvature.stability import K, Part, Subsamples, row_sums, stability
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.models.encode import Collate, batches, encode_rows
+from mergekit_bayes.models.load import load_model
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
@@ -18,10 +21,10 @@ from mergekit_bayes.precision.stability import in_words
 from tests.tiny_models import WORDS, tiny_gpt2
 
 
-def collect(batches):
-    """The subsamples of a pass over these batches of (rows, entries), one observation each."""
-    subsamples, total = Subsamples(), torch.zeros_like(batches[0])
-    for i, batch in enumerate(batches, 1):
+def collect(squares):
+    """The subsamples of a pass over batches of these (rows, entries), one observation each."""
+    subsamples, total = Subsamples(), torch.zeros_like(squares[0])
+    for i, batch in enumerate(squares, 1):
         total += batch
         subsamples.after_batch({"w": total}, i)
     return subsamples.parts()
@@ -29,15 +32,15 @@ def collect(batches):
 
 @pytest.mark.parametrize("count", [4, 5, 7, 15, 16, 17, 31, 64, 100, 333])
 def test_parts_are_disjoint_consecutive_and_nearly_equal(count):
-    batches = [torch.full((2, 3), float(i)) for i in range(count)]
-    parts = collect(batches)
+    squares = [torch.full((2, 3), float(i)) for i in range(count)]
+    parts = collect(squares)
     sizes = [part.observations for part in parts]
     assert len(parts) == K
     assert count - sum(sizes) < count / 8
     assert max(sizes) <= 2 * min(sizes)
     start = 0
     for part in parts:
-        expected = sum(batches[start : start + part.observations]).sum(1)
+        expected = sum(squares[start : start + part.observations]).sum(1)
         torch.testing.assert_close(part.rows["w"], expected)
         start += part.observations
 
@@ -62,12 +65,35 @@ def test_the_error_is_that_of_fresh_samples():
     # Rows of gamma variables: the relative error of a mean of n is sqrt(1 / (shape n)).
     torch.manual_seed(0)
     gamma = torch.distributions.Gamma(0.5, 1.0)
-    batches = list(gamma.sample((200, 2000, 1)) * torch.linspace(1, 9, 2000)[:, None])
-    found = stability(collect(batches), {"w": 2000}, {"layer": ["w"]})["layer"]
+    draws = list(gamma.sample((200, 2000, 1)) * torch.linspace(1, 9, 2000)[:, None])
+    found = stability(collect(draws), {"w": 2000}, {"layer": ["w"]})["layer"]
     assert found.relative_error == pytest.approx((1 / (0.5 * 200)) ** 0.5, rel=0.08)
-    halves = [sum(batches[:50]) + sum(batches[100:150]), sum(batches[50:100]) + sum(batches[150:])]
+    halves = [sum(draws[:50]) + sum(draws[100:150]), sum(draws[50:100]) + sum(draws[150:])]
     expected = scipy.stats.spearmanr(*(h.numpy().ravel() for h in halves)).statistic
     assert found.rank_correlation == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_error_of_a_model_is_that_of_other_rows(tmp_path):
+    loaded = load_model(str(tiny_gpt2(tmp_path / "m")))
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for seed in range(16):
+        texts = [" ".join(rng.choice(WORDS, 6)) for _ in range(64)]
+        examples = encode_rows({"text": texts}, loaded)
+        found = ggn_diagonal(loaded.model, batches(examples, 2, Collate(loaded.pad)), seed=seed)
+        means.append({n: row_sums(t) / found.observations for n, t in found.total.items()})
+        sizes = {name: total.numel() for name, total in found.total.items()}
+        layers = stability(found.parts, sizes, {"all": list(sizes)})
+        errors.append(layers["all"].relative_error)
+    squares, weights = [], []
+    for name, size in sizes.items():
+        rows = np.stack([mean[name].numpy() for mean in means])
+        rows = rows[:, rows.sum(0) > 0]
+        squares.append(((rows.std(0, ddof=1) / rows.mean(0)) ** 2).mean())
+        weights.append(size)
+    actual = np.average(squares, weights=weights) ** 0.5
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(actual, rel=0.2)
 
 
 def test_layers_are_weighted_by_entries_and_dead_ones_left_out():

@@ -1,5 +1,6 @@
 """The diagonal of the Hessian as IVON sees it: noise on the weights, with the mean frozen."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,9 +18,12 @@ from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.libraries import outputs_of
 
+logger = logging.getLogger(__name__)
+
 _NOISE = 0.01  # standard deviation where the curvature is typical, as a share of typical weights
 _START = 8.0  # batches that the start counts for
 _DECAY = 0.01  # what the noise adds to every curvature, as a share of the typical one
+_CORRECTED = 0.5  # share of h that may be the correction of its sign
 
 
 def ivon_diagonal(
@@ -49,9 +53,9 @@ def ivon_diagonal(
     8) of the first curvature of its tensor.
 
     The variance of f is `H_ii^2 + sum_j H_ij^2 sigma_j^2 / sigma_i^2`: beside its own curvature
-    each entry sees the noise of all others. In networks that is hundreds of times H_ii^2, and needs
-    as many batches, where root-GGN has a relative variance of at most 2. Take it to compare with
-    IVON, or beside models whose precision is IVON's h.
+    each entry sees the noise of all others. In networks that is hundreds of times H_ii^2 and more,
+    the more the larger they are, where root-GGN has a relative variance of at most 2. Where more
+    than half of the result is the correction, a warning says so. Take it to compare with IVON.
 
     Args:
         model: As for `squares.squared_gradients`, with float32 or float64 parameters. Its weights
@@ -81,7 +85,7 @@ def ivon_diagonal(
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     size = _NOISE * _typical_size(parameters)
     hess = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]  # of the mean loss
-    typical, start, observations = 0.0, 0.0, 0
+    typical, start, observations, corrected = 0.0, 0.0, 0, 0.0
     was_training = model.training
     model.eval()
     try:
@@ -101,8 +105,17 @@ def ivon_diagonal(
                 change = f.sub_(h)
                 correction = change.square().div_(2 * h).mul_(weight**2)
                 h.add_(change, alpha=weight).add_(correction)
+                corrected += float(correction.sum()) * (observations + start)
     finally:
         model.train(was_training)
+    # What a correction added has been averaged with all later batches.
+    share = corrected / ((observations + start) * sum(float(h.sum()) for h in hess) or 1.0)
+    if share > _CORRECTED:
+        logger.warning(
+            "ivon: %.0f %% of the curvature is the correction that keeps it positive, so that "
+            "noise decides its size. Look at more batches, or take the estimator ggn",
+            100 * share,
+        )
     return Curvature(
         {n: keep.mean_of(n, h.mul_(observations)) for n, h in zip(named, hess, strict=True)},
         observations,

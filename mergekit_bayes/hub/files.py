@@ -3,8 +3,10 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
@@ -68,7 +70,7 @@ class Choice(NamedTuple):
 
 
 def choose_files(
-    folder: Path, *, posterior: bool, only_posterior: bool, form: PosteriorForm, scratch: Path
+    folder: Path, *, posterior: bool, only_posterior: bool, form: PosteriorForm, scratch: ExitStack
 ) -> Choice:
     """Choose the files of a push, and check that its posterior is of its weights.
 
@@ -77,7 +79,8 @@ def choose_files(
         posterior: Push the posterior too.
         only_posterior: Push nothing but the posterior.
         form: The form in which the posterior is pushed.
-        scratch: An empty folder, for a posterior that is stored in another form or layout.
+        scratch: Removes the temporary folder of a posterior that is stored in another form or
+            layout, at its end.
 
     Raises:
         CheckpointError: Not a folder, or neither a model nor a precision in it; or a file of the
@@ -137,17 +140,29 @@ def choose_files(
 
 
 def _rewritten(
-    precision: list[Path], form: PosteriorForm, scratch: Path
+    precision: list[Path], form: PosteriorForm, scratch: ExitStack
 ) -> tuple[PushFile, ...] | None:
-    """The files of a posterior in the form of a push; None if it is stored in that already."""
+    """The files of a posterior in the form of a push; None if it is stored in that already.
+
+    Raises:
+        CheckpointError: A temporary folder cannot be made or written to.
+    """
     with StoredPrecisions(precision) as source:
         if is_written(source, form):
             return None
         assert source.info is not None  # `_named_weights` made sure of it
-        write_pooled(source, source.info, scratch, form)
+        try:
+            place = Path(scratch.enter_context(TemporaryDirectory(prefix="bmerge-push-")))
+            write_pooled(source, source.info, place, form)
+        except OSError as error:
+            raise CheckpointError(
+                f"the posterior is pushed in another form than it is stored in, and cannot be "
+                f"written to a temporary folder ({error.strerror or error}). Name one with room in "
+                "TMPDIR."
+            ) from None
     return tuple(
         PushFile(f"{POSTERIOR_FOLDER}/{file.name}", file, file.stat().st_size)
-        for file in sorted(scratch.iterdir())
+        for file in sorted(place.iterdir())
     )
 
 

@@ -8,9 +8,8 @@ folder that the repository already holds makes no commit.
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
@@ -142,13 +141,13 @@ def _content(
     folder: Path, posterior: bool, only_posterior: bool, form: PosteriorForm
 ) -> Iterator[_Content]:
     """What is pushed; a posterior in another form lies in a temporary folder meanwhile."""
-    with TemporaryDirectory(prefix="bmerge-push-") as scratch:
+    with ExitStack() as scratch:
         choice = choose_files(
             folder,
             posterior=posterior,
             only_posterior=only_posterior,
             form=form,
-            scratch=Path(scratch),
+            scratch=scratch,
         )
         made_from = parents(folder, posterior_only=only_posterior)
         yield _Content(folder, posterior, only_posterior, form, choice, made_from)

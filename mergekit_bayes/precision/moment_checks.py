@@ -18,7 +18,7 @@ ADAM = "adam"
 _OF_A_PASS = {
     *("self_generated", "keep_generated", "random_tokens", "where", "text_column", "label_column"),
     *("examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
-    "num_processes",
+    *("num_processes", "resume", "save_every"),
 }
 TRAINER_STATE = "trainer_state.json"
 _NOTHING_RECORDED = (

@@ -65,6 +65,8 @@ def in_words(report: PrecisionReport) -> str | None:
     found = report.stability
     if report.rows is None or report.sampled is None:
         return None
+    if found is None and report.estimator == "ivon":
+        return None  # which keeps no subsamples
     if found is None:
         return (
             f"stability: unknown, with fewer than {K} batches; a smaller --batch-size or more rows "

@@ -25,6 +25,7 @@ from mergekit_bayes.posterior.information import (
     floors,
     information,
     is_enough,
+    median,
     needs_weights,
     read_grids,
 )
@@ -40,6 +41,7 @@ _Array = NDArray[np.float64]
 Samples = dict[Input, dict[str, Grid]]
 
 
+@np.errstate(all="ignore")  # bad entries are reported elsewhere
 def notes_on_precisions(plan: MergePlan) -> list[str]:
     """Remarks on the precisions of a merge, for its report.
 
@@ -138,8 +140,8 @@ def _ratio(
         if a.shape == b.shape and one[name].is_matrix:
             both = (a > 0) & (b > 0) & np.isfinite(a) & np.isfinite(b)
             ratios.append(np.log(a[both]) - np.log(b[both]))
-    joined = np.concatenate(ratios) if ratios else np.zeros(0)
-    return float(np.exp(np.median(joined))) if joined.size else 0.0
+    middle = median(np.sort(np.concatenate(ratios)).tolist()) if ratios else None
+    return 0.0 if middle is None else float(np.exp(middle))
 
 
 def _uniform(
@@ -163,9 +165,18 @@ def _uniform(
         if all(name in samples[model] for model in models)
         and len({samples[model][name].shape for model in models}) == 1
     ]
+    # Tensors of the same scales and dtype have the same constants, and are looked at together.
+    alike: dict[object, list[str]] = {}
+    for name in names:
+        step = steps[name]
+        alike.setdefault((step.spec.dtype, *(t.scale for t in step.tasks)), []).append(name)
     deviations = [
-        _deviation(plan, steps[name], [samples[model][name].values for model in models])
-        for name in names
+        _deviation(
+            plan,
+            steps[together[0]],
+            [np.concatenate([samples[m][n].values.ravel() for n in together]) for m in models],
+        )
+        for together in alike.values()
     ]
     if not deviations:
         return None
@@ -179,7 +190,7 @@ def _uniform(
         if samples[model][name].is_matrix
     ]
     known = [rank for rank in ranks if rank is not None]
-    correlation = f"rank correlation {np.median(known):.2f}, " if known else ""
+    correlation = f"rank correlation {median(known):.2f}, " if known else ""
     within = np.mean([one.within or 0.0 for one in found.values()])
     listed = ", ".join(f"'{model.ref}'" for model in models[:-1])
     return (
