@@ -40,6 +40,7 @@ def tiny_mixtral(folder):
     return folder
 
 
+BENCH = Path(__file__).parent.parent / "scripts" / "bench" / "precision.py"
 MODELS = {"tied head": tiny_gpt2, "classifier": tiny_bert, "experts": tiny_mixtral}
 
 
@@ -142,10 +143,8 @@ def test_rows_that_memory_holds_in_another_order_are_not_pooled(model, monkeypat
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
 def test_the_sums_of_rows_take_no_second_copy_of_a_model_of_100_million():
-    bench = Path(__file__).parent.parent / "scripts" / "bench" / "precision.py"
-
     def peak(kind):
-        line = [sys.executable, str(bench), "--parameters", "100", "--one", kind]
+        line = [sys.executable, str(BENCH), "--parameters", "100", "--one", kind]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         return json.loads(subprocess.check_output(line, env=env).splitlines()[-1])
 
@@ -153,3 +152,20 @@ def test_the_sums_of_rows_take_no_second_copy_of_a_model_of_100_million():
     model, activations = forward["model"], forward["peak"] - forward["model"]
     assert row["peak"] <= 1.25 * model + activations
     assert entries["peak"] > 1.9 * model + activations  # with the sums of all entries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [[], ["--batch-sizes"]])
+def test_the_benchmark_prints_its_tables(what):
+    line = [sys.executable, str(BENCH), *what, "--parameters", "2", "--rows", "32"]
+    printed = subprocess.check_output([*line, "--repeats", "1"], text=True)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 2 M")]
+    assert len(rows) == (6 if what else 4)
+    assert all(float(row[2]) > 0 for row in rows)
+    if not what:
+        assert [row[-1].split()[0] in ("met", "MISSED") for row in rows] == [
+            False,
+            True,
+            True,
+            False,
+        ]

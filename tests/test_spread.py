@@ -54,7 +54,7 @@ def test_a_rank_without_other_processes_is_the_one_that_speaks(monkeypatch):
 
 
 ESTIMATES = {
-    "entries": ["precision", "lm", "--data", "t.jsonl", "--batch-size", "2"],
+    "entries": ["precision", "lm", "--data", "t.jsonl", "--batch-size", "2", "--sums", "disk"],
     "rows": ["precision", "judge", "--data", "t.jsonl", "--batch-size", "3", "--pool", "row"],
 }
 

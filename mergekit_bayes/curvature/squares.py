@@ -95,10 +95,10 @@ def squared_gradients(
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     refuse_offloaded(parameters)
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    with explained():
-        own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
+    own, was_training = _Pass(model, roots, generator), model.training
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
-    was_training = model.training
+    begin = explained()(partial(State, parameters, keep, generator))
+    state = in_step(begin) if ranks > 1 else begin()
     if keep.parts is not None:
         state.restore(keep.parts)
     model.eval()
