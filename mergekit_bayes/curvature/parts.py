@@ -102,9 +102,9 @@ class Parts:
         self._saved = time.monotonic()
 
     def close(self, *, is_done: bool) -> None:
-        """Give the folder up, in the process that holds it; remove it where all is done."""
+        """Give the folder up, in the process that holds it; remove it where nobody needs it."""
         if self._lock >= 0:
-            if is_done:
+            if is_done or not parts_in(self._folder):
                 shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
