@@ -33,6 +33,7 @@ from mergekit_bayes.curvature.outputs import (
     scored_targets,
     trained_loss,
 )
+from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.curvature.state import State
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.libraries import outputs_of
@@ -88,11 +89,14 @@ def squared_gradients(
 
     Raises:
         CheckpointError: The model's outputs are not numbers; or a part cannot be written or read.
-        ConfigError: The part that was saved is of another pass.
+        ConfigError: The part that was saved is of another pass; the memory does not suffice; the
+            model is offloaded, or checkpoints activations in the reentrant way.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    refuse_offloaded(parameters)
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
+    with explained():
+        own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
     was_training = model.training
     if keep.parts is not None:
@@ -135,6 +139,7 @@ class _Pass(NamedTuple):
     roots: Roots
     generator: torch.Generator
 
+    @explained()
     def add(self, together: Sequence[_Batch], rank: int) -> int:
         """Run the backward passes of one batch of a round, inside of `_handed_over`.
 
