@@ -283,7 +283,11 @@ def test_pickles_are_not_loaded(world, tmp_path):
 
 
 LOADERS = {"from_pretrained", "load_dataset", "from_config"}
-ROOMS = {"models/pretrained.py": {"from_pretrained"}, "models/rows.py": {"load_dataset"}}
+ROOMS = {
+    "models/pretrained.py": {"from_pretrained"},
+    "models/rows.py": {"load_dataset"},
+    "models/skeleton.py": {"from_config"},
+}
 
 
 def test_models_and_rows_are_loaded_in_one_room_each():
@@ -301,6 +305,8 @@ def test_models_and_rows_are_loaded_in_one_room_each():
                 name = getattr(node.func, "attr", getattr(node.func, "id", None))
                 if name in LOADERS:
                     assert name in allowed, f"{file}: {name}"
+                if name == "from_config":
+                    assert "trust_remote_code=trust_remote_code" in ast.unparse(node)
                 if name == "from_pretrained" and "Peft" not in ast.unparse(node.func):
                     assert "_options(trust_remote_code=trust_remote_code)" in ast.unparse(node)
 

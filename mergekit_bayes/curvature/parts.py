@@ -38,7 +38,7 @@ AGAIN = "Start again without --resume and with --force."
 
 def parts_in(folder: Path) -> list[Path]:
     """The saved parts in a folder, the earliest first."""
-    return sorted(folder.glob(_PART))
+    return sorted(folder.glob(_PART)) if os.path.isdir(folder) else []
 
 
 class Parts:
