@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import places
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
@@ -93,6 +93,16 @@ def test_a_precision_of_two_vectors_a_matrix_has_the_sums_of_its_entries(model):
                 np.testing.assert_allclose(
                     found.sum(axes), expected.sum(axes, np.float64), rtol=2e-5
                 )
+
+
+def test_a_model_over_all_devices_gives_the_same_bytes(model, monkeypatch):
+    """On a machine without GPUs these are its memory."""
+    estimate(model, "spread", device="auto")
+    found, expected = (tiny.read(model.parent / f"{n}.safetensors") for n in ("spread", "entries"))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--device auto: 2 processes would each spread"):
+        passes.refuse_device(PrecisionConfig(model="m", data="t", device="auto"))
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

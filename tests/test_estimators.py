@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import weakref
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_the_second_moment_of_sampled_scores_is_the_hessian_in_the_outputs(likel
     error = products.mean(0) - output_factor(likelihood, z.double()).flatten()
     assert (error.abs() < 5 * products.std(0) / draws**0.5 + 1e-12).all()
     assert (scores.mean(0).abs() < 5 * scores.std(0) / draws**0.5).all()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_how_much_is_drawn_follows_from_the_shape(likelihood):
+    """So that a process can skip what another one draws, whose logits it does not have."""
+    states = []
+    for logits in (torch.zeros(7, 5), 9 * torch.randn(7, 5), torch.full((7, 5), -50.0)):
+        generator = torch.Generator().manual_seed(0)
+        sampled_score(logits, likelihood, generator)
+        states.append(generator.get_state())
+    assert all(torch.equal(state, states[0]) for state in states)
 
 
 @of_every_case
@@ -124,6 +136,29 @@ def test_the_exact_fisher_is_the_hessian_of_a_head_by_transformers_loss(kind):
     ]
     found = flat(estimate.total.values()).float()
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_holds_two_vectors_at_a_time(monkeypatch):
+    """Of the exact Fisher of a row of tokens there are thousands, each as large as the logits."""
+    case, alive, most = CASES["perceptron, three classes"], weakref.WeakSet(), 0
+    roots = fisher_exact._roots
+
+    def watched(scored):
+        nonlocal most
+        for vector in roots(scored):
+            alive.add(vector)
+            most = max(most, len(alive))
+            yield vector
+            del vector
+
+    monkeypatch.setattr(fisher_exact, "_rows", lambda batches: batches)
+    monkeypatch.setattr(fisher_exact, "_roots", watched)
+    model = case.model()
+    estimate = exact_fisher_diagonal(model, [batch_of(case)])
+    torch.testing.assert_close(
+        mean_diagonal(estimate), case.ggn(model).diagonal(), rtol=1e-5, atol=1e-7
+    )
+    assert most <= 3
 
 
 def test_the_exact_fisher_refuses_many_outputs():

@@ -28,7 +28,7 @@ FAMILIES = {
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},
     "curvature": ROOMS["curvature"].steps.keys()
-    - {"table", "squares", "outputs", "base", "state", "stability", "sums", "parts"},
+    - {"table", "squares", "outputs", "base", "refusals", "state", "stability", "sums", "parts"},
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {

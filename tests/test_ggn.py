@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekit_bayes.curvature import ggn
-from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root
+from mergekit_bayes.curvature.ggn import ggn_diagonal, random_root, random_signs
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.load import load_model
 from tests.cases import exact_ggn_diagonal, flat, output_factor
@@ -83,3 +83,22 @@ def test_frozen_parameters_have_no_curvature_and_the_mode_is_kept(tmp_path):
     assert loaded.model.training
     assert "transformer.wte.weight" not in estimate.total
     assert "transformer.wpe.weight" in estimate.total
+
+
+@pytest.mark.parametrize("draws_words", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (257, 513), (0, 4)])
+def test_signs_are_those_of_torch_wherever_they_are_drawn(monkeypatch, shape, draws_words):
+    if not draws_words:
+        monkeypatch.setattr(ggn, "_draws_words", lambda: False)
+    drawn, expected = (torch.Generator().manual_seed(9) for _ in range(2))
+    for dtype in (torch.float32, torch.float64):  # the second starts where the first ended
+        signs = random_signs(torch.empty(shape, dtype=dtype), drawn)
+        torch_signs = torch.empty(shape, dtype=dtype).bernoulli_(0.5, generator=expected) * 2 - 1
+        assert torch.equal(signs, torch_signs)
+
+
+def test_signs_of_words_are_even_on_every_processor():
+    signs = ggn._signs_of_words(torch.empty(400, 500), torch.Generator().manual_seed(2))
+    assert torch.equal(signs.abs(), torch.ones(400, 500))
+    assert abs(signs.mean()) < 4 / 200_000**0.5
+    assert abs((signs[:, 1:] * signs[:, :-1]).mean()) < 4 / 200_000**0.5

@@ -4,11 +4,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from mergekit_bayes.curvature import precision_health
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.posterior import PosteriorInfo, Prior
 from mergekit_bayes.posterior.edits import Identity
@@ -170,3 +172,23 @@ def test_inspect_shows_it_and_notes_doubts(tmp_path, monkeypatch):
     assert "the precision is doubtful: it hardly differs from one number a tensor" in (
         run_inspect("b.safetensors").notes
     )
+    pooled = {n: t.mean(axis=tuple(range(1, t.ndim)), keepdims=True) for n, t in precision.items()}
+    tiny.posterior("c.safetensors", mean, pooled)
+    assert run_inspect("c.safetensors").precision.information is None
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_named"), [(1, False), (1.005, False), (1e-4, True), (13, True)]
+)
+def test_inspect_names_numbers_that_are_scaled_since_they_were_recorded(
+    tmp_path, monkeypatch, factor, is_named
+):
+    monkeypatch.chdir(tmp_path)
+    precision = curvature(0)
+    tensors = {name: torch.from_numpy(t) for name, t in precision.items()}
+    mean = tiny.arrays(0, {name: t.shape for name, t in precision.items()})
+    scaled = {name: t * np.float32(factor) for name, t in precision.items()}
+    tiny.posterior("a.safetensors", mean, scaled, health=precision_health(tensors))
+    found = [note for note in run_inspect("a.safetensors").notes if "its record describes" in note]
+    assert len(found) == is_named
+    assert not is_named or f"are {factor:.3g} times those" in found[0]

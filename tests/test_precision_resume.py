@@ -187,3 +187,21 @@ def test_a_disk_that_is_full_when_the_state_is_saved_is_one_message(model, monke
     with pytest.raises(CheckpointError, match=r"cannot be saved \(No space left on device\)"):
         run(model, "full")
     assert not (model.parent / "full.safetensors").exists()
+
+
+def test_a_stopped_estimate_reads_the_texts_that_it_kept(model, monkeypatch):
+    kept = model.parent / "kept.jsonl"
+    settings = {"data": None, "self_generated": 6, "keep_generated": str(kept), "max_length": 9}
+    run(model, "written", **settings)
+    texts = kept.read_bytes()
+    kept.unlink()
+    stopped(model, "stopped", **settings)
+    assert kept.read_bytes() == texts
+    monkeypatch.delattr("mergekit_bayes.precision.sources.write_texts")
+    kept.write_bytes(texts.replace(b"the", b"a", 1) + b'{"text": "a cat"}\n')
+    with pytest.raises(ConfigError, match="rows"):
+        run(model, "stopped", resume=True, **settings)
+    kept.write_bytes(texts)
+    run(model, "stopped", resume=True, **settings)
+    first, second = (model.parent / f"{name}.safetensors" for name in ("written", "stopped"))
+    assert first.read_bytes() == second.read_bytes()

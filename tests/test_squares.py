@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
 
 from mergekit_bayes.curvature.squares import squared_gradients
 from mergekit_bayes.curvature.sums import Keeping, Sums
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.load import load_model
 from tests.tiny_models import tiny_gpt2
 
@@ -122,3 +124,61 @@ def test_a_disk_without_room_for_the_sums_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"no room for the sums of 4e-07 GB \(No space left"):
         Sums({"w": torch.empty(100)}, Keeping(place=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_is_offloaded_is_refused(tmp_path):
+    folder = tiny_gpt2(tmp_path / "m")
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h.0": "cpu"}
+    places |= {"transformer.h.1": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    offloaded = transformers.GPT2LMHeadModel.from_pretrained(
+        folder, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    with pytest.raises(ConfigError, match=r"'transformer\.h\.1\.ln_1\.weight' is offloaded"):
+        squared_gradients(offloaded, BATCHES, roots)
+
+
+def checkpointed(model, *, use_reentrant):
+    """The model with a first block that recomputes its activations, as code of its own may."""
+    block = model.transformer.h[0]
+    forward = block.forward
+
+    def recomputing(*arguments, **options):
+        return checkpoint(
+            lambda *inner: forward(*inner, **options), *arguments, use_reentrant=use_reentrant
+        )
+
+    block.forward = recomputing
+    return block
+
+
+def test_activations_may_be_recomputed_but_not_in_the_reentrant_way(model):
+    expected = squares(model)
+    block = checkpointed(model, use_reentrant=False)
+    try:
+        found = squares(model)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        del block.forward
+        checkpointed(model, use_reentrant=True)
+        with pytest.raises(ConfigError, match="reentrant checkpointing, under which gradients"):
+            squares(model)
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        del block.forward
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+@pytest.mark.parametrize("where", ["transformers.GPT2LMHeadModel.forward", "backward", "State"])
+def test_a_device_without_memory_says_which_settings_take_less(model, monkeypatch, error, where):
+    def fail(*_, **__):
+        raise error
+
+    where = where if "." in where else f"mergekit_bayes.curvature.squares.{where}"
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(ConfigError, match=r"too little memory \(.*(--batch-size).*(--pool row)"):
+        squares(model)

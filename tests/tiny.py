@@ -78,6 +78,7 @@ def posterior(
     unit="token",
     dtype="F32",
     training=None,
+    health=None,
 ):
     """A model file with this stored precision; `prior` is what it contains, on its own scale."""
     path = write(path, mean, dtype)
@@ -91,6 +92,7 @@ def posterior(
         anchor=anchor or Anchor(),
         mean=identify(source),
         training=training or {},
+        health=health or {},
     )
     source.close()
     save_posterior(path, precision, info)

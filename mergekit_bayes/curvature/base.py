@@ -5,7 +5,7 @@ model has; the loss is the one that transformers trains the model with. It leave
 gradients and the mode of the model as they were, draws only from its own seed, and counts an
 observation where the loss counts one: a scored token of a model of tokens, an example of a
 sequence classifier. Its docstring states the equation, the bias and the variance;
-`tests/test_cases.py` compares it with a dense matrix.
+`tests/test_cases.py` and `tests/test_estimators.py` compare it with a dense matrix.
 """
 
 from collections.abc import Iterable, Mapping

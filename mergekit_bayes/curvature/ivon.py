@@ -17,6 +17,7 @@ from mergekit_bayes.curvature.outputs import (
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.libraries import outputs_of
+from mergekit_bayes.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ def ivon_diagonal(
     each entry sees the noise of all others. In networks that is hundreds of times H_ii^2 and more,
     the more the larger they are, where root-GGN has a relative variance of at most 2. Where more
     than half of the result is the correction, a warning says so. Take it to compare with IVON.
+
+    Several ranks do not share the batches: h follows from one after the other, and each rank makes
+    the whole pass.
 
     Args:
         model: As for `squares.squared_gradients`, with float32 or float64 parameters. Its weights
@@ -110,7 +114,7 @@ def ivon_diagonal(
         model.train(was_training)
     # What a correction added has been averaged with all later batches.
     share = corrected / ((observations + start) * sum(float(h.sum()) for h in hess) or 1.0)
-    if share > _CORRECTED:
+    if share > _CORRECTED and is_main():
         logger.warning(
             "ivon: %.0f %% of the curvature is the correction that keeps it positive, so that "
             "noise decides its size. Look at more batches, or take the estimator ggn",

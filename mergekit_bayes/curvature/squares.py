@@ -33,6 +33,7 @@ from mergekit_bayes.curvature.outputs import (
     scored_targets,
     trained_loss,
 )
+from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.curvature.state import State
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping
 from mergekit_bayes.libraries import outputs_of
@@ -88,11 +89,14 @@ def squared_gradients(
 
     Raises:
         CheckpointError: The model's outputs are not numbers; or a part cannot be written or read.
-        ConfigError: The part that was saved is of another pass.
+        ConfigError: The part that was saved is of another pass; the memory does not suffice; the
+            model is offloaded, or checkpoints activations in the reentrant way.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    refuse_offloaded(parameters)
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
+    with explained():
+        own, state = _Pass(model, roots, generator), State(parameters, keep, generator)
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
     was_training = model.training
     if keep.parts is not None:
@@ -135,6 +139,7 @@ class _Pass(NamedTuple):
     roots: Roots
     generator: torch.Generator
 
+    @explained()
     def add(self, together: Sequence[_Batch], rank: int) -> int:
         """Run the backward passes of one batch of a round, inside of `_handed_over`.
 
@@ -146,19 +151,23 @@ class _Pass(NamedTuple):
         batch = together[rank]
         seen_by_model = {name: v for name, v in batch.items() if name != "labels"}
         outputs = outputs_of(self.model, **seen_by_model).logits
+        like = outputs.new_zeros(()).expand(outputs.shape)
         for other in together[:rank]:
-            self._skip(outputs, other)
+            self._skip(like, other)
         logits, seen = self._look(outputs, batch)
-        vectors = [vector.to(logits.dtype) for vector in self.roots(seen)]
-        for other in together[rank + 1 :]:
-            self._skip(outputs, other)
         inputs = [p for p in self.model.parameters() if p.requires_grad]
-        observations, edge = len(logits), get_gradient_edge(logits)
-        # With many tokens to choose from, logits are larger than any parameter.
+        observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
+        vectors = (vector.to(dtype) for vector in self.roots(seen))
+        # With many tokens to choose from, logits are larger than any parameter. `vectors` needs
+        # them until it is at its end, which is looked for before the last pass.
         del outputs, logits, seen
-        while vectors:
-            vector = vectors.pop(0)
-            backward(edge, vector, retain_graph=bool(vectors), inputs=inputs)
+        vector = next(vectors, None)
+        while vector is not None:
+            following = next(vectors, None)
+            backward(edge, vector, retain_graph=following is not None, inputs=inputs)
+            vector = following
+        for other in together[rank + 1 :]:
+            self._skip(like, other)
         return observations
 
     def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:

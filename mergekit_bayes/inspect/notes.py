@@ -1,5 +1,6 @@
 """What deserves a look in a checkpoint: the notes of a report."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from mergekit_bayes.inspect.report import LayerReport, PrecisionSummary
@@ -7,6 +8,7 @@ from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.information import doubts
 
 _WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
+_ROUNDING = 0.02  # of precisions in BF16, twice
 _HEALTH = (  # number in IVON's health report, its bound, what it means above the bound
     ("init_fraction", 0.5, "more than half of IVON's curvature is still its initial value"),
     ("kappa", 1.0, "noise decides the size of IVON's curvature"),
@@ -54,13 +56,38 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
             "parameters"
         )
     if precision.information is not None:
-        for doubt in doubts(precision.information):
-            yield f"the precision is doubtful: {doubt}"
+        yield from (f"the precision is doubtful: {d}" for d in doubts(precision.information))
+        # Pooling changes the largest number, too.
+        is_by_entry = precision.numbers == covered
+        if is_by_entry and (factor := _scaled_by(layers, precision.info)) is not None:
+            yield (
+                f"the numbers of the precision are {factor:.3g} times those that its record "
+                "describes: they were scaled, or are in another unit"
+            )
     if precision.unknown:
         yield (
             f"{len(precision.unknown)} tensors of the precision fit none of the model by name, "
             f"shape and dtype (F32, BF16 or F64), '{precision.unknown[0]}' first"
         )
+
+
+def _scaled_by(layers: Sequence[LayerReport], info: PosteriorInfo | None) -> float | None:
+    """By what all precisions seem to have been multiplied since they were recorded; None for 1.
+
+    The smallest and the largest must have changed by one factor.
+    """
+    health = {} if info is None else info.health
+    low, high = health.get("precision_min"), health.get("precision_max")
+    ends = [
+        layer.precision.quantiles
+        for layer in layers
+        if layer.precision and layer.precision.quantiles
+    ]
+    if not (isinstance(low, int | float) and isinstance(high, int | float) and high > 0 and ends):
+        return None
+    factor = max(end[-1] for end in ends) / high
+    is_scaled = math.isclose(min(end[0] for end in ends), factor * low, rel_tol=_ROUNDING)
+    return factor if is_scaled and not math.isclose(factor, 1, rel_tol=_ROUNDING) else None
 
 
 def _ivon_notes(layers: Sequence[LayerReport], info: PosteriorInfo) -> Iterator[str]:

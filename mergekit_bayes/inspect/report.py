@@ -81,7 +81,7 @@ class PrecisionSummary(Frozen):
         zeros: Parameters whose precision is zero; None where only headers were read.
         bad: Parameters whose precision is negative or not finite, likewise.
         information: What a sample of its entries says about its worth; None where only headers
-            were read, or no tensor has one number an entry.
+            were read, or most entries have no number of their own.
         not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`) unless a
             prior is given.
     """

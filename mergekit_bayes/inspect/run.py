@@ -196,7 +196,8 @@ def _information(
         and specs[name].size > 1
         and is_form_of(precision.specs[other], specs[name])
     }
-    if not by_entry:
+    size = sum(specs[name].size for name in by_entry)
+    if 2 * size < sum(specs[name].size for name in stored):  # it is pooled, but for vectors
         return None
     grids = read_grids(precision, by_entry)
     weights = read_grids(posterior.mean, {name: name for name in needs_weights(grids)})

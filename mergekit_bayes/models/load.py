@@ -46,6 +46,7 @@ Dtype: TypeAlias = Annotated[
     ),
 ]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
+SPREAD = "auto"  # in place of a device: all GPUs
 _TRIED = 7  # tokens of the text that a loaded model is tried on
 _COUNT_FROM_PAD = (
     "camembert",
@@ -139,11 +140,14 @@ class Loaded:
     def move_to(self, device: str | None) -> None:
         """Move the model to a device, by `choose_device`, and try it there.
 
+        One that was loaded over several devices, for `auto`, stays where it is.
+
         Raises:
             ConfigError: There is no such device here.
             CheckpointError: As `try_out`.
         """
-        self.model.to(choose_device(device))
+        if device != SPREAD:
+            self.model.to(choose_device(device))
         self.try_out()
 
     def try_out(self) -> None:
@@ -205,6 +209,7 @@ def load_model(
     num_labels: int | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    is_spread: bool = False,
 ) -> Loaded:
     """Load a checkpoint, or a PEFT adapter on its base.
 
@@ -215,6 +220,7 @@ def load_model(
         num_labels: Number of labels, for a classifier whose checkpoint has no head yet.
         dtype: Type of the parameters; `auto` keeps that of the file.
         trust_remote_code: Run Python code of the folder, or of the base's, where it needs any.
+        is_spread: Load its layers on all GPUs that there are, by accelerate's `device_map="auto"`.
 
     Raises:
         CheckpointError: There is no such model, transformers cannot load it, or it needs code of
@@ -227,8 +233,8 @@ def load_model(
             f"'{ref}' is a file; running a model needs the folder with its config and tokenizer."
         )
     if (path / ADAPTER_CONFIG).exists():
-        return _load_adapter(path, task, num_labels, dtype, trust_remote_code)
-    loaded = _load_checkpoint(ref, path, task, num_labels, dtype, trust_remote_code)
+        return _load_adapter(path, task, num_labels, dtype, trust_remote_code, is_spread)
+    loaded = _load_checkpoint(ref, path, task, num_labels, dtype, trust_remote_code, is_spread)
     _complete_tokenizer(ref, loaded)
     return loaded
 
@@ -272,6 +278,7 @@ def _load_checkpoint(
     num_labels: int | None,
     dtype: str,
     trust_remote_code: bool,
+    is_spread: bool,
 ) -> Loaded:
     import transformers
 
@@ -286,7 +293,12 @@ def _load_checkpoint(
         _refuse_encoder_decoder(config, ref)
         auto = transformers.AutoModelForCausalLM
     model, missing = load_weights(
-        auto, path, dtype=dtype, num_labels=num_labels, trust_remote_code=trust_remote_code
+        auto,
+        path,
+        dtype=dtype,
+        num_labels=num_labels,
+        trust_remote_code=trust_remote_code,
+        is_spread=is_spread,
     )
     if task != "classification" or _has_classification_head(config):  # else a new head is meant
         _warn_of_missing(ref, missing)
@@ -315,7 +327,12 @@ def _refuse_other_labels(config: "PretrainedConfig", ref: str, num_labels: int |
 
 
 def _load_adapter(
-    path: Path, task: Task, num_labels: int | None, dtype: str, trust_remote_code: bool
+    path: Path,
+    task: Task,
+    num_labels: int | None,
+    dtype: str,
+    trust_remote_code: bool,
+    is_spread: bool,
 ) -> Loaded:
     # The labels of a classifier, and how they are read, are in the config that a fine-tune leaves
     # beside its adapter.
@@ -333,6 +350,7 @@ def _load_adapter(
         num_labels=num_labels,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        is_spread=is_spread,
     )
     if labels is not None:
         base.model.config.id2label, base.model.config.label2id = labels.id2label, labels.label2id

@@ -67,6 +67,7 @@ def load_weights(
     dtype: str,
     num_labels: int | None = None,
     trust_remote_code: bool = False,
+    is_spread: bool = False,
 ) -> "tuple[PreTrainedModel, list[str]]":
     """Load a model of a folder, after `load_config` has accepted its config.
 
@@ -76,6 +77,7 @@ def load_weights(
         dtype: Type of the parameters; `auto` keeps that of the file.
         num_labels: Number of labels of a new head.
         trust_remote_code: Run the folder's code where the model needs it.
+        is_spread: Let accelerate place the layers, by `device_map="auto"`.
 
     Returns:
         The model, and the names of parameters that the files do not hold.
@@ -87,6 +89,8 @@ def load_weights(
     options: dict[str, object] = {"dtype": dtype}
     if num_labels is not None:
         options["num_labels"] = num_labels
+    if is_spread:
+        options["device_map"] = "auto"
     is_packed = "quantization_config" in read_mapping(path / CONFIG)
     with bounded_build(path, stored, is_packed=is_packed):
         model, report = _call(

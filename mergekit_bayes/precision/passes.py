@@ -15,9 +15,10 @@ from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
 from mergekit_bayes.curvature.parts import Parts, parts_in
+from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.estimate import estimate_curvature
-from mergekit_bayes.models.load import Loaded, choose_device, load_model
+from mergekit_bayes.models.load import SPREAD, Loaded, choose_device, load_model
 from mergekit_bayes.precision.keeping import keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, is_main, launched, lead
@@ -31,7 +32,11 @@ Estimate = Callable[[str, Loaded, Examples], Curvature]
 def load(config: PrecisionConfig) -> Loaded:
     """Load the model that the settings name."""
     return load_model(
-        config.model, config.task, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        config.model,
+        config.task,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        is_spread=config.device == SPREAD,
     )
 
 
@@ -94,6 +99,13 @@ def refuse_device(config: PrecisionConfig) -> None:
     Raises:
         ConfigError: It is either.
     """
+    if config.device == SPREAD:
+        if launched():
+            raise ConfigError(
+                f"--device auto: {launched()} processes would each spread the model over all GPUs. "
+                "Start one, or leave --device out, and each takes a GPU."
+            )
+        return
     device = choose_device(config.device)
     if launched() and device.index is not None:
         raise ConfigError(
@@ -123,7 +135,7 @@ def _record(
         "seed": config.seed,
         "pool": config.pool or "",
         "dtype": config.dtype,
-        "device": choose_device(config.device).type,
+        "device": SPREAD if config.device == SPREAD else choose_device(config.device).type,
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
@@ -161,5 +173,8 @@ class _Here:
 
     def _on_device(self) -> Loaded:
         self.loaded = self.loaded or load(self._config)
-        self.loaded.move_to(self._config.device)
+        parameters = dict(self.loaded.model.named_parameters())
+        refuse_offloaded(parameters)
+        with explained():
+            self.loaded.move_to(self._config.device)
         return self.loaded

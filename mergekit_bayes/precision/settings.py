@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.models.load import Device, Dtype, Task
+from mergekit_bayes.models.load import Dtype, Task
 from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
@@ -68,7 +68,7 @@ class PrecisionConfig(Config):
         None, ge=0, lt=1, description="With --from: Adam's beta2, where the file does not say."
     )
     output: str | None = Field(
-        None, description="A folder or .safetensors file; by default MODEL/posterior."
+        None, description="A folder or .posterior file; by default MODEL/posterior."
     )
     where: dict[str, Any] | None = Field(
         None, description="COLUMN=VALUE: keep the rows with this value; repeatable."
@@ -122,7 +122,11 @@ class PrecisionConfig(Config):
         description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
         "cores. Under a launcher there must be this number.",
     )
-    device: Device = None
+    device: str | None = Field(
+        None,
+        description="cpu, cuda, cuda:N or mps; by default a GPU where there is one; auto spreads a "
+        "model over all GPUs.",
+    )
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
     force: Force = False

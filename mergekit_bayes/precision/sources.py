@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.replacing import refuse_inputs, replacing
 from mergekit_bayes.curvature.fisher_exact import refuse_outputs
 from mergekit_bayes.curvature.outputs import trained_loss
+from mergekit_bayes.curvature.parts import parts_in
 from mergekit_bayes.curvature.table import LABELLED
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.generation import write_texts
@@ -24,8 +25,8 @@ from mergekit_bayes.models.encode import encode_rows
 from mergekit_bayes.models.load import Loaded, other_head
 from mergekit_bayes.models.quiet import bar
 from mergekit_bayes.models.rows import load_rows
+from mergekit_bayes.precision.keeping import parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
-from mergekit_bayes.ranks import on_main
 
 _TEXT = "text"  # the column of the texts that are kept, which is that of `--data` by default
 
@@ -93,7 +94,7 @@ def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
 def _refuse_keeping(config: PrecisionConfig, kept: Path, target: Path | None) -> None:
     if config.self_generated is None:
         raise ConfigError("--keep-generated keeps the texts of --self-generated N. Name both.")
-    if os.path.lexists(kept) and not config.force:
+    if os.path.lexists(kept) and not config.force and not _is_stopped(config):
         raise CheckpointError(
             f"'{kept}' exists. Choose another --keep-generated, or pass --force to replace it."
         )
@@ -109,7 +110,7 @@ def _refuse_keeping(config: PrecisionConfig, kept: Path, target: Path | None) ->
 def read_source(config: PrecisionConfig, loaded: Loaded) -> Source:
     """Read rows, or have the model do without them.
 
-    Every rank must call this at the same time. A model that writes is moved to its device.
+    A model that writes is moved to its device.
 
     Raises:
         CheckpointError: Rows cannot be read, or the model cannot write.
@@ -205,9 +206,22 @@ def _refuse_other_heads(config: PrecisionConfig, loaded: Loaded) -> None:
         )
 
 
+def _is_stopped(config: PrecisionConfig) -> bool:
+    """Whether an estimate goes on from a saved state."""
+    return config.resume and bool(parts_in(parts_folder(config)))
+
+
 def _written(config: PrecisionConfig, loaded: Loaded, length: int) -> list[str]:
-    """Texts that the model writes from its start token alone; kept where that is asked for."""
+    """Texts that the model writes from its start token alone; kept where that is asked for.
+
+    An estimate that goes on reads what it has kept. Its saved state names the rows that it is of.
+    """
     count = config.self_generated or 0
+    kept = (
+        None if config.keep_generated is None else Path(os.path.expanduser(config.keep_generated))
+    )
+    if kept is not None and kept.exists() and _is_stopped(config):
+        return [str(text) for text in load_rows(str(kept), text=_TEXT)[_TEXT]]
     loaded.move_to(config.device)
     with bar("texts", count) as progress:
         texts = write_texts(
@@ -220,12 +234,7 @@ def _written(config: PrecisionConfig, loaded: Loaded, length: int) -> list[str]:
             seed=config.seed,
             progress=progress,
         )
-    if config.keep_generated is not None:
-        kept = Path(os.path.expanduser(config.keep_generated))
-        on_main(lambda: _keep(texts, kept, force=config.force))
+    if kept is not None:
+        with replacing(kept, force=config.force) as partial:
+            write_own(partial, "".join(json.dumps({_TEXT: text}) + "\n" for text in texts))
     return texts
-
-
-def _keep(texts: list[str], kept: Path, *, force: bool) -> None:
-    with replacing(kept, force=force) as partial:
-        write_own(partial, "".join(json.dumps({_TEXT: text}) + "\n" for text in texts))
