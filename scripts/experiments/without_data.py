@@ -320,7 +320,7 @@ def table(folders: Sequence[Path], size: str) -> str:
         for label, numbers in json.loads((folder / "compared.json").read_text()).items():
             found[label].append(numbers)
     lines = [
-        f"| {size}, {len(folders)} seed(s) | rank correlation, all entries | within a tensor, "
+        f"| {size}, seeds: {len(folders)} | rank correlation, all entries | within a tensor, "
         "median | least | median ratio, all entries | of a tensor, least and most |",
         "| --- | --- | --- | ---: | --- | --- |",
     ]
