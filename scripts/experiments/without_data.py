@@ -53,7 +53,7 @@ WIDTHS = {"0.3M": 48, "2.1M": 192, "8M": 416}
 REFERENCE = "root-GGN, held-out text"
 CEILING = "root-GGN, other held-out rows and seed"
 TUNED = "removed-trained"
-SCALES = (0.25, 0.5, 0.75, 1.0)
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RISE = 0.2  # nats a token on held-out removed text, at which removals are compared
 
 Tensors = dict[str, NDArray[np.float64]]
