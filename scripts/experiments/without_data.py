@@ -51,6 +51,7 @@ from scripts.train_tiny_lm import read_texts
 
 WIDTHS = {"0.3M": 48, "2.1M": 192, "8M": 416}
 REFERENCE = "root-GGN, held-out text"
+CONTROL = f"{REFERENCE}, one number a tensor"
 CEILING = "root-GGN, other held-out rows and seed"
 TUNED = "removed-trained"
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -215,7 +216,7 @@ def losses(world: World, folder: Path) -> dict[str, float]:
 
 
 def subtract(
-    world: World, seed: int, precisions: Mapping[str, str] | None
+    world: World, seed: int, precisions: Mapping[str, str] | None, pool: str | None = None
 ) -> dict[str, float] | None:
     """What a removal costs at a rise of `RISE` on the removed text, in nats a token.
 
@@ -223,6 +224,7 @@ def subtract(
         world: The experiment.
         seed: Of the base.
         precisions: Of the fine-tune and the base; None is task arithmetic.
+        pool: Of the merge.
 
     Returns:
         The rises on clean comments and yelp sentences, between two scales on straight lines; None
@@ -236,6 +238,7 @@ def subtract(
             "precision": precisions,
             "shrink": "0.3",
             "observations": {base: "3x"},
+            "pool": pool,
         }
     curve = [losses(world, world.base(seed))]
     with tempfile.TemporaryDirectory(dir=world.work) as place:
@@ -275,6 +278,8 @@ def remove(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[str
         out = precision.parent / f"tuned-{kind.estimator}"
         make_precision(world, tuned, own, rows, out)
         precisions = {str(tuned): str(out), str(world.base(seed)): str(precision)}
+        if kind.label == REFERENCE:
+            found[CONTROL] = subtract(world, seed, precisions, "tensor")
         found[kind.label] = subtract(world, seed, precisions)
         print(kind.label, found[kind.label], file=sys.stderr, flush=True)
     return found
