@@ -1,0 +1,66 @@
+"""The comparison of precisions made without data: what its numbers mean, and that it runs."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "experiments"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield importlib.import_module("without_data")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def test_a_precision_of_another_size_and_order_is_told_from_the_reference(script):
+    reference = {"a": np.arange(1.0, 5.0), "b": np.array([[10.0, 20.0], [30.0, 0.0]])}
+    double = script.compare({n: 2 * t for n, t in reference.items()}, reference)
+    ratios = {"ratio": 2.0, "ratio_least": 2.0, "ratio_most": 2.0}
+    assert double == pytest.approx({"rank": 1.0, "within": 1.0, "within_least": 1.0} | ratios)
+    turned = script.compare(reference | {"a": reference["a"][::-1]}, reference)
+    assert turned["within_least"] == pytest.approx(-1)
+    assert turned["within"] == pytest.approx(0)  # the median of -1 and 1
+    assert turned["rank"] == pytest.approx(1 - 6 * (9 + 1 + 1 + 9) / (8 * 63))
+
+
+def test_a_removal_is_paid_where_the_removed_text_has_risen_enough(script, tmp_path, monkeypatch):
+    world = script.World(tmp_path, script.SIZES["tiny"])
+    looks = {scale: (5 + 0.3 * scale, 4 + 0.1 * scale**2) for scale in (0, *script.SCALES)}
+
+    def losses(_, folder):
+        removed, kept = looks[0 if folder == world.base(0) else float(folder.name)]
+        return {script.TUNED: removed, "related": kept, "yelp": kept}
+
+    monkeypatch.setattr(script, "losses", losses)
+    monkeypatch.setattr(script, "run_merge", lambda config: None)
+    # The rise of 0.2 lies at two thirds, between the scales 0.5 and 0.75.
+    paid = script.subtract(world, 0, None)
+    assert paid["yelp"] == pytest.approx(0.025 + 2 / 3 * (0.05625 - 0.025))
+    looks.update(dict.fromkeys(script.SCALES, (5.1, 4.0)))
+    assert script.subtract(world, 0, None) is None
+
+
+def test_the_comparison_runs(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(script.SIZES, "small", script.SIZES["tiny"])
+    monkeypatch.setitem(script.WIDTHS, "0.3M", 32)
+    monkeypatch.setattr(script, "SCALES", (0.5,))
+    if not script.DATA.exists():
+        pytest.skip(f"there is no {script.DATA}")
+    arguments = ["without_data.py", "-o", str(tmp_path), "--sizes", "0.3M", "--rows", "32"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--removal"])
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 9 + 2 + 12
+    work = tmp_path / "0.3M" / "precisions-0"
+    found = json.loads((work / "compared.json").read_text())
+    assert found[script.CEILING]["rank"] > 0.3
+    assert set(json.loads((work / "removed.json").read_text())) > set(found)
