@@ -307,15 +307,14 @@ def measure(world: World, seed: int, rows: int, *, removal: bool) -> Path:
     return folder
 
 
-def _cell(values: Sequence[float | None], digits: str) -> str:
+def _cell(values: Sequence[float], digits: str) -> str:
     """Mean of the seeds, with the least and the greatest."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "not reached"
-    mean = format(float(np.mean(known)), digits)
-    if len(known) == 1:
-        return mean
-    return f"{mean} [{format(min(known), digits)}, {format(max(known), digits)}]"
+    mean, least, most = (format(float(f(values)), digits) for f in (np.mean, min, max))
+    return mean if len(values) == 1 else f"{mean} [{least}, {most}]"
+
+
+def _paid(nats: float | None) -> str:
+    return "not reached" if nats is None else f"{nats:+.4f}"
 
 
 def table(folders: Sequence[Path], size: str) -> str:
@@ -344,12 +343,12 @@ def table(folders: Sequence[Path], size: str) -> str:
 
 
 def removal_table(folders: Sequence[Path], size: str) -> str:
-    """What the removals of one size cost."""
+    """What the removals of one size cost, seed by seed."""
     found = [json.loads((folder / "removed.json").read_text()) for folder in folders]
     lines = [f"| {size}, precision | clean comments | yelp sentences |", "| --- | --- | --- |"]
     for label in found[0]:
         cells = [
-            _cell([row[label] and row[label][name] for row in found], "+.4f")
+            " / ".join(_paid(row[label] and row[label][name]) for row in found)
             for name in ("related", "yelp")
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
