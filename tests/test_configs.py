@@ -42,7 +42,7 @@ GOOD = {
     FinetuneConfig: {"model": "m", "output": "o", "data": "d"},
     LoraSettings: {},
     MergeConfig: {"models": ("a", "b")},
-    PrecisionConfig: {"model": "m", "data": "d"},
+    PrecisionConfig: {"model": "m"},
     Rows: {"data": "d"},
     Until: {},
 }
