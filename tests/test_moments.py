@@ -148,6 +148,24 @@ def test_a_precision_can_be_pooled(run, checkpoint, tmp_path, by_file):
         np.testing.assert_allclose(number.item(), expected[name].mean(), rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("form", [None, "tensor", "row", "row-column"])
+def test_the_record_says_the_form_wherever_the_numbers_come_from(checkpoint, tmp_path, form):
+    """A merge undoes only what was stored by entry, which it knows from the record."""
+    target, found = str(tmp_path / "p.posterior"), []
+    for moments in (True, False):
+        if moments:
+            precision(checkpoint, checkpoint, pool=form, output=target)
+        else:
+            given = {"model": str(checkpoint), "output": target, "pool": form, "force": True}
+            run_precision(PrecisionConfig(**given, random_tokens=32, max_length=9), quiet=True)
+        with SafetensorsSource([Path(target)]) as source:
+            roles = {name.partition(":")[0] for name in source.specs}
+        with open_posterior(str(checkpoint), precision=target) as posterior:
+            found.append((posterior.info.pool, roles, "pool" in posterior.info.training))
+    factors = {"precision", "rows", "columns"} if form == "row-column" else {"precision"}
+    assert found == [(form, factors, False)] * 2
+
+
 def test_a_state_by_name_or_with_names_needs_no_order(run, checkpoint):
     """As FSDP's FULL_STATE_DICT in accelerate's optimizer.bin, with the names that wrappers add."""
     state = by_name(checkpoint)

@@ -17,19 +17,14 @@ from torch import Tensor
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.moment_files import MomentFiles, find_moments
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
-from mergekit_bayes.checkpoint.stamps import refuse_changed, stamps_of
-from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
+from mergekit_bayes.checkpoint.stamps import stamps_of
 from mergekit_bayes.curvature import Keeping
-from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.models.load import UNIT
 from mergekit_bayes.models.skeleton import Skeleton, load_skeleton
 from mergekit_bayes.moments import Moment, Moments, Parameter, name_moments, read_moments
 from mergekit_bayes.moments.base import precision_of
-from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.precision.keeping import by_tensor, keeping, stored_precision
 from mergekit_bayes.precision.moment_checks import (
     ADAM,
@@ -40,7 +35,7 @@ from mergekit_bayes.precision.moment_checks import (
     with_settings,
 )
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
-from mergekit_bayes.precision.stored import stored_dtype, stored_names
+from mergekit_bayes.precision.storing import Found, store
 
 _CLIP = 1.0  # the Trainer's default of max_grad_norm
 _LARGEST_NORM = 1e30  # NaN and infinity are no norms
@@ -64,7 +59,6 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
     found = find_moments(files)
     stamps = stamps_of(found.files)
     skeleton = load_skeleton(config.model, config.task, trust_remote_code=config.trust_remote_code)
-    model = skeleton.model
     with (
         SafetensorsSource(checkpoint_files(skeleton.path)) as source,
         read_moments(found) as moments,
@@ -72,45 +66,30 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         notes = refuse_other_weights(config, skeleton, source, found, moments)
         named = with_settings(config, found.path, name_moments(moments, _parameters(skeleton)))
         refuse_other_shapes(found.path, skeleton, source, named)
-        tensors = _as_stored(config, skeleton, named)
-        health = precision_health(tensors)
-        rename = stored_names(source, tensors)
-        loss = trained_loss(model)
-        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        precision = _as_stored(config, skeleton, named)
         step = max(moment.step or 0 for moment in named.values())
-        beta2 = max(moment.beta2 or 0 for moment in named.values())
         notes += _notes(named, moments, found, len(_parameters(skeleton)))
-        info = PosteriorInfo(
-            estimator=ADAM,
-            unit=UNIT[skeleton.task],
-            observations=config.observations,
-            ess=config.observations,
-            prior=Prior(kind="isotropic", precision=config.prior) if config.prior else Prior(),
-            anchor=Anchor(),
-            mean=identify(source),
-            tokenizer=tokenizer_identity(skeleton.path),
-            dtype=stored_dtype(source),
-            aliases={alias: rename(name) for alias, name in tied.items()},
-            training={
+        result = Found(
+            precision,
+            ADAM,
+            UNIT[skeleton.task],
+            config.observations,
+            trained_loss(skeleton.model),
+            {
                 "optimizer": ADAM,
                 "steps": step,
-                "beta2": beta2,
+                "beta2": max(moment.beta2 or 0 for moment in named.values()),
                 "batch_observations": config.batch_observations,
-                LOSS: loss.name,
-            }
-            | ({"pool": config.pool} if config.pool else {})
-            | _hub_model(config, skeleton),
-            health=health,
+            },
         )
-        arrays = {rename(name): tensor.cpu().numpy() for name, tensor in tensors.items()}
-        refuse_changed({**source.inputs, **stamps})
-    out = Path(config.output) if config.output else None
+        inputs = {**source.inputs, **stamps}
+        stored = store(config, skeleton.path, skeleton.model, source, result, inputs)
     return PrecisionReport(
-        path=save_posterior(skeleton.path, arrays, info, out=out, force=config.force),
-        estimator=ADAM,
-        unit=UNIT[skeleton.task],
-        loss=loss.describe(),
-        observations=config.observations,
+        path=stored.path,
+        estimator=result.estimator,
+        unit=result.unit,
+        loss=result.loss.describe(),
+        observations=result.observations,
         source="moments",
         rows=None,
         sampled=None,
@@ -118,7 +97,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         dtype=None,
         step=step,
         notes=tuple(notes),
-        health=health,
+        health=stored.health,
     )
 
 
@@ -147,7 +126,7 @@ def _as_stored(
     assert config.observations is not None
     assert config.batch_observations is not None
     is_in_memory = in_memory(skeleton, named)
-    if config.pool and not is_in_memory:
+    if config.pool in ("row", "tensor") and not is_in_memory:
         keep = Keeping({name: min(1, len(moment.shape)) for name, moment in named.items()})
     else:
         keep = keeping(config, skeleton.model)
@@ -213,9 +192,3 @@ def _clipping(files: MomentFiles) -> str:
         f"{told}, with the median {median:.3g}: clipped at {_CLIP:g}, the Trainer's default, the "
         f"precision would be about {(median / _CLIP) ** 2:.3g} times too small"
     )
-
-
-def _hub_model(config: PrecisionConfig, skeleton: Skeleton) -> dict[str, str]:
-    """The Hub model that it is of; the path of a folder is left out."""
-    ref = pinned(config.model, skeleton.path)
-    return {"model": ref} if ref != config.model or is_hub_id(ref) else {}

@@ -5,18 +5,13 @@ observations of all the data. How many examples the estimate looked at is record
 """
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.layout import checkpoint_files, old_precision_path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
-from mergekit_bayes.checkpoint.sources import is_hub_id, pinned
-from mergekit_bayes.checkpoint.specs import Array
-from mergekit_bayes.checkpoint.stamps import refuse_changed
-from mergekit_bayes.checkpoint.tokenizers import tokenizer_identity
-from mergekit_bayes.curvature.health import precision_health
+from mergekit_bayes.checkpoint.sources import is_hub_id
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.encode import observations
@@ -24,10 +19,6 @@ from mergekit_bayes.models.estimate import random_examples
 from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.posterior.info import LOSS
-from mergekit_bayes.posterior.pooling import rank_ones
-from mergekit_bayes.posterior.stored import RankOne
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.keeping import stored_precision, target_of
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
@@ -41,7 +32,7 @@ from mergekit_bayes.precision.passes import (
 from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
-from mergekit_bayes.precision.stored import stored_dtype, stored_names
+from mergekit_bayes.precision.storing import Found, store, stored_names
 from mergekit_bayes.ranks import is_main, join
 
 
@@ -99,7 +90,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        rename = stored_names(source, checkpoint_names(model, parameters))
+        stored_names(source, checkpoint_names(model, parameters))  # refused before a long pass
         drawn = read_source(config, loaded)
         examples = drawn.examples
         total = observations(examples, loaded.task)
@@ -109,58 +100,39 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         curvature = estimate(config.estimator, loaded, chosen)
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
         scale = total / curvature.observations
-        precision = stored_precision(config, model, curvature.total, scale)
-        health = precision_health(precision) | health_of(stability)
-        # Labels are read for heads of one label only, so that the config says which loss it is.
-        loss = trained_loss(model)
-        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-        info = PosteriorInfo(
-            estimator=config.estimator,
-            unit=UNIT[loaded.task],
-            observations=total,
-            ess=total,
+        found = Found(
+            stored_precision(config, model, curvature.total, scale),
+            config.estimator,
+            UNIT[loaded.task],
+            total,
+            # Labels are read for heads of one label only, so that the config says which loss it is.
+            trained_loss(model),
+            _training(config, loaded) | drawn.record,
             sampled=count,
-            prior=Prior(kind="isotropic", precision=config.prior) if config.prior else Prior(),
-            anchor=Anchor(),
-            mean=identify(source),
-            tokenizer=tokenizer_identity(loaded.path),
-            dtype=stored_dtype(source),
-            aliases={alias: rename(name) for alias, name in tied.items()},
-            training=_training(config, loaded) | drawn.record | {LOSS: loss.name},
-            health=health,
-            pool=config.pool,
+            health=health_of(stability),
         )
-        arrays: dict[str, Array] = {rename(n): t.cpu().numpy() for n, t in precision.items()}
-        stored: Mapping[str, Array | RankOne] = arrays
-        if config.pool == "row-column":
-            stored = rank_ones(arrays)
-        refuse_changed(source.inputs)  # else the record would be of other weights
-    out = Path(config.output) if config.output else None
+        stored = store(config, loaded.path, model, source, found, source.inputs)
     return PrecisionReport(
-        path=save_posterior(loaded.path, stored, info, out=out, force=config.force),
-        estimator=config.estimator,
-        unit=UNIT[loaded.task],
-        loss=loss.describe(),
+        path=stored.path,
+        estimator=found.estimator,
+        unit=found.unit,
+        loss=found.loss.describe(),
         observations=total,
         source=drawn.name,
         rows=len(examples),
         sampled=count,
         device=str(loaded.device),
         dtype=loaded.dtype,
-        health=health,
+        health=stored.health,
         stability=stability,
     )
 
 
 def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
-    """How the estimate was made, and of which Hub model; the path of a folder is left out."""
-    record: dict[str, str | float] = {
+    """How the estimate was made."""
+    return {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "device": loaded.device.type,
         "dtype": loaded.dtype,
     }
-    ref = pinned(config.model, loaded.path)
-    if ref != config.model or is_hub_id(ref):
-        record["model"] = ref
-    return record
