@@ -14,15 +14,11 @@ from mergekit_bayes.curvature import precision_health
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.posterior import PosteriorInfo, Prior
 from mergekit_bayes.posterior.edits import Identity
+from mergekit_bayes.posterior.grids import SIDE, Grid, positions, read_grids, sampled_names
 from mergekit_bayes.posterior.information import (
-    SIDE,
-    Grid,
-    chosen,
     doubts,
     floors,
     information,
-    positions,
-    read_grids,
 )
 from mergekit_bayes.posterior.wording import information_in_words
 from tests import tiny
@@ -37,7 +33,7 @@ def record(**fields):
 def sample(tensors, tmp_path, layers=LAYERS):
     save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, tmp_path / "p.safetensors")
     with SafetensorsSource([tmp_path / "p.safetensors"]) as source:
-        return read_grids(source, {name: name for name in chosen(tensors, layers)})
+        return read_grids(source, {name: name for name in sampled_names(tensors, layers)})
 
 
 @pytest.mark.parametrize("shape", [(7,), (100,), (40, 3, 20), (33, 64), (2, 5), (1,)])
@@ -53,9 +49,9 @@ def test_a_grid_is_evenly_spaced_indices_of_both_axes(tmp_path, shape):
 
 def test_a_sample_has_whole_layers_and_of_experts_the_first():
     names = [f"m.layers.{i}.{n}" for i in range(10) for n in ("q", "e.0.w", "e.1.w", "e.2.w")]
-    found = chosen([*names, "wte.weight", "norm.weight"], 2)
+    found = sampled_names([*names, "wte.weight", "norm.weight"], 2)
     assert found == [f"m.layers.{i}.{n}" for i in (0, 5) for n in ("q", "e.0.w")]
-    assert chosen(["a.weight", "b.weight"], 2) == ["a.weight", "b.weight"]
+    assert sampled_names(["a.weight", "b.weight"], 2) == ["a.weight", "b.weight"]
 
 
 def test_numbers_of_small_tensors_are_exact(tmp_path):

@@ -22,8 +22,13 @@ from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_o
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.models.sampling import sampling_obstacle
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
+from mergekit_bayes.posterior.alignment import needs_weights
 from mergekit_bayes.posterior.forms import is_form_of
-from mergekit_bayes.posterior.information import Information, information, needs_weights, read_grids
+from mergekit_bayes.posterior.grids import read_grids
+from mergekit_bayes.posterior.information import (
+    Information,
+    information,
+)
 from mergekit_bayes.records import Progress
 
 

@@ -1,36 +1,24 @@
 """How much a precision knows: how far it is from one number, and whether it looks like curvature.
 
-A fixed sample of entries decides, on every axis at most 32 evenly spaced indices, so that rows and
-columns of different tensors are looked at in the same places. The curvature of a layer `y = W x` is
-nearly an outer product,
+A fixed sample of entries decides (`posterior.grids`). The curvature of a layer `y = W x` is nearly
+an outer product,
 
     H_ij ~ E[g_i^2] E[x_j^2]        g = dloss/dy,
 
 so that rows and columns explain most of how it varies inside a matrix; of numbers in any other
-order they explain nothing. The bias of the layer has the curvature E[g_i^2] of the rows, and what
-reads from the residual stream or writes into it shares x_j or g_i with its neighbours, which shows
-a matrix that is transposed.
+order they explain nothing. `posterior.alignment` tells rows from columns.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.checkpoint.codec import read_chunk
-from mergekit_bayes.checkpoint.layers import EMBEDDINGS, group_layers
-from mergekit_bayes.checkpoint.specs import TensorSource
-from mergekit_bayes.correlation import mean_ranks, unit_ranks
+from mergekit_bayes.posterior.alignment import alignment
+from mergekit_bayes.posterior.grids import Grid
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.records import Frozen
 
-SIDE = 32  # indices of an axis that are looked at
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of an expert, in the name of a tensor
-_SMALL = 16  # length of an axis below which a matrix shows no structure
-_AT_ONCE = 1 << 16  # entries of a tensor that is read in one piece
 _ENOUGH = 2048  # entries of matrices below which nothing is said
 _ALONE = 0.01  # share of the prior below which curvature adds nothing to it
 
@@ -43,40 +31,6 @@ _SCATTERED = 0.05  # share of zeros outside of rows and columns of zeros
 _ZEROS = 0.4  # share of zeros in matrices
 
 _Matrix = NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """The entries of one tensor that are looked at.
-
-    Attributes:
-        name: The tensor.
-        values: (rows, columns) in float64; one column for a vector.
-        shape: (rows, columns) of the tensor, whose axes after the first are joined.
-        is_embedding: Whether it is an embedding by its name: it has rows of tokens that no text
-            held.
-    """
-
-    name: str
-    values: _Matrix
-    shape: tuple[int, int]
-    is_embedding: bool = False
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is the weight of a layer, and large enough to show structure."""
-        return min(self.shape) >= _SMALL and not self.is_embedding
-
-    @cached_property
-    def logs(self) -> _Matrix:
-        """Logarithms of the values that are positive numbers, flat."""
-        values = self.values.ravel()
-        return np.log(values[np.isfinite(values) & (values > 0)])
-
-    @cached_property
-    def ranks(self) -> _Matrix:
-        """Ranks of the values."""
-        return mean_ranks(self.values)
 
 
 class Information(Frozen):
@@ -114,69 +68,6 @@ class Information(Frozen):
     scattered: float
 
 
-def positions(length: int) -> NDArray[np.int64]:
-    """The indices of an axis that are looked at: at most `SIDE`, evenly spaced."""
-    count = min(length, SIDE)
-    return (np.arange(count) * length + length // 2) // max(count, 1)
-
-
-def two_axes(shape: Sequence[int]) -> tuple[int, int]:
-    """A shape as rows and columns: the axes after the first are joined."""
-    rows = shape[0] if shape else 1
-    return rows, int(np.prod(shape[1:]))
-
-
-def read_grids(source: TensorSource, names: Mapping[str, str]) -> dict[str, Grid]:
-    """Read the entries of a precision or of a mean that are looked at.
-
-    Args:
-        source: Its tensors.
-        names: Those with one number an entry, by the name under which they are looked at.
-    """
-    embeddings = set(group_layers(names).get(EMBEDDINGS, ()))
-    return {
-        name: _read_grid(source, stored, name, is_embedding=name in embeddings)
-        for name, stored in names.items()
-    }
-
-
-def _read_grid(source: TensorSource, stored: str, name: str, *, is_embedding: bool) -> Grid:
-    shape = source.specs[stored].shape
-    rows, columns = two_axes(shape)
-    places = positions(columns)
-    if columns == 1:
-        values = read_chunk(source, stored, 0, rows)[positions(rows), None]
-    elif rows * columns <= _AT_ONCE:
-        values = read_chunk(source, stored, 0, rows * columns).reshape(rows, columns)
-        values = values[positions(rows)][:, places]
-    else:
-        first, last = (int(places[0]), int(places[-1])) if places.size else (0, -1)
-        found = [
-            read_chunk(source, stored, row * columns + first, row * columns + last + 1)
-            for row in positions(rows).tolist()
-        ]
-        values = np.stack(found)[:, places - first] if found else np.zeros((0, 0))
-    return Grid(name, values.astype(np.float64), (rows, columns), is_embedding)
-
-
-def chosen(names: Iterable[str], layers: int) -> list[str]:
-    """The tensors of some layers, evenly spaced, and of experts the first.
-
-    Args:
-        names: Names of tensors.
-        layers: How many numbered layers; those of all stacks count as one.
-    """
-    groups = list(group_layers(names).items())
-    numbered = [layer for layer, _ in groups if layer[-1].isdigit()]
-    kept = {numbered[i * len(numbered) // layers] for i in range(layers)} if numbered else None
-    found: list[str] = []
-    for layer, members in groups:
-        if kept is None or layer in kept:
-            first = {_INDEX.sub("#", n.removeprefix(layer)): n for n in reversed(members)}
-            found += [name for name in members if name in first.values()]
-    return found
-
-
 def floors(info: PosteriorInfo | None) -> tuple[float, ...]:
     """The numbers that an entry holds where the data said nothing, on the stored scale."""
     if info is None or info.prior.kind not in ("none", "isotropic"):
@@ -212,7 +103,7 @@ def information(
         within=_within(grids.values()),
         deviation=median(_deviation(grid.logs) for grid in matrices),
         explained=median(_explained(grid.ranks) for grid in matrices),
-        aligned=_aligned(grids, matrices, weights or {}),
+        aligned=alignment(grids, matrices, weights or {}),
         informative=_informative(grids.values(), prior[0]),
         alone=_alone(grids.values(), prior),
         zeros=zeros / entries if entries else 0.0,
@@ -314,96 +205,3 @@ def _alone(grids: Iterable[Grid], values: Sequence[float]) -> float:
         found += entries * (alone | (grid.values == 0)).mean()
         size += entries
     return float(found / size) if size else 0.0
-
-
-def _aligned(
-    grids: Mapping[str, Grid], matrices: Sequence[Grid], weights: Mapping[str, Grid]
-) -> float | None:
-    """The mean over square matrices of `right - wrong`.
-
-    Where the layer has a bias, right is the correlation of the bias with the outputs and wrong that
-    with the inputs. Elsewhere two such differences are added:
-
-    - right is the better of the correlations of its outputs with those of other tensors, and of its
-      inputs with theirs; wrong is the same with inputs and outputs exchanged;
-    - right are the correlations of rows with the size of the weights in them, and of columns; wrong
-      are those of rows with columns.
-
-    Transposing all square matrices changes the sign.
-    """
-    biases = _biases(grids, matrices)
-    output = _output_axis(matrices, biases)
-    profiles = {grid.name: (_profile(grid, 0), _profile(grid, 1)) for grid in matrices}
-    outputs = _references(matrices, profiles, output)
-    inputs = _references(matrices, profiles, 1 - output)
-    gaps = []
-    for grid in matrices:
-        length = grid.shape[0]
-        if length != grid.shape[1]:
-            continue
-        down, across = profiles[grid.name]
-        out, into = (across, down) if output else (down, across)
-        if grid.name in biases:
-            bias = unit_ranks(biases[grid.name].values)
-            gaps.append(_fit(out, bias) - _fit(into, bias))
-            continue
-        gap = 0.0
-        if length in outputs and length in inputs:
-            gap += max(_fit(out, outputs[length]), _fit(into, inputs[length]))
-            gap -= max(_fit(into, outputs[length]), _fit(out, inputs[length]))
-        if grid.name in weights:
-            squares = weights[grid.name].values ** 2
-            rows, columns = unit_ranks(squares.mean(1)), unit_ranks(squares.mean(0))
-            gap += _fit(down, rows) + _fit(across, columns)
-            gap -= _fit(down, columns) + _fit(across, rows)
-        gaps.append(gap)
-    return float(np.mean(gaps)) if gaps else None
-
-
-def needs_weights(grids: Mapping[str, Grid]) -> list[str]:
-    """The square matrices without a bias: their weights help to tell rows from columns."""
-    matrices = [grid for grid in grids.values() if grid.is_matrix]
-    biases = _biases(grids, matrices)
-    return [g.name for g in matrices if g.shape[0] == g.shape[1] and g.name not in biases]
-
-
-def _biases(grids: Mapping[str, Grid], matrices: Sequence[Grid]) -> dict[str, Grid]:
-    return {grid.name: grids[bias] for grid in matrices if (bias := _bias(grid.name)) in grids}
-
-
-def _bias(name: str) -> str:
-    return f"{name.removesuffix('weight')}bias"
-
-
-def _output_axis(matrices: Sequence[Grid], biases: Mapping[str, Grid]) -> int:
-    """The axis of outputs: the first, unless biases show that weights are stored transposed."""
-    votes = 0
-    for grid in matrices:
-        if grid.name in biases and grid.shape[0] != grid.shape[1]:
-            length = biases[grid.name].shape[0]
-            votes += (grid.shape[0] == length) - (grid.shape[1] == length)
-    return 1 if votes < 0 else 0
-
-
-def _profile(grid: Grid, axis: int) -> _Matrix | None:
-    """The mean rank of the entries at each index of an axis, as unit ranks."""
-    return unit_ranks(grid.ranks.mean(1 - axis))
-
-
-def _references(
-    matrices: Sequence[Grid],
-    profiles: Mapping[str, tuple[_Matrix | None, _Matrix | None]],
-    axis: int,
-) -> dict[int, _Matrix | None]:
-    """The mean profile along an axis of the matrices that are not square, by its length."""
-    found: dict[int, list[_Matrix]] = {}
-    for grid in matrices:
-        profile = profiles[grid.name][axis]
-        if grid.shape[0] != grid.shape[1] and profile is not None:
-            found.setdefault(grid.shape[axis], []).append(profile)
-    return {length: unit_ranks(np.mean(several, axis=0)) for length, several in found.items()}
-
-
-def _fit(one: _Matrix | None, other: _Matrix | None) -> float:
-    """The correlation of two profiles, at least 0; 0 where one of them is constant."""
-    return 0.0 if one is None or other is None else max(float(one @ other), 0.0)

@@ -15,19 +15,17 @@ from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import likelihood_precision, own_posterior, task_posterior
 from mergekit_bayes.methods.base import FactInputs
 from mergekit_bayes.plan import Input, MergePlan, Step
+from mergekit_bayes.posterior.alignment import needs_weights
 from mergekit_bayes.posterior.forms import Form
+from mergekit_bayes.posterior.grids import Grid, read_grids, sampled_names
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.information import (
-    Grid,
     Information,
-    chosen,
     doubts,
     floors,
     information,
     is_enough,
     median,
-    needs_weights,
-    read_grids,
 )
 from mergekit_bayes.stream.numbers import numbers_of
 
@@ -52,7 +50,7 @@ def notes_on_precisions(plan: MergePlan) -> list[str]:
     if not plan.method.needs_precision:
         return []
     steps = {s.name: s for s in plan.steps if s.copied is None and s.tied_to is None}
-    steps = {name: steps[name] for name in chosen(steps, _LAYERS)}
+    steps = {name: steps[name] for name in sampled_names(steps, _LAYERS)}
     samples = _read(plan, steps.values())
     found = {
         model: information(grids, model.precision_info, _weights(model, grids, steps))
