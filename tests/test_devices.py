@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from bmerge_cli.main import app
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
-from mergekit_bayes.models.load import choose_device
+from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, run_precision
 from tests import finetuning, tiny

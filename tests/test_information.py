@@ -15,11 +15,7 @@ from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.posterior import PosteriorInfo, Prior
 from mergekit_bayes.posterior.edits import Identity
 from mergekit_bayes.posterior.grids import SIDE, Grid, positions, read_grids, sampled_names
-from mergekit_bayes.posterior.information import (
-    doubts,
-    floors,
-    information,
-)
+from mergekit_bayes.posterior.information import doubts, floors, information
 from mergekit_bayes.posterior.wording import information_in_words
 from tests import tiny
 from tests.curvatures import LAYERS, curvature

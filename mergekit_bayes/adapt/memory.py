@@ -23,9 +23,10 @@ from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
 from mergekit_bayes.finetune.checkpoints import digest
 from mergekit_bayes.generation import write_texts
+from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.estimate import random_examples
-from mergekit_bayes.models.load import Loaded, choose_device
+from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.modes import evaluating
 from mergekit_bayes.models.quiet import bar, with_bar
 from mergekit_bayes.ranks import main_first, on_main

@@ -26,7 +26,7 @@ from mergekit_bayes.finetune.session import (
     open_output,
     train,
 )
-from mergekit_bayes.models.load import choose_device
+from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.ranks import is_main, on_main
 

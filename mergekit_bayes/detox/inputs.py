@@ -32,7 +32,7 @@ from mergekit_bayes.evaluate.inputs import read_inputs as read_inputs_of
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.scorers import Scorer
 from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.models.load import choose_device
+from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.precision import PrecisionConfig

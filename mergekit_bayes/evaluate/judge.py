@@ -69,7 +69,7 @@ def open_judge(
 
     Args:
         ref: A local folder or `org/name[@revision]`.
-        device: Where it runs, by `models.load.choose_device`.
+        device: Where it runs, by `models.devices.choose_device`.
         dtype: Type of its parameters.
         new_tokens: Tokens of a continuation at most, by the tokenizer of the model that is judged.
         trust_remote_code: Run Python code of its folder, where it needs any.

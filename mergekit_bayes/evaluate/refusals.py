@@ -12,7 +12,8 @@ from mergekit_bayes.generation import room_for_prompts
 from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.metrics.perplexity import fitting_stride
 from mergekit_bayes.metrics.scorers import FORMS
-from mergekit_bayes.models.load import Loaded, choose_device, other_head
+from mergekit_bayes.models.devices import choose_device
+from mergekit_bayes.models.load import Loaded, other_head
 from mergekit_bayes.ranks import launched
 
 

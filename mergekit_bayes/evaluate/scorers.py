@@ -76,7 +76,7 @@ def open_scorers(
 
     Args:
         specs: As `open_scorer` takes them, and `panel:NAME`.
-        device: Where classifiers run, by `models.load.choose_device`.
+        device: Where classifiers run, by `models.devices.choose_device`.
         trust_remote_code: Run Python code of a classifier's folder, where it needs any.
         single: Whether each name has to be that of one scorer, so that a panel is refused.
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.models.load import Device, Dtype
+from mergekit_bayes.models.devices import Device
+from mergekit_bayes.models.load import Dtype
 from mergekit_bayes.records import Force, NumProcesses, TrustRemoteCode
 
 if TYPE_CHECKING:

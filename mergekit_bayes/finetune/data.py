@@ -12,8 +12,9 @@ from mergekit_bayes.finetune.checkpoints import identity_of
 from mergekit_bayes.finetune.choices import Choices, choose
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
+from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import encode_rows, observations
-from mergekit_bayes.models.load import UNIT, Loaded, choose_device, is_classifier, load_model
+from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
 from mergekit_bayes.posterior.info import base_identity

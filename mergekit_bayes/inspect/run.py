@@ -25,10 +25,7 @@ from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
 from mergekit_bayes.posterior.alignment import needs_weights
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.grids import read_grids
-from mergekit_bayes.posterior.information import (
-    Information,
-    information,
-)
+from mergekit_bayes.posterior.information import Information, information
 from mergekit_bayes.records import Progress
 
 

@@ -5,7 +5,6 @@ token of a row is context only), one row for a classifier.
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from pydantic import Field
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 from mergekit_bayes.libraries import call, embedding_rows, longest_text, token_ids
+from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.limits import ADAPTER_CONFIG
 from mergekit_bayes.models.pretrained import (
     load_adapter,
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Task = Literal["auto", "causal-lm", "classification"]
-Device: TypeAlias = Annotated[
-    str | None,
-    Field(description="cpu, cuda, cuda:N or mps; by default a GPU where there is one."),
-]
 Dtype: TypeAlias = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"],
     Field(
@@ -46,7 +42,6 @@ Dtype: TypeAlias = Annotated[
     ),
 ]
 UNIT: dict[str, Literal["token", "example"]] = {"causal-lm": "token", "classification": "example"}
-SPREAD = "auto"  # in place of a device: all GPUs
 _TRIED = 7  # tokens of the text that a loaded model is tried on
 _COUNT_FROM_PAD = (
     "camembert",
@@ -138,7 +133,7 @@ class Loaded:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def move_to(self, device: str | None) -> None:
-        """Move the model to a device, by `choose_device`, and try it there.
+        """Move the model to a device, by `devices.choose_device`, and try it there.
 
         One that was loaded over several devices, for `auto`, stays where it is.
 
@@ -176,30 +171,6 @@ class Loaded:
                 f"'{self.path}': the model gives no logits for {self.task}. Take the config that "
                 "belongs to the model."
             )
-
-
-def choose_device(name: str | None) -> "torch.device":
-    """The device of this name, or without a name the first GPU, else the CPU.
-
-    Raises:
-        ConfigError: The name is none of a device, or there is no such device here.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return torch.device("cuda" if gpus else "cpu")
-    match = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
-    if match is None:
-        raise ConfigError(f"--device: '{name}' is not cpu, cuda, cuda:N or mps.")
-    if name.startswith("cuda") and int(match[1] or 0) >= gpus:
-        there = f"{gpus} GPU{'s' * (gpus > 1)}, cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU"
-        raise ConfigError(
-            f"--device {name}: torch {torch.__version__} sees {there}. Choose another, or cpu."
-        )
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"--device mps: torch {torch.__version__} sees no Metal GPU. Use cpu.")
-    return torch.device(name)
 
 
 def load_model(

@@ -17,8 +17,9 @@ from mergekit_bayes.curvature import Curvature
 from mergekit_bayes.curvature.parts import Parts, parts_in
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
-from mergekit_bayes.models.load import SPREAD, Loaded, choose_device, load_model
+from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.precision.keeping import keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, is_main, launched, lead
