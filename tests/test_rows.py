@@ -304,6 +304,15 @@ def test_a_set_without_usable_rows_is_one_message(tmp_path, models, verb):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"toxicity"}))
+def test_rows_without_a_word_are_refused_whatever_a_tokenizer_adds(tmp_path, models, verb):
+    """EOS, or the tokens around a text, would be examples: a model would learn to say nothing."""
+    data = write(tmp_path / "t.jsonl", ["", " "] * 4)
+    with pytest.raises(MismatchError, match=r"no row of .* has a word in its column"):
+        VERBS[verb](models, str(data), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def strip_specials(model, folder):
     """The same model with a tokenizer that adds nothing to a text."""
     loaded = load_model(model)

@@ -17,7 +17,7 @@ from mergekit_bayes.adapt.leverage import (
     refuse_unknown_variance,
     self_influence,
 )
-from mergekit_bayes.adapt.rows import Encoded, read_examples
+from mergekit_bayes.adapt.rows import read_examples
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.evaluate.scorers import Scorer, open_scorers
@@ -26,6 +26,7 @@ from mergekit_bayes.generation import write_texts
 from mergekit_bayes.models.devices import choose_device
 from mergekit_bayes.models.encode import Collate, batches, encode_rows, observations
 from mergekit_bayes.models.estimate import random_examples
+from mergekit_bayes.models.examples import Encoded
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.modes import evaluating
 from mergekit_bayes.models.quiet import bar, with_bar

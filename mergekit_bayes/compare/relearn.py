@@ -17,19 +17,18 @@ from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.compare.settings import CompareConfig
 from mergekit_bayes.errors import CheckpointError, ConfigError
-from mergekit_bayes.evaluate.texts import refuse_blank
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.finetune.settings import FinetuneConfig
 from mergekit_bayes.launcher import on_device
 from mergekit_bayes.libraries import call
-from mergekit_bayes.models.encode import encode_rows
+from mergekit_bayes.models.examples import read_examples, refuse_blank
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.merged import merge_adapter
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.ranks import main_first, on_main
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 _ROWS_A_STEP = 16
 _PREFIX = ".bmerge-relearn-"
@@ -60,7 +59,14 @@ def refuse_relearning(config: CompareConfig) -> None:
         return
     if config.output is not None:
         refuse_inputs(Path(config.output), [config.relearn])
-    _rows(config, has_labels=bool(config.classify))
+    rows = load_rows(
+        config.relearn,
+        where=config.relearn_where or None,
+        max_rows=config.relearn_rows,
+        text=config.text_column,
+        label=config.label_column if config.classify else None,
+    )
+    refuse_blank(config.relearn, config.text_column, rows[config.text_column])
 
 
 def refuse_rows(config: CompareConfig, loaded: Loaded) -> None:
@@ -72,12 +78,13 @@ def refuse_rows(config: CompareConfig, loaded: Loaded) -> None:
     """
     if config.relearn is not None:
         is_classifier = loaded.task == "classification"
-        encode_rows(
-            _rows(config, has_labels=is_classifier),
+        read_examples(
+            config.relearn,
             loaded,
             text=config.text_column,
             label=config.label_column if is_classifier else None,
-            source=config.relearn,
+            where=config.relearn_where or None,
+            max_rows=config.relearn_rows,
         )
 
 
@@ -120,18 +127,6 @@ def relearn(config: CompareConfig, model: str, loaded: Loaded) -> None:
             )
         plain.load_state_dict(trained.model.state_dict())
     loaded.model.to(device)
-
-
-def _rows(config: CompareConfig, *, has_labels: bool) -> "Dataset":
-    rows = load_rows(
-        str(config.relearn),
-        where=config.relearn_where or None,
-        max_rows=config.relearn_rows,
-        text=config.text_column,
-        label=config.label_column if has_labels else None,
-    )
-    refuse_blank(str(config.relearn), config.text_column, list(rows[config.text_column]))
-    return rows
 
 
 def _training(config: CompareConfig, model: str, target: Path) -> FinetuneConfig:

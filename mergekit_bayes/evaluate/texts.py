@@ -6,6 +6,7 @@ from typing import NamedTuple
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.evaluate.settings import Measures
 from mergekit_bayes.models.encode import label_ids, tokens_of
+from mergekit_bayes.models.examples import refuse_blank
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.rows import load_rows
 
@@ -35,18 +36,6 @@ def read_texts(config: Measures) -> dict[str, list[str]]:
     return result
 
 
-def refuse_blank(source: str, column: str, texts: list[str]) -> None:
-    """Refuse rows of which none has a word.
-
-    Raises:
-        MismatchError: There is nothing to read in them.
-    """
-    if not any(text.strip() for text in texts):
-        raise MismatchError(
-            f"no row of {source} has a word in its column '{column}', or a token to read."
-        )
-
-
 def read_labelled(config: Measures) -> dict[str, Labelled]:
     """The labelled texts of each set to classify."""
     result = {}
@@ -58,7 +47,9 @@ def read_labelled(config: Measures) -> dict[str, Labelled]:
             text=config.text_column,
             label=config.label_column,
         )
-        result[name] = Labelled(list(rows[config.text_column]), list(rows[config.label_column]))
+        texts = list(rows[config.text_column])
+        refuse_blank(source, config.text_column, texts)
+        result[name] = Labelled(texts, list(rows[config.label_column]))
     return result
 
 

@@ -13,7 +13,8 @@ from mergekit_bayes.finetune.choices import Choices, choose
 from mergekit_bayes.finetune.refusals import refuse_after
 from mergekit_bayes.finetune.settings import FinetuneConfig, LoraSettings
 from mergekit_bayes.models.devices import choose_device
-from mergekit_bayes.models.encode import encode_rows, observations
+from mergekit_bayes.models.encode import observations
+from mergekit_bayes.models.examples import read_examples
 from mergekit_bayes.models.load import UNIT, Loaded, is_classifier, load_model
 from mergekit_bayes.models.rows import load_rows
 from mergekit_bayes.posterior import Identity
@@ -202,19 +203,13 @@ def _load_examples(config: FinetuneConfig, loaded: Loaded) -> Examples:
             config.max_length,
         )
     label = config.label_column if loaded.task == "classification" else None
-    rows = load_rows(
+    return read_examples(
         config.data,
-        where=config.where,
-        max_rows=config.max_rows,
-        text=config.text_column,
-        label=label,
-    )
-    return encode_rows(
-        rows,
         loaded,
         text=config.text_column,
         label=label,
+        where=config.where,
+        max_rows=config.max_rows,
         max_length=config.max_length,
         pack=config.pack,
-        source=config.data,
-    )
+    ).examples

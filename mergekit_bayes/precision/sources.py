@@ -22,6 +22,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.generation import write_texts
 from mergekit_bayes.libraries import embedding_rows
 from mergekit_bayes.models.encode import encode_rows
+from mergekit_bayes.models.examples import read_examples
 from mergekit_bayes.models.load import Loaded, other_head
 from mergekit_bayes.models.quiet import bar
 from mergekit_bayes.models.rows import load_rows
@@ -178,15 +179,14 @@ def _read_rows(config: PrecisionConfig, loaded: Loaded) -> list[dict[str, Any]]:
         _refuse_other_heads(config, loaded)
         label = config.label_column
     try:
-        rows = load_rows(config.data, where=config.where, text=config.text_column, label=label)
-        return encode_rows(
-            rows,
+        return read_examples(
+            config.data,
             loaded,
             text=config.text_column,
             label=label,
+            where=config.where,
             max_length=config.max_length,
-            source=config.data,
-        )
+        ).examples
     except MismatchError as error:
         if label is None:
             raise
