@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,30 +36,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-NEW, EACH, TOP_P = 20, 16, 0.9
-SHAPES: dict[str, dict[str, int]] = {
-    "2": {"vocab_size": 4096, "n_positions": 128, "n_embd": 192, "n_layer": 3, "n_head": 4},
-    "124": {"vocab_size": 50257, "n_positions": 512, "n_embd": 768, "n_layer": 12, "n_head": 12},
-}
-PEAKED = {"2": 10.0, "124": 8.0}  # factors of the last norm's weights
+import machine
+from evaluate_models import EACH, SHAPES, Models, Workload
+
+NEW, TOP_P = 20, 0.9
 SAMPLE_GOAL = {"2": 0.28, "124": 1.0}  # CPU seconds over those of generate, at most
 RATE_GOAL = 1.5  # tokens a CPU second over those of lm-eval, at least
-
-
-class Workload(NamedTuple):
-    """One line of the table: what both sides do."""
-
-    task: str  # sample or perplexity
-    kind: str  # the prompts, or the order of lm-eval's texts
-    batch: int
-    items: int  # prompts, or documents
-
-    @property
-    def continuations(self) -> int:
-        """Of each prompt; a batch of one continues fewer."""
-        return EACH if self.batch > 1 else 4
 
 
 def workloads(size: str, batches: list[int], quick: bool) -> Iterator[Workload]:
@@ -176,68 +159,21 @@ def serve(name: str, size: str) -> None:
         function = work[name, workload.task]
         try:
             function(models, workload._replace(items=1 if workload.task == "sample" else 4))
-            reset_peak()
+            machine.reset_peak()
             start = time.perf_counter(), time.process_time()
             tokens, value = function(models, workload)
             cpu = time.process_time() - start[1]
             wall = time.perf_counter() - start[0]
-            found = {"tokens": tokens, "value": value, "cpu": cpu, "wall": wall, "mib": peak()}
+            found = {
+                "tokens": tokens,
+                "value": value,
+                "cpu": cpu,
+                "wall": wall,
+                "mib": machine.status("VmHWM") / 2**20,
+            }
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), flush=True)
-
-
-class Models:
-    """The model of a size, its tokenizer, and texts for it."""
-
-    def __init__(self, size: str) -> None:
-        """Make a model of random weights and a tokenizer of numbered words."""
-        import torch
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-        self.shape, self.size = SHAPES[size], size
-        torch.manual_seed(0)
-        config = GPT2Config(**self.shape, bos_token_id=None, eos_token_id=None)
-        self.model = GPT2LMHeadModel(config).eval()
-        self.factor = 1.0
-        count = self.shape["vocab_size"]
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
-
-    def scale(self, kind: str) -> None:
-        """Scale the last norm for "peaked" next-token distributions, and back."""
-        import torch
-
-        factor = PEAKED[self.size] if kind == "peaked" else 1.0
-        with torch.no_grad():
-            self.model.transformer.ln_f.weight.mul_(factor / self.factor)
-        self.factor = factor
-
-    def texts(self, lengths: list[int]) -> list[str]:
-        """Random words."""
-        import numpy as np
-
-        rng = np.random.default_rng(len(lengths))
-        return [
-            " ".join(f"w{i}" for i in rng.integers(1, self.shape["vocab_size"], n)) for n in lengths
-        ]
-
-    def prompts(self, workload: Workload) -> list[str]:
-        """Prompts of one length, or of 4 to 18 words."""
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        mixed = rng.integers(4, 19, workload.items).tolist()
-        return self.texts([11] * workload.items if workload.kind == "equal" else mixed)
-
-    def documents(self, workload: Workload) -> list[str]:
-        """Documents of 10 to 400 words, half of them below 64."""
-        import numpy as np
-
-        rng = np.random.default_rng(1)
-        return self.texts(np.exp(rng.uniform(np.log(10), np.log(400), workload.items)).astype(int))
 
 
 def ours_sample(models: Models, workload: Workload) -> tuple[int, float]:
@@ -329,18 +265,6 @@ def lm_eval_perplexity(models: Models, workload: Workload) -> tuple[int, float]:
     return sum(len(text.split()) for text in texts), nats
 
 
-def reset_peak() -> None:
-    """Let the peak of memory start again from what is in use."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def peak() -> float:
-    """MiB of memory at the peak since `reset_peak`, the model included."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
-
-
 def summary(
     size: str, workload: Workload, rounds: list[tuple[dict[str, Any], dict[str, Any]]]
 ) -> dict[str, Any]:
@@ -373,7 +297,7 @@ def report(table: list[dict[str, Any]], given: argparse.Namespace) -> None:
 
     rounds = " and ".join(f"{rounds_of(s, given)} at {s} M" for s in given.sizes.split(","))
     print(
-        f"{date.today()}, {platform.processor() or 'CPU'}, one thread, torch {torch.__version__}, "
+        f"{date.today()}, {machine.cpu()}, one thread, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; rounds: {rounds}"
     )
     for task, title, rival in (

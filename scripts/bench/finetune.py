@@ -14,7 +14,6 @@ last column adds its 64 batches to an epoch of `--epoch` steps.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+import machine
 
 LAYERS, WIDTH, VOCABULARY = 10, 384, 8192
 FLUSH = 64  # batches, the default of `bmerge finetune`
@@ -183,7 +184,7 @@ def report(seconds: dict[str, list[dict[str, float]]], given: argparse.Namespace
                 + statistics.median(ratios(name, "flush")) * FLUSH / given.epoch,
             }
         )
-    place = f"{platform.processor() or 'CPU'}, one thread"
+    place = f"{machine.cpu()}, one thread"
     if given.device == "cuda":
         place = torch.cuda.get_device_name()
     print(

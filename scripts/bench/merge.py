@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machine import cpu
 from merge_models import SHAPES, make
 from merge_rows import MERGEKIT, Row, install_mergekit, memory, rows
 
@@ -90,10 +91,6 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 def machine(mergekit: Path | None) -> dict[str, Any]:
     """What the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(
-        (x.partition(":")[2].strip() for x in lines if "model name" in x), platform.machine()
-    )
     packages = {
         name: version(name) for name in ("mergekit-bayes", "numpy", "numba", "torch", "safetensors")
     }
@@ -110,7 +107,7 @@ def machine(mergekit: Path | None) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory() / 2**30, 1),
         "python": platform.python_version(),

@@ -12,12 +12,13 @@ steps beyond parameters and gradients, as a multiple of the parameters' size.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from datetime import date
+
+import machine
 
 ROWS = {
     "AdamW foreach": {"kind": "adamw", "foreach": True},
@@ -65,7 +66,7 @@ def main() -> None:
             continue
         results[name] = json.loads(done.stdout)
     where, clock = (
-        (torch.cuda.get_device_name(), "wall") if gpu else (f"{cpu()}, one thread", "CPU")
+        (torch.cuda.get_device_name(), "wall") if gpu else (f"{machine.cpu()}, one thread", "CPU")
     )
     against = "AdamW fused" if gpu else "AdamW foreach"
     print(f"{date.today()}, {given.parameters:,} parameters, {where}, torch {torch.__version__}\n")
@@ -174,8 +175,7 @@ def reset_peak(device: str) -> None:
 
         torch.cuda.reset_peak_memory_stats()
         return
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    machine.reset_peak()
 
 
 def peak(device: str) -> int:
@@ -184,19 +184,7 @@ def peak(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
-def cpu() -> str:
-    """The name of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor()
+    return machine.status("VmHWM")
 
 
 if __name__ == "__main__":
