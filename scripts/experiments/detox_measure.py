@@ -15,7 +15,7 @@ from mergekit_bayes.adapt.losses import divergence
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.generation import Sampling, sample_continuations
-from mergekit_bayes.metrics.perplexity import measure_perplexity
+from mergekit_bayes.metrics.perplexity import PerplexityReport, measure_perplexity
 from mergekit_bayes.metrics.quality import describe_samples
 from mergekit_bayes.metrics.toxicity import score_toxicity
 from mergekit_bayes.models.load import Loaded, load_model
@@ -57,19 +57,24 @@ def says(world: World, loaded: Loaded, condition: str, split: str) -> Measured:
     return {"shares": shares, "distinct": describe_samples(samples, bootstrap=0).distinct_2}
 
 
+def read_test(world: World, loaded: Loaded, name: str) -> PerplexityReport:
+    """What a model makes of the test texts of a kind."""
+    return measure_perplexity(
+        loaded.model,
+        loaded.tokenizer,
+        read_rows(world, f"test-{name}"),
+        start=loaded.start,
+        window=loaded.context,
+        batch_size=16,
+        bootstrap=0,
+    )
+
+
 def reads(world: World, loaded: Loaded, condition: str) -> Measured:
     """How well a model predicts: nats and tokens of each document by text."""
     result = {}
     for name in (*TEXTS, f"removed-{condition}"):
-        report = measure_perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            read_rows(world, f"test-{name}"),
-            start=loaded.start,
-            window=loaded.context,
-            batch_size=16,
-            bootstrap=0,
-        )
+        report = read_test(world, loaded, name)
         result["removed" if name.startswith("removed") else name] = {
             "nats": list(report.document_nats),
             "tokens": list(report.document_tokens),

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from detox_measure import read_test
 from detox_world import (
     CONTEXT,
     DATA,
     SIZES,
     World,
     finetune,
-    read_rows,
     train_bases,
     write_start,
     write_texts,
@@ -41,7 +41,6 @@ from numpy.typing import NDArray
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.correlation import rank_correlation
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.metrics.perplexity import measure_perplexity
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior import open_posterior
@@ -202,15 +201,7 @@ def losses(world: World, folder: Path) -> dict[str, float]:
         loaded = load_model(str(folder))
     found = {}
     for name in ("related", "yelp", TUNED):
-        report = measure_perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            read_rows(world, f"test-{name}"),
-            start=loaded.start,
-            window=loaded.context,
-            batch_size=16,
-            bootstrap=0,
-        )
+        report = read_test(world, loaded, name)
         found[name] = sum(report.document_nats) / sum(report.document_tokens)
     return found
 
