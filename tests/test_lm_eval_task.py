@@ -130,7 +130,7 @@ def test_an_empty_prompt_is_refused(folder, tmp_path):
 def test_a_number_is_named_without_the_folders_of_its_scorer():
     from mergekit_bayes.lm_eval_task import task
 
-    specs = ["panel:/home/a/mine.yaml/first", "panel:toxicity/hap", "model:a/b#x,y", "m.o:f"]
+    specs = ["panel:/panels/mine.yaml/first", "panel:toxicity/hap", "model:a/b#x,y", "m.o:f"]
     scorers = [Scorer(spec, list, ScorerInfo(kind="words", fingerprint=None)) for spec in specs]
     names = ["_panel:mine.yaml/first", "_panel:toxicity/hap", "_model:b#x;y", "_m.o:f"]
     assert task._suffixes(scorers) == names
