@@ -50,7 +50,9 @@ def test_a_precision_of_another_size_and_order_is_told_from_the_reference(script
     assert turned["rank"] == pytest.approx(1 - 6 * (9 + 1 + 1 + 9) / (8 * 63))
 
 
-def test_a_removal_is_paid_where_the_removed_text_has_risen_enough(script, merges, tmp_path, monkeypatch):
+def test_a_removal_is_paid_where_the_removed_text_has_risen_enough(
+    script, merges, tmp_path, monkeypatch
+):
     world = merges.World(tmp_path, script.SIZES["tiny"])
     looks = {scale: (5 + 0.3 * scale, 4 + 0.1 * scale**2) for scale in (0, *merges.SCALES)}
 
@@ -100,3 +102,18 @@ def test_the_comparison_runs(script, forms, tmp_path, monkeypatch, capsys):
     assert found[script.CEILING]["rank"] > 0.3
     assert set(json.loads((work / "removed.json").read_text())) > set(found)
     assert set(json.loads((work / "added.json").read_text())) > set(found)
+    # The same precisions of the same models, in coarser forms.
+    out = tmp_path / "forms"
+    arguments = ["posterior_forms.py", "-o", str(out), "--seeds", "1", "--rows", "32"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--real", str(tmp_path / "0.3M")])
+    forms.main()
+    table = capsys.readouterr().out
+    by_kind = json.loads((out / "seed-0.json").read_text())
+    assert tuple(by_kind) == forms.KINDS
+    assert all(kind in table for kind in forms.KINDS)
+    added = json.loads((work / "added.json").read_text())
+    for kind, label in (("entries", script.REFERENCE), ("uniform", script.UNIFORM)):
+        wiki = added[label]["wiki"]
+        assert by_kind[kind]["added, wiki"] == sum(wiki["nats"]) / sum(wiki["tokens"])
+    assert by_kind["row"]["bytes"] < by_kind["row-column"]["bytes"] < by_kind["entries"]["bytes"]
+    assert len({by_kind[kind]["added"] for kind in forms.KINDS}) == len(forms.KINDS)

@@ -24,6 +24,7 @@ KEPT = ("related", "yelp")
 ADDED = {"wiki": "wiki_sentences", "shakespeare": "tinyshakespeare"}  # which no base has seen
 
 Documents = dict[str, dict[str, list[float]]]
+Precisions = Mapping[Path, Path]  # of models
 
 
 class Kind(NamedTuple):
@@ -127,7 +128,7 @@ def losses(world: World, folder: Path) -> dict[str, float]:
 
 
 def subtract(
-    world: World, seed: int, precisions: Mapping[str, str] | None, pool: str | None = None
+    world: World, seed: int, precisions: Precisions | None, pool: str | None = None
 ) -> dict[str, float] | None:
     """What a removal costs at a rise of `RISE` on the removed text, in nats a token.
 
@@ -142,15 +143,9 @@ def subtract(
         where no scale reaches the rise.
     """
     base, tuned = str(world.base(seed)), str(world.tuned(TUNED, seed))
-    settings: dict[str, Any] = {"weights": "uniform"}
+    settings = _weights(precisions, pool)
     if precisions is not None:
-        settings = {
-            "weights": "precision",
-            "precision": precisions,
-            "shrink": "0.3",
-            "observations": {base: "3x"},
-            "pool": pool,
-        }
+        settings |= {"shrink": "0.3", "observations": {base: "3x"}}
     curve = [losses(world, world.base(seed))]
     with tempfile.TemporaryDirectory(dir=world.work) as place:
         for scale in SCALES:
@@ -179,7 +174,7 @@ def subtract(
 def add(
     world: World,
     seed: int,
-    precisions: Mapping[Path, Path] | None,
+    precisions: Precisions | None,
     *,
     scale: float = 1.0,
     pool: str | None = None,
@@ -194,17 +189,21 @@ def add(
         pool: Of the merge.
     """
     models = tuple(str(world.tuned(text, seed)) for text in ADDED)
-    settings: dict[str, Any] = {"weights": "uniform"}
-    if precisions is not None:
-        given = {str(model): str(place) for model, place in precisions.items()}
-        settings = {"weights": "precision", "precision": given, "pool": pool}
     with tempfile.TemporaryDirectory(dir=world.work) as place:
         out = Path(place) / "added"
         run_merge(
             MergeConfig.model_validate(
                 {"models": models, "base": str(world.base(seed)), "out": str(out)}
                 | {"scale": (scale,) * len(models), "posterior": False}
-                | settings
+                | _weights(precisions, pool)
             )
         )
         return documents(world, out, (*ADDED, *KEPT))
+
+
+def _weights(precisions: Precisions | None, pool: str | None) -> dict[str, Any]:
+    """Settings of a merge by precisions, or by task arithmetic."""
+    if precisions is None:
+        return {"weights": "uniform"}
+    given = {str(model): str(place) for model, place in precisions.items()}
+    return {"weights": "precision", "precision": given, "pool": pool}

@@ -94,6 +94,11 @@ def kinds(rows: int) -> tuple[Kind, ...]:
     )
 
 
+def world_at(folder: Path) -> World:
+    """The work folder of one size, which its name says."""
+    return World(folder, replace(SIZES["small"], width=WIDTHS[folder.name]))
+
+
 def write_held_out(world: World) -> None:
     """Two halves of text that neither the base nor a loss of the removal has seen, and novels.
 
@@ -173,50 +178,72 @@ def _ratios(one: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray
     return one[both] / reference[both]
 
 
+def precisions_to_subtract(world: World, seed: int, one: Made, rows: int) -> dict[Path, Path]:
+    """This precision of a base, and one of the fine-tune that is subtracted.
+
+    That is by the same estimator on its own text, which whoever removes something has at hand.
+    """
+    kind, precision = one
+    tuned = tuned_on(world, TUNED, seed)
+    own = Kind("", {"data": TUNED, "seed": 0}, kind.estimator)
+    out = precision.parent / f"tuned-{kind.estimator}"
+    return {
+        world.base(seed): precision,
+        tuned: make_precision(world, tuned, own, rows, out),
+    }
+
+
+def precisions_to_add(world: World, seed: int, one: Made, rows: int) -> dict[Path, Path]:
+    """This precision of a base, and those of the fine-tunes that are added, of the same kind.
+
+    Their own training text takes the place of the base's held-out text.
+    """
+    kind, precision = one
+    found = {world.base(seed): precision}
+    write_added(world)
+    for text in ADDED:
+        tuned = tuned_on(world, text, seed)
+        out = precision.parent / f"{text}-{precision.name}"
+        found[tuned] = make_precision(world, tuned, kind.of_text(text), rows, out)
+    return found
+
+
 def remove(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[str, Any]:
     """A removal with each precision of the base, and by task arithmetic."""
-    tuned = tuned_on(world, TUNED, seed)
+    tuned_on(world, TUNED, seed)
     found: dict[str, Any] = {UNIFORM: subtract(world, seed, None)}
-    for kind, precision in made:
-        own = Kind("", {"data": TUNED, "seed": 0}, kind.estimator)
-        out = precision.parent / f"tuned-{kind.estimator}"
-        make_precision(world, tuned, own, rows, out)
-        precisions = {str(tuned): str(out), str(world.base(seed)): str(precision)}
-        if kind.label == REFERENCE:
+    for one in made:
+        precisions = precisions_to_subtract(world, seed, one, rows)
+        label = one[0].label
+        if label == REFERENCE:
             found[CONTROL] = subtract(world, seed, precisions, "tensor")
-        found[kind.label] = subtract(world, seed, precisions)
-        print(kind.label, found[kind.label], file=sys.stderr, flush=True)
+        found[label] = subtract(world, seed, precisions)
+        print(label, found[label], file=sys.stderr, flush=True)
     return found
 
 
 def add_each(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[str, Documents]:
-    """What is read after an addition with each precision, and with the controls.
-
-    All models have a precision of the same kind, where the fine-tunes' own training text takes the
-    place of the base's held-out text.
-    """
+    """What is read after an addition with each precision, and with the controls."""
     write_added(world)
-    base = world.base(seed)
-    tuned = {text: tuned_on(world, text, seed) for text in ADDED}
+    for text in ADDED:
+        tuned_on(world, text, seed)
     found = {
-        BASE: documents(world, base, (*ADDED, *KEPT)),
+        BASE: documents(world, world.base(seed), (*ADDED, *KEPT)),
         UNIFORM: add(world, seed, None),
         ONE: add(world, seed, None, scale=CONSTANT),
     }
-    for kind, precision in made:
-        precisions = {base: precision}
-        for text, model in tuned.items():
-            out = precision.parent / f"{text}-{precision.name}"
-            precisions[model] = make_precision(world, model, kind.of_text(text), rows, out)
-        if kind.label == REFERENCE:
+    for one in made:
+        precisions = precisions_to_add(world, seed, one, rows)
+        label = one[0].label
+        if label == REFERENCE:
             permuted = {
                 model: make_permuted(model, place, place.with_name(f"permuted-{place.name}"))
                 for model, place in precisions.items()
             }
             found[CONTROL] = add(world, seed, precisions, pool="tensor")
             found[PERMUTED] = add(world, seed, permuted)
-        found[kind.label] = add(world, seed, precisions)
-        print(kind.label, file=sys.stderr, flush=True)
+        found[label] = add(world, seed, precisions)
+        print(label, file=sys.stderr, flush=True)
     return found
 
 
@@ -346,7 +373,7 @@ def main() -> None:
     wanted = dict(merge for flag, merge in merges.items() if getattr(chosen, flag))
     torch.set_num_threads(1)
     for name in chosen.sizes:
-        world = World(chosen.out / name, replace(SIZES["small"], width=WIDTHS[name]))
+        world = world_at(chosen.out / name)
         world.work.mkdir(parents=True, exist_ok=True)
         folders = [measure(world, seed, chosen.rows, tuple(wanted)) for seed in chosen.seeds]
         for shown in (table, *wanted.values()):
