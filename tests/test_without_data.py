@@ -85,6 +85,32 @@ def test_entries_change_places_within_a_tensor_and_alike_in_all_models(merges, t
         assert one.size < 4 or not np.array_equal(one, before)
 
 
+def test_own_text_takes_the_place_of_held_out_text_alone(script):
+    given = {kind.label: kind.of_text("wiki").settings for kind in script.kinds(100)}
+    assert given[script.REFERENCE] == {"data": "wiki", "seed": 0}
+    assert given[script.CEILING] == {"data": "wiki", "seed": 1}
+    assert given["root-GGN, novels"] == {"data": "other-text", "seed": 1}
+    assert given["root-GGN, 100 self-generated"] == {"self_generated": 100, "seed": 1}
+
+
+def test_an_addition_is_told_from_task_arithmetic_over_all_seeds(script, tmp_path):
+    texts, tokens = (*script.ADDED, *script.KEPT), [1.0, 2.0, 3.0]
+    for seed, shift in enumerate((0.1, 0.3)):  # nats a token less, of every document
+
+        def read(less):
+            one = {"nats": [(4 - less) * n for n in tokens], "tokens": tokens}
+            return dict.fromkeys(texts, one)
+
+        found = {script.BASE: read(-1), script.UNIFORM: read(0), script.REFERENCE: read(shift)}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "added.json").write_text(json.dumps(found))
+    folders = [tmp_path / "0", tmp_path / "1"]
+    _, _, base, uniform, reference = script.addition_table(folders, "2.1M").splitlines()
+    assert base.count("5.0000") == uniform.count("4.0000") == len(texts)
+    assert uniform.endswith("| +0.2000 [+0.2000, +0.2000] |")
+    assert reference.count("-0.2000 [-0.2000, -0.2000]") == len(texts)
+
+
 def test_the_comparison_runs(script, forms, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script.SIZES, "small", script.SIZES["tiny"])
     monkeypatch.setitem(script.WIDTHS, "0.3M", 32)
