@@ -122,7 +122,7 @@ def test_the_comparison_runs(script, forms, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*arguments, "--removal", "--addition"])
     script.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 9 + 2 + 12 + 2 + 15
+    assert len(lines) == 2 + 9 + 2 + 12 + 2 + 18
     work = tmp_path / "0.3M" / "precisions-0"
     found = json.loads((work / "compared.json").read_text())
     assert found[script.CEILING]["rank"] > 0.3

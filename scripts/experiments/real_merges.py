@@ -20,7 +20,7 @@ from scripts.train_tiny_lm import read_texts
 TUNED = "removed-trained"
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 RISE = 0.2  # nats a token on held-out removed text, at which removals are compared
-KEPT = ("related", "yelp")
+KEPT = {"related": "clean comments", "yelp": "yelp sentences"}  # texts, and what tables say
 ADDED = {"wiki": "wiki_sentences", "shakespeare": "tinyshakespeare"}  # which no base has seen
 
 Documents = dict[str, dict[str, list[float]]]

@@ -63,8 +63,8 @@ CONTROL = f"{REFERENCE}, one number a tensor"
 CEILING = "root-GGN, other held-out rows and seed"
 BASE = "base"
 UNIFORM = "task arithmetic"
-CONSTANT = 2 / (1 + len(ADDED))  # the scale at which task arithmetic is one precision for all
-ONE = f"one number for all: {UNIFORM} at {CONSTANT:.2f}"
+# Of task arithmetic alone. At the second one it is the merge with one number for all precisions.
+LOWER = (0.8, 2 / (1 + len(ADDED)), 0.5, 0.4)
 PERMUTED = f"{REFERENCE}, entries permuted in each tensor"
 
 Tensors = dict[str, NDArray[np.float64]]
@@ -230,8 +230,9 @@ def add_each(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[s
     found = {
         BASE: documents(world, world.base(seed), (*ADDED, *KEPT)),
         UNIFORM: add(world, seed, None),
-        ONE: add(world, seed, None, scale=CONSTANT),
     }
+    for scale in LOWER:
+        found[f"{UNIFORM} at {scale:.2f}"] = add(world, seed, None, scale=scale)
     for one in made:
         precisions = precisions_to_add(world, seed, one, rows)
         label = one[0].label
@@ -309,11 +310,10 @@ def table(folders: Sequence[Path], size: str) -> str:
 def removal_table(folders: Sequence[Path], size: str) -> str:
     """What the removals of one size cost, seed by seed."""
     found = [json.loads((folder / "removed.json").read_text()) for folder in folders]
-    lines = [f"| {size}, precision | clean comments | yelp sentences |", "| --- | --- | --- |"]
+    lines = [f"| {size}, precision | {' | '.join(KEPT.values())} |", "| --- | --- | --- |"]
     for label in found[0]:
         cells = [
-            " / ".join(_paid(row[label] and row[label][name]) for row in found)
-            for name in ("related", "yelp")
+            " / ".join(_paid(row[label] and row[label][name]) for row in found) for name in KEPT
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -339,7 +339,8 @@ def addition_table(folders: Sequence[Path], size: str) -> str:
 
     texts = (*ADDED, *KEPT)
     lines = [
-        f"| {size}, seeds: {len(found)} | {' | '.join(texts)} | added, less the reference |",
+        f"| {size}, seeds: {len(found)} | {' | '.join((*ADDED, *KEPT.values()))} | added, less the "
+        "reference |",
         "| --- |" + " ---: |" * (len(texts) + 1),
     ]
     for label in found[0]:
