@@ -125,7 +125,7 @@ class PrecisionConfig(Config):
     device: str | None = Field(
         None,
         description="cpu, cuda, cuda:N or mps; by default a GPU where there is one; auto spreads a "
-        "model over all GPUs.",
+        "model over all GPUs, or over all processes where there are several.",
     )
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
