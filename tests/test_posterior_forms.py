@@ -22,8 +22,9 @@ from mergekit_bayes.lora import open_adapter
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior, save_posterior
 from mergekit_bayes.posterior import pooling as pooling_module
+from mergekit_bayes.posterior.factors import RankOne
 from mergekit_bayes.posterior.pooling import pooled, write_pooled
-from mergekit_bayes.posterior.stored import RankOne, StoredPrecisions
+from mergekit_bayes.posterior.stored import StoredPrecisions
 from tests import tiny
 from tests.pushing import adapter, folder, hub  # noqa: F401
 

@@ -32,6 +32,7 @@ from mergekit_bayes.checkpoint.specs import (
 )
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.kernels import row_sums
+from mergekit_bayes.posterior.factors import RankOne
 from mergekit_bayes.posterior.forms import row_shape
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.save import write_info
@@ -39,7 +40,6 @@ from mergekit_bayes.posterior.stored import (
     COLUMNS,
     PRECISION,
     ROWS,
-    RankOne,
     StoredPrecisions,
     named,
     parts_of,
