@@ -1,4 +1,4 @@
-"""The stored matrices of a tensor, block by block, and back into the order in which they are stored.
+"""The stored matrices of a tensor, block by block, and back into the order of the file.
 
 A *place* is one matrix of a tensor: its leading axes (the expert), and the number of the block.
 """
