@@ -97,7 +97,9 @@ def _check_precision(
         if bad:
             size = sum(part.size for part in parts)
             raise PrecisionError(
-                f"precision of '{name}': {bad} of {size} entries are negative or not finite."
+                f"precision of '{name}': {bad} of {size} entries are negative or not finite, and "
+                "nothing was stored. Look for NaN in what it was made of, or for counts that are "
+                "far too large."
             )
 
 

@@ -82,11 +82,6 @@ def parts_of(name: str, precision: Array | RankOne | Matrices | Kronecker) -> di
     return {named(PRECISION, name): precision}
 
 
-def renamed(part: str) -> str:
-    """The name in a file of today's format of what has a name in a file of any format."""
-    return part if part.partition(":")[0] in _ROLES else named(PRECISION, part)
-
-
 def stored_tensors(
     specs: Mapping[str, TensorSpec], info: PosteriorInfo | None, file: Path
 ) -> dict[str, StoredTensor]:
@@ -102,10 +97,11 @@ def stored_tensors(
             factor of rank one is alone or does not fit the other.
     """
     is_prefixed = info is not None and info.format >= _PREFIXED_SINCE
+    may_be_prefixed = info is None or is_prefixed
     tensors: dict[str, StoredTensor] = {}
     for name, spec in specs.items():
         role, colon, rest = name.partition(":")
-        if role not in _ROLES or not colon:
+        if role not in _ROLES or not colon or not may_be_prefixed:
             if is_prefixed:
                 raise PrecisionError(
                     f"{file}: {shown(name)} begins with none of the roles "
@@ -128,7 +124,9 @@ def stored_tensors(
 def _rank_one(specs: Mapping[str, TensorSpec], pair: tuple[str, str], file: Path) -> StoredTensor:
     for name in pair:
         if name not in specs:
-            raise PrecisionError(f"{file}: {shown(name)} is missing, the other factor is there.")
+            raise PrecisionError(
+                f"{file}: {shown(name)} is missing, the other factor is there. Make it again."
+            )
     rows, columns = (specs[name] for name in pair)
     shape = (*rows.shape[:1], *columns.shape[1:])
     fits = (
@@ -140,7 +138,8 @@ def _rank_one(specs: Mapping[str, TensorSpec], pair: tuple[str, str], file: Path
     if not fits:
         raise PrecisionError(
             f"{file}: {shown(pair[0])} is {rows.dtype} {list(rows.shape)} and the columns "
-            f"{columns.dtype} {list(columns.shape)}, expected F32 [rows, 1, ...] and [1, ...]."
+            f"{columns.dtype} {list(columns.shape)}, expected F32 [rows, 1, ...] and [1, ...]. "
+            "Make it again."
         )
     return StoredTensor(TensorSpec("F32", shape), pair, rows.size + columns.size)
 
@@ -224,6 +223,11 @@ class StoredPrecisions(Closing):
         """The names in the files of a tensor's precision: one, or those of `rows` and `columns`."""
         return self._tensors[name].parts
 
+    def current_parts(self, name: str) -> dict[str, str]:
+        """The same names, each with the one that it has in a file of today's format."""
+        parts = self.parts(name)
+        return {p: p for p in parts} if len(parts) > 1 else {parts[0]: named(PRECISION, name)}
+
     def numbers(self, name: str) -> int:
         """How many numbers are stored for a tensor."""
         return self._tensors[name].numbers
@@ -273,7 +277,8 @@ class StoredPrecisions(Closing):
             factors = self._factors[name] = self._read_factors(name)
         row = max(factors.columns.size, 1)
         first, last = start // row, -(-stop // row)
-        products = factors.rows.reshape(-1, 1)[first:last] * factors.columns.reshape(1, -1)
+        with np.errstate(over="ignore"):  # infinite, and bad entries for whoever reads them
+            products = factors.rows.reshape(-1, 1)[first:last] * factors.columns.reshape(1, -1)
         result: Array = products.reshape(-1)[start - first * row : stop - first * row]
         return result
 
