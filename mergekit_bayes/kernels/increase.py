@@ -61,7 +61,8 @@ def add_moves(
                 d = widen(mean[j], zero) - widen(means[i, j], zero)
                 moved += h * d * d
         distances[i, 0] += moved
-        distances[i, 1] += reach
+        if has_base:
+            distances[i, 1] += reach
         if pulled:
             to_base, to_zero = zero, zero
             for j in range(start, stop):
