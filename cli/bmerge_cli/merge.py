@@ -35,6 +35,7 @@ from mergekit_bayes.merge import (
     predict_merges,
 )
 from mergekit_bayes.plan import partial_path, plan_merge
+from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
 
 NAME = "merge"
@@ -47,6 +48,8 @@ NAME = "merge"
     option("base"),
     option("weights"),
     option("scale", read=values.scales),
+    option("trajectory"),
+    option("decay"),
     option("method"),
     option("param", read=values.parameters),
     option("out", "--out", "-o"),
@@ -163,12 +166,17 @@ def _adapters_alone(config: MergeConfig) -> bool:
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
     taken = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
+    taken |= {"trajectory", "decay"}
     if foreign := sorted(set(settings) - taken):
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
-            "--scale, --counts, --precision, --space and --rank. Put the base before each to merge "
-            "whole models: BASE+ADAPTER."
+            "--scale, --counts, --precision, --space, --rank and --trajectory. Put the base before "
+            "each to merge whole models: BASE+ADAPTER."
         )
+    notes: list[str] = []
+    config = along_trajectory(config, notes)
+    for note in notes:
+        screen.print(note, markup=False)
     if any(isinstance(s, str) for s in config.scale):
         raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
     with progress_bar(screen, "merging") as advance:

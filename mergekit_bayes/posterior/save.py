@@ -23,12 +23,14 @@ from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.stored import RankOne, parts_of
+from mergekit_bayes.posterior.stored import Matrices, RankOne, parts_of
+
+Precision = Array | RankOne | Matrices
 
 
 def save_posterior(
     model: Path,
-    precision: Mapping[str, Array | RankOne],
+    precision: Mapping[str, Precision],
     info: PosteriorInfo,
     *,
     out: Path | None = None,
@@ -39,8 +41,8 @@ def save_posterior(
     Args:
         model: The checkpoint, a file or folder; it is not touched.
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0; each in any form of `forms`, or of rank one. Tensors that were not trained may be
-            absent.
+            >= 0; each in any form of `forms`, of rank one, or symmetric matrices. Tensors that were
+            not trained may be absent.
         info: The record, which is stored in every file's header.
         out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
@@ -76,7 +78,7 @@ def write_info(folder: Path, info: PosteriorInfo) -> None:
 
 
 def _check_precision(
-    precision: Mapping[str, Array | RankOne], mean: SafetensorsSource, model: Path
+    precision: Mapping[str, Precision], mean: SafetensorsSource, model: Path
 ) -> None:
     for name, values in precision.items():
         spec = mean.specs.get(name)
@@ -87,7 +89,9 @@ def _check_precision(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
-        parts = parts_of(name, values).values()
+        parts = list(parts_of(name, values).values())
+        if isinstance(values, Matrices):
+            parts = [np.einsum("...ii->...i", values.blocks), abs(values.blocks)]
         bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
             size = sum(part.size for part in parts)
@@ -98,7 +102,7 @@ def _check_precision(
 
 def _write_folder(
     folder: Path,
-    precision: Mapping[str, Array | RankOne],
+    precision: Mapping[str, Precision],
     info: PosteriorInfo,
     mean: SafetensorsSource,
 ) -> None:
@@ -120,7 +124,7 @@ def _write_folder(
 
 
 def _write_set(
-    path: Path, precision: Mapping[str, Array | RankOne], info: PosteriorInfo
+    path: Path, precision: Mapping[str, Precision], info: PosteriorInfo
 ) -> Mapping[str, Array]:
     """Write one file, and return its tensors."""
     parts = {n: t for name, p in precision.items() for n, t in parts_of(name, p).items()}

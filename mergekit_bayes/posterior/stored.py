@@ -7,9 +7,12 @@ that no loader takes a tensor for one of the model's, whatever the file is calle
                       or the tensor (see `forms`), 1/weight^2
     rows:NAME         r and c of a precision of rank one, S[i, j] = r[i] * c[j]: r has one
     columns:NAME      number a row, (rows, 1, ...), and c one an entry of a row, (1, ...)
+    right:NAME        matrices in place of numbers (see `forms`), for the last axis of a tensor
+    left:NAME         or for the one before it; both have the shape (..., blocks, n, n)
 
 Files of other programs, and of format 1, have the model's own names. Readers of `StoredPrecisions`
-see the model's names in either case, and a precision of rank one with the shape of its mean.
+see the model's names in either case, a precision of rank one with the shape of its mean, and
+matrices for the axis before the last with one more axis of length 1, which tells them apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,8 @@ from mergekit_bayes.errors import PrecisionError, shown
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 PRECISION, ROWS, COLUMNS = "precision", "rows", "columns"  # the roles
-_ROLES = (PRECISION, ROWS, COLUMNS)
+RIGHT, LEFT = "right", "left"
+_ROLES = (PRECISION, ROWS, COLUMNS, RIGHT, LEFT)
 _PREFIXED_SINCE = 2  # the first format whose names begin with a role
 
 
@@ -68,6 +72,32 @@ class RankOne(NamedTuple):
         return self.rows.size * self.columns.size
 
 
+class Matrices(NamedTuple):
+    """Precisions of whole directions: a matrix for one axis of a tensor, the same for all others.
+
+    The precision of a row w of a weight of shape (..., r, c) is `w' S w` with S for its c entries;
+    `left` is the same for columns, and S for their r entries.
+
+    Attributes:
+        blocks: The blocks on the diagonal of S, (..., k, n, n), symmetric, 1/weight^2. What stands
+            before k are the leading axes of the tensor, each with its own S.
+        is_left: Whether S is for the axis before the last.
+    """
+
+    blocks: Array
+    is_left: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape by which `forms` knows them."""
+        return (*self.blocks.shape, 1) if self.is_left else self.blocks.shape
+
+    @property
+    def size(self) -> int:
+        """How many numbers are stored."""
+        return self.blocks.size
+
+
 def stored_numbers(source: PrecisionSource, name: str) -> int:
     """How many numbers are stored for a precision; of a computed one, how many it has."""
     if isinstance(source, StoredPrecisions):
@@ -80,13 +110,15 @@ def named(role: str, name: str) -> str:
     return f"{role}:{name}"
 
 
-def parts_of(name: str, precision: Array | RankOne) -> dict[str, Array]:
+def parts_of(name: str, precision: Array | RankOne | Matrices) -> dict[str, Array]:
     """The tensors that a precision is in a file, by their names there.
 
     Args:
         name: The model's name of its tensor.
-        precision: One number an entry, a row or the tensor; or of rank one.
+        precision: One number an entry, a row or the tensor; of rank one; or matrices.
     """
+    if isinstance(precision, Matrices):
+        return {named(LEFT if precision.is_left else RIGHT, name): precision.blocks}
     if isinstance(precision, RankOne):
         return {named(ROWS, name): precision.rows, named(COLUMNS, name): precision.columns}
     return {named(PRECISION, name): precision}
@@ -125,6 +157,8 @@ def stored_tensors(
             role, rest = PRECISION, name
         if role == PRECISION:
             stored = StoredTensor(spec, (name,), spec.size)
+        elif role in (RIGHT, LEFT):
+            stored = StoredTensor(_matrices(name, spec, role == LEFT, file), (name,), spec.size)
         else:
             pair = named(ROWS, rest), named(COLUMNS, rest)
             stored = _rank_one(specs, pair, file)
@@ -151,6 +185,15 @@ def _rank_one(specs: Mapping[str, TensorSpec], pair: tuple[str, str], file: Path
             f"{columns.dtype} {list(columns.shape)}, expected F32 [rows, 1, ...] and [1, ...]."
         )
     return StoredTensor(TensorSpec("F32", shape), pair, rows.size + columns.size)
+
+
+def _matrices(name: str, spec: TensorSpec, is_left: bool, file: Path) -> TensorSpec:
+    if len(spec.shape) < 3 or spec.shape[-1] != spec.shape[-2] or spec.dtype != "F32":
+        raise PrecisionError(
+            f"{file}: {shown(name)} is {spec.dtype} {list(spec.shape)}, expected F32 "
+            "[..., blocks, n, n]."
+        )
+    return TensorSpec(spec.dtype, (*spec.shape, 1)) if is_left else spec
 
 
 class StoredPrecisions(Closing):
@@ -272,7 +315,7 @@ class PrecisionSink(SafetensorsSink):
     def __init__(
         self,
         path: Path,
-        specs: Mapping[str, TensorSpec],
+        parts: Mapping[str, tuple[str, TensorSpec]],
         info: PosteriorInfo,
         *,
         shared: bool = False,
@@ -282,14 +325,15 @@ class PrecisionSink(SafetensorsSink):
 
         Args:
             path: The file.
-            specs: Dtype and shape of every precision, by the model's name of its tensor.
+            parts: By the model's name of each tensor, that of its precision in the file (`named`),
+                with its dtype and shape there.
             info: The record for the header.
             shared: As of `SafetensorsSink`.
             begun: As of `SafetensorsSink`.
         """
-        in_file = {named(PRECISION, name): spec for name, spec in specs.items()}
-        super().__init__(path, in_file, info.to_metadata(), shared=shared, begun=begun)
+        super().__init__(path, dict(parts.values()), info.to_metadata(), shared=shared, begun=begun)
+        self._in_file = {name: part for name, (part, _) in parts.items()}
 
     def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
         """Write raw bytes of the precision of the model's tensor `name`."""
-        super().write_bytes(named(PRECISION, name), offset, data)
+        super().write_bytes(self._in_file[name], offset, data)

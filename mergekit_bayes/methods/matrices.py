@@ -1,0 +1,71 @@
+"""Linear algebra that rules over whole matrices share: precisions of the inputs of a layer.
+
+A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs), is that of every
+row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix: TypeAlias = NDArray[Any]  # of float64
+
+
+def divided(weighted: Matrix, precision: Matrix) -> Matrix:
+    """`weighted @ inverse(precision)`, both symmetric in their inputs; (outputs, inputs)."""
+    quotient: Matrix = np.linalg.solve(precision, weighted.T).T
+    return quotient
+
+
+def is_positive(matrix: Matrix) -> bool:
+    """Whether a symmetric matrix is positive definite."""
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def magnitude(matrix: Matrix) -> Matrix:
+    """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
+    values, vectors = np.linalg.eigh(matrix)
+    if values[0] >= 0:
+        return matrix
+    if values[-1] <= 0:
+        return -matrix
+    result: Matrix = (vectors * abs(values)) @ vectors.T
+    return result
+
+
+def bounded_below(exact: Matrix, bound: Matrix, share: float) -> Matrix:
+    """A precision whose eigenvalues are at least a share of those of a bound.
+
+    In the basis where the bound is the identity and the precision diagonal, `max(value, share)`:
+    what the guard on removal does entry by entry, for directions.
+
+    Args:
+        exact: The precision, symmetric, perhaps with negative eigenvalues.
+        bound: Positive definite.
+        share: rho, in (0, 1].
+    """
+    if is_positive(exact - share * bound):
+        return exact
+    root = np.linalg.cholesky(bound)
+    values, vectors = np.linalg.eigh(_between(root, exact))
+    factors = root @ vectors
+    result: Matrix = (factors * np.maximum(values, share)) @ factors.T
+    return result
+
+
+def ratios(matrix: Matrix, precision: Matrix) -> Matrix:
+    """The eigenvalues of a symmetric matrix where a precision is the identity, ascending."""
+    values: Matrix = np.linalg.eigvalsh(_between(np.linalg.cholesky(precision), matrix))
+    return values
+
+
+def _between(root: Matrix, matrix: Matrix) -> Matrix:
+    """`root^-1 matrix root^-T`."""
+    half = np.linalg.solve(root, matrix)
+    result: Matrix = np.linalg.solve(root, half.T)
+    return (result + result.T) / 2
