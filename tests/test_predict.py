@@ -11,6 +11,8 @@ from bmerge_cli.main import app
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
+from mergekit_bayes.posterior import Anchor
+from mergekit_bayes.posterior.stored import Matrices
 from mergekit_bayes.stream import units
 from tests import interrupted, three_models, tiny
 from tests.reference import increase as twin
@@ -117,6 +119,43 @@ def test_methods_that_read_no_precision_are_predicted_by_those_that_are_stored(w
         mean, precision = world[found.ref.removesuffix(".safetensors")]
         expected = sum(twin.increase(merged, mean, base, precision, 100.0).values())
         assert found.nats == pytest.approx(expected, rel=1e-4)
+
+
+def covariance(rng, width):
+    inputs = rng.normal(size=(2 * width, width))
+    return np.float32(inputs.T @ inputs / width)
+
+
+@pytest.mark.parametrize("pull", [0.0, 3.0])
+def test_layers_with_precision_matrices_are_predicted_by_them(tmp_path, monkeypatch, pull):
+    monkeypatch.chdir(tmp_path)
+    shapes, world = {"h.0.attn.weight": (5, 6), "h.0.ln.bias": (4,)}, {}
+    for i, name in enumerate(("base", "a", "b")):
+        precision = tiny.precisions(i, shapes)
+        blocks = np.stack([covariance(np.random.default_rng([i, k]), 3) for k in range(2)])
+        precision["h.0.attn.weight"] = Matrices(blocks)
+        anchor = Anchor(kind="base", precision=pull) if name == "a" else Anchor()
+        mean = tiny.arrays(i, shapes)
+        tiny.posterior(f"{name}.safetensors", mean, precision, anchor=anchor)
+        precision["h.0.attn.weight"] = np.float64(blocks)
+        world[name] = mean, precision
+    base = world["base"][0]
+    for one in predict_merges(config(), SETS).sets:
+        assert one.predicted == report(one.scale).predicted
+        merged = tiny.read("x.safetensors")
+        for found in one.predicted:
+            name = found.ref.removesuffix(".safetensors")
+            mean, precision = world[name]
+            expected = 0.0
+            for n, blocks in precision.items():
+                g = twin.gradient(mean[n], base[n], pull * (name == "a"))
+                if n == "h.0.ln.bias":
+                    expected += twin.loss(merged[n], mean[n], blocks, g)
+                    continue
+                d = np.float64(merged[n]) - mean[n]
+                halves = zip(np.split(d, 2, axis=1), blocks, strict=True)
+                expected += sum(np.trace(x @ h @ x.T) for x, h in halves) / 2 + np.sum(g * d)
+            assert found.nats == pytest.approx(expected / 100, rel=1e-4)
 
 
 def test_the_inputs_are_read_once_and_nothing_is_left(world, monkeypatch):

@@ -21,7 +21,7 @@ from bmerge_cli.merge_tables import (
 )
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
-from mergekit_bayes.configs import parse_config
+from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
 from mergekit_bayes.merge import (
@@ -87,6 +87,13 @@ def command(
     sync: Annotated[
         bool, typer.Option("--sync", help="Wait for the disk, to survive a power cut, too.")
     ] = False,
+    then: Annotated[
+        Path | None,
+        typer.Option(
+            help="adapt.yaml: adapt the merge by these settings, as `bmerge adapt` does; their "
+            "model is the merge, and their output OUT-adapted where they name none."
+        ),
+    ] = None,
     push_to: PushTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     predict: Annotated[
@@ -111,9 +118,14 @@ def command(
     """
     if predict:
         refused = {"--dry-run": dry_run, "--shard": shard, "--sync": sync, "--push-to": push_to}
-        wrong = [flag for flag, given in refused.items() if given]
+        wrong = [flag for flag, given in (refused | {"--then": then}).items() if given]
         screen = console(quiet=quiet)
         _predict(settings, predict, wrong, screen, threads=threads, as_json=as_json)
+        return
+    if then is not None:
+        if dry_run or shard is not None or push_to is not None:
+            raise ConfigError("--then goes with none of --dry-run, --shard and --push-to.")
+        _merge_and_adapt(settings, then, threads, sync=sync, as_json=as_json, quiet=quiet)
         return
     with delivering(None if dry_run else push_to, settings.get("out")) as delivery:
         if delivery.temporary is not None:
@@ -142,6 +154,30 @@ def command(
             report = _merge_models(config, screen, part, threads=threads, sync=sync)
         if report is not None:
             delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
+
+
+def _merge_and_adapt(
+    settings: Settings, then: Path, threads: int | None, *, sync: bool, as_json: bool, quiet: bool
+) -> None:
+    """Merge, and adapt what was merged; the settings of both are checked before."""
+    from bmerge_cli.adapting import adapt
+    from bmerge_cli.training import Line
+    from mergekit_bayes.adapt.settings import AdaptConfig
+
+    config = _config(settings)
+    out = config.out or "merged"
+    if out.endswith(".safetensors") or _adapters_alone(config):
+        raise ConfigError(
+            "--then adapts the merge of whole models in a folder: name one with -o, and the base "
+            "before each adapter (BASE+ADAPTER)."
+        )
+    words = [f"model={out}"]
+    if "output" not in read_yaml(then):
+        words.append(f"output={out.rstrip(os.sep)}-adapted")
+    line = Line("adapt", then, words, {}, None, as_json, quiet)
+    line.load(AdaptConfig)
+    _merge_models(config, console(quiet=quiet), None, threads=threads, sync=sync)
+    adapt(line)
 
 
 def _config(settings: Settings) -> MergeConfig:

@@ -14,9 +14,8 @@ from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_mean, overflo
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import Array, Numbers, Tally, likelihood_precision
-from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.methods.matrices import divided, ratios
-from mergekit_bayes.plan import MergePlan, Operand, Step
+from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import Form, StoredPrecision
 from mergekit_bayes.stream.bad_entries import refuse_bad
 from mergekit_bayes.stream.numbers import numbers_of
@@ -39,24 +38,51 @@ class Merged(NamedTuple):
     precision: Array | None
 
 
-def merge_matrices(plan: MergePlan, step: Step, facts: Facts, tally: Tally) -> Merged:
+class Layer(NamedTuple):
+    """What is read of one tensor, each in float64 and the base's first.
+
+    Attributes:
+        means: The weights, (..., outputs, inputs).
+        precisions: The matrices, (..., k, n, n); None where precisions do not count.
+    """
+
+    means: list[Array]
+    precisions: list[Array] | None
+
+
+def read_layer(plan: MergePlan, step: Step) -> Layer:
+    """Read one tensor of all models, with its matrices.
+
+    Args:
+        plan: The merge.
+        step: The tensor, with an `axis`.
+
+    Raises:
+        CheckpointError: A mean that is not finite.
+        PrecisionError: A matrix that is not symmetric, not finite or not positive.
+    """
+    means = [_mean(plan, step, operand) for operand in step.operands]
+    weighs = plan.method.needs_precision
+    return Layer(means, [_matrices(step, o) for o in step.operands] if weighs else None)
+
+
+def merge_matrices(
+    plan: MergePlan, step: Step, layer: Layer, numbers: Numbers, tally: Tally
+) -> Merged:
     """Merge one tensor.
 
     Args:
         plan: The merge.
         step: The tensor, with an `axis`.
-        facts: What the method knows beforehand.
+        layer: What was read of it.
+        numbers: The constants of the step, in float64.
         tally: Counted into. An entry is guarded if its direction is.
 
     Raises:
-        CheckpointError: A mean that is not finite, or a merge that does not fit its dtype.
-        PrecisionError: A matrix that is not symmetric, not finite or not positive.
+        CheckpointError: A merge that is not finite or does not fit its dtype.
     """
-    means = [_mean(plan, step, operand) for operand in step.operands]
-    weighs = plan.method.needs_precision
-    stored = [_matrices(step, operand) for operand in step.operands] if weighs else None
+    means, stored = layer
     blocks = 1 if stored is None else stored[0].shape[-3]
-    numbers = numbers_of(plan, step, facts, np.float64)
     merged = np.empty_like(means[0])
     precision = None if stored is None else np.empty_like(stored[0])
     for place, (rows, columns) in _places(means[0].shape, blocks):
@@ -66,7 +92,14 @@ def merge_matrices(plan: MergePlan, step: Step, facts: Facts, tally: Tally) -> M
         merged[rows][:, columns] = result.mean
         if precision is not None:
             precision[place] = result.precision
-    return _written(plan, step, means, merged, precision, tally)
+    written = _written(plan, step, means, merged, precision, tally)
+    if stored is not None:
+        as_written = decode(np.frombuffer(written.mean, np.uint8), step.spec.dtype)
+        merged = _turned(step, as_written.reshape(step.spec.shape).astype(np.float64))
+        for place, (rows, columns) in _places(means[0].shape, blocks):
+            weights = [mean[rows][:, columns] for mean in (merged, *means)]
+            _add_moves(plan, weights, [s[place] for s in stored], numbers, tally)
+    return written
 
 
 def copied_matrices(plan: MergePlan, step: Step) -> Array:
@@ -117,8 +150,7 @@ def _posteriors(
     ):
         likelihood = _likelihood(numbers, position, matrix, of_base)
         if not has_base or position == 0:
-            if model.weighing.reshape:  # a merge has it inside
-                likelihood = likelihood + RIDGE * np.trace(likelihood) / len(one) * one
+            likelihood = _with_ridge(model, likelihood)
             of_base = likelihood if has_base else 0.0
             models.append(Gaussian(weight, likelihood + numbers.priors[position] * one))
             continue
@@ -132,6 +164,14 @@ def _posteriors(
     return models
 
 
+def _with_ridge(model: Input, likelihood: Array) -> Array:
+    """H of the base, or of a model of an average, with a little more in every direction."""
+    if not model.weighing.reshape:  # a merge has it inside
+        return likelihood
+    one: Array = np.eye(len(likelihood))
+    return likelihood + float(RIDGE * np.trace(likelihood)) / len(likelihood) * one
+
+
 def _likelihood(numbers: Numbers, position: int, stored: Array, of_base: Array | float) -> Array:
     """H of a model, `gain (S - contained I - share H_0)`; see `Numbers`."""
     inside = numbers.contained[position] * np.eye(len(stored))
@@ -140,6 +180,38 @@ def _likelihood(numbers: Numbers, position: int, stored: Array, of_base: Array |
     )
     likelihood: Array = likelihood_precision(unfloored, position, stored, of_base, 0.0)
     return likelihood
+
+
+def _add_moves(
+    plan: MergePlan,
+    weights: Sequence[Array],
+    matrices: Sequence[Array],
+    numbers: Numbers,
+    tally: Tally,
+) -> None:
+    """Sum how far one block is from each model; `weights` begin with the merged ones.
+
+    `Tally.distances` are of H without the ridge, which no data added.
+    """
+    merged, *means = weights
+    has_base = plan.base is not None
+    of_base: Array | float = 0.0
+    if has_base and any(numbers.base_shares):
+        of_base = _with_ridge(plan.inputs.donor, _likelihood(numbers, 0, matrices[0], 0.0))
+    for i, (mean, matrix) in enumerate(zip(means, matrices, strict=True)):
+        likelihood = _likelihood(numbers, i, matrix, of_base if i else 0.0)
+        moved, change = merged - mean, mean - means[0]
+        tally.distances[i, 0] += _squared(moved, likelihood)
+        tally.products[i, 1] += np.vdot(mean, moved)
+        if has_base and i:
+            tally.distances[i, 1] += _squared(change, likelihood)
+            tally.products[i, 0] += np.vdot(change, moved)
+
+
+def _squared(rows: Array, precision: Array) -> float:
+    """`sum of row precision row'`, in float32, which halves its cost."""
+    single = rows.astype(np.float32)
+    return float(np.vdot(single @ precision.astype(np.float32), single))
 
 
 def _count_guarded(

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
 from mergekit_bayes import __version__
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.kernels import can_fuse, elementwise
@@ -21,6 +23,7 @@ from mergekit_bayes.merge.increase import (
     note_on_pulls,
     predicted_increases,
 )
+from mergekit_bayes.merge.matrices import merge_matrices, read_layer
 from mergekit_bayes.merge.pool import AHEAD, CHUNK, PLAIN_CHUNK, WORTH_FUSING, default_threads
 from mergekit_bayes.merge.tally import MergeTotals, UnitTally
 from mergekit_bayes.plan import Inputs, MergeConfig, MergePlan, Step, plan_merge
@@ -112,6 +115,10 @@ def predict_merges(
             f"--predict: {method.name} draws at random, and no draw is predicted. Choose another "
             "--method."
         )
+    if config.trajectory:
+        raise ConfigError(
+            "--predict: the shares of a --trajectory are no choice. Drop one of both."
+        )
     texts = tuple(s for s in config.scale if isinstance(s, str))
     sets = [_checked(config, numbers, texts) for numbers in scales]
     # A model of scale zero would not be read, and one that only counts in some sets is.
@@ -123,6 +130,11 @@ def predict_merges(
     with plan_merge(asked) as plan:
         _, rules = parse_scales(asked)
         if not method.needs_precision:
+            if method.matrix is not None or any(step.axis is not None for step in plan.steps):
+                raise ConfigError(
+                    f"--predict: {method.name} reads no precision, and is predicted only where no "
+                    "layer is merged as a whole matrix."
+                )
             weighs = method._replace(needs_precision=True)
             plan = replace(plan, method=weighs, settings=settings)
         guards = [_guard(plan, numbers, rules) for numbers in sets]
@@ -262,6 +274,8 @@ class _Sweep:
     def _unit(
         self, step: Step, measured: dict[float, FirstPassResult], unit: Unit
     ) -> list[UnitTally]:
+        if step.axis is not None:
+            return self._matrices(step, measured)
         act = elementwise(kind_of(self._plan, step)._replace(removes=False), fused=self._fused)
         constants = [
             numbers_of(self._plan, step, measured[guard].facts)._replace(
@@ -287,6 +301,18 @@ class _Sweep:
                         "finite. Are its precisions on the same scale?"
                     )
                 tally.add(counts)
+        return tallies
+
+    def _matrices(self, step: Step, measured: dict[float, FirstPassResult]) -> list[UnitTally]:
+        """What is counted in a layer that is merged as a whole."""
+        layer, tallies = read_layer(self._plan, step), []
+        for guard, scales in zip(self._guards, self._sets, strict=True):
+            numbers = numbers_of(self._plan, step, measured[guard].facts, np.float64)
+            numbers = numbers._replace(scales=tuple(map(np.float64, self._scales(step, scales))))
+            counts = Tally(len(step.operands))
+            merge_matrices(self._plan, step, layer, numbers, counts)
+            tallies.append(UnitTally())
+            tallies[-1].add(counts)
         return tallies
 
     def _scales(self, step: Step, numbers: Sequence[float]) -> Iterator[float]:
