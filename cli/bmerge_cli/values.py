@@ -55,6 +55,11 @@ def scales(items: Sequence[str], flag: str) -> tuple[float | str, ...]:
     return tuple(item if "=" in item else number(item, flag) for item in items)
 
 
+def scale_sets(items: Sequence[str], flag: str) -> list[tuple[float, ...]]:
+    """Sets of numbers, each with commas between them."""
+    return [tuple(number(part, flag) for part in item.split(",")) for item in items]
+
+
 def dtype(text: str, flag: str) -> str | None:
     """A dtype by the name that safetensors gives it; torch's names are understood, too."""
     return _DTYPES.get(text.lower(), text.upper()) or None

@@ -14,10 +14,9 @@ from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_mean, overflo
 from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.gaussian import DELTA_0, Gaussian
 from mergekit_bayes.kernels.base import Array, Numbers, Tally
-from mergekit_bayes.methods.base import Facts
 from mergekit_bayes.methods.kronecker import Basis, KroneckerSum, Spectrum
 from mergekit_bayes.methods.matrices import divided, ratios
-from mergekit_bayes.plan import MergePlan, Operand, Step
+from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.stream.bad_entries import refuse_bad
 from mergekit_bayes.stream.matrices import Place, Precision, packed, places, stored
 from mergekit_bayes.stream.numbers import numbers_of
@@ -40,24 +39,52 @@ class Merged(NamedTuple):
     precision: Array | None
 
 
-def merge_matrices(plan: MergePlan, step: Step, facts: Facts, tally: Tally) -> Merged:
+class Layer(NamedTuple):
+    """What is read of one tensor, each in float64 and the base's first.
+
+    Attributes:
+        means: The weights, (..., outputs, inputs).
+        precisions: The precisions by place; None where precisions do not count.
+    """
+
+    means: list[Array]
+    precisions: list[dict[Place, Precision]] | None
+
+
+def read_layer(plan: MergePlan, step: Step) -> Layer:
+    """Read one tensor of all models, with its matrices.
+
+    Args:
+        plan: The merge.
+        step: The tensor, with an `axis`.
+
+    Raises:
+        CheckpointError: A mean that is not finite.
+        MismatchError: A precision that is one number, where others are Kronecker products.
+        PrecisionError: A matrix that is not symmetric, not finite or not positive.
+    """
+    means = [_mean(plan, step, operand) for operand in step.operands]
+    weighs = plan.method.needs_precision
+    return Layer(means, [stored(step, o) for o in step.operands] if weighs else None)
+
+
+def merge_matrices(
+    plan: MergePlan, step: Step, layer: Layer, numbers: Numbers, tally: Tally
+) -> Merged:
     """Merge one tensor.
 
     Args:
         plan: The merge.
         step: The tensor, with an `axis`.
-        facts: What the method knows beforehand.
+        layer: What was read of it.
+        numbers: The constants of the step, in float64.
         tally: Counted into. An entry is guarded if its direction is.
 
     Raises:
-        CheckpointError: A mean that is not finite, or a merge that does not fit its dtype.
+        CheckpointError: A merge that is not finite or does not fit its dtype.
         MismatchError: A removal that the form of the precisions cannot bound.
-        PrecisionError: A matrix that is not symmetric, not finite or not positive.
     """
-    means = [_mean(plan, step, operand) for operand in step.operands]
-    weighs = plan.method.needs_precision
-    found = [stored(step, operand) for operand in step.operands] if weighs else None
-    numbers = numbers_of(plan, step, facts, np.float64)
+    means, found = layer
     merged = np.empty_like(means[0])
     precision: dict[Place, Precision] = {}
     for place, columns in places(step, means[0].shape):
@@ -68,7 +95,14 @@ def merge_matrices(plan: MergePlan, step: Step, facts: Facts, tally: Tally) -> M
         merged[rows][:, columns] = result.mean
         precision[place] = result.precision
     data = _written(plan, step, means, merged, tally)
-    return Merged(data, packed(step, precision) if weighs else None)
+    if found is None:
+        return Merged(data, None)
+    as_written = decode(np.frombuffer(data, np.uint8), step.spec.dtype)
+    merged = _turned(step, as_written.reshape(step.spec.shape).astype(np.float64))
+    for place, columns in places(step, means[0].shape):
+        weights = [mean[place[:-1]][:, columns] for mean in (merged, *means)]
+        _add_moves(plan, weights, [each[place] for each in found], numbers, tally)
+    return Merged(data, packed(step, precision))
 
 
 def copied_matrices(plan: MergePlan, step: Step) -> Array:
@@ -127,8 +161,7 @@ def _posteriors(
     ):
         likelihood = _likelihood(numbers, position, matrix, of_base)
         if not has_base or position == 0:
-            if model.weighing.reshape:  # a merge has it inside
-                likelihood = _ridged(likelihood)
+            likelihood = _with_ridge(model, likelihood)
             of_base = likelihood if has_base else None
             precision = _with_prior(step, likelihood, numbers.priors[position])
             models.append(Gaussian(weight, precision))
@@ -167,6 +200,11 @@ def _with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
     )
 
 
+def _with_ridge(model: Input, likelihood: Precision) -> Precision:
+    """H of the base, or of a model of an average, with a little more in every direction."""
+    return _ridged(likelihood) if model.weighing.reshape else likelihood  # a merge has it inside
+
+
 def _ridged(likelihood: Precision) -> Precision:
     """A likelihood precision with a little of its mean diagonal in every direction."""
     if isinstance(likelihood, KroneckerSum):
@@ -181,6 +219,32 @@ def _trace(precision: Precision, outputs: int) -> float:
     if isinstance(precision, KroneckerSum):
         return sum(float(np.trace(left) * np.trace(right)) for left, right in precision.terms)
     return outputs * float(np.trace(precision))
+
+
+def _add_moves(
+    plan: MergePlan,
+    weights: Sequence[Array],
+    precisions: Sequence[Precision],
+    numbers: Numbers,
+    tally: Tally,
+) -> None:
+    """Sum how far one block is from each model; `weights` begin with the merged ones.
+
+    `Tally.distances` are of H without the ridge, which no data added.
+    """
+    merged, *means = weights
+    has_base = plan.base is not None
+    of_base: Precision | None = None
+    if has_base and any(numbers.base_shares):
+        of_base = _with_ridge(plan.inputs.donor, _likelihood(numbers, 0, precisions[0], None))
+    for i, (mean, precision) in enumerate(zip(means, precisions, strict=True)):
+        likelihood = _likelihood(numbers, i, precision, of_base if i else None)
+        moved, change = merged - mean, mean - means[0]
+        tally.distances[i, 0] += float(np.vdot(moved @ likelihood, moved))
+        tally.products[i, 1] += np.vdot(mean, moved)
+        if has_base and i:
+            tally.distances[i, 1] += float(np.vdot(change @ likelihood, change))
+            tally.products[i, 0] += np.vdot(change, moved)
 
 
 def _count_guarded(

@@ -17,7 +17,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
-from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices
+from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
@@ -126,7 +126,9 @@ class Worker:
         self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
     ) -> None:
         counts = Tally(len(step.operands))
-        merged = merge_matrices(self._plan, step, measured.facts, counts)
+        layer = read_layer(self._plan, step)
+        numbers = numbers_of(self._plan, step, measured.facts, np.float64)
+        merged = merge_matrices(self._plan, step, layer, numbers, counts)
         tally.add_replaced(measured.bad)
         tally.add(counts)
         sinks.mean.write_bytes(step.name, 0, merged.mean)
