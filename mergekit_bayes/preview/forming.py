@@ -107,7 +107,9 @@ class Former(Closing):
         self._copied: dict[str, str] = {}  # tensors that are the donor's, by name, and whose
         self.held, self.is_average = Held(), like.base is None
         self._local = threading.local()
-        self._threads = ThreadPoolExecutor(threads or default_threads())
+        threads = threads or default_threads()
+        self._threads = ThreadPoolExecutor(threads)
+        self._map = self._threads.map if threads > 1 else map
 
     def form(self, plan: MergePlan) -> None:
         """Give the model the parameters of a merge.
@@ -130,7 +132,7 @@ class Former(Closing):
             worker = Worker(plan, self._reader(plan), self._chunk, fused=self._fused)
             worker.run(unit, work.measured[unit.step], self._sinks)
 
-        for _ in self._threads.map(carry_out, units):
+        for _ in self._map(carry_out, units):
             pass
         for unit in units:
             step = plan.steps[unit.step]

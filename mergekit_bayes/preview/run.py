@@ -24,7 +24,7 @@ from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.plan import MergeConfig, plan_merge
-from mergekit_bayes.plan.rescale import with_scales
+from mergekit_bayes.plan.rescale import signs_of, with_scales
 from mergekit_bayes.preview.choosing import cost, pareto
 from mergekit_bayes.preview.designs import Named, vectors_of
 from mergekit_bayes.preview.files import write_preview
@@ -173,7 +173,7 @@ def _open(
     """
     tasks = len(next(iter(vectors)))
     like = plans.at((1.0,) * tasks)
-    for scales in vectors:
+    for scales in {signs_of(scales): scales for scales in vectors}.values():
         plans.at(scales)
     refuse_too_large(like, config.dtype)
     write_skeleton(like, folder)
