@@ -6,17 +6,17 @@ import torch
 import yaml
 
 from mergekit_bayes.models.load import load_model
-from tests.tiny_models import WORDS, give_posterior, tiny_bert, tiny_gpt2
+from tests.tiny_models import WORDS, give_posterior, tiny_bert, tiny_gpt2, tiny_mixtral
 
 TASKS = ("a", "b")
+MODELS = {"gpt2": tiny_gpt2, "bert": tiny_bert, "mixtral": tiny_mixtral}
 
 
 def world(folder, kind="gpt2", tasks=TASKS, weights=True, spread=0.02):
     """Folders `base` and the tasks, `cats.csv` and `films.csv`; texts have labels."""
     folder = Path(folder)
-    make = tiny_gpt2 if kind == "gpt2" else tiny_bert
     for seed, name in enumerate(("base", *tasks)):
-        make(folder / name, seed=0)
+        MODELS[kind](folder / name)
         loaded = load_model(str(folder / name))
         if seed:
             torch.manual_seed(seed)
