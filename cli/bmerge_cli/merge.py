@@ -255,7 +255,7 @@ def _predict(
         raise ConfigError("--predict is for whole models: put the base before each adapter.")
     if part_of_launcher() is not None:
         raise ConfigError("--predict reads the models in one process. Start it without a launcher.")
-    scales = values.scale_sets(sets, "--predict")
+    scales = values.vectors(sets, "--predict")
     with progress_bar(screen, "reading") as advance:
         report = predict_merges(config, scales, threads=threads, progress=advance)
     show_predictions(screen, report)

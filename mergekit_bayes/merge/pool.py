@@ -147,7 +147,6 @@ class Pool:
 
 
 def default_threads() -> int:
-    """One thread per core, at most four."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(4, len(os.sched_getaffinity(0)))
-    return min(4, os.cpu_count() or 1)
+    """One thread per core that this process may use, at most four."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(4, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
