@@ -81,7 +81,7 @@ def _figure(report: PreviewReport) -> "Figure":
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=across,
         fontsize=8,
         frameon=False,
     )
