@@ -16,6 +16,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
+from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
@@ -66,9 +67,14 @@ class Worker:
             PrecisionError: A precision that cannot be merged.
         """
         step, tally = self._plan.steps[unit.step], UnitTally()
+        if step.axis is not None:
+            self._merge_matrices(step, measured, sinks, tally)
+            return tally
         if unit.start == 0:
             tally.add_replaced(measured.bad)
-            if sinks.precision is not None and step.has_coarse_precision:
+            if sinks.precision is not None and step.has_matrices:
+                self._write_matrices(step, copied_matrices(self._plan, step), sinks.precision)
+            elif sinks.precision is not None and step.has_coarse_precision:
                 self._write_coarse(step, measured, sinks.precision)
         start = unit.start
         while start < unit.stop:
@@ -114,6 +120,22 @@ class Worker:
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[step.spec.dtype], data)
         if sinks.precision is not None and not step.has_coarse_precision:
             sinks.precision.write_bytes(step.name, start * 4, chunk.precision.view(np.uint8).data)
+
+    def _merge_matrices(
+        self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
+    ) -> None:
+        counts = Tally(len(step.operands))
+        layer = read_layer(self._plan, step)
+        numbers = numbers_of(self._plan, step, measured.facts, np.float64)
+        merged = merge_matrices(self._plan, step, layer, numbers, counts)
+        tally.add_replaced(measured.bad)
+        tally.add(counts)
+        sinks.mean.write_bytes(step.name, 0, merged.mean)
+        if sinks.precision is not None and merged.precision is not None:
+            self._write_matrices(step, merged.precision, sinks.precision)
+
+    def _write_matrices(self, step: Step, matrices: Array, sink: TensorSink) -> None:
+        sink.write_bytes(step.name, 0, encode(matrices.reshape(-1), "F32"))
 
     def _count_lost(self, step: Step, chunk: Chunk, data: memoryview, counts: Tally) -> None:
         """Count lost entries for a dtype that the pass does not write itself.

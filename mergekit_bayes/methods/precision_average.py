@@ -1,7 +1,10 @@
 """The precision-weighted average; with Fishers for precisions, Matena & Raffel (NeurIPS 2022)."""
 
+import numpy as np
+
 from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.methods.base import Method, Scales, Tasks
+from mergekit_bayes.methods.matrices import divided
 
 
 def precision_average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
@@ -32,6 +35,28 @@ def precision_average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts
     return Gaussian(tasks[0].mean + weighted / precision, precision)
 
 
+def for_matrices(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
+    """The same with a precision matrix of a layer's inputs in place of numbers.
+
+        mean = (sum_t c_t m_t S_t) precision^-1,  precision = sum_t c_t S_t
+
+    Args:
+        base: Not needed.
+        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite, or sums of
+            Kronecker products.
+        scales: One per task, dimensionless, >= 0 and of positive sum.
+        facts: None.
+    """
+    total, first = sum(scales), tasks[0]
+    precision = (scales[0] / total) * first.precision
+    weighted = np.zeros_like(first.mean)  # sum_t c_t (m_t - m_1) S_t
+    for task, scale in zip(tasks[1:], scales[1:], strict=True):
+        share = (scale / total) * task.precision
+        precision = precision + share
+        weighted += (task.mean - first.mean) @ share
+    return Gaussian(first.mean + divided(weighted, precision), precision)
+
+
 PRECISION_AVERAGE = Method(
     "precision_average",
     precision_average,
@@ -41,4 +66,5 @@ PRECISION_AVERAGE = Method(
     example="bmerge merge A B --weights precision",
     formula="m = sum_t scale_t S_t m_t / sum_t scale_t S_t,  S = sum_t scale_t S_t / sum_t scale_t",
     is_posterior=True,
+    matrix=for_matrices,
 )

@@ -8,7 +8,8 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import TensorSpec
-from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.options import parse_shrink
 from mergekit_bayes.plan.settings import MergeConfig
@@ -113,6 +114,73 @@ def merged_shape(
     by_row = (shrink is not None and shrink.by_row) or 0 < merged < spec.size
     pooled = [form.pooled(config.pool) for form in forms]
     return merged_form(pooled, by_row=by_row).shape_of(spec.shape)
+
+
+class Matrices(NamedTuple):
+    """In which form a tensor's precisions are matrices.
+
+    Attributes:
+        shape: That of the precisions, as in `posterior/forms.py`.
+        axis: The axis of the tensor that they are for.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+
+
+def matrices_of(
+    config: MergeConfig, method: Method, name: str, stored: Mapping[Input, StoredPrecision]
+) -> Matrices | None:
+    """The form of a tensor's precisions if they are matrices; None if they are numbers.
+
+    One number for the tensor is a matrix, too, and goes with others.
+
+    Args:
+        config: The settings.
+        method: The merging rule.
+        name: The tensor.
+        stored: The precision of each model.
+
+    Raises:
+        ConfigError: The method or a setting has no meaning for matrices.
+        PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
+    """
+    forms: dict[Matrices, Input] = {}
+    terms = 0
+    for model, precision in stored.items():
+        if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
+            shape = precision.source.specs[precision.name].shape
+            if precision.form is Form.KRONECKER:
+                terms += shape[-4]
+                shape = (*shape[:-4], 0, *shape[-3:])
+            forms.setdefault(Matrices(shape, precision.axis), model)
+    if not forms:
+        return None
+    (found, one), *others = forms.items()
+    numbers = [m for m, p in stored.items() if p.form in (Form.ROW, Form.ENTRY)]
+    if others or numbers:
+        other = others[0][1] if others else numbers[0]
+        has = list(others[0][0].shape) if others else "numbers"
+        raise PrecisionError(
+            f"the precision of '{name}' is one of matrices {list(found.shape)} for '{one.ref}', "
+            f"and for '{other.ref}' {has}. Make both alike with `bmerge precision --estimator "
+            "inputs`."
+        )
+    if terms:  # a merge has the terms of all
+        found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
+    if method.matrix is None:
+        raise ConfigError(
+            f"--method {method.name} reads one number an entry, and the precision of '{name}' of "
+            f"'{one.ref}' is one of matrices. Use gradient_matching or precision_average, or other "
+            "precisions (--precision MODEL=PATH)."
+        )
+    for setting in ("pool", "shrink"):
+        if getattr(config, setting) is not None:
+            raise ConfigError(
+                f"--{setting} {getattr(config, setting)}: the precision of '{name}' of "
+                f"'{one.ref}' is one of matrices, for which it has no meaning. Drop it."
+            )
+    return found
 
 
 def _stored_precision(
