@@ -15,8 +15,17 @@ from bmerge_cli.main import app
 from bmerge_cli.preview_tables import show_preview
 from bmerge_cli.terminal import Screen
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.merge import run_merge
 from mergekit_bayes.plan import MergeConfig
-from mergekit_bayes.preview import Point, PreviewConfig, PreviewReport, memory, run, search
+from mergekit_bayes.preview import (
+    Point,
+    PreviewConfig,
+    PreviewReport,
+    memory,
+    read_preview,
+    run,
+    search,
+)
 from mergekit_bayes.preview.choosing import cost, pareto
 from mergekit_bayes.preview.designs import vectors_of
 from mergekit_bayes.preview.held import Held
@@ -322,3 +331,31 @@ def test_a_vector_of_other_signs_is_planned_before_anything_is_measured(here):
         run_preview(
             PreviewConfig(recipe="r.yaml", data={"x": "none.csv"}, scales=[(-1, 2)], output="out")
         )
+
+
+def test_evaluations_are_spent_where_the_prediction_is_good(here, tmp_path_factory):
+    world = previews.world(tmp_path_factory.mktemp("weighed"))
+    for path in ("base", "a", "b"):
+        Path(path).unlink()
+        Path(path).symlink_to(world / path)
+    previews.recipe("r.yaml", weights="precision", scale=[0.3, 0.3])
+    grid = ("--grid", "-2,0.1,1,8", "--design", "common", "--predict-first", "2")
+    done = preview(*TEXTS, *grid)
+    assert done.exit_code == 0, done.stderr
+    report = read_preview("out")
+    assert [p.scales for p in report.points] == [(0.3, 0.3), (0.1, 0.1), (1.0, 1.0)]
+    assert report.skipped == 2
+    merged = run_merge(
+        MergeConfig(models=("a", "b"), base="base", weights="precision", scale=(1.0,), out="m")
+    )
+    rises = [increase.nats for increase in merged.predicted]
+    assert report.points[2].predicted == pytest.approx(sum(rises) / 3)
+    assert "2 merges whose predicted rise is larger were not measured" in done.stderr
+    assert "Rank correlation of the predicted rise" in done.stderr
+
+
+def test_a_prediction_needs_precisions(here):
+    done = preview(*TEXTS, "--predict-first", "2")
+    assert done.exit_code == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "precision" in line

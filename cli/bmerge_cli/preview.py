@@ -19,6 +19,7 @@ NAME = "preview"
     option("design"),
     option("search"),
     option("between", read=values.vector),
+    option("predict_first"),
     option("choose"),
     option("output", "--out", "-o"),
     option("text_column"),

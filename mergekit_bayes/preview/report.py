@@ -18,6 +18,9 @@ class Point(Record):
         loss: For each data set the mean loss, in nats a token or an example; infinite where the
             merge could not be measured.
         accuracy: For each data set the share of right labels; none of a language model.
+        predicted: The rise of the models' losses that `--predict-first` predicts, nats an
+            observation.
+        trusted: Whether that prediction is for a merge nearer to every task than the base is.
         failure: Why it could not be formed or measured.
         form_seconds: What forming its parameters took.
         measure_seconds: What measuring it took.
@@ -27,6 +30,8 @@ class Point(Record):
     origin: Origin
     loss: dict[str, float]
     accuracy: dict[str, float] = {}
+    predicted: float | None = None
+    trusted: bool | None = None
     failure: str | None = None
     form_seconds: float = 0.0
     measure_seconds: float = 0.0
@@ -50,6 +55,7 @@ class PreviewReport(Record):
         unit: What one observation is: `token` or `example`.
         observations: For each data set, how many tokens or examples are scored.
         points: The merges, the recipe's own first.
+        skipped: How many merges were predicted only, and not measured.
         pareto: Indices of the points that no other point beats on all data sets, the smallest loss
             on the first data set first.
         chosen: Index of the recommended point.
@@ -67,6 +73,7 @@ class PreviewReport(Record):
     unit: Literal["token", "example"]
     observations: dict[str, int]
     points: tuple[Point, ...]
+    skipped: int = 0
     pareto: tuple[int, ...]
     chosen: int
     held_bytes: int

@@ -25,12 +25,14 @@ from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.plan import MergeConfig, plan_merge
 from mergekit_bayes.plan.rescale import signs_of, with_scales
+from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.preview.choosing import cost, pareto
 from mergekit_bayes.preview.designs import Named, vectors_of
 from mergekit_bayes.preview.files import write_preview
 from mergekit_bayes.preview.forming import Former, Plans
 from mergekit_bayes.preview.measuring import Measurer, Scores
 from mergekit_bayes.preview.memory import refuse_too_large
+from mergekit_bayes.preview.predicting import Predicted, best_predicted, predict
 from mergekit_bayes.preview.report import Origin, Point, PreviewReport
 from mergekit_bayes.preview.search import Search, refuse_search
 from mergekit_bayes.preview.settings import PreviewConfig, Vector
@@ -64,6 +66,7 @@ def run_preview(
     tell = progress if progress is not None and not quiet else _ignore
     refuse_search(config)
     recipe = parse_config(MergeConfig, read_recipe(Path(config.recipe)), config.recipe)
+    recipe = along_trajectory(recipe, [])
     vectors = vectors_of(config, recipe)
     refuse_settings(config.evaluation(classifies=False))
     base = () if recipe.base is None else (recipe.base,)
@@ -71,9 +74,13 @@ def run_preview(
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries(bars=False))
         scratch = stack.enter_context(Scratch(Path(tempfile.gettempdir()), "bmerge-"))
+        predicted = predict(config, recipe, vectors, scratch.new / "model")
+        asked, vectors = len(vectors), best_predicted(config, vectors, predicted)
         plans = stack.enter_context(Plans(recipe, scratch.new / "model"))
         previewer = _open(config, plans, vectors, scratch.new / "unformed", stack)
-        points = list(previewer.points(config, vectors, tell))
+        points = [
+            _with_prediction(point, predicted) for point in previewer.points(config, vectors, tell)
+        ]
         chosen = _chosen(config, points)
         best = with_scales(recipe, points[chosen].scales)
         with plan_merge(best.model_copy(update={"out": str(scratch.new / "best")})) as plan:
@@ -88,6 +95,7 @@ def run_preview(
             unit=previewer.measurer.unit,
             observations=previewer.observations,
             points=tuple(points),
+            skipped=asked - len(vectors),
             pareto=pareto([point.loss for point in points]),
             chosen=chosen,
             held_bytes=previewer.former.held.nbytes,
@@ -186,6 +194,13 @@ def _open(
     count = len(vectors) + (config.search or 0)
     former = stack.enter_context(Former(loaded.model, like, count))
     return _Previewer(plans, former, measurer, {})
+
+
+def _with_prediction(point: Point, predicted: Predicted) -> Point:
+    if point.scales not in predicted:
+        return point
+    nats, trusted = predicted[point.scales]
+    return point.model_copy(update={"predicted": nats, "trusted": trusted})
 
 
 def _chosen(config: PreviewConfig, points: list[Point]) -> int:

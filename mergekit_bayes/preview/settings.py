@@ -63,6 +63,12 @@ class PreviewConfig(Config):
         description="LOW,HIGH: where the search looks for each scale; by default from 0 to twice "
         "the recipe's, or to 1 where that is 0. Shares of an average are sought between 0 and 1.",
     )
+    predict_first: int | None = Field(
+        None,
+        ge=1,
+        description="Measure only this number of the given and the grid's merges: those of the "
+        "smallest predicted rise of the models' losses, for which every model needs a precision.",
+    )
     choose: Choice = Field(
         "mean",
         description="The merge that is recommended: mean (smallest mean loss over the data sets) "
