@@ -14,6 +14,7 @@ NAME = "preview"
     PreviewConfig,
     argument("recipe"),
     option("data", read=values.named_texts),
+    option("test", read=values.named_texts),
     option("scales", read=values.vectors),
     option("grid", read=values.vector),
     option("design"),

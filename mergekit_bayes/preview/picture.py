@@ -148,10 +148,9 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
             label=f"loss on {_short(name)}",
         )
         shown += [p.loss[name] for p in points]
-    best = {"color": _BEST, "linewidth": 1, "linestyle": "--", "label": "recommended scale"}
-    recipe = {"color": "0.5", "linewidth": 0.9, "linestyle": ":", "label": "the recipe's scale"}
-    panel.axvline(report.best.scales[task], zorder=0, **best)
-    panel.axvline(own.scales[task], zorder=0, **recipe)
+    best, recipe = report.best.scales[task], own.scales[task]
+    panel.axvline(best, color=_BEST, linewidth=1, linestyle="--", label="recommended scale")
+    panel.axvline(recipe, color="0.5", linewidth=1, linestyle=":", label="the recipe's scale")
     panel.set_ylim(*_window(shown))
     panel.set_xlabel(f"scale of {_short(names_of(report)[task])}", fontsize=8)
     panel.set_ylabel(f"nats a {report.unit}", fontsize=8)

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal, TypeAlias
 
 from mergekit_bayes import __version__
+from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.records import Record
 
 Origin: TypeAlias = Literal["recipe", "scales", "grid", "search"]
@@ -55,6 +56,8 @@ class PreviewReport(Record):
         unit: What one observation is: `token` or `example`.
         observations: For each data set, how many tokens or examples are scored.
         points: The merges, the recipe's own first.
+        held_out: By set of texts that decided nothing, the loss of the recommended merge less that
+            of the recipe's own, nats an observation, paired, with its 95 % interval.
         skipped: How many merges were predicted only, and not measured.
         pareto: Indices of the points that no other point beats on all data sets, the smallest loss
             on the first data set first.
@@ -73,6 +76,7 @@ class PreviewReport(Record):
     unit: Literal["token", "example"]
     observations: dict[str, int]
     points: tuple[Point, ...]
+    held_out: dict[str, Interval] = {}
     skipped: int = 0
     pareto: tuple[int, ...]
     chosen: int

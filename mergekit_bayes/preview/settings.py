@@ -7,6 +7,7 @@ from pydantic import Field
 
 from mergekit_bayes.configs import Config
 from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures
+from mergekit_bayes.evaluate.texts import is_by_name
 from mergekit_bayes.models.devices import Device
 from mergekit_bayes.models.load import Dtype
 from mergekit_bayes.records import Force, TrustRemoteCode
@@ -74,6 +75,11 @@ class PreviewConfig(Config):
         description="The merge that is recommended: mean (smallest mean loss over the data sets) "
         "or worst (smallest of the largest rises over the recipe's loss).",
     )
+    test: dict[str, str] = Field(
+        {},
+        description="TEXTS or NAME=TEXTS: also measure the recommended merge and the recipe's own "
+        "on these texts, which decide nothing; repeatable.",
+    )
     text_column: str = _as_measured("text_column")
     label_column: str = _as_measured("label_column")
     where: dict[str, Any] = _as_measured("where")
@@ -92,12 +98,16 @@ class PreviewConfig(Config):
     )
     force: Force = False
 
-    def evaluation(self, *, classifies: bool) -> EvaluateConfig:
-        """How each merge is measured: its losses, without intervals.
+    def evaluation(self, texts: dict[str, str], *, classifies: bool) -> EvaluateConfig:
+        """How a merge is measured on some of the texts: its losses, without intervals.
 
         Args:
+            texts: `data` or `test`, or both.
             classifies: Whether the merges are classifiers.
         """
         settings = {name: getattr(self, name) for name in _SHARED}
-        settings["classify" if classifies else "perplexity"] = self.data
+        settings["classify" if classifies else "perplexity"] = texts
+        if is_by_name(self.where):
+            others = (self.data.keys() | self.test.keys()) - texts.keys()
+            settings["where"] = {n: w for n, w in self.where.items() if n not in others}
         return EvaluateConfig(model=self.recipe, bootstrap=0, **settings)

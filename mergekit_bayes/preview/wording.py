@@ -72,6 +72,14 @@ def sentences(report: PreviewReport) -> Iterator[str]:
     elif own.failure is None:
         changes = [f"{best.loss[n] - own.loss[n]:+.4f} on {n}" for n in report.observations]
         yield f"Against the recipe's scales {scales_of(own)}: {', '.join(changes)} nats."
+    for name, change in report.held_out.items():
+        interval = ""
+        if change.low is not None and change.high is not None:
+            interval = f" [{change.low:+.4f}, {change.high:+.4f}]"
+        yield (
+            f"On {name}, which decided nothing, the recommended merge has {change.value:+.4f}"
+            f"{interval} nats a {report.unit} against the recipe's."
+        )
     for position, name in enumerate(names_of(report)):
         scales = [point.scales[position] for point in report.points if point.failure is None]
         scale = best.scales[position]
@@ -99,10 +107,10 @@ def sentences(report: PreviewReport) -> Iterator[str]:
         yield (
             f"{failed} merges could not be measured; the first, {scales_of(first)}: {first.failure}"
         )
-    if len(report.points) > 1:
+    if len(report.points) > 1 and not report.held_out:
         yield (
             "The scales were chosen on these texts, so that the recommended merge looks better on "
-            "them than on others. Measure it on texts that were not used here."
+            "them than on others. Name others by --test."
         )
 
 
