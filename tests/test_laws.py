@@ -23,6 +23,7 @@ LINEAR = [
     "task_arithmetic",
     "fisher_negation",
     "dare_linear",
+    "tsv_m",
 ]  # in natural parameters, in weights, at full density
 SYMMETRIC = [
     n for n in ALL if n not in ("fisher", "slerp")

@@ -1,15 +1,50 @@
-"""Linear algebra that rules over whole matrices share: precisions of the inputs of a layer.
+"""Linear algebra that rules over whole matrices share.
 
 A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs), is that of every
 row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix: TypeAlias = NDArray[Any]  # of float64
+
+
+class Singular(NamedTuple):
+    """A singular value decomposition, `(left * values) @ right`, the largest value first.
+
+    Attributes:
+        left: (outputs, rank), with orthonormal columns.
+        values: (rank,), positive.
+        right: (rank, inputs), with orthonormal rows.
+    """
+
+    left: Matrix
+    values: Matrix
+    right: Matrix
+
+    def top(self, count: int) -> "Singular":
+        """Its largest components, at most `count`."""
+        return Singular(self.left[:, :count], self.values[:count], self.right[:count])
+
+
+def singular(matrix: Matrix) -> Singular:
+    """Decompose a matrix; directions whose value is zero up to rounding are left out.
+
+    The linear algebra library would choose them at will.
+    """
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    least = max(matrix.shape) * np.finfo(values.dtype).eps * values.max(initial=0.0)
+    return Singular(left, values, right).top(int(np.count_nonzero(values > least)))
+
+
+def orthonormal(matrix: Matrix) -> Matrix:
+    """The nearest matrix whose singular values are all one (Procrustes); zero ones stay zero."""
+    left, _, right = singular(matrix)
+    result: Matrix = left @ right
+    return result
 
 
 def divided(weighted: Matrix, precision: Matrix) -> Matrix:

@@ -15,12 +15,12 @@ from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 from mergekit_bayes.methods.ties import TIES
+from mergekit_bayes.methods.tsv_m import TSV_M
 
 # The methods that --weights and --base choose among.
 TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-METHODS = {
-    m.name: m for m in (*TABLE, FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP)
-}
+_BY_NAME = (FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP, TSV_M)
+METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:

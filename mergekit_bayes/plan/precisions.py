@@ -13,7 +13,7 @@ from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.options import parse_shrink
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.plan.steps import Step, TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
@@ -175,6 +175,29 @@ def matrices_of(
                 f"'{one.ref}' is one of matrices, for which it has no meaning. Drop it."
             )
     return found
+
+
+def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:
+    """Check that a method for whole matrices merges one.
+
+    Raises:
+        ConfigError: Nothing that is merged is the weight of a linear layer.
+        PrecisionError: No precision of what is merged is one of matrices.
+    """
+    merged = [step for step in steps if step.copied is None]
+    if not method.needs_matrices or not merged or any(step.axis is not None for step in merged):
+        return
+    example = f"'{merged[0].name}'"
+    if method.needs_precision:
+        raise PrecisionError(
+            f"--method {method.name} weighs linear layers by precision matrices of their inputs, "
+            f"and the precision of {example} and of all else that is merged is one of numbers. "
+            "Make matrices with `bmerge precision MODEL --data TEXTS --estimator inputs`."
+        )
+    raise ConfigError(
+        f"--method {method.name} merges the weights of linear layers as whole matrices, and "
+        f"nothing that is merged is one ({example}, for example). Use --method task_arithmetic."
+    )
 
 
 def _stored_precision(

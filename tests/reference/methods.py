@@ -160,6 +160,42 @@ def fisher(means, fishers, scales, floor):
     return result
 
 
+def by_layer(base, tasks, scales, layers, rule):
+    """`rule(task vectors, scales)` for the layers, the mean of the changes for all else."""
+    result = {}
+    for n in base:
+        m0, of_tasks = np.float64(base[n]), [np.float64(t[n]) for t in tasks]
+        if n in layers:
+            result[n] = m0 + rule([t - m0 for t in of_tasks], scales)
+        else:
+            moves = [s * (t - m0) for s, t in zip(scales, of_tasks, strict=True)]
+            result[n] = m0 + sum(moves) / sum(s != 0 for s in scales)
+    return result
+
+
+def whitened(columns):
+    """`X (X' X)^(-1/2)`, which has orthonormal columns."""
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    return columns @ (vectors / np.sqrt(values)) @ vectors.T
+
+
+def tsv_m(base, tasks, scales, layers=()):
+    """The largest singular directions of each task vector, side by side and whitened."""
+
+    def rule(moves, scales):
+        share = min(moves[0].shape) // len(moves)
+        left, values, right = [], [], []
+        for move, scale in zip(moves, scales, strict=True):
+            u, s, v = np.linalg.svd(move)
+            left.append(np.sign(scale) * u[:, :share])
+            values.extend(abs(scale) * s[:share])
+            right.append(v[:share].T)
+        left, right = whitened(np.hstack(left)), whitened(np.hstack(right))
+        return sum(s * np.outer(left[:, i], right[:, i]) for i, s in enumerate(values))
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -179,4 +215,5 @@ TWINS = {
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
     "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+    "tsv_m": lambda p: tsv_m(p.base, p.tasks, p.scales),
 }
