@@ -23,6 +23,7 @@ LINEAR = [
     "task_arithmetic",
     "fisher_negation",
     "dare_linear",
+    "iso_c",
     "tsv_m",
 ]  # in natural parameters, in weights, at full density
 SYMMETRIC = [

@@ -20,8 +20,8 @@ WITH_BASE = [n for n in ALL if METHODS[n].needs_base]
 
 # Which laws bind whom.
 IDENTITY = ["gradient_matching", "precision_average", "tsv_m"]
-ROTATED = ["gradient_matching", "precision_average", "tsv_m"]  # inputs and outputs alike
-SPECTRAL = ["tsv_m"]  # of task vectors, without data
+ROTATED = ["gradient_matching", "iso_c", "precision_average", "tsv_m"]  # inputs and outputs alike
+SPECTRAL = ["iso_c", "tsv_m"]  # of task vectors, without data
 
 
 def covariance(rng, size=INPUTS):
@@ -170,6 +170,25 @@ def test_tsv_m_gives_each_of_many_tasks_one_direction_of_a_narrow_layer():
     base, tasks = problem(5, shape=(2, INPUTS))
     change = merge("tsv_m", base, tasks, [1.0] * 5).mean - base.mean
     assert np.linalg.matrix_rank(change) == 2
+
+
+def test_iso_c_spreads_the_singular_values_of_the_sum_evenly():
+    base, tasks = problem()
+    added = sum(t.mean - base.mean for t in tasks)
+    change = merge("iso_c", base, tasks, [1.0] * 3).mean - base.mean
+    values = np.linalg.svd(added)[1]
+    same(np.linalg.svd(change)[1], np.full(OUTPUTS, values.mean()))
+    assert np.sum(change * added) > 0  # the directions are those of the sum
+    one = merge("iso_c", base, tasks[:1], [1.0]).mean
+    assert abs(one - tasks[0].mean).max() > 0.1
+
+
+def test_iso_c_changes_no_direction_that_no_task_changed():
+    base, (task, *_) = problem()
+    left, values, right = np.linalg.svd(task.mean - base.mean, full_matrices=False)
+    flat = Gaussian(base.mean + (left[:, :2] * values[:2]) @ right[:2], task.precision)
+    change = merge("iso_c", base, [flat], [1.0]).mean - base.mean
+    same(change, values[:2].mean() * left[:, :2] @ right[:2])
 
 
 # Through the engine

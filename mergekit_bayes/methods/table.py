@@ -11,6 +11,7 @@ from mergekit_bayes.methods.dare_ties import DARE_TIES
 from mergekit_bayes.methods.fisher import FISHER
 from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
+from mergekit_bayes.methods.iso_c import ISO_C
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
@@ -19,7 +20,7 @@ from mergekit_bayes.methods.tsv_m import TSV_M
 
 # The methods that --weights and --base choose among.
 TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-_BY_NAME = (FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP, TSV_M)
+_BY_NAME = (FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP, TSV_M, ISO_C)
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods.base import Method, Scales, Tasks
 from mergekit_bayes.methods.matrices import orthonormal, singular
-from mergekit_bayes.methods.mean_change import mean_change
+from mergekit_bayes.methods.means import mean_change
 
 
 def tsv_m(base: Gaussian, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:

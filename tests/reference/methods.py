@@ -196,6 +196,21 @@ def tsv_m(base, tasks, scales, layers=()):
     return by_layer(base, tasks, scales, layers, rule)
 
 
+def iso_c(base, tasks, scales, layers=()):
+    """The added task vectors D as `mean(singular values) (D D')^(-1/2) D`."""
+
+    def rule(moves, scales):
+        added = sum(s * v for s, v in zip(scales, moves, strict=True))
+        is_tall = added.shape[0] > added.shape[1]
+        added = added.T if is_tall else added
+        squares, vectors = np.linalg.eigh(added @ added.T)
+        values = np.sqrt(squares)
+        flat = np.mean(values) * (vectors / values) @ vectors.T @ added
+        return flat.T if is_tall else flat
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -215,5 +230,6 @@ TWINS = {
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
     "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+    "iso_c": lambda p: iso_c(p.base, p.tasks, p.scales),
     "tsv_m": lambda p: tsv_m(p.base, p.tasks, p.scales),
 }

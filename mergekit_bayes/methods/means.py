@@ -1,4 +1,4 @@
-"""The mean of what the tasks changed: what rules for matrices do with all other tensors."""
+"""Means over the tasks, entry by entry, which rules for matrices take of all other tensors."""
 
 from mergekit_bayes.gaussian import Gaussian, constant, select
 from mergekit_bayes.methods.base import Facts, Scales, Tasks
