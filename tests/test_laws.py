@@ -16,13 +16,15 @@ IDLE = 1e-9  # a guard that never acts on additions
 
 # Which laws bind whom. Fewer bind a rule that weighs by the whole tensor, by signs or by chance.
 # At full density; a change times a weight below one is not the whole change.
-IDENTITY = [n for n in ALL if n not in ("slerp", "fisher_negation")]
+# What one task uses is no consensus.
+IDENTITY = [n for n in ALL if n not in ("slerp", "fisher_negation", "consensus")]
 WITH_BASE = [n for n in ALL if METHODS[n].needs_base]  # nothing added is nothing changed
 LINEAR = [
     "gradient_matching",
     "task_arithmetic",
     "fisher_negation",
     "dare_linear",
+    "consensus",
     "iso_c",
     "tsv_m",
 ]  # in natural parameters, in weights, at full density

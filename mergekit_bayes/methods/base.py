@@ -114,7 +114,8 @@ class Method(NamedTuple):
         formula: What the report and the card state; the summary where there is none.
         parameters: Its settings.
         reduction: Its first pass, if any.
-        facts: Makes the facts that `combine` takes; without it they are None.
+        facts: Makes the facts that `combine` takes; without it they are None. Without a reduction
+            it may refuse the settings by a `ConfigError`.
         unguarded_precision: `(base, tasks, scales) -> precision` as it would be without the guard
             on removal, by the same operations; None for a method without a guard.
         random: Whether it takes draws. It then has a setting `seed`.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods.average import AVERAGE
 from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.consensus import CONSENSUS
 from mergekit_bayes.methods.dare_linear import DARE_LINEAR
 from mergekit_bayes.methods.dare_ties import DARE_TIES
 from mergekit_bayes.methods.fisher import FISHER
@@ -20,7 +21,17 @@ from mergekit_bayes.methods.tsv_m import TSV_M
 
 # The methods that --weights and --base choose among.
 TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-_BY_NAME = (FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP, TSV_M, ISO_C)
+_BY_NAME = (
+    FISHER,
+    FISHER_NEGATION,
+    TIES,
+    CONSENSUS,
+    DARE_LINEAR,
+    DARE_TIES,
+    SLERP,
+    TSV_M,
+    ISO_C,
+)
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 
 

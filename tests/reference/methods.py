@@ -211,6 +211,23 @@ def iso_c(base, tasks, scales, layers=()):
     return by_layer(base, tasks, scales, layers, rule)
 
 
+def consensus(base, tasks, scales, least, threshold):
+    """Task arithmetic times the mask of entries in at least `least` of the tasks' TALL masks."""
+    moves = deltas(base, tasks)
+    result = {}
+    for n in base:
+        multi = sum(v[n] for v, s in zip(moves, scales, strict=True) if s)
+        masks = [
+            abs(v[n]) >= threshold * abs(multi - v[n])
+            for v, s in zip(moves, scales, strict=True)
+            if s
+        ]
+        kept = np.sum(masks, axis=0) >= least
+        added = sum(s * v[n] for v, s in zip(moves, scales, strict=True))
+        result[n] = np.float64(base[n]) + kept * added
+    return result
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -230,6 +247,9 @@ TWINS = {
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
     "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+    "consensus": lambda p: consensus(
+        p.base, p.tasks, p.scales, p.settings["k"], p.settings["lambda"]
+    ),
     "iso_c": lambda p: iso_c(p.base, p.tasks, p.scales),
     "tsv_m": lambda p: tsv_m(p.base, p.tasks, p.scales),
 }
