@@ -19,7 +19,7 @@ BY_PRECISION = [n for n in ALL if METHODS[n].needs_precision]
 WITH_BASE = [n for n in ALL if METHODS[n].needs_base]
 
 # Which laws bind whom.
-IDENTITY = ["gradient_matching", "precision_average", "tsv_m"]
+IDENTITY = ["gradient_matching", "precision_average", "regmean", "tsv_m"]
 ROTATED = ["gradient_matching", "iso_c", "precision_average", "tsv_m"]  # inputs and outputs alike
 SPECTRAL = ["iso_c", "tsv_m"]  # of task vectors, without data
 
@@ -145,6 +145,29 @@ def test_a_method_for_matrices_is_its_twin(name, shape):
         {"x": base.mean}, [{"x": t.mean} for t in tasks], scales, layers=["x"]
     )
     same(merge(name, base, tasks, scales).mean, expected["x"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.9, 0.1])
+def test_regmean_is_its_twin(alpha):
+    base, tasks = problem()
+    scales = (0.7, 0.4, 2.0)
+    means, grams = ([{"x": g[i]} for g in tasks] for i in range(2))
+    expected = twin.regmean(means, grams, scales, alpha, layers=["x"])
+    same(merge("regmean", base, tasks, scales, alpha=alpha).mean, expected["x"], rtol=1e-7)
+
+
+def test_regmean_makes_the_outputs_nearest_to_those_of_all_models():
+    rng = np.random.default_rng(3)
+    layers, inputs = rng.normal(size=(2, 4, 5)), rng.normal(size=(2, 5, 40))
+    tasks = [Gaussian(w, x @ x.T) for w, x in zip(layers, inputs, strict=True)]
+    merged = merge("regmean", None, tasks, [1.0, 1.0], alpha=1.0).mean
+    wanted = np.hstack([w @ x for w, x in zip(layers, inputs, strict=True)])
+    same(merged, np.linalg.lstsq(np.hstack(inputs).T, wanted.T)[0].T)
+    same(merged, merge("precision_average", None, tasks, [1.0, 1.0]).mean)
+    apart = merge("regmean", None, tasks, [1.0, 1.0], alpha=0.0).mean  # every input by itself
+    powers = [np.sum(x**2, axis=1) for x in inputs]
+    alone = sum(w * p for w, p in zip(layers, powers, strict=True)) / sum(powers)
+    same(apart, alone)
 
 
 def test_tsv_m_keeps_an_equal_share_of_directions_and_every_singular_value():

@@ -11,7 +11,7 @@ class Votes(NamedTuple):
     """When an entry counts.
 
     Attributes:
-        threshold: lambda: how far from the sum of all task vectors a change may be.
+        threshold: lambda: least size of a change that is used, over the sum of all others.
         least: Number of tasks that must use an entry.
     """
 
@@ -23,7 +23,7 @@ def consensus(base: Gaussian, tasks: Tasks, scales: Scales, facts: Votes) -> Gau
     """Add the task vectors where several tasks use an entry, and leave it alone elsewhere.
 
         d_t  = m_t - m0,  D = sum_t d_t
-        task t uses an entry where |d_t| >= lambda |D - d_t|  (its TALL mask)
+        task t uses an entry where |d_t| >= lambda |D - d_t|, its TALL mask
         mean = m0 + sum_t scale_t d_t where at least k tasks use the entry, else m0
 
     Equal scales are the published coefficient, which is chosen on validation data (from 0.1 to 1).
@@ -72,7 +72,7 @@ CONSENSUS = Method(
     parameters=(
         Parameter("k", 2, "number of tasks that must use an entry", 0),
         Parameter(
-            "lambda", 0.4, "how large a change must be to be used, of what all others changed", 0
+            "lambda", 0.4, "least size of a change that is used, over the sum of all others", 0
         ),
     ),
     facts=_votes,

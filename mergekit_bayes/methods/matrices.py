@@ -4,6 +4,7 @@ A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs
 row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -51,6 +52,15 @@ def divided(weighted: Matrix, precision: Matrix) -> Matrix:
     """`weighted @ inverse(precision)`, both symmetric in their inputs; (outputs, inputs)."""
     quotient: Matrix = np.linalg.solve(precision, weighted.T).T
     return quotient
+
+
+def weighted_mean(means: Sequence[Matrix], precisions: Sequence[Matrix]) -> tuple[Matrix, Matrix]:
+    """`(sum_t m_t S_t) (sum_t S_t)^-1` and `sum_t S_t`, written around the first mean."""
+    total, weighted = np.zeros_like(precisions[0]), np.zeros_like(means[0])
+    for mean, precision in zip(means, precisions, strict=True):
+        total += precision
+        weighted += (mean - means[0]) @ precision
+    return means[0] + divided(weighted, total), total
 
 
 def is_positive(matrix: Matrix) -> bool:

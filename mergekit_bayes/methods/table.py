@@ -14,6 +14,7 @@ from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.iso_c import ISO_C
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
+from mergekit_bayes.methods.regmean import REGMEAN
 from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 from mergekit_bayes.methods.ties import TIES
@@ -31,6 +32,7 @@ _BY_NAME = (
     SLERP,
     TSV_M,
     ISO_C,
+    REGMEAN,
 )
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 

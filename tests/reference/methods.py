@@ -228,6 +228,19 @@ def consensus(base, tasks, scales, least, threshold):
     return result
 
 
+def regmean(tasks, grams, scales, alpha, layers=()):
+    """The solution of the normal equations for the layers, with `grams[t][n]`; else the average."""
+    result = average(tasks, scales)
+    for n in layers:
+        left, right = 0, 0
+        for task, gram, scale in zip(tasks, grams, scales, strict=True):
+            tempered = np.float64(gram[n]).copy()
+            tempered[~np.eye(len(tempered), dtype=bool)] *= alpha
+            left, right = left + scale * tempered, right + scale * tempered @ np.float64(task[n]).T
+        result[n] = (np.linalg.inv(left) @ right).T
+    return result
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -251,5 +264,6 @@ TWINS = {
         p.base, p.tasks, p.scales, p.settings["k"], p.settings["lambda"]
     ),
     "iso_c": lambda p: iso_c(p.base, p.tasks, p.scales),
+    "regmean": lambda p: regmean(p.tasks, p.precisions, p.scales, p.settings["alpha"]),
     "tsv_m": lambda p: tsv_m(p.base, p.tasks, p.scales),
 }
