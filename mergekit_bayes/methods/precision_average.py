@@ -40,7 +40,8 @@ def for_matrices(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: Non
 
     Args:
         base: Not needed.
-        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite.
+        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite, or sums of
+            Kronecker products.
         scales: One per task, dimensionless, >= 0 and of positive sum.
         facts: None.
     """

@@ -146,9 +146,13 @@ def matrices_of(
         PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
     """
     forms: dict[Matrices, Input] = {}
+    terms = 0
     for model, precision in stored.items():
-        if precision.form is Form.MATRIX and precision.source is not None:
+        if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
             shape = precision.source.specs[precision.name].shape
+            if precision.form is Form.KRONECKER:
+                terms += shape[-4]
+                shape = (*shape[:-4], 0, *shape[-3:])
             forms.setdefault(Matrices(shape, precision.axis), model)
     if not forms:
         return None
@@ -162,6 +166,8 @@ def matrices_of(
             f"and for '{other.ref}' {has}. Make both alike with `bmerge precision --estimator "
             "inputs`."
         )
+    if terms:  # a merge has the terms of all
+        found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
     if method.matrix is None:
         raise ConfigError(
             f"--method {method.name} reads one number an entry, and the precision of '{name}' of "
@@ -182,21 +188,28 @@ def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:
 
     Raises:
         ConfigError: Nothing that is merged is the weight of a linear layer.
-        PrecisionError: No precision of what is merged is one of matrices.
+        PrecisionError: No precision of what is merged is a matrix of a layer's inputs, or one is of
+            Kronecker products.
     """
     merged = [step for step in steps if step.copied is None]
-    if not method.needs_matrices or not merged or any(step.axis is not None for step in merged):
+    if not method.needs_matrices or not merged:
         return
-    example = f"'{merged[0].name}'"
+    kronecker = next((step.name for step in merged if step.is_kronecker), None)
+    if kronecker is None and any(step.axis is not None for step in merged):
+        return
     if method.needs_precision:
+        found = f"that of '{merged[0].name}' and of all else that is merged is one of numbers"
+        if kronecker is not None:
+            found = f"that of '{kronecker}' is one of Kronecker products"
         raise PrecisionError(
             f"--method {method.name} weighs linear layers by precision matrices of their inputs, "
-            f"and the precision of {example} and of all else that is merged is one of numbers. "
-            "Make matrices with `bmerge precision MODEL --data TEXTS --estimator inputs`."
+            f"and {found}. Make such matrices with `bmerge precision MODEL --data TEXTS "
+            "--estimator inputs`."
         )
     raise ConfigError(
         f"--method {method.name} merges the weights of linear layers as whole matrices, and "
-        f"nothing that is merged is one ({example}, for example). Use --method task_arithmetic."
+        f"nothing that is merged is one ('{merged[0].name}', for example). Use --method "
+        "task_arithmetic."
     )
 
 
