@@ -25,6 +25,7 @@ LINEAR = [
     "fisher_negation",
     "dare_linear",
     "consensus",
+    "ace",
     "iso_c",
     "tsv_m",
 ]  # in natural parameters, in weights, at full density

@@ -21,7 +21,7 @@ WITH_BASE = [n for n in ALL if METHODS[n].needs_base]
 # Which laws bind whom.
 IDENTITY = ["gradient_matching", "precision_average", "regmean", "tsv_m"]
 ROTATED = ["gradient_matching", "iso_c", "precision_average", "tsv_m"]  # inputs and outputs alike
-SPECTRAL = ["iso_c", "tsv_m"]  # of task vectors, without data
+SPECTRAL = ["ace", "iso_c", "tsv_m"]  # of task vectors, without data
 
 
 def covariance(rng, size=INPUTS):
@@ -147,6 +147,52 @@ def test_a_method_for_matrices_is_its_twin(name, shape):
     same(merge(name, base, tasks, scales).mean, expected["x"], rtol=1e-7)
 
 
+def uneven(base, tasks):
+    """The tasks with changes of sizes 0.2, 1 and 10."""
+    changes = [t.mean - base.mean for t in tasks]
+    return [
+        Gaussian(base.mean + factor * d / np.linalg.norm(d), None)
+        for factor, d in zip((0.2, 1.0, 10.0), changes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
+@pytest.mark.parametrize("settings", [{}, {"epsilon": 1e-3, "threshold": 1.0, "share": 0.5}])
+def test_ace_is_its_twin_where_changes_differ_in_size(shape, settings):
+    base, tasks = problem(shape=shape)
+    tasks, scales = uneven(base, tasks), (0.7, -0.4, 2.0)
+    expected, even = (
+        twin.ace({"x": base.mean}, [{"x": t.mean} for t in tasks], scales, layers=["x"], **given)
+        for given in (settings, settings | {"threshold": 99})
+    )
+    merged = merge("ace", base, tasks, scales, **settings).mean
+    same(merged, expected["x"], rtol=1e-7)
+    assert abs(merged - even["x"]).max() > 0.01
+
+
+def test_ace_counts_no_task_that_leaves_a_layer_as_it_was():
+    base, tasks = problem()
+    without = merge("ace", base, tasks, [1.0] * 3).mean
+    same(merge("ace", base, [*tasks, base], [1.0] * 4).mean, without)
+    same(merge("ace", base, [base, base], [1.0, 1.0]).mean, base.mean)
+    single, heads = problem(2, shape=(1, INPUTS))  # of one output, whose mean is itself
+    same(merge("ace", single, heads, [1.0, 1.0]).mean, (heads[0].mean + heads[1].mean) / 2)
+
+
+def test_ace_takes_each_direction_of_the_inputs_from_the_task_that_changed_it():
+    rng = np.random.default_rng(5)
+    base = Gaussian(np.zeros((60, 6)), None)
+    tasks = [Gaussian(np.zeros((60, 6)), None) for _ in range(2)]
+    for t, task in enumerate(tasks):
+        task.mean[:, 3 * t : 3 * t + 3] = rng.normal(size=(60, 3))
+        task.mean[:] -= task.mean.mean(axis=0)
+    merged = merge("ace", base, tasks, [1.0, 1.0], epsilon=1e-9).mean
+    added = tasks[0].mean + tasks[1].mean
+    closeness = np.vdot(merged, added) / np.linalg.norm(merged) / np.linalg.norm(added)
+    assert closeness > 0.98
+    assert np.linalg.norm(merged) / np.linalg.norm(added) > 0.85  # an average has half
+
+
 @pytest.mark.parametrize("alpha", [0.9, 0.1])
 def test_regmean_is_its_twin(alpha):
     base, tasks = problem()
@@ -246,13 +292,18 @@ def run(*names, **settings):
 def test_a_merge_by_matrices_is_the_twins_for_every_tensor(models, name):
     scales = (1.0, 0.5, -0.3)
     merged = run("a", "b", "c", method=name, scale=scales)
-    expected = getattr(twin, name)(
-        models["base"], [models[n] for n in "abc"], scales, layers=LAYERS
-    )
+    base, *tasks = (turned(models[n]) for n in ("base", *"abc"))
+    merged = turned(merged)
+    expected = getattr(twin, name)(base, tasks, scales, layers=LAYERS)
     for tensor, values in merged.items():
         np.testing.assert_allclose(values, expected[tensor], rtol=2e-5, atol=2e-6)
-    elsewhere = getattr(twin, name)(models["base"], [models[n] for n in "abc"], scales)
+    elsewhere = getattr(twin, name)(base, tasks, scales)
     assert abs(merged[LAYERS[0]] - elsewhere[LAYERS[0]]).max() > 0.01
+
+
+def turned(tensors):
+    """The weights of all layers as (outputs, inputs)."""
+    return {n: v.T if n == "h.0.mlp.c_fc.weight" else v for n, v in tensors.items()}
 
 
 @pytest.mark.parametrize("name", SPECTRAL)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from mergekit_bayes.errors import ConfigError, nearest
+from mergekit_bayes.methods.ace import ACE
 from mergekit_bayes.methods.average import AVERAGE
 from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.consensus import CONSENSUS
@@ -33,6 +34,7 @@ _BY_NAME = (
     TSV_M,
     ISO_C,
     REGMEAN,
+    ACE,
 )
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 

@@ -241,6 +241,36 @@ def regmean(tasks, grams, scales, alpha, layers=()):
     return result
 
 
+def ace(base, tasks, scales, epsilon=0.01, threshold=0.3, share=0.3, layers=()):
+    """Closed form with covariances of task vectors; `layers` of a rank above `share` of it."""
+
+    def rule(moves, scales):
+        sizes = [np.sum(v**2) for v in moves]
+        logs = np.log(sizes)
+        gamma = np.var(logs, ddof=1) / np.mean(logs) ** 2 if len(moves) > 1 else 0
+        inputs = moves[0].shape[1]
+        above, below, scaled = 0, 0, []
+        for move, scale in zip(moves, scales, strict=True):
+            rows = move - np.ones((len(move), 1)) * np.mean(move, axis=0)
+            covariance = sum(np.outer(row, row) for row in rows)
+            trace = np.trace(covariance) if gamma > threshold else 1
+            scaled.append(covariance / trace)
+            regular = scaled[-1] + epsilon / trace * np.eye(inputs)
+            above, below = above + scale * rows @ regular, below + regular
+        prior = np.ones((inputs, 1)) * np.sum(sum(scaled), axis=0) / inputs
+        if gamma <= threshold:
+            return above @ np.linalg.inv(below + prior)
+        first = above @ np.linalg.inv(below + prior / np.mean(sizes))
+        residual = sum(
+            s * v @ (c - below / len(moves)) for s, v, c in zip(scales, moves, scaled, strict=True)
+        )
+        u, s, v = np.linalg.svd(first + residual)
+        kept = int(share * len(s))
+        return first + np.mean(s[:kept]) * sum(np.outer(u[:, i], v[i]) for i in range(kept))
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -260,6 +290,7 @@ TWINS = {
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
     "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+    "ace": lambda p: ace(p.base, p.tasks, p.scales),
     "consensus": lambda p: consensus(
         p.base, p.tasks, p.scales, p.settings["k"], p.settings["lambda"]
     ),
