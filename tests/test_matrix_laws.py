@@ -170,6 +170,21 @@ def test_ace_is_its_twin_where_changes_differ_in_size(shape, settings):
     assert abs(merged - even["x"]).max() > 0.01
 
 
+def test_ace_brings_changes_to_one_size_from_the_threshold_on():
+    base, tasks = problem()
+    tasks = uneven(base, tasks)
+    logs = np.log([np.sum((t.mean - base.mean) ** 2) for t in tasks])
+    gamma = np.var(logs, ddof=1) / np.mean(logs) ** 2
+    merged = {
+        x: merge("ace", base, tasks, [1.0] * 3, threshold=x).mean
+        for x in (0.0, 0.999 * gamma, 1.001 * gamma, 1e9)
+    }
+    uneven_below, below, above, even = merged.values()
+    same(below, uneven_below)
+    same(above, even)
+    assert abs(below - above).max() > 0.01
+
+
 def test_ace_counts_no_task_that_leaves_a_layer_as_it_was():
     base, tasks = problem()
     without = merge("ace", base, tasks, [1.0] * 3).mean
