@@ -1,6 +1,7 @@
 """`bmerge merge`: add, average or subtract models, by equal weights or by precision."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,13 @@ from rich.console import Console
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
-from bmerge_cli.merge_tables import plan_document, show_adapters, show_plan, show_report
+from bmerge_cli.merge_tables import (
+    plan_document,
+    show_adapters,
+    show_plan,
+    show_predictions,
+    show_report,
+)
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
@@ -25,6 +32,7 @@ from mergekit_bayes.merge import (
     join,
     parse_part,
     part_of_launcher,
+    predict_merges,
 )
 from mergekit_bayes.plan import partial_path, plan_merge
 from mergekit_bayes.plan.trajectory import along_trajectory
@@ -88,6 +96,15 @@ def command(
     ] = None,
     push_to: PushTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    predict: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X,X,...",
+            help="Print by how much a merge with these scales, one for all models or one for each, "
+            "is predicted to raise each model's loss, and write nothing; repeatable, all by one "
+            "pass over the inputs.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -99,6 +116,12 @@ def command(
     average. The same line resumes a merge that was stopped; until it is finished, its output is
     in OUT.partial. With --push-to and no -o the output goes to a temporary folder.
     """
+    if predict:
+        refused = {"--dry-run": dry_run, "--shard": shard, "--sync": sync, "--push-to": push_to}
+        wrong = [flag for flag, given in (refused | {"--then": then}).items() if given]
+        screen = console(quiet=quiet)
+        _predict(settings, predict, wrong, screen, threads=threads, as_json=as_json)
+        return
     if then is not None:
         if dry_run or shard is not None or push_to is not None:
             raise ConfigError("--then goes with none of --dry-run, --shard and --push-to.")
@@ -209,6 +232,35 @@ def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) ->
         )
     show_adapters(screen, report)
     return report
+
+
+def _predict(
+    settings: Settings,
+    sets: Sequence[str],
+    refused: Sequence[str],
+    screen: Console,
+    *,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Print the predictions for some sets of scales; `refused` are flags that do not go with it."""
+    given = [s for s in settings.get("scale", ()) if not isinstance(s, str)]
+    if refused or given:
+        raise ConfigError(
+            f"--predict writes no merge and names its scales itself. Drop "
+            f"{refused[0] if refused else f'--scale {given[0]:g}'}."
+        )
+    config = _config(settings)
+    if _adapters_alone(config):
+        raise ConfigError("--predict is for whole models: put the base before each adapter.")
+    if part_of_launcher() is not None:
+        raise ConfigError("--predict reads the models in one process. Start it without a launcher.")
+    scales = values.vectors(sets, "--predict")
+    with progress_bar(screen, "reading") as advance:
+        report = predict_merges(config, scales, threads=threads, progress=advance)
+    show_predictions(screen, report)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
 
 
 def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
