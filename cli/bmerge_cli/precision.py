@@ -85,8 +85,7 @@ def _run(config: PrecisionConfig, *, as_json: bool, quiet: bool) -> None:
     )
     for note in report.notes:
         console(quiet=quiet).print(f"note: {note}", markup=False)
-    if (stability := in_words(report)) is not None:
-        console(quiet=quiet).print(stability, markup=False)
+    console(quiet=quiet).print(in_words(report), markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -198,7 +198,7 @@ class PrecisionReport(Frozen):
         step: Optimizer steps in the second moments; None for an estimate from data.
         notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
-            subsamples.
+            subsamples, and for `ivon` and `adam`, which keep none.
     """
 
     path: Path
