@@ -135,7 +135,8 @@ class PrecisionConfig(Config):
         None,
         ge=1,
         description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
-        "cores. Under a launcher there must be this number.",
+        "cores. The draws are those of one process; the sums differ by their rounding in float32. "
+        "Under a launcher there must be this number.",
     )
     device: str | None = Field(
         None,
