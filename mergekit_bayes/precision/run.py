@@ -126,6 +126,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=stored.health,
+        notes=drawn.notes,
         stability=stability,
     )
 
