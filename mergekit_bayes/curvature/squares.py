@@ -14,10 +14,10 @@ than one is there at a time, and the model's size counts once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from mergekit_bayes.curvature.outputs import (
 )
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.curvature.state import State
-from mergekit_bayes.curvature.sums import ENTRIES, Keeping
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
 
@@ -63,6 +63,20 @@ class Scored(NamedTuple):
 Roots = Callable[[Scored], Iterable[Tensor]]
 
 
+class Beside(Protocol):
+    """What else is added up in the same pass, for parameters that require no gradient meanwhile.
+
+    Attributes:
+        parameters: Those parameters, by name.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    def adding(self, sums: Sums) -> AbstractContextManager[None]:
+        """Inside, the forward passes add to their sums."""
+        ...
+
+
 def squared_gradients(
     model: Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -70,6 +84,7 @@ def squared_gradients(
     *,
     seed: int = 0,
     keep: Keeping = ENTRIES,
+    beside: Beside | None = None,
 ) -> Curvature:
     """Add up `(grad sum_n <v_n, z_n>)^2` over batches, at the model's weights.
 
@@ -83,6 +98,7 @@ def squared_gradients(
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
         keep: How finely the sums are kept, and where.
+        beside: What else is added up.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -93,17 +109,21 @@ def squared_gradients(
             model is offloaded, or checkpoints activations in the reentrant way.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    refuse_offloaded(parameters)
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
+    added = {**parameters, **(beside.parameters if beside is not None else {})}
+    refuse_offloaded(added)
+    generator = torch.Generator(next(iter(added.values())).device).manual_seed(seed)
     own, was_training = _Pass(model, roots, generator), model.training
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
-    begin = explained()(partial(State, parameters, keep, generator))
+    begin = explained()(partial(State, added, keep, generator))
     state = in_step(begin) if ranks > 1 else begin()
     if keep.parts is not None:
         state.restore(keep.parts)
     model.eval()
     try:
-        with _handed_over(parameters, state.sums.add):
+        with (
+            _handed_over(parameters, state.sums.add),
+            nullcontext() if beside is None else beside.adding(state.sums),
+        ):
             for together in islice(_by_round(batches, ranks), state.rounds, None):
                 step = partial(own.add, together, rank)
                 state.after_round(in_step(step) if ranks > 1 else step())
@@ -156,6 +176,8 @@ class _Pass(NamedTuple):
             self._skip(like, other)
         logits, seen = self._look(outputs, batch)
         inputs = [p for p in self.model.parameters() if p.requires_grad]
+        if not inputs:  # all that there is to add is beside
+            return len(logits)
         observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
         vectors = (vector.to(dtype) for vector in self.roots(seen))
         # With many tokens to choose from, logits are larger than any parameter. `vectors` needs
