@@ -14,6 +14,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
+from mergekit_bayes.curvature.inputs import NAME
 from mergekit_bayes.curvature.parts import Parts, parts_in
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
@@ -140,6 +141,7 @@ def _record(
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
+        **({"blocks": config.blocks} if estimator == NAME else {}),
     }
 
 
