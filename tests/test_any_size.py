@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import ConfigError, MismatchError
@@ -19,26 +17,7 @@ from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
-from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
-
-
-def tiny_mixtral(folder):
-    """Two layers of four experts, which a file holds one by one and memory holds stacked."""
-    tiny_gpt2(folder)
-    config = transformers.MixtralConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
+from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_mixtral
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench" / "precision.py"
 MODELS = {"tied head": tiny_gpt2, "classifier": tiny_bert, "experts": tiny_mixtral}

@@ -40,7 +40,7 @@ def precision(tmp_path):
         source.close()
 
 
-NUMBERS = [form for form in Form if form is not Form.MATRIX]
+NUMBERS = [form for form in Form if form <= Form.ENTRY]
 
 
 @pytest.mark.parametrize("form", NUMBERS)
@@ -67,6 +67,15 @@ def test_a_form_is_known_by_its_shape(precision, form):
 def test_matrices_are_known_by_their_axes(precision, mean, shape, axis):
     stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
     assert (stored.form, stored.axis) == (Form.MATRIX, axis)
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"),
+    [((3, 4), (2, 25, 1, 1)), ((1, 1), (3, 2, 1, 1)), ((5, 3, 4), (5, 1, 25, 1, 1))],
+)
+def test_sums_of_products_are_known_by_their_numbers(precision, mean, shape):
+    stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+    assert stored.form is Form.KRONECKER
 
 
 @pytest.mark.parametrize(

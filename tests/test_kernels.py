@@ -84,7 +84,14 @@ def case(
         np.zeros(N if weighs else 0, np.float32),
     )
     return (
-        Kind(method, weighs, method.needs_base, anchored and weighs, removes and weighs),
+        Kind(
+            method,
+            weighs,
+            method.needs_base,
+            anchored and weighs,
+            removes and weighs,
+            pulled=anchored and weighs,
+        ),
         chunk,
         numbers,
     )
@@ -138,6 +145,11 @@ def check(kind, chunk, numbers, **second):
     np.testing.assert_array_equal(one.bad_means, other.bad_means)
     np.testing.assert_array_equal(one.bad_precisions, other.bad_precisions)
     np.testing.assert_allclose(one.stored, other.stored, rtol=1e-5)
+    if not one.bad_means.any() and not one.bad_precisions.any():
+        np.testing.assert_allclose(one.distances, other.distances, rtol=1e-5)
+        np.testing.assert_allclose(one.products, other.products, rtol=1e-5, atol=1e-2)
+        assert (one.distances[:, 0] != 0).all() == kind.weighs
+        assert (one.products[:, 1] != 0).all() == kind.pulled
     assert other.multiplier == pytest.approx(one.multiplier, rel=1e-5)
 
 

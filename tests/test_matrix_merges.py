@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.posterior.stored import Matrices
+from mergekit_bayes.posterior.factors import Matrices
 from tests import tiny
 
 SHAPES = {

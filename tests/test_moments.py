@@ -343,7 +343,7 @@ def test_clipped_gradients_are_told_with_their_norms(run, checkpoint):
             lambda s: s["param_groups"][0].update(decoupled_weight_decay=False, weight_decay=0.1),
             "adds the weight decay to the gradients",
         ),
-        (lambda s: s["state"].pop(3), "1 of 28 parameters never had a gradient"),
+        (lambda s: s["state"].pop(3), "1 of 28 parameters have no second moment"),
     ],
 )
 def test_what_makes_moments_other_than_they_should_be_is_told(checkpoint, change, note):
@@ -466,6 +466,29 @@ def test_tensors_without_their_numbers_are_refused(checkpoint, squares):
     torch.save(state, checkpoint / "optimizer.pt")
     with pytest.raises(CheckpointError, match="expected a plain tensor"):
         precision(checkpoint, checkpoint)
+
+
+def test_moments_by_name_are_all_of_the_parameters_or_that_is_told(checkpoint, tmp_path):
+    moments = {n: s["exp_avg_sq"].numpy() for n, s in by_name(checkpoint)["state"].items()}
+    name = "transformer.wte.weight"
+    recorded = {"step": "5", "beta2": "0"}
+
+    def stored(tensors, **settings):
+        file = tmp_path / "exp_avg_sq.safetensors"
+        file.unlink(missing_ok=True)
+        tiny.write(file, tensors, metadata=recorded)
+        return precision(checkpoint, file, **settings)
+
+    half = {n: moments[n] for n in sorted(moments)[:14]}
+    assert any("14 of 28 parameters have no second moment" in n for n in stored(half).notes)
+    assert not any("have no second moment" in n for n in stored(moments).notes)
+    for two in (f"{name}.exp_avg_sq", f"module.{name}"):
+        with pytest.raises((CheckpointError, MismatchError), match=rf"'{name}'.*Leave one out"):
+            stored({**moments, two: moments[name]})
+    with pytest.raises(CheckpointError, match="holds no moment"):
+        stored({})
+    with pytest.raises(ConfigError, match=r"--beta2 is 0\.9, but .* says 0\.0"):
+        stored(moments, beta2=0.9)
 
 
 def test_shards_that_claim_more_than_they_hold_are_refused(checkpoint, tmp_path):

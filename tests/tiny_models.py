@@ -95,6 +95,24 @@ def tiny_bert(folder, labels=2, seed=0, problem_type=None, names=None):
     return folder
 
 
+def tiny_mixtral(folder):
+    """Two layers of four experts, which a file holds one by one and memory holds stacked."""
+    tiny_gpt2(folder)
+    config = transformers.MixtralConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def give_posterior(folder, loaded=None, *, prior=PRIOR, seed=0, stored_prior=None, only=None):
     """Store a posterior with random curvature for all parameters, as `finetune` would."""
     loaded = loaded or load_model(str(folder))

@@ -102,7 +102,7 @@ class Stability(NamedTuple):
 
     Attributes:
         relative_error: Standard error of a row's curvature over the curvature: the root mean
-            square over the entries whose row has any.
+            square over the rows of a tensor that have any, and over tensors by their entries.
         rank_correlation: Spearman's, of the rows of each tensor between two halves of the examples;
             the mean over entries. None where no tensor has eight rows.
     """

@@ -44,6 +44,7 @@ def plain_pass(kind: Kind) -> Pass:
             chunk.mean[:] = _rounded(merged.mean, chunk.mean)
             if kind.weighs:
                 chunk.precision[:] = merged.precision
+                _add_moves(kind, chunk, numbers, tally)
             tally.bad += int(np.count_nonzero(~np.isfinite(_widened(chunk.mean))))
             if base is not None:
                 _count_changed(chunk, numbers, base, tally)
@@ -169,6 +170,27 @@ def _count_changed(chunk: Chunk, numbers: Numbers, base: Gaussian, tally: Tally)
             moved |= mean != chunk.means[0]
     tally.changed += int(np.count_nonzero(moved))
     tally.lost += int(np.count_nonzero(moved & (chunk.mean == _rounded(base.mean, chunk.mean))))
+
+
+def _add_moves(kind: Kind, chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
+    """The sums of `kernels.increase`, in numpy."""
+    merged = _widened(chunk.mean)
+    means = [_widened(mean) for mean in chunk.means]
+    stored = [_widened(p).astype(merged.dtype, copy=False) for p in chunk.precisions]
+    of_base: Number = stored[0] - stored[0]
+    if any(numbers.base_shares):
+        of_base = likelihood_precision(numbers, 0, stored[0], of_base, _by_entry(chunk)[0])
+    for i, (mean, precision) in enumerate(zip(means, stored, strict=True)):
+        none = merged.dtype.type(0)
+        h = likelihood_precision(numbers, i, precision, of_base if i else none, none)
+        moved, change = merged - mean, mean - means[0]
+        tally.distances[i, 0] += float((h * moved * moved).sum(dtype=np.float64))
+        if kind.has_base and i:
+            tally.distances[i, 1] += float((h * change * change).sum(dtype=np.float64))
+        if kind.pulled:
+            if kind.has_base:
+                tally.products[i, 0] += float((change * moved).sum(dtype=np.float64))
+            tally.products[i, 1] += float((mean * moved).sum(dtype=np.float64))
 
 
 def _count_guarded(

@@ -5,26 +5,25 @@ their precisions, in float64. Every layer is merged by itself, so a merge stream
 others do; its bits depend on the machine's linear algebra as well as on the plan.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_mean, overflowed, read_tensor
-from mergekit_bayes.errors import CheckpointError, PrecisionError
-from mergekit_bayes.gaussian import Gaussian
-from mergekit_bayes.kernels.base import Array, Numbers, Tally, likelihood_precision
-from mergekit_bayes.methods.base import Facts
+from mergekit_bayes.errors import CheckpointError, MismatchError
+from mergekit_bayes.gaussian import DELTA_0, Gaussian
+from mergekit_bayes.kernels.base import Array, Numbers, Tally
+from mergekit_bayes.methods.kronecker import Basis, KroneckerSum, Spectrum
 from mergekit_bayes.methods.matrices import divided, ratios
-from mergekit_bayes.plan import MergePlan, Operand, Step
-from mergekit_bayes.posterior.forms import Form, StoredPrecision
+from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.stream.bad_entries import refuse_bad
+from mergekit_bayes.stream.matrices import Place, Precision, packed, places, stored
 from mergekit_bayes.stream.numbers import numbers_of
 
 # Added to the base's curvature (without a base: to every one), as a share of its mean diagonal:
 # directions that no input has been seen in fall back to task arithmetic, or the average.
 RIDGE = 1e-6
-_SYMMETRIC = 1e-4  # least relative difference of two halves that is no rounding
 
 
 class Merged(NamedTuple):
@@ -32,59 +31,96 @@ class Merged(NamedTuple):
 
     Attributes:
         mean: Its bytes, in the dtype in which it is written.
-        precision: (..., k, n, n) in float64, on the tensor's own axes; None where none is written.
+        precision: The numbers of its precision in the order in which they are stored; None where
+            none is written.
     """
 
     mean: memoryview
     precision: Array | None
 
 
-def merge_matrices(plan: MergePlan, step: Step, facts: Facts, tally: Tally) -> Merged:
+class Layer(NamedTuple):
+    """What is read of one tensor, each in float64 and the base's first.
+
+    Attributes:
+        means: The weights, (..., outputs, inputs).
+        precisions: The precisions by place; None where precisions do not count.
+    """
+
+    means: list[Array]
+    precisions: list[dict[Place, Precision]] | None
+
+
+def read_layer(plan: MergePlan, step: Step) -> Layer:
+    """Read one tensor of all models, with its matrices.
+
+    Args:
+        plan: The merge.
+        step: The tensor, with an `axis`.
+
+    Raises:
+        CheckpointError: A mean that is not finite.
+        MismatchError: A precision that is one number, where others are Kronecker products.
+        PrecisionError: A matrix that is not symmetric, not finite or not positive.
+    """
+    means = [_mean(plan, step, operand) for operand in step.operands]
+    weighs = plan.method.needs_precision
+    return Layer(means, [stored(step, o) for o in step.operands] if weighs else None)
+
+
+def merge_matrices(
+    plan: MergePlan, step: Step, layer: Layer, numbers: Numbers, tally: Tally
+) -> Merged:
     """Merge one tensor.
 
     Args:
         plan: The merge.
         step: The tensor, with an `axis`.
-        facts: What the method knows beforehand.
+        layer: What was read of it.
+        numbers: The constants of the step, in float64.
         tally: Counted into. An entry is guarded if its direction is.
 
     Raises:
-        CheckpointError: A mean that is not finite, or a merge that does not fit its dtype.
-        PrecisionError: A matrix that is not symmetric, not finite or not positive.
+        CheckpointError: A merge that is not finite or does not fit its dtype.
+        MismatchError: A removal that the form of the precisions cannot bound.
     """
-    means = [_mean(plan, step, operand) for operand in step.operands]
-    weighs = plan.method.needs_precision
-    stored = [_matrices(step, operand) for operand in step.operands] if weighs else None
-    blocks = 1 if stored is None else stored[0].shape[-3]
-    numbers = numbers_of(plan, step, facts, np.float64)
+    means, found = layer
     merged = np.empty_like(means[0])
-    precision = None if stored is None else np.empty_like(stored[0])
-    for place, (rows, columns) in _places(means[0].shape, blocks):
+    precision: dict[Place, Precision] = {}
+    for place, columns in places(step, means[0].shape):
+        rows = place[:-1]
         weights = [mean[rows][:, columns] for mean in means]
-        matrices = None if stored is None else [s[place] for s in stored]
+        matrices = None if found is None else [each[place] for each in found]
         result = _merge(plan, step, weights, matrices, numbers, tally)
         merged[rows][:, columns] = result.mean
-        if precision is not None:
-            precision[place] = result.precision
-    return _written(plan, step, means, merged, precision, tally)
+        precision[place] = result.precision
+    data = _written(plan, step, means, merged, tally)
+    if found is None:
+        return Merged(data, None)
+    as_written = decode(np.frombuffer(data, np.uint8), step.spec.dtype)
+    merged = _turned(step, as_written.reshape(step.spec.shape).astype(np.float64))
+    for place, columns in places(step, means[0].shape):
+        weights = [mean[place[:-1]][:, columns] for mean in (merged, *means)]
+        _add_moves(plan, weights, [each[place] for each in found], numbers, tally)
+    return Merged(data, packed(step, precision))
 
 
 def copied_matrices(plan: MergePlan, step: Step) -> Array:
-    """The matrices of a tensor that is not merged: the donor's, counted, with its own prior."""
-    stored = _matrices(step, step.donor)
+    """The precision of a tensor that is not merged: the donor's, counted, with its own prior."""
     numbers = numbers_of(plan, step, None, np.float64)
     position = step.operands.index(step.donor)
-    for place in np.ndindex(stored.shape[:-2]):
-        likelihood = _likelihood(numbers, position, stored[place], 0)
-        stored[place] = likelihood + float(numbers.priors[position]) * np.eye(len(likelihood))
-    return stored
+    counted: dict[Place, Precision] = {}
+    for place, matrix in stored(step, step.donor).items():
+        likelihood = _likelihood(numbers, position, matrix, None)
+        counted[place] = _with_prior(step, likelihood, numbers.priors[position])
+    return packed(step, counted)
 
 
 def _merge(
     plan: MergePlan,
     step: Step,
     weights: Sequence[Array],
-    matrices: Sequence[Array] | None,
+    matrices: Sequence[Precision] | None,
     numbers: Numbers,
     tally: Tally,
 ) -> Gaussian:
@@ -94,57 +130,125 @@ def _merge(
     if matrices is None:
         models = [Gaussian(weight, None) for weight in weights]
     else:
-        models = _posteriors(plan, weights, matrices, numbers)
+        models = _posteriors(plan, step, weights, matrices, numbers)
         for position, matrix in enumerate(matrices):
-            tally.stored[position] += len(weights[0]) * float(np.trace(matrix))
+            tally.stored[position] += _trace(matrix, len(weights[0]))
     base, tasks = (models[0], models[1:]) if has_base else (None, models)
-    merged: Gaussian = method.matrix(base, tuple(tasks), numbers.scales, numbers.facts)
+    try:
+        merged: Gaussian = method.matrix(base, tuple(tasks), numbers.scales, numbers.facts)
+    except ArithmeticError as error:
+        raise MismatchError(
+            f"'{step.name}': {error}. Remove one task at a time, or by other precisions."
+        ) from None
     if matrices is not None and base is not None and method.unguarded_precision is not None:
-        _count_guarded(plan, step, base, tasks, merged, numbers, tally)
+        _count_guarded(plan, base, tasks, merged, numbers, tally)
     return merged
 
 
 def _posteriors(
-    plan: MergePlan, weights: Sequence[Array], matrices: Sequence[Array], numbers: Numbers
+    plan: MergePlan,
+    step: Step,
+    weights: Sequence[Array],
+    matrices: Sequence[Precision],
+    numbers: Numbers,
 ) -> list[Gaussian]:
     """All models, each with its likelihood precision on the prior that the method expects."""
     has_base = plan.base is not None
-    one = np.eye(len(matrices[0]))
     models: list[Gaussian] = []
-    of_base: Array | float = 0.0
+    of_base: Precision | None = None
     for position, (model, weight, matrix) in enumerate(
         zip(plan.inputs, weights, matrices, strict=True)
     ):
         likelihood = _likelihood(numbers, position, matrix, of_base)
         if not has_base or position == 0:
-            if model.weighing.reshape:  # a merge has it inside
-                likelihood = likelihood + RIDGE * np.trace(likelihood) / len(one) * one
-            of_base = likelihood if has_base else 0.0
-            models.append(Gaussian(weight, likelihood + numbers.priors[position] * one))
+            likelihood = _with_ridge(model, likelihood)
+            of_base = likelihood if has_base else None
+            precision = _with_prior(step, likelihood, numbers.priors[position])
+            models.append(Gaussian(weight, precision))
             continue
         base, anchor, decay = models[0], numbers.anchors[position], numbers.decays[position]
         precision = base.precision + likelihood
         if anchor < 0:
             models.append(Gaussian(weight, precision))
         else:
-            moved = (weight - base.mean) @ (likelihood + anchor * one) + decay * weight
+            moved = (weight - base.mean) @ _with_prior(step, likelihood, anchor) + decay * weight
             models.append(Gaussian(base.mean + divided(moved, precision), precision))
     return models
 
 
-def _likelihood(numbers: Numbers, position: int, stored: Array, of_base: Array | float) -> Array:
+def _likelihood(
+    numbers: Numbers, position: int, stored: Precision, of_base: Precision | None
+) -> Precision:
     """H of a model, `gain (S - contained I - share H_0)`; see `Numbers`."""
-    inside = numbers.contained[position] * np.eye(len(stored))
-    unfloored = numbers._replace(
-        contained=(inside,) * len(numbers.contained), floors=(-np.inf,) * len(numbers.floors)
+    if isinstance(stored, np.ndarray):
+        stored = stored - numbers.contained[position] * np.eye(len(stored))
+    share = float(numbers.base_shares[position])
+    if share and of_base is not None:
+        stored = stored - share * of_base
+    return float(numbers.gains[position]) * stored
+
+
+def _with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
+    """A likelihood precision and a number on every entry."""
+    if isinstance(likelihood, np.ndarray):
+        return likelihood + prior * np.eye(len(likelihood))
+    if prior <= DELTA_0:
+        return likelihood
+    raise MismatchError(
+        f"'{step.name}': a prior or anchor of {prior:g} on every entry is no Kronecker product. "
+        "Use precisions without a prior, and --anchor h0 or none."
     )
-    likelihood: Array = likelihood_precision(unfloored, position, stored, of_base, 0.0)
-    return likelihood
+
+
+def _with_ridge(model: Input, likelihood: Precision) -> Precision:
+    """H of the base, or of a model of an average, with a little more in every direction."""
+    return _ridged(likelihood) if model.weighing.reshape else likelihood  # a merge has it inside
+
+
+def _ridged(likelihood: Precision) -> Precision:
+    """A likelihood precision with a little of its mean diagonal in every direction."""
+    if isinstance(likelihood, KroneckerSum):
+        pairs = [(_ridged(left), _ridged(right)) for left, right in likelihood.terms]
+        return KroneckerSum.of(pairs)
+    size = np.trace(likelihood) / max(len(likelihood), 1)
+    return likelihood + RIDGE * size * np.eye(len(likelihood))
+
+
+def _trace(precision: Precision, outputs: int) -> float:
+    """The sum of a precision over all entries of a weight."""
+    if isinstance(precision, KroneckerSum):
+        return sum(float(np.trace(left) * np.trace(right)) for left, right in precision.terms)
+    return outputs * float(np.trace(precision))
+
+
+def _add_moves(
+    plan: MergePlan,
+    weights: Sequence[Array],
+    precisions: Sequence[Precision],
+    numbers: Numbers,
+    tally: Tally,
+) -> None:
+    """Sum how far one block is from each model; `weights` begin with the merged ones.
+
+    `Tally.distances` are of H without the ridge, which no data added.
+    """
+    merged, *means = weights
+    has_base = plan.base is not None
+    of_base: Precision | None = None
+    if has_base and any(numbers.base_shares):
+        of_base = _with_ridge(plan.inputs.donor, _likelihood(numbers, 0, precisions[0], None))
+    for i, (mean, precision) in enumerate(zip(means, precisions, strict=True)):
+        likelihood = _likelihood(numbers, i, precision, of_base if i else None)
+        moved, change = merged - mean, mean - means[0]
+        tally.distances[i, 0] += float(np.vdot(moved @ likelihood, moved))
+        tally.products[i, 1] += np.vdot(mean, moved)
+        if has_base and i:
+            tally.distances[i, 1] += float(np.vdot(change @ likelihood, change))
+            tally.products[i, 0] += np.vdot(change, moved)
 
 
 def _count_guarded(
     plan: MergePlan,
-    step: Step,
     base: Gaussian,
     tasks: Sequence[Gaussian],
     merged: Gaussian,
@@ -152,29 +256,45 @@ def _count_guarded(
     tally: Tally,
 ) -> None:
     assert plan.method.unguarded_precision is not None
-    exact = plan.method.unguarded_precision(base, tuple(tasks), numbers.scales)
-    if merged.precision is not exact and not np.array_equal(merged.precision, exact):
-        held_up = np.linalg.eigvalsh(merged.precision - exact)
-        directions = np.count_nonzero(held_up > 1e-9 * np.trace(merged.precision) / len(exact))
-        tally.guarded += len(base.mean) * int(directions)
+    precision = merged.precision
+    if isinstance(precision, Spectrum):
+        tally.guarded += precision.held_up
+    elif isinstance(precision, np.ndarray):
+        exact = plan.method.unguarded_precision(base, tuple(tasks), numbers.scales)
+        if not np.array_equal(precision, exact):
+            held_up = np.linalg.eigvalsh(precision - exact)
+            directions = np.count_nonzero(held_up > 1e-9 * np.trace(precision) / len(exact))
+            tally.guarded += len(base.mean) * int(directions)
     for task, scale, anchor in zip(tasks, numbers.scales, numbers.anchors[1:], strict=True):
         if scale < 0:
             pulled = task.precision
             if anchor >= 0:
-                pulled = pulled - base.precision + anchor * np.eye(len(pulled))
-            largest = float(-scale * ratios(pulled, merged.precision)[-1])
+                pulled = pulled - base.precision
+                if isinstance(pulled, np.ndarray):
+                    pulled = pulled + anchor * np.eye(len(pulled))
+            largest = float(-scale * _largest_ratio(pulled, precision))
             tally.multiplier = max(tally.multiplier, largest)
 
 
+def _largest_ratio(one: Precision, other: Precision) -> float:
+    """The largest eigenvalue of one precision where another is the identity.
+
+    Of more than two Kronecker products there is no basis: 0.
+    """
+    if isinstance(one, np.ndarray):
+        return float(ratios(one, other)[-1])
+    if isinstance(other, KroneckerSum):
+        if len(other.terms) > 2:
+            return 0.0
+        basis = Basis.of(other.terms[0], other.terms[-1])
+        return float((basis.values(one) / basis.values(other)).max())
+    return float((other.basis.values(one) / other.values).max())
+
+
 def _written(
-    plan: MergePlan,
-    step: Step,
-    means: Sequence[Array],
-    merged: Array,
-    precision: Array | None,
-    tally: Tally,
-) -> Merged:
-    """Bring a merged tensor into the form in which it is written, and count what changed."""
+    plan: MergePlan, step: Step, means: Sequence[Array], merged: Array, tally: Tally
+) -> memoryview:
+    """The bytes of a merged tensor; what changed is counted."""
     dtype, values = step.spec.dtype, _turned(step, merged).reshape(-1)
     with np.errstate(over="ignore"):  # refused below
         data = encode(values, dtype)
@@ -193,7 +313,7 @@ def _written(
         written, kept = (decode(np.frombuffer(d, np.uint8), dtype) for d in (data, before))
         tally.changed += int(np.count_nonzero(moved))
         tally.lost += int(np.count_nonzero(moved_as_stored & (written == kept)))
-    return Merged(data, precision)
+    return data
 
 
 def _mean(plan: MergePlan, step: Step, operand: Operand) -> Array:
@@ -207,42 +327,3 @@ def _mean(plan: MergePlan, step: Step, operand: Operand) -> Array:
 def _turned(step: Step, values: Array) -> Array:
     """From the stored order of axes to (..., outputs, inputs), or back."""
     return values if step.axis == -1 else values.swapaxes(-1, -2)
-
-
-def _matrices(step: Step, operand: Operand) -> Array:
-    """A model's stored precision as (..., k, n, n) in float64, checked."""
-    stored = operand.precision
-    assert stored is not None
-    assert step.stored_precision is not None
-    shape = step.stored_precision[1].shape
-    if stored.source is None or stored.form is Form.TENSOR:
-        number = stored.number if stored.source is None else _number(stored)
-        return np.broadcast_to(number * np.eye(shape[-1]), shape).copy()
-    matrices: Array = read_tensor(stored.source, stored.name).astype(np.float64).reshape(shape)
-    flipped = matrices.swapaxes(-1, -2)
-    least, largest = np.inf, 0.0
-    if matrices.size and np.isfinite(matrices).all():
-        least, largest = float(np.einsum("...ii->...i", matrices).min()), abs(matrices).max()
-        if least >= 0 and abs(matrices - flipped).max() <= _SYMMETRIC * largest:
-            return (matrices + flipped) / 2
-    raise PrecisionError(
-        f"{stored.source.where(stored.name)}: the precision of '{step.name}' of "
-        f"'{operand.input.ref}' is not a finite symmetric matrix with a diagonal >= 0. Estimate it "
-        "again."
-    )
-
-
-def _number(stored: StoredPrecision) -> float:
-    numbers = stored.coarse(1)
-    assert numbers is not None
-    return float(numbers[0])
-
-
-def _places(
-    shape: tuple[int, ...], blocks: int
-) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, ...], slice]]]:
-    """For every block: its index among the matrices, and its entries of the weights."""
-    width = shape[-1] // blocks
-    for leading in np.ndindex(shape[:-2]):
-        for block in range(blocks):
-            yield (*leading, block), (leading, slice(block * width, (block + 1) * width))

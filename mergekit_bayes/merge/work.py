@@ -11,13 +11,12 @@ from mergekit_bayes.checkpoint.codec import (
     is_bad_precision,
     overflowed,
 )
-from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE, TensorSink
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
-from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices
+from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
@@ -33,12 +32,12 @@ class Sinks(NamedTuple):
     """Where a tensor's mean and precision go.
 
     Attributes:
-        mean: The file of the mean.
+        mean: The file of the mean, or the parameters of a model in memory.
         precision: The file of the precision; None where none is written.
     """
 
-    mean: SafetensorsSink
-    precision: SafetensorsSink | None
+    mean: TensorSink
+    precision: TensorSink | None
 
 
 class Worker:
@@ -126,14 +125,16 @@ class Worker:
         self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
     ) -> None:
         counts = Tally(len(step.operands))
-        merged = merge_matrices(self._plan, step, measured.facts, counts)
+        layer = read_layer(self._plan, step)
+        numbers = numbers_of(self._plan, step, measured.facts, np.float64)
+        merged = merge_matrices(self._plan, step, layer, numbers, counts)
         tally.add_replaced(measured.bad)
         tally.add(counts)
         sinks.mean.write_bytes(step.name, 0, merged.mean)
         if sinks.precision is not None and merged.precision is not None:
             self._write_matrices(step, merged.precision, sinks.precision)
 
-    def _write_matrices(self, step: Step, matrices: Array, sink: SafetensorsSink) -> None:
+    def _write_matrices(self, step: Step, matrices: Array, sink: TensorSink) -> None:
         sink.write_bytes(step.name, 0, encode(matrices.reshape(-1), "F32"))
 
     def _count_lost(self, step: Step, chunk: Chunk, data: memoryview, counts: Tally) -> None:
@@ -217,7 +218,7 @@ class Worker:
         precision = single_precision(numbers_of(self._plan, step, None), position, stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
-    def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
+    def _write_coarse(self, step: Step, measured: FirstPassResult, sink: TensorSink) -> None:
         """Write a precision of one number, or one per row: merged by the method itself, row by row.
 
         Rows that are not merged keep the donor's precision, and those that it lacks their own.

@@ -60,7 +60,8 @@ def for_matrices(base: Gaussian, tasks: Tasks, scales: Scales, facts: Removal) -
     one it is RegMean (Jin et al., ICLR 2023).
 
     Args:
-        base: Shared prior: mean (outputs, inputs), precision (inputs, inputs), positive definite.
+        base: Shared prior: mean (outputs, inputs), precision (inputs, inputs), positive definite,
+            or a sum of Kronecker products.
         tasks: Posteriors trained from `base` or re-based to it.
         scales: One per task, dimensionless; negative removes the task.
         facts: The guard.

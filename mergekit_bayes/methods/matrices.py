@@ -1,7 +1,9 @@
 """Linear algebra that rules over whole matrices share: precisions of the inputs of a layer.
 
 A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs), is that of every
-row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2.
+row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2. Or it is a
+sum of Kronecker products (`kronecker.py`), which adds, scales and multiplies a weight in the same
+way.
 """
 
 from typing import Any, TypeAlias
@@ -9,11 +11,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
+
 Matrix: TypeAlias = NDArray[Any]  # of float64
+Precision: TypeAlias = Any  # a Matrix or a KroneckerSum, both of one merge
 
 
-def divided(weighted: Matrix, precision: Matrix) -> Matrix:
-    """`weighted @ inverse(precision)`, both symmetric in their inputs; (outputs, inputs)."""
+def divided(weighted: Matrix, precision: Matrix | KroneckerSum | Spectrum) -> Matrix:
+    """What a precision takes to `weighted`, (outputs, inputs): `weighted @ inverse(S)`."""
+    if isinstance(precision, (KroneckerSum, Spectrum)):
+        return precision.divide(weighted)
     quotient: Matrix = np.linalg.solve(precision, weighted.T).T
     return quotient
 
@@ -27,8 +34,10 @@ def is_positive(matrix: Matrix) -> bool:
     return True
 
 
-def magnitude(matrix: Matrix) -> Matrix:
+def magnitude(matrix: Precision) -> Precision:
     """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
+    if isinstance(matrix, KroneckerSum):
+        return matrix.magnitude()
     values, vectors = np.linalg.eigh(matrix)
     if values[0] >= 0:
         return matrix
@@ -38,7 +47,7 @@ def magnitude(matrix: Matrix) -> Matrix:
     return result
 
 
-def bounded_below(exact: Matrix, bound: Matrix, share: float) -> Matrix:
+def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision | Spectrum:
     """A precision whose eigenvalues are at least a share of those of a bound.
 
     In the basis where the bound is the identity and the precision diagonal, `max(value, share)`:
@@ -48,7 +57,12 @@ def bounded_below(exact: Matrix, bound: Matrix, share: float) -> Matrix:
         exact: The precision, symmetric, perhaps with negative eigenvalues.
         bound: Positive definite.
         share: rho, in (0, 1].
+
+    Raises:
+        ArithmeticError: As `KroneckerSum.bounded_below`.
     """
+    if isinstance(exact, KroneckerSum):
+        return exact.bounded_below(bound, share)
     if is_positive(exact - share * bound):
         return exact
     root = np.linalg.cholesky(bound)

@@ -42,16 +42,17 @@ def for_matrices(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: Non
 
     Args:
         base: Not needed.
-        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite.
+        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite, or sums of
+            Kronecker products.
         scales: One per task, dimensionless, >= 0 and of positive sum.
         facts: None.
     """
     total, first = sum(scales), tasks[0]
-    precision = np.zeros_like(first.precision)
+    precision = (scales[0] / total) * first.precision
     weighted = np.zeros_like(first.mean)  # sum_t c_t (m_t - m_1) S_t
-    for task, scale in zip(tasks, scales, strict=True):
+    for task, scale in zip(tasks[1:], scales[1:], strict=True):
         share = (scale / total) * task.precision
-        precision += share
+        precision = precision + share
         weighted += (task.mean - first.mean) @ share
     return Gaussian(first.mean + divided(weighted, precision), precision)
 

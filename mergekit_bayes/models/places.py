@@ -1,11 +1,11 @@
 """Where each checkpoint tensor lives in a loaded model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_buffer
-from mergekit_bayes.checkpoint.renaming import find_renaming
-from mergekit_bayes.checkpoint.specs import MERGEABLE
+from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
+from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import row_shape
@@ -184,22 +184,15 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
     specs = posterior.precision.specs
     candidates = _by_checkpoint_name(model)
     rename = find_renaming(specs, candidates, fits=_may_be_precision)
-    places: list[Place] = []
-    taken: set[tuple[int, int]] = set()
-    for name, place in candidates.items():
-        stored_name = rename(name)
-        key = (id(place.parameter), place.offset)
-        if stored_name not in specs or key in taken:
-            continue
-        taken.add(key)
-        spec = specs[stored_name]
+    places = list(_stored_places(candidates, rename, specs))
+    for place in places:
+        spec = specs[place.name]
         if not _may_be_precision(place.shape, spec.shape) or spec.dtype not in MERGEABLE:
             raise MismatchError(
-                f"{posterior.precision.where(stored_name)}: the precision of '{stored_name}' is "
+                f"{posterior.precision.where(place.name)}: the precision of '{place.name}' is "
                 f"{spec.dtype} {list(spec.shape)}, the model's tensor {list(place.shape)}. Use the "
                 "precision that belongs to it."
             )
-        places.append(place._replace(name=stored_name))
     model_names = {rename(name) for name in candidates}
     unknown = [name for name in specs if name not in model_names and not is_buffer(name)]
     if unknown or not places:
@@ -209,6 +202,45 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
             "precision that belongs to it."
         )
     return places
+
+
+def find_parameters(model: "torch.nn.Module", specs: Mapping[str, TensorSpec]) -> dict[str, Place]:
+    """The place of every tensor of a checkpoint in the model that was loaded from it.
+
+    Args:
+        model: A transformers model.
+        specs: The tensors by the checkpoint's names.
+
+    Returns:
+        By the checkpoint's name. Tied parameters come once; tensors that the model has no use for,
+        and those that are no parameters, are left out.
+
+    Raises:
+        MismatchError: A parameter has another shape than its tensor.
+    """
+    candidates = _by_checkpoint_name(model)
+    rename = find_renaming(specs, candidates)
+    places = {place.name: place for place in _stored_places(candidates, rename, specs)}
+    for name, place in places.items():
+        if place.shape != specs[name].shape:
+            raise MismatchError(
+                f"'{name}' is {list(specs[name].shape)} in the checkpoint and {list(place.shape)} "
+                "in the model. Take the config of the model that the tensors are of."
+            )
+    return places
+
+
+def _stored_places(
+    candidates: Mapping[str, Place], rename: Renaming, specs: Mapping[str, TensorSpec]
+) -> Iterator[Place]:
+    """The places of those tensors that a file holds, by its names. Tied ones come once."""
+    taken: set[tuple[int, int]] = set()
+    for name, place in candidates.items():
+        stored_name = rename(name)
+        key = (id(place.parameter), place.offset)
+        if stored_name in specs and key not in taken:
+            taken.add(key)
+            yield place._replace(name=stored_name)
 
 
 def _may_be_precision(shape: Sequence[int], precision: Sequence[int]) -> bool:

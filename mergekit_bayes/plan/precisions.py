@@ -146,9 +146,13 @@ def matrices_of(
         PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
     """
     forms: dict[Matrices, Input] = {}
+    terms = 0
     for model, precision in stored.items():
-        if precision.form is Form.MATRIX and precision.source is not None:
+        if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
             shape = precision.source.specs[precision.name].shape
+            if precision.form is Form.KRONECKER:
+                terms += shape[-4]
+                shape = (*shape[:-4], 0, *shape[-3:])
             forms.setdefault(Matrices(shape, precision.axis), model)
     if not forms:
         return None
@@ -162,6 +166,8 @@ def matrices_of(
             f"and for '{other.ref}' {has}. Make both alike with `bmerge precision --estimator "
             "inputs`."
         )
+    if terms:  # a merge has the terms of all
+        found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
     if method.matrix is None:
         raise ConfigError(
             f"--method {method.name} reads one number an entry, and the precision of '{name}' of "

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
-from mergekit_bayes.posterior.forms import StoredPrecision
+from mergekit_bayes.posterior.forms import StoredPrecision, is_kronecker
 from mergekit_bayes.posterior.stored import LEFT, PRECISION, RIGHT, named
 
 
@@ -149,16 +149,35 @@ class Step:
         )
 
     @property
-    def stored_precision(self) -> tuple[str, TensorSpec] | None:
-        """Name, dtype and shape of the written precision in its file."""
+    def precision_parts(self) -> dict[str, TensorSpec]:
+        """The tensors of the written precision in its file: dtype and shape by name."""
         spec = self.precision_spec
         if spec is None:
-            return None
+            return {}
+        right, left = named(RIGHT, self.name), named(LEFT, self.name)
         if not self.has_matrices:
-            return named(PRECISION, self.name), spec
-        if len(spec.shape) == len(self.spec.shape) + 1:
-            return named(RIGHT, self.name), spec
-        return named(LEFT, self.name), TensorSpec(spec.dtype, spec.shape[:-1])
+            return {named(PRECISION, self.name): spec}
+        if self.is_kronecker:
+            r, c = self.spec.shape[-2:]
+            terms = spec.shape[:-3]
+            return {
+                left: TensorSpec("F32", (*terms, r, r)),
+                right: TensorSpec("F32", (*terms, c, c)),
+            }
+        if self.axis_of_matrices == -1:
+            return {right: spec}
+        return {left: TensorSpec("F32", spec.shape[:-1])}
+
+    @property
+    def axis_of_matrices(self) -> int:
+        """The axis for which the written precision has matrices, -1 or -2."""
+        assert self.precision_shape is not None
+        return -1 if len(self.precision_shape) == len(self.spec.shape) + 1 else -2
+
+    @property
+    def is_kronecker(self) -> bool:
+        """Whether the written precision is a sum of Kronecker products."""
+        return self.has_matrices and is_kronecker(self.precision_shape or (), self.spec.shape)
 
     @property
     def has_coarse_precision(self) -> bool:

@@ -10,10 +10,11 @@ axis), for the tensor, or for the whole model (a number given by hand, without a
     TENSOR    no tensor at all: one number everywhere
     MATRIX    (..., k, n, n)      for a mean of shape (..., r, c) with c = k n
     MATRIX    (..., k, n, n, 1)   the same for its axis before the last, r = k n
+    KRONECKER (..., k, r r + c c, 1, 1)    the numbers of k terms of a sum of Kronecker products
 
-The last two are precisions of directions: the blocks on the diagonal of a matrix for one axis of
-the tensor, which holds for every index of the other one. Merged are then whole matrices
-(`methods/base.py`); nothing here reads them by entry.
+The last three are precisions of directions: the blocks on the diagonal of a matrix for one axis of
+the tensor, which holds for every index of the other one, or matrices for both (`factors`). Merged
+are then whole matrices (`methods/base.py`); nothing here reads them by entry.
 
 This module is the only one that knows these shapes. The plan asks which form a precision has and
 which form the merged one needs; the stream asks for its numbers (`StoredPrecision.coarse`) and
@@ -46,10 +47,11 @@ class Form(IntEnum):
     ROW = 2
     ENTRY = 3
     MATRIX = 4
+    KRONECKER = 5
 
     def shape_of(self, mean: Shape) -> Shape:
         """The shape of a precision in this form, for a mean of this shape; not of matrices."""
-        assert self is not Form.MATRIX
+        assert self <= Form.ENTRY
         if self is Form.ENTRY:
             return mean
         return row_shape(mean) if self is Form.ROW else one_shape(mean)
@@ -70,7 +72,8 @@ class StoredPrecision:
         source: Where it is read from; None for one number everywhere.
         name: Its name in `source`.
         number: The one number, 1/weight^2, where there is no source.
-        axis: Of a matrix: the axis of the tensor that it is for, -1 or -2.
+        axis: Of a matrix: the axis of the tensor that it is for, -1 or -2; of a sum of Kronecker
+            products -1.
     """
 
     form: Form
@@ -106,6 +109,8 @@ class StoredPrecision:
         if spec.shape == () or spec.shape == one_shape(mean):
             return cls(Form.TENSOR, source, name)
         if len(spec.shape) > len(mean):
+            if is_kronecker(spec.shape, mean):
+                return cls(Form.KRONECKER, source, name, axis=-1)
             axis = -1 if len(spec.shape) == len(mean) + 1 else -2
             return cls(Form.MATRIX, source, name, axis=axis)
         return cls(Form.ENTRY if spec.shape == mean else Form.ROW, source, name)
@@ -119,7 +124,7 @@ class StoredPrecision:
         Returns:
             (1,) or (rows,); None where there is one number an entry, to be read chunk by chunk.
         """
-        assert self.form is not Form.MATRIX
+        assert self.form <= Form.ENTRY
         if self.form is Form.ENTRY:
             return None
         if self.source is None:
@@ -134,7 +139,11 @@ def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
     return (
         precision is not None
         and precision.dtype in _DTYPES
-        and (precision.shape in _shapes(mean.shape) or _is_matrix_of(precision.shape, mean.shape))
+        and (
+            precision.shape in _shapes(mean.shape)
+            or _is_matrix_of(precision.shape, mean.shape)
+            or is_kronecker(precision.shape, mean.shape)
+        )
     )
 
 
@@ -201,6 +210,14 @@ def _is_matrix_of(shape: Shape, mean: Shape) -> bool:
     axis, blocks = -more, shape[len(mean) - 2 : len(mean) + 1]
     fits = blocks[0] * blocks[1] == mean[axis] and blocks[1] == blocks[2]
     return fits and shape[: len(mean) - 2] == mean[:-2]
+
+
+def is_kronecker(shape: Shape, mean: Shape) -> bool:
+    """Whether this is the shape of terms of a sum of Kronecker products for a mean."""
+    if len(mean) < 2 or len(shape) != len(mean) + 2 or shape[-2:] != (1, 1):
+        return False
+    numbers = mean[-2] ** 2 + mean[-1] ** 2
+    return shape[-3] == numbers and shape[: len(mean) - 2] == mean[:-2]
 
 
 def _shapes(mean: Shape) -> tuple[Shape, ...]:

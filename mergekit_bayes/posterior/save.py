@@ -21,11 +21,12 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
+from mergekit_bayes.posterior.factors import Kronecker, Matrices, RankOne
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.stored import Matrices, RankOne, parts_of
+from mergekit_bayes.posterior.stored import parts_of
 
-Precision = Array | RankOne | Matrices
+Precision = Array | RankOne | Matrices | Kronecker
 
 
 def save_posterior(
@@ -90,13 +91,15 @@ def _check_precision(
                 f"{list(spec.shape)}."
             )
         parts = list(parts_of(name, values).values())
-        if isinstance(values, Matrices):
-            parts = [np.einsum("...ii->...i", values.blocks), abs(values.blocks)]
+        if isinstance(values, (Matrices, Kronecker)):
+            parts = [x for p in parts for x in (np.einsum("...ii->...i", p), abs(p))]
         bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
             size = sum(part.size for part in parts)
             raise PrecisionError(
-                f"precision of '{name}': {bad} of {size} entries are negative or not finite."
+                f"precision of '{name}': {bad} of {size} entries are negative or not finite, and "
+                "nothing was stored. Look for NaN in what it was made of, or for counts that are "
+                "far too large."
             )
 
 

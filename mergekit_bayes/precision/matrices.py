@@ -8,7 +8,7 @@ from mergekit_bayes.curvature.inputs import NAME
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.places import input_axes
-from mergekit_bayes.posterior.stored import Matrices
+from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 

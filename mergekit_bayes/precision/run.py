@@ -104,7 +104,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         examples = drawn.examples
         total = observations(examples, loaded.task)
         count = min(config.examples, len(examples))
-        refuse_few(count, len(examples))
+        refuse_few(count, len(examples), drawn.name)
         chosen = random_examples(examples, count, config.seed)
         curvature = estimate(config.estimator, loaded, chosen)
         stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)

@@ -15,6 +15,11 @@ EstimatorName: TypeAlias = Literal[
 ]
 
 
+_MOST_MADE = 10**9  # tokens or texts that are made and held in memory
+_MOST_COUNTED = 10**15  # observations; times those of a step, they leave float32 room
+_LARGEST_PRIOR = 1e30  # likewise
+
+
 class PrecisionConfig(Config):
     """Settings of one estimate of a precision: the flags of `bmerge precision`."""
 
@@ -27,6 +32,7 @@ class PrecisionConfig(Config):
     self_generated: int | None = Field(
         None,
         ge=1,
+        le=_MOST_MADE,
         description="Instead of data: this many texts that a causal language model writes itself, "
         "at temperature 1, of at most `max_length` tokens.",
     )
@@ -36,6 +42,7 @@ class PrecisionConfig(Config):
     random_tokens: int | None = Field(
         None,
         ge=1,
+        le=_MOST_MADE,
         description="Instead of data: this many uniform tokens, in rows of `max_length`. Cheap, "
         "and far from text.",
     )
@@ -60,7 +67,10 @@ class PrecisionConfig(Config):
         "checkpoint that holds one of them.",
     )
     observations: int | None = Field(
-        None, ge=1, description="With --from: tokens or rows of all the training's data."
+        None,
+        ge=1,
+        le=_MOST_COUNTED,
+        description="With --from: tokens or rows of all the training's data.",
     )
     batch_observations: int | None = Field(
         None,
@@ -104,7 +114,12 @@ class PrecisionConfig(Config):
         description="Where the sums lie meanwhile, 4 bytes an entry: device, cpu (in memory) or "
         "disk (in a file beside the output).",
     )
-    prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
+    prior: float = Field(
+        0.0,
+        ge=0,
+        le=_LARGEST_PRIOR,
+        description="Isotropic prior precision to include, 1/weight^2.",
+    )
     seed: int = Field(
         0,
         ge=0,

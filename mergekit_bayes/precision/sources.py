@@ -50,7 +50,7 @@ def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
     """Refuse settings that name no source, or two, or a place where texts cannot be kept.
 
     Args:
-        config: The settings.
+        config: The settings, without `moments`; those `moment_checks` looks at.
         target: Where the precision is written; None if that is not known yet.
 
     Raises:
@@ -63,7 +63,6 @@ def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
             ("--data", config.data),
             ("--self-generated", config.self_generated),
             ("--random-tokens", config.random_tokens),
-            ("--from", config.moments),
         )
         if value is not None
     ]
@@ -76,13 +75,6 @@ def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
         raise ConfigError(f"{' and '.join(given)}: a precision stands for one of them. Name one.")
     if config.where is not None and config.data is None:
         raise ConfigError(f"--where chooses rows of --data, and {given[0]} has none. Leave it out.")
-    if config.estimator == "adam" and config.moments is None:
-        raise ConfigError("--estimator adam reads what a training has left. Name it with --from.")
-    if config.estimator not in ("ggn", "adam") and config.moments is not None:
-        raise ConfigError(
-            f"--estimator {config.estimator} needs the model's outputs on rows, and --from has "
-            "Adam's moments only. Leave one of them out."
-        )
     if config.estimator in LABELLED and config.random_tokens is not None:
         raise ConfigError(
             f"--estimator {config.estimator} looks at observed tokens, and nobody observed those "

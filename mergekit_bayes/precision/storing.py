@@ -20,10 +20,10 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import TrainedLoss
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
+from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.posterior.pooling import rank_ones
 from mergekit_bayes.posterior.save import Precision
-from mergekit_bayes.posterior.stored import Matrices
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 

@@ -24,6 +24,7 @@ def kind_of(plan: MergePlan, step: Step) -> Kind:
             any(task.scale < 0 for task in step.tasks)
             or not all(model.weighing.reshape for model in plan.inputs)
         ),
+        pulled=weighs and any(any(task.recorded_pull) for task in plan.tasks),
     )
 
 

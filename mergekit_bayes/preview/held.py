@@ -1,0 +1,115 @@
+"""The inputs of a merge, kept in memory as its passes take them.
+
+For every chunk of a tensor that is merged, what a pass reads is kept once: the means of all models
+and, where precisions weigh, those, an entry
+
+    2 bytes a model for means that are all BF16, else 4 (8 where the output is F64)
+    4 bytes a model for precisions, 2 where all are stored by entry in BF16
+
+A merge in which some task has scale zero reads the donor in its place; its arrays are gathered from
+those that are kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.stream.chunks import FirstPassResult, Reader, mean_type
+
+_Row: TypeAlias = tuple[str, str, float]  # model, name of its tensor, number instead of one
+_Place: TypeAlias = tuple[str, str, int, int]  # mean or precision, tensor, first entry, end
+
+
+class _Stack(NamedTuple):
+    """Arrays of one chunk, (models, n), and which tensor each row is of."""
+
+    rows: list[_Row]
+    array: Array
+
+
+@dataclass
+class Held:
+    """The chunks that are kept. Threads that read different chunks may share it."""
+
+    stacks: dict[_Place, _Stack] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(stack.array.nbytes for stack in self.stacks.values())
+
+    def get(self, place: _Place, rows: list[_Row], read: Callable[[], Array]) -> Array:
+        """The rows at a place, which are read, and kept, if nothing is kept there.
+
+        Args:
+            place: Which chunk.
+            rows: What the pass takes, in its order.
+            read: Reads them into a buffer that may be used again.
+        """
+        kept = self.stacks.get(place)
+        if kept is None:
+            kept = self.stacks[place] = _Stack(rows, read().copy())
+        if kept.rows == rows:
+            return kept.array
+        if not all(row in kept.rows for row in rows):
+            return read()
+        gathered: Array = kept.array[[kept.rows.index(row) for row in rows]]
+        return gathered
+
+
+class HeldReader(Reader):
+    """A reader that keeps what it has read. Each thread has its own, on one `Held`.
+
+    Args:
+        plan: The merge, at any scales.
+        held: What is kept.
+    """
+
+    def __init__(self, plan: MergePlan, held: Held) -> None:
+        super().__init__(plan)
+        self._held = held
+        # A pass replaces bad entries in place, and must find them again at the next scales.
+        self._is_changed = plan.config.on_bad == "base"
+
+    def means(self, step: Step, start: int, stop: int) -> Array:
+        """As `Reader.means`, but the kept arrays, which nobody may change."""
+        rows = [(o.mean.input.ref, o.mean.name, 0.0) for o in step.operands]
+        place = ("mean", step.source, start, stop)
+        means = self._held.get(
+            place, rows, lambda: super(HeldReader, self).means(step, start, stop)
+        )
+        return means.copy() if self._is_changed else means
+
+    def precisions(self, step: Step, measured: FirstPassResult, start: int, stop: int) -> Array:
+        """As `Reader.precisions`, but the kept arrays, which nobody may change."""
+        place = ("precision", step.source, start, stop)
+        return self._held.get(
+            place,
+            _precision_rows(step),
+            lambda: super(HeldReader, self).precisions(step, measured, start, stop),
+        )
+
+
+def held_bytes(plan: MergePlan) -> int:
+    """Bytes that the inputs of a merge take when all of them are kept, at most."""
+    precision = 4 if plan.method.needs_precision else 0
+    return sum(
+        step.merged * len(step.operands) * (np.dtype(mean_type(step)).itemsize + precision)
+        for step in plan.steps
+        if step.copied is None and step.tied_to is None
+    )
+
+
+def _precision_rows(step: Step) -> list[_Row]:
+    owners = {id(o.input.posterior.precision): o.input.ref for o in step.operands}
+    rows: list[_Row] = []
+    for operand in step.operands:
+        precision = operand.precision
+        assert precision is not None
+        owner = "" if precision.source is None else owners[id(precision.source)]
+        rows.append((owner, precision.name, precision.number))
+    return rows
