@@ -90,10 +90,9 @@ def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: 
         words = information_in_words(precision.information, parameters * precision.covered)
         screen.print(f"  {words}", markup=False)
     if precision.not_samplable:
+        remedy = "" if precision.matrices else "; --prior X of `bmerge evaluate` gives it one"
         screen.print(
-            f"  weights cannot be drawn from it: {precision.not_samplable}; --prior X of `bmerge "
-            "evaluate` gives it one",
-            markup=False,
+            f"  weights cannot be drawn from it: {precision.not_samplable}{remedy}", markup=False
         )
     if info is None:
         return

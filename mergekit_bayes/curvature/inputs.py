@@ -34,8 +34,6 @@ from mergekit_bayes.curvature.squares import squared_gradients
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.errors import ConfigError
 
-NAME = "inputs"  # of the estimator
-
 
 def input_covariance(
     model: nn.Module,
@@ -84,7 +82,7 @@ def input_covariance(
     seen = _look(model, layers, first)
     if not seen.layers:
         raise ConfigError(
-            f"--estimator {NAME} adds up the inputs of linear layers, and this model runs none "
+            "--estimator inputs adds up the inputs of linear layers, and this model runs none "
             "(torch.nn.Linear, transformers' Conv1D or stacked experts). Choose ggn."
         )
     if seen.selects:

@@ -8,6 +8,7 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.forms import row_shape
 
 if TYPE_CHECKING:
@@ -181,6 +182,11 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
         raise PrecisionError(
             f"'{posterior.ref}' has no precision in a file, so nothing can be drawn from it."
         )
+    refuse_matrices(
+        posterior.precision,
+        "what draws weights, or holds them by their precision,",
+        f"Make another with `bmerge precision {posterior.ref} --estimator ggn`.",
+    )
     specs = posterior.precision.specs
     candidates = _by_checkpoint_name(model)
     rename = find_renaming(specs, candidates, fits=_may_be_precision)

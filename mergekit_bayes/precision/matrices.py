@@ -4,11 +4,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature import Curvature
-from mergekit_bayes.curvature.inputs import NAME
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.places import input_axes
 from mergekit_bayes.posterior.factors import Matrices
+from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 
@@ -18,15 +18,15 @@ def refuse_matrix_settings(config: PrecisionConfig) -> None:
     Raises:
         ConfigError: As said.
     """
-    if config.estimator != NAME and "blocks" in config.model_fields_set:
+    if config.estimator != INPUTS and "blocks" in config.model_fields_set:
         raise ConfigError(
-            f"--blocks {config.blocks} cuts the matrices of --estimator {NAME}, and "
+            f"--blocks {config.blocks} cuts the matrices of --estimator {INPUTS}, and "
             f"{config.estimator} has none. Leave it out."
         )
-    if config.estimator == NAME and config.pool is not None:
+    if config.estimator == INPUTS and config.pool is not None:
         raise ConfigError(
-            f"--pool {config.pool} takes the mean of numbers, and --estimator {NAME} has matrices, "
-            "which --blocks N makes smaller. Leave it out."
+            f"--pool {config.pool} takes the mean of numbers, and --estimator {INPUTS} has "
+            "matrices, which --blocks N makes smaller. Leave it out."
         )
 
 
@@ -36,9 +36,9 @@ def refuse_adapter(config: PrecisionConfig, loaded: Loaded) -> None:
     Raises:
         ConfigError: The model is an adapter.
     """
-    if config.estimator == NAME and hasattr(loaded.model, "peft_config"):
+    if config.estimator == INPUTS and hasattr(loaded.model, "peft_config"):
         raise ConfigError(
-            f"'{config.model}' is an adapter, and --estimator {NAME} is for whole layers: the "
+            f"'{config.model}' is an adapter, and --estimator {INPUTS} is for whole layers: the "
             "inputs of its factors are not those of the weights that it changes. Merge it into "
             "its base first (--method task_arithmetic --base BASE), or choose ggn."
         )
@@ -80,7 +80,10 @@ def matrix_notes(config: PrecisionConfig, curvature: Curvature) -> tuple[str, ..
         return ()
     sizes = [curvature.total[name].numel() for name in curvature.matrices]
     whole = [n for n in curvature.matrices if curvature.total[n].shape[-3] != config.blocks]
-    notes = [f"{len(sizes)} linear layers have matrices, {4 * sum(sizes) / 1e9:.3g} GB in all"]
+    notes = [
+        f"{len(sizes)} linear layers have matrices, which took {4 * sum(sizes) / 1e6:,.1f} MB and "
+        "are in squared inputs, not 1/weight^2"
+    ]
     if whole:
         notes.append(
             f"{len(whole)} of them have one block, since their inputs are not divisible by "

@@ -14,13 +14,13 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
-from mergekit_bayes.curvature.inputs import NAME
 from mergekit_bayes.curvature.parts import Parts, parts_in
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, load_model
+from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.precision.keeping import keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, is_main, launched, lead
@@ -141,7 +141,7 @@ def _record(
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
-        **({"blocks": config.blocks} if estimator == NAME else {}),
+        **({"blocks": config.blocks} if estimator == INPUTS else {}),
     }
 
 
