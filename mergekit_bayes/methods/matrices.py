@@ -25,10 +25,18 @@ def divided(weighted: Matrix, precision: Matrix | KroneckerSum | Spectrum) -> Ma
     return quotient
 
 
-def is_positive(matrix: Matrix) -> bool:
-    """Whether a symmetric matrix is positive definite."""
+ROUNDING = 1e-6  # share of a matrix's norm below which eigenvalues may be what float32 left of 0
+
+
+def is_positive(matrix: Matrix, size: float) -> bool:
+    """Whether a symmetric matrix has no negative eigenvalue, up to rounding.
+
+    Args:
+        matrix: The matrix.
+        size: Norm of the matrices that it was made of.
+    """
     try:
-        np.linalg.cholesky(matrix)
+        np.linalg.cholesky(matrix + ROUNDING * size * np.eye(len(matrix)))
     except np.linalg.LinAlgError:
         return False
     return True
@@ -38,11 +46,12 @@ def magnitude(matrix: Precision) -> Precision:
     """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
     if isinstance(matrix, KroneckerSum):
         return matrix.magnitude()
-    values, vectors = np.linalg.eigh(matrix)
-    if values[0] >= 0:
+    size = float(np.linalg.norm(matrix))
+    if is_positive(matrix, size):
         return matrix
-    if values[-1] <= 0:
+    if is_positive(-matrix, size):
         return -matrix
+    values, vectors = np.linalg.eigh(matrix)
     result: Matrix = (vectors * abs(values)) @ vectors.T
     return result
 
@@ -63,7 +72,7 @@ def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision
     """
     if isinstance(exact, KroneckerSum):
         return exact.bounded_below(bound, share)
-    if is_positive(exact - share * bound):
+    if is_positive(exact - share * bound, float(np.linalg.norm(bound))):
         return exact
     root = np.linalg.cholesky(bound)
     values, vectors = np.linalg.eigh(_between(root, exact))
