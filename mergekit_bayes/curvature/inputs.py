@@ -119,7 +119,8 @@ def begin(
     if not seen.layers:
         raise ConfigError(
             f"--estimator {estimator} adds up the inputs of linear layers, and this model runs "
-            "none that it can (torch.nn.Linear, transformers' Conv1D or stacked experts). Choose ggn."
+            "none that it can (torch.nn.Linear, transformers' Conv1D or stacked experts). Choose "
+            "ggn."
         )
     return seen, unpadded(batches) if seen.selects else batches
 

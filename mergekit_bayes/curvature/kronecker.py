@@ -37,10 +37,10 @@ def kronecker_factors(
 
     with x the rows that reach a layer y = W x + b (the tokens, without padding), and g the
     gradients of `<v, z>` in y, v being the vectors of root-GGN. H is in units of the summed loss,
-    1/weight^2, for a weight with outputs first. It is exact for a layer whose rows are independent of its
-    gradients and of each other, as for a regression with one layer; else it lacks what rows of one
-    observation have in common, and its bias does not shrink with more data. The variance is that of
-    root-GGN, over r^2 + c^2 numbers in place of r c.
+    1/weight^2, for a weight with outputs first. It is exact for a layer whose rows are independent
+    of its gradients and of each other, as for a regression with one layer; else it lacks what rows
+    of one observation have in common, and its bias does not shrink with more data. The variance is
+    that of root-GGN, over r^2 + c^2 numbers in place of r c.
 
     What is not a module of two axes (stacked experts, embeddings, norms, biases, weights that are
     read elsewhere) has the diagonal of `ggn_diagonal`.

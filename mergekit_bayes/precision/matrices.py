@@ -45,8 +45,8 @@ def refuse_adapter(config: PrecisionConfig, loaded: Loaded) -> None:
     if config.estimator in (NAME, KRONECKER) and hasattr(loaded.model, "peft_config"):
         raise ConfigError(
             f"'{config.model}' is an adapter, and --estimator {config.estimator} is for whole "
-            "layers: the inputs of its factors are not those of the weights that it changes. Merge it into "
-            "its base first (--method task_arithmetic --base BASE), or choose ggn."
+            "layers: the inputs of its factors are not those of the weights that it changes. Merge "
+            "it into its base first (--method task_arithmetic --base BASE), or choose ggn."
         )
 
 
