@@ -11,7 +11,7 @@ from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
-    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "inputs", "adam"
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "inputs", "kronecker", "adam"
 ]
 
 
@@ -51,7 +51,8 @@ class PrecisionConfig(Config):
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
         "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
         "weights, labels of the data), inputs (a matrix for each linear layer, the covariance of "
-        "its inputs), or adam (with --from). A merge wants one estimator for all models.",
+        "its inputs), kronecker (that, and one of its output gradients), or adam (with --from). "
+        "A merge wants one estimator for all models.",
     )
     blocks: int = Field(
         1,
