@@ -37,12 +37,15 @@ class Keeping(NamedTuple):
         is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
             must make the pass, with the same batches.
         parts: Where the pass is saved, and gone on from.
+        is_sharded: The parameters are sharded over the ranks, on their first axis. Only the first
+            rank gets the sums then, in memory where they would lie on the device.
     """
 
     axes: Mapping[str, int] = {}
     place: Literal["device", "cpu"] | Path = "device"
     is_shared: bool = False
     parts: Parts | None = None
+    is_sharded: bool = False
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""

@@ -231,7 +231,8 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
         return info
     except DocumentError as error:
         raise PrecisionError(
-            f"{file}: its posterior information cannot be read ({error})."
+            f"{file}: its posterior information cannot be read ({error}). Make the precision "
+            "again, or take the file as it was."
         ) from None
 
 

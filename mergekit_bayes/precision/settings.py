@@ -135,12 +135,13 @@ class PrecisionConfig(Config):
         None,
         ge=1,
         description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
-        "cores. Under a launcher there must be this number.",
+        "cores. The draws are those of one process; the sums differ by their rounding in float32. "
+        "Under a launcher there must be this number.",
     )
     device: str | None = Field(
         None,
         description="cpu, cuda, cuda:N or mps; by default a GPU where there is one; auto spreads a "
-        "model over all GPUs.",
+        "model over all GPUs, or over all processes where there are several.",
     )
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -198,7 +199,7 @@ class PrecisionReport(Frozen):
         step: Optimizer steps in the second moments; None for an estimate from data.
         notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
-            subsamples.
+            subsamples, and for `ivon` and `adam`, which keep none.
     """
 
     path: Path

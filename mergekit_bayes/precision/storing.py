@@ -118,8 +118,7 @@ def stored_names(source: SafetensorsSource, tensors: Mapping[str, Tensor]) -> Re
         if rename(name) not in source.specs:
             raise MismatchError(
                 f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
-                "its values were made up on loading. Fine-tune the model first, or choose another "
-                "--task."
+                "its values were made up on loading. Fine-tune the model for this task first."
             )
     return rename
 
