@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures
-from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures, is_by_name
 from mergekit_bayes.models.devices import Device
 from mergekit_bayes.models.load import Dtype
 from mergekit_bayes.records import Force, TrustRemoteCode
