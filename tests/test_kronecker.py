@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.merge.matrices import FACTOR_RIDGE
 from mergekit_bayes.methods.kronecker import KroneckerSum
@@ -166,3 +166,8 @@ def test_terms_are_stored_under_both_roles(world):
 def test_one_number_everywhere_is_no_product(world):
     with pytest.raises(MismatchError, match="no Kronecker product"):
         merge("a", isotropic={"base.safetensors": 3.0})
+
+
+def test_regmean_takes_matrices_of_inputs_only(world):
+    with pytest.raises(PrecisionError, match=r"'h.0.*Kronecker products.*--estimator inputs"):
+        merge("a", "b", base=None, method="regmean")

@@ -5,6 +5,8 @@ comes to the pass, load the model, share the batches, and wait again.
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -14,19 +16,22 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
-from mergekit_bayes.curvature.parts import Parts, parts_in
+from mergekit_bayes.curvature.parts import Parts, batches_in, parts_in
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.sharding import all_ranks, shard
+from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.precision.keeping import is_sharded, keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, in_turn, is_main, launched, lead
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 Examples = Sequence[Mapping[str, object]]
@@ -98,6 +103,29 @@ def refuse_left_over(config: PrecisionConfig) -> None:
             f"'{folder}' holds the state of an estimate that was stopped. Go on with --resume, or "
             "start again with --force."
         )
+    if config.resume and not parts_in(folder):
+        logger.warning(
+            "--resume: '%s' holds no saved state, so the estimate starts from the first batch",
+            folder,
+        )
+
+
+def left_behind(config: PrecisionConfig) -> str | None:
+    """What a stopped estimate leaves on the disk, and how to go on from there; None of nothing."""
+    kept = config.keep_generated
+    texts = kept if kept is not None and os.path.exists(os.path.expanduser(kept)) else None
+    folder = parts_folder(config)
+    if config.moments is None and (parts := parts_in(folder)):
+        return (
+            f"the state up to batch {batches_in(parts[-1]):,} is in '{folder}'; add --resume to go "
+            "on from it"
+        )
+    if texts is not None:
+        return (
+            f"the texts are in '{texts}'; name it with --data instead of --self-generated, or add "
+            "--force"
+        )
+    return None
 
 
 def refuse_device(config: PrecisionConfig) -> None:
@@ -158,6 +186,7 @@ def _record(
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
+        **({"blocks": config.blocks} if estimator == INPUTS else {}),
     }
 
 
