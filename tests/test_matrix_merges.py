@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.matrices import RIDGE
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
 from tests import tiny
@@ -187,6 +188,7 @@ def test_a_removal_is_bounded_in_every_direction(world):
         means = [turned(tensor, mean_of(i)[tensor]) for i in (0, 1)]
         mean, matrices = written(tensor)
         for e, (zero, likelihood) in enumerate(zip(s0, h, strict=True)):
+            zero = zero + RIDGE * np.linalg.norm(zero) * np.eye(len(zero))
             # In the basis where the bound is the identity, max(eigenvalue, guard).
             root = symmetric_root(zero + likelihood)
             values, vectors = np.linalg.eigh(

@@ -17,6 +17,8 @@ from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
 Matrix: TypeAlias = NDArray[Any]  # of float64
 Precision: TypeAlias = Any  # a Matrix or a KroneckerSum, both of one merge
 
+ROUNDING = 1e-6  # share of a matrix's norm below which eigenvalues may be what float32 left of 0
+
 
 class Singular(NamedTuple):
     """A singular value decomposition, `(left * values) @ right`, the largest value first.
@@ -73,10 +75,15 @@ def weighted_mean(
     return means[0] + divided(weighted, total), total
 
 
-def is_positive(matrix: Matrix) -> bool:
-    """Whether a symmetric matrix is positive definite."""
+def is_positive(matrix: Matrix, size: float) -> bool:
+    """Whether a symmetric matrix has no negative eigenvalue, up to rounding.
+
+    Args:
+        matrix: The matrix.
+        size: Norm of the matrices that it was made of.
+    """
     try:
-        np.linalg.cholesky(matrix)
+        np.linalg.cholesky(matrix + ROUNDING * size * np.eye(len(matrix)))
     except np.linalg.LinAlgError:
         return False
     return True
@@ -86,11 +93,12 @@ def magnitude(matrix: Precision) -> Precision:
     """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
     if isinstance(matrix, KroneckerSum):
         return matrix.magnitude()
-    values, vectors = np.linalg.eigh(matrix)
-    if values[0] >= 0:
+    size = float(np.linalg.norm(matrix))
+    if is_positive(matrix, size):
         return matrix
-    if values[-1] <= 0:
+    if is_positive(-matrix, size):
         return -matrix
+    values, vectors = np.linalg.eigh(matrix)
     result: Matrix = (vectors * abs(values)) @ vectors.T
     return result
 
@@ -111,7 +119,7 @@ def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision
     """
     if isinstance(exact, KroneckerSum):
         return exact.bounded_below(bound, share)
-    if is_positive(exact - share * bound):
+    if is_positive(exact - share * bound, float(np.linalg.norm(bound))):
         return exact
     root = np.linalg.cholesky(bound)
     values, vectors = np.linalg.eigh(_between(root, exact))
