@@ -39,27 +39,30 @@ class Held:
 
     Attributes:
         stacks: The chunks that passes take.
-        layers: The layers that are merged as whole matrices.
-        nbytes: Bytes of all of it.
+        layers: The layers that are merged as whole matrices, each with its bytes.
     """
 
     stacks: dict[_Place, _Stack] = field(default_factory=dict)
-    layers: dict[tuple[str, tuple[_Row, ...]], Layer] = field(default_factory=dict)
-    nbytes: int = 0
+    layers: dict[tuple[str, tuple[_Row, ...]], tuple[Layer, int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        arrays = sum(stack.array.nbytes for stack in self.stacks.values())
+        return arrays + sum(size for _, size in self.layers.values())
 
     def layer(self, plan: MergePlan, step: Step) -> Layer:
         """A tensor that is merged as a whole matrix, read once for each choice of operands."""
         key = step.source, (*_mean_rows(step), *_precision_rows(step))
         if key not in self.layers:
-            self.layers[key] = read_layer(plan, step)
-            self.nbytes += _bytes_of(step, weighs=plan.method.needs_precision)
-        return self.layers[key]
+            size = _bytes_of(step, weighs=plan.method.needs_precision)
+            self.layers[key] = read_layer(plan, step), size
+        return self.layers[key][0]
 
     def clear(self) -> None:
         """Let go of everything."""
         self.stacks.clear()
         self.layers.clear()
-        self.nbytes = 0
 
     def get(self, place: _Place, rows: list[_Row], read: Callable[[], Array]) -> Array:
         """The rows at a place, which are read, and kept, if nothing is kept there.
@@ -72,7 +75,6 @@ class Held:
         kept = self.stacks.get(place)
         if kept is None:
             kept = self.stacks[place] = _Stack(rows, read().copy())
-            self.nbytes += kept.array.nbytes
         if kept.rows == rows:
             return kept.array
         if not all(row in kept.rows for row in rows):
