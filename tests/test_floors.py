@@ -27,8 +27,21 @@ FAMILIES = {
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},
+    # What has no layer's inputs is left to `ggn` by `inputs`.
     "curvature": ROOMS["curvature"].steps.keys()
-    - {"table", "squares", "outputs", "base", "refusals", "state", "stability", "sums", "parts"},
+    - {
+        "inputs",
+        "linear",
+        "table",
+        "squares",
+        "outputs",
+        "base",
+        "refusals",
+        "state",
+        "stability",
+        "sums",
+        "parts",
+    },
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {
