@@ -5,7 +5,7 @@ anchor it is gradient matching with matrices (`methods/gradient_matching.py`). I
 factor of K-FAC (Martens and Grosse, ICML 2015), with the identity for the factor of the outputs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -76,17 +76,7 @@ def input_covariance(
         CheckpointError: The model's outputs are not numbers.
         ConfigError: There is no linear layer, or some see other rows than the batch's tokens.
     """
-    first, batches = _first(batches)
-    layers = linear_layers(model)
-    refuse_offloaded({layer.name: layer.weight for layer in layers})
-    seen = _look(model, layers, first)
-    if not seen.layers:
-        raise ConfigError(
-            "--estimator inputs adds up the inputs of linear layers, and this model runs none "
-            "(torch.nn.Linear, transformers' Conv1D or stacked experts). Choose ggn."
-        )
-    if seen.selects:
-        batches = unpadded(batches)
+    seen, batches = begin(model, batches, "inputs")
     shapes = {layer.name: layer.sums(keep.blocks) for layer in seen.layers}
     with frozen(seen.layers):
         found = squared_gradients(
@@ -95,9 +85,42 @@ def input_covariance(
             signed_roots,
             seed=seed,
             keep=keep._replace(matrices=shapes),
-            beside=_Inputs(model, seen),
+            beside=Inputs(model, seen),
         )
     return found._replace(matrices={layer.name: layer.axis for layer in seen.layers})
+
+
+def begin(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    estimator: str,
+    takes: Callable[[nn.Module], bool] = lambda module: True,
+) -> tuple[Seen, Iterable[Batch]]:
+    """See which linear layers a model runs, and how.
+
+    Args:
+        model: The model.
+        batches: What it will run on.
+        estimator: Its name, for messages.
+        takes: Whether the estimator takes the layers of a module.
+
+    Returns:
+        The layers, and the same batches in the form in which they must be run.
+
+    Raises:
+        ConfigError: It runs none.
+    """
+    first, batches = _first(batches)
+    layers = [n for n in linear_layers(model) if all(takes(module) for module, _ in n.modules)]
+    refuse_offloaded({layer.name: layer.weight for layer in layers})
+    seen = _look(model, layers, first)
+    if not seen.layers:
+        raise ConfigError(
+            f"--estimator {estimator} adds up the inputs of linear layers, and this model runs "
+            "none that it can (torch.nn.Linear, transformers' Conv1D or stacked experts). Choose "
+            "ggn."
+        )
+    return seen, unpadded(batches) if seen.selects else batches
 
 
 def _first(batches: Iterable[Batch]) -> tuple[Batch | None, Iterable[Batch]]:
@@ -133,7 +156,7 @@ class _Tokens(NamedTuple):
     chosen: Tensor | None
 
 
-class _Inputs:
+class Inputs:
     """Adds the products of the inputs to the sums, while a model runs on batches.
 
     Args:
@@ -142,26 +165,32 @@ class _Inputs:
 
     Attributes:
         parameters: The weights, by name.
+        names: The names of the weights of each module, by its attributes.
     """
 
     def __init__(self, model: nn.Module, seen: Seen) -> None:
         self._model, self._seen = model, seen
         self.parameters: Mapping[str, Tensor] = {n.name: n.weight for n in seen.layers}
-        self._names: dict[nn.Module, dict[str, str]] = {}
+        self.names: dict[nn.Module, dict[str, str]] = {}
         for layer in seen.layers:
             for module, attribute in layer.modules:
-                self._names.setdefault(module, {})[attribute] = layer.name
+                self.names.setdefault(module, {})[attribute] = layer.name
         self._tokens: _Tokens | None = None  # outside of a forward pass
         self._of_head: Tensor | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, int] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model is in a forward pass, and not where one is made again for gradients."""
+        return self._tokens is not None
 
     @contextmanager
     def adding(self, sums: Sums) -> Iterator[None]:
         """Inside, what reaches the layers is added to the sums."""
         self._sums = sums
         with ExitStack() as stack:
-            begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(begin.remove)
+            first = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(first.remove)
             stack.callback(self._model.register_forward_hook(self._end).remove)
             stack.enter_context(watched(self._seen.layers, self._see))
             yield
@@ -187,7 +216,7 @@ class _Inputs:
         elif module is self._seen.head:
             self._of_head = inputs
         else:
-            self._add_inputs(self._names[module]["weight"], inputs)
+            self._add_inputs(self.names[module]["weight"], inputs)
 
     def _add_inputs(self, name: str, inputs: Tensor) -> None:
         """Add the rows of a layer; the product of what the layer before had too is at hand."""
@@ -195,8 +224,11 @@ class _Inputs:
             rows = inputs.reshape(-1, inputs.shape[-1])
             chosen = self._chosen(name, inputs)
             rows = rows if chosen is None else rows.index_select(0, chosen.to(rows.device))
-            self._last = inputs, self._sums.products(name, rows)
-        self._sums.add_products(name, self._last[1])
+            self._last = inputs, self._sums.products(name, rows), len(rows)
+        self._add_products(name, *self._last[1:])
+
+    def _add_products(self, name: str, products: Tensor, rows: int) -> None:
+        self._sums.add_products(name, products)
 
     def _chosen(self, name: str, inputs: Tensor) -> Tensor | None:
         """Which rows of a layer's inputs count; None for all."""
@@ -214,7 +246,7 @@ class _Inputs:
     def _see_experts(self, module: nn.Module, inputs: Tensor, routed: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1])
         routed = routed.reshape(len(rows), -1)
-        up, down = (self._names[module][attribute] for attribute in (up_of(module), DOWN))
+        up, down = (self.names[module][attribute] for attribute in (up_of(module), DOWN))
         chosen = self._chosen(up, rows)
         if chosen is not None:
             rows, routed = (t.index_select(0, chosen.to(t.device)) for t in (rows, routed))
@@ -231,4 +263,4 @@ class _Inputs:
         first = is_read.int().argmax(1)
         if bool(is_read.any(1).all()):
             inputs = inputs[torch.arange(len(inputs), device=inputs.device), first]
-        self._add_inputs(self._names[head]["weight"], inputs)
+        self._add_inputs(self.names[head]["weight"], inputs)

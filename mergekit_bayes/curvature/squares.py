@@ -9,6 +9,9 @@ to the diagonal. If the v_n of one batch are uncorrelated with mean zero, the cr
 observations vanish, and the expectation is the diagonal of `sum_n J_n' E[v_n v_n'] J_n` at any
 batch size.
 
+The same holds for the batches of different ranks where the parameters are sharded over them
+(`shards`): their gradients are added up before they are squared.
+
 Each gradient is squared, added and freed as soon as the backward pass has made it, so that no more
 than one is there at a time, and the model's size counts once.
 """
@@ -34,10 +37,11 @@ from mergekit_bayes.curvature.outputs import (
     trained_loss,
 )
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
+from mergekit_bayes.curvature.shards import gather_parts, gather_sums, local, whole_sums
 from mergekit_bayes.curvature.state import State
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
-from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
+from mergekit_bayes.ranks import add_over_ranks, gather, in_step, or_end, own_number, world
 
 _Batch: TypeAlias = Mapping[str, Tensor]
 
@@ -59,7 +63,8 @@ class Scored(NamedTuple):
 
 
 # The vectors v, (n, C) each, one backward pass for each of them. How many random numbers are drawn
-# must follow from the shape of the logits alone, so that other ranks can skip them.
+# must follow from the shape of the logits alone, so that other ranks can skip them. Where
+# parameters are sharded, there must be as many vectors for any batch: ranks make passes together.
 Roots = Callable[[Scored], Iterable[Tensor]]
 
 
@@ -106,32 +111,47 @@ def squared_gradients(
     Raises:
         CheckpointError: The model's outputs are not numbers; or a part cannot be written or read.
         ConfigError: The part that was saved is of another pass; the memory does not suffice; the
-            model is offloaded, or checkpoints activations in the reentrant way.
+            model is offloaded, or checkpoints activations in the reentrant way. Where parameters
+            are sharded, such an error in a batch is printed, and ends the process.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    added = {**parameters, **(beside.parameters if beside is not None else {})}
+    beside_parameters = beside.parameters if beside is not None else {}
+    added = {**parameters, **beside_parameters}
     refuse_offloaded(added)
-    generator = torch.Generator(next(iter(added.values())).device).manual_seed(seed)
-    own, was_training = _Pass(model, roots, generator), model.training
+    is_sharded = keep.is_sharded
+    here = {n: local(p) for n, p in added.items()} if is_sharded else added
+    generator = torch.Generator(next(iter(here.values())).device).manual_seed(seed)
+    own, was_training = _Pass(model, roots, generator, is_sharded), model.training
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
-    begin = explained()(partial(State, added, keep, generator))
+    begin = explained()(partial(State, here, keep, generator))
     state = in_step(begin) if ranks > 1 else begin()
+    whole = in_step(partial(whole_sums, parameters, keep)) if is_sharded else {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        state.sums.add(name, local(gradient) if is_sharded else gradient)
+
     if keep.parts is not None:
         state.restore(keep.parts)
     model.eval()
     try:
         with (
-            _handed_over(parameters, state.sums.add),
+            _handed_over(parameters, add),
             nullcontext() if beside is None else beside.adding(state.sums),
         ):
             for together in islice(_by_round(batches, ranks), state.rounds, None):
                 step = partial(own.add, together, rank)
-                state.after_round(in_step(step) if ranks > 1 else step())
+                if is_sharded:
+                    state.after_round(sum(gather(or_end(step))))
+                else:
+                    state.after_round(in_step(step) if ranks > 1 else step())
                 if keep.parts is not None:
                     state.save_if_due(keep.parts)
     finally:
         model.train(was_training)
     observations, parts = state.observations, state.subsamples.parts()
+    if is_sharded:
+        or_end(partial(gather_sums, state.sums.totals, whole))
+        return Curvature(whole, observations, gather_parts(parts))
     if ranks > 1:
         for total in state.sums.totals.values():
             add_over_ranks(total)
@@ -158,26 +178,32 @@ class _Pass(NamedTuple):
     model: Module
     roots: Roots
     generator: torch.Generator
+    is_sharded: bool
 
     @explained()
     def add(self, together: Sequence[_Batch], rank: int) -> int:
         """Run the backward passes of one batch of a round, inside of `_handed_over`.
 
+        Where parameters are sharded, all ranks make the passes, one without a batch with zeros.
+
         Returns:
             Its number of observations; 0 where there is none for this rank, as in a last round.
         """
-        if rank >= len(together):
+        is_idle = rank >= len(together)
+        if is_idle and not self.is_sharded:
             return 0
-        batch = together[rank]
+        batch = together[0 if is_idle else rank]
         seen_by_model = {name: v for name, v in batch.items() if name != "labels"}
         outputs = outputs_of(self.model, **seen_by_model).logits
         like = outputs.new_zeros(()).expand(outputs.shape)
         for other in together[:rank]:
             self._skip(like, other)
         logits, seen = self._look(outputs, batch)
-        inputs = [p for p in self.model.parameters() if p.requires_grad]
-        if not inputs:  # all that there is to add is beside
+        # Sharded parameters are not in the graph: it has whole ones, which are there for a moment.
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:  # all that there is to add is beside
             return len(logits)
+        inputs = None if self.is_sharded else trained
         observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
         vectors = (vector.to(dtype) for vector in self.roots(seen))
         # With many tokens to choose from, logits are larger than any parameter. `vectors` needs
@@ -186,11 +212,12 @@ class _Pass(NamedTuple):
         vector = next(vectors, None)
         while vector is not None:
             following = next(vectors, None)
+            vector = torch.zeros_like(vector) if is_idle else vector
             backward(edge, vector, retain_graph=following is not None, inputs=inputs)
             vector = following
         for other in together[rank + 1 :]:
             self._skip(like, other)
-        return observations
+        return 0 if is_idle else observations
 
     def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:
         """The logits of a batch that are scored, with their graph and as an estimator sees them."""

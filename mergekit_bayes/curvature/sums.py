@@ -38,6 +38,8 @@ class Keeping(NamedTuple):
         is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
             must make the pass, with the same batches.
         parts: Where the pass is saved, and gone on from.
+        is_sharded: The parameters are sharded over the ranks, on their first axis. Only the first
+            rank gets the sums then, in memory where they would lie on the device.
         matrices: By parameter name, the shape of a sum of products, (..., k, n, n), for those that
             have one in place of squares.
         blocks: k, where an estimator of matrices chooses their shapes.
@@ -47,6 +49,7 @@ class Keeping(NamedTuple):
     place: Literal["device", "cpu"] | Path = "device"
     is_shared: bool = False
     parts: Parts | None = None
+    is_sharded: bool = False
     matrices: Mapping[str, tuple[int, ...]] = {}
     blocks: int = 1
 

@@ -78,7 +78,8 @@ class PrecisionSummary(Frozen):
         covered: Share of the model's parameters that have a precision.
         numbers: Stored precisions: fewer where one stands for a row or a tensor.
         matrices: Tensors that have matrices; of these the layers show the diagonals.
-        unknown: Its tensors that the model lacks or has in another shape.
+        unknown: Its tensors that the model lacks or has in another shape, or of another dtype.
+        misfits: What is wrong with each of them.
         zeros: Parameters whose precision is zero; None where only headers were read.
         bad: Parameters whose precision is negative or not finite, likewise.
         information: What a sample of its entries says about its worth; None where only headers
@@ -93,6 +94,7 @@ class PrecisionSummary(Frozen):
     covered: float
     numbers: int
     unknown: tuple[str, ...]
+    misfits: dict[str, str] = {}
     zeros: int | None
     bad: int | None
     information: Information | None = None

@@ -15,7 +15,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
-from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
 from mergekit_bayes.inspect.notes import layer_notes
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
@@ -169,6 +169,7 @@ def _precision_summary(
     covered = sum(total.precision.parameters for total in totals)
     to_mean = {stored: name for name, stored in posterior.renamed_precisions.items()}
     precision_specs = {to_mean.get(n, n): spec for n, spec in precision.specs.items()}
+    unknown = misfits(precision_specs, mean.specs)
     matrices = len(matrices_in(precision))
     return PrecisionSummary(
         files=tuple(str(file) for file in precision.files),
@@ -176,7 +177,8 @@ def _precision_summary(
         belongs=None if info is None else info.mean.blocks == owner.identity,
         covered=covered / entries if entries else 0.0,
         numbers=sum(total.precision.numbers for total in totals),
-        unknown=unknown_tensors(precision_specs, mean.specs),
+        unknown=tuple(unknown),
+        misfits=unknown,
         zeros=sum(total.precision.zeros for total in totals),
         bad=sum(total.precision.bad for total in totals),
         information=_information(posterior, names, info),

@@ -1,4 +1,4 @@
-"""What is different where an estimate has matrices: the covariances of the inputs of layers."""
+"""What is different where an estimate has matrices: of the inputs of layers, and of outputs."""
 
 from torch import Tensor
 from torch.nn import Module
@@ -7,8 +7,8 @@ from mergekit_bayes.curvature import Curvature
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.places import input_axes
-from mergekit_bayes.posterior.factors import Matrices
-from mergekit_bayes.posterior.info import INPUTS
+from mergekit_bayes.posterior.factors import Kronecker, Matrices
+from mergekit_bayes.posterior.info import INPUTS, KRONECKER
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 
@@ -23,10 +23,15 @@ def refuse_matrix_settings(config: PrecisionConfig) -> None:
             f"--blocks {config.blocks} cuts the matrices of --estimator {INPUTS}, and "
             f"{config.estimator} has none. Leave it out."
         )
-    if config.estimator == INPUTS and config.pool is not None:
+    if config.estimator in (INPUTS, KRONECKER) and config.pool is not None:
         raise ConfigError(
-            f"--pool {config.pool} takes the mean of numbers, and --estimator {INPUTS} has "
-            "matrices, which --blocks N makes smaller. Leave it out."
+            f"--pool {config.pool} takes the mean of numbers, and --estimator {config.estimator} "
+            "has matrices (those of inputs --blocks N makes smaller). Leave it out."
+        )
+    if config.estimator == KRONECKER and config.prior:
+        raise ConfigError(
+            f"--prior {config.prior:g}: a number on every entry is no Kronecker product. Leave it "
+            "out, or choose inputs."
         )
 
 
@@ -36,11 +41,11 @@ def refuse_adapter(config: PrecisionConfig, loaded: Loaded) -> None:
     Raises:
         ConfigError: The model is an adapter.
     """
-    if config.estimator == INPUTS and hasattr(loaded.model, "peft_config"):
+    if config.estimator in (INPUTS, KRONECKER) and hasattr(loaded.model, "peft_config"):
         raise ConfigError(
-            f"'{config.model}' is an adapter, and --estimator {INPUTS} is for whole layers: the "
-            "inputs of its factors are not those of the weights that it changes. Merge it into "
-            "its base first (--method task_arithmetic --base BASE), or choose ggn."
+            f"'{config.model}' is an adapter, and --estimator {config.estimator} is for whole "
+            "layers: the inputs of its factors are not those of the weights that it changes. Merge "
+            "it into its base first (--method task_arithmetic --base BASE), or choose ggn."
         )
 
 
@@ -51,8 +56,8 @@ def numbers_of(curvature: Curvature) -> dict[str, Tensor]:
 
 def stored_matrices(
     config: PrecisionConfig, model: Module, curvature: Curvature, scale: float
-) -> dict[str, Matrices]:
-    """The matrices `scale * total + prior I`, under the names that `save_pretrained` writes.
+) -> dict[str, Matrices | Kronecker]:
+    """The matrices `scale * total + prior I` or factors, as `save_pretrained` names them.
 
     Args:
         config: The settings; `prior` is used.
@@ -63,14 +68,29 @@ def stored_matrices(
     Raises:
         MismatchError: A weight is stored otherwise than in whole layers.
     """
+    if curvature.outputs:
+        return _products(model, curvature, scale)
     total = {name: curvature.total[name].mul_(scale) for name in curvature.matrices}
     for matrices in total.values():
         matrices.diagonal(dim1=-2, dim2=-1).add_(config.prior)
-    stored = {}
+    stored: dict[str, Matrices | Kronecker] = {}
     for name, place in input_axes(model, curvature.matrices).items():
         matrices = total[place.parameter]
         blocks = matrices if place.expert is None else matrices[place.expert]
         stored[name] = Matrices(blocks.cpu().numpy(), is_left=place.axis == -2)
+    return stored
+
+
+def _products(model: Module, curvature: Curvature, scale: float) -> dict[str, Matrices | Kronecker]:
+    """The factors of both axes, in the order in which a weight is stored."""
+    stored: dict[str, Matrices | Kronecker] = {}
+    for name, place in input_axes(model, curvature.matrices).items():
+        inputs = curvature.total[place.parameter].cpu().numpy()
+        outputs = curvature.outputs[place.parameter].mul(scale).cpu().numpy()
+        if place.axis == -1:
+            stored[name] = Kronecker(outputs, inputs)
+        else:
+            stored[name] = Kronecker(inputs, outputs)
     return stored
 
 
@@ -79,10 +99,12 @@ def matrix_notes(config: PrecisionConfig, curvature: Curvature) -> tuple[str, ..
     if not curvature.matrices:
         return ()
     sizes = [curvature.total[name].numel() for name in curvature.matrices]
+    sizes += [factor.numel() for factor in curvature.outputs.values()]
     whole = [n for n in curvature.matrices if curvature.total[n].shape[-3] != config.blocks]
     notes = [
-        f"{len(sizes)} linear layers have matrices, which took {4 * sum(sizes) / 1e6:,.1f} MB and "
-        "are in squared inputs, not 1/weight^2"
+        f"{len(curvature.matrices)} linear layers have matrices, which took "
+        f"{4 * sum(sizes) / 1e6:,.1f} MB"
+        + ("" if curvature.outputs else " and are in squared inputs, not 1/weight^2")
     ]
     if whole:
         notes.append(

@@ -20,7 +20,7 @@ from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.precision.from_moments import run_from_moments
-from mergekit_bayes.precision.keeping import stored_precision, target_of
+from mergekit_bayes.precision.keeping import is_sharded, stored_precision, target_of
 from mergekit_bayes.precision.matrices import (
     matrix_notes,
     numbers_of,
@@ -40,7 +40,7 @@ from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.storing import Found, store, stored_names
-from mergekit_bayes.ranks import is_main, join
+from mergekit_bayes.ranks import is_main, join, launched
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -100,6 +100,8 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         renaming = stored_names(source, checkpoint_names(model, parameters))
+        sizes = {name: p.numel() for name, p in parameters.items()}
+        del parameters  # of which a rank keeps its rows only, where the model is sharded
         drawn = read_source(config, loaded)
         examples = drawn.examples
         total = observations(examples, loaded.task)
@@ -107,7 +109,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         refuse_few(count, len(examples), drawn.name)
         chosen = random_examples(examples, count, config.seed)
         curvature = estimate(config.estimator, loaded, chosen)
-        stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
+        stability = describe(curvature, sizes, count)
         scale = total / curvature.observations
         found = Found(
             stored_precision(config, model, numbers_of(curvature), scale),
@@ -135,7 +137,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=stored.health,
-        notes=matrix_notes(config, curvature),
+        notes=(*drawn.notes, *matrix_notes(config, curvature)),
         stability=stability,
     )
 
@@ -143,7 +145,8 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
 def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
     """How the estimate was made."""
     return {
-        "batch_size": config.batch_size,
+        # Of one squared gradient: sharded processes add theirs up before.
+        "batch_size": config.batch_size * (launched() if is_sharded(config) else 1),
         "seed": config.seed,
         "device": loaded.device.type,
         "dtype": loaded.dtype,
