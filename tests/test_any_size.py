@@ -9,36 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import places
+from mergekit_bayes.models.sharding import shard
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
-from tests.tiny_models import WORDS, tiny_bert, tiny_gpt2
-
-
-def tiny_mixtral(folder):
-    """Two layers of four experts, which a file holds one by one and memory holds stacked."""
-    tiny_gpt2(folder)
-    config = transformers.MixtralConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
+from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_mixtral
 
 BENCH = Path(__file__).parent.parent / "scripts" / "bench" / "precision.py"
 MODELS = {"tied head": tiny_gpt2, "classifier": tiny_bert, "experts": tiny_mixtral}
@@ -96,14 +77,42 @@ def test_a_precision_of_two_vectors_a_matrix_has_the_sums_of_its_entries(model):
                 )
 
 
-def test_a_model_over_all_devices_gives_the_same_bytes(model, monkeypatch):
+def test_a_model_over_all_devices_gives_the_same_bytes(model):
     """On a machine without GPUs these are its memory."""
     estimate(model, "spread", device="auto")
     found, expected = (tiny.read(model.parent / f"{n}.safetensors") for n in ("spread", "entries"))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "t", "estimator": "fisher-exact"}, "--estimator fisher-exact: 2 processes"),
+        ({"data": "t", "estimator": "ivon"}, "--estimator ivon: 2 processes"),
+        ({"self_generated": 9}, "--self-generated: 2 processes"),
+    ],
+)
+def test_what_processes_with_a_part_of_the_model_cannot_do_is_refused(
+    monkeypatch, settings, message
+):
+    config = PrecisionConfig(model="m", device="auto", **settings)
+    passes.refuse_device(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--device auto: 2 processes would each spread"):
-        passes.refuse_device(PrecisionConfig(model="m", data="t", device="auto"))
+    with pytest.raises(ConfigError, match=message):
+        passes.refuse_device(config)
+
+
+def test_a_model_that_cannot_be_sharded_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="'m': the model does not name its blocks"):
+        shard(model, None, "m")
+    model._no_split_modules = ["Linear"]
+    model[1].double()
+    with pytest.raises(ConfigError, match="its parameters are of float32 and float64"):
+        shard(model, None, "m")
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ConfigError, match="'scale' is a number without axes"):
+        shard(model, None, "m")
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -40,13 +40,59 @@ def precision(tmp_path):
         source.close()
 
 
-@pytest.mark.parametrize("form", Form)
+NUMBERS = [form for form in Form if form <= Form.ENTRY]
+
+
+@pytest.mark.parametrize("form", NUMBERS)
 def test_a_form_is_known_by_its_shape(precision, form):
     for mean, shape in SHAPES[form].items():
         assert form.shape_of(mean) == shape
         source = precision(np.ones(shape, np.float32))
         assert StoredPrecision.of(source, "w", mean).form is form
         assert is_form_of(source.specs["w"], TensorSpec("BF16", mean))
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape", "axis"),
+    [
+        ((3, 4), (1, 4, 4), -1),
+        ((3, 4), (2, 2, 2), -1),
+        ((4, 4), (1, 4, 4), -1),
+        ((3, 4), (1, 3, 3, 1), -2),
+        ((4, 4), (4, 1, 1, 1), -2),
+        ((5, 3, 4), (5, 1, 4, 4), -1),
+        ((5, 3, 4), (5, 3, 1, 1, 1), -2),
+    ],
+)
+def test_matrices_are_known_by_their_axes(precision, mean, shape, axis):
+    stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+    assert (stored.form, stored.axis) == (Form.MATRIX, axis)
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"),
+    [((3, 4), (2, 25, 1, 1)), ((1, 1), (3, 2, 1, 1)), ((5, 3, 4), (5, 1, 25, 1, 1))],
+)
+def test_sums_of_products_are_known_by_their_numbers(precision, mean, shape):
+    stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+    assert stored.form is Form.KRONECKER
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"),
+    [
+        ((3, 4), (1, 3, 3)),
+        ((3, 4), (2, 4, 4)),
+        ((3, 4), (1, 4, 3)),
+        ((3, 4), (1, 4, 4, 2)),
+        ((4,), (1, 4, 4)),
+        ((5, 3, 4), (2, 1, 4, 4)),
+        ((3, 4), (1, 1, 4, 4, 1)),
+    ],
+)
+def test_matrices_that_fit_no_axis_are_refused(precision, mean, shape):
+    with pytest.raises(PrecisionError, match="precision of 'w'"):
+        StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +118,7 @@ def test_coarse_numbers_are_read_and_those_by_entry_are_not(precision):
 
 
 def test_pooling_only_makes_a_precision_coarser():
-    pooled = {pool: [form.pooled(pool) for form in Form] for pool in (None, "row", "tensor")}
+    pooled = {pool: [form.pooled(pool) for form in NUMBERS] for pool in (None, "row", "tensor")}
     assert pooled[None] == [Form.TENSOR, Form.ROW, Form.ENTRY]
     assert pooled["row"] == [Form.TENSOR, Form.ROW, Form.ROW]
     assert pooled["tensor"] == [Form.TENSOR] * 3

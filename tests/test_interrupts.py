@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("mergekit_bayes.convert.run_convert", ["m", "-o", "o"], "starts again"),
     "push": ("mergekit_bayes.hub.push_folder", ["m", "org/m"], "same line goes on"),
     "detox": ("bmerge_cli.detox.load_config", ["c.yaml"], "repeats no step"),
+    "preview": ("mergekit_bayes.preview.run.run_preview", ["r", "--data", "d", "-o", "o"], "again"),
     "finetune": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
     "adapt": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
 }

@@ -324,6 +324,7 @@ def test_clipped_gradients_are_told_with_their_norms(run, checkpoint):
     assert factor > 2
     (note,) = (n for n in precision(checkpoint, checkpoint).notes if "clipped" in n)
     assert f"about {factor:.3g} times too small" in note
+    assert note.endswith("where the training had max_grad_norm 0, nothing was clipped")
     true = state["log_history"][0]["grad_norm"] ** 2  # the first norm is that of the first step
     kept = sum(float(g.sum()) for g in run.squares[0].values())
     assert (kept, true / kept) == (pytest.approx(1, rel=1e-3), pytest.approx(true, rel=1e-3))
@@ -343,7 +344,7 @@ def test_clipped_gradients_are_told_with_their_norms(run, checkpoint):
             lambda s: s["param_groups"][0].update(decoupled_weight_decay=False, weight_decay=0.1),
             "adds the weight decay to the gradients",
         ),
-        (lambda s: s["state"].pop(3), "1 of 28 parameters never had a gradient"),
+        (lambda s: s["state"].pop(3), "1 of 28 parameters have no second moment"),
     ],
 )
 def test_what_makes_moments_other_than_they_should_be_is_told(checkpoint, change, note):
@@ -378,6 +379,22 @@ def test_other_optimizers_are_refused_by_name(checkpoint, tmp_path, message):
         precision(checkpoint, file)
     folder = shards(tmp_path / "dcp", {"state": {0: slots}, "param_groups": [group]})
     with pytest.raises(CheckpointError, match=message):
+        precision(checkpoint, folder)
+
+
+def test_a_state_of_sgd_is_not_said_to_have_made_no_step(checkpoint, tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"no step, or is one that keeps none, as SGD|momentum"
+    ):
+        precision(checkpoint, tmp_path / "optimizer.pt")
+    group = {"params": [0], "lr": 0.1}
+    folder = shards(tmp_path / "dcp", {"state": {}, "param_groups": [group]})
+    with pytest.raises(CheckpointError, match="no step, or is one that keeps none, as SGD"):
         precision(checkpoint, folder)
 
 
@@ -466,6 +483,29 @@ def test_tensors_without_their_numbers_are_refused(checkpoint, squares):
     torch.save(state, checkpoint / "optimizer.pt")
     with pytest.raises(CheckpointError, match="expected a plain tensor"):
         precision(checkpoint, checkpoint)
+
+
+def test_moments_by_name_are_all_of_the_parameters_or_that_is_told(checkpoint, tmp_path):
+    moments = {n: s["exp_avg_sq"].numpy() for n, s in by_name(checkpoint)["state"].items()}
+    name = "transformer.wte.weight"
+    recorded = {"step": "5", "beta2": "0"}
+
+    def stored(tensors, **settings):
+        file = tmp_path / "exp_avg_sq.safetensors"
+        file.unlink(missing_ok=True)
+        tiny.write(file, tensors, metadata=recorded)
+        return precision(checkpoint, file, **settings)
+
+    half = {n: moments[n] for n in sorted(moments)[:14]}
+    assert any("14 of 28 parameters have no second moment" in n for n in stored(half).notes)
+    assert not any("have no second moment" in n for n in stored(moments).notes)
+    for two in (f"{name}.exp_avg_sq", f"module.{name}"):
+        with pytest.raises((CheckpointError, MismatchError), match=rf"'{name}'.*Leave one out"):
+            stored({**moments, two: moments[name]})
+    with pytest.raises(CheckpointError, match="holds no moment"):
+        stored({})
+    with pytest.raises(ConfigError, match=r"--beta2 is 0\.9, but .* says 0\.0"):
+        stored(moments, beta2=0.9)
 
 
 def test_shards_that_claim_more_than_they_hold_are_refused(checkpoint, tmp_path):

@@ -22,8 +22,9 @@ from mergekit_bayes.lora import open_adapter
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.posterior import open_posterior, save_posterior
 from mergekit_bayes.posterior import pooling as pooling_module
+from mergekit_bayes.posterior.factors import RankOne
 from mergekit_bayes.posterior.pooling import pooled, write_pooled
-from mergekit_bayes.posterior.stored import RankOne, StoredPrecisions
+from mergekit_bayes.posterior.stored import StoredPrecisions
 from tests import tiny
 from tests.pushing import adapter, folder, hub  # noqa: F401
 
@@ -255,6 +256,29 @@ def test_factors_that_are_none_are_refused(tmp_path):
         pytest.raises(PrecisionError, match="factors of the precision of 'w' have 2 entries"),
     ):
         read_tensor(opened.precision, "w")
+
+
+def test_names_of_format_1_are_the_model_s_own_whatever_they_begin_with(tmp_path):
+    values = {"rows:w": np.ones((3, 2), np.float32), "rows": np.full(3, 2, np.float32)}
+    model = tiny.write(tmp_path / "m.safetensors", values)
+    record = tiny.info(model).model_dump(mode="json") | {"format": 1}
+    save_file(values, tmp_path / "m.precision.safetensors", {"bmerge": json.dumps(record)})
+    (tmp_path / "again").mkdir()
+    with open_posterior(str(model)) as opened:
+        assert opened.precision.specs.keys() == values.keys()
+        write_pooled(opened.precision, opened.info, tmp_path / "again", "entries")
+    with StoredPrecisions([tmp_path / "again" / "precision.posterior"]) as written:
+        for name, value in values.items():
+            np.testing.assert_array_equal(read_tensor(written, name), value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_products_beyond_float32_are_bad_entries_without_a_warning(tmp_path):
+    model = tiny.write(tmp_path / "m.safetensors", {"w": np.ones((3, 2), np.float32)})
+    large = np.full((3, 1), 1e30, np.float32)
+    save_posterior(model, {"w": RankOne(large, large[:2].T)}, tiny.info(model))
+    with open_posterior(str(model)) as opened:
+        assert np.isinf(read_tensor(opened.precision, "w")).all()
 
 
 def test_a_push_sends_one_number_a_row_unless_told_otherwise(hub, tmp_path):  # noqa: F811

@@ -66,6 +66,7 @@ def test_the_estimator_that_is_named_is_run_and_recorded(world, tmp_path):
     steps = batches(encode_rows({"text": TEXTS}, loaded), 4, Collate(loaded.pad))
     exact = exact_fisher_diagonal(loaded.model, steps).total["classifier.weight"].numpy()
     np.testing.assert_allclose(found["fisher-exact"], exact, rtol=1e-4)
+    assert found.pop("inputs").shape == (1, 16, 16)
     others = [value for name, value in found.items() if name != "fisher-exact"]
     assert not any(np.allclose(value, exact, rtol=1e-4) for value in others)
 
@@ -121,6 +122,29 @@ def test_a_model_without_data_writes_its_own(world, tmp_path):
     assert [json.loads(line)["text"] for line in kept.read_text().splitlines()] != texts
 
 
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_rows_without_a_word_are_left_out_and_counted(world, tmp_path, model):
+    rows = [{"text": text} for text in ("", *TEXTS, " ", "")]
+    (tmp_path / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, info, report = estimate(world, model, tmp_path / "a.safetensors", data="t.jsonl")
+    gaps = tmp_path / "gaps.jsonl"
+    found, same, told = estimate(world, model, tmp_path / "b.safetensors", data=gaps)
+    assert (told.rows, told.sampled, same.observations) == (4, 4, info.observations)
+    assert told.notes == ("3 of 7 rows hold no word and were left out",)
+    assert report.notes == ()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_texts_without_a_word_are_left_out_and_counted(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mergekit_bayes.precision.sources.write_texts", lambda *_, **__: ["", *TEXTS]
+    )
+    _, info, report = estimate(world, "gpt2", tmp_path / "a.safetensors", self_generated=5)
+    assert (report.rows, info.training["texts"]) == (4, 4)
+    assert report.notes == ("1 of 5 texts hold no word and were left out",)
+
+
 def test_random_tokens_are_counted_and_recorded(world, tmp_path):
     _, info, report = estimate(
         world, "gpt2", tmp_path / "a.safetensors", random_tokens=35, max_length=11
@@ -152,6 +176,9 @@ def test_random_tokens_are_uniform_over_what_is_no_special_token(world):
         ("gpt2", {"self_generated": 2, "keep_generated": "out"}, "lies in the output"),
         ("gpt2", {"self_generated": 2, "keep_generated": "there"}, "'there' exists"),
         ("gpt2", {"self_generated": 0}, "self_generated: expected a whole number"),
+        ("gpt2", {"random_tokens": 10**10}, "random_tokens: expected .* at most 1000000000"),
+        ("gpt2", {"random_tokens": 9, "prior": float("inf")}, "prior: expected .* at most 1e"),
+        ("gpt2", {"moments": "o", "observations": 10**400}, "observations: expected .* at most"),
         ("gpt2", {"random_tokens": 9, "estimator": "adam"}, "adam reads what a training has left"),
         ("bert", {"self_generated": 2}, "--self-generated is for causal language models"),
         ("bert", {"random_tokens": 9}, "--random-tokens is for causal language models"),
@@ -209,7 +236,7 @@ def test_every_estimator_and_source_does_for_every_family(tmp_path, family):
     names = set(tiny.read(tmp_path / "m"))
     kept, sums = tmp_path / "kept.jsonl", {}
     common = {"batch_size": 1, "max_length": 16}
-    for name in ("ggn", *(n for n in ESTIMATORS if n != "ggn"), "random"):
+    for name in ("ggn", *(n for n in ESTIMATORS if n not in ("ggn", "inputs")), "random"):
         source = {"data": str(kept)}
         if name == "ggn":
             source = {"self_generated": 100, "keep_generated": str(kept)}

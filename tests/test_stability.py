@@ -17,7 +17,7 @@ from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import LayerStability, PrecisionReport, Stability
-from mergekit_bayes.precision.stability import in_words
+from mergekit_bayes.precision.stability import in_words, refuse_few
 from tests.tiny_models import WORDS, tiny_gpt2
 
 
@@ -153,7 +153,22 @@ def test_the_line_says_how_many_more_rows_would_halve_the_error():
         "(--examples 400)"
     )
     assert in_words(report(rows=150)).endswith("halve the error, of which the data have 50")
-    assert "unknown" in in_words(report(stability=None))
+    for source, told in (
+        ("self-generated", "error (--self-generated 400 --examples 400)"),
+        ("random-tokens", "error (--random-tokens 4000 --examples 400)"),
+    ):
+        assert in_words(report(rows=100, observations=1000, source=source)).endswith(told)
+    assert "fewer than 4 batches" in in_words(report(stability=None))
+    assert "ivon averages" in in_words(report(stability=None, estimator="ivon"))
+    none = {"rows": None, "sampled": None, "stability": None, "estimator": "adam"}
+    assert "unknown, since second moments" in in_words(report(**none))
+
+
+def test_too_few_rows_are_told_with_what_makes_more():
+    with pytest.raises(ConfigError, match=r"but there are 3 rows\. Name more data\."):
+        refuse_few(3, 3)
+    with pytest.raises(ConfigError, match=r"but there is 1 row\. Raise --random-tokens, or"):
+        refuse_few(1, 1, "random-tokens")
 
 
 def test_an_estimate_reports_it_and_too_few_rows_are_refused(tmp_path):

@@ -20,6 +20,7 @@ from bmerge_cli import (
     merge,
     methods,
     precision,
+    preview,
     push,
 )
 from bmerge_cli.render import failures
@@ -38,6 +39,7 @@ app = typer.Typer(
 # In the order of a user's work. Each line fits a terminal of 80 columns uncut.
 _COMMANDS = (
     (merge, "Add, average or subtract models, by precision or not."),
+    (preview, "Measure many scales of a merge without writing it."),
     (methods, "List the merging rules and their settings."),
     (finetune, "Fine-tune by IVON; its precision comes with it."),
     (adapt, "Remove and add in a few steps; keep the rest."),

@@ -1,6 +1,7 @@
 """`bmerge merge`: add, average or subtract models, by equal weights or by precision."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,16 @@ from rich.console import Console
 from bmerge_cli import values
 from bmerge_cli.delivery import PushTo, delivering
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
-from bmerge_cli.merge_tables import plan_document, show_adapters, show_plan, show_report
+from bmerge_cli.merge_tables import (
+    plan_document,
+    show_adapters,
+    show_plan,
+    show_predictions,
+    show_report,
+)
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
-from mergekit_bayes.configs import parse_config
+from mergekit_bayes.configs import parse_config, read_yaml
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
 from mergekit_bayes.merge import (
@@ -25,8 +32,10 @@ from mergekit_bayes.merge import (
     join,
     parse_part,
     part_of_launcher,
+    predict_merges,
 )
 from mergekit_bayes.plan import partial_path, plan_merge
+from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
 
 NAME = "merge"
@@ -39,6 +48,8 @@ NAME = "merge"
     option("base"),
     option("weights"),
     option("scale", read=values.scales),
+    option("trajectory"),
+    option("decay"),
     option("method"),
     option("param", read=values.parameters),
     option("out", "--out", "-o"),
@@ -76,8 +87,24 @@ def command(
     sync: Annotated[
         bool, typer.Option("--sync", help="Wait for the disk, to survive a power cut, too.")
     ] = False,
+    then: Annotated[
+        Path | None,
+        typer.Option(
+            help="adapt.yaml: adapt the merge by these settings, as `bmerge adapt` does; their "
+            "model is the merge, and their output OUT-adapted where they name none."
+        ),
+    ] = None,
     push_to: PushTo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    predict: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X,X,...",
+            help="Print by how much a merge with these scales, one for all models or one for each, "
+            "is predicted to raise each model's loss, and write nothing; repeatable, all by one "
+            "pass over the inputs.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -89,6 +116,17 @@ def command(
     average. The same line resumes a merge that was stopped; until it is finished, its output is
     in OUT.partial. With --push-to and no -o the output goes to a temporary folder.
     """
+    if predict:
+        refused = {"--dry-run": dry_run, "--shard": shard, "--sync": sync, "--push-to": push_to}
+        wrong = [flag for flag, given in (refused | {"--then": then}).items() if given]
+        screen = console(quiet=quiet)
+        _predict(settings, predict, wrong, screen, threads=threads, as_json=as_json)
+        return
+    if then is not None:
+        if dry_run or shard is not None or push_to is not None:
+            raise ConfigError("--then goes with none of --dry-run, --shard and --push-to.")
+        _merge_and_adapt(settings, then, threads, sync=sync, as_json=as_json, quiet=quiet)
+        return
     with delivering(None if dry_run else push_to, settings.get("out")) as delivery:
         if delivery.temporary is not None:
             if shard is not None or part_of_launcher() is not None:
@@ -118,6 +156,30 @@ def command(
             delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
 
 
+def _merge_and_adapt(
+    settings: Settings, then: Path, threads: int | None, *, sync: bool, as_json: bool, quiet: bool
+) -> None:
+    """Merge, and adapt what was merged; the settings of both are checked before."""
+    from bmerge_cli.adapting import adapt
+    from bmerge_cli.training import Line
+    from mergekit_bayes.adapt.settings import AdaptConfig
+
+    config = _config(settings)
+    out = config.out or "merged"
+    if out.endswith(".safetensors") or _adapters_alone(config):
+        raise ConfigError(
+            "--then adapts the merge of whole models in a folder: name one with -o, and the base "
+            "before each adapter (BASE+ADAPTER)."
+        )
+    words = [f"model={out}"]
+    if "output" not in read_yaml(then):
+        words.append(f"output={out.rstrip(os.sep)}-adapted")
+    line = Line("adapt", then, words, {}, None, as_json, quiet)
+    line.load(AdaptConfig)
+    _merge_models(config, console(quiet=quiet), None, threads=threads, sync=sync)
+    adapt(line)
+
+
 def _config(settings: Settings) -> MergeConfig:
     """Settings from flags, or from a recipe that the given flags beat."""
     models = settings["models"]
@@ -140,12 +202,17 @@ def _adapters_alone(config: MergeConfig) -> bool:
 
 def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) -> AdapterReport:
     taken = {"models", "weights", "scale", "out", "precision", "counts", "space", "rank", "force"}
+    taken |= {"trajectory", "decay"}
     if foreign := sorted(set(settings) - taken):
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} is for whole models; adapters alone take --weights, "
-            "--scale, --counts, --precision, --space and --rank. Put the base before each to merge "
-            "whole models: BASE+ADAPTER."
+            "--scale, --counts, --precision, --space, --rank and --trajectory. Put the base before "
+            "each to merge whole models: BASE+ADAPTER."
         )
+    notes: list[str] = []
+    config = along_trajectory(config, notes)
+    for note in notes:
+        screen.print(note, markup=False)
     if any(isinstance(s, str) for s in config.scale):
         raise ConfigError("--scale: adapters alone take one number each, no MODEL:REGEX=X.")
     with progress_bar(screen, "merging") as advance:
@@ -165,6 +232,35 @@ def _merge_adapters(config: MergeConfig, settings: Settings, screen: Console) ->
         )
     show_adapters(screen, report)
     return report
+
+
+def _predict(
+    settings: Settings,
+    sets: Sequence[str],
+    refused: Sequence[str],
+    screen: Console,
+    *,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Print the predictions for some sets of scales; `refused` are flags that do not go with it."""
+    given = [s for s in settings.get("scale", ()) if not isinstance(s, str)]
+    if refused or given:
+        raise ConfigError(
+            f"--predict writes no merge and names its scales itself. Drop "
+            f"{refused[0] if refused else f'--scale {given[0]:g}'}."
+        )
+    config = _config(settings)
+    if _adapters_alone(config):
+        raise ConfigError("--predict is for whole models: put the base before each adapter.")
+    if part_of_launcher() is not None:
+        raise ConfigError("--predict reads the models in one process. Start it without a launcher.")
+    scales = values.vectors(sets, "--predict")
+    with progress_bar(screen, "reading") as advance:
+        report = predict_merges(config, scales, threads=threads, progress=advance)
+    show_predictions(screen, report)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
 
 
 def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:

@@ -1,15 +1,20 @@
 """What `bmerge merge` shows: its plan as a table or a document, and its reports."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from bmerge_cli.render import table
 from mergekit_bayes.lora import AdapterReport
-from mergekit_bayes.merge import MergeReport
+from mergekit_bayes.merge import MergeReport, PredictionReport
+from mergekit_bayes.merge.increase import Increase
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import Input, MergePlan
 
+# Why a prediction is not trusted; see merge/increase.
+_TOO_FAR = "the merge is farther from the model than the base is, by the model's own precision"
+_NOTHING = 1e-9  # nats that rounding alone gives
 _ROUNDING = 1e-5  # relative errors below this are those of float32 factors
 
 
@@ -88,9 +93,58 @@ def show_report(screen: Console, report: MergeReport) -> None:
             f"  {guard_in_words(report)} acted on {_percent(report.guarded_share)} of entries; "
             f"largest multiplier {report.largest_multiplier:.3g}"
         )
+    for line in _predicted(report.predicted):
+        screen.print(f"  {line}", markup=False)
     _show_notes(screen, report.notes)
     if report.precision_path:
         screen.print(f"  precision: {report.precision_path}", markup=False)
+
+
+def show_predictions(screen: Console, report: PredictionReport) -> None:
+    """Print what merges by several sets of scales are predicted to cost each model."""
+    first = report.sets[0].predicted
+    rows = [
+        [", ".join(f"{x:g}" for x in one.scale), *map(_predicted_cell, one.predicted)]
+        for one in report.sets
+    ]
+    title = f"{report.method}: predicted increase of each model's loss on its own data"
+    screen.print(table(["scales", *(p.ref for p in first)], rows, title=f"{title}, {_unit(first)}"))
+    if report.base is None:
+        screen.print("  without a base nothing says how far the predictions hold")
+    elif any(p.trusted is False for one in report.sets for p in one.predicted):
+        screen.print(f"  ? = not to be trusted: {_TOO_FAR}")
+    for rule in report.rules:
+        screen.print(f"  scale     {rule}", markup=False)
+    _show_notes(screen, report.notes)
+
+
+def _predicted(predicted: Sequence[Increase]) -> list[str]:
+    """The predicted increases of a merge in a line, and whose are not to be trusted in another."""
+    known = [p for p in predicted if p.nats is not None]
+    if not known:
+        return []
+    each = ", ".join(f"'{p.ref}' {p.nats:+.3g}" for p in known)
+    lines = [f"predicted increase of the loss, {_unit(known)}: {each}"]
+    if far := [f"'{p.ref}'" for p in known if p.trusted is False]:
+        lines.append(f"not to be trusted for {', '.join(far)}: {_TOO_FAR}")
+    return lines
+
+
+def _predicted_cell(one: Increase) -> str:
+    if one.nats is None:
+        return "-"
+    number = "0" if abs(one.nats) < _NOTHING else f"{one.nats:+.4g}"
+    return f"{number}{' ?' if one.trusted is False else ''}"
+
+
+def _unit(predicted: Sequence[Increase]) -> str:
+    """The unit of the predictions; models of different ones are refused before."""
+    units = {p.unit for p in predicted if p.unit is not None}
+    return _per(units.pop() if units else "observation")
+
+
+def _per(unit: str) -> str:
+    return f"nats {'a' if unit == 'token' else 'an'} {unit}"
 
 
 def guard_in_words(report: MergeReport) -> str:

@@ -55,6 +55,17 @@ def scales(items: Sequence[str], flag: str) -> tuple[float | str, ...]:
     return tuple(item if "=" in item else number(item, flag) for item in items)
 
 
+def vector(text: object, flag: str) -> tuple[float, ...]:
+    """Numbers with commas between them; a repeated flag goes on with the vector."""
+    texts = text if isinstance(text, list) else [text]
+    return tuple(number(word, flag) for item in texts for word in str(item).split(","))
+
+
+def vectors(items: Sequence[str], flag: str) -> tuple[tuple[float, ...], ...]:
+    """A vector for each time that the flag is given."""
+    return tuple(vector(item, flag) for item in items)
+
+
 def dtype(text: str, flag: str) -> str | None:
     """A dtype by the name that safetensors gives it; torch's names are understood, too."""
     return _DTYPES.get(text.lower(), text.upper()) or None

@@ -298,7 +298,7 @@ def check_index(index: Path, weight_map: Mapping[str, str], stored: Mapping[str,
             f"{index}: says that {shown(lost[0])} is in {shown(weight_map[lost[0]])}, but that "
             f"file does not hold it, and no other shard does ({len(lost)} such). Fetch the shards "
             "again. If they are the same then, the index is wrong as published: take these names "
-            "out of its weight_map."
+            "out of its map."
         )
     for name, file in weight_map.items():
         if stored.get(name) != file:

@@ -43,6 +43,7 @@ class SafetensorsSink:
         *,
         shared: bool = False,
         begun: bool = False,
+        sparse: bool = False,
     ) -> None:
         """Create the file at its final size.
 
@@ -53,6 +54,7 @@ class SafetensorsSink:
             shared: The file may exist, begun by another process or by a merge that was stopped,
                 in a folder of this account.
             begun: The file must exist there, at its final size.
+            sparse: Take no room on the disk for what is never written, which is read as zeros.
 
         Raises:
             CheckpointError: The file cannot be created, or the disk is full.
@@ -91,7 +93,10 @@ class SafetensorsSink:
                 raise lost
             if found > final:  # what is shared and was not begun here may hold anything
                 self._guarded(os.ftruncate, self._fd, final)
-            self._guarded(self._allocate, final)
+            if sparse:
+                self._guarded(os.ftruncate, self._fd, final)
+            else:
+                self._guarded(self._allocate, final)
             stack.pop_all()  # allocated in full: the caller closes it from here on
 
     def _header(self) -> bytes:

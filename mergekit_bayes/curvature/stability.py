@@ -94,7 +94,8 @@ class Subsamples:
 
 def row_sums(total: Tensor) -> Tensor:
     """Sums over all but the first axis, (rows,), on the CPU."""
-    return total.reshape(total.shape[0] if total.ndim else 1, -1).sum(1).cpu()
+    rows = total.flatten(1) if total.ndim > 1 else total.reshape(-1, 1)  # there may be none
+    return rows.sum(1).cpu()
 
 
 class Stability(NamedTuple):
@@ -102,7 +103,7 @@ class Stability(NamedTuple):
 
     Attributes:
         relative_error: Standard error of a row's curvature over the curvature: the root mean
-            square over the entries whose row has any.
+            square over the rows of a tensor that have any, and over tensors by their entries.
         rank_correlation: Spearman's, of the rows of each tensor between two halves of the examples;
             the mean over entries. None where no tensor has eight rows.
     """

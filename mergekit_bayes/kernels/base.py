@@ -33,6 +33,7 @@ class Kind(NamedTuple):
         has_base: Whether model 0 is the base.
         anchored: Whether some task was pulled to something other than the base posterior.
         removes: Whether the guard on removal may act; it is then counted.
+        pulled: Whether the record of some model tells of a pull, whose products are then summed.
     """
 
     method: Method
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
     has_base: bool
     anchored: bool
     removes: bool
+    pulled: bool = False
 
 
 class Numbers(NamedTuple):
@@ -131,12 +133,18 @@ class Tally:
         lost: Those of the changed at which rounding gave back the base's value.
         guarded: Entries at which the guard acted.
         multiplier: Largest `|scale_t| (H_t + P_t) / S` of a removal.
+        distances: Per model, sums of `H (m* - m)^2` and of `H (m0 - m)^2`, with the merged mean m*
+            as it is stored, the base's m0 (without a base zero) and H without what shrinkage adds.
+            Of precisions only.
+        products: Per model, sums of `(m - m0) (m* - m)` and of `m (m* - m)`, where `Kind.pulled`.
     """
 
     models: int
     bad_means: Array = field(init=False)
     bad_precisions: Array = field(init=False)
     stored: Array = field(init=False)
+    distances: Array = field(init=False)
+    products: Array = field(init=False)
     entries: int = 0
     bad: int = 0
     changed: int = 0
@@ -148,6 +156,8 @@ class Tally:
         self.bad_means = np.zeros(self.models, np.int64)
         self.bad_precisions = np.zeros(self.models, np.int64)
         self.stored = np.zeros(self.models)
+        self.distances = np.zeros((self.models, 2))
+        self.products = np.zeros((self.models, 2))
 
 
 Pass: TypeAlias = Callable[[Chunk, Numbers, Tally], None]

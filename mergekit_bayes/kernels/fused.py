@@ -43,6 +43,7 @@ from mergekit_bayes.kernels.bits import (
     unwidened,
     widen,
 )
+from mergekit_bayes.kernels.increase import add_moves
 from mergekit_bayes.kernels.inlining import facts_maker, inline, stamp
 from mergekit_bayes.methods.histogram import SHIFT
 
@@ -69,6 +70,8 @@ def fused_pass(kind: Kind) -> Pass:
             tally.bad_means,
             tally.bad_precisions,
             tally.stored,
+            tally.distances,
+            tally.products,
             counts,
             largest,
         )
@@ -194,7 +197,7 @@ def _never_guarded(base, tasks, scales):
 def _make(kind: Kind, facts_type: type) -> Any:
     # All of this is in the kernel's closure, and so in the key of numba's cache: nothing may be a
     # function or class that was made here, since no two processes pickle such a thing alike.
-    method, weighs, has_base, anchored, removes = kind
+    method, weighs, has_base, anchored, removes, pulled = kind
     random, sources, flags = method.random, stamp(method, facts_type), (weighs, has_base, anchored)
     facts_of, combine = facts_maker(facts_type), inline(method.combine)
     unguarded_precision = inline(method.unguarded_precision or _never_guarded)
@@ -208,6 +211,8 @@ def _make(kind: Kind, facts_type: type) -> Any:
         bad_means,
         bad_precisions,
         stored,
+        distances,
+        products,
         counts,
         largest,
     ):
@@ -252,6 +257,21 @@ def _make(kind: Kind, facts_type: type) -> Any:
                 stored,
                 counts,
             )
+            if weighs:
+                add_moves(
+                    start,
+                    stop,
+                    means,
+                    precisions,
+                    extra[0],
+                    constants,
+                    mean,
+                    zero,
+                    has_base,
+                    pulled,
+                    distances,
+                    products,
+                )
             if removes:
                 guarded, most = 0, np.uint32(0)
                 for j in range(start, stop):

@@ -12,7 +12,7 @@ from typing import Any
 from mergekit_bayes import draws, gaussian
 from mergekit_bayes.compiled import inlined
 from mergekit_bayes.gaussian import constant, rebase, select
-from mergekit_bayes.kernels import base, bits
+from mergekit_bayes.kernels import base, bits, increase
 from mergekit_bayes.methods.base import Method
 
 _inlined: set[object] = {select, constant}  # what numba knows already
@@ -69,7 +69,7 @@ def stamp(method: Method, facts: type = NoneType) -> int:
     reduction = method.reduction.statistic if method.reduction is not None else None
     roots = (method.combine, method.unguarded_precision, reduction)
     modules = {f.__module__ for root in roots if root is not None for f in _functions(root)}
-    modules |= {facts.__module__, *(m.__name__ for m in (base, bits, draws, gaussian))}
+    modules |= {facts.__module__, *(m.__name__ for m in (base, bits, draws, gaussian, increase))}
     return zlib.crc32("".join(_source(name) for name in sorted(modules)).encode())
 
 

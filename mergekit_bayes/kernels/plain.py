@@ -17,6 +17,7 @@ from mergekit_bayes.kernels.base import (
     Reduce,
     Tally,
     anchored_task_posterior,
+    base_likelihood,
     keyed_draws,
     likelihood_precision,
     own_posterior,
@@ -25,6 +26,9 @@ from mergekit_bayes.kernels.base import (
 )
 from mergekit_bayes.methods.base import RULE, Draws, Method, Tasks
 from mergekit_bayes.methods.histogram import BINS, bin_of
+
+_BLOCK = 2048  # entries whose products are summed in the arithmetic's dtype
+_PIECE = 8 * _BLOCK  # entries whose temporaries stay in the cache, and in memory that is reused
 
 
 def plain_pass(kind: Kind) -> Pass:
@@ -44,6 +48,7 @@ def plain_pass(kind: Kind) -> Pass:
             chunk.mean[:] = _rounded(merged.mean, chunk.mean)
             if kind.weighs:
                 chunk.precision[:] = merged.precision
+                _add_moves(kind, chunk, numbers, tally)
             tally.bad += int(np.count_nonzero(~np.isfinite(_widened(chunk.mean))))
             if base is not None:
                 _count_changed(chunk, numbers, base, tally)
@@ -122,10 +127,8 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
     if not kind.weighs:
         models = [Gaussian(m, m) for m in means]
         return (models[0] if kind.has_base else None), tuple(models[kind.has_base :])
-    real = np.float64 if means[0].dtype == np.float64 else np.float32
-    stored: list[Number] = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
-    extras = _by_entry(chunk)
-    of_base = stored[0] - stored[0]
+    stored, extras = _stored(chunk.precisions, means[0]), _by_entry(chunk)
+    of_base: Number = stored[0] - stored[0]
     likelihoods: list[Array] = []
     for i, precision in enumerate(stored):
         h = likelihood_precision(numbers, i, precision, of_base, extras[i])
@@ -140,6 +143,11 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
         return base, tuple(task_posterior(base, m, h) for m, h in tasks)
     anchored = zip(means[1:], likelihoods[1:], numbers.anchors[1:], numbers.decays[1:], strict=True)
     return base, tuple(anchored_task_posterior(base, m, h, p, d) for m, h, p, d in anchored)
+
+
+def _stored(precisions: Array, like: Array) -> list[Array]:
+    """Stored precisions in the dtype in which the means are merged."""
+    return [_widened(stored).astype(like.dtype, copy=False) for stored in precisions]
 
 
 def _by_entry(chunk: Chunk) -> Array:
@@ -169,6 +177,42 @@ def _count_changed(chunk: Chunk, numbers: Numbers, base: Gaussian, tally: Tally)
             moved |= mean != chunk.means[0]
     tally.changed += int(np.count_nonzero(moved))
     tally.lost += int(np.count_nonzero(moved & (chunk.mean == _rounded(base.mean, chunk.mean))))
+
+
+def _add_moves(kind: Kind, chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
+    """The sums of `kernels.increase`, in numpy."""
+    extras = _by_entry(chunk) if any(numbers.base_shares) else None
+    for start in range(0, chunk.mean.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        merged, first = _widened(chunk.mean[piece]), _widened(chunk.means[0, piece])
+        stored = _stored(chunk.precisions[:, piece], merged)
+        of_base: Number = 0
+        if extras is not None:
+            extra = extras if extras.shape[1] == 1 else extras[:, piece]
+            of_base = base_likelihood(numbers, stored, extra)
+        for i, precision in enumerate(stored):
+            h, gain = precision, float(numbers.gains[i])
+            if numbers.contained[i] or numbers.base_shares[i]:
+                inside = numbers.contained[i] + numbers.base_shares[i] * of_base
+                # A branch by entry, as in `likelihood_precision`, would cost more than the rest.
+                h = np.maximum(h - inside, numbers.floors[i])
+            mean = first if i == 0 else _widened(chunk.means[i, piece])
+            moved = merged - mean
+            tally.distances[i, 0] += gain * _dot(h * moved, moved)
+            if kind.pulled:
+                tally.products[i, 1] += _dot(mean, moved)
+            if kind.has_base and i:
+                change = mean - first
+                tally.distances[i, 1] += gain * _dot(h * change, change)
+                if kind.pulled:
+                    tally.products[i, 0] += _dot(change, moved)
+
+
+def _dot(a: Array, b: Array) -> float:
+    """The sum of products: in the arithmetic within blocks, and in float64 over them, in order."""
+    end = a.size // _BLOCK * _BLOCK
+    blocks = np.vecdot(a[:end].reshape(-1, _BLOCK), b[:end].reshape(-1, _BLOCK))
+    return float(blocks.sum(dtype=np.float64)) + float(np.vecdot(a[end:], b[end:]))
 
 
 def _count_guarded(

@@ -22,7 +22,7 @@ from mergekit_bayes.merge.side_files import SideFiles
 from mergekit_bayes.merge.work import Sinks
 from mergekit_bayes.plan import MergePlan, recipe_path, report_path
 from mergekit_bayes.posterior import PosteriorInfo, identify, write_info
-from mergekit_bayes.posterior.stored import PRECISION, PrecisionSink, named
+from mergekit_bayes.posterior.stored import PrecisionSink
 
 
 class Output(Closing):
@@ -68,9 +68,7 @@ class Output(Closing):
         mean = SafetensorsSink(path, specs, metadata, shared=True, begun=self._begun)
         stack.callback(mean.abandon)
         self._mean_sinks.append(mean)
-        stored = {
-            name: spec for name in names if (spec := self._steps[name].precision_spec) is not None
-        }
+        stored = {name: parts for name in names if (parts := self._steps[name].precision_parts)}
         precision, info = None, self.plan.info
         if info is not None and stored:
             path = self._precisions[shard]
@@ -132,7 +130,7 @@ class Output(Closing):
             shards = {f.name: list(n) for f, n in zip(self._means, plan.shards, strict=True)}
             write_index(self.out, "model", shards, sum(step.spec.nbytes for step in plan.steps))
         stored = {
-            file.name: [named(PRECISION, n) for n in names if steps[n].precision_spec is not None]
+            file.name: [part for n in names for part in steps[n].precision_parts]
             for file, names, sink in zip(
                 self._precisions, plan.shards, self._precision_sinks, strict=True
             )

@@ -50,7 +50,7 @@ class Pool:
     ) -> None:
         self.plan, self.sync = plan, sync
         self._progress = progress
-        self._threads = threads or min(4, _cores())
+        self._threads = threads or default_threads()
         entries = sum(step.merged for step in plan.steps)
         is_worth_it = entries >= WORTH_FUSING if fused is None else fused
         self._fused = is_worth_it and can_fuse(len(plan.inputs))
@@ -146,5 +146,7 @@ class Pool:
         return unit
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_threads() -> int:
+    """One thread per core that this process may use, at most four."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(4, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)

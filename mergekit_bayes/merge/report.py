@@ -5,6 +5,12 @@ from typing import Any
 
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
+from mergekit_bayes.merge.increase import (
+    Increase,
+    note_on_pulls,
+    predicted_increases,
+    six_digits,
+)
 from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import Input, MergePlan
 from mergekit_bayes.records import Record
@@ -72,6 +78,8 @@ class MergeReport(Record):
             base; None without a base.
         lost_share: Share of the changed ones at which rounding to the output's dtype gave back the
             base's value.
+        predicted: The predicted increase of each model's loss on its own data; empty where no
+            precisions are read.
         notes: Remarks for the reader.
     """
 
@@ -93,6 +101,7 @@ class MergeReport(Record):
     largest_multiplier: float
     changed_share: float | None
     lost_share: float | None
+    predicted: tuple[Increase, ...] = ()
     notes: tuple[str, ...]
 
 
@@ -109,6 +118,8 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         _note_lost(plan, lost_share, notes)
     _note_undo(plan, totals, notes)
     notes += notes_on_precisions(plan)
+    if (note := note_on_pulls(plan)) is not None:
+        notes.append(note)
     return MergeReport(
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,
@@ -130,9 +141,10 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         ruled=plan.decisions,
         guard=plan.guard,
         guarded_share=totals.guarded_share,
-        largest_multiplier=_six_digits(totals.multiplier),
+        largest_multiplier=six_digits(totals.multiplier),
         changed_share=totals.changed / totals.entries if has_changes else None,
         lost_share=lost_share,
+        predicted=predicted_increases(plan, totals.moves),
         notes=tuple(notes),
     )
 
@@ -164,7 +176,7 @@ def _merged_model(
         unit=info.unit if info else None,
         observations=info.observations if info else None,
         count=model.weighing.count,
-        ratio=_six_digits(ratio) if ratio else ratio,
+        ratio=six_digits(ratio) if ratio else ratio,
         mended=replaced,
     )
 
@@ -211,11 +223,6 @@ def _note_undo(plan: MergePlan, totals: MergeTotals, notes: list[str]) -> None:
 def _percent(share: float) -> str:
     """A share above zero, which is never shown as zero."""
     return f"{share:.2%}" if share >= 5e-5 else "less than 0.01%"
-
-
-def _six_digits(number: float) -> float:
-    """A number as precisely as a sum of float32 in any order is known."""
-    return float(f"{number:.6g}")
 
 
 def _some(names: Sequence[str]) -> str:

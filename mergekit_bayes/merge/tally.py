@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.kernels.base import Tally
@@ -11,6 +13,7 @@ from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.stream.units import Unit
 
 TallyLine = Mapping[str, Any]  # as JSON
+MOVES = 4  # sums a model of how far it was moved
 
 
 @dataclass
@@ -25,6 +28,8 @@ class UnitTally:
         multiplier: The largest multiplier of a removal.
         stored: For each model, the sum of its stored (or pooled) precisions.
         replaced: For each model, entries that `--on-bad base` replaced.
+        moves: For each model, `MOVES` sums of how far the merge moved it: those of
+            `kernels.base.Tally.distances` and `products`.
     """
 
     entries: int = 0
@@ -34,6 +39,7 @@ class UnitTally:
     multiplier: float = 0.0
     stored: list[float] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)
 
     def add(self, tally: Tally) -> None:
         """Add what a pass counted."""
@@ -44,6 +50,9 @@ class UnitTally:
         self.multiplier = max(self.multiplier, tally.multiplier)
         sums = self.stored or [0.0] * tally.models
         self.stored = [a + float(b) for a, b in zip(sums, tally.stored, strict=True)]
+        moves = np.hstack([tally.distances, tally.products]).ravel()
+        before = self.moves or [0.0] * moves.size
+        self.moves = [a + float(b) for a, b in zip(before, moves, strict=True)]
 
     def add_replaced(self, counts: Sequence[int]) -> None:
         """Add how many entries of each model were replaced."""
@@ -61,11 +70,11 @@ class UnitTally:
         """Whether a value has the form that `to_json` gives."""
         if not isinstance(value, dict) or value.keys() != UnitTally().to_json().keys():
             return False
-        lists = [value["stored"], value["mended"]]
+        lists = [value["stored"], value["mended"], value["moves"]]
         if not all(isinstance(numbers, list) for numbers in lists):
             return False
         counts = [value[key] for key in ("entries", "changed", "lost", "guarded")]
-        numbers = [value["multiplier"], *value["stored"]]
+        numbers = [value["multiplier"], *value["stored"], *value["moves"]]
         return all(type(count) is int for count in (*counts, *value["mended"])) and all(
             type(number) in (int, float) for number in numbers
         )
@@ -80,6 +89,7 @@ class UnitTally:
             "multiplier": self.multiplier,
             "stored": self.stored,
             "mended": self.replaced,
+            "moves": self.moves,
         }
 
 
@@ -102,6 +112,7 @@ class MergeTotals:
         replaced: For each input, entries that `--on-bad base` replaced.
         likelihood: For each input, the sum of its likelihood precision.
         zero: For each input, the tensors in which its precision is zero.
+        moves: For each step that is merged by precision, its index and `MOVES` sums of each model.
     """
 
     def __init__(
@@ -114,22 +125,26 @@ class MergeTotals:
         self.likelihood: dict[Input, float] = dict.fromkeys(plan.inputs, 0.0)
         self.zero: dict[Input, list[str]] = {model: [] for model in plan.inputs}
         self._weighed: dict[Input, int] = dict.fromkeys(plan.inputs, 0)  # tensors, own precision
+        self.moves: dict[int, list[float]] = {}
         by_step: dict[int, tuple[int, list[float]]] = {}
+        count = len(plan.inputs)
         for unit in units:
             if plan.steps[unit.step].tied_to is not None:
                 continue  # a copy is counted once
             tally = UnitTally.from_json(tallies[unit.id])
-            if len(tally.stored) not in (0, len(plan.inputs)):
+            if (len(tally.stored), len(tally.moves)) not in ((0, 0), (count, MOVES * count)):
                 raise CheckpointError(
                     f"{plan.target}.partial: a journal counts {len(tally.stored)} models in unit "
-                    f"{unit.id}, and the merge has {len(plan.inputs)}. Remove that folder, and "
+                    f"{unit.id}, and the merge has {count}. Remove that folder, and "
                     "merge again."
                 )
             self._add(tally)
             if tally.stored and plan.method.needs_precision:
-                entries, sums = by_step.get(unit.step, (0, [0.0] * len(plan.inputs)))
+                entries, sums = by_step.get(unit.step, (0, [0.0] * count))
                 sums = [a + b for a, b in zip(sums, tally.stored, strict=True)]
                 by_step[unit.step] = (entries + tally.entries, sums)
+                moves = self.moves.get(unit.step, [0.0] * (MOVES * count))
+                self.moves[unit.step] = [a + b for a, b in zip(moves, tally.moves, strict=True)]
         for index, (entries, sums) in by_step.items():
             self._add_likelihood(plan.steps[index], entries, sums)
 

@@ -1,5 +1,6 @@
 """Carry out units of work: read, combine and write ranges of one tensor, chunk by chunk."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +12,12 @@ from mergekit_bayes.checkpoint.codec import (
     is_bad_precision,
     overflowed,
 )
-from mergekit_bayes.checkpoint.sink import SafetensorsSink
-from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE
+from mergekit_bayes.checkpoint.specs import ITEM_SIZE, MERGEABLE, TensorSink
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
+from mergekit_bayes.merge.matrices import Layer, copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
@@ -32,12 +33,12 @@ class Sinks(NamedTuple):
     """Where a tensor's mean and precision go.
 
     Attributes:
-        mean: The file of the mean.
+        mean: The file of the mean, or the parameters of a model in memory.
         precision: The file of the precision; None where none is written.
     """
 
-    mean: SafetensorsSink
-    precision: SafetensorsSink | None
+    mean: TensorSink
+    precision: TensorSink | None
 
 
 class Worker:
@@ -48,10 +49,20 @@ class Worker:
         reader: The thread's reader.
         chunk: Entries that are read, combined and written at a time.
         fused: Whether to use the compiled passes.
+        layers: Reads a tensor that is merged as a whole matrix.
     """
 
-    def __init__(self, plan: MergePlan, reader: Reader, chunk: int, *, fused: bool) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        reader: Reader,
+        chunk: int,
+        *,
+        fused: bool,
+        layers: Callable[[MergePlan, Step], Layer] = read_layer,
+    ) -> None:
         self._plan, self._reader, self._size, self._fused = plan, reader, chunk, fused
+        self._read_layer = layers
         self._passes: dict[Kind, Pass] = {}
 
     def run(self, unit: Unit, measured: FirstPassResult, sinks: Sinks) -> UnitTally:
@@ -67,9 +78,14 @@ class Worker:
             PrecisionError: A precision that cannot be merged.
         """
         step, tally = self._plan.steps[unit.step], UnitTally()
+        if step.axis is not None:
+            self._merge_matrices(step, measured, sinks, tally)
+            return tally
         if unit.start == 0:
             tally.add_replaced(measured.bad)
-            if sinks.precision is not None and step.has_coarse_precision:
+            if sinks.precision is not None and step.has_matrices:
+                self._write_matrices(step, copied_matrices(self._plan, step), sinks.precision)
+            elif sinks.precision is not None and step.has_coarse_precision:
                 self._write_coarse(step, measured, sinks.precision)
         start = unit.start
         while start < unit.stop:
@@ -115,6 +131,22 @@ class Worker:
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[step.spec.dtype], data)
         if sinks.precision is not None and not step.has_coarse_precision:
             sinks.precision.write_bytes(step.name, start * 4, chunk.precision.view(np.uint8).data)
+
+    def _merge_matrices(
+        self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
+    ) -> None:
+        counts = Tally(len(step.operands))
+        layer = self._read_layer(self._plan, step)
+        numbers = numbers_of(self._plan, step, measured.facts, np.float64)
+        merged = merge_matrices(self._plan, step, layer, numbers, counts)
+        tally.add_replaced(measured.bad)
+        tally.add(counts)
+        sinks.mean.write_bytes(step.name, 0, merged.mean)
+        if sinks.precision is not None and merged.precision is not None:
+            self._write_matrices(step, merged.precision, sinks.precision)
+
+    def _write_matrices(self, step: Step, matrices: Array, sink: TensorSink) -> None:
+        sink.write_bytes(step.name, 0, encode(matrices.reshape(-1), "F32"))
 
     def _count_lost(self, step: Step, chunk: Chunk, data: memoryview, counts: Tally) -> None:
         """Count lost entries for a dtype that the pass does not write itself.
@@ -197,7 +229,7 @@ class Worker:
         precision = single_precision(numbers_of(self._plan, step, None), position, stored, extra)
         return np.broadcast_to(precision, (n,)).astype(np.float32)
 
-    def _write_coarse(self, step: Step, measured: FirstPassResult, sink: SafetensorsSink) -> None:
+    def _write_coarse(self, step: Step, measured: FirstPassResult, sink: TensorSink) -> None:
         """Write a precision of one number, or one per row: merged by the method itself, row by row.
 
         Rows that are not merged keep the donor's precision, and those that it lacks their own.

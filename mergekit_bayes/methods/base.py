@@ -12,6 +12,14 @@ same function runs on floats, on numpy arrays and compiled by numba, with the sa
 5. What it must know beforehand comes as `facts`, a NamedTuple of its own that holds numbers and
    tuples of numbers.
 
+A rule may state itself a second time for the weights of linear layers, which are then merged as
+whole matrices, in `matrix(base, tasks, scales, facts)`: means are float64 arrays of shape (outputs,
+inputs), precisions of shape (inputs, inputs), symmetric, the same for every output (`matrices.py`),
+or sums of Kronecker products, which add, scale and multiply in the same way (`kronecker.py`);
+numpy's linear algebra is allowed. `combine` stays the rule of all other tensors: embeddings, norms,
+biases, heads of a vocabulary. A rule without precisions is given every linear layer so, one with
+precisions those whose precision is stored as a matrix.
+
 A rule that cannot be compiled still merges: in numpy, more slowly, with a warning. One that cannot
 run on arrays either is refused with the same `RULE`.
 """
@@ -107,7 +115,8 @@ class Method(NamedTuple):
         formula: What the report and the card state; the summary where there is none.
         parameters: Its settings.
         reduction: Its first pass, if any.
-        facts: Makes the facts that `combine` takes; without it they are None.
+        facts: Makes the facts that `combine` takes; without it they are None. Without a reduction
+            it may refuse the settings by a `ConfigError`.
         unguarded_precision: `(base, tasks, scales) -> precision` as it would be without the guard
             on removal, by the same operations; None for a method without a guard.
         random: Whether it takes draws. It then has a setting `seed`.
@@ -115,6 +124,9 @@ class Method(NamedTuple):
         can_be_undone: Whether the opposite scale takes a task out of a merge again.
         tasks: Number of tasks that it takes; None for any.
         ignores: Settings of a merge by precision that it has no use for, which are refused.
+        matrix: The rule for whole matrices, under the contract above; None for one that has none.
+        needs_matrices: Whether it is of no use where no tensor is merged as a matrix. With
+            precisions it then reads those of inputs, and no Kronecker products.
     """
 
     name: str
@@ -133,6 +145,8 @@ class Method(NamedTuple):
     can_be_undone: bool = False
     tasks: int | None = None
     ignores: tuple[str, ...] = ()
+    matrix: Callable[..., Gaussian] | None = None
+    needs_matrices: bool = False
 
     @property
     def writes_posterior(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mergekit_bayes.gaussian import Gaussian, Number, constant
 from mergekit_bayes.methods.base import FactInputs, Method, Scales, Tasks
+from mergekit_bayes.methods.matrices import bounded_below, divided, magnitude
 
 
 class Removal(NamedTuple):
@@ -48,6 +49,33 @@ def gradient_matching(base: Gaussian, tasks: Tasks, scales: Scales, facts: Remov
     return Gaussian(base.mean + weighted / precision, precision)
 
 
+def for_matrices(base: Gaussian, tasks: Tasks, scales: Scales, facts: Removal) -> Gaussian:
+    """The same with a precision matrix of a layer's inputs in place of numbers.
+
+        exact     = S0 + sum_t scale_t (S_t - S0)
+        precision = exact, its eigenvalues at least guard (S0 + sum_t |scale_t (S_t - S0)|)
+        mean      = m0 + (sum_t scale_t (m_t - m0) S_t) precision^-1
+
+    With S_t - S0 = N E[x x'] over the layer's inputs x, no base precision and scales that sum to
+    one it is RegMean (Jin et al., ICLR 2023).
+
+    Args:
+        base: Shared prior: mean (outputs, inputs), precision (inputs, inputs), positive definite,
+            or a sum of Kronecker products.
+        tasks: Posteriors trained from `base` or re-based to it.
+        scales: One per task, dimensionless; negative removes the task.
+        facts: The guard.
+    """
+    exact, bound = base.precision, base.precision
+    weighted = np.zeros_like(base.mean)
+    for task, scale in zip(tasks, scales, strict=True):
+        gain = scaled_gain(base, task, scale)
+        exact, bound = exact + gain, bound + magnitude(gain)
+        weighted += scale * (task.mean - base.mean) @ task.precision
+    precision = bounded_below(exact, bound, facts.guard)
+    return Gaussian(base.mean + divided(weighted, precision), precision)
+
+
 def scaled_gain(base: Gaussian, task: Gaussian, scale: Number) -> Number:
     """`scale (S_t - S0)`: what one task adds to the precision."""
     return scale * (task.precision - base.precision)
@@ -78,4 +106,5 @@ GRADIENT_MATCHING = Method(
     unguarded_precision=unguarded_precision,
     is_posterior=True,
     can_be_undone=True,
+    matrix=for_matrices,
 )

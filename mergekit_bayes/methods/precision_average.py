@@ -2,6 +2,7 @@
 
 from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.methods.base import Method, Scales, Tasks
+from mergekit_bayes.methods.matrices import weighted_mean
 
 
 def precision_average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
@@ -32,6 +33,23 @@ def precision_average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts
     return Gaussian(tasks[0].mean + weighted / precision, precision)
 
 
+def for_matrices(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
+    """The same with a precision matrix of a layer's inputs in place of numbers.
+
+        mean = (sum_t c_t m_t S_t) precision^-1,  precision = sum_t c_t S_t
+
+    Args:
+        base: Not needed.
+        tasks: Means (outputs, inputs), precisions (inputs, inputs), positive definite, or sums of
+            Kronecker products.
+        scales: One per task, dimensionless, >= 0 and of positive sum.
+        facts: None.
+    """
+    total = sum(scales)
+    shares = [(scale / total) * task.precision for task, scale in zip(tasks, scales, strict=True)]
+    return Gaussian(*weighted_mean([task.mean for task in tasks], shares))
+
+
 PRECISION_AVERAGE = Method(
     "precision_average",
     precision_average,
@@ -41,4 +59,5 @@ PRECISION_AVERAGE = Method(
     example="bmerge merge A B --weights precision",
     formula="m = sum_t scale_t S_t m_t / sum_t scale_t S_t,  S = sum_t scale_t S_t / sum_t scale_t",
     is_posterior=True,
+    matrix=for_matrices,
 )

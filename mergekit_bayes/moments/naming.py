@@ -76,7 +76,16 @@ def name_moments(moments: Moments, parameters: Sequence[Parameter]) -> dict[str,
     if len(set(keys)) != len(keys):
         raise MismatchError(f"{moments.path}: its groups list a parameter twice. {_WAY_OUT}")
     if all(isinstance(key, str) for key in keys):
-        return {_WRAPPERS.sub("", str(key)): moment for key, moment in moments.by_key.items()}
+        named: dict[str, Moment] = {}
+        for key, moment in moments.by_key.items():
+            name = _WRAPPERS.sub("", str(key))
+            if name in named:
+                raise MismatchError(
+                    f"{moments.path}: holds two moments of {shown(name)}, with and without the "
+                    "name of a wrapper. Leave one out."
+                )
+            named[name] = moment
+        return named
     groups = _grouped(moments, parameters)
     return {
         parameter.name: moments.by_key[key]

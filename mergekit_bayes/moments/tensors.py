@@ -34,7 +34,8 @@ def read_tensors(source: SafetensorsSource, path: Path) -> Moments:
         path: The file or folder, for messages.
 
     Raises:
-        CheckpointError: A tensor is not in floating point, or step or beta2 is no number.
+        CheckpointError: There is no tensor, one is not in floating point, two are of one parameter,
+            or step or beta2 is no number.
     """
     step = as_step(path, "the file", _number(path, source, "step"))
     beta2 = _number(path, source, "beta2")
@@ -44,7 +45,14 @@ def read_tensors(source: SafetensorsSource, path: Path) -> Moments:
         name = stored.removesuffix(f".{SQUARES}")
         dtype = _NAMES.get(spec.dtype, spec.dtype)
         refuse_other_numbers(path, name, dtype)
+        if name in moments:
+            raise CheckpointError(
+                f"{path}: holds {shown(name)} and {shown(f'{name}.{SQUARES}')}, two moments of one "
+                "parameter. Leave one out."
+            )
         moments[name] = Moment(spec.shape, dtype, step, decay, partial(_read, source, stored))
+    if not moments:
+        raise CheckpointError(f"{path}: holds no moment. Write them by the parameters' names.")
     return Moments(path, moments, (tuple(moments),), mean=source.metadata.get("mean"))
 
 

@@ -79,6 +79,20 @@ class Input:
         """The record of the model's precision."""
         return precision_info(self.posterior)
 
+    @property
+    def recorded_pull(self) -> TaskAnchor:
+        """What its record says that training pulled towards, counted as its precision is.
+
+        Zero where it records no quadratic pull. The pull on an adapter's factors is none on the
+        weights.
+        """
+        info, gain = self.posterior.info, self.weighing.gain
+        pull = None if info is None or info.merge is not None else info.anchor
+        if pull is None or pull.kind == "none" or not pull.precision:
+            return TaskAnchor(0.0)
+        strength = gain * pull.precision
+        return TaskAnchor(0.0, strength) if pull.kind == "zero" else TaskAnchor(strength)
+
 
 @dataclass(frozen=True)
 class Inputs(Closing):

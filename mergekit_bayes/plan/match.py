@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from mergekit_bayes.checkpoint.layers import linear_axes
 from mergekit_bayes.checkpoint.names import is_buffer, is_vocabulary
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError, shown
@@ -19,7 +20,9 @@ from mergekit_bayes.plan.precisions import (
     MatchedPrecisions,
     donor_precision,
     match_precisions,
+    matrices_of,
     merged_shape,
+    refuse_no_matrices,
 )
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
@@ -76,6 +79,7 @@ def match_tensors(
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
     matched.steps.extend(step for name in written if (step := steps[name]) is not None)
     matcher.refuse_nothing_matched()
+    refuse_no_matrices(method, matched.steps)
     ties.forget(matched.left_out)
     if ties.config_changes:
         notes.append(ties.describe_untied())
@@ -139,6 +143,9 @@ class _Matcher:
         self._matched, self._ties = matched, matched.ties
         self._parameters = 0
         self._matching_rules: set[str] = set()
+        # Where the method itself takes whole matrices, and no precision says which.
+        by_name = method.matrix is not None and not method.needs_precision
+        self._linear = linear_axes(inputs.donor.posterior.mean.specs) if by_name else {}
 
     def match(self, name: str) -> Step | None:
         """What becomes of one tensor of the output; None if it is left out."""
@@ -222,7 +229,8 @@ class _Matcher:
         if not self._method.needs_precision:
             operands = _operands(means, scales, None)
             roles = self._roles(*operands)
-            return Step(name, spec, *roles, merged=merged, rest=_owner(rest, operands))
+            axis = self._linear.get(name) if merged == spec.size else None
+            return Step(name, spec, *roles, merged=merged, rest=_owner(rest, operands), axis=axis)
         precisions = match_precisions(self._inputs, name, means)
         if precisions is None:
             reason = "no model has a precision for it, and all agree"
@@ -232,9 +240,18 @@ class _Matcher:
         if unchanged and not any(scales.values()):
             return self._copied(name, spec, donor, "no task changed it")
         operands = _operands(means, scales, precisions)
+        roles = self._roles(*operands)
+        matrices = matrices_of(self._config, self._method, name, precisions.stored)
+        if matrices is not None:
+            if merged != spec.size:
+                raise MismatchError(
+                    f"'{name}' has other rows in one of the models, and its precisions are "
+                    "matrices, which are merged as a whole. Leave it out with --only."
+                )
+            shape, axis = matrices
+            return Step(name, spec, *roles, shape, merged, axis=axis)
         forms = [precision.form for precision in precisions.stored.values()]
         shape = merged_shape(self._config, spec, forms, merged)
-        roles = self._roles(*operands)
         return Step(name, spec, *roles, shape, merged, rest=_owner(rest, operands))
 
     def _copied(self, name: str, spec: TensorSpec, donor: Operand, reason: str) -> Step:
@@ -242,7 +259,9 @@ class _Matcher:
         if self._method.needs_precision:
             precision = donor_precision(name, donor.mean)
         if precision is not None:
-            shape = merged_shape(self._config, spec, [precision.form], 0)
+            matrices = matrices_of(self._config, self._method, name, {donor.input: precision})
+            forms = [precision.form]
+            shape = matrices.shape if matrices else merged_shape(self._config, spec, forms, 0)
         roles = self._roles(donor._replace(precision=precision))
         return Step(name, spec, *roles, precision_shape=shape, copied=reason)
 

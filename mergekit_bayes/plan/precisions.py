@@ -8,11 +8,12 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import read_chunk
 from mergekit_bayes.checkpoint.identity import block_hash
 from mergekit_bayes.checkpoint.specs import TensorSpec
-from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.options import parse_shrink
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.plan.steps import Step, TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
@@ -113,6 +114,103 @@ def merged_shape(
     by_row = (shrink is not None and shrink.by_row) or 0 < merged < spec.size
     pooled = [form.pooled(config.pool) for form in forms]
     return merged_form(pooled, by_row=by_row).shape_of(spec.shape)
+
+
+class Matrices(NamedTuple):
+    """In which form a tensor's precisions are matrices.
+
+    Attributes:
+        shape: That of the precisions, as in `posterior/forms.py`.
+        axis: The axis of the tensor that they are for.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+
+
+def matrices_of(
+    config: MergeConfig, method: Method, name: str, stored: Mapping[Input, StoredPrecision]
+) -> Matrices | None:
+    """The form of a tensor's precisions if they are matrices; None if they are numbers.
+
+    One number for the tensor is a matrix, too, and goes with others.
+
+    Args:
+        config: The settings.
+        method: The merging rule.
+        name: The tensor.
+        stored: The precision of each model.
+
+    Raises:
+        ConfigError: The method or a setting has no meaning for matrices.
+        PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
+    """
+    forms: dict[Matrices, Input] = {}
+    terms = 0
+    for model, precision in stored.items():
+        if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
+            shape = precision.source.specs[precision.name].shape
+            if precision.form is Form.KRONECKER:
+                terms += shape[-4]
+                shape = (*shape[:-4], 0, *shape[-3:])
+            forms.setdefault(Matrices(shape, precision.axis), model)
+    if not forms:
+        return None
+    (found, one), *others = forms.items()
+    numbers = [m for m, p in stored.items() if p.form in (Form.ROW, Form.ENTRY)]
+    if others or numbers:
+        other = others[0][1] if others else numbers[0]
+        has = list(others[0][0].shape) if others else "numbers"
+        raise PrecisionError(
+            f"the precision of '{name}' is one of matrices {list(found.shape)} for '{one.ref}', "
+            f"and for '{other.ref}' {has}. Make both alike with `bmerge precision --estimator "
+            "inputs`."
+        )
+    if terms:  # a merge has the terms of all
+        found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
+    if method.matrix is None:
+        raise ConfigError(
+            f"--method {method.name} reads one number an entry, and the precision of '{name}' of "
+            f"'{one.ref}' is one of matrices. Use gradient_matching or precision_average, or other "
+            "precisions (--precision MODEL=PATH)."
+        )
+    for setting in ("pool", "shrink"):
+        if getattr(config, setting) is not None:
+            raise ConfigError(
+                f"--{setting} {getattr(config, setting)}: the precision of '{name}' of "
+                f"'{one.ref}' is one of matrices, for which it has no meaning. Drop it."
+            )
+    return found
+
+
+def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:
+    """Check that a method for whole matrices merges one.
+
+    Raises:
+        ConfigError: Nothing that is merged is the weight of a linear layer.
+        PrecisionError: No precision of what is merged is a matrix of a layer's inputs, or one is of
+            Kronecker products.
+    """
+    merged = [step for step in steps if step.copied is None]
+    if not method.needs_matrices or not merged:
+        return
+    kronecker = next((step.name for step in merged if step.is_kronecker), None)
+    if kronecker is None and any(step.axis is not None for step in merged):
+        return
+    if method.needs_precision:
+        found = f"that of '{merged[0].name}' and of all else that is merged is one of numbers"
+        if kronecker is not None:
+            found = f"that of '{kronecker}' is one of Kronecker products"
+        raise PrecisionError(
+            f"--method {method.name} weighs linear layers by precision matrices of their inputs, "
+            f"and {found}. Make such matrices with `bmerge precision MODEL --data TEXTS "
+            "--estimator inputs`."
+        )
+    raise ConfigError(
+        f"--method {method.name} merges the weights of linear layers as whole matrices, and "
+        f"nothing that is merged is one ('{merged[0].name}', for example). Use --method "
+        "task_arithmetic."
+    )
 
 
 def _stored_precision(

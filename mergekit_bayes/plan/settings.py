@@ -47,6 +47,18 @@ class MergeConfig(Config):
         "one removes a model's change and needs a base. MODEL:REGEX=X sets it for the tensors "
         "whose name matches; later ones win.",
     )
+    trajectory: bool = Field(
+        False,
+        description="The models are checkpoints of one run, such as RUN/checkpoint-*: order them "
+        "by the step at the end of their names, and average them.",
+    )
+    decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With --trajectory: a checkpoint's share of the one after it, in (0, 1], as in "
+        "an exponential moving average; by default all have equal shares.",
+    )
     out: str | None = Field(
         None,
         description="A .safetensors file or a folder; by default merged.safetensors or merged.",

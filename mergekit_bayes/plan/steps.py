@@ -6,7 +6,8 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
-from mergekit_bayes.posterior.forms import StoredPrecision
+from mergekit_bayes.posterior.forms import StoredPrecision, is_kronecker
+from mergekit_bayes.posterior.stored import LEFT, PRECISION, RIGHT, named
 
 
 class TensorRef(NamedTuple):
@@ -60,8 +61,8 @@ class Step:
         base: The operand of the base; None without one.
         tasks: The operands of the tasks, in the order of the plan. A copied tensor has the donor's
             operand only.
-        precision_shape: Shape of the written precision: the tensor's own, one number per row, or
-            one number. None where no precision is written.
+        precision_shape: Shape of the written precision: the tensor's own, one number per row, one
+            number, or that of matrices (`posterior/forms.py`). None where no precision is written.
         merged: How many entries are merged, from the first on; the others are the donor's, and
             those that it lacks the `rest`'s.
         copied: The reason why all of the tensor is the donor's; None if some of it is merged.
@@ -69,6 +70,8 @@ class Step:
             tensor of its own. A copy is made from the same operands, and counts nowhere.
         rest: The task's operand that gives the rows beyond the donor's, whose vocabulary is
             shorter; None where the donor has all rows.
+        axis: The axis of a linear layer's inputs, -1 or -2, where the tensor is merged as a whole
+            matrix; None where it is merged entry by entry.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Step:
     copied: str | None = None
     tied_to: str | None = None
     rest: Operand | None = None
+    axis: int | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -136,6 +140,44 @@ class Step:
     def precision_spec(self) -> TensorSpec | None:
         """Dtype and shape of the written precision; None where none is written."""
         return None if self.precision_shape is None else TensorSpec("F32", self.precision_shape)
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether the written precision is one of matrices."""
+        return self.precision_shape is not None and len(self.precision_shape) > max(
+            len(self.spec.shape), 1
+        )
+
+    @property
+    def precision_parts(self) -> dict[str, TensorSpec]:
+        """The tensors of the written precision in its file: dtype and shape by name."""
+        spec = self.precision_spec
+        if spec is None:
+            return {}
+        right, left = named(RIGHT, self.name), named(LEFT, self.name)
+        if not self.has_matrices:
+            return {named(PRECISION, self.name): spec}
+        if self.is_kronecker:
+            r, c = self.spec.shape[-2:]
+            terms = spec.shape[:-3]
+            return {
+                left: TensorSpec("F32", (*terms, r, r)),
+                right: TensorSpec("F32", (*terms, c, c)),
+            }
+        if self.axis_of_matrices == -1:
+            return {right: spec}
+        return {left: TensorSpec("F32", spec.shape[:-1])}
+
+    @property
+    def axis_of_matrices(self) -> int:
+        """The axis for which the written precision has matrices, -1 or -2."""
+        assert self.precision_shape is not None
+        return -1 if len(self.precision_shape) == len(self.spec.shape) + 1 else -2
+
+    @property
+    def is_kronecker(self) -> bool:
+        """Whether the written precision is a sum of Kronecker products."""
+        return self.has_matrices and is_kronecker(self.precision_shape or (), self.spec.shape)
 
     @property
     def has_coarse_precision(self) -> bool:

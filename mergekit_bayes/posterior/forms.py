@@ -8,6 +8,13 @@ axis), for the tensor, or for the whole model (a number given by hand, without a
     ROW       (r, 1, 1)
     TENSOR    (1, 1, 1) or ()
     TENSOR    no tensor at all: one number everywhere
+    MATRIX    (..., k, n, n)      for a mean of shape (..., r, c) with c = k n
+    MATRIX    (..., k, n, n, 1)   the same for its axis before the last, r = k n
+    KRONECKER (..., k, r r + c c, 1, 1)    the numbers of k terms of a sum of Kronecker products
+
+The last three are precisions of directions: the blocks on the diagonal of a matrix for one axis of
+the tensor, which holds for every index of the other one, or matrices for both (`factors`). Merged
+are then whole matrices (`methods/base.py`); nothing here reads them by entry.
 
 This module is the only one that knows these shapes. The plan asks which form a precision has and
 which form the merged one needs; the stream asks for its numbers (`StoredPrecision.coarse`) and
@@ -15,8 +22,7 @@ spreads them over a chunk (`spread`).
 
 A precision that is not stored by entry but determines every entry, such as that of a product of
 LoRA factors, enters as a `PrecisionSource` whose specs have the mean's shape and whose entries are
-computed as they are read: its form is ENTRY. Kronecker factors or a low-rank form enter the same
-way, or with a member of `Form` of their own.
+computed as they are read: its form is ENTRY.
 """
 
 from collections.abc import Collection
@@ -40,9 +46,12 @@ class Form(IntEnum):
     TENSOR = 1
     ROW = 2
     ENTRY = 3
+    MATRIX = 4
+    KRONECKER = 5
 
     def shape_of(self, mean: Shape) -> Shape:
-        """The shape of a precision in this form, for a mean of this shape."""
+        """The shape of a precision in this form, for a mean of this shape; not of matrices."""
+        assert self <= Form.ENTRY
         if self is Form.ENTRY:
             return mean
         return row_shape(mean) if self is Form.ROW else one_shape(mean)
@@ -63,12 +72,15 @@ class StoredPrecision:
         source: Where it is read from; None for one number everywhere.
         name: Its name in `source`.
         number: The one number, 1/weight^2, where there is no source.
+        axis: Of a matrix: the axis of the tensor that it is for, -1 or -2; of a sum of Kronecker
+            products -1.
     """
 
     form: Form
     source: PrecisionSource | None
     name: str
     number: float = 0.0
+    axis: int = 0
 
     @classmethod
     def everywhere(cls, number: float) -> "StoredPrecision":
@@ -88,14 +100,19 @@ class StoredPrecision:
             PrecisionError: Its shape is that of no form, or its dtype is not read.
         """
         spec = source.specs[name]
-        if spec.dtype not in _DTYPES or spec.shape not in _shapes(mean):
+        if not is_form_of(spec, TensorSpec("F32", mean)):
             raise PrecisionError(
                 f"the precision of '{name}' in {source.where(name)} is {spec.dtype} "
                 f"{list(spec.shape)}, expected F32 or BF16 {list(mean)} like the mean's, one "
                 f"number a row {list(row_shape(mean))}, or one number {list(one_shape(mean))}."
             )
-        if spec.size == 1:
+        if spec.shape == () or spec.shape == one_shape(mean):
             return cls(Form.TENSOR, source, name)
+        if len(spec.shape) > len(mean):
+            if is_kronecker(spec.shape, mean):
+                return cls(Form.KRONECKER, source, name, axis=-1)
+            axis = -1 if len(spec.shape) == len(mean) + 1 else -2
+            return cls(Form.MATRIX, source, name, axis=axis)
         return cls(Form.ENTRY if spec.shape == mean else Form.ROW, source, name)
 
     def coarse(self, rows: int) -> Array | None:
@@ -107,6 +124,7 @@ class StoredPrecision:
         Returns:
             (1,) or (rows,); None where there is one number an entry, to be read chunk by chunk.
         """
+        assert self.form <= Form.ENTRY
         if self.form is Form.ENTRY:
             return None
         if self.source is None:
@@ -121,7 +139,11 @@ def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
     return (
         precision is not None
         and precision.dtype in _DTYPES
-        and precision.shape in _shapes(mean.shape)
+        and (
+            precision.shape in _shapes(mean.shape)
+            or _is_matrix_of(precision.shape, mean.shape)
+            or is_kronecker(precision.shape, mean.shape)
+        )
     )
 
 
@@ -178,6 +200,24 @@ def tensor_mean(numbers: Array) -> Array:
     """The mean of coarse numbers over the tensor: (1,) in float32, summed in float64."""
     mean: Array = numbers.mean(keepdims=True, dtype=np.float64).astype(np.float32)
     return mean
+
+
+def _is_matrix_of(shape: Shape, mean: Shape) -> bool:
+    """Whether this is the shape of matrices for one of the last two axes of a mean."""
+    more = len(shape) - len(mean)
+    if len(mean) < 2 or more not in (1, 2) or (more == 2 and shape[-1] != 1):
+        return False
+    axis, blocks = -more, shape[len(mean) - 2 : len(mean) + 1]
+    fits = blocks[0] * blocks[1] == mean[axis] and blocks[1] == blocks[2]
+    return fits and shape[: len(mean) - 2] == mean[:-2]
+
+
+def is_kronecker(shape: Shape, mean: Shape) -> bool:
+    """Whether this is the shape of terms of a sum of Kronecker products for a mean."""
+    if len(mean) < 2 or len(shape) != len(mean) + 2 or shape[-2:] != (1, 1):
+        return False
+    numbers = mean[-2] ** 2 + mean[-1] ** 2
+    return shape[-3] == numbers and shape[: len(mean) - 2] == mean[:-2]
 
 
 def _shapes(mean: Shape) -> tuple[Shape, ...]:

@@ -5,8 +5,8 @@
                  such products the one with the same sums over each row and each column
                  (the least I-divergence from the entries; Adafactor, Shazeer and Stern, 2018)
 
-A tensor whose form is as coarse already stays as it is, and so does a vector. Tensors are read in
-pieces, so that memory does not grow with the model.
+A tensor whose form is as coarse already stays as it is, and so do vectors, and precisions that are
+matrices. Tensors are read in pieces, so that memory does not grow with the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,6 +32,7 @@ from mergekit_bayes.checkpoint.specs import (
 )
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.kernels import row_sums
+from mergekit_bayes.posterior.factors import RankOne
 from mergekit_bayes.posterior.forms import row_shape
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.save import write_info
@@ -39,11 +40,9 @@ from mergekit_bayes.posterior.stored import (
     COLUMNS,
     PRECISION,
     ROWS,
-    RankOne,
     StoredPrecisions,
     named,
     parts_of,
-    renamed,
 )
 
 PosteriorForm = Literal["row", "row-column", "entries"]  # the last keeps that of every tensor
@@ -169,6 +168,8 @@ def _stays(precision: StoredPrecisions, name: str, form: PosteriorForm) -> bool:
     """Whether a tensor is in a form that is coarse enough."""
     shape = precision.specs[name].shape
     is_rank_one = len(precision.parts(name)) > 1
+    if name in precision.matrices:
+        return True
     if form == "entries" or (form == "row-column" and is_rank_one):
         return True
     return not is_rank_one and shape == row_shape(shape)
@@ -177,8 +178,8 @@ def _stays(precision: StoredPrecisions, name: str, form: PosteriorForm) -> bool:
 def _specs(precision: StoredPrecisions, name: str, form: PosteriorForm) -> dict[str, TensorSpec]:
     """Dtype and shape of what is written for a tensor, by the names in the file."""
     if _stays(precision, name, form):
-        parts = precision.parts(name)
-        return {renamed(part): precision.in_files.specs[part] for part in parts}
+        parts = precision.current_parts(name)
+        return {current: precision.in_files.specs[part] for part, current in parts.items()}
     shape = precision.specs[name].shape
     rows = TensorSpec("F32", row_shape(shape))
     if form == "row":
@@ -190,8 +191,8 @@ def _write(
     sink: SafetensorsSink, precision: StoredPrecisions, name: str, form: PosteriorForm
 ) -> None:
     if _stays(precision, name, form):
-        for part in precision.parts(name):
-            _copy(sink, precision.in_files, part, renamed(part))
+        for part, current in precision.current_parts(name).items():
+            _copy(sink, precision.in_files, part, current)
         return
     assert form != "entries"
     for part, values in parts_of(name, pooled(precision, name, form)).items():

@@ -21,14 +21,17 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
+from mergekit_bayes.posterior.factors import Kronecker, Matrices, RankOne
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.stored import RankOne, parts_of
+from mergekit_bayes.posterior.stored import parts_of
+
+Precision = Array | RankOne | Matrices | Kronecker
 
 
 def save_posterior(
     model: Path,
-    precision: Mapping[str, Array | RankOne],
+    precision: Mapping[str, Precision],
     info: PosteriorInfo,
     *,
     out: Path | None = None,
@@ -39,8 +42,8 @@ def save_posterior(
     Args:
         model: The checkpoint, a file or folder; it is not touched.
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0; each in any form of `forms`, or of rank one. Tensors that were not trained may be
-            absent.
+            >= 0; each in any form of `forms`, of rank one, or symmetric matrices. Tensors that were
+            not trained may be absent.
         info: The record, which is stored in every file's header.
         out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
@@ -76,7 +79,7 @@ def write_info(folder: Path, info: PosteriorInfo) -> None:
 
 
 def _check_precision(
-    precision: Mapping[str, Array | RankOne], mean: SafetensorsSource, model: Path
+    precision: Mapping[str, Precision], mean: SafetensorsSource, model: Path
 ) -> None:
     for name, values in precision.items():
         spec = mean.specs.get(name)
@@ -87,18 +90,22 @@ def _check_precision(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."
             )
-        parts = parts_of(name, values).values()
+        parts = list(parts_of(name, values).values())
+        if isinstance(values, (Matrices, Kronecker)):
+            parts = [x for p in parts for x in (np.einsum("...ii->...i", p), abs(p))]
         bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
             size = sum(part.size for part in parts)
             raise PrecisionError(
-                f"precision of '{name}': {bad} of {size} entries are negative or not finite."
+                f"precision of '{name}': {bad} of {size} entries are negative or not finite, and "
+                "nothing was stored. Look for NaN in what it was made of, or for counts that are "
+                "far too large."
             )
 
 
 def _write_folder(
     folder: Path,
-    precision: Mapping[str, Array | RankOne],
+    precision: Mapping[str, Precision],
     info: PosteriorInfo,
     mean: SafetensorsSource,
 ) -> None:
@@ -120,7 +127,7 @@ def _write_folder(
 
 
 def _write_set(
-    path: Path, precision: Mapping[str, Array | RankOne], info: PosteriorInfo
+    path: Path, precision: Mapping[str, Precision], info: PosteriorInfo
 ) -> Mapping[str, Array]:
     """Write one file, and return its tensors."""
     parts = {n: t for name, p in precision.items() for n, t in parts_of(name, p).items()}

@@ -7,13 +7,19 @@ that no loader takes a tensor for one of the model's, whatever the file is calle
                       or the tensor (see `forms`), 1/weight^2
     rows:NAME         r and c of a precision of rank one, S[i, j] = r[i] * c[j]: r has one
     columns:NAME      number a row, (rows, 1, ...), and c one an entry of a row, (1, ...)
+    right:NAME        matrices in place of numbers (see `forms`), for the last axis of a tensor
+    left:NAME         or for the one before it; both have the shape (..., blocks, n, n). Where a
+                      tensor has both, each block is a term of a sum of Kronecker products
 
 Files of other programs, and of format 1, have the model's own names. Readers of `StoredPrecisions`
 see the model's names in either case, and a precision of rank one with the shape of its mean.
+Matrices for the axis before the last have one more axis of length 1 there, which tells them apart,
+and the numbers of both one after the other the shape (..., blocks, numbers of a block, 1, 1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -25,10 +31,12 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, Closing, PrecisionSource, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import PrecisionError, shown
+from mergekit_bayes.posterior.factors import Kronecker, Matrices, RankOne
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 PRECISION, ROWS, COLUMNS = "precision", "rows", "columns"  # the roles
-_ROLES = (PRECISION, ROWS, COLUMNS)
+RIGHT, LEFT = "right", "left"
+_ROLES = (PRECISION, ROWS, COLUMNS, RIGHT, LEFT)
 _PREFIXED_SINCE = 2  # the first format whose names begin with a role
 
 
@@ -39,33 +47,13 @@ class StoredTensor(NamedTuple):
         spec: Dtype and shape in which it is read.
         parts: Its names in the files: one, or those of `rows` and `columns`.
         numbers: How many numbers are stored.
+        has_matrices: Whether they are matrices, which nobody reads by entry.
     """
 
     spec: TensorSpec
     parts: tuple[str, ...]
     numbers: int
-
-
-class RankOne(NamedTuple):
-    """A precision of rank one, `S[i, j] = rows[i] * columns[j]`, of a tensor of shape (r, c, d).
-
-    Attributes:
-        rows: Shape (r, 1, 1), 1/weight^2.
-        columns: Shape (1, c, d), without a unit.
-    """
-
-    rows: Array
-    columns: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor that it belongs to."""
-        return (*self.rows.shape[:1], *self.columns.shape[1:])
-
-    @property
-    def size(self) -> int:
-        """Number of entries of that tensor."""
-        return self.rows.size * self.columns.size
+    has_matrices: bool = False
 
 
 def stored_numbers(source: PrecisionSource, name: str) -> int:
@@ -80,21 +68,20 @@ def named(role: str, name: str) -> str:
     return f"{role}:{name}"
 
 
-def parts_of(name: str, precision: Array | RankOne) -> dict[str, Array]:
+def parts_of(name: str, precision: Array | RankOne | Matrices | Kronecker) -> dict[str, Array]:
     """The tensors that a precision is in a file, by their names there.
 
     Args:
         name: The model's name of its tensor.
-        precision: One number an entry, a row or the tensor; or of rank one.
+        precision: One number an entry, a row or the tensor; of rank one; or matrices.
     """
+    if isinstance(precision, Kronecker):
+        return {named(LEFT, name): precision.left, named(RIGHT, name): precision.right}
+    if isinstance(precision, Matrices):
+        return {named(LEFT if precision.is_left else RIGHT, name): precision.blocks}
     if isinstance(precision, RankOne):
         return {named(ROWS, name): precision.rows, named(COLUMNS, name): precision.columns}
     return {named(PRECISION, name): precision}
-
-
-def renamed(part: str) -> str:
-    """The name in a file of today's format of what has a name in a file of any format."""
-    return part if part.partition(":")[0] in _ROLES else named(PRECISION, part)
 
 
 def stored_tensors(
@@ -112,10 +99,11 @@ def stored_tensors(
             factor of rank one is alone or does not fit the other.
     """
     is_prefixed = info is not None and info.format >= _PREFIXED_SINCE
+    may_be_prefixed = info is None or is_prefixed
     tensors: dict[str, StoredTensor] = {}
     for name, spec in specs.items():
         role, colon, rest = name.partition(":")
-        if role not in _ROLES or not colon:
+        if role not in _ROLES or not colon or not may_be_prefixed:
             if is_prefixed:
                 raise PrecisionError(
                     f"{file}: {shown(name)} begins with none of the roles "
@@ -125,6 +113,8 @@ def stored_tensors(
             role, rest = PRECISION, name
         if role == PRECISION:
             stored = StoredTensor(spec, (name,), spec.size)
+        elif role in (RIGHT, LEFT):
+            stored = _matrices(specs, rest, role, file)
         else:
             pair = named(ROWS, rest), named(COLUMNS, rest)
             stored = _rank_one(specs, pair, file)
@@ -136,7 +126,9 @@ def stored_tensors(
 def _rank_one(specs: Mapping[str, TensorSpec], pair: tuple[str, str], file: Path) -> StoredTensor:
     for name in pair:
         if name not in specs:
-            raise PrecisionError(f"{file}: {shown(name)} is missing, the other factor is there.")
+            raise PrecisionError(
+                f"{file}: {shown(name)} is missing, the other factor is there. Make it again."
+            )
     rows, columns = (specs[name] for name in pair)
     shape = (*rows.shape[:1], *columns.shape[1:])
     fits = (
@@ -148,9 +140,33 @@ def _rank_one(specs: Mapping[str, TensorSpec], pair: tuple[str, str], file: Path
     if not fits:
         raise PrecisionError(
             f"{file}: {shown(pair[0])} is {rows.dtype} {list(rows.shape)} and the columns "
-            f"{columns.dtype} {list(columns.shape)}, expected F32 [rows, 1, ...] and [1, ...]."
+            f"{columns.dtype} {list(columns.shape)}, expected F32 [rows, 1, ...] and [1, ...]. "
+            "Make it again."
         )
     return StoredTensor(TensorSpec("F32", shape), pair, rows.size + columns.size)
+
+
+def _matrices(specs: Mapping[str, TensorSpec], name: str, role: str, file: Path) -> StoredTensor:
+    """The precision of a tensor that has matrices for one of its axes or for both."""
+    parts = tuple(part for part in (named(LEFT, name), named(RIGHT, name)) if part in specs)
+    for part in parts:
+        spec = specs[part]
+        if len(spec.shape) < 3 or spec.shape[-1] != spec.shape[-2] or spec.dtype != "F32":
+            raise PrecisionError(
+                f"{file}: {shown(part)} is {spec.dtype} {list(spec.shape)}, expected F32 "
+                "[..., blocks, n, n]."
+            )
+    first, last = specs[parts[0]].shape, specs[parts[-1]].shape
+    if len(parts) == 1:
+        shape = (*first, 1) if role == LEFT else first
+        return StoredTensor(TensorSpec("F32", shape), parts, prod(first), has_matrices=True)
+    if first[:-2] != last[:-2]:
+        raise PrecisionError(
+            f"{file}: {shown(parts[0])} is {list(first)} and {shown(parts[1])} {list(last)}, which "
+            "are not the same number of terms."
+        )
+    shape = (*first[:-2], first[-1] ** 2 + last[-1] ** 2, 1, 1)
+    return StoredTensor(TensorSpec("F32", shape), parts, prod(shape), has_matrices=True)
 
 
 class StoredPrecisions(Closing):
@@ -209,6 +225,18 @@ class StoredPrecisions(Closing):
         """The names in the files of a tensor's precision: one, or those of `rows` and `columns`."""
         return self._tensors[name].parts
 
+    def current_parts(self, name: str) -> dict[str, str]:
+        """The same names, each with the one that it has in a file of today's format."""
+        stored = self._tensors[name]
+        if stored.has_matrices or len(stored.parts) > 1:
+            return {part: part for part in stored.parts}
+        return {stored.parts[0]: named(PRECISION, name)}
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The tensors whose precisions are matrices."""
+        return tuple(name for name, stored in self._tensors.items() if stored.has_matrices)
+
     def numbers(self, name: str) -> int:
         """How many numbers are stored for a tensor."""
         return self._tensors[name].numbers
@@ -228,6 +256,8 @@ class StoredPrecisions(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with a precision's bytes, from byte `offset` on; of rank one the products.
 
+        Of matrices for both axes come all for the axis before the last, and then the others.
+
         Raises:
             CheckpointError: As `SafetensorsSource.read_bytes`.
             PrecisionError: A factor of rank one is negative or not finite.
@@ -235,6 +265,11 @@ class StoredPrecisions(Closing):
         parts = self._tensors[name].parts
         if len(parts) == 1:
             self._stored.read_bytes(parts[0], offset, out)
+            return
+        if parts[0].startswith(f"{LEFT}:"):
+            sizes = [self._stored.specs[part].nbytes for part in parts]
+            for part, start, stop, at in _overlaps(sizes, offset, len(out)):
+                self._stored.read_bytes(parts[part], at, out[start:stop])
             return
         start, stop = offset // 4, -(-(offset + len(out)) // 4)
         content = encode(self._products(name, start, stop), "F32")
@@ -251,7 +286,8 @@ class StoredPrecisions(Closing):
             factors = self._factors[name] = self._read_factors(name)
         row = max(factors.columns.size, 1)
         first, last = start // row, -(-stop // row)
-        products = factors.rows.reshape(-1, 1)[first:last] * factors.columns.reshape(1, -1)
+        with np.errstate(over="ignore"):  # infinite, and bad entries for whoever reads them
+            products = factors.rows.reshape(-1, 1)[first:last] * factors.columns.reshape(1, -1)
         result: Array = products.reshape(-1)[start - first * row : stop - first * row]
         return result
 
@@ -266,13 +302,29 @@ class StoredPrecisions(Closing):
         return RankOne(rows, columns)
 
 
+def _overlaps(
+    sizes: Sequence[int], offset: int, length: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Where a range of bytes lies in parts that follow each other.
+
+    Yields:
+        Index of a part, start and stop within the range, and the offset within the part.
+    """
+    begin = 0
+    for part, size in enumerate(sizes):
+        start, stop = max(offset, begin), min(offset + length, begin + size)
+        if start < stop:
+            yield part, start - offset, stop - offset, start - begin
+        begin += size
+
+
 class PrecisionSink(SafetensorsSink):
-    """A file of precisions with one tensor each, which are written by the model's names."""
+    """A file of precisions, which are written by the model's names."""
 
     def __init__(
         self,
         path: Path,
-        specs: Mapping[str, TensorSpec],
+        parts: Mapping[str, Mapping[str, TensorSpec]],
         info: PosteriorInfo,
         *,
         shared: bool = False,
@@ -282,14 +334,22 @@ class PrecisionSink(SafetensorsSink):
 
         Args:
             path: The file.
-            specs: Dtype and shape of every precision, by the model's name of its tensor.
+            parts: By the model's name of each tensor, the tensors that its precision is in the
+                file: dtype and shape by their names there.
             info: The record for the header.
             shared: As of `SafetensorsSink`.
             begun: As of `SafetensorsSink`.
         """
-        in_file = {named(PRECISION, name): spec for name, spec in specs.items()}
+        in_file = {name: spec for tensor in parts.values() for name, spec in tensor.items()}
         super().__init__(path, in_file, info.to_metadata(), shared=shared, begun=begun)
+        self._parts = parts
 
     def write_bytes(self, name: str, offset: int, data: memoryview) -> None:
-        """Write raw bytes of the precision of the model's tensor `name`."""
-        super().write_bytes(named(PRECISION, name), offset, data)
+        """Write raw bytes of the precision of the model's tensor `name`.
+
+        Those of several tensors follow each other, as `StoredPrecisions.read_bytes` gives them.
+        """
+        parts = list(self._parts[name].items())
+        sizes = [spec.nbytes for _, spec in parts]
+        for part, start, stop, at in _overlaps(sizes, offset, len(data)):
+            super().write_bytes(parts[part][0], at, data[start:stop])

@@ -9,7 +9,7 @@ tensors, and the weights that lie beside them, or whose hash they record, with t
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -21,7 +21,9 @@ from mergekit_bayes.checkpoint.stamps import stamps_of
 from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.outputs import trained_loss
 from mergekit_bayes.documents import read_mapping
+from mergekit_bayes.errors import shown
 from mergekit_bayes.models.load import UNIT
+from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.skeleton import Skeleton, load_skeleton
 from mergekit_bayes.moments import Moment, Moments, Parameter, name_moments, read_moments
 from mergekit_bayes.moments.base import precision_of
@@ -68,7 +70,7 @@ def run_from_moments(config: PrecisionConfig, files: Path) -> PrecisionReport:
         refuse_other_shapes(found.path, skeleton, source, named)
         precision = _as_stored(config, skeleton, named)
         step = max(moment.step or 0 for moment in named.values())
-        notes += _notes(named, moments, found, len(_parameters(skeleton)))
+        notes += _notes(named, moments, found, _trained_names(skeleton, named))
         result = Found(
             precision,
             ADAM,
@@ -116,6 +118,13 @@ def _parameters(skeleton: Skeleton) -> list[Parameter]:
     ]
 
 
+def _trained_names(skeleton: Skeleton, named: Mapping[str, Moment]) -> Collection[str]:
+    """The names of all trained parameters, in memory or in the files as those of the moments."""
+    model = skeleton.model
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained if in_memory(skeleton, named) else checkpoint_names(model, trained)
+
+
 def _as_stored(
     config: PrecisionConfig, skeleton: Skeleton, named: Mapping[str, Moment]
 ) -> dict[str, Tensor]:
@@ -143,13 +152,15 @@ def _as_stored(
 
 
 def _notes(
-    named: Mapping[str, Moment], moments: Moments, files: MomentFiles, trained: int
+    named: Mapping[str, Moment], moments: Moments, files: MomentFiles, trained: Collection[str]
 ) -> list[str]:
     """What in the moments makes a precision other than it should be."""
     notes = [_clipping(files)]
-    if in_names := sum(map(len, moments.groups)) - len(named):
+    if missing := [name for name in trained if name not in named]:
         notes.append(
-            f"{in_names} of {trained} parameters never had a gradient, and get no precision"
+            f"{len(missing)} of {len(trained)} parameters have no second moment and get no "
+            f"precision, {shown(missing[0])} first: they never had a gradient, or the file lacks "
+            "them"
         )
     if any(m.dtype in ("bfloat16", "float16") and (m.beta2 or 0) > _COARSE for m in named.values()):
         notes.append(
@@ -190,5 +201,6 @@ def _clipping(files: MomentFiles) -> str:
         return f"{told} (the Trainer's default max_grad_norm)"
     return (
         f"{told}, with the median {median:.3g}: clipped at {_CLIP:g}, the Trainer's default, the "
-        f"precision would be about {(median / _CLIP) ** 2:.3g} times too small"
+        f"precision would be about {(median / _CLIP) ** 2:.3g} times too small; where the training "
+        "had max_grad_norm 0, nothing was clipped"
     )

@@ -17,7 +17,7 @@ from mergekit_bayes.precision.settings import PrecisionConfig
 ADAM = "adam"
 _OF_A_PASS = {
     *("self_generated", "keep_generated", "random_tokens", "where", "text_column", "label_column"),
-    *("examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
+    *("blocks", "examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
     *("num_processes", "resume", "save_every"),
 }
 TRAINER_STATE = "trainer_state.json"
@@ -157,10 +157,10 @@ def with_settings(
         step, beta2 = moment.step or config.step, moment.beta2
         beta2 = config.beta2 if beta2 is None else beta2
         for flag, given, recorded in (
-            ("--step", config.step, max((m.step or 0 for m in named.values()), default=0)),
+            ("--step", config.step, max((m.step or 0 for m in named.values()), default=0) or None),
             ("--beta2", config.beta2, moment.beta2),
         ):
-            if given is not None and recorded and not math.isclose(given, recorded):
+            if given is not None and recorded is not None and not math.isclose(given, recorded):
                 raise ConfigError(f"{flag} is {given}, but {path} says {recorded}. Leave it out.")
         if step is None or beta2 is None:
             missing = [f for f, v in (("--step", step), ("--beta2", beta2)) if v is None]

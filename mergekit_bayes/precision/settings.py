@@ -11,8 +11,13 @@ from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
-    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "inputs", "kronecker", "adam"
 ]
+
+
+_MOST_MADE = 10**9  # tokens or texts that are made and held in memory
+_MOST_COUNTED = 10**15  # observations; times those of a step, they leave float32 room
+_LARGEST_PRIOR = 1e30  # likewise
 
 
 class PrecisionConfig(Config):
@@ -27,6 +32,7 @@ class PrecisionConfig(Config):
     self_generated: int | None = Field(
         None,
         ge=1,
+        le=_MOST_MADE,
         description="Instead of data: this many texts that a causal language model writes itself, "
         "at temperature 1, of at most `max_length` tokens.",
     )
@@ -36,6 +42,7 @@ class PrecisionConfig(Config):
     random_tokens: int | None = Field(
         None,
         ge=1,
+        le=_MOST_MADE,
         description="Instead of data: this many uniform tokens, in rows of `max_length`. Cheap, "
         "and far from text.",
     )
@@ -43,8 +50,16 @@ class PrecisionConfig(Config):
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
         "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
-        "weights, labels of the data), or adam (with --from). A merge wants one "
-        "estimator for all models.",
+        "weights, labels of the data), inputs (a matrix for each linear layer, the covariance of "
+        "its inputs), kronecker (that, and one of its output gradients), or adam (with --from). "
+        "A merge wants one estimator for all models.",
+    )
+    blocks: int = Field(
+        1,
+        ge=1,
+        description="With --estimator inputs: keep this many blocks on the diagonal of each "
+        "layer's matrix, which takes 4 d^2 / blocks bytes for d inputs; all models of a merge "
+        "need the same.",
     )
     moments: str | None = Field(
         None,
@@ -53,7 +68,10 @@ class PrecisionConfig(Config):
         "checkpoint that holds one of them.",
     )
     observations: int | None = Field(
-        None, ge=1, description="With --from: tokens or rows of all the training's data."
+        None,
+        ge=1,
+        le=_MOST_COUNTED,
+        description="With --from: tokens or rows of all the training's data.",
     )
     batch_observations: int | None = Field(
         None,
@@ -80,7 +98,7 @@ class PrecisionConfig(Config):
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
-        8,
+        4,
         ge=1,
         description="Rows in one backward pass; smaller batches give more draws from the same "
         "data.",
@@ -97,7 +115,12 @@ class PrecisionConfig(Config):
         description="Where the sums lie meanwhile, 4 bytes an entry: device, cpu (in memory) or "
         "disk (in a file beside the output).",
     )
-    prior: float = Field(0.0, ge=0, description="Isotropic prior precision to include, 1/weight^2.")
+    prior: float = Field(
+        0.0,
+        ge=0,
+        le=_LARGEST_PRIOR,
+        description="Isotropic prior precision to include, 1/weight^2.",
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -120,12 +143,13 @@ class PrecisionConfig(Config):
         None,
         ge=1,
         description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
-        "cores. Under a launcher there must be this number.",
+        "cores. The draws are those of one process; the sums differ by their rounding in float32. "
+        "Under a launcher there must be this number.",
     )
     device: str | None = Field(
         None,
         description="cpu, cuda, cuda:N or mps; by default a GPU where there is one; auto spreads a "
-        "model over all GPUs.",
+        "model over all GPUs, or over all processes where there are several.",
     )
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -183,7 +207,7 @@ class PrecisionReport(Frozen):
         step: Optimizer steps in the second moments; None for an estimate from data.
         notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
-            subsamples.
+            subsamples, and for `ivon` and `adam`, which keep none.
     """
 
     path: Path

@@ -9,24 +9,32 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.precision.settings import LayerStability, PrecisionReport, Stability
 
 _ALL = ""  # the layer of all tensors
+_WAYS_OUT = {
+    "data": "Name more data",
+    "self-generated": "Raise --self-generated",
+    "random-tokens": "Raise --random-tokens, or lower --max-length",
+}
 
 
-def refuse_few(count: int, rows: int) -> None:
+def refuse_few(count: int, rows: int, source: str = "data") -> None:
     """Refuse examples of which no disjoint subsamples can be made.
 
     Args:
         count: Number of examples that the estimate looks at.
         rows: Number of examples in the data.
+        source: What the data are, as in `PrecisionReport.source`.
 
     Raises:
         ConfigError: There are fewer than subsamples.
     """
     if count >= K:
         return
-    setting = f"--examples is {count}" if rows > count else f"the data have {rows} rows"
+    are = f"{rows} row{'s' * (rows != 1)}"
+    verb = "is" if rows == 1 else "are"
+    setting = f"--examples is {count}" if rows > count else f"there {verb} {are}"
     raise ConfigError(
         f"a precision is estimated from at least {K} rows, so that its error can be, but {setting}."
-        f" {'Raise it' if rows > count else 'Name more data'}."
+        f" {'Raise it' if rows > count else _WAYS_OUT[source]}."
     )
 
 
@@ -60,13 +68,16 @@ def health_of(found: Stability | None) -> dict[str, float]:
     return {} if found is None else {"relative_error": found.relative_error}
 
 
-def in_words(report: PrecisionReport) -> str | None:
-    """How stable an estimate is, and how it would become more so; None for one without rows."""
+def in_words(report: PrecisionReport) -> str:
+    """How stable an estimate is, and how it would become more so; or why that is not known."""
     found = report.stability
     if report.rows is None or report.sampled is None:
-        return None
+        return "stability: unknown, since second moments do not say how they differ between rows"
     if found is None and report.estimator == "ivon":
-        return None  # which keeps no subsamples
+        return (
+            "stability: unknown, since ivon averages over batches and keeps no subsamples of them; "
+            "the estimators other than ivon and adam do"
+        )
     if found is None:
         return (
             f"stability: unknown, with fewer than {K} batches; a smaller --batch-size or more rows "
@@ -78,15 +89,15 @@ def in_words(report: PrecisionReport) -> str | None:
         parts.append(f" (largest {worst.relative_error:.2g}, in {worst.name})")
     if found.rank_correlation is not None:
         parts.append(f", rank correlation between halves {found.rank_correlation:.2f}")
-    left = report.rows - report.sampled
+    parts.append(f"; {found.more_examples:,} more rows would halve the error")
+    left, needed = report.rows - report.sampled, report.sampled + found.more_examples
     if left >= found.more_examples:
-        parts.append(
-            f"; {found.more_examples:,} more rows would halve the error (--examples "
-            f"{report.sampled + found.more_examples})"
-        )
+        parts.append(f" (--examples {needed})")
+    elif report.source == "self-generated":
+        parts.append(f" (--self-generated {needed} --examples {needed})")
+    elif report.source == "random-tokens":
+        tokens = -(-report.observations * needed // report.rows)
+        parts.append(f" (--random-tokens {tokens} --examples {needed})")
     else:
-        parts.append(
-            f"; {found.more_examples:,} more rows would halve the error, of which the data have "
-            f"{left:,}"
-        )
+        parts.append(f", of which the data have {left:,}")
     return "".join(parts)

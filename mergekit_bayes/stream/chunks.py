@@ -72,32 +72,30 @@ class Reader:
         any, then the tasks.
         """
         n, real = stop - start, real_of(step)
-        operands = step.operands
-        dtypes = {operand.mean.spec.dtype for operand in operands}
-        are_bits = dtypes == {"BF16"} and real == np.float32
-        means = self.buffer("means", (len(operands), n), np.uint16 if are_bits else real)
-        for row, operand in zip(means, operands, strict=True):
-            self._fill(row, operand.mean.source, operand.mean.name, start, stop)
+        means = self.means(step, start, stop)
         mean = self.buffer("mean", (n,), np.uint16 if step.spec.dtype == "BF16" else real)
         if not self._plan.method.needs_precision:
-            empty = np.zeros((len(operands), 0), np.float32)
-            extras = np.zeros((len(operands), 1), real)
+            empty = np.zeros((len(means), 0), np.float32)
+            extras = np.zeros((len(means), 1), real)
             return Chunk(means, empty, extras, n, n, start, mean, np.zeros(0, np.float32))
-        precisions = self._precisions(operands, measured, step.row, start, stop)
+        precisions = self.precisions(step, measured, start, stop)
         extras, left_in_row, row_size = _extras(measured.extras, step.row, start, stop)
         with np.errstate(over="ignore"):  # a merge that is not finite is refused as such
             extras = extras.astype(real)
         precision = self.buffer("precision", (n,), np.float32)
         return Chunk(means, precisions, extras, left_in_row, row_size, start, mean, precision)
 
-    def _precisions(
-        self,
-        operands: tuple[Operand, ...],
-        measured: FirstPassResult,
-        row: int,
-        start: int,
-        stop: int,
-    ) -> Array:
+    def means(self, step: Step, start: int, stop: int) -> Array:
+        """Entries `start:stop` of all means, (models, n) as in a `Chunk`, in a buffer."""
+        shape = (len(step.operands), stop - start)
+        means = self.buffer("means", shape, mean_type(step))
+        for row, operand in zip(means, step.operands, strict=True):
+            self._fill(row, operand.mean.source, operand.mean.name, start, stop)
+        return means
+
+    def precisions(self, step: Step, measured: FirstPassResult, start: int, stop: int) -> Array:
+        """Entries `start:stop` of all precisions, (models, n) as in a `Chunk`, in a buffer."""
+        operands = step.operands
         stored = [_by_entry(operand, measured) for operand in operands]
         are_bits = all(s is not None and s[0].specs[s[1]].dtype == "BF16" for s in stored)
         shape = (len(operands), stop - start)
@@ -106,7 +104,7 @@ class Reader:
             if tensor is not None:
                 self._fill(values, *tensor, start, stop)
             else:
-                values[:] = spread(measured.pooled[operand.input], row, start, stop)
+                values[:] = spread(measured.pooled[operand.input], step.row, start, stop)
         return precisions
 
     def _fill(
@@ -118,6 +116,13 @@ class Reader:
         else:
             with np.errstate(over="ignore"):  # an F64 beyond F32 is infinite here, and refused
                 into[:] = decode(self.raw(source, name, start, stop), dtype)
+
+
+def mean_type(step: Step) -> DTypeLike:
+    """The type in which a pass takes the means of a step: uint16 for bits of bfloat16."""
+    dtypes = {operand.mean.spec.dtype for operand in step.operands}
+    real = real_of(step)
+    return np.uint16 if dtypes == {"BF16"} and real == np.float32 else real
 
 
 def _by_entry(operand: Operand, measured: FirstPassResult) -> _Stored | None:

@@ -47,7 +47,11 @@ class FirstPass:
         Raises:
             PrecisionError: A precision that is pooled has bad entries, and no rule replaces them.
         """
-        result = self._precisions(step)
+        if step.has_matrices:  # which are neither pooled nor spread
+            models = len(self.plan.inputs)
+            result = FirstPassResult({}, np.zeros((models, 1)), bad=(0,) * models)
+        else:
+            result = self._precisions(step)
         if step.copied is None:
             result.facts = self._facts(step, result)
         return result

@@ -24,6 +24,7 @@ def kind_of(plan: MergePlan, step: Step) -> Kind:
             any(task.scale < 0 for task in step.tasks)
             or not all(model.weighing.reshape for model in plan.inputs)
         ),
+        pulled=weighs and any(any(task.recorded_pull) for task in plan.tasks),
     )
 
 
@@ -32,13 +33,19 @@ def real_of(step: Step) -> type[np.float32] | type[np.float64]:
     return np.float64 if step.spec.dtype == "F64" else np.float32
 
 
-def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
-    """The constants of a step, in the type in which it is computed.
+def numbers_of(
+    plan: MergePlan,
+    step: Step,
+    facts: Facts,
+    real: type[np.float32] | type[np.float64] | None = None,
+) -> Numbers:
+    """The constants of a step.
 
     Args:
         plan: The merge.
         step: The tensor.
         facts: What the first pass measured for the method.
+        real: The type of number; None for the one in which entries are computed.
     """
     weighings = [model.weighing for model in plan.inputs]
     base_gain = plan.inputs.donor.weighing.gain
@@ -65,4 +72,4 @@ def numbers_of(plan: MergePlan, step: Step, facts: Facts) -> Numbers:
         ),
         decays=tuple(w.anchor.decay for w in weighings),
         keys=keys,
-    ).cast(real_of(step))
+    ).cast(real or real_of(step))

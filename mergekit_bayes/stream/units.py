@@ -1,4 +1,4 @@
-"""The work of a merge in units: ranges of one tensor."""
+"""The work of a merge in units: ranges of one tensor, or all of one that is merged as a matrix."""
 
 from typing import NamedTuple
 
@@ -31,8 +31,9 @@ def units_of(plan: MergePlan) -> list[Unit]:
     units: list[Unit] = []
     before = 0
     for index, step in enumerate(plan.steps):
-        for start in range(0, step.spec.size, UNIT):
-            stop = min(start + UNIT, step.spec.size)
+        size = UNIT if step.axis is None else max(step.spec.size, 1)
+        for start in range(0, step.spec.size, size):
+            stop = min(start + size, step.spec.size)
             units.append(Unit(len(units), index, start, stop, (before + start) / total))
         before += step.spec.size
     return units

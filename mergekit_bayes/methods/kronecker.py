@@ -1,0 +1,240 @@
+"""Precisions that are sums of Kronecker products, with the arithmetic that a rule asks of matrices.
+
+    S = sum_k L_k (x) R_k,    <w, S w> = sum_k tr(w' L_k w R_k)    for a weight w (outputs, inputs)
+
+L_k are for the outputs and R_k for the inputs, symmetric; R_k is positive and has the mean diagonal
+1, so that all of a term's size and sign are in L_k. A model's own curvature is one term: the second
+moments of a layer's output gradients and of its inputs (Martens and Grosse, ICML 2015). Merging
+adds terms up; two with one R are one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix: TypeAlias = NDArray[Any]  # of float64
+
+SAME = 1e-5  # relative difference up to which two factors are one, rounded to float32 or not
+NOTHING = 1e-6  # size of a term, to the largest, below which it is what rounding left of one
+EXACT = 1e-10  # relative residual at which a solution is taken
+MOST_STEPS = 400  # of conjugate gradients
+
+
+class Factors(NamedTuple):
+    """One term.
+
+    Attributes:
+        left: L, (outputs, outputs), 1/weight^2.
+        right: R, (inputs, inputs), of mean diagonal 1.
+    """
+
+    left: Matrix
+    right: Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerSum:
+    """A precision as a sum of Kronecker products.
+
+    Attributes:
+        terms: The terms, no two with the same right factor.
+    """
+
+    terms: tuple[Factors, ...]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Matrix, Matrix]]) -> "KroneckerSum":
+        """The sum of products of these (left, right), those with one right factor added up."""
+        terms: list[Factors] = []
+        for left, right in pairs:
+            size = float(np.trace(right)) / max(len(right), 1)
+            if size == 0 or not left.any():
+                continue
+            factors = Factors(left * size, right / size)
+            for i, other in enumerate(terms):
+                if _is_same(other.right, factors.right):
+                    terms[i] = Factors(other.left + factors.left, other.right)
+                    break
+            else:
+                terms.append(factors)
+        largest = max((float(abs(term.left).max()) for term in terms), default=0.0)
+        kept = (t for t in terms if float(abs(t.left).max()) > NOTHING * largest)
+        return cls(tuple(kept))
+
+    def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
+        return KroneckerSum.of([*self.terms, *other.terms])
+
+    def __sub__(self, other: "KroneckerSum") -> "KroneckerSum":
+        return self + (-1.0) * other
+
+    def __rmul__(self, factor: float) -> "KroneckerSum":
+        return KroneckerSum(tuple(Factors(factor * left, right) for left, right in self.terms))
+
+    __mul__ = __rmul__
+    # numpy would take `array @ self` apart entry by entry.
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, weight: Matrix) -> Matrix:
+        """S applied to a weight, `sum_k L_k w R_k`: what `w S` is where S is one matrix."""
+        result = np.zeros_like(weight)
+        for left, right in self.terms:
+            result += left @ weight @ right
+        return result
+
+    def magnitude(self) -> "KroneckerSum":
+        """The sum with the eigenvalues of every left factor replaced by their magnitudes."""
+        return KroneckerSum(tuple(Factors(_magnitude(left), right) for left, right in self.terms))
+
+    def bounded_below(self, bound: "KroneckerSum", share: float) -> "KroneckerSum | Spectrum":
+        """A precision whose eigenvalues are at least a share of those of a bound.
+
+        Raises:
+            ArithmeticError: More than two terms are there and one is negative, for which there is
+                no common basis.
+        """
+        if all(_is_positive(left) for left, _ in self.terms):
+            return self
+        if len(self.terms) != 2 or len(bound.terms) != 2:
+            raise ArithmeticError(
+                "a removal by Kronecker factors has a basis of its own for one removed task and a "
+                "base only"
+            )
+        basis = Basis.of(*bound.terms)
+        values = np.maximum(basis.values(self), share * basis.values(bound))
+        return Spectrum(basis, values, self)
+
+    def divide(self, weighted: Matrix) -> Matrix:
+        """The weight to which S is applied to give this one: `S^-1 weighted`.
+
+        One or two terms have a common basis; more are solved by conjugate gradients, in the basis
+        of their sums and scaled by their diagonal there.
+        """
+        if not self.terms:
+            return np.zeros_like(weighted)
+        if len(self.terms) <= 2:
+            basis = Basis.of(self.terms[0], self.terms[-1])
+            return basis.divide(weighted, basis.values(self))
+        lefts = sum(left for left, _ in self.terms)
+        rights = sum(right for _, right in self.terms) / len(self.terms)
+        _, u = np.linalg.eigh(lefts)
+        _, v = np.linalg.eigh(rights)
+        diagonal = np.zeros_like(weighted)
+        for left, right in self.terms:
+            diagonal += np.outer(_diagonal(u, left), _diagonal(v, right))
+        return self._conjugate_gradients(weighted, u, v, diagonal)
+
+    def _conjugate_gradients(self, weighted: Matrix, u: Matrix, v: Matrix, d: Matrix) -> Matrix:
+        solution, residual = np.zeros_like(weighted), weighted.copy()
+        scaled = u @ ((u.T @ residual @ v) / d) @ v.T
+        direction, product = scaled, float(np.vdot(residual, scaled))
+        goal = EXACT * float(np.linalg.norm(weighted))
+        for _ in range(MOST_STEPS):
+            if float(np.linalg.norm(residual)) <= goal:
+                break
+            applied = direction @ self
+            step = product / float(np.vdot(direction, applied))
+            solution = solution + step * direction
+            residual = residual - step * applied
+            scaled = u @ ((u.T @ residual @ v) / d) @ v.T
+            following = float(np.vdot(residual, scaled))
+            direction, product = scaled + following / product * direction, following
+        return solution
+
+
+class Basis(NamedTuple):
+    """A basis in which one term is the identity and another diagonal.
+
+    Attributes:
+        left: Its vectors for the outputs, as columns: `left' L left` is diagonal.
+        right: For the inputs.
+    """
+
+    left: Matrix
+    right: Matrix
+
+    @classmethod
+    def of(cls, one: Factors, other: Factors) -> "Basis":
+        """The basis of two terms, of which the first is positive definite."""
+        return cls(_common(one.left, other.left), _common(one.right, other.right))
+
+    def values(self, precision: KroneckerSum) -> Matrix:
+        """The diagonal of a precision in this basis, (outputs, inputs)."""
+        values = np.zeros((len(self.left), len(self.right)))
+        for left, right in precision.terms:
+            values += np.outer(_diagonal(self.left, left), _diagonal(self.right, right))
+        return values
+
+    def divide(self, weighted: Matrix, values: Matrix) -> Matrix:
+        """The quotient by the precision that is diagonal here with these values."""
+        inside = (self.left.T @ weighted @ self.right) / values
+        quotient: Matrix = self.left @ inside @ self.right.T
+        return quotient
+
+
+class Spectrum(NamedTuple):
+    """A precision that is diagonal in a basis, after the guard.
+
+    Attributes:
+        basis: The basis.
+        values: The diagonal, (outputs, inputs).
+        exact: The precision without the guard, which is a sum of products.
+    """
+
+    basis: Basis
+    values: Matrix
+    exact: KroneckerSum
+
+    def divide(self, weighted: Matrix) -> Matrix:
+        """`S^-1 weighted`."""
+        return self.basis.divide(weighted, self.values)
+
+    @property
+    def held_up(self) -> int:
+        """At how many of the directions the guard acted."""
+        return int(np.count_nonzero(self.values > self.basis.values(self.exact) * (1 + 1e-9)))
+
+
+def without_rounding(factor: Matrix) -> Matrix:
+    """A factor without the small eigenvalues of the other sign that float32 leaves in it."""
+    values, vectors = np.linalg.eigh(factor)
+    sign = 1.0 if abs(values[-1]) >= abs(values[0]) else -1.0
+    signed = sign * values
+    if signed.min() >= 0 or signed.min() < -SAME * signed.max():
+        return factor
+    result: Matrix = (vectors * (sign * signed.clip(min=0))) @ vectors.T
+    return result
+
+
+def _common(one: Matrix, other: Matrix) -> Matrix:
+    """Vectors u with `u' one u = 1` and `u' other u` diagonal."""
+    root = np.linalg.cholesky(one)
+    half = np.linalg.solve(root, other)
+    inside = np.linalg.solve(root, half.T)
+    _, vectors = np.linalg.eigh((inside + inside.T) / 2)
+    common: Matrix = np.linalg.solve(root.T, vectors)
+    return common
+
+
+def _diagonal(vectors: Matrix, matrix: Matrix) -> Matrix:
+    diagonal: Matrix = np.einsum("ij,ij->j", vectors, matrix @ vectors)
+    return diagonal
+
+
+def _is_same(one: Matrix, other: Matrix) -> bool:
+    return one.shape == other.shape and bool(abs(one - other).max() <= SAME * abs(one).max())
+
+
+def _is_positive(matrix: Matrix) -> bool:
+    values = np.linalg.eigvalsh(matrix)
+    return bool(values[0] >= -SAME * max(abs(values[-1]), abs(values[0])))
+
+
+def _magnitude(matrix: Matrix) -> Matrix:
+    values, vectors = np.linalg.eigh(matrix)
+    if values[0] >= 0:
+        return matrix
+    result: Matrix = (vectors * abs(values)) @ vectors.T
+    return result

@@ -1,0 +1,173 @@
+"""Precisions that are sums of Kronecker products: against dense matrices, alone and in merges."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.matrices import FACTOR_RIDGE
+from mergekit_bayes.methods.kronecker import KroneckerSum
+from mergekit_bayes.posterior import open_posterior
+from mergekit_bayes.posterior.factors import Kronecker
+from tests import tiny
+
+SHAPES = {"h.0.attn.weight": (4, 5), "h.0.experts.up": (2, 3, 4), "h.0.ln.bias": (4,)}
+NAMES = ("base", "a", "b", "c")
+
+
+def positive(rng, *shape):
+    vectors = rng.normal(size=(*shape[:-1], 2 * shape[-1]))
+    return vectors @ vectors.swapaxes(-1, -2) / shape[-1]
+
+
+def one(seed, rows=4, columns=5):
+    rng = np.random.default_rng(seed)
+    return KroneckerSum.of([(positive(rng, rows, rows), positive(rng, columns, columns))])
+
+
+def dense(precision):
+    return sum(np.kron(left, right) for left, right in precision.terms)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 5])
+def test_a_quotient_is_the_solution_of_the_dense_system(terms):
+    precision = sum((0.5 * one(k) for k in range(1, terms)), start=one(0))
+    weight = np.random.default_rng(9).normal(size=(4, 5))
+    solved = precision.divide(weight)
+    expected = np.linalg.solve(dense(precision), weight.reshape(-1)).reshape(4, 5)
+    np.testing.assert_allclose(solved, expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(solved @ precision, weight, rtol=1e-7, atol=1e-8)
+
+
+def test_what_was_added_can_be_taken_out_again():
+    base, a, b = one(0), one(1), one(2)
+    again = (base + a + b) - b - a
+    assert len(again.terms) == 1
+    np.testing.assert_allclose(dense(again), dense(base), rtol=1e-12)
+    assert not (again - base).terms
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.9, 3.0])
+def test_the_guard_bounds_every_direction_of_the_dense_matrix(factor):
+    base, task = one(0), factor * one(1)
+    guarded = (base - task).bounded_below(base + task, 0.2)
+    root = np.linalg.cholesky(dense(base + task))
+    inside = np.linalg.solve(root, np.linalg.solve(root, dense(base - task)).T)
+    values, vectors = np.linalg.eigh((inside + inside.T) / 2)
+    expected = root @ (vectors * np.maximum(values, 0.2)) @ vectors.T @ root.T
+    weight = np.random.default_rng(9).normal(size=(4, 5))
+    quotient = np.linalg.solve(expected, weight.reshape(-1)).reshape(4, 5)
+    np.testing.assert_allclose(guarded.divide(weight), quotient, rtol=1e-8, atol=1e-10)
+    assert guarded.held_up == np.count_nonzero(values < 0.2)
+
+
+def factors(seed):
+    """Precisions of all tensors, and the terms of each place in float64."""
+    rng = np.random.default_rng(seed)
+    found = dict(tiny.precisions(seed, {"h.0.ln.bias": (4,)}))
+    for name, shape in SHAPES.items():
+        if len(shape) > 1:
+            *leading, rows, columns = shape
+            left = positive(rng, *leading, 1, rows, rows).astype(np.float32)
+            right = positive(rng, *leading, 1, columns, columns).astype(np.float32)
+            found[name] = Kronecker(left, right)
+    return found
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(NAMES):
+        mean = tiny.arrays(i, SHAPES, spread=0.1)
+        tiny.posterior(f"{name}.safetensors", mean, factors(i), estimator="kronecker")
+
+
+def merge(*models, out="out", **settings):
+    settings = {"weights": "precision", "base": "base.safetensors"} | settings
+    files = [f"{m}.safetensors" for m in models]
+    return run_merge(MergeConfig(models=files, out=f"{out}.safetensors", **settings))
+
+
+def by_expert(name):
+    """Mean and dense precision of each model, for every matrix of a tensor."""
+    models = []
+    for i in range(len(NAMES)):
+        mean = np.float64(tiny.arrays(i, SHAPES, spread=0.1)[name])
+        stored = factors(i)[name]
+        means = mean.reshape(-1, *mean.shape[-2:])
+        lefts = np.float64(stored.left).reshape(len(means), *stored.left.shape[-2:])
+        rights = np.float64(stored.right).reshape(len(means), *stored.right.shape[-2:])
+        models.append([(m, np.kron(a, b)) for m, a, b in zip(means, lefts, rights, strict=True)])
+    return list(zip(*models, strict=True))
+
+
+def with_ridge(name, expert):
+    """The base's dense precision, both factors with their ridge."""
+    stored = factors(0)[name]
+    pair = []
+    for factor in stored:
+        one_of = np.float64(factor).reshape(-1, *factor.shape[-2:])[expert]
+        pair.append(one_of + FACTOR_RIDGE * np.linalg.norm(one_of) * np.eye(len(one_of)))
+    return np.kron(*pair)
+
+
+@pytest.mark.parametrize("anchor", ["h0", "none"])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5), (0.7, 0.2, 1.0)])
+def test_a_merge_minimises_the_quadratic_of_dense_matrices(world, anchor, scales):
+    merge(*NAMES[1 : len(scales) + 1], scale=scales, anchor=anchor)
+    for name in ("h.0.attn.weight", "h.0.experts.up"):
+        written = np.float64(tiny.read("out.safetensors")[name])
+        for e, (merged, models) in enumerate(
+            zip(written.reshape(-1, *written.shape[-2:]), by_expert(name), strict=True)
+        ):
+            (m0, *_), *tasks = models
+            s0 = with_ridge(name, e)
+            pairs = list(zip(scales, tasks, strict=False))
+            pulled = s0 if anchor == "h0" else 0 * s0
+            total = s0 + sum(x * h for x, (_, h) in pairs)
+            moved = sum(x * (pulled + h) @ (m - m0).reshape(-1) for x, (m, h) in pairs)
+            expected = m0 + np.linalg.solve(total, moved).reshape(m0.shape)
+            np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_merge_merges_again_and_is_undone(world):
+    merge("a", "b", scale=(1.0, 0.7), out="ab")
+    merge("ab", "c", scale=(1.0, 0.3), out="chain")
+    merge("a", "b", "c", scale=(1.0, 0.7, 0.3), out="once")
+    merge("chain", "b", scale=(1.0, -0.7), out="undone")
+    merge("a", "c", scale=(1.0, 0.3), out="rest")
+    for one_way, other in (("chain", "once"), ("undone", "rest")):
+        first, second = (tiny.read(f"{name}.safetensors") for name in (one_way, other))
+        for name, values in first.items():
+            np.testing.assert_allclose(values, second[name], rtol=1e-3, atol=2e-5)
+
+
+def test_one_task_is_removed_within_the_guard_and_two_are_refused(world):
+    report = merge("a", scale=(-1.0,), guard=0.2)
+    assert report.guarded_share > 0
+    assert 0 < report.largest_multiplier <= 5 + 1e-6
+    with pytest.raises(MismatchError, match="one removed task"):
+        merge("a", "b", scale=(-1.0, -1.0), out="two")
+    assert not list(Path().glob("two*"))
+
+
+def test_terms_are_stored_under_both_roles(world):
+    merge("a", "b")
+    with open_posterior("out.safetensors") as posterior:
+        name = "h.0.attn.weight"
+        assert posterior.precision.parts(name) == (f"left:{name}", f"right:{name}")
+        stored = posterior.precision.in_files.specs
+        assert stored[f"left:{name}"].shape == (3, 4, 4)
+        assert stored[f"right:{name}"].shape == (3, 5, 5)
+
+
+def test_one_number_everywhere_is_no_product(world):
+    with pytest.raises(MismatchError, match="no Kronecker product"):
+        merge("a", isotropic={"base.safetensors": 3.0})
+
+
+def test_regmean_takes_matrices_of_inputs_only(world):
+    with pytest.raises(PrecisionError, match=r"'h.0.*Kronecker products.*--estimator inputs"):
+        merge("a", "b", base=None, method="regmean")

@@ -1,0 +1,68 @@
+"""`bmerge merge --then`: a merge, and an adaptation of it, in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bmerge_cli.main import app
+from tests import tiny
+from tests.finetuning import texts
+from tests.tiny_models import tiny_gpt2
+
+RUN = CliRunner()
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two models, rows of each task, and settings of an adaptation that name no model."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "b")):
+        tiny_gpt2(name, seed=seed)
+        texts(f"{name}.jsonl", rows=24, seed=seed)
+    settings = {"add": ["a.jsonl", "b.jsonl"], "posterior": "none", "max_steps": 2, "batch_size": 4}
+    Path("adapt.yaml").write_text(yaml.safe_dump(settings))
+
+
+def merge(*words):
+    return RUN.invoke(app, ["merge", "a", "b", "--then", "adapt.yaml", *words])
+
+
+def test_the_merge_is_adapted(world):
+    done = merge("-o", "both", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["path"] == "both-adapted"
+    # Adapted from the merge: the same as the two lines one after the other.
+    words = ["merge", "a", "b", "-o", "merged", "-q"]
+    assert RUN.invoke(app, words).exit_code == 0
+    changes = ["--set", "model=merged", "--set", "output=again", "-q"]
+    assert RUN.invoke(app, ["adapt", "adapt.yaml", *changes]).exit_code == 0
+    merged, adapted, again = (tiny.read(name) for name in ("both", "both-adapted", "again"))
+    assert any((merged[name] != adapted[name]).any() for name in merged)
+    assert all((again[name] == adapted[name]).all() for name in again)
+
+
+REFUSED = {
+    "a file": (("-o", "both.safetensors"), "in a folder"),
+    "a plan": (("-o", "both", "--dry-run"), "--then goes with none"),
+    "a part": (("-o", "both", "--shard", "1/2"), "--then goes with none"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_merged_at_once_is_not_adapted(world, kind):
+    words, message = REFUSED[kind]
+    done = merge(*words)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not list(Path().glob("both*"))
+
+
+def test_wrong_settings_of_the_adaptation_are_said_before_the_merge(world):
+    Path("adapt.yaml").write_text("add: a.jsonl\nmax_stepz: 3\n")
+    done = merge("-o", "both")
+    assert done.exit_code == 2
+    assert "max_stepz" in done.output
+    assert not Path("both").exists()
