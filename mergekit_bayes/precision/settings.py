@@ -98,7 +98,7 @@ class PrecisionConfig(Config):
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
-        8,
+        4,
         ge=1,
         description="Rows in one backward pass; smaller batches give more draws from the same "
         "data.",
