@@ -74,6 +74,7 @@ REFUSED = {
     "a design alone": (("r.yaml",), ("--design", "one"), "--grid, which has none"),
     "an unknown design": (("r.yaml",), ("--grid", "1", "--design", "on"), "Did you mean 'one'"),
     "a range alone": (("r.yaml",), ("--between", "0,1"), "--between is about --search"),
+    "half a range": (("r.yaml",), ("--search", "2", "--between", "1"), "expected LOW,HIGH"),
     "no range": (("r.yaml",), ("--search", "2", "--between", "1,0"), "the lower first"),
     "a grid that is too large": (
         ("r.yaml",),
