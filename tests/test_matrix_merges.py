@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError, PrecisionError
-from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
 from mergekit_bayes.merge.matrices import RIDGE
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
@@ -240,6 +240,16 @@ def test_a_tensor_that_is_left_alone_keeps_its_matrices(world):
         np.testing.assert_array_equal(mean, turned(tensor, mean_of(0)[tensor]))
         for one, other in zip(matrices, dense(matrix_precisions(0)[tensor]), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_plan_says_what_the_largest_layer_takes(world):
+    settings = {"weights": "precision", "base": "base.safetensors", "out": "out.safetensors"}
+    with plan_merge(MergeConfig(models=["a.safetensors", "b.safetensors"], **settings)) as plan:
+        # Three models and three more of 5 x 6 weights and a 6 x 6 matrix, or of 2 x 3 x 4 and 2 x
+        # 4 x 4, in float64.
+        (note,) = [n for n in plan.notes if "whole matrices" in n]
+    assert note.startswith(f"3 tensors are merged as whole matrices; the largest, '{RIGHT}', takes")
+    assert f"{8 * 6 * (30 + 36) / 1e6:,.3g} MB" in note
 
 
 def test_a_folder_lists_its_matrices_in_the_index(world):

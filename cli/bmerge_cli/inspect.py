@@ -94,11 +94,9 @@ def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: 
     if info is not None:
         _show_record(screen, precision, info)
     if precision.not_samplable:
-        screen.print(
-            "  to draw weights from it (`bmerge evaluate --samples`), give --prior X: "
-            f"{precision.not_samplable}",
-            markup=False,
-        )
+        draw = "to draw weights from it (`bmerge evaluate --samples`), give --prior X"
+        draw = "weights cannot be drawn from it" if precision.matrices else draw
+        screen.print(f"  {draw}: {precision.not_samplable}", markup=False)
 
 
 def _show_record(screen: Console, precision: "PrecisionSummary", info: "PosteriorInfo") -> None:

@@ -17,10 +17,10 @@ than one is there at a time, and the model's size counts once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from mergekit_bayes.curvature.outputs import (
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.curvature.shards import gather_parts, gather_sums, local, whole_sums
 from mergekit_bayes.curvature.state import State
-from mergekit_bayes.curvature.sums import ENTRIES, Keeping
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
 from mergekit_bayes.ranks import add_over_ranks, gather, in_step, or_end, own_number, world
 
@@ -68,6 +68,20 @@ class Scored(NamedTuple):
 Roots = Callable[[Scored], Iterable[Tensor]]
 
 
+class Beside(Protocol):
+    """What else is added up in the same pass, for parameters that require no gradient meanwhile.
+
+    Attributes:
+        parameters: Those parameters, by name.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    def adding(self, sums: Sums) -> AbstractContextManager[None]:
+        """Inside, the forward passes add to their sums."""
+        ...
+
+
 def squared_gradients(
     model: Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -75,6 +89,7 @@ def squared_gradients(
     *,
     seed: int = 0,
     keep: Keeping = ENTRIES,
+    beside: Beside | None = None,
 ) -> Curvature:
     """Add up `(grad sum_n <v_n, z_n>)^2` over batches, at the model's weights.
 
@@ -88,6 +103,7 @@ def squared_gradients(
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
         keep: How finely the sums are kept, and where.
+        beside: What else is added up.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -99,9 +115,11 @@ def squared_gradients(
             are sharded, such an error in a batch is printed, and ends the process.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    refuse_offloaded(parameters)
+    beside_parameters = beside.parameters if beside is not None else {}
+    added = {**parameters, **beside_parameters}
+    refuse_offloaded(added)
     is_sharded = keep.is_sharded
-    here = {n: local(p) for n, p in parameters.items()} if is_sharded else parameters
+    here = {n: local(p) for n, p in added.items()} if is_sharded else added
     generator = torch.Generator(next(iter(here.values())).device).manual_seed(seed)
     own, was_training = _Pass(model, roots, generator, is_sharded), model.training
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
@@ -116,7 +134,10 @@ def squared_gradients(
         state.restore(keep.parts)
     model.eval()
     try:
-        with _handed_over(parameters, add):
+        with (
+            _handed_over(parameters, add),
+            nullcontext() if beside is None else beside.adding(state.sums),
+        ):
             for together in islice(_by_round(batches, ranks), state.rounds, None):
                 step = partial(own.add, together, rank)
                 if is_sharded:
@@ -180,6 +201,8 @@ class _Pass(NamedTuple):
         logits, seen = self._look(outputs, batch)
         # Sharded parameters are not in the graph: it has whole ones, which are there for a moment.
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:  # all that there is to add is beside
+            return len(logits)
         inputs = None if self.is_sharded else trained
         observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
         vectors = (vector.to(dtype) for vector in self.roots(seen))

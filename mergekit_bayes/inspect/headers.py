@@ -12,7 +12,7 @@ from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
 from mergekit_bayes.inspect.report import InspectReport, LayerReport, PrecisionSummary
-from mergekit_bayes.models.sampling import sampling_obstacle
+from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.stored import stored_tensors
@@ -96,6 +96,7 @@ def _precision_summary(
     entries = sum(mean[name].size for name in names)
     covered = [name for name in names if is_form_of(precision.get(name), mean[name])]
     unknown = misfits(precision, mean) if mean else {}
+    matrices = sum(tensors[name].has_matrices for name in covered)
     return PrecisionSummary(
         files=tuple(header.name for header in headers),
         info=info,
@@ -106,5 +107,6 @@ def _precision_summary(
         misfits=unknown,
         zeros=None,
         bad=None,
-        not_samplable=sampling_obstacle(info),
+        not_samplable=MATRICES if matrices else sampling_obstacle(info),
+        matrices=matrices,
     )

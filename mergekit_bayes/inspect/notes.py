@@ -50,7 +50,12 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
     if precision.covered < 1:
         yield f"{1 - precision.covered:.1%} of the parameters have no precision"
     covered = sum(layer.precision.parameters for layer in layers if layer.precision is not None)
-    if precision.numbers < covered:
+    if precision.matrices:
+        yield (
+            f"{precision.matrices} tensors have matrices for their inputs, whose diagonals are "
+            "shown: the precision of an entry given all others of its row"
+        )
+    elif precision.numbers < covered:
         yield (
             f"the precision is pooled: {precision.numbers:,} numbers stand for {covered:,} "
             "parameters"

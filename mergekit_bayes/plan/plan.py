@@ -36,7 +36,7 @@ from mergekit_bayes.plan.precision_checks import check_precisions
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, refuse_links
 from mergekit_bayes.plan.steps import Step
-from mergekit_bayes.plan.summary import summarise
+from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -174,6 +174,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
+        if (matrices := matrices_in_words(matched.steps)) is not None:
+            notes.append(matrices)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:

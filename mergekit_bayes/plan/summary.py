@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Inputs
+from mergekit_bayes.plan.steps import Step
 
 
 def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
@@ -28,6 +29,30 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
     return (
         f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
         f"{others}"
+    )
+
+
+def matrices_in_words(steps: Sequence[Step]) -> str | None:
+    """How many tensors are merged as whole matrices, and what the largest takes; None without any.
+
+    In float64 there are the weights of all models, the merged ones and two that are computed
+    meanwhile, and likewise of the precisions.
+    """
+    whole = {step.name: step for step in steps if step.axis is not None and step.tied_to is None}
+    if not whole:
+        return None
+
+    def nbytes(name: str) -> int:
+        step = whole[name]
+        precision = step.precision_spec.size if step.precision_spec is not None else 0
+        if step.is_kronecker:  # which has the terms of all models already
+            precision = -(-precision // len(step.operands))
+        return 8 * (len(step.operands) + 3) * (step.spec.size + precision)
+
+    largest = max(whole, key=nbytes)
+    return (
+        f"{len(whole)} tensors are merged as whole matrices; the largest, '{largest}', takes about "
+        f"{nbytes(largest) / 1e6:,.3g} MB of memory in each thread"
     )
 
 

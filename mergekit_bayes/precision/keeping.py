@@ -42,7 +42,7 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     """
     axes = row_axes(model) if config.pool in ("row", "tensor") else {}
     place = target_of(config).parent if config.sums == "disk" else config.sums
-    return Keeping(axes, place, is_shared=True, is_sharded=is_sharded(config))
+    return Keeping(axes, place, is_shared=True, is_sharded=is_sharded(config), blocks=config.blocks)
 
 
 def stored_precision(

@@ -23,6 +23,7 @@ from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.sharding import all_ranks, shard
+from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.precision.keeping import is_sharded, keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
 from mergekit_bayes.ranks import in_step, in_turn, is_main, launched, lead
@@ -185,6 +186,7 @@ def _record(
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
+        **({"blocks": config.blocks} if estimator == INPUTS else {}),
     }
 
 

@@ -21,6 +21,13 @@ from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.precision.from_moments import run_from_moments
 from mergekit_bayes.precision.keeping import is_sharded, stored_precision, target_of
+from mergekit_bayes.precision.matrices import (
+    matrix_notes,
+    numbers_of,
+    refuse_adapter,
+    refuse_matrix_settings,
+    stored_matrices,
+)
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.passes import (
     Estimate,
@@ -57,6 +64,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
 def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_moment_settings(config)
+    refuse_matrix_settings(config)
     refuse_device(config)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
@@ -87,10 +95,11 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
     if config.moments is not None:
         return run_from_moments(config, Path(os.path.expanduser(config.moments)))
     loaded = load(config)
+    refuse_adapter(config, loaded)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        stored_names(source, checkpoint_names(model, parameters))  # refused before a long pass
+        renaming = stored_names(source, checkpoint_names(model, parameters))
         sizes = {name: p.numel() for name, p in parameters.items()}
         del parameters  # of which a rank keeps its rows only, where the model is sharded
         drawn = read_source(config, loaded)
@@ -103,7 +112,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         stability = describe(curvature, sizes, count)
         scale = total / curvature.observations
         found = Found(
-            stored_precision(config, model, curvature.total, scale),
+            stored_precision(config, model, numbers_of(curvature), scale),
             config.estimator,
             UNIT[loaded.task],
             total,
@@ -112,6 +121,8 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
             _training(config, loaded) | drawn.record,
             sampled=count,
             health=health_of(stability),
+            matrices=stored_matrices(config, model, curvature, scale),
+            renaming=renaming,
         )
         stored = store(config, loaded.path, model, source, found, source.inputs)
     return PrecisionReport(
@@ -126,7 +137,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=stored.health,
-        notes=drawn.notes,
+        notes=(*drawn.notes, *matrix_notes(config, curvature)),
         stability=stability,
     )
 

@@ -11,7 +11,7 @@ from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
-    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "inputs", "kronecker", "adam"
 ]
 
 
@@ -50,8 +50,16 @@ class PrecisionConfig(Config):
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
         "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
-        "weights, labels of the data), or adam (with --from). A merge wants one "
-        "estimator for all models.",
+        "weights, labels of the data), inputs (a matrix for each linear layer, the covariance of "
+        "its inputs), kronecker (that, and one of its output gradients), or adam (with --from). "
+        "A merge wants one estimator for all models.",
+    )
+    blocks: int = Field(
+        1,
+        ge=1,
+        description="With --estimator inputs: keep this many blocks on the diagonal of each "
+        "layer's matrix, which takes 4 d^2 / blocks bytes for d inputs; all models of a merge "
+        "need the same.",
     )
     moments: str | None = Field(
         None,
@@ -90,7 +98,7 @@ class PrecisionConfig(Config):
     )
     examples: int = Field(2000, ge=1, description="Number of rows to look at, drawn at random.")
     batch_size: int = Field(
-        8,
+        4,
         ge=1,
         description="Rows in one backward pass; smaller batches give more draws from the same "
         "data.",

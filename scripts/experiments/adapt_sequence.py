@@ -194,7 +194,9 @@ class Experiment:
             )
             data = str(self.folder / "texts" / "world.jsonl")
             run_precision(
-                PrecisionConfig(model=str(self.base), data=data, prior=PRIOR, seed=self.seed)
+                PrecisionConfig(
+                    model=str(self.base), data=data, prior=PRIOR, batch_size=8, seed=self.seed
+                )
             )
 
     def joint(self, number: int) -> Path:
