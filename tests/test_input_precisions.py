@@ -20,7 +20,7 @@ from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import find_places
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.pooling import write_pooled
-from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision import PrecisionConfig, keeping, matrices
 from mergekit_bayes.precision.run import run_precision
 from tests import tiny
 from tests.tiny_models import tiny_bert, tiny_gpt2, tiny_mixtral
@@ -159,13 +159,17 @@ def test_layers_that_blocks_do_not_divide_are_named(world, tmp_path):
 
 REFUSED = {
     "pool": ({"pool": "row"}, "--pool row takes the mean of numbers"),
+    "a model in parts": ({"device": "auto"}, "2 processes have a part of each"),
     "blocks of numbers": ({"estimator": "ggn", "blocks": 2}, "--blocks 2 cuts the matrices"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_settings_that_do_not_go_with_matrices_are_refused(world, tmp_path, kind):
+def test_settings_that_do_not_go_with_matrices_are_refused(world, tmp_path, monkeypatch, kind):
     settings, message = REFUSED[kind]
+    if "device" in settings:
+        for module in (keeping, matrices):
+            monkeypatch.setattr(module, "launched", lambda: 2)
     with pytest.raises(ConfigError, match=message):
         estimate(world, "gpt2/a", output=str(tmp_path / "x"), **settings)
 
