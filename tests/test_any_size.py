@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models import places
+from mergekit_bayes.models.sharding import shard
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.precision import PrecisionConfig, passes
 from mergekit_bayes.precision.run import run_precision
@@ -98,6 +100,19 @@ def test_what_processes_with_a_part_of_the_model_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=message):
         passes.refuse_device(config)
+
+
+def test_a_model_that_cannot_be_sharded_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="'m': the model does not name its blocks"):
+        shard(model, None, "m")
+    model._no_split_modules = ["Linear"]
+    model[1].double()
+    with pytest.raises(ConfigError, match="its parameters are of float32 and float64"):
+        shard(model, None, "m")
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ConfigError, match="'scale' is a number without axes"):
+        shard(model, None, "m")
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.checkpoint.sink import SafetensorsSink
+from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge import Part, output, plan_merge, run_merge
 from mergekit_bayes.merge import run as engine
@@ -127,6 +130,19 @@ def test_a_disk_that_fills_up_is_said_and_the_same_line_goes_on(
         units = len(engine.units_of(plan))
     assert len(units_done(monkeypatch, settings)) < units
     assert contents("out") == expected
+
+
+def test_a_full_disk_is_told_of_the_output_and_not_of_a_file_beside_it(tmp_path, monkeypatch):
+    target = tmp_path / "p.safetensors"
+    refuse_once(monkeypatch, os, "posix_fallocate", lambda *a: True)
+    with (
+        pytest.raises(CheckpointError) as error,
+        replacing(target, force=False) as partial,
+        SafetensorsSink(partial, {"w": TensorSpec("F32", (3,))}, {}),
+    ):
+        pass
+    assert str(error.value).startswith(f"{target}: writing failed (No space left on device)")
+    assert ".bmerge-" not in str(error.value)
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_nothing(inputs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 import weakref
 
 import pytest
@@ -286,6 +287,7 @@ def test_ivon_says_where_noise_decides(caplog):
     batch = {"input_ids": torch.ones(4, 200), "labels": torch.zeros(4, 1)}
     estimate = ivon_diagonal(model, [batch] * 20)
     assert "noise decides its size. Look at more batches" in caplog.text
+    assert re.search(r"ivon: (all|\d\d%) of the curvature", caplog.text)
     assert mean_diagonal(estimate).mean() > 2  # where 1 would be right
 
 

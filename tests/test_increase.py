@@ -199,6 +199,14 @@ def test_nothing_is_predicted_without_precisions_or_without_a_count(world):
     assert found.distance > 0
 
 
+def test_beyond_float32_nothing_is_predicted(world):
+    for name, (mean, _) in world.items():
+        tiny.write(f"wide_{name}.safetensors", {n: 100 * m for n, m in mean.items()})
+    vast = dict.fromkeys(("BASE", "wide_a.safetensors", "wide_b.safetensors"), 1e35)
+    for found in merge("wide_a", "wide_b", base="wide_base", isotropic=vast).predicted:
+        assert (found.nats, found.distance, found.trusted) == (None, None, None)
+
+
 def test_a_resumed_merge_predicts_the_same(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(units, "UNIT", 500)
     monkeypatch.chdir(tmp_path)

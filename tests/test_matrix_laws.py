@@ -185,6 +185,15 @@ def test_ace_brings_changes_to_one_size_from_the_threshold_on():
     assert abs(below - above).max() > 0.01
 
 
+def test_ace_with_much_epsilon_is_the_mean_of_the_centred_changes():
+    base, tasks = problem()
+    merged = merge("ace", base, tasks, [1.0, 0.5, -0.3], epsilon=1e9).mean
+    changes = [t.mean - base.mean for t in tasks]
+    centred = [d - d.mean(axis=0) for d in changes]
+    mean = (centred[0] + 0.5 * centred[1] - 0.3 * centred[2]) / 3
+    np.testing.assert_allclose(merged - base.mean, mean, atol=1e-6)
+
+
 def test_ace_counts_no_task_that_leaves_a_layer_as_it_was():
     base, tasks = problem()
     without = merge("ace", base, tasks, [1.0] * 3).mean

@@ -40,6 +40,14 @@ def test_a_precision_of_other_weights_is_refused(world):
         merge("a", "b", weights="precision")
 
 
+def test_one_model_that_is_named_twice_is_told(world):
+    tiny.posterior("copy.safetensors", *world["a"])
+    for models, is_told in ((("a", "copy"), True), (("a", "a"), True), (("a", "b"), False)):
+        out = f"{'-'.join(models)}-out.safetensors"
+        notes = merge(*models, weights="precision", out=out).notes
+        assert any("hold the same weights: one model" in note for note in notes) == is_told
+
+
 def test_verify_sees_a_change_between_the_sampled_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shapes = {"w": (400, 400)}

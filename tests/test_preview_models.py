@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.matrices import read_layer
 from mergekit_bayes.models.load import load_model
+from mergekit_bayes.posterior import save_posterior
+from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.preview import PreviewConfig, run_preview
-from tests import previews
+from mergekit_bayes.preview.forming import Plans
+from mergekit_bayes.preview.held import Held, held_bytes
+from tests import previews, tiny
 from tests.adapters import peft_adapter
 from tests.test_preview import check_bits
 from tests.tiny_models import give_posterior
@@ -77,6 +83,31 @@ def test_bad_entries_are_replaced_at_every_scale():
     loaded.model.save_pretrained("a", state_dict=state)
     give_posterior(Path("a"), loaded, seed=1)
     check_bits(merge_of(weights="precision", on_bad="base"), VECTORS + VECTORS)
+
+
+def test_layers_that_are_merged_as_whole_matrices():
+    previews.world(".", weights=False)
+    for seed, name in enumerate(("base", *previews.TASKS)):
+        precision = give_posterior(Path(name), seed=seed)
+        rng = np.random.default_rng(seed)
+        for tensor, entries in precision.items():
+            if tensor.endswith(("c_fc.weight", "c_attn.weight")):  # (inputs, outputs)
+                inputs = rng.normal(size=(1, len(entries), 2 * len(entries)))
+                blocks = (inputs @ inputs.swapaxes(-1, -2)).astype(np.float32)
+                precision[tensor] = Matrices(blocks, is_left=True)
+        save_posterior(Path(name), precision, tiny.info(name), force=True)
+    config = merge_of(weights="precision")
+    check_bits(config, [(1.0, 1.0), (0.4, 0.0), (0.4, 1.3)])
+    with Plans(config, Path("nowhere")) as plans:
+        plan = plans.at((1.0, 1.0))
+        layers = [step for step in plan.steps if step.axis is not None]
+        held, read = Held(), [read_layer(plan, step) for step in layers]
+        assert layers
+        assert [held.layer(plan, step).means[0].shape for step in layers] == [
+            layer.means[0].shape for layer in read
+        ]
+        assert held.layer(plan, layers[0]) is held.layer(plans.at((2.0, 1.0)), layers[0])
+        assert held_bytes(plan) >= sum(m.nbytes for layer in read for m in layer.means)
 
 
 def test_an_undo_of_a_listed_term_has_its_own_guard():

@@ -13,7 +13,9 @@ from mergekit_bayes import ranks
 from mergekit_bayes.curvature.base import Curvature
 from mergekit_bayes.curvature.state import State
 from mergekit_bayes.curvature.sums import Sums
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.models.load import load_model
+from mergekit_bayes.models.sharding import all_ranks, shard
 from tests import adapters, tiny, tiny_models
 from tests.test_spread import TEXTS, failing_third_time, run_line
 from tests.two_ranks import ROOT, found_by_two
@@ -54,6 +56,7 @@ def child(folder):
     for name, line in LINES.items():
         out = ["--device", "auto", "-o", f"{name}.safetensors"]
         result[name] = run_line("precision", *line, *COMMON, *out)
+    result["shared"] = of_shared_blocks(folder)
     result["whole"] = run_line(*WHOLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(State, "after_round", stopped_third_time())
@@ -64,6 +67,18 @@ def child(folder):
     torch.distributed.all_gather_object(results, result)
     if ranks.is_main():
         (folder / "found.json").write_text(json.dumps(results))
+
+
+def of_shared_blocks(folder):
+    """The message where two blocks share a parameter, which each would keep on its own."""
+    model = load_model(str(folder / "lm")).model
+    first, second = model.transformer.h
+    second.mlp.c_fc.weight = first.mlp.c_fc.weight
+    try:
+        shard(model, all_ranks(), "lm")
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def stopped_third_time():
@@ -125,6 +140,10 @@ def test_processes_with_a_part_of_the_model_go_on_where_they_were_stopped(found,
     resumed, whole = (folder / f"{name}.safetensors" for name in ("stopped", "whole"))
     assert resumed.read_bytes() == whole.read_bytes()
     assert not list(folder.glob("stopped*.partial"))
+
+
+def test_blocks_that_share_a_parameter_are_refused(found):
+    assert all("'lm': some of its blocks share a parameter" in of["shared"] for of in found)
 
 
 @pytest.mark.parametrize("failing", ["0", "1", "01"])

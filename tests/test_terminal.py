@@ -289,3 +289,17 @@ def test_a_full_device_is_one_message():
     assert done.returncode == 2
     assert done.stderr.startswith(b"CheckpointError: standard output: No space left on device")
     assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_lines_between_words_and_a_log_gets_them_whole(monkeypatch, is_terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "dumb")
+    text = " ".join(["curvature"] * 30)
+    render.console().print(text)
+    lines = stream.getvalue().splitlines()
+    assert " ".join(" ".join(lines).split()) == text
+    assert (len(lines) > 1) == is_terminal

@@ -43,15 +43,15 @@ def console(*, quiet: bool = False) -> Console:
     It prints text as it is, since a path may hold what would be markup or an emoji, but for
     characters that would command the terminal.
     """
-    width = None if sys.stderr.isatty() else 160  # a log file has no edge at which to cut tables
+    is_terminal = sys.stderr.isatty()  # a log file has no edge at which to cut lines and tables
     return Screen(
         stderr=True,
         quiet=quiet,
         highlight=False,
         markup=False,
         emoji=False,
-        soft_wrap=True,
-        width=width,
+        soft_wrap=not is_terminal,
+        width=None if is_terminal else 160,
     )
 
 

@@ -46,7 +46,8 @@ def replacing(target: Path, *, force: bool) -> Iterator[Path]:
             old = scratch.old
             if os.path.lexists(target) and not force:  # put back after a kill
                 raise _exists(target)
-            yield scratch.new / target.name
+            with _named(scratch.new / target.name, target) as partial:
+                yield partial
             _publish(scratch.new / target.name, target, scratch.old if force else None)
     except OSError as error:
         kept = f" What was there before is in {old}." if old and os.path.lexists(old) else ""
@@ -111,6 +112,17 @@ def sync_path(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         stack.callback(os.close, descriptor)
         os.fsync(descriptor)
+
+
+@contextmanager
+def _named(partial: Path, target: Path) -> Iterator[Path]:
+    """Inside, what a message says of the path beside the target is said of the target."""
+    try:
+        yield partial
+    except CheckpointError as error:
+        if str(partial) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(partial), str(target))) from None
 
 
 def _exists(target: Path) -> CheckpointError:

@@ -116,9 +116,9 @@ def ivon_diagonal(
     share = corrected / ((observations + start) * sum(float(h.sum()) for h in hess) or 1.0)
     if share > _CORRECTED and is_main():
         logger.warning(
-            "ivon: %.0f %% of the curvature is the correction that keeps it positive, so that "
+            "ivon: %s of the curvature is the correction that keeps it positive, so that "
             "noise decides its size. Look at more batches, or take the estimator ggn",
-            100 * share,
+            f"{share:.0%}" if share < 1 else "all",  # what else was added may be below zero
         )
     return Curvature(
         {n: keep.mean_of(n, h.mul_(observations)) for n, h in zip(named, hess, strict=True)},

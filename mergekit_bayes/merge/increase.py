@@ -124,7 +124,9 @@ def _of_model(
     )
     if not own:
         return found
-    moved, reach, *_ = _total(own.values())
+    moved, reach, *products = _total(own.values())
+    if not all(map(math.isfinite, (moved, reach, *products))):  # beyond float32 in a block
+        return found
     update: dict[str, object] = {}
     if plan.base is not None and not is_base:
         update["trusted"] = moved <= reach * (1 + _ROUNDING)

@@ -1,5 +1,6 @@
 """Carry out units of work: read, combine and write ranges of one tensor, chunk by chunk."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.kernels import elementwise
 from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_precision
 from mergekit_bayes.merge.coarse import merged_rows
-from mergekit_bayes.merge.matrices import copied_matrices, merge_matrices, read_layer
+from mergekit_bayes.merge.matrices import Layer, copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
@@ -48,10 +49,20 @@ class Worker:
         reader: The thread's reader.
         chunk: Entries that are read, combined and written at a time.
         fused: Whether to use the compiled passes.
+        layers: Reads a tensor that is merged as a whole matrix.
     """
 
-    def __init__(self, plan: MergePlan, reader: Reader, chunk: int, *, fused: bool) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        reader: Reader,
+        chunk: int,
+        *,
+        fused: bool,
+        layers: Callable[[MergePlan, Step], Layer] = read_layer,
+    ) -> None:
         self._plan, self._reader, self._size, self._fused = plan, reader, chunk, fused
+        self._read_layer = layers
         self._passes: dict[Kind, Pass] = {}
 
     def run(self, unit: Unit, measured: FirstPassResult, sinks: Sinks) -> UnitTally:
@@ -125,7 +136,7 @@ class Worker:
         self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
     ) -> None:
         counts = Tally(len(step.operands))
-        layer = read_layer(self._plan, step)
+        layer = self._read_layer(self._plan, step)
         numbers = numbers_of(self._plan, step, measured.facts, np.float64)
         merged = merge_matrices(self._plan, step, layer, numbers, counts)
         tally.add_replaced(measured.bad)

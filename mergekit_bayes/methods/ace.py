@@ -40,9 +40,10 @@ def ace(base: Gaussian, tasks: Tasks, scales: Scales, facts: Estimate) -> Gaussi
         mean        = m0 + P + mean(s) U V
 
     This is the authors' released code with its defaults; their paper chooses epsilon for each
-    family of models, from 1e-5 to 4e-2. Equal scales are the published coefficient, 1. A task that
-    changes a layer by the same for all outputs, or not at all, does not count there; without any
-    that does, the layer takes the mean of the changes, as other tensors do.
+    family of models, from 1e-5 to 4e-2. Where it is much larger than every S_t, the mean of the e_t
+    is added. Equal scales are the published coefficient, 1. A task that changes a layer by the same
+    for all outputs, or not at all, does not count there; without any other, the layer takes the
+    mean of the changes, as other tensors do.
 
     Args:
         base: What all tasks were fine-tuned from: mean (outputs, inputs).

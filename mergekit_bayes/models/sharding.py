@@ -40,11 +40,11 @@ def shard(model: "Module", mesh: "DeviceMesh", what: str) -> None:
     Raises:
         ConfigError: Its modules cannot be sharded.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     blocks = getattr(model, "_no_split_modules", None) or ()
     found = [module for module in model.modules() if type(module).__name__ in blocks]
     _refuse(model, found, what)
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     names = [name for name, _ in model.named_parameters()]
     # The whole model is resharded, too: a forward pass alone would leave whole parameters behind.
     shard_one = partial(

@@ -23,8 +23,24 @@ def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> N
     for model in inputs:
         _check_record(config, model.posterior, notes)
     _check_comparable(inputs)
+    _note_one_model(inputs, notes)
     if (note := note_on_losses({model.ref: model.precision_info for model in inputs})) is not None:
         notes.append(note)
+
+
+def _note_one_model(inputs: Inputs, notes: list[str]) -> None:
+    """Say which models are one by their weights."""
+    first: dict[str, str] = {}
+    for model in inputs:
+        if model.posterior.info is None:  # then nothing has been hashed
+            continue
+        identity = model.posterior.identity
+        if identity in first:
+            notes.append(
+                f"'{first[identity]}' and '{model.ref}' hold the same weights: one model, and each "
+                "time that it is named it counts"
+            )
+        first.setdefault(identity, model.ref)
 
 
 def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> None:

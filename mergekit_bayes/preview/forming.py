@@ -129,7 +129,13 @@ class Former(Closing):
         units = [unit for unit in work.units if self._is_to_do(plan, unit)]
 
         def carry_out(unit: Unit) -> None:
-            worker = Worker(plan, self._reader(plan), self._chunk, fused=self._fused)
+            worker = Worker(
+                plan,
+                self._reader(plan),
+                self._chunk,
+                fused=self._fused,
+                layers=self.held.layer,
+            )
             worker.run(unit, work.measured[unit.step], self._sinks)
 
         for _ in self._map(carry_out, units):
@@ -144,7 +150,7 @@ class Former(Closing):
     def close(self) -> None:
         """End the threads, and let go of the inputs."""
         self._threads.shutdown(cancel_futures=True)
-        self.held.stacks.clear()
+        self.held.clear()
 
     def _is_to_do(self, plan: MergePlan, unit: Unit) -> bool:
         """Whether the model may have other entries: a copy stays what it is."""

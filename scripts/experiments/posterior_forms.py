@@ -2,6 +2,8 @@
 
     python scripts/tiny_world.py -o runs/tiny
     OMP_NUM_THREADS=1 python scripts/experiments/posterior_forms.py -o runs/forms [--seeds 3]
+    OMP_NUM_THREADS=1 python scripts/experiments/posterior_forms.py -o runs/forms-real \
+        --real runs/without-data/2.1M
 
 The base of the tiny world gets a precision by entry. For each seed it is fine-tuned by IVON on
 garden and on kitchen, which are added (scale 1 each), and on insults, which are subtracted at
@@ -13,18 +15,22 @@ seeds:
     removed    what other text loses where insults have lost 0.3 nats, between scales
 
 `uniform` is task arithmetic: what the precision by entry gains over it is what a coarser form can
-lose. Everything is kept in the output folder; a run that is stopped goes on.
+lose. Everything is kept in the output folder; a run that is stopped goes on. With `--real` the
+models are those of without_data.py, whose work folder for one size is named, with its root-GGN on
+held-out text: the same addition, and the same removal at the same rise of the removed text.
 """
 
 import argparse
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from real_merges import ADDED, KEPT, World, add, make_precision, subtract
+from without_data import kinds, make_base, precisions_to_add, precisions_to_subtract, world_at
 
 from mergekit_bayes.finetune import FinetuneConfig, run_finetune
 from mergekit_bayes.merge import MergeConfig, run_merge
@@ -49,23 +55,68 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--world", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--real", type=Path, help="work folder of without_data.py for one size")
+    parser.add_argument("--rows", type=int, default=1000, help="with --real: of a precision")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with quiet_libraries(bars=False):
-        found = [measure(options.out, options.world, seed) for seed in range(options.seeds)]
+        found = [measure(options, seed) for seed in range(options.seeds)]
     show(found)
 
 
-def measure(out: Path, world: Path, seed: int) -> dict[str, dict[str, float]]:
+Numbers = dict[str, dict[str, float]]
+
+
+def measure(options: argparse.Namespace, seed: int) -> Numbers:
     """The numbers of one seed by kind of precision and name."""
-    file = out / f"seed-{seed}.json"
+    file = options.out / f"seed-{seed}.json"
     if not file.exists():
-        models = {name: fine_tuned(out, world, name, seed) for name in TASKS}
-        precision = base_precision(out, world)
-        measured = {kind: measure_kind(out, world, precision, models, kind) for kind in KINDS}
+        measured = (
+            measure_real(options.out, world_at(options.real), seed, options.rows)
+            if options.real
+            else measure_tiny(options.out, options.world, seed)
+        )
         file.write_text(json.dumps(measured, indent=1))
-    result: dict[str, dict[str, float]] = json.loads(file.read_text())
+    result: Numbers = json.loads(file.read_text())
     return result
+
+
+def measure_tiny(out: Path, world: Path, seed: int) -> Numbers:
+    """The numbers of a seed of the tiny world."""
+    models = {name: fine_tuned(out, world, name, seed) for name in TASKS}
+    precision = base_precision(out, world)
+    return {kind: measure_kind(out, world, precision, models, kind) for kind in KINDS}
+
+
+def measure_real(out: Path, world: World, seed: int, rows: int) -> Numbers:
+    """The numbers of a base of real text."""
+    reference, base = kinds(rows)[0], make_base(world, seed)
+    folder = world.work / f"precisions-{seed}"
+    folder.mkdir(exist_ok=True)
+    one = reference, make_precision(world, base, reference, rows, folder / "0")
+    to_add = precisions_to_add(world, seed, one, rows)
+    to_subtract = precisions_to_subtract(world, seed, one, rows)
+    found = {}
+    for kind in KINDS:
+        form = next((form for form in FORMS if form == kind), "entries")
+        stored = {m: stored_as(out, m, p, form) for m, p in (to_add | to_subtract).items()}
+        weights = [
+            {model: stored[model] for model in models} if kind != "uniform" else None
+            for models in (to_add, to_subtract)
+        ]
+        pool = "tensor" if kind == "tensor" else None
+        read = add(world, seed, weights[0], pool=pool)
+        paid = subtract(world, seed, weights[1], pool)
+        nats, tokens = (
+            {text: sum(read[text][count]) for text in read} for count in ("nats", "tokens")
+        )
+        found[kind] = {
+            "bytes": mean_bytes(stored.values()),
+            "added": sum(nats[t] for t in ADDED) / sum(tokens[t] for t in ADDED),
+            **{f"added, {text}": nats[text] / tokens[text] for text in read},
+            **{f"removed, {text}": paid[text] if paid else np.nan for text in KEPT},
+        }
+    return found
 
 
 def fine_tuned(out: Path, world: Path, name: str, seed: int) -> Path:
@@ -152,9 +203,8 @@ def measure_kind(
         name: [r[name] - start[name] for r in removals] for name in ("kind", "garden", "crossed")
     }
     reached = max(rises) >= REMOVED
-    sizes = [f.stat().st_size for p in precision.values() for f in Path(p).glob("*.posterior")]
     return {
-        "bytes": sum(sizes) / len(sizes),
+        "bytes": mean_bytes(Path(place) for place in precision.values()),
         "added": (added["garden"] + added["kitchen"]) / 2,
         "added, kind": added["kind"],
         "added, crossed": added["crossed"],
@@ -163,6 +213,11 @@ def measure_kind(
             for name, values in cost.items()
         },
     }
+
+
+def mean_bytes(places: Iterable[Path]) -> float:
+    """Bytes of a stored precision, without its index and record."""
+    return float(np.mean([f.stat().st_size for p in places for f in p.glob("*.posterior")]))
 
 
 @torch.no_grad()
@@ -202,7 +257,8 @@ def show(found: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
         for name in names:
             lost = np.array([s[kind][name] - s["entries"][name] for s in found])
             gain = np.array([s["uniform"][name] - s["entries"][name] for s in found])
-            shares.append(f"{name} {lost.mean():+.4f} of {gain.mean():+.4f}")
+            spread = f" ± {lost.std(ddof=1):.4f}" if len(found) > 1 else ""
+            shares.append(f"{name} {lost.mean():+.4f}{spread} of {gain.mean():+.4f}")
         print(f"{kind} loses: " + "; ".join(shares))
 
 

@@ -2,77 +2,72 @@
 
     python scripts/experiments/without_data.py -o runs/without-data
     python scripts/experiments/without_data.py -o runs/without-data --sizes 2.1M --removal
+    python scripts/experiments/without_data.py -o runs/without-data --sizes 2.1M --addition
 
 Bases of real text as in the experiment on removal (detox_world.py) are trained at several sizes.
 Each gets a reference, root-GGN on one half of a held-out text of the same kinds, and precisions by
 every estimator on the other half, by root-GGN on other text, on text that it writes, and on uniform
 tokens. The second root-GGN, of other rows and seed, is what any of them could reach. Precisions are
 compared per observation. With `--removal` each is the base's precision of a removal; the fine-tune
-has one of the same estimator on its own text. Whatever lies in the work folder is used as it is.
+has one of the same estimator on its own text. With `--addition` two fine-tunes on text that no base
+has seen are added, by precisions that are made alike of all models. Whatever lies in the work
+folder is used as it is.
 """
 
 import argparse
 import json
 import random
 import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from detox_measure import read_test
 from detox_world import (
     CONTEXT,
     DATA,
     SIZES,
     World,
-    finetune,
     train_bases,
-    write_start,
     write_texts,
     write_tokenizer,
 )
 from numpy.typing import NDArray
+from real_merges import (
+    ADDED,
+    KEPT,
+    TUNED,
+    Documents,
+    Kind,
+    add,
+    documents,
+    make_permuted,
+    make_precision,
+    subtract,
+    tuned_on,
+    write_added,
+)
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.correlation import rank_correlation
-from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.models.load import load_model
-from mergekit_bayes.models.quiet import quiet_libraries
+from mergekit_bayes.metrics.paired import paired_ratio_change
 from mergekit_bayes.posterior import open_posterior
-from mergekit_bayes.precision import PrecisionConfig
-from mergekit_bayes.precision.run import run_precision
 from scripts.train_tiny_lm import read_texts
 
 WIDTHS = {"0.3M": 48, "2.1M": 192, "8M": 416}
 REFERENCE = "root-GGN, held-out text"
 CONTROL = f"{REFERENCE}, one number a tensor"
 CEILING = "root-GGN, other held-out rows and seed"
-TUNED = "removed-trained"
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-RISE = 0.2  # nats a token on held-out removed text, at which removals are compared
+BASE = "base"
+UNIFORM = "task arithmetic"
+# Of task arithmetic alone. At the second one it is the merge with one number for all precisions.
+LOWER = (0.8, 2 / (1 + len(ADDED)), 0.5, 0.4)
+PERMUTED = f"{REFERENCE}, entries permuted in each tensor"
 
 Tensors = dict[str, NDArray[np.float64]]
-
-
-class Kind(NamedTuple):
-    """A way to make a precision.
-
-    Attributes:
-        label: In tables.
-        settings: Of `bmerge precision`, whose `data` is the name of a text.
-        estimator: Its estimator.
-    """
-
-    label: str
-    settings: Mapping[str, Any]
-    estimator: str = "ggn"
-
-
 Made = tuple[Kind, Path]
 
 
@@ -97,6 +92,11 @@ def kinds(rows: int) -> tuple[Kind, ...]:
             {"random_tokens": rows // 8 * (CONTEXT - 1), "seed": 1},
         ),
     )
+
+
+def world_at(folder: Path) -> World:
+    """The work folder of one size, which its name says."""
+    return World(folder, replace(SIZES["small"], width=WIDTHS[folder.name]))
 
 
 def write_held_out(world: World) -> None:
@@ -133,23 +133,6 @@ def make_base(world: World, seed: int) -> Path:
     if not world.base(seed).exists():
         train_bases(world, "base", seed)
     return world.base(seed)
-
-
-def make_precision(world: World, model: Path, kind: Kind, rows: int, out: Path) -> Path:
-    """A precision, unless it is there."""
-    if not out.exists():
-        settings = dict(kind.settings)
-        if "data" in settings:
-            settings["data"] = world.rows(settings["data"])
-        run_precision(
-            PrecisionConfig.model_validate(
-                {"model": str(model), "output": str(out), "estimator": kind.estimator}
-                | {"examples": rows, "max_length": CONTEXT}
-                | settings
-            ),
-            quiet=True,
-        )
-    return out
 
 
 def per_observation(model: Path, precision: Path) -> Tensors:
@@ -195,89 +178,78 @@ def _ratios(one: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray
     return one[both] / reference[both]
 
 
-def losses(world: World, folder: Path) -> dict[str, float]:
-    """Nats a token on clean comments, yelp sentences and the removed text, all held out."""
-    with quiet_libraries(bars=False):
-        loaded = load_model(str(folder))
-    found = {}
-    for name in ("related", "yelp", TUNED):
-        report = read_test(world, loaded, name)
-        found[name] = sum(report.document_nats) / sum(report.document_tokens)
-    return found
+def precisions_to_subtract(world: World, seed: int, one: Made, rows: int) -> dict[Path, Path]:
+    """This precision of a base, and one of the fine-tune that is subtracted.
 
-
-def subtract(
-    world: World, seed: int, precisions: Mapping[str, str] | None, pool: str | None = None
-) -> dict[str, float] | None:
-    """What a removal costs at a rise of `RISE` on the removed text, in nats a token.
-
-    Args:
-        world: The experiment.
-        seed: Of the base.
-        precisions: Of the fine-tune and the base; None is task arithmetic.
-        pool: Of the merge.
-
-    Returns:
-        The rises on clean comments and yelp sentences, between two scales on straight lines; None
-        where no scale reaches the rise.
+    That is by the same estimator on its own text, which whoever removes something has at hand.
     """
-    base, tuned = str(world.base(seed)), str(world.tuned(TUNED, seed))
-    settings: dict[str, Any] = {"weights": "uniform"}
-    if precisions is not None:
-        settings = {
-            "weights": "precision",
-            "precision": precisions,
-            "shrink": "0.3",
-            "observations": {base: "3x"},
-            "pool": pool,
-        }
-    curve = [losses(world, world.base(seed))]
-    with tempfile.TemporaryDirectory(dir=world.work) as place:
-        for scale in SCALES:
-            out = Path(place) / str(scale)
-            run_merge(
-                MergeConfig.model_validate(
-                    {"models": (tuned,), "base": base, "scale": (-scale,), "out": str(out)}
-                    | {"posterior": False}
-                    | settings
-                )
-            )
-            curve.append(losses(world, out))
-            if curve[-1][TUNED] - curve[0][TUNED] >= RISE:
-                break
-        else:
-            return None
-    rises = [look[TUNED] - curve[0][TUNED] for look in curve]
+    kind, precision = one
+    tuned = tuned_on(world, TUNED, seed)
+    own = Kind("", {"data": TUNED, "seed": 0}, kind.estimator)
+    out = precision.parent / f"tuned-{kind.estimator}"
     return {
-        name: float(
-            np.interp(RISE, rises[-2:], [look[name] - curve[0][name] for look in curve[-2:]])
-        )
-        for name in ("related", "yelp")
+        world.base(seed): precision,
+        tuned: make_precision(world, tuned, own, rows, out),
     }
+
+
+def precisions_to_add(world: World, seed: int, one: Made, rows: int) -> dict[Path, Path]:
+    """This precision of a base, and those of the fine-tunes that are added, of the same kind.
+
+    Their own training text takes the place of the base's held-out text.
+    """
+    kind, precision = one
+    found = {world.base(seed): precision}
+    write_added(world)
+    for text in ADDED:
+        tuned = tuned_on(world, text, seed)
+        out = precision.parent / f"{text}-{precision.name}"
+        found[tuned] = make_precision(world, tuned, kind.of_text(text), rows, out)
+    return found
 
 
 def remove(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[str, Any]:
     """A removal with each precision of the base, and by task arithmetic."""
-    if not world.tuned(TUNED, seed).exists():
-        if not world.start(seed).exists():
-            write_start(world, seed, proper=False)
-        finetune(world, TUNED, seed)
-    tuned = world.tuned(TUNED, seed)
-    found: dict[str, Any] = {"task arithmetic": subtract(world, seed, None)}
-    for kind, precision in made:
-        own = Kind("", {"data": TUNED, "seed": 0}, kind.estimator)
-        out = precision.parent / f"tuned-{kind.estimator}"
-        make_precision(world, tuned, own, rows, out)
-        precisions = {str(tuned): str(out), str(world.base(seed)): str(precision)}
-        if kind.label == REFERENCE:
+    tuned_on(world, TUNED, seed)
+    found: dict[str, Any] = {UNIFORM: subtract(world, seed, None)}
+    for one in made:
+        precisions = precisions_to_subtract(world, seed, one, rows)
+        label = one[0].label
+        if label == REFERENCE:
             found[CONTROL] = subtract(world, seed, precisions, "tensor")
-        found[kind.label] = subtract(world, seed, precisions)
-        print(kind.label, found[kind.label], file=sys.stderr, flush=True)
+        found[label] = subtract(world, seed, precisions)
+        print(label, found[label], file=sys.stderr, flush=True)
     return found
 
 
-def measure(world: World, seed: int, rows: int, *, removal: bool) -> Path:
-    """All numbers of one base, in a file that an earlier run may have written."""
+def add_each(world: World, seed: int, made: Sequence[Made], rows: int) -> dict[str, Documents]:
+    """What is read after an addition with each precision, and with the controls."""
+    write_added(world)
+    for text in ADDED:
+        tuned_on(world, text, seed)
+    found = {
+        BASE: documents(world, world.base(seed), (*ADDED, *KEPT)),
+        UNIFORM: add(world, seed, None),
+    }
+    for scale in LOWER:
+        found[f"{UNIFORM} at {scale:.2f}"] = add(world, seed, None, scale=scale)
+    for one in made:
+        precisions = precisions_to_add(world, seed, one, rows)
+        label = one[0].label
+        if label == REFERENCE:
+            permuted = {
+                model: make_permuted(model, place, place.with_name(f"permuted-{place.name}"))
+                for model, place in precisions.items()
+            }
+            found[CONTROL] = add(world, seed, precisions, pool="tensor")
+            found[PERMUTED] = add(world, seed, permuted)
+        found[label] = add(world, seed, precisions)
+        print(label, file=sys.stderr, flush=True)
+    return found
+
+
+def measure(world: World, seed: int, rows: int, merges: Sequence[str]) -> Path:
+    """All numbers of one base, in files that an earlier run may have written."""
     model = make_base(world, seed)
     folder = world.work / f"precisions-{seed}"
     folder.mkdir(exist_ok=True)
@@ -285,7 +257,7 @@ def measure(world: World, seed: int, rows: int, *, removal: bool) -> Path:
         (kind, make_precision(world, model, kind, rows, folder / str(i)))
         for i, kind in enumerate(kinds(rows))
     ]
-    compared, removed = folder / "compared.json", folder / "removed.json"
+    compared = folder / "compared.json"
     if not compared.exists():
         reference = per_observation(model, made[0][1])
         found = {}
@@ -293,8 +265,10 @@ def measure(world: World, seed: int, rows: int, *, removal: bool) -> Path:
             found[kind.label] = compare(per_observation(model, precision), reference)
             print(kind.label, found[kind.label], file=sys.stderr, flush=True)
         compared.write_text(json.dumps(found, indent=1) + "\n")
-    if removal and not removed.exists():
-        removed.write_text(json.dumps(remove(world, seed, made, rows), indent=1) + "\n")
+    for name in merges:
+        file = folder / f"{name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(MERGES[name](world, seed, made, rows), indent=1) + "\n")
     return folder
 
 
@@ -336,14 +310,52 @@ def table(folders: Sequence[Path], size: str) -> str:
 def removal_table(folders: Sequence[Path], size: str) -> str:
     """What the removals of one size cost, seed by seed."""
     found = [json.loads((folder / "removed.json").read_text()) for folder in folders]
-    lines = [f"| {size}, precision | clean comments | yelp sentences |", "| --- | --- | --- |"]
+    lines = [f"| {size}, precision | {' | '.join(KEPT.values())} |", "| --- | --- | --- |"]
     for label in found[0]:
         cells = [
-            " / ".join(_paid(row[label] and row[label][name]) for row in found)
-            for name in ("related", "yelp")
+            " / ".join(_paid(row[label] and row[label][name]) for row in found) for name in KEPT
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def addition_table(folders: Sequence[Path], size: str) -> str:
+    """What the additions of one size change, with 95 % intervals from resampling documents.
+
+    The rows of the base and of task arithmetic are nats a token, the others differences from task
+    arithmetic, over all seeds. The last column is what was added, less that by the reference.
+    """
+    found = [json.loads((folder / "added.json").read_text()) for folder in folders]
+
+    def summed(label: str, texts: Sequence[str], count: str) -> NDArray[np.float64]:
+        seeds = [[n for text in texts for n in seed[label][text][count]] for seed in found]
+        return np.sum(seeds, axis=0)
+
+    def change(label: str, other: str, texts: Sequence[str]) -> str:
+        before, after = summed(other, texts, "nats"), summed(label, texts, "nats")
+        sizes = summed(label, texts, "tokens")
+        value = paired_ratio_change(before, after, sizes, bootstrap=1000, seed=0)
+        return f"{value.value:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
+
+    texts = (*ADDED, *KEPT)
+    lines = [
+        f"| {size}, seeds: {len(found)} | {' | '.join((*ADDED, *KEPT.values()))} | added, less the "
+        "reference |",
+        "| --- |" + " ---: |" * (len(texts) + 1),
+    ]
+    for label in found[0]:
+        if label in (BASE, UNIFORM):
+            sums = {text: [summed(label, [text], n).sum() for n in _COUNTS] for text in texts}
+            cells = [f"{nats / tokens:.4f}" for nats, tokens in sums.values()]
+        else:
+            cells = [change(label, UNIFORM, [text]) for text in texts]
+        last = "" if label == REFERENCE else change(label, REFERENCE, tuple(ADDED))
+        lines.append(f"| {label} | {' | '.join(cells)} | {last} |")
+    return "\n".join(lines)
+
+
+_COUNTS = ("nats", "tokens")
+MERGES = {"removed": remove, "added": add_each}
 
 
 def main() -> None:
@@ -355,18 +367,18 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=tuple(WIDTHS), default=list(WIDTHS)[:2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--removal", action="store_true")
+    merges = {"removal": ("removed", removal_table), "addition": ("added", addition_table)}
+    for flag in merges:
+        parser.add_argument(f"--{flag}", action="store_true")
     chosen = parser.parse_args()
+    wanted = dict(merge for flag, merge in merges.items() if getattr(chosen, flag))
     torch.set_num_threads(1)
     for name in chosen.sizes:
-        world = World(chosen.out / name, replace(SIZES["small"], width=WIDTHS[name]))
+        world = world_at(chosen.out / name)
         world.work.mkdir(parents=True, exist_ok=True)
-        folders = [
-            measure(world, seed, chosen.rows, removal=chosen.removal) for seed in chosen.seeds
-        ]
-        print(table(folders, name))
-        if chosen.removal:
-            print(removal_table(folders, name))
+        folders = [measure(world, seed, chosen.rows, tuple(wanted)) for seed in chosen.seeds]
+        for shown in (table, *wanted.values()):
+            print(shown(folders, name))
 
 
 if __name__ == "__main__":
