@@ -41,6 +41,23 @@ def test_a_quotient_is_the_solution_of_the_dense_system(terms):
     np.testing.assert_allclose(solved @ precision, weight, rtol=1e-7, atol=1e-8)
 
 
+def test_a_solution_that_is_not_reached_is_an_error():
+    rng = np.random.default_rng(0)
+    falling = np.exp(-40 * np.arange(24) / 24)
+
+    def steep():
+        vectors = np.linalg.qr(rng.normal(size=(24, 24)))[0]
+        return (vectors * falling) @ vectors.T
+
+    precision = KroneckerSum.of([(steep(), steep()) for _ in range(4)])
+    with pytest.raises(ArithmeticError, match="steps of conjugate gradients leave"):
+        precision.divide(rng.normal(size=(24, 24)))
+
+
+def test_a_small_term_beside_large_ones_stays():
+    assert len((one(0) + 1e-9 * one(1)).terms) == 2
+
+
 def test_what_was_added_can_be_taken_out_again():
     base, a, b = one(0), one(1), one(2)
     again = (base + a + b) - b - a
@@ -151,6 +168,30 @@ def test_one_task_is_removed_within_the_guard_and_two_are_refused(world):
     with pytest.raises(MismatchError, match="one removed task"):
         merge("a", "b", scale=(-1.0, -1.0), out="two")
     assert not list(Path().glob("two*"))
+
+
+def test_a_removal_that_was_bounded_does_not_merge_again(world):
+    merge("a", scale=(-1.0,), out="less")
+    for models in (("less", "a"), ("less", "c")):
+        with pytest.raises(MismatchError, match=r"'less\.safetensors' is a removal that the guard"):
+            merge(*models)
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, None])
+def test_where_no_model_has_seen_anything_it_is_task_arithmetic_or_the_average(world, scale):
+    for i in range(2):
+        found = factors(i)
+        blind = found["h.0.experts.up"]
+        blind.left[1], blind.right[1] = 0, 0
+        mean = tiny.arrays(i, SHAPES, spread=0.1)
+        tiny.posterior(f"blind{i}.safetensors", mean, found, estimator="kronecker")
+    if scale is None:
+        merge("blind1", "blind0", base=None)
+    else:
+        merge("blind1", base="blind0.safetensors", scale=(scale,))
+    base, task = (np.float64(tiny.arrays(i, SHAPES, spread=0.1)["h.0.experts.up"]) for i in (0, 1))
+    written = tiny.read("out.safetensors")["h.0.experts.up"]
+    np.testing.assert_allclose(written[1], base[1] + (scale or 0.5) * (task - base)[1], atol=1e-6)
 
 
 def test_terms_are_stored_under_both_roles(world):

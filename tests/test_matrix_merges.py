@@ -222,6 +222,24 @@ def test_directions_that_no_input_was_seen_in_fall_back_to_task_arithmetic(world
     assert abs(mean[0][:, :3] - added[:, :3]).max() > 1e-3
 
 
+@pytest.mark.parametrize("share", [1e-4, 0.0])
+def test_what_rounding_leaves_of_the_tasks_does_not_count_beside_a_small_base(world, share):
+    # All see the same half of 32 directions; the noise of float32 in the others has either sign.
+    shapes, rng = {"h.0.attn.weight": (3, 32), "h.0.ln.bias": (2,)}, np.random.default_rng(0)
+    seen = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    means = [tiny.arrays(i, shapes, spread=0.1) for i in range(4)]
+    for i, size in enumerate((share, 1.0, 1.0, 1.0)):
+        inputs = rng.normal(size=(64, 16)) @ seen[:16]
+        matrix = (1e6 * size * inputs.T @ inputs).astype(np.float32)
+        precision = {RIGHT: Matrices(matrix[None]), "h.0.ln.bias": np.ones(2, np.float32)}
+        tiny.posterior(f"m{i}.safetensors", means[i], precision, estimator="inputs")
+    merge("m1", "m2", "m3", base="m0.safetensors")
+    written = tiny.read("out.safetensors")[RIGHT]
+    base, *tasks = (np.float64(mean[RIGHT]) for mean in means)
+    added = base + sum(task - base for task in tasks)
+    np.testing.assert_allclose(written @ seen[16:].T, added @ seen[16:].T, atol=2e-3)
+
+
 def test_a_base_with_one_number_is_that_number_in_every_direction(world):
     merge("a", isotropic={"base.safetensors": 3.0})
     a = dense(matrix_precisions(1)[RIGHT])[0]

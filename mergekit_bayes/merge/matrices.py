@@ -127,48 +127,47 @@ def _merge(
     tally: Tally,
 ) -> Gaussian:
     """Merge one block of a tensor; weights are (outputs, inputs)."""
-    method, has_base = plan.method, plan.base is not None
+    method, ridge = plan.method, None
     assert method.matrix is not None
-    if matrices is None:
-        models = [Gaussian(weight, None) for weight in weights]
-    else:
-        models = _posteriors(plan, step, weights, matrices, numbers)
-        for position, matrix in enumerate(matrices):
-            tally.stored[position] += _trace(matrix, len(weights[0]))
-    base, tasks = (models[0], models[1:]) if has_base else (None, models)
     try:
+        if matrices is None:
+            models = [Gaussian(weight, None) for weight in weights]
+        else:
+            likelihoods = _likelihoods(plan, step, matrices, numbers)
+            ridge = _missing_ridge(plan, likelihoods, numbers, weights[0].shape)
+            models = _posteriors(step, weights, likelihoods, ridge, numbers)
+            for position, matrix in enumerate(matrices):
+                tally.stored[position] += _trace(matrix, len(weights[0]))
+        base, tasks = (None, models) if plan.base is None else (models[0], models[1:])
         merged: Gaussian = method.matrix(base, tuple(tasks), numbers.scales, numbers.facts)
-    except ArithmeticError as error:
-        raise MismatchError(
-            f"'{step.name}': {error}. Remove one task at a time, or by other precisions."
-        ) from None
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise MismatchError(f"'{step.name}': {error}.") from None
     if matrices is not None and base is not None and method.unguarded_precision is not None:
         _count_guarded(plan, base, tasks, merged, numbers, tally)
-    return merged
+    return _without(merged, ridge, numbers)
 
 
 def _posteriors(
-    plan: MergePlan,
     step: Step,
     weights: Sequence[Array],
-    matrices: Sequence[Precision],
+    likelihoods: Sequence[Precision],
+    ridge: Precision | None,
     numbers: Numbers,
 ) -> list[Gaussian]:
     """All models, each with its likelihood precision on the prior that the method expects."""
-    has_base = plan.base is not None
-    models: list[Gaussian] = []
-    of_base: Precision | None = None
-    for position, (model, weight, matrix) in enumerate(
-        zip(plan.inputs, weights, matrices, strict=True)
-    ):
-        likelihood = _likelihood(numbers, position, matrix, of_base)
-        if not has_base or position == 0:
-            likelihood = _with_ridge(model, likelihood)
-            of_base = likelihood if has_base else None
-            precision = _with_prior(step, likelihood, numbers.priors[position])
-            models.append(Gaussian(weight, precision))
-            continue
-        base, anchor, decay = models[0], numbers.anchors[position], numbers.decays[position]
+    if ridge is None:
+        precisions = [
+            _equal(DELTA_0, weight.shape)
+            if isinstance(likelihood, KroneckerSum) and not likelihood.terms
+            else _with_prior(step, likelihood, prior)
+            for weight, likelihood, prior in zip(weights, likelihoods, numbers.priors, strict=True)
+        ]
+        return [Gaussian(*each) for each in zip(weights, precisions, strict=True)]
+    precision = _with_prior(step, likelihoods[0], numbers.priors[0])
+    base = Gaussian(weights[0], precision + ridge)
+    models = [base]
+    for i, (weight, likelihood) in enumerate(zip(weights[1:], likelihoods[1:], strict=True), 1):
+        anchor, decay = numbers.anchors[i], numbers.decays[i]
         precision = base.precision + likelihood
         if anchor < 0:
             models.append(Gaussian(weight, precision))
@@ -176,6 +175,56 @@ def _posteriors(
             moved = (weight - base.mean) @ _with_prior(step, likelihood, anchor) + decay * weight
             models.append(Gaussian(base.mean + divided(moved, precision), precision))
     return models
+
+
+def _likelihoods(
+    plan: MergePlan, step: Step, matrices: Sequence[Precision], numbers: Numbers
+) -> list[Precision]:
+    """H of each model, with the ridge of the base, or of every model of an average."""
+    found: list[Precision] = []
+    for position, (model, matrix) in enumerate(zip(plan.inputs, matrices, strict=True)):
+        if isinstance(matrix, KroneckerSum) and not matrix.is_positive():
+            raise MismatchError(
+                f"'{step.name}': '{model.ref}' is a removal that the guard bounded, and its "
+                "precision as it is stored does not tell how. Merge its models and the others in "
+                "one merge, or remove by precisions of --estimator inputs."
+            )
+        of_base = found[0] if plan.base is not None and found else None
+        likelihood = _likelihood(numbers, position, matrix, of_base)
+        has_ridge = plan.base is None or position == 0
+        found.append(_with_ridge(model, likelihood) if has_ridge else likelihood)
+    return found
+
+
+def _missing_ridge(
+    plan: MergePlan, likelihoods: Sequence[Precision], numbers: Numbers, shape: tuple[int, ...]
+) -> Precision | None:
+    """What the ridge of the base lacks to that of a task with a larger precision."""
+    if plan.base is None:
+        return None
+    of_base, *of_tasks = likelihoods
+    sizes = [_norm(task) for task, x in zip(of_tasks, numbers.scales, strict=True) if x]
+    lacks = max(0.0, max(sizes, default=0.0) - _norm(of_base))
+    if not isinstance(of_base, KroneckerSum):
+        return RIDGE * lacks * np.eye(shape[1])
+    if of_base.terms:  # of the same right factor: the base stays one term
+        return KroneckerSum.of([(FACTOR_RIDGE * lacks * np.eye(shape[0]), of_base.terms[0].right)])
+    return _equal(max(FACTOR_RIDGE**2 * lacks, DELTA_0), shape)
+
+
+def _equal(number: float, shape: tuple[int, ...]) -> KroneckerSum:
+    """One number on every entry, for models that have nothing in a layer."""
+    return KroneckerSum.of([(number * np.eye(shape[0]), np.eye(shape[1]))])
+
+
+def _without(merged: Gaussian, ridge: Precision | None, numbers: Numbers) -> Gaussian:
+    """A merge whose precision is without the ridge, which a later merge adds by its own models."""
+    precision = merged.precision
+    if ridge is None or min(numbers.scales) < 0:  # after a removal nothing may be left to take
+        return merged
+    if isinstance(precision, Spectrum):
+        return merged._replace(precision=precision._replace(exact=precision.exact - ridge))
+    return merged._replace(precision=precision - ridge)
 
 
 def _likelihood(
@@ -216,6 +265,13 @@ def _ridged(likelihood: Precision) -> Precision:
         ]
         return KroneckerSum.of(pairs)
     return _with_share(likelihood, RIDGE)
+
+
+def _norm(precision: Precision) -> float:
+    """Its size; of products that of the factors for outputs, the others being of size one."""
+    if isinstance(precision, KroneckerSum):
+        return sum(float(np.linalg.norm(left)) for left, _ in precision.terms)
+    return float(np.linalg.norm(precision))
 
 
 def _with_share(matrix: Array, share: float) -> Array:

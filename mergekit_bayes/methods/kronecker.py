@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 Matrix: TypeAlias = NDArray[Any]  # of float64
 
 SAME = 1e-5  # relative difference up to which two factors are one, rounded to float32 or not
-NOTHING = 1e-6  # size of a term, to the largest, below which it is what rounding left of one
+NOTHING = 1e-6  # share of what cancelled below which a term is what rounding left of it
 EXACT = 1e-10  # relative residual at which a solution is taken
+CLOSE = 1e-6  # relative residual up to which it is taken after MOST_STEPS
 MOST_STEPS = 400  # of conjugate gradients
 
 
@@ -47,22 +48,28 @@ class KroneckerSum:
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Matrix, Matrix]]) -> "KroneckerSum":
-        """The sum of products of these (left, right), those with one right factor added up."""
+        """The sum of products of these (left, right), those with one right factor added up.
+
+        Where these cancel up to rounding there is no term. A small term beside large ones stays.
+        """
         terms: list[Factors] = []
+        sizes: list[float] = []  # of what each was added up from
         for left, right in pairs:
             size = float(np.trace(right)) / max(len(right), 1)
             if size == 0 or not left.any():
                 continue
             factors = Factors(left * size, right / size)
+            largest = float(abs(factors.left).max())
             for i, other in enumerate(terms):
                 if _is_same(other.right, factors.right):
                     terms[i] = Factors(other.left + factors.left, other.right)
+                    sizes[i] = max(sizes[i], largest)
                     break
             else:
                 terms.append(factors)
-        largest = max((float(abs(term.left).max()) for term in terms), default=0.0)
-        kept = (t for t in terms if float(abs(t.left).max()) > NOTHING * largest)
-        return cls(tuple(kept))
+                sizes.append(largest)
+        found = zip(terms, sizes, strict=True)
+        return cls(tuple(t for t, size in found if float(abs(t.left).max()) > NOTHING * size))
 
     def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
         return KroneckerSum.of([*self.terms, *other.terms])
@@ -88,6 +95,21 @@ class KroneckerSum:
         """The sum with the eigenvalues of every left factor replaced by their magnitudes."""
         return KroneckerSum(tuple(Factors(_magnitude(left), right) for left, right in self.terms))
 
+    def is_positive(self) -> bool:
+        """Whether no direction has a negative precision.
+
+        Of two terms the first must be positive definite; of more, all must be positive.
+        """
+        if all(_is_positive(left) for left, _ in self.terms):
+            return True
+        if len(self.terms) > 2:
+            return False
+        try:
+            basis = Basis.of(self.terms[0], self.terms[-1])
+        except np.linalg.LinAlgError:
+            return False
+        return bool(basis.values(self).min() > 0)
+
     def bounded_below(self, bound: "KroneckerSum", share: float) -> "KroneckerSum | Spectrum":
         """A precision whose eigenvalues are at least a share of those of a bound.
 
@@ -95,14 +117,14 @@ class KroneckerSum:
             ArithmeticError: More than two terms are there and one is negative, for which there is
                 no common basis.
         """
-        if all(_is_positive(left) for left, _ in self.terms):
+        if self.terms and all(_is_positive(left) for left, _ in self.terms):
             return self
-        if len(self.terms) != 2 or len(bound.terms) != 2:
+        if len(self.terms) > 2 or len(bound.terms) > 2:
             raise ArithmeticError(
                 "a removal by Kronecker factors has a basis of its own for one removed task and a "
-                "base only"
+                "base only. Remove one task at a time, or by other precisions"
             )
-        basis = Basis.of(*bound.terms)
+        basis = Basis.of(bound.terms[0], bound.terms[-1])
         values = np.maximum(basis.values(self), share * basis.values(bound))
         return Spectrum(basis, values, self)
 
@@ -111,6 +133,9 @@ class KroneckerSum:
 
         One or two terms have a common basis; more are solved by conjugate gradients, in the basis
         of their sums and scaled by their diagonal there.
+
+        Raises:
+            ArithmeticError: They do not come near the solution.
         """
         if not self.terms:
             return np.zeros_like(weighted)
@@ -135,12 +160,22 @@ class KroneckerSum:
             if float(np.linalg.norm(residual)) <= goal:
                 break
             applied = direction @ self
-            step = product / float(np.vdot(direction, applied))
+            curvature = float(np.vdot(direction, applied))
+            if not curvature > 0:
+                break
+            step = product / curvature
             solution = solution + step * direction
             residual = residual - step * applied
             scaled = u @ ((u.T @ residual @ v) / d) @ v.T
             following = float(np.vdot(residual, scaled))
             direction, product = scaled + following / product * direction, following
+        left = float(np.linalg.norm(solution @ self - weighted))
+        if not left <= CLOSE / EXACT * goal:
+            raise ArithmeticError(
+                f"{MOST_STEPS} steps of conjugate gradients leave a relative residual of "
+                f"{left / goal * EXACT:.2g}, since the precisions differ too much in size. Merge "
+                "fewer tasks at a time, or by precisions of --estimator inputs"
+            )
         return solution
 
 
