@@ -121,7 +121,7 @@ def test_a_merge_by_them_is_the_formula(world, tmp_path, monkeypatch, kind, anch
     for name, (_, part) in stored["base"].items():
         assert part == f"{'left' if kind == 'gpt2' else 'right'}:{name}"
         a0, a, b = (stored[n][name][0][0] for n in means)
-        a0 = a0 + RIDGE * np.linalg.norm(a0) * np.eye(len(a0))
+        a0 = a0 + RIDGE * max(map(np.linalg.norm, (a0, a, b))) * np.eye(len(a0))
         w0, wa, wb = (np.float64(means[n][name]) for n in means)
         if kind == "gpt2":
             w0, wa, wb = w0.T, wa.T, wb.T

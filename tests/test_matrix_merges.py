@@ -316,6 +316,7 @@ BAD = {
     "not symmetric": lambda m: m + np.triu(np.ones_like(m), 1) * 5,
     "not finite": lambda m: m * np.nan,
     "a negative diagonal": lambda m: -m,
+    "indefinite": lambda m: m + 50 * (np.ones_like(m) - np.eye(m.shape[-1])),
 }
 
 

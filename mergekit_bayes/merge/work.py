@@ -79,7 +79,14 @@ class Worker:
         """
         step, tally = self._plan.steps[unit.step], UnitTally()
         if step.axis is not None:
-            self._merge_matrices(step, measured, sinks, tally)
+            try:
+                self._merge_matrices(step, measured, sinks, tally)
+            except MemoryError:
+                raise CheckpointError(
+                    f"'{step.name}' {list(step.spec.shape)} is merged as a whole, which takes more "
+                    "memory than there is. See --dry-run for how much, and use fewer --threads, "
+                    "precisions of more --blocks, or such as are numbers."
+                ) from None
             return tally
         if unit.start == 0:
             tally.add_replaced(measured.bad)

@@ -12,6 +12,7 @@ from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum, without_rounding
+from mergekit_bayes.methods.matrices import is_positive
 from mergekit_bayes.plan import Operand, Step
 from mergekit_bayes.posterior.forms import Form, StoredPrecision
 
@@ -90,9 +91,12 @@ def _products(step: Step, operand: Operand) -> dict[Place, Precision]:
 def _by_place(step: Step, operand: Operand, matrices: Array) -> dict[Place, Precision]:
     """Matrices by place; they must be precisions, or zero."""
     matrices = _symmetric(step, operand, matrices)
-    if matrices.size and float(np.einsum("...ii->...i", matrices).min()) < 0:
+    found = {place: matrices[place] for place in np.ndindex(matrices.shape[:-2])}
+    if not all(
+        is_positive(each, float(np.linalg.norm(each))) for each in found.values() if each.any()
+    ):
         raise _no_precision(step, operand)
-    return {place: matrices[place] for place in np.ndindex(matrices.shape[:-2])}
+    return found
 
 
 def _symmetric(step: Step, operand: Operand, matrices: Array) -> Array:
@@ -109,8 +113,8 @@ def _no_precision(step: Step, operand: Operand) -> PrecisionError:
     assert operand.precision.source is not None
     return PrecisionError(
         f"{operand.precision.source.where(operand.precision.name)}: the precision of "
-        f"'{step.name}' of '{operand.input.ref}' is not a finite symmetric matrix with a diagonal "
-        ">= 0. Estimate it again."
+        f"'{step.name}' of '{operand.input.ref}' is not a finite symmetric matrix without "
+        "negative eigenvalues. Estimate it again."
     )
 
 
