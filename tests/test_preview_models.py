@@ -111,7 +111,15 @@ def test_layers_that_are_merged_as_whole_matrices():
         assert [held.layer(plan, step).means[0].shape for step in layers] == [
             layer.means[0].shape for layer in read
         ]
-        assert held.layer(plan, layers[0]) is held.layer(plans.at((2.0, 1.0)), layers[0])
+        kept = held.nbytes
+        matrices = sum(each.nbytes for x in read for m in x.precisions for each in m.values())
+        assert kept == sum(m.nbytes for layer in read for m in layer.means) + matrices
+        for scales in ((2.0, 1.0), (2.0, 0.0), (0.0, 2.0)):  # the donor is there already
+            other = plans.at(scales)
+            for step in other.steps:
+                if step.axis is not None:
+                    held.layer(other, step)
+        assert held.nbytes == kept
         assert held_bytes(plan) >= sum(m.nbytes for layer in read for m in layer.means)
 
 

@@ -65,7 +65,7 @@ def read_layer(plan: MergePlan, step: Step) -> Layer:
         MismatchError: A precision that is one number, where others are Kronecker products.
         PrecisionError: A matrix that is not symmetric, not finite or not positive.
     """
-    means = [_mean(plan, step, operand) for operand in step.operands]
+    means = [read_weights(plan, step, operand) for operand in step.operands]
     weighs = plan.method.needs_precision
     return Layer(means, [stored(step, o) for o in step.operands] if weighs else None)
 
@@ -381,8 +381,12 @@ def _written(
     return data
 
 
-def _mean(plan: MergePlan, step: Step, operand: Operand) -> Array:
-    """A model's weights as (..., outputs, inputs) in float64."""
+def read_weights(plan: MergePlan, step: Step, operand: Operand) -> Array:
+    """A model's weights as (..., outputs, inputs) in float64.
+
+    Raises:
+        CheckpointError: One that is not finite.
+    """
     values = read_tensor(operand.mean.source, operand.mean.name)
     if is_bad_mean(values).any():
         refuse_bad(plan, step, operand)

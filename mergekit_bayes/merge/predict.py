@@ -29,6 +29,7 @@ from mergekit_bayes.merge.tally import MergeTotals, UnitTally
 from mergekit_bayes.plan import Inputs, MergeConfig, MergePlan, Step, plan_merge
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.options import ScaleRule, check_options, choose_method, parse_scales
+from mergekit_bayes.plan.rescale import scales_in
 from mergekit_bayes.records import Progress, Record
 from mergekit_bayes.stream.bad_entries import replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
@@ -279,7 +280,7 @@ class _Sweep:
         act = elementwise(kind_of(self._plan, step)._replace(removes=False), fused=self._fused)
         constants = [
             numbers_of(self._plan, step, measured[guard].facts)._replace(
-                scales=tuple(map(real_of(step), self._scales(step, numbers)))
+                scales=tuple(map(real_of(step), scales_in(step, numbers, self._rules)))
             )
             for guard, numbers in zip(self._guards, self._sets, strict=True)
         ]
@@ -308,18 +309,13 @@ class _Sweep:
         layer, tallies = read_layer(self._plan, step), []
         for guard, scales in zip(self._guards, self._sets, strict=True):
             numbers = numbers_of(self._plan, step, measured[guard].facts, np.float64)
-            numbers = numbers._replace(scales=tuple(map(np.float64, self._scales(step, scales))))
+            in_step = scales_in(step, scales, self._rules)
+            numbers = numbers._replace(scales=tuple(map(np.float64, in_step)))
             counts = Tally(len(step.operands))
             merge_matrices(self._plan, step, layer, numbers, counts)
             tallies.append(UnitTally())
             tallies[-1].add(counts)
         return tallies
-
-    def _scales(self, step: Step, numbers: Sequence[float]) -> Iterator[float]:
-        """The scales of a set in one tensor, where rules and what a model lacks go before."""
-        ruled = {i for rule in self._rules if rule.pattern.search(step.name) for i in rule.tasks}
-        for i, (task, scale) in enumerate(zip(step.tasks, numbers, strict=True)):
-            yield task.scale if task.scale == 0 or i in ruled else scale
 
 
 def _text(scales: Sequence[float]) -> str:

@@ -51,14 +51,27 @@ def rescaled(plan: MergePlan, scales: Sequence[float]) -> MergePlan:
     return replace(plan, config=config, guard=guard, steps=steps, info=None)
 
 
+def scales_in(step: Step, scales: Sequence[float], rules: Sequence[ScaleRule]) -> tuple[float, ...]:
+    """The scales that tasks have in one tensor, by the step of a plan with other ones.
+
+    Args:
+        step: The tensor. A task of scale zero there keeps it: it has no such tensor.
+        scales: One for each task.
+        rules: Scales that hold for some tensors only, and go before.
+    """
+    ruled = {task for rule in rules if rule.pattern.search(step.source) for task in rule.tasks}
+    return tuple(
+        operand.scale if operand.scale == 0 or position in ruled else scale
+        for position, (operand, scale) in enumerate(zip(step.tasks, scales, strict=True))
+    )
+
+
 def _rescaled(step: Step, scales: Sequence[float], rules: Sequence[ScaleRule]) -> Step:
-    """A step with the scales that its tasks have in it; one that is zero there stays so."""
     if step.copied is not None:
         return step
-    ruled = {task for rule in rules if rule.pattern.search(step.source) for task in rule.tasks}
     tasks = tuple(
-        operand if operand.scale == 0 or position in ruled else operand._replace(scale=scale)
-        for position, (operand, scale) in enumerate(zip(step.tasks, scales, strict=True))
+        operand._replace(scale=scale)
+        for operand, scale in zip(step.tasks, scales_in(step, scales, rules), strict=True)
     )
     renewed = dict(zip(map(id, step.tasks), tasks, strict=True))
     rest: Operand | None = None if step.rest is None else renewed[id(step.rest)]

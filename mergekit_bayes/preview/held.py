@@ -7,7 +7,7 @@ and, where precisions weigh, those, an entry
     4 bytes a model for precisions, 2 where all are stored by entry in BF16
 
 and of a layer that is merged as a whole matrix, 8 bytes for every number. A merge in which some
-task has scale zero reads the donor in its place; its arrays are gathered from those that are kept.
+task has scale zero takes the donor in its place, whose arrays are among those that are kept.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from mergekit_bayes.kernels.base import Array
-from mergekit_bayes.merge.matrices import Layer, read_layer
-from mergekit_bayes.plan import MergePlan, Step
+from mergekit_bayes.merge.matrices import Layer, read_weights
+from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.stored import stored_numbers
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader, mean_type
+from mergekit_bayes.stream.matrices import Place, Precision, stored
 
 _Row: TypeAlias = tuple[str, str, float]  # model, name of its tensor, number instead of one
 _Place: TypeAlias = tuple[str, str, int, int]  # mean or precision, tensor, first entry, end
@@ -39,30 +40,50 @@ class Held:
 
     Attributes:
         stacks: The chunks that passes take.
-        layers: The layers that are merged as whole matrices, each with its bytes.
+        weights: Those of each model in a layer that is merged as a whole matrix.
+        matrices: Its precision there.
     """
 
     stacks: dict[_Place, _Stack] = field(default_factory=dict)
-    layers: dict[tuple[str, tuple[_Row, ...]], tuple[Layer, int]] = field(default_factory=dict)
+    weights: dict[tuple[str, _Row], Array] = field(default_factory=dict)
+    matrices: dict[tuple[str, _Row], dict[Place, Precision]] = field(default_factory=dict)
+    _numbers: dict[tuple[str, _Row], int] = field(default_factory=dict)  # of the matrices
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        arrays = sum(stack.array.nbytes for stack in self.stacks.values())
-        return arrays + sum(size for _, size in self.layers.values())
+        arrays = [stack.array.nbytes for stack in self.stacks.values()]
+        weights = [each.nbytes for each in self.weights.values()]
+        return sum(arrays) + sum(weights) + 8 * sum(self._numbers.values())
 
     def layer(self, plan: MergePlan, step: Step) -> Layer:
-        """A tensor that is merged as a whole matrix, read once for each choice of operands."""
-        key = step.source, (*_mean_rows(step), *_precision_rows(step))
-        if key not in self.layers:
-            size = _bytes_of(step, weighs=plan.method.needs_precision)
-            self.layers[key] = read_layer(plan, step), size
-        return self.layers[key][0]
+        """A tensor that is merged as a whole matrix; what it takes of each model is read once."""
+        rows = zip(step.operands, _mean_rows(step), strict=True)
+        weights = [self._weights(plan, step, operand, row) for operand, row in rows]
+        if not plan.method.needs_precision:
+            return Layer(weights, None)
+        rows = zip(step.operands, _precision_rows(step), strict=True)
+        return Layer(weights, [self._matrices(step, operand, row) for operand, row in rows])
+
+    def _weights(self, plan: MergePlan, step: Step, operand: Operand, row: _Row) -> Array:
+        key = step.source, row
+        if key not in self.weights:
+            self.weights[key] = read_weights(plan, step, operand)
+        return self.weights[key]
+
+    def _matrices(self, step: Step, operand: Operand, row: _Row) -> dict[Place, Precision]:
+        key = step.source, row
+        if key not in self.matrices:
+            self.matrices[key] = stored(step, operand)
+            self._numbers[key] = _numbers_of(operand)
+        return self.matrices[key]
 
     def clear(self) -> None:
         """Let go of everything."""
         self.stacks.clear()
-        self.layers.clear()
+        self.weights.clear()
+        self.matrices.clear()
+        self._numbers.clear()
 
     def get(self, place: _Place, rows: list[_Row], read: Callable[[], Array]) -> Array:
         """The rows at a place, which are read, and kept, if nothing is kept there.
@@ -125,11 +146,16 @@ def _bytes_of(step: Step, *, weighs: bool) -> int:
     if step.axis is None:
         item = np.dtype(mean_type(step)).itemsize + (4 if weighs else 0)
         return step.merged * len(step.operands) * item
-    precisions = [operand.precision for operand in step.operands if weighs]
-    numbers = sum(
-        stored_numbers(p.source, p.name) for p in precisions if p is not None and p.source
-    )
+    numbers = sum(map(_numbers_of, step.operands)) if weighs else 0
     return 8 * (step.spec.size * len(step.operands) + numbers)
+
+
+def _numbers_of(operand: Operand) -> int:
+    """How many numbers a model's matrices for a tensor have."""
+    precision = operand.precision
+    if precision is None or precision.source is None:
+        return 0
+    return stored_numbers(precision.source, precision.name)
 
 
 def _mean_rows(step: Step) -> list[_Row]:

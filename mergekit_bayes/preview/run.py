@@ -16,7 +16,7 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.configs import parse_config
-from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.errors import CheckpointError, MismatchError
 from mergekit_bayes.evaluate.inputs import read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.report import StepProgress
@@ -168,7 +168,8 @@ class _Previewer:
             formed = time.monotonic()
             scores = self.measurer.measure()
             self.observations.update(scores.observations)
-        except CheckpointError as error:  # a merge that is not finite, or gives no numbers
+        except (CheckpointError, MismatchError) as error:
+            # A merge that is not finite or gives no numbers, or a removal that no matrices bound.
             if formed is None and origin == "recipe":
                 raise
             failure = str(error)
