@@ -204,9 +204,14 @@ def test_terms_are_stored_under_both_roles(world):
         assert stored[f"right:{name}"].shape == (3, 5, 5)
 
 
-def test_one_number_everywhere_is_no_product(world):
-    with pytest.raises(MismatchError, match="no Kronecker product"):
+def test_one_number_is_no_product(world):
+    with pytest.raises(PrecisionError, match=r"Kronecker products for 'a.*numbers for 'base"):
         merge("a", isotropic={"base.safetensors": 3.0})
+    found = factors(1) | {"h.0.attn.weight": np.ones((1, 1), np.float32)}
+    mean = tiny.arrays(1, SHAPES, spread=0.1)
+    tiny.posterior("number.safetensors", mean, found, estimator="kronecker")
+    with pytest.raises(PrecisionError, match=r"Kronecker products for 'base.*numbers for 'number"):
+        merge("number")
 
 
 def test_regmean_takes_matrices_of_inputs_only(world):

@@ -351,5 +351,5 @@ def test_matrices_do_not_mix_with_numbers(world):
     Path("b.posterior").unlink()
     Path("b.safetensors").unlink()
     tiny.posterior("b.safetensors", mean_of(2), tiny.precisions(2, SHAPES), estimator="inputs")
-    with pytest.raises(PrecisionError, match=r"matrices \[1, 6, 6\].*a.safetensors.*numbers"):
+    with pytest.raises(PrecisionError, match=r"1 of 6 x 6.*a\.safetensors.*numbers for .b\."):
         merge("a", "b", base=None)

@@ -62,7 +62,6 @@ def read_layer(plan: MergePlan, step: Step) -> Layer:
 
     Raises:
         CheckpointError: A mean that is not finite.
-        MismatchError: A precision that is one number, where others are Kronecker products.
         PrecisionError: A matrix that is not symmetric, not finite or not positive.
     """
     means = [read_weights(plan, step, operand) for operand in step.operands]

@@ -157,14 +157,15 @@ def matrices_of(
     if not forms:
         return None
     (found, one), *others = forms.items()
-    numbers = [m for m, p in stored.items() if p.form in (Form.ROW, Form.ENTRY)]
+    # One number is a matrix, too, and no product that could be told from its factors.
+    coarse = (Form.TENSOR, Form.ROW, Form.ENTRY) if terms else (Form.ROW, Form.ENTRY)
+    numbers = [m for m, p in stored.items() if p.form in coarse]
     if others or numbers:
         other = others[0][1] if others else numbers[0]
-        has = list(others[0][0].shape) if others else "numbers"
+        has = _in_words(others[0][0]) if others else "numbers"
         raise PrecisionError(
-            f"the precision of '{name}' is one of matrices {list(found.shape)} for '{one.ref}', "
-            f"and for '{other.ref}' {has}. Make both alike with `bmerge precision --estimator "
-            "inputs`."
+            f"the precision of '{name}' is one of {_in_words(found)} for '{one.ref}', and one of "
+            f"{has} for '{other.ref}'. Make both by one `bmerge precision --estimator`."
         )
     if terms:  # a merge has the terms of all
         found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
@@ -181,6 +182,14 @@ def matrices_of(
                 f"'{one.ref}' is one of matrices, for which it has no meaning. Drop it."
             )
     return found
+
+
+def _in_words(matrices: Matrices) -> str:
+    shape = matrices.shape
+    if shape[-2:] == (1, 1) and shape[-4] == 0:
+        return "Kronecker products"
+    *_, blocks, size, _ = shape if matrices.axis == -1 else shape[:-1]
+    return f"matrices ({blocks} of {size} x {size}, for axis {matrices.axis})"
 
 
 def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum, without_rounding
 from mergekit_bayes.methods.matrices import is_positive
@@ -36,7 +36,6 @@ def stored(step: Step, operand: Operand) -> dict[Place, Precision]:
     """A model's precision of a tensor by place, in float64.
 
     Raises:
-        MismatchError: It is one number, where the others are sums of Kronecker products.
         PrecisionError: A matrix that is not symmetric, not finite or not positive.
     """
     if step.is_kronecker:
@@ -68,11 +67,7 @@ def _products(step: Step, operand: Operand) -> dict[Place, Precision]:
     """A model's sums of Kronecker products by place."""
     precision, (rows, columns) = operand.precision, step.spec.shape[-2:]
     assert precision is not None
-    if precision.source is None:
-        raise MismatchError(
-            f"'{step.name}': one number on every entry ('{operand.input.ref}') is no Kronecker "
-            "product. Estimate a precision."
-        )
+    assert precision.source is not None  # the plan made sure of it
     leading = precision.source.specs[precision.name].shape[:-3]
     numbers = read_tensor(precision.source, precision.name).reshape(-1).astype(np.float64)
     cut = int(np.prod(leading)) * rows * rows
