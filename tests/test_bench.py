@@ -219,3 +219,17 @@ def test_both_sides_sample_and_score_the_same_number_of_tokens(tmp_path):
         assert f"| {row['size']} | {row['batch']} | {row['kind']} | {row['tokens']:,} |" in (
             process.stdout
         )
+
+
+@pytest.mark.slow
+def test_a_preview_is_measured_beside_merges_and_evaluations(tmp_path):
+    out = tmp_path / "preview.json"
+    command = [sys.executable, str(BENCH / "preview.py"), "--parameters", "0.03", "--rounds", "1"]
+    command += ["--vectors", "40", "--method", "task_arithmetic", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (costs,) = json.loads(out.read_text()).values()
+    total = 2 * costs["merge"] + 40 * costs["evaluation"]
+    assert done.returncode == (costs["preview"] > total), done.stderr
+    assert 0 < costs["forming"] < costs["preview"]
+    assert 0 < costs["scoring"] < costs["evaluation"]
+    assert "| 0.03 M |" in done.stdout

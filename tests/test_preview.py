@@ -149,6 +149,7 @@ def test_a_preview_is_the_evaluation_of_the_merge_that_it_recommends(here):
     assert "'out' exists" in again.stderr
 
 
+@pytest.mark.slow
 def test_texts_that_decide_nothing_are_measured_in_pairs(here):
     previews.recipe("r.yaml", weights="precision", scale=[0.5, 0.5])
     words = ("--data", "cats=cats.csv", "--test", "new=films.csv", "--scales", "2,0.1")

@@ -74,6 +74,7 @@ REFUSED = {
     "a design alone": (("r.yaml",), ("--design", "one"), "--grid, which has none"),
     "an unknown design": (("r.yaml",), ("--grid", "1", "--design", "on"), "Did you mean 'one'"),
     "a range alone": (("r.yaml",), ("--between", "0,1"), "--between is about --search"),
+    "half a range": (("r.yaml",), ("--search", "2", "--between", "1"), "expected LOW,HIGH"),
     "no range": (("r.yaml",), ("--search", "2", "--between", "1,0"), "the lower first"),
     "a grid that is too large": (
         ("r.yaml",),
@@ -155,6 +156,7 @@ def test_an_interrupt_leaves_no_half_report(here, monkeypatch, output):
         assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_not_finite_is_one_point_that_failed(here):
     previews.recipe("half.yaml", dtype="F16")
     done = preview(*TEXTS, "--scales", "1e9,1", "--json", recipe="half.yaml")
@@ -333,6 +335,7 @@ def test_a_vector_of_other_signs_is_planned_before_anything_is_measured(here):
         )
 
 
+@pytest.mark.slow
 def test_evaluations_are_spent_where_the_prediction_is_good(here, tmp_path_factory):
     world = previews.world(tmp_path_factory.mktemp("weighed"))
     for path in ("base", "a", "b"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.merge.matrices import read_layer
@@ -72,6 +73,10 @@ def test_rows_of_new_tokens():
     model.save_pretrained("b")
     tokenizer.save_pretrained("b")
     check_bits(merge_of(vocab="common"), [(1.0, 1.0), (0.5, 1.5), (1.5, 0.5)])
+    with Plans(merge_of(vocab="common"), Path("nowhere")) as plans:
+        plans.at((1.0, 1.0))
+        with pytest.raises(MismatchError, match=r"is \[27, 16\], and at the recipe's \[29, 16\]"):
+            plans.at((1.0, -1.0))
 
 
 def test_bad_entries_are_replaced_at_every_scale():

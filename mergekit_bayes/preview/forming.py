@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from mergekit_bayes.checkpoint.specs import Closing
+from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.kernels import can_fuse
 from mergekit_bayes.merge.pool import CHUNK, PLAIN_CHUNK, WORTH_FUSING, default_threads
 from mergekit_bayes.merge.work import Sinks, Worker
@@ -53,12 +54,25 @@ class Plans(Closing):
 
         Raises:
             BmergeError: As `plan_merge`.
+            MismatchError: A tensor has another shape than in the first plan that was asked for.
         """
         signs = signs_of(scales)
         if signs not in self._by_signs:
             plan = plan_merge(with_scales(self._config, scales))
             self._by_signs[signs] = self._stack.enter_context(plan)
+            self._refuse_other_shapes(scales, plan)
         return rescaled(self._by_signs[signs], scales)
+
+    def _refuse_other_shapes(self, scales: Vector, plan: MergePlan) -> None:
+        first = {step.name: step.spec for step in next(iter(self._by_signs.values())).steps}
+        for step in plan.steps:
+            if step.spec != first.get(step.name):
+                before = list(first[step.name].shape) if step.name in first else "missing"
+                raise MismatchError(
+                    f"at the scales {', '.join(f'{x:g}' for x in scales)} '{step.name}' is "
+                    f"{list(step.spec.shape)}, and at the recipe's {before}: one model cannot hold "
+                    "both. Preview them by recipes of their own."
+                )
 
     def refuse_changed(self) -> None:
         """Check that all inputs are what they were when they were first opened.

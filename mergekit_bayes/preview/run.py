@@ -196,8 +196,8 @@ def _open(
         folder: Where the unformed model is written.
         stack: Closes what is opened.
     """
-    tasks = len(next(iter(vectors)))
-    like = plans.at((1.0,) * tasks)
+    own = next(iter(vectors))
+    like = plans.at(tuple(scale or 1.0 for scale in own))
     for scales in {signs_of(scales): scales for scales in vectors}.values():
         plans.at(scales)
     refuse_too_large(like, config.dtype)

@@ -28,9 +28,10 @@ def refuse_search(config: PreviewConfig) -> None:
             "--search needs Optuna, which is not installed: pip install 'mergekit-bayes[search]'"
         )
     if config.between is not None:
-        low, high = config.between
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ConfigError(f"--between {low:g},{high:g}: expected two numbers, the lower first.")
+        ends = config.between
+        if len(ends) != 2 or not all(map(math.isfinite, ends)) or not ends[0] < ends[1]:
+            given = ",".join(f"{end:g}" for end in ends)
+            raise ConfigError(f"--between {given}: expected LOW,HIGH, the lower first.")
 
 
 class Search:
@@ -93,6 +94,7 @@ class Search:
 
 def _range(config: PreviewConfig, scale: float) -> tuple[float, float]:
     if config.between is not None:
-        return config.between
+        low, high = config.between
+        return low, high
     end = 2 * scale or 1.0
     return min(0.0, end), max(0.0, end)

@@ -58,7 +58,7 @@ class PreviewConfig(Config):
         description="Number of further merges, at scales that Optuna's TPE sampler proposes (an "
         "extra: pip install 'mergekit-bayes[search]').",
     )
-    between: tuple[float, float] | None = Field(
+    between: Vector | None = Field(
         None,
         description="LOW,HIGH: where the search looks for each scale; by default from 0 to twice "
         "the recipe's, or to 1 where that is 0. Shares of an average are sought between 0 and 1.",

@@ -31,7 +31,8 @@ def row_of(report: PreviewReport, index: int) -> list[str]:
         for name in report.best.accuracy
     ]
     notes = ["recommended"] if index == report.chosen else []
-    notes += ["Pareto"] if index in report.pareto else []
+    is_front = len(report.observations) > 1 and index in report.pareto
+    notes += ["Pareto"] if is_front else []
     notes += ["failed"] if point.failure is not None else []
     predicted = [_prediction(point)] if _is_predicted(report) else []
     origin = _ORIGINS[point.origin]
@@ -62,7 +63,12 @@ def names_of(report: PreviewReport) -> list[str]:
 def sentences(report: PreviewReport) -> Iterator[str]:
     """What the preview found, in sentences; the first one is the recommendation."""
     best, own = report.best, report.points[0]
-    what = "worst rise" if report.settings["choose"] == "worst" else "mean loss"
+    if len(report.points) == 1:
+        yield f"Only the recipe's own scales were measured, {scales_of(own)}."
+        return
+    what = "mean loss" if len(report.observations) > 1 else "loss"
+    if report.settings["choose"] == "worst":
+        what = "largest rise over the recipe's loss"
     yield (
         f"Recommended: scales {scales_of(best)} for {', '.join(names_of(report))}, of the smallest "
         f"{what} of {len(report.points)} merges."
@@ -107,7 +113,7 @@ def sentences(report: PreviewReport) -> Iterator[str]:
         yield (
             f"{failed} merges could not be measured; the first, {scales_of(first)}: {first.failure}"
         )
-    if len(report.points) > 1 and not report.held_out:
+    if not report.held_out:
         yield (
             "The scales were chosen on these texts, so that the recommended merge looks better on "
             "them than on others. Name others by --test."
