@@ -267,3 +267,12 @@ def test_a_conv1d_has_its_inputs_on_the_other_axis():
     model.again = Conv1D(4, 4)
     found = input_covariance(model, batched(rows_of("Llama"), 4))
     assert (found.matrices["again.weight"], found.matrices["head.weight"]) == (-2, -1)
+
+
+def test_its_stability_is_that_of_the_diagonals():
+    model, rows = model_of("Llama"), rows_of("Llama")
+    found = input_covariance(model, batched(rows, 1), keep=Keeping(blocks=2))
+    assert len(found.parts) == 4
+    for name in found.matrices:
+        diagonal = found.total[name].diagonal(dim1=-2, dim2=-1).flatten()
+        close(sum(part.rows[name] for part in found.parts), diagonal)

@@ -97,18 +97,21 @@ def test_an_addition_is_told_from_task_arithmetic_over_all_seeds(script, tmp_pat
     texts, tokens = (*script.ADDED, *script.KEPT), [1.0, 2.0, 3.0]
     for seed, shift in enumerate((0.1, 0.3)):  # nats a token less, of every document
 
-        def read(less):
-            one = {"nats": [(4 - less) * n for n in tokens], "tokens": tokens}
-            return dict.fromkeys(texts, one)
+        def read(kept, added):
+            of = dict.fromkeys(script.ADDED, added) | dict.fromkeys(script.KEPT, kept)
+            return {t: {"nats": [of[t] * n for n in tokens], "tokens": tokens} for t in texts}
 
-        found = {script.BASE: read(-1), script.UNIFORM: read(0), script.REFERENCE: read(shift)}
+        found = {script.BASE: read(2, 5), script.UNIFORM: read(4, 3)}
+        found[script.REFERENCE] = read(3, 4 - shift)  # half-way between the two, but for the shift
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "added.json").write_text(json.dumps(found))
     folders = [tmp_path / "0", tmp_path / "1"]
     _, _, base, uniform, reference = script.addition_table(folders, "2.1M").splitlines()
-    assert base.count("5.0000") == uniform.count("4.0000") == len(texts)
-    assert uniform.endswith("| +0.2000 [+0.2000, +0.2000] |")
-    assert reference.count("-0.2000 [-0.2000, -0.2000]") == len(texts)
+    assert base.startswith("| base | 5.0000 | 5.0000 | 2.0000 | 2.0000 |")
+    assert uniform.endswith("|  | -0.8000 [-0.8000, -0.8000] |")
+    added, kept = "+0.8000 [+0.8000, +0.8000]", "-1.0000 [-1.0000, -1.0000]"
+    gain = "0.200 [0.100, 0.300]"
+    assert f"| {added} | {added} | {kept} | {kept} | {gain} |  |" in reference
 
 
 def test_the_comparison_runs(script, forms, tmp_path, monkeypatch, capsys):

@@ -87,6 +87,7 @@ def inner_rows(experts: Any, expert: int, rows: Tensor) -> Tensor:
     """The rows that reach the second weight of an expert, from those that reach the first."""
     up = up_of(experts)
     weight = getattr(experts, up)[expert]
+    rows = rows.to(weight.device)  # a model on several devices moves them later
     outputs = rows @ (weight if experts.is_transposed else weight.T)
     if experts.has_bias:
         outputs = outputs + getattr(experts, f"{up}_bias")[expert]

@@ -9,7 +9,9 @@ from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.places import input_axes
 from mergekit_bayes.posterior.factors import Kronecker, Matrices
 from mergekit_bayes.posterior.info import INPUTS, KRONECKER
+from mergekit_bayes.precision.keeping import is_sharded
 from mergekit_bayes.precision.settings import PrecisionConfig
+from mergekit_bayes.ranks import launched
 
 
 def refuse_matrix_settings(config: PrecisionConfig) -> None:
@@ -27,6 +29,12 @@ def refuse_matrix_settings(config: PrecisionConfig) -> None:
         raise ConfigError(
             f"--pool {config.pool} takes the mean of numbers, and --estimator {config.estimator} "
             "has matrices (those of inputs --blocks N makes smaller). Leave it out."
+        )
+    if config.estimator in (INPUTS, KRONECKER) and is_sharded(config):
+        raise ConfigError(
+            f"--estimator {config.estimator} adds up the inputs of whole layers, and with --device "
+            f"auto {launched()} processes have a part of each. Leave --device out, and they share "
+            "the rows, or start one process."
         )
     if config.estimator == KRONECKER and config.prior:
         raise ConfigError(
