@@ -371,7 +371,7 @@ def test_the_stored_precision_is_that_of_the_edited_data(world, sure, edited):
     sums = {}
     for part in ("remove", "add"):
         chosen = random_examples(run.parts[part], 16, 0)
-        total, count, _ = estimate_curvature("ggn", at_the_end, chosen, batch_size=4, seed=0)
+        total, count, *_ = estimate_curvature("ggn", at_the_end, chosen, batch_size=4, seed=0)
         scale = getattr(run.units, {"remove": "removed", "add": "added"}[part]) / count
         sums[part] = checkpoint_names(
             at_the_end.model, {name: scale * h for name, h in total.items()}
@@ -437,7 +437,7 @@ def test_the_guard_bounds_what_removed_rows_take(world):
     info, _, values = stored(folder)
     run = load_run(config(world, model))
     chosen = random_examples(run.parts["remove"], 16, 0)
-    total, count, _ = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
+    total, count, *_ = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
     name = "transformer.h.0.mlp.c_fc.weight"
     expected = 2 * PRIOR + 0.2 * run.units.removed / count * total[name].numpy()
     np.testing.assert_allclose(values[name], expected, rtol=1e-4)
@@ -454,7 +454,7 @@ def test_without_a_stored_precision_the_memory_stands_for_the_base(world):
     sums = {}
     for part in ("memory", "remove"):
         chosen = random_examples(run.parts[part], 16, 0)
-        total, count, _ = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
+        total, count, *_ = estimate_curvature("ggn", run.loaded, chosen, batch_size=4, seed=0)
         name = "transformer.h.0.mlp.c_fc.weight"
         examples = observations(run.parts[part], "causal-lm")
         sums[part] = total[name].numpy() * examples / count

@@ -178,3 +178,22 @@ def test_an_adaptation_runs_on_the_device(tmp_path, changes):
     assert report.steps == 4
     has_precision = "lora" not in changes
     assert (tmp_path / "out" / "posterior").exists() == has_precision
+
+
+def test_a_preview_forms_its_merges_on_the_device(tmp_path, monkeypatch):
+    """The losses are those of the CPU, up to the order of sums."""
+    from mergekit_bayes.preview import PreviewConfig, run_preview
+    from tests import previews
+
+    monkeypatch.chdir(tmp_path)
+    previews.world(".")
+    previews.recipe("r.yaml", weights="precision", dtype="BF16")
+    settings = {"recipe": "r.yaml", "data": {"x": "cats.csv"}, "grid": (0.0, 0.5, 2.0)}
+    here, there = (
+        run_preview(PreviewConfig(**settings, device=device, output=device))
+        for device in ("cpu", "cuda")
+    )
+    assert len(here.points) == 7
+    for one, other in zip(here.points, there.points, strict=True):
+        assert one.scales == other.scales
+        assert one.loss["x"] == pytest.approx(other.loss["x"], abs=1e-4)

@@ -132,6 +132,7 @@ def test_a_merge_by_them_is_the_formula(world, tmp_path, monkeypatch, kind, anch
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
     # They are no curvature of the loss, of which an increase in nats could be said.
     assert [p.nats for p in report.predicted] == [None] * 3
+    assert any("no increase of the loss is predicted" in note for note in report.notes)
 
 
 def test_the_experts_of_a_file_have_their_own(world):

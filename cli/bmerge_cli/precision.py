@@ -53,7 +53,7 @@ _ROWS = {
     option("force"),
 )
 def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Estimate the diagonal curvature of a checkpoint and store it as its precision.
+    """Estimate the curvature of a checkpoint and store it as its precision.
 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """

@@ -209,7 +209,7 @@ class Inputs:
         self._tokens = self._of_head = self._last = None
 
     @torch.no_grad()
-    def _see(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if self._tokens is None:  # activations that are computed again in a backward pass
             return
         inputs = arguments[0].detach()

@@ -21,7 +21,7 @@ from mergekit_bayes.libraries import outputs_of
 
 Batch: TypeAlias = Mapping[str, Tensor]
 # Called with a module and the arguments of its forward, before it.
-See = Callable[[nn.Module, tuple[Any, ...]], None]
+See = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 _UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -73,7 +73,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
-def is_experts(module: Any) -> bool:
+def is_experts(module: object) -> bool:
     """Whether a module is one of transformers' stacked experts."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
@@ -119,7 +119,7 @@ def look(model: nn.Module, layers: Iterable[Layer], batch: Batch) -> Seen:
     layers = list(layers)
     shapes: dict[nn.Module, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         shapes.pop(module, None)  # the last one that ran is last
         shapes[module] = tuple(inputs[0].shape), tuple(getattr(output, "shape", ()))
 
@@ -181,7 +181,7 @@ def frozen(layers: Iterable[Layer]) -> Iterator[None]:
 def watched(layers: Iterable[Layer], see: See) -> Iterator[None]:
     """Inside, `see` is called before each of the layers' modules runs."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         see(module, (*args, *kwargs.values()))
 
     with ExitStack() as stack:

@@ -40,8 +40,9 @@ def explained() -> Iterator[None]:
         if isinstance(cause, torch.OutOfMemoryError) or "can't allocate memory" in str(cause):
             raise ConfigError(
                 f"the device has too little memory ({reason(cause)}). Smaller batches and shorter "
-                "rows take less (--batch-size, --max-length), and so do fewer sums (--pool row), "
-                "sums elsewhere (--sums cpu), and narrower parameters (--dtype bfloat16)."
+                "rows take less (--batch-size, --max-length), and so do fewer sums (--pool row; "
+                "--blocks N of matrices), sums elsewhere (--sums cpu), and narrower parameters "
+                "(--dtype bfloat16)."
             ) from None
         if "use_reentrant" in str(cause):
             raise ConfigError(

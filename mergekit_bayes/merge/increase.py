@@ -88,17 +88,27 @@ def predicted_increases(
     )
 
 
-def note_on_pulls(plan: MergePlan) -> str | None:
-    """A note that a recorded pull to the base is not in the prediction, without a base."""
-    if plan.base is not None or not plan.method.needs_precision:
-        return None
+def notes_on_increases(plan: MergePlan) -> list[str]:
+    """What the predictions lack: a recorded pull without a base, or all of them."""
+    if not plan.method.needs_precision:
+        return []
+    if any(_is_of_inputs(model) for model in plan.inputs):
+        return [
+            "no increase of the loss is predicted from the covariance of inputs, which is no "
+            "curvature of it"
+        ]
     refs = [f"'{task.ref}'" for task in plan.tasks if task.recorded_pull.precision]
-    if not refs:
-        return None
-    return (
+    if plan.base is not None or not refs:
+        return []
+    return [
         f"the predicted increase is without the gradient of {', '.join(refs)}, whose training "
         "pulled to a base that is not known here"
-    )
+    ]
+
+
+def _is_of_inputs(model: Input) -> bool:
+    info = model.precision_info
+    return info is not None and info.estimator == INPUTS
 
 
 def _of_model(
@@ -132,8 +142,7 @@ def _of_model(
         update["trusted"] = moved <= reach * (1 + _ROUNDING)
         if reach > 0 and moved >= 0:
             update["distance"] = six_digits(math.sqrt(moved / reach))
-    has_units = info is None or info.estimator != INPUTS
-    if has_units and count is not None and count > 0:
+    if count is not None and count > 0 and not _is_of_inputs(model):
         layers = {
             layer: _nats(plan, model, [own[name] for name in names], count)
             for layer, names in group_layers(own).items()

@@ -20,7 +20,7 @@ from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge.increase import (
     SHOWN_LAYERS,
     Increase,
-    note_on_pulls,
+    notes_on_increases,
     predicted_increases,
 )
 from mergekit_bayes.merge.matrices import merge_matrices, read_layer
@@ -141,7 +141,7 @@ def predict_merges(
         guards = [_guard(plan, numbers, rules) for numbers in sets]
         found = _Sweep(plan, sets, guards, rules, threads, fused, chunk).run(progress)
         plan.refuse_changed(full=config.verify)
-        notes = [*plan.notes, *(note for note in [note_on_pulls(plan)] if note is not None)]
+        notes = [*plan.notes, *notes_on_increases(plan)]
         return PredictionReport(
             models=config.models,
             base=config.base,

@@ -7,7 +7,7 @@ from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.merge.increase import (
     Increase,
-    note_on_pulls,
+    notes_on_increases,
     predicted_increases,
     six_digits,
 )
@@ -118,8 +118,7 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
         _note_lost(plan, lost_share, notes)
     _note_undo(plan, totals, notes)
     notes += notes_on_precisions(plan)
-    if (note := note_on_pulls(plan)) is not None:
-        notes.append(note)
+    notes += notes_on_increases(plan)
     return MergeReport(
         path=str(plan.target),
         precision_path=str(precision_path(plan.target)) if plan.info is not None else None,

@@ -19,7 +19,7 @@ Matrix: TypeAlias = NDArray[Any]  # of float64
 
 SAME = 1e-5  # relative difference up to which two factors are one, rounded to float32 or not
 NOTHING = 1e-6  # share of what cancelled below which a term is what rounding left of it
-EXACT = 1e-10  # relative residual at which a solution is taken
+EXACT = 1e-8  # relative residual at which a solution is taken
 CLOSE = 1e-6  # relative residual up to which it is taken after MOST_STEPS
 MOST_STEPS = 400  # of conjugate gradients
 

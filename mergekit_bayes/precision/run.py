@@ -1,4 +1,4 @@
-"""A precision for a checkpoint that has none: a diagonal of its curvature over some data.
+"""A precision for a checkpoint that has none: its curvature over some data.
 
 The likelihood part is `N * F`, where F is the curvature per observation and N counts the
 observations of all the data. How many examples the estimate looked at is recorded separately.

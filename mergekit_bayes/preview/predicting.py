@@ -62,8 +62,9 @@ def _prediction(merge: PredictedMerge, choice: Choice) -> Prediction:
     rises = [increase.nats for increase in merge.predicted if increase.nats is not None]
     if not rises:
         raise ConfigError(
-            "--predict-first: no precision of these models says for how many observations it "
-            "stands, so that nothing is predicted. Leave it out."
+            "--predict-first: nothing is predicted, since no precision of these models says for "
+            "how many observations it stands, or they are covariances of inputs, which are no "
+            "curvature of the loss. Leave it out."
         )
     nats = max(rises) if choice == "worst" else math.fsum(rises) / len(rises)
     return Prediction(nats, all(increase.trusted is not False for increase in merge.predicted))

@@ -9,13 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergekit_bayes.checkpoint.codec import chunks, encode
+from mergekit_bayes.checkpoint.layers import linear_axes
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.posterior import PosteriorInfo, identify
-from mergekit_bayes.posterior.stored import PRECISION, named
+from mergekit_bayes.posterior.stored import PRECISION, RIGHT, named
 
 MODELS = ("base", "a", "b")
+MATRICES = "inputs.posterior"
+WIDEST = 1024  # inputs of one block of a matrix
 
 
 class Shape(NamedTuple):
@@ -105,7 +108,37 @@ def make(target: Path, shape: Shape, precision: str) -> None:
         specs = {named(PRECISION, n): TensorSpec(precision, s) for n, s in shapes.items()}
         file = folder / name / "posterior" / "precision.posterior"
         _write(file, specs, info.to_metadata(), precisions, rng)
+        _write_matrices(folder / name / MATRICES, shapes, info, rng)
     folder.rename(target)
+
+
+def blocks_of(width: int) -> int:
+    """Blocks of a layer's matrix, so that none is wider than `WIDEST`."""
+    return next(k for k in range(-(-width // WIDEST), width + 1) if width % k == 0)
+
+
+def _write_matrices(
+    path: Path, shapes: dict[str, tuple[int, ...]], info: PosteriorInfo, rng: np.random.Generator
+) -> None:
+    """Write random covariances of the inputs of linear layers, and one number for all else."""
+    layers = linear_axes({n: TensorSpec("BF16", s) for n, s in shapes.items()})
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in shapes.items():
+        if name not in layers:
+            specs[named(PRECISION, name)] = TensorSpec("F32", tuple(1 for _ in shape))
+            continue
+        blocks = blocks_of(shape[1])
+        size = shape[1] // blocks
+        specs[named(RIGHT, name)] = TensorSpec("F32", (blocks, size, size))
+    metadata = info.model_copy(update={"estimator": "inputs"}).to_metadata()
+    with SafetensorsSink(path, specs, metadata) as sink:
+        for name, spec in specs.items():
+            size = spec.shape[-1]
+            inputs = rng.standard_normal((spec.size // size**2 or 1, size, 8), np.float32)
+            matrices = inputs @ inputs.swapaxes(1, 2) + np.eye(size, dtype=np.float32)
+            if size == 1:
+                matrices = np.ones(spec.shape, np.float32)
+            sink.write_bytes(name, 0, encode(matrices.reshape(-1), "F32"))
 
 
 def _write(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from merge_models import MODELS, SHAPES, tensors
+from merge_models import MATRICES, MODELS, SHAPES, tensors
 
 MERGEKIT = "0.1.4"
 
@@ -115,6 +115,16 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     for count in (1, 16):
         sets = [f"--predict={(i + 1) / count:g}" for i in range(count)]
         yield merge(f"--predict, sets: {count}", "read 6 files", *weighed, *sets)
+    matrices = [str(folder / m / MATRICES) for m in MODELS]
+    stored = (
+        sum(os.path.getsize(file) for file in matrices[:1]) if os.path.exists(matrices[0]) else 0
+    )
+    yield reads("read 3 files and matrices, write 2", means + matrices, [2 * entries, stored])
+    chosen = [f"--precision={folder / m}={file}" for m, file in zip(MODELS, matrices, strict=True)]
+    by_matrices = "read 3 files and matrices, write 2"
+    yield merge("gradient matching, matrices", by_matrices, *weighed, *chosen)
+    for method in ("ace", "tsv_m", "iso_c") if size == 0.1 else ():
+        yield merge(method, three, "--method", method)._replace(once=True)
     yield merge("ties", three, "--method", "ties")
     yield merge("dare_ties", three, "--method", "dare_ties")
     torch = row("torch, float32 state dicts", [], three, ".safetensors")
