@@ -143,7 +143,7 @@ def facts(target: Target, merge: Tensors) -> dict[str, Any]:
 def look_file(world: World, name: str, seed: int) -> Path:
     """The look at the test rows of `base`, of a task's specialist, or of `joint`."""
     step = world.base(seed) if name == "base" else world.tuned(name, seed)
-    return world.work / "looks" / f"{step.name}-{step.key}-{world.texts.key}.npz"
+    return world.work / "looks" / f"{step.name}-{step.key}-{world.held_out.key}.npz"
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Place(NamedTuple):
             "version": VERSION,
             "made": [s.key for s in (world.base(seed), *column.steps(world, seed))],
             "column": [column.method, dict(column.settings), column.constant, column.with_base],
-            "measured": [world.texts.key, size.tokens],
+            "measured": [world.held_out.key, size.tokens],
         }
         text = json.dumps(content, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]

