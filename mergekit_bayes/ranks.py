@@ -7,6 +7,7 @@ is a plain call.
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,12 +17,13 @@ import torch
 import torch.distributed as dist
 
 from mergekit_bayes import errors
-from mergekit_bayes.errors import BmergeError, ConfigError
+from mergekit_bayes.errors import BmergeError, ConfigError, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
 # Rank 0 may download and estimate for hours. When a process dies, the launcher ends the others.
 COLLECTIVE_TIMEOUT = 24 * 3600  # seconds
+_GRACE = 3.0  # seconds in which rank 0 can say first what all ranks met
 _alone = False  # whether this rank does work that others do not share at this moment
 
 
@@ -144,6 +146,41 @@ def in_step(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def in_turn(work: Callable[[], T]) -> T:
+    """As `in_step`, by one rank of each machine at a time.
+
+    What each rank needs for a moment only is then there once on a machine.
+
+    Raises:
+        BmergeError: On every rank, the error of the first rank that failed.
+        RuntimeError: Likewise, where that error was of another class.
+    """
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    result: T | None = None
+    for turn in range(max(gather(own)) + 1):
+        error = None
+        if turn == own or world() == 1:
+            result, error = _attempt(work)
+        _agree(error)
+    return cast(T, result)
+
+
+def or_end(work: Callable[[], T]) -> T:
+    """Do work inside of which a library has the ranks wait for each other.
+
+    A rank that fails there cannot tell the others, which would wait for it for ever. It prints its
+    error and ends its process, upon which the launcher ends the others.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not is_main():
+            time.sleep(_GRACE)  # an error of all ranks is printed by rank 0, and ends this one
+        name = type(error).__name__
+        os.write(2, f"{name}: process {own_number()}: {printable(str(error))}\n".encode())
+        os._exit(2)  # an orderly end would wait for what the others wait for
+
+
 def lead(work: Callable[[Callable[[T], object]], R], job: Callable[[T], object]) -> R:
     """Do work on rank 0 alone, but for jobs in it that all ranks do together.
 
@@ -221,6 +258,25 @@ def gather(value: T) -> list[T]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def rows_to_main(own: torch.Tensor, whole: torch.Tensor | None) -> None:
+    """Put the rows of all ranks below each other, on rank 0. Every rank must call this.
+
+    Args:
+        own: This rank's rows, of any number.
+        whole: Where all rows are put, in the CPU's memory, contiguous; None on the other ranks.
+    """
+    lengths = gather(len(own))
+    if whole is None:
+        if len(own):
+            dist.send(own.detach().cpu().contiguous(), dst=0)
+        return
+    parts = torch.split(whole, lengths)
+    parts[0].copy_(own)
+    for rank, part in enumerate(parts):
+        if rank and len(part):
+            dist.recv(part, src=rank)
 
 
 def mean_over_ranks(value: float) -> float:

@@ -75,14 +75,29 @@ def test_a_precision_of_two_vectors_a_matrix_has_the_sums_of_its_entries(model):
                 )
 
 
-def test_a_model_over_all_devices_gives_the_same_bytes(model, monkeypatch):
+def test_a_model_over_all_devices_gives_the_same_bytes(model):
     """On a machine without GPUs these are its memory."""
     estimate(model, "spread", device="auto")
     found, expected = (tiny.read(model.parent / f"{n}.safetensors") for n in ("spread", "entries"))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "t", "estimator": "fisher-exact"}, "--estimator fisher-exact: 2 processes"),
+        ({"data": "t", "estimator": "ivon"}, "--estimator ivon: 2 processes"),
+        ({"self_generated": 9}, "--self-generated: 2 processes"),
+    ],
+)
+def test_what_processes_with_a_part_of_the_model_cannot_do_is_refused(
+    monkeypatch, settings, message
+):
+    config = PrecisionConfig(model="m", device="auto", **settings)
+    passes.refuse_device(config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--device auto: 2 processes would each spread"):
-        passes.refuse_device(PrecisionConfig(model="m", data="t", device="auto"))
+    with pytest.raises(ConfigError, match=message):
+        passes.refuse_device(config)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

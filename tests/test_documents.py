@@ -5,11 +5,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import Field, model_validator
 
 from mergekit_bayes.documents import (
     DocumentError,
+    as_record,
     parse_json,
     parse_yaml,
     read_bytes,
@@ -18,6 +21,7 @@ from mergekit_bayes.documents import (
     read_text,
 )
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.records import Frozen
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
 _MERGES = "a0: &a0 {x: 1}\n" + "".join(
@@ -141,6 +145,50 @@ def test_a_mapping_is_read_by_its_ending(tmp_path: Path) -> None:
     file = file.with_suffix(".json")
     file.write_text(json.dumps({"a": {"b": 1}}))
     assert read_mapping(file) == {"a": {"b": 1}}
+
+
+class _Inside(Frozen):
+    count: int = Field(ge=1)
+    kind: Literal["a", "b"] = "a"
+
+
+class _Record(Frozen):
+    name: str
+    inside: _Inside
+
+    @model_validator(mode="after")
+    def _refuse_no(self) -> "_Record":
+        if self.name == "no":
+            raise ValueError("no name is no")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"inside": {"count": 1}}, "'name' is missing"),
+        ({"name": "n", "inside": {"count": 1, "x": 2}}, "'inside.x' is no key of it"),
+        ({"name": 3, "inside": {"count": 1}}, "'name' is 3, expected text"),
+        (
+            {"name": "n", "inside": {"count": 0}},
+            "'inside.count' is 0, expected at least 1",
+        ),
+        (
+            {"name": "n", "inside": {"count": 1, "kind": "c"}},
+            "'inside.kind' is 'c', expected 'a' or 'b'",
+        ),
+        (
+            {"name": "no", "inside": {"count": 1}},
+            "it is {'name': 'no', 'inside': {'count': 1}}, no name is no",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_told_without_pydantic_s_words(
+    content: object, reason: str
+) -> None:
+    with pytest.raises(DocumentError) as error:
+        as_record(_Record, content)
+    assert str(error.value) == reason
 
 
 def test_documents_are_read_in_one_room() -> None:

@@ -80,10 +80,14 @@ def test_several_gpus_without_a_launcher_are_no_data_parallel(tmp_path, data, mo
     assert arguments.n_gpu == 1
 
 
-def test_a_masked_language_model_is_not_run_as_a_causal_one_unasked(tmp_path):
+@pytest.mark.parametrize("task", ["auto", "causal-lm"])
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
+def test_an_encoder_is_not_run_as_a_causal_language_model(tmp_path, name, task):
     path = tiny_bert(tmp_path / "bert")
-    settings = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(settings | {"architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(ConfigError, match="sees the token that it predicts"):
-        load_model(str(path))
+    settings = json.loads((path / "config.json").read_text()) | {"architectures": [name]}
+    (path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=rf"an encoder \({name}\), which sees the token"):
+        load_model(str(path), task)
     assert load_model(str(path), "classification").task == "classification"
+    (path / "config.json").write_text(json.dumps(settings | {"is_decoder": True}))
+    assert load_model(str(path), task).task == "causal-lm"

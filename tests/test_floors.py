@@ -23,12 +23,12 @@ EDGES = import_graph(ROOT)
 # Families whose members must not know each other: all modules of a room but those that they share.
 FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
-    - {"table", "base", "dropping", "election", "histogram", "matrices", "kronecker"},
+    - {"table", "base", "dropping", "election", "histogram", "matrices", "means", "kronecker"},
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},
-    "curvature": ROOMS["curvature"].steps.keys()
-    - {"table", "squares", "outputs", "base", "refusals", "state", "stability", "sums", "parts"},
+    # The matrices of inputs are one factor of `kronecker`, and what has none is root-GGN in both.
+    "curvature": {"fisher", "fisher_empirical", "fisher_exact", "ivon", "kronecker"},
     "optim": {"ivon", "vogn", "bsam"},
 }
 HEAVY = {

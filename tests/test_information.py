@@ -144,10 +144,38 @@ def test_bad_and_empty_entries_are_left_out(tmp_path):
     assert doubts(found) == []
     assert 0 < found.within < 1
     assert 0 < found.informative < 1
-    worst = {name: np.full_like(t, np.nan) for name, t in tensors.items()}
-    found = information(sample(worst, tmp_path), None)
+    for value in (np.nan, -1):
+        worst = {name: np.full_like(t, value) for name, t in tensors.items()}
+        found = information(sample(worst, tmp_path), None)
+        assert found.within is None
+        assert found.informative == 0
+        assert doubts(found) == []
+    zero = {name: np.zeros_like(t) for name, t in tensors.items()}
+    assert doubts(information(sample(zero, tmp_path), None)) == [
+        "100% of the entries of its matrices are zero"
+    ]
+
+
+def test_one_number_everywhere_does_not_vary(tmp_path):
+    one = {name: np.full_like(t, 0.3) for name, t in curvature(0).items()}
+    found = information(sample(one, tmp_path), None)
     assert found.within is None
-    assert found.informative == 0
+    assert information_in_words(found, 10, None) == (
+        "its positive entries do not vary, effective number of informative entries 10 of 10, "
+        "0.0% are zero"
+    )
+
+
+def test_a_precision_without_a_prior_holds_none(tmp_path):
+    found = information(sample(curvature(0), tmp_path), None)
+    prior = record(prior=Prior(kind="isotropic", precision=2.0))
+    start = record(prior=prior.prior, estimator="ivon", ess=9.0, training={"hess_init": 0.1})
+    for info, words in (
+        (record(), "are zero"),
+        (prior, "hold the prior alone"),
+        (start, "hold the prior or the start alone"),
+    ):
+        assert information_in_words(found, 10, info).endswith(words)
 
 
 def test_inspect_shows_it_and_notes_doubts(tmp_path, monkeypatch):
@@ -159,7 +187,7 @@ def test_inspect_shows_it_and_notes_doubts(tmp_path, monkeypatch):
     found = report.precision.information
     assert not [note for note in report.notes if "doubtful" in note]
     shown = CliRunner().invoke(app, ["inspect", "a.safetensors"], env={"COLUMNS": "400"})
-    assert information_in_words(found, report.parameters) in shown.output
+    assert information_in_words(found, report.parameters, report.precision.info) in shown.output
     tiny.posterior("b.safetensors", mean, {n: np.full_like(t, 3) for n, t in precision.items()})
     assert "the precision is doubtful: it hardly differs from one number a tensor" in (
         run_inspect("b.safetensors").notes

@@ -121,7 +121,45 @@ def test_entries_that_are_no_precision_are_counted(world):
     assert layer(report, "head").precision.quantiles[0] == 0
     assert layer(report, "rest").precision is None
     assert report.precision.unknown == ("stray",)
+    assert "the model has no tensor of this name" in " ".join(report.notes)
     assert report.precision.covered == pytest.approx(1 - 8 / report.parameters)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "words"),
+    [
+        (np.sqrt, "F16", "its dtype is F16, and F32, BF16 or F64 is read"),
+        (lambda t: t.T.copy(), "F32", "it is transposed"),
+        (lambda t: np.ones((7, *t.shape)), "F32", ", and that of the model's tensor ["),
+    ],
+)
+def test_a_precision_that_fits_no_tensor_says_why_and_shows_no_empty_table(
+    world, change, dtype, words
+):
+    matrices = {n: t for n, t in world[1].items() if t.ndim == 2 and len(set(t.shape)) == 2}
+    tiny.write("other.safetensors", {n: change(t) for n, t in matrices.items()}, dtype)
+    report = run_inspect("a.safetensors", precision="other.safetensors")
+    (note,) = (note for note in report.notes if "fit none of the model" in note)
+    assert words in note
+    assert f"{len(matrices) - 1} other tensors" in note
+    shown = CliRunner().invoke(
+        app, ["inspect", "a.safetensors", "--precision", "other.safetensors"]
+    )
+    assert "sigma / RMS" not in shown.output
+
+
+def test_the_record_of_an_estimate_is_not_taken_for_that_of_a_training(world):
+    def shown(name, **changes):
+        tiny.posterior(name, *world, **changes)
+        return CliRunner().invoke(app, ["inspect", name]).output
+
+    estimate = shown("e.safetensors", training={"batch_size": 8})
+    assert "what the training pulled towards is not known" in estimate
+    assert "estimate: batch_size 8" in estimate
+    assert estimate.index("to draw weights from it") > estimate.index("estimate: batch_size 8")
+    training = shown("t.safetensors", training={"optimizer": "ivon", "batch_size": 8})
+    assert "the training pulled towards nothing" in training
+    assert "training: optimizer ivon" in training
 
 
 def test_weights_that_are_not_finite_are_noted(world):

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mergekit_bayes.errors import MismatchError
+from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.matrices import FACTOR_RIDGE
 from mergekit_bayes.methods.kronecker import KroneckerSum
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Kronecker
@@ -102,16 +103,27 @@ def by_expert(name):
     return list(zip(*models, strict=True))
 
 
+def with_ridge(name, expert):
+    """The base's dense precision, both factors with their ridge."""
+    stored = factors(0)[name]
+    pair = []
+    for factor in stored:
+        one_of = np.float64(factor).reshape(-1, *factor.shape[-2:])[expert]
+        pair.append(one_of + FACTOR_RIDGE * np.linalg.norm(one_of) * np.eye(len(one_of)))
+    return np.kron(*pair)
+
+
 @pytest.mark.parametrize("anchor", ["h0", "none"])
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5), (0.7, 0.2, 1.0)])
 def test_a_merge_minimises_the_quadratic_of_dense_matrices(world, anchor, scales):
     merge(*NAMES[1 : len(scales) + 1], scale=scales, anchor=anchor)
     for name in ("h.0.attn.weight", "h.0.experts.up"):
         written = np.float64(tiny.read("out.safetensors")[name])
-        for merged, models in zip(
-            written.reshape(-1, *written.shape[-2:]), by_expert(name), strict=True
+        for e, (merged, models) in enumerate(
+            zip(written.reshape(-1, *written.shape[-2:]), by_expert(name), strict=True)
         ):
-            (m0, s0), *tasks = models
+            (m0, *_), *tasks = models
+            s0 = with_ridge(name, e)
             pairs = list(zip(scales, tasks, strict=False))
             pulled = s0 if anchor == "h0" else 0 * s0
             total = s0 + sum(x * h for x, (_, h) in pairs)
@@ -154,3 +166,8 @@ def test_terms_are_stored_under_both_roles(world):
 def test_one_number_everywhere_is_no_product(world):
     with pytest.raises(MismatchError, match="no Kronecker product"):
         merge("a", isotropic={"base.safetensors": 3.0})
+
+
+def test_regmean_takes_matrices_of_inputs_only(world):
+    with pytest.raises(PrecisionError, match=r"'h.0.*Kronecker products.*--estimator inputs"):
+        merge("a", "b", base=None, method="regmean")

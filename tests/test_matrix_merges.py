@@ -9,9 +9,11 @@ from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.matrices import RIDGE
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
 from tests import tiny
+from tests.reference import methods as twin
 
 SHAPES = {
     "wte.weight": (7, 4),
@@ -186,6 +188,7 @@ def test_a_removal_is_bounded_in_every_direction(world):
         means = [turned(tensor, mean_of(i)[tensor]) for i in (0, 1)]
         mean, matrices = written(tensor)
         for e, (zero, likelihood) in enumerate(zip(s0, h, strict=True)):
+            zero = zero + RIDGE * np.linalg.norm(zero) * np.eye(len(zero))
             # In the basis where the bound is the identity, max(eigenvalue, guard).
             root = symmetric_root(zero + likelihood)
             values, vectors = np.linalg.eigh(
@@ -248,6 +251,37 @@ def test_a_folder_lists_its_matrices_in_the_index(world):
     with open_posterior("folder") as posterior:
         assert posterior.precision.parts(RIGHT) == (f"right:{RIGHT}",)
         assert posterior.precision.parts(LEFT) == (f"left:{LEFT}",)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_regmean_takes_every_layer_by_its_matrices(world, blocks):
+    make(blocks)
+    merge("a", "b", base=None, scale=(1.0, 0.5), method="regmean", param={"alpha": 0.7})
+    merged = tiny.read("out.safetensors")
+    means = {t: [turned(t, mean_of(i)[t]) for i in (1, 2)] for t in MATRICES}
+    for tensor, weights in means.items():
+        grams = [dense(matrix_precisions(i, blocks)[tensor]) for i in (1, 2)]
+        mean = turned(tensor, merged[tensor])
+        for e in range(len(mean)):
+            expected = twin.regmean(
+                [{"x": w[e]} for w in weights],
+                [{"x": g[e]} for g in grams],
+                (1.0, 0.5),
+                0.7,
+                layers=["x"],
+            )
+            np.testing.assert_allclose(mean[e], expected["x"], atol=2e-5)
+    for name in ("wte.weight", "h.0.ln.bias"):
+        expected = (mean_of(1)[name] + 0.5 * np.float64(mean_of(2)[name])) / 1.5
+        np.testing.assert_allclose(merged[name], expected, atol=1e-6)
+    assert not Path("out.posterior").exists()
+
+
+def test_regmean_without_matrices_is_refused(world):
+    for i, name in enumerate("ab"):
+        tiny.posterior(f"{name}{i}.safetensors", mean_of(i), tiny.precisions(i, SHAPES))
+    with pytest.raises(PrecisionError, match=r"regmean weighs.*h.0.*--estimator inputs"):
+        merge("a0", "b1", base=None, method="regmean")
 
 
 BAD = {

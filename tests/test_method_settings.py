@@ -1,10 +1,12 @@
 """`bmerge methods`, and the settings of a method."""
 
+import io
 import json
 
 import pytest
 from typer.testing import CliRunner
 
+from bmerge_cli import methods
 from bmerge_cli.main import app
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.methods import METHODS, settings_of
@@ -22,6 +24,21 @@ def test_the_methods_are_listed_with_all_that_one_must_know():
             assert parameter.meaning in text
     density = next(m for m in listed if m["name"] == "ties")["parameters"][0]
     assert (density["default"], density["low"], density["high"]) == (0.2, 0, 1)
+
+
+def test_in_a_terminal_all_lines_but_commands_fit(monkeypatch):
+    plain = CliRunner().invoke(app, ["methods"]).stdout
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(methods.sys, "stdout", Terminal())
+    methods.command(as_json=False)
+    text = methods.sys.stdout.getvalue()
+    assert all(len(line) <= 60 or "bmerge merge" in line for line in text.splitlines())
+    assert text.split() == plain.split()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_the_example_lines_are_settings_that_the_methods_take():

@@ -230,6 +230,36 @@ def test_a_setting_that_a_method_has_no_use_for_is_refused(world, setting):
         merge(world, "a", method="fisher_negation", **setting)
 
 
+@pytest.mark.parametrize(
+    ("scales", "param"), [((1.0, 0.5, -0.3), {}), ((1.0, 1.0, 0.0), {"k": 2, "lambda": 0.7})]
+)
+def test_consensus_is_the_papers(world, scales, param):
+    merged = merge(world, "abc", method="consensus", scale=scales, param=param)
+    tasks = [world[1][n] for n in "abc"]
+    least, threshold = param.get("k", 2), param.get("lambda", 0.4)
+    expected = twin.consensus(world[1]["base"], tasks, scales, least, threshold)
+    # An entry on the edge of a mask may fall on its other side in float32.
+    assert_close(merged, expected, share=0.001)
+    with pytest.raises(AssertionError):
+        assert_close(merged, twin.task_arithmetic(world[1]["base"], tasks, scales), share=0.1)
+
+
+def test_consensus_leaves_alone_what_few_tasks_use():
+    base = np.zeros(5)
+    # Both alike, both opposed, one alone, one drowned by the other, none.
+    tasks = [np.array([1.0, 1, 1, 0.1, 0]), np.array([1.0, -1, 0, 1, 0])]
+    merged = {
+        k: combined("consensus", base, tasks, [1.0, 0.5], k=k, **{"lambda": 0.4}) for k in range(3)
+    }
+    added = [1.5, 0.5, 1, 0.6, 0]
+    np.testing.assert_allclose(merged[0], added)
+    np.testing.assert_allclose(merged[1], added)
+    np.testing.assert_allclose(merged[2], [1.5, 0.5, 0, 0, 0])
+    everything = combined("consensus", base, tasks, [1.0, 0.5], **{"lambda": 0})
+    np.testing.assert_allclose(everything, added)
+    np.testing.assert_allclose(combined("consensus", base, tasks[:1], [1.0], k=1), tasks[0])
+
+
 def test_a_threshold_comes_from_a_histogram():
     values = np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32)
     histogram = np.bincount(bin_of(values), minlength=BINS)
@@ -414,6 +444,7 @@ def test_slerp_keeps_the_norm_and_its_ends():
         ({"method": "slerp", "scale": (0.5,)}, "takes no --scale"),
         ({"method": "ties", "base": "base", "weights": "precision"}, "does not weigh"),
         ({"method": "ties", "base": "base", "shrink": "0.3"}, "--weights precision"),
+        ({"method": "consensus", "base": "base", "models": "a"}, "k=2: no entry.* 2 of 1 tasks"),
     ],
 )
 def test_a_method_says_what_it_cannot_do(world, settings, message):

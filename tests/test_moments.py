@@ -324,6 +324,7 @@ def test_clipped_gradients_are_told_with_their_norms(run, checkpoint):
     assert factor > 2
     (note,) = (n for n in precision(checkpoint, checkpoint).notes if "clipped" in n)
     assert f"about {factor:.3g} times too small" in note
+    assert note.endswith("where the training had max_grad_norm 0, nothing was clipped")
     true = state["log_history"][0]["grad_norm"] ** 2  # the first norm is that of the first step
     kept = sum(float(g.sum()) for g in run.squares[0].values())
     assert (kept, true / kept) == (pytest.approx(1, rel=1e-3), pytest.approx(true, rel=1e-3))
@@ -378,6 +379,22 @@ def test_other_optimizers_are_refused_by_name(checkpoint, tmp_path, message):
         precision(checkpoint, file)
     folder = shards(tmp_path / "dcp", {"state": {0: slots}, "param_groups": [group]})
     with pytest.raises(CheckpointError, match=message):
+        precision(checkpoint, folder)
+
+
+def test_a_state_of_sgd_is_not_said_to_have_made_no_step(checkpoint, tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"no step, or is one that keeps none, as SGD|momentum"
+    ):
+        precision(checkpoint, tmp_path / "optimizer.pt")
+    group = {"params": [0], "lr": 0.1}
+    folder = shards(tmp_path / "dcp", {"state": {}, "param_groups": [group]})
+    with pytest.raises(CheckpointError, match="no step, or is one that keeps none, as SGD"):
         precision(checkpoint, folder)
 
 

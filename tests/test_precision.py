@@ -125,7 +125,7 @@ def test_mistakes_are_named(tmp_path, data):
     with pytest.raises(ConfigError, match="-o"):
         run_precision(PrecisionConfig(model="org/name", data=data))
     model = str(tiny_gpt2(tmp_path / "m"))
-    with pytest.raises(ConfigError, match="prior: expected a number of at least 0, found -1"):
+    with pytest.raises(ConfigError, match=r"at least 0 and of at most 1e\+30, found -1"):
         run_precision(PrecisionConfig(model=model, data=data, prior=-1))
     with pytest.raises(MismatchError, match="it has text, label"):
         run_precision(PrecisionConfig(model=model, data=data, text_column="body"))
@@ -211,6 +211,7 @@ def test_what_the_user_can_correct_is_one_message_and_exit_code_two(tmp_path, da
         ((precision, "org/name", "--data", data), "name a place with -o"),
         ((precision, model, "--data", data, "--where", "label"), "--where"),
         ((precision, tmp_path / "absent", "--data", data), "no such file or folder"),
+        ((precision, f"{model}+{model}", "--data", data), f"Name the adapter's, '{model}', whose"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, (arguments, done.output)

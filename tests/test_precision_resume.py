@@ -7,12 +7,14 @@ import signal
 
 import pytest
 
+from bmerge_cli.main import app
 from mergekit_bayes.checkpoint import sink
 from mergekit_bayes.checkpoint.locks import open_lock, try_lock
 from mergekit_bayes.curvature.sums import Sums
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
+from tests.pushing import RUN
 from tests.tiny_models import tiny_gpt2
 
 # From Python 3.12 on: threads, of which torch has some, do not go on in a forked process.
@@ -152,6 +154,46 @@ def test_a_resumed_estimate_makes_only_what_is_missing(model, monkeypatch):
     monkeypatch.setattr(Sums, "add", counting)
     run(model, "m", resume=True)
     assert made.count("transformer.wte.weight") == len(ROWS) - 4
+
+
+def test_ctrl_c_says_which_state_is_there_and_how_to_go_on(model, monkeypatch):
+    line = ["precision", str(model), "--data", str(model.parent / "t.jsonl"), "--batch-size", "1"]
+    line += ["-o", str(model.parent / "j"), "--save-every", "0"]
+    add, made = Sums.add, []
+
+    def stops(self, name, gradient):
+        made.extend([1] * (name == "transformer.wte.weight"))
+        if len(made) > 2:
+            raise KeyboardInterrupt
+        add(self, name, gradient)
+
+    monkeypatch.setattr(Sums, "add", stops)
+    done = RUN.invoke(app, line)
+    assert done.exit_code == 130
+    assert f"stopped; the state up to batch 2 is in '{model.parent / 'j.partial'}'" in done.stderr
+    assert "add --resume" in done.stderr
+    monkeypatch.setattr(Sums, "add", add)
+    assert RUN.invoke(app, [*line, "--resume"]).exit_code == 0
+
+
+def test_ctrl_c_says_where_the_texts_are(model, monkeypatch):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sums, "add", stops)
+    kept = model.parent / "left.jsonl"
+    line = ["precision", str(model), "--self-generated", "4", "--keep-generated", str(kept)]
+    done = RUN.invoke(app, [*line, "-o", str(model.parent / "l"), "--max-length", "5"])
+    assert f"the texts are in '{kept}'; name it with --data" in done.stderr
+
+
+def test_a_resume_of_nothing_says_that_it_starts(model, caplog):
+    run(model, "new", resume=True)
+    assert "new.safetensors.partial' holds no saved state" in caplog.text
+    caplog.clear()
+    stopped(model, "old")
+    run(model, "old", resume=True)
+    assert not caplog.text
 
 
 def test_two_processes_do_not_work_on_one_estimate(model):

@@ -121,6 +121,29 @@ def test_a_model_without_data_writes_its_own(world, tmp_path):
     assert [json.loads(line)["text"] for line in kept.read_text().splitlines()] != texts
 
 
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_rows_without_a_word_are_left_out_and_counted(world, tmp_path, model):
+    rows = [{"text": text} for text in ("", *TEXTS, " ", "")]
+    (tmp_path / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, info, report = estimate(world, model, tmp_path / "a.safetensors", data="t.jsonl")
+    gaps = tmp_path / "gaps.jsonl"
+    found, same, told = estimate(world, model, tmp_path / "b.safetensors", data=gaps)
+    assert (told.rows, told.sampled, same.observations) == (4, 4, info.observations)
+    assert told.notes == ("3 of 7 rows hold no word and were left out",)
+    assert report.notes == ()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_texts_without_a_word_are_left_out_and_counted(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mergekit_bayes.precision.sources.write_texts", lambda *_, **__: ["", *TEXTS]
+    )
+    _, info, report = estimate(world, "gpt2", tmp_path / "a.safetensors", self_generated=5)
+    assert (report.rows, info.training["texts"]) == (4, 4)
+    assert report.notes == ("1 of 5 texts hold no word and were left out",)
+
+
 def test_random_tokens_are_counted_and_recorded(world, tmp_path):
     _, info, report = estimate(
         world, "gpt2", tmp_path / "a.safetensors", random_tokens=35, max_length=11

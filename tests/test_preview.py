@@ -15,7 +15,7 @@ from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.plan.rescale import rescaled, with_scales
-from mergekit_bayes.preview import read_preview
+from mergekit_bayes.preview import PreviewConfig, read_preview, run_preview
 from mergekit_bayes.preview.forming import Former, Plans
 from mergekit_bayes.preview.skeleton import write_skeleton
 from mergekit_bayes.recipes import read_recipe
@@ -143,9 +143,28 @@ def test_a_preview_is_the_evaluation_of_the_merge_that_it_recommends(here):
     assert best.mean == min(point.mean for point in report.points)
     assert len({point.mean for point in report.points}) == len(report.points)
     assert report.observations == {n: p.tokens for n, p in evaluated.perplexity.items()}
+    assert "Name others by --test" in done.stderr
     again = run("r.yaml", *texts, "-o", "out")
     assert again.exit_code == 2
     assert "'out' exists" in again.stderr
+
+
+def test_texts_that_decide_nothing_are_measured_in_pairs(here):
+    previews.recipe("r.yaml", weights="precision", scale=[0.5, 0.5])
+    words = ("--data", "cats=cats.csv", "--test", "new=films.csv", "--scales", "2,0.1")
+    done = run("r.yaml", *words, "--scales", "0.2,2", "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    report = read_preview("out")
+    assert list(report.best.loss) == ["cats"]
+    both = run_preview(
+        PreviewConfig(
+            recipe="r.yaml", data={"x": "films.csv"}, output="both", scales=[report.best.scales]
+        )
+    )
+    own, best = both.points
+    assert report.held_out["new"].value == pytest.approx(best.loss["x"] - own.loss["x"], abs=1e-12)
+    assert report.held_out["new"].low < report.held_out["new"].value < report.held_out["new"].high
+    assert "On new, which decided nothing" in done.stderr
 
 
 def run_merge_of(*words):

@@ -16,6 +16,7 @@ from mergekit_bayes.adapt.checks import Checks
 from mergekit_bayes.adapt.data import load_run
 from mergekit_bayes.adapt.settings import AdaptConfig
 from mergekit_bayes.adapt.teacher import FrozenCopy
+from mergekit_bayes.curvature import ggn
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.evaluate import EvaluateConfig
 from mergekit_bayes.evaluate.refusals import refuse_settings
@@ -59,6 +60,12 @@ ESTIMATES = {
 }
 
 
+# With a part of the model in each process, which square the gradients of two batches together.
+SHARDED = {
+    "sharded entries": ["precision", "lm", "--data", "t.jsonl", "--sums", "disk"],
+    "sharded rows": ["precision", "experts", "--data", "t.jsonl", "--pool", "row"],
+    "sharded tensors": ["precision", "experts", "--data", "t.jsonl", "--pool", "tensor"],
+}
 STOPPED = [*ESTIMATES["entries"], "-o", "stopped.safetensors"]
 
 
@@ -68,6 +75,7 @@ def folder(tmp_path_factory):
     tiny_models.tiny_gpt2(folder / "lm")
     tiny_models.give_posterior(folder / "lm")
     tiny_models.tiny_bert(folder / "judge")
+    tiny_models.tiny_mixtral(folder / "experts", tied=True)
     (folder / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     (folder / "words.txt").write_text("cat\nbad\n")
     (folder / "bmerge_spread_hook.py").write_text(HOOK)
@@ -194,6 +202,30 @@ def test_a_precision_of_two_processes_is_that_of_one(found, folder, monkeypatch,
         np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-7 * value.max())
 
 
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_precision_of_a_sharded_model_is_that_of_one_process_with_both_batches(
+    found, folder, monkeypatch, name
+):
+    """Parameters are tied, rows are uneven, and in the last round one process has no batch."""
+    first, second = (result[name] for result in found[0])
+    assert (first["code"], second["code"]) == (0, 0), first["stderr"]
+    assert second["stdout"] + second["stderr"] == ""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ggn, "random_signs", ggn._signs_of_words)
+    told = run_line(*SHARDED[name], "--batch-size", "4", "-o", "whole.safetensors", "--force")
+    theirs, ours = (json.loads(output["stdout"]) for output in (first, told))
+    for key in ("loss", "observations", "rows", "sampled", "unit"):
+        assert theirs[key] == ours[key]
+    layers, expected = (
+        [layer["relative_error"] for layer in of["stability"]["layers"]] for of in (theirs, ours)
+    )
+    assert layers == pytest.approx(expected, rel=1e-2)  # some rows are rounding alone
+    found, expected = (tiny.read(folder / f) for f in (f"{name}.safetensors", "whole.safetensors"))
+    assert set(found) == set(expected)
+    for tensor, value in expected.items():
+        np.testing.assert_allclose(found[tensor], value, rtol=2e-5, atol=1e-6 * value.max())
+
+
 def test_an_error_of_one_process_in_a_pass_is_the_same_error_on_both(found, folder):
     first, second = (result["broken"] for result in found[0])
     assert (first["code"], second["code"]) == (2, 2)
@@ -302,6 +334,12 @@ def child(folder):
     result["too many"] = run_line(*LINE, "-o", "nothing", "--num-processes", "3")
     for name, line in ESTIMATES.items():
         result[name] = run_line(*line, "-o", f"{name}.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        # Of two batches one after the other these are the signs of one batch, on any processor.
+        patch.setattr(ggn, "random_signs", ggn._signs_of_words)
+        for name, line in SHARDED.items():
+            options = ("--batch-size", "2", "--device", "auto", "-o", f"{name}.safetensors")
+            result[name] = run_line(*line, *options)
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.is_main():
             patch.setattr("mergekit_bayes.curvature.squares.outputs_of", failing_third_time())

@@ -158,13 +158,16 @@ def test_the_line_says_how_many_more_rows_would_halve_the_error():
         ("random-tokens", "error (--random-tokens 4000 --examples 400)"),
     ):
         assert in_words(report(rows=100, observations=1000, source=source)).endswith(told)
-    assert "unknown" in in_words(report(stability=None))
+    assert "fewer than 4 batches" in in_words(report(stability=None))
+    assert "ivon averages" in in_words(report(stability=None, estimator="ivon"))
+    none = {"rows": None, "sampled": None, "stability": None, "estimator": "adam"}
+    assert "unknown, since second moments" in in_words(report(**none))
 
 
 def test_too_few_rows_are_told_with_what_makes_more():
     with pytest.raises(ConfigError, match=r"but there are 3 rows\. Name more data\."):
         refuse_few(3, 3)
-    with pytest.raises(ConfigError, match=r"but there are 1 row\. Raise --random-tokens, or"):
+    with pytest.raises(ConfigError, match=r"but there is 1 row\. Raise --random-tokens, or"):
         refuse_few(1, 1, "random-tokens")
 
 

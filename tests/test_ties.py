@@ -204,7 +204,8 @@ def test_stored_copies_change_no_result_whoever_stores_them(architecture):
         assert (copies.keys() <= mean.keys()) == ("base" in storing)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# RegMean, which needs matrices, takes what is tied as `average` does.
+@pytest.mark.parametrize("method", [n for n in METHODS if n != "regmean"])
 def test_stored_copies_change_no_result_under_any_rule(method):
     _, copies = ARCHITECTURES["t5"]
     rule = {"method": method, "base": "base" if METHODS[method].needs_base else None}

@@ -56,7 +56,8 @@ def test_every_prior_reads_as_a_sentence(kind):
 @pytest.mark.parametrize("kind", ["none", "zero", "base"])
 @pytest.mark.parametrize("precision", [None, 2.5])
 def test_every_anchor_reads_as_a_sentence(kind, precision):
-    text = anchor_in_words(info(anchor=Anchor(kind=kind, precision=precision)))
+    anchor = Anchor(kind=kind, precision=precision)
+    text = anchor_in_words(info(anchor=anchor, training={"optimizer": "ivon"}))
     assert text.startswith("the training pulled towards")
     assert "None" not in text
     assert ("2.5" in text) == (kind != "none" and precision is not None)

@@ -112,6 +112,8 @@ def test_a_scale_that_is_not_that_of_the_record_is_named(factor, is_named):
         assert (
             f"'b.safetensors' is {factor:.2g} times that of 'a.safetensors' per token" in found[0]
         )
+        assert "median over entries" in found[0]
+        assert found[0].endswith("or the models differ that much")
 
 
 def test_a_prior_and_more_data_are_no_other_scale():

@@ -59,6 +59,25 @@ def tiny_gpt2(folder, seed=0, context=64, width=16, layers=2):
     return folder
 
 
+def tiny_mixtral(folder, tied=False):
+    """A layer of four experts, which a file holds one by one and memory holds stacked."""
+    tiny_gpt2(folder)
+    config = transformers.MixtralConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def tiny_bert(folder, labels=2, seed=0, problem_type=None, names=None):
     """A random BERT classifier with its tokenizer in `folder`."""
     folder = Path(folder)
@@ -92,24 +111,6 @@ def tiny_bert(folder, labels=2, seed=0, problem_type=None, names=None):
     )
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     fast.save_pretrained(folder)
-    return folder
-
-
-def tiny_mixtral(folder):
-    """Two layers of four experts, which a file holds one by one and memory holds stacked."""
-    tiny_gpt2(folder)
-    config = transformers.MixtralConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from mergekit_bayes.posterior.wording import (
     anchor_in_words,
     edit_in_words,
     information_in_words,
+    is_of_training,
     observations_in_words,
     prior_in_words,
 )
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         LayerReport,
         PrecisionSummary,
     )
+    from mergekit_bayes.posterior import PosteriorInfo
 
 NAME = "inspect"
 
@@ -87,16 +89,18 @@ def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: 
     info = precision.info
     screen.print(f"\nprecision: {precision.files[0]}", markup=False)
     if precision.information is not None:
-        words = information_in_words(precision.information, parameters * precision.covered)
+        words = information_in_words(precision.information, parameters * precision.covered, info)
         screen.print(f"  {words}", markup=False)
+    if info is not None:
+        _show_record(screen, precision, info)
     if precision.not_samplable:
-        screen.print(
-            f"  weights cannot be drawn from it: {precision.not_samplable}; --prior X of `bmerge "
-            "evaluate` gives it one",
-            markup=False,
-        )
-    if info is None:
-        return
+        draw = "to draw weights from it (`bmerge evaluate --samples`), give --prior X"
+        draw = "weights cannot be drawn from it" if precision.matrices else draw
+        screen.print(f"  {draw}: {precision.not_samplable}", markup=False)
+
+
+def _show_record(screen: Console, precision: "PrecisionSummary", info: "PosteriorInfo") -> None:
+    """Who made a precision, of what, and how."""
     weights = {True: "of these weights", False: "OF OTHER WEIGHTS", None: "of weights unread"}
     sampled = "" if info.sampled is None else f", estimated from {info.sampled:,g} rows"
     screen.print(
@@ -106,7 +110,8 @@ def _show_precision(screen: Console, precision: "PrecisionSummary", parameters: 
     # Readers count by `observations / ess`, which is 1 for most posteriors.
     scale = "" if info.ess in (None, info.observations) else f"; scaled by an ess of {info.ess:,g}"
     screen.print(f"  {prior_in_words(info)}; {anchor_in_words(info)}{scale}")
-    for title, numbers in (("training", info.training), ("health", info.health)):
+    made = "training" if is_of_training(info) else "estimate"
+    for title, numbers in ((made, info.training), ("health", info.health)):
         if numbers:
             pairs = ", ".join(f"{name} {_text(value)}" for name, value in numbers.items())
             screen.print(f"  {title}: {pairs}", markup=False)
@@ -124,8 +129,8 @@ def _show_layers(screen: Console, report: "InspectReport") -> None:
     ]
     columns = ["layer", "parameters", "RMS", "max abs"]
     screen.print(table(columns, rows, title="\nweights"))
-    if report.precision is not None:
-        columns = ["layer", "min", "5 %", "25 %", "50 %", "75 %", "95 %", "max", "sigma / RMS"]
+    if report.precision is not None and report.precision.covered:
+        columns = ["layer", "min", "5%", "25%", "50%", "75%", "95%", "max", "sigma / RMS"]
         rows = [_precision_row(layer, len(columns)) for layer in report.layers]
         screen.print(table(columns, rows, title="\nprecision, 1/weight^2"))
 

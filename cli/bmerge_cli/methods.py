@@ -1,5 +1,9 @@
 """`bmerge methods`: the merging rules, their settings, and a line to try each."""
 
+import shutil
+import sys
+import textwrap
+
 import typer
 
 from bmerge_cli.render import Json, failures, print_json
@@ -19,12 +23,20 @@ def command(as_json: Json = False) -> None:
         print_json([_document(method) for method in METHODS.values()])
         return
     for method in METHODS.values():
-        typer.echo(f"{method.name}: {method.summary}")
-        typer.echo(f"  {_needs(method)}")
+        typer.echo(_filled(f"{method.name}: {method.summary}"))
+        typer.echo(_filled(f"  {_needs(method)}"))
         for parameter in method.parameters:
             setting = f"--param {parameter.name}={_number(parameter.default)}"
-            typer.echo(f"  {setting}: {parameter.meaning}{_bounds(parameter)}")
-        typer.echo(f"  {method.example}\n")
+            typer.echo(_filled(f"  {setting}: {parameter.meaning}{_bounds(parameter)}"))
+        typer.echo(f"  {method.example}\n")  # as one line, to be copied
+
+
+def _filled(line: str) -> str:
+    """A line as a terminal shows it, broken between words."""
+    if not sys.stdout.isatty():
+        return line
+    width = max(shutil.get_terminal_size().columns, 40)
+    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _document(method: Method) -> dict[str, object]:
@@ -33,6 +45,7 @@ def _document(method: Method) -> dict[str, object]:
         "summary": method.summary,
         "needs_base": method.needs_base,
         "needs_precision": method.needs_precision,
+        "needs_matrices": method.needs_matrices,
         "models": method.tasks,
         "writes_posterior": method.writes_posterior,
         "parameters": [
@@ -54,6 +67,8 @@ def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
     models = f", {method.tasks} models" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
+    if method.needs_precision and method.needs_matrices:
+        precision += " by `bmerge precision --estimator inputs`"
     posterior = "; writes a posterior" if method.writes_posterior else ""
     return base + models + precision + posterior
 

@@ -1,9 +1,11 @@
 """`bmerge precision`: give an existing checkpoint its precision."""
 
+from functools import partial
+
 from bmerge_cli import values
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.processes import one_voice, start_processes
-from bmerge_cli.render import Json, Quiet, console, failures, print_result
+from bmerge_cli.render import NOTHING_WRITTEN, Json, Quiet, console, failures, print_result
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
@@ -29,6 +31,7 @@ _ROWS = {
     option("keep_generated"),
     option("random_tokens", low=1),
     option("estimator"),
+    option("blocks", low=1),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),
@@ -55,6 +58,17 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
+    with failures(partial(_left_behind, config)):
+        _run(config, as_json=as_json, quiet=quiet)
+
+
+def _left_behind(config: PrecisionConfig) -> str:
+    from mergekit_bayes.precision.passes import left_behind
+
+    return left_behind(config) or NOTHING_WRITTEN
+
+
+def _run(config: PrecisionConfig, *, as_json: bool, quiet: bool) -> None:
     start_processes(config.num_processes)
     from mergekit_bayes.precision.run import run_precision
     from mergekit_bayes.precision.stability import in_words
@@ -72,8 +86,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     )
     for note in report.notes:
         console(quiet=quiet).print(f"note: {note}", markup=False)
-    if (stability := in_words(report)) is not None:
-        console(quiet=quiet).print(stability, markup=False)
+    console(quiet=quiet).print(in_words(report), markup=False)
     if report.unit == "example":
         console(quiet=quiet).print(f"loss: {report.loss}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -25,6 +25,8 @@ from mergekit_bayes.records import FORCE, TRUST_REMOTE_CODE
 # recipe with a value of a megabyte, or with ten thousand unknown keys.
 _LONGEST_MESSAGE = 8000
 
+NOTHING_WRITTEN = "nothing was written; the same line starts again"
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help=FORCE)]
@@ -122,18 +124,20 @@ def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def failures(stopped: str = "nothing was written; the same line starts again") -> Iterator[None]:
+def failures(stopped: str | Callable[[], str] = NOTHING_WRITTEN) -> Iterator[None]:
     """Turn errors that the user can correct into one message and exit code 2.
 
     Every command is decorated with it. A bug stays a traceback (exit code 1).
 
     Args:
-        stopped: What an interrupt (Ctrl-C) leaves behind, and how to go on.
+        stopped: What an interrupt (Ctrl-C) leaves behind, and how to go on; a function is called
+            only then.
     """
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"stopped; {stopped}", err=True)
+        text = stopped if isinstance(stopped, str) else stopped()
+        typer.echo(printable(f"stopped; {text}"), err=True)
         raise typer.Exit(130) from None
     except BmergeError as error:
         text = f"{type(error).__name__}: {error}"

@@ -123,10 +123,25 @@ def _refuse_paths(ref: str) -> None:
     # A revision is a path below the cache's `refs`, where its commit is written down.
     leaves = any(part in ("", ".", "..") for part in re.split("[@/]", ref))
     if not is_hub_id(ref) or ref.endswith(_FILE_ENDINGS) or leaves:
+        _refuse_pair(ref)
         raise CheckpointError(
             f"{shown(ref)}: no such file or folder, and not a Hub id (org/name or "
             "org/name@revision)."
         )
+
+
+def _refuse_pair(ref: str) -> None:
+    """Refuse `BASE+ADAPTER` where one model is read."""
+    for plus in re.finditer(r"\+", ref):
+        base, adapter = ref[: plus.start()], ref[plus.end() :]
+        if all(
+            is_hub_id(one) or os.path.exists(os.path.expanduser(one)) for one in (base, adapter)
+        ):
+            raise CheckpointError(
+                f"{shown(ref)}: one folder is expected here, and not BASE+ADAPTER. Name the "
+                f"adapter's, {shown(adapter)}, whose config knows its base; or fold it first: "
+                f"`bmerge merge {ref} --base {base} --weights uniform -o WHOLE`."
+            )
 
 
 def _commit(ref: str, repo_type: str) -> "ResolvedRevision":

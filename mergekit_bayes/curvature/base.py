@@ -27,11 +27,17 @@ class Curvature(NamedTuple):
         observations: Number of observations; divide by it for the curvature of the mean loss.
         parts: Row sums over disjoint subsamples of the batches, which show how stable the total is;
             empty for an estimator that keeps none, or for fewer batches than subsamples.
+        matrices: By parameter name, those whose total is a sum of products (..., k, n, n) in place
+            of a diagonal, and the axis of the parameter that it is for, -1 or -2.
+        outputs: By the name of such a parameter, the factor of its other axis, (1, n, n), where the
+            curvature is the Kronecker product of both.
     """
 
     total: dict[str, Tensor]
     observations: int
     parts: tuple[Part, ...] = ()
+    matrices: Mapping[str, int] = {}
+    outputs: Mapping[str, Tensor] = {}
 
 
 class Estimator(Protocol):

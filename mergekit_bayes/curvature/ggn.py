@@ -58,10 +58,11 @@ def ggn_diagonal(
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
     """
-    return squared_gradients(model, batches, _roots, seed=seed, keep=keep)
+    return squared_gradients(model, batches, signed_roots, seed=seed, keep=keep)
 
 
-def _roots(scored: Scored) -> Iterator[Tensor]:
+def signed_roots(scored: Scored) -> Iterator[Tensor]:
+    """The vectors of `squared_gradients`: a random root of the loss that the model trains with."""
     root = random_root(scored.logits, scored.loss.likelihood, scored.generator)
     yield root.mul_(scored.loss.scale(scored.logits.shape[-1]) ** 0.5)
 

@@ -41,6 +41,11 @@ def parts_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PART)) if os.path.isdir(folder) else []
 
 
+def batches_in(part: Path) -> int:
+    """The number of batches that a saved part holds: its rounds, each of one batch a process."""
+    return int(part.name.rpartition("-")[2]) * len(list(part.iterdir()))
+
+
 class Parts:
     """The parts of one pass. In several processes, all of them must call each method.
 

@@ -9,15 +9,18 @@ to the diagonal. If the v_n of one batch are uncorrelated with mean zero, the cr
 observations vanish, and the expectation is the diagonal of `sum_n J_n' E[v_n v_n'] J_n` at any
 batch size.
 
+The same holds for the batches of different ranks where the parameters are sharded over them
+(`shards`): their gradients are added up before they are squared.
+
 Each gradient is squared, added and freed as soon as the backward pass has made it, so that no more
 than one is there at a time, and the model's size counts once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,10 +37,11 @@ from mergekit_bayes.curvature.outputs import (
     trained_loss,
 )
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
+from mergekit_bayes.curvature.shards import gather_parts, gather_sums, local, whole_sums
 from mergekit_bayes.curvature.state import State
-from mergekit_bayes.curvature.sums import ENTRIES, Keeping
+from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
-from mergekit_bayes.ranks import add_over_ranks, gather, in_step, own_number, world
+from mergekit_bayes.ranks import add_over_ranks, gather, in_step, or_end, own_number, world
 
 _Batch: TypeAlias = Mapping[str, Tensor]
 
@@ -59,8 +63,23 @@ class Scored(NamedTuple):
 
 
 # The vectors v, (n, C) each, one backward pass for each of them. How many random numbers are drawn
-# must follow from the shape of the logits alone, so that other ranks can skip them.
+# must follow from the shape of the logits alone, so that other ranks can skip them. Where
+# parameters are sharded, there must be as many vectors for any batch: ranks make passes together.
 Roots = Callable[[Scored], Iterable[Tensor]]
+
+
+class Beside(Protocol):
+    """What else is added up in the same pass, for parameters that require no gradient meanwhile.
+
+    Attributes:
+        parameters: Those parameters, by name.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    def adding(self, sums: Sums) -> AbstractContextManager[None]:
+        """Inside, the forward passes add to their sums."""
+        ...
 
 
 def squared_gradients(
@@ -70,6 +89,7 @@ def squared_gradients(
     *,
     seed: int = 0,
     keep: Keeping = ENTRIES,
+    beside: Beside | None = None,
 ) -> Curvature:
     """Add up `(grad sum_n <v_n, z_n>)^2` over batches, at the model's weights.
 
@@ -83,6 +103,7 @@ def squared_gradients(
         roots: The vectors v of a batch.
         seed: Seed of the generator that `roots` draws from.
         keep: How finely the sums are kept, and where.
+        beside: What else is added up.
 
     Returns:
         Tensors for every parameter that requires a gradient; tied parameters once.
@@ -90,28 +111,47 @@ def squared_gradients(
     Raises:
         CheckpointError: The model's outputs are not numbers; or a part cannot be written or read.
         ConfigError: The part that was saved is of another pass; the memory does not suffice; the
-            model is offloaded, or checkpoints activations in the reentrant way.
+            model is offloaded, or checkpoints activations in the reentrant way. Where parameters
+            are sharded, such an error in a batch is printed, and ends the process.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    refuse_offloaded(parameters)
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    own, was_training = _Pass(model, roots, generator), model.training
+    beside_parameters = beside.parameters if beside is not None else {}
+    added = {**parameters, **beside_parameters}
+    refuse_offloaded(added)
+    is_sharded = keep.is_sharded
+    here = {n: local(p) for n, p in added.items()} if is_sharded else added
+    generator = torch.Generator(next(iter(here.values())).device).manual_seed(seed)
+    own, was_training = _Pass(model, roots, generator, is_sharded), model.training
     rank, ranks = (own_number(), world()) if keep.is_shared else (0, 1)
-    begin = explained()(partial(State, parameters, keep, generator))
+    begin = explained()(partial(State, here, keep, generator))
     state = in_step(begin) if ranks > 1 else begin()
+    whole = in_step(partial(whole_sums, parameters, keep)) if is_sharded else {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        state.sums.add(name, local(gradient) if is_sharded else gradient)
+
     if keep.parts is not None:
         state.restore(keep.parts)
     model.eval()
     try:
-        with _handed_over(parameters, state.sums.add):
+        with (
+            _handed_over(parameters, add),
+            nullcontext() if beside is None else beside.adding(state.sums),
+        ):
             for together in islice(_by_round(batches, ranks), state.rounds, None):
                 step = partial(own.add, together, rank)
-                state.after_round(in_step(step) if ranks > 1 else step())
+                if is_sharded:
+                    state.after_round(sum(gather(or_end(step))))
+                else:
+                    state.after_round(in_step(step) if ranks > 1 else step())
                 if keep.parts is not None:
                     state.save_if_due(keep.parts)
     finally:
         model.train(was_training)
     observations, parts = state.observations, state.subsamples.parts()
+    if is_sharded:
+        or_end(partial(gather_sums, state.sums.totals, whole))
+        return Curvature(whole, observations, gather_parts(parts))
     if ranks > 1:
         for total in state.sums.totals.values():
             add_over_ranks(total)
@@ -138,24 +178,32 @@ class _Pass(NamedTuple):
     model: Module
     roots: Roots
     generator: torch.Generator
+    is_sharded: bool
 
     @explained()
     def add(self, together: Sequence[_Batch], rank: int) -> int:
         """Run the backward passes of one batch of a round, inside of `_handed_over`.
 
+        Where parameters are sharded, all ranks make the passes, one without a batch with zeros.
+
         Returns:
             Its number of observations; 0 where there is none for this rank, as in a last round.
         """
-        if rank >= len(together):
+        is_idle = rank >= len(together)
+        if is_idle and not self.is_sharded:
             return 0
-        batch = together[rank]
+        batch = together[0 if is_idle else rank]
         seen_by_model = {name: v for name, v in batch.items() if name != "labels"}
         outputs = outputs_of(self.model, **seen_by_model).logits
         like = outputs.new_zeros(()).expand(outputs.shape)
         for other in together[:rank]:
             self._skip(like, other)
         logits, seen = self._look(outputs, batch)
-        inputs = [p for p in self.model.parameters() if p.requires_grad]
+        # Sharded parameters are not in the graph: it has whole ones, which are there for a moment.
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not trained:  # all that there is to add is beside
+            return len(logits)
+        inputs = None if self.is_sharded else trained
         observations, edge, dtype = len(logits), get_gradient_edge(logits), logits.dtype
         vectors = (vector.to(dtype) for vector in self.roots(seen))
         # With many tokens to choose from, logits are larger than any parameter. `vectors` needs
@@ -164,11 +212,12 @@ class _Pass(NamedTuple):
         vector = next(vectors, None)
         while vector is not None:
             following = next(vectors, None)
+            vector = torch.zeros_like(vector) if is_idle else vector
             backward(edge, vector, retain_graph=following is not None, inputs=inputs)
             vector = following
         for other in together[rank + 1 :]:
             self._skip(like, other)
-        return observations
+        return 0 if is_idle else observations
 
     def _look(self, outputs: Tensor, batch: _Batch) -> tuple[Tensor, Scored]:
         """The logits of a batch that are scored, with their graph and as an estimator sees them."""

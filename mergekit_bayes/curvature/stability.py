@@ -94,7 +94,8 @@ class Subsamples:
 
 def row_sums(total: Tensor) -> Tensor:
     """Sums over all but the first axis, (rows,), on the CPU."""
-    return total.reshape(total.shape[0] if total.ndim else 1, -1).sum(1).cpu()
+    rows = total.flatten(1) if total.ndim > 1 else total.reshape(-1, 1)  # there may be none
+    return rows.sum(1).cpu()
 
 
 class Stability(NamedTuple):

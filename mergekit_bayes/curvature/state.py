@@ -44,7 +44,7 @@ class State:
         """
         self.observations += observations
         self.rounds += 1
-        self.subsamples.after_batch(self.sums.totals, self.observations)
+        self.subsamples.after_batch(self.sums.by_row(), self.observations)
 
     def save_if_due(self, parts: Parts) -> None:
         """Save it as a part, if it is time for one."""

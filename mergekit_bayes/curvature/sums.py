@@ -1,10 +1,11 @@
-"""Where squared gradients are added up, and how finely.
+"""Where squared gradients are added up, and how finely, and products of rows.
 
 A pass makes the gradient of one parameter after the other and hands each to `Sums.add`, which is
 done with it before the next one is made. What is held besides the model is then the sums:
 
     every entry            4 bytes an entry, on the parameter's device, in CPU memory or in a file
     one number a row       4 bytes a row
+    products of rows       4 n^2 bytes for each block of n columns
 """
 
 import mmap
@@ -37,15 +38,25 @@ class Keeping(NamedTuple):
         is_shared: The ranks of a launcher share the batches, and each gets the sums of all. All
             must make the pass, with the same batches.
         parts: Where the pass is saved, and gone on from.
+        is_sharded: The parameters are sharded over the ranks, on their first axis. Only the first
+            rank gets the sums then, in memory where they would lie on the device.
+        matrices: By parameter name, the shape of a sum of products, (..., k, n, n), for those that
+            have one in place of squares.
+        blocks: k, where an estimator of matrices chooses their shapes.
     """
 
     axes: Mapping[str, int] = {}
     place: Literal["device", "cpu"] | Path = "device"
     is_shared: bool = False
     parts: Parts | None = None
+    is_sharded: bool = False
+    matrices: Mapping[str, tuple[int, ...]] = {}
+    blocks: int = 1
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""
+        if name in self.matrices:
+            return self.matrices[name]
         kept = self.axes.get(name, parameter.ndim)
         return (*parameter.shape[:kept], *(1 for _ in parameter.shape[kept:]))
 
@@ -59,7 +70,7 @@ ENTRIES = Keeping()
 
 
 class Sums:
-    """Sums of squared gradients in float32, by parameter name.
+    """Sums of squared gradients, or of products of rows, in float32, by parameter name.
 
     Args:
         parameters: The parameters, by name; only shape and device are used.
@@ -74,6 +85,7 @@ class Sums:
 
     def __init__(self, parameters: Mapping[str, Tensor], keep: Keeping) -> None:
         shapes = {name: keep.shape_of(name, p) for name, p in parameters.items()}
+        self._matrices = keep.matrices.keys()
         self.totals: dict[str, Tensor]
         if isinstance(keep.place, Path):
             self.totals = _in_a_file(shapes, keep.place)
@@ -99,6 +111,29 @@ class Sums:
                 sum_.addcmul_(entries, entries)
             else:
                 sum_.add_(row.float().square().mean(1, keepdim=True).to(sum_.device))
+
+    def products(self, name: str, rows: Tensor) -> Tensor:
+        """What rows add to the matrices of a parameter: `sum_i x_i x_i'` in blocks, (k, n, n).
+
+        Args:
+            name: The parameter.
+            rows: (rows, k n).
+        """
+        k, n, _ = self.totals[name].shape[-3:]
+        blocks = rows.float().reshape(-1, k, n).transpose(0, 1)
+        return blocks.mT @ blocks
+
+    def add_products(self, name: str, products: Tensor, expert: int | None = None) -> None:
+        """Add `products`, to the matrices of one of the stacked experts where there are any."""
+        total = self.totals[name] if expert is None else self.totals[name][expert]
+        total.add_(products.to(total.device))
+
+    def by_row(self) -> dict[str, Tensor]:
+        """The sums with one number for each row of squares; of matrices the diagonals."""
+        return {
+            name: total.diagonal(dim1=-2, dim2=-1).flatten(-2) if name in self._matrices else total
+            for name, total in self.totals.items()
+        }
 
 
 def _in_a_file(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from mergekit_bayes.curvature.fisher import fisher_diagonal
 from mergekit_bayes.curvature.fisher_empirical import empirical_fisher_diagonal
 from mergekit_bayes.curvature.fisher_exact import exact_fisher_diagonal
 from mergekit_bayes.curvature.ggn import ggn_diagonal
+from mergekit_bayes.curvature.inputs import input_covariance
 from mergekit_bayes.curvature.ivon import ivon_diagonal
+from mergekit_bayes.curvature.kronecker import kronecker_factors
 
 ESTIMATORS: dict[str, Estimator] = {
     "ggn": ggn_diagonal,
@@ -13,6 +15,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "fisher-exact": exact_fisher_diagonal,
     "fisher-empirical": empirical_fisher_diagonal,
     "ivon": ivon_diagonal,
+    "inputs": input_covariance,
+    "kronecker": kronecker_factors,
 }
 # Those that look at the labels of the data; others need none.
 LABELLED = frozenset({"fisher-empirical", "ivon"})

@@ -17,8 +17,18 @@ from mergekit_bayes.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound="BaseModel")
+_WORDS = {  # of pydantic, in ours
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "string": "text",
+    "integer": "whole number",
+    "dictionary": "mapping",
+    "tuple": "list",
+    "boolean": "truth value",
+}
 
 
 def read_mapping(
@@ -73,10 +83,26 @@ def as_record(model: type[M], content: object) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))[:200]
-        found = f" and not {shown(first['input'])}" if first["type"] != "missing" else ""
-        raise DocumentError(f"{shown(place)}: {first['msg']}{found}") from None
+        raise DocumentError(_in_words(error.errors(include_url=False)[0])) from None
+
+
+def _in_words(error: "ErrorDetails") -> str:
+    """What is wrong with a record, without pydantic's words for it."""
+    keys, kind = error["loc"], error["type"]
+    # Of a union pydantic adds the member that it tried, and of a key that it is one.
+    name = shown(".".join(map(str, keys))[:200]) if keys else "it"
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "extra_forbidden":
+        return f"{name} is no key of it"
+    reason = str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    expected = reason.removeprefix("Input should be ").removeprefix("a valid ")
+    for word, ours in _WORDS.items():
+        expected = expected.replace(word, ours)
+    found = shown(error["input"])
+    return f"{name} is {found}, " + (
+        f"expected {expected}" if reason.startswith("Input should be ") else reason
+    )
 
 
 def read_record(model: type[M], file: Path, what_to_do: str = "Write it again, or remove it.") -> M:

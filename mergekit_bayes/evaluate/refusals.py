@@ -6,8 +6,7 @@ from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.lm_eval import refuse_tasks
 from mergekit_bayes.evaluate.panels import files_of
-from mergekit_bayes.evaluate.settings import EvaluateConfig
-from mergekit_bayes.evaluate.texts import is_by_name
+from mergekit_bayes.evaluate.settings import EvaluateConfig, is_by_name
 from mergekit_bayes.generation import room_for_prompts
 from mergekit_bayes.heads import Head, head_of
 from mergekit_bayes.metrics.perplexity import fitting_stride

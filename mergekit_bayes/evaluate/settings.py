@@ -1,5 +1,6 @@
 """Settings of `bmerge evaluate`."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -160,3 +161,8 @@ class EvaluateConfig(Measures):
     """What to measure of one model, and how."""
 
     model: str = Field(description="A model folder, or a Hub id (org/name[@revision]).")
+
+
+def is_by_name(where: Mapping[str, object]) -> bool:
+    """Whether `where` holds one condition for each set, rather than one for all."""
+    return bool(where) and all(isinstance(condition, Mapping) for condition in where.values())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mergekit_bayes.errors import MismatchError
-from mergekit_bayes.evaluate.settings import Measures
+from mergekit_bayes.evaluate.settings import Measures, is_by_name
 from mergekit_bayes.models.encode import label_ids, tokens_of
 from mergekit_bayes.models.examples import refuse_blank
 from mergekit_bayes.models.load import Loaded
@@ -81,11 +81,6 @@ def number_classes(
             raise MismatchError(f"'{config.classify[name]}': {error}") from None
         result[name] = Examples(texts, classes)
     return result
-
-
-def is_by_name(where: Mapping[str, object]) -> bool:
-    """Whether `where` holds one condition for each set, rather than one for all."""
-    return bool(where) and all(isinstance(condition, Mapping) for condition in where.values())
 
 
 def _where(config: Measures, name: str) -> Mapping[str, object] | None:

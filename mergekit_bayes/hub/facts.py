@@ -56,6 +56,7 @@ class Facts:
         info: What the precision's header says.
         pool: The form to which its numbers are pooled when it is pushed, or were before; None
             where they are as the estimate or the merge made them.
+        has_matrices: Whether it holds matrices for some tensors.
         pipeline: The Hub's pipeline tag.
         evaluations: Reports of `bmerge evaluate` on these weights.
         notes: What the user should know before publishing.
@@ -74,6 +75,7 @@ class Facts:
     has_posterior: bool
     info: PosteriorInfo | None
     pool: Pool | None
+    has_matrices: bool
     pipeline: str | None
     evaluations: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...]
@@ -130,6 +132,7 @@ def read_facts(
         has_posterior=bool(precision),
         info=info,
         pool=_pool(precision, info, form),
+        has_matrices=_has_matrices(precision),
         pipeline=_pipeline(texts(config.get("architectures")), str(adapter.get("task_type"))),
         evaluations=evaluations,
         notes=notes,
@@ -145,6 +148,13 @@ def _pool(
             if is_finer(source, form):
                 return form
     return None if info is None else info.pool
+
+
+def _has_matrices(precision: Sequence[Path]) -> bool:
+    if not precision:
+        return False
+    with StoredPrecisions(precision) as source:
+        return bool(source.matrices)
 
 
 def _evaluations(

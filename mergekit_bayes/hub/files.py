@@ -126,12 +126,15 @@ def choose_files(
         if file.source is not None and holds_token(file.source):
             raise token_found(folder / file.path)
     notes = list(_path_notes(chosen))
-    if precision and (rewritten := _rewritten(precision, form, scratch)):
+    rewritten = _rewritten(precision, form, scratch) if precision else None
+    if rewritten:
         own = {path for path in chosen if path.startswith(f"{POSTERIOR_FOLDER}/")}
         if form != "entries":
             stored = sum(file.size for file in files if file.path in own)
             notes.append(_form_note(form, stored, sum(file.size for file in rewritten)))
         files = (*(file for file in files if file.path not in own), *rewritten)
+    if precision and (note := _matrix_note(precision)):
+        notes.append(note)
     return Choice(
         tuple(sorted(files)),
         _left_out(folder, set(chosen.values()), posterior=posterior, only=only_posterior),
@@ -163,6 +166,19 @@ def _rewritten(
     return tuple(
         PushFile(f"{POSTERIOR_FOLDER}/{file.name}", file, file.stat().st_size)
         for file in sorted(place.iterdir())
+    )
+
+
+def _matrix_note(precision: list[Path]) -> str | None:
+    """What the matrices of a posterior take, which are pushed as they are."""
+    with StoredPrecisions(precision) as source:
+        size = sum(4 * source.numbers(name) for name in source.matrices)
+        count = len(source.matrices)
+    if not count:
+        return None
+    return (
+        f"the posterior holds matrices for {count} tensors, {size:,} bytes, which go out as they "
+        "are; --no-posterior leaves it here"
     )
 
 

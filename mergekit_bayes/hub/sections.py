@@ -157,6 +157,11 @@ def _posterior(facts: Facts) -> str:
         "1/weight^2, under the names of the weights' tensors. It belongs to these weights only, "
         "and readers check that.",
     ]
+    if facts.has_matrices:
+        parts.append(
+            "For the weights of linear layers it holds matrices instead, under names that begin "
+            "with `right:` or `left:`: the precision of a whole row, or column, of the weight."
+        )
     if facts.info is not None:
         parts.append(table(["", ""], [row for row in _info_rows(facts.info) if row[1]]))
     if not facts.only_posterior:

@@ -10,9 +10,9 @@ from mergekit_bayes.checkpoint.remote import RemoteHeader, file_sizes, read_head
 from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
 from mergekit_bayes.inspect.report import InspectReport, LayerReport, PrecisionSummary
-from mergekit_bayes.models.sampling import sampling_obstacle
+from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle
 from mergekit_bayes.posterior import parse_info
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.stored import stored_tensors
@@ -95,14 +95,18 @@ def _precision_summary(
     precision = {name: tensor.spec for name, tensor in tensors.items()}
     entries = sum(mean[name].size for name in names)
     covered = [name for name in names if is_form_of(precision.get(name), mean[name])]
+    unknown = misfits(precision, mean) if mean else {}
+    matrices = sum(tensors[name].has_matrices for name in covered)
     return PrecisionSummary(
         files=tuple(header.name for header in headers),
         info=info,
         belongs=None,
         covered=sum(mean[name].size for name in covered) / entries if entries else 0.0,
         numbers=sum(tensors[name].numbers for name in covered),
-        unknown=unknown_tensors(precision, mean) if mean else (),
+        unknown=tuple(unknown),
+        misfits=unknown,
         zeros=None,
         bad=None,
-        not_samplable=sampling_obstacle(info),
+        not_samplable=MATRICES if matrices else sampling_obstacle(info),
+        matrices=matrices,
     )

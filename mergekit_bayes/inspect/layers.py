@@ -21,12 +21,19 @@ def count_dtypes(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[
     return dict(counts)
 
 
-def unknown_tensors(
-    precision: Mapping[str, TensorSpec], mean: Mapping[str, TensorSpec]
-) -> tuple[str, ...]:
-    """Tensors of a precision that the model lacks, or that have no form of the model's tensor."""
-    return tuple(
-        name
-        for name, spec in precision.items()
-        if name not in mean or not is_form_of(spec, mean[name])
-    )
+def misfits(precision: Mapping[str, TensorSpec], mean: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Tensors of a precision that the model lacks, or that have no form of its tensor, and why."""
+    found = {name: _misfit(spec, mean.get(name)) for name, spec in precision.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _misfit(precision: TensorSpec, mean: TensorSpec | None) -> str | None:
+    if mean is None:
+        return "the model has no tensor of this name"
+    if is_form_of(precision, mean):
+        return None
+    if is_form_of(TensorSpec("F32", precision.shape), mean):
+        return f"its dtype is {precision.dtype}, and F32, BF16 or F64 is read"
+    shape, expected = list(precision.shape), list(mean.shape)
+    turned = "; it is transposed" if shape == expected[::-1] else ""
+    return f"its shape is {shape}, and that of the model's tensor {expected}{turned}"

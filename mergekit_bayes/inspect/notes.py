@@ -50,7 +50,12 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
     if precision.covered < 1:
         yield f"{1 - precision.covered:.1%} of the parameters have no precision"
     covered = sum(layer.precision.parameters for layer in layers if layer.precision is not None)
-    if precision.numbers < covered:
+    if precision.matrices:
+        yield (
+            f"{precision.matrices} tensors have matrices for their inputs, whose diagonals are "
+            "shown: the precision of an entry given all others of its row"
+        )
+    elif precision.numbers < covered:
         yield (
             f"the precision is pooled: {precision.numbers:,} numbers stand for {covered:,} "
             "parameters"
@@ -64,11 +69,10 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
                 f"the numbers of the precision are {factor:.3g} times those that its record "
                 "describes: they were scaled, or are in another unit"
             )
-    if precision.unknown:
-        yield (
-            f"{len(precision.unknown)} tensors of the precision fit none of the model by name, "
-            f"shape and dtype (F32, BF16 or F64), '{precision.unknown[0]}' first"
-        )
+    for name, reason in list(precision.misfits.items())[:1]:
+        count = len(precision.misfits)
+        others = f" and {count - 1:,} other tensors" if count > 1 else ""
+        yield f"'{name}'{others} of the precision fit none of the model: of the first, {reason}"
 
 
 def _scaled_by(layers: Sequence[LayerReport], info: PosteriorInfo | None) -> float | None:

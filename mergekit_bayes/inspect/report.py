@@ -77,13 +77,15 @@ class PrecisionSummary(Frozen):
             not say, or where only headers were read.
         covered: Share of the model's parameters that have a precision.
         numbers: Stored precisions: fewer where one stands for a row or a tensor.
-        unknown: Its tensors that the model lacks or has in another shape.
+        matrices: Tensors that have matrices; of these the layers show the diagonals.
+        unknown: Its tensors that the model lacks or has in another shape, or of another dtype.
+        misfits: What is wrong with each of them.
         zeros: Parameters whose precision is zero; None where only headers were read.
         bad: Parameters whose precision is negative or not finite, likewise.
         information: What a sample of its entries says about its worth; None where only headers
             were read, or most entries have no number of their own.
-        not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`) unless a
-            prior is given.
+        not_samplable: Why weights cannot be drawn from it (`bmerge evaluate --samples`), of numbers
+            unless a prior is given.
     """
 
     files: tuple[str, ...]
@@ -92,10 +94,12 @@ class PrecisionSummary(Frozen):
     covered: float
     numbers: int
     unknown: tuple[str, ...]
+    misfits: dict[str, str] = {}
     zeros: int | None
     bad: int | None
     information: Information | None = None
     not_samplable: str | None = None
+    matrices: int = 0
 
 
 class Comparison(Frozen):

@@ -15,14 +15,15 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource
 from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
-from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, unknown_tensors
+from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
 from mergekit_bayes.inspect.notes import layer_notes
 from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
-from mergekit_bayes.models.sampling import sampling_obstacle
+from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle
 from mergekit_bayes.posterior import Posterior, PosteriorInfo, identify
 from mergekit_bayes.posterior.alignment import needs_weights
+from mergekit_bayes.posterior.directions import matrices_in
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.grids import read_grids
 from mergekit_bayes.posterior.information import Information, information
@@ -168,17 +169,21 @@ def _precision_summary(
     covered = sum(total.precision.parameters for total in totals)
     to_mean = {stored: name for name, stored in posterior.renamed_precisions.items()}
     precision_specs = {to_mean.get(n, n): spec for n, spec in precision.specs.items()}
+    unknown = misfits(precision_specs, mean.specs)
+    matrices = len(matrices_in(precision))
     return PrecisionSummary(
         files=tuple(str(file) for file in precision.files),
         info=info,
         belongs=None if info is None else info.mean.blocks == owner.identity,
         covered=covered / entries if entries else 0.0,
         numbers=sum(total.precision.numbers for total in totals),
-        unknown=unknown_tensors(precision_specs, mean.specs),
+        unknown=tuple(unknown),
+        misfits=unknown,
         zeros=sum(total.precision.zeros for total in totals),
         bad=sum(total.precision.bad for total in totals),
         information=_information(posterior, names, info),
-        not_samplable=sampling_obstacle(info),
+        not_samplable=MATRICES if matrices else sampling_obstacle(info),
+        matrices=matrices,
     )
 
 

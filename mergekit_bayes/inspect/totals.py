@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.codec import chunks, is_bad_precision, read_chunk
 from mergekit_bayes.checkpoint.specs import Array, TensorSource
 from mergekit_bayes.inspect.report import QUANTILES, DifferenceLayer, LayerReport, PrecisionLayer
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.directions import diagonal
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.stored import stored_numbers
 
@@ -71,7 +72,10 @@ class LayerTotals:
         precision, stored = posterior.precision, posterior.renamed_precisions.get(name, name)
         if precision is not None and not is_form_of(precision.specs.get(stored), spec):
             precision = None
-        is_pooled = precision is not None and precision.specs[stored].size < spec.size
+        numbers = None if precision is None else diagonal(precision, stored)
+        is_pooled = precision is not None and (
+            numbers is not None or precision.specs[stored].size < spec.size
+        )
         partner = other.partners.get(name) if other else None
         for start, stop in chunks(spec, _CHUNK):
             weights = read_chunk(posterior.mean, name, start, stop).astype(np.float64)
@@ -85,7 +89,7 @@ class LayerTotals:
         if precision is not None:
             self.precision.numbers += stored_numbers(precision, stored)
         if precision is not None and is_pooled:
-            numbers = read_tensor(precision, stored).reshape(-1)
+            numbers = (read_tensor(precision, stored) if numbers is None else numbers).reshape(-1)
             self.precision.add(numbers, stands_for=spec.size // numbers.size)
 
     def report(self) -> LayerReport:

@@ -17,6 +17,7 @@ from mergekit_bayes.kernels.base import (
     Reduce,
     Tally,
     anchored_task_posterior,
+    base_likelihood,
     keyed_draws,
     likelihood_precision,
     own_posterior,
@@ -25,6 +26,9 @@ from mergekit_bayes.kernels.base import (
 )
 from mergekit_bayes.methods.base import RULE, Draws, Method, Tasks
 from mergekit_bayes.methods.histogram import BINS, bin_of
+
+_BLOCK = 2048  # entries whose products are summed in the arithmetic's dtype
+_PIECE = 8 * _BLOCK  # entries whose temporaries stay in the cache, and in memory that is reused
 
 
 def plain_pass(kind: Kind) -> Pass:
@@ -123,10 +127,8 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
     if not kind.weighs:
         models = [Gaussian(m, m) for m in means]
         return (models[0] if kind.has_base else None), tuple(models[kind.has_base :])
-    real = np.float64 if means[0].dtype == np.float64 else np.float32
-    stored: list[Number] = [_widened(p).astype(real, copy=False) for p in chunk.precisions]
-    extras = _by_entry(chunk)
-    of_base = stored[0] - stored[0]
+    stored, extras = _stored(chunk.precisions, means[0]), _by_entry(chunk)
+    of_base: Number = stored[0] - stored[0]
     likelihoods: list[Array] = []
     for i, precision in enumerate(stored):
         h = likelihood_precision(numbers, i, precision, of_base, extras[i])
@@ -141,6 +143,11 @@ def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | N
         return base, tuple(task_posterior(base, m, h) for m, h in tasks)
     anchored = zip(means[1:], likelihoods[1:], numbers.anchors[1:], numbers.decays[1:], strict=True)
     return base, tuple(anchored_task_posterior(base, m, h, p, d) for m, h, p, d in anchored)
+
+
+def _stored(precisions: Array, like: Array) -> list[Array]:
+    """Stored precisions in the dtype in which the means are merged."""
+    return [_widened(stored).astype(like.dtype, copy=False) for stored in precisions]
 
 
 def _by_entry(chunk: Chunk) -> Array:
@@ -174,23 +181,38 @@ def _count_changed(chunk: Chunk, numbers: Numbers, base: Gaussian, tally: Tally)
 
 def _add_moves(kind: Kind, chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
     """The sums of `kernels.increase`, in numpy."""
-    merged = _widened(chunk.mean)
-    means = [_widened(mean) for mean in chunk.means]
-    stored = [_widened(p).astype(merged.dtype, copy=False) for p in chunk.precisions]
-    of_base: Number = stored[0] - stored[0]
-    if any(numbers.base_shares):
-        of_base = likelihood_precision(numbers, 0, stored[0], of_base, _by_entry(chunk)[0])
-    for i, (mean, precision) in enumerate(zip(means, stored, strict=True)):
-        none = merged.dtype.type(0)
-        h = likelihood_precision(numbers, i, precision, of_base if i else none, none)
-        moved, change = merged - mean, mean - means[0]
-        tally.distances[i, 0] += float((h * moved * moved).sum(dtype=np.float64))
-        if kind.has_base and i:
-            tally.distances[i, 1] += float((h * change * change).sum(dtype=np.float64))
-        if kind.pulled:
-            if kind.has_base:
-                tally.products[i, 0] += float((change * moved).sum(dtype=np.float64))
-            tally.products[i, 1] += float((mean * moved).sum(dtype=np.float64))
+    extras = _by_entry(chunk) if any(numbers.base_shares) else None
+    for start in range(0, chunk.mean.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        merged, first = _widened(chunk.mean[piece]), _widened(chunk.means[0, piece])
+        stored = _stored(chunk.precisions[:, piece], merged)
+        of_base: Number = 0
+        if extras is not None:
+            extra = extras if extras.shape[1] == 1 else extras[:, piece]
+            of_base = base_likelihood(numbers, stored, extra)
+        for i, precision in enumerate(stored):
+            h, gain = precision, float(numbers.gains[i])
+            if numbers.contained[i] or numbers.base_shares[i]:
+                inside = numbers.contained[i] + numbers.base_shares[i] * of_base
+                # A branch by entry, as in `likelihood_precision`, would cost more than the rest.
+                h = np.maximum(h - inside, numbers.floors[i])
+            mean = first if i == 0 else _widened(chunk.means[i, piece])
+            moved = merged - mean
+            tally.distances[i, 0] += gain * _dot(h * moved, moved)
+            if kind.pulled:
+                tally.products[i, 1] += _dot(mean, moved)
+            if kind.has_base and i:
+                change = mean - first
+                tally.distances[i, 1] += gain * _dot(h * change, change)
+                if kind.pulled:
+                    tally.products[i, 0] += _dot(change, moved)
+
+
+def _dot(a: Array, b: Array) -> float:
+    """The sum of products: in the arithmetic within blocks, and in float64 over them, in order."""
+    end = a.size // _BLOCK * _BLOCK
+    blocks = np.vecdot(a[:end].reshape(-1, _BLOCK), b[:end].reshape(-1, _BLOCK))
+    return float(blocks.sum(dtype=np.float64)) + float(np.vecdot(a[end:], b[end:]))
 
 
 def _count_guarded(

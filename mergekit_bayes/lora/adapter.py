@@ -29,6 +29,7 @@ from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
 from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
+from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.forms import is_form_of
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
@@ -132,6 +133,7 @@ class Adapter(Closing):
         source, info = self.posterior.precision, self.posterior.info
         if source is None or name not in source.specs:
             return None
+        refuse_matrices(source, "a merge of adapters", "Make another with --estimator ggn.")
         mean = self.posterior.mean.specs[name]
         if not is_form_of(source.specs[name], mean):
             raise PrecisionError(

@@ -22,6 +22,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.merge.tally import MOVES
 from mergekit_bayes.plan import Input, MergePlan
+from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.records import FloatArray, Record
 
 SHOWN_LAYERS = 5
@@ -39,7 +40,8 @@ class Increase(Record):
         unit: What one observation is: `token` or `example`; None where its precision does not say.
         count: N, the observations that its precision stands for in the merge; None if unknown.
         nats: The increase, in nats an observation; None where nothing can be said: without a count
-            above zero, or where none of its own tensors is merged.
+            above zero, where none of its own tensors is merged, or for the covariance of inputs,
+            which is no curvature of the loss.
         distance: `|m* - m| / |m0 - m|` in the norm of H; None for the base, without one, and where
             the norm is not one, since H is negative.
         trusted: Whether the merge is no farther from the model than the base is; None for the base
@@ -128,7 +130,8 @@ def _of_model(
         update["trusted"] = moved <= reach * (1 + _ROUNDING)
         if reach > 0 and moved >= 0:
             update["distance"] = six_digits(math.sqrt(moved / reach))
-    if count is not None and count > 0:
+    has_units = info is None or info.estimator != INPUTS
+    if has_units and count is not None and count > 0:
         layers = {
             layer: _nats(plan, model, [own[name] for name in names], count)
             for layer, names in group_layers(own).items()

@@ -21,9 +21,11 @@ from mergekit_bayes.stream.bad_entries import refuse_bad
 from mergekit_bayes.stream.matrices import Place, Precision, packed, places, stored
 from mergekit_bayes.stream.numbers import numbers_of
 
-# Added to the base's curvature (without a base: to every one), as a share of its mean diagonal:
-# directions that no input has been seen in fall back to task arithmetic, or the average.
-RIDGE = 1e-6
+# Added to the base's curvature (without a base: to every one), as a share of its norm: directions
+# that no input has been seen in fall back to task arithmetic, or the average, and what rounding to
+# float32 leaves there does not count.
+RIDGE = 1e-5
+FACTOR_RIDGE = 1e-4  # to each factor of a product, whose least eigenvalues multiply
 
 
 class Merged(NamedTuple):
@@ -206,12 +208,19 @@ def _with_ridge(model: Input, likelihood: Precision) -> Precision:
 
 
 def _ridged(likelihood: Precision) -> Precision:
-    """A likelihood precision with a little of its mean diagonal in every direction."""
+    """A likelihood precision with a little of its norm in every direction."""
     if isinstance(likelihood, KroneckerSum):
-        pairs = [(_ridged(left), _ridged(right)) for left, right in likelihood.terms]
+        pairs = [
+            (_with_share(left, FACTOR_RIDGE), _with_share(right, FACTOR_RIDGE))
+            for left, right in likelihood.terms
+        ]
         return KroneckerSum.of(pairs)
-    size = np.trace(likelihood) / max(len(likelihood), 1)
-    return likelihood + RIDGE * size * np.eye(len(likelihood))
+    return _with_share(likelihood, RIDGE)
+
+
+def _with_share(matrix: Array, share: float) -> Array:
+    ridged: Array = matrix + share * np.linalg.norm(matrix) * np.eye(len(matrix))
+    return ridged
 
 
 def _trace(precision: Precision, outputs: int) -> float:

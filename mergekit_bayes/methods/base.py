@@ -115,7 +115,8 @@ class Method(NamedTuple):
         formula: What the report and the card state; the summary where there is none.
         parameters: Its settings.
         reduction: Its first pass, if any.
-        facts: Makes the facts that `combine` takes; without it they are None.
+        facts: Makes the facts that `combine` takes; without it they are None. Without a reduction
+            it may refuse the settings by a `ConfigError`.
         unguarded_precision: `(base, tasks, scales) -> precision` as it would be without the guard
             on removal, by the same operations; None for a method without a guard.
         random: Whether it takes draws. It then has a setting `seed`.
@@ -124,7 +125,8 @@ class Method(NamedTuple):
         tasks: Number of tasks that it takes; None for any.
         ignores: Settings of a merge by precision that it has no use for, which are refused.
         matrix: The rule for whole matrices, under the contract above; None for one that has none.
-        needs_matrices: Whether it is of no use where no tensor is merged as a matrix.
+        needs_matrices: Whether it is of no use where no tensor is merged as a matrix. With
+            precisions it then reads those of inputs, and no Kronecker products.
     """
 
     name: str

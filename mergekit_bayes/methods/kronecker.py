@@ -197,6 +197,17 @@ class Spectrum(NamedTuple):
         return int(np.count_nonzero(self.values > self.basis.values(self.exact) * (1 + 1e-9)))
 
 
+def without_rounding(factor: Matrix) -> Matrix:
+    """A factor without the small eigenvalues of the other sign that float32 leaves in it."""
+    values, vectors = np.linalg.eigh(factor)
+    sign = 1.0 if abs(values[-1]) >= abs(values[0]) else -1.0
+    signed = sign * values
+    if signed.min() >= 0 or signed.min() < -SAME * signed.max():
+        return factor
+    result: Matrix = (vectors * (sign * signed.clip(min=0))) @ vectors.T
+    return result
+
+
 def _common(one: Matrix, other: Matrix) -> Matrix:
     """Vectors u with `u' one u = 1` and `u' other u` diagonal."""
     root = np.linalg.cholesky(one)
@@ -218,7 +229,7 @@ def _is_same(one: Matrix, other: Matrix) -> bool:
 
 def _is_positive(matrix: Matrix) -> bool:
     values = np.linalg.eigvalsh(matrix)
-    return bool(values[0] >= -1e-9 * max(abs(values[-1]), abs(values[0])))
+    return bool(values[0] >= -SAME * max(abs(values[-1]), abs(values[0])))
 
 
 def _magnitude(matrix: Matrix) -> Matrix:

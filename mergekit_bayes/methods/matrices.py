@@ -1,4 +1,4 @@
-"""Linear algebra that rules over whole matrices share: precisions of the inputs of a layer.
+"""Linear algebra that rules over whole matrices share.
 
 A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs), is that of every
 row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2. Or it is a
@@ -6,7 +6,8 @@ sum of Kronecker products (`kronecker.py`), which adds, scales and multiplies a 
 way.
 """
 
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,43 @@ from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
 
 Matrix: TypeAlias = NDArray[Any]  # of float64
 Precision: TypeAlias = Any  # a Matrix or a KroneckerSum, both of one merge
+
+ROUNDING = 1e-6  # share of a matrix's norm below which eigenvalues may be what float32 left of 0
+
+
+class Singular(NamedTuple):
+    """A singular value decomposition, `(left * values) @ right`, the largest value first.
+
+    Attributes:
+        left: (outputs, rank), with orthonormal columns.
+        values: (rank,), positive.
+        right: (rank, inputs), with orthonormal rows.
+    """
+
+    left: Matrix
+    values: Matrix
+    right: Matrix
+
+    def top(self, count: int) -> "Singular":
+        """Its largest components, at most `count`."""
+        return Singular(self.left[:, :count], self.values[:count], self.right[:count])
+
+
+def singular(matrix: Matrix) -> Singular:
+    """Decompose a matrix; directions whose value is zero up to rounding are left out.
+
+    The linear algebra library would choose them at will.
+    """
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    least = max(matrix.shape) * np.finfo(values.dtype).eps * values.max(initial=0.0)
+    return Singular(left, values, right).top(int(np.count_nonzero(values > least)))
+
+
+def orthonormal(matrix: Matrix) -> Matrix:
+    """The nearest matrix whose singular values are all one (Procrustes); zero ones stay zero."""
+    left, _, right = singular(matrix)
+    result: Matrix = left @ right
+    return result
 
 
 def divided(weighted: Matrix, precision: Matrix | KroneckerSum | Spectrum) -> Matrix:
@@ -25,10 +63,27 @@ def divided(weighted: Matrix, precision: Matrix | KroneckerSum | Spectrum) -> Ma
     return quotient
 
 
-def is_positive(matrix: Matrix) -> bool:
-    """Whether a symmetric matrix is positive definite."""
+def weighted_mean(
+    means: Sequence[Matrix], precisions: Sequence[Precision]
+) -> tuple[Matrix, Precision]:
+    """`(sum_t m_t S_t) (sum_t S_t)^-1` and `sum_t S_t`, written around the first mean."""
+    total = precisions[0]
+    weighted = np.zeros_like(means[0])  # sum_t (m_t - m_1) S_t
+    for mean, precision in zip(means[1:], precisions[1:], strict=True):
+        total = total + precision
+        weighted += (mean - means[0]) @ precision
+    return means[0] + divided(weighted, total), total
+
+
+def is_positive(matrix: Matrix, size: float) -> bool:
+    """Whether a symmetric matrix has no negative eigenvalue, up to rounding.
+
+    Args:
+        matrix: The matrix.
+        size: Norm of the matrices that it was made of.
+    """
     try:
-        np.linalg.cholesky(matrix)
+        np.linalg.cholesky(matrix + ROUNDING * size * np.eye(len(matrix)))
     except np.linalg.LinAlgError:
         return False
     return True
@@ -38,11 +93,12 @@ def magnitude(matrix: Precision) -> Precision:
     """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
     if isinstance(matrix, KroneckerSum):
         return matrix.magnitude()
-    values, vectors = np.linalg.eigh(matrix)
-    if values[0] >= 0:
+    size = float(np.linalg.norm(matrix))
+    if is_positive(matrix, size):
         return matrix
-    if values[-1] <= 0:
+    if is_positive(-matrix, size):
         return -matrix
+    values, vectors = np.linalg.eigh(matrix)
     result: Matrix = (vectors * abs(values)) @ vectors.T
     return result
 
@@ -63,7 +119,7 @@ def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision
     """
     if isinstance(exact, KroneckerSum):
         return exact.bounded_below(bound, share)
-    if is_positive(exact - share * bound):
+    if is_positive(exact - share * bound, float(np.linalg.norm(bound))):
         return exact
     root = np.linalg.cholesky(bound)
     values, vectors = np.linalg.eigh(_between(root, exact))

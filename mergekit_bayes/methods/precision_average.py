@@ -1,10 +1,8 @@
 """The precision-weighted average; with Fishers for precisions, Matena & Raffel (NeurIPS 2022)."""
 
-import numpy as np
-
 from mergekit_bayes.gaussian import Gaussian, constant
 from mergekit_bayes.methods.base import Method, Scales, Tasks
-from mergekit_bayes.methods.matrices import divided
+from mergekit_bayes.methods.matrices import weighted_mean
 
 
 def precision_average(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: None) -> Gaussian:
@@ -47,14 +45,9 @@ def for_matrices(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: Non
         scales: One per task, dimensionless, >= 0 and of positive sum.
         facts: None.
     """
-    total, first = sum(scales), tasks[0]
-    precision = (scales[0] / total) * first.precision
-    weighted = np.zeros_like(first.mean)  # sum_t c_t (m_t - m_1) S_t
-    for task, scale in zip(tasks[1:], scales[1:], strict=True):
-        share = (scale / total) * task.precision
-        precision = precision + share
-        weighted += (task.mean - first.mean) @ share
-    return Gaussian(first.mean + divided(weighted, precision), precision)
+    total = sum(scales)
+    shares = [(scale / total) * task.precision for task, scale in zip(tasks, scales, strict=True)]
+    return Gaussian(*weighted_mean([task.mean for task in tasks], shares))
 
 
 PRECISION_AVERAGE = Method(

@@ -4,23 +4,39 @@ import math
 from collections.abc import Mapping
 
 from mergekit_bayes.errors import ConfigError, nearest
+from mergekit_bayes.methods.ace import ACE
 from mergekit_bayes.methods.average import AVERAGE
 from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.consensus import CONSENSUS
 from mergekit_bayes.methods.dare_linear import DARE_LINEAR
 from mergekit_bayes.methods.dare_ties import DARE_TIES
 from mergekit_bayes.methods.fisher import FISHER
 from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
+from mergekit_bayes.methods.iso_c import ISO_C
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
+from mergekit_bayes.methods.regmean import REGMEAN
 from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 from mergekit_bayes.methods.ties import TIES
+from mergekit_bayes.methods.tsv_m import TSV_M
 
 # The methods that --weights and --base choose among.
 TABLE = (AVERAGE, PRECISION_AVERAGE, TASK_ARITHMETIC, GRADIENT_MATCHING)
-METHODS = {
-    m.name: m for m in (*TABLE, FISHER, FISHER_NEGATION, TIES, DARE_LINEAR, DARE_TIES, SLERP)
-}
+_BY_NAME = (
+    FISHER,
+    FISHER_NEGATION,
+    TIES,
+    CONSENSUS,
+    DARE_LINEAR,
+    DARE_TIES,
+    SLERP,
+    TSV_M,
+    ISO_C,
+    REGMEAN,
+    ACE,
+)
+METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 
 
 def choose(*, with_base: bool, by_precision: bool) -> Method:

@@ -13,12 +13,14 @@ class Encoded(NamedTuple):
     """The examples of some rows.
 
     Attributes:
-        rows: Rows that were read, after `where` and `max_rows`.
+        rows: Rows that were read, after `where` and `max_rows`, and without `blank`.
         examples: As `encode_rows` makes them: one a row, or blocks of packed rows.
+        blank: Number of rows without a word that were left out.
     """
 
     rows: int
     examples: list[dict[str, Any]]
+    blank: int = 0
 
 
 def read_examples(
@@ -31,6 +33,7 @@ def read_examples(
     max_rows: int | None = None,
     max_length: int = 512,
     pack: bool = False,
+    skip_blank: bool = False,
 ) -> Encoded:
     """Read rows and encode them.
 
@@ -43,6 +46,8 @@ def read_examples(
         max_rows: How many of them at most.
         max_length: As `encode.encode_rows` takes it, with `pack`.
         pack: Whether rows are joined into blocks.
+        skip_blank: Leave out rows without a word. Of one a language model learns that a text may
+            end at once; an estimate would count it as a row.
 
     Raises:
         CheckpointError: They cannot be read.
@@ -50,10 +55,14 @@ def read_examples(
     """
     rows = load_rows(refs, where=where, max_rows=max_rows, text=text, label=label)
     refuse_blank(refs, text, rows[text])
+    found = len(rows)
+    if skip_blank:
+        worded = [i for i, one in enumerate(rows[text]) if one.strip()]
+        rows = rows if len(worded) == found else rows.select(worded)
     examples = encode_rows(
         rows, loaded, text=text, label=label, max_length=max_length, pack=pack, source=refs
     )
-    return Encoded(len(rows), examples)
+    return Encoded(len(rows), examples, found - len(rows))
 
 
 def refuse_blank(refs: str | Sequence[str], column: str, texts: Sequence[str]) -> None:

@@ -196,7 +196,7 @@ def load_model(
     Raises:
         CheckpointError: There is no such model, transformers cannot load it, or it needs code of
             its own.
-        ConfigError: The checkpoint is a masked language model and no task is named.
+        ConfigError: An encoder is to be run as a causal language model.
     """
     path = resolve(ref, CHECKPOINT)
     if path.is_file():
@@ -256,12 +256,12 @@ def _load_checkpoint(
     config = load_config(path, trust_remote_code=trust_remote_code)
     if task == "auto":
         task = "classification" if _has_classification_head(config) else "causal-lm"
-        _refuse_masked(config, ref)
     if task == "classification":
         _refuse_other_labels(config, ref, num_labels)
         auto = transformers.AutoModelForSequenceClassification
     else:
         _refuse_encoder_decoder(config, ref)
+        _refuse_encoder(config, ref)
         auto = transformers.AutoModelForCausalLM
     model, missing = load_weights(
         auto,
@@ -353,14 +353,23 @@ def _warn_of_missing(ref: str, missing: Sequence[str]) -> None:
         )
 
 
-def _refuse_masked(config: "PretrainedConfig", ref: str) -> None:
-    for name in _architectures(config):
-        if name.endswith("ForMaskedLM"):
-            raise ConfigError(
-                f"'{ref}' is a masked language model ({name}), which sees the token that it "
-                "predicts when it is run as a causal one. Name the task: classification (with a "
-                "number of labels, for a new head) or causal-lm."
-            )
+def _refuse_encoder(config: "PretrainedConfig", ref: str) -> None:
+    """Refuse a model that looks both ways; transformers runs BERT's family as it was asked to."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    # XLM has a name of its own for it. Models that only look back have neither and need none.
+    if getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        return
+    names = _architectures(config)
+    is_masked = any(name.endswith("ForMaskedLM") for name in names)
+    if is_masked or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"'{ref}' is an encoder ({names[0] if names else config.model_type}), which sees the "
+            "token that it predicts when it is run as a causal language model. Fine-tuning, "
+            "precisions and evaluation of an encoder are those of a classifier on it: name one "
+            "that has its head, or make one with `bmerge finetune` (task: classification, and "
+            "num_labels)."
+        )
 
 
 def _complete_tokenizer(ref: str, loaded: Loaded) -> None:

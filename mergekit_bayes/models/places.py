@@ -8,6 +8,7 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming
 from mergekit_bayes.checkpoint.specs import MERGEABLE, TensorSpec
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.forms import row_shape
 
 if TYPE_CHECKING:
@@ -86,6 +87,85 @@ def row_axes(model: "torch.nn.Module") -> dict[str, int]:
     return axes
 
 
+class InputAxis(NamedTuple):
+    """Which axis of a stored tensor is that of a linear layer's inputs, and whose layer it is.
+
+    Attributes:
+        parameter: Name of the parameter in memory.
+        expert: Index of the stacked expert whose weight it is; None for the whole parameter.
+        axis: -1 or -2.
+    """
+
+    parameter: str
+    expert: int | None
+    axis: int
+
+
+def input_axes(model: "torch.nn.Module", axes: Mapping[str, int]) -> dict[str, InputAxis]:
+    """Where the weights of linear layers are stored, by the names that `save_pretrained` writes.
+
+    Args:
+        model: A model of transformers.
+        axes: The axis of the inputs of each weight in memory, -1 or -2, by parameter name.
+
+    Raises:
+        MismatchError: A weight is stored with others, or in parts of which one has not all inputs.
+    """
+    import torch
+
+    parameters = {n: p for n, p in model.named_parameters() if n in axes}
+    empty = {n: _empty(p.shape, p.dtype) for n, p in parameters.items()}
+    origin = {id(tensor): name for name, tensor in empty.items()}
+    found, renamed = {}, set()
+    for stored, tensor in _stored_names(model, empty).items():
+        if id(tensor) in origin:
+            name = origin[id(tensor)]
+            found[stored] = InputAxis(name, None, axes[name])
+            renamed.add(name)
+    for name, parameter in parameters.items():
+        if name in renamed:
+            continue
+        # What is in an entry: its expert, and its place among the inputs. Views take no memory.
+        shape, axis = parameter.shape, axes[name]
+        experts = torch.arange(shape[0]).view(-1, *(1 for _ in shape[1:])).expand(shape)
+        inputs = torch.arange(shape[axis]).view(-1, *(1 for _ in range(-1 - axis))).expand(shape)
+        places = _stored_names(model, {name: inputs})
+        for stored, part in _stored_names(model, {name: experts}).items():
+            found[stored] = _input_axis(name, stored, shape, part, places[stored])
+    return found
+
+
+def _input_axis(
+    name: str, stored: str, shape: Sequence[int], experts: "Tensor", inputs: "Tensor"
+) -> InputAxis:
+    """Which axis of a part of a parameter is that of the inputs.
+
+    Args:
+        name: The parameter.
+        stored: The part.
+        shape: Shape of the parameter.
+        experts: The expert of each entry of the part.
+        inputs: The place among the inputs of each.
+    """
+    expert = int(experts.reshape(-1)[0])
+    is_whole = len(inputs.shape) == len(shape)
+    for axis in (-1, -2):
+        along = inputs.movedim(axis, -1)
+        row = along.reshape(-1, along.shape[-1])[0]
+        own = experts if is_whole else experts.new_tensor(expert)
+        if (
+            row.equal(row.new_tensor(range(len(row))))
+            and along.eq(row).all()
+            and len(row) == int(inputs.max()) + 1
+            and own.eq(experts).all()
+        ):
+            return InputAxis(name, None if is_whole else expert, axis)
+    raise MismatchError(
+        f"'{stored}' is stored in another order than it has in memory, so that the matrices of "
+        f"'{name}' do not fit it. Choose --estimator ggn."
+    )
+
+
 def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
     """The place of every precision in a model. Tied parameters come once.
 
@@ -102,6 +182,11 @@ def find_places(model: "torch.nn.Module", posterior: Posterior) -> list[Place]:
         raise PrecisionError(
             f"'{posterior.ref}' has no precision in a file, so nothing can be drawn from it."
         )
+    refuse_matrices(
+        posterior.precision,
+        "what draws weights, or holds them by their precision,",
+        f"Make another with `bmerge precision {posterior.ref} --estimator ggn`.",
+    )
     specs = posterior.precision.specs
     candidates = _by_checkpoint_name(model)
     rename = find_renaming(specs, candidates, fits=_may_be_precision)

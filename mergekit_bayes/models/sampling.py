@@ -69,6 +69,10 @@ class SamplingReport(Frozen):
     largest_sigma: float
 
 
+# Why nothing is drawn from matrices, in the words of `sampling_obstacle`.
+MATRICES = "it has matrices for linear layers, and draws are made entry by entry"
+
+
 def sampling_obstacle(info: PosteriorInfo | None) -> str | None:
     """Why nothing can be drawn from a precision, judged by its record; None if that is in order.
 

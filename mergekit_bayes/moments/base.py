@@ -21,6 +21,10 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, shown
 
 SQUARES = "exp_avg_sq"  # what torch calls the second moment
 FROM_DATA = "Estimate the precision from text instead: `bmerge precision MODEL --data ...`."
+NO_MOMENTS = (
+    "its optimizer keeps no second moments: it has made no step, or is one that keeps none, as "
+    f"SGD. {FROM_DATA}"
+)
 FLOATS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an entry
 _IN_8_BITS = ("state2", "qmap2", "absmax2", "codes")  # names of bitsandbytes and of torchao
 _FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col")  # Adafactor's

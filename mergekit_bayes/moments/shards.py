@@ -25,6 +25,7 @@ from mergekit_bayes.documents import DocumentError, read_bytes
 from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.libraries import call
 from mergekit_bayes.moments.base import (
+    NO_MOMENTS,
     SQUARES,
     Key,
     Moment,
@@ -129,7 +130,7 @@ class _Checkpoint:
                 f"{self._folder}: no group of the optimizer lists {shown(stray)}. {_AGAIN}"
             )
         if not moments:
-            raise CheckpointError(f"{self._folder}: its optimizer has made no step.")
+            raise CheckpointError(f"{self._folder}: {NO_MOMENTS}")
         decays = any(map(adds_decay, groups))
         return Moments(self._folder, moments, tuple(keys), decays=decays)
 

@@ -11,6 +11,7 @@ from mergekit_bayes.errors import CheckpointError, shown
 from mergekit_bayes.libraries import call
 from mergekit_bayes.moments.base import (
     FROM_DATA,
+    NO_MOMENTS,
     SQUARES,
     Key,
     Moment,
@@ -51,7 +52,7 @@ def read_state(path: Path) -> Moments:
             if slots:
                 moments[name] = _moment(path, name, slots, group)
     if not moments:
-        raise CheckpointError(f"{path}: its optimizer has made no step.")
+        raise CheckpointError(f"{path}: {NO_MOMENTS}")
     return Moments(path, moments, tuple(keys), decays=any(map(adds_decay, groups)))
 
 

@@ -22,6 +22,7 @@ from mergekit_bayes.plan.precisions import (
     match_precisions,
     matrices_of,
     merged_shape,
+    refuse_no_matrices,
 )
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
@@ -78,6 +79,7 @@ def match_tensors(
     steps |= {name: matcher.copy(name, steps[source]) for name, source in ties.copies.items()}
     matched.steps.extend(step for name in written if (step := steps[name]) is not None)
     matcher.refuse_nothing_matched()
+    refuse_no_matrices(method, matched.steps)
     ties.forget(matched.left_out)
     if ties.config_changes:
         notes.append(ties.describe_untied())

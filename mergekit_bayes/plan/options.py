@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mergekit_bayes.errors import ConfigError, nearest, shown
 from mergekit_bayes.methods import METHODS, choose, settings_of
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import FactInputs, Method
 from mergekit_bayes.patterns import MOST_CHARACTERS, PatternError, compile_pattern
 from mergekit_bayes.plan.settings import BY_MODEL, MergeConfig
 
@@ -88,8 +90,8 @@ def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
     """The method by name, or the one that `weights` and `base` choose, and its parameters.
 
     Raises:
-        ConfigError: There is no such method, or it does not fit the base, the weights, the scales
-            or the number of models.
+        ConfigError: There is no such method, or it or its parameters do not fit the base, the
+            weights, the scales or the number of models.
     """
     if config.method is None:
         method = choose(
@@ -98,7 +100,11 @@ def choose_method(config: MergeConfig) -> tuple[Method, dict[str, float | str]]:
     else:
         method = _method_by_name(config)
         _check_method(config, method)
-    return method, settings_of(method, config.param)
+    settings = settings_of(method, config.param)
+    if method.facts is not None and method.reduction is None:  # which may refuse the settings
+        counts = (1.0,) * len(config.models)
+        method.facts(FactInputs(settings, config.guard, counts, np.zeros(0)))
+    return method, settings
 
 
 def check_options(

@@ -13,7 +13,7 @@ from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.options import parse_shrink
 from mergekit_bayes.plan.settings import MergeConfig
-from mergekit_bayes.plan.steps import TensorRef
+from mergekit_bayes.plan.steps import Step, TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
@@ -181,6 +181,36 @@ def matrices_of(
                 f"'{one.ref}' is one of matrices, for which it has no meaning. Drop it."
             )
     return found
+
+
+def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:
+    """Check that a method for whole matrices merges one.
+
+    Raises:
+        ConfigError: Nothing that is merged is the weight of a linear layer.
+        PrecisionError: No precision of what is merged is a matrix of a layer's inputs, or one is of
+            Kronecker products.
+    """
+    merged = [step for step in steps if step.copied is None]
+    if not method.needs_matrices or not merged:
+        return
+    kronecker = next((step.name for step in merged if step.is_kronecker), None)
+    if kronecker is None and any(step.axis is not None for step in merged):
+        return
+    if method.needs_precision:
+        found = f"that of '{merged[0].name}' and of all else that is merged is one of numbers"
+        if kronecker is not None:
+            found = f"that of '{kronecker}' is one of Kronecker products"
+        raise PrecisionError(
+            f"--method {method.name} weighs linear layers by precision matrices of their inputs, "
+            f"and {found}. Make such matrices with `bmerge precision MODEL --data TEXTS "
+            "--estimator inputs`."
+        )
+    raise ConfigError(
+        f"--method {method.name} merges the weights of linear layers as whole matrices, and "
+        f"nothing that is merged is one ('{merged[0].name}', for example). Use --method "
+        "task_arithmetic."
+    )
 
 
 def _stored_precision(

@@ -17,6 +17,8 @@ from mergekit_bayes.records import Frozen
 
 FORMAT = 2  # what is written; what is read is every one up to it
 LOSS = "loss"  # key of `PosteriorInfo.training`: the loss whose curvature it is, in words
+INPUTS = "inputs"  # the estimator whose matrices are no curvature of the loss: in squared inputs
+KRONECKER = "kronecker"  # the estimator of products of matrices
 _SOFTMAX = "softmax cross-entropy"
 _HEADER_KEY = "bmerge"  # in the safetensors metadata
 Pool = Literal["tensor", "row", "row-column"]
@@ -231,7 +233,8 @@ def parse_info(metadata: Mapping[str, str], file: Path) -> PosteriorInfo | None:
         return info
     except DocumentError as error:
         raise PrecisionError(
-            f"{file}: its posterior information cannot be read ({error})."
+            f"{file}: its posterior information cannot be read ({error}). Make the precision "
+            "again, or take the file as it was."
         ) from None
 
 

@@ -20,6 +20,7 @@ from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.records import Frozen
 
 _ENOUGH = 2048  # entries of matrices below which nothing is said
+_ROUNDING = 1e-12  # variance of logs that is none: float32 has a relative step of 1e-7
 _ALONE = 0.01  # share of the prior below which curvature adds nothing to it
 
 # Thresholds of `doubts`, measured by scripts/experiments/planted_precisions.py.
@@ -42,10 +43,10 @@ class Information(Frozen):
             or more.
         within: Share of the variance of log precision that lies within tensors; the rest is between
             them. None where it does not vary.
-        deviation: Standard deviation of log precision within a matrix, the median over matrices;
-            None without a matrix, as the next two.
+        deviation: Standard deviation of log precision within a matrix, the median over matrices
+            that have a positive entry; None without one.
         explained: Share of the variance of the ranks within a matrix that rows and columns explain,
-            adjusted for their number; the median over matrices.
+            adjusted for their number; the median over matrices; None without one.
         aligned: How much better the rows and columns of square matrices fit the other tensors than
             those of the transposed would, as a difference of rank correlations; the mean over
             square matrices. None without one that can be compared.
@@ -101,7 +102,7 @@ def information(
         entries=sum(grid.values.size for grid in grids.values()),
         matrix_entries=entries,
         within=_within(grids.values()),
-        deviation=median(_deviation(grid.logs) for grid in matrices),
+        deviation=median(float(grid.logs.std()) for grid in matrices if grid.logs.size),
         explained=median(_explained(grid.ranks) for grid in matrices),
         aligned=alignment(grids, matrices, weights or {}),
         informative=_informative(grids.values(), prior[0]),
@@ -122,11 +123,13 @@ def doubts(found: Information) -> list[str]:
     Args:
         found: What its sample says. Of few matrices nothing is said.
     """
-    if not is_enough(found) or found.deviation is None or found.explained is None:
+    if not is_enough(found) or found.explained is None:
         return []
     reasons = []
     if found.scattered > _SCATTERED or found.zeros > _ZEROS:
         reasons.append(f"{found.zeros:.0%} of the entries of its matrices are zero")
+    if found.deviation is None:
+        return reasons  # no entry is positive, which is told by their number
     if found.deviation < _CONSTANT:
         reasons.append("it hardly differs from one number a tensor")
     elif found.explained < _EXPLAINED:
@@ -149,10 +152,6 @@ def median(numbers: Iterable[float]) -> float | None:
     return float(found[(len(found) - 1) // 2] + found[len(found) // 2]) / 2
 
 
-def _deviation(logs: _Matrix) -> float:
-    return float(logs.std()) if logs.size else 0.0
-
-
 def _within(grids: Iterable[Grid]) -> float | None:
     sizes, means, variances = [], [], []
     for grid in grids:
@@ -165,7 +164,7 @@ def _within(grids: Iterable[Grid]) -> float | None:
     weights = np.array(sizes) / sum(sizes)
     within = float(weights @ np.array(variances))
     between = float(weights @ (np.array(means) - weights @ np.array(means)) ** 2)
-    return within / (within + between) if within + between > 0 else None
+    return within / (within + between) if within + between > _ROUNDING else None
 
 
 def _explained(ranks: _Matrix) -> float:

@@ -5,8 +5,8 @@
                  such products the one with the same sums over each row and each column
                  (the least I-divergence from the entries; Adafactor, Shazeer and Stern, 2018)
 
-A tensor whose form is as coarse already stays as it is, and so does a vector. Tensors are read in
-pieces, so that memory does not grow with the model.
+A tensor whose form is as coarse already stays as it is, and so do vectors, and precisions that are
+matrices. Tensors are read in pieces, so that memory does not grow with the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -168,6 +168,8 @@ def _stays(precision: StoredPrecisions, name: str, form: PosteriorForm) -> bool:
     """Whether a tensor is in a form that is coarse enough."""
     shape = precision.specs[name].shape
     is_rank_one = len(precision.parts(name)) > 1
+    if name in precision.matrices:
+        return True
     if form == "entries" or (form == "row-column" and is_rank_one):
         return True
     return not is_rank_one and shape == row_shape(shape)

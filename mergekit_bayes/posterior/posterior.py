@@ -42,9 +42,10 @@ from mergekit_bayes.checkpoint.sources import (
     pinned,
     resolve,
 )
-from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource
+from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp, changed_error
 from mergekit_bayes.errors import MismatchError, PrecisionError
+from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.stored import StoredPrecisions
 
@@ -205,9 +206,11 @@ class Posterior(Closing):
 
 
 def _is_form(shape: Sequence[int], mean: Sequence[int]) -> bool:
-    """Whether a precision of this shape may be that of a mean: as long or 1 on every axis."""
-    return not shape or (
-        len(shape) == len(mean) and all(a in (1, b) for a, b in zip(shape, mean, strict=True))
+    """Whether a precision of this shape may be that of a mean: a form, or as long or 1 by axis."""
+    return (
+        not shape
+        or is_form_of(TensorSpec("F32", tuple(shape)), TensorSpec("F32", tuple(mean)))
+        or (len(shape) == len(mean) and all(a in (1, b) for a, b in zip(shape, mean, strict=True)))
     )
 
 

@@ -47,11 +47,13 @@ class StoredTensor(NamedTuple):
         spec: Dtype and shape in which it is read.
         parts: Its names in the files: one, or those of `rows` and `columns`.
         numbers: How many numbers are stored.
+        has_matrices: Whether they are matrices, which nobody reads by entry.
     """
 
     spec: TensorSpec
     parts: tuple[str, ...]
     numbers: int
+    has_matrices: bool = False
 
 
 def stored_numbers(source: PrecisionSource, name: str) -> int:
@@ -157,14 +159,14 @@ def _matrices(specs: Mapping[str, TensorSpec], name: str, role: str, file: Path)
     first, last = specs[parts[0]].shape, specs[parts[-1]].shape
     if len(parts) == 1:
         shape = (*first, 1) if role == LEFT else first
-        return StoredTensor(TensorSpec("F32", shape), parts, prod(first))
+        return StoredTensor(TensorSpec("F32", shape), parts, prod(first), has_matrices=True)
     if first[:-2] != last[:-2]:
         raise PrecisionError(
             f"{file}: {shown(parts[0])} is {list(first)} and {shown(parts[1])} {list(last)}, which "
             "are not the same number of terms."
         )
     shape = (*first[:-2], first[-1] ** 2 + last[-1] ** 2, 1, 1)
-    return StoredTensor(TensorSpec("F32", shape), parts, prod(shape))
+    return StoredTensor(TensorSpec("F32", shape), parts, prod(shape), has_matrices=True)
 
 
 class StoredPrecisions(Closing):
@@ -225,8 +227,15 @@ class StoredPrecisions(Closing):
 
     def current_parts(self, name: str) -> dict[str, str]:
         """The same names, each with the one that it has in a file of today's format."""
-        parts = self.parts(name)
-        return {p: p for p in parts} if len(parts) > 1 else {parts[0]: named(PRECISION, name)}
+        stored = self._tensors[name]
+        if stored.has_matrices or len(stored.parts) > 1:
+            return {part: part for part in stored.parts}
+        return {stored.parts[0]: named(PRECISION, name)}
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The tensors whose precisions are matrices."""
+        return tuple(name for name, stored in self._tensors.items() if stored.has_matrices)
 
     def numbers(self, name: str) -> int:
         """How many numbers are stored for a tensor."""

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.posterior.edits import Edit
 from mergekit_bayes.posterior.info import PosteriorInfo
-from mergekit_bayes.posterior.information import Information
+from mergekit_bayes.posterior.information import Information, floors
 
 _NOTHING = 1e-6  # observations: what rounding leaves of counts that cancel
 
@@ -43,10 +43,21 @@ def prior_in_words(info: PosteriorInfo) -> str:
             return "the prior inside it is not known"
 
 
+def is_of_training(info: PosteriorInfo) -> bool:
+    """Whether the record of how a precision was made describes the model's training, too.
+
+    That of an estimate from rows describes the estimate alone.
+    """
+    return "optimizer" in info.training or info.merge is not None
+
+
 def anchor_in_words(info: PosteriorInfo) -> str:
     """What the training pulled the weights towards."""
     anchor = info.anchor
     if anchor.kind == "none":
+        # Adam's moments say nothing of its weight decay.
+        if not is_of_training(info) or info.estimator == "adam":
+            return "what the training pulled towards is not known"
         return "the training pulled towards nothing"
     towards = "zero" if anchor.kind == "zero" else "the base"
     if anchor.precision is None:
@@ -86,14 +97,17 @@ def edit_in_words(edit: Edit, unit: str | None) -> str:
     )
 
 
-def information_in_words(found: Information, parameters: float) -> str:
+def information_in_words(found: Information, parameters: float, info: PosteriorInfo | None) -> str:
     """How far a precision is from one number, and how much of it the data said.
 
     Args:
         found: What its sample says.
         parameters: Number of parameters that have a precision.
+        info: Its record.
     """
     parts = []
+    if found.within is None:
+        parts.append("its positive entries do not vary")
     if found.within is not None:
         inside = ""
         if found.explained is not None:
@@ -103,7 +117,9 @@ def information_in_words(found: Information, parameters: float) -> str:
         f"effective number of informative entries {found.informative * parameters:,.0f} of "
         f"{parameters:,.0f}"
     )
-    parts.append(f"{found.alone:.1%} hold the prior or the start alone")
+    values = floors(info)
+    floor = "the prior alone" if len(values) == 1 else "the prior or the start alone"
+    parts.append(f"{found.alone:.1%} " + (f"hold {floor}" if any(values) else "are zero"))
     return ", ".join(parts)
 
 

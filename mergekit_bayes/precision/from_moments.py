@@ -201,5 +201,6 @@ def _clipping(files: MomentFiles) -> str:
         return f"{told} (the Trainer's default max_grad_norm)"
     return (
         f"{told}, with the median {median:.3g}: clipped at {_CLIP:g}, the Trainer's default, the "
-        f"precision would be about {(median / _CLIP) ** 2:.3g} times too small"
+        f"precision would be about {(median / _CLIP) ** 2:.3g} times too small; where the training "
+        "had max_grad_norm 0, nothing was clipped"
     )

@@ -9,9 +9,11 @@ from torch.nn import Module
 
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.curvature import Keeping
+from mergekit_bayes.models.devices import SPREAD
 from mergekit_bayes.models.places import checkpoint_names, row_axes
 from mergekit_bayes.posterior.forms import one_shape
 from mergekit_bayes.precision.settings import PrecisionConfig
+from mergekit_bayes.ranks import launched
 
 
 def target_of(config: PrecisionConfig) -> Path:
@@ -27,6 +29,11 @@ def parts_folder(config: PrecisionConfig) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+def is_sharded(config: PrecisionConfig) -> bool:
+    """Whether the model is sharded over the processes of a launcher."""
+    return config.device == SPREAD and launched() > 0
+
+
 def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     """How the sums are kept: by row for `--pool`, in a file beside the output for `--sums disk`.
 
@@ -35,7 +42,7 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     """
     axes = row_axes(model) if config.pool in ("row", "tensor") else {}
     place = target_of(config).parent if config.sums == "disk" else config.sums
-    return Keeping(axes, place, is_shared=True)
+    return Keeping(axes, place, is_shared=True, is_sharded=is_sharded(config), blocks=config.blocks)
 
 
 def stored_precision(

@@ -17,7 +17,7 @@ from mergekit_bayes.precision.settings import PrecisionConfig
 ADAM = "adam"
 _OF_A_PASS = {
     *("self_generated", "keep_generated", "random_tokens", "where", "text_column", "label_column"),
-    *("examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
+    *("blocks", "examples", "batch_size", "max_length", "seed", "sums", "device", "dtype"),
     *("num_processes", "resume", "save_every"),
 }
 TRAINER_STATE = "trainer_state.json"

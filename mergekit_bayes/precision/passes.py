@@ -5,29 +5,40 @@ comes to the pass, load the model, share the batches, and wait again.
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.layout import checkpoint_files
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.curvature import Curvature
-from mergekit_bayes.curvature.parts import Parts, parts_in
+from mergekit_bayes.curvature.parts import Parts, batches_in, parts_in
 from mergekit_bayes.curvature.refusals import explained, refuse_offloaded
 from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.models.devices import SPREAD, choose_device
 from mergekit_bayes.models.estimate import estimate_curvature
 from mergekit_bayes.models.load import Loaded, load_model
-from mergekit_bayes.precision.keeping import keeping, parts_folder
+from mergekit_bayes.models.sharding import all_ranks, shard
+from mergekit_bayes.posterior.info import INPUTS
+from mergekit_bayes.precision.keeping import is_sharded, keeping, parts_folder
 from mergekit_bayes.precision.settings import PrecisionConfig
-from mergekit_bayes.ranks import in_step, is_main, launched, lead
+from mergekit_bayes.ranks import in_step, in_turn, is_main, launched, lead
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 Examples = Sequence[Mapping[str, object]]
 # Estimates by name, of a loaded model, over examples.
 Estimate = Callable[[str, Loaded, Examples], Curvature]
+# Estimators whose backward passes are of one observation, or whose noise is on whole weights.
+_APART = ("fisher-exact", "ivon")
 
 
 def load(config: PrecisionConfig) -> Loaded:
@@ -37,7 +48,7 @@ def load(config: PrecisionConfig) -> Loaded:
         config.task,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        is_spread=config.device == SPREAD,
+        is_spread=config.device == SPREAD and not is_sharded(config),
     )
 
 
@@ -92,26 +103,61 @@ def refuse_left_over(config: PrecisionConfig) -> None:
             f"'{folder}' holds the state of an estimate that was stopped. Go on with --resume, or "
             "start again with --force."
         )
+    if config.resume and not parts_in(folder):
+        logger.warning(
+            "--resume: '%s' holds no saved state, so the estimate starts from the first batch",
+            folder,
+        )
+
+
+def left_behind(config: PrecisionConfig) -> str | None:
+    """What a stopped estimate leaves on the disk, and how to go on from there; None of nothing."""
+    kept = config.keep_generated
+    texts = kept if kept is not None and os.path.exists(os.path.expanduser(kept)) else None
+    folder = parts_folder(config)
+    if config.moments is None and (parts := parts_in(folder)):
+        return (
+            f"the state up to batch {batches_in(parts[-1]):,} is in '{folder}'; add --resume to go "
+            "on from it"
+        )
+    if texts is not None:
+        return (
+            f"the texts are in '{texts}'; name it with --data instead of --self-generated, or add "
+            "--force"
+        )
+    return None
 
 
 def refuse_device(config: PrecisionConfig) -> None:
-    """Refuse a device that is not there, or one GPU for several processes.
+    """Refuse a device that is not there, one GPU for several processes, or what cannot be sharded.
 
     Raises:
-        ConfigError: It is either.
+        ConfigError: It is one of them.
     """
     if config.device == SPREAD:
-        if launched():
-            raise ConfigError(
-                f"--device auto: {launched()} processes would each spread the model over all GPUs. "
-                "Start one, or leave --device out, and each takes a GPU."
-            )
+        if is_sharded(config):
+            _refuse_sharded(config)
         return
     device = choose_device(config.device)
     if launched() and device.index is not None:
         raise ConfigError(
             f"--device {config.device}: {launched()} processes would run on this one GPU. Leave "
             "--device out, and each takes its own."
+        )
+
+
+def _refuse_sharded(config: PrecisionConfig) -> None:
+    if config.estimator in _APART:
+        raise ConfigError(
+            f"--estimator {config.estimator}: {launched()} processes with a part of the model each "
+            "square the gradients of all their batches together, which this estimator may not. "
+            "Choose ggn, fisher or fisher-empirical, or leave --device auto out."
+        )
+    if config.self_generated is not None:
+        raise ConfigError(
+            f"--self-generated: {launched()} processes with a part of the model each cannot write "
+            "texts. Have them written elsewhere and name them with --data, or take "
+            "--random-tokens."
         )
 
 
@@ -140,6 +186,7 @@ def _record(
         "num_processes": launched() or 1,
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
+        **({"blocks": config.blocks} if estimator == INPUTS else {}),
     }
 
 
@@ -154,8 +201,10 @@ class _Here:
 
     def join_in(self, asked: _Pass) -> None:
         """Make the pass, with all other ranks."""
-        loaded = in_step(self._on_device)
         config = self._config
+        if is_sharded(config):
+            in_turn(partial(self._shard, in_step(all_ranks)))
+        loaded = in_step(self._on_device)
         self.parts = Parts(
             parts_folder(config),
             asked.record,
@@ -171,6 +220,11 @@ class _Here:
             keep=keeping(config, loaded.model)._replace(parts=self.parts),
         )
         self.found = found if is_main() else None
+
+    def _shard(self, mesh: "DeviceMesh") -> None:
+        self.loaded = self.loaded or load(self._config)
+        with explained():
+            shard(self.loaded.model, mesh, self._config.model)
 
     def _on_device(self) -> Loaded:
         self.loaded = self.loaded or load(self._config)

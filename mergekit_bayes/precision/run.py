@@ -20,7 +20,14 @@ from mergekit_bayes.models.load import UNIT, Loaded
 from mergekit_bayes.models.places import checkpoint_names
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.precision.from_moments import run_from_moments
-from mergekit_bayes.precision.keeping import stored_precision, target_of
+from mergekit_bayes.precision.keeping import is_sharded, stored_precision, target_of
+from mergekit_bayes.precision.matrices import (
+    matrix_notes,
+    numbers_of,
+    refuse_adapter,
+    refuse_matrix_settings,
+    stored_matrices,
+)
 from mergekit_bayes.precision.moment_checks import refuse_moment_settings
 from mergekit_bayes.precision.passes import (
     Estimate,
@@ -33,7 +40,7 @@ from mergekit_bayes.precision.settings import PrecisionConfig, PrecisionReport
 from mergekit_bayes.precision.sources import read_source, refuse_source
 from mergekit_bayes.precision.stability import describe, health_of, refuse_few
 from mergekit_bayes.precision.storing import Found, store, stored_names
-from mergekit_bayes.ranks import is_main, join
+from mergekit_bayes.ranks import is_main, join, launched
 
 
 def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionReport:
@@ -57,6 +64,7 @@ def run_precision(config: PrecisionConfig, *, quiet: bool = False) -> PrecisionR
 
 def _refuse_settings(config: PrecisionConfig) -> None:
     refuse_moment_settings(config)
+    refuse_matrix_settings(config)
     refuse_device(config)
     if config.output is None and is_hub_id(config.model):
         raise ConfigError(
@@ -87,10 +95,13 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
     if config.moments is not None:
         return run_from_moments(config, Path(os.path.expanduser(config.moments)))
     loaded = load(config)
+    refuse_adapter(config, loaded)
     model = loaded.model
     with SafetensorsSource(checkpoint_files(loaded.path)) as source:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        stored_names(source, checkpoint_names(model, parameters))  # refused before a long pass
+        renaming = stored_names(source, checkpoint_names(model, parameters))
+        sizes = {name: p.numel() for name, p in parameters.items()}
+        del parameters  # of which a rank keeps its rows only, where the model is sharded
         drawn = read_source(config, loaded)
         examples = drawn.examples
         total = observations(examples, loaded.task)
@@ -98,10 +109,10 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         refuse_few(count, len(examples), drawn.name)
         chosen = random_examples(examples, count, config.seed)
         curvature = estimate(config.estimator, loaded, chosen)
-        stability = describe(curvature, {name: p.numel() for name, p in parameters.items()}, count)
+        stability = describe(curvature, sizes, count)
         scale = total / curvature.observations
         found = Found(
-            stored_precision(config, model, curvature.total, scale),
+            stored_precision(config, model, numbers_of(curvature), scale),
             config.estimator,
             UNIT[loaded.task],
             total,
@@ -110,6 +121,8 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
             _training(config, loaded) | drawn.record,
             sampled=count,
             health=health_of(stability),
+            matrices=stored_matrices(config, model, curvature, scale),
+            renaming=renaming,
         )
         stored = store(config, loaded.path, model, source, found, source.inputs)
     return PrecisionReport(
@@ -124,6 +137,7 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
         device=str(loaded.device),
         dtype=loaded.dtype,
         health=stored.health,
+        notes=(*drawn.notes, *matrix_notes(config, curvature)),
         stability=stability,
     )
 
@@ -131,7 +145,8 @@ def _run(config: PrecisionConfig, estimate: Estimate) -> PrecisionReport:
 def _training(config: PrecisionConfig, loaded: Loaded) -> dict[str, str | float]:
     """How the estimate was made."""
     return {
-        "batch_size": config.batch_size,
+        # Of one squared gradient: sharded processes add theirs up before.
+        "batch_size": config.batch_size * (launched() if is_sharded(config) else 1),
         "seed": config.seed,
         "device": loaded.device.type,
         "dtype": loaded.dtype,

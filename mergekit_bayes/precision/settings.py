@@ -11,7 +11,7 @@ from mergekit_bayes.posterior.info import Pool
 from mergekit_bayes.records import Force, Frozen, TrustRemoteCode
 
 EstimatorName: TypeAlias = Literal[
-    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "adam"
+    "ggn", "fisher", "fisher-exact", "fisher-empirical", "ivon", "inputs", "kronecker", "adam"
 ]
 
 
@@ -50,8 +50,16 @@ class PrecisionConfig(Config):
         "ggn",
         description="ggn (random root-GGN), fisher (labels sampled from the model), fisher-exact "
         "(at most 64 outputs), fisher-empirical (labels of the data), ivon (noise on the "
-        "weights, labels of the data), or adam (with --from). A merge wants one "
-        "estimator for all models.",
+        "weights, labels of the data), inputs (a matrix for each linear layer, the covariance of "
+        "its inputs), kronecker (that, and one of its output gradients), or adam (with --from). "
+        "A merge wants one estimator for all models.",
+    )
+    blocks: int = Field(
+        1,
+        ge=1,
+        description="With --estimator inputs: keep this many blocks on the diagonal of each "
+        "layer's matrix, which takes 4 d^2 / blocks bytes for d inputs; all models of a merge "
+        "need the same.",
     )
     moments: str | None = Field(
         None,
@@ -135,12 +143,13 @@ class PrecisionConfig(Config):
         None,
         ge=1,
         description="Number of processes, which share the rows, on a GPU each, or on the CPU's "
-        "cores. Under a launcher there must be this number.",
+        "cores. The draws are those of one process; the sums differ by their rounding in float32. "
+        "Under a launcher there must be this number.",
     )
     device: str | None = Field(
         None,
         description="cpu, cuda, cuda:N or mps; by default a GPU where there is one; auto spreads a "
-        "model over all GPUs.",
+        "model over all GPUs, or over all processes where there are several.",
     )
     dtype: Dtype = "float32"
     trust_remote_code: TrustRemoteCode = False
@@ -198,7 +207,7 @@ class PrecisionReport(Frozen):
         step: Optimizer steps in the second moments; None for an estimate from data.
         notes: What may make the precision other than it should be.
         stability: How far it would move with other examples; None for fewer batches than
-            subsamples.
+            subsamples, and for `ivon` and `adam`, which keep none.
     """
 
     path: Path

@@ -22,7 +22,7 @@ from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.generation import write_texts
 from mergekit_bayes.libraries import embedding_rows
 from mergekit_bayes.models.encode import encode_rows
-from mergekit_bayes.models.examples import read_examples
+from mergekit_bayes.models.examples import Encoded, read_examples
 from mergekit_bayes.models.load import Loaded, other_head
 from mergekit_bayes.models.quiet import bar
 from mergekit_bayes.models.rows import load_rows
@@ -39,11 +39,13 @@ class Source(NamedTuple):
         name: Where the examples come from.
         examples: Encoded rows, as `encode_rows` makes them.
         record: What the posterior says of the source; of rows it says nothing.
+        notes: What was left out of it.
     """
 
     name: Literal["data", "self-generated", "random-tokens"]
     examples: list[dict[str, Any]]
     record: dict[str, str | float]
+    notes: tuple[str, ...] = ()
 
 
 def refuse_source(config: PrecisionConfig, target: Path | None) -> None:
@@ -115,7 +117,8 @@ def read_source(config: PrecisionConfig, loaded: Loaded) -> Source:
     if config.estimator == "fisher-exact":
         refuse_outputs(_outputs(loaded))
     if config.data is not None:
-        return Source("data", _read_rows(config, loaded), {})
+        rows, examples, blank = _read_rows(config, loaded)
+        return Source("data", examples, {}, _left_out(blank, rows + blank, "rows"))
     source: Literal["self-generated", "random-tokens"]
     source = "random-tokens" if config.self_generated is None else "self-generated"
     if loaded.task == "classification":
@@ -129,12 +132,14 @@ def read_source(config: PrecisionConfig, loaded: Loaded) -> Source:
         count = config.random_tokens or 0
         examples = random_tokens(loaded, count, length, config.seed)
         return Source(source, examples, record | {"random_tokens": count})
-    texts = _written(config, loaded, length)
+    written = _written(config, loaded, length)
+    texts = [text for text in written if text.strip()]  # as of rows that are read
     examples = encode_rows(
         {_TEXT: texts}, loaded, text=_TEXT, max_length=length, source=f"--{source}"
     )
     record |= {"texts": len(texts), "temperature": 1.0, "top_p": 1.0}
-    return Source(source, examples, record)
+    left_out = _left_out(len(written) - len(texts), len(written), "texts")
+    return Source(source, examples, record, left_out)
 
 
 def random_tokens(loaded: Loaded, count: int, length: int, seed: int) -> list[dict[str, Any]]:
@@ -157,13 +162,18 @@ def random_tokens(loaded: Loaded, count: int, length: int, seed: int) -> list[di
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def _left_out(blank: int, rows: int, what: str) -> tuple[str, ...]:
+    """The note on rows without a word; none where there are none."""
+    return (f"{blank:,} of {rows:,} {what} hold no word and were left out",) if blank else ()
+
+
 def _outputs(loaded: Loaded) -> int:
     config = loaded.model.config
     name = "num_labels" if loaded.task == "classification" else "vocab_size"
     return int(getattr(config, name, 0) or 0)
 
 
-def _read_rows(config: PrecisionConfig, loaded: Loaded) -> list[dict[str, Any]]:
+def _read_rows(config: PrecisionConfig, loaded: Loaded) -> Encoded:
     """The rows of `data`, encoded; with labels only where the estimator looks at them."""
     assert config.data is not None
     label = None
@@ -178,7 +188,8 @@ def _read_rows(config: PrecisionConfig, loaded: Loaded) -> list[dict[str, Any]]:
             label=label,
             where=config.where,
             max_length=config.max_length,
-        ).examples
+            skip_blank=True,
+        )
     except MismatchError as error:
         if label is None:
             raise

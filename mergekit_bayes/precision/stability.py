@@ -30,7 +30,8 @@ def refuse_few(count: int, rows: int, source: str = "data") -> None:
     if count >= K:
         return
     are = f"{rows} row{'s' * (rows != 1)}"
-    setting = f"--examples is {count}" if rows > count else f"there are {are}"
+    verb = "is" if rows == 1 else "are"
+    setting = f"--examples is {count}" if rows > count else f"there {verb} {are}"
     raise ConfigError(
         f"a precision is estimated from at least {K} rows, so that its error can be, but {setting}."
         f" {'Raise it' if rows > count else _WAYS_OUT[source]}."
@@ -67,13 +68,16 @@ def health_of(found: Stability | None) -> dict[str, float]:
     return {} if found is None else {"relative_error": found.relative_error}
 
 
-def in_words(report: PrecisionReport) -> str | None:
-    """How stable an estimate is, and how it would become more so; None for one without rows."""
+def in_words(report: PrecisionReport) -> str:
+    """How stable an estimate is, and how it would become more so; or why that is not known."""
     found = report.stability
     if report.rows is None or report.sampled is None:
-        return None
+        return "stability: unknown, since second moments do not say how they differ between rows"
     if found is None and report.estimator == "ivon":
-        return None  # which keeps no subsamples
+        return (
+            "stability: unknown, since ivon averages over batches and keeps no subsamples of them; "
+            "the estimators other than ivon and adam do"
+        )
     if found is None:
         return (
             f"stability: unknown, with fewer than {K} batches; a smaller --batch-size or more rows "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -19,9 +20,10 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import TrainedLoss
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.posterior.factors import RankOne
+from mergekit_bayes.posterior.factors import Kronecker, Matrices
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.posterior.pooling import rank_ones
+from mergekit_bayes.posterior.save import Precision
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 
@@ -30,7 +32,7 @@ class Found(NamedTuple):
 
     Attributes:
         precision: Under the names that `save_pretrained` writes, as finely as `pool` says; entries
-            for `row-column`.
+            for `row-column`. At least one tensor here or in `matrices`.
         estimator: Name of the estimator.
         unit: What an observation is.
         observations: Number of observations that it stands for.
@@ -38,6 +40,8 @@ class Found(NamedTuple):
         training: How it was made.
         sampled: Number of examples that were looked at; None without examples.
         health: Statistics beside those of the numbers.
+        matrices: Precisions of whole directions, under names likewise.
+        renaming: From those names to the file's; None to find it by the shapes of `precision`.
     """
 
     precision: Mapping[str, Tensor]
@@ -48,6 +52,8 @@ class Found(NamedTuple):
     training: Mapping[str, Any]
     sampled: int | None = None
     health: Mapping[str, float] = {}
+    matrices: Mapping[str, Matrices | Kronecker] = {}
+    renaming: Renaming | None = None
 
 
 class Stored(NamedTuple):
@@ -79,9 +85,10 @@ def store(
         CheckpointError: An input has changed, or the precision cannot be written.
         MismatchError: The weights do not hold a parameter of the model.
     """
-    rename = stored_names(source, found.precision)
+    rename = found.renaming or stored_names(source, found.precision)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    health = {**precision_health(found.precision), **found.health}
+    variances = {n: diagonal(m) for n, m in found.matrices.items()}
+    health = {**precision_health({**found.precision, **variances}), **found.health}
     info = PosteriorInfo(
         estimator=found.estimator,
         unit=found.unit,
@@ -99,12 +106,20 @@ def store(
         pool=config.pool,
     )
     arrays: dict[str, Array] = {rename(n): t.cpu().numpy() for n, t in found.precision.items()}
-    stored: Mapping[str, Array | RankOne] = arrays
+    stored: Mapping[str, Precision] = arrays | {rename(n): m for n, m in found.matrices.items()}
     if config.pool == "row-column":
         stored = rank_ones(arrays)
     refuse_changed(inputs)
     out = Path(config.output) if config.output else None
     return Stored(save_posterior(folder, stored, info, out=out, force=config.force), health)
+
+
+def diagonal(matrices: Matrices | Kronecker) -> Tensor:
+    """The diagonal of matrices: one number for each of a layer's inputs, or for each entry."""
+    if isinstance(matrices, Kronecker):
+        left, right = (torch.from_numpy(f).diagonal(dim1=-2, dim2=-1) for f in matrices)
+        return left[..., None] * right[..., None, :]
+    return torch.from_numpy(matrices.blocks).diagonal(dim1=-2, dim2=-1)
 
 
 def stored_names(source: SafetensorsSource, tensors: Mapping[str, Tensor]) -> Renaming:
@@ -118,8 +133,7 @@ def stored_names(source: SafetensorsSource, tensors: Mapping[str, Tensor]) -> Re
         if rename(name) not in source.specs:
             raise MismatchError(
                 f"'{name}' is a parameter of the model, but {source.files[0]} does not hold it, so "
-                "its values were made up on loading. Fine-tune the model first, or choose another "
-                "--task."
+                "its values were made up on loading. Fine-tune the model for this task first."
             )
     return rename
 

@@ -81,7 +81,7 @@ def _figure(report: PreviewReport) -> "Figure":
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=across,
         fontsize=8,
         frameon=False,
     )
@@ -118,12 +118,17 @@ def _pair(panel: "Axes", report: PreviewReport, across: str, up: str) -> None:
 
 
 def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str]) -> None:
-    """Losses against one scale. A line joins the merges that differ from the recipe in it alone."""
+    """Losses against one scale.
+
+    A line joins the merges that differ from the recipe in it alone; of a common scale all merges.
+    """
     own = report.points[0]
+    are_common = all(len(set(point.scales)) == 1 for point in report.points)
     shown: list[float] = []
     for name, colour in zip(sets, _COLOURS, strict=False):
         points = [p for p in report.points if math.isfinite(p.loss[name])]
-        alone = sorted((p for p in points if _differs_in(p, own, task)), key=lambda p: p.scales)
+        alone = [p for p in points if are_common or _differs_in(p, own, task)]
+        alone.sort(key=lambda p: p.scales[task])
         others = [p for p in points if p not in alone]
         panel.plot(
             [p.scales[task] for p in others],
@@ -143,8 +148,9 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
             label=f"loss on {_short(name)}",
         )
         shown += [p.loss[name] for p in points]
-    panel.axvline(report.best.scales[task], color=_BEST, linewidth=1, linestyle="--", zorder=0)
-    panel.axvline(own.scales[task], color="0.5", linewidth=0.8, linestyle=":", zorder=0)
+    best, recipe = report.best.scales[task], own.scales[task]
+    panel.axvline(best, color=_BEST, linewidth=1, linestyle="--", label="recommended scale")
+    panel.axvline(recipe, color="0.5", linewidth=1, linestyle=":", label="the recipe's scale")
     panel.set_ylim(*_window(shown))
     panel.set_xlabel(f"scale of {_short(names_of(report)[task])}", fontsize=8)
     panel.set_ylabel(f"nats a {report.unit}", fontsize=8)

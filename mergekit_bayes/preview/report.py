@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal, TypeAlias
 
 from mergekit_bayes import __version__
+from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.records import Record
 
 Origin: TypeAlias = Literal["recipe", "scales", "grid", "search"]
@@ -18,6 +19,9 @@ class Point(Record):
         loss: For each data set the mean loss, in nats a token or an example; infinite where the
             merge could not be measured.
         accuracy: For each data set the share of right labels; none of a language model.
+        predicted: The rise of the models' losses that `--predict-first` predicts, nats an
+            observation.
+        trusted: Whether that prediction is for a merge nearer to every task than the base is.
         failure: Why it could not be formed or measured.
         form_seconds: What forming its parameters took.
         measure_seconds: What measuring it took.
@@ -27,6 +31,8 @@ class Point(Record):
     origin: Origin
     loss: dict[str, float]
     accuracy: dict[str, float] = {}
+    predicted: float | None = None
+    trusted: bool | None = None
     failure: str | None = None
     form_seconds: float = 0.0
     measure_seconds: float = 0.0
@@ -50,6 +56,9 @@ class PreviewReport(Record):
         unit: What one observation is: `token` or `example`.
         observations: For each data set, how many tokens or examples are scored.
         points: The merges, the recipe's own first.
+        held_out: By set of texts that decided nothing, the loss of the recommended merge less that
+            of the recipe's own, nats an observation, paired, with its 95 % interval.
+        skipped: How many merges were predicted only, and not measured.
         pareto: Indices of the points that no other point beats on all data sets, the smallest loss
             on the first data set first.
         chosen: Index of the recommended point.
@@ -67,6 +76,8 @@ class PreviewReport(Record):
     unit: Literal["token", "example"]
     observations: dict[str, int]
     points: tuple[Point, ...]
+    held_out: dict[str, Interval] = {}
+    skipped: int = 0
     pareto: tuple[int, ...]
     chosen: int
     held_bytes: int

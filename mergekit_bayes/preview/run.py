@@ -21,16 +21,19 @@ from mergekit_bayes.evaluate.inputs import read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.report import StepProgress
 from mergekit_bayes.merge.recipe import recipe_text
+from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.plan import MergeConfig, plan_merge
 from mergekit_bayes.plan.rescale import signs_of, with_scales
+from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.preview.choosing import cost, pareto
 from mergekit_bayes.preview.designs import Named, vectors_of
 from mergekit_bayes.preview.files import write_preview
 from mergekit_bayes.preview.forming import Former, Plans
-from mergekit_bayes.preview.measuring import Measurer, Scores
+from mergekit_bayes.preview.measuring import Measurer, Scores, loss_changes
 from mergekit_bayes.preview.memory import refuse_too_large
+from mergekit_bayes.preview.predicting import Predicted, best_predicted, predict
 from mergekit_bayes.preview.report import Origin, Point, PreviewReport
 from mergekit_bayes.preview.search import Search, refuse_search
 from mergekit_bayes.preview.settings import PreviewConfig, Vector
@@ -64,17 +67,23 @@ def run_preview(
     tell = progress if progress is not None and not quiet else _ignore
     refuse_search(config)
     recipe = parse_config(MergeConfig, read_recipe(Path(config.recipe)), config.recipe)
+    recipe = along_trajectory(recipe, [])
     vectors = vectors_of(config, recipe)
-    refuse_settings(config.evaluation(classifies=False))
+    refuse_settings(config.evaluation({**config.test, **config.data}, classifies=False))
     base = () if recipe.base is None else (recipe.base,)
     refuse_inputs(Path(config.output), [*recipe.models, *base])
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries(bars=False))
         scratch = stack.enter_context(Scratch(Path(tempfile.gettempdir()), "bmerge-"))
+        predicted = predict(config, recipe, vectors, scratch.new / "model")
+        asked, vectors = len(vectors), best_predicted(config, vectors, predicted)
         plans = stack.enter_context(Plans(recipe, scratch.new / "model"))
         previewer = _open(config, plans, vectors, scratch.new / "unformed", stack)
-        points = list(previewer.points(config, vectors, tell))
+        points = [
+            _with_prediction(point, predicted) for point in previewer.points(config, vectors, tell)
+        ]
         chosen = _chosen(config, points)
+        held_out = previewer.held_out(config, points[0], points[chosen])
         best = with_scales(recipe, points[chosen].scales)
         with plan_merge(best.model_copy(update={"out": str(scratch.new / "best")})) as plan:
             text = recipe_text(plan)
@@ -88,6 +97,8 @@ def run_preview(
             unit=previewer.measurer.unit,
             observations=previewer.observations,
             points=tuple(points),
+            held_out=held_out,
+            skipped=asked - len(vectors),
             pareto=pareto([point.loss for point in points]),
             chosen=chosen,
             held_bytes=previewer.former.held.nbytes,
@@ -105,6 +116,7 @@ class _Previewer:
     plans: Plans
     former: Former
     measurer: Measurer
+    tester: Measurer | None
     observations: dict[str, int]
 
     def points(self, config: PreviewConfig, vectors: Named, tell: StepProgress) -> Iterator[Point]:
@@ -133,6 +145,19 @@ class _Previewer:
             found = point(search.propose(), "search")
             search.learn(cost(found.loss, own.loss, config.choose))
             yield found
+
+    def held_out(self, config: PreviewConfig, own: Point, best: Point) -> dict[str, Interval]:
+        """The change of the loss on the texts that decided nothing; empty where none can be told.
+
+        Raises:
+            CheckpointError: A merge gives no numbers on them.
+        """
+        if self.tester is None or own is best or own.failure is not None:
+            return {}
+        self.former.form(self.plans.at(own.scales))
+        before = self.tester.predictions()
+        self.former.form(self.plans.at(best.scales))
+        return loss_changes(before, self.tester.predictions(), config.seed)
 
     def _point(self, scales: Vector, origin: Origin, config: PreviewConfig) -> Point:
         started, formed, failure = time.monotonic(), None, None
@@ -178,14 +203,25 @@ def _open(
     refuse_too_large(like, config.dtype)
     write_skeleton(like, folder)
     classifies = is_classifier(str(folder), trust_remote_code=config.trust_remote_code)
-    evaluation = config.evaluation(classifies=classifies)
+    evaluation = config.evaluation(config.data, classifies=classifies)
     inputs = read_inputs(evaluation)
+    test = config.evaluation(config.test, classifies=classifies) if config.test else None
+    test_inputs = None if test is None else read_inputs(test)
     loaded = load_model(str(folder), dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     loaded.move_to(config.device)
-    measurer = Measurer(evaluation, inputs, loaded)
+    measurer, tester = Measurer(evaluation, inputs, loaded), None
+    if test is not None and test_inputs is not None:
+        tester = Measurer(test, test_inputs, loaded)
     count = len(vectors) + (config.search or 0)
     former = stack.enter_context(Former(loaded.model, like, count))
-    return _Previewer(plans, former, measurer, {})
+    return _Previewer(plans, former, measurer, tester, {})
+
+
+def _with_prediction(point: Point, predicted: Predicted) -> Point:
+    if point.scales not in predicted:
+        return point
+    nats, trusted = predicted[point.scales]
+    return point.model_copy(update={"predicted": nats, "trusted": trusted})
 
 
 def _chosen(config: PreviewConfig, points: list[Point]) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from mergekit_bayes.configs import Config
-from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures
+from mergekit_bayes.evaluate.settings import EvaluateConfig, Measures, is_by_name
 from mergekit_bayes.models.devices import Device
 from mergekit_bayes.models.load import Dtype
 from mergekit_bayes.records import Force, TrustRemoteCode
@@ -63,10 +63,21 @@ class PreviewConfig(Config):
         description="LOW,HIGH: where the search looks for each scale; by default from 0 to twice "
         "the recipe's, or to 1 where that is 0. Shares of an average are sought between 0 and 1.",
     )
+    predict_first: int | None = Field(
+        None,
+        ge=1,
+        description="Measure only this number of the given and the grid's merges: those of the "
+        "smallest predicted rise of the models' losses, for which every model needs a precision.",
+    )
     choose: Choice = Field(
         "mean",
         description="The merge that is recommended: mean (smallest mean loss over the data sets) "
         "or worst (smallest of the largest rises over the recipe's loss).",
+    )
+    test: dict[str, str] = Field(
+        {},
+        description="TEXTS or NAME=TEXTS: also measure the recommended merge and the recipe's own "
+        "on these texts, which decide nothing; repeatable.",
     )
     text_column: str = _as_measured("text_column")
     label_column: str = _as_measured("label_column")
@@ -86,12 +97,16 @@ class PreviewConfig(Config):
     )
     force: Force = False
 
-    def evaluation(self, *, classifies: bool) -> EvaluateConfig:
-        """How each merge is measured: its losses, without intervals.
+    def evaluation(self, texts: dict[str, str], *, classifies: bool) -> EvaluateConfig:
+        """How a merge is measured on some of the texts: its losses, without intervals.
 
         Args:
+            texts: `data` or `test`, or both.
             classifies: Whether the merges are classifiers.
         """
         settings = {name: getattr(self, name) for name in _SHARED}
-        settings["classify" if classifies else "perplexity"] = self.data
+        settings["classify" if classifies else "perplexity"] = texts
+        if is_by_name(self.where):
+            others = (self.data.keys() | self.test.keys()) - texts.keys()
+            settings["where"] = {n: w for n, w in self.where.items() if n not in others}
         return EvaluateConfig(model=self.recipe, bootstrap=0, **settings)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from mergekit_bayes.correlation import rank_correlation
 from mergekit_bayes.preview.report import Point, PreviewReport
 
 _ORIGINS = {"recipe": "recipe", "scales": "given", "grid": "grid", "search": "search"}
@@ -14,7 +17,8 @@ def columns_of(report: PreviewReport) -> list[str]:
     losses = [f"{name}, nats a {report.unit}" for name in report.observations]
     accuracies = [f"{name}, accuracy" for name in report.best.accuracy]
     mean = ["mean"] if len(report.observations) > 1 else []
-    return ["scales", *losses, *mean, *accuracies, "from", "note"]
+    predicted = ["predicted rise"] if _is_predicted(report) else []
+    return ["scales", *losses, *mean, *accuracies, *predicted, "from", "note"]
 
 
 def row_of(report: PreviewReport, index: int) -> list[str]:
@@ -29,7 +33,9 @@ def row_of(report: PreviewReport, index: int) -> list[str]:
     notes = ["recommended"] if index == report.chosen else []
     notes += ["Pareto"] if index in report.pareto else []
     notes += ["failed"] if point.failure is not None else []
-    return [scales_of(point), *losses, *mean, *accuracies, _ORIGINS[point.origin], ", ".join(notes)]
+    predicted = [_prediction(point)] if _is_predicted(report) else []
+    origin = _ORIGINS[point.origin]
+    return [scales_of(point), *losses, *mean, *accuracies, *predicted, origin, ", ".join(notes)]
 
 
 def scales_of(point: Point) -> str:
@@ -66,22 +72,45 @@ def sentences(report: PreviewReport) -> Iterator[str]:
     elif own.failure is None:
         changes = [f"{best.loss[n] - own.loss[n]:+.4f} on {n}" for n in report.observations]
         yield f"Against the recipe's scales {scales_of(own)}: {', '.join(changes)} nats."
+    for name, change in report.held_out.items():
+        interval = ""
+        if change.low is not None and change.high is not None:
+            interval = f" [{change.low:+.4f}, {change.high:+.4f}]"
+        yield (
+            f"On {name}, which decided nothing, the recommended merge has {change.value:+.4f}"
+            f"{interval} nats a {report.unit} against the recipe's."
+        )
     for position, name in enumerate(names_of(report)):
         scales = [point.scales[position] for point in report.points if point.failure is None]
         scale = best.scales[position]
         if len(set(scales)) > 2 and scale in (min(scales), max(scales)):
             edge = "smallest" if scale == min(scales) else "largest"
             yield f"The scale {scale:.4g} of {name} is the {edge} that was previewed: look beyond."
+    if report.skipped:
+        yield (
+            f"{report.skipped} merges whose predicted rise is larger were not measured. The "
+            "prediction is of the models' own data."
+        )
+    known = [p for p in report.points if p.predicted is not None and p.failure is None]
+    rises = np.array([p.predicted for p in known], np.float64)
+    rank = rank_correlation(rises, np.array([p.mean for p in known])) if len(known) > 2 else None
+    if rank is not None:
+        doubtful = sum(p.trusted is False for p in known)
+        yield (
+            f"Rank correlation of the predicted rise and the measured mean loss: {rank:.2f} over "
+            f"{len(known)} merges; {doubtful} lie farther from a task than the base does, where "
+            "the prediction is not trusted."
+        )
     failed = sum(point.failure is not None for point in report.points)
     if failed:
         first = next(point for point in report.points if point.failure is not None)
         yield (
             f"{failed} merges could not be measured; the first, {scales_of(first)}: {first.failure}"
         )
-    if len(report.points) > 1:
+    if len(report.points) > 1 and not report.held_out:
         yield (
             "The scales were chosen on these texts, so that the recommended merge looks better on "
-            "them than on others. Measure it on texts that were not used here."
+            "them than on others. Name others by --test."
         )
 
 
@@ -89,6 +118,16 @@ def ranges(values: Sequence[float]) -> tuple[float, float] | None:
     """The smallest and the largest finite value; None where there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return (min(finite), max(finite)) if finite else None
+
+
+def _is_predicted(report: PreviewReport) -> bool:
+    return any(point.predicted is not None for point in report.points)
+
+
+def _prediction(point: Point) -> str:
+    if point.predicted is None:
+        return ""
+    return f"{point.predicted:.4f}{'' if point.trusted else ' ?'}"
 
 
 def _loss(value: float) -> str:

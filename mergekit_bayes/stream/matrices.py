@@ -11,7 +11,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.kernels.base import Array
-from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
+from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum, without_rounding
 from mergekit_bayes.plan import Operand, Step
 from mergekit_bayes.posterior.forms import Form, StoredPrecision
 
@@ -79,7 +79,10 @@ def _products(step: Step, operand: Operand) -> dict[Place, Precision]:
     rights = _by_place(step, operand, numbers[cut:].reshape(*leading, columns, columns))
     found: dict[Place, Precision] = {}
     for place in np.ndindex(leading[:-1]):
-        terms = [(lefts[(*place, k)], rights[(*place, k)]) for k in range(leading[-1])]
+        terms = [
+            (without_rounding(lefts[(*place, k)]), without_rounding(rights[(*place, k)]))
+            for k in range(leading[-1])
+        ]
         found[(*place, 0)] = KroneckerSum.of(terms)
     return found
 

@@ -115,8 +115,9 @@ def _other_scales(samples: Samples, found: Mapping[Input, Information]) -> list[
             unit = (info.unit if info else None) or "observation"
             notes.append(
                 f"the curvature of '{model.ref}' is {ratio:.2g} times that of '{first.ref}' per "
-                f"{unit}: one of them is in another unit, or stands for another number of {unit}s "
-                "than its record says"
+                f"{unit}, by the median over entries (sum H / sum H_base follows the largest): "
+                f"either one of them is in another unit or stands for another number of {unit}s "
+                "than its record says, or the models differ that much"
             )
     return notes
 

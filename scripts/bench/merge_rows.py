@@ -24,7 +24,7 @@ for file in files:
     while (n := os.preadv(fd, [buffer], at)):
         at += n
 os.makedirs(out)
-for i, size in enumerate(map(int, sizes.split(","))):
+for i, size in enumerate(map(int, filter(None, sizes.split(",")))):
     fd, at = os.open(f"{out}/{i}", os.O_CREAT | os.O_RDWR), 0
     os.posix_fallocate(fd, 0, size)
     while at < size:
@@ -86,6 +86,7 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
         return target._replace(command=command)
 
     yield reads("read 3 files, write 1", means, [2 * entries])
+    yield reads("read 6 files", means + precisions, [])
     yield reads("read 6 files, write 1", means + precisions, [2 * entries])
     yield reads("read 6 files, write 2", means + precisions, [2 * entries, 4 * entries])
 
@@ -111,6 +112,9 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     yield merge("--shrink row:0.3", posterior, *weighed, "--shrink", "row:0.3")
     yield merge("--observations 3x", posterior, *weighed, "--observations", f"{base}=3x")
     yield merge("--pool row", six, *weighed, "--pool", "row")
+    for count in (1, 16):
+        sets = [f"--predict={(i + 1) / count:g}" for i in range(count)]
+        yield merge(f"--predict, sets: {count}", "read 6 files", *weighed, *sets)
     yield merge("ties", three, "--method", "ties")
     yield merge("dare_ties", three, "--method", "dare_ties")
     torch = row("torch, float32 state dicts", [], three, ".safetensors")

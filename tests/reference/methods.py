@@ -160,6 +160,117 @@ def fisher(means, fishers, scales, floor):
     return result
 
 
+def by_layer(base, tasks, scales, layers, rule):
+    """`rule(task vectors, scales)` for the layers, the mean of the changes for all else."""
+    result = {}
+    for n in base:
+        m0, of_tasks = np.float64(base[n]), [np.float64(t[n]) for t in tasks]
+        if n in layers:
+            result[n] = m0 + rule([t - m0 for t in of_tasks], scales)
+        else:
+            moves = [s * (t - m0) for s, t in zip(scales, of_tasks, strict=True)]
+            result[n] = m0 + sum(moves) / sum(s != 0 for s in scales)
+    return result
+
+
+def whitened(columns):
+    """`X (X' X)^(-1/2)`, which has orthonormal columns."""
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    return columns @ (vectors / np.sqrt(values)) @ vectors.T
+
+
+def tsv_m(base, tasks, scales, layers=()):
+    """The largest singular directions of each task vector, side by side and whitened."""
+
+    def rule(moves, scales):
+        share = min(moves[0].shape) // len(moves)
+        left, values, right = [], [], []
+        for move, scale in zip(moves, scales, strict=True):
+            u, s, v = np.linalg.svd(move)
+            left.append(np.sign(scale) * u[:, :share])
+            values.extend(abs(scale) * s[:share])
+            right.append(v[:share].T)
+        left, right = whitened(np.hstack(left)), whitened(np.hstack(right))
+        return sum(s * np.outer(left[:, i], right[:, i]) for i, s in enumerate(values))
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
+def iso_c(base, tasks, scales, layers=()):
+    """The added task vectors D as `mean(singular values) (D D')^(-1/2) D`."""
+
+    def rule(moves, scales):
+        added = sum(s * v for s, v in zip(scales, moves, strict=True))
+        is_tall = added.shape[0] > added.shape[1]
+        added = added.T if is_tall else added
+        squares, vectors = np.linalg.eigh(added @ added.T)
+        values = np.sqrt(squares)
+        flat = np.mean(values) * (vectors / values) @ vectors.T @ added
+        return flat.T if is_tall else flat
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
+def consensus(base, tasks, scales, least, threshold):
+    """Task arithmetic times the mask of entries in at least `least` of the tasks' TALL masks."""
+    moves = deltas(base, tasks)
+    result = {}
+    for n in base:
+        multi = sum(v[n] for v, s in zip(moves, scales, strict=True) if s)
+        masks = [
+            abs(v[n]) >= threshold * abs(multi - v[n])
+            for v, s in zip(moves, scales, strict=True)
+            if s
+        ]
+        kept = np.sum(masks, axis=0) >= least
+        added = sum(s * v[n] for v, s in zip(moves, scales, strict=True))
+        result[n] = np.float64(base[n]) + kept * added
+    return result
+
+
+def regmean(tasks, grams, scales, alpha, layers=()):
+    """The solution of the normal equations for the layers, with `grams[t][n]`; else the average."""
+    result = average(tasks, scales)
+    for n in layers:
+        left, right = 0, 0
+        for task, gram, scale in zip(tasks, grams, scales, strict=True):
+            tempered = np.float64(gram[n]).copy()
+            tempered[~np.eye(len(tempered), dtype=bool)] *= alpha
+            left, right = left + scale * tempered, right + scale * tempered @ np.float64(task[n]).T
+        result[n] = (np.linalg.inv(left) @ right).T
+    return result
+
+
+def ace(base, tasks, scales, epsilon=0.01, threshold=0.3, share=0.3, layers=()):
+    """Closed form with covariances of task vectors; `layers` of a rank above `share` of it."""
+
+    def rule(moves, scales):
+        sizes = [np.sum(v**2) for v in moves]
+        logs = np.log(sizes)
+        gamma = np.var(logs, ddof=1) / np.mean(logs) ** 2 if len(moves) > 1 else 0
+        inputs = moves[0].shape[1]
+        above, below, scaled = 0, 0, []
+        for move, scale in zip(moves, scales, strict=True):
+            rows = move - np.ones((len(move), 1)) * np.mean(move, axis=0)
+            covariance = sum(np.outer(row, row) for row in rows)
+            trace = np.trace(covariance) if gamma > threshold else 1
+            scaled.append(covariance / trace)
+            regular = scaled[-1] + epsilon / trace * np.eye(inputs)
+            above, below = above + scale * rows @ regular, below + regular
+        prior = np.ones((inputs, 1)) * np.sum(sum(scaled), axis=0) / inputs
+        if gamma <= threshold:
+            return above @ np.linalg.inv(below + prior)
+        first = above @ np.linalg.inv(below + prior / np.mean(sizes))
+        residual = sum(
+            s * v @ (c - below / len(moves)) for s, v, c in zip(scales, moves, scaled, strict=True)
+        )
+        u, s, v = np.linalg.svd(first + residual)
+        kept = int(share * len(s))
+        return first + np.mean(s[:kept]) * sum(np.outer(u[:, i], v[i]) for i in range(kept))
+
+    return by_layer(base, tasks, scales, layers, rule)
+
+
 def _dare(p, *, elect):
     return dare(p.base, p.tasks, p.scales, p.settings["density"], p.kept, elect=elect)
 
@@ -179,4 +290,11 @@ TWINS = {
     "dare_linear": lambda p: _dare(p, elect=False),
     "dare_ties": lambda p: _dare(p, elect=True),
     "slerp": lambda p: slerp(*p.tasks, p.settings["t"], p.settings["scope"]),
+    "ace": lambda p: ace(p.base, p.tasks, p.scales),
+    "consensus": lambda p: consensus(
+        p.base, p.tasks, p.scales, p.settings["k"], p.settings["lambda"]
+    ),
+    "iso_c": lambda p: iso_c(p.base, p.tasks, p.scales),
+    "regmean": lambda p: regmean(p.tasks, p.precisions, p.scales, p.settings["alpha"]),
+    "tsv_m": lambda p: tsv_m(p.base, p.tasks, p.scales),
 }
