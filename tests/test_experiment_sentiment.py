@@ -111,6 +111,20 @@ def test_valid_chooses_the_scale_and_the_test_rows_only_judge_it(experiment, wor
     assert place.tuned(column) is None
 
 
+def test_a_distance_is_found_where_there_is_one(experiment):
+    seen = []
+
+    def bounded(scale):
+        seen.append(scale)
+        return 1.4 * scale / (0.2 + scale) - 1
+
+    assert bounded(experiment.looks.root(bounded)) == pytest.approx(0, abs=1e-3)
+    assert len(seen) < 12
+    assert experiment.looks.root(lambda scale: 5 * scale - 1) == pytest.approx(0.2)
+    assert experiment.looks.root(lambda scale: scale / 40 - 1) == pytest.approx(40)
+    assert experiment.looks.root(lambda scale: 0.9 * scale / (0.2 + scale) - 1) == 0
+
+
 def test_differences_and_shares_are_those_of_the_losses(experiment, world):
     for seed in world.size.seeds:
         for name, nats in (("base", 0.9), ("joint", 0.3)):

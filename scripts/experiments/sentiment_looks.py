@@ -7,7 +7,7 @@ is a file, so that a run that was stopped goes on with the next look.
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from mergekit_bayes.records import FloatArray
 VERSION = 1  # of what a look holds
 CLOSE = 1e-3  # relative error of a matched distance
 FARTHEST = 64.0  # the largest scale at which a distance is looked for
-STEPS = 40  # of the bisection
+STEPS = 40  # towards it, at most
 
 Tensors = dict[str, torch.Tensor]
 
@@ -265,28 +265,19 @@ class Looker:
         save(self._place.test(scale), found | facts(self._target, parameters(self._loaded)))
 
     def _matched(self, distance: float) -> float:
-        """The scale at a distance from the base, by bisection; 0 where there is none."""
+        """The scale at a distance from the base; 0 where there is none."""
         if self._place.matched.exists():
             known, scale = json.loads(self._place.matched.read_text())
             if known == distance:
                 return float(scale)
 
-        def away(scale: float) -> float:
+        def beyond(scale: float) -> float:
             self._form(scale)
-            return self._target.distance(parameters(self._loaded))
+            return self._target.distance(parameters(self._loaded)) / distance - 1
 
-        low, high, found = 0.0, UNTUNED, 0.0
-        while away(high) < distance and high < FARTHEST:
-            low, high = high, 2 * high
-        if away(high) >= distance:
-            for _ in range(STEPS):
-                found = (low + high) / 2
-                reached = away(found)
-                if abs(reached - distance) < CLOSE * distance:
-                    break
-                low, high = (found, high) if reached < distance else (low, found)
-        _write(self._place.matched, [distance, float(f"{found:.6g}")])
-        return float(f"{found:.6g}")
+        found = float(f"{root(beyond):.6g}")
+        _write(self._place.matched, [distance, found])
+        return found
 
     def _form(self, scale: float) -> float:
         """Form a merge in the model, and return its CPU seconds; the first one reads, too."""
@@ -314,6 +305,31 @@ class Looker:
         like = self._plans.at((UNTUNED,) * len(self._world.size.tasks))
         former = Former(self._loaded.model, like, len(self._column.looks), threads=1)
         return self._stack.enter_context(former)
+
+
+def root(beyond: Callable[[float], float]) -> float:
+    """Where a rising function of the scale, -1 at 0, is 0: by false position (Illinois).
+
+    Returns:
+        The scale; 0 where the function is below 0 up to `FARTHEST`.
+    """
+    low, at_low, high = 0.0, -1.0, UNTUNED
+    while (at_high := beyond(high)) < -CLOSE:
+        low, at_low, high = high, at_high, 2 * high
+        if high > FARTHEST:
+            return 0.0
+    found, at, side = high, at_high, 0  # which end was moved last
+    for _ in range(STEPS):
+        if abs(at) < CLOSE:
+            break
+        found = (low * at_high - high * at_low) / (at_high - at_low)
+        at = beyond(found)
+        if at < 0:
+            low, at_low, at_high = found, at, at_high / (2 if side < 0 else 1)
+        else:
+            high, at_high, at_low = found, at, at_low / (2 if side > 0 else 1)
+        side = -1 if at < 0 else 1
+    return found
 
 
 def _write(file: Path, content: Any) -> None:
