@@ -118,10 +118,10 @@ def test_a_distance_is_found_where_there_is_one(experiment):
         seen.append(scale)
         return 1.4 * scale / (0.2 + scale) - 1
 
-    assert bounded(experiment.looks.root(bounded)) == pytest.approx(0, abs=1e-3)
+    assert bounded(experiment.looks.root(bounded)) == pytest.approx(0, abs=5e-3)
     assert len(seen) < 12
-    assert experiment.looks.root(lambda scale: 5 * scale - 1) == pytest.approx(0.2)
-    assert experiment.looks.root(lambda scale: scale / 40 - 1) == pytest.approx(40)
+    assert experiment.looks.root(lambda scale: 5 * scale - 1) == pytest.approx(0.2, rel=5e-3)
+    assert experiment.looks.root(lambda scale: scale / 40 - 1) == pytest.approx(40, rel=5e-3)
     assert experiment.looks.root(lambda scale: 0.9 * scale / (0.2 + scale) - 1) == 0
 
 
@@ -191,7 +191,7 @@ def test_all_of_it_at_its_smallest(experiment, tmp_path, capsys):
     one, other = (experiment.looks.Place.of(world, c, 0) for c in (gm, baseline))
     at = other.test(other.tuned(baseline))
     away = [experiment.looks.load(f)["distance"] for f in (one.test(one.matching()), at)]
-    assert away[0] == pytest.approx(away[1], rel=2e-3)
+    assert away[0] == pytest.approx(away[1], rel=6e-3)
     # What it predicts is what the merge itself predicts.
     (known,) = predict_merges(gm.config(world, 0, 1.0), [(1.0,)], threads=1).sets
     looked = experiment.looks.load(one.test(1.0))

@@ -30,7 +30,7 @@ from mergekit_bayes.preview.skeleton import write_skeleton
 from mergekit_bayes.records import FloatArray
 
 VERSION = 1  # of what a look holds
-CLOSE = 1e-3  # relative error of a matched distance
+CLOSE = 5e-3  # relative error of a matched distance
 FARTHEST = 64.0  # the largest scale at which a distance is looked for
 STEPS = 40  # towards it, at most
 
@@ -230,14 +230,11 @@ class Looker:
         self._world, self._column, self._seed, self._target = world, column, seed, target
         self._place, self._stack = Place.of(world, column, seed), ExitStack()
 
-    def run(self, distance: float | None) -> float:
-        """Make all looks.
-
-        Args:
-            distance: From the base, that of the matched look; None for that of the tuned one.
+    def run(self) -> float:
+        """Look at the untuned merge, and at the one that validation rows choose.
 
         Returns:
-            The tuned merge's distance.
+            The distance of the chosen merge from the base.
         """
         place, column = self._place, self._column
         with self._stack:
@@ -250,12 +247,14 @@ class Looker:
             tuned = place.tuned(column)
             assert tuned is not None
             self._test(tuned)
-            at = float(load(place.test(tuned))["distance"])
-            if column.is_tuned and distance is not None:
-                scale = self._matched(distance)
-                if scale:
-                    self._test(scale)
-        return at
+        return float(load(place.test(tuned))["distance"])
+
+    def match(self, distance: float) -> None:
+        """Look at the merge at a distance from the base, where there is one."""
+        with self._stack:
+            scale = self._matched(distance)
+            if scale:
+                self._test(scale)
 
     def _test(self, scale: float) -> None:
         if self._place.test(scale).exists():

@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,9 +35,9 @@ for name, value in {
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
-from sentiment_looks import Looker, Place, Target, load, look_at, look_file  # noqa: E402
+from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
-from sentiment_world import DATA, SIZES, World  # noqa: E402
+from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
 
 from mergekit_bayes.checkpoint.replacing import replacing  # noqa: E402
 
@@ -106,29 +107,35 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
     for task in tasks:
         model = world.tuned(task, seed)
         look_at(world, model.model, look_file(world, task, seed), None, (task,))
-    baseline = next(column for column in COLUMNS if column.name == BASELINE)
-    distance = Looker(world, baseline, seed, target).run(None)
-    for i, column in enumerate(columns):
-        if i == len(columns) // 3:  # the bound, so that a run that is stopped early has it
-            joint = world.tuned("joint", seed).done()
-            look_at(world, joint.model, look_file(world, "joint", seed), target, tasks)
+    present = []
+    for column in columns:
         if (lacks := column.lacking()) is not None:
             print(f"{column.name} is left out: {lacks}", flush=True)
-            continue
-        if seed not in column.seeds(world):
-            continue
-        try:
-            Looker(world, column, seed, target).run(distance)
-        except Exception:
-            failed[f"{column.name}-{seed}"] = traceback.format_exc().strip().splitlines()[-1]
-            traceback.print_exc()
-            continue
-        place = Place.of(world, column, seed)
-        tuned = place.tuned(column)
-        assert tuned is not None
-        at = float(load(place.test(tuned))["distance"])
-        clock = time.strftime("%H:%M:%S")
-        print(f"{clock} {column.name} {seed}: scale {tuned:g}, distance {at:.3g}", flush=True)
+        elif seed in column.seeds(world):
+            present.append(column)
+    baseline = next(column for column in COLUMNS if column.name == BASELINE)
+    distance = Looker(world, baseline, seed, target).run()
+
+    def carry_out(columns: Sequence[Column], look: Callable[[Looker], object]) -> None:
+        for column in columns:
+            try:
+                look(Looker(world, column, seed, target))
+            except Exception:
+                failed[f"{column.name}-{seed}"] = traceback.format_exc().strip().splitlines()[-1]
+                traceback.print_exc()
+            else:
+                print(f"{time.strftime('%H:%M:%S')} {column.name} {seed}", flush=True)
+
+    early = len(present) // 3
+    carry_out(present[:early], Looker.run)
+    # The bound, so that a run that is stopped early has it.
+    joint = world.tuned(JOINT, seed).done()
+    look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
+    carry_out(present[early:], Looker.run)
+    tuned = [
+        c for c in present if c.is_tuned and c != baseline and f"{c.name}-{seed}" not in failed
+    ]
+    carry_out(tuned, lambda looker: looker.match(distance))
     return failed
 
 
