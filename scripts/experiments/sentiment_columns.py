@@ -125,7 +125,6 @@ COLUMNS = (
         is_control=True,
     ),
     Column("gm_inputs", "gradient matching, input covariance", _GM, _PRECISE, "inputs"),
-    Column("gm_kronecker", "gradient matching, Kronecker", _GM, _PRECISE, "kronecker"),
     Column("fisher", "Fisher", "fisher", (UNTUNED,), "ggn", with_base=False),
     Column("regmean", "RegMean", "regmean", (UNTUNED,), "inputs", with_base=False),
     Column("ace", "ACE", "ace", _MEANS),
@@ -142,4 +141,5 @@ COLUMNS = (
         "ivon_constant", "IVON: control, one constant", _GM, _PRECISE, constant=True,
         optimizer="ivon", is_control=True,
     ),
+    Column("gm_kronecker", "gradient matching, Kronecker", _GM, _PRECISE, "kronecker"),  # slow
 )  # fmt: skip
