@@ -54,17 +54,19 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
 def averages(found: Resampled) -> str:
     """Every column at its points, with its cost."""
     lines = table_head(
-        "way|seeds|untuned|least of specialist|CPU s|tuned|scale|CPU s|at the distance|scale"
+        "way|seeds|untuned|least of specialist|distance|CPU s|tuned|scale|CPU s|at the distance|scale"
     )
     for name in REFERENCES:
         if Name(name) in found.looks:
             cells = [LABELS[name], _seeds(found, Name(name)), _scores(found, Name(name))]
-            lines.append(row([*cells, f"{found.least_kept(Name(name)):.3f}", *[""] * 6]))
+            lines.append(row([*cells, f"{found.least_kept(Name(name)):.3f}", *[""] * 7]))
     for column in _measured(found):
         points = {point: Name(column.name, point) for point in POINTS}
         untuned = points["untuned"]
         cells = [column.label, _seeds(found, untuned), _scores(found, untuned)]
-        cells += [f"{found.least_kept(untuned):.3f}", f"{found.seconds(column, 'untuned'):.0f}"]
+        away = np.mean([float(look["distance"]) for look in found.looks[untuned].values()])
+        cells += [f"{found.least_kept(untuned):.3f}", f"{away:.3g}"]
+        cells.append(f"{found.seconds(column, 'untuned'):.0f}")
         tuned = [_scores(found, points["tuned"]), _scales(found, points["tuned"])]
         cells += [*tuned, f"{found.seconds(column, 'tuned'):.0f}"] if tuned[0] else ["", "", ""]
         matched = points["matched"]
