@@ -230,15 +230,19 @@ class Looker:
         self._world, self._column, self._seed, self._target = world, column, seed, target
         self._place, self._stack = Place.of(world, column, seed), ExitStack()
 
-    def run(self) -> float:
-        """Look at the untuned merge, and at the one that validation rows choose.
+    def untuned(self) -> None:
+        """Look at the untuned merge."""
+        with self._stack:
+            self._test(UNTUNED)
+
+    def tune(self) -> float:
+        """Look at the merge that validation rows choose.
 
         Returns:
-            The distance of the chosen merge from the base.
+            Its distance from the base.
         """
         place, column = self._place, self._column
         with self._stack:
-            self._test(UNTUNED)
             for scale in column.looks if column.is_tuned else ():
                 if not place.valid(scale).exists():
                     forming = self._form(scale)

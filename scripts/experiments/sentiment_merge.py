@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -114,28 +114,27 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
         elif seed in column.seeds(world):
             present.append(column)
     baseline = next(column for column in COLUMNS if column.name == BASELINE)
-    distance = Looker(world, baseline, seed, target).run()
+    distance = Looker(world, baseline, seed, target).tune()
 
-    def carry_out(columns: Sequence[Column], look: Callable[[Looker], object]) -> None:
-        for column in columns:
+    def carry_out(what: str, look: Callable[[Looker], object]) -> None:
+        for column in present:
+            if f"{column.name}-{seed}" in failed or (what != "untuned" and not column.is_tuned):
+                continue
             try:
                 look(Looker(world, column, seed, target))
             except Exception:
                 failed[f"{column.name}-{seed}"] = traceback.format_exc().strip().splitlines()[-1]
                 traceback.print_exc()
             else:
-                print(f"{time.strftime('%H:%M:%S')} {column.name} {seed}", flush=True)
+                clock = time.strftime("%H:%M:%S")
+                print(f"{clock} {column.name}, {what}, seed {seed}", flush=True)
 
-    early = len(present) // 3
-    carry_out(present[:early], Looker.run)
-    # The bound, so that a run that is stopped early has it.
+    carry_out("untuned", Looker.untuned)
     joint = world.tuned(JOINT, seed).done()
     look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
-    carry_out(present[early:], Looker.run)
-    tuned = [
-        c for c in present if c.is_tuned and c != baseline and f"{c.name}-{seed}" not in failed
-    ]
-    carry_out(tuned, lambda looker: looker.match(distance))
+    carry_out("tuned", Looker.tune)
+    present = [column for column in present if column != baseline]
+    carry_out("matched", lambda looker: looker.match(distance))
     return failed
 
 

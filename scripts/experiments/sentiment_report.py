@@ -54,7 +54,8 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
 def averages(found: Resampled) -> str:
     """Every column at its points, with its cost."""
     lines = table_head(
-        "way|seeds|untuned|least of specialist|distance|CPU s|tuned|scale|CPU s|at the distance|scale"
+        "way|seeds|untuned|least of specialist|distance|CPU s|tuned|scale|CPU s|"
+        "at the distance|scale"
     )
     for name in REFERENCES:
         if Name(name) in found.looks:
@@ -68,7 +69,7 @@ def averages(found: Resampled) -> str:
         cells += [f"{found.least_kept(untuned):.3f}", f"{away:.3g}"]
         cells.append(f"{found.seconds(column, 'untuned'):.0f}")
         tuned = [_scores(found, points["tuned"]), _scales(found, points["tuned"])]
-        cells += [*tuned, f"{found.seconds(column, 'tuned'):.0f}"] if tuned[0] else ["", "", ""]
+        cells += [*tuned, f"{found.seconds(column, 'tuned'):.0f}"] if tuned[0] else [""] * 3
         matched = points["matched"]
         cells += [_scores(found, matched), _scales(found, matched)]
         lines.append(row(cells))
@@ -165,7 +166,11 @@ def as_json(found: Resampled) -> dict[str, Any]:
         },
         "scales": {" ".join(name): by_seed for name, by_seed in found.scales.items()},
         "seconds": {
-            column.name: {p: found.seconds(column, p) for p in POINTS[:2]}
+            column.name: {
+                p: found.seconds(column, p)
+                for p in POINTS[:2]
+                if Name(column.name, p) in found.looks
+            }
             for column in _measured(found)
         },
     }
