@@ -116,12 +116,22 @@ COLUMNS = (
     Column("gm", "gradient matching, root-GGN", _GM, _PRECISE, "ggn"),
     Column("gm_constant", "control: one constant", _GM, _PRECISE, constant=True, is_control=True),
     Column(
-        "gm_tensor", "control: per tensor", _GM, _PRECISE, "ggn", {"pool": "tensor"},
+        "gm_tensor",
+        "control: per tensor",
+        _GM,
+        _PRECISE,
+        "ggn",
+        {"pool": "tensor"},
         is_control=True,
     ),
     Column("gm_row", "control: rows", _GM, _PRECISE, "ggn", {"pool": "row"}, is_control=True),
     Column(
-        "gm_permuted", "control: entries permuted", _GM, _PRECISE, "ggn", permuted=True,
+        "gm_permuted",
+        "control: entries permuted",
+        _GM,
+        _PRECISE,
+        "ggn",
+        permuted=True,
         is_control=True,
     ),
     Column("gm_inputs", "gradient matching, input covariance", _GM, _PRECISE, "inputs"),
@@ -138,8 +148,13 @@ COLUMNS = (
     Column("ivon_own", "IVON: gradient matching, its own", _GM, _PRECISE, OWN, optimizer="ivon"),
     Column("ivon_gm", "IVON: gradient matching, root-GGN", _GM, _PRECISE, "ggn", optimizer="ivon"),
     Column(
-        "ivon_constant", "IVON: control, one constant", _GM, _PRECISE, constant=True,
-        optimizer="ivon", is_control=True,
+        "ivon_constant",
+        "IVON: control, one constant",
+        _GM,
+        _PRECISE,
+        constant=True,
+        optimizer="ivon",
+        is_control=True,
     ),
     Column("gm_kronecker", "gradient matching, Kronecker", _GM, _PRECISE, "kronecker"),  # slow
-)  # fmt: skip
+)
