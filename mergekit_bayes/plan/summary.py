@@ -33,7 +33,7 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
 
 
 def matrices_in_words(steps: Sequence[Step]) -> str | None:
-    """How many tensors are merged as whole matrices, and what the largest takes; None without any."""
+    """How many tensors are merged as whole matrices and what the largest takes; None without."""
     whole = {step.name: step for step in steps if step.axis is not None and step.tied_to is None}
     if not whole:
         return None
