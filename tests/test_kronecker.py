@@ -161,6 +161,15 @@ def test_a_merge_merges_again_and_is_undone(world):
             np.testing.assert_allclose(values, second[name], rtol=1e-3, atol=2e-5)
 
 
+def test_an_average_merges_again(world):
+    merge("a", "b", base=None, out="ab")
+    merge("ab", "c", base=None, scale=(2.0, 1.0), out="chain")
+    merge("a", "b", "c", base=None, out="once")
+    first, second = (tiny.read(f"{name}.safetensors") for name in ("chain", "once"))
+    for name, values in first.items():
+        np.testing.assert_allclose(values, second[name], rtol=1e-3, atol=2e-5)
+
+
 def test_one_task_is_removed_within_the_guard_and_two_are_refused(world):
     report = merge("a", scale=(-1.0,), guard=0.2)
     assert report.guarded_share > 0

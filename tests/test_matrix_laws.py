@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods import METHODS, ace
 from tests import tiny
 from tests.facts import facts_of
 from tests.reference import methods as twin
@@ -192,6 +192,16 @@ def test_ace_with_much_epsilon_is_the_mean_of_the_centred_changes():
     centred = [d - d.mean(axis=0) for d in changes]
     mean = (centred[0] + 0.5 * centred[1] - 0.3 * centred[2]) / 3
     np.testing.assert_allclose(merged - base.mean, mean, atol=1e-6)
+
+
+def test_ace_refuses_to_strengthen_beyond_all_changes():
+    rng = np.random.default_rng(0)
+    base, changes = rng.normal(size=(6, 4)), rng.normal(size=(2, 6, 4))
+    tasks = [Gaussian(base + size * d, None) for size, d in zip((0.1, 1e-7), changes, strict=True)]
+    with pytest.raises(ArithmeticError, match=r"epsilon=0\.01"):
+        ace.ace(Gaussian(base, None), tasks, (0.5, 0.5), ace.Estimate(0.01, 0.3, 0.3))
+    merged = ace.ace(Gaussian(base, None), tasks, (0.5, 0.5), ace.Estimate(0.01, 1e9, 0.3))
+    assert abs(merged.mean - base).max() < 0.5
 
 
 def test_ace_counts_no_task_that_leaves_a_layer_as_it_was():

@@ -1,5 +1,7 @@
 """Merges by precision matrices: equal to a float64 twin row by row, chained, undone, refused."""
 
+import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
-from mergekit_bayes.merge.matrices import RIDGE
+from mergekit_bayes.merge.matrices import RIDGE, merge_matrices, read_layer
+from mergekit_bayes.methods.gradient_matching import Removal
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
+from mergekit_bayes.stream.numbers import numbers_of
 from tests import tiny
 from tests.reference import methods as twin
 
@@ -263,11 +268,29 @@ def test_a_tensor_that_is_left_alone_keeps_its_matrices(world):
 def test_a_plan_says_what_the_largest_layer_takes(world):
     settings = {"weights": "precision", "base": "base.safetensors", "out": "out.safetensors"}
     with plan_merge(MergeConfig(models=["a.safetensors", "b.safetensors"], **settings)) as plan:
-        # Three models and three more of 5 x 6 weights and a 6 x 6 matrix, or of 2 x 3 x 4 and 2 x
-        # 4 x 4, in float64.
+        # Of three models, 5 x 6 weights and a 6 x 6 matrix.
         (note,) = [n for n in plan.notes if "whole matrices" in n]
     assert note.startswith(f"3 tensors are merged as whole matrices; the largest, '{RIGHT}', takes")
-    assert f"{8 * 6 * (30 + 36) / 1e6:,.3g} MB" in note
+    assert f"{8 * (8 * 30 + 18 * 36) / 1e6:,.3g} MB" in note
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_what_a_layer_takes_is_what_the_plan_says(world, tasks):
+    shapes = {"h.0.attn.weight": (40, 120), "h.0.ln.bias": (2,)}
+    for i in range(1 + tasks):
+        precision = {RIGHT: Matrices(covariance(i, 1, 120, 120)), "h.0.ln.bias": np.ones(2)}
+        tiny.posterior(f"m{i}.safetensors", tiny.arrays(i, shapes), precision, estimator="inputs")
+    models = [f"m{i}.safetensors" for i in range(1, 1 + tasks)]
+    settings = {"weights": "precision", "base": "m0.safetensors", "out": "out.safetensors"}
+    with plan_merge(MergeConfig(models=models, **settings)) as plan:
+        said = float(re.search(r"about ([\d.]+) MB", " ".join(plan.notes))[1])
+        (step,) = (step for step in plan.steps if step.axis is not None)
+        numbers = numbers_of(plan, step, Removal(0.2), np.float64)
+        tracemalloc.start()
+        merge_matrices(plan, step, read_layer(plan, step), numbers, Tally(1 + tasks))
+        peak = tracemalloc.get_traced_memory()[1] / 1e6
+        tracemalloc.stop()
+    assert 0.5 * said < peak < 1.1 * said
 
 
 def test_a_folder_lists_its_matrices_in_the_index(world):

@@ -52,8 +52,8 @@ def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary)
     covered = sum(layer.precision.parameters for layer in layers if layer.precision is not None)
     if precision.matrices:
         yield (
-            f"{precision.matrices} tensors have matrices for their inputs, whose diagonals are "
-            "shown: the precision of an entry given all others of its row"
+            f"{precision.matrices} tensors have matrices, whose diagonals are "
+            "shown: the precision of an entry given all others"
         )
     elif precision.numbers < covered:
         yield (

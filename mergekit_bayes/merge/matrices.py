@@ -242,7 +242,7 @@ def _with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
     """A likelihood precision and a number on every entry."""
     if isinstance(likelihood, np.ndarray):
         return likelihood + prior * np.eye(len(likelihood))
-    if prior <= DELTA_0:
+    if prior <= 1000 * DELTA_0:  # every average adds one DELTA_0 to what it records
         return likelihood
     raise MismatchError(
         f"'{step.name}': a prior or anchor of {prior:g} on every entry is no Kronecker product. "

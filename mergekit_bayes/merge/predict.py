@@ -99,7 +99,8 @@ def predict_merges(
         most_layers: How many layers each prediction lists; None for all.
 
     Returns:
-        One prediction for each set. It is the one that the report of that merge has.
+        One prediction for each set. It is the one that the report of that merge has, which says
+        nothing of models of scale zero.
 
     Raises:
         BmergeError: What `plan_merge` raises, a set that no merge takes, a method that draws at

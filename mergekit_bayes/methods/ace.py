@@ -9,6 +9,8 @@ from mergekit_bayes.methods.base import FactInputs, Method, Parameter, Scales, T
 from mergekit_bayes.methods.matrices import singular
 from mergekit_bayes.methods.means import mean_change
 
+FAR = 100.0  # times all changes of a layer, beyond which its strengthened directions mean nothing
+
 
 class Estimate(NamedTuple):
     """How covariances are estimated.
@@ -50,6 +52,10 @@ def ace(base: Gaussian, tasks: Tasks, scales: Scales, facts: Estimate) -> Gaussi
         tasks: The same of each task.
         scales: One per task, dimensionless; negative removes the task.
         facts: How covariances are estimated.
+
+    Raises:
+        ArithmeticError: A task changed the layer by so little that the strengthened directions,
+            which grow with `epsilon / tr(S_t)`, would be far larger than all changes.
     """
     changes = [(scale, t.mean - base.mean) for t, scale in zip(tasks, scales, strict=True)]
     centred = [(scale, d, d - d.mean(axis=0)) for scale, d in changes if scale != 0]
@@ -73,7 +79,16 @@ def ace(base: Gaussian, tasks: Tasks, scales: Scales, facts: Estimate) -> Gaussi
         apart = zip(voting, covariances, strict=True)
         fused = change + sum(scale * d @ (s - average) for (scale, d, _), s in apart)
         left, values, right = singular(fused).top(int(min(fused.shape) * facts.share))
-        change = change + (values.mean() * left @ right if len(values) else 0.0)
+        strengthened = values.mean() * left @ right if len(values) else np.zeros_like(change)
+        changed = np.linalg.norm(sum(abs(scale) * abs(d) for scale, d, _ in voting))
+        if np.linalg.norm(strengthened) > FAR * changed:
+            raise ArithmeticError(
+                f"a task changed it by so little beside --param epsilon={facts.epsilon:g} that the "
+                f"directions that ACE strengthens would move it over {FAR:g} times as far as all "
+                "tasks. Take a smaller epsilon, or a larger threshold, which leaves them as they "
+                "are"
+            )
+        change = change + strengthened
     return Gaussian(base.mean + change, base.precision)
 
 

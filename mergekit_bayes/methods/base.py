@@ -18,7 +18,8 @@ inputs), precisions of shape (inputs, inputs), symmetric, the same for every out
 or sums of Kronecker products, which add, scale and multiply in the same way (`kronecker.py`);
 numpy's linear algebra is allowed. `combine` stays the rule of all other tensors: embeddings, norms,
 biases, heads of a vocabulary. A rule without precisions is given every linear layer so, one with
-precisions those whose precision is stored as a matrix.
+precisions those whose precision is stored as a matrix. What it cannot merge it says in an
+ArithmeticError, whose text the user gets with the layer's name.
 
 A rule that cannot be compiled still merges: in numpy, more slowly, with a warning. One that cannot
 run on arrays either is refused with the same `RULE`.

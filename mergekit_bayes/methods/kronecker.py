@@ -58,7 +58,9 @@ class KroneckerSum:
             size = float(np.trace(right)) / max(len(right), 1)
             if size == 0 or not left.any():
                 continue
-            factors = Factors(left * size, right / size)
+            factors = Factors(left, right)
+            if abs(size - 1) > 1e-12:  # else it is a term already, which need not be copied
+                factors = Factors(left * size, right / size)
             largest = float(abs(factors.left).max())
             for i, other in enumerate(terms):
                 if _is_same(other.right, factors.right):

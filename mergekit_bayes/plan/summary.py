@@ -33,27 +33,32 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
 
 
 def matrices_in_words(steps: Sequence[Step]) -> str | None:
-    """How many tensors are merged as whole matrices, and what the largest takes; None without any.
-
-    In float64 there are the weights of all models, the merged ones and two that are computed
-    meanwhile, and likewise of the precisions.
-    """
+    """How many tensors are merged as whole matrices and what the largest takes; None without."""
     whole = {step.name: step for step in steps if step.axis is not None and step.tied_to is None}
     if not whole:
         return None
-
-    def nbytes(name: str) -> int:
-        step = whole[name]
-        precision = step.precision_spec.size if step.precision_spec is not None else 0
-        if step.is_kronecker:  # which has the terms of all models already
-            precision = -(-precision // len(step.operands))
-        return 8 * (len(step.operands) + 3) * (step.spec.size + precision)
-
-    largest = max(whole, key=nbytes)
+    largest = max(whole.values(), key=_nbytes)
     return (
-        f"{len(whole)} tensors are merged as whole matrices; the largest, '{largest}', takes about "
-        f"{nbytes(largest) / 1e6:,.3g} MB of memory in each thread"
+        f"{len(whole)} tensors are merged as whole matrices; the largest, '{largest.name}', takes "
+        f"up to about {_nbytes(largest) / 1e6:,.3g} MB of memory in each thread"
     )
+
+
+def _nbytes(step: Step) -> int:
+    """What the merge of one layer takes in float64, in all models and in between.
+
+    The weights w and the numbers of a precision p of each model are there as read, and as they are
+    added up; a decomposition or a solution takes several more of the largest.
+    """
+    models, weights = len(step.operands), step.spec.size
+    if step.precision_spec is None:  # a method may make covariances of the inputs of its own
+        assert step.axis is not None
+        matrix = step.spec.shape[step.axis] ** 2
+        return 8 * (models * (3 * weights + 2 * matrix) + 4 * weights + 3 * matrix)
+    numbers, more = step.precision_spec.size, 9
+    if step.is_kronecker:  # which has the terms of all models already
+        numbers, more = -(-numbers // models), 4
+    return 8 * (models * (3 * numbers + weights) + more * numbers + 5 * weights)
 
 
 def shares(scales: Sequence[float]) -> str:
