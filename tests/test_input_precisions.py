@@ -13,7 +13,7 @@ from mergekit_bayes.curvature.inputs import input_covariance
 from mergekit_bayes.curvature.sums import Sums
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
-from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.merge.matrices import RIDGE
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
@@ -132,7 +132,16 @@ def test_a_merge_by_them_is_the_formula(world, tmp_path, monkeypatch, kind, anch
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
     # They are no curvature of the loss, of which an increase in nats could be said.
     assert [p.nats for p in report.predicted] == [None] * 3
+    assert [p.trusted for p in report.predicted] == [None] * 3
     assert any("no increase of the loss is predicted" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("settings", [{"weights": "precision"}, {"method": "ties"}], ids=str)
+def test_no_loss_is_predicted_from_them(world, monkeypatch, settings):
+    monkeypatch.chdir(world / "gpt2")
+    asked = MergeConfig(models=["a", "b"], base="base", **settings)
+    with pytest.raises(ConfigError, match=r"'base' has the covariance of inputs.*no curvature"):
+        predict_merges(asked, [(1.0,)])
 
 
 def test_the_experts_of_a_file_have_their_own(world):
@@ -161,7 +170,10 @@ def test_layers_that_blocks_do_not_divide_are_named(world, tmp_path):
 REFUSED = {
     "pool": ({"pool": "row"}, "--pool row takes the mean of numbers"),
     "a model in parts": ({"device": "auto"}, "2 processes have a part of each"),
-    "blocks of numbers": ({"estimator": "ggn", "blocks": 2}, "--blocks 2 cuts the matrices"),
+    "blocks of numbers": (
+        {"estimator": "ggn", "blocks": 2},
+        "--blocks 2 cuts the matrices of --estimator inputs alone",
+    ),
 }
 
 

@@ -85,6 +85,11 @@ REFUSED = {
     "a negative share": (("average.yaml",), ("--scales", "1,-1"), "name it with --base"),
     "a method without scales": (("slerp.yaml",), (), "slerp takes no scales"),
     "files without a config": (("files.yaml",), (), "has no config.json"),
+    "texts that chose": (
+        ("r.yaml",),
+        ("--scales", "2", "--test", "y=./cats.csv"),
+        "--test y=./cats.csv is --data x, which the merge is chosen on",
+    ),
     "a missing model": (("missing.yaml",), (), "'nowhere'"),
     "a recipe in the output": (
         ("in/r.yaml",),
