@@ -136,6 +136,14 @@ def test_a_merge_by_them_is_the_formula(world, tmp_path, monkeypatch, kind, anch
     assert any("no increase of the loss is predicted" in note for note in report.notes)
 
 
+def test_other_blocks_are_told_of_by_their_number(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world / "gpt2")
+    other = str(tmp_path / "b.posterior")
+    estimate(world, "gpt2/b", blocks=2, examples=4, output=other)
+    with pytest.raises(PrecisionError, match=r"`bmerge precision b .* --blocks 1 -o OTHER`"):
+        run_merge(MergeConfig(models=["a", "b"], weights="precision", precision={"b": other}))
+
+
 @pytest.mark.parametrize("settings", [{"weights": "precision"}, {"method": "ties"}], ids=str)
 def test_no_loss_is_predicted_from_them(world, monkeypatch, settings):
     monkeypatch.chdir(world / "gpt2")
