@@ -243,6 +243,7 @@ def test_the_command_prints_a_table_and_a_document(world):
     for more, said in (
         (["--scale", "1"], "Drop --scale 1."),
         (["--dry-run"], "Drop --dry-run."),
+        (["-o", "x"], "Drop -o."),
         (["--shard", "1/2"], "Drop --shard."),
         (["--predict", "x"], "'x' is not a number"),
     ):

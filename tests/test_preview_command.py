@@ -318,6 +318,11 @@ def test_all_of_a_picture_is_in_it(sets, tasks):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_an_example_has_its_article():
+    assert "nats an example" in as_markdown(report(unit="example"))
+    assert "nats a token" in as_markdown(report())
+
+
 def test_losses_beyond_the_axis_are_marked_and_counted():
     made = report(2, 2)
     far = made.points[5].model_copy(update={"loss": dict.fromkeys(made.observations, 90.0)})

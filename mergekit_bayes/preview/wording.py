@@ -14,7 +14,7 @@ _ORIGINS = {"recipe": "recipe", "scales": "given", "grid": "grid", "search": "se
 
 def columns_of(report: PreviewReport) -> list[str]:
     """The heads of the table of points."""
-    losses = [f"{name}, nats a {report.unit}" for name in report.observations]
+    losses = [f"{name}, {report.unit_of_losses}" for name in report.observations]
     accuracies = [f"{name}, accuracy" for name in report.best.accuracy]
     mean = ["mean"] if len(report.observations) > 1 else []
     predicted = ["predicted rise"] if _is_predicted(report) else []
@@ -84,7 +84,7 @@ def sentences(report: PreviewReport) -> Iterator[str]:
             interval = f" [{change.low:+.4f}, {change.high:+.4f}]"
         yield (
             f"On {name}, which decided nothing, the recommended merge has {change.value:+.4f}"
-            f"{interval} nats a {report.unit} against the recipe's."
+            f"{interval} {report.unit_of_losses} against the recipe's."
         )
     for position, name in enumerate(names_of(report)):
         scales = [point.scales[position] for point in report.points if point.failure is None]
