@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.inputs import input_covariance
 from mergekit_bayes.curvature.sums import Sums
@@ -239,6 +241,16 @@ def test_a_stopped_estimate_goes_on_to_the_same_bytes(world, tmp_path, monkeypat
     estimate(world, "llama/a", resume=True, **common, **out)
     assert len(calls) == 8 * 3
     assert (tmp_path / "x.posterior").read_bytes() == (tmp_path / "whole.posterior").read_bytes()
+
+
+def test_the_command_says_of_what_the_median_is(world, tmp_path):
+    line = ["precision", str(world / "gpt2" / "a"), "--data", str(world / "t.jsonl")]
+    for name, of in (("inputs", " of what has no matrices"), ("fisher-empirical", "")):
+        out = str(tmp_path / f"{name}.posterior")
+        done = CliRunner().invoke(app, [*line, "--estimator", name, "-o", out])
+        assert done.exit_code == 0, done.output
+        assert f"median precision{of} " in done.stderr.split("(1/weight^2)")[0]
+        assert (" of what" in done.stderr) == bool(of)
 
 
 def test_inspect_shows_the_diagonals(world):

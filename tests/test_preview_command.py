@@ -68,6 +68,7 @@ def config(**settings):
 
 REFUSED = {
     "no recipe": (("none.yaml",), (), "none.yaml: cannot be read"),
+    "the folder of a merge": (("in",), (), "Name the recipe itself, which a merge has in 'in/"),
     "no texts": (("r.yaml",), ("--data", "y=none.csv"), "none.csv"),
     "a wrong length": (("r.yaml",), ("--scales", "1,2,3"), "3 numbers for 2 models"),
     "no number": (("r.yaml",), ("--grid", "1,x"), "--grid: 'x' is not a number"),
