@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.errors import ConfigError
 from tests import tiny
 from tests.finetuning import texts
 from tests.tiny_models import tiny_gpt2
@@ -58,6 +59,36 @@ def test_what_is_not_merged_at_once_is_not_adapted(world, kind):
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert not list(Path().glob("both*"))
+
+
+BEFORE = {
+    "no precision for its prior": ("prior: stored\nadd: a.jsonl\n", "this merge writes none"),
+    "rows that are not there": ("add: [a.jsonl, nope.jsonl]\n", "'nope.jsonl': no such file"),
+    "an output that exists": ("add: a.jsonl\noutput: a\n", "'a'"),
+}
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_what_the_adaptation_will_refuse_is_said_before_the_merge(world, kind):
+    settings, message = BEFORE[kind]
+    Path("adapt.yaml").write_text(settings)
+    done = merge("-o", "both")
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not list(Path().glob("both*"))
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ConfigError("no."), 2)])
+def test_an_adaptation_that_ends_says_how_to_go_on_from_the_merge(world, monkeypatch, error, code):
+    def end(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mergekit_bayes.adapt.run.run_adapt", end)
+    done = merge("-o", "both")
+    assert done.exit_code == code
+    line = "bmerge adapt adapt.yaml --set=model=both --set=output=both-adapted"
+    assert line in " ".join(done.output.split())
+    assert Path("both/model.safetensors").exists()
 
 
 def test_wrong_settings_of_the_adaptation_are_said_before_the_merge(world):

@@ -1,6 +1,7 @@
 """`bmerge merge`: add, average or subtract models, by equal weights or by precision."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from bmerge_cli.merge_tables import (
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import BmergeError, ConfigError
 from mergekit_bayes.lora import AdapterReport, is_adapter, merge_adapters
 from mergekit_bayes.merge import (
     MergeConfig,
@@ -168,6 +169,7 @@ def _merge_and_adapt(
     """Merge, and adapt what was merged; the settings of both are checked before."""
     from bmerge_cli.adapting import adapt
     from bmerge_cli.training import Line
+    from mergekit_bayes.adapt.before_merge import refuse_before_merge
     from mergekit_bayes.adapt.settings import AdaptConfig
 
     config = _config(settings)
@@ -181,9 +183,19 @@ def _merge_and_adapt(
     if "output" not in read_yaml(then):
         words.append(f"output={out.rstrip(os.sep)}-adapted")
     line = Line("adapt", then, words, {}, None, as_json, quiet)
-    line.load(AdaptConfig)
-    _merge_models(config, console(quiet=quiet), None, threads=threads, sync=sync)
-    adapt(line)
+    with plan_merge(config) as plan:
+        has_precision = plan.info is not None and not any(s.has_matrices for s in plan.steps)
+    refuse_before_merge(line.load(AdaptConfig), has_precision=has_precision)
+    screen = console(quiet=quiet)
+    _merge_models(config, screen, None, threads=threads, sync=sync)
+    try:
+        adapt(line)
+    except (BmergeError, KeyboardInterrupt) as error:
+        again = shlex.join(["bmerge", "adapt", str(then), *(f"--set={word}" for word in words)])
+        screen.print(f"the merge is in '{out}'; go on with `{again}`", markup=False)
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from None
+        raise
 
 
 def _config(settings: Settings) -> MergeConfig:
