@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.configs import read_yaml
 from mergekit_bayes.errors import ConfigError
 
@@ -27,9 +28,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe of `bmerge merge`: a YAML file of settings.
 
     Raises:
-        ConfigError: The file cannot be read, is not YAML, or is a recipe of mergekit; the message
-            of the last gives the same merge as a command line.
+        ConfigError: The file cannot be read, is a folder, is not YAML, or is a recipe of mergekit;
+            the message of the last gives the same merge as a command line.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"'{path}' is a folder. Name the recipe itself, which a merge has in "
+            f"'{path / MERGE_RECIPE}'."
+        )
     recipe = read_yaml(path)
     if "merge_method" in recipe:
         method = str(recipe["merge_method"])

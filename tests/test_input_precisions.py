@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.inputs import input_covariance
 from mergekit_bayes.curvature.sums import Sums
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
-from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.merge.matrices import RIDGE
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
@@ -132,7 +134,24 @@ def test_a_merge_by_them_is_the_formula(world, tmp_path, monkeypatch, kind, anch
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
     # They are no curvature of the loss, of which an increase in nats could be said.
     assert [p.nats for p in report.predicted] == [None] * 3
+    assert [p.trusted for p in report.predicted] == [None] * 3
     assert any("no increase of the loss is predicted" in note for note in report.notes)
+
+
+def test_other_blocks_are_told_of_by_their_number(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world / "gpt2")
+    other = str(tmp_path / "b.posterior")
+    estimate(world, "gpt2/b", blocks=2, examples=4, output=other)
+    with pytest.raises(PrecisionError, match=r"`bmerge precision b .* --blocks 1 -o OTHER`"):
+        run_merge(MergeConfig(models=["a", "b"], weights="precision", precision={"b": other}))
+
+
+@pytest.mark.parametrize("settings", [{"weights": "precision"}, {"method": "ties"}], ids=str)
+def test_no_loss_is_predicted_from_them(world, monkeypatch, settings):
+    monkeypatch.chdir(world / "gpt2")
+    asked = MergeConfig(models=["a", "b"], base="base", **settings)
+    with pytest.raises(ConfigError, match=r"'base' has the covariance of inputs.*no curvature"):
+        predict_merges(asked, [(1.0,)])
 
 
 def test_the_experts_of_a_file_have_their_own(world):
@@ -161,7 +180,10 @@ def test_layers_that_blocks_do_not_divide_are_named(world, tmp_path):
 REFUSED = {
     "pool": ({"pool": "row"}, "--pool row takes the mean of numbers"),
     "a model in parts": ({"device": "auto"}, "2 processes have a part of each"),
-    "blocks of numbers": ({"estimator": "ggn", "blocks": 2}, "--blocks 2 cuts the matrices"),
+    "blocks of numbers": (
+        {"estimator": "ggn", "blocks": 2},
+        "--blocks 2 cuts the matrices of --estimator inputs alone",
+    ),
 }
 
 
@@ -219,6 +241,16 @@ def test_a_stopped_estimate_goes_on_to_the_same_bytes(world, tmp_path, monkeypat
     estimate(world, "llama/a", resume=True, **common, **out)
     assert len(calls) == 8 * 3
     assert (tmp_path / "x.posterior").read_bytes() == (tmp_path / "whole.posterior").read_bytes()
+
+
+def test_the_command_says_of_what_the_median_is(world, tmp_path):
+    line = ["precision", str(world / "gpt2" / "a"), "--data", str(world / "t.jsonl")]
+    for name, of in (("inputs", " of what has no matrices"), ("fisher-empirical", "")):
+        out = str(tmp_path / f"{name}.posterior")
+        done = CliRunner().invoke(app, [*line, "--estimator", name, "-o", out])
+        assert done.exit_code == 0, done.output
+        assert f"median precision{of} " in done.stderr.split("(1/weight^2)")[0]
+        assert (" of what" in done.stderr) == bool(of)
 
 
 def test_inspect_shows_the_diagonals(world):

@@ -66,6 +66,19 @@ def test_different_estimators_or_units_are_refused(world):
     tiny.posterior("e.safetensors", *world["a"], unit="example")
     with pytest.raises(PrecisionError, match="different kinds"):
         merge("e", "b", weights="precision")
+    tiny.posterior("f.safetensors", *world["a"], estimator="fisher")
+    command = r"`bmerge precision b\.safetensors --data TEXTS --estimator fisher -o OTHER`"
+    with pytest.raises(PrecisionError, match=command):
+        merge("f", "b", weights="precision")
+    tiny.posterior("m.safetensors", *world["a"], estimator="adam")
+    with pytest.raises(PrecisionError, match=r"`bmerge precision m\.safetensors --data"):
+        merge("m", "f", weights="precision")
+
+
+def test_regmean_without_a_precision_names_the_command_of_the_kind_that_it_needs(world):
+    Path("a.posterior").unlink()
+    with pytest.raises(PrecisionError, match=r"a\.posterior --estimator inputs`.*--precision"):
+        merge("a", "b", method="regmean")
 
 
 SOFTMAX, SQUARED = "softmax cross-entropy", "squared error, mean over the outputs"

@@ -198,12 +198,25 @@ def test_bad_entries_are_refused_or_replaced_as_in_a_merge(world):
         ({}, [(1.0,), (float("nan"),)], "--predict nan: --scale"),
         ({"base": None}, [(1.0, -1.0)], "--predict 1,-1: a negative scale"),
         ({"weights": "uniform", "method": "dare_ties"}, [(1.0,)], "draws at random"),
+        ({"weights": "uniform", "method": "tsv_m"}, [(1.0,)], "merges whole matrices"),
     ],
     ids=str,
 )
 def test_sets_that_no_merge_takes_are_refused(world, settings, sets, said):
     with pytest.raises(ConfigError, match=said):
         predict_merges(config(**settings), sets)
+
+
+def test_a_method_that_reads_no_precision_takes_one_by_name_for_its_prediction(world):
+    ties = {"weights": "uniform", "method": "ties"}
+    expected = predict_merges(config(**ties), SETS[:1])
+    Path("b.posterior").rename("other.posterior")
+    ties |= {"precision": {"b.safetensors": "other.posterior"}}
+    assert predict_merges(config(**ties), SETS[:1]).sets == expected.sets
+    with pytest.raises(ConfigError, match=r"ties reads none: drop it"):
+        report(1.0, **ties)
+    with pytest.raises(ConfigError, match=r"--precision c=\.\.\.: no such model"):
+        predict_merges(config(**(ties | {"precision": {"c": "x"}})), SETS[:1])
 
 
 def test_a_model_without_a_precision_is_refused(world):
@@ -230,6 +243,7 @@ def test_the_command_prints_a_table_and_a_document(world):
     for more, said in (
         (["--scale", "1"], "Drop --scale 1."),
         (["--dry-run"], "Drop --dry-run."),
+        (["-o", "x"], "Drop -o."),
         (["--shard", "1/2"], "Drop --shard."),
         (["--predict", "x"], "'x' is not a number"),
     ):

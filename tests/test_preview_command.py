@@ -32,6 +32,7 @@ from mergekit_bayes.preview.held import Held
 from mergekit_bayes.preview.markdown import as_markdown
 from mergekit_bayes.preview.picture import make_figure
 from mergekit_bayes.preview.run import run_preview
+from mergekit_bayes.preview.wording import sentences
 from tests import previews, tiny
 
 
@@ -67,6 +68,7 @@ def config(**settings):
 
 REFUSED = {
     "no recipe": (("none.yaml",), (), "none.yaml: cannot be read"),
+    "the folder of a merge": (("in",), (), "Name the recipe itself, which a merge has in 'in/"),
     "no texts": (("r.yaml",), ("--data", "y=none.csv"), "none.csv"),
     "a wrong length": (("r.yaml",), ("--scales", "1,2,3"), "3 numbers for 2 models"),
     "no number": (("r.yaml",), ("--grid", "1,x"), "--grid: 'x' is not a number"),
@@ -85,6 +87,11 @@ REFUSED = {
     "a negative share": (("average.yaml",), ("--scales", "1,-1"), "name it with --base"),
     "a method without scales": (("slerp.yaml",), (), "slerp takes no scales"),
     "files without a config": (("files.yaml",), (), "has no config.json"),
+    "texts that chose": (
+        ("r.yaml",),
+        ("--scales", "2", "--test", "y=./cats.csv"),
+        "--test y=./cats.csv is --data x, which the merge is chosen on",
+    ),
     "a missing model": (("missing.yaml",), (), "'nowhere'"),
     "a recipe in the output": (
         ("in/r.yaml",),
@@ -161,7 +168,7 @@ def test_a_merge_that_is_not_finite_is_one_point_that_failed(here):
     previews.recipe("half.yaml", dtype="F16")
     done = preview(*TEXTS, "--scales", "1e9,1", "--json", recipe="half.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "1 merges could not be measured" in done.stderr
+    assert "1 merge could not be measured" in done.stderr
     text = Path("out/report.md").read_text()
     assert "| 1e+09, 1 | infinite | given | failed |" in text
     assert "does not fit F16" in text
@@ -182,7 +189,17 @@ def test_the_vectors_of_each_design():
     average = MergeConfig(models=("a", "b", "c"))
     shares = of(average, grid=[i / 10 for i in range(11)])
     assert len(shares) == 1 + 66  # (12 choose 2)
-    np.testing.assert_allclose([sum(vector) for vector in shares[1:]], 1)
+    np.testing.assert_allclose([sum(vector) for vector in shares], 1)
+    pair = MergeConfig(models=("a", "b"))
+    assert of(pair) == [(0.5, 0.5)]
+    assert of(pair, grid=(0.0, 0.5, 1.0), scales=[(3.0,), (1.0, 3.0)]) == [
+        (0.5, 0.5),
+        (0.25, 0.75),
+        (0.0, 1.0),
+        (1.0, 0.0),
+    ]
+    ruled = MergeConfig(models=("a", "b"), scale=("b:mlp=0.4",))
+    assert of(ruled) == [(1.0, 1.0)]
 
 
 def test_the_pareto_set_and_the_choice():
@@ -300,6 +317,39 @@ def test_all_of_a_picture_is_in_it(sets, tasks):
         assert box.x1 <= figure.bbox.width + 1
         assert box.y1 <= figure.bbox.height + 1
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_an_example_has_its_article():
+    assert "nats an example" in as_markdown(report(unit="example"))
+    assert "nats a token" in as_markdown(report())
+
+
+def test_losses_beyond_the_axis_are_marked_and_counted():
+    made = report(2, 2)
+    far = made.points[5].model_copy(update={"loss": dict.fromkeys(made.observations, 90.0)})
+    points = (*made.points[:5], far, *made.points[6:])
+    for found, count in ((made, 0), (made.model_copy(update={"points": points}), 1)):
+        figure = make_figure(found)
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        said = [text for text in texts if "beyond the axis" in text]
+        assert said == ["1 of 12 merges at the edge lie beyond the axis"] * count
+        for axes in figure.axes:
+            marks = [line for line in axes.lines if line.get_marker() == "^"]
+            assert len(marks) == count
+            assert all(y == axes.get_ylim()[1] for line in marks for y in line.get_ydata())
+
+
+@pytest.mark.parametrize(("base", "is_told"), [(None, False), ("base", True)])
+def test_no_share_lies_beyond_zero_and_one(base, is_told):
+    made = report(1, 2)
+    shares = [0.5, 0.0, 1.0, 0.3]
+    points = tuple(
+        p.model_copy(update={"scales": (x, 1 - x), "failure": None, "loss": {"x": 3.0 + (x != 0)}})
+        for p, x in zip(made.points, shares, strict=False)
+    )
+    update = {"points": points, "chosen": 1, "base": base, "observations": {"x": 9}}
+    said = list(sentences(made.model_copy(update=update)))
+    assert any("look beyond" in sentence for sentence in said) == is_told
 
 
 def test_the_report_names_models_apart_and_warns_of_chosen_texts():

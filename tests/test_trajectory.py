@@ -40,7 +40,10 @@ def test_checkpoints_are_put_in_the_order_of_their_steps(run):
 
 
 def test_decay_gives_shares_that_fall_with_the_distance_in_steps(run):
-    merge(*AS_A_SHELL_LISTS_THEM, decay=0.5)
+    report = merge(*AS_A_SHELL_LISTS_THEM, decay=0.5)
+    (note,) = (note for note in report.notes if "checkpoints" in note)
+    assert "falling by 0.5 over 100 steps, the median distance of two: 100 has 0.00065, " in note
+    assert note.endswith("200 has 0.0013, 1,000 has 0.333, 1,100 has 0.665")
     # The median distance is 100 steps.
     shares = np.array([0.5**10, 0.5**9, 0.5, 1.0])
     shares /= shares.sum()

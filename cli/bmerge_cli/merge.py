@@ -118,7 +118,13 @@ def command(
     in OUT.partial. With --push-to and no -o the output goes to a temporary folder.
     """
     if predict:
-        refused = {"--dry-run": dry_run, "--shard": shard, "--sync": sync, "--push-to": push_to}
+        refused = {
+            "-o": "out" in settings,
+            "--dry-run": dry_run,
+            "--shard": shard,
+            "--sync": sync,
+            "--push-to": push_to,
+        }
         wrong = [flag for flag, given in (refused | {"--then": then}).items() if given]
         screen = console(quiet=quiet)
         _predict(settings, predict, wrong, screen, threads=threads, as_json=as_json)

@@ -78,6 +78,7 @@ def _left_behind(config: PrecisionConfig) -> str:
 
 def _run(config: PrecisionConfig, *, as_json: bool, quiet: bool) -> None:
     start_processes(config.num_processes)
+    from mergekit_bayes.posterior.info import INPUTS, KRONECKER
     from mergekit_bayes.precision.run import run_precision
     from mergekit_bayes.precision.stability import in_words
 
@@ -87,8 +88,9 @@ def _run(config: PrecisionConfig, *, as_json: bool, quiet: bool) -> None:
     else:
         rows = _ROWS[report.source]
         basis = f"looked at {report.sampled:,} of {report.rows:,} {rows}, stands for all their"
+    of = " of what has no matrices" if report.estimator in (INPUTS, KRONECKER) else ""
     console(quiet=quiet).print(
-        f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision "
+        f"{report.estimator}: {basis} {report.observations:,} {report.unit}s; median precision{of} "
         f"{report.health['precision_median']:.3g} (1/weight^2)",
         markup=False,
     )

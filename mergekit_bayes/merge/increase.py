@@ -45,7 +45,7 @@ class Increase(Record):
         distance: `|m* - m| / |m0 - m|` in the norm of H; None for the base, without one, and where
             the norm is not one, since H is negative.
         trusted: Whether the merge is no farther from the model than the base is; None for the base
-            and without one, where there is no such distance to compare with.
+            and without one, where there is no such distance to compare with, and without `nats`.
         layers: The layers with the largest shares of `nats`, the largest first.
         left_out: How many merged tensors are not counted, because the model has no precision of
             its own there, or scale 0.
@@ -92,7 +92,7 @@ def notes_on_increases(plan: MergePlan) -> list[str]:
     """What the predictions lack: a recorded pull without a base, or all of them."""
     if not plan.method.needs_precision:
         return []
-    if any(_is_of_inputs(model) for model in plan.inputs):
+    if any(is_of_inputs(model) for model in plan.inputs):
         return [
             "no increase of the loss is predicted from the covariance of inputs, which is no "
             "curvature of it"
@@ -106,7 +106,8 @@ def notes_on_increases(plan: MergePlan) -> list[str]:
     ]
 
 
-def _is_of_inputs(model: Input) -> bool:
+def is_of_inputs(model: Input) -> bool:
+    """Whether its precision is the covariance of inputs, which is no curvature of the loss."""
     info = model.precision_info
     return info is not None and info.estimator == INPUTS
 
@@ -138,11 +139,12 @@ def _of_model(
     if not all(map(math.isfinite, (moved, reach, *products))):  # beyond float32 in a block
         return found
     update: dict[str, object] = {}
-    if plan.base is not None and not is_base:
-        update["trusted"] = moved <= reach * (1 + _ROUNDING)
-        if reach > 0 and moved >= 0:
-            update["distance"] = six_digits(math.sqrt(moved / reach))
-    if count is not None and count > 0 and not _is_of_inputs(model):
+    has_distance = plan.base is not None and not is_base
+    if has_distance and reach > 0 and moved >= 0:
+        update["distance"] = six_digits(math.sqrt(moved / reach))
+    if count is not None and count > 0 and not is_of_inputs(model):
+        if has_distance:
+            update["trusted"] = moved <= reach * (1 + _ROUNDING)
         layers = {
             layer: _nats(plan, model, [own[name] for name in names], count)
             for layer, names in group_layers(own).items()

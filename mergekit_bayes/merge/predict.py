@@ -20,12 +20,14 @@ from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge.increase import (
     SHOWN_LAYERS,
     Increase,
+    is_of_inputs,
     notes_on_increases,
     predicted_increases,
 )
 from mergekit_bayes.merge.matrices import merge_matrices, read_layer
 from mergekit_bayes.merge.pool import AHEAD, CHUNK, PLAIN_CHUNK, WORTH_FUSING, default_threads
 from mergekit_bayes.merge.tally import MergeTotals, UnitTally
+from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import Inputs, MergeConfig, MergePlan, Step, plan_merge
 from mergekit_bayes.plan.guard import choose_guard
 from mergekit_bayes.plan.options import ScaleRule, check_options, choose_method, parse_scales
@@ -130,13 +132,10 @@ def predict_merges(
         update |= {"weights": "precision", "method": None, "param": {}}
     asked = config.model_copy(update=update)
     with plan_merge(asked) as plan:
+        _refuse_covariances(plan)
         _, rules = parse_scales(asked)
         if not method.needs_precision:
-            if method.matrix is not None or any(step.axis is not None for step in plan.steps):
-                raise ConfigError(
-                    f"--predict: {method.name} reads no precision, and is predicted only where no "
-                    "layer is merged as a whole matrix."
-                )
+            _refuse_matrices(plan, method)
             weighs = method._replace(needs_precision=True)
             plan = replace(plan, method=weighs, settings=settings)
         guards = [_guard(plan, numbers, rules) for numbers in sets]
@@ -174,7 +173,9 @@ def _checked(
             f"--predict {_text(numbers)}: {len(numbers)} scales for {count} models. Give one for "
             "all, or one for each with commas between them."
         )
-    one = config.model_copy(update={"scale": (*map(float, numbers), *rules)})
+    # The plan of the prediction checks these two, since it reads precisions where a merge does not.
+    update = {"scale": (*map(float, numbers), *rules), "precision": {}, "isotropic": {}}
+    one = config.model_copy(update=update)
     try:
         scales, parsed = parse_scales(one)
         method, _ = choose_method(one)
@@ -182,6 +183,42 @@ def _checked(
     except ConfigError as error:
         raise ConfigError(f"--predict {_text(numbers)}: {error}") from None
     return scales
+
+
+def _refuse_covariances(plan: MergePlan) -> None:
+    """Refuse precisions that tell nothing of a loss.
+
+    Raises:
+        ConfigError: A model has the covariance of inputs.
+    """
+    ref = next((model.ref for model in plan.inputs if is_of_inputs(model)), None)
+    if ref is not None:
+        raise ConfigError(
+            f"no rise of the loss is predicted: '{ref}' has the covariance of inputs (--estimator "
+            "inputs), which is no curvature of the loss. Predict by precisions of another "
+            f"estimator, as `bmerge precision {ref} --data TEXTS -o OTHER` makes one, with "
+            f"--precision {ref}=OTHER."
+        )
+
+
+def _refuse_matrices(plan: MergePlan, method: Method) -> None:
+    """Refuse matrices where the method reads numbers of each entry only.
+
+    Raises:
+        ConfigError: The method or a precision has some.
+    """
+    if method.matrix is not None:
+        raise ConfigError(
+            f"--predict: {method.name} reads no precision and merges whole matrices, which is not "
+            "predicted. Choose another --method."
+        )
+    name = next((step.name for step in plan.steps if step.axis is not None), None)
+    if name is not None:
+        raise ConfigError(
+            f"--predict: the precisions have matrices ('{name}'), and {method.name} is predicted "
+            "by one number for each entry. Name precisions of --estimator ggn, as `bmerge "
+            "precision MODEL --data TEXTS -o OTHER` makes one, with --precision MODEL=OTHER."
+        )
 
 
 def _guard(plan: MergePlan, scales: Sequence[float], rules: Sequence[ScaleRule]) -> float:

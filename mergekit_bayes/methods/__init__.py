@@ -3,7 +3,7 @@
 Each is elementwise, so a slice of a merge is the merge of slices: this permits streaming.
 """
 
-from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.table import METHODS, TABLE, choose, settings_of
 
-__all__ = ["METHODS", "TABLE", "Method", "choose", "settings_of"]
+__all__ = ["METHODS", "TABLE", "Method", "Parameter", "choose", "settings_of"]

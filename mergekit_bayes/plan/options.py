@@ -128,10 +128,10 @@ def check_options(
     if not method.needs_precision:
         for name in _PRECISION_ONLY:
             if getattr(config, name) != MergeConfig.model_fields[name].default:
-                raise ConfigError(
-                    f"--{name} only matters where precisions weigh. Add --weights precision, or "
-                    "drop it."
-                )
+                mend = "Add --weights precision, or drop it."
+                if config.method is not None:
+                    mend = f"{method.name} reads none: drop it."
+                raise ConfigError(f"--{name} only matters where precisions weigh. {mend}")
     elif config.base is not None and config.base in config.models:
         raise ConfigError(
             f"'{config.base}' is both --base and a model; what it changed would be nothing."

@@ -161,7 +161,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         notes += [note for model in inputs for note in model.posterior.mean.notes]
         guard, info = config.guard, None
         if method.needs_precision:
-            check_precisions(config, inputs, notes)
+            check_precisions(config, method, inputs, notes)
             inputs = weigh(config, inputs, notes)
             if "guard" not in method.ignores:
                 guard = choose_guard(config, inputs, rules, notes)

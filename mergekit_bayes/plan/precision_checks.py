@@ -2,17 +2,19 @@
 
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Inputs, precision_info
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.posterior.info import note_on_losses
+from mergekit_bayes.posterior.info import INPUTS, note_on_losses
 
 
-def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> None:
+def check_precisions(config: MergeConfig, method: Method, inputs: Inputs, notes: list[str]) -> None:
     """Check the records of all precisions.
 
     Args:
         config: The settings.
+        method: The merging rule.
         inputs: The models.
         notes: Remarks for the report are appended here.
 
@@ -21,7 +23,7 @@ def check_precisions(config: MergeConfig, inputs: Inputs, notes: list[str]) -> N
             different estimators or units.
     """
     for model in inputs:
-        _check_record(config, model.posterior, notes)
+        _check_record(config, method, model.posterior, notes)
     _check_comparable(inputs)
     _note_one_model(inputs, notes)
     if (note := note_on_losses({model.ref: model.precision_info for model in inputs})) is not None:
@@ -43,9 +45,9 @@ def _note_one_model(inputs: Inputs, notes: list[str]) -> None:
         first.setdefault(identity, model.ref)
 
 
-def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> None:
+def _check_record(config: MergeConfig, method: Method, model: Posterior, notes: list[str]) -> None:
     if not model.has_precision:
-        raise _missing(model)
+        raise _missing_matrices(method, model) if method.needs_matrices else _missing(model)
     if model.info is None:
         if precision_info(model) is None:
             described = (
@@ -77,14 +79,26 @@ def _check_record(config: MergeConfig, model: Posterior, notes: list[str]) -> No
 
 def _missing(model: Posterior) -> PrecisionError:
     looked_for = precision_path(model.path)
-    command = f"bmerge precision {model.ref} --data TEXTS"
-    if model.path.is_file():  # a model is run from its folder
-        command = f"bmerge precision FOLDER --data TEXTS -o {looked_for}"
     return PrecisionError(
         f"no precision for '{model.ref}' (looked for '{looked_for}'). Fine-tune it with IVON, make "
-        f"one with `{command}`, name one with --precision {model.ref}=PATH, give one number with "
-        f"--isotropic {model.ref}=X, or merge with --weights uniform."
+        f"one with `{_command(model)}`, name one with --precision {model.ref}=PATH, give one "
+        f"number with --isotropic {model.ref}=X, or merge with --weights uniform."
     )
+
+
+def _missing_matrices(method: Method, model: Posterior) -> PrecisionError:
+    return PrecisionError(
+        f"no precision for '{model.ref}' (looked for '{precision_path(model.path)}'), and --method "
+        f"{method.name} weighs linear layers by precision matrices of their inputs. Make one with "
+        f"`{_command(model)} --estimator {INPUTS}`, or name one with --precision {model.ref}=PATH."
+    )
+
+
+def _command(model: Posterior) -> str:
+    """What makes a precision where it is looked for."""
+    if model.path.is_file():  # a model is run from its folder
+        return f"bmerge precision FOLDER --data TEXTS -o {precision_path(model.path)}"
+    return f"bmerge precision {model.ref} --data TEXTS"
 
 
 def _check_comparable(inputs: Inputs) -> None:
@@ -94,10 +108,12 @@ def _check_comparable(inputs: Inputs) -> None:
         if info is not None:
             refs[info.estimator, info.unit] = model.ref
     if len(refs) > 1:
-        (one, ref), (other, other_ref), *_ = refs.items()
+        # What texts cannot make, that of an optimizer's state, is the one that is made again.
+        (one, ref), (other, other_ref), *_ = sorted(refs.items(), key=lambda x: x[0][0] == "adam")
+        estimator = "" if one[0] in ("ggn", other[0]) else f" --estimator {one[0]}"
         raise PrecisionError(
             f"precisions of different kinds do not add: '{ref}' has {one[0]} per {one[1]}, "
             f"'{other_ref}' {other[0]} per {other[1]}. Make them alike, for example with "
-            f"`bmerge precision {other_ref} --data TEXTS -o OTHER` and "
+            f"`bmerge precision {other_ref} --data TEXTS{estimator} -o OTHER` and "
             f"--precision {other_ref}=OTHER."
         )

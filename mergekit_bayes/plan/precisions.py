@@ -17,6 +17,7 @@ from mergekit_bayes.plan.steps import Step, TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
+from mergekit_bayes.posterior.info import INPUTS
 
 _SAMPLE, _SAMPLES = 1024, 16  # entries of a block that is compared, and number of blocks
 
@@ -163,9 +164,16 @@ def matrices_of(
     if others or numbers:
         other = others[0][1] if others else numbers[0]
         has = _in_words(others[0][0]) if others else "numbers"
+        mend = "Make both by one `bmerge precision --estimator`."
+        if others and (blocks := _other_blocks(found, others[0][0])):
+            mend = (
+                f"Make both with as many blocks, as `bmerge precision {other.ref} --data TEXTS "
+                f"--estimator {INPUTS} --blocks {blocks} -o OTHER` makes one for "
+                f"--precision {other.ref}=OTHER."
+            )
         raise PrecisionError(
             f"the precision of '{name}' is one of {_in_words(found)} for '{one.ref}', and one of "
-            f"{has} for '{other.ref}'. Make both by one `bmerge precision --estimator`."
+            f"{has} for '{other.ref}'. {mend}"
         )
     if terms:  # a merge has the terms of all
         found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
@@ -188,8 +196,23 @@ def _in_words(matrices: Matrices) -> str:
     shape = matrices.shape
     if shape[-2:] == (1, 1) and shape[-4] == 0:
         return "Kronecker products"
-    *_, blocks, size, _ = shape if matrices.axis == -1 else shape[:-1]
+    blocks, size = _blocks(matrices)
     return f"matrices ({blocks} of {size} x {size}, for axis {matrices.axis})"
+
+
+def _blocks(matrices: Matrices) -> tuple[int, int]:
+    """How many, and of how many rows."""
+    *_, blocks, size, _ = matrices.shape if matrices.axis == -1 else matrices.shape[:-1]
+    return blocks, size
+
+
+def _other_blocks(found: Matrices, other: Matrices) -> int | None:
+    """How many blocks the other needs, if it is their number alone that differs."""
+    products = any(m.shape[-2:] == (1, 1) and m.shape[-4] == 0 for m in (found, other))
+    if products or found.axis != other.axis:
+        return None
+    (blocks, size), (others, of_other) = _blocks(found), _blocks(other)
+    return blocks if blocks * size == others * of_other else None
 
 
 def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:

@@ -56,8 +56,9 @@ class MergeConfig(Config):
         None,
         gt=0,
         le=1,
-        description="With --trajectory: a checkpoint's share of the one after it, in (0, 1], as in "
-        "an exponential moving average; by default all have equal shares.",
+        description="With --trajectory: the factor, in (0, 1], by which the share falls over the "
+        "median distance in steps of two neighbouring checkpoints, as in an exponential moving "
+        "average; by default all have equal shares.",
     )
     out: str | None = Field(
         None,

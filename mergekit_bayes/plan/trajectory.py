@@ -8,6 +8,7 @@ from itertools import pairwise
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.plan.settings import MergeConfig
 
+_SHOWN = 8  # shares that a note names
 _STEP = re.compile(r"(\d+)(\.safetensors)?/*$")
 
 
@@ -43,17 +44,27 @@ def along_trajectory(config: MergeConfig, notes: list[str]) -> MergeConfig:
         same = next((m for m in models if config.models.count(m) > 1), None)
         pair = (same, same) if same else _of_one_step(models, distances)
         raise ConfigError(f"--trajectory: '{pair[0]}' and '{pair[1]}' are of one step.")
-    if len(models) > 1:
-        first, last = steps[models[0]], steps[models[-1]]
-        by = "shares alike" if config.decay is None else f"shares falling by {config.decay:g}"
-        notes.append(f"{len(models)} checkpoints from step {first:,} to {last:,}, {by}")
     update: dict[str, object] = {"models": tuple(models), "trajectory": False, "decay": None}
+    by = "shares alike"
     if config.decay is not None and distances:
         gap = statistics.median(distances)
-        update["scale"] = tuple(
-            config.decay ** ((steps[models[-1]] - steps[model]) / gap) for model in models
+        scales = [config.decay ** ((steps[models[-1]] - steps[model]) / gap) for model in models]
+        update["scale"] = tuple(scales)
+        by = (
+            f"shares falling by {config.decay:g} over {gap:,g} steps, the median distance of two: "
+            f"{_shares([steps[model] for model in models], scales)}"
         )
+    if len(models) > 1:
+        first, last = steps[models[0]], steps[models[-1]]
+        notes.append(f"{len(models)} checkpoints from step {first:,} to {last:,}, {by}")
     return config.model_copy(update=update)
+
+
+def _shares(steps: Sequence[int], scales: Sequence[float]) -> str:
+    """The shares of the last checkpoints by their steps; those before have smaller ones."""
+    shown = [f"{s:,} has {x / sum(scales):.3g}" for s, x in zip(steps, scales, strict=True)]
+    left_out = "... " if len(shown) > _SHOWN else ""
+    return left_out + ", ".join(shown[-_SHOWN:])
 
 
 def _step(model: str) -> int:

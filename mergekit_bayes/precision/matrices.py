@@ -22,8 +22,8 @@ def refuse_matrix_settings(config: PrecisionConfig) -> None:
     """
     if config.estimator != INPUTS and "blocks" in config.model_fields_set:
         raise ConfigError(
-            f"--blocks {config.blocks} cuts the matrices of --estimator {INPUTS}, and "
-            f"{config.estimator} has none. Leave it out."
+            f"--blocks {config.blocks} cuts the matrices of --estimator {INPUTS} alone. Leave "
+            "it out."
         )
     if config.estimator in (INPUTS, KRONECKER) and config.pool is not None:
         raise ConfigError(

@@ -13,12 +13,16 @@ from mergekit_bayes.preview.report import Origin
 from mergekit_bayes.preview.settings import Design, PreviewConfig, Vector
 
 _MOST = 10_000  # vectors; a grid of more is a mistake
+_DIGITS = 6  # of a share, in which two merges are one
 
 Named = dict[Vector, Origin]  # each vector once, in the order in which it is previewed
 
 
 def vectors_of(config: PreviewConfig, recipe: MergeConfig) -> Named:
     """The vectors to preview, the recipe's own first; each was checked as a merge checks it.
+
+    Those of an average are shares, and sum to 1: (1, 1) and (2, 2) are one merge, (0.5, 0.5). Where
+    rules give some tensors scales of their own, which are compared with these, they stay as given.
 
     Args:
         config: What to preview.
@@ -36,19 +40,33 @@ def vectors_of(config: PreviewConfig, recipe: MergeConfig) -> Named:
         )
     if config.design is not None and not config.grid:
         raise ConfigError("--design says what is made of the values of --grid, which has none.")
-    named: Named = {own: "recipe"}
+    asked: Named = {own: "recipe"}
     for given in config.scales:
-        named.setdefault(_full(given, len(own)), "scales")
+        asked.setdefault(_full(given, len(own)), "scales")
     for vector in _of_grid(config, method, own):
-        named.setdefault(vector, "grid")
-        if len(named) > _MOST:
+        asked.setdefault(vector, "grid")
+        if len(asked) > _MOST:
             raise ConfigError(
                 f"--grid: this design has more than {_MOST:,} combinations. Give fewer values, or "
                 "let --search N choose."
             )
-    for vector in named:
+    for vector in asked:
         check_options(with_scales(recipe, vector), method, vector, rules)
+    if recipe.base is not None or rules:
+        return asked
+    known: dict[Vector, Vector] = {}
+    named: Named = {}
+    for vector, origin in asked.items():
+        shares = _as_shares(vector)
+        alike = tuple(round(share, _DIGITS) for share in shares)
+        named.setdefault(known.setdefault(alike, shares), origin)
     return named
+
+
+def _as_shares(vector: Vector) -> Vector:
+    total = math.fsum(vector)
+    is_one = math.isclose(total, 1, abs_tol=10**-_DIGITS)
+    return vector if is_one else tuple(scale / total for scale in vector)
 
 
 def default_design(method: Method) -> Design:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.preview.report import Point, PreviewReport
+from mergekit_bayes.preview.settings import Vector
 from mergekit_bayes.preview.wording import names_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _PAIRS, _TASKS, _SETS = 6, 12, 7  # panels, and lines of a panel, at most
 _ACROSS = 3  # panels beside each other
 _WIDTH, _HEIGHT = 3.6, 3.1  # inches of a panel
 _NAME = 24  # characters of a name
+_BEYOND = "merges at the edge lie beyond the axis"
 _FAR = 4.0  # losses further above the smallest than this multiple of the middle rise are cut
 
 
@@ -60,20 +62,20 @@ def _figure(report: PreviewReport) -> "Figure":
     figure = Figure(figsize=(_WIDTH * across, _HEIGHT * rows + 0.3), layout=layout, dpi=150)
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, across, squeeze=False)
-    used = 0
+    used, cut = 0, set[Vector]()
     for start in range(0, len(pairs), across):
         for panel, pair in zip(panels[used], pairs[start : start + across], strict=False):
-            _pair(panel, report, *pair)
+            cut |= _pair(panel, report, *pair)
         used += 1
     for start in range(0, len(tasks), across):
         for panel, task in zip(panels[used], tasks[start : start + across], strict=False):
-            _scale(panel, report, task, sets[:_SETS])
+            cut |= _scale(panel, report, task, sets[:_SETS])
         used += 1
     for panel in panels.flat:
         if not panel.has_data():
             panel.remove()
     handles = {
-        label: handle
+        f"{len(cut)} of {len(report.points)} {label}" if label == _BEYOND else label: handle
         for panel in figure.axes
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
@@ -88,8 +90,8 @@ def _figure(report: PreviewReport) -> "Figure":
     return figure
 
 
-def _pair(panel: "Axes", report: PreviewReport, across: str, up: str) -> None:
-    """Losses on two data sets against each other."""
+def _pair(panel: "Axes", report: PreviewReport, across: str, up: str) -> set[Vector]:
+    """Losses on two data sets against each other; returns the scales whose losses lie outside."""
     points = [p for p in report.points if math.isfinite(p.loss[across] + p.loss[up])]
     places = [(p.loss[across], p.loss[up]) for p in points]
     panel.plot(*zip(*places, strict=True), "o", color=_OTHER, markersize=3.5, label="merge")
@@ -112,13 +114,14 @@ def _pair(panel: "Axes", report: PreviewReport, across: str, up: str) -> None:
     )
     panel.set_xlim(*_window([x for x, _ in places]))
     panel.set_ylim(*_window([y for _, y in places]))
-    panel.set_xlabel(f"{_short(across)}, nats a {report.unit}", fontsize=8)
-    panel.set_ylabel(f"{_short(up)}, nats a {report.unit}", fontsize=8)
+    panel.set_xlabel(f"{_short(across)}, {report.unit_of_losses}", fontsize=8)
+    panel.set_ylabel(f"{_short(up)}, {report.unit_of_losses}", fontsize=8)
     _plain(panel)
+    return _mark_beyond(panel, [(p.scales, p.loss[across], p.loss[up]) for p in points])
 
 
-def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str]) -> None:
-    """Losses against one scale.
+def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str]) -> set[Vector]:
+    """Losses against one scale; returns the scales whose losses lie outside.
 
     A line joins the merges that differ from the recipe in it alone; of a common scale all merges.
     """
@@ -153,8 +156,28 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
     panel.axvline(recipe, color="0.5", linewidth=1, linestyle=":", label="the recipe's scale")
     panel.set_ylim(*_window(shown))
     panel.set_xlabel(f"scale of {_short(names_of(report)[task])}", fontsize=8)
-    panel.set_ylabel(f"nats a {report.unit}", fontsize=8)
+    panel.set_ylabel(report.unit_of_losses, fontsize=8)
     _plain(panel)
+    places = [(p.scales, p.scales[task], p.loss[name]) for p in report.points for name in sets]
+    return _mark_beyond(panel, [place for place in places if math.isfinite(place[-1])])
+
+
+def _mark_beyond(panel: "Axes", places: Sequence[tuple[Vector, float, float]]) -> set[Vector]:
+    """Mark at the edge what lies above the axes, and return its scales."""
+    right, top = panel.get_xlim()[1], panel.get_ylim()[1]
+    outside = [place for place in places if place[1] > right or place[2] > top]
+    for marker, is_above in (("^", True), (">", False)):
+        marks = [(min(x, right), min(y, top)) for _, x, y in outside if (y > top) == is_above]
+        if marks:
+            panel.plot(
+                *zip(*marks, strict=True),
+                marker,
+                color=_OTHER,
+                markersize=5,
+                clip_on=False,
+                label=_BEYOND,
+            )
+    return {scales for scales, *_ in outside}
 
 
 def _differs_in(point: Point, own: Point, task: int) -> bool:

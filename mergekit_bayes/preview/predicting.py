@@ -63,8 +63,7 @@ def _prediction(merge: PredictedMerge, choice: Choice) -> Prediction:
     if not rises:
         raise ConfigError(
             "--predict-first: nothing is predicted, since no precision of these models says for "
-            "how many observations it stands, or they are covariances of inputs, which are no "
-            "curvature of the loss. Leave it out."
+            "how many observations it stands. Leave it out."
         )
     nats = max(rises) if choice == "worst" else math.fsum(rises) / len(rises)
     return Prediction(nats, all(increase.trusted is not False for increase in merge.predicted))

@@ -85,6 +85,11 @@ class PreviewReport(Record):
     path: str
 
     @property
+    def unit_of_losses(self) -> str:
+        """That of a mean loss, in words."""
+        return f"nats {'an' if self.unit == 'example' else 'a'} {self.unit}"
+
+    @property
     def best(self) -> Point:
         """The recommended point."""
         return self.points[self.chosen]

@@ -6,20 +6,23 @@ The inputs are read once and kept, and each merge is formed by the passes of `bm
 a preview has the bits of the merge that it stands for.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
 from mergekit_bayes.configs import parse_config
-from mergekit_bayes.errors import CheckpointError, MismatchError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.inputs import read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings
 from mergekit_bayes.evaluate.report import StepProgress
+from mergekit_bayes.evaluate.settings import is_by_name
 from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.models.load import is_classifier, load_model
@@ -70,6 +73,7 @@ def run_preview(
     recipe = along_trajectory(recipe, [])
     vectors = vectors_of(config, recipe)
     refuse_settings(config.evaluation({**config.test, **config.data}, classifies=False))
+    _refuse_texts_twice(config)
     base = () if recipe.base is None else (recipe.base,)
     refuse_inputs(Path(config.output), [*recipe.models, *base])
     with ExitStack() as stack:
@@ -216,6 +220,26 @@ def _open(
     count = len(vectors) + (config.search or 0)
     former = stack.enter_context(Former(loaded.model, like, count))
     return _Previewer(plans, former, measurer, tester, {})
+
+
+def _refuse_texts_twice(config: PreviewConfig) -> None:
+    """Refuse texts that would both choose the merge and be said to have decided nothing.
+
+    Raises:
+        ConfigError: Rows of `test` are those of `data`: one path, and one condition.
+    """
+    conditions = config.where if is_by_name(config.where) else {}
+    for (name, texts), (same, of_data) in product(config.test.items(), config.data.items()):
+        if _place(texts) == _place(of_data) and conditions.get(name) == conditions.get(same):
+            raise ConfigError(
+                f"--test {name}={texts} is --data {same}, which the merge is chosen on. Name texts "
+                "that are in no --data, or leave it out."
+            )
+
+
+def _place(texts: str) -> str:
+    path = os.path.expanduser(texts)
+    return os.path.realpath(path) if os.path.exists(path) else texts
 
 
 def _with_prediction(point: Point, predicted: Predicted) -> Point:

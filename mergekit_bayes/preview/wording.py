@@ -14,7 +14,7 @@ _ORIGINS = {"recipe": "recipe", "scales": "given", "grid": "grid", "search": "se
 
 def columns_of(report: PreviewReport) -> list[str]:
     """The heads of the table of points."""
-    losses = [f"{name}, nats a {report.unit}" for name in report.observations]
+    losses = [f"{name}, {report.unit_of_losses}" for name in report.observations]
     accuracies = [f"{name}, accuracy" for name in report.best.accuracy]
     mean = ["mean"] if len(report.observations) > 1 else []
     predicted = ["predicted rise"] if _is_predicted(report) else []
@@ -84,18 +84,21 @@ def sentences(report: PreviewReport) -> Iterator[str]:
             interval = f" [{change.low:+.4f}, {change.high:+.4f}]"
         yield (
             f"On {name}, which decided nothing, the recommended merge has {change.value:+.4f}"
-            f"{interval} nats a {report.unit} against the recipe's."
+            f"{interval} {report.unit_of_losses} against the recipe's."
         )
     for position, name in enumerate(names_of(report)):
         scales = [point.scales[position] for point in report.points if point.failure is None]
         scale = best.scales[position]
+        if report.base is None and (scale <= 0 or scale >= 1):
+            continue  # there is no share beyond
         if len(set(scales)) > 2 and scale in (min(scales), max(scales)):
             edge = "smallest" if scale == min(scales) else "largest"
-            yield f"The scale {scale:.4g} of {name} is the {edge} that was previewed: look beyond."
+            kind = "share" if report.base is None else "scale"
+            yield f"The {kind} {scale:.4g} of {name} is the {edge} that was previewed: look beyond."
     if report.skipped:
         yield (
-            f"{report.skipped} merges whose predicted rise is larger were not measured. The "
-            "prediction is of the models' own data."
+            f"{_merges(report.skipped)} of a larger predicted rise {_were(report.skipped)} not "
+            "measured. The prediction is of the models' own data."
         )
     known = [p for p in report.points if p.predicted is not None and p.failure is None]
     rises = np.array([p.predicted for p in known], np.float64)
@@ -111,7 +114,8 @@ def sentences(report: PreviewReport) -> Iterator[str]:
     if failed:
         first = next(point for point in report.points if point.failure is not None)
         yield (
-            f"{failed} merges could not be measured; the first, {scales_of(first)}: {first.failure}"
+            f"{_merges(failed)} could not be measured; the first, {scales_of(first)}: "
+            f"{first.failure}"
         )
     if not report.held_out:
         yield (
@@ -124,6 +128,14 @@ def ranges(values: Sequence[float]) -> tuple[float, float] | None:
     """The smallest and the largest finite value; None where there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return (min(finite), max(finite)) if finite else None
+
+
+def _merges(count: int) -> str:
+    return f"{count} merge{'s' * (count != 1)}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def _is_predicted(report: PreviewReport) -> bool:
