@@ -161,10 +161,10 @@ def test_rows_are_resampled_in_pairs(experiment, world):
 def test_the_agreement_is_exact_for_a_prediction_that_is_true(experiment):
     pair = experiment.predicted.Pair
     true = [pair(x, x, trusted=True) for x in (0.1, 0.2, 0.4, 0.8)]
-    assert experiment.predicted.agreement(true) == pytest.approx((1, 1, 1))
+    assert experiment.predicted.agreement(true) == pytest.approx((1, 1, 1, 1))
     double = [pair(2 * p.predicted, p.real, trusted=True) for p in true]
-    rank, r2, line = experiment.predicted.agreement(double)
-    assert (rank, line) == pytest.approx((1, 1))
+    rank, r2, line, ratio = experiment.predicted.agreement(double)
+    assert (rank, line, ratio) == pytest.approx((1, 1, 0.5))
     assert r2 < 0
     assert experiment.predicted.agreement(true[:3]) is None
 

@@ -8,6 +8,7 @@ import pytest
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.merge.matrices import FACTOR_RIDGE
+from mergekit_bayes.merge.predict import predict_merges
 from mergekit_bayes.methods.kronecker import KroneckerSum
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Kronecker
@@ -201,6 +202,13 @@ def test_where_no_model_has_seen_anything_it_is_task_arithmetic_or_the_average(w
     base, task = (np.float64(tiny.arrays(i, SHAPES, spread=0.1)["h.0.experts.up"]) for i in (0, 1))
     written = tiny.read("out.safetensors")["h.0.experts.up"]
     np.testing.assert_allclose(written[1], base[1] + (scale or 0.5) * (task - base)[1], atol=1e-6)
+
+
+def test_a_prediction_names_the_scales_that_cannot_be_merged(world):
+    models = ["a.safetensors", "b.safetensors"]
+    config = MergeConfig(models=models, base="base.safetensors", weights="precision", out="out")
+    with pytest.raises(MismatchError, match=r"--predict 1,-1: 'h\.0.*one removed task"):
+        predict_merges(config, [(1.0, 1.0), (1.0, -1.0)])
 
 
 def test_terms_are_stored_under_both_roles(world):

@@ -335,6 +335,8 @@ WRITERS = {
     "compare/picture": "into the folder of `replacing`",
     "compare/relearn": "in a new folder of scratch",
     "curvature/parts": "in a folder that make_own_folder has checked; own_files opens it",
+    "preview/files": "into the folder of `replacing`",
+    "preview/picture": "into the folder of `replacing`",
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",
     "detox/picture": "to the path of `replacing`",
     "entry": "to devices that stand for streams that are closed",

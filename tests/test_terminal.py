@@ -141,6 +141,8 @@ def test_a_command_on_a_real_terminal_prints_names_as_escapes(tmp_path, name, co
     finally:
         os.close(leader)
     assert done.returncode == code
+    # Rich breaks what is longer than a line, and sets the style of the second one anew.
+    shown = shown.replace(b"\x1b[0m\r\n\x1b[1m", b"")
     assert b"m\\x1b[5m" in shown
     assert repr(name)[1:-1].encode() in shown
     for sequence in (b"\x1b]0;", b"\x07", b"\x1b[2J", b"\x1b[5m"):

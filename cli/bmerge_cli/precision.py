@@ -5,7 +5,15 @@ from functools import partial
 from bmerge_cli import values
 from bmerge_cli.flags import Settings, argument, flags_of, option, parse_flags
 from bmerge_cli.processes import one_voice, start_processes
-from bmerge_cli.render import NOTHING_WRITTEN, Json, Quiet, console, failures, print_result
+from bmerge_cli.render import (
+    NOTHING_WRITTEN,
+    Json,
+    Quiet,
+    console,
+    failures,
+    interrupts,
+    print_result,
+)
 from mergekit_bayes.precision.settings import PrecisionConfig
 
 NAME = "precision"
@@ -58,7 +66,7 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     With --from it is Adam's second moments that are stored, scaled by N B / (1 - beta2^step).
     """
     config = parse_flags(PrecisionConfig, settings, "bmerge precision")
-    with failures(partial(_left_behind, config)):
+    with interrupts(partial(_left_behind, config)):
         _run(config, as_json=as_json, quiet=quiet)
 
 

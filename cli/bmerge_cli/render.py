@@ -124,21 +124,31 @@ def steps_bar(screen: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def failures(stopped: str | Callable[[], str] = NOTHING_WRITTEN) -> Iterator[None]:
+def interrupts(stopped: Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C into one line and exit code 130.
+
+    Args:
+        stopped: What it leaves behind, and how to go on; called only then.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(printable(f"stopped; {stopped()}"), err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def failures(stopped: str = NOTHING_WRITTEN) -> Iterator[None]:
     """Turn errors that the user can correct into one message and exit code 2.
 
     Every command is decorated with it. A bug stays a traceback (exit code 1).
 
     Args:
-        stopped: What an interrupt (Ctrl-C) leaves behind, and how to go on; a function is called
-            only then.
+        stopped: What an interrupt (Ctrl-C) leaves behind, and how to go on.
     """
     try:
-        yield
-    except KeyboardInterrupt:
-        text = stopped if isinstance(stopped, str) else stopped()
-        typer.echo(printable(f"stopped; {text}"), err=True)
-        raise typer.Exit(130) from None
+        with interrupts(lambda: stopped):
+            yield
     except BmergeError as error:
         text = f"{type(error).__name__}: {error}"
         if len(text) > _LONGEST_MESSAGE:

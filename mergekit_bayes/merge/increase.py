@@ -7,8 +7,8 @@ quadratic, with its likelihood precision H. A merge m* then raises it, in nats a
 
 where P is the pull to the base m0 that its record tells of: training ended where the gradient g of
 the data and the pull cancel (Daheim et al., ICLR 2024, section 3). For a pull P to zero, g = -P m.
-Without a recorded pull, and for the base, g = 0. It is exact for a quadratic loss with diagonal
-curvature.
+Without a recorded pull, and for the base, g = 0. It is exact for a quadratic loss whose curvature
+is that precision: diagonal, or a Kronecker product for each linear layer.
 
 A quadratic around m is measured nowhere but at m. Where the merge is farther from m than the base
 is, in the norm of H, it is farther away than training went, and the prediction is not trusted.

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from mergekit_bayes import __version__
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.kernels import can_fuse, elementwise
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge.increase import (
@@ -350,7 +350,10 @@ class _Sweep:
             in_step = scales_in(step, scales, self._rules)
             numbers = numbers._replace(scales=tuple(map(np.float64, in_step)))
             counts = Tally(len(step.operands))
-            merge_matrices(self._plan, step, layer, numbers, counts)
+            try:
+                merge_matrices(self._plan, step, layer, numbers, counts)
+            except MismatchError as error:
+                raise MismatchError(f"--predict {_text(scales)}: {error}") from None
             tallies.append(UnitTally())
             tallies[-1].add(counts)
         return tallies

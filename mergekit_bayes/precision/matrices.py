@@ -76,6 +76,8 @@ def stored_matrices(
     Raises:
         MismatchError: A weight is stored otherwise than in whole layers.
     """
+    if not curvature.matrices:
+        return {}
     if curvature.outputs:
         return _products(model, curvature, scale)
     total = {name: curvature.total[name].mul_(scale) for name in curvature.matrices}

@@ -29,7 +29,7 @@ class Column(NamedTuple):
         permuted: Whether its precisions have their entries permuted.
         constant: Whether all its precisions are the same number.
         optimizer: What trained its tasks.
-        is_control: Whether it tells nothing apart that its precisions tell.
+        is_control: Whether it weighs by nothing that a precision tells of single entries.
         with_base: Whether its merges start from the base.
     """
 
@@ -112,7 +112,7 @@ _GM = "gradient_matching"
 BASELINE = "task_arithmetic"
 COLUMNS = (
     Column("task_arithmetic", "task arithmetic", "task_arithmetic", _SUMS),
-    Column("average", "average", "average", (UNTUNED,), with_base=False),
+    Column("average", "average", "average", (UNTUNED,), is_control=True, with_base=False),
     Column("gm", "gradient matching, root-GGN", _GM, _PRECISE, "ggn"),
     Column("gm_constant", "control: one constant", _GM, _PRECISE, constant=True, is_control=True),
     Column(

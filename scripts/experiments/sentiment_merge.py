@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the work folder")
     parser.add_argument("--seeds", nargs="+", type=int, help="by default those of the size")
+    parser.add_argument(
+        "--tasks", nargs="+", help="texts of the data, by default those of the size"
+    )
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="COLUMN")
     parser.add_argument("--tokens", type=int, help="of a row at most")
     parser.add_argument("--base-steps", type=int, help="of the base's training")
@@ -71,8 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         for field in dataclasses.fields(SIZES[given.size])
         if getattr(given, field.name, None) is not None
     }
-    if given.seeds:
-        changes["seeds"] = tuple(given.seeds)
+    changes |= {name: tuple(changes[name]) for name in ("seeds", "tasks") if name in changes}
     world = World(given.out.resolve(), dataclasses.replace(SIZES[given.size], **changes))
     world.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -50,9 +50,14 @@ def pairs(found: Resampled, task: str, seed: int) -> Iterator[Pair]:
             yield Pair(moved, float(nll(looks[seed], task).mean()) - own, moved <= reach)
 
 
-def agreement(chosen: list[Pair]) -> tuple[float, float, float] | None:
-    """Rank correlation, `R2 = 1 - sum (real - predicted)^2 / sum (real - mean)^2`, and that of the
-    best line; None for few merges, or where all are alike."""
+def agreement(chosen: list[Pair]) -> tuple[float, float, float, float] | None:
+    """How well the predictions of several merges tell the real increases.
+
+    Returns:
+        Rank correlation, `R2 = 1 - sum (real - predicted)^2 / sum (real - mean)^2`, that of the
+        best line, and the median of `real / predicted`; None for few merges, or where all are
+        alike.
+    """
     if len(chosen) < FEWEST:
         return None
     predicted: FloatArray = np.array([pair.predicted for pair in chosen])
@@ -62,16 +67,19 @@ def agreement(chosen: list[Pair]) -> tuple[float, float, float] | None:
         return None
     spread = ((real - real.mean()) ** 2).sum()
     line = float(np.corrcoef(predicted, real)[0, 1]) ** 2
-    return rank, float(1 - ((real - predicted) ** 2).sum() / spread), line
+    ratio = float(np.median(real / predicted))
+    return rank, float(1 - ((real - predicted) ** 2).sum() / spread), line, ratio
 
 
 def prediction_table(found: Resampled) -> str:
     """The agreement within each task and seed, the mean over seeds."""
+    columns = " | rank | R2 | R2, line | ratio"
     lines = [
-        "Rank correlation, R2 of the numbers themselves and of the best line, over all merges that "
-        "were tested, and over those that are nearer to the specialist than the base is.\n",
-        "| task | merges | rank | R2 | R2, line | trusted | rank | R2 | R2, line |",
-        "| --- " * 9 + "|",
+        "Rank correlation, R2 of the numbers themselves and of the best line, and the median of "
+        "real over predicted: over all merges that were tested, and over those that are nearer to "
+        "the specialist than the base is.\n",
+        "| task | merges" + columns + " | trusted" + columns + " |",
+        "| --- " * 11 + "|",
     ]
     for task in found.world.size.tasks:
         cells = [task]
@@ -84,8 +92,9 @@ def prediction_table(found: Resampled) -> str:
                     results.append(one)
             cells.append(", ".join(map(str, counts)))
             if results:
-                cells += [f"{x:.2f}" for x in np.mean(results, axis=0)]
+                *shares, ratio = np.mean(results, axis=0)
+                cells += [*(f"{x:.2f}" for x in shares), f"{ratio:.3g}"]
             else:
-                cells += ["", "", ""]
+                cells += [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
