@@ -168,5 +168,16 @@ def test_texts_that_decide_nothing_are_measured_in_pairs(here):
     assert "On new, which decided nothing" in done.stderr
 
 
+def test_a_method_that_reads_no_precision_takes_one_by_name_to_predict_first(here):
+    named = {"precision": {"b": str(Path("b/posterior/precision.posterior").resolve())}}
+    previews.recipe("r.yaml", method="ties", **named)
+    done = run("r.yaml", "--data", "x=cats.csv", "--predict-first", "1", "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    assert read_preview("out").best.predicted is not None
+    assert read_recipe(Path("out/chosen.yaml"))["precision"] == {}
+    refused = run("r.yaml", "--data", "x=cats.csv", "-o", "other")
+    assert "ties reads none: drop it" in refused.stderr
+
+
 def run_merge_of(*words):
     return CliRunner().invoke(app, ["merge", *words])

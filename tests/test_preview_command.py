@@ -319,6 +319,14 @@ def test_all_of_a_picture_is_in_it(sets, tasks):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_other_rows_of_one_file_are_other_texts():
+    both = {"data": {"x": "t.csv"}, "test": {"y": "t.csv"}}
+    run._refuse_texts_twice(config(**both, where={"x": {"part": 1}, "y": {"part": 2}}))
+    for where in ({}, {"part": 1}, {"x": {"part": 1}, "y": {"part": 1}}):
+        with pytest.raises(ConfigError, match=r"--test y=t\.csv is --data x"):
+            run._refuse_texts_twice(config(**both, where=where))
+
+
 def test_an_example_has_its_article():
     assert "nats an example" in as_markdown(report(unit="example"))
     assert "nats a token" in as_markdown(report())
@@ -403,7 +411,7 @@ def test_evaluations_are_spent_where_the_prediction_is_good(here, tmp_path_facto
     )
     rises = [increase.nats for increase in merged.predicted]
     assert report.points[2].predicted == pytest.approx(sum(rises) / 3)
-    assert "2 merges whose predicted rise is larger were not measured" in done.stderr
+    assert "2 merges of a larger predicted rise were not measured" in done.stderr
     assert "Rank correlation of the predicted rise" in done.stderr
 
 

@@ -28,6 +28,7 @@ from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.plan import MergeConfig, plan_merge
+from mergekit_bayes.plan.options import choose_method
 from mergekit_bayes.plan.rescale import signs_of, with_scales
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.preview.choosing import cost, pareto
@@ -71,6 +72,9 @@ def run_preview(
     refuse_search(config)
     recipe = parse_config(MergeConfig, read_recipe(Path(config.recipe)), config.recipe)
     recipe = along_trajectory(recipe, [])
+    asked_of = recipe  # with precisions that only the prediction reads
+    if config.predict_first is not None and not choose_method(recipe)[0].needs_precision:
+        recipe = recipe.model_copy(update={"precision": {}, "isotropic": {}})
     vectors = vectors_of(config, recipe)
     refuse_settings(config.evaluation({**config.test, **config.data}, classifies=False))
     _refuse_texts_twice(config)
@@ -79,7 +83,7 @@ def run_preview(
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries(bars=False))
         scratch = stack.enter_context(Scratch(Path(tempfile.gettempdir()), "bmerge-"))
-        predicted = predict(config, recipe, vectors, scratch.new / "model")
+        predicted = predict(config, asked_of, vectors, scratch.new / "model")
         asked, vectors = len(vectors), best_predicted(config, vectors, predicted)
         plans = stack.enter_context(Plans(recipe, scratch.new / "model"))
         previewer = _open(config, plans, vectors, scratch.new / "unformed", stack)
