@@ -96,8 +96,9 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
         target = row(name, [], io)
         on_base = ["--base", base] if base else []
         binary = str(Path(sys.executable).with_name("bmerge"))
-        command = [binary, "merge", *models, *on_base, *flags, "-q", "-o", str(target.out)]
-        return target._replace(command=command)
+        is_written = not any(flag.startswith("--predict") for flag in flags)
+        to = ["-o", str(target.out)] if is_written else []
+        return target._replace(command=[binary, "merge", *models, *on_base, *flags, "-q", *to])
 
     three, six = "read 3 files, write 1", "read 6 files, write 1"
     posterior = "read 6 files, write 2"
@@ -116,9 +117,7 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
         sets = [f"--predict={(i + 1) / count:g}" for i in range(count)]
         yield merge(f"--predict, sets: {count}", "read 6 files", *weighed, *sets)
     matrices = [str(folder / m / MATRICES) for m in MODELS]
-    stored = (
-        sum(os.path.getsize(file) for file in matrices[:1]) if os.path.exists(matrices[0]) else 0
-    )
+    stored = os.path.getsize(matrices[0]) if os.path.exists(matrices[0]) else 0
     yield reads("read 3 files and matrices, write 2", means + matrices, [2 * entries, stored])
     chosen = [f"--precision={folder / m}={file}" for m, file in zip(MODELS, matrices, strict=True)]
     by_matrices = "read 3 files and matrices, write 2"
