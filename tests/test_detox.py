@@ -59,7 +59,12 @@ def world(tmp_path_factory):
         "toxic": {"data": rows(folder / "bad.jsonl", texts(bad, 40))},
         "held_out_toxic": {"data": rows(folder / "bad_test.jsonl", texts(bad, 10))},
         "finetune": {"max_steps": 3, "batch_size": 4, "flush_batches": 2},
-        "precision": {"data": rows(folder / "all.jsonl", texts(nice + bad, 60)), "examples": 20},
+        # By other batches its own removal reaches no level, and none is kept.
+        "precision": {
+            "data": rows(folder / "all.jsonl", texts(nice + bad, 60)),
+            "examples": 20,
+            "batch_size": 8,
+        },
         "evaluate": {
             "perplexity": {"nice": rows(folder / "nice.jsonl", texts(nice, 12))},
             "toxicity": rows(folder / "prompts.jsonl", ["the", "the cat", "a film", "good dog"]),
