@@ -28,10 +28,9 @@ from mergekit_bayes.merge.matrices import merge_matrices, read_layer
 from mergekit_bayes.merge.pool import AHEAD, CHUNK, PLAIN_CHUNK, WORTH_FUSING, default_threads
 from mergekit_bayes.merge.tally import MergeTotals, UnitTally
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.plan import Inputs, MergeConfig, MergePlan, Step, plan_merge
-from mergekit_bayes.plan.guard import choose_guard
+from mergekit_bayes.plan import MergeConfig, MergePlan, Step, plan_merge
 from mergekit_bayes.plan.options import ScaleRule, check_options, choose_method, parse_scales
-from mergekit_bayes.plan.rescale import scales_in
+from mergekit_bayes.plan.rescale import guard_by, scales_in
 from mergekit_bayes.records import Progress, Record
 from mergekit_bayes.stream.bad_entries import replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
@@ -138,7 +137,7 @@ def predict_merges(
             _refuse_matrices(plan, method)
             weighs = method._replace(needs_precision=True)
             plan = replace(plan, method=weighs, settings=settings)
-        guards = [_guard(plan, numbers, rules) for numbers in sets]
+        guards = [guard_by(plan, numbers, rules) for numbers in sets]
         found = _Sweep(plan, sets, guards, rules, threads, fused, chunk).run(progress)
         plan.refuse_changed(full=config.verify)
         notes = [*plan.notes, *notes_on_increases(plan)]
@@ -219,15 +218,6 @@ def _refuse_matrices(plan: MergePlan, method: Method) -> None:
             "by one number for each entry. Name precisions of --estimator ggn, as `bmerge "
             "precision MODEL --data TEXTS -o OTHER` makes one, with --precision MODEL=OTHER."
         )
-
-
-def _guard(plan: MergePlan, scales: Sequence[float], rules: Sequence[ScaleRule]) -> float:
-    """The guard that a merge by these scales uses."""
-    if plan.method.unguarded_precision is None:
-        return plan.config.guard
-    tasks = zip(plan.tasks, scales, strict=True)
-    inputs = Inputs(plan.base, tuple(replace(task, scale=scale) for task, scale in tasks))
-    return choose_guard(plan.config, inputs, rules, [])
 
 
 class _Sweep:

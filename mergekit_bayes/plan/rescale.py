@@ -43,12 +43,23 @@ def rescaled(plan: MergePlan, scales: Sequence[float]) -> MergePlan:
     before, rules = parse_scales(plan.config)
     if signs_of(scales) != signs_of(before):
         raise ConfigError(f"a plan with scales {list(before)} cannot have {list(scales)}.")
-    guard = plan.guard
-    if plan.method.needs_precision and "guard" not in plan.method.ignores:
-        tasks = tuple(replace(t, scale=x) for t, x in zip(plan.tasks, scales, strict=True))
-        guard = choose_guard(config, Inputs(plan.base, tasks), rules, [])
+    guard = guard_by(plan, scales, rules)
     steps = tuple(_rescaled(step, scales, rules) for step in plan.steps)
     return replace(plan, config=config, guard=guard, steps=steps, info=None)
+
+
+def guard_by(plan: MergePlan, scales: Sequence[float], rules: Sequence[ScaleRule]) -> float:
+    """The guard that a plan with other scales has.
+
+    Args:
+        plan: Of the same models.
+        scales: One for each task.
+        rules: Scales that hold for some tensors only.
+    """
+    if plan.method.unguarded_precision is None:
+        return plan.config.guard
+    tasks = tuple(replace(t, scale=x) for t, x in zip(plan.tasks, scales, strict=True))
+    return choose_guard(plan.config, Inputs(plan.base, tasks), rules, [])
 
 
 def scales_in(step: Step, scales: Sequence[float], rules: Sequence[ScaleRule]) -> tuple[float, ...]:
