@@ -117,7 +117,7 @@ def merged_shape(
     return merged_form(pooled, by_row=by_row).shape_of(spec.shape)
 
 
-class Matrices(NamedTuple):
+class MatrixForm(NamedTuple):
     """In which form a tensor's precisions are matrices.
 
     Attributes:
@@ -131,7 +131,7 @@ class Matrices(NamedTuple):
 
 def matrices_of(
     config: MergeConfig, method: Method, name: str, stored: Mapping[Input, StoredPrecision]
-) -> Matrices | None:
+) -> MatrixForm | None:
     """The form of a tensor's precisions if they are matrices; None if they are numbers.
 
     One number for the tensor is a matrix, too, and goes with others.
@@ -146,7 +146,7 @@ def matrices_of(
         ConfigError: The method or a setting has no meaning for matrices.
         PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
     """
-    forms: dict[Matrices, Input] = {}
+    forms: dict[MatrixForm, Input] = {}
     terms = 0
     for model, precision in stored.items():
         if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
@@ -154,7 +154,7 @@ def matrices_of(
             if precision.form is Form.KRONECKER:
                 terms += shape[-4]
                 shape = (*shape[:-4], 0, *shape[-3:])
-            forms.setdefault(Matrices(shape, precision.axis), model)
+            forms.setdefault(MatrixForm(shape, precision.axis), model)
     if not forms:
         return None
     (found, one), *others = forms.items()
@@ -176,7 +176,7 @@ def matrices_of(
             f"{has} for '{other.ref}'. {mend}"
         )
     if terms:  # a merge has the terms of all
-        found = Matrices((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
+        found = MatrixForm((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
     if method.matrix is None:
         raise ConfigError(
             f"--method {method.name} reads one number an entry, and the precision of '{name}' of "
@@ -192,7 +192,7 @@ def matrices_of(
     return found
 
 
-def _in_words(matrices: Matrices) -> str:
+def _in_words(matrices: MatrixForm) -> str:
     shape = matrices.shape
     if shape[-2:] == (1, 1) and shape[-4] == 0:
         return "Kronecker products"
@@ -200,13 +200,13 @@ def _in_words(matrices: Matrices) -> str:
     return f"matrices ({blocks} of {size} x {size}, for axis {matrices.axis})"
 
 
-def _blocks(matrices: Matrices) -> tuple[int, int]:
+def _blocks(matrices: MatrixForm) -> tuple[int, int]:
     """How many, and of how many rows."""
     *_, blocks, size, _ = matrices.shape if matrices.axis == -1 else matrices.shape[:-1]
     return blocks, size
 
 
-def _other_blocks(found: Matrices, other: Matrices) -> int | None:
+def _other_blocks(found: MatrixForm, other: MatrixForm) -> int | None:
     """How many blocks the other needs, if it is their number alone that differs."""
     products = any(m.shape[-2:] == (1, 1) and m.shape[-4] == 0 for m in (found, other))
     if products or found.axis != other.axis:
