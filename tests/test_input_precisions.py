@@ -16,7 +16,7 @@ from mergekit_bayes.curvature.sums import Sums
 from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
-from mergekit_bayes.merge.matrices import RIDGE
+from mergekit_bayes.merge.layer_posteriors import RIDGE
 from mergekit_bayes.models.encode import Collate, batches, encode_rows
 from mergekit_bayes.models.load import load_model
 from mergekit_bayes.models.places import find_places

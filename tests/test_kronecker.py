@@ -7,7 +7,7 @@ import pytest
 
 from mergekit_bayes.errors import MismatchError, PrecisionError
 from mergekit_bayes.merge import MergeConfig, run_merge
-from mergekit_bayes.merge.matrices import FACTOR_RIDGE
+from mergekit_bayes.merge.layer_posteriors import FACTOR_RIDGE
 from mergekit_bayes.merge.predict import predict_merges
 from mergekit_bayes.methods.kronecker import KroneckerSum
 from mergekit_bayes.posterior import open_posterior

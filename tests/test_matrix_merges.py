@@ -10,9 +10,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
-from mergekit_bayes.merge.matrices import RIDGE, merge_matrices, read_layer
+from mergekit_bayes.merge.layer_posteriors import RIDGE
+from mergekit_bayes.merge.matrices import merge_matrices, read_layer
+from mergekit_bayes.methods import METHODS
 from mergekit_bayes.methods.gradient_matching import Removal
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
@@ -368,6 +371,22 @@ def test_what_has_no_meaning_for_matrices_is_refused(world, kind):
     settings, error, message = REFUSED[kind]
     with pytest.raises(error, match=message):
         merge("a", "b", **settings)
+
+
+BROKEN = {
+    "another shape": lambda base, tasks, scales, facts: Gaussian(base.mean[:1], base.precision),
+    "no Gaussian": lambda base, tasks, scales, facts: 3.0,
+    "an error of its own": lambda base, tasks, scales, facts: base.mean @ tasks[5].mean,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_rule_that_breaks_its_contract_is_refused_with_it(world, monkeypatch, kind):
+    method = METHODS["gradient_matching"]._replace(name="own", matrix=BROKEN[kind])
+    monkeypatch.setitem(METHODS, "own", method)
+    with pytest.raises(TypeError, match=r"method 'own' .*The rule: .*base\.py"):
+        merge("a", "b", method="own")
+    assert not Path("out.safetensors").exists()
 
 
 def test_matrices_do_not_mix_with_numbers(world):

@@ -43,7 +43,7 @@ def plain_pass(kind: Kind) -> Pass:
             if kind.method.random:
                 n = chunk.mean.size
                 draws = (tuple(keyed_draws(key, chunk.offset, n) for key in numbers.keys),)
-            with _names_the_rule(kind.method):
+            with names_the_rule(kind.method):
                 merged = kind.method.combine(base, tasks, scales, facts, *draws)
             chunk.mean[:] = _rounded(merged.mean, chunk.mean)
             if kind.weighs:
@@ -67,7 +67,7 @@ def plain_reduction(kind: Kind) -> Reduce:
         with np.errstate(all="ignore"):
             base, tasks = _gaussians(kind, chunk, numbers)
             for k in range(len(totals)):
-                with _names_the_rule(kind.method):
+                with names_the_rule(kind.method):
                     values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
                 if reduction.kind == "sum":
                     for lane in _lanes(values):
@@ -98,10 +98,12 @@ def plain_sums(stored: Array, row: int, sums: Array) -> None:
 
 
 @contextmanager
-def _names_the_rule(method: Method) -> Iterator[None]:
+def names_the_rule(method: Method) -> Iterator[None]:
     """Raise what a method's own function raises on arrays as an error that names the contract."""
     try:
         yield
+    except np.linalg.LinAlgError:  # a ValueError, but the numbers' fault and not the method's
+        raise
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise TypeError(f"method '{method.name}' cannot run on arrays ({error}). {RULE}") from error
 

@@ -12,20 +12,25 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_mean, overflowed, read_tensor
 from mergekit_bayes.errors import CheckpointError, MismatchError
-from mergekit_bayes.gaussian import DELTA_0, Gaussian
+from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import Array, Numbers, Tally
+from mergekit_bayes.kernels.plain import names_the_rule
+from mergekit_bayes.merge.layer_posteriors import (
+    likelihood_of,
+    likelihoods_of,
+    missing_ridge,
+    posteriors,
+    with_prior,
+    with_ridge,
+    without_ridge,
+)
+from mergekit_bayes.methods.base import RULE
 from mergekit_bayes.methods.kronecker import Basis, KroneckerSum, Spectrum
-from mergekit_bayes.methods.matrices import divided, ratios
-from mergekit_bayes.plan import Input, MergePlan, Operand, Step
+from mergekit_bayes.methods.matrices import ratios
+from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.stream.bad_entries import refuse_bad
 from mergekit_bayes.stream.matrices import Place, Precision, packed, places, stored
 from mergekit_bayes.stream.numbers import numbers_of
-
-# Added to the base's curvature (without a base: to every one), as a share of its norm: directions
-# that no input has been seen in fall back to task arithmetic, or the average, and what rounding to
-# float32 leaves there does not count.
-RIDGE = 1e-5
-FACTOR_RIDGE = 1e-4  # to each factor of a product, whose least eigenvalues multiply
 
 
 class Merged(NamedTuple):
@@ -112,8 +117,8 @@ def copied_matrices(plan: MergePlan, step: Step) -> Array:
     position = step.operands.index(step.donor)
     counted: dict[Place, Precision] = {}
     for place, matrix in stored(step, step.donor).items():
-        likelihood = _likelihood(numbers, position, matrix, None)
-        counted[place] = _with_prior(step, likelihood, numbers.priors[position])
+        likelihood = likelihood_of(numbers, position, matrix, None)
+        counted[place] = with_prior(step, likelihood, numbers.priors[position])
     return packed(step, counted)
 
 
@@ -132,150 +137,25 @@ def _merge(
         if matrices is None:
             models = [Gaussian(weight, None) for weight in weights]
         else:
-            likelihoods = _likelihoods(plan, step, matrices, numbers)
-            ridge = _missing_ridge(plan, likelihoods, numbers, weights[0].shape)
-            models = _posteriors(step, weights, likelihoods, ridge, numbers)
+            likelihoods = likelihoods_of(plan, step, matrices, numbers)
+            ridge = missing_ridge(plan, likelihoods, numbers, weights[0].shape)
+            models = posteriors(step, weights, likelihoods, ridge, numbers)
             for position, matrix in enumerate(matrices):
                 tally.stored[position] += _trace(matrix, len(weights[0]))
         base, tasks = (None, models) if plan.base is None else (models[0], models[1:])
-        merged: Gaussian = method.matrix(base, tuple(tasks), numbers.scales, numbers.facts)
+        with names_the_rule(method):
+            merged: Gaussian = method.matrix(base, tuple(tasks), numbers.scales, numbers.facts)
+            shape = np.shape(merged.mean)
+        if shape != weights[0].shape:
+            raise TypeError(
+                f"method '{method.name}' makes {list(shape)} of weights {list(weights[0].shape)}. "
+                f"{RULE}"
+            )
     except (ArithmeticError, np.linalg.LinAlgError) as error:
         raise MismatchError(f"'{step.name}': {error}.") from None
     if matrices is not None and base is not None and method.unguarded_precision is not None:
         _count_guarded(plan, base, tasks, merged, numbers, tally)
-    return _without(merged, ridge, numbers)
-
-
-def _posteriors(
-    step: Step,
-    weights: Sequence[Array],
-    likelihoods: Sequence[Precision],
-    ridge: Precision | None,
-    numbers: Numbers,
-) -> list[Gaussian]:
-    """All models, each with its likelihood precision on the prior that the method expects."""
-    if ridge is None:
-        precisions = [
-            _equal(DELTA_0, weight.shape)
-            if isinstance(likelihood, KroneckerSum) and not likelihood.terms
-            else _with_prior(step, likelihood, prior)
-            for weight, likelihood, prior in zip(weights, likelihoods, numbers.priors, strict=True)
-        ]
-        return [Gaussian(*each) for each in zip(weights, precisions, strict=True)]
-    precision = _with_prior(step, likelihoods[0], numbers.priors[0])
-    base = Gaussian(weights[0], precision + ridge)
-    models = [base]
-    for i, (weight, likelihood) in enumerate(zip(weights[1:], likelihoods[1:], strict=True), 1):
-        anchor, decay = numbers.anchors[i], numbers.decays[i]
-        precision = base.precision + likelihood
-        if anchor < 0:
-            models.append(Gaussian(weight, precision))
-        else:
-            moved = (weight - base.mean) @ _with_prior(step, likelihood, anchor) + decay * weight
-            models.append(Gaussian(base.mean + divided(moved, precision), precision))
-    return models
-
-
-def _likelihoods(
-    plan: MergePlan, step: Step, matrices: Sequence[Precision], numbers: Numbers
-) -> list[Precision]:
-    """H of each model, with the ridge of the base, or of every model of an average."""
-    found: list[Precision] = []
-    for position, (model, matrix) in enumerate(zip(plan.inputs, matrices, strict=True)):
-        if isinstance(matrix, KroneckerSum) and not matrix.is_positive():
-            raise MismatchError(
-                f"'{step.name}': '{model.ref}' is a removal that the guard bounded, and its "
-                "precision as it is stored does not tell how. Merge its models and the others in "
-                "one merge, or remove by precisions of --estimator inputs."
-            )
-        of_base = found[0] if plan.base is not None and found else None
-        likelihood = _likelihood(numbers, position, matrix, of_base)
-        has_ridge = plan.base is None or position == 0
-        found.append(_with_ridge(model, likelihood) if has_ridge else likelihood)
-    return found
-
-
-def _missing_ridge(
-    plan: MergePlan, likelihoods: Sequence[Precision], numbers: Numbers, shape: tuple[int, ...]
-) -> Precision | None:
-    """What the ridge of the base lacks to that of a task with a larger precision."""
-    if plan.base is None:
-        return None
-    of_base, *of_tasks = likelihoods
-    sizes = [_norm(task) for task, x in zip(of_tasks, numbers.scales, strict=True) if x]
-    lacks = max(0.0, max(sizes, default=0.0) - _norm(of_base))
-    if not isinstance(of_base, KroneckerSum):
-        return RIDGE * lacks * np.eye(shape[1])
-    if of_base.terms:  # of the same right factor: the base stays one term
-        return KroneckerSum.of([(FACTOR_RIDGE * lacks * np.eye(shape[0]), of_base.terms[0].right)])
-    return _equal(max(FACTOR_RIDGE**2 * lacks, DELTA_0), shape)
-
-
-def _equal(number: float, shape: tuple[int, ...]) -> KroneckerSum:
-    """One number on every entry, for models that have nothing in a layer."""
-    return KroneckerSum.of([(number * np.eye(shape[0]), np.eye(shape[1]))])
-
-
-def _without(merged: Gaussian, ridge: Precision | None, numbers: Numbers) -> Gaussian:
-    """A merge whose precision is without the ridge, which a later merge adds by its own models."""
-    precision = merged.precision
-    if ridge is None or min(numbers.scales) < 0:  # after a removal nothing may be left to take
-        return merged
-    if isinstance(precision, Spectrum):
-        return merged._replace(precision=precision._replace(exact=precision.exact - ridge))
-    return merged._replace(precision=precision - ridge)
-
-
-def _likelihood(
-    numbers: Numbers, position: int, stored: Precision, of_base: Precision | None
-) -> Precision:
-    """H of a model, `gain (S - contained I - share H_0)`; see `Numbers`."""
-    if isinstance(stored, np.ndarray):
-        stored = stored - numbers.contained[position] * np.eye(len(stored))
-    share = float(numbers.base_shares[position])
-    if share and of_base is not None:
-        stored = stored - share * of_base
-    return float(numbers.gains[position]) * stored
-
-
-def _with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
-    """A likelihood precision and a number on every entry."""
-    if isinstance(likelihood, np.ndarray):
-        return likelihood + prior * np.eye(len(likelihood))
-    if prior <= 1000 * DELTA_0:  # every average adds one DELTA_0 to what it records
-        return likelihood
-    raise MismatchError(
-        f"'{step.name}': a prior or anchor of {prior:g} on every entry is no Kronecker product. "
-        "Use precisions without a prior, and --anchor h0 or none."
-    )
-
-
-def _with_ridge(model: Input, likelihood: Precision) -> Precision:
-    """H of the base, or of a model of an average, with a little more in every direction."""
-    return _ridged(likelihood) if model.weighing.reshape else likelihood  # a merge has it inside
-
-
-def _ridged(likelihood: Precision) -> Precision:
-    """A likelihood precision with a little of its norm in every direction."""
-    if isinstance(likelihood, KroneckerSum):
-        pairs = [
-            (_with_share(left, FACTOR_RIDGE), _with_share(right, FACTOR_RIDGE))
-            for left, right in likelihood.terms
-        ]
-        return KroneckerSum.of(pairs)
-    return _with_share(likelihood, RIDGE)
-
-
-def _norm(precision: Precision) -> float:
-    """Its size; of products that of the factors for outputs, the others being of size one."""
-    if isinstance(precision, KroneckerSum):
-        return sum(float(np.linalg.norm(left)) for left, _ in precision.terms)
-    return float(np.linalg.norm(precision))
-
-
-def _with_share(matrix: Array, share: float) -> Array:
-    ridged: Array = matrix + share * np.linalg.norm(matrix) * np.eye(len(matrix))
-    return ridged
+    return without_ridge(merged, ridge, numbers)
 
 
 def _trace(precision: Precision, outputs: int) -> float:
@@ -300,9 +180,9 @@ def _add_moves(
     has_base = plan.base is not None
     of_base: Precision | None = None
     if has_base and any(numbers.base_shares):
-        of_base = _with_ridge(plan.inputs.donor, _likelihood(numbers, 0, precisions[0], None))
+        of_base = with_ridge(plan.inputs.donor, likelihood_of(numbers, 0, precisions[0], None))
     for i, (mean, precision) in enumerate(zip(means, precisions, strict=True)):
-        likelihood = _likelihood(numbers, i, precision, of_base if i else None)
+        likelihood = likelihood_of(numbers, i, precision, of_base if i else None)
         moved, change = merged - mean, mean - means[0]
         tally.distances[i, 0] += float(np.vdot(moved @ likelihood, moved))
         tally.products[i, 1] += np.vdot(mean, moved)

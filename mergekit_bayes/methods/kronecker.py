@@ -95,7 +95,9 @@ class KroneckerSum:
 
     def magnitude(self) -> "KroneckerSum":
         """The sum with the eigenvalues of every left factor replaced by their magnitudes."""
-        return KroneckerSum(tuple(Factors(_magnitude(left), right) for left, right in self.terms))
+        return KroneckerSum(
+            tuple(Factors(with_magnitudes(left), right) for left, right in self.terms)
+        )
 
     def is_positive(self) -> bool:
         """Whether no direction has a negative precision.
@@ -269,7 +271,8 @@ def _is_positive(matrix: Matrix) -> bool:
     return bool(values[0] >= -SAME * max(abs(values[-1]), abs(values[0])))
 
 
-def _magnitude(matrix: Matrix) -> Matrix:
+def with_magnitudes(matrix: Matrix) -> Matrix:
+    """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
     values, vectors = np.linalg.eigh(matrix)
     if values[0] >= 0:
         return matrix

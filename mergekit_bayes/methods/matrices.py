@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
+from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum, with_magnitudes
 
 Matrix: TypeAlias = NDArray[Any]  # of float64
 Precision: TypeAlias = Any  # a Matrix or a KroneckerSum, both of one merge
@@ -90,7 +90,7 @@ def is_positive(matrix: Matrix, size: float) -> bool:
 
 
 def magnitude(matrix: Precision) -> Precision:
-    """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
+    """A precision with its eigenvalues replaced by their magnitudes."""
     if isinstance(matrix, KroneckerSum):
         return matrix.magnitude()
     size = float(np.linalg.norm(matrix))
@@ -98,9 +98,7 @@ def magnitude(matrix: Precision) -> Precision:
         return matrix
     if is_positive(-matrix, size):
         return -matrix
-    values, vectors = np.linalg.eigh(matrix)
-    result: Matrix = (vectors * abs(values)) @ vectors.T
-    return result
+    return with_magnitudes(matrix)
 
 
 def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision | Spectrum:
