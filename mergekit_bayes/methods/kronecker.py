@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 Matrix: TypeAlias = NDArray[Any]  # of float64
 
 SAME = 1e-5  # relative difference up to which two factors are one, rounded to float32 or not
+ROUNDED = 1e-7  # share of a matrix's norm that rounding to float32 may take from its eigenvalues
 NOTHING = 1e-6  # share of what cancelled below which a term is what rounding left of it
-EXACT = 1e-8  # relative residual at which a solution is taken
-CLOSE = 1e-6  # relative residual up to which it is taken after MOST_STEPS
+EXACT = 1e-6  # relative residual at which a solution is taken, in the basis of the sums
 MOST_STEPS = 400  # of conjugate gradients
 
 
@@ -136,7 +136,8 @@ class KroneckerSum:
         """The weight to which S is applied to give this one: `S^-1 weighted`.
 
         One or two terms have a common basis; more are solved by conjugate gradients, in the basis
-        of their sums and scaled by their diagonal there.
+        of their sums and scaled by their diagonal there. The steps are in float32, where that has
+        made the eigenvalues alike; what they leave is found, and solved again, in float64.
 
         Raises:
             ArithmeticError: They do not come near the solution.
@@ -146,41 +147,95 @@ class KroneckerSum:
         if len(self.terms) <= 2:
             basis = Basis.of(self.terms[0], self.terms[-1])
             return basis.divide(weighted, basis.values(self))
-        lefts = sum(left for left, _ in self.terms)
-        rights = sum(right for _, right in self.terms) / len(self.terms)
-        _, u = np.linalg.eigh(lefts)
-        _, v = np.linalg.eigh(rights)
-        diagonal = np.zeros_like(weighted)
-        for left, right in self.terms:
-            diagonal += np.outer(_diagonal(u, left), _diagonal(v, right))
-        return self._conjugate_gradients(weighted, u, v, diagonal)
-
-    def _conjugate_gradients(self, weighted: Matrix, u: Matrix, v: Matrix, d: Matrix) -> Matrix:
-        solution, residual = np.zeros_like(weighted), weighted.copy()
-        scaled = u @ ((u.T @ residual @ v) / d) @ v.T
-        direction, product = scaled, float(np.vdot(residual, scaled))
-        goal = EXACT * float(np.linalg.norm(weighted))
-        for _ in range(MOST_STEPS):
-            if float(np.linalg.norm(residual)) <= goal:
+        system = _System.of(self)
+        given = system.into(weighted)
+        size = left = float(np.linalg.norm(given))
+        solution, steps = np.zeros_like(given), 0
+        while left > EXACT * size and steps < MOST_STEPS:
+            missing = given - system.apply(solution)
+            found, taken = system.steps(missing, EXACT / 2 * size, MOST_STEPS - steps)
+            solution, steps = solution + found, steps + taken
+            before, left = left, float(np.linalg.norm(given - system.apply(solution)))
+            if not left < before / 2:
                 break
-            applied = direction @ self
+        if not left <= EXACT * size:
+            raise ArithmeticError(
+                f"{steps} steps of conjugate gradients leave a relative residual of "
+                f"{left / size:.2g}, since the precisions differ too much in size. Merge fewer "
+                "tasks at a time, or by precisions of --estimator inputs"
+            )
+        return system.back(solution)
+
+
+class _System(NamedTuple):
+    """A sum of products in the basis of its sums, scaled so that its diagonal is one.
+
+    Attributes:
+        left: The basis for the outputs, in which the sum of the left factors is the identity.
+        right: For the inputs.
+        scale: Of each entry there, (outputs, inputs).
+        terms: The factors there.
+        rounded: The same in float32.
+    """
+
+    left: Matrix
+    right: Matrix
+    scale: Matrix
+    terms: tuple[Factors, ...]
+    rounded: tuple[Factors, ...]
+
+    @classmethod
+    def of(cls, precision: KroneckerSum) -> "_System":
+        u = _whitening(sum(left for left, _ in precision.terms))
+        v = _whitening(sum(right for _, right in precision.terms))
+        terms = tuple(Factors(u.T @ left @ u, v.T @ right @ v) for left, right in precision.terms)
+        diagonal = sum(np.outer(left.diagonal(), right.diagonal()) for left, right in terms)
+        rounded = tuple(Factors(*(f.astype(np.float32) for f in term)) for term in terms)
+        return cls(u, v, 1 / np.sqrt(diagonal), terms, rounded)
+
+    def into(self, weight: Matrix) -> Matrix:
+        """A weight to which the precision was applied, in this basis."""
+        there: Matrix = self.scale * (self.left.T @ weight @ self.right)
+        return there
+
+    def back(self, solution: Matrix) -> Matrix:
+        """A solution in this basis, as a weight."""
+        weight: Matrix = self.left @ (self.scale * solution) @ self.right.T
+        return weight
+
+    def apply(self, solution: Matrix) -> Matrix:
+        """The precision applied, in this basis and the type of numbers of its argument."""
+        terms = self.terms if solution.dtype == np.float64 else self.rounded
+        scale = self.scale.astype(solution.dtype, copy=False)
+        scaled, result = scale * solution, np.zeros_like(solution)
+        for left, right in terms:
+            result += left @ (scaled @ right)
+        result *= scale
+        return result
+
+    def steps(self, given: Matrix, goal: float, most: int) -> tuple[Matrix, int]:
+        """Conjugate gradients in float32, until a residual is reached or the steps are taken.
+
+        Returns:
+            What they found, in float64, and how many there were.
+        """
+        size = float(np.linalg.norm(given))
+        residual = (given / size).astype(np.float32)
+        direction, found, product = residual.copy(), np.zeros_like(residual), 1.0
+        for step in range(most):
+            if product**0.5 * size <= goal:
+                return size * found.astype(np.float64), step
+            applied = self.apply(direction)
             curvature = float(np.vdot(direction, applied))
             if not curvature > 0:
                 break
-            step = product / curvature
-            solution = solution + step * direction
-            residual = residual - step * applied
-            scaled = u @ ((u.T @ residual @ v) / d) @ v.T
-            following = float(np.vdot(residual, scaled))
-            direction, product = scaled + following / product * direction, following
-        left = float(np.linalg.norm(solution @ self - weighted))
-        if not left <= CLOSE / EXACT * goal:
-            raise ArithmeticError(
-                f"{MOST_STEPS} steps of conjugate gradients leave a relative residual of "
-                f"{left / goal * EXACT:.2g}, since the precisions differ too much in size. Merge "
-                "fewer tasks at a time, or by precisions of --estimator inputs"
-            )
-        return solution
+            along = np.float32(product / curvature)
+            found += along * direction
+            residual -= along * applied
+            following = float(np.vdot(residual, residual))
+            direction = residual + np.float32(following / product) * direction
+            product = following
+        return size * found.astype(np.float64), most
 
 
 class Basis(NamedTuple):
@@ -238,8 +293,12 @@ class Spectrum(NamedTuple):
 
 def without_rounding(factor: Matrix) -> Matrix:
     """A factor without the small eigenvalues of the other sign that float32 leaves in it."""
+    sign = 1.0 if np.trace(factor) >= 0 else -1.0
+    size = ROUNDED * float(np.linalg.norm(factor))
+    for lifted in (factor, factor + sign * size * np.eye(len(factor))):
+        if _has_root(sign * lifted):
+            return lifted
     values, vectors = np.linalg.eigh(factor)
-    sign = 1.0 if abs(values[-1]) >= abs(values[0]) else -1.0
     signed = sign * values
     if signed.min() >= 0 or signed.min() < -SAME * signed.max():
         return factor
@@ -262,19 +321,45 @@ def _diagonal(vectors: Matrix, matrix: Matrix) -> Matrix:
     return diagonal
 
 
+def _whitening(matrix: Matrix) -> Matrix:
+    """Vectors u with `u' matrix u = 1`, orthogonal to each other."""
+    values, vectors = np.linalg.eigh(matrix)
+    least = np.finfo(values.dtype).eps * values[-1]
+    whitening: Matrix = vectors / np.sqrt(values.clip(min=least))
+    return whitening
+
+
 def _is_same(one: Matrix, other: Matrix) -> bool:
-    return one.shape == other.shape and bool(abs(one - other).max() <= SAME * abs(one).max())
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    size = SAME * abs(one).max()
+    # The diagonal, which tells most apart, is quickly compared.
+    return all(
+        bool(abs(a - b).max() <= size)
+        for a, b in ((one.diagonal(), other.diagonal()), (one, other))
+    )
+
+
+def _has_root(matrix: Matrix) -> bool:
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _is_positive(matrix: Matrix) -> bool:
-    values = np.linalg.eigvalsh(matrix)
-    return bool(values[0] >= -SAME * max(abs(values[-1]), abs(values[0])))
+    """Whether a symmetric matrix has no negative eigenvalue, up to rounding."""
+    return _has_root(matrix + SAME * np.linalg.norm(matrix) * np.eye(len(matrix)))
 
 
 def with_magnitudes(matrix: Matrix) -> Matrix:
     """A symmetric matrix with its eigenvalues replaced by their magnitudes."""
+    for signed in (matrix, -matrix):
+        if _is_positive(signed):
+            return signed
     values, vectors = np.linalg.eigh(matrix)
-    if values[0] >= 0:
-        return matrix
     result: Matrix = (vectors * abs(values)) @ vectors.T
     return result
