@@ -10,6 +10,7 @@ adds terms up; two with one R are one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ Matrix: TypeAlias = NDArray[Any]  # of float64
 SAME = 1e-5  # relative difference up to which two factors are one, rounded to float32 or not
 ROUNDED = 1e-7  # share of a matrix's norm that rounding to float32 may take from its eigenvalues
 NOTHING = 1e-6  # share of what cancelled below which a term is what rounding left of it
-EXACT = 1e-6  # relative residual at which a solution is taken, in the basis of the sums
+EXACT = 1e-5  # relative residual at which a solution is taken, where its diagonal is one
 MOST_STEPS = 400  # of conjugate gradients
 
 
@@ -148,14 +149,13 @@ class KroneckerSum:
             basis = Basis.of(self.terms[0], self.terms[-1])
             return basis.divide(weighted, basis.values(self))
         system = _System.of(self)
-        given = system.into(weighted)
-        size = left = float(np.linalg.norm(given))
-        solution, steps = np.zeros_like(given), 0
+        size = left = float(np.linalg.norm(system.into(weighted)))
+        solution, missing, steps = np.zeros_like(weighted), weighted, 0
         while left > EXACT * size and steps < MOST_STEPS:
-            missing = given - system.apply(solution)
-            found, taken = system.steps(missing, EXACT / 2 * size, MOST_STEPS - steps)
-            solution, steps = solution + found, steps + taken
-            before, left = left, float(np.linalg.norm(given - system.apply(solution)))
+            found, taken = system.steps(system.into(missing), EXACT / 2 * size, MOST_STEPS - steps)
+            solution, steps = solution + system.back(found), steps + taken
+            missing = weighted - solution @ self
+            before, left = left, float(np.linalg.norm(system.into(missing)))
             if not left < before / 2:
                 break
         if not left <= EXACT * size:
@@ -164,7 +164,7 @@ class KroneckerSum:
                 f"{left / size:.2g}, since the precisions differ too much in size. Merge fewer "
                 "tasks at a time, or by precisions of --estimator inputs"
             )
-        return system.back(solution)
+        return solution
 
 
 class _System(NamedTuple):
@@ -174,24 +174,25 @@ class _System(NamedTuple):
         left: The basis for the outputs, in which the sum of the left factors is the identity.
         right: For the inputs.
         scale: Of each entry there, (outputs, inputs).
-        terms: The factors there.
-        rounded: The same in float32.
+        terms: The factors there, in float32.
     """
 
     left: Matrix
     right: Matrix
     scale: Matrix
     terms: tuple[Factors, ...]
-    rounded: tuple[Factors, ...]
 
     @classmethod
     def of(cls, precision: KroneckerSum) -> "_System":
-        u = _whitening(sum(left for left, _ in precision.terms))
-        v = _whitening(sum(right for _, right in precision.terms))
-        terms = tuple(Factors(u.T @ left @ u, v.T @ right @ v) for left, right in precision.terms)
+        lefts, rights = zip(*precision.terms, strict=True)
+        u, v = _whitening(reduce(np.add, lefts)), _whitening(reduce(np.add, rights))
+        u32, v32 = u.astype(np.float32), v.astype(np.float32)
+        terms = tuple(
+            Factors(u32.T @ left.astype(np.float32) @ u32, v32.T @ right.astype(np.float32) @ v32)
+            for left, right in precision.terms
+        )
         diagonal = sum(np.outer(left.diagonal(), right.diagonal()) for left, right in terms)
-        rounded = tuple(Factors(*(f.astype(np.float32) for f in term)) for term in terms)
-        return cls(u, v, 1 / np.sqrt(diagonal), terms, rounded)
+        return cls(u, v, 1 / np.sqrt(np.float64(diagonal)), terms)
 
     def into(self, weight: Matrix) -> Matrix:
         """A weight to which the precision was applied, in this basis."""
@@ -203,16 +204,6 @@ class _System(NamedTuple):
         weight: Matrix = self.left @ (self.scale * solution) @ self.right.T
         return weight
 
-    def apply(self, solution: Matrix) -> Matrix:
-        """The precision applied, in this basis and the type of numbers of its argument."""
-        terms = self.terms if solution.dtype == np.float64 else self.rounded
-        scale = self.scale.astype(solution.dtype, copy=False)
-        scaled, result = scale * solution, np.zeros_like(solution)
-        for left, right in terms:
-            result += left @ (scaled @ right)
-        result *= scale
-        return result
-
     def steps(self, given: Matrix, goal: float, most: int) -> tuple[Matrix, int]:
         """Conjugate gradients in float32, until a residual is reached or the steps are taken.
 
@@ -222,10 +213,14 @@ class _System(NamedTuple):
         size = float(np.linalg.norm(given))
         residual = (given / size).astype(np.float32)
         direction, found, product = residual.copy(), np.zeros_like(residual), 1.0
+        scale = self.scale.astype(np.float32)
         for step in range(most):
             if product**0.5 * size <= goal:
                 return size * found.astype(np.float64), step
-            applied = self.apply(direction)
+            scaled, applied = scale * direction, np.zeros_like(direction)
+            for left, right in self.terms:
+                applied += left @ (scaled @ right)
+            applied *= scale
             curvature = float(np.vdot(direction, applied))
             if not curvature > 0:
                 break
@@ -322,10 +317,9 @@ def _diagonal(vectors: Matrix, matrix: Matrix) -> Matrix:
 
 
 def _whitening(matrix: Matrix) -> Matrix:
-    """Vectors u with `u' matrix u = 1`, orthogonal to each other."""
+    """Vectors u with `u' matrix u = 1`, but for directions that float32 does not tell from zero."""
     values, vectors = np.linalg.eigh(matrix)
-    least = np.finfo(values.dtype).eps * values[-1]
-    whitening: Matrix = vectors / np.sqrt(values.clip(min=least))
+    whitening: Matrix = vectors / np.sqrt(values.clip(min=SAME * values[-1]))
     return whitening
 
 
