@@ -126,27 +126,17 @@ def merge(*models, out="out", **settings):
     return run_merge(MergeConfig(models=files, out=f"{out}.safetensors", **settings))
 
 
-def by_expert(name):
-    """Mean and dense precision of each model, for every matrix of a tensor."""
+def with_ridges(name, expert):
+    """Every model's mean and dense precision of a matrix, both factors with their ridge."""
     models = []
     for i in range(len(NAMES)):
+        pair = []
+        for factor in factors(i)[name]:
+            one_of = np.float64(factor).reshape(-1, *factor.shape[-2:])[expert]
+            pair.append(one_of + FACTOR_RIDGE * np.linalg.norm(one_of) * np.eye(len(one_of)))
         mean = np.float64(tiny.arrays(i, SHAPES, spread=0.1)[name])
-        stored = factors(i)[name]
-        means = mean.reshape(-1, *mean.shape[-2:])
-        lefts = np.float64(stored.left).reshape(len(means), *stored.left.shape[-2:])
-        rights = np.float64(stored.right).reshape(len(means), *stored.right.shape[-2:])
-        models.append([(m, np.kron(a, b)) for m, a, b in zip(means, lefts, rights, strict=True)])
-    return list(zip(*models, strict=True))
-
-
-def with_ridge(name, expert):
-    """The base's dense precision, both factors with their ridge."""
-    stored = factors(0)[name]
-    pair = []
-    for factor in stored:
-        one_of = np.float64(factor).reshape(-1, *factor.shape[-2:])[expert]
-        pair.append(one_of + FACTOR_RIDGE * np.linalg.norm(one_of) * np.eye(len(one_of)))
-    return np.kron(*pair)
+        models.append((mean.reshape(-1, *mean.shape[-2:])[expert], np.kron(*pair)))
+    return models
 
 
 @pytest.mark.parametrize("anchor", ["h0", "none"])
@@ -155,11 +145,8 @@ def test_a_merge_minimises_the_quadratic_of_dense_matrices(world, anchor, scales
     merge(*NAMES[1 : len(scales) + 1], scale=scales, anchor=anchor)
     for name in ("h.0.attn.weight", "h.0.experts.up"):
         written = np.float64(tiny.read("out.safetensors")[name])
-        for e, (merged, models) in enumerate(
-            zip(written.reshape(-1, *written.shape[-2:]), by_expert(name), strict=True)
-        ):
-            (m0, *_), *tasks = models
-            s0 = with_ridge(name, e)
+        for e, merged in enumerate(written.reshape(-1, *written.shape[-2:])):
+            (m0, s0), *tasks = with_ridges(name, e)
             pairs = list(zip(scales, tasks, strict=False))
             pulled = s0 if anchor == "h0" else 0 * s0
             total = s0 + sum(x * h for x, (_, h) in pairs)

@@ -20,7 +20,7 @@ from mergekit_bayes.stream.matrices import Precision
 # that no input has been seen in fall back to task arithmetic, or the average, and what rounding to
 # float32 leaves there does not count.
 RIDGE = 1e-5
-FACTOR_RIDGE = 1e-4  # to each factor of a product, whose least eigenvalues multiply
+FACTOR_RIDGE = 1e-2  # to each factor of a product, whose least eigenvalues multiply
 
 
 def posteriors(
@@ -67,7 +67,9 @@ def posteriors(
 def likelihoods_of(
     plan: MergePlan, step: Step, matrices: Sequence[Precision], numbers: Numbers
 ) -> list[Precision]:
-    """H of each model, with the ridge of the base, or of every model of an average.
+    """H of each model, with the ridge of those that have one.
+
+    The base has one, or every model of an average, and with Kronecker products every model.
 
     Raises:
         MismatchError: A model is a removal by Kronecker products that the guard bounded.
@@ -82,7 +84,8 @@ def likelihoods_of(
             )
         of_base = found[0] if plan.base is not None and found else None
         likelihood = likelihood_of(numbers, position, matrix, of_base)
-        has_ridge = plan.base is None or position == 0
+        is_product = isinstance(matrix, KroneckerSum)
+        has_ridge = plan.base is None or position == 0 or is_product
         found.append(with_ridge(model, likelihood) if has_ridge else likelihood)
     return found
 
@@ -94,13 +97,13 @@ def missing_ridge(
     if plan.base is None:
         return None
     of_base, *of_tasks = likelihoods
-    sizes = [_norm(task) for task, x in zip(of_tasks, numbers.scales, strict=True) if x]
-    lacks = max(0.0, max(sizes, default=0.0) - _norm(of_base))
-    if not isinstance(of_base, KroneckerSum):
-        return RIDGE * lacks * np.eye(shape[1])
-    if of_base.terms:  # of the same right factor: the base stays one term
-        return KroneckerSum.of([(FACTOR_RIDGE * lacks * np.eye(shape[0]), of_base.terms[0].right)])
-    return _equal(max(FACTOR_RIDGE**2 * lacks, DELTA_0), shape)
+    if isinstance(of_base, KroneckerSum):  # every model has its own ridge
+        return KroneckerSum(()) if of_base.terms else _equal(DELTA_0, shape)
+    sizes = [
+        float(np.linalg.norm(task)) for task, x in zip(of_tasks, numbers.scales, strict=True) if x
+    ]
+    lacks = max(0.0, max(sizes, default=0.0) - float(np.linalg.norm(of_base)))
+    return RIDGE * lacks * np.eye(shape[1])
 
 
 def _equal(number: float, shape: tuple[int, ...]) -> KroneckerSum:
@@ -143,7 +146,7 @@ def with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
 
 
 def with_ridge(model: Input, likelihood: Precision) -> Precision:
-    """H of the base, or of a model of an average, with a little more in every direction."""
+    """H of a model with a little more in every direction."""
     return _ridged(likelihood) if model.weighing.reshape else likelihood  # a merge has it inside
 
 
@@ -156,13 +159,6 @@ def _ridged(likelihood: Precision) -> Precision:
         ]
         return KroneckerSum.of(pairs)
     return _with_share(likelihood, RIDGE)
-
-
-def _norm(precision: Precision) -> float:
-    """Its size; of products that of the factors for outputs, the others being of size one."""
-    if isinstance(precision, KroneckerSum):
-        return sum(float(np.linalg.norm(left)) for left, _ in precision.terms)
-    return float(np.linalg.norm(precision))
 
 
 def _with_share(matrix: Array, share: float) -> Array:
