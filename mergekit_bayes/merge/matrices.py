@@ -165,6 +165,13 @@ def _trace(precision: Precision, outputs: int) -> float:
     return outputs * float(np.trace(precision))
 
 
+def _energy(weight: Array, precision: Precision) -> float:
+    """`<w, S w>`."""
+    if isinstance(precision, KroneckerSum):
+        return precision.energy(weight)
+    return float(np.vdot(weight @ precision, weight))
+
+
 def _add_moves(
     plan: MergePlan,
     weights: Sequence[Array],
@@ -184,10 +191,10 @@ def _add_moves(
     for i, (mean, precision) in enumerate(zip(means, precisions, strict=True)):
         likelihood = likelihood_of(numbers, i, precision, of_base if i else None)
         moved, change = merged - mean, mean - means[0]
-        tally.distances[i, 0] += float(np.vdot(moved @ likelihood, moved))
+        tally.distances[i, 0] += _energy(moved, likelihood)
         tally.products[i, 1] += np.vdot(mean, moved)
         if has_base and i:
-            tally.distances[i, 1] += float(np.vdot(change @ likelihood, change))
+            tally.distances[i, 1] += _energy(change, likelihood)
             tally.products[i, 0] += np.vdot(change, moved)
 
 

@@ -8,9 +8,9 @@ moments of a layer's output gradients and of its inputs (Martens and Grosse, ICM
 adds terms up; two with one R are one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,7 +25,8 @@ EXACT = 1e-5  # relative residual at which a solution is taken, where its diagon
 MOST_STEPS = 400  # of conjugate gradients
 
 
-class Factors(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Factors:
     """One term.
 
     Attributes:
@@ -35,6 +36,18 @@ class Factors(NamedTuple):
 
     left: Matrix
     right: Matrix
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return iter((self.left, self.right))
+
+    @cached_property
+    def is_positive(self) -> bool:
+        """Whether it has no negative eigenvalue, up to rounding."""
+        return _is_positive(self.left)
+
+    def magnitude(self) -> "Factors":
+        """The term with the eigenvalues of its left factor replaced by their magnitudes."""
+        return self if self.is_positive else Factors(with_magnitudes(self.left), self.right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +94,8 @@ class KroneckerSum:
         return self + (-1.0) * other
 
     def __rmul__(self, factor: float) -> "KroneckerSum":
+        if factor == 1:  # what is known of the terms stays known
+            return self
         return KroneckerSum(tuple(Factors(factor * left, right) for left, right in self.terms))
 
     __mul__ = __rmul__
@@ -94,18 +109,25 @@ class KroneckerSum:
             result += left @ weight @ right
         return result
 
+    def energy(self, weight: Matrix) -> float:
+        """`<w, S w>` from products in float32."""
+        w = weight.astype(np.float32)
+        rows = 0.0
+        for left, right in self.terms:
+            one, other = left.astype(np.float32) @ w, w @ right.astype(np.float32)
+            rows = rows + np.einsum("ij,ij->i", one, other).astype(np.float64)
+        return float(np.sum(rows))
+
     def magnitude(self) -> "KroneckerSum":
-        """The sum with the eigenvalues of every left factor replaced by their magnitudes."""
-        return KroneckerSum(
-            tuple(Factors(with_magnitudes(left), right) for left, right in self.terms)
-        )
+        """The sum of the terms' magnitudes."""
+        return KroneckerSum(tuple(term.magnitude() for term in self.terms))
 
     def is_positive(self) -> bool:
         """Whether no direction has a negative precision.
 
         Of two terms the first must be positive definite; of more, all must be positive.
         """
-        if all(_is_positive(left) for left, _ in self.terms):
+        if all(term.is_positive for term in self.terms):
             return True
         if len(self.terms) > 2:
             return False
@@ -122,7 +144,7 @@ class KroneckerSum:
             ArithmeticError: More than two terms are there and one is negative, for which there is
                 no common basis.
         """
-        if self.terms and all(_is_positive(left) for left, _ in self.terms):
+        if self.terms and all(term.is_positive for term in self.terms):
             return self
         if len(self.terms) > 2 or len(bound.terms) > 2:
             raise ArithmeticError(
