@@ -20,7 +20,7 @@ from mergekit_bayes.stream.matrices import Precision
 # that no input has been seen in fall back to task arithmetic, or the average, and what rounding to
 # float32 leaves there does not count.
 RIDGE = 1e-5
-FACTOR_RIDGE = 1e-2  # to each factor of a product, whose least eigenvalues multiply
+FACTOR_RIDGE = 1e-3  # to each factor of a product, whose least eigenvalues multiply
 
 
 def posteriors(

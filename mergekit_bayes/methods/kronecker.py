@@ -61,20 +61,22 @@ class KroneckerSum:
     terms: tuple[Factors, ...]
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Matrix, Matrix]]) -> "KroneckerSum":
+    def of(cls, pairs: Sequence[Factors | tuple[Matrix, Matrix]]) -> "KroneckerSum":
         """The sum of products of these (left, right), those with one right factor added up.
 
         Where these cancel up to rounding there is no term. A small term beside large ones stays.
         """
         terms: list[Factors] = []
         sizes: list[float] = []  # of what each was added up from
-        for left, right in pairs:
+        for pair in pairs:
+            left, right = pair
             size = float(np.trace(right)) / max(len(right), 1)
             if size == 0 or not left.any():
                 continue
-            factors = Factors(left, right)
-            if abs(size - 1) > 1e-12:  # else it is a term already, which need not be copied
+            if abs(size - 1) > 1e-12:
                 factors = Factors(left * size, right / size)
+            else:  # a term already, of which nothing need be copied or found again
+                factors = pair if isinstance(pair, Factors) else Factors(left, right)
             largest = float(abs(factors.left).max())
             for i, other in enumerate(terms):
                 if _is_same(other.right, factors.right):
