@@ -35,6 +35,19 @@ FARTHEST = 64.0  # the largest scale at which a distance is looked for
 STEPS = 40  # towards it, at most
 
 Tensors = dict[str, torch.Tensor]
+Look = Mapping[str, Any]
+
+
+class Name(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        column: Its name, or that of a reference or a correction.
+        point: `untuned`, `tuned` or `matched`; of a reference or a correction, `untuned`.
+    """
+
+    column: str
+    point: str = "untuned"
 
 
 class Target(NamedTuple):
@@ -158,7 +171,7 @@ def load(file: Path) -> dict[str, Any]:
         return {name: content[name] for name in content.files}
 
 
-def nll(look: Mapping[str, Any], task: str) -> FloatArray:
+def nll(look: Look, task: str) -> FloatArray:
     """(rows,): nats of each row."""
     log_p, labels = look[f"logp {task}"], look[f"labels {task}"]
     result: FloatArray = -log_p[np.arange(len(labels)), labels]
@@ -211,7 +224,7 @@ class Place(NamedTuple):
         return min(means, key=means.__getitem__)
 
 
-def _mean(look: Mapping[str, Any]) -> float:
+def _mean(look: Look) -> float:
     tasks = [name.removeprefix("logp ") for name in look if name.startswith("logp ")]
     return float(np.mean([nll(look, task).mean() for task in tasks]))
 

@@ -49,6 +49,7 @@ class Size:
         tokens: Of a row at most.
         base_steps: Of the base.
         task_steps: Of each task; joint training has as many for each.
+        correction_steps: Of a correction after a merge.
         train_rows: Of each text at most, the same for specialists and joint training.
         examples: Rows that a precision looks at.
         valid_rows: Of each task, for looks.
@@ -62,6 +63,7 @@ class Size:
     tokens: int = 128
     base_steps: int = 150
     task_steps: int = 120
+    correction_steps: int = 50
     train_rows: int = 1920
     examples: int = 400
     valid_rows: int = 200
@@ -78,6 +80,7 @@ SIZES = {
         tokens=64,
         base_steps=12,
         task_steps=10,
+        correction_steps=10,
         train_rows=160,
         examples=24,
         valid_rows=40,
@@ -176,7 +179,7 @@ class World:
             for one in size.tasks if name == JOINT else (name,):
                 own = read_text(one, "train", size.train_rows)
                 rows += [own[i % len(own)] for i in range(count)] if name == JOINT else own
-            _write(folder / ROWS, rows)
+            write_rows(folder / ROWS, rows)
 
         return Step(self.work, f"text-{name}", settings, make)
 
@@ -189,7 +192,7 @@ class World:
         def make(folder: Path) -> None:
             for name in size.tasks:
                 for part, rows in most.items():
-                    _write(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
+                    write_rows(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
 
         return Step(self.work, "held-out", {"tasks": size.tasks, **most}, make)
 
@@ -327,5 +330,6 @@ def encoder() -> Path:
     return min(configs, key=lambda path: len(path.parts)).parent
 
 
-def _write(file: Path, rows: list[Mapping[str, Any]]) -> None:
+def write_rows(file: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
