@@ -21,7 +21,8 @@ def experiment():
     """The script and the modules that it is made of."""
     sys.path.insert(0, str(SCRIPTS))
     try:
-        names = ("world", "columns", "looks", "corrected", "resampled", "predicted", "report")
+        names = ("world", "columns", "looks", "corrected", "resampled", "predicted", "errors")
+        names += ("report",)
         modules = {n: importlib.import_module(f"sentiment_{n}") for n in names}
         yield SimpleNamespace(script=importlib.import_module("sentiment_merge"), **modules)
     finally:
@@ -184,6 +185,7 @@ def test_all_of_it_at_its_smallest(experiment, tmp_path, capsys):
     made = {name.split()[0] for name in content["scores"]}
     assert made >= {*chosen, "base", "joint", "base_50", "gm_50", "gm_50_prior"}
     assert "tsv_m_50" not in made
+    assert "| sst2 | 5 |" in (tmp_path / "report.md").read_text()  # what merges miss
     # The distance is one, which gradient matching reaches at a larger scale.
     matched = [name for name in content["scales"] if name.endswith("matched")]
     assert "gm matched" in matched

@@ -206,6 +206,11 @@ class Place(NamedTuple):
         return self.folder / f"test-{scale:.6g}.npz"
 
     @property
+    def errors(self) -> Path:
+        """What the untuned merge misses of each task's gradient."""
+        return self.folder / "errors.npz"
+
+    @property
     def matched(self) -> Path:
         """The scale at a distance: `[distance, scale]`, scale 0 where there is none."""
         return self.folder / "matched.json"
@@ -265,6 +270,13 @@ class Looker:
             assert tuned is not None
             self._test(tuned)
         return float(load(place.test(tuned))["distance"])
+
+    def miss(self, errors: Callable[[Loaded], Mapping[str, Any]]) -> None:
+        """Keep what the untuned merge misses."""
+        with self._stack:
+            if not self._place.errors.exists():
+                self._form(UNTUNED)
+                save(self._place.errors, errors(self._loaded))
 
     def match(self, distance: float) -> None:
         """Look at the merge at a distance from the base, where there is one."""

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,6 +36,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
 from sentiment_corrected import CORRECTIONS, correct  # noqa: E402
+from sentiment_errors import Errors  # noqa: E402
 from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
 from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
@@ -119,9 +120,9 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
     baseline = next(column for column in COLUMNS if column.name == BASELINE)
     distance = Looker(world, baseline, seed, target).tune()
 
-    def carry_out(what: str, look: Callable[[Looker], object]) -> None:
-        for column in present:
-            if f"{column.name}-{seed}" in failed or (what != "untuned" and not column.is_tuned):
+    def carry_out(what: str, look: Callable[[Looker], object], chosen: Iterable[Column]) -> None:
+        for column in chosen:
+            if f"{column.name}-{seed}" in failed:
                 continue
             try:
                 look(Looker(world, column, seed, target))
@@ -131,7 +132,7 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
                 clock = time.strftime("%H:%M:%S")
                 print(f"{clock} {column.name}, {what}, seed {seed}", flush=True)
 
-    carry_out("untuned", Looker.untuned)
+    carry_out("untuned", Looker.untuned, present)
     joint = world.tuned(JOINT, seed).done()
     look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
     names = {column.name for column in present}
@@ -141,9 +142,13 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
                 correct(world, correction, seed, target)
             except Exception:
                 failed[f"{correction.name}-{seed}"] = _last_line()
-    carry_out("tuned", Looker.tune)
-    present = [column for column in present if column != baseline]
-    carry_out("matched", lambda looker: looker.match(distance))
+    if seed in world.size.error_seeds:
+        errors = Errors(world, seed, target)
+        of_adamw = [column for column in present if column.optimizer == "adamw"]
+        carry_out("missing", lambda looker: looker.miss(errors.of), of_adamw)
+    tuned = [column for column in present if column.is_tuned and column != baseline]
+    carry_out("tuned", Looker.tune, tuned)
+    carry_out("matched", lambda looker: looker.match(distance), tuned)
     return failed
 
 

