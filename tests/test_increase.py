@@ -150,6 +150,7 @@ def test_a_pull_to_a_base_that_is_not_there_is_noted(world):
     (note,) = [n for n in merge("pulled", "b", base=None).notes if "without the gradient" in n]
     assert "'pulled.safetensors'" in note
     assert not [n for n in merge("pulled", "b").notes if "without the gradient" in n]
+    assert [n for n in merge("pulled", "b").notes if "how entries act together" in n]
 
 
 def test_what_shrinkage_adds_is_not_the_datas(world):

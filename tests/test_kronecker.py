@@ -155,6 +155,25 @@ def test_a_merge_minimises_the_quadratic_of_dense_matrices(world, anchor, scales
             np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=2e-5)
 
 
+def test_the_predicted_increase_is_that_of_dense_matrices(world):
+    report = merge("a", "b", scale=(1.0, 0.7), posterior=False)
+    written = tiny.read("out.safetensors")
+    for i, model in enumerate(report.predicted):
+        own, expected = tiny.arrays(i, SHAPES, spread=0.1), 0.0
+        for name, found in factors(i).items():
+            moved = np.float64(written[name]) - np.float64(own[name])
+            if isinstance(found, Kronecker):
+                left, right = (np.float64(f).reshape(-1, *f.shape[-2:]) for f in found)
+                for d, one, other in zip(
+                    moved.reshape(-1, *moved.shape[-2:]), left, right, strict=True
+                ):
+                    expected += np.vdot(d, one @ d @ other) / 2
+            else:
+                expected += np.vdot(moved * found, moved) / 2
+        assert model.nats == pytest.approx(expected / model.count, rel=1e-4)
+    assert any("how layers act together" in note for note in report.notes)
+
+
 def test_a_merge_merges_again_and_is_undone(world):
     merge("a", "b", scale=(1.0, 0.7), out="ab")
     merge("ab", "c", scale=(1.0, 0.3), out="chain")

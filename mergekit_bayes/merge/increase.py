@@ -28,6 +28,16 @@ from mergekit_bayes.records import FloatArray, Record
 SHOWN_LAYERS = 5
 _ROUNDING = 1e-5  # relative errors of the sums are below this
 
+_ENTRIES = (
+    "the predicted increase leaves out how entries act together: it tells merges of different "
+    "sizes apart at best, and can be thousands of times too small. Precisions of --estimator "
+    "kronecker tell more"
+)
+_LAYERS = (
+    "the predicted increase leaves out how layers act together: it orders merges, and can be tens "
+    "of times too small"
+)
+
 
 class Increase(Record):
     """The predicted increase of one model's loss on its own data.
@@ -89,7 +99,7 @@ def predicted_increases(
 
 
 def notes_on_increases(plan: MergePlan) -> list[str]:
-    """What the predictions lack: a recorded pull without a base, or all of them."""
+    """What the predictions leave out, or why there are none."""
     if not plan.method.needs_precision:
         return []
     if any(is_of_inputs(model) for model in plan.inputs):
@@ -97,13 +107,16 @@ def notes_on_increases(plan: MergePlan) -> list[str]:
             "no increase of the loss is predicted from the covariance of inputs, which is no "
             "curvature of it"
         ]
+    notes = []
+    if any(model.weighing.count for model in plan.inputs):
+        notes.append(_LAYERS if any(step.is_kronecker for step in plan.steps) else _ENTRIES)
     refs = [f"'{task.ref}'" for task in plan.tasks if task.recorded_pull.precision]
-    if plan.base is not None or not refs:
-        return []
-    return [
-        f"the predicted increase is without the gradient of {', '.join(refs)}, whose training "
-        "pulled to a base that is not known here"
-    ]
+    if plan.base is None and refs:
+        notes.append(
+            f"the predicted increase is without the gradient of {', '.join(refs)}, whose training "
+            "pulled to a base that is not known here"
+        )
+    return notes
 
 
 def is_of_inputs(model: Input) -> bool:
