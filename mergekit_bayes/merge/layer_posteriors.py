@@ -20,7 +20,10 @@ from mergekit_bayes.stream.matrices import Precision
 # that no input has been seen in fall back to task arithmetic, or the average, and what rounding to
 # float32 leaves there does not count.
 RIDGE = 1e-5
-FACTOR_RIDGE = 1e-3  # to each factor of a product, whose least eigenvalues multiply
+# To each factor of a product, of every model, as a share of its norm: the least eigenvalues of two
+# factors multiply, and few rows tell of them. Chosen on validation rows (docs/experiments.md,
+# 2026-11-29): less moves merges far along them, more is nearer to one constant.
+FACTOR_RIDGE = 1e-3
 
 
 def posteriors(
