@@ -1,6 +1,7 @@
 """Mixtures of runs: how they are stored, and what a merge makes of them."""
 
 import json
+import shutil
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from mergekit_bayes.stream.chunks import Reader
 from mergekit_bayes.stream.first_pass import FirstPass
 from mergekit_bayes.stream.mixtures import settled
 from tests import tiny
-from tests.interrupted import contents
+from tests.interrupted import contents, interrupt
 from tests.reference import mixtures as reference
 
 SPREAD = 0.2  # of the weights: small enough for responsibilities between 0 and 1
@@ -161,6 +162,15 @@ def test_a_merge_of_a_mixture_merges_again_and_its_recipe_makes_it_again(world):
     report = merge("m", out="first", observations={"m": "2x"})
     assert [m.ref for m in report.models] == ["base", "m", "m/mixture/2"]
     assert [m.count for m in report.models[1:]] == [200, 200]
+    assert report.summary == (
+        "'base' plus the change of 1 model, of which 1 is a mixture (scale 1), "
+        "weighted by precision"
+    )
+    steps = iterations(("m",), 11, observations={"m": "2x"})[-1]
+    entries = {name: step.spec.size for name, step in steps.items()}
+    for model, position in zip(report.models[1:], (0, 1), strict=True):
+        share = sum(n * steps[name].tasks[position].scale for name, n in entries.items())
+        assert model.share == pytest.approx(share / sum(entries.values()), rel=1e-5)
     recipe = load_config(MergeConfig, Path("first/merge_recipe.yaml"))
     assert recipe.models == ("m",)
     run_merge(recipe.model_copy(update={"out": "again"}))
@@ -303,6 +313,19 @@ def test_an_interrupted_mix_leaves_nothing(world, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         mixed("a", "b", out="m")
     assert contents() == before
+
+
+def test_an_interrupted_merge_of_a_mixture_goes_on_to_the_same_bytes(world, monkeypatch):
+    mixed("a", "b", out="m")
+    config = MergeConfig(models=("m", "c"), out="out", **BY_PRECISION)
+    run_merge(config)
+    whole = {name: data for name, data in contents("out").items() if not name.endswith("json")}
+    report = json.loads(Path("out/merge_report.json").read_text())
+    shutil.rmtree("out")
+    interrupt(monkeypatch, config, 2)
+    assert not Path("out").exists()
+    assert run_merge(config).models[1].share == report["models"][1]["share"] > 0
+    assert {name: contents("out")[name] for name in whole} == whole
 
 
 def test_predictions_of_many_scales_refuse_a_mixture(world):

@@ -105,6 +105,8 @@ class Worker:
                 stop = min(stop, end)
                 self._copy(step, measured, owner, start, stop, sinks)
             start = stop
+        if measured.step is not None:
+            tally.add_shares(measured.step)
         return tally
 
     def _merge(
