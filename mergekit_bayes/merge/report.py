@@ -54,7 +54,7 @@ class MergedModel(Record):
     count: float | None = None
     ratio: float | None = None
     mended: int = 0
-    share: float | None = Field(None, exclude_if=lambda share: share is None)
+    share: float | None = Field(default=None, exclude_if=lambda share: share is None)
 
 
 class MergeReport(Record):
