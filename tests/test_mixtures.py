@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes import mix
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import (
@@ -19,6 +21,8 @@ from mergekit_bayes.errors import (
     PrecisionError,
 )
 from mergekit_bayes.gaussian import DELTA_0
+from mergekit_bayes.hub import plan_push
+from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
 from mergekit_bayes.plan import plan_merge
@@ -79,10 +83,11 @@ def iterations(models, most, **settings):
     with plan_merge(MergeConfig(models=models, out="no", **BY_PRECISION, **settings)) as plan:
         reader = Reader(plan)
         first = FirstPass(plan, lambda: reader, map, fused=False)
+        measured = {step.name: first.measure(step) for step in plan.steps}
         return [
             {
                 step.name: settled(
-                    plan, step, first.measure(step), lambda: reader, map, rounds=rounds
+                    plan, step, measured[step.name], lambda: reader, map, rounds=rounds
                 )
                 for step in plan.steps
             }
@@ -297,6 +302,40 @@ def test_a_missing_component_is_named(world):
     Path("m/mixture/2").rename("elsewhere")
     with pytest.raises(CheckpointError, match="'m/mixture/2' is not there"):
         merge("m")
+
+
+def test_inspect_shows_the_runs_of_a_mixture(world):
+    mixed("a", "b", out="m", weights=(1, 3))
+    report = run_inspect("m")
+    assert [(run.label, run.weight, run.path) for run in report.mixture] == [
+        ("a", 0.25, "m/mixture/1"),
+        ("b", 0.75, "m"),
+    ]
+    assert report.identity == run_inspect("b").identity
+    assert "mixture" not in run_inspect("m/mixture/1").model_dump()
+    done = CliRunner().invoke(app, ["inspect", "m"])
+    assert "a mixture, of which the plain model is shown below" in done.stderr
+    assert "m/mixture/1" in done.stderr
+
+
+def test_a_mixture_is_not_pushed(world):
+    for name in ("a", "b"):
+        Path(name, "config.json").write_text('{"model_type": "gpt2"}')
+    mixed("a", "b", out="m")
+    with pytest.raises(ConfigError, match="'m' is a mixture, which a repository of one model"):
+        plan_push(Path("m"), "org/m")
+    Path("m/mixture.json").unlink()
+    assert plan_push(Path("m"), "org/m").files
+
+
+def test_the_command_mixes_and_says_where(world):
+    done = CliRunner().invoke(app, ["mix", "a", "b", "-o", "m", "--weights", "1,3"])
+    assert (done.exit_code, done.stdout.strip()) == (0, "m")
+    assert "plain model" in done.stderr
+    done = CliRunner().invoke(app, ["merge", "m", "c", "--base", "base", "--weights", "precision"])
+    assert done.exit_code == 0
+    assert "of its mixture" in done.stderr
+    assert run_inspect("merged").precision.info.merge.uneven
 
 
 def test_an_interrupted_mix_leaves_nothing(world, monkeypatch):
