@@ -26,6 +26,7 @@ from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
 from mergekit_bayes.plan import plan_merge
+from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.stream.chunks import Reader
 from mergekit_bayes.stream.first_pass import FirstPass
 from mergekit_bayes.stream.mixtures import settled
@@ -295,6 +296,37 @@ def test_nothing_in_a_record_is_believed(world, case):
         merge("m")
     assert str(caught.value).endswith("or remove the file to use the folder as a plain model.")
     assert not Path("out").exists()
+
+
+def test_precision_matrices_are_refused(world):
+    for i, name in enumerate(("base", "a", "b")):
+        mean, precision = world[name]
+        blocks = np.eye(5, dtype=np.float32)[None] * (i + 1)
+        model(f"{name}2", mean, {**precision, "h.0.attn.weight": Matrices(blocks)})
+    mixed("a2", "b2", out="m")
+    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matrices.*'m'"):
+        run_merge(MergeConfig(models=("m",), base="base2", weights="precision"))
+
+
+def test_a_run_that_changes_meanwhile_is_not_mixed(world, monkeypatch):
+    def copied(source, target):
+        Path(target).write_bytes(source.read_bytes())
+        tiny.write("b/model.safetensors", world["c"][0])
+
+    monkeypatch.setattr(mix.shutil, "copyfile", copied)
+    with pytest.raises(CheckpointError, match=r"b/model\.safetensors"):
+        mixed("a", "b", out="m")
+    assert not Path("m").exists()
+
+
+def test_a_merge_that_was_stopped_does_not_go_on_with_other_weights(world, monkeypatch):
+    mixed("a", "b", out="m")
+    config = MergeConfig(models=("m", "c"), out="out", **BY_PRECISION)
+    interrupt(monkeypatch, config, 2)
+    record = Path("m/mixture.json")
+    record.write_text(record.read_text().replace('"weight": 1.0', '"weight": 2.0', 1))
+    with pytest.raises(CheckpointError, match=r"out\.partial"):
+        run_merge(config)
 
 
 def test_a_missing_component_is_named(world):
