@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from bmerge_cli.main import app
 from mergekit_bayes import mix
+from mergekit_bayes.checkpoint.stamps import ChangedError
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.errors import (
     BmergeError,
@@ -27,6 +28,7 @@ from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
 from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.posterior.factors import Matrices
+from mergekit_bayes.preview.forming import Plans
 from mergekit_bayes.stream.chunks import Reader
 from mergekit_bayes.stream.first_pass import FirstPass
 from mergekit_bayes.stream.mixtures import settled
@@ -311,17 +313,17 @@ def test_precision_matrices_are_refused(world):
 def test_a_run_that_changes_meanwhile_is_not_mixed(world, monkeypatch):
     def copied(source, target):
         Path(target).write_bytes(source.read_bytes())
-        tiny.write("b/model.safetensors", world["c"][0])
+        Path("b/model.safetensors").write_bytes(Path("c/model.safetensors").read_bytes())
 
     monkeypatch.setattr(mix.shutil, "copyfile", copied)
-    with pytest.raises(CheckpointError, match=r"b/model\.safetensors"):
+    with pytest.raises(ChangedError, match=r"b/model\.safetensors"):
         mixed("a", "b", out="m")
     assert not Path("m").exists()
 
 
 def test_a_merge_that_was_stopped_does_not_go_on_with_other_weights(world, monkeypatch):
     mixed("a", "b", out="m")
-    config = MergeConfig(models=("m", "c"), out="out", **BY_PRECISION)
+    config = MergeConfig(models=("m", "c"), out="out", posterior=False, **BY_PRECISION)
     interrupt(monkeypatch, config, 2)
     record = Path("m/mixture.json")
     record.write_text(record.read_text().replace('"weight": 1.0', '"weight": 2.0', 1))
@@ -399,7 +401,13 @@ def test_an_interrupted_merge_of_a_mixture_goes_on_to_the_same_bytes(world, monk
     assert {name: contents("out")[name] for name in whole} == whole
 
 
-def test_predictions_of_many_scales_refuse_a_mixture(world):
+def test_many_sets_of_scales_refuse_a_mixture(world):
     mixed("a", "b", out="m")
-    with pytest.raises(ConfigError, match="'m' is a component of a mixture"):
-        predict_merges(MergeConfig(models=("m", "c"), **BY_PRECISION), [(1.0,)])
+    config = MergeConfig(models=("m", "c"), **BY_PRECISION)
+    with pytest.raises(ConfigError, match="--predict: 'm' is a component of a mixture"):
+        predict_merges(config, [(1.0,)])
+    with (
+        Plans(config, Path("out")) as plans,
+        pytest.raises(ConfigError, match="bmerge preview: 'm' is a component"),
+    ):
+        plans.at((1.0, 1.0))
