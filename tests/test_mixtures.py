@@ -139,13 +139,28 @@ def test_every_round_is_that_of_the_twin_and_none_lowers_the_objective(world):
     assert rose
 
 
-def test_equal_components_merge_as_one_of_them(world):
+FRAMES = [
+    {},
+    {"pool": "row"},
+    {"shrink": "row:0.3", "counts": "recorded"},
+    {"anchor": "0.5", "scale": (0.7, -0.4)},
+    {"dtype": "BF16"},
+    {"only": "attn", "scale": (2.0, "m:attn=0.5")},
+]
+
+
+@pytest.mark.parametrize("frame", FRAMES, ids=str)
+def test_equal_components_merge_as_one_of_them(world, frame):
     mixed("a", "a", out="m", weights=(1, 3))
-    merge("a", "c", out="single")
-    merge("m", "c", out="of_two")
+    one = dict(frame)
+    if "only" in one:
+        one["scale"] = (2.0, "a:attn=0.5")
+    merge("a", "c", out="single", **one)
+    merge("m", "c", out="of_two", **frame)
     for left, right in zip(tensors("single"), tensors("of_two"), strict=True):
         for name in tiny.SHAPES:
-            np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-7)
+            rtol = 0.01 if "dtype" in frame else 1e-5
+            np.testing.assert_allclose(left[name], right[name], rtol=rtol, atol=1e-6)
 
 
 def test_a_mixture_takes_the_nearer_mode_and_matched_moments_take_neither(tmp_path, monkeypatch):
