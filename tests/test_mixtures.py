@@ -241,7 +241,7 @@ def test_the_output_of_a_merge_is_no_mixture(world):
     Path("a/config.json").write_text("{}")
     mixed("a", out="m")
     merge("m", "c", side_files="m")
-    assert not Path("out/mixture.json").exists()
+    assert not Path("out/posterior_mixture.json").exists()
 
 
 REFUSED = {
@@ -303,13 +303,15 @@ BAD_RECORDS = {
 @pytest.mark.parametrize("case", BAD_RECORDS)
 def test_nothing_in_a_record_is_believed(world, case):
     mixed("a", "b", out="m")
-    content, file = BAD_RECORDS[case], Path("m/mixture.json")
+    content, file = BAD_RECORDS[case], Path("m/posterior_mixture.json")
     if isinstance(content, dict):
         record = json.loads(file.read_text())
         record["components"][1] |= content
         content = json.dumps(record)
     file.write_text(content)
-    with pytest.raises((CheckpointError, MismatchError), match=r"mixture\.json") as caught:
+    with pytest.raises(
+        (CheckpointError, MismatchError), match=r"posterior_mixture\.json"
+    ) as caught:
         merge("m")
     assert str(caught.value).endswith("or remove the file to use the folder as a plain model.")
     assert not Path("out").exists()
@@ -340,7 +342,7 @@ def test_a_merge_that_was_stopped_does_not_go_on_with_other_weights(world, monke
     mixed("a", "b", out="m")
     config = MergeConfig(models=("m", "c"), out="out", posterior=False, **BY_PRECISION)
     interrupt(monkeypatch, config, 2)
-    record = Path("m/mixture.json")
+    record = Path("m/posterior_mixture.json")
     record.write_text(record.read_text().replace('"weight": 1.0', '"weight": 2.0', 1))
     with pytest.raises(CheckpointError, match=r"out\.partial"):
         run_merge(config)
@@ -373,7 +375,7 @@ def test_a_mixture_is_not_pushed(world):
     mixed("a", "b", out="m")
     with pytest.raises(ConfigError, match="'m' is a mixture, which a repository of one model"):
         plan_push(Path("m"), "org/m")
-    Path("m/mixture.json").unlink()
+    Path("m/posterior_mixture.json").unlink()
     assert plan_push(Path("m"), "org/m").files
 
 

@@ -5,9 +5,9 @@
 It is a folder of ordinary models, each with its posterior. The component of the largest weight is
 that of the folder itself, which any program loads as a plain model:
 
-    M/model.safetensors, M/posterior/    the component of the largest weight, with all side files
-    M/mixture.json                       the weight of every component, and whose mean it is
-    M/mixture/1/, M/mixture/2/, ...      the others, each under its number
+    M/model.safetensors, M/posterior/   the component of the largest weight, with its side files
+    M/posterior_mixture.json            the weight of every component, and whose mean it is
+    M/mixture/1/, M/mixture/2/, ...     the others, each under its number
 
 The record names no path: places follow from the weights.
 """
@@ -46,7 +46,7 @@ class Component(Frozen):
 
 
 class Mixture(Frozen):
-    """The record of a mixture, `mixture.json`.
+    """The record of a mixture, `posterior_mixture.json`.
 
     Attributes:
         format: Version of the record.
