@@ -77,7 +77,8 @@ def run_mix(config: MixConfig, *, progress: Progress | None = None) -> MixReport
     """
     weights = _weights(config)
     target = Path(config.out).expanduser()
-    refuse_foreign(target)
+    if config.force:
+        refuse_foreign(target)
     refuse_inputs(target, config.runs)
     with ExitStack() as stack:
         runs = [stack.enter_context(_open(ref)) for ref in config.runs]

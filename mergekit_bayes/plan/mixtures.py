@@ -48,29 +48,22 @@ def with_components(
         MismatchError: A component has other weights than its record says.
     """
     tasks: list[Input] = []
-    places: list[list[int]] = []  # of each model, among the tasks
+    places: list[range] = []  # of each model, among the tasks
     observations = dict(config.observations)
-    for model in inputs:
-        mixture = None if model.posterior.parts else read_mixture(model.posterior.path)
-        is_plain = mixture is None or len(mixture.components) == 1
-        if mixture is not None and not is_plain and not _is_taken(method, model, inputs):
-            notes.append(_in_words(model, mixture))
-            is_plain = True
-        if model is inputs.base:
-            continue
-        number = len(places)
-        places.append([len(tasks)])
-        if mixture is None or is_plain:
-            tasks.append(model)
-            continue
-        _check(config, model, [r for r in rules if number in r.tasks])
-        opened = open_components(mixture, model.posterior, stack)
-        places[-1] = list(range(len(tasks), len(tasks) + len(opened)))
-        for posterior, weight in opened:
-            scale = model.scale * weight
-            tasks.append(Input(posterior, scale, mixture=number, weight=weight))
-            if model.ref in observations:
-                observations[posterior.ref] = observations[model.ref]
+    if inputs.base is not None:
+        _mixture_of(inputs.base, None, notes)
+    for number, model in enumerate(inputs.tasks):
+        components = [model]
+        if (mixture := _mixture_of(model, method, notes)) is not None:
+            _check(config, model, [rule for rule in rules if number in rule.tasks])
+            components = [
+                Input(posterior, model.scale * weight, mixture=number, weight=weight)
+                for posterior, weight in open_components(mixture, model.posterior, stack)
+            ]
+        places.append(range(len(tasks), len(tasks) + len(components)))
+        tasks += components
+        if model.ref in observations:
+            observations |= dict.fromkeys((c.ref for c in components), observations[model.ref])
     if len(tasks) == len(inputs.tasks):
         return config, inputs, rules
     rules = tuple(
@@ -117,17 +110,25 @@ def refuse_mixtures(inputs: Inputs, command: str) -> None:
         )
 
 
-def _is_taken(method: Method, model: Input, inputs: Inputs) -> bool:
-    """Whether the components of a mixture are merged, and not its plain model."""
-    return method is GRADIENT_MATCHING and model is not inputs.base
+def _mixture_of(model: Input, method: Method | None, notes: list[str]) -> Mixture | None:
+    """The mixture whose components a method merges; None for a model that counts as itself.
 
-
-def _in_words(model: Input, mixture: Mixture) -> str:
-    label = mixture.components[mixture.plain].label
-    return (
-        f"'{model.ref}' is a mixture, and only its plain model counts here, the run '{label}'; "
-        "gradient matching (--base BASE --weights precision) takes all of its runs as one task"
+    Args:
+        model: The model as named.
+        method: The merging rule; None for the base, of which only one posterior has a meaning.
+        notes: Where it is said that a mixture counts as its plain model.
+    """
+    mixture = None if model.posterior.parts else read_mixture(model.posterior.path)
+    if mixture is None or len(mixture.components) == 1:
+        return None
+    if method is GRADIENT_MATCHING:
+        return mixture
+    notes.append(
+        f"'{model.ref}' is a mixture, and only its plain model counts here, the run "
+        f"'{mixture.components[mixture.plain].label}'; gradient matching (--base BASE --weights "
+        "precision) takes all of its runs as one task"
     )
+    return None
 
 
 def _check(config: MergeConfig, model: Input, rules: Sequence[ScaleRule]) -> None:

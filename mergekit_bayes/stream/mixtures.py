@@ -9,9 +9,10 @@ in each tensor, N_tk(theta) = N(theta; m_tk, S_tk^-1), by repeating
     r_tk  =  pi_tk N_tk(theta) / sum_j pi_tj N_tj(theta)          the responsibilities
     theta =  the merge of all components with the scales a_t r_tk
 
-from r_tk = pi_tk on, where the merge is that of the matched moments. The responsibilities of a task
-sum to one, so that the second line is the rule of single posteriors, whose maximum of the bound
-F never falls below. In a tensor of many entries nearly all responsibilities are 0 or 1.
+from r_tk = pi_tk on, the merge of averaged natural parameters. The responsibilities of a task sum
+to one, so that the second line is the rule of single posteriors. It is the maximum of a lower bound
+of F that touches F at the theta before (Dempster, Laird and Rubin, 1977): F never falls, where no
+guard acts. In a tensor of many entries nearly all responsibilities are 0 or 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -45,7 +45,7 @@ def merged(base, mixtures, scales, shares):
 
 
 def iterated(base, mixtures, scales, rounds):
-    """Mean, precision and responsibilities after each round, the matched moments first."""
+    """Mean, precision and responsibilities after each round, that of shares pi first."""
     shares = [[w for w, _, _ in mixture] for mixture in mixtures]
     found = [(*merged(base, mixtures, scales, shares), shares)]
     for _ in range(rounds):
