@@ -85,9 +85,9 @@ def test_the_draws_of_a_run_are_those_of_its_own_posterior(mixture, stack):
 def test_components_are_drawn_by_their_weights():
     assert component_counts((0.25, 0.75), 8, 0) == (2, 6)
     assert component_counts((1.0,), 5, 0) == (5,)
-    shares = np.array([component_counts((0.1, 0.2, 0.7), 4, seed) for seed in range(4000)])
+    shares = np.array([component_counts((0.1, 0.2, 0.7), 4, seed) for seed in range(1000)])
     assert (shares.sum(axis=1) == 4).all()
-    assert shares.mean(axis=0) / 4 == pytest.approx([0.1, 0.2, 0.7], abs=0.01)
+    assert shares.mean(axis=0) / 4 == pytest.approx([0.1, 0.2, 0.7], abs=0.02)
 
 
 def test_evaluate_averages_the_predictions_of_the_runs(mixture, tmp_path):
