@@ -97,7 +97,7 @@ def run(
     failed: dict[str, dict[str, str]],
     after: Callable[[], object],
 ) -> None:
-    """Make all looks of one kind before those of the next.
+    """Make all looks of one kind before those of the next, and one seed of all sizes before others.
 
     Args:
         worlds: The sizes.
@@ -106,16 +106,15 @@ def run(
         failed: Gets the errors.
         after: Called after each kind, size and seed.
     """
+    turns = [(i, world, seed) for world in worlds for i, seed in enumerate(world.size.seeds)]
+    turns.sort(key=lambda turn: turn[0])
     for point in points:
-        for world in worlds:
+        for _, world, seed in turns:
             errors = failed[world.size.parameters]
-            for seed in world.size.seeds:
-                print(f"{world.size.parameters}, seed {seed}, {point}", flush=True)
-                columns = [
-                    c for c in LANGUAGE if c.name in only and f"{c.name}-{seed}" not in errors
-                ]
-                errors |= sentiment_merge.run_seed(world, seed, columns, (point,))
-                after()
+            print(f"{world.size.parameters}, seed {seed}, {point}", flush=True)
+            columns = [c for c in LANGUAGE if c.name in only and f"{c.name}-{seed}" not in errors]
+            errors |= sentiment_merge.run_seed(world, seed, columns, (point,))
+            after()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def make_report(
         if errors := failed.get(name):
             text += [f"\n## {name}: what failed\n"]
             text += [f"- {column}: {error}" for column, error in errors.items()]
-    content = {name: as_json(one) | {"failed": dict(failed.get(name, {}))} for name, one in found.items()}
+    content = {
+        name: as_json(one) | {"failed": dict(failed.get(name, {}))} for name, one in found.items()
+    }
     return "\n".join(text) + "\n", content
 
 
@@ -92,7 +94,9 @@ def _trends() -> list[tuple[str, Cell]]:
             control = best_control(found)
             if control is None or name not in found.looks:
                 return ""
-            return f"{signed(found.difference(name, control))} ({found.columns[control.column].label})"
+            return (
+                f"{signed(found.difference(name, control))} ({found.columns[control.column].label})"
+            )
 
         return cell
 

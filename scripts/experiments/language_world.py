@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,7 +161,7 @@ class LanguageWorld(World):
         """The text in pieces of at most so many tokens."""
         ends = [end for _, end in self._tokenizer(text, return_offsets_mapping=True).offset_mapping]
         cuts = [0, *ends[tokens - 1 :: tokens], len(text)]
-        yield from (text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if text[a:b].strip())
+        yield from (text[a:b] for a, b in pairwise(cuts) if text[a:b].strip())
 
     def _first(self, texts: list[str], tokens: int, cut: int | None = None) -> list[str]:
         """The first texts, each but its first tokens, that have so many tokens together."""

@@ -128,7 +128,9 @@ class Resampled:
             place = Place.of(self.world, column, seed)
             steps = {step.key: step for step in column.steps(self.world, seed)}
             for step in list(steps.values()):  # what a permuted precision was made of
-                steps |= {n.key: n for n in step.needs if n.name.startswith("precision")}
+                steps |= {
+                    n.key: n for n in step.needs if n.name.startswith(("precision", "moments"))
+                }
             total = sum(step.seconds for step in steps.values())
             total += float(load(place.test(UNTUNED))["forming"])
             if point == "tuned" and column.is_tuned:
