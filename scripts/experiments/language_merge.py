@@ -113,7 +113,7 @@ def run(
             errors = failed[world.size.parameters]
             print(f"{world.size.parameters}, seed {seed}, {point}", flush=True)
             columns = [c for c in LANGUAGE if c.name in only and f"{c.name}-{seed}" not in errors]
-            errors |= sentiment_merge.run_seed(world, seed, columns, (point,))
+            errors |= sentiment_merge.run_seed(world, seed, columns, (point,), corrections=())
             after()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from language_world import LanguageWorld
 from posterior_quality import processor
 from sentiment_columns import LANGUAGE
+from sentiment_looks import Name
 from sentiment_predicted import prediction_table
 from sentiment_report import (
     JOINT,
@@ -26,7 +27,7 @@ from sentiment_report import (
     signed,
     table_head,
 )
-from sentiment_resampled import POINTS, REFERENCES, Name, Resampled
+from sentiment_resampled import POINTS, REFERENCES, Resampled
 
 Cell = Callable[[Resampled], str]
 

@@ -57,6 +57,7 @@ class LanguageSize(Size):
     tokens: int = CONTEXT
     task_steps: int = 200
     examples: int = 500
+    error_seeds: tuple[int, ...] = ()
     parameters: str = "2.1M"
     width: int = 192
     bases: detox_world.Size = field(default_factory=detox_world.Size)
