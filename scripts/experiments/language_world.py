@@ -36,7 +36,7 @@ from scripts.train_tiny_lm import read_texts
 BASE = "base"
 PIECES = "pieces.jsonl"  # the same rows, cut to what a model sees at once
 STEP = BATCH * CONTEXT  # tokens of a training step
-RATE = 3e-4  # of AdamW
+RATE = 5e-4  # of AdamW
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class LanguageSize(Size):
 
     tasks: tuple[str, ...] = ("novels", "wiki_sentences", "reviews")
     tokens: int = CONTEXT
-    task_steps: int = 200
+    task_steps: int = 120
     examples: int = 500
     error_seeds: tuple[int, ...] = ()
     parameters: str = "2.1M"
     width: int = 192
     bases: detox_world.Size = field(default_factory=detox_world.Size)
     moment_steps: int = 50
-    valid_tokens: int = 5000
-    test_tokens: int = 15000
+    valid_tokens: int = 4000
+    test_tokens: int = 10000
     cut: int = 2 * CONTEXT
 
 
