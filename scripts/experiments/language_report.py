@@ -120,6 +120,12 @@ def _trends() -> list[tuple[str, Cell]]:
         ]
     lines += [
         ("entries - the same permuted, untuned", gap(entries, Name("gm_permuted"))),
+        (
+            "entries - those of the embeddings permuted, untuned",
+            gap(entries, Name("gm_permuted_embeddings")),
+        ),
+        ("entries - all others permuted, untuned", gap(entries, Name("gm_permuted_rest"))),
+        ("rows - constant, untuned", gap(Name("gm_row"), constant)),
         ("self-generated - entries, untuned", gap(Name("gm_self"), entries)),
         ("entries - best control, untuned", to_best(entries)),
         ("inputs - best control, untuned", to_best(inputs)),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sentiment_world import Step, World, estimators
+from sentiment_world import EVERY, Step, World, estimators
 
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import MergeConfig
@@ -27,7 +27,8 @@ class Column(NamedTuple):
             One alone where the scale changes nothing.
         estimator: Of its precisions; None without.
         settings: Further ones of the merge.
-        permuted: Whether its precisions have their entries permuted.
+        permuted: Pattern of the tensors whose entries are permuted in its precisions; None for
+            none.
         constant: Whether all its precisions are the same number.
         optimizer: What trained its tasks.
         is_control: Whether it weighs by nothing that a precision tells of single entries.
@@ -40,7 +41,7 @@ class Column(NamedTuple):
     looks: tuple[float, ...]
     estimator: str | None = None
     settings: Mapping[str, Any] = {}
-    permuted: bool = False
+    permuted: str | None = None
     constant: bool = False
     optimizer: str = "adamw"
     is_control: bool = False
@@ -86,7 +87,9 @@ class Column(NamedTuple):
                     continue
                 estimator = "ggn"
             step = world.precision(model, text, estimator, seed)
-            found[str(model.model)] = world.permuted(step, seed) if self.permuted else step
+            if self.permuted is not None:
+                step = world.permuted(step, seed, self.permuted)
+            found[str(model.model)] = step
         return found
 
     def config(self, world: World, seed: int, scale: float) -> MergeConfig:
@@ -132,7 +135,7 @@ COLUMNS = (
         _GM,
         _PRECISE,
         "ggn",
-        permuted=True,
+        permuted=EVERY,
         is_control=True,
     ),
     Column("gm_inputs", "gradient matching, input covariance", _GM, _PRECISE, "inputs"),
@@ -163,4 +166,20 @@ COLUMNS = (
 LANGUAGE = (
     *(c for c in COLUMNS if c.name not in {"dare_ties", "consensus", "ivon_gm"}),
     Column("gm_self", "gradient matching, root-GGN, self-generated", _GM, _PRECISE, SELF),
+    Column(
+        "gm_permuted_embeddings",
+        "gradient matching, entries of the embeddings permuted",
+        _GM,
+        (UNTUNED,),
+        "ggn",
+        permuted="wte",
+    ),
+    Column(
+        "gm_permuted_rest",
+        "gradient matching, all other entries permuted",
+        _GM,
+        (UNTUNED,),
+        "ggn",
+        permuted="^(?!.*wte)",
+    ),
 )

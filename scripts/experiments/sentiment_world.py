@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ BASE = "imdb"
 BATCH = 16  # rows of a training step
 JOINT = "joint"  # training on all tasks together
 ROWS = "rows.jsonl"
+EVERY = ""  # pattern of the names of all tensors
 SCORES = ("accuracy", "nll", "ece", "brier")
 SECONDS = "seconds.json"
 
@@ -318,13 +320,19 @@ class World:
         name = f"precision-{estimator}-{model.name}"
         return Step(self.work, name, settings, make, (model, rows))
 
-    def permuted(self, precision: Step, seed: int) -> Step:
+    def permuted(self, precision: Step, seed: int, of: str = EVERY) -> Step:
         """A precision whose entries have changed places within each tensor.
 
         The order is one for all models, so that an entry keeps what the models' precisions are to
         each other, and loses only which weight it is about.
+
+        Args:
+            precision: The precision.
+            seed: Of the order.
+            of: Pattern of the tensors' names.
         """
         model = precision.needs[0]
+        settings: JSON = {"permuted": seed} | ({} if of == EVERY else {"of": of})
 
         def make(folder: Path) -> None:
             tensors = {}
@@ -334,14 +342,15 @@ class World:
                 assert info is not None
                 for name in source.specs:
                     whole = read_tensor(source, name)
+                    if not re.search(of, name):
+                        tensors[name] = whole.astype(np.float32)
+                        continue
                     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
                     order = np.random.default_rng((seed, number)).permutation(whole.size)
                     tensors[name] = whole.ravel()[order].reshape(whole.shape).astype(np.float32)
             save_posterior(model.model, tensors, info, out=folder / "precision")
 
-        return Step(
-            self.work, f"permuted-{precision.name}", {"permuted": seed}, make, (model, precision)
-        )
+        return Step(self.work, f"permuted-{precision.name}", settings, make, (model, precision))
 
 
 def estimators() -> frozenset[str]:
