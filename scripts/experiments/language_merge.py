@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [column.name for column in LANGUAGE]
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the work folder")
-    parser.add_argument("--parameters", nargs="+", help="by default all: 0.3M 2.1M 8M")
+    parser.add_argument("--parameters", nargs="+", help="of what is made: 0.3M 2.1M 8M")
     parser.add_argument("--seeds", nargs="+", type=int, help="by default those of each size")
     parser.add_argument("--bases", type=Path, help="a work folder of without_data.py")
     parser.add_argument(
@@ -67,11 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     bases = given.bases.resolve() if given.bases else out / "bases"
     worlds = []
     for size in SIZES[given.size]:
-        if size.parameters in (given.parameters or [size.parameters]):
-            if given.seeds:
-                size = dataclasses.replace(size, seeds=tuple(given.seeds))
-            worlds.append(LanguageWorld(out / size.parameters, size, bases))
-            worlds[-1].work.mkdir(parents=True, exist_ok=True)
+        seeds = tuple(sorted({*size.seeds, *(given.seeds or ())}))
+        size = dataclasses.replace(size, seeds=seeds)
+        worlds.append(LanguageWorld(out / size.parameters, size, bases))
+        worlds[-1].work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -85,13 +84,20 @@ def main(arguments: list[str] | None = None) -> int:
         return text
 
     if not given.report:
-        run(worlds, given.only, given.points, failed, report)
+        wanted = given.parameters or [world.size.parameters for world in worlds]
+        turns = [
+            (world, seed)
+            for world in worlds
+            for seed in given.seeds or world.size.seeds
+            if world.size.parameters in wanted
+        ]
+        run(turns, given.only, given.points, failed, report)
     print(report())
     return int(any(failed.values()))
 
 
 def run(
-    worlds: list[LanguageWorld],
+    turns: list[tuple[LanguageWorld, int]],
     only: list[str],
     points: list[str],
     failed: dict[str, dict[str, str]],
@@ -100,16 +106,14 @@ def run(
     """Make all looks of one kind before those of the next, and one seed of all sizes before others.
 
     Args:
-        worlds: The sizes.
+        turns: The sizes with their seeds.
         only: The ways of merging.
         points: The kinds of looks.
         failed: Gets the errors.
         after: Called after each kind, size and seed.
     """
-    turns = [(i, world, seed) for world in worlds for i, seed in enumerate(world.size.seeds)]
-    turns.sort(key=lambda turn: turn[0])
     for point in points:
-        for _, world, seed in turns:
+        for world, seed in sorted(turns, key=lambda turn: turn[1]):
             errors = failed[world.size.parameters]
             print(f"{world.size.parameters}, seed {seed}, {point}", flush=True)
             columns = [c for c in LANGUAGE if c.name in only and f"{c.name}-{seed}" not in errors]

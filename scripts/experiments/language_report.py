@@ -167,10 +167,11 @@ def averages(found: Resampled) -> str:
 def _untuned(found: Resampled, name: Name) -> list[str]:
     """Seeds, the mean, each task, and the most above its specialist."""
     losses = {task: found.scores(name, task)["nll"] for task in found.world.size.tasks}
-    own = {task: found.scores(Name("specialists"), task)["nll"] for task in losses}
-    lost = max(losses[task] - own[task] for task in losses)
     numbers = [f"{loss:.4f}" for loss in losses.values()]
-    return [seeds(found, name), _nats(found, name), *numbers, f"{lost:+.4f}"]
+    above = ""
+    if (own := Name("specialists")) in found.looks:
+        above = f"{max(losses[t] - found.scores(own, t)['nll'] for t in losses):+.4f}"
+    return [seeds(found, name), _nats(found, name), *numbers, above]
 
 
 def _nats(found: Resampled, name: Name) -> str:
