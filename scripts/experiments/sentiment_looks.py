@@ -21,7 +21,6 @@ from sentiment_world import World
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.scratch import Scratch
-from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior import open_posterior
@@ -121,15 +120,11 @@ def per_observation(model: Path, precision: Path) -> Tensors:
 
 
 def measure(world: World, loaded: Loaded, part: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    """Log-probabilities of each row of the tasks, and the CPU seconds that they took."""
+    """What the world measures of each row of the tasks, and the CPU seconds that it took."""
     begun = time.process_time()
     found: dict[str, Any] = {}
     for task in tasks:
-        texts, labels = world.rows(task, part)
-        found[f"logp {task}"] = class_probabilities(
-            loaded.model, loaded.tokenizer, texts, max_length=world.size.tokens, batch_size=32
-        )
-        found[f"labels {task}"] = np.array(labels)
+        found |= world.measure(loaded, task, part)
     return found | {"seconds": time.process_time() - begun}
 
 
@@ -173,9 +168,21 @@ def load(file: Path) -> dict[str, Any]:
 
 def nll(look: Look, task: str) -> FloatArray:
     """(rows,): nats of each row."""
+    if (known := look.get(f"nats {task}")) is not None:
+        return np.asarray(known, dtype=np.float64)
     log_p, labels = look[f"logp {task}"], look[f"labels {task}"]
     result: FloatArray = -log_p[np.arange(len(labels)), labels]
     return result
+
+
+def counts(look: Look, task: str) -> FloatArray:
+    """(rows,): observations of each row: the tokens of a text, or one label."""
+    return np.asarray(look.get(f"tokens {task}", np.ones(len(nll(look, task)))), dtype=np.float64)
+
+
+def mean_nll(look: Look, task: str) -> float:
+    """Nats an observation."""
+    return float(nll(look, task).sum() / counts(look, task).sum())
 
 
 class Place(NamedTuple):
@@ -230,8 +237,8 @@ class Place(NamedTuple):
 
 
 def _mean(look: Look) -> float:
-    tasks = [name.removeprefix("logp ") for name in look if name.startswith("logp ")]
-    return float(np.mean([nll(look, task).mean() for task in tasks]))
+    tasks = [n.partition(" ")[2] for n in look if n.startswith(("logp ", "nats "))]
+    return float(np.mean([mean_nll(look, task) for task in tasks]))
 
 
 class Looker:
