@@ -21,9 +21,9 @@ from mergekit_bayes.stream.matrices import Precision
 # float32 leaves there does not count.
 RIDGE = 1e-5
 # To each factor of a product, of every model, as a share of its norm: the least eigenvalues of two
-# factors multiply, and few rows tell of them. Chosen on validation rows (docs/experiments.md,
-# 2026-11-29): less moves merges far along them, more is nearer to one constant.
-FACTOR_RIDGE = 1e-3
+# factors multiply, and few rows tell of them. Chosen on validation rows (docs/merging.md,
+# 2026-11-29): with a tenth of it a merge's head moves far, and more is nearer to one constant.
+FACTOR_RIDGE = 3e-3
 
 
 def posteriors(
