@@ -168,6 +168,22 @@ class _Tokens(NamedTuple):
     chosen: Tensor | None
 
 
+class _Last(NamedTuple):
+    """What the last layer saw.
+
+    Attributes:
+        inputs: The tensor itself.
+        version: How often it had been changed in place.
+        products: What its rows add to sums.
+        rows: How many these are.
+    """
+
+    inputs: Tensor
+    version: int
+    products: Tensor
+    rows: int
+
+
 class Inputs:
     """Adds the products of the inputs to the sums, while a model runs on batches.
 
@@ -189,7 +205,7 @@ class Inputs:
                 self.names.setdefault(module, {})[attribute] = layer.name
         self._tokens: _Tokens | None = None  # outside of a forward pass
         self._of_head: Tensor | None = None
-        self._last: tuple[Tensor, Tensor, int] | None = None
+        self._last: _Last | None = None
 
     @property
     def is_running(self) -> bool:
@@ -222,7 +238,7 @@ class Inputs:
     def _see(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if self._tokens is None:  # activations that are computed again in a backward pass
             return
-        inputs = arguments[0].detach()
+        inputs = arguments[0]
         if is_experts(module):
             self._see_experts(module, inputs, arguments[1])
         elif module is self._seen.head:
@@ -232,12 +248,15 @@ class Inputs:
 
     def _add_inputs(self, name: str, inputs: Tensor) -> None:
         """Add the rows of a layer; the product of what the layer before had too is at hand."""
-        if self._last is None or self._last[0] is not inputs:
+        last = self._last
+        # A layer may add its outputs to its own inputs, in place.
+        if last is None or last.inputs is not inputs or last.version != inputs._version:
             rows = inputs.reshape(-1, inputs.shape[-1])
             chosen = self._chosen(name, inputs)
             rows = rows if chosen is None else rows.index_select(0, chosen.to(rows.device))
-            self._last = inputs, self._sums.products(name, rows), len(rows)
-        self._add_products(name, *self._last[1:])
+            products = self._sums.products(name, rows)
+            last = self._last = _Last(inputs, inputs._version, products, len(rows))
+        self._add_products(name, last.products, last.rows)
 
     def _add_products(self, name: str, products: Tensor, rows: int) -> None:
         self._sums.add_products(name, products)
