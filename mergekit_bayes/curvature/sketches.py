@@ -45,16 +45,17 @@ def diagonal_and_factor(sketches: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add(sketch: Tensor, rows: Tensor, squares: Tensor) -> None:
     sketch[0] += squares
-    sketch[1:] = _largest(torch.cat([sketch[1:], rows]), len(sketch) - 1)
+    found = _largest(torch.cat([sketch[1:], rows]), len(sketch) - 1)
+    sketch[1 : 1 + len(found)] = found
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:
-    """The k largest of the singular values of rows times their right singular vectors, (k, n).
+    """The k largest singular values of rows times their right singular vectors, (k, n) or fewer.
 
     They are found in the smaller one of both Gram matrices.
     """
     if len(rows) <= k:
-        return torch.nn.functional.pad(rows, (0, 0, 0, k - len(rows)))
+        return rows
     if len(rows) <= rows.shape[1]:
         vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -k:]
         largest: Tensor = vectors.T @ rows

@@ -98,7 +98,7 @@ def stored_matrices(
         is_left = place.axis == -2
         if place.parameter in curvature.sketches:
             diagonal, factor = diagonal_and_factor(total)
-            diagonal, factor = diagonal.mul_(scale).add_(config.prior), factor.mul_(scale**0.5)
+            diagonal, factor = diagonal * scale + config.prior, factor * scale**0.5
             stored[name] = LowRank(diagonal.cpu().numpy(), factor.cpu().numpy(), is_left)
         else:
             total.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(config.prior)
