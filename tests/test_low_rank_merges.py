@@ -201,14 +201,13 @@ def test_a_tensor_that_is_left_alone_keeps_its_factor(world):
         np.testing.assert_array_equal(after[name][1], before[name][1])
 
 
-@pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("removes", [False, True])
+@pytest.mark.parametrize(("tasks", "removes"), [(1, False), (3, False), (1, True)])
 def test_what_a_layer_takes_is_what_the_plan_says(world, tasks, removes):
-    shapes, n = {"h.0.attn.weight": (40, 400), "h.0.ln.bias": (2,)}, 400
+    n, outputs, rank = (120, 40, 16) if removes else (600, 40, 16)
+    shapes = {RIGHT: (outputs, n), "h.0.ln.bias": (2,)}
     for i in range(1 + tasks):
-        rng = np.random.default_rng(i)
-        found = LowRank(np.ones(n, np.float32), rng.normal(size=(16, n)).astype(np.float32))
-        precision = {RIGHT: found, "h.0.ln.bias": np.ones(2)}
+        factor = np.random.default_rng(i).normal(size=(rank, n)).astype(np.float32)
+        precision = {RIGHT: LowRank(np.ones(n, np.float32), factor), "h.0.ln.bias": np.ones(2)}
         tiny.posterior(f"m{i}.safetensors", tiny.arrays(i, shapes), precision, estimator="inputs")
     settings = {"weights": "precision", "base": "m0.safetensors", "out": "out.safetensors"}
     settings["scale"] = (-1.0 if removes else 1.0,)
@@ -222,7 +221,7 @@ def test_what_a_layer_takes_is_what_the_plan_says(world, tasks, removes):
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
     assert 0.5 * said < peak < 1.1 * said
-    assert removes or peak < 0.5 * 8 * (1 + tasks) * n * n / 1e6 + 8 * 40 * 400 * 14 / 1e6
+    assert removes or peak < 8 * (1 + tasks) * n * n / 1e6  # less than the matrices alone
 
 
 BAD = {
