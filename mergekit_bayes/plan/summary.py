@@ -84,7 +84,7 @@ def _low_rank_nbytes(step: Step) -> int:
     assert step.precision_shape is not None
     *_, rows, n = step.precision_shape[: len(step.spec.shape)]
     models, weights = len(step.operands), step.spec.size
-    return 8 * (models * weights + 6 * weights + 5 * rows * (n + rows) + 2 * models * n)
+    return 8 * ((models + 7) * weights + 5 * rows * (n + rows) + 2 * models * n)
 
 
 def shares(scales: Sequence[float]) -> str:
