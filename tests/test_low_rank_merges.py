@@ -120,8 +120,12 @@ def check_same(one, other, rtol=2e-6, ranks=(), atol=4e-6):
 @pytest.mark.parametrize("anchor", ["h0", "none"])
 def test_a_merge_is_that_of_the_matrices_in_full(world, anchor, prior):
     make(prior=prior)
-    for folder in ("low", "full"):
-        merge(folder, "a", "b", scale=(1.0, 0.5), anchor=anchor)
+    low, full = (
+        merge(folder, "a", "b", scale=(1.0, 0.5), anchor=anchor) for folder in ("low", "full")
+    )
+    for one, other in zip(low.predicted[1:], full.predicted[1:], strict=True):
+        assert one.distance == pytest.approx(other.distance, rel=1e-5)
+    assert low.predicted[1].distance > 0
     check_same("low/out", "full/out", ranks=[3 * RANK])
 
 
