@@ -89,6 +89,17 @@ def test_names_of_transformers_and_peft_are_answered_with_ours(theirs, ours):
         configs.parse_config(FinetuneConfig, yaml.safe_load(theirs), "c.yaml")
 
 
+def test_a_file_of_something_else_is_told_in_few_lines(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({f"hidden_{i}": i for i in range(40)}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(MergeConfig, file)
+    *first, last = str(caught.value).splitlines()
+    assert len(first) == 10
+    assert sum("unknown key" in line for line in first) >= 9  # and what is required
+    assert "more such lines. Is it the right file?" in last
+
+
 def test_all_errors_are_told_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, "size: many\nwhat: 1\n")

@@ -12,6 +12,7 @@ from mergekit_bayes.adapt import AdaptConfig
 from mergekit_bayes.configs import load_config
 from mergekit_bayes.detox import DetoxConfig
 from mergekit_bayes.finetune import FinetuneConfig
+from mergekit_bayes.methods import METHODS
 from scripts.changelog import changelog
 from scripts.floors import list_errors, parse_floors
 
@@ -35,6 +36,12 @@ def test_every_settings_file_loads(path):
 def test_every_command_is_in_the_readme():
     for name in commands():
         assert f"bmerge {name}" in README, name
+
+
+def test_every_method_is_in_the_readme():
+    of_weights = {"average", "task_arithmetic", "precision_average", "gradient_matching"}
+    for name in set(METHODS) - of_weights:
+        assert f"`{name}`" in README, name
 
 
 def test_every_flag_that_the_documents_name_exists():

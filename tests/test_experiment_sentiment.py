@@ -21,7 +21,8 @@ def experiment():
     """The script and the modules that it is made of."""
     sys.path.insert(0, str(SCRIPTS))
     try:
-        names = ("world", "columns", "looks", "resampled", "predicted", "report")
+        names = ("world", "columns", "looks", "corrected", "resampled", "predicted", "errors")
+        names += ("report",)
         modules = {n: importlib.import_module(f"sentiment_{n}") for n in names}
         yield SimpleNamespace(script=importlib.import_module("sentiment_merge"), **modules)
     finally:
@@ -133,7 +134,7 @@ def test_differences_and_shares_are_those_of_the_losses(experiment, world):
         column_looks(experiment, world, "gm_constant", seed, lambda s: 0.38)
         add = 0.01 * seed
         column_looks(experiment, world, "gm", seed, lambda s, add=add: 0.35 + add, matched=0.7)
-    name = experiment.resampled.Name
+    name = experiment.looks.Name
     found = experiment.resampled.Resampled(world)
     one = found.difference(name("gm"), name("task_arithmetic", "tuned"))
     assert one.value == pytest.approx(-0.04)
@@ -149,7 +150,7 @@ def test_rows_are_resampled_in_pairs(experiment, world):
     for seed in world.size.seeds:
         column_looks(experiment, world, "gm", seed, lambda s: lambda i: 0.2 + 0.01 * i)
         column_looks(experiment, world, "gm_row", seed, lambda s: lambda i: 0.1 + 0.01 * i)
-    name = experiment.resampled.Name
+    name = experiment.looks.Name
     found = experiment.resampled.Resampled(world)
     gap = found.difference(name("gm"), name("gm_row"))
     assert gap.value == pytest.approx(0.1)
@@ -181,7 +182,10 @@ def test_all_of_it_at_its_smallest(experiment, tmp_path, capsys):
     assert experiment.script.main(arguments) == 0
     content = json.loads((tmp_path / "report.json").read_text())
     assert not content["failed"]
-    assert {name.split()[0] for name in content["scores"]} >= {*chosen, "base", "joint"}
+    made = {name.split()[0] for name in content["scores"]}
+    assert made >= {*chosen, "base", "joint", "base_50", "gm_50", "gm_50_prior"}
+    assert "tsv_m_50" not in made
+    assert "| sst2 | 5 |" in (tmp_path / "report.md").read_text()  # what merges miss
     # The distance is one, which gradient matching reaches at a larger scale.
     matched = [name for name in content["scales"] if name.endswith("matched")]
     assert "gm matched" in matched

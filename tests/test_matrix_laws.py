@@ -21,7 +21,7 @@ WITH_BASE = [n for n in ALL if METHODS[n].needs_base]
 # Which laws bind whom.
 IDENTITY = ["gradient_matching", "precision_average", "regmean", "tsv_m"]
 ROTATED = ["gradient_matching", "iso_c", "precision_average", "tsv_m"]  # inputs and outputs alike
-SPECTRAL = ["ace", "iso_c", "tsv_m"]  # of task vectors, without data
+SPECTRAL = [n for n in ALL if not METHODS[n].needs_precision]  # of task vectors, without data
 
 
 def covariance(rng, size=INPUTS):

@@ -1,8 +1,10 @@
 """Merges by precision matrices: equal to a float64 twin row by row, chained, undone, refused."""
 
+import importlib
 import re
 import tracemalloc
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
 from mergekit_bayes.merge.layer_posteriors import RIDGE
 from mergekit_bayes.merge.matrices import merge_matrices, read_layer
+from mergekit_bayes.merge.run import plan_hash
 from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods.base import Parameter
 from mergekit_bayes.methods.gradient_matching import Removal
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import Matrices
@@ -76,10 +80,14 @@ def mean_of(i):
     return tiny.arrays(i, SHAPES, spread=0.1)
 
 
-def merge(*models, out="out", **settings):
+def config(*models, out="out", **settings):
     settings = {"weights": "precision", "counts": "recorded", "base": "base.safetensors"} | settings
     files = [f"{m}.safetensors" for m in models]
-    return run_merge(MergeConfig(models=files, out=f"{out}.safetensors", **settings))
+    return MergeConfig(models=files, out=f"{out}.safetensors", **settings)
+
+
+def merge(*models, **settings):
+    return run_merge(config(*models, **settings))
 
 
 def turned(name, weights):
@@ -376,6 +384,7 @@ def test_what_has_no_meaning_for_matrices_is_refused(world, kind):
 BROKEN = {
     "another shape": lambda base, tasks, scales, facts: Gaussian(base.mean[:1], base.precision),
     "no Gaussian": lambda base, tasks, scales, facts: 3.0,
+    "a name that is not there": lambda base, tasks, scales, facts: {}["rank"],
     "an error of its own": lambda base, tasks, scales, facts: base.mean @ tasks[5].mean,
 }
 
@@ -387,6 +396,46 @@ def test_a_rule_that_breaks_its_contract_is_refused_with_it(world, monkeypatch, 
     with pytest.raises(TypeError, match=r"method 'own' .*The rule: .*base\.py"):
         merge("a", "b", method="own")
     assert not Path("out.safetensors").exists()
+
+
+class Rank(NamedTuple):
+    """Facts of a rule that cuts its task vectors off."""
+
+    rank: int
+
+
+def test_a_rule_of_ones_own_with_a_whole_number_merges_layers(world, monkeypatch):
+    def matrix(base, tasks, scales, facts):
+        left, values, right = np.linalg.svd(tasks[0].mean - base.mean, full_matrices=False)
+        cut = (left[:, : facts.rank] * values[: facts.rank]) @ right[: facts.rank]
+        return Gaussian(base.mean + scales[0] * cut, base.precision)
+
+    method = METHODS["tsv_m"]._replace(
+        name="own",
+        matrix=matrix,
+        parameters=(Parameter("rank", 8, "of a task vector", 1),),
+        facts=lambda inputs: Rank(inputs.settings["rank"]),
+    )
+    monkeypatch.setitem(METHODS, "own", method)
+    merge("a", method="own", weights="uniform", counts="equal", param={"rank": 2.0})
+    moved = tiny.read("out.safetensors")[RIGHT] - tiny.read("base.safetensors")[RIGHT]
+    assert np.linalg.matrix_rank(moved, tol=1e-5) == 2
+
+
+def test_a_merge_does_not_go_on_by_a_rule_that_was_changed(world, monkeypatch):
+    file = Path("own_rule.py")
+    file.write_text("def combine(base, tasks, scales, facts):\n    return tasks[0]\n")
+    monkeypatch.syspath_prepend(Path.cwd())
+    own = importlib.import_module("own_rule")
+    monkeypatch.setitem(
+        METHODS, "own", METHODS["task_arithmetic"]._replace(name="own", combine=own.combine)
+    )
+    hashes = []
+    for text in (file.read_text(), file.read_text().replace("[0]", "[-1]")):
+        file.write_text(text)
+        with plan_merge(config("a", method="own", weights="uniform", counts="equal")) as plan:
+            hashes.append(plan_hash(plan))
+    assert hashes[0] != hashes[1]
 
 
 def test_matrices_do_not_mix_with_numbers(world):

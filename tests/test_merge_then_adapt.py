@@ -64,6 +64,7 @@ def test_what_is_not_merged_at_once_is_not_adapted(world, kind):
 BEFORE = {
     "no precision for its prior": ("prior: stored\nadd: a.jsonl\n", "this merge writes none"),
     "rows that are not there": ("add: [a.jsonl, nope.jsonl]\n", "'nope.jsonl': no such file"),
+    "another model": ("model: a\nadd: a.jsonl\n", "--then adapts the merge, 'both'"),
     "an output that exists": ("add: a.jsonl\noutput: a\n", "'a'"),
 }
 

@@ -76,6 +76,7 @@ REFUSED = {
     "one checkpoint twice": (["checkpoint-100", "checkpoint-100"], {}, "are of one step"),
     "a base": (["checkpoint-100"], {"base": "checkpoint-200"}, "no use for --base"),
     "scales": (["checkpoint-100", "checkpoint-200"], {"scale": (1.0, 2.0)}, "no use for --scale"),
+    "sums": (["a-1", "a-2"], {"method": "ties"}, "--method ties adds their changes to a base"),
     "a decay alone": (["a", "b"], {"trajectory": False, "decay": 0.5}, "add --trajectory"),
 }
 

@@ -179,8 +179,12 @@ def _merge_and_adapt(
             "--then adapts the merge of whole models in a folder: name one with -o, and the base "
             "before each adapter (BASE+ADAPTER)."
         )
-    words = [f"model={out}"]
-    if "output" not in read_yaml(then):
+    words, settings_of_then = [f"model={out}"], read_yaml(then)
+    if (named := settings_of_then.get("model", out)) != out:
+        raise ConfigError(
+            f"{then}: model: --then adapts the merge, '{out}', and this is '{named}'. Leave it out."
+        )
+    if "output" not in settings_of_then:
         words.append(f"output={out.rstrip(os.sep)}-adapted")
     line = Line("adapt", then, words, {}, None, as_json, quiet)
     with plan_merge(config) as plan:

@@ -22,6 +22,7 @@ _FOREIGN_NAMES = {  # of transformers and peft, in ours
     "lora_r": "r",
     "rank": "r",
 }
+_MOST = 10  # lines of one message
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -39,7 +40,7 @@ def config_error(
     label: str,
     name_of: Callable[[str], str] = str,
 ) -> ConfigError:
-    """All that pydantic found wrong, a line for each setting.
+    """What pydantic found wrong, a line for each setting, the first ones of many.
 
     Args:
         config: The config class.
@@ -64,6 +65,8 @@ def config_error(
         text = _explain(config, path, outermost)
         where = ".".join([name_of(path[0]), *path[1:]]) if path else ""
         lines.append(f"{label}: {where}: {text}" if where else f"{label}: {text}")
+    if len(lines) > _MOST:
+        lines[_MOST:] = [f"{label}: {len(lines) - _MOST} more such lines. Is it the right file?"]
     return ConfigError("\n".join(lines))
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_precision
+from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.gaussian import Gaussian, Number
 from mergekit_bayes.kernels.base import (
     LANES,
@@ -102,10 +103,12 @@ def names_the_rule(method: Method) -> Iterator[None]:
     """Raise what a method's own function raises on arrays as an error that names the contract."""
     try:
         yield
-    except np.linalg.LinAlgError:  # a ValueError, but the numbers' fault and not the method's
+    except (ArithmeticError, BmergeError, np.linalg.LinAlgError):  # the numbers' fault
         raise
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise TypeError(f"method '{method.name}' cannot run on arrays ({error}). {RULE}") from error
+    except Exception as error:
+        raise TypeError(
+            f"method '{method.name}' cannot run on arrays ({type(error).__name__}: {error}). {RULE}"
+        ) from error
 
 
 def _lanes(values: Array) -> Array:

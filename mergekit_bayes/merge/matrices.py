@@ -249,8 +249,8 @@ def _written(
         data = encode(values, dtype)
     if not np.isfinite(values).all() or overflowed(data, dtype):
         raise CheckpointError(
-            f"'{step.name}': the merge is not finite, or does not fit {dtype}. Are its precisions "
-            "on the same scale? A wider --dtype holds larger numbers."
+            f"'{step.name}': the merge by --method {plan.method.name} is not finite, or does not "
+            f"fit {dtype}. A wider --dtype holds more, and precisions must be on one scale."
         )
     tally.entries += values.size
     if plan.base is not None:

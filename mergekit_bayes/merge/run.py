@@ -186,10 +186,11 @@ def join(
 
 
 def plan_hash(plan: MergePlan) -> str:
-    """SHA-256 of all that decides the output's bytes: settings, content of the inputs, version."""
+    """SHA-256 of all that decides the output's bytes: settings, content of the inputs, the rule."""
     models = [model.posterior for model in plan.inputs]
     content = {
         "version": __version__,
+        "rule": plan.method.code,
         "config": plan.config.model_dump(mode="json", exclude=_NO_MATTER),
         "settings": plan.settings,
         "models": [[m.identity, m.precision_identity if m.has_precision else None] for m in models],

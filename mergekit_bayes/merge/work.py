@@ -145,6 +145,7 @@ class Worker:
         counts = Tally(len(step.operands))
         layer = self._read_layer(self._plan, step)
         numbers = numbers_of(self._plan, step, measured.facts, np.float64)
+        numbers = numbers._replace(facts=measured.facts)  # whole numbers stay whole
         merged = merge_matrices(self._plan, step, layer, numbers, counts)
         tally.add_replaced(measured.bad)
         tally.add(counts)

@@ -10,7 +10,7 @@ same function runs on floats, on numpy arrays and compiled by numba, with the sa
    `0.5` or a `len(tasks)` would widen float32 to float64.
 4. Tasks, scales and draws are tuples, taken by index: `for t in range(len(tasks))`.
 5. What it must know beforehand comes as `facts`, a NamedTuple of its own that holds numbers and
-   tuples of numbers.
+   tuples of numbers; `combine` is given all as floats of the entries' dtype, `matrix` as they are.
 
 A rule may state itself a second time for the weights of linear layers, which are then merged as
 whole matrices, in `matrix(base, tasks, scales, facts)`: means are float64 arrays of shape (outputs,
@@ -26,7 +26,10 @@ A rule that cannot be compiled still merges: in numpy, more slowly, with a warni
 run on arrays either is refused with the same `RULE`.
 """
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
@@ -90,7 +93,7 @@ class FactInputs(NamedTuple):
     """What a method makes its facts of.
 
     Attributes:
-        settings: The method's settings, checked.
+        settings: The method's settings, checked: ints, floats and words, as their defaults are.
         guard: Bound on the amplification of a removal, in (0, 1].
         counts: Observations that each task's precision stands for; 1 where unknown.
         totals: What the method's reduction added up; empty without one.
@@ -149,6 +152,12 @@ class Method(NamedTuple):
     ignores: tuple[str, ...] = ()
     matrix: Callable[..., Gaussian] | None = None
     needs_matrices: bool = False
+
+    @property
+    def code(self) -> str:
+        """Hash of the file that states the rule, so that no merge goes on by another one."""
+        file = getattr(sys.modules.get(self.combine.__module__), "__file__", None)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
     @property
     def writes_posterior(self) -> bool:

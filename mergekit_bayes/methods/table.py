@@ -87,4 +87,4 @@ def _checked(parameter: Parameter, value: float | str) -> float | str:
         bounds += f" to {parameter.high:.16g}" if math.isfinite(parameter.high) else ""
         expected = f"a {'whole ' if integer else ''}number{bounds}"
         raise ConfigError(f"--param {parameter.name}={value}: expected {expected}.")
-    return number
+    return int(number) if integer else number

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan.settings import MergeConfig
 
 _SHOWN = 8  # shares that a note names
@@ -37,6 +38,11 @@ def along_trajectory(config: MergeConfig, notes: list[str]) -> MergeConfig:
                 f"--trajectory averages the checkpoints of one run and has no use for --{setting}. "
                 "Drop one of the two."
             )
+    if config.method in METHODS and METHODS[config.method].needs_base:
+        raise ConfigError(
+            f"--trajectory averages the checkpoints of one run, and --method {config.method} adds "
+            "their changes to a base. Drop one of the two."
+        )
     steps = {model: _step(model) for model in config.models}
     models = sorted(steps, key=lambda model: steps[model])
     distances = [steps[b] - steps[a] for a, b in pairwise(models)]

@@ -140,6 +140,7 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
             color=colour,
             alpha=0.35,
             markersize=4,
+            label="pale: other scales differ, too" if others and name == sets[0] else None,
         )
         panel.plot(
             [p.scales[task] for p in alone],
@@ -152,8 +153,12 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
         )
         shown += [p.loss[name] for p in points]
     best, recipe = report.best.scales[task], own.scales[task]
-    panel.axvline(best, color=_BEST, linewidth=1, linestyle="--", label="recommended scale")
-    panel.axvline(recipe, color="0.5", linewidth=1, linestyle=":", label="the recipe's scale")
+    panel.axvline(
+        best, color=_BEST, linewidth=1, linestyle="--", zorder=1, label="recommended scale"
+    )
+    panel.axvline(
+        recipe, color="0.5", linewidth=1, linestyle=":", zorder=1, label="the recipe's scale"
+    )
     panel.set_ylim(*_window(shown))
     panel.set_xlabel(f"scale of {_short(names_of(report)[task])}", fontsize=8)
     panel.set_ylabel(report.unit_of_losses, fontsize=8)

@@ -35,6 +35,19 @@ FARTHEST = 64.0  # the largest scale at which a distance is looked for
 STEPS = 40  # towards it, at most
 
 Tensors = dict[str, torch.Tensor]
+Look = Mapping[str, Any]
+
+
+class Name(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        column: Its name, or that of a reference or a correction.
+        point: `untuned`, `tuned` or `matched`; of a reference or a correction, `untuned`.
+    """
+
+    column: str
+    point: str = "untuned"
 
 
 class Target(NamedTuple):
@@ -158,7 +171,7 @@ def load(file: Path) -> dict[str, Any]:
         return {name: content[name] for name in content.files}
 
 
-def nll(look: Mapping[str, Any], task: str) -> FloatArray:
+def nll(look: Look, task: str) -> FloatArray:
     """(rows,): nats of each row."""
     log_p, labels = look[f"logp {task}"], look[f"labels {task}"]
     result: FloatArray = -log_p[np.arange(len(labels)), labels]
@@ -193,6 +206,11 @@ class Place(NamedTuple):
         return self.folder / f"test-{scale:.6g}.npz"
 
     @property
+    def errors(self) -> Path:
+        """What the untuned merge misses of each task's gradient."""
+        return self.folder / "errors.npz"
+
+    @property
     def matched(self) -> Path:
         """The scale at a distance: `[distance, scale]`, scale 0 where there is none."""
         return self.folder / "matched.json"
@@ -211,7 +229,7 @@ class Place(NamedTuple):
         return min(means, key=means.__getitem__)
 
 
-def _mean(look: Mapping[str, Any]) -> float:
+def _mean(look: Look) -> float:
     tasks = [name.removeprefix("logp ") for name in look if name.startswith("logp ")]
     return float(np.mean([nll(look, task).mean() for task in tasks]))
 
@@ -252,6 +270,13 @@ class Looker:
             assert tuned is not None
             self._test(tuned)
         return float(load(place.test(tuned))["distance"])
+
+    def miss(self, errors: Callable[[Loaded], Mapping[str, Any]]) -> None:
+        """Keep what the untuned merge misses."""
+        with self._stack:
+            if not self._place.errors.exists():
+                self._form(UNTUNED)
+                save(self._place.errors, errors(self._loaded))
 
     def match(self, distance: float) -> None:
         """Look at the merge at a distance from the base, where there is one."""

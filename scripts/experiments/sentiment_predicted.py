@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from sentiment_looks import nll
-from sentiment_resampled import Name, Resampled
+from sentiment_looks import Name, nll
+from sentiment_resampled import Resampled
 
 from mergekit_bayes.correlation import rank_correlation
 from mergekit_bayes.records import FloatArray

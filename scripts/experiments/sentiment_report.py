@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from posterior_quality import processor
 from sentiment_columns import BASELINE, COLUMNS, Column
+from sentiment_corrected import CORRECTIONS, EACH
+from sentiment_errors import error_table
+from sentiment_looks import Name
 from sentiment_predicted import prediction_table
-from sentiment_resampled import POINTS, REFERENCES, SCORES, Name, Resampled
+from sentiment_resampled import POINTS, REFERENCES, SCORES, Resampled
 from sentiment_world import World
 
 from mergekit_bayes.metrics.base import Interval
@@ -40,9 +43,14 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
         "\n## NLL against controls and task arithmetic\n",
         differences(found),
     ]
+    text += ["\n## After a correction: accuracy / NLL / ECE / Brier\n", corrections(found)]
     for point in POINTS[:2]:
         text += [f"\n## By task, {point}: accuracy / NLL / ECE / Brier\n", by_task(found, point)]
     text += ["\n## The predicted increase against the real one\n", prediction_table(found)]
+    text += [
+        "\n## What merges miss: rank correlation with the task's loss, over untuned merges\n",
+        error_table(found),
+    ]
     text += ["\n## Goals\n", *goals(found)]
     if lacking or failed:
         text += ["\n## What is missing\n"]
@@ -98,6 +106,31 @@ def differences(found: Resampled) -> str:
             _signed(found.difference(matched, TUNED)) if matched.column != BASELINE else "",
         ]
         lines.append(row([column.label, *cells]))
+    return "\n".join(lines)
+
+
+def corrections(found: Resampled) -> str:
+    """Every correction, against the merge that it started from and against joint training."""
+    lines = [
+        f"{found.world.size.correction_steps} steps on {EACH} rows of each task. The share is of "
+        "the gap between tuned task arithmetic and joint training.\n",
+        *table_head(
+            "start|seeds|corrected|least of specialist|distance|corrected - start|"
+            "share of the gap|corrected - joint|CPU s"
+        ),
+    ]
+    for correction in CORRECTIONS:
+        name = Name(correction.name)
+        if name in found.looks:
+            looks, start = found.looks[name], Name(correction.column or "base")
+            away = np.mean([float(look["distance"]) for look in looks.values()])
+            cost = np.mean([correction.step(found.world, seed).seconds for seed in looks])
+            cells = [correction.label, _seeds(found, name), _scores(found, name)]
+            cells += [f"{found.least_kept(name):.3f}", f"{away:.3g}"]
+            cells += [_signed(found.difference(name, start))]
+            cells += [_percent(found.share(name, TUNED, JOINT))]
+            cells += [_signed(found.difference(name, JOINT)), f"{cost:.0f}"]
+            lines.append(row(cells))
     return "\n".join(lines)
 
 

@@ -4,13 +4,14 @@ Every resample draws seeds with replacement, and the rows of each task, the same
 that differences are paired. A model of one seed alone is resampled over rows only.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from sentiment_columns import COLUMNS, UNTUNED, Column
-from sentiment_looks import Place, load, look_file, nll
+from sentiment_corrected import corrected
+from sentiment_looks import Look, Name, Place, load, look_file, nll
 from sentiment_world import World
 
 from mergekit_bayes.metrics.base import Interval, interval
@@ -20,20 +21,6 @@ from mergekit_bayes.records import FloatArray
 POINTS = ("untuned", "tuned", "matched")
 REFERENCES = ("base", "specialists", "joint")
 SCORES = ("accuracy", "nll", "ece", "brier")
-
-Look = Mapping[str, Any]
-
-
-class Name(NamedTuple):
-    """What was measured.
-
-    Attributes:
-        column: A column's name, or one of `REFERENCES`.
-        point: One of `POINTS`; of a reference, `untuned`.
-    """
-
-    column: str
-    point: str = "untuned"
 
 
 class Resampled:
@@ -51,6 +38,8 @@ class Resampled:
         self.looks: dict[Name, dict[int, Look]] = {}
         self.scales: dict[Name, dict[int, float]] = {}
         for name, seed, look in _references(world):
+            self.looks.setdefault(name, {})[seed] = look
+        for name, seed, look in corrected(world):
             self.looks.setdefault(name, {})[seed] = look
         for name, seed, scale, look in _points(world):
             self.looks.setdefault(name, {})[seed] = look

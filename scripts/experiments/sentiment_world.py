@@ -49,11 +49,13 @@ class Size:
         tokens: Of a row at most.
         base_steps: Of the base.
         task_steps: Of each task; joint training has as many for each.
+        correction_steps: Of a correction after a merge.
         train_rows: Of each text at most, the same for specialists and joint training.
         examples: Rows that a precision looks at.
         valid_rows: Of each task, for looks.
         test_rows: Of each task at most.
         ivon_seeds: Seeds whose tasks are trained by IVON, too.
+        error_seeds: Seeds in which the gradients at untuned merges are measured.
         resamples: Of the bootstrap.
     """
 
@@ -62,11 +64,13 @@ class Size:
     tokens: int = 128
     base_steps: int = 150
     task_steps: int = 120
+    correction_steps: int = 50
     train_rows: int = 1920
     examples: int = 400
     valid_rows: int = 200
     test_rows: int = 400
     ivon_seeds: tuple[int, ...] = (0,)
+    error_seeds: tuple[int, ...] = (0,)
     resamples: int = 1000
 
 
@@ -78,6 +82,7 @@ SIZES = {
         tokens=64,
         base_steps=12,
         task_steps=10,
+        correction_steps=10,
         train_rows=160,
         examples=24,
         valid_rows=40,
@@ -176,7 +181,7 @@ class World:
             for one in size.tasks if name == JOINT else (name,):
                 own = read_text(one, "train", size.train_rows)
                 rows += [own[i % len(own)] for i in range(count)] if name == JOINT else own
-            _write(folder / ROWS, rows)
+            write_rows(folder / ROWS, rows)
 
         return Step(self.work, f"text-{name}", settings, make)
 
@@ -189,14 +194,14 @@ class World:
         def make(folder: Path) -> None:
             for name in size.tasks:
                 for part, rows in most.items():
-                    _write(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
+                    write_rows(folder / f"{name}-{part}.jsonl", read_text(name, part, rows))
 
         return Step(self.work, "held-out", {"tasks": size.tasks, **most}, make)
 
     def rows(self, name: str, part: str) -> tuple[list[str], list[int]]:
         """Texts and labels of a task for `valid` or `test`."""
         file = self.held_out.done().folder / f"{name}-{part}.jsonl"
-        rows = [json.loads(line) for line in file.open()]
+        rows = read_rows(file)
         return [row["text"] for row in rows], [row["label"] for row in rows]
 
     def start(self, seed: int) -> Step:
@@ -327,5 +332,11 @@ def encoder() -> Path:
     return min(configs, key=lambda path: len(path.parts)).parent
 
 
-def _write(file: Path, rows: list[Mapping[str, Any]]) -> None:
+def read_rows(file: Path) -> list[JSON]:
+    """Rows of JSON lines."""
+    return [json.loads(line) for line in file.open()]
+
+
+def write_rows(file: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

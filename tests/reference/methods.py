@@ -67,7 +67,7 @@ def gradient_matching(base, tasks, scales, base_precision, precisions, guard):
 
 def fisher_negation(base, tasks, scales, base_precision, precisions):
     """Each task vector times F_forget / (F_forget + F_retain); the base's precision is F_retain."""
-    result = {n: np.float64(base[n]) for n in base}
+    result = {n: np.array(base[n], np.float64) for n in base}
     for scale, vector, precision in zip(scales, deltas(base, tasks), precisions, strict=True):
         for n in base:
             retain = np.float64(base_precision[n])
