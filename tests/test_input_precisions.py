@@ -256,7 +256,8 @@ def test_adapters_are_refused(world, tmp_path):
         estimate(world, str(tmp_path / "adapter"))
 
 
-def test_numbers_that_overflow_are_refused(tmp_path, world):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_numbers_that_overflow_are_refused(tmp_path, world, rank):
     tiny_bert(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     weights = tiny.read(file)
@@ -265,7 +266,7 @@ def test_numbers_that_overflow_are_refused(tmp_path, world):
     weights["bert.encoder.layer.1.output.LayerNorm.weight"][:] = 1e22
     tiny.write(file, weights)
     with pytest.raises(PrecisionError, match=r"bert.pooler.dense.weight.*not finite"):
-        estimate(world, str(tmp_path / "m"))
+        estimate(world, str(tmp_path / "m"), rank=rank)
     assert not (tmp_path / "m" / "posterior").exists()
 
 

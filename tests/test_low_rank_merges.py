@@ -19,6 +19,7 @@ from mergekit_bayes.methods.gradient_matching import Removal
 from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.posterior.factors import LowRank, Matrices
 from mergekit_bayes.posterior.pooling import write_pooled
+from mergekit_bayes.preview.held import Held
 from mergekit_bayes.stream.numbers import numbers_of
 from tests import tiny
 
@@ -226,6 +227,24 @@ def test_what_a_layer_takes_is_what_the_plan_says(world, tasks, removes):
         tracemalloc.stop()
     assert 0.5 * said < peak < 1.1 * said
     assert removes or peak < 8 * (1 + tasks) * n * n / 1e6  # less than the matrices alone
+
+
+def test_what_a_preview_keeps_at_one_sign_is_merged_in_full_at_the_other(world):
+    """A plan of another sign takes what was read for the first one."""
+    models, held = ["low/a.safetensors", "low/b.safetensors"], Held()
+    settings = {"weights": "precision", "base": "low/base.safetensors", "out": "out.safetensors"}
+    for scale in (1.0, -1.0):
+        with plan_merge(MergeConfig(models=models, scale=(1.0, scale), **settings)) as plan:
+            step = next(step for step in plan.steps if step.name == RIGHT)
+            numbers = numbers_of(plan, step, Removal(0.2), np.float64)
+            found = [
+                merge_matrices(plan, step, layer, numbers, Tally(3))
+                for layer in (held.layer(plan, step), read_layer(plan, step))
+            ]
+        assert bytes(found[0].mean) == bytes(found[1].mean)
+        np.testing.assert_array_equal(found[0].precision, found[1].precision)
+        assert len(found[0].precision) == (N * N if scale < 0 else N * (1 + 3 * RANK))
+    assert held.nbytes < 8 * (3 * 5 * N + 3 * N * (RANK + 1)) + 1
 
 
 BAD = {

@@ -52,14 +52,18 @@ def _add(sketch: Tensor, rows: Tensor, squares: Tensor) -> None:
 def _largest(rows: Tensor, k: int) -> Tensor:
     """The k largest singular values of rows times their right singular vectors, (k, n) or fewer.
 
-    They are found in the smaller one of both Gram matrices.
+    They are found in the smaller one of both Gram matrices. Where that is not finite none of them
+    is, which whoever stores them refuses.
     """
     if len(rows) <= k:
         return rows
-    if len(rows) <= rows.shape[1]:
-        vectors = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -k:]
-        largest: Tensor = vectors.T @ rows
+    is_short = len(rows) <= rows.shape[1]
+    gram = rows @ rows.T if is_short else rows.T @ rows
+    if not gram.isfinite().all():
+        return torch.full_like(rows[:k], torch.nan)
+    values, vectors = torch.linalg.eigh(gram)
+    if is_short:
+        largest: Tensor = vectors[:, -k:].T @ rows
         return largest
-    values, vectors = torch.linalg.eigh(rows.T @ rows)
     scaled: Tensor = values[-k:].clamp(min=0).sqrt()[:, None] * vectors[:, -k:].T
     return scaled
