@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sentiment_world import BASE, Step, World, estimators
+from sentiment_world import EVERY, Step, World, estimators
 
 from mergekit_bayes.methods import METHODS
 from mergekit_bayes.plan import MergeConfig
 
 OWN = "own"  # IVON's own precision, which lies beside each of its models
+SELF = "self-generated"  # root-GGN on text that each language model writes itself
 UNTUNED = 1.0
 _SUMS = (0.1, 0.2, 0.3, 0.5, UNTUNED)  # of what adds up whole changes
 _MEANS = (0.5, 0.75, UNTUNED, 1.5, 2.0)  # of what averages them
@@ -26,7 +27,8 @@ class Column(NamedTuple):
             One alone where the scale changes nothing.
         estimator: Of its precisions; None without.
         settings: Further ones of the merge.
-        permuted: Whether its precisions have their entries permuted.
+        permuted: Pattern of the tensors whose entries are permuted in its precisions; None for
+            none.
         constant: Whether all its precisions are the same number.
         optimizer: What trained its tasks.
         is_control: Whether it weighs by nothing that a precision tells of single entries.
@@ -39,7 +41,7 @@ class Column(NamedTuple):
     looks: tuple[float, ...]
     estimator: str | None = None
     settings: Mapping[str, Any] = {}
-    permuted: bool = False
+    permuted: str | None = None
     constant: bool = False
     optimizer: str = "adamw"
     is_control: bool = False
@@ -54,7 +56,7 @@ class Column(NamedTuple):
         """What this version of the package does not have of it."""
         if self.method not in METHODS:
             return f"there is no method {self.method}"
-        if self.estimator not in {None, OWN, *estimators()}:
+        if self.estimator not in {None, OWN, SELF, *estimators()}:
             return f"there is no estimator {self.estimator}"
         return None
 
@@ -77,15 +79,17 @@ class Column(NamedTuple):
         models = {task: world.tuned(task, seed, self.optimizer) for task in world.size.tasks}
         found = {}
         if self.with_base:  # IVON's tasks start from AdamW's base, which has no precision of IVON's
-            models = {BASE: world.base(seed), **models}
+            models = {world.base_text: world.base(seed), **models}
         for text, model in models.items():
             estimator = self.estimator
             if estimator == OWN:
-                if text != BASE:
+                if text != world.base_text:
                     continue
                 estimator = "ggn"
             step = world.precision(model, text, estimator, seed)
-            found[str(model.model)] = world.permuted(step, seed) if self.permuted else step
+            if self.permuted is not None:
+                step = world.permuted(step, seed, self.permuted)
+            found[str(model.model)] = step
         return found
 
     def config(self, world: World, seed: int, scale: float) -> MergeConfig:
@@ -131,7 +135,7 @@ COLUMNS = (
         _GM,
         _PRECISE,
         "ggn",
-        permuted=True,
+        permuted=EVERY,
         is_control=True,
     ),
     Column("gm_inputs", "gradient matching, input covariance", _GM, _PRECISE, "inputs"),
@@ -157,4 +161,25 @@ COLUMNS = (
         is_control=True,
     ),
     Column("gm_kronecker", "gradient matching, Kronecker", _GM, _PRECISE, "kronecker"),  # slow
+)
+# Of language models, which can write the text of a precision themselves.
+LANGUAGE = (
+    *(c for c in COLUMNS if c.name not in {"dare_ties", "consensus", "ivon_gm"}),
+    Column("gm_self", "gradient matching, root-GGN, self-generated", _GM, _PRECISE, SELF),
+    Column(
+        "gm_permuted_embeddings",
+        "gradient matching, entries of the embeddings permuted",
+        _GM,
+        (UNTUNED,),
+        "ggn",
+        permuted="wte",
+    ),
+    Column(
+        "gm_permuted_rest",
+        "gradient matching, all other entries permuted",
+        _GM,
+        (UNTUNED,),
+        "ggn",
+        permuted="^(?!.*wte)",
+    ),
 )

@@ -7,21 +7,20 @@ is a file, so that a run that was stopped goes on with the next look.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from sentiment_columns import UNTUNED, Column
-from sentiment_world import World
+from sentiment_world import Step, World
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.checkpoint.scratch import Scratch
-from mergekit_bayes.metrics.classification import class_probabilities
 from mergekit_bayes.models.load import Loaded, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.posterior import open_posterior
@@ -121,15 +120,11 @@ def per_observation(model: Path, precision: Path) -> Tensors:
 
 
 def measure(world: World, loaded: Loaded, part: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-    """Log-probabilities of each row of the tasks, and the CPU seconds that they took."""
+    """What the world measures of each row of the tasks, and the CPU seconds that it took."""
     begun = time.process_time()
     found: dict[str, Any] = {}
     for task in tasks:
-        texts, labels = world.rows(task, part)
-        found[f"logp {task}"] = class_probabilities(
-            loaded.model, loaded.tokenizer, texts, max_length=world.size.tokens, batch_size=32
-        )
-        found[f"labels {task}"] = np.array(labels)
+        found |= world.measure(loaded, task, part)
     return found | {"seconds": time.process_time() - begun}
 
 
@@ -145,6 +140,36 @@ def look_at(
         save(file, found)
 
 
+class Written(Protocol):
+    """A way of merging whose models are written, of one scale alone."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+
+    def step(self, world: World, seed: int) -> Step:
+        """Its model of a seed."""
+
+
+def look_at_written(world: World, written: Written, seed: int, target: Target) -> None:
+    """Make and measure a model that is written."""
+    step = written.step(world, seed).done()
+    look_at(world, step.model, _file_of(world, step), target, world.size.tasks)
+
+
+def looks_at_written(world: World, written: Iterable[Written]) -> Iterator[tuple[Name, int, Look]]:
+    """The looks at such models that are there."""
+    for one in written:
+        for seed in world.size.seeds:
+            file = _file_of(world, one.step(world, seed))
+            if file.exists():
+                yield Name(one.name), seed, load(file)
+
+
+def _file_of(world: World, step: Step) -> Path:
+    return world.work / "looks" / f"{step.name}-{step.key}-{world.held_out.key}.npz"
+
+
 def facts(target: Target, merge: Tensors) -> dict[str, Any]:
     """Distance and predictions of a merge, as they are stored."""
     predicted = target.predicted(merge)
@@ -156,7 +181,7 @@ def facts(target: Target, merge: Tensors) -> dict[str, Any]:
 def look_file(world: World, name: str, seed: int) -> Path:
     """The look at the test rows of `base`, of a task's specialist, or of `joint`."""
     step = world.base(seed) if name == "base" else world.tuned(name, seed)
-    return world.work / "looks" / f"{step.name}-{step.key}-{world.held_out.key}.npz"
+    return _file_of(world, step)
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:
@@ -173,9 +198,21 @@ def load(file: Path) -> dict[str, Any]:
 
 def nll(look: Look, task: str) -> FloatArray:
     """(rows,): nats of each row."""
+    if (known := look.get(f"nats {task}")) is not None:
+        return np.asarray(known, dtype=np.float64)
     log_p, labels = look[f"logp {task}"], look[f"labels {task}"]
     result: FloatArray = -log_p[np.arange(len(labels)), labels]
     return result
+
+
+def counts(look: Look, task: str) -> FloatArray:
+    """(rows,): observations of each row: the tokens of a text, or one label."""
+    return np.asarray(look.get(f"tokens {task}", np.ones(len(nll(look, task)))), dtype=np.float64)
+
+
+def mean_nll(look: Look, task: str) -> float:
+    """Nats an observation."""
+    return float(nll(look, task).sum() / counts(look, task).sum())
 
 
 class Place(NamedTuple):
@@ -230,8 +267,8 @@ class Place(NamedTuple):
 
 
 def _mean(look: Look) -> float:
-    tasks = [name.removeprefix("logp ") for name in look if name.startswith("logp ")]
-    return float(np.mean([nll(look, task).mean() for task in tasks]))
+    tasks = [n.partition(" ")[2] for n in look if n.startswith(("logp ", "nats "))]
+    return float(np.mean([mean_nll(look, task) for task in tasks]))
 
 
 class Looker:

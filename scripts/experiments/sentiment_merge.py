@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,10 +35,12 @@ for name, value in {
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
-from sentiment_corrected import CORRECTIONS, correct  # noqa: E402
+from sentiment_corrected import CORRECTIONS, Correction  # noqa: E402
 from sentiment_errors import Errors  # noqa: E402
-from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
+from sentiment_looks import Looker, Target, look_at, look_at_written, look_file  # noqa: E402
+from sentiment_mixed import MIXED, Mixed  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
+from sentiment_resampled import POINTS  # noqa: E402
 from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
 
 from mergekit_bayes.checkpoint.replacing import replacing  # noqa: E402
@@ -95,8 +97,21 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
+def run_seed(
+    world: World,
+    seed: int,
+    columns: list[Column],
+    points: Sequence[str] = POINTS,
+    corrections: Sequence[Correction] = CORRECTIONS,
+) -> dict[str, str]:
     """Train the models of a seed, and look at its columns.
+
+    Args:
+        world: The experiment.
+        seed: Of the models.
+        columns: The ways of merging.
+        points: Which looks are made of them.
+        corrections: What is corrected, where it is looked at untuned.
 
     Returns:
         The errors of the columns that failed.
@@ -132,23 +147,31 @@ def run_seed(world: World, seed: int, columns: list[Column]) -> dict[str, str]:
                 clock = time.strftime("%H:%M:%S")
                 print(f"{clock} {column.name}, {what}, seed {seed}", flush=True)
 
-    carry_out("untuned", Looker.untuned, present)
+    if "untuned" in points:
+        carry_out("untuned", Looker.untuned, present)
     joint = world.tuned(JOINT, seed).done()
     look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
-    names = {column.name for column in present}
-    for correction in CORRECTIONS:
-        if correction.column is None or correction.column in names:
+    if "untuned" in points:
+        names = {column.name for column in present}
+        written: list[Correction | Mixed] = [
+            c for c in corrections if c.column is None or c.column in names
+        ]
+        if seed in world.size.mixture_seeds and "gm" in names:
+            written += MIXED
+        for one in written:
             try:
-                correct(world, correction, seed, target)
+                look_at_written(world, one, seed, target)
             except Exception:
-                failed[f"{correction.name}-{seed}"] = _last_line()
-    if seed in world.size.error_seeds:
-        errors = Errors(world, seed, target)
-        of_adamw = [column for column in present if column.optimizer == "adamw"]
-        carry_out("missing", lambda looker: looker.miss(errors.of), of_adamw)
+                failed[f"{one.name}-{seed}"] = _last_line()
+        if seed in world.size.error_seeds:
+            errors = Errors(world, seed, target)
+            of_adamw = [column for column in present if column.optimizer == "adamw"]
+            carry_out("missing", lambda looker: looker.miss(errors.of), of_adamw)
     tuned = [column for column in present if column.is_tuned and column != baseline]
-    carry_out("tuned", Looker.tune, tuned)
-    carry_out("matched", lambda looker: looker.match(distance), tuned)
+    if "tuned" in points:
+        carry_out("tuned", Looker.tune, tuned)
+    if "matched" in points:
+        carry_out("matched", lambda looker: looker.match(distance), tuned)
     return failed
 
 

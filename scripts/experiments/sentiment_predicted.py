@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from sentiment_looks import Name, nll
+from sentiment_looks import Name, mean_nll
 from sentiment_resampled import Resampled
 
 from mergekit_bayes.correlation import rank_correlation
@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
     Attributes:
         predicted: Nats an observation.
-        real: Nats a row.
+        real: Nats an observation.
         trusted: Whether the merge is no farther from the specialist than the base is, in H's norm.
     """
 
@@ -37,7 +37,7 @@ def pairs(found: Resampled, task: str, seed: int) -> Iterator[Pair]:
     specialists = found.looks.get(Name("specialists"), {})
     if seed not in specialists:
         return
-    own = float(nll(specialists[seed], task).mean())
+    own = mean_nll(specialists[seed], task)
     seen = set()
     for name, looks in found.looks.items():
         column = found.columns.get(name.column)
@@ -47,7 +47,7 @@ def pairs(found: Resampled, task: str, seed: int) -> Iterator[Pair]:
         if at not in seen:
             seen.add(at)
             moved, reach = (float(x) for x in looks[seed][f"predicted {task}"])
-            yield Pair(moved, float(nll(looks[seed], task).mean()) - own, moved <= reach)
+            yield Pair(moved, mean_nll(looks[seed], task) - own, moved <= reach)
 
 
 def agreement(chosen: list[Pair]) -> tuple[float, float, float, float] | None:

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -12,9 +13,10 @@ from sentiment_columns import BASELINE, COLUMNS, Column
 from sentiment_corrected import CORRECTIONS, EACH
 from sentiment_errors import error_table
 from sentiment_looks import Name
+from sentiment_mixed import MIXED, RUNS
 from sentiment_predicted import prediction_table
-from sentiment_resampled import POINTS, REFERENCES, SCORES, Resampled
-from sentiment_world import World
+from sentiment_resampled import POINTS, REFERENCES, Resampled
+from sentiment_world import SCORES, World
 
 from mergekit_bayes.metrics.base import Interval
 
@@ -44,6 +46,8 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
         differences(found),
     ]
     text += ["\n## After a correction: accuracy / NLL / ECE / Brier\n", corrections(found)]
+    if any(Name(mixed.name) in found.looks for mixed in MIXED):
+        text += [f"\n## {RUNS} runs of each task: accuracy / NLL / ECE / Brier\n", mixtures(found)]
     for point in POINTS[:2]:
         text += [f"\n## By task, {point}: accuracy / NLL / ECE / Brier\n", by_task(found, point)]
     text += ["\n## The predicted increase against the real one\n", prediction_table(found)]
@@ -67,19 +71,19 @@ def averages(found: Resampled) -> str:
     )
     for name in REFERENCES:
         if Name(name) in found.looks:
-            cells = [LABELS[name], _seeds(found, Name(name)), _scores(found, Name(name))]
+            cells = [LABELS[name], seeds(found, Name(name)), _scores(found, Name(name))]
             lines.append(row([*cells, f"{found.least_kept(Name(name)):.3f}", *[""] * 7]))
-    for column in _measured(found):
+    for column in measured(found):
         points = {point: Name(column.name, point) for point in POINTS}
         untuned = points["untuned"]
-        cells = [column.label, _seeds(found, untuned), _scores(found, untuned)]
+        cells = [column.label, seeds(found, untuned), _scores(found, untuned)]
         away = np.mean([float(look["distance"]) for look in found.looks[untuned].values()])
         cells += [f"{found.least_kept(untuned):.3f}", f"{away:.3g}"]
         cells.append(f"{found.seconds(column, 'untuned'):.0f}")
-        tuned = [_scores(found, points["tuned"]), _scales(found, points["tuned"])]
+        tuned = [_scores(found, points["tuned"]), scales(found, points["tuned"])]
         cells += [*tuned, f"{found.seconds(column, 'tuned'):.0f}"] if tuned[0] else [""] * 3
         matched = points["matched"]
-        cells += [_scores(found, matched), _scales(found, matched)]
+        cells += [_scores(found, matched), scales(found, matched)]
         lines.append(row(cells))
     return "\n".join(lines)
 
@@ -96,14 +100,14 @@ def differences(found: Resampled) -> str:
             "untuned - joint|matched - tuned task arithmetic"
         ),
     ]
-    for column in _measured(found):
+    for column in measured(found):
         untuned, matched = Name(column.name), Name(column.name, "matched")
         cells = [
-            _signed(found.difference(untuned, control)) if control is not None else "",
-            _signed(found.difference(untuned, TUNED)),
-            _percent(found.share(untuned, TUNED, JOINT)),
-            _signed(found.difference(untuned, JOINT)),
-            _signed(found.difference(matched, TUNED)) if matched.column != BASELINE else "",
+            signed(found.difference(untuned, control)) if control is not None else "",
+            signed(found.difference(untuned, TUNED)),
+            percent(found.share(untuned, TUNED, JOINT)),
+            signed(found.difference(untuned, JOINT)),
+            signed(found.difference(matched, TUNED)) if matched.column != BASELINE else "",
         ]
         lines.append(row([column.label, *cells]))
     return "\n".join(lines)
@@ -125,11 +129,26 @@ def corrections(found: Resampled) -> str:
             looks, start = found.looks[name], Name(correction.column or "base")
             away = np.mean([float(look["distance"]) for look in looks.values()])
             cost = np.mean([correction.step(found.world, seed).seconds for seed in looks])
-            cells = [correction.label, _seeds(found, name), _scores(found, name)]
+            cells = [correction.label, seeds(found, name), _scores(found, name)]
             cells += [f"{found.least_kept(name):.3f}", f"{away:.3g}"]
-            cells += [_signed(found.difference(name, start))]
-            cells += [_percent(found.share(name, TUNED, JOINT))]
-            cells += [_signed(found.difference(name, JOINT)), f"{cost:.0f}"]
+            cells += [signed(found.difference(name, start))]
+            cells += [percent(found.share(name, TUNED, JOINT))]
+            cells += [signed(found.difference(name, JOINT)), f"{cost:.0f}"]
+            lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def mixtures(found: Resampled) -> str:
+    """Several runs of each task, against the same way with one."""
+    one = Name("gm")
+    lines = table_head("way|seeds|untuned|least of specialist|distance|NLL - one run a task")
+    names = {one: "gradient matching, one run"} | {Name(mixed.name): mixed.label for mixed in MIXED}
+    for name, label in names.items():
+        if name in found.looks:
+            away = np.mean([float(look["distance"]) for look in found.looks[name].values()])
+            cells = [label, seeds(found, name), _scores(found, name)]
+            cells += [f"{found.least_kept(name):.3f}", f"{away:.3g}"]
+            cells += [signed(found.difference(name, one)) if name != one else ""]
             lines.append(row(cells))
     return "\n".join(lines)
 
@@ -139,7 +158,7 @@ def by_task(found: Resampled, point: str) -> str:
     tasks = found.world.size.tasks
     lines = table_head("|".join(["way", *tasks]))
     names = [Name(name) for name in REFERENCES if point == "untuned"]
-    names += [Name(column.name, point) for column in _measured(found)]
+    names += [Name(column.name, point) for column in measured(found)]
     for name in names:
         if name in found.looks:
             label = LABELS.get(name.column) or found.columns[name.column].label
@@ -155,7 +174,7 @@ def goals(found: Resampled) -> list[str]:
     gap = found.difference(TUNED, JOINT)
     assert gap is not None
     allowed = min(CLOSE, HALF * gap.value)
-    lines = [f"- Tuned task arithmetic is {_signed(gap)} from joint training."]
+    lines = [f"- Tuned task arithmetic is {signed(gap)} from joint training."]
     for name in STRUCTURED:
         untuned = Name(name)
         if untuned not in found.looks:
@@ -165,7 +184,7 @@ def goals(found: Resampled) -> list[str]:
         far = found.difference(untuned, JOINT)
         assert far is not None
         lines.append(
-            f"- {label} untuned: {_signed(far)} from joint training, at most {allowed:+.4f}: "
+            f"- {label} untuned: {signed(far)} from joint training, at most {allowed:+.4f}: "
             f"**{_verdict(far, allowed)}**"
         )
         kept = found.least_kept(untuned)
@@ -175,14 +194,15 @@ def goals(found: Resampled) -> list[str]:
             better = found.difference(untuned, Name(rival))
             lines.append(
                 f"- {label} minus {rival}: "
-                + (f"{_signed(better)}: **{_verdict(better, 0.0)}**" if better else "**NOT RUN**")
+                + (f"{signed(better)}: **{_verdict(better, 0.0)}**" if better else "**NOT RUN**")
             )
     return lines
 
 
 def best_control(found: Resampled) -> Name | None:
     """The control of the least untuned loss, among those of AdamW's models."""
-    names = [Name(c.name) for c in COLUMNS if c.is_control and c.optimizer == "adamw"]
+    known = found.columns.values()
+    names = [Name(c.name) for c in known if c.is_control and c.optimizer == "adamw"]
     names = [name for name in names if name in found.looks]
     nats = {name: found.losses(name, found.seeds(name))[0] for name in names}
     return min(names, key=nats.__getitem__) if names else None
@@ -192,7 +212,7 @@ def as_json(found: Resampled) -> dict[str, Any]:
     """All numbers."""
     tasks = found.world.size.tasks
     return {
-        "size": vars(found.world.size),
+        "size": asdict(found.world.size),
         "scores": {
             " ".join(name): {task: found.scores(name, task) for task in tasks}
             for name in found.looks
@@ -204,7 +224,7 @@ def as_json(found: Resampled) -> dict[str, Any]:
                 for p in POINTS[:2]
                 if Name(column.name, p) in found.looks
             }
-            for column in _measured(found)
+            for column in measured(found)
         },
     }
 
@@ -220,14 +240,15 @@ def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _measured(found: Resampled) -> list[Column]:
-    return [column for column in COLUMNS if Name(column.name) in found.looks]
+def measured(found: Resampled) -> list[Column]:
+    """The ways that were looked at, untuned at least."""
+    return [column for column in found.columns.values() if Name(column.name) in found.looks]
 
 
-def _verdict(measured: Interval, most: float) -> str:
-    if measured.value > most:
+def _verdict(gap: Interval, most: float) -> str:
+    if gap.value > most:
         return "MISSED"
-    sure = measured.high is None or measured.high <= most
+    sure = gap.high is None or gap.high <= most
     return "met" if sure else "met, but not by the whole interval"
 
 
@@ -239,23 +260,27 @@ def _scores(found: Resampled, name: Name) -> str:
     return _four(found.averages(name)) if name in found.looks else ""
 
 
-def _seeds(found: Resampled, name: Name) -> str:
+def seeds(found: Resampled, name: Name) -> str:
+    """How many seeds there are."""
     return str(len(found.looks[name]))
 
 
-def _scales(found: Resampled, name: Name) -> str:
-    scales = found.scales.get(name, {}).values()
-    return ", ".join(f"{scale:.3g}" for scale in scales)
+def scales(found: Resampled, name: Name) -> str:
+    """The scale of every seed."""
+    chosen = found.scales.get(name, {}).values()
+    return ", ".join(f"{scale:.3g}" for scale in chosen)
 
 
-def _signed(x: Interval | None) -> str:
+def signed(x: Interval | None) -> str:
+    """A difference with its interval."""
     if x is None or not np.isfinite(x.value):
         return ""
     ends = "" if x.low is None or x.high is None else f" [{x.low:+.4f}, {x.high:+.4f}]"
     return f"{x.value:+.4f}{ends}"
 
 
-def _percent(x: Interval | None) -> str:
+def percent(x: Interval | None) -> str:
+    """A share with its interval."""
     if x is None or not np.isfinite(x.value):
         return ""
     ends = "" if x.low is None or x.high is None else f" [{x.low:.0%}, {x.high:.0%}]"

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 from sentiment_columns import COLUMNS, UNTUNED, Column
-from sentiment_corrected import corrected
-from sentiment_looks import Look, Name, Place, load, look_file, nll
+from sentiment_corrected import CORRECTIONS
+from sentiment_looks import Look, Name, Place, counts, load, look_file, looks_at_written, nll
+from sentiment_mixed import MIXED
 from sentiment_world import World
 
 from mergekit_bayes.metrics.base import Interval, interval
-from mergekit_bayes.metrics.classification import score_classification
 from mergekit_bayes.records import FloatArray
 
 POINTS = ("untuned", "tuned", "matched")
 REFERENCES = ("base", "specialists", "joint")
-SCORES = ("accuracy", "nll", "ece", "brier")
 
 
 class Resampled:
@@ -30,18 +29,19 @@ class Resampled:
 
     Args:
         world: The experiment.
+        columns: All its ways of merging.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, columns: Sequence[Column] = COLUMNS) -> None:
         self.world = world
-        self.columns = {column.name: column for column in COLUMNS}
+        self.columns = {column.name: column for column in columns}
         self.looks: dict[Name, dict[int, Look]] = {}
         self.scales: dict[Name, dict[int, float]] = {}
         for name, seed, look in _references(world):
             self.looks.setdefault(name, {})[seed] = look
-        for name, seed, look in corrected(world):
+        for name, seed, look in looks_at_written(world, (*CORRECTIONS, *MIXED)):
             self.looks.setdefault(name, {})[seed] = look
-        for name, seed, scale, look in _points(world):
+        for name, seed, scale, look in _points(world, columns):
             self.looks.setdefault(name, {})[seed] = look
             self.scales.setdefault(name, {})[seed] = scale
         draw = np.random.default_rng(0)
@@ -63,14 +63,14 @@ class Resampled:
         return tuple(s for s in self.world.size.seeds if all(s in self.looks[n] for n in names))
 
     def losses(self, name: Name, seeds: Sequence[int]) -> FloatArray:
-        """(1 + resamples,): nats of a row, the mean over tasks and these seeds."""
+        """(1 + resamples,): nats an observation, the mean over tasks and these seeds."""
         key = (name, tuple(seeds))
         if key not in self._means:
             stack = []
             for seed in seeds:
                 look, tasks = self.looks[name][seed], []
                 for task, weights in self._rows.items():
-                    tasks.append(weights @ nll(look, task) / weights.sum(1))
+                    tasks.append(weights @ nll(look, task) / (weights @ counts(look, task)))
                 stack.append(np.mean(tasks, axis=0))
             columns = [self.world.size.seeds.index(seed) for seed in seeds]
             drawn = self._seed_weights[:, columns]
@@ -80,7 +80,7 @@ class Resampled:
         return self._means[key]
 
     def difference(self, one: Name, other: Name) -> Interval | None:
-        """Nats of a row, `one` minus `other`, over the seeds of both; None without any."""
+        """Nats an observation, `one` minus `other`, over the seeds of both; None without any."""
         if one not in self.looks or other not in self.looks or not self.seeds(one, other):
             return None
         seeds = self.seeds(one, other)
@@ -96,17 +96,13 @@ class Resampled:
 
     def scores(self, name: Name, task: str) -> dict[str, float]:
         """The scores on a task, means over the seeds."""
-        seeds = self.looks[name].values()
-        found = [
-            score_classification(look[f"logp {task}"], look[f"labels {task}"].tolist(), bootstrap=0)
-            for look in seeds
-        ]
-        return {s: float(np.mean([getattr(report, s).value for report in found])) for s in SCORES}
+        found = [self.world.scores(look, task) for look in self.looks[name].values()]
+        return {score: float(np.mean([one[score] for one in found])) for score in found[0]}
 
     def averages(self, name: Name) -> dict[str, float]:
         """The means over tasks."""
         of_tasks = [self.scores(name, task) for task in self.world.size.tasks]
-        return {score: float(np.mean([t[score] for t in of_tasks])) for score in SCORES}
+        return {score: float(np.mean([t[score] for t in of_tasks])) for score in of_tasks[0]}
 
     def least_kept(self, name: Name) -> float:
         """The least accuracy on a task, as a share of its specialist's."""
@@ -122,7 +118,9 @@ class Resampled:
             place = Place.of(self.world, column, seed)
             steps = {step.key: step for step in column.steps(self.world, seed)}
             for step in list(steps.values()):  # what a permuted precision was made of
-                steps |= {n.key: n for n in step.needs if n.name.startswith("precision")}
+                steps |= {
+                    n.key: n for n in step.needs if n.name.startswith(("precision", "moments"))
+                }
             total = sum(step.seconds for step in steps.values())
             total += float(load(place.test(UNTUNED))["forming"])
             if point == "tuned" and column.is_tuned:
@@ -146,9 +144,9 @@ def _references(world: World) -> Iterator[tuple[Name, int, Look]]:
             yield Name("specialists"), seed, whole
 
 
-def _points(world: World) -> Iterator[tuple[Name, int, float, Look]]:
+def _points(world: World, columns: Sequence[Column]) -> Iterator[tuple[Name, int, float, Look]]:
     """The looks at the test rows that are there, with their scales."""
-    for column in COLUMNS:
+    for column in columns:
         for seed in column.seeds(world):
             place = Place.of(world, column, seed)
             scales = {"untuned": UNTUNED, "tuned": place.tuned(column) if column.is_tuned else None}

