@@ -183,7 +183,7 @@ def test_all_of_it_at_its_smallest(experiment, tmp_path, capsys):
     content = json.loads((tmp_path / "report.json").read_text())
     assert not content["failed"]
     made = {name.split()[0] for name in content["scores"]}
-    assert made >= {*chosen, "base", "joint", "base_50", "gm_50", "gm_50_prior"}
+    assert made >= {*chosen, "base", "joint", "base_50", "gm_50", "gm_50_prior", "mixture", "named"}
     assert "tsv_m_50" not in made
     assert "| sst2 | 5 |" in (tmp_path / "report.md").read_text()  # what merges miss
     # The distance is one, which gradient matching reaches at a larger scale.

@@ -135,6 +135,9 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
         f"prior precision {draws.prior:.3g}{' (given)' if draws.given else ''}, temperature "
         f"{draws.temperature:g}, seed {draws.seed}, deviation over RMS {draws.sigma_over_rms:.2g}"
     )
+    if draws.components is not None:
+        counts = ", ".join(map(str, draws.components))
+        screen.print(f"  a mixture: {counts} samples of its runs; the line above is of the first")
     if draws.ess and draws.observations and abs(draws.ess / draws.observations - 1) > 1e-6:
         screen.print(
             f"note: the precision is that of {draws.ess:,g} observations (ess), the data held "

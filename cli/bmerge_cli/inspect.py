@@ -63,6 +63,10 @@ def _show(screen: Console, report: "InspectReport") -> None:
         f"{report.parameters:,} parameters ({dtypes}) in {report.tensors} tensors, {files}, "
         f"{report.bytes / 1e6:,.1f} MB"
     )
+    if report.mixture:
+        rows = [[run.label, f"{run.weight:.3g}", run.path] for run in report.mixture]
+        title = "\na mixture, of which the plain model is shown below"
+        screen.print(table(["run", "weight", "component"], rows, title=title))
     _show_names(screen, "no parameters", report.buffers)
     _show_names(screen, "tied copies", report.tied)
     if report.precision is not None:

@@ -19,6 +19,7 @@ from bmerge_cli import (
     inspect,
     merge,
     methods,
+    mix,
     precision,
     preview,
     push,
@@ -39,6 +40,7 @@ app = typer.Typer(
 # In the order of a user's work. Each line fits a terminal of 80 columns uncut.
 _COMMANDS = (
     (merge, "Add, average or subtract models, by precision or not."),
+    (mix, "Join several runs of one task into one posterior."),
     (preview, "Measure many scales of a merge without writing it."),
     (methods, "List the merging rules and their settings."),
     (finetune, "Fine-tune by IVON; its precision comes with it."),

@@ -80,7 +80,10 @@ def show_report(screen: Console, report: MergeReport) -> None:
     )
     for model in report.models:
         if model.ratio is not None:
-            screen.print(f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}", markup=False)
+            share = "" if model.share is None else f", {model.share:.1%} of its mixture"
+            screen.print(
+                f"  {model.ref}: sum H / sum H_base = {model.ratio:.3g}{share}", markup=False
+            )
     if count := len(report.ruled):
         screen.print(
             f"  {count} tensor{'s' * (count > 1)} by a rule, {next(iter(report.ruled))} first: see "

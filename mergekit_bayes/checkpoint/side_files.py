@@ -64,6 +64,7 @@ GROUPS = {
 MERGE_REPORT, MERGE_RECIPE, FINETUNE = "merge_report.json", "merge_recipe.yaml", "finetune.yaml"
 ADAPT, ADAPT_REPORT = "adapt.yaml", "adapt_report.json"
 RECORDS = (MERGE_REPORT, MERGE_RECIPE, FINETUNE, ADAPT, ADAPT_REPORT)
+MIXTURE = "posterior_mixture.json"  # makes a folder a mixture of posteriors (`posterior/mixture`)
 MEMORY = "memory.jsonl"  # what a model wrote for an adaptation; never published unasked
 
 FETCHED = (
@@ -124,6 +125,7 @@ _NOT_COPIED = (
     # what describes the input and would be wrong of the output
     "README.md",
     *RECORDS,
+    MIXTURE,
     "mergekit_config.yml",
     "report.json",
     "trainer_state.json",

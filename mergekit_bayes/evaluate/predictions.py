@@ -16,6 +16,7 @@ from mergekit_bayes.metrics.classification import (
 )
 from mergekit_bayes.metrics.perplexity import PerplexityReport, loss_change, measure_perplexity
 from mergekit_bayes.models.load import Loaded
+from mergekit_bayes.models.mixed_draws import MixtureDraws
 from mergekit_bayes.models.sampling import PosteriorDraws
 
 
@@ -88,7 +89,7 @@ def predict_sampled(
     loaded: Loaded,
     texts: Mapping[str, list[str]],
     examples: Mapping[str, Examples],
-    draws: PosteriorDraws,
+    draws: PosteriorDraws | MixtureDraws,
     at_mean: Predictions,
     tell: StepProgress,
 ) -> SampledReport:

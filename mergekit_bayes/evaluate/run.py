@@ -34,9 +34,11 @@ from mergekit_bayes.evaluate.texts import Examples, number_classes
 from mergekit_bayes.metrics.base import PRESENT
 from mergekit_bayes.metrics.quality import describe_judged, describe_samples
 from mergekit_bayes.models.load import Loaded, load_model
+from mergekit_bayes.models.mixed_draws import MixtureDraws, open_samplable_components
 from mergekit_bayes.models.quiet import quiet_libraries
 from mergekit_bayes.models.sampling import PosteriorDraws, open_samplable
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.mixture import OpenComponent
 from mergekit_bayes.ranks import is_main, join, main_first, on_main
 
 if TYPE_CHECKING:
@@ -168,23 +170,28 @@ class _Opened(NamedTuple):
     Attributes:
         loaded: The model.
         posterior: Its posterior, to draw weights from; None without `samples`.
+        components: Those of a mixture, to draw from instead; else none.
         examples: The labelled texts with the model's numbers of their classes.
         read: Stamps of the files that were read.
     """
 
     loaded: Loaded
     posterior: Posterior | None
+    components: tuple[OpenComponent, ...]
     examples: dict[str, Examples]
     read: dict[Path, Stamp]
 
 
 def _open(config: EvaluateConfig, inputs: Inputs, stack: ExitStack) -> _Opened:
     """Load the model; the stack keeps its posterior open."""
-    posterior = None
+    posterior: Posterior | None = None
+    components: tuple[OpenComponent, ...] = ()
     if config.samples is not None:
+        precision, prior = config.precision, config.prior
         posterior = stack.enter_context(
-            open_samplable(config.model, precision=config.precision, prior=config.prior)
+            open_samplable(config.model, precision=precision, prior=prior)
         )
+        components = open_samplable_components(posterior, stack, precision=precision, prior=prior)
     loaded = load_model(
         config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -194,14 +201,29 @@ def _open(config: EvaluateConfig, inputs: Inputs, stack: ExitStack) -> _Opened:
     read = stamps_of(checkpoint_files(loaded.path))
     if posterior is not None:
         read |= posterior.inputs
+    for component in components:
+        read |= component.posterior.inputs
     loaded.move_to(config.device)
-    return _Opened(loaded, posterior, number_classes(config, inputs.labelled, loaded), read)
+    examples = number_classes(config, inputs.labelled, loaded)
+    return _Opened(loaded, posterior, components, examples, read)
 
 
-def _draws(config: EvaluateConfig, opened: _Opened) -> PosteriorDraws | None:
-    """The draws around the model's present weights, where any are asked for."""
+def _draws(config: EvaluateConfig, opened: _Opened) -> PosteriorDraws | MixtureDraws | None:
+    """The draws around the model's present weights, where any are asked for.
+
+    Those of a mixture are around the weights of its components.
+    """
     if opened.posterior is None or config.samples is None:
         return None
+    if opened.components:
+        return MixtureDraws(
+            opened.loaded.model,
+            opened.components,
+            config.samples,
+            prior=config.prior,
+            temperature=config.posterior_temperature,
+            seed=config.seed,
+        )
     return PosteriorDraws(
         opened.loaded.model,
         opened.posterior,

@@ -37,7 +37,8 @@ class Measures(Config):
         None,
         ge=1,
         description="Also average the probabilities over this number of draws of the weights from "
-        "the posterior, in float32. Toxicity is measured at the mean only.",
+        "the posterior, in float32; of a mixture (`bmerge mix`) over draws from its runs, by their "
+        "weights. Toxicity is measured at the mean only, that of a mixture's plain model.",
     )
     prior: float | None = Field(
         None, gt=0, description="Prior precision instead of the stored one, 1/weight^2 per entry."

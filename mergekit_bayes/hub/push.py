@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.checkpoint.contained import contained
+from mergekit_bayes.checkpoint.side_files import MIXTURE
 from mergekit_bayes.checkpoint.sources import forget
 from mergekit_bayes.errors import ConfigError, printable
 from mergekit_bayes.hub.card import Card, is_generated, make_card
@@ -141,6 +142,12 @@ def _content(
     folder: Path, posterior: bool, only_posterior: bool, form: PosteriorForm
 ) -> Iterator[_Content]:
     """What is pushed; a posterior in another form lies in a temporary folder meanwhile."""
+    if os.path.lexists(folder / MIXTURE):
+        raise ConfigError(
+            f"'{folder}' is a mixture, which a repository of one model cannot hold. Push its runs, "
+            f"each to a repository of its own; they can be mixed from there. To push the plain "
+            f"model alone, remove {folder / MIXTURE}."
+        )
     with ExitStack() as scratch:
         choice = choose_files(
             folder,

@@ -6,6 +6,7 @@ from mergekit_bayes.inspect.report import (
     DifferenceLayer,
     InspectReport,
     LayerReport,
+    MixedRun,
     PrecisionLayer,
     PrecisionSummary,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "DifferenceLayer",
     "InspectReport",
     "LayerReport",
+    "MixedRun",
     "PrecisionLayer",
     "PrecisionSummary",
     "run_inspect",

@@ -1,5 +1,7 @@
 """What `bmerge inspect` reports."""
 
+from pydantic import Field
+
 from mergekit_bayes import __version__
 from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.information import Information
@@ -124,6 +126,20 @@ class Comparison(Frozen):
     only_there: tuple[str, ...]
 
 
+class MixedRun(Frozen):
+    """A component of a mixture.
+
+    Attributes:
+        label: The run, as it was named when it was mixed.
+        weight: Its weight; those of a mixture sum to one.
+        path: Where it is.
+    """
+
+    label: str
+    weight: float
+    path: str
+
+
 class InspectReport(Frozen):
     """What is in a checkpoint.
 
@@ -141,6 +157,8 @@ class InspectReport(Frozen):
         layers: Embeddings, numbered layers in order, the rest, the head.
         precision: Its precision; None without one.
         comparison: The difference to another model; None without one.
+        mixture: The components of a mixture, of which the plain model is shown; a report of any
+            other model has no such key.
         quantiles: The shares of the quantiles in `layers`.
         notes: What deserves a look.
     """
@@ -158,5 +176,6 @@ class InspectReport(Frozen):
     layers: tuple[LayerReport, ...]
     precision: PrecisionSummary | None
     comparison: Comparison | None
+    mixture: tuple[MixedRun, ...] = Field(default=(), exclude_if=lambda runs: not runs)
     quantiles: tuple[float, ...] = (0.0, *QUANTILES, 1.0)
     notes: tuple[str, ...]

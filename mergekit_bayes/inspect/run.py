@@ -17,7 +17,12 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
 from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
 from mergekit_bayes.inspect.notes import layer_notes
-from mergekit_bayes.inspect.report import Comparison, InspectReport, PrecisionSummary
+from mergekit_bayes.inspect.report import (
+    Comparison,
+    InspectReport,
+    MixedRun,
+    PrecisionSummary,
+)
 from mergekit_bayes.inspect.totals import LayerTotals, TensorMatch, difference_of
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.models.sampling import MATRICES, sampling_obstacle
@@ -27,6 +32,7 @@ from mergekit_bayes.posterior.directions import matrices_in
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.grids import read_grids
 from mergekit_bayes.posterior.information import Information, information
+from mergekit_bayes.posterior.mixture import read_mixture
 from mergekit_bayes.records import Progress
 
 
@@ -81,8 +87,23 @@ def run_inspect(
             layers=layers,
             precision=summary,
             comparison=_comparison(match, totals) if match else None,
+            mixture=_mixed_runs(posterior),
             notes=(*layer_notes(layers, summary), *(match.notes if match else ())),
         )
+
+
+def _mixed_runs(model: Posterior) -> tuple[MixedRun, ...]:
+    """The components of a mixture; none of any other model."""
+    mixture = None if model.parts else read_mixture(model.path)
+    if mixture is None:
+        return ()
+    places = [mixture.place(model.path, number) for number in range(len(mixture.components))]
+    return tuple(
+        MixedRun(label=component.label, weight=weight, path=str(place))
+        for component, weight, place in zip(
+            mixture.components, mixture.weights, places, strict=True
+        )
+    )
 
 
 def _ignore(done: int, of: int) -> None:

@@ -38,7 +38,7 @@ def plain_pass(kind: Kind) -> Pass:
     def run(chunk: Chunk, numbers: Numbers, tally: Tally) -> None:
         _count_bad(chunk, tally)
         with np.errstate(all="ignore"):
-            base, tasks = _gaussians(kind, chunk, numbers)
+            base, tasks = gaussians(kind, chunk, numbers)
             scales, facts = numbers.scales, numbers.facts
             draws: tuple[Draws, ...] = ()
             if kind.method.random:
@@ -66,7 +66,7 @@ def plain_reduction(kind: Kind) -> Reduce:
 
     def run(chunk: Chunk, numbers: Numbers, totals: Array) -> None:
         with np.errstate(all="ignore"):
-            base, tasks = _gaussians(kind, chunk, numbers)
+            base, tasks = gaussians(kind, chunk, numbers)
             for k in range(len(totals)):
                 with names_the_rule(kind.method):
                     values = reduction.statistic(base if base is not None else tasks[0], tasks, k)
@@ -127,7 +127,11 @@ def _rounded(values: Array, like: Array) -> Array:
     return np.frombuffer(encode(values, "BF16"), np.uint16) if like.dtype == np.uint16 else values
 
 
-def _gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | None, Tasks]:
+def gaussians(kind: Kind, chunk: Chunk, numbers: Numbers) -> tuple[Gaussian | None, Tasks]:
+    """The posteriors of a chunk that a method combines: that of the base, if any, and the tasks'.
+
+    They are of the dtype of the means, and re-based on the base.
+    """
     means = [_widened(m) for m in chunk.means]
     if not kind.weighs:
         models = [Gaussian(m, m) for m in means]

@@ -29,6 +29,7 @@ from mergekit_bayes.merge.pool import AHEAD, CHUNK, PLAIN_CHUNK, WORTH_FUSING, d
 from mergekit_bayes.merge.tally import MergeTotals, UnitTally
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig, MergePlan, Step, plan_merge
+from mergekit_bayes.plan.mixtures import refuse_mixtures
 from mergekit_bayes.plan.options import ScaleRule, check_options, choose_method, parse_scales
 from mergekit_bayes.plan.rescale import guard_by, scales_in
 from mergekit_bayes.records import Progress, Record
@@ -131,6 +132,7 @@ def predict_merges(
         update |= {"weights": "precision", "method": None, "param": {}}
     asked = config.model_copy(update=update)
     with plan_merge(asked) as plan:
+        refuse_mixtures(plan.inputs, "--predict")
         _refuse_covariances(plan)
         _, rules = parse_scales(asked)
         if not method.needs_precision:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.layout import precision_path
 from mergekit_bayes.merge.increase import (
@@ -36,6 +38,8 @@ class MergedModel(Record):
         count: How many observations its likelihood precision stood for.
         ratio: `sum H_t / sum H_0`.
         mended: How many entries `--on-bad base` took from the base.
+        share: Of a component of a mixture, the mean of its responsibilities over the entries: its
+            share of the mixture in the merge. Other models have no such key.
     """
 
     ref: str
@@ -50,6 +54,7 @@ class MergedModel(Record):
     count: float | None = None
     ratio: float | None = None
     mended: int = 0
+    share: float | None = Field(default=None, exclude_if=lambda share: share is None)
 
 
 class MergeReport(Record):
@@ -177,6 +182,7 @@ def _merged_model(
         count=model.weighing.count,
         ratio=six_digits(ratio) if ratio else ratio,
         mended=replaced,
+        share=None if model.mixture is None else six_digits(totals.shares[model]),
     )
 
 

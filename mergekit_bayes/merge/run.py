@@ -202,6 +202,8 @@ def plan_hash(plan: MergePlan) -> str:
         "info": plan.info.model_dump(mode="json") if plan.info else None,
         "target": plan.target.name,
     }
+    if any(task.mixture is not None for task in plan.tasks):
+        content["mixtures"] = json.dumps([[task.mixture, task.weight] for task in plan.tasks])
     if plan.config.verify:
         content["full"] = [
             [m.full_identity, m.full_precision_identity if m.has_precision else None]

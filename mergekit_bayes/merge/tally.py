@@ -30,6 +30,8 @@ class UnitTally:
         replaced: For each model, entries that `--on-bad base` replaced.
         moves: For each model, `MOVES` sums of how far the merge moved it: those of
             `kernels.base.Tally.distances` and `products`.
+        shares: For each task, the merged entries times its share of the mixture that it is a
+            component of; empty where no mixture is merged.
     """
 
     entries: int = 0
@@ -40,6 +42,7 @@ class UnitTally:
     stored: list[float] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
     moves: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
     def add(self, tally: Tally) -> None:
         """Add what a pass counted."""
@@ -59,6 +62,19 @@ class UnitTally:
         before = self.replaced or [0] * len(counts)
         self.replaced = [a + b for a, b in zip(before, counts, strict=True)]
 
+    def add_shares(self, step: Step) -> None:
+        """Add the shares that components have of their mixtures in a tensor, by their scales."""
+        totals: dict[int | None, float] = {}
+        for task in step.tasks:
+            mixture = task.input.mixture
+            totals[mixture] = totals.get(mixture, 0.0) + task.scale
+        self.shares = [
+            self.entries * task.scale / totals[task.input.mixture]
+            if task.input.mixture is not None and task.scale
+            else 0.0
+            for task in step.tasks
+        ]
+
     @classmethod
     def from_json(cls, line: TallyLine) -> "UnitTally":
         """The tally that `to_json` made a line of."""
@@ -70,11 +86,11 @@ class UnitTally:
         """Whether a value has the form that `to_json` gives."""
         if not isinstance(value, dict) or value.keys() != UnitTally().to_json().keys():
             return False
-        lists = [value["stored"], value["mended"], value["moves"]]
+        lists = [value[key] for key in ("stored", "mended", "moves", "shares")]
         if not all(isinstance(numbers, list) for numbers in lists):
             return False
         counts = [value[key] for key in ("entries", "changed", "lost", "guarded")]
-        numbers = [value["multiplier"], *value["stored"], *value["moves"]]
+        numbers = [value["multiplier"], *value["stored"], *value["moves"], *value["shares"]]
         return all(type(count) is int for count in (*counts, *value["mended"])) and all(
             type(number) in (int, float) for number in numbers
         )
@@ -90,6 +106,7 @@ class UnitTally:
             "stored": self.stored,
             "mended": self.replaced,
             "moves": self.moves,
+            "shares": self.shares,
         }
 
 
@@ -112,6 +129,7 @@ class MergeTotals:
         replaced: For each input, entries that `--on-bad base` replaced.
         likelihood: For each input, the sum of its likelihood precision.
         zero: For each input, the tensors in which its precision is zero.
+        shares: For each component of a mixture, its share of the entries that mixtures merge.
         moves: For each step that is merged by precision, its index and `MOVES` sums of each model.
     """
 
@@ -126,6 +144,8 @@ class MergeTotals:
         self.zero: dict[Input, list[str]] = {model: [] for model in plan.inputs}
         self._weighed: dict[Input, int] = dict.fromkeys(plan.inputs, 0)  # tensors, own precision
         self.moves: dict[int, list[float]] = {}
+        self.shares: dict[Input, float] = {t: 0.0 for t in plan.tasks if t.mixture is not None}
+        mixed = 0
         by_step: dict[int, tuple[int, list[float]]] = {}
         count = len(plan.inputs)
         for unit in units:
@@ -139,12 +159,18 @@ class MergeTotals:
                     "merge again."
                 )
             self._add(tally)
+            if tally.shares:
+                mixed += tally.entries
+                for task, share in zip(plan.tasks, tally.shares, strict=False):
+                    if task.mixture is not None:
+                        self.shares[task] += share
             if tally.stored and plan.method.needs_precision:
                 entries, sums = by_step.get(unit.step, (0, [0.0] * count))
                 sums = [a + b for a, b in zip(sums, tally.stored, strict=True)]
                 by_step[unit.step] = (entries + tally.entries, sums)
                 moves = self.moves.get(unit.step, [0.0] * (MOVES * count))
                 self.moves[unit.step] = [a + b for a, b in zip(moves, tally.moves, strict=True)]
+        self.shares = {task: share / max(mixed, 1) for task, share in self.shares.items()}
         for index, (entries, sums) in by_step.items():
             self._add_likelihood(plan.steps[index], entries, sums)
 

@@ -77,7 +77,7 @@ class Worker:
             CheckpointError: A mean that cannot be merged, or a merge that is not finite.
             PrecisionError: A precision that cannot be merged.
         """
-        step, tally = self._plan.steps[unit.step], UnitTally()
+        step, tally = measured.step or self._plan.steps[unit.step], UnitTally()
         if step.axis is not None:
             try:
                 self._merge_matrices(step, measured, sinks, tally)
@@ -105,6 +105,8 @@ class Worker:
                 stop = min(stop, end)
                 self._copy(step, measured, owner, start, stop, sinks)
             start = stop
+        if measured.step is not None:
+            tally.add_shares(measured.step)
         return tally
 
     def _merge(

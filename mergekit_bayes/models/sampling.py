@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from pydantic import Field
 
 from mergekit_bayes.checkpoint.codec import is_bad_precision, read_tensor
 from mergekit_bayes.checkpoint.layout import precision_path
@@ -53,6 +54,8 @@ class SamplingReport(Frozen):
         held: Number of entries without a precision, which stayed at the mean.
         sigma_over_rms: Median deviation over the RMS of the weights, at the median matrix.
         largest_sigma: Largest deviation, in units of the weights.
+        components: Of a mixture, number of draws of each of its components; the numbers on priors,
+            data and deviations are those of the first one that is drawn. Others have no such key.
     """
 
     samples: int
@@ -67,6 +70,9 @@ class SamplingReport(Frozen):
     held: int
     sigma_over_rms: float
     largest_sigma: float
+    components: tuple[int, ...] | None = Field(
+        default=None, exclude_if=lambda counts: counts is None
+    )
 
 
 # Why nothing is drawn from matrices, in the words of `sampling_obstacle`.

@@ -63,11 +63,16 @@ class Input:
         posterior: The opened model.
         scale: The task's scale, dimensionless; 0 for the base, which is not scaled.
         weighing: How its precision counts.
+        mixture: For a component of a mixture, the number of that among the models as named; None
+            for a model of its own.
+        weight: The component's weight in its mixture.
     """
 
     posterior: Posterior
     scale: float
     weighing: Weighing = field(default_factory=Weighing)
+    mixture: int | None = None
+    weight: float = 1.0
 
     @property
     def ref(self) -> str:

@@ -23,6 +23,7 @@ from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.lost_heads import refuse_lost_heads
 from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.merged_info import merged_info
+from mergekit_bayes.plan.mixtures import refuse_matrices_of, with_components
 from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.options import (
     Shrink,
@@ -155,6 +156,10 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     check_options(config, method, scales, rules)
     with ExitStack() as stack:
         inputs = _open_inputs(config, method, scales, stack)
+        as_named = config
+        config, inputs, rules = with_components(config, method, inputs, rules, stack, notes)
+        _check_identities(config, method, inputs)
+        is_mixed = any(task.mixture is not None for task in inputs.tasks)
         refuse_links(inputs)
         documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
@@ -167,6 +172,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
                 guard = choose_guard(config, inputs, rules, notes)
         refuse_lost_heads(inputs)
         matched = match_tensors(config, method, inputs, rules, notes)
+        refuse_matrices_of(matched.steps)
         compare_configs(config, inputs, matched.steps, notes)
         config_changes = correct_config(inputs, matched.steps, notes)
         config_changes |= head_changes(config, inputs, matched.steps, notes)
@@ -181,10 +187,10 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if config.posterior and method.writes_posterior:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.
-            uneven = bool(rules) or any(_is_cut(step) for step in matched.steps)
+            uneven = bool(rules) or is_mixed or any(_is_cut(step) for step in matched.steps)
             info = merged_info(config, inputs, matched.ties, uneven=uneven)
         plan = MergePlan(
-            config=config,
+            config=as_named,
             method=method,
             settings=settings,
             inputs=inputs,
@@ -214,7 +220,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 def _open_inputs(
     config: MergeConfig, method: Method, scales: Sequence[float], stack: ExitStack
 ) -> Inputs:
-    """Open all models and check that they are those that a recipe records."""
+    """Open all models."""
     base = None
     if config.base is not None:
         base = Input(stack.enter_context(_open(config, config.base, method)), 0.0)
@@ -231,6 +237,13 @@ def _open_inputs(
                 f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
             )
         refuse_factors(posterior)
+    return inputs
+
+
+def _check_identities(config: MergeConfig, method: Method, inputs: Inputs) -> None:
+    """Check that all models are those that a recipe records."""
+    for model in inputs:
+        posterior = model.posterior
         counts = method.needs_precision and posterior.has_precision
         posterior.check_identity(
             config.identities.get(model.ref),
@@ -241,7 +254,6 @@ def _open_inputs(
             config.full_precision_identities.get(model.ref) if counts else None,
             full=True,
         )
-    return inputs
 
 
 def _open(config: MergeConfig, ref: str, method: Method) -> Posterior:

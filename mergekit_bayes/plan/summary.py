@@ -15,9 +15,11 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
         inputs: The models.
         has_rules: Whether some tensors have scales of their own (`--scale MODEL:REGEX=X`).
     """
-    scales = [task.scale for task in inputs.tasks]
+    scales = _scales_of_models(inputs)
     count = len(scales)
     models = f"{count} model{'s' * (count > 1)}"
+    if mixtures := len({task.mixture for task in inputs.tasks} - {None}):
+        models += f", of which {mixtures} {'is a mixture' if mixtures == 1 else 'are mixtures'}"
     others = "; some tensors by scales of their own" if has_rules else ""
     weighed = ", weighted by precision" if method.needs_precision else ""
     if inputs.base is None:
@@ -30,6 +32,15 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
         f"'{inputs.base.ref}' plus the {change} of {models} ({scale_text(scales)}){by}{weighed}"
         f"{others}"
     )
+
+
+def _scales_of_models(inputs: Inputs) -> list[float]:
+    """The scale of each model as named, which the components of a mixture share."""
+    scales: dict[object, float] = {}
+    for task in inputs.tasks:
+        model = task if task.mixture is None else task.mixture
+        scales[model] = scales.get(model, 0.0) + task.scale
+    return list(scales.values())
 
 
 def matrices_in_words(steps: Sequence[Step]) -> str | None:

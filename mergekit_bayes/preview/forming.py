@@ -13,6 +13,7 @@ from mergekit_bayes.merge.pool import CHUNK, PLAIN_CHUNK, WORTH_FUSING, default_
 from mergekit_bayes.merge.work import Sinks, Worker
 from mergekit_bayes.models.places import find_parameters
 from mergekit_bayes.plan import MergeConfig, MergePlan, plan_merge
+from mergekit_bayes.plan.mixtures import refuse_mixtures
 from mergekit_bayes.plan.options import parse_scales
 from mergekit_bayes.plan.rescale import Signs, rescaled, signs_of, with_scales
 from mergekit_bayes.preview.held import Held, HeldReader
@@ -58,8 +59,9 @@ class Plans(Closing):
         """
         signs = signs_of(scales)
         if signs not in self._by_signs:
-            plan = plan_merge(with_scales(self._config, scales))
-            self._by_signs[signs] = self._stack.enter_context(plan)
+            plan = self._stack.enter_context(plan_merge(with_scales(self._config, scales)))
+            refuse_mixtures(plan.inputs, "bmerge preview")
+            self._by_signs[signs] = plan
             self._refuse_other_shapes(scales, plan)
         return rescaled(self._by_signs[signs], scales)
 

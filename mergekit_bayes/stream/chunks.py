@@ -31,12 +31,14 @@ class FirstPassResult:
             plan's inputs.
         facts: What the method measured.
         bad: For each input, how many bad entries pooling left out.
+        step: The tensor with the scales of the components of mixtures; None without a mixture.
     """
 
     pooled: dict[Input, Array]
     extras: Array
     facts: Facts = None
     bad: tuple[int, ...] = ()
+    step: Step | None = None
 
 
 class Reader:

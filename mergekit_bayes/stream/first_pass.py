@@ -15,6 +15,7 @@ from mergekit_bayes.posterior.forms import StoredPrecision, tensor_mean, without
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_means
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.means import WINDOW, OrderedMap, PrecisionMeans
+from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
 
 _Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
@@ -54,6 +55,8 @@ class FirstPass:
             result = self._precisions(step)
         if step.copied is None:
             result.facts = self._facts(step, result)
+            if any(task.input.mixture is not None for task in step.tasks):
+                result.step = settled(self.plan, step, result, self.reader, self.map)
         return result
 
     def _precisions(self, step: Step) -> FirstPassResult:

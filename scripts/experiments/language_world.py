@@ -57,6 +57,7 @@ class LanguageSize(Size):
     tokens: int = CONTEXT
     task_steps: int = 120
     examples: int = 500
+    mixture_seeds: tuple[int, ...] = ()
     error_seeds: tuple[int, ...] = ()
     parameters: str = "2.1M"
     width: int = 192

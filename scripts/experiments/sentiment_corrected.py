@@ -6,12 +6,10 @@ same steps from the base and from merges without a precision are its controls.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from sentiment_columns import COLUMNS, UNTUNED, Column
-from sentiment_looks import Look, Name, Target, load, look_at
 from sentiment_world import JSON, ROWS, Step, World, read_text, write_rows
 
 from mergekit_bayes.adapt.run import run_adapt
@@ -90,22 +88,3 @@ CORRECTIONS = (
     Correction("gm_50_prior", "gradient matching, root-GGN, as prior", "gm", "stored"),
     Correction("gm_tensor_50_prior", "control: per tensor, as prior", "gm_tensor", "stored"),
 )
-
-
-def correct(world: World, correction: Correction, seed: int, target: Target) -> None:
-    """Make and measure a correction of a seed."""
-    step = correction.step(world, seed).done()
-    look_at(world, step.model, _file(world, step), target, world.size.tasks)
-
-
-def corrected(world: World) -> Iterator[tuple[Name, int, Look]]:
-    """The looks at corrections that are there."""
-    for correction in CORRECTIONS:
-        for seed in world.size.seeds:
-            file = _file(world, correction.step(world, seed))
-            if file.exists():
-                yield Name(correction.name), seed, load(file)
-
-
-def _file(world: World, step: Step) -> Path:
-    return world.work / "looks" / f"{step.name}-{step.key}-{world.held_out.key}.npz"

@@ -35,9 +35,10 @@ for name, value in {
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
-from sentiment_corrected import CORRECTIONS, Correction, correct  # noqa: E402
+from sentiment_corrected import CORRECTIONS, Correction  # noqa: E402
 from sentiment_errors import Errors  # noqa: E402
-from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
+from sentiment_looks import Looker, Target, look_at, look_at_written, look_file  # noqa: E402
+from sentiment_mixed import MIXED, Mixed  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
 from sentiment_resampled import POINTS  # noqa: E402
 from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
@@ -152,12 +153,16 @@ def run_seed(
     look_at(world, joint.model, look_file(world, JOINT, seed), target, tasks)
     if "untuned" in points:
         names = {column.name for column in present}
-        for correction in corrections:
-            if correction.column is None or correction.column in names:
-                try:
-                    correct(world, correction, seed, target)
-                except Exception:
-                    failed[f"{correction.name}-{seed}"] = _last_line()
+        written: list[Correction | Mixed] = [
+            c for c in corrections if c.column is None or c.column in names
+        ]
+        if seed in world.size.mixture_seeds and "gm" in names:
+            written += MIXED
+        for one in written:
+            try:
+                look_at_written(world, one, seed, target)
+            except Exception:
+                failed[f"{one.name}-{seed}"] = _last_line()
         if seed in world.size.error_seeds:
             errors = Errors(world, seed, target)
             of_adamw = [column for column in present if column.optimizer == "adamw"]

@@ -13,6 +13,7 @@ from sentiment_columns import BASELINE, COLUMNS, Column
 from sentiment_corrected import CORRECTIONS, EACH
 from sentiment_errors import error_table
 from sentiment_looks import Name
+from sentiment_mixed import MIXED, RUNS
 from sentiment_predicted import prediction_table
 from sentiment_resampled import POINTS, REFERENCES, Resampled
 from sentiment_world import SCORES, World
@@ -45,6 +46,8 @@ def make_report(world: World, failed: dict[str, str]) -> tuple[str, dict[str, An
         differences(found),
     ]
     text += ["\n## After a correction: accuracy / NLL / ECE / Brier\n", corrections(found)]
+    if any(Name(mixed.name) in found.looks for mixed in MIXED):
+        text += [f"\n## {RUNS} runs of each task: accuracy / NLL / ECE / Brier\n", mixtures(found)]
     for point in POINTS[:2]:
         text += [f"\n## By task, {point}: accuracy / NLL / ECE / Brier\n", by_task(found, point)]
     text += ["\n## The predicted increase against the real one\n", prediction_table(found)]
@@ -131,6 +134,21 @@ def corrections(found: Resampled) -> str:
             cells += [signed(found.difference(name, start))]
             cells += [percent(found.share(name, TUNED, JOINT))]
             cells += [signed(found.difference(name, JOINT)), f"{cost:.0f}"]
+            lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def mixtures(found: Resampled) -> str:
+    """Several runs of each task, against the same way with one."""
+    one = Name("gm")
+    lines = table_head("way|seeds|untuned|least of specialist|distance|NLL - one run a task")
+    names = {one: "gradient matching, one run"} | {Name(mixed.name): mixed.label for mixed in MIXED}
+    for name, label in names.items():
+        if name in found.looks:
+            away = np.mean([float(look["distance"]) for look in found.looks[name].values()])
+            cells = [label, seeds(found, name), _scores(found, name)]
+            cells += [f"{found.least_kept(name):.3f}", f"{away:.3g}"]
+            cells += [signed(found.difference(name, one)) if name != one else ""]
             lines.append(row(cells))
     return "\n".join(lines)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from sentiment_columns import COLUMNS, UNTUNED, Column
-from sentiment_corrected import corrected
-from sentiment_looks import Look, Name, Place, counts, load, look_file, nll
+from sentiment_corrected import CORRECTIONS
+from sentiment_looks import Look, Name, Place, counts, load, look_file, looks_at_written, nll
+from sentiment_mixed import MIXED
 from sentiment_world import World
 
 from mergekit_bayes.metrics.base import Interval, interval
@@ -38,7 +39,7 @@ class Resampled:
         self.scales: dict[Name, dict[int, float]] = {}
         for name, seed, look in _references(world):
             self.looks.setdefault(name, {})[seed] = look
-        for name, seed, look in corrected(world):
+        for name, seed, look in looks_at_written(world, (*CORRECTIONS, *MIXED)):
             self.looks.setdefault(name, {})[seed] = look
         for name, seed, scale, look in _points(world, columns):
             self.looks.setdefault(name, {})[seed] = look

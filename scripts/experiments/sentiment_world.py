@@ -42,6 +42,7 @@ ROWS = "rows.jsonl"
 EVERY = ""  # pattern of the names of all tensors
 SCORES = ("accuracy", "nll", "ece", "brier")
 SECONDS = "seconds.json"
+_RUN = 1000  # between the seeds of two runs
 
 JSON = dict[str, Any]
 
@@ -62,6 +63,7 @@ class Size:
         valid_rows: Of each task, for looks.
         test_rows: Of each task at most.
         ivon_seeds: Seeds whose tasks are trained by IVON, too.
+        mixture_seeds: Seeds in which tasks are trained twice.
         error_seeds: Seeds in which the gradients at untuned merges are measured.
         resamples: Of the bootstrap.
     """
@@ -77,6 +79,7 @@ class Size:
     valid_rows: int = 200
     test_rows: int = 400
     ivon_seeds: tuple[int, ...] = (0,)
+    mixture_seeds: tuple[int, ...] = (0,)
     error_seeds: tuple[int, ...] = (0,)
     resamples: int = 1000
 
@@ -250,11 +253,15 @@ class World:
         steps = self.size.base_steps
         return self._trained(f"base-{seed}", self.start(seed), BASE, steps, seed, "adamw")
 
-    def tuned(self, task: str, seed: int, optimizer: str = "adamw") -> Step:
-        """The base after training on a task, by AdamW or IVON; or on `joint`, all of them."""
+    def tuned(self, task: str, seed: int, optimizer: str = "adamw", run: int = 0) -> Step:
+        """The base after training on a task, by AdamW or IVON; or on `joint`, all of them.
+
+        Runs differ in the order of the rows.
+        """
         steps = self.size.task_steps * (len(self.size.tasks) if task == JOINT else 1)
-        name = f"{task}-{optimizer}-{seed}"
-        return self._trained(name, self.base(seed), task, steps, seed, optimizer)
+        name = f"{task}-{optimizer}-{seed}" + f"-run-{run}" * (run > 0)
+        order = seed + _RUN * run
+        return self._trained(name, self.base(seed), task, steps, order, optimizer)
 
     def training(self, text: str, steps: int, seed: int, optimizer: str) -> JSON:
         """The settings of a training."""
