@@ -117,6 +117,7 @@ def _trends() -> list[tuple[str, Cell]]:
         lines += [
             (f"entries - constant, {point}", gap(of["gm"], of["gm_constant"])),
             (f"inputs - constant, {point}", gap(of["gm_inputs"], of["gm_constant"])),
+            (f"inputs - entries, {point}", gap(of["gm_inputs"], of["gm"])),
         ]
     lines += [
         ("entries - the same permuted, untuned", gap(entries, Name("gm_permuted"))),
