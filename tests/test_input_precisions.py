@@ -1,6 +1,7 @@
 """`bmerge precision --estimator inputs`: what it stores, and what merges, reads and refuses it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.inputs import input_covariance
 from mergekit_bayes.curvature.sums import Sums
@@ -171,15 +173,62 @@ def test_the_experts_of_a_file_have_their_own(world):
     assert stored[router].shape == tiny.read(world / "mixtral")[router].shape
 
 
+def test_the_experts_of_a_file_may_be_of_low_rank(world, tmp_path):
+    out = str(tmp_path / "x.posterior")
+    estimate(world, "mixtral", rank=2, output=out)
+    with open_posterior(str(world / "mixtral"), precision=out) as opened:
+        for part, inputs in (("w1", 8), ("w2", 12)):
+            name = f"{EXPERT}.{part}.weight"
+            parts = opened.precision.parts(name)
+            shapes = [opened.precision.in_files.specs[p].shape for p in parts]
+            assert shapes == [(inputs,), (2, inputs)]
+
+
 def test_layers_that_blocks_do_not_divide_are_named(world, tmp_path):
     report = estimate(world, "llama/a", blocks=3, output=str(tmp_path / "x.posterior"))
     assert "8 linear layers have matrices, which took 0.0 MB" in report.notes[0]
     assert "7 of them have one block" in report.notes[1]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_of_wide_layers_they_may_be_of_low_rank(world, tmp_path, kind):
+    out, rank = tmp_path / "x.posterior", 4
+    in_full, common = tmp_path / "full.posterior", {"prior": 0.5, "examples": 6}
+    estimate(world, f"{kind}/a", output=str(in_full), **common)
+    report = estimate(world, f"{kind}/a", output=str(out), rank=rank, **common)
+    with open_posterior(str(world / kind / "a"), precision=str(in_full)) as full:
+        matrices = {n: read_tensor(full.precision, n) for n in full.precision.matrices}
+    with open_posterior(str(world / kind / "a"), precision=str(out)) as opened:
+        found = opened.precision
+        assert set(found.matrices) == set(matrices)
+        low = {n for n in matrices if found.parts(n)[0].startswith("diagonal:")}
+        for name, matrix in matrices.items():
+            exact = np.float64(matrix.reshape(matrix.shape[1:3]))
+            assert (name in low) == (len(exact) > 2 * rank)
+            parts = [np.float64(read_tensor(found.in_files, part)) for part in found.parts(name)]
+            if name in low:
+                diagonal, factor = parts
+                assert found.parts(name)[1] == f"{'left' if kind == 'gpt2' else 'right'}:{name}"
+                kept = np.diag(diagonal) + factor.T @ factor
+                np.testing.assert_allclose(np.diag(kept), np.diag(exact), rtol=1e-5)
+                off = exact - np.diag(np.diag(exact))
+                assert np.linalg.norm(kept - exact) < 0.5 * np.linalg.norm(off)
+            else:
+                np.testing.assert_allclose(parts[0][0], exact, rtol=1e-5, atol=1e-5)
+    assert len(low) >= 2
+    note = re.search(
+        r"(\d+) of them are a diagonal and a factor of rank 4.* ([\d.]+)% of the sum",
+        report.notes[1],
+    )
+    assert int(note[1]) == len(low)
+    assert 50 < float(note[2]) <= 100
+
+
 REFUSED = {
     "pool": ({"pool": "row"}, "--pool row takes the mean of numbers"),
     "a model in parts": ({"device": "auto"}, "2 processes have a part of each"),
+    "a rank and blocks": ({"rank": 4, "blocks": 2}, "--rank 4 makes .* no --blocks 2"),
+    "a rank of products": ({"rank": 4, "estimator": "kronecker"}, "no --estimator kronecker"),
     "blocks of numbers": (
         {"estimator": "ggn", "blocks": 2},
         "--blocks 2 cuts the matrices of --estimator inputs alone",
@@ -207,7 +256,8 @@ def test_adapters_are_refused(world, tmp_path):
         estimate(world, str(tmp_path / "adapter"))
 
 
-def test_numbers_that_overflow_are_refused(tmp_path, world):
+@pytest.mark.parametrize("rank", [None, 2])
+def test_numbers_that_overflow_are_refused(tmp_path, world, rank):
     tiny_bert(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     weights = tiny.read(file)
@@ -216,12 +266,13 @@ def test_numbers_that_overflow_are_refused(tmp_path, world):
     weights["bert.encoder.layer.1.output.LayerNorm.weight"][:] = 1e22
     tiny.write(file, weights)
     with pytest.raises(PrecisionError, match=r"bert.pooler.dense.weight.*not finite"):
-        estimate(world, str(tmp_path / "m"))
+        estimate(world, str(tmp_path / "m"), rank=rank)
     assert not (tmp_path / "m" / "posterior").exists()
 
 
-def test_a_stopped_estimate_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch):
-    common = {"save_every": 0}
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_stopped_estimate_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch, rank):
+    common = {"save_every": 0, "rank": rank}
     estimate(world, "llama/a", output=str(tmp_path / "whole.posterior"), **common)
     add, calls = Sums.add_products, []
 
@@ -236,8 +287,11 @@ def test_a_stopped_estimate_goes_on_to_the_same_bytes(world, tmp_path, monkeypat
     with pytest.raises(CheckpointError, match="the plug"):
         estimate(world, "llama/a", **common, **out)
     calls.clear()
-    with pytest.raises(ConfigError, match="blocks was 1 and is 2"):
-        estimate(world, "llama/a", resume=True, blocks=2, **common, **out)
+    other, message = (
+        ({"rank": 5}, "rank was 4 and is 5") if rank else ({"blocks": 2}, "blocks was 1")
+    )
+    with pytest.raises(ConfigError, match=message):
+        estimate(world, "llama/a", resume=True, **(common | other), **out)
     estimate(world, "llama/a", resume=True, **common, **out)
     assert len(calls) == 8 * 3
     assert (tmp_path / "x.posterior").read_bytes() == (tmp_path / "whole.posterior").read_bytes()

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_bayes.curvature import Keeping
 from mergekit_bayes.curvature.ggn import ggn_diagonal
 from mergekit_bayes.curvature.inputs import input_covariance
+from mergekit_bayes.curvature.sums import Sums
 from mergekit_bayes.errors import ConfigError
 
 SIZES = {
@@ -276,3 +277,33 @@ def test_its_stability_is_that_of_the_diagonals():
     for name in found.matrices:
         diagonal = found.total[name].diagonal(dim1=-2, dim2=-1).flatten()
         close(sum(part.rows[name] for part in found.parts), diagonal)
+
+
+class Residual(nn.Module):
+    """A layer whose outputs are added to its inputs in place, before two others see them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 4)
+        self.first, self.second, self.third = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.head = nn.Linear(4, 20, bias=False)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embedding(input_ids)
+        x += self.first(x)
+        x = self.second(x) + self.third(x)
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.head(x))
+
+
+def test_rows_that_two_layers_see_are_multiplied_once_and_those_changed_in_place_again(monkeypatch):
+    model, rows, calls = Residual(), rows_of("Llama"), []
+    products = Sums.products
+    monkeypatch.setattr(Sums, "products", lambda *given: calls.append(given[1]) or products(*given))
+    found = input_covariance(model, batched(rows, 10)).total
+    assert calls == ["first.weight", "second.weight", "head.weight"]
+    x = model.embedding(torch.cat([row["input_ids"][0] for row in rows])).detach()
+    close(found["first.weight"][0], x.double().T @ x.double())
+    x = x + model.first(x).detach()
+    close(found["second.weight"][0], x.double().T @ x.double())
+    assert torch.equal(found["second.weight"], found["third.weight"])

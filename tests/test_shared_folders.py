@@ -335,6 +335,7 @@ WRITERS = {
     "compare/picture": "into the folder of `replacing`",
     "compare/relearn": "in a new folder of scratch",
     "curvature/parts": "in a folder that make_own_folder has checked; own_files opens it",
+    "mix": "into the folder of `replacing`; the record by own_files",
     "preview/files": "into the folder of `replacing`",
     "preview/picture": "into the folder of `replacing`",
     "detox/journey": "in `replacing`, or in `steps`, which make_own_folder has checked",

@@ -40,6 +40,7 @@ _ROWS = {
     option("random_tokens", low=1),
     option("estimator"),
     option("blocks", low=1),
+    option("rank", low=1),
     option("output", "--out", "-o"),
     option("where", read=values.selection),
     option("text_column"),

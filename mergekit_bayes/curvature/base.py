@@ -29,6 +29,7 @@ class Curvature(NamedTuple):
             empty for an estimator that keeps none, or for fewer batches than subsamples.
         matrices: By parameter name, those whose total is a sum of products (..., k, n, n) in place
             of a diagonal, and the axis of the parameter that it is for, -1 or -2.
+        sketches: The names of those matrices whose total is a sketch (`sketches`), (..., 1 + k, n).
         outputs: By the name of such a parameter, the factor of its other axis, (1, n, n), where the
             curvature is the Kronecker product of both.
     """
@@ -38,6 +39,7 @@ class Curvature(NamedTuple):
     parts: tuple[Part, ...] = ()
     matrices: Mapping[str, int] = {}
     outputs: Mapping[str, Tensor] = {}
+    sketches: frozenset[str] = frozenset()
 
 
 class Estimator(Protocol):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mergekit_bayes.curvature.sketches import sketch_shape
 from mergekit_bayes.libraries import outputs_of
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -51,6 +52,17 @@ class Layer(NamedTuple):
         inputs = self.weight.shape[self.axis]
         k = blocks if inputs % blocks == 0 else 1
         return (*self.weight.shape[:-2], k, inputs // k, inputs // k)
+
+    def sketch(self, rank: int | None) -> tuple[int, ...] | None:
+        """The shape of a sketch of that sum; None for a layer whose sum itself is kept.
+
+        Args:
+            rank: That of sketches, which are for layers of more than twice as many inputs.
+        """
+        inputs = self.weight.shape[self.axis]
+        if rank is None or inputs <= 2 * rank:
+            return None
+        return sketch_shape(tuple(self.weight.shape[:-2]), rank, inputs)
 
 
 def linear_layers(model: nn.Module) -> list[Layer]:

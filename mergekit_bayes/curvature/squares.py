@@ -41,7 +41,7 @@ from mergekit_bayes.curvature.shards import gather_parts, gather_sums, local, wh
 from mergekit_bayes.curvature.state import State
 from mergekit_bayes.curvature.sums import ENTRIES, Keeping, Sums
 from mergekit_bayes.libraries import outputs_of
-from mergekit_bayes.ranks import add_over_ranks, gather, in_step, or_end, own_number, world
+from mergekit_bayes.ranks import gather, in_step, or_end, own_number, world
 
 _Batch: TypeAlias = Mapping[str, Tensor]
 
@@ -153,8 +153,7 @@ def squared_gradients(
         or_end(partial(gather_sums, state.sums.totals, whole))
         return Curvature(whole, observations, gather_parts(parts))
     if ranks > 1:
-        for total in state.sums.totals.values():
-            add_over_ranks(total)
+        state.sums.add_over_ranks()
         counted = gather((observations, parts))
         observations = sum(count for count, _ in counted)
         parts = tuple(part for _, own_parts in counted for part in own_parts)

@@ -5,7 +5,8 @@ done with it before the next one is made. What is held besides the model is then
 
     every entry            4 bytes an entry, on the parameter's device, in CPU memory or in a file
     one number a row       4 bytes a row
-    products of rows       4 n^2 bytes for each block of n columns
+    products of rows       4 n^2 bytes for each block of n columns, or 4 (k + 1) n for a sketch of
+                           rank k
 """
 
 import mmap
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.curvature.parts import Parts
+from mergekit_bayes.curvature.sketches import add_rows, add_sketch
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.ranks import add_over_ranks, gather
 
 _AT_ONCE = 1 << 20  # entries that are squared at once, which bounds what a float32 copy takes
 _WRITTEN = 1 << 20  # bytes of zeros in one write
@@ -43,6 +46,8 @@ class Keeping(NamedTuple):
         matrices: By parameter name, the shape of a sum of products, (..., k, n, n), for those that
             have one in place of squares.
         blocks: k, where an estimator of matrices chooses their shapes.
+        sketches: By parameter name, the shape of a sketch of such a sum (`sketches`).
+        rank: k of a sketch, where an estimator of matrices chooses; None for no sketches.
     """
 
     axes: Mapping[str, int] = {}
@@ -52,11 +57,15 @@ class Keeping(NamedTuple):
     is_sharded: bool = False
     matrices: Mapping[str, tuple[int, ...]] = {}
     blocks: int = 1
+    sketches: Mapping[str, tuple[int, ...]] = {}
+    rank: int | None = None
 
     def shape_of(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter's sum: 1 on each axis over which the mean is taken."""
         if name in self.matrices:
             return self.matrices[name]
+        if name in self.sketches:
+            return self.sketches[name]
         kept = self.axes.get(name, parameter.ndim)
         return (*parameter.shape[:kept], *(1 for _ in parameter.shape[kept:]))
 
@@ -67,6 +76,14 @@ class Keeping(NamedTuple):
 
 
 ENTRIES = Keeping()
+
+
+class _Added(NamedTuple):
+    """Rows that were added to a sketch: what that was, and what it became."""
+
+    rows: Tensor
+    before: Tensor
+    after: Tensor
 
 
 class Sums:
@@ -85,7 +102,8 @@ class Sums:
 
     def __init__(self, parameters: Mapping[str, Tensor], keep: Keeping) -> None:
         shapes = {name: keep.shape_of(name, p) for name, p in parameters.items()}
-        self._matrices = keep.matrices.keys()
+        self._matrices, self._sketches = keep.matrices.keys(), keep.sketches.keys()
+        self._last: _Added | None = None
         self.totals: dict[str, Tensor]
         if isinstance(keep.place, Path):
             self.totals = _in_a_file(shapes, keep.place)
@@ -115,10 +133,14 @@ class Sums:
     def products(self, name: str, rows: Tensor) -> Tensor:
         """What rows add to the matrices of a parameter: `sum_i x_i x_i'` in blocks, (k, n, n).
 
+        To a sketch they add themselves.
+
         Args:
             name: The parameter.
             rows: (rows, k n).
         """
+        if name in self._sketches:
+            return rows.float()
         k, n, _ = self.totals[name].shape[-3:]
         blocks = rows.float().reshape(-1, k, n).transpose(0, 1)
         return blocks.mT @ blocks
@@ -126,14 +148,42 @@ class Sums:
     def add_products(self, name: str, products: Tensor, expert: int | None = None) -> None:
         """Add `products`, to the matrices of one of the stacked experts where there are any."""
         total = self.totals[name] if expert is None else self.totals[name][expert]
-        total.add_(products.to(total.device))
+        if name in self._sketches:
+            self._add_rows(total, products)
+        else:
+            total.add_(products.to(total.device))
+
+    def _add_rows(self, sketch: Tensor, rows: Tensor) -> None:
+        last = self._last
+        # Layers that see the same rows, such as queries, keys and values, have the same sketch.
+        if last is not None and last.rows is rows and torch.equal(last.before, sketch):
+            sketch.copy_(last.after)
+            return
+        before = sketch.clone()
+        add_rows(sketch, rows.to(sketch.device))
+        self._last = _Added(rows, before, sketch)
+
+    def add_over_ranks(self) -> None:
+        """Add up the sums of all ranks, on each of them. Every rank must call this."""
+        for name, total in self.totals.items():
+            if name not in self._sketches:
+                add_over_ranks(total)
+                continue
+            flat = total.view(-1, *total.shape[-2:])
+            first, *others = gather(flat.cpu())
+            flat.copy_(first)
+            for other in others:
+                for sketch, added in zip(flat, other, strict=True):
+                    add_sketch(sketch, added.to(sketch.device))
 
     def by_row(self) -> dict[str, Tensor]:
         """The sums with one number for each row of squares; of matrices the diagonals."""
-        return {
-            name: total.diagonal(dim1=-2, dim2=-1).flatten(-2) if name in self._matrices else total
-            for name, total in self.totals.items()
-        }
+        return {name: self._by_row(name, total) for name, total in self.totals.items()}
+
+    def _by_row(self, name: str, total: Tensor) -> Tensor:
+        if name in self._sketches:
+            return total[..., 0, :]
+        return total.diagonal(dim1=-2, dim2=-1).flatten(-2) if name in self._matrices else total
 
 
 def _in_a_file(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:

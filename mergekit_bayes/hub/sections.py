@@ -160,7 +160,8 @@ def _posterior(facts: Facts) -> str:
     if facts.has_matrices:
         parts.append(
             "For the weights of linear layers it holds matrices instead, under names that begin "
-            "with `right:` or `left:`: the precision of a whole row, or column, of the weight."
+            "with `right:` or `left:`: the precision of a whole row, or column, of the weight. "
+            "Beside a name that begins with `diagonal:` they are its factor of low rank."
         )
     if facts.info is not None:
         parts.append(table(["", ""], [row for row in _info_rows(facts.info) if row[1]]))

@@ -22,6 +22,7 @@ import numpy as np
 from mergekit_bayes.checkpoint.layers import group_layers
 from mergekit_bayes.merge.tally import MOVES
 from mergekit_bayes.plan import Input, MergePlan
+from mergekit_bayes.posterior.forms import Form
 from mergekit_bayes.posterior.info import INPUTS
 from mergekit_bayes.records import FloatArray, Record
 
@@ -108,8 +109,9 @@ def notes_on_increases(plan: MergePlan) -> list[str]:
             "curvature of it"
         ]
     notes = []
+    is_of_products = any(step.form is Form.KRONECKER for step in plan.steps)
     if any(model.weighing.count for model in plan.inputs):
-        notes.append(_LAYERS if any(step.is_kronecker for step in plan.steps) else _ENTRIES)
+        notes.append(_LAYERS if is_of_products else _ENTRIES)
     refs = [f"'{task.ref}'" for task in plan.tasks if task.recorded_pull.precision]
     if plan.base is None and refs:
         notes.append(

@@ -1,7 +1,8 @@
 """The posteriors of a linear layer from its stored matrices: prior, base and ridge.
 
 What a method is given of a model is its likelihood precision on the prior that the method expects,
-as in the passes over entries (`kernels/base.py`): here matrices, or sums of Kronecker products.
+as in the passes over entries (`kernels/base.py`): here matrices, in full or of low rank, or sums of
+Kronecker products.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.gaussian import DELTA_0, Gaussian
 from mergekit_bayes.kernels.base import Array, Numbers
 from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum
-from mergekit_bayes.methods.matrices import divided
+from mergekit_bayes.methods.matrices import divided, norm, one_like
 from mergekit_bayes.plan import Input, MergePlan, Step
 from mergekit_bayes.stream.matrices import Precision
 
@@ -102,11 +103,9 @@ def missing_ridge(
     of_base, *of_tasks = likelihoods
     if isinstance(of_base, KroneckerSum):  # every model has its own ridge
         return KroneckerSum(()) if of_base.terms else _equal(DELTA_0, shape)
-    sizes = [
-        float(np.linalg.norm(task)) for task, x in zip(of_tasks, numbers.scales, strict=True) if x
-    ]
-    lacks = max(0.0, max(sizes, default=0.0) - float(np.linalg.norm(of_base)))
-    return RIDGE * lacks * np.eye(shape[1])
+    sizes = [norm(task) for task, x in zip(of_tasks, numbers.scales, strict=True) if x]
+    lacks = max(0.0, max(sizes, default=0.0) - norm(of_base))
+    return RIDGE * lacks * one_like(of_base)
 
 
 def _equal(number: float, shape: tuple[int, ...]) -> KroneckerSum:
@@ -128,8 +127,8 @@ def likelihood_of(
     numbers: Numbers, position: int, stored: Precision, of_base: Precision | None
 ) -> Precision:
     """H of a model, `gain (S - contained I - share H_0)`; see `Numbers`."""
-    if isinstance(stored, np.ndarray):
-        stored = stored - numbers.contained[position] * np.eye(len(stored))
+    if not isinstance(stored, KroneckerSum):
+        stored = stored - numbers.contained[position] * one_like(stored)
     share = float(numbers.base_shares[position])
     if share and of_base is not None:
         stored = stored - share * of_base
@@ -138,8 +137,8 @@ def likelihood_of(
 
 def with_prior(step: Step, likelihood: Precision, prior: float) -> Precision:
     """A likelihood precision and a number on every entry."""
-    if isinstance(likelihood, np.ndarray):
-        return likelihood + prior * np.eye(len(likelihood))
+    if not isinstance(likelihood, KroneckerSum):
+        return likelihood + prior * one_like(likelihood)
     if prior <= 1000 * DELTA_0:  # every average adds one DELTA_0 to what it records
         return likelihood
     raise MismatchError(
@@ -161,7 +160,7 @@ def _ridged(likelihood: Precision) -> Precision:
             for left, right in likelihood.terms
         ]
         return KroneckerSum.of(pairs)
-    return _with_share(likelihood, RIDGE)
+    return likelihood + RIDGE * norm(likelihood) * one_like(likelihood)
 
 
 def _with_share(matrix: Array, share: float) -> Array:

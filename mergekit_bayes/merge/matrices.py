@@ -26,10 +26,11 @@ from mergekit_bayes.merge.layer_posteriors import (
 )
 from mergekit_bayes.methods.base import RULE
 from mergekit_bayes.methods.kronecker import Basis, KroneckerSum, Spectrum
+from mergekit_bayes.methods.low_rank import LowRankSum
 from mergekit_bayes.methods.matrices import ratios
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.stream.bad_entries import refuse_bad
-from mergekit_bayes.stream.matrices import Place, Precision, packed, places, stored
+from mergekit_bayes.stream.matrices import Place, Precision, in_form, packed, places, stored
 from mergekit_bayes.stream.numbers import numbers_of
 
 
@@ -91,6 +92,8 @@ def merge_matrices(
         MismatchError: A removal that the form of the precisions cannot bound.
     """
     means, found = layer
+    if found is not None:
+        found = [in_form(step, each) for each in found]
     merged = np.empty_like(means[0])
     precision: dict[Place, Precision] = {}
     for place, columns in places(step, means[0].shape):
@@ -116,7 +119,7 @@ def copied_matrices(plan: MergePlan, step: Step) -> Array:
     numbers = numbers_of(plan, step, None, np.float64)
     position = step.operands.index(step.donor)
     counted: dict[Place, Precision] = {}
-    for place, matrix in stored(step, step.donor).items():
+    for place, matrix in in_form(step, stored(step, step.donor)).items():
         likelihood = likelihood_of(numbers, position, matrix, None)
         counted[place] = with_prior(step, likelihood, numbers.priors[position])
     return packed(step, counted)
@@ -162,6 +165,8 @@ def _trace(precision: Precision, outputs: int) -> float:
     """The sum of a precision over all entries of a weight."""
     if isinstance(precision, KroneckerSum):
         return sum(float(np.trace(left) * np.trace(right)) for left, right in precision.terms)
+    if isinstance(precision, LowRankSum):
+        return outputs * float(precision.entries().sum())
     return outputs * float(np.trace(precision))
 
 

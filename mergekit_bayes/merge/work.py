@@ -85,7 +85,7 @@ class Worker:
                 raise CheckpointError(
                     f"'{step.name}' {list(step.spec.shape)} is merged as a whole, which takes more "
                     "memory than there is. See --dry-run for how much, and use fewer --threads, "
-                    "precisions of more --blocks, or such as are numbers."
+                    "precisions of more --blocks or of a --rank, or such as are numbers."
                 ) from None
             return tally
         if unit.start == 0:

@@ -15,11 +15,12 @@ same function runs on floats, on numpy arrays and compiled by numba, with the sa
 A rule may state itself a second time for the weights of linear layers, which are then merged as
 whole matrices, in `matrix(base, tasks, scales, facts)`: means are float64 arrays of shape (outputs,
 inputs), precisions of shape (inputs, inputs), symmetric, the same for every output (`matrices.py`),
-or sums of Kronecker products, which add, scale and multiply in the same way (`kronecker.py`);
-numpy's linear algebra is allowed. `combine` stays the rule of all other tensors: embeddings, norms,
-biases, heads of a vocabulary. A rule without precisions is given every linear layer so, one with
-precisions those whose precision is stored as a matrix. What it cannot merge it says in an
-ArithmeticError, whose text the user gets with the layer's name.
+or sums of Kronecker products (`kronecker.py`) or of low rank beside a diagonal (`low_rank.py`),
+which add, scale and multiply in the same way; numpy's linear algebra is allowed. `combine` stays
+the rule of all other tensors: embeddings, norms, biases, heads of a vocabulary. A rule without
+precisions is given every linear layer so, one with precisions those whose precision is stored as a
+matrix. What it cannot merge it says in an ArithmeticError, whose text the user gets with the
+layer's name.
 
 A rule that cannot be compiled still merges: in numpy, more slowly, with a warning. One that cannot
 run on arrays either is refused with the same `RULE`.

@@ -2,8 +2,8 @@
 
 A weight W has the shape (outputs, inputs), and its precision S, (inputs, inputs), is that of every
 row: the density of a row w is that of a Gaussian with precision matrix S, 1/weight^2. Or it is a
-sum of Kronecker products (`kronecker.py`), which adds, scales and multiplies a weight in the same
-way.
+sum of Kronecker products (`kronecker.py`) or a matrix of low rank beside a diagonal
+(`low_rank.py`), which add, scale and multiply a weight in the same way.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_bayes.methods.kronecker import KroneckerSum, Spectrum, with_magnitudes
+from mergekit_bayes.methods.kronecker import Spectrum, with_magnitudes
+from mergekit_bayes.methods.low_rank import ROUNDING, LowRankSum
 
 Matrix: TypeAlias = NDArray[Any]  # of float64
-Precision: TypeAlias = Any  # a Matrix or a KroneckerSum, both of one merge
-
-ROUNDING = 1e-6  # share of a matrix's norm below which eigenvalues may be what float32 left of 0
+Precision: TypeAlias = Any  # a Matrix, a KroneckerSum or a LowRankSum, all of one merge
 
 
 class Singular(NamedTuple):
@@ -55,10 +54,11 @@ def orthonormal(matrix: Matrix) -> Matrix:
     return result
 
 
-def divided(weighted: Matrix, precision: Matrix | KroneckerSum | Spectrum) -> Matrix:
+def divided(weighted: Matrix, precision: Precision | Spectrum) -> Matrix:
     """What a precision takes to `weighted`, (outputs, inputs): `weighted @ inverse(S)`."""
-    if isinstance(precision, (KroneckerSum, Spectrum)):
-        return precision.divide(weighted)
+    if not isinstance(precision, np.ndarray):
+        of_its_form: Matrix = precision.divide(weighted)
+        return of_its_form
     quotient: Matrix = np.linalg.solve(precision, weighted.T).T
     return quotient
 
@@ -73,6 +73,25 @@ def weighted_mean(
         total = total + precision
         weighted += (mean - means[0]) @ precision
     return means[0] + divided(weighted, total), total
+
+
+def one_like(precision: Matrix | LowRankSum) -> Matrix | LowRankSum:
+    """The identity, in the form and size of a precision of inputs."""
+    return precision.one() if isinstance(precision, LowRankSum) else np.eye(len(precision))
+
+
+def diagonal_of(precision: Matrix | LowRankSum) -> Matrix | LowRankSum:
+    """A precision of inputs without its entries off the diagonal."""
+    if isinstance(precision, LowRankSum):
+        return LowRankSum(precision.entries())
+    return np.diag(np.diag(precision))
+
+
+def norm(precision: Matrix | LowRankSum) -> float:
+    """The Frobenius norm of a precision of inputs."""
+    return (
+        precision.norm() if isinstance(precision, LowRankSum) else float(np.linalg.norm(precision))
+    )
 
 
 def is_positive(matrix: Matrix, size: float) -> bool:
@@ -91,7 +110,7 @@ def is_positive(matrix: Matrix, size: float) -> bool:
 
 def magnitude(matrix: Precision) -> Precision:
     """A precision with its eigenvalues replaced by their magnitudes."""
-    if isinstance(matrix, KroneckerSum):
+    if not isinstance(matrix, np.ndarray):
         return matrix.magnitude()
     size = float(np.linalg.norm(matrix))
     if is_positive(matrix, size):
@@ -113,9 +132,9 @@ def bounded_below(exact: Precision, bound: Precision, share: float) -> Precision
         share: rho, in (0, 1].
 
     Raises:
-        ArithmeticError: As `KroneckerSum.bounded_below`.
+        ArithmeticError: As `bounded_below` of `KroneckerSum` and `LowRankSum`.
     """
-    if isinstance(exact, KroneckerSum):
+    if not isinstance(exact, np.ndarray):
         return exact.bounded_below(bound, share)
     if is_positive(exact - share * bound, float(np.linalg.norm(bound))):
         return exact

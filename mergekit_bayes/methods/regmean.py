@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.methods import matrices, means
 from mergekit_bayes.methods.base import FactInputs, Method, Parameter, Scales, Tasks
@@ -37,7 +35,7 @@ def regmean(base: Gaussian | None, tasks: Tasks, scales: Scales, facts: Trust) -
     """
     grams = [
         scale
-        * (facts.alpha * task.precision + (1 - facts.alpha) * np.diag(np.diag(task.precision)))
+        * (facts.alpha * task.precision + (1 - facts.alpha) * matrices.diagonal_of(task.precision))
         for task, scale in zip(tasks, scales, strict=True)
     ]
     return Gaussian(*matrices.weighted_mean([task.mean for task in tasks], grams))

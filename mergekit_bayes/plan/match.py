@@ -241,7 +241,8 @@ class _Matcher:
             return self._copied(name, spec, donor, "no task changed it")
         operands = _operands(means, scales, precisions)
         roles = self._roles(*operands)
-        matrices = matrices_of(self._config, self._method, name, precisions.stored)
+        removes = any(scale < 0 for scale in scales.values())
+        matrices = matrices_of(self._config, self._method, name, precisions.stored, removes=removes)
         if matrices is not None:
             if merged != spec.size:
                 raise MismatchError(

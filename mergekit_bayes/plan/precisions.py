@@ -16,7 +16,7 @@ from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.steps import Step, TensorRef
 from mergekit_bayes.plan.tied_heads import precision_names
 from mergekit_bayes.posterior import Posterior
-from mergekit_bayes.posterior.forms import Form, StoredPrecision, merged_form
+from mergekit_bayes.posterior.forms import Form, StoredPrecision, low_rank_shape, merged_form
 from mergekit_bayes.posterior.info import INPUTS
 
 _SAMPLE, _SAMPLES = 1024, 16  # entries of a block that is compared, and number of blocks
@@ -130,30 +130,46 @@ class MatrixForm(NamedTuple):
 
 
 def matrices_of(
-    config: MergeConfig, method: Method, name: str, stored: Mapping[Input, StoredPrecision]
+    config: MergeConfig,
+    method: Method,
+    name: str,
+    stored: Mapping[Input, StoredPrecision],
+    *,
+    removes: bool = False,
 ) -> MatrixForm | None:
-    """The form of a tensor's precisions if they are matrices; None if they are numbers.
+    """The form in which a tensor's precisions are merged if they are matrices; None for numbers.
 
-    One number for the tensor is a matrix, too, and goes with others.
+    One number for the tensor is a matrix, too, and goes with others. Those of low rank stay so,
+    with the ranks of all models in the merged one, unless their sum is half of the inputs or more,
+    one model has its matrix in full, or a task is removed, which bounds every direction: they are
+    matrices in full then.
 
     Args:
         config: The settings.
         method: The merging rule.
         name: The tensor.
         stored: The precision of each model.
+        removes: Whether a scale is negative.
 
     Raises:
         ConfigError: The method or a setting has no meaning for matrices.
         PrecisionError: The models have them for other axes or in other blocks, or one has numbers.
     """
     forms: dict[MatrixForm, Input] = {}
-    terms = 0
+    terms, ranks, is_full = 0, dict[tuple[int, str], int](), removes
     for model, precision in stored.items():
-        if precision.form in (Form.MATRIX, Form.KRONECKER) and precision.source is not None:
+        if precision.form > Form.ENTRY and precision.source is not None:
             shape = precision.source.specs[precision.name].shape
             if precision.form is Form.KRONECKER:
                 terms += shape[-4]
                 shape = (*shape[:-4], 0, *shape[-3:])
+            elif precision.form is Form.LOW_RANK:  # as one block, which it may have to be
+                *leading, rows, n = shape[: precision.axis - 2]
+                shape = (*leading, 1, n, n, *shape[precision.axis - 2 :][3:])
+                # The donor's stands in for models that have none.
+                ranks[id(precision.source), precision.name] = rows - 1
+            else:
+                is_full = True
             forms.setdefault(MatrixForm(shape, precision.axis), model)
     if not forms:
         return None
@@ -177,6 +193,9 @@ def matrices_of(
         )
     if terms:  # a merge has the terms of all
         found = MatrixForm((*found.shape[:-4], terms, *found.shape[-3:]), found.axis)
+    if ranks and not is_full and 2 * (rank := sum(ranks.values())) < _blocks(found)[1]:
+        *leading, _, n, _ = found.shape if found.axis == -1 else found.shape[:-1]
+        found = MatrixForm(low_rank_shape(leading, rank, n, found.axis), found.axis)
     if method.matrix is None:
         raise ConfigError(
             f"--method {method.name} reads one number an entry, and the precision of '{name}' of "
@@ -226,7 +245,7 @@ def refuse_no_matrices(method: Method, steps: Sequence[Step]) -> None:
     merged = [step for step in steps if step.copied is None]
     if not method.needs_matrices or not merged:
         return
-    kronecker = next((step.name for step in merged if step.is_kronecker), None)
+    kronecker = next((s.name for s in merged if s.form is Form.KRONECKER), None)
     if kronecker is None and any(step.axis is not None for step in merged):
         return
     if method.needs_precision:

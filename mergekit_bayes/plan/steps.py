@@ -6,8 +6,8 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
-from mergekit_bayes.posterior.forms import StoredPrecision, is_kronecker
-from mergekit_bayes.posterior.stored import LEFT, PRECISION, RIGHT, named
+from mergekit_bayes.posterior.forms import Form, StoredPrecision, form_of_directions
+from mergekit_bayes.posterior.stored import DIAGONAL, LEFT, PRECISION, RIGHT, named
 
 
 class TensorRef(NamedTuple):
@@ -143,10 +143,8 @@ class Step:
 
     @property
     def has_matrices(self) -> bool:
-        """Whether the written precision is one of matrices."""
-        return self.precision_shape is not None and len(self.precision_shape) > max(
-            len(self.spec.shape), 1
-        )
+        """Whether the written precision is one of matrices, in whatever form."""
+        return self.form is not None
 
     @property
     def precision_parts(self) -> dict[str, TensorSpec]:
@@ -155,29 +153,30 @@ class Step:
         if spec is None:
             return {}
         right, left = named(RIGHT, self.name), named(LEFT, self.name)
-        if not self.has_matrices:
+        form, axis = form_of_directions(spec.shape, self.spec.shape) or (Form.ENTRY, 0)
+        if form <= Form.ENTRY:
             return {named(PRECISION, self.name): spec}
-        if self.is_kronecker:
+        one = right if axis == -1 else left
+        if form is Form.KRONECKER:
             r, c = self.spec.shape[-2:]
             terms = spec.shape[:-3]
             return {
                 left: TensorSpec("F32", (*terms, r, r)),
                 right: TensorSpec("F32", (*terms, c, c)),
             }
-        if self.axis_of_matrices == -1:
-            return {right: spec}
-        return {left: TensorSpec("F32", spec.shape[:-1])}
+        if form is Form.LOW_RANK:
+            *leading, rows, n = spec.shape[: len(self.spec.shape)]
+            return {
+                named(DIAGONAL, self.name): TensorSpec("F32", (*leading, n)),
+                one: TensorSpec("F32", (*leading, rows - 1, n)),
+            }
+        return {one: TensorSpec("F32", spec.shape[: len(self.spec.shape) + 1])}
 
     @property
-    def axis_of_matrices(self) -> int:
-        """The axis for which the written precision has matrices, -1 or -2."""
-        assert self.precision_shape is not None
-        return -1 if len(self.precision_shape) == len(self.spec.shape) + 1 else -2
-
-    @property
-    def is_kronecker(self) -> bool:
-        """Whether the written precision is a sum of Kronecker products."""
-        return self.has_matrices and is_kronecker(self.precision_shape or (), self.spec.shape)
+    def form(self) -> Form | None:
+        """The form of the written precision, if it is one of directions."""
+        found = form_of_directions(self.precision_shape or (), self.spec.shape)
+        return None if found is None else found[0]
 
     @property
     def has_coarse_precision(self) -> bool:

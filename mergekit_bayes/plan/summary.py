@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.steps import Step
+from mergekit_bayes.posterior.forms import Form
 
 
 def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
@@ -49,10 +50,21 @@ def matrices_in_words(steps: Sequence[Step]) -> str | None:
     if not whole:
         return None
     largest = max(whole.values(), key=_nbytes)
+    filled = sum(step.form is Form.MATRIX and _has_low_rank(step) for step in whole.values())
     return (
         f"{len(whole)} tensors are merged as whole matrices; the largest, '{largest.name}', takes "
         f"up to about {_nbytes(largest) / 1e6:,.3g} MB of memory in each thread"
+    ) + (
+        f"; {filled} of them have precisions of low rank, which are made matrices in full: a task "
+        "is removed, a model's are in full, or the ranks add up to half of the inputs"
+        if filled
+        else ""
     )
+
+
+def _has_low_rank(step: Step) -> bool:
+    precisions = (operand.precision for operand in step.operands)
+    return any(p is not None and p.form is Form.LOW_RANK for p in precisions)
 
 
 def _nbytes(step: Step) -> int:
@@ -67,9 +79,23 @@ def _nbytes(step: Step) -> int:
         matrix = step.spec.shape[step.axis] ** 2
         return 8 * (models * (3 * weights + 2 * matrix) + 4 * weights + 3 * matrix)
     numbers, more = step.precision_spec.size, 9
-    if step.is_kronecker:  # which has the terms of all models already
+    if step.form is Form.LOW_RANK:
+        return _low_rank_nbytes(step)
+    if step.form is Form.KRONECKER:  # which has the terms of all models already
         numbers, more = -(-numbers // models), 4
     return 8 * (models * (3 * numbers + weights) + more * numbers + 5 * weights)
+
+
+def _low_rank_nbytes(step: Step) -> int:
+    """The same for precisions of low rank.
+
+    All factors lie there as read, stacked, and scaled for the solution; beside them and the weights
+    that are added up are matrices of the size of their rank.
+    """
+    assert step.precision_shape is not None
+    *_, rows, n = step.precision_shape[: len(step.spec.shape)]
+    models, weights = len(step.operands), step.spec.size
+    return 8 * ((models + 7) * weights + 5 * rows * (n + rows) + 2 * models * n)
 
 
 def shares(scales: Sequence[float]) -> str:

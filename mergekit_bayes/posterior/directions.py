@@ -5,7 +5,8 @@ import numpy as np
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.checkpoint.specs import Array, PrecisionSource
 from mergekit_bayes.errors import PrecisionError
-from mergekit_bayes.posterior.stored import StoredPrecisions
+from mergekit_bayes.posterior.factors import LowRank
+from mergekit_bayes.posterior.stored import DIAGONAL, StoredPrecisions, named
 
 
 def matrices_in(precision: PrecisionSource | None) -> tuple[str, ...]:
@@ -48,10 +49,11 @@ def diagonal(precision: PrecisionSource, name: str) -> Array | None:
     """
     if not isinstance(precision, StoredPrecisions) or name not in precision.matrices:
         return None
-    diagonals: list[Array] = [
-        np.einsum("...ii->...i", read_tensor(precision.in_files, part))
-        for part in precision.parts(name)
-    ]
+    parts = [read_tensor(precision.in_files, part) for part in precision.parts(name)]
+    if precision.parts(name)[0] == named(DIAGONAL, name):
+        of_diagonal, factor = parts
+        return LowRank(of_diagonal, factor).entries()
+    diagonals: list[Array] = [np.einsum("...ii->...i", part) for part in parts]
     if len(diagonals) == 1:
         return diagonals[0]
     left, right = diagonals

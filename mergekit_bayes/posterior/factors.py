@@ -1,8 +1,11 @@
 """Precisions that are given by fewer numbers than one an entry, before they are stored."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.posterior.forms import low_rank_shape
 
 
 class RankOne(NamedTuple):
@@ -74,3 +77,39 @@ class Kronecker(NamedTuple):
     def size(self) -> int:
         """How many numbers are stored."""
         return self.left.size + self.right.size
+
+
+class LowRank(NamedTuple):
+    """A precision of directions of low rank beside a diagonal, `S = diag(d) + U' U`.
+
+    It is for one axis of n entries, and the same for all indices of the other, as `Matrices`.
+
+    Attributes:
+        diagonal: d, (..., n), not negative, 1/weight^2. What stands before n are the leading axes
+            of the tensor, each with its own S.
+        factor: U, (..., k, n), 1/weight.
+        is_left: Whether S is for the axis before the last.
+    """
+
+    diagonal: Array
+    factor: Array
+    is_left: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape by which `forms` knows them."""
+        *leading, rank, n = self.factor.shape
+        return low_rank_shape(leading, rank, n, -2 if self.is_left else -1)
+
+    @property
+    def size(self) -> int:
+        """How many numbers are stored."""
+        return self.diagonal.size + self.factor.size
+
+    def entries(self) -> Array:
+        """The diagonal of S: the precision of each entry given all others, (..., n)."""
+        result: Array = self.diagonal + np.square(self.factor).sum(-2)
+        return result
+
+
+Directions: TypeAlias = Matrices | Kronecker | LowRank

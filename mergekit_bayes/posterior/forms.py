@@ -11,8 +11,10 @@ axis), for the tensor, or for the whole model (a number given by hand, without a
     MATRIX    (..., k, n, n)      for a mean of shape (..., r, c) with c = k n
     MATRIX    (..., k, n, n, 1)   the same for its axis before the last, r = k n
     KRONECKER (..., k, r r + c c, 1, 1)    the numbers of k terms of a sum of Kronecker products
+    LOW_RANK  (..., 1 + k, c, 1, 1, 1)     the numbers of a diagonal and of a factor of k rows
+    LOW_RANK  (..., 1 + k, r, 1, 1, 1, 1)  the same for the axis before the last
 
-The last three are precisions of directions: the blocks on the diagonal of a matrix for one axis of
+The last five are precisions of directions: the blocks on the diagonal of a matrix for one axis of
 the tensor, which holds for every index of the other one, or matrices for both (`factors`). Merged
 are then whole matrices (`methods/base.py`); nothing here reads them by entry.
 
@@ -25,7 +27,7 @@ LoRA factors, enters as a `PrecisionSource` whose specs have the mean's shape an
 computed as they are read: its form is ENTRY.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -41,13 +43,14 @@ _DTYPES = ("F32", "BF16", "F64")  # in which a merge reads precisions
 
 
 class Form(IntEnum):
-    """How finely a precision resolves its tensor; a finer form is larger."""
+    """How finely a precision resolves its tensor; of numbers a finer form is larger."""
 
     TENSOR = 1
     ROW = 2
     ENTRY = 3
     MATRIX = 4
     KRONECKER = 5
+    LOW_RANK = 6
 
     def shape_of(self, mean: Shape) -> Shape:
         """The shape of a precision in this form, for a mean of this shape; not of matrices."""
@@ -72,8 +75,8 @@ class StoredPrecision:
         source: Where it is read from; None for one number everywhere.
         name: Its name in `source`.
         number: The one number, 1/weight^2, where there is no source.
-        axis: Of a matrix: the axis of the tensor that it is for, -1 or -2; of a sum of Kronecker
-            products -1.
+        axis: Of a matrix, in full or of low rank: the axis of the tensor that it is for, -1 or -2;
+            of a sum of Kronecker products -1.
     """
 
     form: Form
@@ -108,11 +111,9 @@ class StoredPrecision:
             )
         if spec.shape == () or spec.shape == one_shape(mean):
             return cls(Form.TENSOR, source, name)
-        if len(spec.shape) > len(mean):
-            if is_kronecker(spec.shape, mean):
-                return cls(Form.KRONECKER, source, name, axis=-1)
-            axis = -1 if len(spec.shape) == len(mean) + 1 else -2
-            return cls(Form.MATRIX, source, name, axis=axis)
+        if (of_directions := form_of_directions(spec.shape, mean)) is not None:
+            form, axis = of_directions
+            return cls(form, source, name, axis=axis)
         return cls(Form.ENTRY if spec.shape == mean else Form.ROW, source, name)
 
     def coarse(self, rows: int) -> Array | None:
@@ -141,8 +142,7 @@ def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
         and precision.dtype in _DTYPES
         and (
             precision.shape in _shapes(mean.shape)
-            or _is_matrix_of(precision.shape, mean.shape)
-            or is_kronecker(precision.shape, mean.shape)
+            or form_of_directions(precision.shape, mean.shape) is not None
         )
     )
 
@@ -202,22 +202,35 @@ def tensor_mean(numbers: Array) -> Array:
     return mean
 
 
-def _is_matrix_of(shape: Shape, mean: Shape) -> bool:
-    """Whether this is the shape of matrices for one of the last two axes of a mean."""
-    more = len(shape) - len(mean)
-    if len(mean) < 2 or more not in (1, 2) or (more == 2 and shape[-1] != 1):
-        return False
-    axis, blocks = -more, shape[len(mean) - 2 : len(mean) + 1]
-    fits = blocks[0] * blocks[1] == mean[axis] and blocks[1] == blocks[2]
-    return fits and shape[: len(mean) - 2] == mean[:-2]
+def form_of_directions(shape: Shape, mean: Shape) -> tuple[Form, int] | None:
+    """The form of a precision of directions by its shape, and the axis that it is for.
+
+    Args:
+        shape: The precision's.
+        mean: The mean's, (..., r, c).
+
+    Returns:
+        As `StoredPrecision` has them; None for a shape of numbers, or of another mean.
+    """
+    leading, more = mean[:-2], len(shape) - len(mean)
+    if len(mean) < 2 or more < 1 or shape[: len(leading)] != leading:
+        return None
+    count, *rest = shape[len(leading) :]
+    if more == 2 and rest == [mean[-2] ** 2 + mean[-1] ** 2, 1, 1]:
+        return Form.KRONECKER, -1
+    for axis, ones in ((-1, []), (-2, [1])):
+        n = mean[axis]
+        if rest == [n, 1, 1, 1, *ones] and count > 0:
+            return Form.LOW_RANK, axis
+        if len(rest) == 2 + len(ones) and rest == [rest[0], rest[0], *ones]:
+            is_whole = count * rest[0] == n
+            return (Form.MATRIX, axis) if is_whole else None
+    return None
 
 
-def is_kronecker(shape: Shape, mean: Shape) -> bool:
-    """Whether this is the shape of terms of a sum of Kronecker products for a mean."""
-    if len(mean) < 2 or len(shape) != len(mean) + 2 or shape[-2:] != (1, 1):
-        return False
-    numbers = mean[-2] ** 2 + mean[-1] ** 2
-    return shape[-3] == numbers and shape[: len(mean) - 2] == mean[:-2]
+def low_rank_shape(leading: Iterable[int], rank: int, n: int, axis: int) -> Shape:
+    """The shape of a precision of low rank for the axis -1 or -2 of a mean, of n entries."""
+    return (*leading, 1 + rank, n, *(1 for _ in range(2 - axis)))
 
 
 def _shapes(mean: Shape) -> tuple[Shape, ...]:

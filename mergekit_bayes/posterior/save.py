@@ -21,12 +21,12 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
-from mergekit_bayes.posterior.factors import Kronecker, Matrices, RankOne
+from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices, RankOne
 from mergekit_bayes.posterior.forms import is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.stored import parts_of
 
-Precision = Array | RankOne | Matrices | Kronecker
+Precision = Array | RankOne | Directions
 
 
 def save_posterior(
@@ -42,8 +42,8 @@ def save_posterior(
     Args:
         model: The checkpoint, a file or folder; it is not touched.
         precision: float32 arrays under the checkpoint's own tensor names; 1/weight^2, finite and
-            >= 0; each in any form of `forms`, of rank one, or symmetric matrices. Tensors that were
-            not trained may be absent.
+            >= 0; each in any form of `forms`, of rank one, or symmetric, of directions. Tensors
+            that were not trained may be absent.
         info: The record, which is stored in every file's header.
         out: Another place: a file that ends in `.posterior` or `.safetensors`, or a folder.
         force: Replace what is there.
@@ -93,6 +93,8 @@ def _check_precision(
         parts = list(parts_of(name, values).values())
         if isinstance(values, (Matrices, Kronecker)):
             parts = [x for p in parts for x in (np.einsum("...ii->...i", p), abs(p))]
+        if isinstance(values, LowRank):
+            parts = [values.diagonal, abs(values.factor)]
         bad = sum(int(np.count_nonzero(is_bad_precision(part))) for part in parts)
         if bad:
             size = sum(part.size for part in parts)

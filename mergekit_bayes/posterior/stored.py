@@ -10,11 +10,14 @@ that no loader takes a tensor for one of the model's, whatever the file is calle
     right:NAME        matrices in place of numbers (see `forms`), for the last axis of a tensor
     left:NAME         or for the one before it; both have the shape (..., blocks, n, n). Where a
                       tensor has both, each block is a term of a sum of Kronecker products
+    diagonal:NAME     the diagonal d, (..., n), of a precision of low rank, diag(d) + U' U; `right`
+                      or `left` then is the factor U, (..., k, n), and no matrix
 
 Files of other programs, and of format 1, have the model's own names. Readers of `StoredPrecisions`
 see the model's names in either case, and a precision of rank one with the shape of its mean.
 Matrices for the axis before the last have one more axis of length 1 there, which tells them apart,
-and the numbers of both one after the other the shape (..., blocks, numbers of a block, 1, 1).
+and the numbers of both one after the other the shape (..., blocks, numbers of a block, 1, 1). A
+diagonal and its factor have the shape of both in one, and three axes of length 1 (four for `left`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +34,13 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, Closing, PrecisionSource, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import PrecisionError, shown
-from mergekit_bayes.posterior.factors import Kronecker, Matrices, RankOne
+from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices, RankOne
+from mergekit_bayes.posterior.forms import low_rank_shape
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 PRECISION, ROWS, COLUMNS = "precision", "rows", "columns"  # the roles
-RIGHT, LEFT = "right", "left"
-_ROLES = (PRECISION, ROWS, COLUMNS, RIGHT, LEFT)
+RIGHT, LEFT, DIAGONAL = "right", "left", "diagonal"
+_ROLES = (PRECISION, ROWS, COLUMNS, RIGHT, LEFT, DIAGONAL)
 _PREFIXED_SINCE = 2  # the first format whose names begin with a role
 
 
@@ -45,7 +49,7 @@ class StoredTensor(NamedTuple):
 
     Attributes:
         spec: Dtype and shape in which it is read.
-        parts: Its names in the files: one, or those of `rows` and `columns`.
+        parts: Its names in the files: one, or the two that it consists of.
         numbers: How many numbers are stored.
         has_matrices: Whether they are matrices, which nobody reads by entry.
     """
@@ -68,13 +72,16 @@ def named(role: str, name: str) -> str:
     return f"{role}:{name}"
 
 
-def parts_of(name: str, precision: Array | RankOne | Matrices | Kronecker) -> dict[str, Array]:
+def parts_of(name: str, precision: Array | RankOne | Directions) -> dict[str, Array]:
     """The tensors that a precision is in a file, by their names there.
 
     Args:
         name: The model's name of its tensor.
-        precision: One number an entry, a row or the tensor; of rank one; or matrices.
+        precision: One number an entry, a row or the tensor; of rank one; or of directions.
     """
+    if isinstance(precision, LowRank):
+        factor = named(LEFT if precision.is_left else RIGHT, name)
+        return {named(DIAGONAL, name): precision.diagonal, factor: precision.factor}
     if isinstance(precision, Kronecker):
         return {named(LEFT, name): precision.left, named(RIGHT, name): precision.right}
     if isinstance(precision, Matrices):
@@ -113,6 +120,8 @@ def stored_tensors(
             role, rest = PRECISION, name
         if role == PRECISION:
             stored = StoredTensor(spec, (name,), spec.size)
+        elif named(DIAGONAL, rest) in specs:
+            stored = _low_rank(specs, rest, file)
         elif role in (RIGHT, LEFT):
             stored = _matrices(specs, rest, role, file)
         else:
@@ -169,6 +178,30 @@ def _matrices(specs: Mapping[str, TensorSpec], name: str, role: str, file: Path)
     return StoredTensor(TensorSpec("F32", shape), parts, prod(shape), has_matrices=True)
 
 
+def _low_rank(specs: Mapping[str, TensorSpec], name: str, file: Path) -> StoredTensor:
+    """The precision of a tensor that has a diagonal and a factor for one of its axes."""
+    diagonal = named(DIAGONAL, name)
+    factors = [part for part in (named(RIGHT, name), named(LEFT, name)) if part in specs]
+    if len(factors) != 1:
+        raise PrecisionError(
+            f"{file}: {shown(diagonal)} needs one factor, {RIGHT}: or {LEFT}:, and has "
+            f"{len(factors)}. Make it again."
+        )
+    (factor,) = factors
+    of_diagonal, of_factor = specs[diagonal], specs[factor]
+    shape = of_factor.shape
+    fits = len(shape) > 1 and of_diagonal.shape == (*shape[:-2], shape[-1])
+    if not fits or not of_diagonal.dtype == of_factor.dtype == "F32":
+        raise PrecisionError(
+            f"{file}: {shown(diagonal)} is {of_diagonal.dtype} {list(of_diagonal.shape)} and "
+            f"{shown(factor)} {of_factor.dtype} {list(of_factor.shape)}, expected F32 [..., n] and "
+            "[..., k, n]. Make it again."
+        )
+    axis = -1 if factor == named(RIGHT, name) else -2
+    spec = TensorSpec("F32", low_rank_shape(shape[:-2], shape[-2], shape[-1], axis))
+    return StoredTensor(spec, (diagonal, factor), spec.size, has_matrices=True)
+
+
 class StoredPrecisions(Closing):
     """The precisions in some files, by the names of the model's tensors.
 
@@ -222,7 +255,7 @@ class StoredPrecisions(Closing):
         return self._stored
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """The names in the files of a tensor's precision: one, or those of `rows` and `columns`."""
+        """The names in the files of a tensor's precision: one, or the two that it consists of."""
         return self._tensors[name].parts
 
     def current_parts(self, name: str) -> dict[str, str]:
@@ -256,7 +289,7 @@ class StoredPrecisions(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with a precision's bytes, from byte `offset` on; of rank one the products.
 
-        Of matrices for both axes come all for the axis before the last, and then the others.
+        Of several tensors of matrices come all of the first, in the order of `parts`, and so on.
 
         Raises:
             CheckpointError: As `SafetensorsSource.read_bytes`.
@@ -266,7 +299,7 @@ class StoredPrecisions(Closing):
         if len(parts) == 1:
             self._stored.read_bytes(parts[0], offset, out)
             return
-        if parts[0].startswith(f"{LEFT}:"):
+        if self._tensors[name].has_matrices:
             sizes = [self._stored.specs[part].nbytes for part in parts]
             for part, start, stop, at in _overlaps(sizes, offset, len(out)):
                 self._stored.read_bytes(parts[part], at, out[start:stop])

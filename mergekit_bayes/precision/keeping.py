@@ -42,7 +42,14 @@ def keeping(config: PrecisionConfig, model: Module) -> Keeping:
     """
     axes = row_axes(model) if config.pool in ("row", "tensor") else {}
     place = target_of(config).parent if config.sums == "disk" else config.sums
-    return Keeping(axes, place, is_shared=True, is_sharded=is_sharded(config), blocks=config.blocks)
+    return Keeping(
+        axes,
+        place,
+        is_shared=True,
+        is_sharded=is_sharded(config),
+        blocks=config.blocks,
+        rank=config.rank,
+    )
 
 
 def stored_precision(

@@ -4,10 +4,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from mergekit_bayes.curvature import Curvature
+from mergekit_bayes.curvature.sketches import diagonal_and_factor
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.models.load import Loaded
 from mergekit_bayes.models.places import input_axes
-from mergekit_bayes.posterior.factors import Kronecker, Matrices
+from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices
 from mergekit_bayes.posterior.info import INPUTS, KRONECKER
 from mergekit_bayes.precision.keeping import is_sharded
 from mergekit_bayes.precision.settings import PrecisionConfig
@@ -25,10 +26,20 @@ def refuse_matrix_settings(config: PrecisionConfig) -> None:
             f"--blocks {config.blocks} cuts the matrices of --estimator {INPUTS} alone. Leave "
             "it out."
         )
+    if config.rank is not None and (config.estimator != INPUTS or config.blocks != 1):
+        beside = (
+            f"--estimator {config.estimator}"
+            if config.estimator != INPUTS
+            else f"--blocks {config.blocks}"
+        )
+        raise ConfigError(
+            f"--rank {config.rank} makes the matrices of --estimator {INPUTS} smaller, in place of "
+            f"--blocks, and goes with no {beside}. Leave one of them out."
+        )
     if config.estimator in (INPUTS, KRONECKER) and config.pool is not None:
         raise ConfigError(
             f"--pool {config.pool} takes the mean of numbers, and --estimator {config.estimator} "
-            "has matrices (those of inputs --blocks N makes smaller). Leave it out."
+            "has matrices (those of inputs --blocks N or --rank N makes smaller). Leave it out."
         )
     if config.estimator in (INPUTS, KRONECKER) and is_sharded(config):
         raise ConfigError(
@@ -64,7 +75,7 @@ def numbers_of(curvature: Curvature) -> dict[str, Tensor]:
 
 def stored_matrices(
     config: PrecisionConfig, model: Module, curvature: Curvature, scale: float
-) -> dict[str, Matrices | Kronecker]:
+) -> dict[str, Directions]:
     """The matrices `scale * total + prior I` or factors, as `save_pretrained` names them.
 
     Args:
@@ -80,20 +91,24 @@ def stored_matrices(
         return {}
     if curvature.outputs:
         return _products(model, curvature, scale)
-    total = {name: curvature.total[name].mul_(scale) for name in curvature.matrices}
-    for matrices in total.values():
-        matrices.diagonal(dim1=-2, dim2=-1).add_(config.prior)
-    stored: dict[str, Matrices | Kronecker] = {}
+    stored: dict[str, Directions] = {}
     for name, place in input_axes(model, curvature.matrices).items():
-        matrices = total[place.parameter]
-        blocks = matrices if place.expert is None else matrices[place.expert]
-        stored[name] = Matrices(blocks.cpu().numpy(), is_left=place.axis == -2)
+        total = curvature.total[place.parameter]
+        total = total if place.expert is None else total[place.expert]
+        is_left = place.axis == -2
+        if place.parameter in curvature.sketches:
+            diagonal, factor = diagonal_and_factor(total)
+            diagonal, factor = diagonal * scale + config.prior, factor * scale**0.5
+            stored[name] = LowRank(diagonal.cpu().numpy(), factor.cpu().numpy(), is_left)
+        else:
+            total.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(config.prior)
+            stored[name] = Matrices(total.cpu().numpy(), is_left)
     return stored
 
 
-def _products(model: Module, curvature: Curvature, scale: float) -> dict[str, Matrices | Kronecker]:
+def _products(model: Module, curvature: Curvature, scale: float) -> dict[str, Directions]:
     """The factors of both axes, in the order in which a weight is stored."""
-    stored: dict[str, Matrices | Kronecker] = {}
+    stored: dict[str, Directions] = {}
     for name, place in input_axes(model, curvature.matrices).items():
         inputs = curvature.total[place.parameter].cpu().numpy()
         outputs = curvature.outputs[place.parameter].mul(scale).cpu().numpy()
@@ -110,7 +125,8 @@ def matrix_notes(config: PrecisionConfig, curvature: Curvature) -> tuple[str, ..
         return ()
     sizes = [curvature.total[name].numel() for name in curvature.matrices]
     sizes += [factor.numel() for factor in curvature.outputs.values()]
-    whole = [n for n in curvature.matrices if curvature.total[n].shape[-3] != config.blocks]
+    full = [n for n in curvature.matrices if n not in curvature.sketches]
+    whole = [n for n in full if curvature.total[n].shape[-3] != config.blocks]
     notes = [
         f"{len(curvature.matrices)} linear layers have matrices, which took "
         f"{4 * sum(sizes) / 1e6:,.1f} MB"
@@ -121,4 +137,28 @@ def matrix_notes(config: PrecisionConfig, curvature: Curvature) -> tuple[str, ..
             f"{len(whole)} of them have one block, since their inputs are not divisible by "
             f"{config.blocks}: {', '.join(whole[:3])}{', ...' if len(whole) > 3 else ''}"
         )
+    if config.rank is not None:
+        notes.append(_rank_note(config.rank, curvature, len(full)))
     return tuple(notes)
+
+
+def _rank_note(rank: int, curvature: Curvature, full: int) -> str:
+    """How many matrices are of low rank, and what of their diagonals their factors hold."""
+    if not curvature.sketches:
+        return f"all of them are in full, since no layer has more than {2 * rank} inputs"
+    shares = {
+        name: float(total[..., 1:, :].double().square().sum() / total[..., 0, :].double().sum())
+        for name in curvature.sketches
+        if (total := curvature.total[name])[..., 0, :].any()
+    }
+    held = ""
+    if shares:
+        least, most = min(shares.items(), key=lambda item: item[1]), max(shares.values())
+        held = (
+            f", which holds {least[1]:.1%} ('{least[0]}') to {most:.1%} of the sum of squared "
+            "inputs"
+        )
+    return (
+        f"{len(curvature.sketches)} of them are a diagonal and a factor of rank {rank}{held}; "
+        f"{full} with up to {2 * rank} inputs are in full"
+    )

@@ -187,6 +187,7 @@ def _record(
         "weights": weights,
         "rows": sha256(encoded).hexdigest(),
         **({"blocks": config.blocks} if estimator == INPUTS else {}),
+        **({"rank": config.rank} if config.rank is not None else {}),
     }
 
 

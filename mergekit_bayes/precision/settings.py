@@ -61,6 +61,13 @@ class PrecisionConfig(Config):
         "layer's matrix, which takes 4 d^2 / blocks bytes for d inputs; all models of a merge "
         "need the same.",
     )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="With --estimator inputs, in place of --blocks: of the matrix of a layer with "
+        "more than twice as many inputs keep the diagonal and this many directions, which take "
+        "4 (rank + 1) d bytes for d inputs. Models of a merge may have others, or full matrices.",
+    )
     moments: str | None = Field(
         None,
         description="Take it from Adam's second moments instead, as a training left them: "

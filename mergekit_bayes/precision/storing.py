@@ -20,7 +20,7 @@ from mergekit_bayes.curvature.health import precision_health
 from mergekit_bayes.curvature.outputs import TrainedLoss
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.posterior import Anchor, PosteriorInfo, Prior, identify, save_posterior
-from mergekit_bayes.posterior.factors import Kronecker, Matrices
+from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank
 from mergekit_bayes.posterior.info import LOSS
 from mergekit_bayes.posterior.pooling import rank_ones
 from mergekit_bayes.posterior.save import Precision
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     training: Mapping[str, Any]
     sampled: int | None = None
     health: Mapping[str, float] = {}
-    matrices: Mapping[str, Matrices | Kronecker] = {}
+    matrices: Mapping[str, Directions] = {}
     renaming: Renaming | None = None
 
 
@@ -114,11 +114,13 @@ def store(
     return Stored(save_posterior(folder, stored, info, out=out, force=config.force), health)
 
 
-def diagonal(matrices: Matrices | Kronecker) -> Tensor:
+def diagonal(matrices: Directions) -> Tensor:
     """The diagonal of matrices: one number for each of a layer's inputs, or for each entry."""
     if isinstance(matrices, Kronecker):
         left, right = (torch.from_numpy(f).diagonal(dim1=-2, dim2=-1) for f in matrices)
         return left[..., None] * right[..., None, :]
+    if isinstance(matrices, LowRank):
+        return torch.from_numpy(matrices.entries())
     return torch.from_numpy(matrices.blocks).diagonal(dim1=-2, dim2=-1)
 
 

@@ -14,11 +14,13 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, TensorSpec
 from mergekit_bayes.posterior import PosteriorInfo, identify
-from mergekit_bayes.posterior.stored import PRECISION, RIGHT, named
+from mergekit_bayes.posterior.stored import DIAGONAL, PRECISION, RIGHT, named
 
 MODELS = ("base", "a", "b")
 MATRICES = "inputs.posterior"
 WIDEST = 1024  # inputs of one block of a matrix
+FACTORS = "factors.posterior"
+RANK = 64  # of a layer's factor, where it has more than eight times as many inputs
 
 
 class Shape(NamedTuple):
@@ -109,6 +111,7 @@ def make(target: Path, shape: Shape, precision: str) -> None:
         file = folder / name / "posterior" / "precision.posterior"
         _write(file, specs, info.to_metadata(), precisions, rng)
         _write_matrices(folder / name / MATRICES, shapes, info, rng)
+        _write_factors(folder / name / FACTORS, shapes, info, rng)
     folder.rename(target)
 
 
@@ -139,6 +142,28 @@ def _write_matrices(
             if size == 1:
                 matrices = np.ones(spec.shape, np.float32)
             sink.write_bytes(name, 0, encode(matrices.reshape(-1), "F32"))
+
+
+def _write_factors(
+    path: Path, shapes: dict[str, tuple[int, ...]], info: PosteriorInfo, rng: np.random.Generator
+) -> None:
+    """Write random diagonals and factors for linear layers, and one number for all else."""
+    layers = linear_axes({n: TensorSpec("BF16", s) for n, s in shapes.items()})
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in shapes.items():
+        if name in layers:
+            specs[named(DIAGONAL, name)] = TensorSpec("F32", shape[1:])
+            rank = min(RANK, shape[1] // 8)
+            specs[named(RIGHT, name)] = TensorSpec("F32", (rank, shape[1]))
+        else:
+            specs[named(PRECISION, name)] = TensorSpec("F32", tuple(1 for _ in shape))
+    metadata = info.model_copy(update={"estimator": "inputs"}).to_metadata()
+    with SafetensorsSink(path, specs, metadata) as sink:
+        for name, spec in specs.items():
+            numbers = np.ones(spec.size, np.float32)
+            if name.startswith(f"{RIGHT}:"):
+                numbers = rng.standard_normal(spec.size, np.float32)
+            sink.write_bytes(name, 0, encode(numbers, "F32"))
 
 
 def _write(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from merge_models import MATRICES, MODELS, SHAPES, tensors
+from merge_models import FACTORS, MATRICES, MODELS, RANK, SHAPES, tensors
 
 MERGEKIT = "0.1.4"
 
@@ -116,12 +116,14 @@ def rows(size: float, work: Path, out: Path, mergekit: Path | None) -> Iterator[
     for count in (1, 16):
         sets = [f"--predict={(i + 1) / count:g}" for i in range(count)]
         yield merge(f"--predict, sets: {count}", "read 6 files", *weighed, *sets)
-    matrices = [str(folder / m / MATRICES) for m in MODELS]
-    stored = os.path.getsize(matrices[0]) if os.path.exists(matrices[0]) else 0
-    yield reads("read 3 files and matrices, write 2", means + matrices, [2 * entries, stored])
-    chosen = [f"--precision={folder / m}={file}" for m, file in zip(MODELS, matrices, strict=True)]
-    by_matrices = "read 3 files and matrices, write 2"
-    yield merge("gradient matching, matrices", by_matrices, *weighed, *chosen)
+    for what, stored_in, times in (("matrices", MATRICES, 1), (f"rank {RANK}", FACTORS, 3)):
+        files = [str(folder / m / stored_in) for m in MODELS]
+        io = f"read 3 files and {what}, write 2"
+        # A merge has the ranks of all models.
+        written = times * os.path.getsize(files[0]) if os.path.exists(files[0]) else 0
+        yield reads(io, means + files, [2 * entries, written])
+        chosen = [f"--precision={folder / m}={file}" for m, file in zip(MODELS, files, strict=True)]
+        yield merge(f"gradient matching, {what}", io, *weighed, *chosen)
     for method in ("ace", "tsv_m", "iso_c") if size == 0.1 else ():
         yield merge(method, three, "--method", method)._replace(once=True)
     yield merge("ties", three, "--method", "ties")

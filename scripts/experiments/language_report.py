@@ -117,6 +117,7 @@ def _trends() -> list[tuple[str, Cell]]:
         lines += [
             (f"entries - constant, {point}", gap(of["gm"], of["gm_constant"])),
             (f"inputs - constant, {point}", gap(of["gm_inputs"], of["gm_constant"])),
+            (f"inputs - entries, {point}", gap(of["gm_inputs"], of["gm"])),
         ]
     lines += [
         ("entries - the same permuted, untuned", gap(entries, Name("gm_permuted"))),
@@ -126,6 +127,7 @@ def _trends() -> list[tuple[str, Cell]]:
         ),
         ("entries - all others permuted, untuned", gap(entries, Name("gm_permuted_rest"))),
         ("rows - constant, untuned", gap(Name("gm_row"), constant)),
+        ("Fisher - average, untuned", gap(Name("fisher"), Name("average"))),
         ("self-generated - entries, untuned", gap(Name("gm_self"), entries)),
         ("entries - best control, untuned", to_best(entries)),
         ("inputs - best control, untuned", to_best(inputs)),
@@ -133,7 +135,7 @@ def _trends() -> list[tuple[str, Cell]]:
         ("inputs - ACE, untuned", gap(inputs, Name("ace"))),
         ("inputs - TSV-M, untuned", gap(inputs, Name("tsv_m"))),
     ]
-    ways = ("average", "gm_constant", "gm", "gm_inputs", "regmean", "tsv_m", "gm_kronecker")
+    ways = ("average", "fisher", "gm_constant", "gm", "gm_inputs", "regmean", "tsv_m")
     labels = {column.name: column.label for column in LANGUAGE}
     lines += [(f"share of the gap: {labels[way]}, untuned", share(Name(way))) for way in ways]
     lines += [
