@@ -118,7 +118,7 @@ class Resampled:
     def seconds(self, column: Column, point: str) -> float:
         """CPU seconds of fine-tunes, precisions, a merge, and for a tuned one its looks."""
         totals = []
-        for seed in self.looks[Name(column.name)]:
+        for seed in self.looks[Name(column.name, point)]:
             place = Place.of(self.world, column, seed)
             steps = {step.key: step for step in column.steps(self.world, seed)}
             for step in list(steps.values()):  # what a permuted precision was made of
