@@ -332,6 +332,11 @@ def test_an_example_has_its_article():
     assert "nats a token" in as_markdown(report())
 
 
+def test_the_version_stands_in_the_report_as_it_is():
+    lines = as_markdown(report(version="0.1.0")).splitlines()
+    assert lines[-1] == "- bmerge 0.1.0; all settings and numbers are in preview.json."
+
+
 def test_losses_beyond_the_axis_are_marked_and_counted():
     made = report(2, 2)
     far = made.points[5].model_copy(update={"loss": dict.fromkeys(made.observations, 90.0)})
