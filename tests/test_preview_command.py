@@ -26,7 +26,7 @@ from mergekit_bayes.preview import (
     run,
     search,
 )
-from mergekit_bayes.preview.choosing import cost, pareto
+from mergekit_bayes.preview.choosing import cost, edge, pareto
 from mergekit_bayes.preview.designs import vectors_of
 from mergekit_bayes.preview.held import Held
 from mergekit_bayes.preview.markdown import as_markdown
@@ -218,6 +218,22 @@ def test_the_pareto_set_and_the_choice():
     assert cost(losses[0], losses[4], "worst") == 5.0
 
 
+def test_a_scale_is_at_an_edge_where_the_losses_fall_towards_it():
+    def edges(best, *others):
+        costs = {best: 1.0, **{vector: 2.0 + i for i, vector in enumerate(others)}}
+        return [edge(costs, best, task) for task in range(len(best))]
+
+    # All scales differ together: the third has two values only, and is told as the others are.
+    assert edges((0.2, 0.2, 0.2), (0.5, 0.5, 1.0), (1.0, 1.0, 1.0)) == ["smallest"] * 3
+    assert edges((1.0, 0.5), (0.0, 0.0), (0.5, 1.0)) == ["largest", None]
+    assert edges((1.0, 2.0)) == [None, None]
+    assert edges((1.0, 2.0), (1.0, 3.0)) == [None, "smallest"]
+    # (1, 0.5) costs less than (1, 1): of the second scale less is better, although 1 was chosen.
+    assert edges((0.5, 1.0), (1.0, 0.5), (1.0, 1.0)) == ["smallest", None]
+    assert edges((0.5, 1.0), (1.0, 1.0), (1.0, 0.5)) == ["smallest", "largest"]
+    assert edge({(0.0,): 1.0, (1.0,): 1.0}, (0.0,), 0) is None  # a scale of no effect
+
+
 def test_arrays_are_kept_once_and_gathered():
     held, a, b = Held(), ("a", "w", 0.0), ("b", "w", 0.0)
     buffer = np.array([[1, 2], [3, 4]])
@@ -350,6 +366,21 @@ def test_losses_beyond_the_axis_are_marked_and_counted():
             marks = [line for line in axes.lines if line.get_marker() == "^"]
             assert len(marks) == count
             assert all(y == axes.get_ylim()[1] for line in marks for y in line.get_ydata())
+
+
+def test_every_scale_at_an_edge_is_told():
+    made = report(2, 3)
+    vectors = [(0.5, 0.5, 1.0), (0.2, 0.2, 0.2), (1.0, 1.0, 1.0)]
+    points = tuple(
+        p.model_copy(update={"scales": v, "failure": None, "loss": dict.fromkeys(p.loss, x)})
+        for p, v, x in zip(made.points, vectors, (0.42, 0.38, 0.44), strict=False)
+    )
+    said = list(sentences(made.model_copy(update={"points": points, "chosen": 1})))
+    told = [sentence for sentence in said if "look beyond" in sentence]
+    assert told == [
+        f"The scale 0.2 of task-{i}/final is the smallest measured: look beyond it."
+        for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize(("base", "is_told"), [(None, False), ("base", True)])
