@@ -353,10 +353,37 @@ def test_the_version_stands_in_the_report_as_it_is():
     assert lines[-1] == "- bmerge 0.1.0; all settings and numbers are in preview.json."
 
 
+def with_far(made, index):
+    """Its points, one of them of losses far above the others."""
+    far = {"loss": dict.fromkeys(made.observations, 90.0)}
+    return tuple(p.model_copy(update=far) if i == index else p for i, p in enumerate(made.points))
+
+
+@pytest.mark.parametrize(("sets", "tasks"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("far", "count", "is_cut"), [(0, 12, False), (1, 12, False), (6, 7, False), (6, 8, True)]
+)
+def test_only_a_nameless_merge_of_many_is_cut(sets, tasks, far, count, is_cut):
+    made = report(sets, tasks, chosen=1, pareto=(1,))
+    figure = make_figure(made.model_copy(update={"points": with_far(made, far)[:count]}))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("beyond" in text for text in legend) == is_cut
+    assert all((axes.get_ylim()[1] < 90) == is_cut for axes in figure.axes)
+    assert all((axes.get_xlim()[1] < 90) == is_cut for axes in figure.axes[: sets - 1])
+
+
+def test_only_the_last_row_of_a_picture_has_gaps():
+    figure = make_figure(report(2, 3))
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        *((0, 0), (0, 1)),
+        *((1, 0), (1, 1)),
+    ]
+
+
 def test_losses_beyond_the_axis_are_marked_and_counted():
     made = report(2, 2)
-    far = made.points[5].model_copy(update={"loss": dict.fromkeys(made.observations, 90.0)})
-    points = (*made.points[:5], far, *made.points[6:])
+    points = with_far(made, next(i for i in range(1, 12) if i != made.chosen))
     for found, count in ((made, 0), (made.model_copy(update={"points": points}), 1)):
         figure = make_figure(found)
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
