@@ -68,7 +68,16 @@ def config(**settings):
 
 REFUSED = {
     "no recipe": (("none.yaml",), (), "none.yaml: cannot be read"),
-    "the folder of a merge": (("in",), (), "Name the recipe itself, which a merge has in 'in/"),
+    "the folder of a merge": (
+        ("merged",),
+        (),
+        "Name its recipe itself, 'merged/merge_recipe.yaml'",
+    ),
+    "another folder": (
+        ("in",),
+        (),
+        "'in' is a folder without a merge_recipe.yaml, so it is no merge",
+    ),
     "no texts": (("r.yaml",), ("--data", "y=none.csv"), "none.csv"),
     "a wrong length": (("r.yaml",), ("--scales", "1,2,3"), "3 numbers for 2 models"),
     "no number": (("r.yaml",), ("--grid", "1,x"), "--grid: 'x' is not a number"),
@@ -112,6 +121,8 @@ def test_a_preview_that_cannot_be_made_is_refused_in_one_message(here, case):
     previews.recipe("files.yaml", models=["f.safetensors"], base="g.safetensors")
     Path("in").mkdir()
     previews.recipe("in/r.yaml")
+    Path("merged").mkdir()
+    previews.recipe("merged/merge_recipe.yaml")
     if "search" in str(words):
         pytest.importorskip("optuna", reason="a test dependency")
     done = preview(*TEXTS, *words, recipe=recipe)
