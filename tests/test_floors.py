@@ -1,12 +1,14 @@
 """The order of the house: imports go down, and heavy libraries stay where they are used."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.mix import MixConfig, run_mix
 from scripts.floors import (
     circles,
     import_graph,
@@ -96,6 +98,30 @@ def loaded_by(code: str) -> set[str]:
 def test_the_command_line_and_the_merge_load_no_heavy_library():
     light = "bmerge_cli.main, mergekit_bayes.merge, mergekit_bayes.inspect"
     assert not HEAVY & loaded_by(f"import {light}")
+
+
+@pytest.mark.parametrize("refused", ["an output that exists", "a mixture"])
+def test_a_preview_is_refused_before_a_heavy_library_is_loaded(tmp_path, refused):
+    for i, name in enumerate(("base", "a", "b")):
+        file = tmp_path / name / "model.safetensors"
+        tiny.posterior(file, tiny.arrays(i), tiny.precisions(i))
+        tiny.into_folder(file.parent)
+    base, a, b, mixed, out = (str(tmp_path / name) for name in ("base", "a", "b", "mixed", "out"))
+    run_mix(MixConfig(runs=(a, b), out=mixed))
+    recipe = {"models": [mixed], "base": base, "weights": "precision"}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    message = "is a component of a mixture"
+    if refused == "an output that exists":
+        Path(out).mkdir()
+        message = "out' exists"
+    words = ["preview", str(tmp_path / "r.yaml"), "--data", "x=x.csv", "-o", out]
+    code = f"""import contextlib, io
+from bmerge_cli.main import app
+said = io.StringIO()
+with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+    app({words!r}, standalone_mode=False)
+assert {message!r} in said.getvalue(), said.getvalue()"""
+    assert not HEAVY & loaded_by(code)
 
 
 @pytest.mark.parametrize("command", ["help", "merge", "inspect"])

@@ -48,9 +48,12 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     The output holds report.md, a picture, preview.json, and chosen.yaml, the recipe of the merge
     that is recommended: bmerge merge OUT/chosen.yaml -o MODEL.
     """
-    from mergekit_bayes.preview.run import run_preview
+    from mergekit_bayes.preview.asking import refuse_early
 
     config = parse_flags(PreviewConfig, settings, "bmerge preview")
+    refuse_early(config)
+    from mergekit_bayes.preview.run import run_preview
+
     screen = console(quiet=quiet)
     with steps_bar(console(quiet=quiet or as_json)) as advance:
         report = run_preview(config, quiet=quiet, progress=advance)

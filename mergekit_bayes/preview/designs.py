@@ -9,8 +9,7 @@ from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig
 from mergekit_bayes.plan.options import check_options, choose_method, parse_scales
 from mergekit_bayes.plan.rescale import with_scales
-from mergekit_bayes.preview.report import Origin
-from mergekit_bayes.preview.settings import Design, PreviewConfig, Vector
+from mergekit_bayes.preview.settings import Design, Origin, PreviewConfig, Vector
 
 _MOST = 10_000  # vectors; a grid of more is a mistake
 _DIGITS = 6  # of a share, in which two merges are one

@@ -1,13 +1,12 @@
 """What a preview reports."""
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from mergekit_bayes import __version__
 from mergekit_bayes.metrics.base import Interval
+from mergekit_bayes.preview.settings import Origin
 from mergekit_bayes.records import Record
-
-Origin: TypeAlias = Literal["recipe", "scales", "grid", "search"]
 
 
 class Point(Record):

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from mergekit_bayes.checkpoint.replacing import refuse_inputs
 from mergekit_bayes.checkpoint.scratch import Scratch
-from mergekit_bayes.configs import parse_config
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.evaluate.inputs import read_inputs
 from mergekit_bayes.evaluate.refusals import refuse_settings
@@ -27,22 +25,20 @@ from mergekit_bayes.merge.recipe import recipe_text
 from mergekit_bayes.metrics.base import Interval
 from mergekit_bayes.models.load import is_classifier, load_model
 from mergekit_bayes.models.quiet import quiet_libraries
-from mergekit_bayes.plan import MergeConfig, plan_merge
-from mergekit_bayes.plan.options import choose_method
+from mergekit_bayes.plan import plan_merge
 from mergekit_bayes.plan.rescale import signs_of, with_scales
-from mergekit_bayes.plan.trajectory import along_trajectory
+from mergekit_bayes.preview.asking import read_asked
 from mergekit_bayes.preview.choosing import cost, pareto
-from mergekit_bayes.preview.designs import Named, vectors_of
+from mergekit_bayes.preview.designs import Named
 from mergekit_bayes.preview.files import write_preview
 from mergekit_bayes.preview.forming import Former, Plans
 from mergekit_bayes.preview.measuring import Measurer, Scores, loss_changes
 from mergekit_bayes.preview.memory import refuse_too_large
 from mergekit_bayes.preview.predicting import Predicted, best_predicted, predict
-from mergekit_bayes.preview.report import Origin, Point, PreviewReport
-from mergekit_bayes.preview.search import Search, refuse_search
-from mergekit_bayes.preview.settings import PreviewConfig, Vector
+from mergekit_bayes.preview.report import Point, PreviewReport
+from mergekit_bayes.preview.search import Search
+from mergekit_bayes.preview.settings import Origin, PreviewConfig, Vector
 from mergekit_bayes.preview.skeleton import write_skeleton
-from mergekit_bayes.recipes import read_recipe
 
 _NOWHERE = float("inf")  # the loss of a merge that cannot be measured
 
@@ -69,17 +65,9 @@ def run_preview(
     """
     started = time.monotonic()
     tell = progress if progress is not None and not quiet else _ignore
-    refuse_search(config)
-    recipe = parse_config(MergeConfig, read_recipe(Path(config.recipe)), config.recipe)
-    recipe = along_trajectory(recipe, [])
-    asked_of = recipe  # with precisions that only the prediction reads
-    if config.predict_first is not None and not choose_method(recipe)[0].needs_precision:
-        recipe = recipe.model_copy(update={"precision": {}, "isotropic": {}})
-    vectors = vectors_of(config, recipe)
+    recipe, asked_of, vectors = read_asked(config)
     refuse_settings(config.evaluation({**config.test, **config.data}, classifies=False))
     _refuse_texts_twice(config)
-    base = () if recipe.base is None else (recipe.base,)
-    refuse_inputs(Path(config.output), [*recipe.models, *base])
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries(bars=False))
         scratch = stack.enter_context(Scratch(Path(tempfile.gettempdir()), "bmerge-"))

@@ -12,6 +12,7 @@ from mergekit_bayes.models.load import Dtype
 from mergekit_bayes.records import Force, TrustRemoteCode
 
 Design: TypeAlias = Literal["one", "common", "product", "simplex"]
+Origin: TypeAlias = Literal["recipe", "scales", "grid", "search"]  # of scales
 Choice: TypeAlias = Literal["mean", "worst"]
 # Settings of an evaluation that a preview has, too.
 _SHARED = (
