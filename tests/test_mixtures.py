@@ -226,6 +226,22 @@ def test_a_component_that_left_a_tensor_alone_has_the_bases_posterior_there(worl
     assert [task.scale for task in step.tasks] == pytest.approx([shares[0][0], 0.0], rel=1e-5)
 
 
+def test_a_removal_undoes_no_term_of_a_component_whose_share_moves(world):
+    """The share of `ab` goes from a half to zero in most tensors, and `a` was never added there."""
+    for name, factor in {"base": 0.01, "c": 1000.0}.items():
+        mean, precision = world[name]
+        shutil.rmtree(name)
+        model(name, mean, {n: p * np.float32(factor) for n, p in precision.items()})
+    merge("a", "b", out="ab")
+    mixed("ab", "c", out="m")
+    report = merge("m", "a", scale=(1.0, -0.5))
+    assert report.guard == MergeConfig(models=("m",)).guard
+    assert not any("undoes a term" in note for note in report.notes)
+    assert report.largest_multiplier < 10
+    by_name = merge("ab", "c", "a", scale=(0.5, 0.5, -0.5), out="by_name")
+    assert by_name.guard < report.guard
+
+
 def test_other_rules_take_the_plain_model_and_say_so(world):
     mixed("a", "b", out="m", weights=(1, 2))
     report = run_merge(MergeConfig(models=("m", "c"), base="base", out="plain"))
