@@ -91,7 +91,7 @@ def iterations(models, most, **settings):
             {
                 step.name: settled(
                     plan, step, measured[step.name], lambda: reader, map, rounds=rounds
-                )
+                ).step
                 for step in plan.steps
             }
             for rounds in range(most)
@@ -240,6 +240,32 @@ def test_a_removal_undoes_no_term_of_a_component_whose_share_moves(world):
     assert report.largest_multiplier < 10
     by_name = merge("ab", "c", "a", scale=(0.5, 0.5, -0.5), out="by_name")
     assert by_name.guard < report.guard
+
+
+def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
+    """Also of a component that left tensors alone, and where another mixture goes on."""
+    mean, precision = dict(world["base"][0]), {}
+    for part, of_run in zip((mean, precision), world["b"], strict=True):
+        part["wte.weight"] = of_run["wte.weight"]
+    model("frozen", mean, precision)
+    mixed("a", "frozen", out="m")
+    mixed("b", "c", out="n")
+    report = merge("m", "n", scale=("m:attn=0",))
+    shares = [m.share for m in report.models[1:]]
+    assert sum(shares[:2]) == pytest.approx(1, abs=1e-5)
+    assert sum(shares[2:]) == pytest.approx(1, abs=1e-5)
+    parts, others = [(0.5, "a"), (0.5, "frozen")], [(0.5, "b"), (0.5, "c")]
+    world["frozen"] = mean, {n: np.zeros_like(mean[n]) for n in mean} | precision
+    expected, entries = np.zeros(4), np.zeros(4)
+    for name, values in mean.items():
+        counts = "attn" not in name
+        *_, found = twin(world, [parts, others], name, (float(counts), 1.0), 10)
+        mine, its = found[-1][2]
+        expected += values.size * np.array([*(counts * np.array(mine)), *its])
+        entries += values.size * np.array([counts, counts, 1, 1])
+    np.testing.assert_allclose(shares, expected / entries, rtol=1e-4)
+    nowhere = merge("m", "c", scale=(0.0, 1.0), out="nowhere").models[1]
+    assert (nowhere.ref, nowhere.share) == ("m", None)
 
 
 def test_other_rules_take_the_plain_model_and_say_so(world):
