@@ -242,6 +242,24 @@ def test_a_removal_undoes_no_term_of_a_component_whose_share_moves(world):
     assert by_name.guard < report.guard
 
 
+def test_a_bad_entry_has_the_bases_posterior_in_the_responsibilities_too(world):
+    name, (mean, precision) = "h.0.ln.bias", world["b"]
+    mean[name][1] = np.nan
+    model("bad", mean, precision)
+    mixed("a", "bad", out="m")
+    with pytest.raises(CheckpointError, match="is nan at flat index 1"):
+        merge("m")
+    report = merge("m", on_bad="base")
+    assert [m.mended for m in report.models[1:]] == [0, 1]
+    step = iterations(("m",), 4, on_bad="base")[-1][name]
+    mean[name][1] = world["base"][0][name][1]
+    precision[name][1] = 0  # what the run's data add to the base's
+    *_, found = twin(world, [[(0.5, "a"), (0.5, "b")]], name, (1.0,), 3)
+    shares = found[-1][2][0]
+    assert [task.scale for task in step.tasks] == pytest.approx(shares, rel=1e-6)
+    np.testing.assert_allclose(tensors("out")[0][name], found[-1][0], rtol=1e-3, atol=1e-4)
+
+
 def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
     """Also of a component that left tensors alone, and where another mixture goes on."""
     mean, precision = dict(world["base"][0]), {}
