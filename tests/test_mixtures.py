@@ -27,6 +27,8 @@ from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
 from mergekit_bayes.plan import plan_merge
+from mergekit_bayes.posterior import open_posterior, save_posterior
+from mergekit_bayes.posterior.edits import Edit, Identity
 from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.preview.forming import Plans
 from mergekit_bayes.stream.chunks import Reader
@@ -258,6 +260,21 @@ def test_a_bad_entry_has_the_bases_posterior_in_the_responsibilities_too(world):
     shares = found[-1][2][0]
     assert [task.scale for task in step.tasks] == pytest.approx(shares, rel=1e-6)
     np.testing.assert_allclose(tensors("out")[0][name], found[-1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_components_from_one_start_add_it_once_together(world):
+    """Beside the start itself, or another run from it, it is added twice."""
+    with open_posterior("c") as start:
+        identity = Identity(blocks=start.precision_identity)
+    edit = Edit(rows=(), steps=1, base=100, start_precision=identity)
+    for name in ("a", "b"):
+        save_posterior(Path(name), world[name][1], tiny.info(name, edits=(edit,)), force=True)
+    mixed("a", "b", out="m")
+    words = "each holds the precision of one start"
+    assert not any(words in note for note in merge("m", out="one").notes)
+    for other in ("c", "b"):
+        notes = merge("m", other, out=f"with_{other}").notes
+        assert [n.split(":")[0] for n in notes if words in n] == [f"'m', '{other}'"]
 
 
 def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
