@@ -100,6 +100,28 @@ def test_what_is_negative_is_told_and_not_bounded():
         bounded_below(0.1 * one, one, 0.2)
 
 
+def test_rounding_is_measured_by_what_was_added_up():
+    large, little = 1e5 * low_rank(1), low_rank(2)
+    both = LowRankSum(
+        np.float64(np.float32((large + little).diagonal)),
+        (Term(np.float64(np.float32((large + little).factor(2 * RANK))), 1.0),),
+    )
+    first = both - large
+    for gain in (first, 100 * first, first + 1e-3 * little, 0.01 * both - 0.01 * large):
+        assert magnitude(gain) is gain
+        of_terms = LowRankSum(np.zeros(N), gain.terms).dense()
+        assert np.linalg.eigvalsh(of_terms).min() < -1e-6 * norm(gain)
+        bound = gain + 2 * gain
+        assert bounded_below(bound, bound, 0.2) is bound
+        factor = gain.factor(4 * RANK)
+        np.testing.assert_allclose(factor.T @ factor, of_terms, atol=1e-6 * gain.size)
+        assert diagonal_of(gain).size == gain.size
+    less, diagonal = first - 2 * little, diagonal_of(large)
+    for negative in (less, 1e-3 * less, diagonal - 1.1 * diagonal):
+        with pytest.raises(ArithmeticError, match="smaller in some direction"):
+            magnitude(negative)
+
+
 @pytest.mark.parametrize("name", BY_PRECISION)
 @pytest.mark.parametrize("scales", [(1.0,), (0.7, 0.4, 2.0)])
 def test_a_merge_is_that_of_the_matrices_in_full(name, scales):

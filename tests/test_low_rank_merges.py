@@ -36,13 +36,18 @@ COUNTS = {"base": 300.0, "a": 100.0, "b": 40.0, "c": 250.0}
 N, RANK = 24, 2
 
 
-def low_ranks(seed, rank=RANK, prior=0.0):
-    """A precision of low rank for every layer, and numbers for all else."""
+def low_ranks(seed, rank=RANK, prior=0.0, without_data=()):
+    """A precision of low rank for every layer, and numbers for all else.
+
+    Models with a seed of `without_data` have the prior alone in the second expert.
+    """
     found = {n: p + np.float32(prior) for n, p in tiny.precisions(seed, SHAPES).items()}
     for i, (name, leading) in enumerate(((RIGHT, ()), (LEFT, ()), (EXPERTS, (2,)))):
         rng = np.random.default_rng(1000 * seed + i)
         diagonal = rng.uniform(0.1, 1, size=(*leading, N)).astype(np.float32) + np.float32(prior)
         factor = rng.normal(size=(*leading, rank, N)).astype(np.float32)
+        if name == EXPERTS and seed in without_data:
+            diagonal[1], factor[1] = prior, 0.0
         found[name] = LowRank(diagonal, factor, is_left=name == LEFT)
     return found
 
@@ -156,6 +161,30 @@ def test_a_merge_merges_again_and_is_undone(world, prior):
     check_same("low/chain", "low/once", ranks=[5])  # the base's is in the merge, too
     check_same("low/more", "low/once more", ranks=[5])
     check_same("low/undone", "low/rest", 1e-4, ranks=[None], atol=3e-5)
+
+
+# What a chain takes from a merge, its base or a prior, is far more than what it leaves: of a base
+# that counts much, in an expert that no text of a task reached, or of a task with a small scale.
+ROUNDED = {
+    "a base that counts 30 times": ({}, "30x", 1.0),
+    "and an expert without data": ({"prior": 0.7, "without_data": (1, 2)}, "30x", 1.0),
+    "and no model with data for it": ({"prior": 0.01, "without_data": (0, 1, 2, 3)}, "30x", 1.0),
+    "a task at a hundredth": ({}, "1x", 0.01),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_what_rounding_leaves_of_large_precisions_is_not_negative(world, kind):
+    of_models, base, scale = ROUNDED[kind]
+    make(rank=1, **of_models)
+    counted = {"observations": {"BASE": base}}
+    merge("low", "a", scale=(scale,), out="one", **counted)
+    merge("low", "one", scale=(0.5,), out="two", **counted)
+    merge("low", "two", "c", scale=(1.0, 0.3), out="chain", **counted)
+    for folder in ("low", "full"):
+        merge(folder, "a", "c", scale=(0.5 * scale, 0.3), out="once", **counted)
+    check_same("low/chain", "low/once", ranks=[5], atol=1e-5)  # rank 3, and the base in each link
+    check_same("low/once", "full/once", ranks=[3])
 
 
 def test_a_removal_is_that_of_the_matrices_in_full(world):
