@@ -204,6 +204,12 @@ def test_ranks_that_add_up_to_half_of_the_inputs_are_matrices_in_full(world):
     assert precisions_in("low/one.safetensors")[RIGHT][0] == 8
 
 
+def test_a_model_for_which_the_base_stands_in_adds_no_rank(world):
+    merge("low", "a", "b", scale=(0.0, 0.5), out="nothing of a")
+    merge("low", "b", scale=(0.5,), out="b alone")
+    check_same("low/nothing of a", "low/b alone", ranks=[2 * RANK])
+
+
 def test_they_go_with_matrices_in_full(world):
     merge("full", "a", "b", scale=(1.0, 0.5))
     merge("low", "full/a.safetensors", "b", scale=(1.0, 0.5))
