@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
@@ -282,6 +282,27 @@ def test_what_a_preview_keeps_at_one_sign_is_merged_in_full_at_the_other(world):
     assert held.nbytes < 8 * (3 * 5 * N + 3 * N * (RANK + 1)) + 1
 
 
+def edited(file, change):
+    """Write a file of precisions again, its tensors changed in place."""
+    with safe_open(file, "np") as stored:
+        tensors = {n: stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+def test_a_matrix_in_full_that_is_too_large_for_its_file_is_refused(world):
+    def enlarge(tensors):
+        tensors[f"right:{RIGHT}"] *= np.float32(1e20)
+
+    for name in ("base", "a"):
+        edited(f"low/{name}.posterior", enlarge)
+    merge("low", "a", scale=(0.5,), out="fits")
+    with pytest.raises(CheckpointError, match=f"'{RIGHT}': the precision of the merge .* fit F32"):
+        merge("low", "a", scale=(-0.5,))
+    assert not list(Path("low").glob("out*"))
+
+
 BAD = {
     "a negative diagonal": ("diagonal", lambda d: -d, "finite symmetric matrix without negative"),
     "no number": ("right", lambda u: u * np.nan, "finite symmetric matrix without negative"),
@@ -297,14 +318,13 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_precision_is_refused(world, kind):
     role, change, message = BAD[kind]
-    file = Path("low/a.posterior")
-    with safe_open(file, "np") as stored:
-        tensors = {n: stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
-        metadata = stored.metadata()
-    found = tensors.pop(f"{role}:{RIGHT}")
-    if change is not None:
-        tensors[f"{role}:{RIGHT}"] = change(found)
-    save_file(tensors, file, metadata)
+
+    def spoil(tensors):
+        found = tensors.pop(f"{role}:{RIGHT}")
+        if change is not None:
+            tensors[f"{role}:{RIGHT}"] = change(found)
+
+    edited("low/a.posterior", spoil)
     with pytest.raises(PrecisionError, match=message):
         merge("low", "a", "b")
     assert not list(Path("low").glob("out*"))
