@@ -330,6 +330,20 @@ def test_what_is_no_precision_is_refused(world, kind):
     assert not list(Path("low").glob("out*"))
 
 
+@pytest.mark.parametrize("shape", [(1 + RANK, N, 1, 1, 1), (1, N, N)])
+def test_numbers_with_the_shape_of_matrices_are_neither_merged_nor_counted(world, shape):
+    def spoil(tensors):
+        del tensors[f"diagonal:{RIGHT}"], tensors[f"right:{RIGHT}"]
+        tensors[f"precision:{RIGHT}"] = np.ones(shape, np.float32)
+
+    edited("low/a.posterior", spoil)
+    with pytest.raises(PrecisionError, match=rf"'{RIGHT}' in low/a\.posterior is F32 .*expected"):
+        merge("low", "a", "b")
+    found = run_inspect("low/a.safetensors").precision
+    assert found.unknown == (RIGHT,)
+    assert (found.matrices, found.covered < 1) == (2, True)
+
+
 def test_they_are_shown_and_pushed_as_they_are(world):
     report = run_inspect("low/a.safetensors")
     assert (report.precision.matrices, report.precision.covered, report.precision.bad) == (3, 1, 0)
