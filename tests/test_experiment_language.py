@@ -75,6 +75,19 @@ def test_the_trend_is_told_in_nats_a_token(experiment, worlds):
     assert rows["| entries - best control, untuned"].count("(control: one constant)") == 2
 
 
+def test_the_report_is_made_of_what_is_there(experiment, worlds):
+    columns = {column.name: column for column in experiment.columns.LANGUAGE}
+    place = experiment.looks.Place.of(worlds[0], columns["gm"], 1)
+    place.valid(1.0).unlink()  # so that one seed is not tuned
+    for task in worlds[1].size.tasks:
+        for seed in (0, 1):
+            experiment.looks.look_file(worlds[1], task, seed).unlink()
+    text, content = experiment.report.make_report(worlds, {"1M": {"gm-1": "an error"}})
+    assert "gm-1: an error" in text
+    assert list(content["1M"]["scales"]["gm tuned"]) == [0]
+    assert "specialists untuned" not in content["2M"]["scores"]
+
+
 def lines_of(experiment, worlds):
     """The lines of the table over the sizes."""
     found = [experiment.resampled.Resampled(world, experiment.columns.LANGUAGE) for world in worlds]

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mergekit_bayes.errors import ConfigError, PrecisionError
+from mergekit_bayes.errors import CheckpointError, ConfigError, PrecisionError
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
@@ -422,20 +422,32 @@ def test_a_rule_of_ones_own_with_a_whole_number_merges_layers(world, monkeypatch
     assert np.linalg.matrix_rank(moved, tol=1e-5) == 2
 
 
-def test_a_merge_does_not_go_on_by_a_rule_that_was_changed(world, monkeypatch):
-    file = Path("own_rule.py")
-    file.write_text("def combine(base, tasks, scales, facts):\n    return tasks[0]\n")
+@pytest.mark.parametrize("part", ["combine", "matrix", "facts"])
+def test_a_merge_does_not_go_on_by_a_rule_that_was_changed(world, monkeypatch, part):
+    own = METHODS["tsv_m"]._replace(name="own", facts=lambda inputs: None)
+    file = Path(f"own_{part}.py")
+    file.write_text(f"def {part}(*given):\n    return given[0]\n")
     monkeypatch.syspath_prepend(Path.cwd())
-    own = importlib.import_module("own_rule")
-    monkeypatch.setitem(
-        METHODS, "own", METHODS["task_arithmetic"]._replace(name="own", combine=own.combine)
-    )
+    module = importlib.import_module(file.stem)
+    monkeypatch.setitem(METHODS, "own", own._replace(**{part: getattr(module, part)}))
     hashes = []
-    for text in (file.read_text(), file.read_text().replace("[0]", "[-1]")):
-        file.write_text(text)
+    for change in (file.read_text, lambda: file.read_text() + "\n"):
+        file.write_text(change())
         with plan_merge(config("a", method="own", weights="uniform", counts="equal")) as plan:
             hashes.append(plan_hash(plan))
     assert hashes[0] != hashes[1]
+    file.unlink()
+    assert METHODS["own"].code
+
+
+def test_a_rule_for_which_memory_is_short_says_what_takes_less(world, monkeypatch):
+    def matrix(base, tasks, scales, facts):
+        raise MemoryError
+
+    method = METHODS["gradient_matching"]._replace(name="own", matrix=matrix)
+    monkeypatch.setitem(METHODS, "own", method)
+    with pytest.raises(CheckpointError, match=r"more memory than there is.*--blocks"):
+        merge("a", "b", method="own")
 
 
 def test_matrices_do_not_mix_with_numbers(world):

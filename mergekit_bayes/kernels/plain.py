@@ -103,8 +103,8 @@ def names_the_rule(method: Method) -> Iterator[None]:
     """Raise what a method's own function raises on arrays as an error that names the contract."""
     try:
         yield
-    except (ArithmeticError, BmergeError, np.linalg.LinAlgError):  # the numbers' fault
-        raise
+    except (ArithmeticError, BmergeError, MemoryError, np.linalg.LinAlgError):
+        raise  # the fault of the numbers, or of their size
     except Exception as error:
         raise TypeError(
             f"method '{method.name}' cannot run on arrays ({type(error).__name__}: {error}). {RULE}"

@@ -29,6 +29,7 @@ run on arrays either is refused with the same `RULE`.
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -155,9 +156,19 @@ class Method(NamedTuple):
 
     @property
     def code(self) -> str:
-        """Hash of the file that states the rule, so that no merge goes on by another one."""
-        file = getattr(sys.modules.get(self.combine.__module__), "__file__", None)
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        """Hash of the files that state the rule, so that no merge goes on by another one.
+
+        What these import is left out: of this package its version decides.
+        """
+        statistic = self.reduction.statistic if self.reduction else None
+        parts = (self.combine, self.matrix, self.facts, statistic)
+        modules = {part.__module__ for part in parts if part is not None}
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
+        digest = hashlib.sha256()
+        for file in filter(None, files):
+            with suppress(OSError):  # in a zip, or removed since
+                digest.update(Path(file).read_bytes())
+        return digest.hexdigest()
 
     @property
     def writes_posterior(self) -> bool:

@@ -168,11 +168,15 @@ def averages(found: Resampled) -> str:
 
 def _untuned(found: Resampled, name: Name) -> list[str]:
     """Seeds, the mean, each task, and the most above its specialist."""
-    losses = {task: found.scores(name, task)["nll"] for task in found.world.size.tasks}
-    numbers = [f"{loss:.4f}" for loss in losses.values()]
+    tasks, own = found.world.size.tasks, Name("specialists")
+    numbers = [f"{found.scores(name, task)['nll']:.4f}" for task in tasks]
     above = ""
-    if (own := Name("specialists")) in found.looks:
-        above = f"{max(losses[t] - found.scores(own, t)['nll'] for t in losses):+.4f}"
+    if own in found.looks and (shared := found.seeds(name, own)):
+        rises = [
+            found.scores(name, t, shared)["nll"] - found.scores(own, t, shared)["nll"]
+            for t in tasks
+        ]
+        above = f"{max(rises):+.4f}"
     return [seeds(found, name), _nats(found, name), *numbers, above]
 
 

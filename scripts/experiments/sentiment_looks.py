@@ -7,11 +7,11 @@ is a file, so that a run that was stopped goes on with the next look.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,33 +140,8 @@ def look_at(
         save(file, found)
 
 
-class Written(Protocol):
-    """A way of merging whose models are written, of one scale alone."""
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-
-    def step(self, world: World, seed: int) -> Step:
-        """Its model of a seed."""
-
-
-def look_at_written(world: World, written: Written, seed: int, target: Target) -> None:
-    """Make and measure a model that is written."""
-    step = written.step(world, seed).done()
-    look_at(world, step.model, _file_of(world, step), target, world.size.tasks)
-
-
-def looks_at_written(world: World, written: Iterable[Written]) -> Iterator[tuple[Name, int, Look]]:
-    """The looks at such models that are there."""
-    for one in written:
-        for seed in world.size.seeds:
-            file = _file_of(world, one.step(world, seed))
-            if file.exists():
-                yield Name(one.name), seed, load(file)
-
-
-def _file_of(world: World, step: Step) -> Path:
+def file_of(world: World, step: Step) -> Path:
+    """Where the look of a written model on test rows lies."""
     return world.work / "looks" / f"{step.name}-{step.key}-{world.held_out.key}.npz"
 
 
@@ -181,7 +156,7 @@ def facts(target: Target, merge: Tensors) -> dict[str, Any]:
 def look_file(world: World, name: str, seed: int) -> Path:
     """The look at the test rows of `base`, of a task's specialist, or of `joint`."""
     step = world.base(seed) if name == "base" else world.tuned(name, seed)
-    return _file_of(world, step)
+    return file_of(world, step)
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:

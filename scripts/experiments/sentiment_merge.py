@@ -37,11 +37,12 @@ import transformers  # noqa: E402
 from sentiment_columns import BASELINE, COLUMNS, Column  # noqa: E402
 from sentiment_corrected import CORRECTIONS, Correction  # noqa: E402
 from sentiment_errors import Errors  # noqa: E402
-from sentiment_looks import Looker, Target, look_at, look_at_written, look_file  # noqa: E402
+from sentiment_looks import Looker, Target, look_at, look_file  # noqa: E402
 from sentiment_mixed import MIXED, Mixed  # noqa: E402
 from sentiment_report import make_report  # noqa: E402
 from sentiment_resampled import POINTS  # noqa: E402
 from sentiment_world import DATA, JOINT, SIZES, World  # noqa: E402
+from sentiment_written import look_at_written  # noqa: E402
 
 from mergekit_bayes.checkpoint.replacing import replacing  # noqa: E402
 

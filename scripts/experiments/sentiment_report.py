@@ -139,16 +139,19 @@ def corrections(found: Resampled) -> str:
 
 
 def mixtures(found: Resampled) -> str:
-    """Several runs of each task, against the same way with one."""
-    one = Name("gm")
-    lines = table_head("way|seeds|untuned|least of specialist|distance|NLL - one run a task")
-    names = {one: "gradient matching, one run"} | {Name(mixed.name): mixed.label for mixed in MIXED}
-    for name, label in names.items():
+    """Several runs of each task, against the same way with one and against each other."""
+    one, named = Name("gm"), Name("named")
+    lines = table_head(
+        "way|seeds|untuned|least of specialist|distance|NLL - one run a task|NLL - runs by name"
+    )
+    for mixed in MIXED:
+        name = Name(mixed.name)
         if name in found.looks:
             away = np.mean([float(look["distance"]) for look in found.looks[name].values()])
-            cells = [label, seeds(found, name), _scores(found, name)]
+            cells = [mixed.label, seeds(found, name), _scores(found, name)]
             cells += [f"{found.least_kept(name):.3f}", f"{away:.3g}"]
-            cells += [signed(found.difference(name, one)) if name != one else ""]
+            cells += [signed(found.difference(name, one))]
+            cells += [signed(found.difference(name, named)) if name != named else ""]
             lines.append(row(cells))
     return "\n".join(lines)
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from sentiment_columns import COLUMNS, UNTUNED, Column
 from sentiment_corrected import CORRECTIONS
-from sentiment_looks import Look, Name, Place, counts, load, look_file, looks_at_written, nll
+from sentiment_looks import Look, Name, Place, counts, load, look_file, nll
 from sentiment_mixed import MIXED
 from sentiment_world import World
+from sentiment_written import looks_at_written
 
 from mergekit_bayes.metrics.base import Interval, interval
 from mergekit_bayes.records import FloatArray
@@ -94,9 +95,10 @@ class Resampled:
         one, first, last = (self.losses(n, self.seeds(*names)) for n in names)
         return as_interval((first - one) / (first - last))
 
-    def scores(self, name: Name, task: str) -> dict[str, float]:
-        """The scores on a task, means over the seeds."""
-        found = [self.world.scores(look, task) for look in self.looks[name].values()]
+    def scores(self, name: Name, task: str, seeds: Sequence[int] | None = None) -> dict[str, float]:
+        """The scores on a task, means over these seeds, by default over all."""
+        looks = self.looks[name]
+        found = [self.world.scores(looks[s], task) for s in (seeds or looks)]
         return {score: float(np.mean([one[score] for one in found])) for score in found[0]}
 
     def averages(self, name: Name) -> dict[str, float]:
@@ -105,16 +107,18 @@ class Resampled:
         return {score: float(np.mean([t[score] for t in of_tasks])) for score in of_tasks[0]}
 
     def least_kept(self, name: Name) -> float:
-        """The least accuracy on a task, as a share of its specialist's."""
+        """The least accuracy on a task, as a share of its specialists' of the same seeds."""
+        own = Name("specialists")
+        seeds = self.seeds(name, own)
         return min(
-            self.scores(name, task)["accuracy"] / self.scores(Name("specialists"), task)["accuracy"]
+            self.scores(name, task, seeds)["accuracy"] / self.scores(own, task, seeds)["accuracy"]
             for task in self.world.size.tasks
         )
 
     def seconds(self, column: Column, point: str) -> float:
         """CPU seconds of fine-tunes, precisions, a merge, and for a tuned one its looks."""
         totals = []
-        for seed in self.looks[Name(column.name)]:
+        for seed in self.looks[Name(column.name, point)]:
             place = Place.of(self.world, column, seed)
             steps = {step.key: step for step in column.steps(self.world, seed)}
             for step in list(steps.values()):  # what a permuted precision was made of
