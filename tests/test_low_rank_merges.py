@@ -174,8 +174,9 @@ ROUNDED = {
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
-def test_what_rounding_leaves_of_large_precisions_is_not_negative(world, kind):
+def test_what_rounding_leaves_of_large_precisions_is_not_negative(tmp_path, monkeypatch, kind):
     of_models, base, scale = ROUNDED[kind]
+    monkeypatch.chdir(tmp_path)
     make(rank=1, **of_models)
     counted = {"observations": {"BASE": base}}
     merge("low", "a", scale=(scale,), out="one", **counted)
