@@ -38,8 +38,9 @@ class MergedModel(Record):
         count: How many observations its likelihood precision stood for.
         ratio: `sum H_t / sum H_0`.
         mended: How many entries `--on-bad base` took from the base.
-        share: Of a component of a mixture, the mean of its responsibilities over the entries: its
-            share of the mixture in the merge. Other models have no such key.
+        share: Of a component of a mixture, the mean of its responsibilities over the entries in
+            which the mixture counts. Other models, and those of a mixture that counts in none, have
+            no such key.
     """
 
     ref: str
@@ -182,7 +183,7 @@ def _merged_model(
         count=model.weighing.count,
         ratio=six_digits(ratio) if ratio else ratio,
         mended=replaced,
-        share=None if model.mixture is None else six_digits(totals.shares[model]),
+        share=six_digits(totals.shares[model]) if model in totals.shares else None,
     )
 
 
