@@ -1,6 +1,7 @@
 """Mixtures of runs: how they are stored, and what a merge makes of them."""
 
 import json
+import re
 import shutil
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,7 @@ from mergekit_bayes.errors import (
     PrecisionError,
 )
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.hub import plan_push
+from mergekit_bayes.hub import make_card, plan_push
 from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
@@ -180,7 +181,10 @@ def test_a_mixture_takes_the_nearer_mode_and_an_average_takes_neither(tmp_path, 
 def test_a_merge_of_a_mixture_merges_again_and_its_recipe_makes_it_again(world):
     mixed("a", "b", out="m")
     report = merge("m", out="first", observations={"m": "2x"})
-    assert [m.ref for m in report.models] == ["base", "m", "m/mixture/2"]
+    assert [m.ref for m in report.models] == ["base", "m: a", "m: b"]
+    assert [m.mixture for m in report.models] == [None, "m", "m"]
+    assert [term.label for term in run_inspect("first").precision.info.terms] == ["m: a", "m: b"]
+    assert any("the share of each is found in each tensor" in note for note in report.notes)
     assert [m.count for m in report.models[1:]] == [200, 200]
     assert report.summary == (
         "'base' plus the change of 1 model, of which 1 is a mixture (scale 1), "
@@ -193,6 +197,7 @@ def test_a_merge_of_a_mixture_merges_again_and_its_recipe_makes_it_again(world):
         assert model.share == pytest.approx(share / sum(entries.values()), rel=1e-5)
     recipe = load_config(MergeConfig, Path("first/merge_recipe.yaml"))
     assert recipe.models == ("m",)
+    assert list(recipe.identities) == ["base", "m: a", "m: b"]
     run_merge(recipe.model_copy(update={"out": "again"}))
     assert tiny.read("again")["wte.weight"].tobytes() == tiny.read("first")["wte.weight"].tobytes()
     merge("first", "c", out="second", observations={"first": "0.5x"})
@@ -322,7 +327,7 @@ def test_precision_matrices_are_refused(world):
         blocks = np.eye(5, dtype=np.float32)[None] * (i + 1)
         model(f"{name}2", mean, {**precision, "h.0.attn.weight": Matrices(blocks)})
     mixed("a2", "b2", out="m")
-    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matrices.*'m'"):
+    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matr.*'m: a2'"):
         run_merge(MergeConfig(models=("m",), base="base2", weights="precision"))
 
 
@@ -366,6 +371,33 @@ def test_inspect_shows_the_runs_of_a_mixture(world):
     done = CliRunner().invoke(app, ["inspect", "m"])
     assert "a mixture, of which the plain model is shown below" in done.stderr
     assert "m/mixture/1" in done.stderr
+
+
+def test_the_card_of_a_merge_names_mixture_and_runs(world):
+    for name in ("base", "a", "b", "c"):
+        Path("runs", name).parent.mkdir(exist_ok=True)
+        shutil.move(name, f"runs/{name}")
+    mixed("runs/a", "runs/b", out="runs/m", weights=(1, 3))
+    report = run_merge(
+        MergeConfig(
+            models=("runs/m", "runs/c"), base="runs/base", weights="precision", out="merged"
+        )
+    )
+    card = make_card(Path("merged"))
+    assert "merged 2 models on a base by `gradient_matching`" in card.text
+    rows = [re.split(r" *\| *", line)[1:5] for line in card.text.splitlines() if "| task |" in line]
+    shares = [f"{model.share:.1%}" for model in report.models[1:3]]
+    assert rows == [
+        ["`m: a` (local)", "task", "1 together", shares[0]],
+        ["`m: b` (local)", "task", "1 together", shares[1]],
+        ["`c` (local)", "task", "1", ""],
+    ]
+    assert "The share of each is found in each tensor" in card.text
+    assert "  'm: b': " in card.text.partition("identities:")[2]
+    assert "runs/" not in card.text
+    assert "mixture/2" not in card.text
+    assert "take " not in card.text  # the runs' shares are those of this merge
+    assert any(note.startswith("base, m, c are local folders") for note in card.notes)
 
 
 def test_a_mixture_is_not_pushed(world):
@@ -420,10 +452,10 @@ def test_an_interrupted_merge_of_a_mixture_goes_on_to_the_same_bytes(world, monk
 def test_many_sets_of_scales_refuse_a_mixture(world):
     mixed("a", "b", out="m")
     config = MergeConfig(models=("m", "c"), **BY_PRECISION)
-    with pytest.raises(ConfigError, match="--predict: 'm' is a component of a mixture"):
+    with pytest.raises(ConfigError, match="--predict: 'm: a' is a run of a mixture"):
         predict_merges(config, [(1.0,)])
     with (
         Plans(config, Path("out")) as plans,
-        pytest.raises(ConfigError, match="bmerge preview: 'm' is a component"),
+        pytest.raises(ConfigError, match="bmerge preview: 'm: a' is a run"),
     ):
         plans.at((1.0, 1.0))
