@@ -168,16 +168,18 @@ def test_a_removal_is_that_of_the_matrices_in_full(world):
 
 def test_ranks_that_add_up_to_half_of_the_inputs_are_matrices_in_full(world):
     make(rank=4)
-    for folder in ("low", "full"):
-        merge(folder, "a", "b", scale=(1.0, 0.5))
+    reports = [merge(folder, "a", "b", scale=(1.0, 0.5)) for folder in ("low", "full")]
     check_same("low/out", "full/out", ranks=[None])
+    why = "in full: their ranks add up to half of the inputs"
+    assert [any(why in note for note in report.notes) for report in reports] == [True, False]
     merge("low", "a", scale=(1.0,), out="one")
     assert precisions_in("low/one.safetensors")[RIGHT][0] == 8
 
 
 def test_they_go_with_matrices_in_full(world):
     merge("full", "a", "b", scale=(1.0, 0.5))
-    merge("low", "full/a.safetensors", "b", scale=(1.0, 0.5))
+    mixed = merge("low", "full/a.safetensors", "b", scale=(1.0, 0.5))
+    assert any("in full: a model's are in full" in note for note in mixed.notes)
     check_same("low/out", "full/out", ranks=[None])
 
 

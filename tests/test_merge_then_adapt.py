@@ -45,6 +45,17 @@ def test_the_merge_is_adapted(world):
     assert all((again[name] == adapted[name]).all() for name in again)
 
 
+@pytest.mark.parametrize("named", ["both", "./both", "a/../both/", "absolute"])
+def test_settings_may_name_the_merge_itself_in_any_spelling(world, monkeypatch, named):
+    def end(config, **_):
+        raise ConfigError(f"adapting '{config.model}'.")
+
+    monkeypatch.setattr("mergekit_bayes.adapt.run.run_adapt", end)
+    path = Path("both").absolute() if named == "absolute" else named
+    Path("adapt.yaml").write_text(f"model: {path}\nadd: a.jsonl\n")
+    assert "adapting 'both'." in merge("-o", "both").output
+
+
 REFUSED = {
     "a file": (("-o", "both.safetensors"), "in a folder"),
     "a plan": (("-o", "both", "--dry-run"), "--then goes with none"),
@@ -64,6 +75,7 @@ def test_what_is_not_merged_at_once_is_not_adapted(world, kind):
 BEFORE = {
     "no precision for its prior": ("prior: stored\nadd: a.jsonl\n", "this merge writes none"),
     "rows that are not there": ("add: [a.jsonl, nope.jsonl]\n", "'nope.jsonl': no such file"),
+    "no path": ("model: 3\nadd: a.jsonl\n", "--then adapts the merge, 'both'"),
     "another model": ("model: a\nadd: a.jsonl\n", "--then adapts the merge, 'both'"),
     "an output that exists": ("add: a.jsonl\noutput: a\n", "'a'"),
 }

@@ -28,6 +28,8 @@ from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
 from mergekit_bayes.plan import plan_merge
+from mergekit_bayes.posterior import open_posterior, save_posterior
+from mergekit_bayes.posterior.edits import Edit, Identity
 from mergekit_bayes.posterior.factors import Matrices
 from mergekit_bayes.preview.forming import Plans
 from mergekit_bayes.stream.chunks import Reader
@@ -92,7 +94,7 @@ def iterations(models, most, **settings):
             {
                 step.name: settled(
                     plan, step, measured[step.name], lambda: reader, map, rounds=rounds
-                )
+                ).step
                 for step in plan.steps
             }
             for rounds in range(most)
@@ -229,6 +231,81 @@ def test_a_component_that_left_a_tensor_alone_has_the_bases_posterior_there(worl
     tasks = [[(0.5, m1, h0 + h1), (0.5, m0, h0)]]
     *_, (_, _, shares) = reference.iterated((m0, h0), tasks, (1.0,), 3)
     assert [task.scale for task in step.tasks] == pytest.approx([shares[0][0], 0.0], rel=1e-5)
+
+
+def test_a_removal_undoes_no_term_of_a_component_whose_share_moves(world):
+    """The share of `ab` goes from a half to zero in most tensors, and `a` was never added there."""
+    for name, factor in {"base": 0.01, "c": 1000.0}.items():
+        mean, precision = world[name]
+        shutil.rmtree(name)
+        model(name, mean, {n: p * np.float32(factor) for n, p in precision.items()})
+    merge("a", "b", out="ab")
+    mixed("ab", "c", out="m")
+    report = merge("m", "a", scale=(1.0, -0.5))
+    assert report.guard == MergeConfig(models=("m",)).guard
+    assert not any("undoes a term" in note for note in report.notes)
+    assert report.largest_multiplier < 10
+    by_name = merge("ab", "c", "a", scale=(0.5, 0.5, -0.5), out="by_name")
+    assert by_name.guard < report.guard
+
+
+def test_a_bad_entry_has_the_bases_posterior_in_the_responsibilities_too(world):
+    name, (mean, precision) = "h.0.ln.bias", world["b"]
+    mean[name][1] = np.nan
+    model("bad", mean, precision)
+    mixed("a", "bad", out="m")
+    with pytest.raises(CheckpointError, match="is nan at flat index 1"):
+        merge("m")
+    report = merge("m", on_bad="base")
+    assert [m.mended for m in report.models[1:]] == [0, 1]
+    step = iterations(("m",), 4, on_bad="base")[-1][name]
+    mean[name][1] = world["base"][0][name][1]
+    precision[name][1] = 0  # what the run's data add to the base's
+    *_, found = twin(world, [[(0.5, "a"), (0.5, "b")]], name, (1.0,), 3)
+    shares = found[-1][2][0]
+    assert [task.scale for task in step.tasks] == pytest.approx(shares, rel=1e-6)
+    np.testing.assert_allclose(tensors("out")[0][name], found[-1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_components_from_one_start_add_it_once_together(world):
+    """Beside the start itself, or another run from it, it is added twice."""
+    with open_posterior("c") as start:
+        identity = Identity(blocks=start.precision_identity)
+    edit = Edit(rows=(), steps=1, base=100, start_precision=identity)
+    for name in ("a", "b"):
+        save_posterior(Path(name), world[name][1], tiny.info(name, edits=(edit,)), force=True)
+    mixed("a", "b", out="m")
+    words = "each holds the precision of one start"
+    assert not any(words in note for note in merge("m", out="one").notes)
+    for other in ("c", "b"):
+        notes = merge("m", other, out=f"with_{other}").notes
+        assert [n.split(":")[0] for n in notes if words in n] == [f"'m', '{other}'"]
+
+
+def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
+    """Also of a component that left tensors alone, and where another mixture goes on."""
+    mean, precision = dict(world["base"][0]), {}
+    for part, of_run in zip((mean, precision), world["b"], strict=True):
+        part["wte.weight"] = of_run["wte.weight"]
+    model("frozen", mean, precision)
+    mixed("a", "frozen", out="m")
+    mixed("b", "c", out="n")
+    report = merge("m", "n", scale=("m:attn=0",))
+    shares = [m.share for m in report.models[1:]]
+    assert sum(shares[:2]) == pytest.approx(1, abs=1e-5)
+    assert sum(shares[2:]) == pytest.approx(1, abs=1e-5)
+    parts, others = [(0.5, "a"), (0.5, "frozen")], [(0.5, "b"), (0.5, "c")]
+    world["frozen"] = mean, {n: np.zeros_like(mean[n]) for n in mean} | precision
+    expected, entries = np.zeros(4), np.zeros(4)
+    for name, values in mean.items():
+        counts = "attn" not in name
+        *_, found = twin(world, [parts, others], name, (float(counts), 1.0), 10)
+        mine, its = found[-1][2]
+        expected += values.size * np.array([*(counts * np.array(mine)), *its])
+        entries += values.size * np.array([counts, counts, 1, 1])
+    np.testing.assert_allclose(shares, expected / entries, rtol=1e-4)
+    nowhere = merge("m", "c", scale=(0.0, 1.0), out="nowhere").models[1]
+    assert (nowhere.ref, nowhere.share) == ("m", None)
 
 
 def test_other_rules_take_the_plain_model_and_say_so(world):

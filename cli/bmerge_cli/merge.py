@@ -180,7 +180,7 @@ def _merge_and_adapt(
             "before each adapter (BASE+ADAPTER)."
         )
     words, settings_of_then = [f"model={out}"], read_yaml(then)
-    if (named := settings_of_then.get("model", out)) != out:
+    if not _is_one_place(named := settings_of_then.get("model", out), out):
         raise ConfigError(
             f"{then}: model: --then adapts the merge, '{out}', and this is '{named}'. Leave it out."
         )
@@ -200,6 +200,14 @@ def _merge_and_adapt(
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None
         raise
+
+
+def _is_one_place(named: object, out: str) -> bool:
+    """Whether what a file names is the path of an output, perhaps in another spelling."""
+    if not isinstance(named, str):
+        return False
+    here, there = (os.path.abspath(os.path.expanduser(path)) for path in (named, out))
+    return here == there
 
 
 def _config(settings: Settings) -> MergeConfig:

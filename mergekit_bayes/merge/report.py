@@ -39,8 +39,9 @@ class MergedModel(Record):
         ratio: `sum H_t / sum H_0`.
         mended: How many entries `--on-bad base` took from the base.
         mixture: Of a component, the mixture as given. Other models have no such key.
-        share: Of a component of a mixture, the mean of its responsibilities over the entries: its
-            share of the mixture in the merge. Other models have no such key.
+        share: Of a component of a mixture, the mean of its responsibilities over the entries in
+            which the mixture counts. Other models, and those of a mixture that counts in none, have
+            no such key.
     """
 
     ref: str
@@ -185,7 +186,7 @@ def _merged_model(
         ratio=six_digits(ratio) if ratio else ratio,
         mended=replaced,
         mixture=None if model.mixed_in is None else model.mixed_in.ref,
-        share=None if model.mixture is None else six_digits(totals.shares[model]),
+        share=six_digits(totals.shares[model]) if model in totals.shares else None,
     )
 
 

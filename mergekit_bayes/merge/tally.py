@@ -30,8 +30,8 @@ class UnitTally:
         replaced: For each model, entries that `--on-bad base` replaced.
         moves: For each model, `MOVES` sums of how far the merge moved it: those of
             `kernels.base.Tally.distances` and `products`.
-        shares: For each task, the merged entries times its share of the mixture that it is a
-            component of; empty where no mixture is merged.
+        shares: For each task, the merged entries times its responsibility in the mixture that it
+            is a component of, zero for others; empty where no mixture is merged.
     """
 
     entries: int = 0
@@ -62,18 +62,9 @@ class UnitTally:
         before = self.replaced or [0] * len(counts)
         self.replaced = [a + b for a, b in zip(before, counts, strict=True)]
 
-    def add_shares(self, step: Step) -> None:
-        """Add the shares that components have of their mixtures in a tensor, by their scales."""
-        totals: dict[int | None, float] = {}
-        for task in step.tasks:
-            mixture = task.input.mixture
-            totals[mixture] = totals.get(mixture, 0.0) + task.scale
-        self.shares = [
-            self.entries * task.scale / totals[task.input.mixture]
-            if task.input.mixture is not None and task.scale
-            else 0.0
-            for task in step.tasks
-        ]
+    def add_shares(self, shares: Sequence[float]) -> None:
+        """Add the shares that components have of their mixtures, in all entries of the unit."""
+        self.shares = [self.entries * share for share in shares]
 
     @classmethod
     def from_json(cls, line: TallyLine) -> "UnitTally":
@@ -129,7 +120,8 @@ class MergeTotals:
         replaced: For each input, entries that `--on-bad base` replaced.
         likelihood: For each input, the sum of its likelihood precision.
         zero: For each input, the tensors in which its precision is zero.
-        shares: For each component of a mixture, its share of the entries that mixtures merge.
+        shares: For each component of a mixture, the mean of its responsibilities over the entries
+            in which the mixture counts; none of a mixture that counts in no entry.
         moves: For each step that is merged by precision, its index and `MOVES` sums of each model.
     """
 
@@ -144,8 +136,7 @@ class MergeTotals:
         self.zero: dict[Input, list[str]] = {model: [] for model in plan.inputs}
         self._weighed: dict[Input, int] = dict.fromkeys(plan.inputs, 0)  # tensors, own precision
         self.moves: dict[int, list[float]] = {}
-        self.shares: dict[Input, float] = {t: 0.0 for t in plan.tasks if t.mixture is not None}
-        mixed = 0
+        responsible: dict[Input, float] = {t: 0.0 for t in plan.tasks if t.mixture is not None}
         by_step: dict[int, tuple[int, list[float]]] = {}
         count = len(plan.inputs)
         for unit in units:
@@ -159,18 +150,16 @@ class MergeTotals:
                     "merge again."
                 )
             self._add(tally)
-            if tally.shares:
-                mixed += tally.entries
-                for task, share in zip(plan.tasks, tally.shares, strict=False):
-                    if task.mixture is not None:
-                        self.shares[task] += share
+            for task, share in zip(plan.tasks, tally.shares, strict=False):
+                if task.mixture is not None:
+                    responsible[task] += share
             if tally.stored and plan.method.needs_precision:
                 entries, sums = by_step.get(unit.step, (0, [0.0] * count))
                 sums = [a + b for a, b in zip(sums, tally.stored, strict=True)]
                 by_step[unit.step] = (entries + tally.entries, sums)
                 moves = self.moves.get(unit.step, [0.0] * (MOVES * count))
                 self.moves[unit.step] = [a + b for a, b in zip(moves, tally.moves, strict=True)]
-        self.shares = {task: share / max(mixed, 1) for task, share in self.shares.items()}
+        self.shares = _by_mixture(responsible)
         for index, (entries, sums) in by_step.items():
             self._add_likelihood(plan.steps[index], entries, sums)
 
@@ -226,3 +215,14 @@ class MergeTotals:
         elif shrink is not None and weighing.reshape:
             likelihood *= 1 + shrink.amount
         return likelihood
+
+
+def _by_mixture(sums: Mapping[Input, float]) -> dict[Input, float]:
+    """Each component's part of what its mixture has in all, which is how many entries it counts in.
+
+    The components of a mixture that counts in none are left out.
+    """
+    entries: dict[int | None, float] = {}
+    for task, of_task in sums.items():
+        entries[task.mixture] = entries.get(task.mixture, 0.0) + of_task
+    return {t: of_task / entries[t.mixture] for t, of_task in sums.items() if entries[t.mixture]}

@@ -105,8 +105,7 @@ class Worker:
                 stop = min(stop, end)
                 self._copy(step, measured, owner, start, stop, sinks)
             start = stop
-        if measured.step is not None:
-            tally.add_shares(measured.step)
+        tally.add_shares(measured.shares)
         return tally
 
     def _merge(

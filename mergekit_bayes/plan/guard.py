@@ -23,7 +23,7 @@ def choose_guard(
     """The guard rho to use.
 
     It is `--guard`, or `UNDO_GUARD` where every removal cancels exactly the terms that merges among
-    the tasks list.
+    the tasks list. A component of a mixture cancels nothing exactly: its share is not known yet.
 
     Args:
         config: The settings.
@@ -55,7 +55,9 @@ def choose_guard(
     contained = dict.fromkeys(removed, 0.0)
     for task in inputs.tasks:
         info = task.posterior.info
-        if task.scale <= 0 or info is None or not _is_exact(config, info):
+        if task.scale <= 0 or task.mixture is not None or info is None:
+            continue
+        if not _is_exact(config, info):
             continue
         for term in info.terms:
             identity = term.mean.blocks

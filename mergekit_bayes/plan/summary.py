@@ -50,21 +50,31 @@ def matrices_in_words(steps: Sequence[Step]) -> str | None:
     if not whole:
         return None
     largest = max(whole.values(), key=_nbytes)
-    filled = sum(step.form is Form.MATRIX and _has_low_rank(step) for step in whole.values())
-    return (
+    filled = [s for s in whole.values() if s.form is Form.MATRIX and Form.LOW_RANK in _forms(s)]
+    words = (
         f"{len(whole)} tensors are merged as whole matrices; the largest, '{largest.name}', takes "
         f"up to about {_nbytes(largest) / 1e6:,.3g} MB of memory in each thread"
-    ) + (
-        f"; {filled} of them have precisions of low rank, which are made matrices in full: a task "
-        "is removed, a model's are in full, or the ranks add up to half of the inputs"
-        if filled
-        else ""
     )
+    if filled:
+        reasons = sorted({_why_in_full(step) for step in filled})
+        words += (
+            f"; {len(filled)} of them have precisions of low rank, which are made matrices in "
+            f"full: {', or '.join(reasons)}"
+        )
+    return words
 
 
-def _has_low_rank(step: Step) -> bool:
-    precisions = (operand.precision for operand in step.operands)
-    return any(p is not None and p.form is Form.LOW_RANK for p in precisions)
+def _why_in_full(step: Step) -> str:
+    if any(task.scale < 0 for task in step.tasks):
+        return "a task is removed"
+    if Form.MATRIX in _forms(step):
+        return "a model's are in full"
+    return "their ranks add up to half of the inputs"
+
+
+def _forms(step: Step) -> set[Form]:
+    """Of the precisions of all models."""
+    return {o.precision.form for o in step.operands if o.precision is not None}
 
 
 def _nbytes(step: Step) -> int:

@@ -57,26 +57,35 @@ def precision_identity(model: Posterior) -> Identity:
 
 
 def _note_shared_starts(tasks: Sequence[Input], notes: list[str]) -> None:
-    """Say if a start's precision is added more than once, inside of models adapted from it."""
+    """Say if a start's precision is added more than once, inside of models adapted from it.
+
+    The shares of a mixture's components sum to one, so that all of them together add it once.
+    """
     added = [(task, task.posterior.info) for task in tasks if task.scale > 0]
-    starts: dict[str, list[str]] = {}
+    starts: dict[str, dict[Input | int, str]] = {}  # by its precision, who adds it
     for task, info in added:
         if task.weighing.contains_base is not None:
             continue  # its own start is the base here, and was taken out
         for edit in info.edits if info is not None else ():
             if edit.start_precision is not None:
-                starts.setdefault(edit.start_precision.blocks, []).append(task.ref)
+                refs = starts.setdefault(edit.start_precision.blocks, {})
+                refs.setdefault(_counted_as(task), task.ref)
     if not starts:
         return
     for task, info in added:
         if info is not None and (own := precision_identity(task.posterior).blocks) in starts:
-            starts[own].append(task.ref)
+            starts[own].setdefault(_counted_as(task), task.ref)
     for refs in starts.values():
         if len(refs) > 1:
             notes.append(
-                f"{', '.join(map(repr, refs))}: each holds the precision of one start, which is "
-                "added once for each. With that start as the --base it counts once"
+                f"{', '.join(map(repr, refs.values()))}: each holds the precision of one start, "
+                "which is added once for each. With that start as the --base it counts once"
             )
+
+
+def _counted_as(task: Input) -> Input | int:
+    """What a task counts as one with: all components of its mixture, or nothing but itself."""
+    return task if task.mixture is None else task.mixture
 
 
 def _counted(config: MergeConfig, model: Input, common: float | None) -> Input:

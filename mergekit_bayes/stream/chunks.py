@@ -31,7 +31,9 @@ class FirstPassResult:
             plan's inputs.
         facts: What the method measured.
         bad: For each input, how many bad entries pooling left out.
-        step: The tensor with the scales of the components of mixtures; None without a mixture.
+        step: The tensor with the scales of the components of mixtures; None where none counts.
+        shares: For each task, its responsibility in the mixture that it is a component of; zero for
+            other tasks, and where the mixture has scale zero. Empty where no mixture counts.
     """
 
     pooled: dict[Input, Array]
@@ -39,6 +41,7 @@ class FirstPassResult:
     facts: Facts = None
     bad: tuple[int, ...] = ()
     step: Step | None = None
+    shares: tuple[float, ...] = ()
 
 
 class Reader:

@@ -55,8 +55,7 @@ class FirstPass:
             result = self._precisions(step)
         if step.copied is None:
             result.facts = self._facts(step, result)
-            if any(task.input.mixture is not None for task in step.tasks):
-                result.step = settled(self.plan, step, result, self.reader, self.map)
+            result = settled(self.plan, step, result, self.reader, self.map)
         return result
 
     def _precisions(self, step: Step) -> FirstPassResult:

@@ -47,8 +47,8 @@ def settled(
     ordered_map: OrderedMap,
     *,
     rounds: int = ROUNDS,
-) -> Step:
-    """A step with the scales `a_t r_tk` of the components of its mixtures.
+) -> FirstPassResult:
+    """What is measured of a step, with the responsibilities r_tk and the scales `a_t r_tk`.
 
     Everything is computed in float64 and added up in windows in their order, so that neither chunks
     nor threads change a bit.
@@ -62,7 +62,7 @@ def settled(
         rounds: How often responsibilities are computed at most.
 
     Returns:
-        The step itself where it has no mixture.
+        The same where no mixture counts in the tensor.
 
     Raises:
         CheckpointError: A mean cannot be merged.
@@ -70,7 +70,7 @@ def settled(
     """
     groups = _groups(step)
     if not groups:
-        return step
+        return measured
     windows = [(i, min(i + _WINDOW, step.merged)) for i in range(0, step.merged, _WINDOW)]
     # A component that left the tensor as it was has scale zero, and the base's posterior there.
     members = {i: step.tasks[i].scale != 0 for group in groups.values() for i in group}
@@ -86,7 +86,8 @@ def settled(
         now = _with_shares(step, groups, shares)
         if abs(shares - before).max() <= _SETTLED:
             break
-    return now
+    kept = tuple(float(share) if i in members else 0.0 for i, share in enumerate(shares))
+    return replace(measured, step=now, shares=kept)
 
 
 def _groups(step: Step) -> Groups:
