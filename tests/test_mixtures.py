@@ -279,7 +279,8 @@ def test_components_from_one_start_add_it_once_together(world):
     assert not any(words in note for note in merge("m", out="one").notes)
     for other in ("c", "b"):
         notes = merge("m", other, out=f"with_{other}").notes
-        assert [n.split(":")[0] for n in notes if words in n] == [f"'m', '{other}'"]
+        named = [note.removesuffix(note.partition(": each")[2]) for note in notes if words in note]
+        assert named == [f"'m: a', '{other}': each"]
 
 
 def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
@@ -305,7 +306,7 @@ def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(wo
         entries += values.size * np.array([counts, counts, 1, 1])
     np.testing.assert_allclose(shares, expected / entries, rtol=1e-4)
     nowhere = merge("m", "c", scale=(0.0, 1.0), out="nowhere").models[1]
-    assert (nowhere.ref, nowhere.share) == ("m", None)
+    assert (nowhere.ref, nowhere.share) == ("m: a", None)
 
 
 def test_other_rules_take_the_plain_model_and_say_so(world):
@@ -448,6 +449,44 @@ def test_inspect_shows_the_runs_of_a_mixture(world):
     done = CliRunner().invoke(app, ["inspect", "m"])
     assert "a mixture, of which the plain model is shown below" in done.stderr
     assert "m/mixture/1" in done.stderr
+
+
+def lose_the_folder():
+    shutil.rmtree("m/mixture/2")
+
+
+def replace_the_weights():
+    shutil.copy("c/model.safetensors", "m/mixture/2/model.safetensors")
+
+
+def replace_the_plain_weights():
+    shutil.copy("c/model.safetensors", "m/model.safetensors")
+
+
+def lose_the_posterior():
+    shutil.rmtree("m/mixture/2/posterior")
+
+
+def cut_the_weights():
+    Path("m/mixture/2/model.safetensors").write_bytes(b"cut")
+
+
+FAULTS = {
+    lose_the_folder: "the run 'b' of this mixture: its folder is missing",
+    replace_the_weights: "the run 'b' of this mixture: its weights are others than the record",
+    replace_the_plain_weights: "the run 'a' of this mixture: its weights are others",
+    lose_the_posterior: "the run 'b' of this mixture: its precision is missing",
+    cut_the_weights: "the run 'b' of this mixture: it cannot be read: m/mixture/2/model",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_inspect_says_what_of_a_mixture_is_not_there(world, fault):
+    mixed("a", "b", out="m")
+    assert not any("of this mixture" in note for note in run_inspect("m").notes)
+    fault()
+    notes = [note for note in run_inspect("m").notes if "of this mixture" in note]
+    assert [note[: len(FAULTS[fault])] for note in notes] == [FAULTS[fault]]
 
 
 def test_the_card_of_a_merge_names_mixture_and_runs(world):
