@@ -74,7 +74,7 @@ def test_the_draws_of_a_run_are_those_of_its_own_posterior(mixture, stack):
     with MixtureDraws(loaded.model, components, 4, seed=3) as draws:
         found = [weights(loaded.model) for _ in draws]
     expected = []
-    for number, (posterior, _) in enumerate(components):
+    for number, (posterior, *_) in enumerate(components):
         run = load_model(str(mixture / "ab"[number])).model
         with PosteriorDraws(run, posterior, draws.counts[number], seed=mix(3, number + 1)) as own:
             expected += [weights(run) for _ in own]

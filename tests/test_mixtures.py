@@ -102,7 +102,7 @@ def iterations(models, most, **settings):
 
 
 def test_a_mixture_of_one_run_merges_as_the_run_bit_for_bit(world):
-    mixed("a", out="m")
+    assert mixed("a", out="m").notes == ("a mixture of one run merges as that run does",)
     merge("a", "c", out="single", scale=(0.7, -0.3))
     merge("m", "c", out="of_one", scale=(0.7, -0.3))
     for file in ("model.safetensors", "posterior/precision.index.json"):
@@ -154,7 +154,9 @@ FRAMES = [
 
 @pytest.mark.parametrize("frame", FRAMES, ids=str)
 def test_equal_components_merge_as_one_of_them(world, frame):
-    mixed("a", "a", out="m", weights=(1, 3))
+    shutil.copytree("a", "again")
+    notes = mixed("a", "again", out="m", weights=(1, 3)).notes
+    assert notes == ("'a' and 'again' hold the same weights",)
     one = dict(frame)
     if "only" in one:
         one["scale"] = (2.0, "a:attn=0.5")
@@ -336,6 +338,9 @@ REFUSED = {
     "nan": (partial(mixed, "a", out="n", weights=(float("nan"),)), "--weights nan"),
     "file": (partial(mixed, "a/model.safetensors", out="n"), "is a single file"),
     "in place": (partial(mixed, "a", "b", out="a", force=True), "would replace 'a', an input"),
+    "twice": (partial(mixed, "a", "./a", out="n"), "'a' and './a' are one run"),
+    "into a run": (partial(mixed, "a", "b", out="b/sub"), "'b/sub' lies in 'b', an input"),
+    "to a file": (partial(mixed, "a", "b", out="n.safetensors"), "a mixture is a folder"),
     "there": (partial(mixed, "a", "b", out="c"), "'c' exists"),
 }
 
@@ -404,8 +409,12 @@ def test_precision_matrices_are_refused(world):
         mean, precision = world[name]
         blocks = np.eye(5, dtype=np.float32)[None] * (i + 1)
         model(f"{name}2", mean, {**precision, "h.0.attn.weight": Matrices(blocks)})
-    mixed("a2", "b2", out="m")
-    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matr.*'m: a2'"):
+    with pytest.raises(PrecisionError, match=r"'h.0.attn.weight'.*Mix runs with other precisions"):
+        mixed("a2", "b2", out="m")
+    mixed("a", "b", out="m")
+    for name, place in (("a2", "m"), ("b2", "m/mixture/2")):
+        shutil.copytree(f"{name}/posterior", f"{place}/posterior", dirs_exist_ok=True)
+    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matr.*'m: a'"):
         run_merge(MergeConfig(models=("m",), base="base2", weights="precision"))
 
 
@@ -527,6 +536,8 @@ def test_a_mixture_is_not_pushed(world):
 
 
 def test_the_command_mixes_and_says_where(world):
+    done = CliRunner().invoke(app, ["mix", "a", "-o", "alone"])
+    assert "note: a mixture of one run merges as that run does" in done.stderr
     done = CliRunner().invoke(app, ["mix", "a", "b", "-o", "m", "--weights", "1,3"])
     assert (done.exit_code, done.stdout.strip()) == (0, "m")
     assert "plain model" in done.stderr
