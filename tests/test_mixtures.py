@@ -321,6 +321,21 @@ def test_other_rules_take_the_plain_model_and_say_so(world):
     assert any("only its plain model counts here, the run 'b'" in note for note in report.notes)
 
 
+def test_side_files_of_a_mixture_are_those_of_its_plain_model(world):
+    for name in ("a", "b"):
+        Path(name, "config.json").write_text("{}")
+        Path(name, "generation_config.json").write_text(json.dumps({"max_length": ord(name)}))
+    mixed("a", "b", out="m", weights=(1, 3))
+    merge("c", "m", out="first", side_files="m")
+    assert json.loads(Path("first/generation_config.json").read_text())["max_length"] == ord("b")
+    merge("m", "c", out="chosen")
+    for made in ("first", "chosen"):
+        recipe = load_config(MergeConfig, Path(made, "merge_recipe.yaml"))
+        run_merge(recipe.model_copy(update={"out": f"{made}_again"}))
+        for file in ("generation_config.json", "model.safetensors"):
+            assert Path(made, file).read_bytes() == Path(f"{made}_again", file).read_bytes()
+
+
 def test_the_output_of_a_merge_is_no_mixture(world):
     Path("a/config.json").write_text("{}")
     mixed("a", out="m")
@@ -521,6 +536,7 @@ def test_the_card_of_a_merge_names_mixture_and_runs(world):
     assert "  'm: b': " in card.text.partition("identities:")[2]
     assert "runs/" not in card.text
     assert "mixture/2" not in card.text
+    assert "side_files: m/mixture/1" in card.text
     assert "take " not in card.text  # the runs' shares are those of this merge
     assert any(note.startswith("base, m, c are local folders") for note in card.notes)
 

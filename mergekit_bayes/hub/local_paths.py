@@ -31,6 +31,11 @@ def published_recipe(recipe: Mapping[str, object], made_from: Sequence[Parent]) 
     """
     names = {p.path: p.name for p in made_from if p.path and p.repo is None}
     names |= {f"{p.path}: {p.run}": p.title for p in made_from if p.path and p.run is not None}
+    if isinstance(place := recipe.get("side_files"), str):
+        mixtures = (p.path for p in made_from if p.path and p.run is not None)
+        inside = next((path for path in mixtures if place.startswith(f"{path}/")), None)
+        if inside is not None:  # the folder of a run in its mixture
+            recipe = {**recipe, "side_files": names[inside] + place.removeprefix(inside)}
     return last_parts(_named(recipe, names))
 
 

@@ -69,8 +69,8 @@ def with_components(
             ]
             notes.append(
                 f"'{model.ref}' is a mixture of {len(components)} runs, which have its scale "
-                "together: the share of each is found in each tensor, and begins with the weight "
-                "of the run"
+                "together: the share of each is found in each tensor, and the scales listed are "
+                "those by weight that this begins with"
             )
         places.append(range(len(tasks), len(tasks) + len(components)))
         tasks += components
