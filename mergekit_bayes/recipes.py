@@ -32,9 +32,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
             the message of the last gives the same merge as a command line.
     """
     if path.is_dir():
+        if (path / MERGE_RECIPE).is_file():
+            raise ConfigError(
+                f"'{path}' is a folder. Name its recipe itself, '{path / MERGE_RECIPE}'."
+            )
         raise ConfigError(
-            f"'{path}' is a folder. Name the recipe itself, which a merge has in "
-            f"'{path / MERGE_RECIPE}'."
+            f"'{path}' is a folder without a {MERGE_RECIPE}, so it is no merge. Name a recipe: "
+            "a YAML file of a merge's settings, as `bmerge merge` writes it beside its output's "
+            "tensors."
         )
     recipe = read_yaml(path)
     if "merge_method" in recipe:

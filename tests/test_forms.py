@@ -1,5 +1,7 @@
 """Every form of a stored precision, through its one door."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.specs import TensorSpec
 from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.posterior.forms import (
+    DirectionsSpec,
     Form,
     StoredPrecision,
     by_row,
@@ -52,6 +55,11 @@ def test_a_form_is_known_by_its_shape(precision, form):
         assert is_form_of(source.specs["w"], TensorSpec("BF16", mean))
 
 
+def of_directions(shape):
+    """A source of one precision of directions."""
+    return SimpleNamespace(specs={"w": DirectionsSpec("F32", shape)}, where=lambda name: "file")
+
+
 @pytest.mark.parametrize(
     ("mean", "shape", "axis"),
     [
@@ -64,8 +72,8 @@ def test_a_form_is_known_by_its_shape(precision, form):
         ((5, 3, 4), (5, 3, 1, 1, 1), -2),
     ],
 )
-def test_matrices_are_known_by_their_axes(precision, mean, shape, axis):
-    stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+def test_matrices_are_known_by_their_axes(mean, shape, axis):
+    stored = StoredPrecision.of(of_directions(shape), "w", mean)
     assert (stored.form, stored.axis) == (Form.MATRIX, axis)
 
 
@@ -73,8 +81,8 @@ def test_matrices_are_known_by_their_axes(precision, mean, shape, axis):
     ("mean", "shape"),
     [((3, 4), (2, 25, 1, 1)), ((1, 1), (3, 2, 1, 1)), ((5, 3, 4), (5, 1, 25, 1, 1))],
 )
-def test_sums_of_products_are_known_by_their_numbers(precision, mean, shape):
-    stored = StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+def test_sums_of_products_are_known_by_their_numbers(mean, shape):
+    stored = StoredPrecision.of(of_directions(shape), "w", mean)
     assert stored.form is Form.KRONECKER
 
 
@@ -90,9 +98,16 @@ def test_sums_of_products_are_known_by_their_numbers(precision, mean, shape):
         ((3, 4), (1, 1, 4, 4, 1)),
     ],
 )
-def test_matrices_that_fit_no_axis_are_refused(precision, mean, shape):
+def test_matrices_that_fit_no_axis_are_refused(mean, shape):
     with pytest.raises(PrecisionError, match="precision of 'w'"):
-        StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", mean)
+        StoredPrecision.of(of_directions(shape), "w", mean)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 3, 3, 1), (2, 25, 1, 1), (3, 4, 1, 1, 1)])
+def test_one_tensor_in_a_file_is_no_precision_of_directions(precision, shape):
+    assert is_form_of(DirectionsSpec("F32", shape), TensorSpec("F32", (3, 4)))
+    with pytest.raises(PrecisionError, match="precision of 'w'"):
+        StoredPrecision.of(precision(np.ones(shape, np.float32)), "w", (3, 4))
 
 
 @pytest.mark.parametrize(

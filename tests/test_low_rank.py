@@ -92,12 +92,35 @@ def test_a_factor_holds_all_terms_in_the_rows_that_it_has():
 def test_what_is_negative_is_told_and_not_bounded():
     one, other = low_rank(1), low_rank(2)
     assert magnitude(one) is one
-    assert bounded_below(one + other, one + other, 0.2).dense() is not None
+    both = one + other
+    assert bounded_below(both, both, 0.2) is both
     for negative in (one - other, (-1.0) * one, LowRankSum(np.full(N, -1.0))):
         with pytest.raises(ArithmeticError, match="smaller in some direction"):
             magnitude(negative)
     with pytest.raises(ArithmeticError, match="smaller in some direction"):
         bounded_below(0.1 * one, one, 0.2)
+
+
+def test_rounding_is_measured_by_what_was_added_up():
+    large, little = 1e5 * low_rank(1), low_rank(2)
+    both = LowRankSum(
+        np.float64(np.float32((large + little).diagonal)),
+        (Term(np.float64(np.float32((large + little).factor(2 * RANK))), 1.0),),
+    )
+    first = both - large
+    for gain in (first, 100 * first, first + 1e-3 * little, 0.01 * both - 0.01 * large):
+        assert magnitude(gain) is gain
+        of_terms = LowRankSum(np.zeros(N), gain.terms).dense()
+        assert np.linalg.eigvalsh(of_terms).min() < -1e-6 * norm(gain)
+        bound = gain + 2 * gain
+        assert bounded_below(bound, bound, 0.2) is bound
+        factor = gain.factor(4 * RANK)
+        np.testing.assert_allclose(factor.T @ factor, of_terms, atol=1e-6 * gain.size)
+        assert diagonal_of(gain).size == gain.size
+    less, diagonal = first - 2 * little, diagonal_of(large)
+    for negative in (less, 1e-3 * less, diagonal - 1.1 * diagonal):
+        with pytest.raises(ArithmeticError, match="smaller in some direction"):
+            magnitude(negative)
 
 
 @pytest.mark.parametrize("name", BY_PRECISION)

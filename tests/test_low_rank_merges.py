@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mergekit_bayes.checkpoint.codec import read_tensor
-from mergekit_bayes.errors import PrecisionError
+from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.inspect.run import run_inspect
 from mergekit_bayes.kernels.base import Tally
 from mergekit_bayes.merge import MergeConfig, plan_merge, run_merge
@@ -36,13 +36,18 @@ COUNTS = {"base": 300.0, "a": 100.0, "b": 40.0, "c": 250.0}
 N, RANK = 24, 2
 
 
-def low_ranks(seed, rank=RANK, prior=0.0):
-    """A precision of low rank for every layer, and numbers for all else."""
+def low_ranks(seed, rank=RANK, prior=0.0, without_data=()):
+    """A precision of low rank for every layer, and numbers for all else.
+
+    Models with a seed of `without_data` have the prior alone in the second expert.
+    """
     found = {n: p + np.float32(prior) for n, p in tiny.precisions(seed, SHAPES).items()}
     for i, (name, leading) in enumerate(((RIGHT, ()), (LEFT, ()), (EXPERTS, (2,)))):
         rng = np.random.default_rng(1000 * seed + i)
         diagonal = rng.uniform(0.1, 1, size=(*leading, N)).astype(np.float32) + np.float32(prior)
         factor = rng.normal(size=(*leading, rank, N)).astype(np.float32)
+        if name == EXPERTS and seed in without_data:
+            diagonal[1], factor[1] = prior, 0.0
         found[name] = LowRank(diagonal, factor, is_left=name == LEFT)
     return found
 
@@ -158,6 +163,31 @@ def test_a_merge_merges_again_and_is_undone(world, prior):
     check_same("low/undone", "low/rest", 1e-4, ranks=[None], atol=3e-5)
 
 
+# What a chain takes from a merge, its base or a prior, is far more than what it leaves: of a base
+# that counts much, in an expert that no text of a task reached, or of a task with a small scale.
+ROUNDED = {
+    "a base that counts 30 times": ({}, "30x", 1.0),
+    "and an expert without data": ({"prior": 0.7, "without_data": (1, 2)}, "30x", 1.0),
+    "and no model with data for it": ({"prior": 0.01, "without_data": (0, 1, 2, 3)}, "30x", 1.0),
+    "a task at a hundredth": ({}, "1x", 0.01),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_what_rounding_leaves_of_large_precisions_is_not_negative(tmp_path, monkeypatch, kind):
+    of_models, base, scale = ROUNDED[kind]
+    monkeypatch.chdir(tmp_path)
+    make(rank=1, **of_models)
+    counted = {"observations": {"BASE": base}}
+    merge("low", "a", scale=(scale,), out="one", **counted)
+    merge("low", "one", scale=(0.5,), out="two", **counted)
+    merge("low", "two", "c", scale=(1.0, 0.3), out="chain", **counted)
+    for folder in ("low", "full"):
+        merge(folder, "a", "c", scale=(0.5 * scale, 0.3), out="once", **counted)
+    check_same("low/chain", "low/once", ranks=[5], atol=1e-5)  # rank 3, and the base in each link
+    check_same("low/once", "full/once", ranks=[3])
+
+
 def test_a_removal_is_that_of_the_matrices_in_full(world):
     reports = [merge(folder, "a", scale=(-1.0,), guard=0.2) for folder in ("low", "full")]
     assert reports[0].guarded_share == reports[1].guarded_share > 0
@@ -174,6 +204,12 @@ def test_ranks_that_add_up_to_half_of_the_inputs_are_matrices_in_full(world):
     assert [any(why in note for note in report.notes) for report in reports] == [True, False]
     merge("low", "a", scale=(1.0,), out="one")
     assert precisions_in("low/one.safetensors")[RIGHT][0] == 8
+
+
+def test_a_model_for_which_the_base_stands_in_adds_no_rank(world):
+    merge("low", "a", "b", scale=(0.0, 0.5), out="nothing of a")
+    merge("low", "b", scale=(0.5,), out="b alone")
+    check_same("low/nothing of a", "low/b alone", ranks=[2 * RANK])
 
 
 def test_they_go_with_matrices_in_full(world):
@@ -249,6 +285,27 @@ def test_what_a_preview_keeps_at_one_sign_is_merged_in_full_at_the_other(world):
     assert held.nbytes < 8 * (3 * 5 * N + 3 * N * (RANK + 1)) + 1
 
 
+def edited(file, change):
+    """Write a file of precisions again, its tensors changed in place."""
+    with safe_open(file, "np") as stored:
+        tensors = {n: stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+def test_a_matrix_in_full_that_is_too_large_for_its_file_is_refused(world):
+    def enlarge(tensors):
+        tensors[f"right:{RIGHT}"] *= np.float32(1e20)
+
+    for name in ("base", "a"):
+        edited(f"low/{name}.posterior", enlarge)
+    merge("low", "a", scale=(0.5,), out="fits")
+    with pytest.raises(CheckpointError, match=f"'{RIGHT}': the precision of the merge .* fit F32"):
+        merge("low", "a", scale=(-0.5,))
+    assert not list(Path("low").glob("out*"))
+
+
 BAD = {
     "a negative diagonal": ("diagonal", lambda d: -d, "finite symmetric matrix without negative"),
     "no number": ("right", lambda u: u * np.nan, "finite symmetric matrix without negative"),
@@ -264,17 +321,30 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_precision_is_refused(world, kind):
     role, change, message = BAD[kind]
-    file = Path("low/a.posterior")
-    with safe_open(file, "np") as stored:
-        tensors = {n: stored.get_tensor(n) for n in stored.keys()}  # noqa: SIM118
-        metadata = stored.metadata()
-    found = tensors.pop(f"{role}:{RIGHT}")
-    if change is not None:
-        tensors[f"{role}:{RIGHT}"] = change(found)
-    save_file(tensors, file, metadata)
+
+    def spoil(tensors):
+        found = tensors.pop(f"{role}:{RIGHT}")
+        if change is not None:
+            tensors[f"{role}:{RIGHT}"] = change(found)
+
+    edited("low/a.posterior", spoil)
     with pytest.raises(PrecisionError, match=message):
         merge("low", "a", "b")
     assert not list(Path("low").glob("out*"))
+
+
+@pytest.mark.parametrize("shape", [(1 + RANK, N, 1, 1, 1), (1, N, N)])
+def test_numbers_with_the_shape_of_matrices_are_neither_merged_nor_counted(world, shape):
+    def spoil(tensors):
+        del tensors[f"diagonal:{RIGHT}"], tensors[f"right:{RIGHT}"]
+        tensors[f"precision:{RIGHT}"] = np.ones(shape, np.float32)
+
+    edited("low/a.posterior", spoil)
+    with pytest.raises(PrecisionError, match=rf"'{RIGHT}' in low/a\.posterior is F32 .*expected"):
+        merge("low", "a", "b")
+    found = run_inspect("low/a.safetensors").precision
+    assert found.unknown == (RIGHT,)
+    assert (found.matrices, found.covered < 1) == (2, True)
 
 
 def test_they_are_shown_and_pushed_as_they_are(world):

@@ -26,7 +26,7 @@ from mergekit_bayes.preview import (
     run,
     search,
 )
-from mergekit_bayes.preview.choosing import cost, pareto
+from mergekit_bayes.preview.choosing import cost, edge, pareto
 from mergekit_bayes.preview.designs import vectors_of
 from mergekit_bayes.preview.held import Held
 from mergekit_bayes.preview.markdown import as_markdown
@@ -68,7 +68,16 @@ def config(**settings):
 
 REFUSED = {
     "no recipe": (("none.yaml",), (), "none.yaml: cannot be read"),
-    "the folder of a merge": (("in",), (), "Name the recipe itself, which a merge has in 'in/"),
+    "the folder of a merge": (
+        ("merged",),
+        (),
+        "Name its recipe itself, 'merged/merge_recipe.yaml'",
+    ),
+    "another folder": (
+        ("in",),
+        (),
+        "'in' is a folder without a merge_recipe.yaml, so it is no merge",
+    ),
     "no texts": (("r.yaml",), ("--data", "y=none.csv"), "none.csv"),
     "a wrong length": (("r.yaml",), ("--scales", "1,2,3"), "3 numbers for 2 models"),
     "no number": (("r.yaml",), ("--grid", "1,x"), "--grid: 'x' is not a number"),
@@ -112,6 +121,8 @@ def test_a_preview_that_cannot_be_made_is_refused_in_one_message(here, case):
     previews.recipe("files.yaml", models=["f.safetensors"], base="g.safetensors")
     Path("in").mkdir()
     previews.recipe("in/r.yaml")
+    Path("merged").mkdir()
+    previews.recipe("merged/merge_recipe.yaml")
     if "search" in str(words):
         pytest.importorskip("optuna", reason="a test dependency")
     done = preview(*TEXTS, *words, recipe=recipe)
@@ -216,6 +227,22 @@ def test_the_pareto_set_and_the_choice():
     assert [cost(point, losses[0], "mean") for point in losses[:2]] == [3.0, 2.0]
     assert [cost(point, losses[0], "worst") for point in losses[:4]] == [0.0, 1.0, 1.0, 4.0]
     assert cost(losses[0], losses[4], "worst") == 5.0
+
+
+def test_a_scale_is_at_an_edge_where_the_losses_fall_towards_it():
+    def edges(best, *others):
+        costs = {best: 1.0, **{vector: 2.0 + i for i, vector in enumerate(others)}}
+        return [edge(costs, best, task) for task in range(len(best))]
+
+    # All scales differ together: the third has two values only, and is told as the others are.
+    assert edges((0.2, 0.2, 0.2), (0.5, 0.5, 1.0), (1.0, 1.0, 1.0)) == ["smallest"] * 3
+    assert edges((1.0, 0.5), (0.0, 0.0), (0.5, 1.0)) == ["largest", None]
+    assert edges((1.0, 2.0)) == [None, None]
+    assert edges((1.0, 2.0), (1.0, 3.0)) == [None, "smallest"]
+    # (1, 0.5) costs less than (1, 1): of the second scale less is better, although 1 was chosen.
+    assert edges((0.5, 1.0), (1.0, 0.5), (1.0, 1.0)) == ["smallest", None]
+    assert edges((0.5, 1.0), (1.0, 1.0), (1.0, 0.5)) == ["smallest", "largest"]
+    assert edge({(0.0,): 1.0, (1.0,): 1.0}, (0.0,), 0) is None  # a scale of no effect
 
 
 def test_arrays_are_kept_once_and_gathered():
@@ -332,10 +359,42 @@ def test_an_example_has_its_article():
     assert "nats a token" in as_markdown(report())
 
 
+def test_the_version_stands_in_the_report_as_it_is():
+    lines = as_markdown(report(version="0.1.0")).splitlines()
+    assert lines[-1] == "- bmerge 0.1.0; all settings and numbers are in preview.json."
+
+
+def with_far(made, index):
+    """Its points, one of them of losses far above the others."""
+    far = {"loss": dict.fromkeys(made.observations, 90.0)}
+    return tuple(p.model_copy(update=far) if i == index else p for i, p in enumerate(made.points))
+
+
+@pytest.mark.parametrize(("sets", "tasks"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("far", "count", "is_cut"), [(0, 12, False), (1, 12, False), (6, 7, False), (6, 8, True)]
+)
+def test_only_a_nameless_merge_of_many_is_cut(sets, tasks, far, count, is_cut):
+    made = report(sets, tasks, chosen=1, pareto=(1,))
+    figure = make_figure(made.model_copy(update={"points": with_far(made, far)[:count]}))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("beyond" in text for text in legend) == is_cut
+    assert all((axes.get_ylim()[1] < 90) == is_cut for axes in figure.axes)
+    assert all((axes.get_xlim()[1] < 90) == is_cut for axes in figure.axes[: sets - 1])
+
+
+def test_only_the_last_row_of_a_picture_has_gaps():
+    figure = make_figure(report(2, 3))
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        *((0, 0), (0, 1)),
+        *((1, 0), (1, 1)),
+    ]
+
+
 def test_losses_beyond_the_axis_are_marked_and_counted():
     made = report(2, 2)
-    far = made.points[5].model_copy(update={"loss": dict.fromkeys(made.observations, 90.0)})
-    points = (*made.points[:5], far, *made.points[6:])
+    points = with_far(made, next(i for i in range(1, 12) if i != made.chosen))
     for found, count in ((made, 0), (made.model_copy(update={"points": points}), 1)):
         figure = make_figure(found)
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -345,6 +404,21 @@ def test_losses_beyond_the_axis_are_marked_and_counted():
             marks = [line for line in axes.lines if line.get_marker() == "^"]
             assert len(marks) == count
             assert all(y == axes.get_ylim()[1] for line in marks for y in line.get_ydata())
+
+
+def test_every_scale_at_an_edge_is_told():
+    made = report(2, 3)
+    vectors = [(0.5, 0.5, 1.0), (0.2, 0.2, 0.2), (1.0, 1.0, 1.0)]
+    points = tuple(
+        p.model_copy(update={"scales": v, "failure": None, "loss": dict.fromkeys(p.loss, x)})
+        for p, v, x in zip(made.points, vectors, (0.42, 0.38, 0.44), strict=False)
+    )
+    said = list(sentences(made.model_copy(update={"points": points, "chosen": 1})))
+    told = [sentence for sentence in said if "look beyond" in sentence]
+    assert told == [
+        f"The scale 0.2 of task-{i}/final is the smallest measured: look beyond it."
+        for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize(("base", "is_told"), [(None, False), ("base", True)])

@@ -155,7 +155,14 @@ class Worker:
             self._write_matrices(step, merged.precision, sinks.precision)
 
     def _write_matrices(self, step: Step, matrices: Array, sink: TensorSink) -> None:
-        sink.write_bytes(step.name, 0, encode(matrices.reshape(-1), "F32"))
+        with np.errstate(over="ignore"):  # refused below
+            data = encode(matrices.reshape(-1), "F32")
+        if overflowed(data, "F32"):
+            raise CheckpointError(
+                f"'{step.name}': the precision of the merge is not finite, or does not fit F32. "
+                "Precisions must be on one scale. See that of each model with `bmerge inspect`."
+            )
+        sink.write_bytes(step.name, 0, data)
 
     def _count_lost(self, step: Step, chunk: Chunk, data: memoryview, counts: Tally) -> None:
         """Count lost entries for a dtype that the pass does not write itself.

@@ -7,6 +7,7 @@ merging adds terms up; two with one U are one, so that what is taken out again c
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 Matrix: TypeAlias = NDArray[Any]  # of float64
 
-ROUNDING = 1e-6  # share of a norm below which what is negative may be what float32 left of 0
+# Share of the norm of what was added up, below which what is negative is what float32 left of 0.
+ROUNDING = 1e-6
 _CANCELLED = 1e-12  # share of two weights below which their sum is zero
 
 
@@ -49,10 +51,21 @@ class LowRankSum:
     Attributes:
         diagonal: d, (n,), 1/weight^2.
         terms: The terms, no two with the same factor.
+        made_of: Frobenius norm of the largest of what it was added up from; 0 where it is no sum.
     """
 
     diagonal: Matrix
     terms: tuple[Term, ...] = ()
+    made_of: float = 0.0
+
+    @cached_property
+    def size(self) -> float:
+        """Norm of the largest of what it was added up from, by which rounding is measured.
+
+        What float32 left of two large precisions of which one was taken from the other can be far
+        more than a share of their difference.
+        """
+        return self.made_of or self.norm()
 
     def __add__(self, other: "LowRankSum") -> "LowRankSum":
         terms = {id(term.factor): term for term in self.terms}
@@ -61,14 +74,15 @@ class LowRankSum:
             terms[id(factor)] = Term(factor, before + weight)
             if abs(before + weight) <= _CANCELLED * (abs(before) + abs(weight)):
                 del terms[id(factor)]
-        return LowRankSum(self.diagonal + other.diagonal, tuple(terms.values()))
+        size = max(self.size, other.size)
+        return LowRankSum(self.diagonal + other.diagonal, tuple(terms.values()), size)
 
     def __sub__(self, other: "LowRankSum") -> "LowRankSum":
         return self + (-1.0) * other
 
     def __rmul__(self, factor: float) -> "LowRankSum":
         terms = (Term(u, float(factor) * weight) for u, weight in self.terms if factor)
-        return LowRankSum(factor * self.diagonal, tuple(terms))
+        return LowRankSum(factor * self.diagonal, tuple(terms), abs(float(factor)) * self.size)
 
     __mul__ = __rmul__
     # numpy would take `array @ self` apart entry by entry.
@@ -122,20 +136,16 @@ class LowRankSum:
         rows, signs = self.stacked()
         if len(rows) > rank or signs.min(initial=1.0) < 0:
             rows, values = _eigen(rows, signs)
-            if values.min(initial=0.0) < -ROUNDING * self.norm():
+            if values.min(initial=0.0) < -ROUNDING * self.size:
                 raise ArithmeticError(_NEGATIVE)
             rows = (rows * np.sqrt(values.clip(min=0.0))[:, None])[values > 0]
             if len(rows) > rank:
                 raise ArithmeticError(f"a sum of rank {len(rows)} is no factor of {rank} rows")
         return np.concatenate([rows, np.zeros((rank - len(rows), len(self.diagonal)))])
 
-    def is_positive(self, size: float) -> bool:
-        """Whether neither the diagonal nor the sum of all terms is negative, up to rounding.
-
-        Args:
-            size: Norm of the precisions that it was made of.
-        """
-        least = -ROUNDING * size
+    def is_positive(self) -> bool:
+        """Whether neither the diagonal nor the sum of all terms is negative, up to rounding."""
+        least = -ROUNDING * self.size
         if self.diagonal.min(initial=0.0) < least:
             return False
         rows, signs = self.stacked()
@@ -149,7 +159,7 @@ class LowRankSum:
         Raises:
             ArithmeticError: It may have one.
         """
-        if not self.is_positive(self.norm()):
+        if not self.is_positive():
             raise ArithmeticError(_NEGATIVE)
         return self
 
@@ -159,7 +169,7 @@ class LowRankSum:
         Raises:
             ArithmeticError: It may be.
         """
-        if not (self - share * bound).is_positive(bound.norm()):
+        if not (self - share * bound).is_positive():
             raise ArithmeticError(_NEGATIVE)
         return self
 

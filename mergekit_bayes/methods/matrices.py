@@ -83,7 +83,7 @@ def one_like(precision: Matrix | LowRankSum) -> Matrix | LowRankSum:
 def diagonal_of(precision: Matrix | LowRankSum) -> Matrix | LowRankSum:
     """A precision of inputs without its entries off the diagonal."""
     if isinstance(precision, LowRankSum):
-        return LowRankSum(precision.entries())
+        return LowRankSum(precision.entries(), made_of=precision.size)
     return np.diag(np.diag(precision))
 
 

@@ -31,7 +31,7 @@ class MergeConfig(Config):
     weights: Literal["uniform", "precision"] = Field(
         "uniform",
         description="uniform: weigh all entries alike. precision: weigh each entry by its "
-        "precision.",
+        "precision, and layers as a whole where it is stored as matrices.",
     )
     method: str | None = Field(
         None,

@@ -66,6 +66,13 @@ class Form(IntEnum):
         return min(self, Form.TENSOR if pool == "tensor" else Form.ROW)
 
 
+class DirectionsSpec(TensorSpec):
+    """Dtype and shape of a precision of directions, as `posterior/stored.py` makes of its parts.
+
+    No one tensor in a file is such a precision, whatever shape it has: it holds numbers.
+    """
+
+
 @dataclass(frozen=True)
 class StoredPrecision:
     """The precision of one tensor of a model, in whatever form it is stored.
@@ -141,8 +148,9 @@ def is_form_of(precision: TensorSpec | None, mean: TensorSpec) -> bool:
         precision is not None
         and precision.dtype in _DTYPES
         and (
-            precision.shape in _shapes(mean.shape)
-            or form_of_directions(precision.shape, mean.shape) is not None
+            form_of_directions(precision.shape, mean.shape) is not None
+            if isinstance(precision, DirectionsSpec)
+            else precision.shape in _shapes(mean.shape)
         )
     )
 

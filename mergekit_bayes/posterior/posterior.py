@@ -45,7 +45,7 @@ from mergekit_bayes.checkpoint.sources import (
 from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, PrecisionSource, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp, changed_error
 from mergekit_bayes.errors import MismatchError, PrecisionError
-from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.forms import DirectionsSpec, is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.stored import StoredPrecisions
 
@@ -207,9 +207,12 @@ class Posterior(Closing):
 
 def _is_form(shape: Sequence[int], mean: Sequence[int]) -> bool:
     """Whether a precision of this shape may be that of a mean: a form, or as long or 1 by axis."""
+    of_mean = TensorSpec("F32", tuple(mean))
     return (
         not shape
-        or is_form_of(TensorSpec("F32", tuple(shape)), TensorSpec("F32", tuple(mean)))
+        or any(
+            is_form_of(spec("F32", tuple(shape)), of_mean) for spec in (TensorSpec, DirectionsSpec)
+        )
         or (len(shape) == len(mean) and all(a in (1, b) for a, b in zip(shape, mean, strict=True)))
     )
 

@@ -22,7 +22,7 @@ from mergekit_bayes.checkpoint.sink import SafetensorsSink
 from mergekit_bayes.checkpoint.specs import Array, TensorSpec
 from mergekit_bayes.errors import CheckpointError, MismatchError, PrecisionError
 from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices, RankOne
-from mergekit_bayes.posterior.forms import is_form_of
+from mergekit_bayes.posterior.forms import DirectionsSpec, is_form_of
 from mergekit_bayes.posterior.info import PosteriorInfo
 from mergekit_bayes.posterior.stored import parts_of
 
@@ -85,7 +85,8 @@ def _check_precision(
         spec = mean.specs.get(name)
         if spec is None:
             raise MismatchError(f"precision of '{name}': {model} has no tensor of that name.")
-        if not is_form_of(TensorSpec("F32", values.shape), spec):
+        of_form = DirectionsSpec if isinstance(values, Directions) else TensorSpec
+        if not is_form_of(of_form("F32", values.shape), spec):
             raise MismatchError(
                 f"precision of '{name}' is {list(values.shape)}, but the tensor in {model} is "
                 f"{list(spec.shape)}."

@@ -35,7 +35,7 @@ from mergekit_bayes.checkpoint.specs import Array, Closing, PrecisionSource, Ten
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import PrecisionError, shown
 from mergekit_bayes.posterior.factors import Directions, Kronecker, LowRank, Matrices, RankOne
-from mergekit_bayes.posterior.forms import low_rank_shape
+from mergekit_bayes.posterior.forms import DirectionsSpec, low_rank_shape
 from mergekit_bayes.posterior.info import PosteriorInfo, read_info
 
 PRECISION, ROWS, COLUMNS = "precision", "rows", "columns"  # the roles
@@ -51,13 +51,16 @@ class StoredTensor(NamedTuple):
         spec: Dtype and shape in which it is read.
         parts: Its names in the files: one, or the two that it consists of.
         numbers: How many numbers are stored.
-        has_matrices: Whether they are matrices, which nobody reads by entry.
     """
 
     spec: TensorSpec
     parts: tuple[str, ...]
     numbers: int
-    has_matrices: bool = False
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether they are matrices, which nobody reads by entry."""
+        return isinstance(self.spec, DirectionsSpec)
 
 
 def stored_numbers(source: PrecisionSource, name: str) -> int:
@@ -168,14 +171,14 @@ def _matrices(specs: Mapping[str, TensorSpec], name: str, role: str, file: Path)
     first, last = specs[parts[0]].shape, specs[parts[-1]].shape
     if len(parts) == 1:
         shape = (*first, 1) if role == LEFT else first
-        return StoredTensor(TensorSpec("F32", shape), parts, prod(first), has_matrices=True)
+        return StoredTensor(DirectionsSpec("F32", shape), parts, prod(first))
     if first[:-2] != last[:-2]:
         raise PrecisionError(
             f"{file}: {shown(parts[0])} is {list(first)} and {shown(parts[1])} {list(last)}, which "
             "are not the same number of terms."
         )
     shape = (*first[:-2], first[-1] ** 2 + last[-1] ** 2, 1, 1)
-    return StoredTensor(TensorSpec("F32", shape), parts, prod(shape), has_matrices=True)
+    return StoredTensor(DirectionsSpec("F32", shape), parts, prod(shape))
 
 
 def _low_rank(specs: Mapping[str, TensorSpec], name: str, file: Path) -> StoredTensor:
@@ -198,8 +201,8 @@ def _low_rank(specs: Mapping[str, TensorSpec], name: str, file: Path) -> StoredT
             "[..., k, n]. Make it again."
         )
     axis = -1 if factor == named(RIGHT, name) else -2
-    spec = TensorSpec("F32", low_rank_shape(shape[:-2], shape[-2], shape[-1], axis))
-    return StoredTensor(spec, (diagonal, factor), spec.size, has_matrices=True)
+    spec = DirectionsSpec("F32", low_rank_shape(shape[:-2], shape[-2], shape[-1], axis))
+    return StoredTensor(spec, (diagonal, factor), spec.size)
 
 
 class StoredPrecisions(Closing):

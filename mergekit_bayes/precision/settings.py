@@ -21,7 +21,13 @@ _LARGEST_PRIOR = 1e30  # likewise
 
 
 class PrecisionConfig(Config):
-    """Settings of one estimate of a precision: the flags of `bmerge precision`."""
+    """Settings of one estimate of a precision: the flags of `bmerge precision`.
+
+    The default is `ggn`, one number an entry: removals keep more by entries, and sampling and
+    adaptations need numbers. Where tasks are added with text of each at hand, `inputs` and
+    `kronecker` had the lower loss in every run so far (`docs/choosing.md`); a merge takes the form
+    that is stored. No form was best in all of them.
+    """
 
     model: str = Field(description="A model folder, or a Hub id (which needs -o).")
     data: str | tuple[str, ...] | None = Field(

@@ -47,4 +47,5 @@ def _how(report: PreviewReport) -> Iterator[str]:
         f"{code('chosen.yaml')} is the recipe of the recommended merge: "
         f"{code(f'bmerge merge {report.path}/chosen.yaml -o OUT')} gives these parameters."
     )
-    yield f"bmerge {text(report.version)}; all settings and numbers are in preview.json."
+    # In one piece: a version alone would be escaped as the number of a list item, 0\.1.0.
+    yield text(f"bmerge {report.version}; all settings and numbers are in preview.json.")

@@ -26,6 +26,7 @@ _WIDTH, _HEIGHT = 3.6, 3.1  # inches of a panel
 _NAME = 24  # characters of a name
 _BEYOND = "merges at the edge lie beyond the axis"
 _FAR = 4.0  # losses further above the smallest than this multiple of the middle rise are cut
+_FEW = 8  # of fewer merges nothing is cut
 
 
 def draw(report: PreviewReport, path: Path) -> None:
@@ -56,24 +57,20 @@ def _figure(report: PreviewReport) -> "Figure":
     sets = list(report.observations)
     pairs = list(combinations(sets, 2))[:_PAIRS]
     tasks = range(min(len(report.tasks), _TASKS))
-    rows = math.ceil(len(pairs) / _ACROSS) + math.ceil(len(tasks) / _ACROSS)
-    across = min(_ACROSS, max(len(pairs), len(tasks)))
+    count = len(pairs) + len(tasks)
+    rows = math.ceil(count / _ACROSS)
+    across = math.ceil(count / rows)  # one row after the other, so that the last alone has gaps
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     figure = Figure(figsize=(_WIDTH * across, _HEIGHT * rows + 0.3), layout=layout, dpi=150)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, across, squeeze=False)
-    used, cut = 0, set[Vector]()
-    for start in range(0, len(pairs), across):
-        for panel, pair in zip(panels[used], pairs[start : start + across], strict=False):
-            cut |= _pair(panel, report, *pair)
-        used += 1
-    for start in range(0, len(tasks), across):
-        for panel, task in zip(panels[used], tasks[start : start + across], strict=False):
-            cut |= _scale(panel, report, task, sets[:_SETS])
-        used += 1
-    for panel in panels.flat:
-        if not panel.has_data():
-            panel.remove()
+    panels = figure.subplots(rows, across, squeeze=False).flatten()
+    cut = set[Vector]()
+    for panel, pair in zip(panels, pairs, strict=False):
+        cut |= _pair(panel, report, *pair)
+    for panel, task in zip(panels[len(pairs) :], tasks, strict=False):
+        cut |= _scale(panel, report, task, sets[:_SETS])
+    for panel in panels[count:]:
+        panel.remove()
     handles = {
         f"{len(cut)} of {len(report.points)} {label}" if label == _BEYOND else label: handle
         for panel in figure.axes
@@ -112,8 +109,8 @@ def _pair(panel: "Axes", report: PreviewReport, across: str, up: str) -> set[Vec
     panel.plot(
         [best.loss[across]], [best.loss[up]], "*", color=_BEST, markersize=13, label="recommended"
     )
-    panel.set_xlim(*_window([x for x, _ in places]))
-    panel.set_ylim(*_window([y for _, y in places]))
+    panel.set_xlim(*_window(report, [across]))
+    panel.set_ylim(*_window(report, [up]))
     panel.set_xlabel(f"{_short(across)}, {report.unit_of_losses}", fontsize=8)
     panel.set_ylabel(f"{_short(up)}, {report.unit_of_losses}", fontsize=8)
     _plain(panel)
@@ -127,7 +124,6 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
     """
     own = report.points[0]
     are_common = all(len(set(point.scales)) == 1 for point in report.points)
-    shown: list[float] = []
     for name, colour in zip(sets, _COLOURS, strict=False):
         points = [p for p in report.points if math.isfinite(p.loss[name])]
         alone = [p for p in points if are_common or _differs_in(p, own, task)]
@@ -151,7 +147,6 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
             markersize=6,
             label=f"loss on {_short(name)}",
         )
-        shown += [p.loss[name] for p in points]
     best, recipe = report.best.scales[task], own.scales[task]
     panel.axvline(
         best, color=_BEST, linewidth=1, linestyle="--", zorder=1, label="recommended scale"
@@ -159,7 +154,7 @@ def _scale(panel: "Axes", report: PreviewReport, task: int, sets: Sequence[str])
     panel.axvline(
         recipe, color="0.5", linewidth=1, linestyle=":", zorder=1, label="the recipe's scale"
     )
-    panel.set_ylim(*_window(shown))
+    panel.set_ylim(*_window(report, sets))
     panel.set_xlabel(f"scale of {_short(names_of(report)[task])}", fontsize=8)
     panel.set_ylabel(report.unit_of_losses, fontsize=8)
     _plain(panel)
@@ -191,11 +186,20 @@ def _differs_in(point: Point, own: Point, task: int) -> bool:
     return all(a == b for i, (a, b) in enumerate(pairs) if i != task)
 
 
-def _window(values: Sequence[float]) -> tuple[float, float]:
-    """From the smallest loss on; a few that are far larger than most lie outside."""
-    ordered = sorted(values)
+def _window(report: PreviewReport, sets: Sequence[str]) -> tuple[float, float]:
+    """From the smallest loss on these sets on; of many merges, a few that lie far above are cut.
+
+    The recipe's own merge and the recommended one never are.
+    """
+
+    def losses(points: Sequence[Point]) -> list[float]:
+        return sorted(p.loss[name] for p in points for name in sets if math.isfinite(p.loss[name]))
+
+    ordered = losses(report.points)
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
-    high = min(high, low + _FAR * (middle - low)) if middle > low else high
+    if len(report.points) >= _FEW and middle > low:
+        named = losses([report.points[0], report.best])
+        high = min(high, max(low + _FAR * (middle - low), named[-1]))
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mergekit_bayes.correlation import rank_correlation
+from mergekit_bayes.preview.choosing import cost, edge
 from mergekit_bayes.preview.report import Point, PreviewReport
 
 _ORIGINS = {"recipe": "recipe", "scales": "given", "grid": "grid", "search": "search"}
@@ -86,15 +87,17 @@ def sentences(report: PreviewReport) -> Iterator[str]:
             f"On {name}, which decided nothing, the recommended merge has {change.value:+.4f}"
             f"{interval} {report.unit_of_losses} against the recipe's."
         )
+    choice = report.settings["choose"]
+    measured = [point for point in report.points if point.failure is None]
+    costs = {point.scales: cost(point.loss, own.loss, choice) for point in measured}
     for position, name in enumerate(names_of(report)):
-        scales = [point.scales[position] for point in report.points if point.failure is None]
         scale = best.scales[position]
         if report.base is None and (scale <= 0 or scale >= 1):
             continue  # there is no share beyond
-        if len(set(scales)) > 2 and scale in (min(scales), max(scales)):
-            edge = "smallest" if scale == min(scales) else "largest"
+        which = edge(costs, best.scales, position)
+        if which is not None:
             kind = "share" if report.base is None else "scale"
-            yield f"The {kind} {scale:.4g} of {name} is the {edge} that was previewed: look beyond."
+            yield f"The {kind} {scale:.4g} of {name} is the {which} measured: look beyond it."
     if report.skipped:
         yield (
             f"{_merges(report.skipped)} of a larger predicted rise {_were(report.skipped)} not "
