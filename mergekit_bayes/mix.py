@@ -4,7 +4,9 @@ The runs are copied byte for byte, so that the folder can be moved and outlives 
 averaged here: a merge weighs the components tensor by tensor (`stream/mixtures`).
 """
 
+import os
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from mergekit_bayes.checkpoint.side_files import MIXTURE, check_side_files, copy
 from mergekit_bayes.checkpoint.stamps import documents_in, refuse_changed, stamps_of
 from mergekit_bayes.checkpoint.tokenizers import tokens_apart
 from mergekit_bayes.configs import Config
-from mergekit_bayes.errors import ConfigError, MismatchError, PrecisionError, shown
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, PrecisionError, shown
 from mergekit_bayes.lora import is_adapter
 from mergekit_bayes.plan.model_configs import find_differences
 from mergekit_bayes.posterior import Identity, Posterior, open_posterior
+from mergekit_bayes.posterior.directions import refuse_matrices
 from mergekit_bayes.posterior.mixture import MOST_COMPONENTS, Component, Mixture, read_mixture
 from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 from mergekit_bayes.records import Force, Frozen, Progress
@@ -52,6 +55,7 @@ class MixReport(Frozen):
         weights: The weight of each, which sum to one.
         plain: Which run is the plain model of the folder, from 0 on.
         bytes: Size of what was copied of the tensors.
+        notes: Remarks for the reader.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class MixReport(Frozen):
     weights: tuple[float, ...]
     plain: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def run_mix(config: MixConfig, *, progress: Progress | None = None) -> MixReport:
@@ -70,18 +75,23 @@ def run_mix(config: MixConfig, *, progress: Progress | None = None) -> MixReport
 
     Raises:
         ChangedError: A file of a run was written to meanwhile.
-        CheckpointError: A run cannot be read, or the output exists.
-        ConfigError: Weights that do not fit the runs, or a run that is no folder of a whole model.
+        CheckpointError: A run cannot be read, or the output exists or lies in a run.
+        ConfigError: Weights that do not fit the runs, a run that is named twice or is no folder of
+            a whole model, or an output that is no folder.
         MismatchError: Runs of other architectures, names, shapes, tokens or labels.
-        PrecisionError: A run without a precision, or with one of other weights.
+        PrecisionError: A run without a precision, with one of other weights, or with matrices.
     """
     weights = _weights(config)
     target = Path(config.out).expanduser()
+    if target.suffix == ".safetensors":
+        raise ConfigError(f"-o {config.out}: a mixture is a folder. Choose a name of one.")
     if config.force:
         refuse_foreign(target)
     refuse_inputs(target, config.runs)
     with ExitStack() as stack:
         runs = [stack.enter_context(_open(ref)) for ref in config.runs]
+        _refuse_repeated(runs)
+        _refuse_inside(target, runs)
         for run in runs[1:]:
             _refuse_other(runs[0], run)
         mixture = Mixture(
@@ -115,6 +125,7 @@ def run_mix(config: MixConfig, *, progress: Progress | None = None) -> MixReport
         weights=mixture.weights,
         plain=mixture.plain,
         bytes=total,
+        notes=tuple(_notes(mixture)),
     )
 
 
@@ -156,6 +167,11 @@ def _open(ref: str) -> Posterior:
                 f"no precision for '{ref}', and every component of a mixture has one. Make it with "
                 f"`bmerge precision {ref} --data TEXTS`."
             )
+        refuse_matrices(
+            run.precision,
+            "a mixture",
+            "Mix runs with other precisions, or merge one of these runs.",
+        )
         if run.info is not None and run.info.mean.blocks != run.identity:
             raise PrecisionError(
                 f"the precision of '{ref}' was taken at other weights than these: its record of "
@@ -163,6 +179,39 @@ def _open(ref: str) -> Posterior:
             )
         stack.pop_all()
         return run
+
+
+def _refuse_repeated(runs: Sequence[Posterior]) -> None:
+    """Check that no run is named twice."""
+    found: dict[str, str] = {}
+    for run in runs:
+        place = os.path.realpath(run.path)
+        if place in found:
+            raise ConfigError(
+                f"'{found[place]}' and '{run.ref}' are one run, named twice. Name it once; "
+                "--weights says how much a run weighs."
+            )
+        found[place] = run.ref
+
+
+def _refuse_inside(target: Path, runs: Sequence[Posterior]) -> None:
+    """Check that nothing is written into the folder of a run."""
+    place = Path(os.path.realpath(target))
+    for run in runs:
+        if place.is_relative_to(os.path.realpath(run.path)):
+            raise CheckpointError(
+                f"the output '{target}' lies in '{run.ref}', an input. Choose another."
+            )
+
+
+def _notes(mixture: Mixture) -> Iterator[str]:
+    """What may not have been meant."""
+    if len(mixture.components) == 1:
+        yield "a mixture of one run merges as that run does"
+    first: dict[str, str] = {}
+    for component in mixture.components:
+        if (other := first.setdefault(component.mean.blocks, component.label)) != component.label:
+            yield f"'{other}' and '{component.label}' hold the same weights"
 
 
 def _refuse_other(first: Posterior, run: Posterior) -> None:

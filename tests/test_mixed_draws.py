@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from bmerge_cli.main import app
 from mergekit_bayes.draws import mix
 from mergekit_bayes.errors import ConfigError, PrecisionError
 from mergekit_bayes.evaluate import EvaluateConfig, run_evaluate
@@ -74,7 +76,7 @@ def test_the_draws_of_a_run_are_those_of_its_own_posterior(mixture, stack):
     with MixtureDraws(loaded.model, components, 4, seed=3) as draws:
         found = [weights(loaded.model) for _ in draws]
     expected = []
-    for number, (posterior, _) in enumerate(components):
+    for number, (posterior, *_) in enumerate(components):
         run = load_model(str(mixture / "ab"[number])).model
         with PosteriorDraws(run, posterior, draws.counts[number], seed=mix(3, number + 1)) as own:
             expected += [weights(run) for _ in own]
@@ -101,7 +103,9 @@ def test_evaluate_averages_the_predictions_of_the_runs(mixture, tmp_path):
     single = {
         name: run_evaluate(EvaluateConfig(model=str(mixture / name), **settings)) for name in "ab"
     }
-    assert report.sampled.draws.components == (1, 3)
+    drawn = report.sampled.draws
+    names = tuple(str(mixture / name) for name in "ab")
+    assert (drawn.components, drawn.runs) == ((1, 3), names)
     assert report.classification == single["b"].classification
     loaded = [load_model(str(mixture / name)) for name in "ab"]
     each = [
@@ -110,6 +114,10 @@ def test_evaluate_averages_the_predictions_of_the_runs(mixture, tmp_path):
     ]
     averaged = 0.25 * np.exp(each[0]) + 0.75 * np.exp(each[1])
     nats = -np.log([row[i % 3] for i, row in enumerate(averaged)]).mean()
+    arguments = f"evaluate {mixture / 'm'} --classify x={file} --samples 4 --bootstrap 0"
+    shown = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "1000"}).stderr
+    assert f"a mixture: samples 1 of '{names[0]}', 3 of '{names[1]}'; the prior precision" in shown
+    assert f"deviation over RMS above are those of '{names[0]}'" in shown
     assert report.sampled.classification["x"].nll.value == pytest.approx(nats, rel=1e-5)
 
 

@@ -1,6 +1,7 @@
 """Mixtures of runs: how they are stored, and what a merge makes of them."""
 
 import json
+import re
 import shutil
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,7 @@ from mergekit_bayes.errors import (
     PrecisionError,
 )
 from mergekit_bayes.gaussian import DELTA_0
-from mergekit_bayes.hub import plan_push
+from mergekit_bayes.hub import make_card, plan_push
 from mergekit_bayes.inspect import run_inspect
 from mergekit_bayes.merge import MergeConfig, predict_merges, run_merge
 from mergekit_bayes.mix import MixConfig, run_mix
@@ -101,7 +102,7 @@ def iterations(models, most, **settings):
 
 
 def test_a_mixture_of_one_run_merges_as_the_run_bit_for_bit(world):
-    mixed("a", out="m")
+    assert mixed("a", out="m").notes == ("a mixture of one run merges as that run does",)
     merge("a", "c", out="single", scale=(0.7, -0.3))
     merge("m", "c", out="of_one", scale=(0.7, -0.3))
     for file in ("model.safetensors", "posterior/precision.index.json"):
@@ -153,7 +154,9 @@ FRAMES = [
 
 @pytest.mark.parametrize("frame", FRAMES, ids=str)
 def test_equal_components_merge_as_one_of_them(world, frame):
-    mixed("a", "a", out="m", weights=(1, 3))
+    shutil.copytree("a", "again")
+    notes = mixed("a", "again", out="m", weights=(1, 3)).notes
+    assert notes == ("'a' and 'again' hold the same weights",)
     one = dict(frame)
     if "only" in one:
         one["scale"] = (2.0, "a:attn=0.5")
@@ -182,7 +185,10 @@ def test_a_mixture_takes_the_nearer_mode_and_an_average_takes_neither(tmp_path, 
 def test_a_merge_of_a_mixture_merges_again_and_its_recipe_makes_it_again(world):
     mixed("a", "b", out="m")
     report = merge("m", out="first", observations={"m": "2x"})
-    assert [m.ref for m in report.models] == ["base", "m", "m/mixture/2"]
+    assert [m.ref for m in report.models] == ["base", "m: a", "m: b"]
+    assert [m.mixture for m in report.models] == [None, "m", "m"]
+    assert [term.label for term in run_inspect("first").precision.info.terms] == ["m: a", "m: b"]
+    assert any("the share of each is found in each tensor" in note for note in report.notes)
     assert [m.count for m in report.models[1:]] == [200, 200]
     assert report.summary == (
         "'base' plus the change of 1 model, of which 1 is a mixture (scale 1), "
@@ -195,6 +201,7 @@ def test_a_merge_of_a_mixture_merges_again_and_its_recipe_makes_it_again(world):
         assert model.share == pytest.approx(share / sum(entries.values()), rel=1e-5)
     recipe = load_config(MergeConfig, Path("first/merge_recipe.yaml"))
     assert recipe.models == ("m",)
+    assert list(recipe.identities) == ["base", "m: a", "m: b"]
     run_merge(recipe.model_copy(update={"out": "again"}))
     assert tiny.read("again")["wte.weight"].tobytes() == tiny.read("first")["wte.weight"].tobytes()
     merge("first", "c", out="second", observations={"first": "0.5x"})
@@ -274,7 +281,8 @@ def test_components_from_one_start_add_it_once_together(world):
     assert not any(words in note for note in merge("m", out="one").notes)
     for other in ("c", "b"):
         notes = merge("m", other, out=f"with_{other}").notes
-        assert [n.split(":")[0] for n in notes if words in n] == [f"'m', '{other}'"]
+        named = [note.removesuffix(note.partition(": each")[2]) for note in notes if words in note]
+        assert named == [f"'m: a', '{other}': each"]
 
 
 def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(world):
@@ -300,7 +308,7 @@ def test_a_reported_share_is_the_mean_responsibility_where_the_mixture_counts(wo
         entries += values.size * np.array([counts, counts, 1, 1])
     np.testing.assert_allclose(shares, expected / entries, rtol=1e-4)
     nowhere = merge("m", "c", scale=(0.0, 1.0), out="nowhere").models[1]
-    assert (nowhere.ref, nowhere.share) == ("m", None)
+    assert (nowhere.ref, nowhere.share) == ("m: a", None)
 
 
 def test_other_rules_take_the_plain_model_and_say_so(world):
@@ -311,6 +319,21 @@ def test_other_rules_take_the_plain_model_and_say_so(world):
     assert any("only its plain model counts here, the run 'b'" in note for note in report.notes)
     report = run_merge(MergeConfig(models=("c",), base="m", weights="precision", out="on_it"))
     assert any("only its plain model counts here, the run 'b'" in note for note in report.notes)
+
+
+def test_side_files_of_a_mixture_are_those_of_its_plain_model(world):
+    for name in ("a", "b"):
+        Path(name, "config.json").write_text("{}")
+        Path(name, "generation_config.json").write_text(json.dumps({"max_length": ord(name)}))
+    mixed("a", "b", out="m", weights=(1, 3))
+    merge("c", "m", out="first", side_files="m")
+    assert json.loads(Path("first/generation_config.json").read_text())["max_length"] == ord("b")
+    merge("m", "c", out="chosen")
+    for made in ("first", "chosen"):
+        recipe = load_config(MergeConfig, Path(made, "merge_recipe.yaml"))
+        run_merge(recipe.model_copy(update={"out": f"{made}_again"}))
+        for file in ("generation_config.json", "model.safetensors"):
+            assert Path(made, file).read_bytes() == Path(f"{made}_again", file).read_bytes()
 
 
 def test_the_output_of_a_merge_is_no_mixture(world):
@@ -330,6 +353,9 @@ REFUSED = {
     "nan": (partial(mixed, "a", out="n", weights=(float("nan"),)), "--weights nan"),
     "file": (partial(mixed, "a/model.safetensors", out="n"), "is a single file"),
     "in place": (partial(mixed, "a", "b", out="a", force=True), "would replace 'a', an input"),
+    "twice": (partial(mixed, "a", "./a", out="n"), "'a' and './a' are one run"),
+    "into a run": (partial(mixed, "a", "b", out="b/sub"), "'b/sub' lies in 'b', an input"),
+    "to a file": (partial(mixed, "a", "b", out="n.safetensors"), "a mixture is a folder"),
     "there": (partial(mixed, "a", "b", out="c"), "'c' exists"),
 }
 
@@ -398,8 +424,12 @@ def test_precision_matrices_are_refused(world):
         mean, precision = world[name]
         blocks = np.eye(5, dtype=np.float32)[None] * (i + 1)
         model(f"{name}2", mean, {**precision, "h.0.attn.weight": Matrices(blocks)})
-    mixed("a2", "b2", out="m")
-    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matrices.*'m'"):
+    with pytest.raises(PrecisionError, match=r"'h.0.attn.weight'.*Mix runs with other precisions"):
+        mixed("a2", "b2", out="m")
+    mixed("a", "b", out="m")
+    for name, place in (("a2", "m"), ("b2", "m/mixture/2")):
+        shutil.copytree(f"{name}/posterior", f"{place}/posterior", dirs_exist_ok=True)
+    with pytest.raises(MismatchError, match=r"'h.0.attn.weight' has a precision of matr.*'m: a'"):
         run_merge(MergeConfig(models=("m",), base="base2", weights="precision"))
 
 
@@ -445,6 +475,72 @@ def test_inspect_shows_the_runs_of_a_mixture(world):
     assert "m/mixture/1" in done.stderr
 
 
+def lose_the_folder():
+    shutil.rmtree("m/mixture/2")
+
+
+def replace_the_weights():
+    shutil.copy("c/model.safetensors", "m/mixture/2/model.safetensors")
+
+
+def replace_the_plain_weights():
+    shutil.copy("c/model.safetensors", "m/model.safetensors")
+
+
+def lose_the_posterior():
+    shutil.rmtree("m/mixture/2/posterior")
+
+
+def cut_the_weights():
+    Path("m/mixture/2/model.safetensors").write_bytes(b"cut")
+
+
+FAULTS = {
+    lose_the_folder: "the run 'b' of this mixture: its folder is missing",
+    replace_the_weights: "the run 'b' of this mixture: its weights are others than the record",
+    replace_the_plain_weights: "the run 'a' of this mixture: its weights are others",
+    lose_the_posterior: "the run 'b' of this mixture: its precision is missing",
+    cut_the_weights: "the run 'b' of this mixture: it cannot be read: m/mixture/2/model",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_inspect_says_what_of_a_mixture_is_not_there(world, fault):
+    mixed("a", "b", out="m")
+    assert not any("of this mixture" in note for note in run_inspect("m").notes)
+    fault()
+    notes = [note for note in run_inspect("m").notes if "of this mixture" in note]
+    assert [note[: len(FAULTS[fault])] for note in notes] == [FAULTS[fault]]
+
+
+def test_the_card_of_a_merge_names_mixture_and_runs(world):
+    for name in ("base", "a", "b", "c"):
+        Path("runs", name).parent.mkdir(exist_ok=True)
+        shutil.move(name, f"runs/{name}")
+    mixed("runs/a", "runs/b", out="runs/m", weights=(1, 3))
+    report = run_merge(
+        MergeConfig(
+            models=("runs/m", "runs/c"), base="runs/base", weights="precision", out="merged"
+        )
+    )
+    card = make_card(Path("merged"))
+    assert "merged 2 models on a base by `gradient_matching`" in card.text
+    rows = [re.split(r" *\| *", line)[1:5] for line in card.text.splitlines() if "| task |" in line]
+    shares = [f"{model.share:.1%}" for model in report.models[1:3]]
+    assert rows == [
+        ["`m: a` (local)", "task", "1 together", shares[0]],
+        ["`m: b` (local)", "task", "1 together", shares[1]],
+        ["`c` (local)", "task", "1", ""],
+    ]
+    assert "The share of each is found in each tensor" in card.text
+    assert "  'm: b': " in card.text.partition("identities:")[2]
+    assert "runs/" not in card.text
+    assert "mixture/2" not in card.text
+    assert "side_files: m/mixture/1" in card.text
+    assert "take " not in card.text  # the runs' shares are those of this merge
+    assert any(note.startswith("base, m, c are local folders") for note in card.notes)
+
+
 def test_a_mixture_is_not_pushed(world):
     for name in ("a", "b"):
         Path(name, "config.json").write_text('{"model_type": "gpt2"}')
@@ -456,6 +552,8 @@ def test_a_mixture_is_not_pushed(world):
 
 
 def test_the_command_mixes_and_says_where(world):
+    done = CliRunner().invoke(app, ["mix", "a", "-o", "alone"])
+    assert "note: a mixture of one run merges as that run does" in done.stderr
     done = CliRunner().invoke(app, ["mix", "a", "b", "-o", "m", "--weights", "1,3"])
     assert (done.exit_code, done.stdout.strip()) == (0, "m")
     assert "plain model" in done.stderr
@@ -497,10 +595,10 @@ def test_an_interrupted_merge_of_a_mixture_goes_on_to_the_same_bytes(world, monk
 def test_many_sets_of_scales_refuse_a_mixture(world):
     mixed("a", "b", out="m")
     config = MergeConfig(models=("m", "c"), **BY_PRECISION)
-    with pytest.raises(ConfigError, match="--predict: 'm' is a component of a mixture"):
+    with pytest.raises(ConfigError, match="--predict: 'm: a' is a run of a mixture"):
         predict_merges(config, [(1.0,)])
     with (
         Plans(config, Path("out")) as plans,
-        pytest.raises(ConfigError, match="bmerge preview: 'm' is a component"),
+        pytest.raises(ConfigError, match="bmerge preview: 'm: a' is a run"),
     ):
         plans.at((1.0, 1.0))

@@ -135,9 +135,14 @@ def _show_draws(screen: Console, sampled: "SampledReport") -> None:
         f"prior precision {draws.prior:.3g}{' (given)' if draws.given else ''}, temperature "
         f"{draws.temperature:g}, seed {draws.seed}, deviation over RMS {draws.sigma_over_rms:.2g}"
     )
-    if draws.components is not None:
-        counts = ", ".join(map(str, draws.components))
-        screen.print(f"  a mixture: {counts} samples of its runs; the line above is of the first")
+    if draws.components is not None and draws.runs is not None:
+        drawn = [(n, run) for n, run in zip(draws.components, draws.runs, strict=True) if n]
+        counts = ", ".join(f"{n} of '{run}'" for n, run in drawn)
+        screen.print(
+            f"  a mixture: samples {counts}; the prior precision, the entries at the mean and the "
+            f"deviation over RMS above are those of '{drawn[0][1]}'",
+            markup=False,
+        )
     if draws.ess and draws.observations and abs(draws.ess / draws.observations - 1) > 1e-6:
         screen.print(
             f"note: the precision is that of {draws.ess:,g} observations (ess), the data held "

@@ -22,6 +22,10 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
     The runs are copied into the folder, which a merge takes as one model: `bmerge merge MIX OTHER
     --base BASE --weights precision` weighs the runs in each tensor by how well they fit what is
     merged. Other programs, and merges of other kinds, load it as the run of the largest weight.
+
+    Not taken are mixtures by `bmerge push`, `bmerge preview` and `bmerge merge --predict`, with
+    negative scales, and by `bmerge mix` itself; nor does it take runs whose precisions are
+    matrices.
     """
     config = parse_flags(MixConfig, settings, "bmerge mix")
     screen = console(quiet=quiet)
@@ -32,4 +36,6 @@ def command(settings: Settings, as_json: Json = False, quiet: Quiet = False) -> 
         for number, (label, weight) in enumerate(zip(report.labels, report.weights, strict=True))
     ]
     screen.print(table(["run", "weight", ""], rows))
+    for note in report.notes:
+        screen.print(f"note: {note}", markup=False)
     print_result(report, report.path, as_json=as_json, quiet=quiet)

@@ -35,6 +35,8 @@ class MergedModel(_Record):
     commit: str | None = None
     observations: float | None = None
     ratio: float | None = None
+    mixture: str | None = None
+    share: float | None = None
 
 
 class MergeRecord(_Record):

@@ -30,6 +30,12 @@ def published_recipe(recipe: Mapping[str, object], made_from: Sequence[Parent]) 
     Local models have the names of the card's table, and settings that were left out are left out.
     """
     names = {p.path: p.name for p in made_from if p.path and p.repo is None}
+    names |= {f"{p.path}: {p.run}": p.title for p in made_from if p.path and p.run is not None}
+    if isinstance(place := recipe.get("side_files"), str):
+        mixtures = (p.path for p in made_from if p.path and p.run is not None)
+        inside = next((path for path in mixtures if place.startswith(f"{path}/")), None)
+        if inside is not None:  # the folder of a run in its mixture
+            recipe = {**recipe, "side_files": names[inside] + place.removeprefix(inside)}
     return last_parts(_named(recipe, names))
 
 
@@ -52,6 +58,9 @@ def _named(value: object, names: Mapping[str, str]) -> object:
 
 def without_paths(note: str, made_from: Sequence[Parent]) -> str:
     """A note of a merge, in which the paths of its models are replaced by their names."""
+    for parent in made_from:
+        if parent.path and parent.run is not None:
+            note = note.replace(f"{parent.path}: {parent.run}", parent.title)
     for parent in made_from:
         if parent.path and "/" in parent.path:
             note = note.replace(parent.path, parent.name)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.layout import precision_files
 from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE
 from mergekit_bayes.hub.folder import (
+    MergedModel,
     MergeRecord,
     lone_precision_files,
     precision_info,
@@ -30,6 +31,7 @@ class Parent(NamedTuple):
         path: Local folder or file; None for a model on the Hub.
         repo: `org/name` on the Hub; None for a local model.
         commit: The commit that was used; None if it is not recorded.
+        run: The run of a mixture that this is, where the mixture is what the others name.
     """
 
     role: str
@@ -37,6 +39,7 @@ class Parent(NamedTuple):
     path: str | None
     repo: str | None = None
     commit: str | None = None
+    run: str | None = None
 
     @property
     def name(self) -> str:
@@ -45,6 +48,11 @@ class Parent(NamedTuple):
         The rest of a path describes a machine and is not published.
         """
         return self.repo or Path(self.path or "?").name
+
+    @property
+    def title(self) -> str:
+        """The name, and for a run of a mixture also that of the run."""
+        return self.name if self.run is None else f"{self.name}: {Path(self.run).name}"
 
 
 def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]:
@@ -64,11 +72,7 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
         return tuple(named_parents(name, "model", None, None)) if name else ()
     report = read_merge(folder)
     if report is not None and report.models:
-        return tuple(
-            parent
-            for m in report.models
-            for parent in named_parents(m.ref, m.role, m.scale, m.commit)
-        )
+        return tuple(parent for m in report.models for parent in _merged(m))
     if report is not None:
         return _merged_adapters(report, read_record(folder / MERGE_RECIPE))
     for name in (FINETUNE, ADAPT):
@@ -76,6 +80,14 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
             return tuple(named_parents(model, "base", None, None))
     base = adapter_base(read_record(folder / "adapter_config.json"))
     return () if base is None else (base,)
+
+
+def _merged(model: MergedModel) -> list[Parent]:
+    """The parents that a model of a merge names."""
+    if model.mixture is None:
+        return named_parents(model.ref, model.role, model.scale, model.commit)
+    mixture, *_ = named_parents(model.mixture, model.role, model.scale, model.commit)
+    return [mixture._replace(run=model.ref.removeprefix(f"{model.mixture}: "))]
 
 
 def named_parents(ref: str, role: str, scale: float | None, commits: str | None) -> list[Parent]:

@@ -19,7 +19,19 @@ from mergekit_bayes.posterior.wording import (
     prior_in_words,
 )
 
-_COLUMNS = ("model", "role", "scale", "commit", "observations", "sum H / sum H of the base")
+_COLUMNS = (
+    "model",
+    "role",
+    "scale",
+    "share of the mixture",
+    "commit",
+    "observations",
+    "sum H / sum H of the base",
+)
+_MIXED = (
+    "The runs of a mixture have its scale together. The share of each is found in each tensor; the "
+    "table has its mean over the entries."
+)
 _POOLED = {  # what a posterior holds the inverse variance of
     "tensor": "of each tensor (the mean of its entries)",
     "row": "of each row of a tensor (the mean of its entries)",
@@ -40,6 +52,8 @@ def _parts(facts: Facts) -> Iterator[str]:
     yield _how_it_was_made(facts)
     if facts.parents:
         yield _parents_table(facts)
+        if any(p.run is not None for p in facts.parents):
+            yield _MIXED
     report = facts.report
     if report is not None and report.models:
         summary = text(without_paths(report.summary, facts.parents))
@@ -72,8 +86,10 @@ def _how_it_was_made(facts: Facts) -> str:
     report = facts.report
     if report is not None:
         if models := report.models:
-            count = sum(m.role != "base" for m in models)
-            merged = f"{count} model{'s' * (count > 1)}{' on a base' * (count < len(models))}"
+            tasks = [m for m in models if m.role != "base"]
+            mixtures = len({m.mixture for m in tasks} - {None})
+            count = sum(m.mixture is None for m in tasks) + mixtures
+            merged = f"{count} model{'s' * (count > 1)}{' on a base' * (len(tasks) < len(models))}"
             what = f"{merged} by {code(report.method)}"
         else:
             what = f"{len(report.adapters)} adapters"
@@ -101,19 +117,25 @@ def _how_it_was_made(facts: Facts) -> str:
 def _parents_table(facts: Facts) -> str:
     models = facts.report.models if facts.report is not None else []
     by_ref = {m.ref: m for m in models}
+    of_mixtures: dict[str, float] = {}  # the scale that the runs of each have together
+    for m in models:
+        if m.mixture is not None:
+            of_mixtures[m.mixture] = of_mixtures.get(m.mixture, 0.0) + (m.scale or 0.0)
     rows = []
     for i, p in enumerate(facts.parents):
-        place = code(p.name) if p.repo else f"{code(p.name)} (local)"
+        place = code(p.title) if p.repo else f"{code(p.title)} (local)"
         if p.repo and p.commit:
-            place = f"[{text(p.repo)}](https://huggingface.co/{p.repo}/tree/{p.commit})"
+            place = f"[{text(p.title)}](https://huggingface.co/{p.repo}/tree/{p.commit})"
         # BASE+ADAPTER is one model of the merge and two parents.
         one_each = len(models) == len(facts.parents)
         numbers = models[i] if one_each else by_ref.get(p.repo or "", MergedModel())
+        scale = p.scale if numbers.mixture is None else of_mixtures[numbers.mixture]
         rows.append(
             [
                 place,
                 text(p.role),
-                "" if p.scale is None else f"{p.scale:g}",
+                "" if scale is None else f"{scale:g}{' together' * (numbers.mixture is not None)}",
+                "" if numbers.share is None else f"{numbers.share:.1%}",
                 code(p.commit) if p.commit else "",
                 _number(numbers.observations),
                 _number(numbers.ratio),

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from mergekit_bayes.errors import BmergeError
 from mergekit_bayes.inspect.report import LayerReport, PrecisionSummary
-from mergekit_bayes.posterior import PosteriorInfo
+from mergekit_bayes.posterior import Posterior, PosteriorInfo, open_posterior
 from mergekit_bayes.posterior.information import doubts
+from mergekit_bayes.posterior.mixture import Mixture, read_mixture
 
 _WIDE = 0.1  # IVON's noise should stay below this share of the weights' RMS
 _ROUNDING = 0.02  # of precisions in BF16, twice
@@ -33,6 +35,39 @@ def layer_notes(layers: Sequence[LayerReport], precision: PrecisionSummary | Non
     # training says nothing about it.
     if info is not None and info.estimator == "ivon" and "init_fraction" in info.health:
         yield from _ivon_notes(layers, info)
+
+
+def mixture_notes(model: Posterior) -> Iterator[str]:
+    """What of a mixture is missing, or is not what its record says. Reads headers and hashes.
+
+    Args:
+        model: The plain model of its folder; any other model has none of these notes.
+    """
+    mixture = None if model.parts else read_mixture(model.path)
+    if mixture is None:
+        return
+    for number, run in enumerate(mixture.runs):
+        place = mixture.place(model.path, number)
+        if (what := _fault(model, mixture, number)) is not None:
+            yield f"the run '{run}' of this mixture: {what} ('{place}'), so that it does not merge"
+
+
+def _fault(plain: Posterior, mixture: Mixture, number: int) -> str | None:
+    """What is wrong with a component; None where nothing is."""
+    place = mixture.place(plain.path, number)
+    if not place.is_dir():
+        return "its folder is missing"
+    try:
+        with open_posterior(str(place)) as posterior:
+            if posterior.identity != mixture.components[number].mean.blocks:
+                return "its weights are others than the record of the mixture says"
+            if posterior.precision is None:
+                return "its precision is missing"
+            if posterior.info is not None and posterior.info.mean.blocks != posterior.identity:
+                return "its precision was made for other weights"
+    except BmergeError as error:
+        return f"it cannot be read: {error}"
+    return None
 
 
 def _precision_notes(layers: Sequence[LayerReport], precision: PrecisionSummary) -> Iterator[str]:

@@ -16,7 +16,7 @@ from mergekit_bayes.checkpoint.ties import stored_copies
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.inspect.headers import inspect_headers
 from mergekit_bayes.inspect.layers import count_dtypes, is_parameter, misfits
-from mergekit_bayes.inspect.notes import layer_notes
+from mergekit_bayes.inspect.notes import layer_notes, mixture_notes
 from mergekit_bayes.inspect.report import (
     Comparison,
     InspectReport,
@@ -73,6 +73,7 @@ def run_inspect(
         totals = _read_layers(names, posterior, match, progress or _ignore)
         layers = tuple(total.report() for total in totals)
         summary = _precision_summary(posterior, names, totals)
+        runs, matched = _mixed_runs(posterior), match.notes if match else ()
         return InspectReport(
             # BASE+ADAPTER has two paths, and both are what is shown.
             path=posterior.ref if posterior.parts else str(posterior.path),
@@ -87,8 +88,8 @@ def run_inspect(
             layers=layers,
             precision=summary,
             comparison=_comparison(match, totals) if match else None,
-            mixture=_mixed_runs(posterior),
-            notes=(*layer_notes(layers, summary), *(match.notes if match else ())),
+            mixture=runs,
+            notes=(*mixture_notes(posterior), *layer_notes(layers, summary), *matched),
         )
 
 

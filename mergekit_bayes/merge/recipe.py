@@ -11,8 +11,9 @@ from mergekit_bayes.plan import MergePlan
 def recipe_text(plan: MergePlan) -> str:
     """The resolved recipe: every setting as it was used, Hub ids by their commit."""
     content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
-    models = [model.posterior for model in plan.inputs]
-    pinned = {model.ref: model.pinned for model in models if model.pinned != model.ref}
+    models = list(plan.inputs)
+    posteriors = [model.posterior for model in models]
+    pinned = {model.ref: model.pinned for model in posteriors if model.pinned != model.ref}
     if plan.side_files is not None:
         content["side_files"] = plan.side_files.ref
     content = _renamed(content, pinned)
@@ -20,18 +21,18 @@ def recipe_text(plan: MergePlan) -> str:
         model: sources.pinned(place) for model, place in content["precision"].items()
     }
     content["param"] = dict(plan.settings)
-    content["identities"] = {model.pinned: model.identity for model in models}
+    content["identities"] = {model.pinned: model.posterior.identity for model in models}
     content["precision_identities"] = {
-        model.pinned: model.precision_identity
+        model.pinned: model.posterior.precision_identity
         for model in models
-        if plan.method.needs_precision and model.precision is not None
+        if plan.method.needs_precision and model.posterior.precision is not None
     }
     if not plan.config.verify:
         del content["full_identities"], content["full_precision_identities"]
         return recipes.recipe_text(content)
-    content["full_identities"] = {model.pinned: model.full_identity for model in models}
+    content["full_identities"] = {model.pinned: model.posterior.full_identity for model in models}
     content["full_precision_identities"] = {
-        model.pinned: model.full_precision_identity
+        model.pinned: model.posterior.full_precision_identity
         for model in models
         if model.pinned in content["precision_identities"]
     }

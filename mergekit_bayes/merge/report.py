@@ -26,7 +26,7 @@ class MergedModel(Record):
     """How one input entered the merge.
 
     Attributes:
-        ref: Its path or Hub id, as given.
+        ref: Its path or Hub id, as given; `MIXTURE: RUN` for a component of a mixture.
         role: `base` or `task`.
         scale: The task's scale; None for the base.
         identity: Content hash of its mean, by sampled blocks.
@@ -38,6 +38,7 @@ class MergedModel(Record):
         count: How many observations its likelihood precision stood for.
         ratio: `sum H_t / sum H_0`.
         mended: How many entries `--on-bad base` took from the base.
+        mixture: Of a component, the mixture as given. Other models have no such key.
         share: Of a component of a mixture, the mean of its responsibilities over the entries in
             which the mixture counts. Other models, and those of a mixture that counts in none, have
             no such key.
@@ -55,6 +56,7 @@ class MergedModel(Record):
     count: float | None = None
     ratio: float | None = None
     mended: int = 0
+    mixture: str | None = Field(default=None, exclude_if=lambda mixture: mixture is None)
     share: float | None = Field(default=None, exclude_if=lambda share: share is None)
 
 
@@ -183,6 +185,7 @@ def _merged_model(
         count=model.weighing.count,
         ratio=six_digits(ratio) if ratio else ratio,
         mended=replaced,
+        mixture=None if model.mixed_in is None else model.mixed_in.ref,
         share=six_digits(totals.shares[model]) if model in totals.shares else None,
     )
 

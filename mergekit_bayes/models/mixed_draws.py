@@ -115,7 +115,8 @@ class MixtureDraws:
         }
         self._own: list[tuple[Tensor, Tensor]] | None = None  # parameter, copy of its weights
         first, *_ = self._draws.values()
-        update = {"samples": samples, "seed": seed, "components": self.counts}
+        runs = tuple(component.run for component in components)
+        update = {"samples": samples, "seed": seed, "components": self.counts, "runs": runs}
         self.report = first.report.model_copy(update=update)
 
     def __len__(self) -> int:

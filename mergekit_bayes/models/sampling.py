@@ -56,6 +56,7 @@ class SamplingReport(Frozen):
         largest_sigma: Largest deviation, in units of the weights.
         components: Of a mixture, number of draws of each of its components; the numbers on priors,
             data and deviations are those of the first one that is drawn. Others have no such key.
+        runs: Of a mixture, what its record calls these components. Others have no such key.
     """
 
     samples: int
@@ -73,6 +74,7 @@ class SamplingReport(Frozen):
     components: tuple[int, ...] | None = Field(
         default=None, exclude_if=lambda counts: counts is None
     )
+    runs: tuple[str, ...] | None = Field(default=None, exclude_if=lambda runs: runs is None)
 
 
 # Why nothing is drawn from matrices, in the words of `sampling_obstacle`.

@@ -66,6 +66,8 @@ class Input:
         mixture: For a component of a mixture, the number of that among the models as named; None
             for a model of its own.
         weight: The component's weight in its mixture.
+        mixed_in: The mixture of a component, as the user gave it: its plain model.
+        run: What the record of the mixture calls the component.
     """
 
     posterior: Posterior
@@ -73,11 +75,20 @@ class Input:
     weighing: Weighing = field(default_factory=Weighing)
     mixture: int | None = None
     weight: float = 1.0
+    mixed_in: Posterior | None = None
+    run: str = ""
 
     @property
     def ref(self) -> str:
-        """The path or Hub id, as the user gave it."""
-        return self.posterior.ref
+        """The path or Hub id, as the user gave it; for a component `MIXTURE: RUN`."""
+        return self.posterior.ref if self.mixed_in is None else f"{self.mixed_in.ref}: {self.run}"
+
+    @property
+    def pinned(self) -> str:
+        """The same, with the commit of what is on the Hub."""
+        if self.mixed_in is None:
+            return self.posterior.pinned
+        return f"{self.mixed_in.pinned}: {self.run}"
 
     @property
     def precision_info(self) -> PosteriorInfo | None:

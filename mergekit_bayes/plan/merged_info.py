@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.plan.counts import common_count
-from mergekit_bayes.plan.inputs import Input, Inputs, precision_info
+from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.settings import MergeConfig
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.plan.weigh import precision_identity
@@ -125,7 +125,7 @@ def _terms(tasks: Sequence[Input], shares: Sequence[float]) -> tuple[Term, ...]:
     """The posteriors inside a merge, each once, with its scales added up."""
     terms: dict[str, Term] = {}  # by the identity of the mean
     for task, share in zip(tasks, shares, strict=True):
-        for term in _terms_of(task.posterior):
+        for term in _terms_of(task):
             identity = term.mean.blocks
             before = terms[identity].scale if identity in terms else 0.0
             update = {
@@ -136,22 +136,25 @@ def _terms(tasks: Sequence[Input], shares: Sequence[float]) -> tuple[Term, ...]:
     return tuple(term for term in terms.values() if abs(term.scale) > 1e-9)
 
 
-def _terms_of(task: Posterior) -> tuple[Term, ...]:
-    info = precision_info(task)
+def _terms_of(model: Input) -> tuple[Term, ...]:
+    task, info = model.posterior, model.precision_info
     pool = None if info is None else info.pool
     if task.info is not None and task.info.terms:
         terms = task.info.terms
         return tuple(term.model_copy(update={"pool": pool or term.pool}) for term in terms)
     mean = Identity(blocks=task.identity)
-    return (Term(label=_label(task), mean=mean, scale=1.0, pool=pool),)
+    return (Term(label=_label(model), mean=mean, scale=1.0, pool=pool),)
 
 
-def _label(task: Posterior) -> str:
-    """A short name for readers.
+def _label(model: Input) -> str:
+    """A short name for readers: the last part of a path, and of the run's for a component.
 
     The revision of a Hub id is left out, so that a recipe which pins it writes the same label.
     """
-    return Path(task.ref if task.commit is None else re.sub(r"@[\w./-]+", "", task.ref)).name
+    refs = [model.ref] if model.mixed_in is None else [model.mixed_in.ref, model.run]
+    if model.posterior.commit is not None:
+        refs[0] = re.sub(r"@[\w./-]+", "", refs[0])
+    return ": ".join(Path(ref).name for ref in refs)
 
 
 def _main_dtype(model: Posterior, *, but: Collection[str]) -> str:

@@ -57,13 +57,26 @@ def with_components(
         if (mixture := _mixture_of(model, method, notes)) is not None:
             _check(config, model, [rule for rule in rules if number in rule.tasks])
             components = [
-                Input(posterior, model.scale * weight, mixture=number, weight=weight)
-                for posterior, weight in open_components(mixture, model.posterior, stack)
+                Input(
+                    posterior,
+                    model.scale * weight,
+                    mixture=number,
+                    weight=weight,
+                    mixed_in=model.posterior,
+                    run=run,
+                )
+                for posterior, weight, run in open_components(mixture, model.posterior, stack)
             ]
+            notes.append(
+                f"'{model.ref}' is a mixture of {len(components)} runs, which have its scale "
+                "together: the share of each is found in each tensor, and the scales listed are "
+                "those by weight that this begins with"
+            )
         places.append(range(len(tasks), len(tasks) + len(components)))
         tasks += components
         if model.ref in observations:
-            observations |= dict.fromkeys((c.ref for c in components), observations[model.ref])
+            names = (name for c in components for name in (c.ref, c.posterior.ref))
+            observations |= dict.fromkeys(names, observations[model.ref])
     if len(tasks) == len(inputs.tasks):
         return config, inputs, rules
     rules = tuple(
@@ -105,8 +118,8 @@ def refuse_mixtures(inputs: Inputs, command: str) -> None:
     mixed = next((task for task in inputs.tasks if task.mixture is not None), None)
     if mixed is not None:
         raise ConfigError(
-            f"{command}: '{mixed.ref}' is a component of a mixture, whose shares are found anew "
-            "for every scale. Merge at one scale after another, or name the runs."
+            f"{command}: '{mixed.ref}' is a run of a mixture, whose shares are found anew for "
+            "every scale. Merge at one scale after another, or name the runs."
         )
 
 

@@ -99,7 +99,7 @@ def choose_side_files(
     if token_ids and not is_told:
         notes.append(f"{_listed(sorted(token_ids))} of config.json are those of '{owner.ref}'")
     _note_beyond(gathered, steps, notes)
-    return SideFileChoice(owner.ref, config_folder, gathered, token_ids, generation_ids)
+    return SideFileChoice(owner.posterior.ref, config_folder, gathered, token_ids, generation_ids)
 
 
 def refuse_links(inputs: Inputs) -> None:
@@ -128,7 +128,8 @@ def _named_input(config: MergeConfig, inputs: Inputs) -> Input | None:
     name = config.side_files
     if name is None:
         return None
-    by_ref = {model.ref: model for model in reversed(tuple(inputs))}
+    # That of a mixture is of its plain model.
+    by_ref = {model.posterior.ref: model for model in reversed(tuple(inputs))}
     if name not in by_ref:
         raise ConfigError(
             f"--side-files {name}: no such model here. Name it as given: "

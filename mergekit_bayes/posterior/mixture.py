@@ -63,6 +63,15 @@ class Mixture(Frozen):
         return tuple(component.weight / total for component in self.components)
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """What each component is called: its label, with its number where a label repeats."""
+        labels = [component.label for component in self.components]
+        return tuple(
+            label if labels.count(label) == 1 else f"{label} ({number})"
+            for number, label in enumerate(labels, 1)
+        )
+
+    @property
     def plain(self) -> int:
         """The component that is the folder's plain model: the first of the largest weight."""
         weights = [component.weight for component in self.components]
@@ -79,10 +88,11 @@ class Mixture(Frozen):
 
 
 class OpenComponent(NamedTuple):
-    """A component, opened, and its weight; the weights of a mixture sum to one."""
+    """A component, opened, its weight, and what it is called; the weights sum to one."""
 
     posterior: Posterior
     weight: float
+    run: str
 
 
 def read_mixture(folder: Path) -> Mixture | None:
@@ -111,7 +121,7 @@ def open_components(
         PrecisionError: The record of a precision cannot be read.
     """
     opened = []
-    for number, weight in enumerate(mixture.weights):
+    for number, (weight, run) in enumerate(zip(mixture.weights, mixture.runs, strict=True)):
         place = mixture.place(plain.path, number)
         posterior = plain
         if number != mixture.plain:
@@ -126,5 +136,5 @@ def open_components(
                 f"'{place}' has other weights than component {number + 1} of "
                 f"{plain.path / MIXTURE}. {_WAY_OUT}"
             )
-        opened.append(OpenComponent(posterior, weight))
+        opened.append(OpenComponent(posterior, weight, run))
     return tuple(opened)
