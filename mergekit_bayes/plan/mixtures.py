@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from mergekit_bayes.checkpoint.side_files import MIXTURE
-from mergekit_bayes.errors import ConfigError, MismatchError
+from mergekit_bayes.errors import ConfigError, MismatchError, shown
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.plan.inputs import Input, Inputs
@@ -138,7 +138,7 @@ def _mixture_of(model: Input, method: Method | None, notes: list[str]) -> Mixtur
         return mixture
     notes.append(
         f"'{model.ref}' is a mixture, and only its plain model counts here, the run "
-        f"'{mixture.components[mixture.plain].label}'; gradient matching (--base BASE --weights "
+        f"{shown(mixture.components[mixture.plain].label)}; gradient matching (--base BASE --weights "
         "precision) takes all of its runs as one task"
     )
     return None
