@@ -119,5 +119,5 @@ def _how(report: CompareReport) -> Iterator[str]:
         )
     for one in report.evaluations:
         yield from (f"{text(one.label)}: {text(cut)}." for cut in cuts(one.report))
-    # In one piece: a version alone would be escaped as the number of a list item, 0\\.1.0.
+    # In one piece: a version alone would be escaped as the number of a list item, 0\.1.0.
     yield text(f"bmerge {report.version}; all settings and numbers are in report.json.")

@@ -138,8 +138,8 @@ def _mixture_of(model: Input, method: Method | None, notes: list[str]) -> Mixtur
         return mixture
     notes.append(
         f"'{model.ref}' is a mixture, and only its plain model counts here, the run "
-        f"{shown(mixture.components[mixture.plain].label)}; gradient matching (--base BASE --weights "
-        "precision) takes all of its runs as one task"
+        f"{shown(mixture.components[mixture.plain].label)}; gradient matching (--base BASE "
+        "--weights precision) takes all of its runs as one task"
     )
     return None
 
