@@ -110,7 +110,7 @@ def test_a_preview_is_refused_before_a_heavy_library_is_loaded(tmp_path, refused
     run_mix(MixConfig(runs=(a, b), out=mixed))
     recipe = {"models": [mixed], "base": base, "weights": "precision"}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    message = "is a component of a mixture"
+    message = "is a run of a mixture"
     if refused == "an output that exists":
         Path(out).mkdir()
         message = "out' exists"

@@ -15,7 +15,11 @@ COMMANDS = {
     "convert": ("mergekit_bayes.convert.run_convert", ["m", "-o", "o"], "starts again"),
     "push": ("mergekit_bayes.hub.push_folder", ["m", "org/m"], "same line goes on"),
     "detox": ("bmerge_cli.detox.load_config", ["c.yaml"], "repeats no step"),
-    "preview": ("mergekit_bayes.preview.run.run_preview", ["r", "--data", "d", "-o", "o"], "again"),
+    "preview": (
+        "mergekit_bayes.preview.asking.refuse_early",
+        ["r", "--data", "d", "-o", "o"],
+        "again",
+    ),
     "finetune": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
     "adapt": ("bmerge_cli.training.load_config", ["c.yaml"], "--resume"),
 }

@@ -30,7 +30,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from numpy.typing import NDArray
@@ -166,8 +165,8 @@ class Method(NamedTuple):
         files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
         digest = hashlib.sha256()
         for file in filter(None, files):
-            with suppress(OSError):  # in a zip, or removed since
-                digest.update(Path(file).read_bytes())
+            with suppress(OSError), open(file, "rb") as source:  # in a zip, or removed since
+                digest.update(hashlib.file_digest(source, "sha256").digest())
         return digest.hexdigest()
 
     @property
