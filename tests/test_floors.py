@@ -25,7 +25,8 @@ EDGES = import_graph(ROOT)
 # Families whose members must not know each other: all modules of a room but those that they share.
 FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
-    - {"table", "base", "dropping", "election", "histogram", "matrices", "means", "kronecker"},
+    - {"table", "base", "dropping", "election", "histogram", "matrices", "means", "kronecker"}
+    - {"tensors"},
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},

@@ -35,6 +35,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from numpy.typing import NDArray
 
 from mergekit_bayes.gaussian import Gaussian, Number
+from mergekit_bayes.methods.tensors import TensorRule
 
 Tasks: TypeAlias = tuple[Gaussian, ...]
 Scales: TypeAlias = tuple[Number, ...]  # one per task, dimensionless
@@ -132,6 +133,9 @@ class Method(NamedTuple):
         matrix: The rule for whole matrices, under the contract above; None for one that has none.
         needs_matrices: Whether it is of no use where no tensor is merged as a matrix. With
             precisions it then reads those of inputs, and no Kronecker products.
+        tensor: The rule by which it merges every tensor as a whole (`tensors.py`); None for one
+            that merges by `combine`.
+        takes_base: Whether it takes a base that it does not need.
     """
 
     name: str
@@ -152,6 +156,8 @@ class Method(NamedTuple):
     ignores: tuple[str, ...] = ()
     matrix: Callable[..., Gaussian] | None = None
     needs_matrices: bool = False
+    tensor: TensorRule | None = None
+    takes_base: bool = False
 
     @property
     def code(self) -> str:
@@ -160,7 +166,8 @@ class Method(NamedTuple):
         What these import is left out: of this package its version decides.
         """
         statistic = self.reduction.statistic if self.reduction else None
-        parts = (self.combine, self.matrix, self.facts, statistic)
+        tensor = self.tensor.combine if self.tensor else None
+        parts = (self.combine, self.matrix, self.facts, statistic, tensor)
         modules = {part.__module__ for part in parts if part is not None}
         files = [getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules)]
         digest = hashlib.sha256()
