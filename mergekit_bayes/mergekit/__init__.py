@@ -1,0 +1,1 @@
+"""Recipes of mergekit, read as they are."""
