@@ -44,7 +44,8 @@ class TokenizerParts:
             spelling means another text, or none, in another.
         merges: The pairs that byte-pair encoding merges, the first ones first.
         scores: The score of each piece of a Unigram model.
-        rules: All else that decides how a text is split, to be compared.
+        rules: All else that decides how a text is split, to be compared; empty where the files do
+            not say it.
     """
 
     folder: Path
@@ -66,15 +67,6 @@ class TokenizerParts:
     def can_be_extended(self) -> bool:
         """Whether the tokenizer is stored in a form to which any token can be added."""
         return self.file.name == "tokenizer.json" and self.kind is not None
-
-    def splits_as(self, other: "TokenizerParts") -> bool:
-        """Whether both split every text of common tokens alike, as far as their files say it."""
-        return (
-            self.kind is not None
-            and (self.kind, self.spelling, self.rules) == (other.kind, other.spelling, other.rules)
-            and self.merges == other.merges
-            and all(other.scores.get(t, x) == x for t, x in self.scores.items())
-        )
 
 
 def read_parts(folder: Path, reference: TokenList | None = None) -> TokenizerParts | None:

@@ -121,8 +121,7 @@ def output_tokens(
             output.numbers[token] = output.count
             flags = (m.parts.added[token] for m in models if token in m.parts.added)
             output.added[token] = next(flags, _PLAIN)
-    for model in models:
-        _compare(output, donor, model)
+    _compare(output, donor, models)
     if output.rows > _MOST:
         raise CheckpointError(
             f"The output would have {output.rows:,} tokens, where at most {_MOST:,} are written. "
@@ -152,10 +151,11 @@ def _append(output: OutputTokens, donor: OwnTokens, model: OwnTokens) -> None:
         _refuse_other_kind(donor, model, learned)
         output.learned += learned
         _extend(output, donor, model, learned)
-    last = first + len(new) - 1
+    is_one = len(new) == 1
+    rows = f"row {first}" if is_one else f"rows {first} to {first + len(new) - 1}"
     output.notes.append(
-        f"{len(new):,} token{'s' if len(new) > 1 else ''} of '{model.ref}' are new, such as "
-        f"{shown(new[0])}: rows {first} to {last}"
+        f"{len(new):,} {'token' if is_one else 'tokens'} of '{model.ref}' "
+        f"{'is' if is_one else 'are'} new: {shown(new[0])}{'' if is_one else ' and others'}, {rows}"
     )
 
 
@@ -211,16 +211,34 @@ def _extend(
         )
 
 
-def _compare(output: OutputTokens, donor: OwnTokens, model: OwnTokens) -> None:
+def _compare(output: OutputTokens, donor: OwnTokens, models: Sequence[OwnTokens]) -> None:
     """Say whose texts are split otherwise than in training."""
-    parts = model.parts
-    if parts is donor.parts or parts.kind is None or donor.parts.kind is None:
-        return
-    own = (parts.kind, parts.spelling, parts.rules, parts.merges)
-    chosen = (donor.parts.kind, donor.parts.spelling, donor.parts.rules, output.merges)
-    is_told = any(f"'{model.ref}' were learned apart" in note for note in output.notes)
-    if own != chosen and not is_told:
+    others = dict.fromkeys(
+        f"'{model.ref}'" for model in models if not _splits_as(output, donor.parts, model.parts)
+    )
+    if others:
         output.notes.append(
-            f"'{model.ref}' was trained on texts that were split by another tokenizer than the "
-            f"output's, which is that of '{donor.ref}'"
+            f"the output's tokenizer splits some texts otherwise than {', '.join(others)} "
+            f"{'was' if len(others) == 1 else 'were'} trained on"
         )
+
+
+def _splits_as(output: OutputTokens, donor: TokenizerParts, parts: TokenizerParts) -> bool:
+    """Whether the output splits all texts as a model's tokenizer does, as far as files say it.
+
+    Words of a list are found alike in a longer list.
+    """
+    if donor.kind is None or parts.kind is None:
+        return True
+    own = (parts.kind, parts.spelling, parts.merges)
+    rules = {parts.rules, donor.rules} - {""}  # older files do not say them
+    if own != (donor.kind, donor.spelling, output.merges) or len(rules) > 1:
+        return False
+    if parts.kind in ("Unigram", "WordPiece"):
+        scores = parts.scores
+        return (
+            parts.numbers.keys() >= set(output.learned)
+            and output.numbers.keys() >= parts.numbers.keys() - parts.added.keys()
+            and all(output.scores.get(piece, x) == x for piece, x in scores.items())
+        )
+    return True

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +70,8 @@ class TokenPlan:
     """All models of a merge, brought to one list of tokens.
 
     Attributes:
-        means: The tensors of each model with the rows of the output's tokens, in the order of the
-            models. Where nothing changes it is the model's own source.
+        models: The models in their order, whose means have the rows of the output's tokens. Where
+            nothing changes it is the model as it was.
         tokens: The tokens.
         maps: The rows.
         folder: The folder whose tokenizer the output has, or has in an extended form.
@@ -84,7 +84,7 @@ class TokenPlan:
         parts: The tokenizer of each model.
     """
 
-    means: tuple[CheckpointSource, ...]
+    models: tuple[Posterior, ...]
     tokens: OutputTokens
     maps: TokenMaps
     folder: Path
@@ -123,7 +123,7 @@ def plan_tokens(
         choice: What the user chose; by default a union.
 
     Returns:
-        The plan. The new sources own the models' tensors.
+        The plan. Its models own the files of those given.
 
     Raises:
         CheckpointError: A tokenizer cannot be read.
@@ -160,11 +160,11 @@ def plan_tokens(
         counted=_distinct(models),
         total=tokens.rows,
     )
-    sources, refs = [model.mean for model in models], [model.ref for model in models]
+    sources = [model.mean for model in models]
     files = tokenizer_files(tokens)
     notes = [*tokens.notes, *_describe_rows(tokens, maps, own)]
     return TokenPlan(
-        means=tuple(_with_rows(sources, m, maps, refs) for m in range(len(models))),
+        models=tuple(_with_rows(models, sources, m, maps) for m in range(len(models))),
         tokens=tokens,
         maps=maps,
         folder=donor.parts.folder,
@@ -260,21 +260,29 @@ def _distinct(models: Sequence[Posterior]) -> list[int]:
 
 
 def _with_rows(
-    sources: Sequence[CheckpointSource], model: int, maps: TokenMaps, refs: Sequence[str]
-) -> CheckpointSource:
+    models: Sequence[Posterior],
+    sources: Sequence[CheckpointSource],
+    model: int,
+    maps: TokenMaps,
+) -> Posterior:
     source = sources[model]
     owner, row = maps.of(model)
     lengths = {source.specs[name].shape[0] for name in token_tensors(source.specs)}
     is_same = (owner == model).all() and (row == np.arange(maps.rows)).all()
     if not lengths or (is_same and lengths == {maps.rows}):
-        return source
-    return TokenSource(sources, model, maps, refs)
+        return models[model]
+    mapped = TokenSource(sources, model, maps, [m.ref for m in models])
+    return replace(models[model], mean=mapped, stored_mean=source)
 
 
 def _describe_rows(tokens: OutputTokens, maps: TokenMaps, own: Sequence[OwnTokens]) -> list[str]:
     """Say which rows the models get that lack tokens."""
     notes = []
-    for model, (ref, _, rows) in enumerate(own):
+    for model, (ref, parts, rows) in enumerate(own):
+        lost = [t for t, number in parts.numbers.items() if number < rows]
+        lost = [t for t in lost if t not in tokens.numbers]
+        if lost and tokens.donor is not parts:
+            notes.append(f"{len(lost):,} tokens of '{ref}' are left out, such as {shown(lost[0])}")
         missing = (maps.own[model] < 0) & np.isin(
             np.arange(maps.tokens), list(tokens.numbers.values())
         )
@@ -314,8 +322,10 @@ def _config_changes(
         of_donor = {**text_config(given), **given}
         ids = {key: x for key, x in of_donor.items() if _ID_KEY.search(key) and x is not None}
         changes |= ids or special_token_ids(folder)
-    stored = text_config(config).get("vocab_size", config.get("vocab_size"))
-    if stored != tokens.rows and token_rows(models[owner].mean.specs):
+        stored = {**text_config(config), **config}
+        changes = {key: x for key, x in changes.items() if key not in stored or stored[key] != x}
+    vocab_size = text_config(config).get("vocab_size", config.get("vocab_size"))
+    if vocab_size != tokens.rows and token_rows(models[owner].mean.specs):
         changes["vocab_size"] = tokens.rows
     return changes
 
