@@ -69,7 +69,7 @@ def test_keys_are_read_as_they_are_documented(text, choice):
         ("tokenizer: {tokens: {a: {source: {kind: zero, model: m}}}}", "no key 'model'"),
         ("tokenizer: {tokens: {a: {source: {kind: model_token, model: m}}}}", "either token or"),
         (
-            "tokenizer: {tokens: {a: {source: {kind: model_token, model: m, token: b, token_id: 1}}}}",
+            "tokenizer: {tokens: {a: {source: {kind: model_token, token: b, token_id: 1}}}}",
             "either token or token_id",
         ),
         (
