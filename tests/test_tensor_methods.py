@@ -91,9 +91,11 @@ def same(one, other, rtol=1e-9):
 
 
 def test_every_rule_has_a_twin():
-    tensor_methods = {n for n, m in METHODS.items() if m.tensor is not None}
-    assert tensor_methods | RECIPE_METHODS.keys() == TENSOR_TWINS.keys()
+    streaming = {n for n, m in RECIPE_METHODS.items() if m.tensor.reads == "products"}
+    assert streaming < TENSOR_TWINS.keys() < RECIPE_METHODS.keys()
     assert {name for name, _, _ in CASES} == TENSOR_TWINS.keys()
+    for name in streaming & METHODS.keys() - {"slerp"}:  # of which the published one differs
+        assert METHODS[name] is RECIPE_METHODS[name]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
