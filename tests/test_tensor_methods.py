@@ -18,22 +18,22 @@ from tests.reference.tensor_methods import TENSOR_TWINS
 
 WEIGHTS = (0.7, 0.4, 1.3)
 SHAPES = [(), (1,), (7,), (4, 6), (2, 3, 4)]
-ROWS = {"nuslerp_flatten": "false"}
+ROWS = {"nuslerp_flatten": 0}
 # Every rule as it is used: its name, whether it is given a base, and its settings.
 CASES = [
     ("linear", False, {}),
-    ("linear", False, {"normalize": "false"}),
+    ("linear", False, {"normalize": 0}),
     ("slerp", True, {"t": 0.3}),
     ("nuslerp", False, {}),
     ("nuslerp", True, {}),
     ("nuslerp", False, ROWS),
-    ("nuslerp", True, {**ROWS, "nuslerp_row_wise": "true"}),
+    ("nuslerp", True, {**ROWS, "nuslerp_row_wise": 1}),
     ("multislerp", False, {}),
-    ("multislerp", True, {"normalize_weights": "false"}),
+    ("multislerp", True, {"normalize_weights": 0}),
     ("karcher", False, {}),
     ("karcher", False, {"max_iter": 40, "tol": 1e-9}),
     ("model_stock", True, {}),
-    ("model_stock", True, {"filter_wise": "true"}),
+    ("model_stock", True, {"filter_wise": 1}),
     ("nearswap", True, {"t": 0.2}),
     ("passthrough", False, {"scale": 0.3}),
 ]
@@ -124,7 +124,7 @@ def test_equal_models_give_that_model(name, with_base, given, shape):
         same(found, task, 3e-7)
     base = None if base is None else task
     found = merged(name, base, [task] * len(weights), weights, **given)
-    if given.get("nuslerp_flatten") != "false":  # whose coefficients differ from entry to entry
+    if given.get("nuslerp_flatten") != 0:  # whose coefficients differ from entry to entry
         np.testing.assert_array_equal(found, task)
     same(found, task, 3e-7)
 
@@ -343,8 +343,8 @@ def test_weights_that_say_nothing_are_told():
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4)], ids=str)
 def test_vectors_that_have_angles_of_their_own_are_merged_alone(shape):
     base, (one, other), weights = problem("nuslerp", True, shape, seed=9)
-    for words, axis in (("false", -1), ("true", 0)):
-        given = {**ROWS, "nuslerp_row_wise": words}
+    for by_columns, axis in ((0, -1), (1, 0)):
+        given = {**ROWS, "nuslerp_row_wise": by_columns}
         for anchor in (None, base):
             found = merged("nuslerp", anchor, [one, other], weights, **given)
             moved = [
@@ -353,7 +353,7 @@ def test_vectors_that_have_angles_of_their_own_are_merged_alone(shape):
             ]
             for row, x, y, z in zip(*moved, strict=True):
                 same(row, merged("nuslerp", None if anchor is None else z, [x, y], weights))
-    found = merged("model_stock", base, [one, other], filter_wise="true")
+    found = merged("model_stock", base, [one, other], filter_wise=1)
     for index in np.ndindex(shape[:-1]):
         same(found[index], merged("model_stock", base[index], [one[index], other[index]]))
 
@@ -367,7 +367,7 @@ MEASURED = [
         "linear",
         (1, 2, 3),
         (1, 0.5, -0.25),
-        {"normalize": "false"},
+        {"normalize": 0},
         "-.502589 -.087434 .793048 -1.025669 .528194 .198138",
     ),
     ("slerp", (0, 1), (1,), {"t": 0.3}, ".812819 .212929 -.225235 -1.026503 .775074 .804175"),
@@ -379,7 +379,7 @@ MEASURED = [
         "nuslerp",
         (0, 1, 2),
         (0.3, 0.9),
-        {**ROWS, "nuslerp_row_wise": "true"},
+        {**ROWS, "nuslerp_row_wise": 1},
         "-.751015 .227939 -.049148 -.042213 .052284 -.434918",
     ),
     (
@@ -400,7 +400,7 @@ MEASURED = [
         "multislerp",
         (1, 2, 3),
         (1, 0.5, -0.25),
-        {"normalize_weights": "false"},
+        {"normalize_weights": 0},
         "-.662881 -.104364 .973239 -1.259690 .675157 .194124",
     ),
     ("karcher", (1, 2, 3), (1, 1, 1), {}, "-.454261 -.638801 .240108 .125586 .579115 -1.250775"),
@@ -430,7 +430,7 @@ MEASURED = [
         "model_stock",
         (0, 1, 2, 3),
         (1, 1, 1),
-        {"filter_wise": "true"},
+        {"filter_wise": 1},
         ".248687 .029377 -.219195 .018985 .201745 -.275495",
     ),
     ("nearswap", (0, 1), (1,), {"t": 0.25}, ".591471 .348472 -.506802 -.879696 .420167 .548487"),
@@ -484,7 +484,7 @@ def config(**settings):
             {
                 "method": "model_stock",
                 "base": "base.safetensors",
-                "param": {"filter_wise": "true"},
+                "param": {"filter_wise": 1},
             },
             (),
         ),
@@ -510,7 +510,7 @@ def test_a_merge_of_files_is_the_rule_on_each_tensor(world, settings, scales):
 
 
 def test_only_settings_that_need_it_hold_a_tensor_in_memory(world):
-    for given, is_whole in (({}, False), ({"filter_wise": "true"}, True)):
+    for given, is_whole in (({}, False), ({"filter_wise": 1}, True)):
         settings = {"method": "model_stock", "base": "base.safetensors", "param": given}
         with plan_merge(config(**settings)) as plan:
             assert any("merges whole tensors" in note for note in plan.notes) == is_whole

@@ -55,7 +55,7 @@ def along_arc(one, other, t, line):
 
 def linear(base, tasks, weights, settings):
     """The weighted sum, or average."""
-    weights = shares(weights) if settings["normalize"] == "true" else weights
+    weights = shares(weights) if settings["normalize"] else weights
     return added([flat(t) for t in tasks], weights)
 
 
@@ -82,10 +82,10 @@ def nuslerp(base, tasks, weights, settings):
     """Along the arc of two models or changes, or of each of their vectors."""
     t = 0.5 if abs(sum(weights)) < 1e-7 else weights[1] / sum(weights)
     one, other = (np.float64(m) if base is None else np.float64(m) - base for m in tasks)
-    if settings["nuslerp_flatten"] == "true" or np.ndim(one) == 0:
+    if settings["nuslerp_flatten"] or np.ndim(one) == 0:
         merged = np.reshape(along_arc(flat(one), flat(other), t, 1 - 1e-12), np.shape(one))
     else:
-        axis = 0 if settings["nuslerp_row_wise"] == "true" else np.ndim(one) - 1
+        axis = 0 if settings["nuslerp_row_wise"] else np.ndim(one) - 1
         merged = np.zeros(np.shape(one))
         for index in itertools.product(*(range(n) for i, n in enumerate(one.shape) if i != axis)):
             place = (*index[:axis], slice(None), *index[axis:])
@@ -97,7 +97,7 @@ def multislerp(base, tasks, weights, settings):
     """Through the tangent space at the mean of directions, as mergekit's documentation says."""
     if len(tasks) == 1:
         return flat(tasks[0])
-    weights = shares(weights) if settings["normalize_weights"] == "true" else weights
+    weights = shares(weights) if settings["normalize_weights"] else weights
     vectors = [flat(t) if base is None else change(flat(t), flat(base)) for t in tasks]
     units = [[x / (norm(v) + settings["eps"]) for x in v] for v in vectors]
     mean = added(units, weights)
@@ -146,7 +146,7 @@ def karcher(base, tasks, weights, settings):
 def model_stock(base, tasks, weights, settings):
     """By the mean of the cosines of all pairs, of a tensor or of each of its vectors."""
     base, tasks = np.float64(base), [np.float64(t) for t in tasks]
-    if settings["filter_wise"] == "true" and base.ndim > 1:
+    if settings["filter_wise"] and base.ndim > 1:
         merged = np.zeros(base.shape)
         for index in np.ndindex(base.shape[:-1]):
             merged[index] = _stock(flat(base[index]), [flat(t[index]) for t in tasks])
