@@ -456,6 +456,24 @@ def test_it_makes_the_numbers_of_mergekit(name, inputs, weights, given, numbers)
     assert {row[0] for row in MEASURED} == TENSOR_TWINS.keys()
 
 
+@pytest.mark.parametrize(
+    ("cosine", "slerp", "nuslerp"),
+    [
+        (0.9994, (1.299821, 0.020785), (1.299821, 0.020785)),
+        (0.9996, (1.299760, 0.016969), (1.299880, 0.016971)),
+        (-0.9994, (-22.570114, 1.605729), (-22.570114, 1.605729)),
+        (-0.9996, (0.100240, 0.016969), (-27.822544, 1.608001)),
+        (-1.0, (0.1, 0.0), (0.1, 0.0)),
+    ],
+)
+def test_an_arc_is_a_line_where_it_is_one_in_mergekit(cosine, slerp, nuslerp):
+    """Of a vector of length 1 and one of length 2, at t = 0.3; as measured of mergekit 0.1.5."""
+    one, other = np.array([1.0, 0.0]), 2 * np.array([cosine, math.sqrt(1 - cosine**2)])
+    np.testing.assert_allclose(merged("slerp", one, [other], t=0.3), slerp, atol=6e-7, rtol=0)
+    found = merged("nuslerp", None, [one, other], (0.7, 0.3))
+    np.testing.assert_allclose(found, nuslerp, atol=6e-7, rtol=0)
+
+
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """Three models in files, and their tensors."""
