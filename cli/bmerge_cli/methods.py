@@ -65,7 +65,7 @@ def _document(method: Method) -> dict[str, object]:
 
 def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
-    models = f", {method.tasks} models" if method.tasks else ""
+    models = f", {method.tasks} model{'s' * (method.tasks > 1)}" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
     if method.needs_precision and method.needs_matrices:
         precision += " by `bmerge precision --estimator inputs`"
