@@ -1,6 +1,5 @@
 """`--vocab union`: the models of a merge with the rows of all their tokens, and the files."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +63,8 @@ def unite(method: Method, inputs: Inputs, notes: list[str]) -> United:
                 "it was stored with. Merge without precisions (--weights uniform), or keep the "
                 "rows of one model with --vocab base."
             )
+    extended = " with the tokens of the others" if tokens.tokens.is_extended else ""
+    notes.append(f"the tokenizer is that of '{tokens.ref}'{extended}")
     notes += tokens.notes
     renewed = [
         replace(model, posterior=posterior)
@@ -74,9 +75,7 @@ def unite(method: Method, inputs: Inputs, notes: list[str]) -> United:
     return United(Inputs(base, tuple(renewed[1:] if has_base else renewed)), tokens)
 
 
-def side_files_of(
-    choice: SideFileChoice | None, tokens: TokenPlan, models: Sequence[Posterior]
-) -> SideFilesOfTokens:
+def side_files_of(choice: SideFileChoice | None, tokens: TokenPlan) -> SideFilesOfTokens:
     """Give an output the tokenizer of its tokens; all else stays as it was chosen.
 
     The special tokens that configs name by number keep their meaning: each number is replaced by
@@ -85,8 +84,8 @@ def side_files_of(
     Args:
         choice: What would be copied.
         tokens: The tokens.
-        models: The models of `tokens`, in its order.
     """
+    models = tokens.models
     if choice is None:
         return SideFilesOfTokens(None, {})
     made: dict[str, str | None] = {str(name): text for name, text in tokens.written.items()}
