@@ -99,7 +99,7 @@ def _names(stage: Stage, name: str) -> bool:
     return any(reference.path == name for reference in references_of(stage.recipe))
 
 
-def _seed(param: Mapping[str, Any], path: Path) -> int:
+def _seed(param: Mapping[str, Any], path: Path) -> int | None:
     for name in param:
         if name != "seed":
             raise ConfigError(
@@ -107,7 +107,7 @@ def _seed(param: Mapping[str, Any], path: Path) -> int:
                 "'parameters'. Only --param seed=N goes with it."
             )
     try:
-        return int(param.get("seed", 0))
+        return int(param["seed"]) if "seed" in param else None
     except ValueError:
         raise ConfigError(f"--param seed={param['seed']}: expected a whole number.") from None
 

@@ -25,7 +25,7 @@ class Resolver:
         method: Its method.
         parts: Its parts.
         laid: Where each tensor of the output comes from.
-        seed: Of a random method.
+        seed: Of a random method; None for that of the recipe.
 
     Attributes:
         constant: The settings that are the same in all tensors that were resolved.
@@ -40,7 +40,7 @@ class Resolver:
         method: Method,
         parts: Sequence[Part],
         laid: Mapping[str, OutputTensor],
-        seed: int,
+        seed: int | None,
     ) -> None:
         self._recipe, self._method, self._parts, self._laid = recipe, method, parts, laid
         self._seed = seed
@@ -100,7 +100,8 @@ class Resolver:
         for parameter in self._method.parameters:
             name = parameter.name
             if name == SEED:
-                found[name] = self._seed
+                given = self._value(parameter, (self._recipe.parameters,), step.name, position)
+                found[name] = self._seed if self._seed is not None else given or 0
             elif is_of_models(name):
                 values = [
                     self._value(

@@ -29,7 +29,7 @@ class Stage:
     recipe: Recipe
     settings: MergeConfig
     outputs: Mapping[str, str]
-    seed: int
+    seed: int | None
     is_last: bool
 
     def plan(self) -> MergePlan:
@@ -38,7 +38,7 @@ class Stage:
 
 
 def stages_of(
-    recipes: Sequence[Recipe], settings: MergeConfig, *, seed: int = 0
+    recipes: Sequence[Recipe], settings: MergeConfig, *, seed: int | None = None
 ) -> tuple[Stage, ...]:
     """The merges of a file, each after those whose outputs it needs.
 
@@ -47,7 +47,7 @@ def stages_of(
     Args:
         recipes: The documents.
         settings: Those of the output.
-        seed: Of random methods.
+        seed: Of random methods, in place of the recipes'.
 
     Raises:
         ConfigError: All documents have names, or some need each other.
