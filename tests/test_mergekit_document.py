@@ -414,6 +414,16 @@ def test_ranges_that_are_none_are_refused(tmp_path, text):
         read(tmp_path, f"{SLICE}  - {{model: a, layer_range: {text}}}\n")
 
 
+def test_a_message_is_short_whatever_the_key(tmp_path):
+    text = f"{LINEAR}parameters:\n  ? {'q' * 10_000}\n  : null\n? {'z' * 10_000}\n: 1\n"
+    with pytest.raises(ConfigError, match="unknown key") as refusal:
+        read(tmp_path, text)
+    assert len(str(refusal.value)) < 600
+    with pytest.raises(ConfigError, match="expected a number, found nothing") as refusal:
+        read(tmp_path, text[: text.index("? z")])
+    assert len(str(refusal.value)) < 600
+
+
 def test_a_file_that_is_not_there_is_one_message(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipes(tmp_path / "none.yml")

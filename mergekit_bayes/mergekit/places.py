@@ -23,7 +23,7 @@ _ADVICE = {  # for keys that recipes of other versions have, or that are easily 
     "override_architecture": "tensors are paired by their names here; remove it.",
     "trust_remote_code": "no code of a model runs in a merge; remove it.",
 }
-_PLAIN_KEY = re.compile(r"[A-Za-z_]\w*")
+_PLAIN_KEY = re.compile(r"[A-Za-z_]\w{0,99}")
 
 
 class Place(NamedTuple):
