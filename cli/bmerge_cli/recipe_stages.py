@@ -14,7 +14,8 @@ from mergekit_bayes.configs import parse_config, read_yaml_documents
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
-from mergekit_bayes.mergekit.stages import Stage, is_done, stages_of
+from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
+from mergekit_bayes.mergekit.stages import references
 from mergekit_bayes.plan import MergePlan
 
 # What a recipe does not say itself, and flags do.
@@ -94,9 +95,7 @@ def merge_stages(
 
 
 def _names(stage: Stage, name: str) -> bool:
-    from mergekit_bayes.mergekit.stages import references_of
-
-    return any(reference.path == name for reference in references_of(stage.recipe))
+    return any(reference.path == name for reference in references(stage.recipe))
 
 
 def _seed(param: Mapping[str, Any], path: Path) -> int | None:
