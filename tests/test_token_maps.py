@@ -15,6 +15,8 @@ from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.unions import RowChoice, TokenChoice, plan_tokens
 from tests import tiny, tokenized
+from tests.test_tokenizers import FORMS, OTHER_ORDER, SHIFTED
+from tests.test_tokenizers import WORDS as FORM_WORDS
 from tests.tokenized import EMBEDDING, HEAD, OTHER, bpe, read_in_pieces, word_level
 
 WORDS = ["a", "b", "c"]
@@ -183,6 +185,27 @@ def test_a_padded_vocabulary_stays_in_range(tmp_path):
     np.testing.assert_array_equal(read_tensor(plan.models[0].mean, EMBEDDING)[9], second[11])
     with pytest.raises(ConfigError, match=r"'<n>'.* row 12 of '.*other', .* 12 rows"):
         plan_tokens(models, 0, TokenChoice("union", {"<n>": RowChoice(str(other), token_id=12)}))
+
+
+@pytest.mark.parametrize("forms", [FORMS, SHIFTED])
+def test_rows_are_found_by_the_token_in_every_form_of_a_list(tmp_path, forms):
+    pairs = [(one, forms[(i + k) % len(forms)]) for i, one in enumerate(forms) for k in (0, 1, 4)]
+    for i, (one, other) in enumerate(pairs):
+        folders = tmp_path / f"{i}-one", tmp_path / f"{i}-other"
+        for seed, (folder, write, words) in enumerate(
+            zip(folders, (one, other), (FORM_WORDS, OTHER_ORDER), strict=True)
+        ):
+            folder.mkdir()
+            write(folder, words)
+            tokenized.tensors(folder, 20, seed)
+        plan = plan_tokens(tokenized.opened(*folders), 0)
+        shift = 4 if forms == SHIFTED and {one, other} != {SHIFTED[1]} else 0
+        shift = 3 if {one, other} == {SHIFTED[1]} else shift
+        for token in FORM_WORDS:
+            number = plan.tokens.numbers[token]
+            assert number == FORM_WORDS.index(token) + shift, (one, other)
+            own = [int(rows[number]) for rows in plan.maps.own]
+            assert own == [number, OTHER_ORDER.index(token) + shift], (one, other, token)
 
 
 def test_tokens_without_a_row_take_that_of_another_model(tmp_path):

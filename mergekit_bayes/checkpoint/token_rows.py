@@ -37,6 +37,11 @@ def token_tensors(specs: Mapping[str, TensorSpec]) -> list[str]:
     ]
 
 
+def stored_dtype(source: CheckpointSource, name: str) -> str:
+    """The dtype in which a model's file has a tensor, whatever rows it was given for a merge."""
+    return (source.base if isinstance(source, TokenSource) else source).specs[name].dtype
+
+
 def token_rows(specs: Mapping[str, TensorSpec]) -> int:
     """How many tokens have a row in all tensors with one row a token; 0 without such a tensor."""
     return min((specs[name].shape[0] for name in token_tensors(specs)), default=0)
@@ -173,10 +178,6 @@ class TokenSource(Closing):
     def file_of(self, name: str) -> int:
         """Index of the shard to which a tensor belongs."""
         return self.base.file_of(name)
-
-    def stored_dtype(self, name: str) -> str:
-        """The dtype of the model's own tensor, in which an output would be written by default."""
-        return self.base.specs[name].dtype
 
     def close(self) -> None:
         """Close the model's own files."""

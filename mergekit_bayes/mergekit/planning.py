@@ -27,7 +27,7 @@ from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
 from mergekit_bayes.mergekit.resolved import Resolver, with_weights
 from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
 from mergekit_bayes.mergekit.stacked import Origin, StackedSource
-from mergekit_bayes.mergekit.token_plans import side_files_of, tokens_of
+from mergekit_bayes.mergekit.token_plans import tokens_of
 from mergekit_bayes.mergekit.written import recipe_yaml
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig, MergePlan
@@ -42,6 +42,7 @@ from mergekit_bayes.plan.plan import refuse_incomplete
 from mergekit_bayes.plan.side_files import choose_side_files, config_input, refuse_links
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.unions import TokenPlan
+from mergekit_bayes.plan.united import side_files_of
 from mergekit_bayes.plan.whole_tensors import memory_in_words
 from mergekit_bayes.posterior import Posterior
 
@@ -120,7 +121,7 @@ def plan_recipe(
         side_files = choose_side_files(config, inputs, steps, target, notes)
         made: dict[str, str | None] = {}
         if tokens is not None:
-            side_files, made = side_files_of(side_files, tokens, models.by_name)
+            side_files, made = side_files_of(side_files, tokens)
             changes |= tokens.config_changes
         if side_files is not None:
             copied = side_files.gathered.files.values()
