@@ -483,10 +483,12 @@ def test_an_arc_is_a_line_where_it_is_one_in_mergekit(cosine, slerp, nuslerp):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Three models in files, and their tensors."""
+    """Three models in files, and their tensors, of which some are the base's."""
     monkeypatch.chdir(tmp_path)
     shapes = {"a.weight": (40, 30), "a.bias": (7,), "scalar": ()}
     models = [tiny.arrays(seed, shapes) for seed in range(3)]
+    models[1] |= {"a.bias": models[0]["a.bias"], "scalar": models[0]["scalar"]}
+    models[2]["a.bias"] = models[0]["a.bias"]
     for name, model in zip(("base", "a", "b"), models, strict=True):
         tiny.write(f"{name}.safetensors", model)
     return models
@@ -532,6 +534,7 @@ def test_a_merge_of_files_is_the_rule_on_each_tensor(world, settings, scales):
             **settings.get("param", {}),
         )
         same(value, expected, 1e-6)
+    np.testing.assert_array_equal(found["a.bias"], base["a.bias"])
 
 
 def test_only_settings_that_need_it_hold_a_tensor_in_memory(world):
