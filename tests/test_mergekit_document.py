@@ -368,28 +368,9 @@ def test_a_recipe_with_many_values_is_read(tmp_path):
 
 _KEYS = st.sampled_from(
     [
-        "merge_method",
-        "models",
-        "slices",
-        "modules",
-        "base_model",
-        "parameters",
-        "dtype",
-        "name",
-        "tokenizer",
-        "default",
-        "tokenizer_source",
-        "sources",
-        "model",
-        "layer_range",
-        "lora",
-        "filter",
-        "value",
-        "tokens",
-        "source",
-        "kind",
-        "path",
-        "weight",
+        *("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype"),
+        *("name", "tokenizer", "tokenizer_source", "sources", "model", "layer_range", "lora"),
+        *("filter", "value", "tokens", "source", "kind", "path", "weight", "default"),
     ]
 )
 _LEAVES = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.sampled_from("ab+@")

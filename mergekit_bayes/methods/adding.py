@@ -70,10 +70,11 @@ def add_elected(tensors: Tensors, changes: Iterable[Array]) -> Array:
     base, weights = np.asarray(tensors.base), [w for w in tensors.weights if w != 0]
     pairs = zip(tensors.weights, changes, strict=True)
     weighed = [np.asarray(weight * change) for weight, change in pairs if weight != 0]
-    total = sum(weighed, np.zeros_like(base))
+    total, divisor = np.zeros_like(base), np.zeros_like(base)
+    for change in weighed:
+        total += change
     is_positive = total >= 0
     total[...] = 0
-    divisor = np.zeros_like(base)
     for weight, change in zip(weights, weighed, strict=True):
         agrees = np.where(is_positive, change > 0, change < 0)
         np.add(total, change, out=total, where=agrees)

@@ -112,8 +112,10 @@ def thinned(change: Array, kept: Array, settings: Mapping[str, Setting] = _AS_TH
 
     The sums are over the whole tensor, in float64. This is mergekit's rescaling. DARE and DELLA
     divide each entry by the probability that it is kept, which makes d' right on average; here d'
-    has the same L1 norm as d in every draw, and is right on average up to a term that goes to zero
-    with the number of entries. A tensor of which no entry is kept does not change.
+    has the L1 norm of d in every draw. Where all entries are kept alike, as by DARE, that is right
+    on average in large tensors; where large ones are kept more often, as by DELLA, they come out
+    larger than they were, and small ones smaller. A tensor of which no entry is kept does not
+    change.
 
     Args:
         change: What a task changed.

@@ -352,7 +352,7 @@ class _Matcher:
         growing: Collection[Input],
     ) -> str | None:
         """The message if one row of a tensor is of different tokens in two models; else None."""
-        if not is_vocabulary(name):
+        if not is_vocabulary(name) or self._config.vocab == "union":
             return None
         rows = {
             model: mean.spec.shape[0] if mean.spec.shape else 0

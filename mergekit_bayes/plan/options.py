@@ -234,9 +234,8 @@ def _check_method(config: MergeConfig, method: Method) -> None:
             f"--method {method.name} takes no base. Drop --base, or name it among the models."
         )
     if method.tasks is not None and len(config.models) != method.tasks:
-        raise ConfigError(
-            f"--method {method.name} merges {method.tasks} models, not {len(config.models)}."
-        )
+        models = "1 model" if method.tasks == 1 else f"{method.tasks} models"
+        raise ConfigError(f"--method {method.name} merges {models}, not {len(config.models)}.")
     if not method.takes_scales and any(s != 1.0 for s in config.scale):
         raise ConfigError(
             f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."

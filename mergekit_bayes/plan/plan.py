@@ -73,6 +73,11 @@ class MergePlan(Closing):
         side_files: Where the output's side files come from; None where it has none.
         documents: The configs, tokenizers and the like that were read or will be copied, as they
             were before.
+        recipe: The recipe of another tool that the merge carries out, resolved; the output gets it
+            in place of our own. None for a merge by our settings.
+        made_files: The text of side files that are made for the output, by name, in place of copied
+            ones; None for one that is not copied either.
+        does: What the merge does, in one line, where the settings do not say it.
     """
 
     config: MergeConfig
@@ -92,6 +97,9 @@ class MergePlan(Closing):
     drawing_identities: dict[Input, str] = field(default_factory=dict)
     side_files: SideFileChoice | None = None
     documents: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+    recipe: str | None = None
+    made_files: Mapping[str, str | None] = field(default_factory=dict, repr=False)
+    does: str | None = None
 
     @property
     def base(self) -> Input | None:
@@ -106,6 +114,8 @@ class MergePlan(Closing):
     @property
     def summary(self) -> str:
         """What the merge does, in one line."""
+        if self.does is not None:
+            return self.does
         has_rules = any(isinstance(scale, str) for scale in self.config.scale)
         return summarise(self.method, self.inputs, has_rules=has_rules)
 
@@ -234,14 +244,22 @@ def _open_inputs(
     ]
     inputs = Inputs(base, tuple(tasks))
     for model in inputs:
-        posterior = model.posterior
-        if is_adapter(posterior.path):
-            raise MismatchError(
-                f"'{model.ref}' is an adapter among whole models. Put its base before it: "
-                f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
-            )
-        refuse_factors(posterior)
+        refuse_incomplete(model.posterior)
     return inputs
+
+
+def refuse_incomplete(model: Posterior) -> None:
+    """Refuse an adapter, or a model with the factors of one, among whole models.
+
+    Raises:
+        MismatchError: It is one.
+    """
+    if is_adapter(model.path):
+        raise MismatchError(
+            f"'{model.ref}' is an adapter among whole models. Put its base before it: "
+            f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
+        )
+    refuse_factors(model)
 
 
 def _check_identities(config: MergeConfig, method: Method, inputs: Inputs) -> None:

@@ -74,7 +74,7 @@ class MergeConfig(Config):
         description="A tensor that a model lacks: error, base (unchanged by that model; needs a "
         "base) or skip (leave it out).",
     )
-    vocab: Literal["error", "base", "common"] = Field(
+    vocab: Literal["error", "base", "common", "union"] = Field(
         "error",
         description="Vocabularies of different length: error, base (keep the base's, else the "
         "first model's) or common (merge the tokens that all models have, and copy the rows of "
