@@ -274,6 +274,7 @@ CONFIGS = [
     {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     {"text_config": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}, "hidden_size": 3},
     {"hidden_size": 3},
+    {"num_hidden_layers": 2, "hidden_size_per_layer_input": 8},
 ]
 
 
@@ -328,6 +329,21 @@ def test_lists_are_gathered_from_the_configs_of_the_layers_models():
             {"num_hidden_layers": 2, "hybrid_override_pattern": "-M"},
         ),
         (
+            {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_end_index": 3},
+            [0, 1, 2, 2, 3],
+            {"num_hidden_layers": 5, "moe_layer_end_index": 4},
+        ),
+        (
+            {"num_hidden_layers": 4, "block_types": ["r", "r", "a"]},
+            [0, 1, 1, 2, 3],
+            {"num_hidden_layers": 5, "block_types": ["r", "r", "r", "a", "r"]},
+        ),
+        (
+            {"num_hidden_layers": 4, "block_types": ["r", "r", "a"]},
+            [0, 1, 2, 3, 1, 2],
+            {"num_hidden_layers": 6},
+        ),
+        (
             {"num_hidden_layers": 4, "decoder_sparse_step": 2},
             [0, 1, 0, 1, 2, 3],
             {"num_hidden_layers": 6},
@@ -354,12 +370,22 @@ def test_what_a_config_says_of_layers_follows_them(config, numbers, expected):
         (QWEN2, [0, 2, 1], "'max_window_layers' .* of layer 2 .* of its layer 1"),
         ({"num_hidden_layers": 4, "first_k_dense_replace": 1}, [1, 0], "'first_k_dense_replace'"),
         ({"num_hidden_layers": 4, "num_kv_shared_layers": 1}, [3, 0], "'num_kv_shared_layers'"),
+        (
+            {"num_hidden_layers": 4, "moe_layer_end_index": 2},
+            [3, 0],
+            "'moe_layer_end_index' .* of layer 1",
+        ),
         ({"num_hidden_layers": 4, "decoder_sparse_step": 2}, [1], "'decoder_sparse_step'"),
         ({"num_hidden_layers": 4, "full_attention_interval": 4}, [0, 3], "'full_attention_int"),
         (
             {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
             [1],
             "'attn_layer_period'",
+        ),
+        (
+            {"num_hidden_layers": 4, "hidden_size_per_layer_input": 8},
+            [0, 1],
+            "must keep all layers",
         ),
         ({"num_layers": 2, "attention_types": [["global"]]}, [0], "'attention_types'"),
     ],

@@ -24,8 +24,8 @@ from mergekit_bayes.mergekit.layers import (
     map_slices,
 )
 from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
-from mergekit_bayes.mergekit.resolved import Resolver, with_weights
-from mergekit_bayes.mergekit.roles import Part, method_of, parts_of
+from mergekit_bayes.mergekit.resolved import Resolver, refuse_missing, with_weights
+from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
 from mergekit_bayes.mergekit.stacked import Origin, StackedSource
 from mergekit_bayes.mergekit.token_plans import tokens_of
 from mergekit_bayes.mergekit.written import recipe_yaml
@@ -69,7 +69,7 @@ def plan_recipe(
     recipe: Recipe,
     settings: MergeConfig,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     outputs: Mapping[str, str] | None = None,
 ) -> MergePlan:
     """Open the models of a recipe and decide the merge.
@@ -79,7 +79,7 @@ def plan_recipe(
         settings: Where the output goes, and the rules of every merge (`force`, `verify`,
             `on_missing`, `on_config`, `on_bad`, `side_files`, `max_shard_size`). What the recipe
             says itself is not read from them.
-        seed: Of a random method.
+        seed: Of a random method, in place of that of the recipe, `parameters.seed`, or 0.
         outputs: The outputs of earlier documents, by name.
 
     Returns:
@@ -95,6 +95,7 @@ def plan_recipe(
             "model are paired by their names: write `models`."
         )
     parts = parts_of(recipe, method)
+    refuse_missing(recipe, method, parts)
     notes: list[str] = []
     with ExitStack() as stack:
         models = _open(recipe, parts, outputs or {}, stack)
@@ -147,7 +148,7 @@ def plan_recipe(
             side_files=side_files,
             documents=documents,
             made_files=made,
-            recipe=_resolved_text(recipe, models),
+            recipe=_resolved_text(recipe, method, models, seed),
             does=_in_words(recipe, parts),
         )
         plan.refuse_changed()
@@ -345,11 +346,16 @@ def _sliced_config(recipe: Recipe, models: _Models, inputs: Inputs) -> dict[str,
     return config_changes(_model_config(owner.posterior), layers)
 
 
-def _resolved_text(recipe: Recipe, models: _Models) -> str:
+def _resolved_text(recipe: Recipe, method: Method, models: _Models, seed: int | None) -> str:
+    """The recipe that gives the same bytes again, with Hub ids by their commits."""
+
     def named(reference: Reference) -> str:
         posterior = models.by_name.get(str(reference))
         return str(reference) if posterior is None else posterior.pinned
 
+    if method.random and seed is not None:
+        parameters = {**recipe.parameters, SEED: seed}
+        recipe = recipe.model_copy(update={"parameters": parameters})
     return recipe_yaml(recipe, named)
 
 
