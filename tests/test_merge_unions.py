@@ -9,6 +9,7 @@ from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.run import plan_hash
 from mergekit_bayes.plan import plan_merge
 from tests import tiny, tokenized
 from tests.tokenized import EMBEDDING, HEAD, bpe
@@ -80,6 +81,22 @@ def test_the_same_merge_follows_from_its_recipe(tmp_path, folders):
     run_merge(MergeConfig(**{**recipe, "out": str(tmp_path / "two")}))
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_merge_does_not_go_on_by_other_numbers_of_tokens(tmp_path, folders):
+    base, x, y = folders
+    config = MergeConfig(
+        models=(str(x), str(y)), base=str(base), out=str(tmp_path / "out"), vocab="union"
+    )
+    hashes = set()
+    for tokenizer in (None, bpe(MERGES, ["<y>", "<x>"], alphabet=list("cdba"))):
+        if tokenizer is not None:
+            tokenized.save(y, tokenizer)
+        for _ in range(2):
+            with plan_merge(config) as plan:
+                hashes.add(plan_hash(plan))
+                assert plan.made_files["tokenizer.json"]
+    assert len(hashes) == 2
 
 
 def test_special_tokens_in_configs_keep_their_meaning(tmp_path, folders):
