@@ -12,6 +12,7 @@ from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.merge.run import plan_hash
 from mergekit_bayes.plan import plan_merge
 from tests import tiny, tokenized
+from tests.adapters import adapter, factors
 from tests.tokenized import EMBEDDING, HEAD, bpe
 
 MERGES = [("a", "b"), ("c", "d")]
@@ -120,6 +121,25 @@ def test_models_of_one_tokenizer_are_merged_as_without_the_flag(tmp_path, folder
     run_merge(MergeConfig(models=(str(other),), base=str(base), out=str(tmp_path / "two")))
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_an_adapter_that_brings_tokens_is_a_model_with_them(tmp_path, folders):
+    base, x, _ = folders
+    adapter_folder = tmp_path / "adapter"
+    tokenized.save(adapter_folder, bpe(MERGES, ["<z>"]))
+    whole = tiny.arrays(8, {EMBEDDING: (10, tokenized.WIDTH), HEAD: (10, tokenized.WIDTH)})
+    adapter(adapter_folder, factors(1, layers={tokenized.LINEAR: (4, 5)}), whole=whole)
+    out = tmp_path / "out"
+    merge(out, x, f"{base}+{adapter_folder}", base=str(base))
+    numbers = read_parts(out).numbers
+    assert (numbers["<x>"], numbers["<z>"]) == (9, 10)
+    found = tiny.read(out)
+    for name in (EMBEDDING, HEAD):
+        np.testing.assert_allclose(found[name][10], whole[name][9], rtol=1e-6)
+        np.testing.assert_allclose(found[name][9], tiny.read(x)[name][9], rtol=1e-6)
+        of_base, of_x = tiny.read(base)[name], tiny.read(x)[name]
+        expected = of_x[:9] + whole[name][:9] - of_base
+        np.testing.assert_allclose(found[name][:9], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_precisions_of_other_rows_are_refused(tmp_path, folders):
