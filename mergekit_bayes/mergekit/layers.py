@@ -4,7 +4,9 @@ The layers of a model are a stack: tensors that are named alike but for a number
 0 to L - 1, as `model.layers.3.mlp.up_proj.weight`. Slices take layers of stacks and number them
 anew. Tensors outside of the stack are those of the first slice if they are before the layers
 (embeddings, towers of other modalities and what projects from them), and those of the last slice if
-they are behind them (the last norm, heads).
+they are behind them (the last norm, heads). mergekit 0.1.5 does the same for the architectures that
+it describes, as Llama, Mistral, Qwen, Gemma and Phi; of others (OPT, BLOOM, GPT-J, GPT-Neo) it
+takes the last norm and the head from the first slice, too.
 
 The position of a tensor, at which gradients of settings are evaluated, is i / (n - 1) in layer i of
 the n layers of a slice, 1 in a slice of one layer, and 0 outside of layers.
