@@ -147,7 +147,7 @@ def test_models_with_other_prefixes_are_named_as_the_first_one():
 def test_towers_of_other_modalities_are_no_layers_of_the_language_model():
     tower = names(6, "vision_tower.encoder.layers", ("a.weight", "b.weight", "c.w", "d.w"), ())
     both = ModelNames("V", [*tower, *names(6)], 6)
-    assert find_stack(both).prefix == "model.layers"
+    assert find_stack(both).prefix == "model.layers."
     tensors = by_name(map_slices(*slices([(both, 0, 1)], [(A, 0, 1)])))
     assert sorted(tensors) == sorted([*tower, *names(2)])
     assert {tensors[name].slice for name in tower} == {0}
@@ -437,7 +437,7 @@ def test_any_configs_give_changes_or_a_mismatch(config, other, layers):
         assert config_changes(config, origins) is not None
 
 
-_NAMES = st.lists(st.lists(st.sampled_from(["a", "0", "1", "2", "norm", ""]), max_size=4))
+_NAMES = st.lists(st.lists(st.sampled_from(["a", "0", "00", "1", "2", "norm", ""]), max_size=4))
 
 
 @given(_NAMES, st.none() | st.integers(0, 3))
