@@ -44,6 +44,7 @@ def _document(method: Method) -> dict[str, object]:
         "name": method.name,
         "summary": method.summary,
         "needs_base": method.needs_base,
+        "takes_base": method.needs_base or method.takes_base,
         "needs_precision": method.needs_precision,
         "needs_matrices": method.needs_matrices,
         "models": method.tasks,
@@ -65,6 +66,8 @@ def _document(method: Method) -> dict[str, object]:
 
 def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
+    if method.takes_base:
+        base = "with or without --base"
     models = f", {method.tasks} model{'s' * (method.tasks > 1)}" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
     if method.needs_precision and method.needs_matrices:

@@ -202,6 +202,9 @@ def plan_hash(plan: MergePlan) -> str:
         "info": plan.info.model_dump(mode="json") if plan.info else None,
         "target": plan.target.name,
     }
+    if plan.recipe is not None:
+        content["recipe"] = plan.recipe
+        content["made_files"] = dict(plan.made_files)
     if any(task.mixture is not None for task in plan.tasks):
         content["mixtures"] = json.dumps([[task.mixture, task.weight] for task in plan.tasks])
     if plan.config.verify:

@@ -63,5 +63,6 @@ ARCEE_FUSION = Method(
     example="bmerge merge A --base BASE --method arcee_fusion",
     formula="m = m_1 where |m_1 - m0| KL(row of m_1, row of m0) stands out, else m0",
     tasks=1,
+    takes_scales=False,
     tensor=TensorRule(arcee_fusion, "tensor"),
 )

@@ -19,6 +19,11 @@ from mergekit_bayes.methods.fisher import FISHER
 from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.iso_c import ISO_C
+from mergekit_bayes.methods.karcher import KARCHER
+from mergekit_bayes.methods.model_stock import MODEL_STOCK
+from mergekit_bayes.methods.multislerp import MULTISLERP
+from mergekit_bayes.methods.nearswap import NEARSWAP
+from mergekit_bayes.methods.nuslerp import NUSLERP
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.regmean import REGMEAN
 from mergekit_bayes.methods.sce import SCE
@@ -47,6 +52,11 @@ _BY_NAME = (
     ISO_C,
     REGMEAN,
     ACE,
+    KARCHER,
+    NUSLERP,
+    MULTISLERP,
+    MODEL_STOCK,
+    NEARSWAP,
 )
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 

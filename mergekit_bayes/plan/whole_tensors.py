@@ -32,7 +32,7 @@ def with_settings(
 
 def _with_settings(method: Method, settings: Mapping[str, Setting], step: Step) -> Step:
     assert method.tensor is not None
-    if method.tensor.reads == "tensor" and step.merged != step.spec.size:
+    if method.tensor.needs(settings) == "tensor" and step.merged != step.spec.size:
         raise MismatchError(
             f"'{step.name}' has other rows in one of the models, and --method {method.name} merges "
             "whole tensors. Leave it out with --only, or keep the rows of one model with --vocab "
@@ -43,9 +43,11 @@ def _with_settings(method: Method, settings: Mapping[str, Setting], step: Step) 
 
 def memory_in_words(method: Method, steps: Sequence[Step]) -> str | None:
     """What the largest tensor takes where a rule needs whole ones; None where it does not."""
-    if method.tensor is None or method.tensor.reads != "tensor":
+    rule = method.tensor
+    if rule is None:
         return None
-    whole = [step for step in steps if step.settings is not None]
+    merged = [step for step in steps if step.settings is not None]
+    whole = [step for step in merged if rule.needs(step.settings or {}) == "tensor"]
     if not whole:
         return None
     largest = max(whole, key=_nbytes)

@@ -56,7 +56,7 @@ class FirstPass:
             result = self._precisions(step)
         rule = self.plan.method.tensor
         if step.copied is None and rule is not None:
-            if rule.reads == "products":
+            if step.settings is not None and rule.needs(step.settings) == "products":
                 result.products = products(self.plan, step, self.reader, self.map)
         elif step.copied is None:
             result.facts = self._facts(step, result)

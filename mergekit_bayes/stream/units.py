@@ -42,5 +42,6 @@ def units_of(plan: MergePlan) -> list[Unit]:
 def is_whole(plan: MergePlan, step: Step) -> bool:
     """Whether all of a tensor must be in memory to merge it."""
     rule = plan.method.tensor
-    needs_all = rule is not None and rule.reads == "tensor" and step.settings is not None
-    return step.axis is not None or needs_all
+    if rule is None or step.settings is None:
+        return step.axis is not None
+    return rule.needs(step.settings) == "tensor"
