@@ -207,7 +207,7 @@ def _breadcrumbs(x: Inputs, elect: bool) -> Restated:
     return _add(x, changes, elect, False, unsure)
 
 
-def _dropped(x: Inputs, elect: bool) -> Restated:
+def _dropped(x: Inputs, elect: bool, normalize: bool = False) -> Restated:
     """Task vectors without the entries that were dropped, with the sum of sizes that they had."""
     assert x.kept is not None
     changes = []
@@ -215,7 +215,7 @@ def _dropped(x: Inputs, elect: bool) -> Restated:
         rest = np.abs(change * kept).sum()
         scale = np.abs(change).sum() / rest if rest and x.settings.get("rescale", True) else 1.0
         changes.append(change * kept * scale)
-    return _add(x, changes, elect, False, np.zeros(x.models[0].shape, bool))
+    return _add(x, changes, elect, normalize, np.zeros(x.models[0].shape, bool))
 
 
 def sce(x: Inputs) -> Restated:
@@ -300,7 +300,7 @@ RULES: dict[str, Rule] = {
     "dare_linear": lambda x: _dropped(x, False),
     "dare_ties": lambda x: _dropped(x, True),
     "della_linear": lambda x: _dropped(x, False),
-    "della": lambda x: _dropped(x, True),
+    "della": lambda x: _dropped(x, True, True),
     "breadcrumbs": lambda x: _breadcrumbs(x, False),
     "breadcrumbs_ties": lambda x: _breadcrumbs(x, True),
     "sce": sce,

@@ -1,0 +1,224 @@
+"""Whether mergekit's recipes give with bmerge what they give with mergekit.
+
+    python scripts/bench/against_mergekit.py -o WORK --with-mergekit VENV/bin/python
+
+Makes tiny models of many families (mergekit_models.py), runs each recipe of `mergekit_recipes/`
+through both programs, each in its own process, and compares their outputs with each other and with
+a restatement in float64 (mergekit_expected.py, mergekit_rules.py). Prints a table of the largest
+difference a tensor, of the distances from float64, and of CPU seconds and peak memory, start-up
+included. What has been compared is kept in WORK and not run again unless its recipe has changed
+or `--fresh` is given. Without `--with-mergekit`, bmerge alone is compared with the restatement.
+Exits with 1 if a recipe gives something else. See mergekit_compare.py for what counts as the same.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from machine import cpu
+from mergekit_compare import COARSE, FLOAT32, compare, verdict
+from mergekit_models import make
+from mergekit_recipes import Recipe, recipes
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SEED = 7  # of methods that draw
+
+
+class Run(NamedTuple):
+    """How one program ran.
+
+    Attributes:
+        cpu: CPU seconds, user and system, of the process and its children.
+        mib: Largest resident memory.
+        error: The last lines that it wrote, if it failed.
+    """
+
+    cpu: float
+    mib: float
+    error: str = ""
+
+
+def run(command: list[str], folder: Path, log: Path) -> Run:
+    """Run a program in a folder."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    cost = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    if process.returncode == 0:
+        return Run(*cost)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return Run(*cost, "\n".join(lines[-3:]) or f"exit code {process.returncode}")
+
+
+def our_command(recipe: Recipe, out: Path) -> list[str]:
+    """The command of bmerge."""
+    program = str(Path(sys.executable).with_name("bmerge"))
+    return [program, "merge", str(recipe.file), "-o", str(out), "--seed", str(SEED), "-q"]
+
+
+def mergekit_command(recipe: Recipe, out: Path, python: Path) -> list[str]:
+    """The command of mergekit."""
+    flags = ["--random-seed", str(SEED), "--quiet"]
+    if "\n---\n" in recipe.file.read_text():
+        stages = ["--out-path", str(out), "--intermediate-dir", str(out.with_suffix(".stages"))]
+        return [str(python.with_name("mergekit-multi")), str(recipe.file), *stages, *flags]
+    flags += ["--lora-merge-cache", str(out.with_suffix(".lora"))]
+    return [str(python.with_name("mergekit-yaml")), str(recipe.file), str(out), *flags]
+
+
+def measure(recipe: Recipe, work: Path, python: Path | None, version: str) -> dict[str, Any]:
+    """Run one recipe through both programs and compare what they wrote."""
+    folder = work / "models" / recipe.models
+    programs = {"ours": our_command(recipe, work / "ours" / recipe.name)}
+    if python is not None:
+        programs["mergekit"] = mergekit_command(recipe, work / "mergekit" / recipe.name, python)
+    runs = {}
+    for side, command in programs.items():
+        out = work / side / recipe.name
+        for old in out.parent.glob(f"{recipe.name}*"):
+            if old.is_dir() and old.name.split(".")[0] == recipe.name:
+                shutil.rmtree(old)
+        out.parent.mkdir(exist_ok=True)
+        runs[side] = run(command, folder, out.with_suffix(".log"))
+    done = [work / s / recipe.name if s in runs and not runs[s].error else None for s in SIDES]
+    record: dict[str, Any] = {"recipe": recipe.name, "models": recipe.models, "version": version}
+    record["runs"] = {side: r._asdict() for side, r in runs.items()}
+    if any(done):
+        record["compared"] = compare(recipe, folder, *done)
+    return record
+
+
+SIDES = ("ours", "mergekit")
+
+
+def judge(record: dict[str, Any]) -> str:
+    """The verdict on one recipe; starts with "differs" if something is wrong."""
+    failed = [side for side, r in record["runs"].items() if r["error"]]
+    if "ours" in failed:
+        return "differs: bmerge fails"
+    text = verdict(record["compared"])
+    return f"{text}; mergekit fails" if failed else text
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The records as a table in Markdown."""
+    lines = [
+        "| recipe | models | bmerge - mergekit | roundings | bmerge from float64 "
+        "| mergekit from float64 | chosen otherwise | verdict | CPU s | MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for record in records:
+        found = record.get("compared") or {"far": {}, "rms": {}, "between": {}, "shares": {}}
+        far = [_far(found, side) for side in SIDES]
+        between = found["between"] if len(found["far"]) == 2 and not found["shares"] else {}
+        chosen = f"{found['unsure_differing']} of {found['unsure']}" if found.get("unsure") else ""
+        costs = [[f"{r[k]:.{d}f}" for r in record["runs"].values()] for k, d in (("cpu", 1), ("mib", 0))]
+        cells = [
+            record["recipe"],
+            record["models"],
+            f"{between['absolute']:.1e}" if between else "",
+            f"{between['roundings']:.2f}" if between else "",
+            *far,
+            chosen,
+            judge(record),
+            *(" / ".join(cost) for cost in costs),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _far(found: dict[str, Any], side: str) -> str:
+    """The largest distance from float64 and the root of the mean square, in roundings."""
+    if side not in found["far"]:
+        return ""
+    return f"{found['far'][side]:.2f} ({found['rms'][side]:.3f})"
+
+
+def notes(records: list[dict[str, Any]]) -> list[str]:
+    """What else was seen: failures, other files, and shares of kept entries."""
+    result = []
+    for record in records:
+        name = record["recipe"]
+        for side, its in record["runs"].items():
+            if its["error"]:
+                result.append(f"{name}: {side} fails: {its['error'].splitlines()[-1][:300]}")
+        found = record.get("compared", {})
+        result += [f"{name}: {text}" for text in found.get("files", []) + found.get("wrong", [])]
+        for side, (kept, chances, _, entries, deviations) in found.get("shares", {}).items():
+            result.append(
+                f"{name}: {side} keeps {kept / entries:.4f} of {entries:,} entries, expected "
+                f"{chances / entries:.4f} ({deviations:+.1f} standard deviations)"
+            )
+    return result
+
+
+def main() -> int:
+    """Make the models, run the recipes, print the table; 1 if a recipe gives something else."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-o", "--work", type=Path, required=True, help="models, outputs, records")
+    parser.add_argument(
+        "--with-mergekit", type=Path, metavar="PYTHON", help="the interpreter of its environment"
+    )
+    parser.add_argument("--only", default="", help="names of recipes, comma-separated")
+    parser.add_argument("--fresh", action="store_true", help="run what was run before again")
+    parser.add_argument("--json", type=Path, help="the records are also written here")
+    options = parser.parse_args()
+    chosen = recipes()
+    if options.only:
+        wanted = options.only.split(",")
+        if unknown := set(wanted) - {r.name for r in chosen}:
+            parser.error(f"--only: unknown recipes {', '.join(sorted(unknown))}.")
+        chosen = [r for r in chosen if r.name in wanted]
+    work = options.work.resolve()
+    (work / "records").mkdir(parents=True, exist_ok=True)
+    python = options.with_mergekit and options.with_mergekit.absolute()
+    version = _mergekit_version(python) if python else "not run"
+    make(work / "models")
+    records = []
+    for number, recipe in enumerate(chosen, 1):
+        content = recipe.file.read_bytes() + version.encode()
+        file = work / "records" / f"{recipe.name}-{hashlib.sha256(content).hexdigest()[:16]}.json"
+        if options.fresh or not file.exists():
+            file.write_text(json.dumps(measure(recipe, work, python, version), indent=2))
+        records.append(json.loads(file.read_text()))
+        print(f"{number}/{len(chosen)} {recipe.name}: {judge(records[-1])}", file=sys.stderr)
+    if python is None:
+        print("mergekit was not run (--with-mergekit); bmerge is judged alone.", file=sys.stderr)
+    print(table(records))
+    print(
+        f"\nmergekit {version}, {cpu()}. Distances from float64: largest (root mean square), in "
+        f"roundings of the tensor's largest entry; up to {FLOAT32} count as the same in float32, "
+        f"up to {COARSE} in 16 bits. CPU and memory: bmerge / mergekit."
+    )
+    print("\n".join(["", *(f"- {line}" for line in notes(records))]))
+    if options.json is not None:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+    return int(any("differs" in judge(record) for record in records))
+
+
+def _mergekit_version(python: Path) -> str:
+    """The version of mergekit and of what it stands on."""
+    code = (
+        "from importlib.metadata import version as v\n"
+        "print(f\"{v('mergekit')} (torch {v('torch')}, transformers {v('transformers')})\")"
+    )
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
