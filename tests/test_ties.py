@@ -209,6 +209,7 @@ def test_stored_copies_change_no_result_whoever_stores_them(architecture):
 def test_stored_copies_change_no_result_under_any_rule(method):
     _, copies = ARCHITECTURES["t5"]
     rule = {"method": method, "base": "base" if METHODS[method].needs_base else None}
+    rule["models"] = ("a", "b")[: METHODS[method].tasks]
     variants = [{"param": {p.name: c}} for p in METHODS[method].parameters for c in p.choices]
     write("t5", ())
     plain = [merged(**rule, **variant) for variant in variants or [{}]]

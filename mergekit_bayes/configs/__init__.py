@@ -7,6 +7,15 @@ from mergekit_bayes.configs.reading import (
     load_config,
     parse_config,
     read_yaml,
+    read_yaml_documents,
 )
 
-__all__ = ["C", "Config", "field_named", "load_config", "parse_config", "read_yaml"]
+__all__ = [
+    "C",
+    "Config",
+    "field_named",
+    "load_config",
+    "parse_config",
+    "read_yaml",
+    "read_yaml_documents",
+]

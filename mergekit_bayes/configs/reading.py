@@ -25,7 +25,13 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mergekit_bayes.configs.explain import config_error, members
-from mergekit_bayes.documents import SETTINGS, DocumentError, parse_yaml, read_text
+from mergekit_bayes.documents import (
+    SETTINGS,
+    DocumentError,
+    parse_yaml,
+    parse_yaml_documents,
+    read_text,
+)
 from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.records import Frozen
 
@@ -94,6 +100,7 @@ class Config(Frozen, metaclass=_Explained):
 
 
 C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
 
 def refuse_output_name(out: str) -> None:
@@ -179,6 +186,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, is no YAML, or holds something else.
     """
+    return _mapping(_parsed(path, parse_yaml), str(path))
+
+
+def read_yaml_documents(path: Path) -> list[dict[str, Any]]:
+    """Read a YAML file of one or more documents, each of which is a mapping.
+
+    Raises:
+        ConfigError: The file cannot be read, is no YAML, holds no document, or one that is
+            something else.
+    """
+    documents = _parsed(path, parse_yaml_documents)
+    if not documents:
+        raise ConfigError(f"{path}: expected keys and values, found nothing.")
+    if len(documents) == 1:
+        return [_mapping(documents[0], str(path))]
+    return [_mapping(d, f"{path}, document {i}") for i, d in enumerate(documents, 1)]
+
+
+def _parsed(path: Path, parse: Callable[..., T]) -> T:
+    """What the YAML in a file holds, with no key twice in a mapping."""
     try:
         text = read_text(path, SETTINGS)
     except OSError as error:
@@ -186,11 +213,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except DocumentError as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from None
     try:
-        values = parse_yaml(text, unique=True)
+        return parse(text, unique=True)
     except DocumentError as error:
         raise ConfigError(f"{path}: is not YAML ({error}).") from None
+
+
+def _mapping(values: object, label: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}.")
+        raise ConfigError(f"{label}: expected keys and values, found {type(values).__name__}.")
     return values
 
 

@@ -17,7 +17,7 @@ from mergekit_bayes.documents.files import (
 )
 from mergekit_bayes.documents.json_text import MEMORY, check_memory, parse_json, parse_lines
 from mergekit_bayes.documents.records import as_record, read_mapping, read_object, read_record
-from mergekit_bayes.documents.yaml_text import parse_yaml
+from mergekit_bayes.documents.yaml_text import parse_yaml, parse_yaml_documents
 
 __all__ = [
     "CONFIG",
@@ -32,6 +32,7 @@ __all__ = [
     "parse_json",
     "parse_lines",
     "parse_yaml",
+    "parse_yaml_documents",
     "read_bytes",
     "read_mapping",
     "read_object",

@@ -1,8 +1,8 @@
 """YAML: its events are counted, with every alias as what it stands for, before values are made."""
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit_bayes.documents.files import SETTINGS, DocumentError
 from mergekit_bayes.documents.json_text import DEPTH, DIGITS, LARGEST
@@ -11,6 +11,7 @@ from mergekit_bayes.errors import shown
 if TYPE_CHECKING:
     import yaml
 
+T = TypeVar("T")
 _NODES = 200_000  # with every alias counted as what it stands for
 _NUMERAL = re.compile(r"[-+0-9_:.]+")
 # What PyYAML raises where a value is not of its tag: `!!int x`, `!!timestamp x`, `!!float ""`.
@@ -30,12 +31,34 @@ def parse_yaml(text: str, *, unique: bool = False) -> object:
     """
     import yaml
 
+    return _parse(text, yaml.load, unique)
+
+
+def parse_yaml_documents(text: str, *, unique: bool = False) -> list[object]:
+    """Parse the documents of a YAML stream, which `---` separates, as `yaml.safe_load_all`.
+
+    The limits of `parse_yaml` hold for all of them together. A document without any value is left
+    out, as the one behind a last `---`.
+
+    Raises:
+        DocumentError: As `parse_yaml`.
+    """
+    import yaml
+
+    documents = _parse(text, lambda *given: list(yaml.load_all(*given)), unique)
+    return [content for content in documents if content is not None]
+
+
+def _parse(text: str, load: Callable[[str, Any], T], unique: bool) -> T:
+    """What PyYAML loads from a text, within limits."""
+    import yaml
+
     if len(text) > SETTINGS:
         raise DocumentError(f"{len(text):,} characters, where at most {SETTINGS:,} are read")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check_events(yaml.parse(text, Loader=loader))
-        content: object = yaml.load(text, _unique_loader(loader) if unique else loader)
+        content = load(text, _unique_loader(loader) if unique else loader)
     except DocumentError:
         raise
     except (yaml.YAMLError, *_OF_TAGS) as error:

@@ -1,6 +1,6 @@
 """Carry out units of work: read, combine and write ranges of one tensor, chunk by chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +19,13 @@ from mergekit_bayes.kernels.base import Array, Chunk, Kind, Pass, Tally, single_
 from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.matrices import Layer, copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
+from mergekit_bayes.merge.tensors import merge_entries
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
-from mergekit_bayes.stream.units import Unit
+from mergekit_bayes.stream.units import Unit, is_whole
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
 
@@ -95,9 +96,13 @@ class Worker:
             elif sinks.precision is not None and step.has_coarse_precision:
                 self._write_coarse(step, measured, sinks.precision)
         start = unit.start
+        size = max(unit.stop, 1) if is_whole(self._plan, step) else self._size
         while start < unit.stop:
-            stop = min(start + self._size, unit.stop)
-            if start < step.merged:
+            stop = min(start + size, unit.stop)
+            if start < step.merged and step.settings is not None:
+                stop = min(stop, step.merged)
+                self._merge_tensor(step, measured, start, stop, sinks, tally)
+            elif start < step.merged:
                 stop = min(stop, step.merged)
                 self._merge(step, measured, start, stop, sinks, tally)
             else:
@@ -139,6 +144,23 @@ class Worker:
         sinks.mean.write_bytes(step.name, start * ITEM_SIZE[step.spec.dtype], data)
         if sinks.precision is not None and not step.has_coarse_precision:
             sinks.precision.write_bytes(step.name, start * 4, chunk.precision.view(np.uint8).data)
+
+    def _merge_tensor(
+        self,
+        step: Step,
+        measured: FirstPassResult,
+        start: int,
+        stop: int,
+        sinks: Sinks,
+        tally: UnitTally,
+    ) -> None:
+        counts = Tally(len(self._plan.inputs))
+        data, replaced = merge_entries(
+            self._plan, step, measured, self._reader, start, stop, counts
+        )
+        tally.add(counts)
+        tally.add_replaced(_by_input(self._plan, step, replaced))
+        sinks.mean.write_bytes(step.name, start * ITEM_SIZE[step.spec.dtype], data)
 
     def _merge_matrices(
         self, step: Step, measured: FirstPassResult, sinks: Sinks, tally: UnitTally
@@ -285,3 +307,11 @@ class Worker:
 def _is_finite(data: memoryview, dtype: str) -> bool:
     """Whether a dtype of small range holds its entries; a pass checks the other dtypes itself."""
     return dtype in _AS_COMPUTED or not overflowed(data, dtype)
+
+
+def _by_input(plan: MergePlan, step: Step, counts: Sequence[int]) -> list[int]:
+    """What is counted by operand, for each input of the plan: a tensor may be made of few."""
+    found = dict.fromkeys(plan.inputs, 0)
+    for operand, count in zip(step.operands, counts, strict=True):
+        found[operand.input] += count
+    return list(found.values())

@@ -136,6 +136,7 @@ class Method(NamedTuple):
         tensor: The rule by which it merges every tensor as a whole (`tensors.py`); None for one
             that merges by `combine`.
         takes_base: Whether it takes a base that it does not need.
+        takes_scales: Whether scales say how far each task goes in; otherwise all are 1.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Method(NamedTuple):
     needs_matrices: bool = False
     tensor: TensorRule | None = None
     takes_base: bool = False
+    takes_scales: bool = True
 
     @property
     def code(self) -> str:

@@ -73,4 +73,5 @@ SLERP = Method(
     reduction=Reduction("sum", _product, lambda tasks: 3, "tensor"),
     facts=_arc,
     tasks=2,
+    takes_scales=False,
 )

@@ -5,17 +5,28 @@ from collections.abc import Mapping
 
 from mergekit_bayes.errors import ConfigError, nearest
 from mergekit_bayes.methods.ace import ACE
+from mergekit_bayes.methods.arcee_fusion import ARCEE_FUSION
 from mergekit_bayes.methods.average import AVERAGE
 from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.breadcrumbs import BREADCRUMBS
+from mergekit_bayes.methods.breadcrumbs_ties import BREADCRUMBS_TIES
 from mergekit_bayes.methods.consensus import CONSENSUS
 from mergekit_bayes.methods.dare_linear import DARE_LINEAR
 from mergekit_bayes.methods.dare_ties import DARE_TIES
+from mergekit_bayes.methods.della import DELLA
+from mergekit_bayes.methods.della_linear import DELLA_LINEAR
 from mergekit_bayes.methods.fisher import FISHER
 from mergekit_bayes.methods.fisher_negation import FISHER_NEGATION
 from mergekit_bayes.methods.gradient_matching import GRADIENT_MATCHING
 from mergekit_bayes.methods.iso_c import ISO_C
+from mergekit_bayes.methods.karcher import KARCHER
+from mergekit_bayes.methods.model_stock import MODEL_STOCK
+from mergekit_bayes.methods.multislerp import MULTISLERP
+from mergekit_bayes.methods.nearswap import NEARSWAP
+from mergekit_bayes.methods.nuslerp import NUSLERP
 from mergekit_bayes.methods.precision_average import PRECISION_AVERAGE
 from mergekit_bayes.methods.regmean import REGMEAN
+from mergekit_bayes.methods.sce import SCE
 from mergekit_bayes.methods.slerp import SLERP
 from mergekit_bayes.methods.task_arithmetic import TASK_ARITHMETIC
 from mergekit_bayes.methods.ties import TIES
@@ -30,11 +41,22 @@ _BY_NAME = (
     CONSENSUS,
     DARE_LINEAR,
     DARE_TIES,
+    DELLA,
+    DELLA_LINEAR,
+    BREADCRUMBS,
+    BREADCRUMBS_TIES,
+    SCE,
+    ARCEE_FUSION,
     SLERP,
     TSV_M,
     ISO_C,
     REGMEAN,
     ACE,
+    KARCHER,
+    NUSLERP,
+    MULTISLERP,
+    MODEL_STOCK,
+    NEARSWAP,
 )
 METHODS = {m.name: m for m in (*TABLE, *_BY_NAME)}
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mergekit_bayes.gaussian import Gaussian
 
 Array: TypeAlias = NDArray[Any]
+Reads: TypeAlias = Literal["entries", "products", "tensor"]
 Setting: TypeAlias = float | str | tuple[float, ...]  # a tuple has one number for each task
 
 
@@ -64,10 +65,18 @@ class TensorRule(NamedTuple):
     Attributes:
         combine: `(tensors) -> array` of a task's shape, and of its dtype up to promotion.
         reads: What it needs at a time.
+        reads_all: `(settings) -> bool`: whether it needs the whole tensor by these settings, and no
+            products, whatever `reads` says; None where settings do not matter.
     """
 
     combine: Callable[[Tensors], Array]
-    reads: Literal["entries", "products", "tensor"] = "tensor"
+    reads: Reads = "tensor"
+    reads_all: Callable[[Mapping[str, Setting]], bool] | None = None
+
+    def needs(self, settings: Mapping[str, Setting]) -> Reads:
+        """What it needs at a time of a tensor with these settings."""
+        is_whole = self.reads_all is not None and self.reads_all(settings)
+        return "tensor" if is_whole else self.reads
 
 
 def by_tensor(*_: object) -> Gaussian:

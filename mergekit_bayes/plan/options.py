@@ -229,7 +229,7 @@ def _check_method(config: MergeConfig, method: Method) -> None:
             f"--method {method.name} adds what each task changed: name what they came from with "
             "--base."
         )
-    if not method.needs_base and config.base is not None:
+    if not (method.needs_base or method.takes_base) and config.base is not None:
         raise ConfigError(
             f"--method {method.name} takes no base. Drop --base, or name it among the models."
         )
@@ -237,7 +237,7 @@ def _check_method(config: MergeConfig, method: Method) -> None:
         raise ConfigError(
             f"--method {method.name} merges {method.tasks} models, not {len(config.models)}."
         )
-    if method.tasks is not None and any(s != 1.0 for s in config.scale):
+    if not method.takes_scales and any(s != 1.0 for s in config.scale):
         raise ConfigError(
             f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
         )

@@ -40,6 +40,7 @@ from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.plan.weigh import weigh
+from mergekit_bayes.plan.whole_tensors import memory_in_words, with_settings
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
 
 _DIGITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 3}  # significand
@@ -173,6 +174,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         refuse_lost_heads(inputs)
         matched = match_tensors(config, method, inputs, rules, notes)
         refuse_matrices_of(matched.steps)
+        matched.steps[:] = with_settings(method, settings, matched.steps)
         compare_configs(config, inputs, matched.steps, notes)
         config_changes = correct_config(inputs, matched.steps, notes)
         config_changes |= head_changes(config, inputs, matched.steps, notes)
@@ -182,6 +184,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             documents |= stamps_of(file for file in copied if file not in documents)
         if (matrices := matrices_in_words(matched.steps)) is not None:
             notes.append(matrices)
+        if (whole := memory_in_words(method, matched.steps)) is not None:
+            notes.append(whole)
         if config.dtype is None:  # else the narrowing was asked for
             _note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:

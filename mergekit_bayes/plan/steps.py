@@ -1,9 +1,11 @@
 """One step of a plan: a tensor of the output and where it comes from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
+from mergekit_bayes.methods.tensors import Setting
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
 from mergekit_bayes.posterior.forms import Form, StoredPrecision, form_of_directions
@@ -72,6 +74,8 @@ class Step:
             shorter; None where the donor has all rows.
         axis: The axis of a linear layer's inputs, -1 or -2, where the tensor is merged as a whole
             matrix; None where it is merged entry by entry.
+        settings: Of a tensor that is merged by a rule for whole tensors: the method's settings as
+            they hold in it. None for a copied one, and where the method has no such rule.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Step:
     tied_to: str | None = None
     rest: Operand | None = None
     axis: int | None = None
+    settings: Mapping[str, Setting] | None = field(default=None, hash=False)
 
     @property
     def operands(self) -> tuple[Operand, ...]:

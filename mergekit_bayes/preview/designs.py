@@ -32,7 +32,7 @@ def vectors_of(config: PreviewConfig, recipe: MergeConfig) -> Named:
     """
     method, _ = choose_method(recipe)
     own, rules = parse_scales(recipe)
-    if method.tasks is not None:
+    if not method.takes_scales:
         raise ConfigError(
             f"{config.recipe}: {method.name} takes no scales, so that there is one merge only. "
             "Merge, and evaluate the result."

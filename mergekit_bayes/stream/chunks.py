@@ -31,6 +31,8 @@ class FirstPassResult:
             plan's inputs.
         facts: What the method measured.
         bad: For each input, how many bad entries pooling left out.
+        products: For a rule that reads them, the products of each two models, as in
+            `methods.tensors.Tensors`.
         step: The tensor with the scales of the components of mixtures; None where none counts.
         shares: For each task, its responsibility in the mixture that it is a component of; zero for
             other tasks, and where the mixture has scale zero. Empty where no mixture counts.
@@ -42,6 +44,7 @@ class FirstPassResult:
     bad: tuple[int, ...] = ()
     step: Step | None = None
     shares: tuple[float, ...] = ()
+    products: Array | None = None
 
 
 class Reader:

@@ -17,6 +17,7 @@ from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.means import WINDOW, OrderedMap, PrecisionMeans
 from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
+from mergekit_bayes.stream.products import products
 
 _Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
 
@@ -53,7 +54,11 @@ class FirstPass:
             result = FirstPassResult({}, np.zeros((models, 1)), bad=(0,) * models)
         else:
             result = self._precisions(step)
-        if step.copied is None:
+        rule = self.plan.method.tensor
+        if step.copied is None and rule is not None:
+            if step.settings is not None and rule.needs(step.settings) == "products":
+                result.products = products(self.plan, step, self.reader, self.map)
+        elif step.copied is None:
             result.facts = self._facts(step, result)
             result = settled(self.plan, step, result, self.reader, self.map)
         return result

@@ -1,8 +1,8 @@
-"""The work of a merge in units: ranges of one tensor, or all of one that is merged as a matrix."""
+"""The work of a merge in units: ranges of one tensor, or all of one that is merged as a whole."""
 
 from typing import NamedTuple
 
-from mergekit_bayes.plan import MergePlan
+from mergekit_bayes.plan import MergePlan, Step
 
 UNIT = 1 << 22  # entries; a killed merge repeats at most one unit per thread
 
@@ -31,9 +31,17 @@ def units_of(plan: MergePlan) -> list[Unit]:
     units: list[Unit] = []
     before = 0
     for index, step in enumerate(plan.steps):
-        size = UNIT if step.axis is None else max(step.spec.size, 1)
+        size = max(step.spec.size, 1) if is_whole(plan, step) else UNIT
         for start in range(0, step.spec.size, size):
             stop = min(start + size, step.spec.size)
             units.append(Unit(len(units), index, start, stop, (before + start) / total))
         before += step.spec.size
     return units
+
+
+def is_whole(plan: MergePlan, step: Step) -> bool:
+    """Whether all of a tensor must be in memory to merge it."""
+    rule = plan.method.tensor
+    if rule is None or step.settings is None:
+        return step.axis is not None
+    return rule.needs(step.settings) == "tensor"

@@ -1,0 +1,41 @@
+"""DELLA: MagPrune, then TIES' election of signs (Deep et al., 2024, arXiv 2406.11617)."""
+
+from mergekit_bayes.methods.adding import add_majority
+from mergekit_bayes.methods.base import Method
+from mergekit_bayes.methods.sparsifying import DELLA_PARAMETERS, magprune, refused_window
+from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
+
+
+def della(tensors: Tensors) -> Array:
+    """Draw the entries of each task vector, larger ones more often, rescale, and elect signs.
+
+        q_t  = density + epsilon ((r + 1/2) / n - 1/2),  r = 0, ..., n - 1 by |m_t - m0|
+        d_t  = (m_t - m0) [draw_t < q_t] / q_t
+        mean = m0 + sum_t [d_t agrees with sum_u d_u] scale_t d_t / #(those that agree)
+
+    r is the rank in the row of the last axis, which has n entries. With epsilon = 0 it is DARE.
+    Equal scales are the published lambda. A task of scale zero has no vote. Under mergekit's YAML
+    epsilon is half the range of q_t, and d_t is rescaled by tensor (`weighed_della`).
+
+    Args:
+        tensors: The whole tensor of the base and the tasks, with scales, settings and draws.
+
+    Raises:
+        ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
+    """
+    return add_majority(tensors, (magprune(tensors, t) for t in range(len(tensors.tasks))))
+
+
+DELLA = Method(
+    "della",
+    by_tensor,
+    needs_base=True,
+    needs_precision=False,
+    summary="A share of each change, likelier where it is large in its row, where tasks agree "
+    "(DELLA, Deep et al., 2024).",
+    example="bmerge merge A B --base BASE --method della --param density=0.7",
+    parameters=DELLA_PARAMETERS,
+    facts=refused_window,
+    tensor=TensorRule(della, "tensor"),
+    random=True,
+)

@@ -1,0 +1,47 @@
+"""mergekit's Model Breadcrumbs: changes neither large nor small, and TIES' election of signs."""
+
+from mergekit_bayes.methods.adding import add_elected, adding_parameters
+from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.sparsifying import DENSITY, without_outliers
+from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
+
+
+def weighed_breadcrumbs_ties(tensors: Tensors) -> Array:
+    """Drop the largest and the smallest entries of each task vector, and elect signs.
+
+        d_t  = m_t - m0 in the int(density_t n) entries after the int(gamma_t n) largest, else 0
+        x_t  = w_t d_t,  s = + where sum_t x_t >= 0, else -
+        mean = m0 + lambda sum_t [sign x_t = s] x_t / (sum_t [sign x_t = s] w_t if `normalize`)
+
+    At most n - int(density n) of the n entries of a tensor are dropped as the largest ones, so that
+    the density holds. The paper (Davari and Belilovsky, ECCV 2024) elects no signs. It names its
+    thresholds by the share below them; here `gamma` is the share above the upper one, and `density`
+    the share between both.
+
+    Args:
+        tensors: The whole tensor of the base and the tasks, with weights and settings.
+    """
+    return add_elected(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
+
+
+WEIGHED_BREADCRUMBS_TIES = Method(
+    "breadcrumbs_ties",
+    by_tensor,
+    needs_base=True,
+    needs_precision=False,
+    summary="Changes neither large nor small, where weighed tasks agree in sign "
+    "(Model Breadcrumbs, Davari and Belilovsky, ECCV 2024, as in mergekit).",
+    example="bmerge merge recipe.yml -o OUT    # merge_method: breadcrumbs_ties",
+    parameters=(
+        *adding_parameters(normalize=False, rescale=False),
+        DENSITY,
+        Parameter(
+            "gamma",
+            0.01,
+            "share of each tensor whose changes are the largest, and are dropped",
+            0,
+            1,
+        ),
+    ),
+    tensor=TensorRule(weighed_breadcrumbs_ties, "tensor"),
+)

@@ -1,0 +1,47 @@
+"""mergekit's DELLA: entries drawn by rank, and TIES' election of signs."""
+
+from mergekit_bayes.methods.adding import add_elected, adding_parameters
+from mergekit_bayes.methods.base import Method, Parameter
+from mergekit_bayes.methods.sparsifying import DENSITY, SEED, drawn_by_rank
+from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
+
+
+def weighed_della(tensors: Tensors) -> Array:
+    """Draw the entries of each task vector, larger ones more often, and elect signs.
+
+        q_t  = density_t - epsilon_t + 2 epsilon_t r / (n - 1),  r = 0, ..., n - 1 by |m_t - m0|
+        d_t  = (m_t - m0) [draw_t < q_t],  at the L1 norm of m_t - m0 if `rescale`
+        x_t  = w_t d_t,  s = + where sum_t x_t >= 0, else -
+        mean = m0 + lambda sum_t [sign x_t = s] x_t / (sum_t [sign x_t = s] w_t if `normalize`)
+
+    r is the rank in the row of the last axis, which has n entries. The paper (Deep et al., 2024)
+    divides each entry by its q_t, and its epsilon is the whole range of q_t; in mergekit it is half
+    of it, and what is kept gets the L1 norm that the task vector had in this tensor. Signs are
+    elected by weighed task vectors.
+
+    Args:
+        tensors: The whole tensor of the base and the tasks, with weights, settings and draws.
+
+    Raises:
+        ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
+    """
+    return add_elected(tensors, (drawn_by_rank(tensors, t) for t in range(len(tensors.tasks))))
+
+
+WEIGHED_DELLA = Method(
+    "della",
+    by_tensor,
+    needs_base=True,
+    needs_precision=False,
+    summary="Changes drawn by rank in their row, where weighed tasks agree in sign "
+    "(DELLA, Deep et al., 2024, as in mergekit).",
+    example="bmerge merge recipe.yml -o OUT    # merge_method: della",
+    parameters=(
+        *adding_parameters(normalize=True, rescale=True),
+        DENSITY,
+        Parameter("epsilon", 0.15, "half the range of probabilities of being kept", 0, 1),
+        SEED,
+    ),
+    tensor=TensorRule(weighed_della, "tensor"),
+    random=True,
+)
