@@ -32,7 +32,14 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SEED = 7  # of methods that draw
+# Runs a command and prints what it cost. The memory of a process counts what it was forked from,
+# which here is small.
+LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], "wb"), stderr=subprocess.STDOUT).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(code, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+"""
 
 
 class Run(NamedTuple):
@@ -51,28 +58,30 @@ class Run(NamedTuple):
 
 def run(command: list[str], folder: Path, log: Path) -> Run:
     """Run a program in a folder."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    cost = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-    if process.returncode == 0:
-        return Run(*cost)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCHER, str(log), *command],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+    )
+    code, cpu_seconds, mib = done.stdout.split()
+    if code == "0":
+        return Run(float(cpu_seconds), float(mib))
     lines = log.read_text(errors="replace").strip().splitlines()
-    return Run(*cost, "\n".join(lines[-3:]) or f"exit code {process.returncode}")
+    return Run(float(cpu_seconds), float(mib), "\n".join(lines[-3:]) or f"exit code {code}")
 
 
 def our_command(recipe: Recipe, out: Path) -> list[str]:
     """The command of bmerge."""
     program = str(Path(sys.executable).with_name("bmerge"))
-    return [program, "merge", str(recipe.file), "-o", str(out), "--seed", str(SEED), "-q"]
+    return [program, "merge", str(recipe.file), "-o", str(out), "-q"]
 
 
 def mergekit_command(recipe: Recipe, out: Path, python: Path) -> list[str]:
     """The command of mergekit."""
-    flags = ["--random-seed", str(SEED), "--quiet"]
+    flags = ["--random-seed", "0", "--quiet"]
     if "\n---\n" in recipe.file.read_text():
         stages = ["--out-path", str(out), "--intermediate-dir", str(out.with_suffix(".stages"))]
         return [str(python.with_name("mergekit-multi")), str(recipe.file), *stages, *flags]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+WITHOUT_BASE = ("linear", "karcher", "passthrough")  # a base is a model like any other
 HEADS = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -219,7 +220,8 @@ def _merged(
     recipe: dict[str, Any], models: Models, tokens: Callable[[], list[str | None]]
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of one stage."""
-    method, base = recipe["merge_method"], recipe.get("base_model")
+    method = recipe["merge_method"]
+    base = None if method in WITHOUT_BASE else recipe.get("base_model")
     chooses = "tokenizer" in recipe or "tokenizer_source" in recipe
     for place in _places(recipe, models):
         sources = [s["model"] for s in place.sources]

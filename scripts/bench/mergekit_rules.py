@@ -67,10 +67,9 @@ def certain(merged: Array) -> Restated:
 
 def linear(x: Inputs) -> Restated:
     """sum w m, over sum w if `normalize`."""
-    tensors = x.models if x.base is None else [x.base, *x.models]
     weights = x.numbers("weight", 1)
     total = sum(weights) if x.settings.get("normalize", True) else 1.0
-    return certain(sum(w * t for w, t in zip(weights, tensors, strict=True)) / total)
+    return certain(sum(w * t for w, t in zip(weights, x.models, strict=True)) / total)
 
 
 def _arc(t: float, a: Array, b: Array, collinear: float = 1.0) -> Array:
