@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from machine import cpu
 from mergekit_compare import COARSE, FLOAT32, compare, verdict
+from mergekit_draws import compare_draws, draws_table
 from mergekit_models import make
 from mergekit_recipes import Recipe, recipes
 
@@ -36,7 +37,8 @@ ENVIRONMENT = {
 # which here is small.
 LAUNCHER = """
 import resource, subprocess, sys
-code = subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], "wb"), stderr=subprocess.STDOUT).returncode
+log = open(sys.argv[1], "wb")
+code = subprocess.run(sys.argv[2:], stdout=log, stderr=subprocess.STDOUT).returncode
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(code, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 """
@@ -134,8 +136,10 @@ def table(records: list[dict[str, Any]]) -> str:
         found = record.get("compared") or {"far": {}, "rms": {}, "between": {}, "shares": {}}
         far = [_far(found, side) for side in SIDES]
         between = found["between"] if len(found["far"]) == 2 and not found["shares"] else {}
-        chosen = f"{found['unsure_differing']} of {found['unsure']}" if found.get("unsure") else ""
-        costs = [[f"{r[k]:.{d}f}" for r in record["runs"].values()] for k, d in (("cpu", 1), ("mib", 0))]
+        chosen = f"{found['otherwise']} of {found['unsure']}" if found.get("unsure") else ""
+        costs = [
+            [f"{r[k]:.{d}f}" for r in record["runs"].values()] for k, d in (("cpu", 1), ("mib", 0))
+        ]
         cells = [
             record["recipe"],
             record["models"],
@@ -183,6 +187,7 @@ def main() -> int:
         "--with-mergekit", type=Path, metavar="PYTHON", help="the interpreter of its environment"
     )
     parser.add_argument("--only", default="", help="names of recipes, comma-separated")
+    parser.add_argument("--seeds", type=int, default=100, help="of methods that draw; 0: none")
     parser.add_argument("--fresh", action="store_true", help="run what was run before again")
     parser.add_argument("--json", type=Path, help="the records are also written here")
     options = parser.parse_args()
@@ -214,9 +219,14 @@ def main() -> int:
         f"up to {COARSE} in 16 bits. CPU and memory: bmerge / mergekit."
     )
     print("\n".join(["", *(f"- {line}" for line in notes(records))]))
+    draws = compare_draws(python, options.seeds) if python and options.seeds else []
+    if draws:
+        print("\n" + draws_table(draws))
     if options.json is not None:
-        options.json.write_text(json.dumps(records, indent=2) + "\n")
-    return int(any("differs" in judge(record) for record in records))
+        document = {"recipes": records, "draws": [d._asdict() for d in draws]}
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    is_same = [not judge(r).startswith("differs") for r in records] + [d.is_same for d in draws]
+    return 0 if all(is_same) else 1
 
 
 def _mergekit_version(python: Path) -> str:

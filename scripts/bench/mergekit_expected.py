@@ -6,7 +6,7 @@ their gradients and filters, adapters, and vocabularies. See `mergekit_rules` fo
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+MODULES = {"text_decoder": "language_model.", "vision_tower": "vision_tower."}
+MODULES |= {"multi_modal_projector": "multi_modal_projector."}  # of models that have parts
 UNITS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 WITHOUT_BASE = ("linear", "karcher", "passthrough")  # a base is a model like any other
 HEADS = ("embed_tokens.weight", "lm_head.weight")
@@ -35,6 +37,10 @@ class Tensor(NamedTuple):
     method: str
     inputs: Inputs
     tokens: list[str | None] | None = None
+
+    def with_unit(self, unit: float) -> "Tensor":
+        """The same, as a program makes it that works with another rounding."""
+        return self._replace(inputs=self.inputs._replace(unit=unit))
 
     def merged(self, kept: list[Mask] | None = None) -> Restated:
         """The tensor in float64, with what a method kept that drops entries at random."""
@@ -132,7 +138,9 @@ def expected(
     *stages, last = documents(recipe)
     for stage in stages:
         dtype = getattr(torch, stage.get("out_dtype") or stage["dtype"])
-        made = {n: torch.from_numpy(t.merged()[0]).to(dtype) for n, t in _merged(stage, models, tokens)}
+        made = {
+            n: torch.from_numpy(t.merged()[0]).to(dtype) for n, t in _merged(stage, models, tokens)
+        }
         models.add(stage["name"], made)
     yield from _merged(last, models, tokens)
 
@@ -156,29 +164,57 @@ class Place(NamedTuple):
 
 
 def _places(recipe: dict[str, Any], models: Models) -> Iterator[Place]:
-    """All tensors of the output, slice by slice."""
-    parts = recipe.get("slices") or [{"sources": recipe["models"]}]
-    base, written = recipe.get("base_model"), 0
-    for number, part in enumerate(parts):
-        sources = list(part["sources"])
-        if base and base not in [s["model"] for s in sources]:
-            sources.append({"model": base})
-        names = models.tensors(sources[0]["model"])
-        layers = {int(found[2]) for n in names if (found := LAYER.fullmatch(n))}
-        start, stop = sources[0].get("layer_range", (0, len(layers)))
-        for name in names:
-            found = LAYER.fullmatch(name)
-            if found is None:
-                outer = 0 if name.endswith(HEADS[0]) else len(parts) - 1
-                if number == outer:
-                    yield Place(name, part, sources, [name] * len(sources), 0.0)
-            elif start <= int(found[2]) < stop:
-                step = int(found[2]) - start
-                starts = [s.get("layer_range", (0,))[0] for s in sources]
-                its = [f"{found[1]}{first + step}{found[3]}" for first in starts]
-                at = step / (stop - start - 1) if stop - start > 1 else 0.0
-                yield Place(f"{found[1]}{written + step}{found[3]}", part, sources, its, at)
-        written += stop - start
+    """All tensors of the output, module by module and slice by slice."""
+    for module, definition in recipe.get("modules", {"default": recipe}).items():
+        parts = definition.get("slices") or [{"sources": definition["models"]}]
+        prefix, written = MODULES.get(module, ""), 0
+        for number, part in enumerate(parts):
+            is_ends = number == 0, number == len(parts) - 1
+            written += yield from _slice(recipe, models, part, prefix, written, is_ends)
+
+
+def _slice(
+    recipe: dict[str, Any],
+    models: Models,
+    part: dict[str, Any],
+    prefix: str,
+    written: int,
+    is_ends: tuple[bool, bool],
+) -> Generator[Place, None, int]:
+    """The tensors of one slice, and how many layers it has.
+
+    Args:
+        recipe: The recipe.
+        models: Its models.
+        part: The slice.
+        prefix: Of the names of the module's tensors.
+        written: How many layers came before.
+        is_ends: Whether it is the first, and the last: these have what lies outside layers.
+    """
+    sources = list(part["sources"])
+    base = recipe.get("base_model")
+    if base and base not in [s["model"] for s in sources]:
+        sources.append({"model": base})
+    names = [n for n in models.tensors(sources[0]["model"]) if n.startswith(prefix)]
+    layers: dict[str, int] = {}
+    for name in names:
+        if found := LAYER.fullmatch(name):
+            layers[found[1]] = max(layers.get(found[1], 0), int(found[2]) + 1)
+    start, stop = 0, 0
+    for name in names:
+        found = LAYER.fullmatch(name)
+        if found is None:
+            if is_ends[0 if name.endswith(HEADS[0]) else 1]:
+                yield Place(name, part, sources, [name] * len(sources), 0.0)
+            continue
+        start, stop = sources[0].get("layer_range", (0, layers[found[1]]))
+        if start <= int(found[2]) < stop:
+            step = int(found[2]) - start
+            starts = [s.get("layer_range", (0,))[0] for s in sources]
+            its = [f"{found[1]}{first + step}{found[3]}" for first in starts]
+            at = step / (stop - start - 1) if stop - start > 1 else 0.0
+            yield Place(f"{found[1]}{written + step}{found[3]}", part, sources, its, at)
+    return stop - start
 
 
 def _value(value: Any, name: str, at: float) -> Any:
@@ -197,15 +233,18 @@ def _value(value: Any, name: str, at: float) -> Any:
 def _settings(recipe: dict[str, Any], place: Place, tasks: list[int]) -> dict[str, Any]:
     """The settings that hold for one tensor: a list of one for each task where sources differ."""
     levels = [
-        (place.sources[i].get("parameters", {}), place.part.get("parameters", {}))
-        for i in tasks
+        (place.sources[i].get("parameters", {}), place.part.get("parameters", {})) for i in tasks
     ]
     shared = recipe.get("parameters", {})
     result: dict[str, Any] = {}
     for key in {k for pair in levels for level in pair for k in level} | set(shared):
         values = []
         for pair in levels:
-            found = [_value(level[key], place.output, place.at) for level in (*pair, shared) if key in level]
+            found = [
+                _value(level[key], place.output, place.at)
+                for level in (*pair, shared)
+                if key in level
+            ]
             values.append(next((v for v in found if v is not None), None))
         given = [v for v in values if v is not None]
         if len(given) == len(values):
@@ -236,7 +275,10 @@ def _merged(
         settings = _settings(recipe, place, tasks)
         unit = UNITS[str(dtype).removeprefix("torch.")]
         own = arrays[sources.index(base)] if base in sources else None
-        yield place.output, Tensor(method, Inputs(own, [arrays[i] for i in tasks], settings, unit), rows)
+        yield (
+            place.output,
+            Tensor(method, Inputs(own, [arrays[i] for i in tasks], settings, unit), rows),
+        )
 
 
 def _common(tensors: list[torch.Tensor]) -> torch.dtype:

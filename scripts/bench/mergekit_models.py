@@ -39,6 +39,16 @@ SIZES = {
     "pad_token_id": 2,
 }
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "head_dim": 8,
+}
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(_config("LlamaConfig", num_hidden_layers=6)),
     "mistral": lambda: transformers.MistralForCausalLM(_config("MistralConfig")),
@@ -52,6 +62,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(_config("Phi3Config")),
     "phi": lambda: transformers.PhiForCausalLM(_config("PhiConfig", num_key_value_heads=4)),
+    "mistral3": lambda: transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(
+            text_config=_config("MistralConfig", head_dim=8),
+            vision_config=transformers.PixtralVisionConfig(**VISION),
+        )
+    ),
 }
 
 
@@ -64,6 +80,7 @@ def make(work: Path) -> None:
     for family, model in FAMILIES.items():
         for dtype in DTYPES:
             _when_missing(work / f"{family}-{dtype}", _family, model, dtype)
+    _when_missing(work / "llama-mixed", _mixed, work)
     _when_missing(work / "tokens-float32", _with_tokens, work / "llama-float32")
     _when_missing(work / "adapter-float32", _with_adapter, work / "llama-float32")
 
@@ -140,6 +157,12 @@ def _with_tokens(folder: Path, llama: Path) -> None:
         rows = VOCABULARY + (len(tokens) or 8)
         _resize(folder / name, rows, seed)
         write_tokenizer(folder / name, tokens, TEMPLATE.replace("<s>", f"<s>{name} "))
+
+
+def _mixed(folder: Path, work: Path) -> None:
+    """Models in different dtypes."""
+    for name, dtype in (("base", "float32"), ("a", "float32"), ("b", "bfloat16")):
+        shutil.copytree(work / f"llama-{dtype}" / name, folder / name)
 
 
 def _resize(folder: Path, rows: int, seed: int) -> None:

@@ -47,22 +47,32 @@ def explain(tensor: Tensor, output: Array) -> Explained | None:
     total = output - x.base
     changed = [c != 0 for c in x.changes]
     tiny = 4 * x.unit * np.maximum(np.abs(x.base), np.abs(output))
-    factors = []
-    for i in range(len(changed)):
+    alone = []
+    for i, mine in enumerate(changed):
         others = [m for j, m in enumerate(changed) if j != i]
-        alone = changed[i] & ~np.any(others, axis=0) if others else changed[i]
-        alone &= np.abs(total) > tiny
-        if not alone.any():
-            return None
-        only = [np.full(output.shape, j == i) for j in range(len(changed))]
-        unscaled = plain.merged(only)[0] - x.base
-        factors.append(float(np.abs(total[alone]).sum() / np.abs(unscaled[alone]).sum()))
-    return _nearest(plain, output, factors, changed)
+        alone.append(mine & ~np.any(others, axis=0) & (np.abs(total) > tiny))
+    if not all(mask.any() for mask in alone):
+        return None
+    first = _nearest(plain, output, _factors(plain, total, alone), changed)
+    # The factors once more, where a model is the only one that was kept: these are more entries.
+    alone = []
+    for i, mine in enumerate(first.kept):
+        others = [m for j, m in enumerate(first.kept) if j != i]
+        alone.append(mine & ~np.any(others, axis=0) & changed[i])
+    return _nearest(plain, output, _factors(plain, total, alone), changed)
 
 
-def _nearest(
-    tensor: Tensor, output: Array, factors: list[float], changed: list[Mask]
-) -> Explained:
+def _factors(plain: Tensor, total: Array, alone: list[Mask]) -> list[float]:
+    """By what the kept changes of each model were multiplied, from entries of it alone."""
+    result = []
+    for i, mask in enumerate(alone):
+        only = [np.full(total.shape, float(i == j)) for j in range(len(alone))]
+        unscaled = plain.merged(only)[0] - plain.inputs.base
+        result.append(float(np.abs(total[mask]).sum() / np.abs(unscaled[mask]).sum()))
+    return result
+
+
+def _nearest(tensor: Tensor, output: Array, factors: list[float], changed: list[Mask]) -> Explained:
     """Explain each entry by the choice of models whose value is nearest."""
     x = tensor.inputs
     choices = list(itertools.product((False, True), repeat=len(x.models)))

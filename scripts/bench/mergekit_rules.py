@@ -46,8 +46,10 @@ class Inputs(NamedTuple):
     def numbers(self, name: str, default: float) -> list[float]:
         """One number for each model."""
         value = self.settings.get(name, default)
-        return [float(v) for v in value] if isinstance(value, list) else [float(value)] * len(
-            self.models
+        return (
+            [float(v) for v in value]
+            if isinstance(value, list)
+            else [float(value)] * len(self.models)
         )
 
     def number(self, name: str, default: float) -> float:
@@ -183,10 +185,11 @@ def task_arithmetic(x: Inputs) -> Restated:
 
 
 def ties(x: Inputs) -> Restated:
-    """The int(density n) largest entries of each task vector; signs elected by weighted sums."""
+    """The int(density n) largest entries of task vectors, at least one; weighted signs elected."""
     changes, unsure = [], np.zeros(x.models[0].shape, bool)
     for change, density in zip(x.changes, x.numbers("density", 1), strict=True):
-        chosen, close = _largest(np.abs(change), int(density * change.size), x.unit)
+        count = max(int(density * change.size), int(density > 0))
+        chosen, close = _largest(np.abs(change), count, x.unit)
         changes.append(change * chosen)
         unsure |= close
     return _add(x, changes, True, True, unsure)
