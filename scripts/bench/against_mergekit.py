@@ -6,13 +6,13 @@ Makes tiny models of many families (mergekit_models.py), runs each recipe of `me
 through both programs, each in its own process, and compares their outputs with each other and with
 a restatement in float64 (mergekit_expected.py, mergekit_rules.py). Prints a table of the largest
 difference a tensor, of the distances from float64, and of CPU seconds and peak memory, start-up
-included. What has been compared is kept in WORK and not run again unless its recipe has changed
-or `--fresh` is given. Without `--with-mergekit`, bmerge alone is compared with the restatement.
-Exits with 1 if a recipe gives something else. See mergekit_compare.py for what counts as the same.
+included. What has run is kept in WORK and not run again unless the recipe or the program's version
+has changed, or `--fresh` is given. Without `--with-mergekit`, bmerge alone is compared with the
+restatement. Exits with 1 if a recipe gives something else. See mergekit_compare.py for what counts
+as the same.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -21,12 +21,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import cpu
+from machine import commit, cpu
 from mergekit_compare import COARSE, FLOAT32, compare, verdict
 from mergekit_draws import compare_draws, draws_table
 from mergekit_models import make
 from mergekit_recipes import Recipe, recipes
 
+SIDES = ("ours", "mergekit")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -85,35 +86,49 @@ def mergekit_command(recipe: Recipe, out: Path, python: Path) -> list[str]:
     """The command of mergekit."""
     flags = ["--random-seed", "0", "--quiet"]
     if "\n---\n" in recipe.file.read_text():
-        stages = ["--out-path", str(out), "--intermediate-dir", str(out.with_suffix(".stages"))]
+        stages = ["--out-path", str(out), "--intermediate-dir", f"{out}.stages"]
         return [str(python.with_name("mergekit-multi")), str(recipe.file), *stages, *flags]
-    flags += ["--lora-merge-cache", str(out.with_suffix(".lora"))]
+    flags += ["--lora-merge-cache", f"{out}.lora"]
     return [str(python.with_name("mergekit-yaml")), str(recipe.file), str(out), *flags]
 
 
-def measure(recipe: Recipe, work: Path, python: Path | None, version: str) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, work: Path, python: Path | None, versions: dict[str, str], fresh: bool
+) -> dict[str, Any]:
     """Run one recipe through both programs and compare what they wrote."""
     folder = work / "models" / recipe.models
     programs = {"ours": our_command(recipe, work / "ours" / recipe.name)}
     if python is not None:
         programs["mergekit"] = mergekit_command(recipe, work / "mergekit" / recipe.name, python)
-    runs = {}
-    for side, command in programs.items():
+    record: dict[str, Any] = {"recipe": recipe.name, "models": recipe.models, "runs": {}}
+    outputs = []
+    for side in SIDES:
         out = work / side / recipe.name
-        for old in out.parent.glob(f"{recipe.name}*"):
-            if old.is_dir() and old.name.split(".")[0] == recipe.name:
-                shutil.rmtree(old)
-        out.parent.mkdir(exist_ok=True)
-        runs[side] = run(command, folder, out.with_suffix(".log"))
-    done = [work / s / recipe.name if s in runs and not runs[s].error else None for s in SIDES]
-    record: dict[str, Any] = {"recipe": recipe.name, "models": recipe.models, "version": version}
-    record["runs"] = {side: r._asdict() for side, r in runs.items()}
-    if any(done):
-        record["compared"] = compare(recipe, folder, *done)
+        if side in programs:
+            key = f"{versions[side]}\n{recipe.file.read_text()}"
+            # A plus after bmerge's commit says that its files have changed since.
+            known = not fresh and not versions[side].endswith("+")
+            ran = _run_once(programs[side], folder, out, key, known)
+            record["runs"][side] = ran._asdict()
+        outputs.append(out if side in programs and not ran.error else None)
+    if any(outputs):
+        record["compared"] = compare(recipe, folder, *outputs)
     return record
 
 
-SIDES = ("ours", "mergekit")
+def _run_once(command: list[str], folder: Path, out: Path, key: str, reuse: bool) -> Run:
+    """Run a program, unless it has run with the same key and what it wrote may be reused."""
+    record = out.with_name(f"{out.name}.json")
+    if reuse and record.exists():
+        known = json.loads(record.read_text())
+        if known["key"] == key:
+            return Run(**known["run"])
+    out.parent.mkdir(exist_ok=True)
+    for old in (out, out.with_name(f"{out.name}.stages"), out.with_name(f"{out.name}.lora")):
+        shutil.rmtree(old, ignore_errors=True)
+    ran = run(command, folder, out.with_name(f"{out.name}.log"))
+    record.write_text(json.dumps({"key": key, "run": ran._asdict()}, indent=2))
+    return ran
 
 
 def judge(record: dict[str, Any]) -> str:
@@ -198,23 +213,20 @@ def main() -> int:
             parser.error(f"--only: unknown recipes {', '.join(sorted(unknown))}.")
         chosen = [r for r in chosen if r.name in wanted]
     work = options.work.resolve()
-    (work / "records").mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     python = options.with_mergekit and options.with_mergekit.absolute()
-    version = _mergekit_version(python) if python else "not run"
-    make(work / "models")
+    versions = {"ours": commit(), "mergekit": _mergekit_version(python) if python else "not run"}
+    make(work / "models", {recipe.models for recipe in chosen})
     records = []
     for number, recipe in enumerate(chosen, 1):
-        content = recipe.file.read_bytes() + version.encode()
-        file = work / "records" / f"{recipe.name}-{hashlib.sha256(content).hexdigest()[:16]}.json"
-        if options.fresh or not file.exists():
-            file.write_text(json.dumps(measure(recipe, work, python, version), indent=2))
-        records.append(json.loads(file.read_text()))
+        records.append(measure(recipe, work, python, versions, options.fresh))
         print(f"{number}/{len(chosen)} {recipe.name}: {judge(records[-1])}", file=sys.stderr)
     if python is None:
         print("mergekit was not run (--with-mergekit); bmerge is judged alone.", file=sys.stderr)
     print(table(records))
     print(
-        f"\nmergekit {version}, {cpu()}. Distances from float64: largest (root mean square), in "
+        f"\nbmerge {versions['ours']}, mergekit {versions['mergekit']}, {cpu()}. "
+        "Distances from float64: largest (root mean square), in "
         f"roundings of the tensor's largest entry; up to {FLOAT32} count as the same in float32, "
         f"up to {COARSE} in 16 bits. CPU and memory: bmerge / mergekit."
     )

@@ -75,14 +75,15 @@ def _config(name: str, tied: bool = False, **sizes: int) -> Any:
     return getattr(transformers, name)(**SIZES | sizes | {"tie_word_embeddings": tied})
 
 
-def make(work: Path) -> None:
-    """Make all folders that `work` has not yet."""
-    for family, model in FAMILIES.items():
-        for dtype in DTYPES:
-            _when_missing(work / f"{family}-{dtype}", _family, model, dtype)
-    _when_missing(work / "llama-mixed", _mixed, work)
-    _when_missing(work / "tokens-float32", _with_tokens, work / "llama-float32")
-    _when_missing(work / "adapter-float32", _with_adapter, work / "llama-float32")
+def make(work: Path, folders: set[str]) -> None:
+    """Make those of the named folders that `work` has not yet, and what they are made from."""
+    if any(folder not in FAMILY_FOLDERS for folder in folders):
+        folders = folders | {"llama-float32", "llama-bfloat16"}
+    for folder in sorted(folders & set(FAMILY_FOLDERS)):
+        family, _, dtype = folder.partition("-")
+        _when_missing(work / folder, _family, FAMILIES[family], dtype)
+    for folder in sorted(folders & set(OTHERS)):
+        _when_missing(work / folder, OTHERS[folder], work)
 
 
 def _when_missing(folder: Path, write: Callable[..., None], *about: Any) -> None:
@@ -148,8 +149,9 @@ def write_tokenizer(folder: Path, added: tuple[str, ...] = (), template: str = T
     fast.save_pretrained(folder)
 
 
-def _with_tokens(folder: Path, llama: Path) -> None:
+def _with_tokens(folder: Path, work: Path) -> None:
     """Models whose vocabularies differ: two have tokens of their own, and one rows without one."""
+    llama = work / "llama-float32"
     shutil.copytree(llama / "base", folder / "base")
     added = {"a": ("<|shared|>", "<|a|>"), "b": ("<|b|>", "<|shared|>", "<|b2|>"), "padded": ()}
     for seed, (name, tokens) in enumerate(added.items(), 20):
@@ -178,12 +180,12 @@ def _resize(folder: Path, rows: int, seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}, indent=2))
 
 
-def _with_adapter(folder: Path, llama: Path) -> None:
+def _with_adapter(folder: Path, work: Path) -> None:
     """A base, a fine-tune, and a LoRA adapter of the base."""
     import peft
 
     for name in ("base", "a"):
-        shutil.copytree(llama / name, folder / name)
+        shutil.copytree(work / "llama-float32" / name, folder / name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     config = peft.LoraConfig(
         r=RANK,
@@ -197,3 +199,11 @@ def _with_adapter(folder: Path, llama: Path) -> None:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted.save_pretrained(folder / "adapter")
+
+
+FAMILY_FOLDERS = tuple(f"{family}-{dtype}" for family in FAMILIES for dtype in DTYPES)
+OTHERS: dict[str, Callable[[Path, Path], None]] = {
+    "llama-mixed": _mixed,
+    "tokens-float32": _with_tokens,
+    "adapter-float32": _with_adapter,
+}
