@@ -10,14 +10,6 @@ from mergekit_bayes.checkpoint.side_files import MERGE_RECIPE
 from mergekit_bayes.configs import read_yaml
 from mergekit_bayes.errors import ConfigError
 
-_MERGEKIT = {  # its methods in our flags
-    "linear": "A B --scale 0.5",
-    "task_arithmetic": "A B --base BASE --scale 1",
-    "ties": "A B --base BASE --method ties --param density=0.5",
-    "dare_linear": "A B --base BASE --method dare_linear --param density=0.5",
-    "dare_ties": "A B --base BASE --method dare_ties --param density=0.5",
-    "slerp": "A B --method slerp --param t=0.5",
-}
 _HEADER = """\
 # bmerge merge THIS -o OUT gives the same bytes again, from the same models and precisions.
 # Paths are relative to the folder in which bmerge runs.
@@ -28,8 +20,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe of `bmerge merge`: a YAML file of settings.
 
     Raises:
-        ConfigError: The file cannot be read, is a folder, is not YAML, or is a recipe of mergekit;
-            the message of the last gives the same merge as a command line.
+        ConfigError: The file cannot be read, is a folder, is not YAML, or is a recipe of mergekit.
     """
     if path.is_dir():
         if (path / MERGE_RECIPE).is_file():
@@ -43,11 +34,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         )
     recipe = read_yaml(path)
     if "merge_method" in recipe:
-        method = str(recipe["merge_method"])
-        line = _MERGEKIT.get(method, _MERGEKIT["task_arithmetic"])
         raise ConfigError(
-            f"{path}: 'merge_method' is mergekit's. Here the same is said with flags, for example "
-            f"`bmerge merge {line}`; `bmerge methods` lists the methods."
+            f"{path}: 'merge_method' is mergekit's, and this takes our own. `bmerge "
+            f"merge {path} -o OUT`, with none of --then and --predict, carries it out."
         )
     return recipe
 

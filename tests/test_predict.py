@@ -199,6 +199,7 @@ def test_bad_entries_are_refused_or_replaced_as_in_a_merge(world):
         ({"base": None}, [(1.0, -1.0)], "--predict 1,-1: a negative scale"),
         ({"weights": "uniform", "method": "dare_ties"}, [(1.0,)], "draws at random"),
         ({"weights": "uniform", "method": "tsv_m"}, [(1.0,)], "merges whole matrices"),
+        ({"weights": "uniform", "method": "model_stock"}, [(1.0,)], "merges whole tensors"),
     ],
     ids=str,
 )

@@ -81,6 +81,7 @@ VECTORS = [(1.0, 1.0), (0.3, -0.7), (0.0, 1.2), (-0.5, 0.0), (0.3, 1.7), (0.3, -
         {"weights": "precision"},
         {"method": "task_arithmetic", "dtype": "BF16"},
         {"method": "ties", "param": {"density": 0.5}},
+        {"method": "multislerp", "param": {"normalize_weights": 0}},
         pytest.param({"weights": "precision", "shrink": "row:0.3"}, marks=pytest.mark.slow),
         pytest.param(
             {"weights": "precision", "only": "h\\.1", "scale": ["b:mlp=0.4"], "anchor": "none"},

@@ -46,6 +46,7 @@ def lines(*arguments):
             "'base.safetensors' plus the changes of 2 models (scale 1 each); some tensors by "
             "scales of their own",
         ),
+        ({"method": "model_stock"}, "model_stock of 'base.safetensors' and 2 models"),
         (
             {"method": "ties"},
             "'base.safetensors' plus the changes of 2 models (scale 1 each), by ties",

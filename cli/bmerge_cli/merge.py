@@ -20,6 +20,7 @@ from bmerge_cli.merge_tables import (
     show_predictions,
     show_report,
 )
+from bmerge_cli.recipe_stages import merge_stages, mergekit_recipe, show_stages, stages_in
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
@@ -35,7 +36,7 @@ from mergekit_bayes.merge import (
     part_of_launcher,
     predict_merges,
 )
-from mergekit_bayes.plan import partial_path, plan_merge
+from mergekit_bayes.plan import MergePlan, partial_path, plan_merge
 from mergekit_bayes.plan.trajectory import along_trajectory
 from mergekit_bayes.recipes import read_recipe
 
@@ -141,9 +142,25 @@ def command(
                     "--push-to: parts of a merge meet in one folder; name it with -o."
                 )
             settings["out"] = delivery.out
-        config = _config(settings)
         screen = console(quiet=quiet)
         report: MergeReport | AdapterReport | None
+        if (recipe := mergekit_recipe(settings)) is not None:
+            stages = stages_in(recipe, settings)
+            if dry_run:
+                show_stages(stages, screen, as_json=as_json)
+                return
+            part = parse_part(shard) if shard is not None else None
+            if len(stages) > 1 and (part is not None or part_of_launcher() is not None):
+                raise ConfigError(
+                    f"'{recipe}' has {len(stages)} merges, and the parts of a merge go with one. "
+                    "Write each into a file of its own."
+                )
+            carry = partial(_carry_out, part=part, threads=threads, sync=sync)
+            report = merge_stages(stages, lambda plan: carry(plan, screen), screen)
+            if report is not None:
+                delivery.finish(report, report.path, screen, as_json=as_json, quiet=quiet)
+            return
+        config = _config(settings)
         if _adapters_alone(config):
             if dry_run or shard is not None or threads is not None or sync:
                 raise ConfigError(
@@ -304,11 +321,19 @@ def _print_plan(config: MergeConfig, screen: Console, *, as_json: bool) -> None:
 def _merge_models(
     config: MergeConfig, screen: Console, part: Part | None, *, threads: int | None, sync: bool
 ) -> MergeReport | None:
+    """Plan a merge of whole models and carry it out."""
+    with plan_merge(config) as plan:
+        return _carry_out(plan, screen, part=part, threads=threads, sync=sync)
+
+
+def _carry_out(
+    plan: MergePlan, screen: Console, *, part: Part | None, threads: int | None, sync: bool
+) -> MergeReport | None:
     """Merge whole models; no report where another process, or a later call, makes it."""
     launched = part_of_launcher() if part is None else None
     if launched is not None and launched.number > 1:  # one rank speaks for all
         screen = console(quiet=True)
-    with plan_merge(config) as plan, progress_bar(screen, "merging") as advance:
+    with progress_bar(screen, "merging") as advance:
         merge = partial(carry_out, part=part) if launched is None else partial(join, part=launched)
         try:
             report = merge(

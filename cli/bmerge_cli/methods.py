@@ -44,6 +44,7 @@ def _document(method: Method) -> dict[str, object]:
         "name": method.name,
         "summary": method.summary,
         "needs_base": method.needs_base,
+        "takes_base": method.needs_base or method.takes_base,
         "needs_precision": method.needs_precision,
         "needs_matrices": method.needs_matrices,
         "models": method.tasks,
@@ -65,7 +66,9 @@ def _document(method: Method) -> dict[str, object]:
 
 def _needs(method: Method) -> str:
     base = "with --base" if method.needs_base else "without a base"
-    models = f", {method.tasks} models" if method.tasks else ""
+    if method.takes_base:
+        base = "with or without --base"
+    models = f", {method.tasks} model{'s' * (method.tasks > 1)}" if method.tasks else ""
     precision = ", every model with a precision" if method.needs_precision else ""
     if method.needs_precision and method.needs_matrices:
         precision += " by `bmerge precision --estimator inputs`"

@@ -4,7 +4,7 @@ transformers is not imported: a merge of tensors starts without it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ _HEAD_SUFFIX = re.compile(
 )
 # Architectures whose plain head for question answering has a longer name.
 _SIMPLE_ANSWERS = ("XLM", "XLNet", "Flaubert")
+# Keys that count the layers of a model, as the field's architectures call them.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
@@ -43,6 +45,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def first_count(config: Mapping[str, Any], keys: Collection[str]) -> int | None:
+    """The first of some keys of a config that is a whole number; None if none is."""
+    values = (config.get(key) for key in keys)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """How many layers the language model of a config has; None if it does not say."""
+    return first_count(text_config(config), DEPTH_KEYS)
 
 
 def change_config(config: dict[str, Any], changes: Mapping[str, object]) -> None:

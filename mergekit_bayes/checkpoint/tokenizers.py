@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mergekit_bayes.documents import (
     DocumentError,
@@ -107,7 +107,7 @@ def tokens_apart(one: Path, other: Path) -> list[tuple[int, str, str]]:
     if tokens.is_sentencepiece == others.is_sentencepiece:
         left, right = tokens.tokens, others.tokens
     else:
-        left, right = _aligned(tokens, others), _aligned(others, tokens)
+        left, right = aligned_tokens(tokens, others), aligned_tokens(others, tokens)
     common = sorted(left.keys() & right.keys())
     return [(i, left[i], right[i]) for i in common if left[i] != right[i]]
 
@@ -235,16 +235,28 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _added_tokens(folder: Path) -> dict[int, str]:
-    """Tokens that were added to a vocabulary, as slow tokenizers store them."""
+def added_entries(folder: Path) -> dict[int, dict[str, Any]]:
+    """Tokens that were added to a vocabulary, as slow tokenizers store them beside it.
+
+    Returns:
+        By number, the entry of each: its `content`, and flags such as `special` and `lstrip`, as
+        far as they are stored.
+    """
     content = read_object(folder / "added_tokens.json")
-    added = {i: token for token, i in content.items() if type(i) is int and i >= 0}
+    added: dict[int, dict[str, Any]] = {
+        i: {"content": token} for token, i in content.items() if type(i) is int and i >= 0
+    }
     decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for number, token in decoder.items():
             if number.isdecimal() and isinstance(token, dict):
-                added[int(number[:20])] = str(token.get("content", ""))[:1000]
+                text = str(token.get("content", ""))[:1000]
+                added[int(number[:20])] = {**token, "content": text}
     return added
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    return {number: entry["content"] for number, entry in added_entries(folder).items()}
 
 
 def _number(value: object) -> int:
@@ -314,11 +326,18 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
     raise ValueError("an integer of more than 64 bits")
 
 
-def _aligned(tokens: TokenList, others: TokenList) -> Mapping[int, str]:
+def aligned_tokens(tokens: TokenList, others: TokenList) -> Mapping[int, str]:
     """Tokens by number as a tokenizer uses them, for a comparison with a list in another form.
 
     Some tokenizers put tokens of their own before those of their SentencePiece model. That shift is
     the difference between the numbers that most of the tokens have in both lists.
+
+    Args:
+        tokens: The list. One that is no SentencePiece model is returned as it is.
+        others: A list in another form.
+
+    Returns:
+        The tokens, without those of a SentencePiece model that are no text.
     """
     if not tokens.is_sentencepiece:
         return tokens.tokens

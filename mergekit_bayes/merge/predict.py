@@ -106,8 +106,8 @@ def predict_merges(
 
     Raises:
         BmergeError: What `plan_merge` raises, a set that no merge takes, a method that draws at
-            random, or an entry that cannot be merged. Every model needs a precision, even where
-            the method reads none.
+            random or merges whole tensors, or an entry that cannot be merged. Every model needs a
+            precision, even where the method reads none.
     """
     if not scales:
         raise ConfigError("there is nothing to predict: give a set of scales.")
@@ -118,6 +118,11 @@ def predict_merges(
         raise ConfigError(
             f"--predict: {method.name} draws at random, and no draw is predicted. Choose another "
             "--method."
+        )
+    if method.tensor is not None:
+        raise ConfigError(
+            f"--predict: {method.name} merges whole tensors, and what such a merge costs is not "
+            "predicted. Choose another --method."
         )
     if config.trajectory:
         raise ConfigError(

@@ -10,6 +10,8 @@ from mergekit_bayes.plan import MergePlan
 
 def recipe_text(plan: MergePlan) -> str:
     """The resolved recipe: every setting as it was used, Hub ids by their commit."""
+    if plan.recipe is not None:
+        return plan.recipe
     content = plan.config.model_dump(mode="json", exclude={"out", "force", "space", "rank"})
     models = list(plan.inputs)
     posteriors = [model.posterior for model in models]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.model_config import change_config
+from mergekit_bayes.checkpoint.own_files import write_own
 from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, check_readable, copy_side_file
 from mergekit_bayes.documents import read_mapping
 from mergekit_bayes.plan import MergePlan
@@ -62,6 +63,10 @@ class SideFiles:
             copy_side_file(file, name, out)
         if self._choice.gathered.template is not None:
             (out / CHAT_TEMPLATE).write_text(self._choice.gathered.template, encoding="utf-8")
+        for made, text in self._plan.made_files.items():
+            (out / made).unlink(missing_ok=True)
+            if text is not None:
+                write_own(out / made, text)
         dtype = _CONFIG_DTYPE[self._main_dtype()] if self._changes_dtype else None
         _rewrite(out / "config.json", self._changes, dtype)
         _rewrite(out / "generation_config.json", self._choice.generation_ids, None)

@@ -45,8 +45,7 @@ def _importance(base: Array, other: Array) -> Array:
     for start in range(0, len(result), height):
         rows = slice(start, start + height)
         p, q = _log_softmax(first[rows]), _log_softmax(second[rows])
-        divergence = (np.exp(q) * (q - p)).sum(axis=1, keepdims=True)
-        result[rows] *= np.maximum(divergence, 0)  # below zero by rounding alone
+        result[rows] *= (np.exp(q) * (q - p)).sum(axis=1, keepdims=True)
     return np.asarray(result).reshape(base.shape)
 
 
@@ -64,5 +63,6 @@ ARCEE_FUSION = Method(
     example="bmerge merge A --base BASE --method arcee_fusion",
     formula="m = m_1 where |m_1 - m0| KL(row of m_1, row of m0) stands out, else m0",
     tasks=1,
+    takes_scales=False,
     tensor=TensorRule(arcee_fusion, "tensor"),
 )

@@ -6,7 +6,7 @@ from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.sphere import cosines_of, norm_of_sum, norms_of, weighted_sum
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
-_SMALL = 1e-8  # of a sine, below which it is rounding
+_SMALL = 1e-6  # of a sine, below which two models are alike or opposite up to rounding
 _CANCELLED = 1e-7  # of the mean of unit vectors, below which its direction is rounding
 
 

@@ -27,7 +27,7 @@ def model_stock(tensors: Tensors) -> Array:
     mergekit also takes a product of two norms below 1e-6 for 1e-6, which keeps small changes, such
     as 1e-3 of a norm layer, at the base; here the size of changes does not matter, as in the paper.
 
-    With `filter_wise=true` each vector along the last axis has its own c and t.
+    With `filter_wise=1` each vector along the last axis has its own c and t.
 
     Args:
         tensors: The base and two tasks or more.
@@ -74,7 +74,7 @@ def _ratio(cosine: Array | float, tasks: int) -> Array:
 
 def reads_rows(settings: Mapping[str, Setting]) -> bool:
     """Whether each vector has its own ratio, for which the whole tensor is needed."""
-    return settings["filter_wise"] == "true"
+    return bool(settings["filter_wise"])
 
 
 MODEL_STOCK = Method(
@@ -86,14 +86,8 @@ MODEL_STOCK = Method(
     "(Model Stock, Jang et al., ECCV 2024).",
     example="bmerge merge A B --base BASE --method model_stock",
     formula="m = (1 - t) m0 + t sum_t m_t / T,  t = T c / (1 + (T - 1) c),  c the mean cosine",
-    parameters=(
-        Parameter(
-            "filter_wise",
-            "false",
-            "whether each row of a weight has its own ratio, or the whole tensor one",
-            choices=("true", "false"),
-        ),
-    ),
+    parameters=(Parameter("filter_wise", 0, "1 gives each row of a weight its own ratio", 0, 1),),
     takes_scales=False,
+    fewest=2,
     tensor=TensorRule(model_stock, "products", reads_rows),
 )

@@ -16,7 +16,7 @@ def multislerp(tensors: Tensors) -> Array:
         mean = (sum_t w_t |x_t|) S / |S|
 
     The x_t are the models or, with a base, what each task changed of it, and the weights shares
-    unless `normalize_weights=false`. Source: mergekit's documentation; no paper known. It speaks of
+    unless `normalize_weights=0`. Source: mergekit's documentation; no paper known. It speaks of
     an interpolation in the tangent space at the mean of directions. There the weighted sum of the
     projections onto that space is zero, so that the mean is the result, which mergekit's numbers
     confirm to 1e-15.
@@ -46,11 +46,11 @@ def multislerp(tensors: Tensors) -> Array:
 
 def _coefficients(tensors: Tensors, products: Array) -> Array:
     weights = np.array(tensors.weights, np.float64)
-    if tensors.settings["normalize_weights"] == "true":
+    if tensors.settings["normalize_weights"]:
         if weights.sum() == 0:
             raise ArithmeticError(
                 "the weights of its models sum to zero, so that they are no shares. Change them, "
-                "or set normalize_weights to false"
+                "or set normalize_weights to 0 (false)"
             )
         weights = weights / weights.sum()
     norms, eps = norms_of(products), tensors.number("eps")
@@ -78,12 +78,7 @@ MULTISLERP = Method(
     example="bmerge merge A B C --method multislerp",
     formula="m = (sum_t w_t |m_t|) S / |S|,  S = sum_t w_t m_t / |m_t|",
     parameters=(
-        Parameter(
-            "normalize_weights",
-            "true",
-            "whether the weights are divided by their sum",
-            choices=("true", "false"),
-        ),
+        Parameter("normalize_weights", 1, "1 divides the weights by their sum", 0, 1),
         Parameter("eps", 1e-8, "what is added to each norm, in units of the weights", 0),
     ),
     tensor=TensorRule(multislerp, "products"),

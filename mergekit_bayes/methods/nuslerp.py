@@ -19,9 +19,9 @@ def nuslerp(tensors: Tensors) -> Array:
         cos a = <x_1, x_2> / (|x_1| |x_2|)
         mean  = (sin((1 - t) a) x_1 + sin(t a) x_2) / sin a    (m0 + ... with a base)
 
-    The x are whole tensors. With `nuslerp_flatten=false` each vector along the last axis has its
+    The x are whole tensors. With `nuslerp_flatten=0` each vector along the last axis has its
     own angle (each row of a linear layer's weight, in shape (outputs, inputs)), and with
-    `nuslerp_row_wise=true`, too, each along the first axis (a column). That is what mergekit does;
+    `nuslerp_row_wise=1`, too, each along the first axis (a column). That is what mergekit does;
     its documentation names the two the other way round. Source: Shoemake, SIGGRAPH 1985, and
     mergekit's documentation; no paper known.
 
@@ -45,7 +45,7 @@ def nuslerp(tensors: Tensors) -> Array:
 
 
 def _by_vectors(tensors: Tensors, t: float) -> Array:
-    axis = 0 if tensors.settings["nuslerp_row_wise"] == "true" else -1
+    axis = 0 if tensors.settings["nuslerp_row_wise"] else -1
     vectors = tensors.tasks if tensors.base is None else tensors.changes
     one, other = (np.atleast_1d(np.asarray(vector)) for vector in vectors)
     wide, wider = one.astype(np.float64), other.astype(np.float64)
@@ -62,7 +62,7 @@ def _by_vectors(tensors: Tensors, t: float) -> Array:
 
 def reads_rows(settings: Mapping[str, Setting]) -> bool:
     """Whether the angle is one of vectors, for which the whole tensor is needed."""
-    return settings["nuslerp_flatten"] == "false"
+    return not settings["nuslerp_flatten"]
 
 
 NUSLERP = Method(
@@ -75,17 +75,9 @@ NUSLERP = Method(
     example="bmerge merge A B --method nuslerp --scale 0.7 --scale 0.3",
     formula="m = (sin((1 - t) a) m_1 + sin(t a) m_2) / sin a,  t = w_2 / (w_1 + w_2)",
     parameters=(
+        Parameter("nuslerp_flatten", 1, "0 gives each vector of a tensor its own angle", 0, 1),
         Parameter(
-            "nuslerp_flatten",
-            "true",
-            "whether a tensor has one angle, or each of its vectors its own",
-            choices=("true", "false"),
-        ),
-        Parameter(
-            "nuslerp_row_wise",
-            "false",
-            "whether these vectors lie along the first axis, or the last",
-            choices=("true", "false"),
+            "nuslerp_row_wise", 0, "1 takes vectors along the first axis, not the last", 0, 1
         ),
     ),
     tasks=2,

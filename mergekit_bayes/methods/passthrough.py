@@ -27,7 +27,7 @@ PASSTHROUGH = Method(
     needs_base=False,
     needs_precision=False,
     summary="One model's tensors as they are, or times a factor.",
-    example="bmerge merge recipe.yml -o OUT",
+    example="bmerge merge recipe.yml -o OUT    # merge_method: passthrough",
     formula="m = scale m_1",
     parameters=(Parameter("scale", 1.0, "what the tensor is multiplied by"),),
     tasks=1,

@@ -6,7 +6,7 @@ from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
 def recipe_linear(tensors: Tensors) -> Array:
-    """Add the models by their weights, which are shares or, with `normalize=false`, factors.
+    """Add the models by their weights, which are shares or, with `normalize=0`, factors.
 
         mean = sum_t w_t m_t / sum_t w_t,  or sum_t w_t m_t
 
@@ -20,12 +20,12 @@ def recipe_linear(tensors: Tensors) -> Array:
         ArithmeticError: Shares of weights that sum to zero.
     """
     weights = tensors.weights
-    if tensors.settings["normalize"] == "true":
+    if tensors.settings["normalize"]:
         total = sum(weights)
         if total == 0:
             raise ArithmeticError(
                 "the weights of its models sum to zero, so that they are no shares. Change them, "
-                "or set normalize to false to add the models as they are"
+                "or set normalize to 0 (false) to add the models as they are"
             )
         weights = tuple(weight / total for weight in weights)
     return weighted_sum(tensors.tasks, weights)
@@ -38,15 +38,8 @@ RECIPE_LINEAR = Method(
     needs_precision=False,
     summary="The weighted average of models, or their weighted sum "
     "(model soups, Wortsman et al., ICML 2022).",
-    example="bmerge merge A B --weights uniform --scale 0.3 --scale 0.7",
+    example="bmerge merge recipe.yml -o OUT    # merge_method: linear",
     formula="m = sum_t w_t m_t / sum_t w_t",
-    parameters=(
-        Parameter(
-            "normalize",
-            "true",
-            "whether the weights are divided by their sum",
-            choices=("true", "false"),
-        ),
-    ),
+    parameters=(Parameter("normalize", 1, "1 divides the weights by their sum", 0, 1),),
     tensor=TensorRule(recipe_linear, "entries"),
 )

@@ -34,7 +34,7 @@ RECIPE_SLERP = Method(
     needs_base=True,
     needs_precision=False,
     summary="Along the arc from the base to one model (Shoemake, SIGGRAPH 1985).",
-    example="bmerge merge A B --method slerp --param t=0.3",
+    example="bmerge merge recipe.yml -o OUT    # merge_method: slerp",
     formula="m = (sin((1 - t) a) m0 + sin(t a) m_1) / sin a,  cos a = <m0, m_1> / (|m0| |m_1|)",
     parameters=(Parameter("t", 0.5, "how far from the base to the model, of the whole way"),),
     tasks=1,

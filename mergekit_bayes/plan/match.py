@@ -159,7 +159,7 @@ class _Matcher:
         if selection is None:
             return None
         self._parameters += 1
-        written = TensorSpec(self._config.dtype or spec.dtype, spec.shape)
+        written = TensorSpec(self._config.dtype or donor.mean.stored_dtype, spec.shape)
         if selection.copied is not None:
             return self._copied(name, written, donor, selection.copied)
         return self._merged(name, written, donor, selection)
@@ -352,7 +352,7 @@ class _Matcher:
         growing: Collection[Input],
     ) -> str | None:
         """The message if one row of a tensor is of different tokens in two models; else None."""
-        if not is_vocabulary(name):
+        if not is_vocabulary(name) or self._config.vocab == "union":
             return None
         rows = {
             model: mean.spec.shape[0] if mean.spec.shape else 0

@@ -10,13 +10,17 @@ from collections.abc import Collection, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from mergekit_bayes.checkpoint.model_config import read_model_config, text_config
+from mergekit_bayes.checkpoint.model_config import (
+    DEPTH_KEYS,
+    first_count,
+    read_model_config,
+    text_config,
+)
 from mergekit_bayes.posterior import Posterior
 
 _List = tuple[str, ...]  # the words before a number
 
-# Keys of a config that count layers and experts, as the field's architectures call them.
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+# Keys of a config that count layers of one stack, and experts.
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 _ENCODER_DEPTHS = ("encoder_layers",)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -121,7 +125,7 @@ def _judge(
             f"({_FETCH[0].lower()}{_FETCH[1:]}), or these are models of different "
             "size, which cannot be merged. No config.json says how many it should have."
         )
-    further = max(_count(text_config(c), _FURTHER_TOKENS) or 0 for c in (config, other_config))
+    further = max(first_count(text_config(c), _FURTHER_TOKENS) or 0 for c in (config, other_config))
     has_others_depth = others_expected is None or others_expected == stored
     if has_others_depth and not _is_inner(path) and total - stored <= further:
         return _Verdict.NOT_NEEDED, (
@@ -180,15 +184,9 @@ def _expected_count(config: Mapping[str, Any], path: _List) -> int | None:
     if not isinstance(section, Mapping):
         return None
     if path and "expert" in path[-1]:
-        return _count(section, _EXPERTS)
+        return first_count(section, _EXPERTS)
     if _is_inner(path):
         return None
     decoder = _DECODER_DEPTHS if "decoder" in words else ()
     encoder = _ENCODER_DEPTHS if "encoder" in words else ()
-    return _count(section, (*decoder, *encoder, *_DEPTHS))
-
-
-def _count(config: Mapping[str, Any], keys: Collection[str]) -> int | None:
-    """The first of some keys that is a number."""
-    values = (config.get(key) for key in keys)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+    return first_count(section, (*decoder, *encoder, *DEPTH_KEYS))

@@ -39,6 +39,7 @@ from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, re
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
+from mergekit_bayes.plan.united import side_files_of, unite
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.plan.whole_tensors import memory_in_words, with_settings
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -73,6 +74,11 @@ class MergePlan(Closing):
         side_files: Where the output's side files come from; None where it has none.
         documents: The configs, tokenizers and the like that were read or will be copied, as they
             were before.
+        recipe: The recipe of another tool that the merge carries out, resolved; the output gets it
+            in place of our own. None for a merge by our settings.
+        made_files: The text of side files that are made for the output, by name, in place of copied
+            ones; None for one that is not copied either.
+        does: What the merge does, in one line, where the settings do not say it.
     """
 
     config: MergeConfig
@@ -92,6 +98,9 @@ class MergePlan(Closing):
     drawing_identities: dict[Input, str] = field(default_factory=dict)
     side_files: SideFileChoice | None = None
     documents: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+    recipe: str | None = None
+    made_files: Mapping[str, str | None] = field(default_factory=dict, repr=False)
+    does: str | None = None
 
     @property
     def base(self) -> Input | None:
@@ -106,6 +115,8 @@ class MergePlan(Closing):
     @property
     def summary(self) -> str:
         """What the merge does, in one line."""
+        if self.does is not None:
+            return self.does
         has_rules = any(isinstance(scale, str) for scale in self.config.scale)
         return summarise(self.method, self.inputs, has_rules=has_rules)
 
@@ -165,6 +176,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
         notes += [note for model in inputs for note in model.posterior.mean.notes]
+        united = unite(method, inputs, notes) if config.vocab == "union" else None
+        inputs = inputs if united is None else united.inputs
         guard, info = config.guard, None
         if method.needs_precision:
             check_precisions(config, method, inputs, notes)
@@ -179,6 +192,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         config_changes = correct_config(inputs, matched.steps, notes)
         config_changes |= head_changes(config, inputs, matched.steps, notes)
         side_files = choose_side_files(config, inputs, matched.steps, target, notes)
+        made: dict[str, str | None] = {}
+        if united is not None:
+            side_files, made = side_files_of(side_files, united.tokens)
+            config_changes |= united.tokens.config_changes
+            if side_files is None:
+                notes.append("the output is a file, and the tokenizer of its rows is not written")
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
@@ -215,6 +234,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             ),
             side_files=side_files,
             documents=documents,
+            made_files=made,
         )
         plan.refuse_changed()
         stack.pop_all()  # the plan closes them
@@ -234,14 +254,22 @@ def _open_inputs(
     ]
     inputs = Inputs(base, tuple(tasks))
     for model in inputs:
-        posterior = model.posterior
-        if is_adapter(posterior.path):
-            raise MismatchError(
-                f"'{model.ref}' is an adapter among whole models. Put its base before it: "
-                f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
-            )
-        refuse_factors(posterior)
+        refuse_incomplete(model.posterior)
     return inputs
+
+
+def refuse_incomplete(model: Posterior) -> None:
+    """Refuse an adapter, or a model with the factors of one, among whole models.
+
+    Raises:
+        MismatchError: It is one.
+    """
+    if is_adapter(model.path):
+        raise MismatchError(
+            f"'{model.ref}' is an adapter among whole models. Put its base before it: "
+            f"BASE+{model.ref}. (Adapters alone merge into an adapter.)"
+        )
+    refuse_factors(model)
 
 
 def _check_identities(config: MergeConfig, method: Method, inputs: Inputs) -> None:

@@ -27,6 +27,8 @@ def summarise(method: Method, inputs: Inputs, *, has_rules: bool) -> str:
         # In natural parameters a merge is a plain average or sum; other rules go by their names.
         kind = "average" if method.is_posterior else method.name
         return f"{kind} of {models}{shares(scales)}{weighed}{others}"
+    if not method.takes_scales:
+        return f"{method.name} of '{inputs.base.ref}' and {models}{others}"
     change = f"change{'s' * (count > 1)}"
     by = "" if method.is_posterior else f", by {method.name}"
     return (

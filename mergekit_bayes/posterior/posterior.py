@@ -65,6 +65,8 @@ class Posterior(Closing):
         info: What the precision's file says about it.
         isotropic: One precision for every entry, 1/weight^2, in place of a file.
         parts: The base and the adapter, for BASE+ADAPTER.
+        stored_mean: The weights as they are stored, where `mean` has their rows in another order
+            for a merge. They say which model it is.
     """
 
     ref: str
@@ -74,11 +76,12 @@ class Posterior(Closing):
     info: PosteriorInfo | None = None
     isotropic: float | None = None
     parts: tuple["Posterior", ...] = ()
+    stored_mean: CheckpointSource | None = None
 
     @cached_property
     def identity(self) -> str:
         """Content hash of the mean, by sampled blocks."""
-        return identity(self.mean)
+        return identity(self.stored_mean or self.mean)
 
     @cached_property
     def precision_identity(self) -> str:
@@ -101,7 +104,7 @@ class Posterior(Closing):
     def _hash_mean(self) -> str:
         if self.parts:  # what is stored, not what is computed of it
             return "+".join(part._hash_mean() for part in self.parts)
-        return identity(self.mean, full=True)
+        return identity(self.stored_mean or self.mean, full=True)
 
     def _hash_precision(self) -> str:
         if self.parts and self.precision is not None:

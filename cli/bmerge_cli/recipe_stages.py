@@ -1,0 +1,115 @@
+"""What `bmerge merge` does with a recipe of mergekit."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bmerge_cli.flags import Settings
+from bmerge_cli.merge_tables import plan_document, show_plan
+from bmerge_cli.render import print_json
+from mergekit_bayes.configs import parse_config, read_yaml_documents
+from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.merge import MergeConfig, MergeReport
+from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
+from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
+from mergekit_bayes.mergekit.stages import references
+from mergekit_bayes.plan import MergePlan
+
+# What a recipe does not say itself, and flags do.
+_TAKEN = ("out", "force", "verify", "max_shard_size", "side_files", "dtype", "vocab")
+_RULES = ("on_missing", "on_bad", "on_config")
+
+
+def mergekit_recipe(settings: Settings) -> Path | None:
+    """The recipe of mergekit that is the only model of a command line; None without one."""
+    models = settings["models"]
+    if len(models) != 1 or not models[0].endswith((".yaml", ".yml")):
+        return None
+    path = Path(models[0])
+    return path if path.is_file() and is_mergekit(read_yaml_documents(path)) else None
+
+
+def stages_in(path: Path, settings: Settings) -> tuple[Stage, ...]:
+    """The merges of a file of mergekit's YAML.
+
+    Raises:
+        ConfigError: A flag says what a recipe says itself, or the file cannot be read.
+    """
+    given = {name: value for name, value in settings.items() if name != "models"}
+    seed = _seed(given.pop("param", {}), path)
+    for name in given:
+        if name not in (*_TAKEN, *_RULES):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: '{path}' is a recipe of mergekit and says what is "
+                f"merged itself. With it go {', '.join(_flag(n) for n in (*_TAKEN, *_RULES))} and "
+                "--param seed=N."
+            )
+    recipes = read_recipes(path)
+    if "dtype" in given and any(r.dtype or r.out_dtype for r in recipes):
+        raise ConfigError(f"--dtype: '{path}' says it itself, by 'dtype' or 'out_dtype'.")
+    config = parse_config(MergeConfig, {"models": (), **given}, "bmerge merge")
+    return stages_of(recipes, config, seed=seed)
+
+
+def show_stages(stages: tuple[Stage, ...], screen: Console, *, as_json: bool) -> None:
+    """Print the plans of the merges, as far as their models are there."""
+    documents = []
+    for stage in stages:
+        needed = [name for name, out in stage.outputs.items() if not Path(out).is_dir()]
+        if waits := [name for name in needed if _names(stage, name)]:
+            screen.print(
+                f"{stage.recipe.label} merges {', '.join(map(repr, waits))}, which other documents "
+                "make first; it can be planned when they are there",
+                markup=False,
+            )
+            continue
+        # A plan replaces nothing, so an output that exists is no reason to stop.
+        forced = stage.settings.model_copy(update={"force": True})
+        with Stage(stage.recipe, forced, stage.outputs, stage.seed, stage.is_last).plan() as plan:
+            show_plan(screen, plan)
+            documents.append(plan_document(plan))
+    if as_json:
+        print_json(documents[0] if len(stages) == 1 and documents else {"stages": documents})
+
+
+def merge_stages(
+    stages: tuple[Stage, ...],
+    merge: Callable[[MergePlan], MergeReport | None],
+    screen: Console,
+) -> MergeReport | None:
+    """Carry out the merges in turn; what only later ones need is removed at the end."""
+    report = None
+    for stage in stages:
+        with stage.plan() as plan:
+            if not stage.is_last and is_done(plan):
+                screen.print(f"'{plan.target}' is there already", markup=False)
+                continue
+            report = merge(plan)
+    if report is not None:
+        for folder in {Path(out).parent for stage in stages for out in stage.outputs.values()}:
+            shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _names(stage: Stage, name: str) -> bool:
+    return any(reference.path == name for reference in references(stage.recipe))
+
+
+def _seed(param: Mapping[str, Any], path: Path) -> int | None:
+    for name in param:
+        if name != "seed":
+            raise ConfigError(
+                f"--param {name}: '{path}' is a recipe of mergekit and says it itself, under "
+                "'parameters'. Only --param seed=N goes with it."
+            )
+    try:
+        return int(param["seed"]) if "seed" in param else None
+    except ValueError:
+        raise ConfigError(f"--param seed={param['seed']}: expected a whole number.") from None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}" if name != "out" else "-o"
