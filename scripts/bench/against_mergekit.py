@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from machine import commit, cpu
-from mergekit_compare import COARSE, FLOAT32, compare, verdict
+from mergekit_compare import COARSE, FLOAT32, OTHER_NUMBERS, compare, verdict
 from mergekit_draws import compare_draws, draws_table
 from mergekit_models import make
 from mergekit_recipes import Recipe, recipes
@@ -100,7 +100,8 @@ def measure(
     programs = {"ours": our_command(recipe, work / "ours" / recipe.name)}
     if python is not None:
         programs["mergekit"] = mergekit_command(recipe, work / "mergekit" / recipe.name, python)
-    record: dict[str, Any] = {"recipe": recipe.name, "models": recipe.models, "runs": {}}
+    record: dict[str, Any] = {**recipe._asdict(), "recipe": recipe.name, "runs": {}}
+    del record["file"]
     outputs = []
     for side in SIDES:
         out = work / side / recipe.name
@@ -135,8 +136,14 @@ def judge(record: dict[str, Any]) -> str:
     """The verdict on one recipe; starts with "differs" if something is wrong."""
     failed = [side for side, r in record["runs"].items() if r["error"]]
     if "ours" in failed:
-        return "differs: bmerge fails"
+        is_refusal = record["refused"] and "ConfigError" in record["runs"]["ours"]["error"]
+        return f"refused: {record['refused']}" if is_refusal else "differs: bmerge fails"
     text = verdict(record["compared"])
+    for difference in record["compared"].get("files", []):
+        if OTHER_NUMBERS not in difference:
+            return f"differs: {difference}"
+    if record["experts"]:
+        text += f", experts {record['experts']}"
     return f"{text}; mergekit fails" if failed else text
 
 
@@ -150,7 +157,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         found = record.get("compared") or {"far": {}, "rms": {}, "between": {}, "shares": {}}
         far = [_far(found, side) for side in SIDES]
-        between = found["between"] if len(found["far"]) == 2 and not found["shares"] else {}
+        between = found["between"] if found["between"].get("tensor") else {}
         chosen = f"{found['otherwise']} of {found['unsure']}" if found.get("unsure") else ""
         costs = [
             [f"{r[k]:.{d}f}" for r in record["runs"].values()] for k, d in (("cpu", 1), ("mib", 0))

@@ -18,6 +18,7 @@ from mergekit_rules import RANDOM, Array
 
 FLOAT32 = 16  # roundings that a sum over a tensor may be off in float32
 COARSE = 2  # in 16 bits: one step of the last place of the largest entry
+OTHER_NUMBERS = "other token numbers"  # mergekit numbers added tokens anew in each run
 DEVIATIONS = 4.5  # of a number of kept entries
 CONFIG = ("architectures", "model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 CONFIG += ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "layer_types")
@@ -34,16 +35,33 @@ def compare(recipe: Recipe, folder: Path, ours: Path | None, theirs: Path | None
         ours: What bmerge wrote; None if it wrote nothing.
         theirs: What mergekit wrote; None if it wrote nothing.
     """
-    sides = {n: (path, load(path)) for n, path in (("ours", ours), ("mergekit", theirs)) if path}
-    last = documents(recipe.file)[-1]
+    outputs = {name: path for name, path in (("ours", ours), ("mergekit", theirs)) if path}
+    result = _Distances(_coarsest(documents(recipe.file)[-1]))
+    if recipe.experts == "apart":
+        for side, path in outputs.items():
+            _add_all(result, recipe, folder, {side: path}, stacked=side == "mergekit")
+    else:
+        _add_all(result, recipe, folder, outputs, stacked=True)
+    record = result.record()
+    if ours and theirs:
+        record["files"] = _differing_files(ours, theirs)
+    return record
+
+
+def _add_all(
+    result: "_Distances", recipe: Recipe, folder: Path, outputs: dict[str, Path], stacked: bool
+) -> None:
+    """Add all tensors of some outputs to the distances."""
+    sides = {side: (path, load(path, stacked)) for side, path in outputs.items()}
     reference, its = sides.get("mergekit") or sides["ours"]
-    result = _Distances(_coarsest(last))
     names = set()
     try:
-        for name, tensor in expected(recipe.file, folder, lambda: row_tokens(reference, its)):
+        for name, tensor in expected(
+            recipe.file, folder, lambda: row_tokens(reference, its), stacked
+        ):
             names.add(name)
-            outputs = {n: _in_order(path, t, name, tensor) for n, (path, t) in sides.items()}
-            result.add(name, tensor, {n: o for n, o in outputs.items() if o is not None})
+            arrays = {s: _in_order(path, t, name, tensor) for s, (path, t) in sides.items()}
+            result.add(name, tensor, {s: a for s, a in arrays.items() if a is not None})
     except ValueError as error:
         result.wrong.append(str(error))
     for side, (_, tensors) in sides.items():
@@ -51,10 +69,6 @@ def compare(recipe: Recipe, folder: Path, ours: Path | None, theirs: Path | None
             result.wrong.append(f"{side} lacks {len(missing)} tensors, such as {missing[0]}")
         if extra := sorted(set(tensors) - names):
             result.wrong.append(f"{side} has {len(extra)} more tensors, such as {extra[0]}")
-    record = result.record()
-    if ours and theirs:
-        record["files"] = _differing_files(ours, theirs)
-    return record
 
 
 def row_tokens(folder: Path, tensors: Tensors) -> list[str | None]:
@@ -174,10 +188,13 @@ def verdict(record: dict[str, Any]) -> str:
     rms = record["rms"]
     if bound == COARSE:
         first, second = (rms[s] for s in ("ours", "mergekit"))
-        which = "bmerge" if first < second else "mergekit" if second < first else "neither"
-        closer = f", {which} closer to float64"
+        which = "bmerge" if first < second else "mergekit"
+        closer = "" if first == second else f", {which} closer to float64"
     else:
         closer = ""
+    if not record["between"]["tensor"]:
+        wrong = [s for s in far if far[s] > bound]
+        return f"differs: {', '.join(wrong)} not as restated" if wrong else "both as restated"
     if record["between"]["roundings"] <= bound and far["ours"] <= bound:
         return "same" + closer
     if far["ours"] <= bound < far["mergekit"]:
@@ -199,7 +216,7 @@ def _differing_files(ours: Path, theirs: Path) -> list[str]:
     words = [vocabulary(p) if (p / "tokenizer.json").exists() else None for p in (ours, theirs)]
     if words[0] != words[1]:
         same = words[0] is not None and words[1] is not None and set(words[0]) == set(words[1])
-        result.append("tokenizer.json: " + ("other token numbers" if same else "other tokens"))
+        result.append("tokenizer.json: " + (OTHER_NUMBERS if same else "other tokens"))
     texts = [_text(path / "chat_template.jinja") for path in (ours, theirs)]
     if texts[0] != texts[1]:
         result.append("chat_template.jinja differs")

@@ -47,11 +47,13 @@ class Tensor(NamedTuple):
         return RULES[self.method](self.inputs._replace(kept=kept))
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
+def load(folder: Path, stacked: bool = True) -> dict[str, torch.Tensor]:
     """All tensors of a model; the experts of a mixture stacked, as mergekit merges them."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
+    if not stacked:
+        return tensors
     experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     for name in list(tensors):
         if found := EXPERT.fullmatch(name):
@@ -79,10 +81,12 @@ class Models:
 
     Args:
         folder: Where relative paths start.
+        stacked: Whether the experts of a mixture are one tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stacked: bool = True) -> None:
         self.folder = folder
+        self.stacked = stacked
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     def add(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -93,7 +97,7 @@ class Models:
         """All tensors of one model, with its adapter added."""
         if name not in self._tensors:
             model, _, adapter = name.partition("+")
-            tensors = load(self.folder / model)
+            tensors = load(self.folder / model, self.stacked)
             if adapter:
                 tensors = tensors | _adapted(tensors, self.folder / adapter)
             self._tensors[name] = tensors
@@ -124,7 +128,7 @@ def documents(recipe: Path) -> list[dict[str, Any]]:
 
 
 def expected(
-    recipe: Path, folder: Path, tokens: Callable[[], list[str | None]]
+    recipe: Path, folder: Path, tokens: Callable[[], list[str | None]], stacked: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a recipe's output, with their names.
 
@@ -133,8 +137,9 @@ def expected(
         folder: Where its paths start.
         tokens: Gives the tokens of the output, a row each, if the recipe chooses a tokenizer;
             None stands for a row without a token.
+        stacked: Whether the experts of a mixture are merged as one tensor.
     """
-    models = Models(folder)
+    models = Models(folder, stacked)
     *stages, last = documents(recipe)
     for stage in stages:
         dtype = getattr(torch, stage.get("out_dtype") or stage["dtype"])

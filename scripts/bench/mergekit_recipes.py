@@ -17,13 +17,16 @@ class Recipe(NamedTuple):
         name: Its file's.
         file: The file.
         models: The folder in which it runs.
-        note: What is not compared, and why.
+        refused: Why bmerge refuses it, where that is intended.
+        experts: "apart" where bmerge merges the experts of a mixture one by one, as they are
+            stored, and mergekit as one tensor, which matters to rules of whole tensors.
     """
 
     name: str
     file: Path
     models: str
-    note: str = ""
+    refused: str = ""
+    experts: str = ""
 
 
 def recipes() -> list[Recipe]:
