@@ -15,6 +15,7 @@ from mergekit_bayes.checkpoint.model_config import layer_count, read_config
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.lora import open_model
+from mergekit_bayes.mergekit.chat_templates import files_of_template
 from mergekit_bayes.mergekit.layer_configs import LayerOrigin, config_changes
 from mergekit_bayes.mergekit.layers import (
     ModelNames,
@@ -122,6 +123,7 @@ def plan_recipe(
         if tokens is not None:
             side_files, made = side_files_of(side_files, tokens, models.by_name)
             changes |= tokens.config_changes
+        made = files_of_template(recipe, list(models.by_name.values()), side_files, made, notes)
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
