@@ -5,6 +5,7 @@ rounding, a remark says how they differ; what it cannot say is refused by the na
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -23,6 +24,8 @@ _OTHER_SIZE = (
     "what is kept gets the L1 norm of each task vector, where ours is divided by its share"
 )
 _HALF = "its epsilon is half the range of the probabilities, and ranks count from 0 to n - 1"
+
+_ESCAPE = re.compile(r"\\([^\w\s])")
 
 
 class _Form(NamedTuple):
@@ -84,7 +87,6 @@ _UNSAID = {
     "into the recipe",
     "on_bad": "it looks for no bad entries",
     "on_config": "it compares no configs",
-    "side_files": "it takes them from the base. Write `tokenizer_source` into the recipe",
     "max_shard_size": "that is its --out-shard-size",
 }
 
@@ -166,6 +168,11 @@ def exported(plan: MergePlan) -> Exported:
     dtype, out_dtype = _dtypes(plan, remarks)
     if any(task.posterior.parts for task in plan.inputs):
         remarks.append("mergekit-yaml needs --lora-merge-cache FOLDER for adapters")
+    if plan.side_files is not None and any("--side-files chooses" in n for n in plan.notes):
+        whose = "the base" if base is not None else "one of the models, not always the same"
+        remarks.append(
+            f"tokenizer and the like are those of {whose}; ours of '{plan.side_files.ref}'"
+        )
     recipe = Recipe(
         merge_method=form.name,
         models=sources,
@@ -195,7 +202,8 @@ def _weighed(plan: MergePlan, form: _Form) -> tuple[list[Input], list[Setting]]:
     scales, rules = parse_scales(plan.config)
     tasks = list(plan.tasks)
     if form.scales == "weights":
-        return tasks, [_weight(scale, i, rules) for i, scale in enumerate(scales)]
+        names = [step.source for step in plan.steps]
+        return tasks, [_weight(scale, i, rules, names) for i, scale in enumerate(scales)]
     name = plan.method.name
     if rules:
         raise _unsaid(f"--scale {rules[0].text}", f"{name} has no weight in each tensor there")
@@ -215,45 +223,32 @@ def _weighed(plan: MergePlan, form: _Form) -> tuple[list[Input], list[Setting]]:
     return [task for task, _ in kept], [scale for _, scale in kept]
 
 
-def _weight(scale: float, task: int, rules: Sequence[ScaleRule]) -> Setting:
+def _weight(scale: float, task: int, rules: Sequence[ScaleRule], names: Sequence[str]) -> Setting:
     """A task's weight: its scale, or filters where rules change it; the first that matches counts.
 
     Of our rules the last one counts.
     """
     filters = [
-        Filter(filter=_substring(rule), value=rule.scale)
+        Filter(filter=_substring(rule, names), value=rule.scale)
         for rule in reversed(rules)
         if task in rule.tasks
     ]
     return (*filters, Filter(filter=None, value=scale)) if filters else scale
 
 
-def _substring(rule: ScaleRule) -> str:
-    r"""The text that a name must contain for a rule to match, where that is all it asks.
+def _substring(rule: ScaleRule, names: Sequence[str]) -> str:
+    """The text that a name must contain for a rule to match, where that is all it asks.
 
     Raises:
-        ConfigError: The rule asks for more.
+        ConfigError: The rule matches other names.
     """
-    if (text := _literal(rule.pattern.pattern)) is None:
+    text = _ESCAPE.sub(r"\1", rule.pattern.pattern)
+    if not text or any((text in name) != bool(rule.pattern.search(name)) for name in names):
         raise _unsaid(
             f"--scale {rule.text}",
-            "its filters are parts of names, no regular expressions. Write one as mlp or "
-            r"'layers\.3\.'",
+            "its filters are parts of names, no regular expressions. Write one as mlp or layers.3.",
         )
     return text
-
-
-def _literal(pattern: str) -> str | None:
-    """The one text that a pattern matches; None if it matches others, too."""
-    text, is_escaped = "", False
-    for character in pattern:
-        if is_escaped and (character.isalnum() or character == "_"):
-            return None
-        if not is_escaped and character in ".^$*+?{}[]|()":
-            return None
-        is_escaped = not is_escaped and character == "\\"
-        text += "" if is_escaped else character
-    return text or None
 
 
 def _refuse_repeated(models: Sequence[Input]) -> None:
@@ -283,7 +278,9 @@ def _reference(model: Posterior) -> Reference:
             f"--print-recipe mergekit: '{model.ref}' is {found}, and mergekit reads folders and "
             "Hub ids, without these signs. Put its tensors into a folder with its config.json."
         )
-    return Reference(path=path)
+    # mergekit asks the Hub for a path that looks like a name there.
+    is_plain = not os.path.isabs(path) and not path.startswith(".")
+    return Reference(path=f"./{path}" if is_plain else path)
 
 
 def _dtypes(plan: MergePlan, remarks: list[str]) -> tuple[str, str | None]:
