@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.mergekit import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.document import read_recipe
 from mergekit_bayes.mergekit.objects import Filter, Reference, TokenSource
+from mergekit_bayes.mergekit.stages import in_order, references
+from mergekit_bayes.mergekit.values import value_at
 
 LINEAR = "merge_method: linear\nmodels: [{model: a}]\n"
 
@@ -118,6 +120,30 @@ def test_the_module_of_a_whole_model_is_read_as_the_model(tmp_path):
     assert recipe.parameters == {"weight": 3, "normalize": False}
 
 
+@pytest.mark.parametrize(
+    ("near", "far", "at"),
+    [
+        ("3", "5", [3, 3]),
+        ("[{filter: mlp, value: 3}]", "5", [3, 5]),
+        ("[{filter: mlp, value: 3}]", "[0, 5]", [3, 5]),
+        ("[{filter: mlp, value: 3}]", "[{filter: norm, value: 7}, {value: 8}]", [3, 7]),
+        ("[{filter: mlp, value: 3}]", "null", [3, None]),
+    ],
+)
+def test_what_no_filter_of_a_module_matches_is_as_the_recipe_says(tmp_path, near, far, at):
+    module = f"models: [{{model: a}}], parameters: {{weight: {near}}}"
+    text = f"merge_method: linear\nmodules: {{default: {{{module}}}}}\n"
+    if far != "null":
+        text += f"parameters: {{weight: {far}}}\n"
+    weight = read_one(tmp_path, text).parameters["weight"]
+    assert [value_at(weight, name, 1) for name in ("mlp", "norm")] == at
+
+
+@pytest.mark.parametrize("template", ["auto", "llama3", "{{ bos_token }}{% if x %}{% endif %}"])
+def test_templates_and_names_of_templates_are_read(tmp_path, template):
+    assert read_one(tmp_path, f"{LINEAR}chat_template: '{template}'").chat_template == template
+
+
 def test_other_modules_are_kept_by_name(tmp_path):
     text = """
     merge_method: linear
@@ -195,6 +221,37 @@ def test_several_documents_are_several_recipes(tmp_path):
         read(tmp_path, f"{LINEAR}---\nname: one\n{LINEAR}---\n{LINEAR}")
     with pytest.raises(ConfigError, match="document 2: models"):
         read(tmp_path, f"{LINEAR}---\nmerge_method: linear\nmodels: [a]\n")
+
+
+def stage(name, *models, **keys):
+    content = {"merge_method": "x", "models": [{"model": m} for m in models], "name": name, **keys}
+    return read_recipe(content, "r.yml")
+
+
+def test_stages_come_before_those_that_need_them():
+    last = stage(None, "b+c", tokenizer={"tokens": {"x": {"source": "d"}}})
+    a, b = stage("a", "org/x"), stage("b", "a", base_model="a@main")
+    c, d = stage("c", "org/y@c"), stage("d", "b", "org/z")
+    assert [recipe.name for recipe in in_order([last, d, c, b, a])] == ["c", "a", "b", "d", None]
+    assert in_order([a, c]) == (a, c)
+    assert in_order([last]) == (last,)
+
+
+def test_stages_in_a_circle_are_refused():
+    for circle in ([stage("a", "b"), stage("b", "a")], [stage("a", "org/x", "a")]):
+        with pytest.raises(ConfigError, match=r"r.yml: .*'a'.* are needed to make each"):
+            in_order([stage("c", "org/x"), *circle, stage(None, "a")])
+
+
+def test_every_model_that_a_recipe_names_is_a_reference():
+    piece = {"sources": [{"model": "a", "layer_range": [0, 1]}], "base_model": "b"}
+    content = {
+        "merge_method": "x",
+        "modules": {"m": {"slices": [piece]}, "n": {"models": [{"model": "c"}]}},
+        "base_model": "d",
+        "tokenizer": {"source": "e", "tokens": {"t": {"source": "f"}, "u": {}}},
+    }
+    assert sorted(map(str, references(read_recipe(content, "r")))) == list("abcdef")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +354,8 @@ SOURCE = "  - {model: a, layer_range: [0, 2]}\n"
         (LINEAR + "out_dtype: auto", "out_dtype: expected one of"),
         (LINEAR + "name: 5", "name: expected text, found 5"),
         (LINEAR + "chat_template: {a: b}", "chat_template: expected text, found keys and values"),
+        (LINEAR + "chat_template: chatlm", "chat_template: .* found 'chatlm'. Did you .*'chatml'"),
+        (LINEAR + "chat_template: x", "chat_template: expected a template, or one of auto, "),
         (LINEAR + "tokenizer: union", "tokenizer: expected keys and values, found 'union'"),
         (LINEAR + "tokenizer: {sorce: base}", "tokenizer.sorce: unknown key; did you mean 'source"),
         (LINEAR + "tokenizer: {}\ntokenizer_source: base", "tokenizer_source: 'tokenizer' says"),
@@ -355,15 +414,25 @@ def test_ranges_that_are_none_are_refused(tmp_path, text):
         read(tmp_path, f"{SLICE}  - {{model: a, layer_range: {text}}}\n")
 
 
+def test_a_message_is_short_whatever_the_key(tmp_path):
+    text = f"{LINEAR}parameters:\n  ? {'q' * 10_000}\n  : null\n? {'z' * 10_000}\n: 1\n"
+    with pytest.raises(ConfigError, match="unknown key") as refusal:
+        read(tmp_path, text)
+    assert len(str(refusal.value)) < 600
+    with pytest.raises(ConfigError, match="expected a number, found nothing") as refusal:
+        read(tmp_path, text[: text.index("? z")])
+    assert len(str(refusal.value)) < 600
+
+
 def test_a_file_that_is_not_there_is_one_message(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipes(tmp_path / "none.yml")
 
 
 def test_a_recipe_with_many_values_is_read(tmp_path):
-    gradient = ", ".join(["0.5"] * 50_000)
+    gradient = ", ".join(["0.5"] * 20_000)
     recipe = read_one(tmp_path, f"{LINEAR}parameters: {{weight: [{gradient}]}}")
-    assert len(recipe.parameters["weight"]) == 50_000
+    assert len(recipe.parameters["weight"]) == 20_000
 
 
 _KEYS = st.sampled_from(
@@ -381,6 +450,7 @@ _TREES = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(st.dictionaries(_KEYS, _TREES, max_size=5))
 def test_any_content_is_a_recipe_or_a_config_error(content):
     recipe = None

@@ -29,6 +29,7 @@ CASES = [
     ("nuslerp", False, ROWS),
     ("nuslerp", True, {**ROWS, "nuslerp_row_wise": 1}),
     ("multislerp", False, {}),
+    ("multislerp", False, {"eps": 0.05}),
     ("multislerp", True, {"normalize_weights": 0}),
     ("karcher", False, {}),
     ("karcher", False, {"max_iter": 40, "tol": 1e-9}),
@@ -149,7 +150,7 @@ def test_the_unit_of_the_weights_does_not_matter(name, with_base, given, factor)
         scaled["t"] = given["t"] * abs(factor)
     if name == "multislerp":
         scaled["eps"] = 0.0
-        expected = merged(name, base, tasks, weights, **given, eps=0.0)
+        expected = merged(name, base, tasks, weights, **{**given, "eps": 0.0})
     base = None if base is None else base * factor
     found = merged(name, base, [task * factor for task in tasks], weights, **scaled)
     same(found / factor, expected)
@@ -189,7 +190,8 @@ def test_zeros_and_unchanged_models_merge_to_numbers(name, with_base, given):
         nothing = zeros if base is None else base
         for place in range(len(tasks)):  # one that is zero, or did not change
             some = [nothing if i == place else task for i, task in enumerate(tasks)]
-            assert np.isfinite(merged(name, base, some, weights, **given)).all()
+            expected = TENSOR_TWINS[name](base, some, weights, settings_of(name, given))
+            same(merged(name, base, some, weights, **given), expected, 3e-5)
         everything = [nothing] * len(tasks)
         np.testing.assert_array_equal(merged(name, base, everything, weights, **given), nothing)
         if base is not None:
@@ -301,6 +303,10 @@ def test_opposite_models_are_merged_or_refused_as_mergekit_does():
 def test_a_model_opposite_to_the_mean_makes_no_step():
     one = np.arange(1.0, 7.0)
     np.testing.assert_allclose(merged("karcher", None, [one, one, -one]), one, rtol=1e-12)
+    other = np.roll(one, 1)
+    for tol in (0.0, 1e-5):  # from the first that has a weight, where there is no mean direction
+        found = merged("karcher", None, [other, one, -one], (0.0, 1.0, 1.0), tol=tol)
+        np.testing.assert_allclose(found, one, rtol=1e-12)
 
 
 def test_nearswap_moves_no_entry_farther_than_t():
@@ -461,6 +467,7 @@ def test_it_makes_the_numbers_of_mergekit(name, inputs, weights, given, numbers)
     [
         (0.9994, (1.299821, 0.020785), (1.299821, 0.020785)),
         (0.9996, (1.299760, 0.016969), (1.299880, 0.016971)),
+        (0.99999, (1.299994, 0.002683), (1.299997, 0.002683)),
         (-0.9994, (-22.570114, 1.605729), (-22.570114, 1.605729)),
         (-0.9996, (0.100240, 0.016969), (-27.822544, 1.608001)),
         (-1.0, (0.1, 0.0), (0.1, 0.0)),
@@ -476,10 +483,12 @@ def test_an_arc_is_a_line_where_it_is_one_in_mergekit(cosine, slerp, nuslerp):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Three models in files, and their tensors."""
+    """Three models in files, and their tensors, of which some are the base's."""
     monkeypatch.chdir(tmp_path)
     shapes = {"a.weight": (40, 30), "a.bias": (7,), "scalar": ()}
     models = [tiny.arrays(seed, shapes) for seed in range(3)]
+    models[1] |= {"a.bias": models[0]["a.bias"], "scalar": models[0]["scalar"]}
+    models[2]["a.bias"] = models[0]["a.bias"]
     for name, model in zip(("base", "a", "b"), models, strict=True):
         tiny.write(f"{name}.safetensors", model)
     return models
@@ -525,6 +534,7 @@ def test_a_merge_of_files_is_the_rule_on_each_tensor(world, settings, scales):
             **settings.get("param", {}),
         )
         same(value, expected, 1e-6)
+    np.testing.assert_array_equal(found["a.bias"], base["a.bias"])
 
 
 def test_only_settings_that_need_it_hold_a_tensor_in_memory(world):

@@ -15,6 +15,8 @@ from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.plan.unions import RowChoice, TokenChoice, plan_tokens
 from tests import tiny, tokenized
+from tests.test_tokenizers import FORMS, OTHER_ORDER, SHIFTED
+from tests.test_tokenizers import WORDS as FORM_WORDS
 from tests.tokenized import EMBEDDING, HEAD, OTHER, bpe, read_in_pieces, word_level
 
 WORDS = ["a", "b", "c"]
@@ -185,6 +187,27 @@ def test_a_padded_vocabulary_stays_in_range(tmp_path):
         plan_tokens(models, 0, TokenChoice("union", {"<n>": RowChoice(str(other), token_id=12)}))
 
 
+@pytest.mark.parametrize("forms", [FORMS, SHIFTED])
+def test_rows_are_found_by_the_token_in_every_form_of_a_list(tmp_path, forms):
+    pairs = [(one, forms[(i + k) % len(forms)]) for i, one in enumerate(forms) for k in (0, 1, 4)]
+    for i, (one, other) in enumerate(pairs):
+        folders = tmp_path / f"{i}-one", tmp_path / f"{i}-other"
+        for seed, (folder, write, words) in enumerate(
+            zip(folders, (one, other), (FORM_WORDS, OTHER_ORDER), strict=True)
+        ):
+            folder.mkdir()
+            write(folder, words)
+            tokenized.tensors(folder, 20, seed)
+        plan = plan_tokens(tokenized.opened(*folders), 0)
+        shift = 4 if forms == SHIFTED and {one, other} != {SHIFTED[1]} else 0
+        shift = 3 if {one, other} == {SHIFTED[1]} else shift
+        for token in FORM_WORDS:
+            number = plan.tokens.numbers[token]
+            assert number == FORM_WORDS.index(token) + shift, (one, other)
+            own = [int(rows[number]) for rows in plan.maps.own]
+            assert own == [number, OTHER_ORDER.index(token) + shift], (one, other, token)
+
+
 def test_tokens_without_a_row_take_that_of_another_model(tmp_path):
     short = tokenized.model(tmp_path / "short", bpe([], ["<x>", "<y>"]), 1, rows=8)
     other = tokenized.model(tmp_path / "other", bpe([], ["<y>"]), 2)
@@ -238,6 +261,26 @@ def test_biases_and_tensors_by_layer(tmp_path):
     moved = token_maps({"a": 1, "b": 0, "c": 2}, [{"a": 0, "b": 1, "c": 2}] * 2, [3, 4])
     with pytest.raises(MismatchError, match=r"per_layer.*other numbers"):
         TokenSource(sources, 0, moved, ["one", "other"])
+
+
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        (EMBEDDING, "language_model.model.embed_tokens.weight"),
+        ("transformer.wte.weight", "wte.weight"),
+        (HEAD, "language_model.lm_head.weight"),
+        (HEAD, "model.language_model.embed_tokens.weight"),  # which is its head, too
+    ],
+)
+def test_rows_are_taken_from_the_tensor_of_the_same_role(own, others):
+    arrays = [{own: np.ones((2, 3), "f")}, {others: np.full((3, 3), 2, "f")}]
+    sources = [MemorySource(a) for a in arrays]
+    for source in sources:
+        source.is_computed = False
+    lists = [{"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}]
+    maps = token_maps(lists[1], lists, [2, 3], base=0)
+    mapped = TokenSource(sources, 0, maps, ["one", "other"])
+    np.testing.assert_array_equal(read_tensor(mapped, own)[:, 0], [1, 1, 2])
 
 
 def test_rows_of_other_lengths_or_of_no_tensor_are_refused(tmp_path):

@@ -15,7 +15,8 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
-from mergekit_bayes.mergekit.stages import Stage, is_done, references_of, stages_of
+from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
+from mergekit_bayes.mergekit.stages import references
 from mergekit_bayes.plan import MergePlan, plan_merge
 
 # What a recipe does not say itself, and flags do.
@@ -122,10 +123,10 @@ def print_recipe(
 
 
 def _names(stage: Stage, name: str) -> bool:
-    return any(reference.path == name for reference in references_of(stage.recipe))
+    return any(reference.path == name for reference in references(stage.recipe))
 
 
-def _seed(param: Mapping[str, Any], path: Path) -> int:
+def _seed(param: Mapping[str, Any], path: Path) -> int | None:
     for name in param:
         if name != "seed":
             raise ConfigError(
@@ -133,7 +134,7 @@ def _seed(param: Mapping[str, Any], path: Path) -> int:
                 "'parameters'. Only --param seed=N goes with it."
             )
     try:
-        return int(param.get("seed", 0))
+        return int(param["seed"]) if "seed" in param else None
     except ValueError:
         raise ConfigError(f"--param seed={param['seed']}: expected a whole number.") from None
 

@@ -113,6 +113,11 @@ def _used(listed: TokenList, reference: TokenList | None) -> Mapping[int, str]:
         token = listed.tokens[special]
         if (number := numbers.get(token)) is not None:
             used.setdefault(number, token)
+    # Tokens of the tokenizer's own, which stand before those of the model.
+    listed_tokens, count = set(used.values()), max(used, default=-1) + 1
+    for number, token in reference.tokens.items():
+        if number < count and number not in used and token not in listed_tokens:
+            used[number] = token
     return used
 
 
@@ -150,7 +155,7 @@ def _kind_of(model: Mapping[str, Any]) -> str | None:
 
 def _spelling(content: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     steps = [step for key in _SPLITTING for step in _steps(content.get(key))]
-    kinds = {step.get("type") for step in steps}
+    kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:
         return "bytes"
     replaces = any(step.get("content") == _METASPACE for step in steps)

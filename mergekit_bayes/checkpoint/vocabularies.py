@@ -163,8 +163,8 @@ def _refuse_other_kind(donor: OwnTokens, model: OwnTokens, learned: Sequence[str
     own, other = donor.parts, model.parts
     way_out = "Take the tokens of one of them: the base's, or those of a named model."
     what = (
-        f"'{model.ref}' has {len(learned):,} learned tokens that '{donor.ref}' lacks, such as "
-        f"{shown(learned[0])}"
+        f"'{model.ref}' has learned tokens that '{donor.ref}' lacks ({len(learned):,}, such as "
+        f"{shown(learned[0])})"
     )
     if not own.can_be_extended:
         raise MismatchError(

@@ -145,6 +145,8 @@ def _undoable(facts: Facts) -> list[MergedModel]:
         return []
     if texts(facts.recipe.get("scale")):  # other scales in some tensors
         return []
+    if "merge_method" in facts.recipe:  # whose weights need not be scales of whole models
+        return []
     if any(m.mixture is not None for m in report.models):  # shares that all models decide
         return []
     return [m for m in report.models if m.role == "task" and m.scale][:3]

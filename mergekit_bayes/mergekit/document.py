@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergekit_bayes.configs import read_yaml_documents
-from mergekit_bayes.errors import ConfigError, shown
+from mergekit_bayes.errors import ConfigError, did_you_mean, shown
 from mergekit_bayes.mergekit.objects import (
     Filter,
     Module,
@@ -30,6 +30,7 @@ _RECIPE = frozenset(
     | {"out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name"}
 )
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 _BODIES = ("models", "slices", "modules")
 _WHOLE = "default"  # the module that is the whole of a model with one stack of layers
 
@@ -65,18 +66,20 @@ def read_recipes(path: Path) -> tuple[Recipe, ...]:
 
 
 def _check_names(path: Path, recipes: Sequence[Recipe]) -> None:
-    names = [recipe.name for recipe in recipes]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            if name is None:
-                raise ConfigError(
-                    f"{path}: documents {names.index(None) + 1} and {i + 1} have no 'name'. Only "
-                    "one, whose output is that of the file, may have none."
-                )
+    numbers: dict[str | None, int] = {}
+    for number, recipe in enumerate(recipes, 1):
+        first = numbers.setdefault(recipe.name, number)
+        if first == number:
+            continue
+        if recipe.name is None:
             raise ConfigError(
-                f"{recipes[i].label}: name: document {names.index(name) + 1} is already called "
-                f"{shown(name)}. Give each document a name of its own."
+                f"{path}: documents {first} and {number} have no 'name'. Only one, whose output is "
+                "that of the file, may have none."
             )
+        raise ConfigError(
+            f"{recipe.label}: name: document {first} is already called {shown(recipe.name)}. Give "
+            "each document a name of its own."
+        )
 
 
 def read_recipe(content: object, label: str) -> Recipe:
@@ -94,7 +97,10 @@ def read_recipe(content: object, label: str) -> Recipe:
     parameters = _read_parameters(fields.get("parameters"))
     if set(modules) == {_WHOLE}:
         whole = modules.pop(_WHOLE)
-        models, slices, parameters = whole.models, whole.slices, parameters | whole.parameters
+        models, slices = whole.models, whole.slices
+        parameters = parameters | {
+            name: _before(value, parameters.get(name)) for name, value in whole.parameters.items()
+        }
     dtypes = {key: _read_dtype(fields[key]) for key in ("dtype", "out_dtype") if key in fields}
     return Recipe(
         merge_method=fields["merge_method"].text(),
@@ -106,7 +112,7 @@ def read_recipe(content: object, label: str) -> Recipe:
         dtype=dtypes.get("dtype"),
         out_dtype=dtypes.get("out_dtype"),
         tokenizer=_read_tokenizer(fields),
-        chat_template=fields["chat_template"].text() if "chat_template" in fields else None,
+        chat_template=_read_template(fields.get("chat_template")),
         name=fields["name"].text() if "name" in fields else None,
         label=label,
     )
@@ -261,6 +267,27 @@ def _read_setting(place: Place) -> Setting:
     return _read_value(place)
 
 
+def _before(near: Setting, far: Setting | None) -> Setting:
+    """A setting as it is with another one behind it, where none of its filters matches."""
+    filters = _filters(near)
+    if not filters or far is None:
+        return near
+    return (*filters, *(_filters(far) or (_catch_all(far),)))
+
+
+def _filters(value: Setting) -> tuple[Filter, ...]:
+    """The filters of a setting; none of a value or a gradient."""
+    items = value if isinstance(value, tuple) else ()
+    return tuple(item for item in items if isinstance(item, Filter))
+
+
+def _catch_all(value: Setting) -> Filter:
+    """A value or a gradient as a filter that is part of every name."""
+    if isinstance(value, tuple):
+        return Filter(filter=None, value=tuple(v for v in value if not isinstance(v, Filter)))
+    return Filter(filter=None, value=value)
+
+
 def _read_filter(place: Place) -> Filter:
     fields = place.fields({"filter", "value"}, required=("value",))
     if isinstance(fields["value"].value, dict) or _has_mapping(fields["value"].value):
@@ -279,6 +306,18 @@ def _read_value(place: Place) -> bool | int | float | str | tuple[bool | int | f
     if isinstance(place.value, list):
         return tuple(item.scalar() for item in place.items())
     return place.scalar()
+
+
+def _read_template(place: Place | None) -> str | None:
+    """A template of Jinja, or the name of one; text without braces is a misspelled name."""
+    if place is None:
+        return None
+    template = place.text()
+    if "{" not in template and template not in _TEMPLATES:
+        hint = did_you_mean(template, _TEMPLATES)
+        names = f"expected a template, or one of {', '.join(_TEMPLATES)}, found {shown(template)}."
+        raise place.error(f"{names} {hint[:1].upper()}{hint[1:]}".rstrip())
+    return template
 
 
 def _read_dtype(place: Place) -> str:

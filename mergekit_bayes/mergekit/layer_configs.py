@@ -29,6 +29,7 @@ class LayerOrigin(NamedTuple):
     number: int
 
 
+_PER_LAYER_INPUTS = "hidden_size_per_layer_input"  # of Gemma 3n
 # Lists with a value for each layer: those of its length with such a word in their names.
 _PER_LAYER = re.compile(
     "layer|block|pattern|heads|head_dim|intermediate|window|sparsity|attn|attention"
@@ -41,6 +42,8 @@ _NUMBERS = frozenset(
 # Numbers of layers of which the first or the last ones are of another kind.
 _FIRST = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _LAST = ("num_kv_shared_layers",)
+_LAST_INDEX = ("moe_layer_end_index",)  # the number of the last one of the first layers, or -1
+_CYCLES = ("block_types", "_block_types")  # kinds of layers, which the layers repeat
 # Periods p: layer i is of another kind where (i + shift) mod p = 0; and the list that, where a
 # config has it, says the same.
 _PERIODS = {
@@ -78,6 +81,12 @@ def config_changes(config: Mapping[str, Any], layers: Sequence[LayerOrigin]) -> 
     changes: dict[str, object] = {}
     if depth is None:
         return changes
+    if section.get(_PER_LAYER_INPUTS) and [layer.number for layer in layers] != [*range(depth)]:
+        raise MismatchError(
+            f"Models with '{_PER_LAYER_INPUTS}' in their config.json have embeddings with columns "
+            "for each layer, so that 'slices' must keep all layers in their order. Merge them with "
+            "'models'."
+        )
     for key, value in section.items():
         changed = _changed(key, value, depth, config, layers)
         if changed != value:
@@ -101,12 +110,19 @@ def _changed(
         return [j for j, layer in enumerate(layers) if layer.number in _value(key, layer, config)]
     if key == "attention_types" and isinstance(value, list):  # of GPT-Neo: kinds, repetitions
         return _attention_types(value, config, layers)
+    if key in _CYCLES and isinstance(value, list) and value:
+        cycle = [_in_cycle(key, layer, config) for layer in layers]
+        return value if cycle == [value[j % len(value)] for j in range(len(layers))] else cycle
     if isinstance(value, list) and len(value) == depth and _PER_LAYER.search(key):
         return [_entry(key, layer, config) for layer in layers]
     if key == "hybrid_override_pattern" and isinstance(value, str) and len(value) == depth:
         return "".join(str(_entry(key, layer, config)) for layer in layers)
     if key in _FIRST and _is_count(value):
         return _changed_first(key, value, config, layers)
+    if key in _LAST_INDEX and _is_count(value):
+        kinds = [layer.number <= _value(key, layer, config) for layer in layers]
+        _check_first(key, kinds, layers)
+        return sum(kinds) - 1
     if key in _LAST and _is_count(value):
         kinds = [
             layer.number >= (layer_count(layer.config) or depth) - _value(key, layer, config)
@@ -196,28 +212,44 @@ def _value(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> Any:
 def _entry(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> object:
     """The value for one layer in a list of values."""
     values = _value(key, layer, config)
-    if len(values) != layer_count(layer.config):
+    layers = layer_count(layer.config)
+    if layers is not None and len(values) != layers:
+        whose = f"'{layer.ref}'" if values is text_config(layer.config).get(key) else "the output"
         raise MismatchError(
-            f"'{key}' in the config.json of '{layer.ref}' has {len(values)} values, expected one "
-            f"for each of its {layer_count(layer.config)} layers. Correct that file."
+            f"'{key}' in the config.json of {whose} has {len(values)} values, expected one for "
+            f"each of the {layers} layers of '{layer.ref}'. Correct that file."
         )
+    if layer.number >= len(values):
+        raise _cannot_say(key, layer.number, layer)
     return values[layer.number]
+
+
+def _in_cycle(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> object:
+    """The value for one layer in a list that the layers repeat."""
+    values = _value(key, layer, config) or text_config(config)[key]
+    return values[layer.number % len(values)]
 
 
 def _attention_types(
     value: list[Any], config: Mapping[str, Any], layers: Sequence[LayerOrigin]
 ) -> list[Any]:
     """GPT-Neo's kinds of attention, `[[["global", "local"], 6]]`, for other layers."""
-    kinds = []
+    kinds: list[object] = []
     for layer in layers:
-        try:
-            pairs = _value("attention_types", layer, config)
-            kinds.append(_kinds(pairs)[layer.number])
-        except (TypeError, ValueError, IndexError):
-            raise _cannot_say("attention_types", len(kinds), layer) from None
+        own = _kinds(_value("attention_types", layer, config))
+        if layer.number >= len(own):
+            raise _cannot_say("attention_types", len(kinds), layer)
+        kinds.append(own[layer.number])
     return value if kinds == _kinds(value) else [[kinds, 1]]
 
 
 def _kinds(pairs: list[Any]) -> list[object]:
-    """The kind of each layer, of groups of kinds and how often each group is repeated."""
-    return [kind for group, times in pairs for _ in range(min(times, 10_000)) for kind in group]
+    """The kind of each layer, of groups of kinds and how often each is repeated; empty if none."""
+    kinds: list[object] = []
+    for pair in pairs:
+        match pair:
+            case [list(group), int(times)]:
+                kinds += group * min(times, 10_000 // max(len(group), 1))
+            case _:
+                return []
+    return kinds

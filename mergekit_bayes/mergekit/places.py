@@ -18,11 +18,12 @@ _ADVICE = {  # for keys that recipes of other versions have, or that are easily 
     "adapter": "write `model: MODEL+ADAPTER`.",
     "revision": "write `model: MODEL@REVISION`.",
     "out_path": "`name` names a merge for later documents, and `-o` says where the last one goes.",
+    "input_model_parameters": "write 'parameters' beside each 'model'.",
     "pattern": "did you mean 'filter'?",
     "override_architecture": "tensors are paired by their names here; remove it.",
     "trust_remote_code": "no code of a model runs in a merge; remove it.",
 }
-_PLAIN_KEY = re.compile(r"[A-Za-z_]\w*")
+_PLAIN_KEY = re.compile(r"[A-Za-z_]\w{0,99}")
 
 
 class Place(NamedTuple):

@@ -25,10 +25,10 @@ from mergekit_bayes.mergekit.layers import (
     map_slices,
 )
 from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
-from mergekit_bayes.mergekit.resolved import Resolver, with_weights
-from mergekit_bayes.mergekit.roles import Part, method_of, parts_of
+from mergekit_bayes.mergekit.resolved import Resolver, refuse_missing, with_weights
+from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
 from mergekit_bayes.mergekit.stacked import Origin, StackedSource
-from mergekit_bayes.mergekit.token_plans import side_files_of, tokens_of
+from mergekit_bayes.mergekit.token_plans import tokens_of
 from mergekit_bayes.mergekit.written import recipe_yaml
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig, MergePlan
@@ -43,6 +43,7 @@ from mergekit_bayes.plan.plan import refuse_incomplete
 from mergekit_bayes.plan.side_files import choose_side_files, config_input, refuse_links
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.plan.unions import TokenPlan
+from mergekit_bayes.plan.united import side_files_of
 from mergekit_bayes.plan.whole_tensors import memory_in_words
 from mergekit_bayes.posterior import Posterior
 
@@ -69,7 +70,7 @@ def plan_recipe(
     recipe: Recipe,
     settings: MergeConfig,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     outputs: Mapping[str, str] | None = None,
 ) -> MergePlan:
     """Open the models of a recipe and decide the merge.
@@ -79,7 +80,7 @@ def plan_recipe(
         settings: Where the output goes, and the rules of every merge (`force`, `verify`,
             `on_missing`, `on_config`, `on_bad`, `side_files`, `max_shard_size`). What the recipe
             says itself is not read from them.
-        seed: Of a random method.
+        seed: Of a random method, in place of that of the recipe, `parameters.seed`, or 0.
         outputs: The outputs of earlier documents, by name.
 
     Returns:
@@ -95,6 +96,7 @@ def plan_recipe(
             "model are paired by their names: write `models`."
         )
     parts = parts_of(recipe, method)
+    refuse_missing(recipe, method, parts)
     notes: list[str] = []
     with ExitStack() as stack:
         models = _open(recipe, parts, outputs or {}, stack)
@@ -121,7 +123,7 @@ def plan_recipe(
         side_files = choose_side_files(config, inputs, steps, target, notes)
         made: dict[str, str | None] = {}
         if tokens is not None:
-            side_files, made = side_files_of(side_files, tokens, models.by_name)
+            side_files, made = side_files_of(side_files, tokens)
             changes |= tokens.config_changes
         made = files_of_template(recipe, list(models.by_name.values()), side_files, made, notes)
         if side_files is not None:
@@ -148,7 +150,7 @@ def plan_recipe(
             side_files=side_files,
             documents=documents,
             made_files=made,
-            recipe=_resolved_text(recipe, models),
+            recipe=_resolved_text(recipe, method, models, seed),
             does=_in_words(recipe, parts),
         )
         plan.refuse_changed()
@@ -346,11 +348,16 @@ def _sliced_config(recipe: Recipe, models: _Models, inputs: Inputs) -> dict[str,
     return config_changes(_model_config(owner.posterior), layers)
 
 
-def _resolved_text(recipe: Recipe, models: _Models) -> str:
+def _resolved_text(recipe: Recipe, method: Method, models: _Models, seed: int | None) -> str:
+    """The recipe that gives the same bytes again, with Hub ids by their commits."""
+
     def named(reference: Reference) -> str:
         posterior = models.by_name.get(str(reference))
         return str(reference) if posterior is None else posterior.pinned
 
+    if method.random and seed is not None:
+        parameters = {**recipe.parameters, SEED: seed}
+        recipe = recipe.model_copy(update={"parameters": parameters})
     return recipe_yaml(recipe, named)
 
 

@@ -10,7 +10,7 @@ from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.recipe_table import RECIPE_METHODS
 
 WEIGHT = "weight"
-SEED = "seed"  # which mergekit takes on its command line
+SEED = "seed"  # which mergekit takes on its command line, and ignores in a recipe
 _UNWEIGHED = ("karcher", "sce")  # whose models have weights here, and none in mergekit
 _OF_MODELS = ("density", "epsilon", "gamma", "scale")  # settings that each model may have
 
@@ -50,7 +50,7 @@ def method_of(recipe: Recipe) -> Method:
         hint = f"did you mean '{near}'?" if near else f"possible are {', '.join(RECIPE_METHODS)}."
         raise ConfigError(f"{recipe.label}: merge_method: unknown method '{name}'; {hint}")
     method = RECIPE_METHODS[name]
-    kinds = {p.name: kind_of(p) for p in method.parameters if p.name != SEED}
+    kinds = {p.name: kind_of(p) for p in method.parameters}
     of_models: dict[str, Kind] = {n: k for n, k in kinds.items() if n in _OF_MODELS}
     if is_weighed(method):
         of_models[WEIGHT] = "number"
@@ -135,9 +135,10 @@ def _split(
 def _checked(recipe: Recipe, method: Method, part: Part) -> Part:
     count = len(part.tasks)
     wanted = method.tasks
-    if count == 0 or (wanted is not None and count != wanted):
+    if count < method.fewest or (wanted is not None and count != wanted):
         beside = " beside the base_model" if part.base is not None else ""
-        expected = f"{wanted or 'at least one'} model{'s' * ((wanted or 1) > 1)}{beside}"
+        number = f"at least {method.fewest}" if wanted is None else str(wanted)
+        expected = f"{number} model{'s' * ((wanted or method.fewest) > 1)}{beside}"
         raise ConfigError(
             f"{recipe.label}: {part.place}: '{method.name}' merges {expected}, found {count}."
         )

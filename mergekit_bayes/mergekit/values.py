@@ -65,7 +65,7 @@ def value_at(
             matches = (f for f in value if isinstance(f, Filter) and _matches(f, tensor_name))
             match = next(matches, None)
             return None if match is None else value_at(match.value, tensor_name, position, kind)
-        return _gradient([_of_kind(v, kind) for v in _plain(value)], position, kind)
+        return _gradient(value, position, kind)
     assert not isinstance(value, Filter)
     return _of_kind(value, kind)
 
@@ -74,22 +74,23 @@ def _matches(given: Filter, name: str) -> bool:
     return given.filter is None or given.filter == "*" or given.filter in name
 
 
-def _plain(values: Iterable[Scalar | Filter]) -> list[Scalar]:
-    return [value for value in values if not isinstance(value, Filter)]
-
-
-def _gradient(values: list[Scalar], position: float, kind: Kind) -> Scalar:
+def _gradient(values: tuple[Scalar | Filter, ...], position: float, kind: Kind) -> Scalar:
     """The value of a gradient at a position."""
     place = position * (len(values) - 1)
     if abs(place - round(place)) < _ROUNDING:
         place = round(place)
     index = min(math.floor(place), len(values) - 1)
-    first, fraction = values[index], place - index
-    if isinstance(first, bool | str) or not fraction:
+    fraction = place - index
+    first, following = (_entry(values, i, kind) for i in (index, min(index + 1, len(values) - 1)))
+    if isinstance(first, bool | str) or isinstance(following, str) or not fraction:
         return first
-    following = values[index + 1]
-    assert not isinstance(following, str)
     return _of_kind((1 - fraction) * first + fraction * following, kind)
+
+
+def _entry(values: tuple[Scalar | Filter, ...], index: int, kind: Kind) -> Scalar:
+    value = values[index]
+    assert not isinstance(value, Filter)
+    return _of_kind(value, kind)
 
 
 def _of_kind(value: Scalar, kind: Kind) -> Scalar:

@@ -46,7 +46,10 @@ def recipe_yaml(recipe: Recipe, named: Named = str) -> str:
     for key in ("chat_template", "dtype", "out_dtype"):
         if (value := getattr(recipe, key)) is not None:
             content[key] = value
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    # Lists and mappings of plain values go on one line, as people write gradients.
+    return yaml.safe_dump(
+        content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
+    )
 
 
 def _body(part: Recipe | Module, named: Named) -> dict[str, object]:

@@ -45,8 +45,7 @@ def _importance(base: Array, other: Array) -> Array:
     for start in range(0, len(result), height):
         rows = slice(start, start + height)
         p, q = _log_softmax(first[rows]), _log_softmax(second[rows])
-        divergence = (np.exp(q) * (q - p)).sum(axis=1, keepdims=True)
-        result[rows] *= np.maximum(divergence, 0)  # below zero by rounding alone
+        result[rows] *= (np.exp(q) * (q - p)).sum(axis=1, keepdims=True)
     return np.asarray(result).reshape(base.shape)
 
 

@@ -159,7 +159,7 @@ class _Matcher:
         if selection is None:
             return None
         self._parameters += 1
-        written = TensorSpec(self._config.dtype or spec.dtype, spec.shape)
+        written = TensorSpec(self._config.dtype or donor.mean.stored_dtype, spec.shape)
         if selection.copied is not None:
             return self._copied(name, written, donor, selection.copied)
         return self._merged(name, written, donor, selection)

@@ -39,6 +39,7 @@ from mergekit_bayes.plan.side_files import SideFileChoice, choose_side_files, re
 from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.plan.summary import matrices_in_words, summarise
 from mergekit_bayes.plan.trajectory import along_trajectory
+from mergekit_bayes.plan.united import side_files_of, unite
 from mergekit_bayes.plan.weigh import weigh
 from mergekit_bayes.plan.whole_tensors import memory_in_words, with_settings
 from mergekit_bayes.posterior import Posterior, PosteriorInfo
@@ -175,6 +176,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         documents = stamps_of(file for path in inputs.folders for file in documents_in(path))
         target = choose_target(config, inputs)
         notes += [note for model in inputs for note in model.posterior.mean.notes]
+        united = unite(method, inputs, notes) if config.vocab == "union" else None
+        inputs = inputs if united is None else united.inputs
         guard, info = config.guard, None
         if method.needs_precision:
             check_precisions(config, method, inputs, notes)
@@ -189,6 +192,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         config_changes = correct_config(inputs, matched.steps, notes)
         config_changes |= head_changes(config, inputs, matched.steps, notes)
         side_files = choose_side_files(config, inputs, matched.steps, target, notes)
+        made: dict[str, str | None] = {}
+        if united is not None:
+            side_files, made = side_files_of(side_files, united.tokens)
+            config_changes |= united.tokens.config_changes
+            if side_files is None:
+                notes.append("the output is a file, and the tokenizer of its rows is not written")
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
@@ -225,6 +234,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
             ),
             side_files=side_files,
             documents=documents,
+            made_files=made,
         )
         plan.refuse_changed()
         stack.pop_all()  # the plan closes them

@@ -76,9 +76,9 @@ class MergeConfig(Config):
     )
     vocab: Literal["error", "base", "common", "union"] = Field(
         "error",
-        description="Vocabularies of different length: error, base (keep the base's, else the "
-        "first model's) or common (merge the tokens that all models have, and copy the rows of "
-        "others).",
+        description="Different vocabularies: error, base (keep the base's, else the first "
+        "model's), common (merge the tokens that all models have, and copy the rows of others) or "
+        "union (find each token by its text, and write all tokens of all models).",
     )
     on_bad: Literal["error", "base"] = Field(
         "error",

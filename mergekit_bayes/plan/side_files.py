@@ -82,6 +82,8 @@ def choose_side_files(
         if named is not None:
             notes.append("--side-files has no effect: the output has no side files")
         return None
+    if is_united := config.vocab == "union":
+        steps = ()  # whose tokenizer is written is decided, and it fits
     owner, reason = _choose_owner(inputs, steps, config_owner, named)
     config_folder = config_owner.posterior.path
     folders = dict.fromkeys(_folders(owner.posterior))
@@ -90,9 +92,13 @@ def choose_side_files(
     gathered = gather_side_files(config_folder, list(folders))
     default = _folders(owner.posterior)[-1]
     token_ids, generation_ids = _special_ids(config_folder, gathered, default)
-    is_told = _note_choice(inputs, owner, reason, gathered, notes)
-    own = _own_groups(owner, gathered)
-    if borrowed := [group for group in gathered.folders if group not in own]:
+    chosen = gathered
+    if is_united:
+        folders_of = {g: f for g, f in gathered.folders.items() if g != "tokenizer"}
+        chosen = gathered._replace(folders=folders_of)
+    is_told = _note_choice(inputs, owner, reason, chosen, notes)
+    own = _own_groups(owner, chosen)
+    if borrowed := [group for group in chosen.folders if group not in own]:
         notes.append(
             f"'{owner.ref}' has no {_listed(borrowed)}; those of '{config_owner.ref}' are taken"
         )

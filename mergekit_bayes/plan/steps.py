@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.specs import CheckpointSource, TensorSpec
+from mergekit_bayes.checkpoint.token_rows import stored_dtype
 from mergekit_bayes.methods.tensors import Setting
 from mergekit_bayes.plan.inputs import Input
 from mergekit_bayes.plan.tied_heads import Ties
@@ -27,6 +28,11 @@ class TensorRef(NamedTuple):
     def spec(self) -> TensorSpec:
         """Its dtype and shape, as stored."""
         return self.source.specs[self.name]
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype in which the model has it, where its rows were rearranged for the merge."""
+        return stored_dtype(self.source, self.name)
 
     @property
     def where(self) -> str:

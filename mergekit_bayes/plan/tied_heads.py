@@ -212,7 +212,8 @@ class Ties:
         copies = {own[n] for n, source in self._own[model].items() if n in own and source != own[n]}
         if not copies:
             return model.posterior.identity
-        return identity(model.posterior.mean, but=copies)
+        posterior = model.posterior
+        return identity(posterior.stored_mean or posterior.mean, but=copies)
 
 
 def precision_names(name: str, stored: str, model: Posterior) -> list[str]:

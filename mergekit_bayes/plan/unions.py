@@ -131,11 +131,9 @@ def plan_tokens(
         MismatchError: A model lists no tokens, or tokenizers or rows do not fit together.
     """
     choice = TokenChoice() if choice is None else choice
-    folders = [_folder_of(model) for model in models]
-    lists = [read_tokens(folder) for folder in folders]
-    reference = next((x for x in lists if x is not None and not x.is_sentencepiece), None)
-    read: dict[str, TokenizerParts] = {}
-    parts = tuple(_parts(folder, reference, read) for folder in folders)
+    tokenizers = _Tokenizers()
+    folders = [tokenizers.folder_of(model) for model in models]
+    parts = tuple(map(tokenizers.parts, folders))
     rows = [token_rows(model.mean.specs) for model in models]
     own = [OwnTokens(m.ref, p, n) for m, p, n in zip(models, parts, rows, strict=True)]
     owner = base or 0
@@ -144,7 +142,7 @@ def plan_tokens(
         donor = own[position]
     else:
         folder = _other_folder(choice.source, models)
-        donor = OwnTokens(choice.source, _parts(folder, reference, read), 0)
+        donor = OwnTokens(choice.source, tokenizers.parts(folder), 0)
     tokens = output_tokens(
         donor, own, union=choice.source == UNION, more=list(choice.rows), multiple=choice.multiple
     )
@@ -177,27 +175,41 @@ def plan_tokens(
     )
 
 
-def _folder_of(model: Posterior) -> Path:
-    folder = token_folder(model)
-    if folder is None or read_tokens(folder) is None:
-        raise MismatchError(
-            f"'{model.ref}' lists no tokens ({model.path}), and the rows of its embedding have no "
-            "meaning without. Name it as a folder with its tokenizer, or leave the choice of "
-            "tokens out."
-        )
-    return folder
+class _Tokenizers:
+    """Reads the tokenizers of folders, and each but once where several have the same one."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, TokenList] = {}
+        self._parts: dict[str, TokenizerParts] = {}
+
+    def folder_of(self, model: Posterior) -> Path:
+        """The folder that lists the tokens of a model."""
+        folder = token_folder(model)
+        if folder is None or _key(folder) not in self._lists:
+            listed = None if folder is None else read_tokens(folder)
+            if folder is None or listed is None:
+                raise MismatchError(
+                    f"'{model.ref}' lists no tokens ({model.path}), and the rows of its embedding "
+                    "have no meaning without. Name it as a folder with its tokenizer, or leave the "
+                    "choice of tokens out."
+                )
+            self._lists[_key(folder)] = listed
+        return folder
+
+    def parts(self, folder: Path) -> TokenizerParts:
+        """The tokenizer of a folder, after all models were looked at."""
+        if (key := _key(folder)) not in self._parts:
+            lists = self._lists.values()
+            reference = next((x for x in lists if not x.is_sentencepiece), None)
+            parts = read_parts(folder, reference)
+            assert parts is not None  # its list was read before
+            self._parts[key] = parts
+        return self._parts[key]
 
 
-def _parts(
-    folder: Path, reference: TokenList | None, read: dict[str, TokenizerParts]
-) -> TokenizerParts:
-    """The tokenizer of a folder; the same object for all folders with the same one."""
-    key = tokenizer_identity(folder) or str(folder)
-    if key not in read:
-        parts = read_parts(folder, reference)
-        assert parts is not None  # the caller has read its list
-        read[key] = parts
-    return read[key]
+def _key(folder: Path) -> str:
+    """What the folders have in common that have the same tokenizer."""
+    return tokenizer_identity(folder) or str(folder)
 
 
 def _find(ref: str, models: Sequence[Posterior]) -> int | None:

@@ -219,7 +219,7 @@ def arcee_fusion(p):
         first = math.fsum(math.exp(base[i]) for i in row)
         second = math.fsum(math.exp(other[i]) for i in row)
         pairs = [(math.exp(base[i]) / first, math.exp(other[i]) / second) for i in row]
-        divergence = max(0.0, math.fsum(q * math.log(q / p_) for p_, q in pairs))
+        divergence = math.fsum(q * math.log(q / p_) for p_, q in pairs)
         for i in row:
             importance[i] = abs(other[i] - base[i]) * divergence
     ordered = sorted(importance)
