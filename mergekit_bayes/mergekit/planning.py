@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import layer_count, read_config
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.mergekit.chat_templates import files_of_template
 from mergekit_bayes.mergekit.layer_configs import LayerOrigin, config_changes
@@ -167,7 +167,11 @@ def _open(
         name = str(source.model)
         if name not in by_name:
             ref = _place(recipe, source.model, outputs)
-            by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
+            try:
+                by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
+            except CheckpointError as error:
+                key = f"{source.place}.model" if source.place else "base_model"
+                raise type(error)(f"{recipe.label}: {key}: {error}") from None
             refuse_incomplete(by_name[name])
     base: Input | None = None
     of_name: dict[str, Input] = {}
