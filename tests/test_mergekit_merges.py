@@ -379,6 +379,13 @@ BAD = [
     ("merge_method: linear\nmodels: [{model: a}]", "models[0].parameters.weight"),
     ("merge_method: slerp\nbase_model: a\nmodels: [{model: b}]", "parameters.t"),
     ("merge_method: ties\nmodels: [{model: a}]", "base_model: 'ties' needs one"),
+    ("merge_metod: linear\nmodels: [{model: a}]", "did you mean 'merge_method'?"),
+    ("slices: []\nmodels: [{model: a}]", "merge_method"),
+    (
+        "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\n"
+        "tokenizer: {tokens: {x: {source: b}}}",
+        "recipe.yml: tokenizer: ",
+    ),
     ("merge_method: liner\nmodels: [{model: a}]", "did you mean 'linear'?"),
     (
         "merge_method: linear\nmodels: [{model: nowhere}]\nparameters: {weight: 1}",

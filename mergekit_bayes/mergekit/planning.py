@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import layer_count, read_config
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
-from mergekit_bayes.errors import CheckpointError, ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.mergekit.chat_templates import files_of_template
 from mergekit_bayes.mergekit.layer_configs import LayerOrigin, config_changes
@@ -102,7 +102,7 @@ def plan_recipe(
         models = _open(recipe, parts, outputs or {}, stack)
         tokens = None
         if recipe.tokenizer is not None:
-            tokens, models = _with_tokens(recipe.tokenizer, models)
+            tokens, models = _with_tokens(recipe, recipe.tokenizer, models)
             notes += tokens.notes
         inputs = models.inputs
         config = _config(recipe, settings, inputs, tokens)
@@ -204,10 +204,15 @@ def _place(recipe: Recipe, model: Reference, outputs: Mapping[str, str]) -> str:
     return str(model.model_copy(update={"path": path}))
 
 
-def _with_tokens(tokenizer: Tokenizer, models: _Models) -> tuple[TokenPlan, _Models]:
+def _with_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, models: _Models
+) -> tuple[TokenPlan, _Models]:
     """The models with the rows of the tokens that a recipe chooses."""
     base = models.inputs.base
-    tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
+    try:
+        tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
+    except (ConfigError, MismatchError) as error:
+        raise type(error)(f"{recipe.label}: tokenizer: {error}") from None
     by_name = dict(zip(models.by_name, tokens.models, strict=True))
     renewed = {id(models.by_name[name]): posterior for name, posterior in by_name.items()}
     inputs = {
