@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from mergekit_bayes.checkpoint.model_config import layer_count, read_config
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
-from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora import open_model
+from mergekit_bayes.mergekit.chat_templates import files_of_template
 from mergekit_bayes.mergekit.layer_configs import LayerOrigin, config_changes
 from mergekit_bayes.mergekit.layers import (
     ModelNames,
@@ -101,7 +102,7 @@ def plan_recipe(
         models = _open(recipe, parts, outputs or {}, stack)
         tokens = None
         if recipe.tokenizer is not None:
-            tokens, models = _with_tokens(recipe.tokenizer, models)
+            tokens, models = _with_tokens(recipe, recipe.tokenizer, models)
             notes += tokens.notes
         inputs = models.inputs
         config = _config(recipe, settings, inputs, tokens)
@@ -124,6 +125,7 @@ def plan_recipe(
         if tokens is not None:
             side_files, made = side_files_of(side_files, tokens)
             changes |= tokens.config_changes
+        made = files_of_template(recipe, list(models.by_name.values()), side_files, made, notes)
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
@@ -165,7 +167,11 @@ def _open(
         name = str(source.model)
         if name not in by_name:
             ref = _place(recipe, source.model, outputs)
-            by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
+            try:
+                by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
+            except CheckpointError as error:
+                key = f"{source.place}.model" if source.place else "base_model"
+                raise type(error)(f"{recipe.label}: {key}: {error}") from None
             refuse_incomplete(by_name[name])
     base: Input | None = None
     of_name: dict[str, Input] = {}
@@ -198,10 +204,15 @@ def _place(recipe: Recipe, model: Reference, outputs: Mapping[str, str]) -> str:
     return str(model.model_copy(update={"path": path}))
 
 
-def _with_tokens(tokenizer: Tokenizer, models: _Models) -> tuple[TokenPlan, _Models]:
+def _with_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, models: _Models
+) -> tuple[TokenPlan, _Models]:
     """The models with the rows of the tokens that a recipe chooses."""
     base = models.inputs.base
-    tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
+    try:
+        tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
+    except (ConfigError, MismatchError) as error:
+        raise type(error)(f"{recipe.label}: tokenizer: {error}") from None
     by_name = dict(zip(models.by_name, tokens.models, strict=True))
     renewed = {id(models.by_name[name]): posterior for name, posterior in by_name.items()}
     inputs = {
