@@ -56,6 +56,7 @@ NOT_SAID = [
     ("one.safetensors b", "'one.safetensors' is a file"),
     ("a b --dry-run", "Drop --dry-run"),
     ("a b --shard 1/2", "Drop --shard"),
+    ("a b --json", "Drop --json"),
     ("recipe.yml", "is a recipe of mergekit already"),
 ]
 

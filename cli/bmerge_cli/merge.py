@@ -134,7 +134,8 @@ def command(
     """
     if recipe_of is not None:
         others = {"--predict": predict, "--dry-run": dry_run, "--shard": shard, "--then": then}
-        given = [flag for flag, value in {**others, "--push-to": push_to}.items() if value]
+        others |= {"--push-to": push_to, "--json": as_json}
+        given = [flag for flag, value in others.items() if value]
         print_recipe(recipe_of, settings, partial(_config, settings), given)
         return
     if predict:
