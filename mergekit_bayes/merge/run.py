@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from mergekit_bayes import __version__
@@ -27,6 +27,8 @@ from mergekit_bayes.merge.publish import publish, refuse_existing
 from mergekit_bayes.merge.report import MergeReport, make_report
 from mergekit_bayes.merge.tally import MergeTotals
 from mergekit_bayes.plan import MergeConfig, MergePlan, partial_path, plan_merge, report_path
+from mergekit_bayes.plan.inputs import Input
+from mergekit_bayes.plan.steps import Step
 from mergekit_bayes.records import Progress
 from mergekit_bayes.stream.units import Unit, units_of
 
@@ -189,7 +191,7 @@ def join(
 def plan_hash(plan: MergePlan) -> str:
     """SHA-256 of all that decides the output's bytes: settings, content of the inputs, the rule."""
     models = [model.posterior for model in plan.inputs]
-    content = {
+    content: dict[str, object] = {
         "version": __version__,
         "rule": plan.method.code,
         "config": plan.config.model_dump(mode="json", exclude=_NO_MATTER),
@@ -206,6 +208,10 @@ def plan_hash(plan: MergePlan) -> str:
     if plan.recipe is not None:
         content["recipe"] = plan.recipe
         content["made_files"] = dict(plan.made_files)
+        # Weights, settings and layers depend on how many layers a config says that a model has.
+        content["config_changes"] = plan.config_changes
+        places = {model: place for place, model in enumerate(plan.inputs)}
+        content["operands"] = [_origins(step, places) for step in plan.steps]
     sources = [model.mean for model in models]
     if rows := [source.maps.identity for source in sources if isinstance(source, TokenSource)]:
         content["rows"] = json.dumps(rows)
@@ -217,6 +223,13 @@ def plan_hash(plan: MergePlan) -> str:
             for m in models
         ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _origins(step: Step, places: Mapping[Input, int]) -> list[object]:
+    """Which tensors a step is made of, and how it weighs them."""
+    operands = [*step.operands, *([step.rest] if step.rest is not None else [])]
+    origins = [[places[o.mean.input], o.mean.name, places[o.input], o.scale] for o in operands]
+    return [origins, None if step.settings is None else dict(step.settings)]
 
 
 def _partial(plan: MergePlan) -> Partial:
