@@ -53,6 +53,20 @@ def models(*names, layers=3, base=None, **settings):
     return found
 
 
+def tokens(name, words):
+    """Give a model's folder a tokenizer with these words."""
+    content = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {
+            "type": "WordLevel",
+            "vocab": {w: i for i, w in enumerate(words)},
+            "unk_token": "a",
+        },
+    }
+    Path(name, "tokenizer.json").write_text(json.dumps(content))
+
+
 def run(*args):
     """`bmerge merge`."""
     return CliRunner().invoke(app, ["merge", *map(str, args)])

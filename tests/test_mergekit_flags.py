@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.mergekit_models import ROWS, folder, merge, models, refused
+from tests.mergekit_models import ROWS, folder, merge, models, refused, tokens
 
 LINEAR = """
 merge_method: linear
@@ -31,20 +31,6 @@ slices:
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def tokens(name, words):
-    """Give a model's folder a tokenizer with these words."""
-    content = {
-        "version": "1.0",
-        "added_tokens": [],
-        "model": {
-            "type": "WordLevel",
-            "vocab": {w: i for i, w in enumerate(words)},
-            "unk_token": "a",
-        },
-    }
-    Path(name, "tokenizer.json").write_text(json.dumps(content))
 
 
 def test_a_union_by_the_flag_is_that_of_the_recipe():

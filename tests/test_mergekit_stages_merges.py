@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mergekit_models import models, run
+from tests.mergekit_models import merge, models, refused, run, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,16 @@ def set_config(name, **keys):
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
+STAGES = """
+name: first
+merge_method: linear
+models: [{model: a}, {model: b}]
+parameters: {weight: 1}
+---
+merge_method: task_arithmetic
+base_model: first
+models: [{model: b, parameters: {weight: 0.5}}]
+"""
 GRADIENT = """
 merge_method: task_arithmetic
 base_model: base
@@ -48,3 +58,41 @@ def test_parts_of_merges_with_other_weights_or_settings_are_not_joined(text):
     assert joined.exit_code == 2, said(joined)
     assert "out.partial" in said(joined)
     assert not Path("out").exists()
+
+
+TOKENS_OF_A_STAGE = """
+name: first
+merge_method: linear
+parameters: {weight: 1}
+tokenizer_source: union
+models: [{model: a}, {model: b}]
+---
+merge_method: linear
+parameters: {weight: 1}
+tokenizer_source: first
+models: [{model: a}, {model: c}]
+"""
+
+
+def test_the_tokens_of_a_stage_are_taken_whether_it_is_merged_or_not():
+    models("a", "b", "c")
+    for name, words in (("a", "abcdefgh"), ("b", "hgfedcba"), ("c", "abcdefgh")):
+        tokens(name, words)
+    merge(TOKENS_OF_A_STAGE.replace("source: first", "source: union"), out="alone")
+    merge(TOKENS_OF_A_STAGE)
+    written = json.loads(Path("out/tokenizer.json").read_text())["model"]["vocab"]
+    assert written == json.loads(Path("alone/tokenizer.json").read_text())["model"]["vocab"]
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        ("first@main", "'first@main'"),
+        ("a+first@main", "'first@main'"),
+        ("a+first", "'refused.stages/first'"),
+    ],
+)
+def test_a_name_without_a_revision_is_a_stage_as_a_model_and_as_an_adapter(model, place):
+    models("a", "b")
+    message = refused(STAGES.replace("model: b, parameters", f"model: {model}, parameters"))
+    assert place in message, message

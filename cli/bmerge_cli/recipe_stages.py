@@ -16,7 +16,7 @@ from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
 from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
-from mergekit_bayes.mergekit.stages import references
+from mergekit_bayes.mergekit.stages import needed_names
 from mergekit_bayes.plan import MergePlan, plan_merge
 
 # What a recipe does not say itself, and flags do.
@@ -59,8 +59,8 @@ def show_stages(stages: tuple[Stage, ...], screen: Console, *, as_json: bool) ->
     """Print the plans of the merges, as far as their models are there."""
     documents = []
     for stage in stages:
-        needed = [name for name, out in stage.outputs.items() if not Path(out).is_dir()]
-        if waits := [name for name in needed if _names(stage, name)]:
+        needed = needed_names(stage.recipe, stage.outputs)
+        if waits := [name for name in needed if not Path(stage.outputs[name]).is_dir()]:
             screen.print(
                 f"{stage.recipe.label} merges {', '.join(map(repr, waits))}, which other documents "
                 "make first; it can be planned when they are there",
@@ -120,10 +120,6 @@ def print_recipe(
     # Nothing is replaced, so an output that exists is no reason to stop.
     with plan_merge(checked.model_copy(update={"force": True})) as plan:
         print(exported(plan).text, end="")
-
-
-def _names(stage: Stage, name: str) -> bool:
-    return any(reference.path == name for reference in references(stage.recipe))
 
 
 def _seed(param: Mapping[str, Any], path: Path) -> int | None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
 from mergekit_bayes.lora import open_model
 from mergekit_bayes.mergekit.bodies import is_stacked
-from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
+from mergekit_bayes.mergekit.objects import Recipe, Tokenizer
 from mergekit_bayes.mergekit.roles import Part
+from mergekit_bayes.mergekit.stages import place_of
 from mergekit_bayes.mergekit.token_plans import tokens_of
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.plan import refuse_incomplete
@@ -50,7 +51,7 @@ def open_models(
     for source in (source for part in parts for source in part.sources):
         name = str(source.model)
         if name not in by_name:
-            ref = _place(recipe, source.model, outputs)
+            ref = place_of(source.model, outputs, recipe.label)
             try:
                 by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
             except CheckpointError as error:
@@ -80,24 +81,14 @@ def open_models(
     return OpenedModels(by_name, Inputs(base, tuple(tasks)), of_source)
 
 
-def _place(recipe: Recipe, model: Reference, outputs: Mapping[str, str]) -> str:
-    """Where a model is: an earlier output, a path, or a Hub id."""
-    path = outputs.get(model.path, model.path)
-    if any(mark in text for text in (path, model.adapter or "") for mark in "+@"):
-        raise ConfigError(
-            f"{recipe.label}: model '{model}': '+' and '@' in a path cannot be told from those "
-            "before an adapter and a revision. Rename the folder."
-        )
-    return str(model.model_copy(update={"path": path}))
-
-
 def with_tokens(
-    recipe: Recipe, tokenizer: Tokenizer, models: OpenedModels
+    recipe: Recipe, tokenizer: Tokenizer, models: OpenedModels, outputs: Mapping[str, str]
 ) -> tuple[TokenPlan, OpenedModels]:
     """The models with the rows of the tokens that a recipe chooses."""
     base, named = models.inputs.base, models.by_name.get(str(recipe.base_model))
     try:
-        tokens = tokens_of(tokenizer, models.by_name, named if base is None else base.posterior)
+        donor = named if base is None else base.posterior
+        tokens = tokens_of(tokenizer, models.by_name, donor, outputs)
     except (CheckpointError, ConfigError, MismatchError) as error:
         raise type(error)(f"{recipe.label}: tokenizer: {error}") from None
     by_name = dict(zip(models.by_name, tokens.models, strict=True))

@@ -70,7 +70,7 @@ def plan_recipe(
         if tokenizer is None and settings.vocab == "union":
             tokenizer = Tokenizer()
         if tokenizer is not None:
-            tokens, models = with_tokens(recipe, tokenizer, models)
+            tokens, models = with_tokens(recipe, tokenizer, models, outputs or {})
             notes += tokens.notes
         inputs = models.inputs
         config = _config(recipe, settings, inputs, tokens)

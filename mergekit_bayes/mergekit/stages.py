@@ -3,7 +3,7 @@
 Source: https://github.com/arcee-ai/mergekit, docs/multimerge.md.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from mergekit_bayes.errors import ConfigError, shown
@@ -27,20 +27,52 @@ def references(recipe: Recipe) -> Iterator[Reference]:
         yield from (model for model in models if model is not None)
 
 
-def needed_stages(recipe: Recipe, stages: Mapping[str | None, Recipe]) -> list[Recipe]:
-    """The recipes whose outputs a recipe refers to by their names.
-
-    A name without a revision is that of a stage, also where a folder has it.
+def needed_names(recipe: Recipe, names: Container[str | None]) -> list[str]:
+    """The stages whose outputs a recipe refers to, each once.
 
     Args:
         recipe: The recipe.
-        stages: All recipes of its file, by name.
+        names: Those of all stages of its file.
     """
-    names: dict[str, None] = {}
-    for model in references(recipe):
-        pairs = ((model.path, model.revision), (model.adapter, model.adapter_revision))
-        names |= dict.fromkeys(path for path, revision in pairs if path and revision is None)
-    return [stages[name] for name in names if name in stages]
+    found = (name for model in references(recipe) for name in _stages(model, names).values())
+    return list(dict.fromkeys(found))
+
+
+def place_of(model: Reference, outputs: Mapping[str, str], label: str) -> str:
+    """Where a model is: a path, a Hub id, or where the output of a stage is.
+
+    Args:
+        model: The model, as a recipe refers to it.
+        outputs: Where the outputs of the stages are, by their names.
+        label: The recipe, for messages.
+
+    Raises:
+        ConfigError: A path has a mark in it that stands before an adapter or a revision.
+    """
+    places = {key: outputs[name] for key, name in _stages(model, outputs).items()}
+    placed = model.model_copy(update=places)
+    if any(mark in text for text in (placed.path, placed.adapter or "") for mark in "+@"):
+        raise ConfigError(
+            f"{label}: model '{placed}': '+' and '@' in a path cannot be told from those before an "
+            "adapter and a revision. Rename the folder."
+        )
+    return str(placed)
+
+
+def _stages(model: Reference, names: Container[str | None]) -> dict[str, str]:
+    """What of a reference is the name of a stage: `path`, `adapter` or both.
+
+    A name without a revision is that of a stage, also where a folder has it.
+    """
+    given = {
+        "path": (model.path, model.revision),
+        "adapter": (model.adapter, model.adapter_revision),
+    }
+    return {
+        key: name
+        for key, (name, revision) in given.items()
+        if name is not None and revision is None and name in names
+    }
 
 
 def in_order(recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
@@ -57,7 +89,7 @@ def in_order(recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
     by_name = {recipe.name: recipe for recipe in recipes}
     sorter: TopologicalSorter[str | None] = TopologicalSorter()
     for recipe in recipes:
-        sorter.add(recipe.name, *[stage.name for stage in needed_stages(recipe, by_name)])
+        sorter.add(recipe.name, *needed_names(recipe, by_name))
     try:
         names = list(sorter.static_order())
     except CycleError as error:

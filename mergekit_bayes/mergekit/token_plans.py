@@ -4,12 +4,16 @@ from collections.abc import Mapping
 
 from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.mergekit.objects import Reference, Tokenizer, TokenSource
+from mergekit_bayes.mergekit.stages import place_of
 from mergekit_bayes.plan.unions import RowChoice, TokenChoice, TokenPlan, plan_tokens
 from mergekit_bayes.posterior import Posterior
 
 
 def tokens_of(
-    tokenizer: Tokenizer, models: Mapping[str, Posterior], base: Posterior | None
+    tokenizer: Tokenizer,
+    models: Mapping[str, Posterior],
+    base: Posterior | None,
+    outputs: Mapping[str, str],
 ) -> TokenPlan:
     """Bring all models of a recipe to the tokens that it chooses.
 
@@ -17,6 +21,7 @@ def tokens_of(
         tokenizer: What the recipe says.
         models: The models, by how recipes write them.
         base: The base; None without one.
+        outputs: Where the outputs of earlier documents are, by name.
 
     Raises:
         BmergeError: As `plan_tokens`.
@@ -33,7 +38,7 @@ def tokens_of(
         if model is None:
             return None
         opened = models.get(str(model))
-        return str(model) if opened is None else opened.ref
+        return place_of(model, outputs, "tokenizer") if opened is None else opened.ref
 
     source = ref(tokenizer.model) or tokenizer.source
     rows = {token: _row(given, ref(given.model)) for token, given in tokenizer.tokens.items()}
