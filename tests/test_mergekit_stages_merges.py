@@ -1,6 +1,7 @@
 """What is made again, kept, removed and recorded: parts, several documents, the recipe."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,76 @@ def test_a_name_without_a_revision_is_a_stage_as_a_model_and_as_an_adapter(model
     models("a", "b")
     message = refused(STAGES.replace("model: b, parameters", f"model: {model}, parameters"))
     assert place in message, message
+
+
+def stop_after_the_first(*flags):
+    """Carry out the first of two documents, whose second one fails for lack of tensors."""
+    shutil.move("c/model.safetensors", "c.safetensors")
+    stopped = run("recipe.yml", "-o", "out", *flags)
+    shutil.move("c.safetensors", "c/model.safetensors")
+    assert stopped.exit_code == 2, said(stopped)
+    assert Path("out.stages/first/model.safetensors").exists()
+
+
+def other_flags():
+    return ["--dtype", "BF16"]
+
+
+def other_config():
+    set_config("a", rope_theta=5.0)
+    return []
+
+
+def other_layers():
+    for name in ("a", "b"):
+        set_config(name, num_hidden_layers=2)
+    return []
+
+
+@pytest.mark.parametrize("change", [other_flags, other_config, other_layers])
+def test_a_stage_is_made_again_with_other_flags_or_configs(change):
+    models("a", "b", "c")
+    text = STAGES.replace("model: b, p", "model: c, p").replace("{weight: 1}", "{weight: [1, 3]}")
+    Path("recipe.yml").write_text(text)
+    stop_after_the_first()
+    flags = change()
+    done = run("recipe.yml", "-o", "out", *flags)
+    assert done.exit_code == 0, said(done)
+    assert "is there already" not in said(done)
+    assert not Path("out.stages").exists()
+    merge(text, *flags, out="again")
+    for file in ("model.safetensors", "config.json"):
+        assert (Path("out") / file).read_bytes() == (Path("again") / file).read_bytes(), file
+
+
+def test_what_no_merge_wrote_is_kept_whatever_lies_in_the_folder_of_stages():
+    models("a", "b", "c")
+    Path("recipe.yml").write_text(STAGES.replace("model: b, p", "model: c, p"))
+    stop_after_the_first()
+    for file in ("mine/notes.txt", "first/thesis.txt"):
+        Path("out.stages", file).parent.mkdir(exist_ok=True)
+        Path("out.stages", file).write_text("precious")
+    refused = run("recipe.yml", "-o", "out", "--dtype", "F16")  # another merge in the same place
+    assert refused.exit_code == 2
+    assert "'out.stages/first/thesis.txt' is where" in said(refused)
+    assert run("recipe.yml", "-o", "out").exit_code == 0
+    left = sorted(str(p) for p in Path("out.stages").rglob("*") if p.is_file())
+    assert left == ["out.stages/first/thesis.txt", "out.stages/mine/notes.txt"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--force"]])
+def test_a_model_of_somebody_is_not_replaced_by_a_stage(flags):
+    models("a", "b", "c")
+    shutil.copytree("c", "out.stages/first")
+    Path("recipe.yml").write_text(STAGES)
+    done = run("recipe.yml", "-o", "out", *flags)
+    assert done.exit_code == 2, said(done)
+    assert "'out.stages/first' is where" in said(done)
+    for file in ("model.safetensors", "config.json"):
+        assert Path("out.stages/first", file).read_bytes() == Path("c", file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.partial", "a.safetensors", "a.plan.json", "..", "a/b", "a+b"])
+def test_a_name_that_is_no_folder_of_a_stage_is_refused(name):
+    models("a", "b")
+    assert "document 1: name: " in refused(STAGES.replace("first", f"'{name}'"))

@@ -1,6 +1,5 @@
 """What `bmerge merge` does with a recipe of mergekit."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
-from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
+from mergekit_bayes.mergekit.running import Stage, stages_of
+from mergekit_bayes.mergekit.stage_folders import begin, finish, is_done, remove_stages
 from mergekit_bayes.mergekit.stages import needed_names
 from mergekit_bayes.plan import MergePlan, plan_merge
 
@@ -85,13 +85,16 @@ def merge_stages(
     report = None
     for stage in stages:
         with stage.plan() as plan:
-            if not stage.is_last and is_done(plan):
+            if stage.is_last:
+                report = merge(plan)
+            elif is_done(plan):
                 screen.print(f"'{plan.target}' is there already", markup=False)
-                continue
-            report = merge(plan)
+            else:
+                begin(plan)
+                merge(plan)
+                finish(plan)
     if report is not None:
-        for folder in {Path(out).parent for stage in stages for out in stage.outputs.values()}:
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_stages(stage.place for stage in stages if not stage.is_last)
     return report
 
 

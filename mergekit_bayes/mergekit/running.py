@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_bayes.documents import read_record
-from mergekit_bayes.errors import BmergeError, ConfigError
-from mergekit_bayes.merge.report import MergeReport
+from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.mergekit.objects import Recipe
 from mergekit_bayes.mergekit.planning import plan_recipe
+from mergekit_bayes.mergekit.stage_folders import RECORD
 from mergekit_bayes.mergekit.stages import in_order
-from mergekit_bayes.plan import MergeConfig, MergePlan, recipe_path, report_path
+from mergekit_bayes.plan import MergeConfig, MergePlan
 
+_TAKEN = (".partial", ".safetensors", RECORD)  # endings of what is no folder of a stage
 STAGES = ".stages"  # ending of the folder of what later documents need, beside the output
 
 
@@ -32,6 +32,11 @@ class Stage:
     outputs: Mapping[str, str]
     seed: int | None
     is_last: bool
+
+    @property
+    def place(self) -> Path:
+        """Where its output goes."""
+        return Path(self.settings.out or "merged").expanduser()
 
     def plan(self) -> MergePlan:
         """The plan of the merge, as `plan_recipe` makes it."""
@@ -74,17 +79,6 @@ def stages_of(
     return tuple(found)
 
 
-def is_done(plan: MergePlan) -> bool:
-    """Whether the output of a plan is there already: the same recipe, of the same models."""
-    try:
-        report = read_record(MergeReport, report_path(plan.target))
-        written = recipe_path(plan.target).read_text(encoding="utf-8")
-    except (BmergeError, OSError, ValueError):
-        return False
-    identities = [model.identity for model in report.models]
-    return written == plan.recipe and identities == [m.posterior.identity for m in plan.inputs]
-
-
 def _safe(recipe: Recipe) -> str:
     """The name of a document as that of a folder.
 
@@ -96,5 +90,10 @@ def _safe(recipe: Recipe) -> str:
         raise ConfigError(
             f"{recipe.label}: name: expected the name of a folder, found '{name}'. Use letters, "
             "digits, '-', '_' and '.'."
+        )
+    if ending := next((ending for ending in _TAKEN if name.endswith(ending)), None):
+        raise ConfigError(
+            f"{recipe.label}: name: '{name}' ends in '{ending}', which is that of files beside a "
+            "merge. Choose another."
         )
     return name
