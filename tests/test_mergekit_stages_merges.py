@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.mergekit_models import merge, models, refused, run, tokens
@@ -170,3 +171,37 @@ def test_a_model_of_somebody_is_not_replaced_by_a_stage(flags):
 def test_a_name_that_is_no_folder_of_a_stage_is_refused(name):
     models("a", "b")
     assert "document 1: name: " in refused(STAGES.replace("first", f"'{name}'"))
+
+
+LATE = [
+    (STAGES.replace("task_arithmetic", "task_arithmetics"), [], "did you mean 'task_arithmetic'"),
+    (STAGES.replace("{weight: 0.5}", "{}"), [], "document 2: models[0].parameters.weight"),
+    (STAGES.replace("base_model: first\n", ""), [], "document 2: base_model: "),
+    (STAGES, ["--param", "seed=1"], "draws nothing"),
+    (STAGES, ["-o", "a+b/out"], "-o a+b/out: "),
+    (STAGES, ["-o", "a"], "'a' exists. Choose another -o"),
+    (STAGES, ["-o", "plain", "--force"], "'plain' is a folder without a model in it"),
+]
+
+
+@pytest.mark.parametrize(("text", "flags", "message"), LATE, ids=[case[2] for case in LATE])
+def test_what_is_wrong_in_a_later_document_is_told_before_the_first_is_merged(text, flags, message):
+    models("a", "b")
+    Path("plain").mkdir()
+    Path("plain/notes.txt").write_text("precious")
+    Path("recipe.yml").write_text(text)
+    done = run("recipe.yml", "-o", "out", *flags)
+    assert done.exit_code == 2, said(done)
+    assert message in said(done)
+    assert not list(Path().rglob("*.stages"))
+
+
+def test_a_seed_is_that_of_the_documents_that_draw():
+    models("a", "b")
+    text = STAGES.replace("task_arithmetic", "dare_linear").replace("0.5}", "0.5, density: 0.5}")
+    first, again, other = (
+        merge(text, "--param", f"seed={seed}", out=f"out{i}") for i, seed in enumerate((1, 1, 2))
+    )
+    name = "lm_head.weight"
+    assert np.array_equal(first[name], again[name])
+    assert not np.array_equal(first[name], other[name])

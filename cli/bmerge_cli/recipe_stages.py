@@ -14,7 +14,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
-from mergekit_bayes.mergekit.running import Stage, stages_of
+from mergekit_bayes.mergekit.running import Stage, refuse_existing, stages_of
 from mergekit_bayes.mergekit.stage_folders import begin, finish, is_done, remove_stages
 from mergekit_bayes.mergekit.stages import needed_names
 from mergekit_bayes.plan import MergePlan, plan_merge
@@ -83,6 +83,8 @@ def merge_stages(
 ) -> MergeReport | None:
     """Carry out the merges in turn; what only later ones need is removed at the end."""
     report = None
+    if len(stages) > 1:
+        refuse_existing(stages)
     for stage in stages:
         with stage.plan() as plan:
             if stage.is_last:

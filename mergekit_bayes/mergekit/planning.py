@@ -59,10 +59,7 @@ def plan_recipe(
     Raises:
         BmergeError: As `plan_merge`, for the recipe's keys.
     """
-    method = method_of(recipe)
-    parts = parts_of(recipe, method)
-    refuse_missing(recipe, method, parts)
-    _refuse_flags(recipe, method, parts, settings, seed)
+    method, parts = checked_parts(recipe, settings, seed)
     notes: list[str] = []
     with ExitStack() as stack:
         models = open_models(recipe, parts, outputs or {}, stack)
@@ -124,6 +121,26 @@ def plan_recipe(
         plan.refuse_changed()
         stack.pop_all()  # the plan closes them
         return plan
+
+
+def checked_parts(
+    recipe: Recipe, settings: MergeConfig, seed: int | None
+) -> tuple[Method, tuple[Part, ...]]:
+    """The method and the parts of a recipe, checked as far as no model is needed for it.
+
+    Args:
+        recipe: The recipe.
+        settings: Those of the merge.
+        seed: Of a random method; None for that of the recipe.
+
+    Raises:
+        ConfigError: The recipe lacks something, or leaves a setting nothing to do.
+    """
+    method = method_of(recipe)
+    parts = parts_of(recipe, method)
+    refuse_missing(recipe, method, parts)
+    _refuse_flags(recipe, method, parts, settings, seed)
+    return method, parts
 
 
 def _refuse_flags(

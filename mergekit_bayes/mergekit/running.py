@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.replacing import real_output
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.mergekit.objects import Recipe
-from mergekit_bayes.mergekit.planning import plan_recipe
-from mergekit_bayes.mergekit.stage_folders import RECORD
+from mergekit_bayes.mergekit.planning import checked_parts, plan_recipe
+from mergekit_bayes.mergekit.roles import method_of
+from mergekit_bayes.mergekit.stage_folders import RECORD, refuse_taken
 from mergekit_bayes.mergekit.stages import in_order
 from mergekit_bayes.plan import MergeConfig, MergePlan
+from mergekit_bayes.plan.outputs import refuse_replacing
 
 _TAKEN = (".partial", ".safetensors", RECORD)  # endings of what is no folder of a stage
 STAGES = ".stages"  # ending of the folder of what later documents need, beside the output
@@ -56,7 +59,7 @@ def stages_of(
         seed: Of random methods, in place of the recipes'.
 
     Raises:
-        ConfigError: All documents have names, or some need each other.
+        ConfigError: All documents have names, some need each other, or one lacks something.
     """
     out = settings.out or "merged"
     if len(recipes) == 1:
@@ -68,6 +71,15 @@ def stages_of(
         )
     if out.endswith(".safetensors"):
         raise ConfigError(f"-o {out}: a file of several recipes writes folders. Name a folder.")
+    if any(mark in out for mark in "+@"):
+        raise ConfigError(
+            f"-o {out}: recipes name the outputs of others there, in which '+' and '@' stand "
+            "before an adapter and a revision. Choose another -o."
+        )
+    draws = any(method_of(recipe).random for recipe in recipes)
+    seeds = {r.name: seed if method_of(r).random or not draws else None for r in recipes}
+    for recipe in recipes:  # before the first of them is merged for hours
+        checked_parts(recipe, settings, seeds[recipe.name])
     folder = Path(f"{out.rstrip('/')}{STAGES}")
     outputs = {r.name: str(folder / _safe(r)) for r in recipes if r.name is not None}
     found = []
@@ -75,8 +87,24 @@ def stages_of(
         is_last = recipe.name is None
         place = out if is_last or recipe.name is None else outputs[recipe.name]
         update: dict[str, object] = {"out": place} if is_last else {"out": place, "force": True}
-        found.append(Stage(recipe, settings.model_copy(update=update), outputs, seed, is_last))
+        updated = settings.model_copy(update=update)
+        found.append(Stage(recipe, updated, outputs, seeds[recipe.name], is_last))
     return tuple(found)
+
+
+def refuse_existing(stages: Sequence[Stage]) -> None:
+    """Refuse outputs that are there already, before the first merge.
+
+    Raises:
+        CheckpointError: The output exists and is not to be replaced, or something that no merge
+            wrote is where that of another document goes.
+    """
+    for stage in stages:
+        if stage.is_last:
+            place = real_output(stage.place) if stage.place.is_symlink() else stage.place
+            refuse_replacing(place, place, force=stage.settings.force)
+        else:
+            refuse_taken(stage.place)
 
 
 def _safe(recipe: Recipe) -> str:

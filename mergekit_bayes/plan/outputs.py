@@ -38,8 +38,31 @@ def choose_target(config: MergeConfig, inputs: Inputs) -> Path:
     for model in inputs:
         _refuse_overwriting(target, written, model.posterior)
     for path in written:
-        _refuse_replacing(path, target, force=config.force)
+        refuse_replacing(path, target, force=config.force)
     return target
+
+
+def refuse_replacing(path: Path, target: Path, *, force: bool) -> None:
+    """Refuse to replace what is at a path of the output.
+
+    Args:
+        path: The output, or a file that is written beside it.
+        target: The output.
+        force: Whether a model that is there is replaced.
+
+    Raises:
+        CheckpointError: It exists and is not to be replaced, or is no model.
+    """
+    # A merge that was stopped while its files were put in place has left some of them there, and
+    # is resumed.
+    if path.exists() and not force and not partial_path(target).exists():
+        raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
+    if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
+        conflict = "a folder, and a file" if path.is_dir() else "a file, and a folder"
+        raise CheckpointError(
+            f"'{path}' is {conflict} would replace it. Choose another -o, or remove it yourself."
+        )
+    refuse_foreign(path)
 
 
 def split_shards(
@@ -110,16 +133,3 @@ def _refuse_overwriting(target: Path, written: Sequence[Path], model: Posterior)
             raise CheckpointError(
                 f"-o {target} would overwrite '{model.ref}', an input. Choose another -o."
             )
-
-
-def _refuse_replacing(path: Path, target: Path, *, force: bool) -> None:
-    # A merge that was stopped while its files were put in place has left some of them there, and
-    # is resumed.
-    if path.exists() and not force and not partial_path(target).exists():
-        raise CheckpointError(f"'{path}' exists. Choose another -o, or pass --force to replace it.")
-    if path.exists() and path.is_dir() == (path.suffix == ".safetensors" or path != target):
-        conflict = "a folder, and a file" if path.is_dir() else "a file, and a folder"
-        raise CheckpointError(
-            f"'{path}' is {conflict} would replace it. Choose another -o, or remove it yourself."
-        )
-    refuse_foreign(path)
