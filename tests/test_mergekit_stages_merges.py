@@ -1,13 +1,17 @@
 """What is made again, kept, removed and recorded: parts, several documents, the recipe."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from tests.mergekit_models import merge, models, refused, run, tokens
+from bmerge_cli.main import app
+from tests.mergekit_models import folder, merge, models, refused, run, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +209,109 @@ def test_a_seed_is_that_of_the_documents_that_draw():
     name = "lm_head.weight"
     assert np.array_equal(first[name], again[name])
     assert not np.array_equal(first[name], other[name])
+
+
+BYTES = ("model.safetensors", "config.json", "merge_recipe.yaml")
+
+
+def command_of(recipe):
+    """The command that a recipe names above it, as words."""
+    first = Path(recipe).read_text().split("\n")[0]
+    assert first.startswith("# bmerge merge THIS")
+    return shlex.split(first.partition("THIS")[2].partition(" -o OUT")[0])
+
+
+def repeats(flags, out="out"):
+    """That the recipe of a merge, with the flags that it names, gives the same files."""
+    recipe = Path(out, "merge_recipe.yaml")
+    assert command_of(recipe) == flags
+    done = run(recipe, "-o", "repeated", *flags)
+    assert done.exit_code == 0, said(done)
+    written = sorted(p.name for p in Path(out).iterdir() if p.name != "merge_report.json")
+    for file in written:
+        assert Path(out, file).read_bytes() == Path("repeated", file).read_bytes(), file
+    return recipe.read_text()
+
+
+ONE = """
+merge_method: task_arithmetic
+base_model: base
+models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]
+"""
+
+
+RULES = ["--on-missing", "base", "--on-bad", "base", "--on-config", "base"]
+STORED = ["--vocab", "common", "--max-shard-size", "1kB", "--dtype", "F8_E4M3"]
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ([], []),
+        (["--dtype", "BF16", "--verify"], []),  # which the recipe says, and which changes nothing
+        (RULES, RULES),
+        (STORED, STORED),
+        (["--side-files", "b"], ["--side-files", "b"]),
+    ],
+    ids=["none", "dtype", "rules", "stored", "side files"],
+)
+@pytest.mark.parametrize("text", [ONE, STAGES], ids=["one", "stages"])
+def test_the_recipe_that_is_written_repeats_the_bytes_with_the_flags_that_it_names(
+    text, given, recorded
+):
+    found = models("base", "a", "b", base="base")
+    Path("b/generation_config.json").write_text('{"top_k": 3}')
+    if given == RULES:
+        text = text.replace("merge_method: linear", "merge_method: ties\nbase_model: base")
+        found["b"].pop("model.layers.1.input_layernorm.weight")
+        Path("b/model.safetensors").unlink()
+        folder("b", 2, tensors=found["b"])
+    merge(text, *given)
+    written = repeats(recorded)
+    documents = list(yaml.safe_load_all(written))
+    assert [d.get("name") for d in documents] == ["first", None][-text.count("merge_method") :]
+    assert "out.stages" not in written
+    dtypes = {d.get("out_dtype") for d in documents}
+    assert dtypes == ({"bfloat16"} if "BF16" in given else {None})
+
+
+def test_the_recipe_that_is_written_tells_the_content_of_the_models():
+    models("a", "b")
+    merge(STAGES)
+    told = json.loads(Path("out/merge_report.json").read_text())["models"]
+    hashes = {model["ref"]: model["identity"] for model in told}
+    lines = Path("out/merge_recipe.yaml").read_text().splitlines()
+    assert f"# b: {hashes['b']}" in lines
+    assert [line.split(":")[0] for line in lines if line.startswith("# ")][3:] == [
+        "# a",
+        "# b",
+        "# b",
+    ]
+
+
+def card_of(out):
+    """The card that a push would write, and what is told besides."""
+    done = CliRunner().invoke(app, ["push", out, "org/out", "--dry-run"])
+    assert done.exit_code == 0, said(done)
+    return done.stdout + done.stderr
+
+
+def test_the_card_shows_all_documents_and_the_command_that_repeats_the_bytes():
+    models("a", "b")
+    merge(STAGES, "--max-shard-size", "1kB")
+    card = card_of("out")
+    assert "name: first" in card
+    assert "base_model: first" in card
+    assert "bmerge merge merge_recipe.yaml --max-shard-size 1kB -o again" in card
+
+
+def test_the_card_takes_no_command_from_a_recipe_of_somebody():
+    models("a", "b")
+    merge(STAGES)
+    recipe = Path("out/merge_recipe.yaml")
+    lines = recipe.read_text().split("\n")
+    lines[0] = (
+        "# bmerge merge THIS --x;y 'b; rm c' --on-bad '$(rm d)' -o OUT gives the same bytes again"
+    )
+    recipe.write_text("\n".join(lines))
+    assert "merge_recipe.yaml --on-bad '$(rm d)' -o again" in card_of("out")

@@ -85,8 +85,10 @@ def merge_stages(
     report = None
     if len(stages) > 1:
         refuse_existing(stages)
+    texts: list[str] = []
     for stage in stages:
-        with stage.plan() as plan:
+        with stage.plan(texts) as plan:
+            texts.append(plan.recipe or "")
             if stage.is_last:
                 report = merge(plan)
             elif is_done(plan):

@@ -18,6 +18,7 @@ from mergekit_bayes.plan import MergeConfig
 
 _MODEL_SETTINGS = ("precision", "isotropic", "observations")  # each of a single model
 _MERGE_SETTINGS = ("counts", "shrink", "pool", "anchor", "only", "on_missing", "vocab", "on_bad")
+_FLAG = re.compile(r"[a-z]+(-[a-z]+)*")
 _LONGEST_LINE = 1000  # characters
 _AUTO_MODELS = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -81,8 +82,12 @@ def further_section(facts: Facts) -> str:
     undoing = [_undo(facts, task, base, on_base) for task in _undoable(facts)] if on_base else []
     commands = [*_merging(facts, base, on_base), *undoing]
     if facts.recipe:
-        line = f"bmerge merge {MERGE_RECIPE} -o again"
-        commands.append(_Command(line, "make it again, with the same bytes"))
+        flags = {f: last_parts(v) for f, v in facts.flags.items() if _FLAG.fullmatch(f)}
+        needed = "".join(f" --{flag} {word(value)}" for flag, value in flags.items())
+        # Our own recipe has the models' hashes, and other models are refused.
+        models = " from the same models" if "merge_method" in facts.recipe else ""
+        line = f"bmerge merge {MERGE_RECIPE}{needed} -o again"
+        commands.append(_Command(line, f"make it again, with the same bytes{models}"))
     # A name that had to be cut names something else.
     commands = [command for command in commands if len(command.line) <= _LONGEST_LINE]
     width = max(len(command.line) for command in commands) if commands else 0

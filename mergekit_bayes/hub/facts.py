@@ -13,12 +13,14 @@ from mergekit_bayes.checkpoint.side_files import ADAPT, FINETUNE, MERGE_RECIPE, 
 from mergekit_bayes.hub.folder import (
     AdaptRecord,
     MergeRecord,
+    WrittenRecipe,
     lone_precision_files,
     mapping,
     precision_info,
     read_adaptation,
     read_merge,
     read_record,
+    read_written_recipe,
     texts,
 )
 from mergekit_bayes.hub.parents import Parent, parents
@@ -33,7 +35,6 @@ _PIPELINES = {  # the end of an architecture's class name -> the Hub's pipeline 
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
 }
-_SETTINGS = (MERGE_RECIPE, FINETUNE, ADAPT)
 _ADAPTER_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 
@@ -45,7 +46,9 @@ class Facts:
         repo: `org/name`, or the folder's name.
         only_posterior: The card is of a posterior, without a model.
         report: `merge_report.json`; None if the folder is not a merge.
-        recipe: `merge_recipe.yaml`, likewise.
+        recipe: `merge_recipe.yaml`, likewise; of several documents the last one.
+        earlier_recipes: The documents before, whose outputs it merges.
+        flags: What the command that repeats a merge of mergekit needs besides its recipe.
         finetune: `finetune.yaml`; empty if the folder is not a fine-tune.
         adapt: `adapt.yaml`; empty if the folder is not an adapted model.
         adaptation: `adapt_report.json`, with what it leaves out as if nothing had been done.
@@ -66,6 +69,8 @@ class Facts:
     only_posterior: bool
     report: MergeRecord | None
     recipe: Mapping[str, object]
+    earlier_recipes: tuple[Mapping[str, object], ...]
+    flags: Mapping[str, str]
     finetune: Mapping[str, object]
     adapt: Mapping[str, object]
     adaptation: AdaptRecord
@@ -108,7 +113,8 @@ def read_facts(
     for file in (*precision, *_documents(folder, only=only)):
         contained(folder, file.relative_to(folder))
     report = None if only else read_merge(folder)
-    recipe, finetune, adapt = ({} if only else read_record(folder / name) for name in _SETTINGS)
+    written = WrittenRecipe() if only else read_written_recipe(folder / MERGE_RECIPE)
+    finetune, adapt = ({} if only else read_record(folder / name) for name in (FINETUNE, ADAPT))
     made_from = parents(folder, posterior_only=only_posterior)
     adapter = read_record(folder / "adapter_config.json")
     mean_identity = None
@@ -122,7 +128,9 @@ def read_facts(
         repo=repo,
         only_posterior=only,
         report=report,
-        recipe=recipe,
+        recipe=written.documents[-1] if written.documents else {},
+        earlier_recipes=written.documents[:-1],
+        flags=written.flags,
         finetune=finetune,
         adapt=adapt,
         adaptation=(None if only else read_adaptation(folder)) or AdaptRecord(),

@@ -5,16 +5,24 @@ They may come from anybody: what is shown of a record is read by its type.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from mergekit_bayes import documents
 from mergekit_bayes.checkpoint.layout import precision_set
 from mergekit_bayes.checkpoint.side_files import ADAPT_REPORT, MERGE_REPORT
-from mergekit_bayes.documents import DocumentError, read_mapping, read_text
+from mergekit_bayes.documents import (
+    SETTINGS,
+    DocumentError,
+    parse_yaml_documents,
+    read_mapping,
+    read_text,
+)
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.posterior import PosteriorInfo
 from mergekit_bayes.posterior.stored import StoredPrecisions
+from mergekit_bayes.recipes import flags_in
 
 CARD = "README.md"
 _LARGEST_CARD = 4 << 20  # bytes; the largest published ones have about 1 MB
@@ -99,6 +107,40 @@ def read_record(file: Path) -> dict[str, object]:
         CheckpointError: The file cannot be read, or does not hold a mapping.
     """
     return read_mapping(file) if file.exists() else {}
+
+
+class WrittenRecipe(NamedTuple):
+    """`merge_recipe.yaml`.
+
+    Attributes:
+        documents: What it merges in turn; the last one makes the output.
+        flags: What the command that repeats the bytes needs besides it, values by names.
+    """
+
+    documents: tuple[dict[str, object], ...] = ()
+    flags: Mapping[str, str] = {}
+
+
+def read_written_recipe(file: Path) -> WrittenRecipe:
+    """The recipe beside a merge; without documents if the file does not exist.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not hold mappings.
+    """
+    if not file.exists():
+        return WrittenRecipe()
+    try:
+        content = read_text(file, SETTINGS)
+        documents = tuple(d for d in parse_yaml_documents(content) if isinstance(d, dict))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DocumentError as error:
+        reason = str(error)
+    else:
+        if documents and all(isinstance(key, str) for d in documents for key in d):
+            return WrittenRecipe(documents, flags_in(content))
+        reason = "it holds no settings"
+    raise CheckpointError(f"{file}: cannot be read ({reason}). Write it again, or remove it.")
 
 
 def read_merge(folder: Path) -> MergeRecord | None:

@@ -166,8 +166,9 @@ def _merge_numbers(report: MergeRecord) -> Iterator[str]:
 def _recipe(facts: Facts) -> str:
     named = ((MERGE_RECIPE, facts.recipe), (FINETUNE, facts.finetune), (ADAPT, facts.adapt))
     name, settings = next((name, content) for name, content in named if content)
-    content = published_recipe(settings, facts.parents)
-    lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
+    documents = (*facts.earlier_recipes, settings) if name == MERGE_RECIPE else (settings,)
+    content = [published_recipe(document, facts.parents) for document in documents]
+    lines = yaml.safe_dump_all(content, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
     head = f"## Recipe\n\n`{name}` without what was left out, local paths by their last part:"
     return f"{head}\n\n{block(lines, 'yaml', backticks=4)}"
 

@@ -9,6 +9,7 @@ become the scales of a step's operands, and its settings.
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from mergekit_bayes.checkpoint.sources import pinned
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
 from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.mergekit.bodies import is_stacked
@@ -18,7 +19,8 @@ from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
 from mergekit_bayes.mergekit.opened import OpenedModels, open_models, with_tokens
 from mergekit_bayes.mergekit.resolved import Resolver, refuse_missing, with_weights
 from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
-from mergekit_bayes.mergekit.written import recipe_yaml
+from mergekit_bayes.mergekit.stages import place_of
+from mergekit_bayes.mergekit.written import recipe_file
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.plan import MergeConfig, MergePlan
 from mergekit_bayes.plan.corrections import correct_config
@@ -33,6 +35,8 @@ from mergekit_bayes.plan.united import side_files_of
 from mergekit_bayes.plan.whole_tensors import memory_in_words
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+# Flags that decide bytes and that a recipe has no word for; of dtypes, those of 8 bits.
+_FLAGS = ("on-missing", "on-bad", "on-config", "vocab", "side-files", "max-shard-size", "dtype")
 _SHARD = "5GB"  # as transformers, where the layers are not those of one model
 
 
@@ -115,7 +119,7 @@ def plan_recipe(
             side_files=side_files,
             documents=documents,
             made_files=made,
-            recipe=_resolved_text(recipe, method, models, seed),
+            recipe=_resolved_text(recipe, method, models, tokens, outputs or {}, settings, seed),
             does=_in_words(recipe, parts),
         )
         plan.refuse_changed()
@@ -200,17 +204,50 @@ def _config(
     return settings.model_copy(update=update)
 
 
-def _resolved_text(recipe: Recipe, method: Method, models: OpenedModels, seed: int | None) -> str:
+def _resolved_text(
+    recipe: Recipe,
+    method: Method,
+    models: OpenedModels,
+    tokens: TokenPlan | None,
+    outputs: Mapping[str, str],
+    settings: MergeConfig,
+    seed: int | None,
+) -> str:
     """The recipe that gives the same bytes again, with Hub ids by their commits."""
 
     def named(reference: Reference) -> str:
-        posterior = models.by_name.get(str(reference))
-        return str(reference) if posterior is None else posterior.pinned
+        posterior, name = models.by_name.get(str(reference)), str(reference)
+        if place_of(reference, outputs, recipe.label) != name:  # the output of a stage
+            return name
+        if posterior is not None:
+            return posterior.pinned
+        return name if tokens is None else pinned(name, tokens.folder)
 
+    identities = {
+        posterior.pinned: posterior.identity
+        for posterior in models.by_name.values()
+        if posterior.ref not in outputs.values()
+    }
+    flags = {flag: str(value) for flag in _FLAGS if (value := _given(settings, flag)) is not None}
+    if recipe.dtype or recipe.out_dtype or settings.dtype in _DTYPES.values():
+        flags.pop("dtype", None)
+    if (owner := flags.get("side-files")) is not None:
+        by_ref = {posterior.ref: posterior.pinned for posterior in models.by_name.values()}
+        flags["side-files"] = by_ref.get(owner, owner)
+    update: dict[str, object] = {}
+    if recipe.dtype is None and recipe.out_dtype is None:
+        names = {ours: name for name, ours in _DTYPES.items()}
+        update["out_dtype"] = names.get(settings.dtype or "")
     if method.random and seed is not None:
-        parameters = {**recipe.parameters, SEED: seed}
-        recipe = recipe.model_copy(update={"parameters": parameters})
-    return recipe_yaml(recipe, named)
+        update["parameters"] = {**recipe.parameters, SEED: seed}
+    return recipe_file(recipe.model_copy(update=update), named, flags, identities)
+
+
+def _given(settings: MergeConfig, flag: str) -> object:
+    """A setting of the merge; None where it is the usual one."""
+    name = flag.replace("-", "_")
+    value = getattr(settings, name)
+    return None if value == MergeConfig.model_fields[name].default else value
 
 
 def _in_words(recipe: Recipe, parts: Sequence[Part]) -> str:

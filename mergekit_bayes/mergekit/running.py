@@ -1,7 +1,7 @@
 """The merges of a file with several documents, in the order in which one needs another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.replacing import real_output
@@ -11,6 +11,7 @@ from mergekit_bayes.mergekit.planning import checked_parts, plan_recipe
 from mergekit_bayes.mergekit.roles import method_of
 from mergekit_bayes.mergekit.stage_folders import RECORD, refuse_taken
 from mergekit_bayes.mergekit.stages import in_order
+from mergekit_bayes.mergekit.written import joined
 from mergekit_bayes.plan import MergeConfig, MergePlan
 from mergekit_bayes.plan.outputs import refuse_replacing
 
@@ -41,9 +42,17 @@ class Stage:
         """Where its output goes."""
         return Path(self.settings.out or "merged").expanduser()
 
-    def plan(self) -> MergePlan:
-        """The plan of the merge, as `plan_recipe` makes it."""
-        return plan_recipe(self.recipe, self.settings, seed=self.seed, outputs=self.outputs)
+    def plan(self, earlier: Sequence[str] = ()) -> MergePlan:
+        """The plan of the merge, as `plan_recipe` makes it.
+
+        Args:
+            earlier: The resolved recipes of the documents before, which that of the file's output
+                has above its own.
+        """
+        plan = plan_recipe(self.recipe, self.settings, seed=self.seed, outputs=self.outputs)
+        if not (self.is_last and earlier):
+            return plan
+        return replace(plan, recipe=joined([*earlier, plan.recipe or ""]))
 
 
 def stages_of(

@@ -15,8 +15,35 @@ from mergekit_bayes.mergekit.objects import (
     Tokenizer,
     TokenSource,
 )
+from mergekit_bayes.recipes import mergekit_header
 
 Named = Callable[[Reference], str]
+
+
+def recipe_file(
+    recipe: Recipe, named: Named, flags: Mapping[str, str], identities: Mapping[str, str]
+) -> str:
+    """The text of a recipe as it is written beside a merge.
+
+    Args:
+        recipe: The recipe.
+        named: How a model is written, such as a Hub id with its commit.
+        flags: What decides bytes and the recipe does not say: values by the names of flags.
+        identities: The content hash of each model, by how it is written.
+    """
+    told = (f"# {' '.join(name.splitlines())}: {found}\n" for name, found in identities.items())
+    return mergekit_header(flags) + "".join(told) + recipe_yaml(recipe, named)
+
+
+def joined(texts: Sequence[str]) -> str:
+    """One file of the recipes of several, each with the same comment above it.
+
+    Args:
+        texts: What `recipe_file` wrote for each, in the order in which they are merged.
+    """
+    lines = mergekit_header({}).count("\n")
+    others = (text.split("\n", lines)[lines] for text in texts[1:])
+    return "---\n".join([texts[0], *others])
 
 
 def recipe_yaml(recipe: Recipe, named: Named = str) -> str:
