@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from bmerge_cli.main import app
+from mergekit_bayes.hub import parents
 from tests.mergekit_models import folder, merge, models, refused, run, tokens
 
 
@@ -315,3 +316,28 @@ def test_the_card_takes_no_command_from_a_recipe_of_somebody():
     )
     recipe.write_text("\n".join(lines))
     assert "merge_recipe.yaml --on-bad '$(rm d)' -o again" in card_of("out")
+
+
+def test_report_and_card_tell_the_models_of_earlier_documents(tmp_path):
+    models("a", "b", "c")
+    for name in "abc":
+        Path(name, "README.md").write_text("---\nlicense: mit\n---\n")
+    second = STAGES.replace("base_model: first", "name: second\nbase_model: first")
+    third = (
+        "merge_method: linear\nparameters: {weight: [1, 2]}\nmodels: [{model: second}, {model: c}]"
+    )
+    out = tmp_path / "out"
+    merge(f"{second}---\n{third}", out=str(out))
+    told = json.loads((out / "merge_report.json").read_text())
+    stages = {Path(ref).name: [m["ref"] for m in ms] for ref, ms in told["stages"].items()}
+    assert stages == {"first": ["a", "b"], "second": [f"{out}.stages/first", "b"]}
+    names = {(p.role, p.name) for p in parents(out)}
+    first = {("task of first", "a"), ("task of first", "b")}
+    assert names == first | {("task of second", "b"), ("task", "c")}
+    card = card_of(str(out))
+    assert "license: mit" in card
+    text = card[card.index("---") : card.index("end -->")]
+    assert "weight of 'second' differs between tensors" in text
+    assert str(tmp_path) not in text
+    Path("a/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert "the parents disagree" in card_of(str(out))

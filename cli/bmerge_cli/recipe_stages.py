@@ -14,7 +14,7 @@ from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
 from mergekit_bayes.mergekit.export import exported, refuse_unsaid
-from mergekit_bayes.mergekit.running import Stage, refuse_existing, stages_of
+from mergekit_bayes.mergekit.running import Made, Stage, made_by, refuse_existing, stages_of
 from mergekit_bayes.mergekit.stage_folders import begin, finish, is_done, remove_stages
 from mergekit_bayes.mergekit.stages import needed_names
 from mergekit_bayes.plan import MergePlan, plan_merge
@@ -85,18 +85,19 @@ def merge_stages(
     report = None
     if len(stages) > 1:
         refuse_existing(stages)
-    texts: list[str] = []
+    earlier: list[Made] = []
     for stage in stages:
-        with stage.plan(texts) as plan:
-            texts.append(plan.recipe or "")
+        with stage.plan(earlier) as plan:
             if stage.is_last:
                 report = merge(plan)
-            elif is_done(plan):
+                continue
+            if is_done(plan):
                 screen.print(f"'{plan.target}' is there already", markup=False)
             else:
                 begin(plan)
                 merge(plan)
                 finish(plan)
+            earlier.append(made_by(stage, plan))
     if report is not None:
         remove_stages(stage.place for stage in stages if not stage.is_last)
     return report

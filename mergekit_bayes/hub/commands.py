@@ -113,7 +113,8 @@ class _Command(NamedTuple):
 def _base(facts: Facts) -> str | None:
     """The base of the merge, or of the fine-tune, as the user types it."""
     if facts.report is not None:
-        bases = (_typed(m.ref, m.commit) for m in facts.report.models if m.role == "base")
+        merged = (m for m in facts.report.models if m.ref not in facts.report.stages)
+        bases = (_typed(m.ref, m.commit) for m in merged if m.role == "base")
     else:
         bases = (_typed(p.name, p.commit) for p in facts.parents if p.role == "base")
     return next(bases, None)

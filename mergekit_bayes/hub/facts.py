@@ -85,6 +85,12 @@ class Facts:
     evaluations: tuple[Mapping[str, object], ...]
     notes: tuple[str, ...]
 
+    @property
+    def places(self) -> tuple[Parent, ...]:
+        """The parents and the outputs of earlier merges: whatever a note may name by its path."""
+        stages = self.report.stages if self.report is not None else {}
+        return (*self.parents, *(Parent("stage", None, ref) for ref in stages))
+
 
 def read_facts(
     folder: Path,

@@ -57,6 +57,7 @@ class MergeRecord(_Record):
     weights: str = "uniform"
     notes: list[str] = []
     models: list[MergedModel] = []
+    stages: dict[str, list[MergedModel]] = {}
     merged_tensors: int = 0
     copied: dict[str, object] | list[object] = []
     left_out: dict[str, object] | list[object] = []

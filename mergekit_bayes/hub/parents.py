@@ -1,7 +1,7 @@
 """The models that a model was made from: its base, tasks and adapters, as its own records say."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ class Parent(NamedTuple):
     """A model that this one was made from: a local one, or one on the Hub.
 
     Attributes:
-        role: `base`, `task`, `adapter`, or `model` (the model of a posterior).
+        role: `base`, `task`, `adapter`, or `model` (the model of a posterior); of a model that was
+            merged before, with that merge's name behind it, `task of NAME`.
         scale: Its scale in the merge; None where there is none.
         path: Local folder or file; None for a model on the Hub.
         repo: `org/name` on the Hub; None for a local model.
@@ -72,7 +73,8 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
         return tuple(named_parents(name, "model", None, None)) if name else ()
     report = read_merge(folder)
     if report is not None and report.models:
-        return tuple(parent for m in report.models for parent in _merged(m))
+        merged = [parent for model in report.models for parent in _merged(model)]
+        return tuple(_before_stages(merged, report.stages))
     if report is not None:
         return _merged_adapters(report, read_record(folder / MERGE_RECIPE))
     for name in (FINETUNE, ADAPT):
@@ -80,6 +82,20 @@ def parents(folder: Path, *, posterior_only: bool = False) -> tuple[Parent, ...]
             return tuple(named_parents(model, "base", None, None))
     base = adapter_base(read_record(folder / "adapter_config.json"))
     return () if base is None else (base,)
+
+
+def _before_stages(
+    made_from: Sequence[Parent], stages: Mapping[str, Sequence[MergedModel]]
+) -> Iterator[Parent]:
+    """The parents, with those of an output of an earlier merge in its place."""
+    for parent in made_from:
+        if parent.path is None or parent.path not in stages:
+            yield parent
+            continue
+        others = {ref: models for ref, models in stages.items() if ref != parent.path}
+        for model in stages[parent.path]:
+            merged = [p._replace(role=f"{p.role} of {parent.name}") for p in _merged(model)]
+            yield from _before_stages(merged, others)
 
 
 def _merged(model: MergedModel) -> list[Parent]:

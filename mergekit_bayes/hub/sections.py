@@ -56,7 +56,7 @@ def _parts(facts: Facts) -> Iterator[str]:
             yield _MIXED
     report = facts.report
     if report is not None and report.models:
-        summary = text(without_paths(report.summary, facts.parents))
+        summary = text(without_paths(report.summary, facts.places))
         lines = [*([summary] if summary else []), *_merge_numbers(report)]
         yield "\n".join(f"- {line}" for line in lines)
     elif report is not None:
@@ -65,7 +65,7 @@ def _parts(facts: Facts) -> Iterator[str]:
             f"{report.largest_error:.3g}."
         )
     if report is not None and report.notes:
-        notes = [text(without_paths(note, facts.parents)) for note in report.notes[:_NOTES]]
+        notes = [text(without_paths(note, facts.places)) for note in report.notes[:_NOTES]]
         if len(report.notes) > _NOTES:
             notes.append(f"... and {len(report.notes) - _NOTES} more")
         yield "Notes of the merge:\n\n" + "\n".join(f"- {note}" for note in notes)

@@ -73,6 +73,8 @@ class MergeReport(Record):
         weights: `precision` or `uniform`.
         settings: All settings as they were used.
         models: The inputs, the base first.
+        stages: The inputs of earlier merges, by the `ref` of the output that is merged here or in
+            another one of them. Where there were none, there is no such key.
         merged_tensors: How many tensors are merged.
         copied: Tensors taken from the donor byte for byte, with the reason.
         left_out: Tensors that are not in the output, with the reason.
@@ -100,6 +102,7 @@ class MergeReport(Record):
     weights: str
     settings: dict[str, Any]
     models: tuple[MergedModel, ...]
+    stages: dict[str, tuple[MergedModel, ...]] = Field({}, exclude_if=lambda stages: not stages)
     merged_tensors: int
     copied: dict[str, str]
     left_out: dict[str, str]
@@ -142,6 +145,10 @@ def make_report(plan: MergePlan, totals: MergeTotals) -> MergeReport:
             "side_files": plan.side_files.ref if plan.side_files is not None else None,
         },
         models=models,
+        stages={
+            ref: tuple(MergedModel.model_validate(model) for model in merged)
+            for ref, merged in plan.stages.items()
+        },
         merged_tensors=sum(step.copied is None for step in steps),
         copied={step.name: step.copied for step in steps if step.copied is not None},
         left_out=plan.left_out,

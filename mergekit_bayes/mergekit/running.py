@@ -3,20 +3,37 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.replacing import real_output
+from mergekit_bayes.documents import read_record
 from mergekit_bayes.errors import ConfigError
+from mergekit_bayes.merge.report import MergeReport
 from mergekit_bayes.mergekit.objects import Recipe
 from mergekit_bayes.mergekit.planning import checked_parts, plan_recipe
 from mergekit_bayes.mergekit.roles import method_of
 from mergekit_bayes.mergekit.stage_folders import RECORD, refuse_taken
 from mergekit_bayes.mergekit.stages import in_order
 from mergekit_bayes.mergekit.written import joined
-from mergekit_bayes.plan import MergeConfig, MergePlan
+from mergekit_bayes.plan import MergeConfig, MergePlan, report_path
 from mergekit_bayes.plan.outputs import refuse_replacing
 
 _TAKEN = (".partial", ".safetensors", RECORD)  # endings of what is no folder of a stage
 STAGES = ".stages"  # ending of the folder of what later documents need, beside the output
+
+
+class Made(NamedTuple):
+    """A merge whose output others need.
+
+    Attributes:
+        place: Its output.
+        recipe: Its resolved recipe.
+        models: What its report says of the models that it merged.
+    """
+
+    place: str
+    recipe: str
+    models: tuple[dict[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -42,17 +59,20 @@ class Stage:
         """Where its output goes."""
         return Path(self.settings.out or "merged").expanduser()
 
-    def plan(self, earlier: Sequence[str] = ()) -> MergePlan:
+    def plan(self, earlier: Sequence[Made] = ()) -> MergePlan:
         """The plan of the merge, as `plan_recipe` makes it.
 
         Args:
-            earlier: The resolved recipes of the documents before, which that of the file's output
-                has above its own.
+            earlier: The merges before, of which recipe and report of the file's output tell.
         """
         plan = plan_recipe(self.recipe, self.settings, seed=self.seed, outputs=self.outputs)
         if not (self.is_last and earlier):
             return plan
-        return replace(plan, recipe=joined([*earlier, plan.recipe or ""]))
+        return replace(
+            plan,
+            recipe=joined([*(made.recipe for made in earlier), plan.recipe or ""]),
+            stages={made.place: made.models for made in earlier},
+        )
 
 
 def stages_of(
@@ -114,6 +134,17 @@ def refuse_existing(stages: Sequence[Stage]) -> None:
             refuse_replacing(place, place, force=stage.settings.force)
         else:
             refuse_taken(stage.place)
+
+
+def made_by(stage: Stage, plan: MergePlan) -> Made:
+    """What later merges tell of one that is complete.
+
+    Raises:
+        CheckpointError: Its report cannot be read.
+    """
+    models = read_record(MergeReport, report_path(plan.target)).models
+    told = tuple(model.model_dump(mode="json") for model in models)
+    return Made(stage.settings.out or "", plan.recipe or "", told)
 
 
 def _safe(recipe: Recipe) -> str:

@@ -105,11 +105,10 @@ def remove_stages(targets: Iterable[Path]) -> None:
 
 def _hash(plan: MergePlan) -> str:
     """SHA-256 of all that decides the bytes of all files of an output."""
-    copied = {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in plan.documents
-        if file.is_file()
-    }
+    copied = {}
+    for file in plan.documents:
+        with suppress(OSError), file.open("rb") as stream:
+            copied[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
     content = json.dumps([plan_hash(plan), copied], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 

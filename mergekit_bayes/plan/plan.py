@@ -79,6 +79,8 @@ class MergePlan(Closing):
         made_files: The text of side files that are made for the output, by name, in place of copied
             ones; None for one that is not copied either.
         does: What the merge does, in one line, where the settings do not say it.
+        stages: What the reports of earlier merges say of their models, by the ref of the output
+            that is merged here.
     """
 
     config: MergeConfig
@@ -101,6 +103,7 @@ class MergePlan(Closing):
     recipe: str | None = None
     made_files: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     does: str | None = None
+    stages: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict, repr=False)
 
     @property
     def base(self) -> Input | None:
