@@ -107,3 +107,71 @@ def test_a_head_that_was_lost_is_not_replaced_by_an_embedding(method, first, las
     assert "'lost'" in said
     assert HEAD in said
     assert "tie_word_embeddings false" in said
+
+
+def changed(change, seed):
+    """The tensors of a model, changed: (name, array) -> (name, array), or None to drop it."""
+    pairs = [change(n, a) for n, a in tiny.arrays(seed, shapes_of()).items()]
+    return dict(pair for pair in pairs if pair)
+
+
+def widened(name, array):
+    return name, np.tile(array, (2,) * array.ndim)
+
+
+def as_experts(name, array):
+    return name.replace("mlp.up_proj", "block_sparse_moe.experts.0.w1"), array
+
+
+def without_norms(name, array):
+    return None if "input_layernorm" in name else (name, array)
+
+
+MISFITS = {
+    "other widths": (widened, {"hidden_size": 8}, "input_layernorm.weight"),
+    "longer rows": (lambda n, a: (n, a if "mlp" not in n else np.tile(a, (2, 1))), {}, "[12, 4]"),
+    "tensors of another architecture": (as_experts, {}, "block_sparse_moe.experts.0.w1.weight"),
+    "fewer tensors": (without_norms, {}, "input_layernorm.weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "settings", "told"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("method", ["passthrough", "linear"])
+def test_slices_of_layers_that_do_not_follow_each_other_are_refused(method, change, settings, told):
+    models("x")
+    folder("o", 5, tensors=changed(change, 5), **settings)
+    rows = [(0, 2, ["x"]), (1, 3, ["o", "o"] if method == "linear" else ["o"])]
+    said = refused(recipe(method, *rows, **(HALF if method == "linear" else {})))
+    assert "recipe.yml: slices[1].sources[0].model: layer 1 of 'o'" in said
+    assert told in said
+    assert "'x'" in said
+
+
+def test_layers_of_kinds_that_the_first_model_has_may_be_stacked():
+    """Dense layers and layers of experts in one model, and constants that a model stores."""
+
+    def mixed(name, array):
+        return as_experts(name, array) if "layers.2." in name else (name, array)
+
+    def behind(name, array):
+        return as_experts(name, array) if "layers.0." not in name else (name, array)
+
+    first, found = changed(mixed, 5), changed(behind, 6)
+    folder("m", 5, tensors=first)
+    constant = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    folder("o", 6, tensors=found | {constant: np.ones(2, np.float32)})
+    merged = merge(recipe("passthrough", (0, 3, ["m"]), (0, 2, ["o"])))
+    tails = {n.split(".", 3)[3] for n in merged if "layers.4." in n}
+    assert "block_sparse_moe.experts.0.w1.weight" in tails
+    np.testing.assert_array_equal(
+        merged["model.layers.3.mlp.up_proj.weight"], found["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert "model.layers.2.block_sparse_moe.experts.0.w1.weight" in first
+
+
+def test_a_quantised_model_is_told_as_such_in_any_slice():
+    found = models("x", "y")
+    claim = {"quantization_config": {"quant_method": "fp8"}}
+    folder("o", 5, tensors=found["y"], dtype="F8_E4M3", **claim)
+    said = refused(recipe("passthrough", (0, 2, ["x"]), (2, 3, ["o"])))
+    assert "'o' is quantised" in said

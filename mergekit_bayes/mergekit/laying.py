@@ -18,6 +18,7 @@ from mergekit_bayes.mergekit.layers import (
 from mergekit_bayes.mergekit.objects import Recipe, Source
 from mergekit_bayes.mergekit.opened import OpenedModels
 from mergekit_bayes.mergekit.roles import Part
+from mergekit_bayes.mergekit.slice_fits import refuse_misfits
 from mergekit_bayes.mergekit.slice_heads import config_of, with_heads
 from mergekit_bayes.mergekit.stacked import Origin, StackedSource
 from mergekit_bayes.methods.base import Method
@@ -27,6 +28,7 @@ from mergekit_bayes.plan.match import match_tensors
 from mergekit_bayes.plan.side_files import config_input
 from mergekit_bayes.plan.steps import MatchedTensors, Operand, Step, TensorRef
 from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.quantised import refuse_emptied, refuse_quantised
 
 Laid = Mapping[str, OutputTensor]  # where each tensor of the output comes from, by its name there
 
@@ -48,6 +50,9 @@ def lay_out(
     if not is_stacked(recipe):
         donor = models.inputs.donor.posterior
         return {tensor.name: tensor for tensor in map_models([_names(donor)])}
+    for model in models.by_name.values():  # a stack of several models shows this of the first one
+        refuse_emptied(model)
+        refuse_quantised(model)
     bodies, first = bodies_of(recipe), 0
     laid: dict[str, OutputTensor] = {}
     for body in bodies:
@@ -75,9 +80,11 @@ def _body_tensors(
     if body.models:
         return map_models(named(parts[0].listed))
     rows = [named(piece.sources) for piece in body.slices]
+    tensors = map_slices(body.slices, rows, recipe.label)
+    refuse_misfits(body.slices, rows, models.by_name, recipe.label)
     owner = config_input(models.inputs)
     return with_heads(
-        map_slices(body.slices, rows, recipe.label),
+        tensors,
         body.slices,
         models.by_name,
         unties=owner is not None and ties_embeddings(config_of(owner.posterior)) is False,
