@@ -175,3 +175,48 @@ def test_a_quantised_model_is_told_as_such_in_any_slice():
     folder("o", 5, tensors=found["y"], dtype="F8_E4M3", **claim)
     said = refused(recipe("passthrough", (0, 2, ["x"]), (2, 3, ["o"])))
     assert "'o' is quantised" in said
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+@pytest.mark.parametrize("with_base", [0, 1])
+def test_a_base_of_some_slices_only_is_refused(method, with_base):
+    models("base", "x", "y", base="base")
+    content = json.loads(recipe(method, (0, 2, ["x", "y"]), (2, 3, ["x", "y"]), **HALF))
+    piece = content["slices"][with_base]
+    piece["sources"].append({"model": "base", "layer_range": [2 * with_base, 2 + with_base]})
+    piece["base_model"] = "base"
+    said = refused(json.dumps(content))
+    assert f"recipe.yml: slices[{with_base}].base_model: " in said
+    assert f"none in slices[{1 - with_base}]" in said
+
+
+def test_slices_may_have_bases_of_their_own():
+    found = models("base", "x", "y", base="base")
+    content = json.loads(recipe("task_arithmetic", (0, 2, ["base", "x"]), (2, 3, ["y", "x"])))
+    for piece, base in zip(content["slices"], ("base", "y"), strict=True):
+        piece["base_model"] = base
+    merged = merge(json.dumps(content | HALF))
+    for layer, base in ((1, "base"), (2, "y")):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        wanted = (np.float64(found[base][name]) + found["x"][name]) / 2
+        close({name: merged[name]}, {name: wanted})
+
+
+def test_what_a_model_of_a_slice_lacks_counts_as_unchanged_by_on_missing_base():
+    found = models("base", "x", "y", base="base")
+    for layer, kept in ((1, "mlp"), (2, "input_layernorm")):
+        own = {n: a for n, a in found["y"].items() if f"layers.{layer}.{kept}" not in n}
+        folder(f"miss{layer}", 3, tensors=own)
+    rows = [(0, 2, ["base", "x", "miss1"]), (1, 3, ["x", "miss2", "base"])]
+    text = recipe("task_arithmetic", *rows, base_model="base", **HALF)
+    merged = merge(text, "--on-missing", "base")
+    assert "is in 'base' but not in" in refused(text)
+    lacking = {1: "mlp.up_proj.weight", 3: "input_layernorm.weight"}
+    for layer, number in enumerate((0, 1, 1, 2)):
+        for tail in TAILS:
+            name = f"model.layers.{number}.{tail}"
+            models_of = ["x"] if lacking.get(layer) == tail else ["x", "y"]
+            base = np.float64(found["base"][name])
+            wanted = base + 0.5 * sum(found[m][name] - base for m in models_of)
+            new = f"model.layers.{layer}.{tail}"
+            close({new: merged[new]}, {new: wanted})
