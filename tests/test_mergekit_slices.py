@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import tiny
+from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
+from tests import tiny, tokenized
 from tests.mergekit_models import close, folder, merge, models, refused, shapes_of
-from tests.tokenized import EMBEDDING, HEAD
+from tests.tokenized import EMBEDDING, HEAD, word_level
 
 TAILS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
 
@@ -220,3 +221,26 @@ def test_what_a_model_of_a_slice_lacks_counts_as_unchanged_by_on_missing_base():
             wanted = base + 0.5 * sum(found[m][name] - base for m in models_of)
             new = f"model.layers.{layer}.{tail}"
             close({new: merged[new]}, {new: wanted})
+
+
+def tokens(name, seed, words, dtype):
+    """A model with a tokenizer of its own."""
+    tokenizer = word_level(words)
+    tokenized.save(Path(name), tokenizer)
+    rows = tokenizer.get_vocab_size()
+    tensors = tiny.arrays(seed, shapes_of(3, rows))
+    return folder(name, seed, tensors=tensors, dtype=dtype, vocab_size=rows)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("out", [None, "float32"])
+def test_rows_of_a_mean_and_of_padding_do_not_change_the_dtype_of_slices(dtype, out):
+    for seed, (name, words) in enumerate({"p": "a b", "q": "a b c", "r": "a c"}.items()):
+        tokens(name, seed, words.split(), dtype)
+    rows = [(0, 2, ["p", "q", "r"]), (1, 3, ["r", "p", "q"])]
+    keys = {"tokenizer": {"source": "union", "pad_to_multiple_of": 16}} | HALF
+    merge(recipe("linear", *rows, **keys, **({} if out is None else {"out_dtype": out})))
+    with SafetensorsSource([Path("out/model.safetensors")]) as source:
+        dtypes = {name: spec.dtype for name, spec in source.specs.items()}
+        assert source.specs[EMBEDDING].shape[0] == source.specs[HEAD].shape[0] == 16
+    assert set(dtypes.values()) == {"F32" if out else dtype}, dtypes
