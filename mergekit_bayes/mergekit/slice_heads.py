@@ -2,8 +2,9 @@
 
 The embedding of the output is made of the models of the first slice, its head of those of the last
 one. A model that stores no head, because it is tied to the embedding, contributes its own embedding
-to the head. Where no model of the first and of the last slice has a head of its own, the output has
-none either, and its head is its embedding; mergekit 0.1.5 does the same.
+to the head. Where the models of the first slice have no heads of their own, and those of the last
+one store none, the output has none either, and its head is its embedding; mergekit 0.1.5 does the
+same.
 
 Where all models of the last slice are tied and those of the first are not, mergekit 0.1.5 writes no
 head, and a loader makes one up at random. Here it is made of their embeddings.
@@ -63,8 +64,8 @@ def with_heads(
         for source, model, name in zip(slices[-1].sources, last, names, strict=True):
             if name is None and not (may_lack and any(names)):
                 raise MismatchError(
-                    f"{label}: {source.place}.model: '{model.ref}' has no '{head}', of which that "
-                    f"of the output is made. {_why(model)}"
+                    f"{label}: {source.place}.model: '{model.ref}' has no '{head}', of which the "
+                    f"head of the output is made. {_why(model)}"
                 )
         laid[head] = OutputTensor(head, len(slices) - 1, 0.0, names)
     return list(laid.values())
