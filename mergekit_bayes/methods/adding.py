@@ -37,13 +37,14 @@ def add(tensors: Tensors, changes: Iterable[Array]) -> Array:
 
     Args:
         tensors: With the weights, dimensionless, and the settings `lambda` and `normalize`.
-        changes: d_t of each task in turn.
+        changes: d_t of each task in turn, changed in place.
     """
     base = np.asarray(tensors.base)
     total = np.zeros_like(base)
     for weight, change in zip(tensors.weights, changes, strict=True):
         if weight != 0:
-            total += weight * change
+            change *= weight
+            total += change
     divisor = sum(tensors.weights) if tensors.settings["normalize"] else 1.0
     if abs(divisor) < _NO_SUM:
         divisor = 1.0
@@ -65,11 +66,14 @@ def add_elected(tensors: Tensors, changes: Iterable[Array]) -> Array:
 
     Args:
         tensors: With the weights, dimensionless, and the settings `lambda` and `normalize`.
-        changes: d_t of each task in turn.
+        changes: d_t of each task in turn, changed in place.
     """
     base, weights = np.asarray(tensors.base), [w for w in tensors.weights if w != 0]
-    pairs = zip(tensors.weights, changes, strict=True)
-    weighed = [np.asarray(weight * change) for weight, change in pairs if weight != 0]
+    weighed = []
+    for weight, change in zip(tensors.weights, changes, strict=True):
+        if weight != 0:
+            change *= weight
+            weighed.append(change)
     total, divisor = np.zeros_like(base), np.zeros_like(base)
     for change in weighed:
         total += change
@@ -94,12 +98,13 @@ def add_scaled(tensors: Tensors, changes: Iterable[Array]) -> Array:
 
     Args:
         tensors: With the scales as weights, dimensionless.
-        changes: d_t of each task in turn.
+        changes: d_t of each task in turn, changed in place.
     """
     total = np.asarray(tensors.base).copy()
     for scale, change in zip(tensors.weights, changes, strict=True):
         if scale != 0:
-            total += scale * change
+            change *= scale
+            total += change
     return total
 
 

@@ -89,12 +89,12 @@ def rank_probabilities(change: Array, lowest: float, step: float) -> Array:
     Returns:
         In the shape of `change`, in its dtype.
     """
-    rows = np.abs(change).reshape(-1, change.shape[-1] if change.ndim else 1)
+    rows = change.reshape(-1, change.shape[-1] if change.ndim else 1)
     result = np.empty_like(rows)
     ranked = lowest + step * np.arange(rows.shape[1])
     height = max(1, _BLOCK // max(1, rows.shape[1]))
     for start in range(0, len(rows), height):
-        order = np.argsort(rows[start : start + height], axis=1, kind="stable")
+        order = np.argsort(np.abs(rows[start : start + height]), axis=1, kind="stable")
         np.put_along_axis(result[start : start + height], order, ranked[None], axis=1)
     return result.reshape(change.shape)
 
@@ -107,6 +107,8 @@ def change_of(tensors: Tensors, task: int) -> Array:
 
 def thinned(change: Array, kept: Array, settings: Mapping[str, Setting] = _AS_THEY_ARE) -> Array:
     """A change with the entries that are kept, at the size that it had where `rescale` asks so.
+
+    It is changed in place.
 
         d' = d [kept] sum |d| / sum |d [kept]|
 
@@ -122,12 +124,17 @@ def thinned(change: Array, kept: Array, settings: Mapping[str, Setting] = _AS_TH
         kept: Booleans of its shape.
         settings: With `rescale`, where it is one of them.
     """
-    left = np.where(kept, change, change.dtype.type(0))
-    if settings.get("rescale"):
-        size = float(np.abs(left).sum(dtype=np.float64))
-        if size > 0:
-            left *= float(np.abs(change).sum(dtype=np.float64)) / size
-    return left
+    rescales = bool(settings.get("rescale"))
+    before = _l1_norm(change) if rescales else 0.0
+    np.copyto(change, 0, where=~kept)
+    after = _l1_norm(change) if rescales else 0.0
+    if after > 0:
+        change *= before / after
+    return change
+
+
+def _l1_norm(change: Array) -> float:
+    return float(np.abs(change).sum(dtype=np.float64))
 
 
 def trimmed(tensors: Tensors, task: int) -> Array:
@@ -152,7 +159,7 @@ def dropped(tensors: Tensors, task: int) -> Array:
         task: Which task.
     """
     assert tensors.draws is not None
-    kept = tensors.draws(task) < tensors.number("density", task)
+    kept = np.asarray(tensors.draws(task) < tensors.number("density", task))
     return thinned(change_of(tensors, task), kept, tensors.settings)
 
 
@@ -173,15 +180,18 @@ def drawn_by_rank(tensors: Tensors, task: int) -> Array:
         ArithmeticError: Probabilities that are not between 0 and 1.
     """
     assert tensors.draws is not None
-    change, density = change_of(tensors, task), tensors.number("density", task)
+    density = tensors.number("density", task)
     if not 0 < density < 1:
+        change = change_of(tensors, task)
         return change if density >= 1 else np.zeros_like(change)
     epsilon = tensors.number("epsilon", task)
     _refuse_window(density, epsilon, "epsilon")
+    draws = tensors.draws(task)  # first, as it takes the most memory while it is made
+    change = change_of(tensors, task)
     columns = change.shape[-1] if change.ndim else 1
     low, step = density - epsilon, 2 * epsilon / (columns - 1) if columns > 1 else 0.0
     probabilities = rank_probabilities(change, low if columns > 1 else density, step)
-    return thinned(change, tensors.draws(task) < probabilities, tensors.settings)
+    return thinned(change, np.asarray(draws < probabilities), tensors.settings)
 
 
 def magprune(tensors: Tensors, task: int) -> Array:
@@ -202,13 +212,14 @@ def magprune(tensors: Tensors, task: int) -> Array:
         ArithmeticError: Probabilities that are not between 0 and 1.
     """
     assert tensors.draws is not None
-    change, density = change_of(tensors, task), tensors.number("density", task)
-    epsilon = tensors.number("epsilon", task)
+    density, epsilon = tensors.number("density", task), tensors.number("epsilon", task)
     _refuse_window(density, epsilon / 2, "epsilon / 2")
+    draws, change = tensors.draws(task), change_of(tensors, task)
     columns = change.shape[-1] if change.ndim else 1
     step = epsilon / max(1, columns)
     probabilities = rank_probabilities(change, density - epsilon / 2 + step / 2, step)
-    return thinned(change / probabilities, tensors.draws(task) < probabilities)
+    change /= probabilities
+    return thinned(change, np.asarray(draws < probabilities))
 
 
 def refused_window(inputs: FactInputs) -> None:
