@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_bayes.errors import ConfigError
@@ -450,6 +450,7 @@ _TREES = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(st.dictionaries(_KEYS, _TREES, max_size=5))
 def test_any_content_is_a_recipe_or_a_config_error(content):
     recipe = None

@@ -1,9 +1,10 @@
 """Slices of models: which tensors each tensor of the output is made of, and what configs say."""
 
+import contextlib
 import copy
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_bayes.errors import ConfigError, MismatchError
@@ -146,7 +147,7 @@ def test_models_with_other_prefixes_are_named_as_the_first_one():
 def test_towers_of_other_modalities_are_no_layers_of_the_language_model():
     tower = names(6, "vision_tower.encoder.layers", ("a.weight", "b.weight", "c.w", "d.w"), ())
     both = ModelNames("V", [*tower, *names(6)], 6)
-    assert find_stack(both).prefix == "model.layers"
+    assert find_stack(both).prefix == "model.layers."
     tensors = by_name(map_slices(*slices([(both, 0, 1)], [(A, 0, 1)])))
     assert sorted(tensors) == sorted([*tower, *names(2)])
     assert {tensors[name].slice for name in tower} == {0}
@@ -397,6 +398,53 @@ def test_what_a_config_cannot_say_of_the_layers_is_refused(config, numbers, mess
 
 def test_a_list_of_another_length_than_the_layers_is_refused():
     config = {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
-    other = {"num_hidden_layers": 3, "layer_types": ["a", "b"]}
-    with pytest.raises(MismatchError, match=r"'layer_types' .* 2 values, .* each of its 3 layers"):
+    other = {"num_hidden_layers": 3, "layer_types": ["a", "b"], "id": 1}
+    message = r"'layer_types' .* of 'M1' has 2 values, .* each of the 3 layers of 'M1'"
+    with pytest.raises(MismatchError, match=message):
         changes(config, (other, 0))
+    with pytest.raises(MismatchError, match=r"'layer_types' .* of the output has 2 values"):
+        changes(config, ({"num_hidden_layers": 3}, 0))
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 5) | st.text("ab", max_size=3),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=6,
+)
+_KEYS = st.sampled_from(
+    [
+        *(
+            "num_hidden_layers",
+            "layer_types",
+            "mlp_only_layers",
+            "max_window_layers",
+            "text_config",
+        ),
+        *("num_kv_shared_layers", "moe_layer_end_index", "block_types", "attention_types"),
+        *("hybrid_override_pattern", "decoder_sparse_step", "attn_layer_period"),
+        *("attn_layer_offset", "use_sliding_window", "sliding_window_pattern"),
+    ]
+)
+_CONFIGS = st.dictionaries(_KEYS, _VALUES)
+
+
+@settings(max_examples=50)
+@given(_CONFIGS, _CONFIGS, st.integers(1, 4))
+def test_any_configs_give_changes_or_a_mismatch(config, other, layers):
+    config = {"num_hidden_layers": 4, **config}
+    origins = [LayerOrigin("M", c, i) for c in (config, other) for i in range(layers)]
+    with contextlib.suppress(MismatchError):
+        assert config_changes(config, origins) is not None
+
+
+_NAMES = st.lists(st.lists(st.sampled_from(["a", "0", "00", "1", "2", "norm", ""]), max_size=4))
+
+
+@given(_NAMES, st.none() | st.integers(0, 3))
+def test_any_names_are_mapped_or_refused(found, layers):
+    unique = {".".join(name): None for name in found}
+    given_ = slices([(ModelNames("M", list(unique), layers), 0, 1)])
+    with contextlib.suppress(MismatchError, ConfigError):
+        tensors = map_slices(*given_)
+        assert len(by_name(tensors)) <= len(unique)
+    assert set(by_name(map_models([ModelNames("M", list(unique), layers)]))) == set(unique)

@@ -111,9 +111,8 @@ def _changed(
     if key == "attention_types" and isinstance(value, list):  # of GPT-Neo: kinds, repetitions
         return _attention_types(value, config, layers)
     if key in _CYCLES and isinstance(value, list) and value:
-        cycles = [_value(key, layer, config) for layer in layers]
-        kinds = [c[layer.number % len(c)] for c, layer in zip(cycles, layers, strict=True)]
-        return value if kinds == [value[j % len(value)] for j in range(len(layers))] else kinds
+        cycle = [_in_cycle(key, layer, config) for layer in layers]
+        return value if cycle == [value[j % len(value)] for j in range(len(layers))] else cycle
     if isinstance(value, list) and len(value) == depth and _PER_LAYER.search(key):
         return [_entry(key, layer, config) for layer in layers]
     if key == "hybrid_override_pattern" and isinstance(value, str) and len(value) == depth:
@@ -213,28 +212,44 @@ def _value(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> Any:
 def _entry(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> object:
     """The value for one layer in a list of values."""
     values = _value(key, layer, config)
-    if len(values) != layer_count(layer.config):
+    layers = layer_count(layer.config)
+    if layers is not None and len(values) != layers:
+        whose = f"'{layer.ref}'" if values is text_config(layer.config).get(key) else "the output"
         raise MismatchError(
-            f"'{key}' in the config.json of '{layer.ref}' has {len(values)} values, expected one "
-            f"for each of its {layer_count(layer.config)} layers. Correct that file."
+            f"'{key}' in the config.json of {whose} has {len(values)} values, expected one for "
+            f"each of the {layers} layers of '{layer.ref}'. Correct that file."
         )
+    if layer.number >= len(values):
+        raise _cannot_say(key, layer.number, layer)
     return values[layer.number]
+
+
+def _in_cycle(key: str, layer: LayerOrigin, config: Mapping[str, Any]) -> object:
+    """The value for one layer in a list that the layers repeat."""
+    values = _value(key, layer, config) or text_config(config)[key]
+    return values[layer.number % len(values)]
 
 
 def _attention_types(
     value: list[Any], config: Mapping[str, Any], layers: Sequence[LayerOrigin]
 ) -> list[Any]:
     """GPT-Neo's kinds of attention, `[[["global", "local"], 6]]`, for other layers."""
-    kinds = []
+    kinds: list[object] = []
     for layer in layers:
-        try:
-            pairs = _value("attention_types", layer, config)
-            kinds.append(_kinds(pairs)[layer.number])
-        except (TypeError, ValueError, IndexError):
-            raise _cannot_say("attention_types", len(kinds), layer) from None
+        own = _kinds(_value("attention_types", layer, config))
+        if layer.number >= len(own):
+            raise _cannot_say("attention_types", len(kinds), layer)
+        kinds.append(own[layer.number])
     return value if kinds == _kinds(value) else [[kinds, 1]]
 
 
 def _kinds(pairs: list[Any]) -> list[object]:
-    """The kind of each layer, of groups of kinds and how often each group is repeated."""
-    return [kind for group, times in pairs for _ in range(min(times, 10_000)) for kind in group]
+    """The kind of each layer, of groups of kinds and how often each is repeated; empty if none."""
+    kinds: list[object] = []
+    for pair in pairs:
+        match pair:
+            case [list(group), int(times)]:
+                kinds += group * min(times, 10_000 // max(len(group), 1))
+            case _:
+                return []
+    return kinds

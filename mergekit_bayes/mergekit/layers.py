@@ -4,7 +4,9 @@ The layers of a model are a stack: tensors that are named alike but for a number
 0 to L - 1, as `model.layers.3.mlp.up_proj.weight`. Slices take layers of stacks and number them
 anew. Tensors outside of the stack are those of the first slice if they are before the layers
 (embeddings, towers of other modalities and what projects from them), and those of the last slice if
-they are behind them (the last norm, heads).
+they are behind them (the last norm, heads). mergekit 0.1.5 does the same for the architectures that
+it describes, as Llama, Mistral, Qwen, Gemma and Phi; of others (OPT, BLOOM, GPT-J, GPT-Neo) it
+takes the last norm and the head from the first slice, too.
 
 The position of a tensor, at which gradients of settings are evaluated, is i / (n - 1) in layer i of
 the n layers of a slice, 1 in a slice of one layer, and 0 outside of layers.
@@ -23,7 +25,7 @@ from mergekit_bayes.mergekit.objects import Slice
 
 _Inside = tuple[int, str]  # a number of a layer, and what stands behind it in a name
 
-_NUMBERED = re.compile(r"(.*?)(?:^|\.)([0-9]{1,9})(?:\.(.*))?", re.DOTALL)
+_NUMBERED = re.compile(r"((?:.*?\.)?)(0|[1-9][0-9]{0,8})((?:\..*)?)", re.DOTALL)
 # Towers of other modalities, what projects from them, and what predicts further tokens.
 _OTHER_PARTS = re.compile(
     r"vis(ion|ual)|image|img|audio|speech|project(or|ion)|connector|merger|(^|\.)mm_|(^|\.)mtp\b"
@@ -68,7 +70,7 @@ class Stack(NamedTuple):
     """The numbered layers of a model.
 
     Attributes:
-        prefix: What stands before the number, `model.layers`.
+        prefix: What stands before the number, `model.layers.`.
         layers: How many there are.
         inside: The names of tensors, by number and by what stands behind it.
         outside: The other names.
@@ -106,7 +108,7 @@ def find_stack(model: ModelNames) -> Stack:
     if (min(numbers), max(numbers), len(numbers)) != (0, layers - 1, layers):
         counted = ", as its config.json counts them" if model.layers is not None else ""
         raise MismatchError(
-            f"'{model.ref}' has the layers {_ranges(numbers)} of '{prefix}.*', expected 0 to "
+            f"'{model.ref}' has the layers {_ranges(numbers)} of '{prefix}*', expected 0 to "
             f"{layers - 1}{counted}. Fetch or save it with all of its shards, and without layers "
             "that predict further tokens."
         )
@@ -133,7 +135,7 @@ def map_models(models: Sequence[ModelNames]) -> list[OutputTensor]:
             first, ref = depths.setdefault(prefix, (layers, model.ref))
             if first != layers:
                 raise MismatchError(
-                    f"There are {first} '{prefix}.*' in '{ref}' and {layers} in '{model.ref}'. "
+                    f"There are {first} '{prefix}*' in '{ref}' and {layers} in '{model.ref}'. "
                     "Models of different depth are merged by 'slices' with a 'layer_range' each."
                 )
             for (number, _), name in stacks[prefix].items():
@@ -201,7 +203,7 @@ def map_slices(
         for layer in range(length):
             numbers = [first + layer for first, _ in ranges]
             for tail, names in _in_layer(stacks[index], numbers).items():
-                name = ".".join(filter(None, (lead.prefix, str(start + layer), tail)))
+                name = f"{lead.prefix}{start + layer}{tail}"
                 tensors.append(OutputTensor(name, index, _position(layer, length), names))
         start += length
     return tensors
@@ -277,7 +279,7 @@ def _group(names: Collection[str]) -> dict[str, dict[_Inside, str]]:
     groups: dict[str, dict[_Inside, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
-            groups.setdefault(match[1], {})[int(match[2]), match[3] or ""] = name
+            groups.setdefault(match[1], {})[int(match[2]), match[3]] = name
     return {p: inside for p, inside in groups.items() if any(n == 0 for n, _ in inside)}
 
 
@@ -292,7 +294,7 @@ def _count(inside: Mapping[_Inside, str]) -> int:
 
 
 def _listed(prefixes: Sequence[str]) -> str:
-    return " and ".join(f"'{prefix}.*'" for prefix in prefixes[:3])
+    return " and ".join(f"'{prefix}*'" for prefix in prefixes[:3])
 
 
 def _ranges(numbers: set[int]) -> str:

@@ -24,7 +24,7 @@ from mergekit_bayes.mergekit.layers import (
     map_slices,
 )
 from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
-from mergekit_bayes.mergekit.resolved import Resolver, with_weights
+from mergekit_bayes.mergekit.resolved import Resolver, refuse_missing, with_weights
 from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
 from mergekit_bayes.mergekit.stacked import Origin, StackedSource
 from mergekit_bayes.mergekit.token_plans import tokens_of
@@ -95,6 +95,7 @@ def plan_recipe(
             "model are paired by their names: write `models`."
         )
     parts = parts_of(recipe, method)
+    refuse_missing(recipe, method, parts)
     notes: list[str] = []
     with ExitStack() as stack:
         models = _open(recipe, parts, outputs or {}, stack)

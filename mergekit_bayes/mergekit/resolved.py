@@ -29,9 +29,6 @@ class Resolver:
 
     Attributes:
         constant: The settings that are the same in all tensors that were resolved.
-
-    Raises:
-        ConfigError: A setting that the method needs is given nowhere.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class Resolver:
         self._seed = seed
         self.constant: dict[str, float | str] = {}
         self._varying: set[str] = set()
-        self._refuse_missing()
 
     def resolved(self, step: Step) -> Step:
         """A step with the weights and settings of its tensor.
@@ -161,28 +157,31 @@ class Resolver:
             elif name not in self._varying:
                 self.constant[name] = value
 
-    def _refuse_missing(self) -> None:
-        given = {setting.name for setting in given_settings(self._recipe)}
-        for parameter in self._method.parameters:
-            if parameter.name in _REQUIRED and parameter.name not in given:
-                raise self._error(
-                    f"parameters.{parameter.name}",
-                    f"'{self._method.name}' needs it, and it was not given.",
-                )
-        if not is_weighed(self._method):
-            return
-        for part in self._parts:
-            for source in part.tasks:
-                if not any(WEIGHT in level for level in (source.parameters, *part.levels)):
-                    place = f"{source.place}." if source.place else ""
-                    raise self._error(
-                        f"{place}parameters.weight",
-                        f"'{self._method.name}' needs one for '{source.model}', and none was "
-                        "given.",
-                    )
-
     def _error(self, key: str, text: str) -> ConfigError:
         return ConfigError(f"{self._recipe.label}: {key}: {text}")
+
+
+def refuse_missing(recipe: Recipe, method: Method, parts: Sequence[Part]) -> None:
+    """Refuse a recipe that lacks a setting without a default, before any model is opened.
+
+    Raises:
+        ConfigError: It does; the message names the key.
+    """
+    given = {setting.name for setting in given_settings(recipe)}
+    for parameter in method.parameters:
+        if parameter.name in _REQUIRED and parameter.name not in given:
+            raise ConfigError(
+                f"{recipe.label}: parameters.{parameter.name}: '{method.name}' needs it, and it "
+                "was not given."
+            )
+    for part in parts if is_weighed(method) else ():
+        for source in part.tasks:
+            if not any(WEIGHT in level for level in (source.parameters, *part.levels)):
+                place = f"{source.place}." if source.place else ""
+                raise ConfigError(
+                    f"{recipe.label}: {place}parameters.weight: '{method.name}' needs one for "
+                    f"'{source.model}', and none was given."
+                )
 
 
 def _own_name(step: Step, operand: Operand) -> str:

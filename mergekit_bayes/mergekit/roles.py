@@ -135,9 +135,10 @@ def _split(
 def _checked(recipe: Recipe, method: Method, part: Part) -> Part:
     count = len(part.tasks)
     wanted = method.tasks
-    if count == 0 or (wanted is not None and count != wanted):
+    if count < method.fewest or (wanted is not None and count != wanted):
         beside = " beside the base_model" if part.base is not None else ""
-        expected = f"{wanted or 'at least one'} model{'s' * ((wanted or 1) > 1)}{beside}"
+        number = f"at least {method.fewest}" if wanted is None else str(wanted)
+        expected = f"{number} model{'s' * ((wanted or method.fewest) > 1)}{beside}"
         raise ConfigError(
             f"{recipe.label}: {part.place}: '{method.name}' merges {expected}, found {count}."
         )

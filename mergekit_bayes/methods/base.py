@@ -136,6 +136,7 @@ class Method(NamedTuple):
         tensor: The rule by which it merges every tensor as a whole (`tensors.py`); None for one
             that merges by `combine`.
         takes_base: Whether it takes a base that it does not need.
+        fewest: The least number of tasks that it takes.
         takes_scales: Whether scales say how far each task goes in; otherwise all are 1.
     """
 
@@ -160,6 +161,7 @@ class Method(NamedTuple):
     tensor: TensorRule | None = None
     takes_base: bool = False
     takes_scales: bool = True
+    fewest: int = 1
 
     @property
     def code(self) -> str:

@@ -12,10 +12,10 @@ def breadcrumbs(tensors: Tensors) -> Array:
         d_t  = m_t - m0 in the int(density n) entries after the int(gamma n) largest, else 0
         mean = m0 + sum_t scale_t d_t
 
-    n is the number of entries of a tensor. The paper's lower threshold is at the share 1 - density
-    - gamma of the magnitudes, its upper one at 1 - gamma, in each layer. Equal scales are its
-    alpha. Under mergekit's YAML it is the same, with its other settings left as they are
-    (`weighed_breadcrumbs`).
+    n is the number of entries of a tensor. Of the paper, its abstract was at hand, which drops
+    outliers and negligible changes; the shares are as mergekit documents them, where gamma is the
+    paper's beta. Equal scales are the paper's growth factor. Under mergekit's YAML it is the same,
+    with its other settings left as they are (`weighed_breadcrumbs`).
 
     Args:
         tensors: The whole tensor of the base and the tasks, with scales and settings.

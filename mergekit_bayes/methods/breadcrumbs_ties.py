@@ -12,10 +12,11 @@ def breadcrumbs_ties(tensors: Tensors) -> Array:
         d_t  = m_t - m0 in the int(density n) entries after the int(gamma n) largest, else 0
         mean = m0 + sum_t [d_t agrees with sum_u d_u] scale_t d_t / #(those that agree)
 
-    n is the number of entries of a tensor. The paper's lower threshold is at the share 1 - density
-    - gamma of the magnitudes, its upper one at 1 - gamma, in each layer. The paper elects no signs;
-    this is its mask in the place of TIES' trim. A task of scale zero has no vote. Under mergekit's
-    YAML signs are elected by weighed task vectors (`weighed_breadcrumbs_ties`).
+    n is the number of entries of a tensor. Of the paper, its abstract was at hand, which drops
+    outliers and negligible changes; the shares are as mergekit documents them, where gamma is the
+    paper's beta. The paper elects no signs; this is its mask in the place of TIES' trim. A task of
+    scale zero has no vote. Under mergekit's YAML signs are elected by weighed task vectors
+    (`weighed_breadcrumbs_ties`).
 
     Args:
         tensors: The whole tensor of the base and the tasks, with scales and settings.

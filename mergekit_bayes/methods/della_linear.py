@@ -14,8 +14,11 @@ def della_linear(tensors: Tensors) -> Array:
         mean = m0 + sum_t scale_t d_t
 
     r is the rank in the row of the last axis, which has n entries. With epsilon = 0 it is DARE. The
-    paper elects signs; this is its method without that step. Under mergekit's YAML epsilon is half
-    the range of q_t, and d_t is rescaled by tensor (`weighed_della_linear`).
+    paper elects signs; this is its method without that step. Of the paper, its abstract and its
+    authors' README were at hand: more dropping for lower ranks, 1 / q, and a window of
+    probabilities, 0.14 wide. That q is linear in the rank within a row is how mergekit documents
+    it. Under its YAML epsilon is half the window, and d_t is rescaled by tensor
+    (`weighed_della_linear`).
 
     Args:
         tensors: The whole tensor of the base and the tasks, with scales, settings and draws.

@@ -88,5 +88,6 @@ MODEL_STOCK = Method(
     formula="m = (1 - t) m0 + t sum_t m_t / T,  t = T c / (1 + (T - 1) c),  c the mean cosine",
     parameters=(Parameter("filter_wise", 0, "1 gives each row of a weight its own ratio", 0, 1),),
     takes_scales=False,
+    fewest=2,
     tensor=TensorRule(model_stock, "products", reads_rows),
 )

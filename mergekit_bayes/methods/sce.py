@@ -17,9 +17,9 @@ def sce(tensors: Tensors) -> Array:
     The variance is that over the tasks. At `select_topk` of 1 every entry is selected, below it
     int(select_topk n) of the n entries whose variance is not zero, the first of equal ones. Where
     all tasks changed an entry by the same, nothing is then selected; a single task changes nothing.
-    Signs are elected without weights. The steps are those of the paper (arXiv 2408.07990); that the
-    weights of those that agree are brought to a sum of one is documented by mergekit, which has
-    it under the same name, without scales. A task of scale zero takes no part.
+    Signs are elected without weights. Of the paper (arXiv 2408.07990) the abstract was at hand; the
+    steps are those that mergekit documents for it, which has the rule under the same name, without
+    scales. A task of scale zero takes no part.
 
     Args:
         tensors: The whole tensor of the base and the tasks, with scales and settings.

@@ -200,9 +200,8 @@ def magprune(tensors: Tensors, task: int) -> Array:
         q  = density + epsilon ((r + 1/2) / n - 1/2),  r = 0, ..., n - 1 by magnitude
         d' = d [draw < q] / q
 
-    q is one minus the paper's probability of dropping, which goes over a window of width `epsilon`
-    in steps of epsilon / n. The paper counts ranks from one end of the window, so that its mean is
-    off by epsilon / 2 n; here it is `density`. Each d' is right on average.
+    q is one minus the probability of dropping, over a window of width `epsilon` with `density` as
+    its mean. Each d' is right on average.
 
     Args:
         tensors: The whole tensor, with draws and the settings `density` and `epsilon`.

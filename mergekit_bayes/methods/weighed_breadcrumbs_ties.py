@@ -14,9 +14,9 @@ def weighed_breadcrumbs_ties(tensors: Tensors) -> Array:
         mean = m0 + lambda sum_t [sign x_t = s] x_t / (sum_t [sign x_t = s] w_t if `normalize`)
 
     At most n - int(density n) of the n entries of a tensor are dropped as the largest ones, so that
-    the density holds. The paper (Davari and Belilovsky, ECCV 2024) elects no signs. It names its
-    thresholds by the share below them; here `gamma` is the share above the upper one, and `density`
-    the share between both.
+    the density holds. A small tensor may be left as it is: int(density n) may be zero. mergekit
+    documents gamma as the beta of the paper (Davari and Belilovsky, ECCV 2024), which elects no
+    signs.
 
     Args:
         tensors: The whole tensor of the base and the tasks, with weights and settings.

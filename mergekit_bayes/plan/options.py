@@ -236,6 +236,11 @@ def _check_method(config: MergeConfig, method: Method) -> None:
     if method.tasks is not None and len(config.models) != method.tasks:
         models = "1 model" if method.tasks == 1 else f"{method.tasks} models"
         raise ConfigError(f"--method {method.name} merges {models}, not {len(config.models)}.")
+    if len(config.models) < method.fewest:
+        raise ConfigError(
+            f"--method {method.name} merges at least {method.fewest} models, not "
+            f"{len(config.models)}."
+        )
     if not method.takes_scales and any(s != 1.0 for s in config.scale):
         raise ConfigError(
             f"--method {method.name} takes no --scale; its settings are --param (`bmerge methods`)."
