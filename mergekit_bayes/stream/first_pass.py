@@ -10,11 +10,12 @@ from mergekit_bayes.kernels import first_pass
 from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.methods.base import FactInputs, Facts, Reduction
 from mergekit_bayes.methods.histogram import BINS
+from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import StoredPrecision, tensor_mean, without_bad
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_means
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.means import WINDOW, OrderedMap, PrecisionMeans
+from mergekit_bayes.stream.means import PrecisionMeans
 from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
 from mergekit_bayes.stream.products import products

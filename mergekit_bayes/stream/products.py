@@ -6,10 +6,10 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.stream.bad_entries import replace_bad_means
 from mergekit_bayes.stream.chunks import Reader
-from mergekit_bayes.stream.means import WINDOW, OrderedMap
 
 
 def products(
