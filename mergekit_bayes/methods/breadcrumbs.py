@@ -22,7 +22,8 @@ def breadcrumbs(tensors: Tensors) -> Array:
     with its other settings left as they are (`weighed_breadcrumbs`).
 
     Args:
-        tensors: Pieces measured by `WITHOUT_OUTLIERS` of the base and the tasks, with scales and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            scales and settings.
     """
     return add_scaled(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 

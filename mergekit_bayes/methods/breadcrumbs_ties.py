@@ -23,7 +23,8 @@ def breadcrumbs_ties(tensors: Tensors) -> Array:
     (`weighed_breadcrumbs_ties`).
 
     Args:
-        tensors: Pieces measured by `WITHOUT_OUTLIERS` of the base and the tasks, with scales and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            scales and settings.
     """
     return add_majority(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 

@@ -22,6 +22,7 @@ from mergekit_bayes.methods.tensors import (
     Array,
     Cut,
     Cuts,
+    Measured,
     Order,
     Settings,
     Sum,
@@ -78,9 +79,9 @@ def whole_rows(entries: int, row: int) -> int:
 def measure(
     rule: TensorRule,
     whole: Whole,
-    pieces: Callable[[int, int, Mapping[str, Any]], Tensors],
+    pieces: Callable[[int, int, Measured], Tensors],
     ordered_map: OrderedMap = map,
-) -> dict[str, Any]:
+) -> Measured:
     """Measure what a rule must know of a tensor.
 
     Args:
@@ -93,7 +94,7 @@ def measure(
     Returns:
         The results by name, as `Tensors.measured` has them.
     """
-    results: dict[str, Any] = {}
+    results: dict[str, Array | Cuts] = {}
     for one in rule.measures:
         if one.is_needed is None or one.is_needed(whole.settings):
             scan = _Scan(one, whole, pieces, dict(results), ordered_map)
@@ -128,7 +129,7 @@ def combine_whole(rule: TensorRule, tensors: Tensors) -> Array:
 
 
 def piece_of(
-    rule: TensorRule, tensors: Tensors, start: int, stop: int, measured: Mapping[str, Any]
+    rule: TensorRule, tensors: Tensors, start: int, stop: int, measured: Measured
 ) -> Tensors:
     """Entries `start:stop` of a tensor that is in memory, as its rule reads them.
 
@@ -161,8 +162,8 @@ class _Scan:
 
     measure: Order | Sum
     whole: Whole
-    pieces: Callable[[int, int, Mapping[str, Any]], Tensors]
-    measured: Mapping[str, Any]
+    pieces: Callable[[int, int, Measured], Tensors]
+    measured: Measured
     ordered_map: OrderedMap
 
     @property

@@ -68,6 +68,7 @@ class Cut(NamedTuple):
 
 
 Cuts: TypeAlias = tuple[tuple[Cut, ...], ...]  # for each list of values, one for each rank
+Measured: TypeAlias = Mapping[str, Any]  # Cuts, or sums in float64 (lists,), by name
 
 
 class Tensors(NamedTuple):
@@ -95,7 +96,7 @@ class Tensors(NamedTuple):
     draws: Callable[[int], Array] | None = None
     start: int = 0
     size: int = 0
-    measured: Mapping[str, Any] = MappingProxyType({})
+    measured: Measured = MappingProxyType({})
 
     @property
     def changes(self) -> tuple[Array, ...]:

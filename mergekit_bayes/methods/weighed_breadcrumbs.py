@@ -18,7 +18,8 @@ def weighed_breadcrumbs(tensors: Tensors) -> Array:
     for all tasks, and neither `normalize` nor `rescale`; by default they change nothing.
 
     Args:
-        tensors: Pieces measured by `WITHOUT_OUTLIERS` of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            weights and settings.
     """
     return add(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 

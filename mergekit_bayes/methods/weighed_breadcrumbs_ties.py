@@ -19,7 +19,8 @@ def weighed_breadcrumbs_ties(tensors: Tensors) -> Array:
     signs.
 
     Args:
-        tensors: Pieces measured by `WITHOUT_OUTLIERS` of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            weights and settings.
     """
     return add_elected(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 

@@ -17,7 +17,8 @@ def weighed_dare_linear(tensors: Tensors) -> Array:
     over the tensor.
 
     Args:
-        tensors: Pieces measured by `DROPPED` of the base and the tasks, with weights, settings and draws.
+        tensors: Pieces of the base and the tasks, measured by `DROPPED`, with
+            weights, settings and draws.
     """
     return add(tensors, (dropped(tensors, t) for t in range(len(tensors.tasks))))
 

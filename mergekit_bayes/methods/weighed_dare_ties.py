@@ -15,11 +15,12 @@ def weighed_dare_ties(tensors: Tensors) -> Array:
 
     The paper (Yu et al., ICML 2024) divides what is kept by the density. mergekit gives it the L1
     norm that the task vector had in this tensor, which is the same on average, and needs its sum
-    over the tensor. Signs are elected by weighed task vectors, and what agrees is added, not averaged,
-    unless `normalize` is 1.
+    over the tensor. Signs are elected by weighed task vectors, and what agrees is added, not
+    averaged, unless `normalize` is 1.
 
     Args:
-        tensors: Pieces measured by `DROPPED` of the base and the tasks, with weights, settings and draws.
+        tensors: Pieces of the base and the tasks, measured by `DROPPED`, with
+            weights, settings and draws.
     """
     return add_elected(tensors, (dropped(tensors, t) for t in range(len(tensors.tasks))))
 

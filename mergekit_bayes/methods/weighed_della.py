@@ -20,7 +20,8 @@ def weighed_della(tensors: Tensors) -> Array:
     elected by weighed task vectors.
 
     Args:
-        tensors: Whole rows measured by `DRAWN_BY_RANK` of the base and the tasks, with weights, settings and draws.
+        tensors: Whole rows of the base and the tasks, measured by `DRAWN_BY_RANK`, with
+            weights, settings and draws.
 
     Raises:
         ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.

@@ -19,7 +19,8 @@ def weighed_ties(tensors: Tensors) -> Array:
     of entries kept is exact: of equal ones the first stay, where mergekit keeps any of them.
 
     Args:
-        tensors: Pieces measured by `TRIMMED` of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `TRIMMED`, with
+            weights and settings.
     """
     return add_elected(tensors, (trimmed(tensors, t) for t in range(len(tensors.tasks))))
 

@@ -18,6 +18,7 @@ from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.means import PrecisionMeans
 from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
+from mergekit_bayes.stream.pieces import measures
 from mergekit_bayes.stream.products import products
 
 _Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
@@ -49,6 +50,7 @@ class FirstPass:
 
         Raises:
             PrecisionError: A precision that is pooled has bad entries, and no rule replaces them.
+            MismatchError: What a rule for whole tensors cannot merge.
         """
         if step.has_matrices:  # which are neither pooled nor spread
             models = len(self.plan.inputs)
@@ -57,8 +59,10 @@ class FirstPass:
             result = self._precisions(step)
         rule = self.plan.method.tensor
         if step.copied is None and rule is not None:
-            if step.settings is not None and rule.needs(step.settings) == "products":
-                result.products = products(self.plan, step, self.reader, self.map)
+            if step.settings is not None:
+                if rule.needs(step.settings) == "products":
+                    result.products = products(self.plan, step, self.reader, self.map)
+                result.measured = measures(self.plan, step, self.reader, self.map)
         elif step.copied is None:
             result.facts = self._facts(step, result)
             result = settled(self.plan, step, result, self.reader, self.map)
