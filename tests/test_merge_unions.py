@@ -9,8 +9,10 @@ from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
 from mergekit_bayes.checkpoint.tokenizers import read_tokens
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.merge import MergeConfig, run_merge
+from mergekit_bayes.merge.run import plan_hash
 from mergekit_bayes.plan import plan_merge
 from tests import tiny, tokenized
+from tests.adapters import adapter, factors
 from tests.tokenized import EMBEDDING, HEAD, bpe
 
 MERGES = [("a", "b"), ("c", "d")]
@@ -82,6 +84,22 @@ def test_the_same_merge_follows_from_its_recipe(tmp_path, folders):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_a_merge_does_not_go_on_by_other_numbers_of_tokens(tmp_path, folders):
+    base, x, y = folders
+    config = MergeConfig(
+        models=(str(x), str(y)), base=str(base), out=str(tmp_path / "out"), vocab="union"
+    )
+    hashes = set()
+    for tokenizer in (None, bpe(MERGES, ["<y>", "<x>"], alphabet=list("cdba"))):
+        if tokenizer is not None:
+            tokenized.save(y, tokenizer)
+        for _ in range(2):
+            with plan_merge(config) as plan:
+                hashes.add(plan_hash(plan))
+                assert plan.made_files["tokenizer.json"]
+    assert len(hashes) == 2
+
+
 def test_special_tokens_in_configs_keep_their_meaning(tmp_path, folders):
     base, x, y = folders
     y_config = json.loads((y / "config.json").read_text()) | {"eos_token_id": 9}  # <y>
@@ -103,6 +121,25 @@ def test_models_of_one_tokenizer_are_merged_as_without_the_flag(tmp_path, folder
     run_merge(MergeConfig(models=(str(other),), base=str(base), out=str(tmp_path / "two")))
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_an_adapter_that_brings_tokens_is_a_model_with_them(tmp_path, folders):
+    base, x, _ = folders
+    adapter_folder = tmp_path / "adapter"
+    tokenized.save(adapter_folder, bpe(MERGES, ["<z>"]))
+    whole = tiny.arrays(8, {EMBEDDING: (10, tokenized.WIDTH), HEAD: (10, tokenized.WIDTH)})
+    adapter(adapter_folder, factors(1, layers={tokenized.LINEAR: (4, 5)}), whole=whole)
+    out = tmp_path / "out"
+    merge(out, x, f"{base}+{adapter_folder}", base=str(base))
+    numbers = read_parts(out).numbers
+    assert (numbers["<x>"], numbers["<z>"]) == (9, 10)
+    found = tiny.read(out)
+    for name in (EMBEDDING, HEAD):
+        np.testing.assert_allclose(found[name][10], whole[name][9], rtol=1e-6)
+        np.testing.assert_allclose(found[name][9], tiny.read(x)[name][9], rtol=1e-6)
+        of_base, of_x = tiny.read(base)[name], tiny.read(x)[name]
+        expected = of_x[:9] + whole[name][:9] - of_base
+        np.testing.assert_allclose(found[name][:9], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_precisions_of_other_rows_are_refused(tmp_path, folders):

@@ -263,6 +263,26 @@ def test_biases_and_tensors_by_layer(tmp_path):
         TokenSource(sources, 0, moved, ["one", "other"])
 
 
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        (EMBEDDING, "language_model.model.embed_tokens.weight"),
+        ("transformer.wte.weight", "wte.weight"),
+        (HEAD, "language_model.lm_head.weight"),
+        (HEAD, "model.language_model.embed_tokens.weight"),  # which is its head, too
+    ],
+)
+def test_rows_are_taken_from_the_tensor_of_the_same_role(own, others):
+    arrays = [{own: np.ones((2, 3), "f")}, {others: np.full((3, 3), 2, "f")}]
+    sources = [MemorySource(a) for a in arrays]
+    for source in sources:
+        source.is_computed = False
+    lists = [{"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 2}]
+    maps = token_maps(lists[1], lists, [2, 3], base=0)
+    mapped = TokenSource(sources, 0, maps, ["one", "other"])
+    np.testing.assert_array_equal(read_tensor(mapped, own)[:, 0], [1, 1, 2])
+
+
 def test_rows_of_other_lengths_or_of_no_tensor_are_refused(tmp_path):
     one = tokenized.model(tmp_path / "one", word_level(WORDS), 1)
     wide = tokenized.model(tmp_path / "wide", word_level(WORDS, ["<x>"]), 2, width=8)

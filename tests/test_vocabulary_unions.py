@@ -1,6 +1,9 @@
 """Models with different tokenizers, brought to one list of tokens: which tokens, which files."""
 
+import contextlib
 import json
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from tokenizers import AddedToken
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
-from mergekit_bayes.errors import CheckpointError, MismatchError
+from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.plan.unions import RowChoice, TokenChoice, plan_tokens
 from tests import tokenized
 from tests.tokenized import CHARACTERS, SPECIAL, bpe, byte_level, unigram, word_level, word_piece
@@ -123,23 +126,22 @@ def test_the_list_is_the_same_whatever_the_seed_of_hashes_is(tmp_path):
         str(tokenized.model(tmp_path / str(i), bpe(MERGES, added), i))
         for i, added in enumerate((["<p>"], ["<q>", "<r>"], ["<r>", "<t>", "<p>"]))
     ]
-    code = f"""from tests import tokenized
+    plan = plan_tokens(tokenized.opened(*folders), None)
+    told = f"{sorted(plan.tokens.numbers.items())} {dict(plan.written)} {plan.notes}\n"
+    assert "('<p>', 9), ('<q>', 10), ('<r>', 11)" in told
+    code = f"""from mergekit_bayes.posterior import open_posterior
 from mergekit_bayes.plan.unions import plan_tokens
-plan = plan_tokens(tokenized.opened(*{folders!r}), None)
-print(sorted(plan.tokens.numbers.items()), plan.written, plan.notes)"""
-    told = set()
-    for seed in ("0", "1"):
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": "."}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        told.add(done.stdout)
-    assert len(told) == 1
-    assert "('<p>', 9), ('<q>', 10), ('<r>', 11)" in next(iter(told))
+plan = plan_tokens([open_posterior(f, with_precision=False) for f in {folders!r}], None)
+print(f"{{sorted(plan.tokens.numbers.items())}} {{dict(plan.written)}} {{plan.notes}}")"""
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == told
 
 
 def test_flags_are_those_of_the_first_model_that_has_the_token(tmp_path):
@@ -298,6 +300,39 @@ def test_a_tokenizer_from_anybody_is_read_or_is_one_message(tmp_path, case, is_b
         except (CheckpointError, MismatchError) as error:
             said = str(error)
         assert "hostile" in said if said else plan.tokens.rows < 100
+
+
+def places_in(content, place=()):
+    """All places of a document: the keys and numbers that lead to each."""
+    yield place
+    entries = content.items() if isinstance(content, dict) else ()
+    entries = enumerate(content) if isinstance(content, list) else entries
+    for key, inner in entries:
+        yield from places_in(inner, (*place, key))
+
+
+JUNK = (None, True, -1, 3, 1e300, "x", "", [], {}, [[]], [1, "a"], {"a": {"b": []}}, "\u0000")
+
+
+@pytest.mark.parametrize("make", [bpe, unigram, word_piece])
+def test_any_value_in_any_place_of_a_tokenizer_is_read_or_is_one_message(tmp_path, make):
+    rng = random.Random(make.__name__)
+    words = MERGES if make is bpe else ["a", "b", "ab"]
+    plain = tokenized.model(tmp_path / "plain", make(words, ["<t>"]))
+    other = tokenized.model(tmp_path / "other", make(words, ["<u>"]), 1)
+    whole = (other / "tokenizer.json").read_text()
+    places = [p for p in places_in(json.loads(whole)) if p and "vocab" not in p[:-1]]
+    models, planned = tokenized.opened(other, plain), 0
+    for place in rng.choices(places, k=25):
+        content = inner = json.loads(whole)
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = rng.choice(JUNK)
+        (other / "tokenizer.json").write_text(json.dumps(content))
+        for base in (0, 1):
+            with contextlib.suppress(BmergeError):
+                planned += plan_tokens(models, base).tokens.rows > 0
+    assert planned > 12
 
 
 def test_a_model_that_lists_no_tokens_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from mergekit_bayes.posterior import open_posterior
 from tests import tiny
 
 EMBEDDING, HEAD, OTHER = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+LINEAR = "model.layers.0.up_proj"
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CHARACTERS = list("abcd")
 WIDTH = 6
@@ -78,7 +79,8 @@ def save(folder, tokenizer, **config):
 
 def tensors(folder, rows, seed=0, *, head=True, width=WIDTH, dtype="F32", **config):
     """The tensors and the config of a model; every row is another one."""
-    shapes = {EMBEDDING: (rows, width), OTHER: (3,)} | ({HEAD: (rows, width)} if head else {})
+    shapes = {EMBEDDING: (rows, width), OTHER: (3,), f"{LINEAR}.weight": (4, 5)}
+    shapes |= {HEAD: (rows, width)} if head else {}
     (folder / "model.safetensors").unlink(missing_ok=True)
     tiny.write(folder / "model.safetensors", tiny.arrays(seed, shapes), dtype)
     content = {"model_type": "llama", "vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}

@@ -11,8 +11,10 @@ For model m and the output's number t of a token
 and a padding row is the mean of the rows of m. A merge then sees tensors that agree in their rows.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +91,14 @@ class TokenMaps:
             np.concatenate([owner, np.full(padding, PADDING)]),
             np.concatenate([row, np.zeros(padding, np.int64)]),
         )
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the maps of all models."""
+        digest = hashlib.sha256(repr((self.rows, self.counted)).encode())
+        for array in (*self.own, *self.filled, self.forced):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def sharing(self, token: int) -> list[tuple[int, int]]:
         """The models that have a token, each with its row."""

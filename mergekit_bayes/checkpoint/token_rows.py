@@ -57,6 +57,7 @@ class TokenSource(Closing):
 
     Attributes:
         base: The model's tensors as stored.
+        maps: Where the rows of all models come from.
         is_computed: Whether a tensor has another dtype than the stored one.
     """
 
@@ -76,7 +77,7 @@ class TokenSource(Closing):
                 rows, or a tensor cannot be rearranged.
         """
         self.base, self._sources, self._refs = sources[model], sources, refs
-        self._model, self._maps, self._rows = model, maps, maps.of(model)
+        self._model, self.maps, self._rows = model, maps, maps.of(model)
         self._names: dict[str, dict[int, str]] = {}  # of a tensor in each model that gives rows
         self._padding: dict[str, Array] = {}
         self._lock = Lock()
@@ -93,7 +94,7 @@ class TokenSource(Closing):
 
     def _match(self, name: str) -> TensorSpec:
         """Find the tensor in all models that give rows of it; the spec of the result."""
-        owner, maps, spec = self._rows.owner, self._maps, self.base.specs[name]
+        owner, maps, spec = self._rows.owner, self.maps, self.base.specs[name]
         givers = {int(m) for m in np.unique(owner) if m >= 0}
         has_mean = bool((owner == MEAN).any())
         if has_mean:
@@ -133,7 +134,7 @@ class TokenSource(Closing):
             )
 
     def _refuse_moved(self, name: str, spec: TensorSpec) -> None:
-        count = min(spec.shape[0], self._maps.tokens)
+        count = min(spec.shape[0], self.maps.tokens)
         owner, row = self._rows.owner[:count], self._rows.row[:count]
         if not (owner == self._model).all() or not (row == np.arange(count)).all():
             raise MismatchError(
@@ -237,7 +238,7 @@ class TokenSource(Closing):
         if owner == PADDING:
             return self._mean_row(name)[np.arange(begin, stop) % width]
         total = np.zeros(stop - begin)
-        sharing = [(m, r) for m, r in self._maps.sharing(token) if m in names]
+        sharing = [(m, r) for m, r in self.maps.sharing(token) if m in names]
         for model, own in sharing:
             skipped = own * width
             total += read_chunk(self._sources[model], names[model], skipped + begin, skipped + stop)
@@ -248,7 +249,7 @@ class TokenSource(Closing):
         with self._lock:
             if name not in self._padding:
                 dtype, width = self._specs[name].dtype, self._width(name)
-                tokens = self._maps.tokens
+                tokens = self.maps.tokens
                 total = np.zeros(width)
                 rows = max(1, _BLOCK // max(width, 1))
                 for first in range(0, tokens, rows):

@@ -155,7 +155,7 @@ def _kind_of(model: Mapping[str, Any]) -> str | None:
 
 def _spelling(content: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     steps = [step for key in _SPLITTING for step in _steps(content.get(key))]
-    kinds = {step.get("type") for step in steps}
+    kinds = [step.get("type") for step in steps]
     if "ByteLevel" in kinds:
         return "bytes"
     replaces = any(step.get("content") == _METASPACE for step in steps)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from mergekit_bayes import __version__
 from mergekit_bayes.checkpoint.sink import LostError
 from mergekit_bayes.checkpoint.stamps import ChangedError
+from mergekit_bayes.checkpoint.token_rows import TokenSource
 from mergekit_bayes.documents import read_record
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError
 from mergekit_bayes.merge.output import Output
@@ -205,6 +206,9 @@ def plan_hash(plan: MergePlan) -> str:
     if plan.recipe is not None:
         content["recipe"] = plan.recipe
         content["made_files"] = dict(plan.made_files)
+    sources = [model.mean for model in models]
+    if rows := [source.maps.identity for source in sources if isinstance(source, TokenSource)]:
+        content["rows"] = json.dumps(rows)
     if any(task.mixture is not None for task in plan.tasks):
         content["mixtures"] = json.dumps([[task.mixture, task.weight] for task in plan.tasks])
     if plan.config.verify:

@@ -196,6 +196,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if united is not None:
             side_files, made = side_files_of(side_files, united.tokens)
             config_changes |= united.tokens.config_changes
+            if side_files is None:
+                notes.append("the output is a file, and the tokenizer of its rows is not written")
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)

@@ -128,7 +128,10 @@ class TokenConflicts:
         lists = (read_tokens(folder) for folder in folders if folder is not None)
         files = dict.fromkeys(tokens.file.name for tokens in lists if tokens is not None)
         if token_folder(self._donor.posterior) is not None:
-            way_out = f"--vocab base keeps those of '{self._donor.ref}'."
+            way_out = (
+                "--vocab union finds them by their tokens, --vocab base keeps those of "
+                f"'{self._donor.ref}'."
+            )
         else:
             way_out = (
                 f"'{self._donor.ref}' lists no tokens that could tell which of them it has: name "
@@ -237,7 +240,8 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
             f"({mean.where}). {EMPTIED}"
         )
     way_out = (
-        f"--vocab common merges the tokens that all have, --vocab base keeps those of '{donor}'."
+        "--vocab union writes the tokens of all, --vocab common merges the rows that all have, "
+        f"--vocab base keeps those of '{donor}'."
         if is_by_token
         else f"{OTHER_BASE} --only chooses what is merged, for example where heads differ."
     )

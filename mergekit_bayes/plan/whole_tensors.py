@@ -35,8 +35,8 @@ def _with_settings(method: Method, settings: Mapping[str, Setting], step: Step) 
     if method.tensor.needs(settings) == "tensor" and step.merged != step.spec.size:
         raise MismatchError(
             f"'{step.name}' has other rows in one of the models, and --method {method.name} merges "
-            "whole tensors. Leave it out with --only, or keep the rows of one model with --vocab "
-            "base."
+            "whole tensors. Leave it out with --only, give all models the same rows with --vocab "
+            "union, or keep those of one with --vocab base."
         )
     return replace(step, settings=settings)
 
