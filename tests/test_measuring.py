@@ -48,7 +48,7 @@ def values_of(kind, n, seed, dtype):
 
 
 def one_list(name, ranks, **fields):
-    return Order(name, lambda t, k: abs(t.tasks[k]), ranks, lambda tasks: tasks, **fields)
+    return Order(name, lambda t, k: t.tasks[k], ranks, lambda tasks: tasks, **fields)
 
 
 def measured(rule, lists, windows=7, ordered_map=map, given=None):

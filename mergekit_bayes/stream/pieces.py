@@ -49,15 +49,15 @@ def measures(
             replace_bad_means(means)
         return tensors_of(plan, step, means, start)._replace(measured=measured)
 
-    def checked_map(act: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
-        def checked(item: T) -> R:
-            with errors_of_the_rule(plan, step):
+    def quiet_map(act: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
+        def quietly(item: T) -> R:
+            with np.errstate(all="ignore"):  # each thread has its own state
                 return act(item)
 
-        return ordered_map(checked, items)
+        return ordered_map(quietly, items)
 
     with errors_of_the_rule(plan, step):
-        return measure(rule, whole, piece, checked_map)
+        return measure(rule, whole, piece, quiet_map)
 
 
 def tensors_of(plan: MergePlan, step: Step, means: Array, start: int) -> Tensors:
