@@ -79,7 +79,7 @@ def largest(values, count):
 def test_a_cut_keeps_the_largest_and_the_first_of_equal_ones(kind, n, seed, dtype, windows, ranks):
     lists = [values_of(kind, n, seed + k, dtype) for k in range(2)]
     order = one_list("cut", lambda s, k, size, positive: tuple(count + k for count in ranks))
-    found = measured(TensorRule(abs, "entries", None, (order,)), lists, windows)["cut"]
+    found = measured(TensorRule(abs, "entries", measures=(order,)), lists, windows)["cut"]
     for k, values in enumerate(lists):
         for count, cut in zip(ranks, found[k], strict=True):
             kept = np.concatenate([cut.keeps(values[at : at + 13], at) for at in range(0, n, 13)])
@@ -91,7 +91,7 @@ def test_a_cut_keeps_the_largest_and_the_first_of_equal_ones(kind, n, seed, dtyp
 def test_thresholds_are_the_entries_in_order(kind, dtype):
     values = values_of(kind, 50, 3, dtype)
     order = one_list("all", lambda s, k, n, p: tuple(range(n, 0, -1)), only_thresholds=True)
-    (found,) = measured(TensorRule(abs, "entries", None, (order,)), [values])["all"]
+    (found,) = measured(TensorRule(abs, "entries", measures=(order,)), [values])["all"]
     np.testing.assert_array_equal([cut.threshold for cut in found], np.sort(values))
 
 
@@ -105,7 +105,7 @@ def test_ranks_may_depend_on_how_many_values_are_positive(dtype):
 
     lists = [np.array([0, 2, 0, -0.0, 1, 3, 1e-45], dtype), np.zeros(7, dtype)]
     order = one_list("half", ranks, by_positive=True)
-    found = measured(TensorRule(abs, "entries", None, (order,)), lists, 2)["half"]
+    found = measured(TensorRule(abs, "entries", measures=(order,)), lists, 2)["half"]
     assert asked == [(0, 7, 4), (1, 7, 0)]
     np.testing.assert_array_equal(np.flatnonzero(found[0][0].keeps(lists[0], 0)), [1, 5])
     assert not found[1][0].keeps(lists[1], 0).any()
@@ -114,7 +114,7 @@ def test_ranks_may_depend_on_how_many_values_are_positive(dtype):
 def test_nothing_is_read_for_what_is_not_needed_or_known_beforehand():
     order = one_list("cut", lambda s, k, size, positive: (0, size, size + 5, -1))
     never = Sum("never", lambda t, k: t.tasks[k], lambda tasks: tasks, lambda given: False)
-    rule = TensorRule(abs, "entries", None, (order, never))
+    rule = TensorRule(abs, "entries", measures=(order, never))
     whole = Whole(10, 1, np.dtype(np.float32), 1, {})
     results = measure(rule, whole, lambda *window: pytest.fail("it was read"))
     assert results.keys() == {"cut"}
@@ -133,7 +133,7 @@ def test_a_tensor_is_read_as_often_as_its_digits_and_once_for_ties():
             return Tensors(None, (values[start:stop],), (1.0,), {})
 
         whole = Whole(values.size, 1, values.dtype, 1, {})
-        measure(TensorRule(abs, "entries", None, (order,)), whole, piece)
+        measure(TensorRule(abs, "entries", measures=(order,)), whole, piece)
         return starts.count(0)
 
     plain, equal = np.arange(1, 51, dtype=np.float32), np.ones(50, np.float32)
@@ -147,7 +147,7 @@ def test_threads_and_windows_change_no_cut_and_threads_no_sum():
     lists = [values_of(kind, 4000, 1, np.float32) for kind in ("bfloat16", "plain", "ties")]
     cuts = one_list("cut", lambda s, k, size, positive: (size // 3, size // 2))
     sums = Sum("sum", lambda t, k: t.tasks[k], lambda tasks: tasks)
-    rule = TensorRule(abs, "entries", None, (cuts, sums))
+    rule = TensorRule(abs, "entries", measures=(cuts, sums))
     alone = measured(rule, lists, 64)
     ids = set()
 
@@ -174,7 +174,7 @@ def test_a_measure_may_use_those_before_it():
         lambda tasks: tasks,
     )
     lists = [np.array([1.0, 5, 5, 5, 2]), np.array([7.0, 1, 1, 1, 1])]
-    rule = TensorRule(lambda t: np.full(5, t.total("kept", 1)), "entries", None, (order, kept))
+    rule = TensorRule(lambda t: np.full(5, t.total("kept", 1)), "entries", measures=(order, kept))
     np.testing.assert_array_equal(measured(rule, lists, 2)["kept"], [10, 8])
     tensors = Tensors(None, tuple(lists), (1.0, 1.0), {})
     np.testing.assert_array_equal(combine_whole(rule, tensors), [8] * 5)

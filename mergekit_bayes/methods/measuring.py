@@ -121,11 +121,11 @@ def combine_whole(rule: TensorRule, tensors: Tensors) -> Array:
         len(tensors.tasks),
         tensors.settings,
     )
-    tensors = tensors._replace(start=0, size=first.size)
     measured = measure(
         rule, whole, lambda start, stop, found: piece_of(rule, tensors, start, stop, found)
     )
-    return rule.combine(tensors._replace(measured=measured))
+    merged = rule.combine(piece_of(rule, tensors, 0, first.size, measured))
+    return np.asarray(merged).reshape(first.shape)
 
 
 def piece_of(

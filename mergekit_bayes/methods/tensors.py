@@ -171,21 +171,20 @@ class TensorRule(NamedTuple):
     Attributes:
         combine: `(tensors) -> array` of a task's shape, and of its dtype up to promotion.
         reads: What it needs at a time.
-        reads_all: `(settings) -> bool`: whether it needs the whole tensor by these settings, and no
-            products, whatever `reads` says; None where settings do not matter.
+        reads_by: `(settings) -> reads`: what it needs by these settings, whatever `reads` says;
+            None where settings do not matter.
         measures: What is measured of the whole tensor before, in this order; each may use the
             results of those before it.
     """
 
     combine: Callable[[Tensors], Array]
     reads: Reads = "tensor"
-    reads_all: Callable[[Settings], bool] | None = None
+    reads_by: Callable[[Settings], Reads] | None = None
     measures: tuple[Order | Sum, ...] = ()
 
     def needs(self, settings: Settings) -> Reads:
         """What it needs at a time of a tensor with these settings."""
-        is_whole = self.reads_all is not None and self.reads_all(settings)
-        return "tensor" if is_whole else self.reads
+        return self.reads if self.reads_by is None else self.reads_by(settings)
 
     def piece_shape(self, settings: Settings, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of pieces of a tensor; -1 where they may be cut.
