@@ -114,6 +114,23 @@ def test_special_tokens_in_configs_keep_their_meaning(tmp_path, folders):
     assert written["pad_token_id"] == numbers["<x>"]
 
 
+@pytest.mark.parametrize("place", ["config", "file"])
+def test_the_chat_template_of_a_task_is_kept(tmp_path, folders, place):
+    base, x, y = folders
+    if place == "config":
+        tokenized.save(y, bpe(MERGES, ["<y>", "<x>"], alphabet=list("dcba")), chat_template="<y>!")
+    else:
+        (y / "chat_template.jinja").write_text("<y>!")
+    merge(tmp_path / "out", y, x, base=str(base))
+    loaded = tokenized.ids(tmp_path / "out")
+    text = loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert text == "<y>!"
+    assert (
+        loaded.encode(text, add_special_tokens=False)[0]
+        == read_parts(tmp_path / "out").numbers["<y>"]
+    )
+
+
 def test_models_of_one_tokenizer_are_merged_as_without_the_flag(tmp_path, folders):
     base = folders[0]
     other = tokenized.model(tmp_path / "other", bpe(MERGES), 7)

@@ -13,9 +13,11 @@ from tokenizers import AddedToken
 
 from mergekit_bayes.checkpoint.safetensors import SafetensorsSource
 from mergekit_bayes.checkpoint.tokenizer_parts import read_parts
+from mergekit_bayes.checkpoint.tokenizers import TokenList
 from mergekit_bayes.errors import BmergeError, CheckpointError, MismatchError
 from mergekit_bayes.plan.unions import RowChoice, TokenChoice, plan_tokens
 from tests import tokenized
+from tests.test_tokenizers import field
 from tests.tokenized import CHARACTERS, SPECIAL, bpe, byte_level, unigram, word_level, word_piece
 
 MERGES = [("a", "b"), ("c", "d")]
@@ -142,6 +144,28 @@ print(f"{{sorted(plan.tokens.numbers.items())}} {{dict(plan.written)}} {{plan.no
         check=True,
     )
     assert done.stdout == told
+
+
+def test_new_tokens_are_in_the_order_of_their_numbers_and_not_of_the_file(tmp_path):
+    one = tokenized.model(tmp_path / "one", bpe(MERGES))
+    other = tokenized.model(tmp_path / "other", bpe([*LONGER, ("a", "c")], ["<x>", "<y>"]), 1)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+    content["added_tokens"].reverse()
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    numbers = plan_tokens(tokenized.opened(one, other), 0).tokens.numbers
+    assert [numbers[t] for t in ("abcd", "ac", "<x>", "<y>")] == [9, 10, 11, 12]
+
+
+def test_pieces_that_are_no_text_have_the_numbers_of_another_list(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    pieces = [("<unk>", 2), ("<s>", 3), ("a", 1), ("b", 1), ("c", 1), ("<mask>", 3)]
+    content = b"".join(field(1, field(1, p.encode()) + field(3, kind)) for p, kind in pieces)
+    (folder / "tokenizer.model").write_bytes(content)
+    own = {"<s>": 0, "<pad>": 1, "<unk>": 2, "a": 3, "b": 4, "c": 5, "<mask>": 6, "<more>": 7}
+    reference = TokenList(folder / "tokenizer.json", {n: t for t, n in own.items()})
+    assert read_parts(folder, reference).numbers == {t: n for t, n in own.items() if n < 7}
 
 
 def test_flags_are_those_of_the_first_model_that_has_the_token(tmp_path):

@@ -20,7 +20,13 @@ from bmerge_cli.merge_tables import (
     show_predictions,
     show_report,
 )
-from bmerge_cli.recipe_stages import merge_stages, mergekit_recipe, show_stages, stages_in
+from bmerge_cli.recipe_stages import (
+    merge_stages,
+    mergekit_recipe,
+    print_recipe,
+    show_stages,
+    stages_in,
+)
 from bmerge_cli.render import Json, Quiet, console, failures, print_json, progress_bar
 from mergekit_bayes.checkpoint.sources import CHECKPOINT, is_hub_id, resolve
 from mergekit_bayes.configs import parse_config, read_yaml
@@ -107,6 +113,14 @@ def command(
             "pass over the inputs.",
         ),
     ] = None,
+    recipe_of: Annotated[
+        str | None,
+        typer.Option(
+            "--print-recipe",
+            metavar="mergekit",
+            help="Print the recipe by which mergekit makes this merge, and stop.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -118,6 +132,12 @@ def command(
     average. The same line resumes a merge that was stopped; until it is finished, its output is
     in OUT.partial. With --push-to and no -o the output goes to a temporary folder.
     """
+    if recipe_of is not None:
+        others = {"--predict": predict, "--dry-run": dry_run, "--shard": shard, "--then": then}
+        others |= {"--push-to": push_to, "--json": as_json}
+        given = [flag for flag, value in others.items() if value]
+        print_recipe(recipe_of, settings, partial(_config, settings), given)
+        return
     if predict:
         refused = {
             "-o": "out" in settings,
@@ -126,7 +146,7 @@ def command(
             "--sync": sync,
             "--push-to": push_to,
         }
-        wrong = [flag for flag, given in (refused | {"--then": then}).items() if given]
+        wrong = [flag for flag, value in (refused | {"--then": then}).items() if value]
         screen = console(quiet=quiet)
         _predict(settings, predict, wrong, screen, threads=threads, as_json=as_json)
         return

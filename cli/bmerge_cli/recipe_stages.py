@@ -1,7 +1,7 @@
 """What `bmerge merge` does with a recipe of mergekit."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from mergekit_bayes.configs import parse_config, read_yaml_documents
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, MergeReport
 from mergekit_bayes.mergekit.document import is_mergekit, read_recipes
+from mergekit_bayes.mergekit.export import exported, refuse_unsaid
 from mergekit_bayes.mergekit.running import Stage, is_done, stages_of
 from mergekit_bayes.mergekit.stages import references
-from mergekit_bayes.plan import MergePlan
+from mergekit_bayes.plan import MergePlan, plan_merge
 
 # What a recipe does not say itself, and flags do.
 _TAKEN = ("out", "force", "verify", "max_shard_size", "side_files", "dtype", "vocab")
@@ -92,6 +93,33 @@ def merge_stages(
         for folder in {Path(out).parent for stage in stages for out in stage.outputs.values()}:
             shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def print_recipe(
+    kind: str, settings: Settings, config: Callable[[], MergeConfig], other_flags: Sequence[str]
+) -> None:
+    """Print a merge as a recipe of another tool, and write nothing else.
+
+    Args:
+        kind: Whose recipe; only `mergekit` is known.
+        settings: The command line's.
+        config: Makes the settings of the merge.
+        other_flags: Those that were given and do not go with it.
+
+    Raises:
+        ConfigError: The recipe cannot say the merge, or the command line asks for more.
+    """
+    if kind != "mergekit":
+        raise ConfigError(f"--print-recipe {kind}: expected mergekit, whose recipes are known.")
+    if other_flags:
+        raise ConfigError(f"--print-recipe writes no merge. Drop {other_flags[0]}.")
+    if (recipe := mergekit_recipe(settings)) is not None:
+        raise ConfigError(f"--print-recipe mergekit: '{recipe}' is a recipe of mergekit already.")
+    checked = config()
+    refuse_unsaid(checked)
+    # Nothing is replaced, so an output that exists is no reason to stop.
+    with plan_merge(checked.model_copy(update={"force": True})) as plan:
+        print(exported(plan).text, end="")
 
 
 def _names(stage: Stage, name: str) -> bool:

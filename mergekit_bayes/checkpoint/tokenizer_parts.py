@@ -107,16 +107,13 @@ def _used(listed: TokenList, reference: TokenList | None) -> Mapping[int, str]:
     if not listed.is_sentencepiece or reference is None:
         return listed.tokens
     used = dict(aligned_tokens(listed, reference))
-    # What is no text has the number that the other list gives it, unless that is taken.
-    numbers = {token: number for number, token in reference.tokens.items()}
-    for special in listed.special:
-        token = listed.tokens[special]
-        if (number := numbers.get(token)) is not None:
-            used.setdefault(number, token)
-    # Tokens of the tokenizer's own, which stand before those of the model.
-    listed_tokens, count = set(used.values()), max(used, default=-1) + 1
+    # What is no text has the number that the other list gives it, and so have tokens of the
+    # tokenizer's own, which stand before those of the model.
+    special = {listed.tokens[number] for number in listed.special}
+    texts, count = set(used.values()), max(used, default=-1) + 1
     for number, token in reference.tokens.items():
-        if number < count and number not in used and token not in listed_tokens:
+        is_own = number < count or token in special
+        if is_own and number not in used and token not in texts:
             used[number] = token
     return used
 

@@ -136,10 +136,10 @@ def _append(output: OutputTokens, donor: OwnTokens, model: OwnTokens) -> None:
     missing = [token for token in model.parts.numbers if token not in output.numbers]
     missing.sort(key=lambda token: model.parts.numbers[token])
     new = [token for token in missing if model.parts.numbers[token] < model.rows]
-    if len(new) < len(missing):
+    if lost := missing[len(new) :]:  # those with the highest numbers
         output.notes.append(
-            f"{len(missing) - len(new)} tokens of '{model.ref}' have no row there and are left "
-            f"out, such as {shown(next(t for t in missing if t not in set(new)))}"
+            f"{len(lost):,} token{'s' if len(lost) > 1 else ''} of '{model.ref}' without a row "
+            f"there {'are' if len(lost) > 1 else 'is'} left out: {shown(lost[0])}"
         )
     if not new:
         return

@@ -36,13 +36,22 @@ _WHOLE = "default"  # the module that is the whole of a model with one stack of 
 
 
 def is_mergekit(content: object) -> bool:
-    """Whether what a YAML file holds is a recipe of mergekit, judged by its `merge_method`.
+    """Whether what a YAML file holds is a recipe of mergekit.
+
+    It has a `merge_method` or, where that is misspelled, models with keys of their own, slices or
+    modules, which ours has not.
 
     Args:
         content: A document, or a list of the documents of a file.
     """
     documents = content if isinstance(content, Sequence) else [content]
-    return any(isinstance(one, Mapping) and "merge_method" in one for one in documents)
+    return any(isinstance(one, Mapping) and _is_recipe(one) for one in documents)
+
+
+def _is_recipe(content: Mapping[object, object]) -> bool:
+    models = content.get("models")
+    listed = isinstance(models, list) and any(isinstance(model, Mapping) for model in models)
+    return listed or any(key in content for key in ("merge_method", "slices", "modules"))
 
 
 def read_recipes(path: Path) -> tuple[Recipe, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mergekit_bayes.errors import ConfigError, nearest
+from mergekit_bayes.mergekit.bodies import bodies_of
 from mergekit_bayes.mergekit.objects import Recipe, Reference, Setting, Source
 from mergekit_bayes.mergekit.values import Kind, check_settings
 from mergekit_bayes.methods.base import Method, Parameter
@@ -21,15 +22,15 @@ class Part(NamedTuple):
     Attributes:
         base: The base with its layers; None where the method takes none.
         tasks: The other models.
+        listed: All of them, in the recipe's order.
         levels: What is set for all of them, the nearest first.
-        layers: How many layers of the output they make; None for all that they have.
         place: Where the recipe says it, for messages.
     """
 
     base: Source | None
     tasks: tuple[Source, ...]
+    listed: tuple[Source, ...]
     levels: tuple[Mapping[str, Setting], ...]
-    layers: int | None
     place: str
 
     @property
@@ -78,13 +79,13 @@ def kind_of(parameter: Parameter) -> Kind:
 
 
 def parts_of(recipe: Recipe, method: Method) -> tuple[Part, ...]:
-    """The parts of a recipe: one of whole models, or one for each slice.
+    """The parts of a recipe: of each body one of whole models, or one for each slice.
 
     A model that is the base is no task of a method that adds changes to a base; a method that
     takes none has `base_model` as one more model, as in mergekit.
 
     Args:
-        recipe: Of `models` or `slices`.
+        recipe: The recipe.
         method: Its method.
 
     Raises:
@@ -94,15 +95,18 @@ def parts_of(recipe: Recipe, method: Method) -> tuple[Part, ...]:
 
 
 def _parts(recipe: Recipe, method: Method) -> Iterator[Part]:
-    if recipe.models:
-        base, tasks = _split(recipe, method, recipe.base_model, recipe.models)
-        yield Part(base, tasks, (recipe.parameters,), None, "models")
-    for piece in recipe.slices:
-        named = piece.base_model or recipe.base_model
-        base, tasks = _split(recipe, method, named, piece.sources, piece.place)
-        (start, end), *_ = (s.layers for s in piece.sources if s.layers is not None)
-        levels = (piece.parameters, recipe.parameters)
-        yield Part(base, tasks, levels, end - start, piece.place)
+    for body in bodies_of(recipe):
+        if body.models:
+            base, tasks = _split(recipe, method, recipe.base_model, body.models)
+            listed = body.models if base is None or base in body.models else (*body.models, base)
+            listed = listed if base is not None else tasks
+            place = f"{body.place}.models".lstrip(".")
+            yield Part(base, tasks, listed, body.levels, place)
+        for piece in body.slices:
+            named = piece.base_model or recipe.base_model
+            base, tasks = _split(recipe, method, named, piece.sources, piece.place)
+            levels = (piece.parameters, *body.levels)
+            yield Part(base, tasks, piece.sources, levels, piece.place)
 
 
 def _split(

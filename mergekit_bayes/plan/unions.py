@@ -290,14 +290,14 @@ def _with_rows(
 def _describe_rows(tokens: OutputTokens, maps: TokenMaps, own: Sequence[OwnTokens]) -> list[str]:
     """Say which rows the models get that lack tokens."""
     notes = []
+    is_token = np.zeros(maps.tokens, np.bool_)
+    is_token[list(tokens.numbers.values())] = True
     for model, (ref, parts, rows) in enumerate(own):
         lost = [t for t, number in parts.numbers.items() if number < rows]
         lost = [t for t in lost if t not in tokens.numbers]
         if lost and tokens.donor is not parts:
             notes.append(f"{len(lost):,} tokens of '{ref}' are left out, such as {shown(lost[0])}")
-        missing = (maps.own[model] < 0) & np.isin(
-            np.arange(maps.tokens), list(tokens.numbers.values())
-        )
+        missing = (maps.own[model] < 0) & is_token
         if not rows or not missing.any():
             continue
         owners, counts = np.unique(maps.filled.owner[missing], return_counts=True)

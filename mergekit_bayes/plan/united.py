@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mergekit_bayes.checkpoint.side_files import group_of
+from mergekit_bayes.checkpoint.side_files import CHAT, CHAT_TEMPLATE, group_of, inline_template
 from mergekit_bayes.documents import read_object
 from mergekit_bayes.errors import MismatchError
 from mergekit_bayes.methods.base import Method
@@ -104,7 +104,12 @@ def side_files_of(choice: SideFileChoice | None, tokens: TokenPlan) -> SideFiles
         if (position := next(owners, None)) is not None:
             generation_ids |= tokens.new_ids(position, read_object(file))
     folders = choice.gathered.folders | {"tokenizer": tokens.folder}
-    gathered = choice.gathered._replace(files=dict(sorted(files.items())), folders=folders)
+    template, chat = choice.gathered.template, folders.get(CHAT)
+    if template is None and chat not in (None, tokens.folder) and Path(CHAT_TEMPLATE) not in files:
+        template = inline_template(chat)  # it was in a config of another tokenizer
+    gathered = choice.gathered._replace(
+        files=dict(sorted(files.items())), folders=folders, template=template
+    )
     return SideFilesOfTokens(
         replace(choice, gathered=gathered, token_ids=ids, generation_ids=generation_ids), made
     )

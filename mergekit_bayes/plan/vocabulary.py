@@ -129,8 +129,8 @@ class TokenConflicts:
         files = dict.fromkeys(tokens.file.name for tokens in lists if tokens is not None)
         if token_folder(self._donor.posterior) is not None:
             way_out = (
-                "--vocab union finds them by their tokens, --vocab base keeps those of "
-                f"'{self._donor.ref}'."
+                "--vocab union (in mergekit's YAML tokenizer_source: union) finds rows by their "
+                f"tokens, --vocab base keeps those of '{self._donor.ref}'."
             )
         else:
             way_out = (
@@ -240,8 +240,8 @@ def _rows(config: MergeConfig, name: str, spec: TensorSpec, mean: TensorRef, don
             f"({mean.where}). {EMPTIED}"
         )
     way_out = (
-        "--vocab union writes the tokens of all, --vocab common merges the rows that all have, "
-        f"--vocab base keeps those of '{donor}'."
+        "--vocab union (in mergekit's YAML tokenizer_source: union) writes the tokens of all, "
+        f"--vocab common merges the rows that all have, --vocab base keeps those of '{donor}'."
         if is_by_token
         else f"{OTHER_BASE} --only chooses what is merged, for example where heads differ."
     )

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import cpu
+from machine import commit, cpu
 from merge_models import SHAPES, make
 from merge_rows import MERGEKIT, Row, install_mergekit, memory, rows
 
@@ -113,21 +113,6 @@ def machine(mergekit: Path | None) -> dict[str, Any]:
         "python": platform.python_version(),
         **packages,
     }
-
-
-def commit() -> str:
-    """The commit of the source tree, with a plus where files of the package differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    )
-    if head.returncode:
-        return "unknown"
-    top = [":/mergekit_bayes", ":/cli"]
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", *top], check=False, capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def measure(plan: list[Row], repeats: int, warm_up: int) -> dict[tuple[float, str], list[Cost]]:

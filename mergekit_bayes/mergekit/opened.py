@@ -1,0 +1,111 @@
+"""The models of a recipe, each opened once."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import NamedTuple
+
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.lora import open_model
+from mergekit_bayes.mergekit.bodies import is_stacked
+from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
+from mergekit_bayes.mergekit.roles import Part
+from mergekit_bayes.mergekit.token_plans import tokens_of
+from mergekit_bayes.plan.inputs import Input, Inputs
+from mergekit_bayes.plan.plan import refuse_incomplete
+from mergekit_bayes.plan.unions import TokenPlan
+from mergekit_bayes.posterior import Posterior
+
+
+class OpenedModels(NamedTuple):
+    """The opened models of a recipe.
+
+    Attributes:
+        by_name: Each once, by how recipes write it.
+        inputs: The base and the tasks as the report tells them: each model once for slices.
+        of_source: The input of each source, by the number of its part and its place there, the
+            base's first.
+    """
+
+    by_name: Mapping[str, Posterior]
+    inputs: Inputs
+    of_source: Mapping[tuple[int, int], Input]
+
+
+def open_models(
+    recipe: Recipe, parts: Sequence[Part], outputs: Mapping[str, str], stack: ExitStack
+) -> OpenedModels:
+    """Open each model once.
+
+    Args:
+        recipe: The recipe.
+        parts: Its parts.
+        outputs: The outputs of earlier documents, by name.
+        stack: Closes the models.
+
+    Raises:
+        BmergeError: A model cannot be opened; the message names its key.
+    """
+    by_name: dict[str, Posterior] = {}
+    for source in (source for part in parts for source in part.sources):
+        name = str(source.model)
+        if name not in by_name:
+            ref = _place(recipe, source.model, outputs)
+            try:
+                by_name[name] = stack.enter_context(open_model(ref, with_precision=False))
+            except CheckpointError as error:
+                key = f"{source.place}.model" if source.place else "base_model"
+                raise type(error)(f"{recipe.label}: {key}: {error}") from None
+            refuse_incomplete(by_name[name])
+    base: Input | None = None
+    of_name: dict[str, Input] = {}
+    tasks: list[Input] = []
+    of_source: dict[tuple[int, int], Input] = {}
+    for number, part in enumerate(parts):
+        for place, source in enumerate(part.sources):
+            name = str(source.model)
+            if source is part.base:
+                base = base or Input(by_name[name], 0.0)
+                if base.posterior is by_name[name]:
+                    of_source[number, place] = base
+                    continue
+            # In whole models one that is listed twice is two tasks, each with its weight.
+            if name not in of_name or not is_stacked(recipe):
+                of_name[name] = Input(by_name[name], 1.0)
+                tasks.append(of_name[name])
+            of_source[number, place] = of_name[name]
+    return OpenedModels(by_name, Inputs(base, tuple(tasks)), of_source)
+
+
+def _place(recipe: Recipe, model: Reference, outputs: Mapping[str, str]) -> str:
+    """Where a model is: an earlier output, a path, or a Hub id."""
+    path = outputs.get(model.path, model.path)
+    if any(mark in text for text in (path, model.adapter or "") for mark in "+@"):
+        raise ConfigError(
+            f"{recipe.label}: model '{model}': '+' and '@' in a path cannot be told from those "
+            "before an adapter and a revision. Rename the folder."
+        )
+    return str(model.model_copy(update={"path": path}))
+
+
+def with_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, models: OpenedModels
+) -> tuple[TokenPlan, OpenedModels]:
+    """The models with the rows of the tokens that a recipe chooses."""
+    base = models.inputs.base
+    try:
+        tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
+    except (ConfigError, MismatchError) as error:
+        raise type(error)(f"{recipe.label}: tokenizer: {error}") from None
+    by_name = dict(zip(models.by_name, tokens.models, strict=True))
+    renewed = {id(models.by_name[name]): posterior for name, posterior in by_name.items()}
+    inputs = {
+        model: replace(model, posterior=renewed[id(model.posterior)]) for model in models.inputs
+    }
+    return tokens, OpenedModels(
+        by_name,
+        Inputs(
+            None if base is None else inputs[base], tuple(inputs[t] for t in models.inputs.tasks)
+        ),
+        {place: inputs[model] for place, model in models.of_source.items()},
+    )
