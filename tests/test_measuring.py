@@ -143,6 +143,19 @@ def test_a_tensor_is_read_as_often_as_its_digits_and_once_for_ties():
     assert reads(equal, only_thresholds=True) == 2
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_values_that_change_between_passes_are_an_error(at):
+    values = np.array([5, 5, 5, 1, 1], np.float32)
+    reads = iter([values] * at + [np.zeros(5, np.float32)])
+    order = one_list("cut", lambda s, k, size, positive: (2,))
+    with pytest.raises(ArithmeticError, match="changed while they were measured"):
+        measure(
+            TensorRule(abs, "entries", measures=(order,)),
+            Whole(5, 1, values.dtype, 1, {}),
+            lambda *window: Tensors(None, (next(reads),), (1.0,), {}),
+        )
+
+
 def test_threads_and_windows_change_no_cut_and_threads_no_sum():
     lists = [values_of(kind, 4000, 1, np.float32) for kind in ("bfloat16", "plain", "ties")]
     cuts = one_list("cut", lambda s, k, size, positive: (size // 3, size // 2))

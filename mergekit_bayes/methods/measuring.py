@@ -93,6 +93,9 @@ def measure(
 
     Returns:
         The results by name, as `Tensors.measured` has them.
+
+    Raises:
+        ArithmeticError: Pieces that are not the same each time.
     """
     results: dict[str, Array | Cuts] = {}
     for one in rule.measures:
@@ -238,7 +241,7 @@ class _Scan:
         places = []
         for target, ends in zip(targets, counts.cumsum(axis=0).T, strict=True):
             wanted = target.count - target.above
-            index = int(np.searchsorted(ends, wanted))
+            index = _index(ends, wanted)
             before = int(ends[index - 1]) if index else 0
             bits = self.bits(self._piece(windows[index]), target.list)
             place = np.flatnonzero(bits == target.prefix)[wanted - before - 1]
@@ -270,11 +273,19 @@ class _Target:
     def narrow(self, counts: Array, bits: int) -> None:
         """Find the next digit, of some bits, from how often each occurs after those known."""
         from_top = counts[::-1].cumsum()
-        place = int(np.searchsorted(from_top, self.count - self.above))
+        place = _index(from_top, self.count - self.above)
         digit = _BINS - 1 - place
         self.equal = int(counts[digit])
         self.above += int(from_top[place]) - self.equal
         self.prefix = self.prefix << bits | digit
+
+
+def _index(ends: Array, wanted: int) -> int:
+    """Where a running count first reaches a number that it must reach."""
+    index = int(np.searchsorted(ends, wanted))
+    if index == ends.size:
+        raise ArithmeticError("its values changed while they were measured. Merge it again")
+    return index
 
 
 def _cuts(order: Order, scan: _Scan) -> Cuts:
