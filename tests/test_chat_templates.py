@@ -92,7 +92,7 @@ def test_chatml_writes_turns_between_its_marks(three):
     ("name", "words"),
     [
         ("llama3", "chat_template"),
-        ("alpaca", "write the template's text"),
+        ("alpaca", "expected the text of a template"),
         ("chatlm", "did you mean 'chatml'"),
     ],
 )

@@ -139,7 +139,7 @@ def test_what_no_filter_of_a_module_matches_is_as_the_recipe_says(tmp_path, near
     assert [value_at(weight, name, 1) for name in ("mlp", "norm")] == at
 
 
-@pytest.mark.parametrize("template", ["auto", "llama3", "{{ bos_token }}{% if x %}{% endif %}"])
+@pytest.mark.parametrize("template", ["auto", "chatml", "{{ bos_token }}{% if x %}{% endif %}"])
 def test_templates_and_names_of_templates_are_read(tmp_path, template):
     assert read_one(tmp_path, f"{LINEAR}chat_template: '{template}'").chat_template == template
 
@@ -355,7 +355,10 @@ SOURCE = "  - {model: a, layer_range: [0, 2]}\n"
         (LINEAR + "name: 5", "name: expected text, found 5"),
         (LINEAR + "chat_template: {a: b}", "chat_template: expected text, found keys and values"),
         (LINEAR + "chat_template: chatlm", "chat_template: .* found 'chatlm'. Did you .*'chatml'"),
-        (LINEAR + "chat_template: x", "chat_template: expected a template, or one of auto, "),
+        (
+            LINEAR + "chat_template: x",
+            "chat_template: expected the text of a template, or auto or chatml",
+        ),
         (LINEAR + "tokenizer: union", "tokenizer: expected keys and values, found 'union'"),
         (LINEAR + "tokenizer: {sorce: base}", "tokenizer.sorce: unknown key; did you mean 'source"),
         (LINEAR + "tokenizer: {}\ntokenizer_source: base", "tokenizer_source: 'tokenizer' says"),

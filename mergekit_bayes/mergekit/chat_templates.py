@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergekit_bayes.checkpoint.side_files import CHAT_TEMPLATE, inline_template
 from mergekit_bayes.documents import parse_json, read_mapping, read_text
-from mergekit_bayes.errors import CheckpointError, ConfigError, did_you_mean
+from mergekit_bayes.errors import CheckpointError, ConfigError
 from mergekit_bayes.mergekit.objects import Recipe
 from mergekit_bayes.plan.side_files import SideFileChoice
 from mergekit_bayes.posterior import Posterior
@@ -85,13 +85,6 @@ def _chosen(recipe: Recipe, models: Sequence[Posterior], notes: list[str]) -> st
         return _most_common(models, notes)
     if asked in _NAMED:
         return _NAMED[asked]
-    if "{" not in asked:
-        names = (AUTO, *_NAMED)
-        raise ConfigError(
-            f"{recipe.label}: chat_template: expected {', '.join(names)} or the text of a "
-            f"template, found '{asked}'. {did_you_mean(asked, names)} Templates of other names "
-            "are not built in: write the template's text.".replace("  ", " ")
-        )
     return asked
 
 

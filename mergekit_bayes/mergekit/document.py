@@ -30,7 +30,7 @@ _RECIPE = frozenset(
     | {"out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name"}
 )
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
+TEMPLATES = ("auto", "chatml")  # that have a name here; others are given by their text
 _BODIES = ("models", "slices", "modules")
 _WHOLE = "default"  # the module that is the whole of a model with one stack of layers
 
@@ -322,10 +322,10 @@ def _read_template(place: Place | None) -> str | None:
     if place is None:
         return None
     template = place.text()
-    if "{" not in template and template not in _TEMPLATES:
-        hint = did_you_mean(template, _TEMPLATES)
-        names = f"expected a template, or one of {', '.join(_TEMPLATES)}, found {shown(template)}."
-        raise place.error(f"{names} {hint[:1].upper()}{hint[1:]}".rstrip())
+    if "{" not in template and template not in TEMPLATES:
+        hint = did_you_mean(template, TEMPLATES)
+        names = f"expected the text of a template, or {' or '.join(TEMPLATES)}, found"
+        raise place.error(f"{names} {shown(template)}. {hint[:1].upper()}{hint[1:]}".rstrip())
     return template
 
 

@@ -74,6 +74,9 @@ def open_models(
                 of_name[name] = Input(by_name[name], 1.0)
                 tasks.append(of_name[name])
             of_source[number, place] = of_name[name]
+    donor = of_name.get(str(recipe.base_model))
+    if donor is not None:  # of a method without a base
+        tasks.sort(key=lambda task: task is not donor)
     return OpenedModels(by_name, Inputs(base, tuple(tasks)), of_source)
 
 
@@ -92,10 +95,10 @@ def with_tokens(
     recipe: Recipe, tokenizer: Tokenizer, models: OpenedModels
 ) -> tuple[TokenPlan, OpenedModels]:
     """The models with the rows of the tokens that a recipe chooses."""
-    base = models.inputs.base
+    base, named = models.inputs.base, models.by_name.get(str(recipe.base_model))
     try:
-        tokens = tokens_of(tokenizer, models.by_name, None if base is None else base.posterior)
-    except (ConfigError, MismatchError) as error:
+        tokens = tokens_of(tokenizer, models.by_name, named if base is None else base.posterior)
+    except (CheckpointError, ConfigError, MismatchError) as error:
         raise type(error)(f"{recipe.label}: tokenizer: {error}") from None
     by_name = dict(zip(models.by_name, tokens.models, strict=True))
     renewed = {id(models.by_name[name]): posterior for name, posterior in by_name.items()}

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from mergekit_bayes.checkpoint.stamps import documents_in, stamps_of
+from mergekit_bayes.errors import ConfigError, shown
 from mergekit_bayes.mergekit.bodies import is_stacked
 from mergekit_bayes.mergekit.chat_templates import files_of_template
 from mergekit_bayes.mergekit.laying import lay_out, match_laid, sliced_config
-from mergekit_bayes.mergekit.objects import Recipe, Reference
+from mergekit_bayes.mergekit.objects import Recipe, Reference, Tokenizer
 from mergekit_bayes.mergekit.opened import OpenedModels, open_models, with_tokens
 from mergekit_bayes.mergekit.resolved import Resolver, refuse_missing, with_weights
 from mergekit_bayes.mergekit.roles import SEED, Part, method_of, parts_of
@@ -61,12 +62,15 @@ def plan_recipe(
     method = method_of(recipe)
     parts = parts_of(recipe, method)
     refuse_missing(recipe, method, parts)
+    _refuse_flags(recipe, method, parts, settings, seed)
     notes: list[str] = []
     with ExitStack() as stack:
         models = open_models(recipe, parts, outputs or {}, stack)
-        tokens = None
-        if recipe.tokenizer is not None:
-            tokens, models = with_tokens(recipe, recipe.tokenizer, models)
+        tokens, tokenizer = None, recipe.tokenizer
+        if tokenizer is None and settings.vocab == "union":
+            tokenizer = Tokenizer()
+        if tokenizer is not None:
+            tokens, models = with_tokens(recipe, tokenizer, models)
             notes += tokens.notes
         inputs = models.inputs
         config = _config(recipe, settings, inputs, tokens)
@@ -80,7 +84,7 @@ def plan_recipe(
         matched = match_laid(recipe, config, method, parts, models, laid, notes)
         resolver = Resolver(recipe, method, parts, laid, seed)
         steps = [resolver.resolved(step) for step in matched.steps]
-        inputs, steps, _ = with_weights(inputs, steps, notes)
+        inputs, steps = with_weights(inputs, steps, notes)
         compare_configs(config, inputs, steps, notes)
         changes = correct_config(inputs, steps, notes) | head_changes(config, inputs, steps, notes)
         changes |= sliced_config(recipe, models, inputs)
@@ -120,6 +124,41 @@ def plan_recipe(
         plan.refuse_changed()
         stack.pop_all()  # the plan closes them
         return plan
+
+
+def _refuse_flags(
+    recipe: Recipe, method: Method, parts: Sequence[Part], settings: MergeConfig, seed: int | None
+) -> None:
+    """Refuse settings that a recipe leaves nothing to do."""
+    if recipe.tokenizer is not None:
+        for flag, value, default in (
+            ("--side-files", settings.side_files, None),
+            ("--vocab", settings.vocab, "error"),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"{flag} {value}: {recipe.label} chooses the tokens by its 'tokenizer'. Drop "
+                    "one of them."
+                )
+    if parts[0].base is None:
+        for flag, choice in (("on-missing", settings.on_missing), ("on-bad", settings.on_bad)):
+            if choice == "base":
+                raise ConfigError(
+                    f"--{flag} base takes the base's values, and '{method.name}' of {recipe.label} "
+                    "has no base. Drop it."
+                )
+    bounds = next((p for p in method.parameters if p.name == SEED), None)
+    if seed is None:
+        return
+    if bounds is None:
+        raise ConfigError(
+            f"--param seed={seed}: '{method.name}' of {recipe.label} draws nothing. Drop it."
+        )
+    if not bounds.low <= seed <= bounds.high:
+        raise ConfigError(
+            f"--param seed={shown(seed)}: expected a whole number from {bounds.low:.0f} to "
+            f"{bounds.high:.0f}."
+        )
 
 
 def _config(

@@ -1,18 +1,19 @@
 """The weights and settings that a recipe gives each tensor of a plan."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.mergekit.layers import OutputTensor
-from mergekit_bayes.mergekit.objects import Recipe, Setting
+from mergekit_bayes.mergekit.objects import Recipe, Scalar, Setting
 from mergekit_bayes.mergekit.roles import SEED, WEIGHT, Part, is_of_models, is_weighed, kind_of
-from mergekit_bayes.mergekit.values import given_settings, setting_at
+from mergekit_bayes.mergekit.values import Kind, given_settings, setting_at
 from mergekit_bayes.methods import tensors
 from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.plan.inputs import Input, Inputs
 from mergekit_bayes.plan.steps import Operand, Step
+from mergekit_bayes.plan.whole_tensors import with_own_settings
 
 _REQUIRED = ("t",)  # besides the weights: mergekit has no default of it
 
@@ -70,7 +71,8 @@ class Resolver:
             operand._replace(scale=weight)
             for operand, weight in zip(step.tasks, weights, strict=True)
         )
-        return replace(step, tasks=tasks, settings=settings)
+        assert settings is not None
+        return with_own_settings(self._method, settings, replace(step, tasks=tasks))
 
     def _weights(self, step: Step, part: Part, position: float) -> list[float]:
         if not is_weighed(self._method):
@@ -78,7 +80,7 @@ class Resolver:
         weights = []
         for operand, source in zip(step.tasks, part.tasks, strict=True):
             levels, name = (source.parameters, *part.levels), _own_name(step, operand)
-            value = setting_at(WEIGHT, levels, name, position)
+            value = self._found(WEIGHT, levels, name, position, "number")
             if value is None and step.base is None:
                 raise self._error(
                     source.place or part.place,
@@ -121,12 +123,12 @@ class Resolver:
     def _value(
         self,
         parameter: Parameter,
-        levels: Iterable[Mapping[str, Setting]],
+        levels: Sequence[Mapping[str, Setting]],
         name: str,
         position: float,
     ) -> float | str | None:
         kind = kind_of(parameter)
-        value = setting_at(parameter.name, levels, name, position, kind)
+        value = self._found(parameter.name, levels, name, position, kind)
         if value is None:
             return None if parameter.name in _REQUIRED else parameter.default
         if kind == "truth":
@@ -136,11 +138,30 @@ class Resolver:
         number = float(value)
         if not parameter.low <= number <= parameter.high:
             raise self._error(
-                parameter.name,
+                self._path(parameter.name, levels),
                 f"expected a number from {parameter.low:g} to {parameter.high:g} in '{name}', "
                 f"found {number:g}.",
             )
         return int(number) if isinstance(parameter.default, int) else number
+
+    def _found(
+        self,
+        setting: str,
+        levels: Sequence[Mapping[str, Setting]],
+        name: str,
+        position: float,
+        kind: Kind,
+    ) -> Scalar | None:
+        try:
+            return setting_at(setting, levels, name, position, kind)
+        except ConfigError as error:
+            raise self._error(self._path(setting, levels), str(error)) from None
+
+    def _path(self, setting: str, levels: Sequence[Mapping[str, Setting]]) -> str:
+        """Where the recipe says what a setting is, by the nearest level that has it."""
+        value = next((level[setting] for level in levels if setting in level), None)
+        given = (g for g in given_settings(self._recipe) if g.name == setting)
+        return next((g.path for g in given if g.value is value), f"parameters.{setting}")
 
     def _choice(self, parameter: Parameter, value: str) -> str:
         if value not in parameter.choices:
@@ -191,7 +212,7 @@ def _own_name(step: Step, operand: Operand) -> str:
 
 def with_weights(
     inputs: Inputs, steps: Sequence[Step], notes: list[str]
-) -> tuple[Inputs, list[Step], dict[Input, Input]]:
+) -> tuple[Inputs, list[Step]]:
     """Let each task's scale be its weight, the mean over tensors where it differs.
 
     Args:
@@ -200,7 +221,7 @@ def with_weights(
         notes: Whose weights differ between tensors is appended here.
 
     Returns:
-        The models and the steps with new inputs, and the new input of each.
+        The models and the steps with new inputs.
     """
     weights: dict[Input, list[float]] = {task: [] for task in inputs.tasks}
     for step in steps:
@@ -233,4 +254,4 @@ def with_weights(
         )
         for step in steps
     ]
-    return Inputs(base, tuple(renewed[task] for task in inputs.tasks)), moved_steps, renewed
+    return Inputs(base, tuple(renewed[task] for task in inputs.tasks)), moved_steps

@@ -94,6 +94,12 @@ def parts_of(recipe: Recipe, method: Method) -> tuple[Part, ...]:
     """
     parts = tuple(_checked(recipe, method, part) for part in _parts(recipe, method))
     _refuse_mixed(recipe, parts)
+    named = recipe.base_model
+    if named is not None and not any(s.model == named for part in parts for s in part.sources):
+        raise ConfigError(
+            f"{recipe.label}: base_model: '{method.name}' adds no changes to a base, and '{named}' "
+            "is in none of the slices. List its layers, or leave it out."
+        )
     return parts
 
 
@@ -134,6 +140,11 @@ def _split(
     """The base and the tasks among some models; `place` is that of a slice."""
     takes = method.needs_base or method.takes_base
     listed = [source for source in sources if source.model == base]
+    if len(listed) > 1 and takes:
+        raise ConfigError(
+            f"{recipe.label}: {place or 'models'}: expected the base_model '{base}' once among "
+            f"them, found it {len(listed)} times."
+        )
     if base is None:
         if method.needs_base:
             raise ConfigError(
@@ -146,9 +157,11 @@ def _split(
             "among them, found none. List it with its layer_range."
         )
     whole = listed[0] if listed else Source(model=base)
-    if not takes:
-        return None, tuple(sources) if listed or place is not None else (*sources, whole)
-    return whole, tuple(source for source in sources if source.model != base)
+    others = tuple(source for source in sources if source is not whole)
+    if takes:
+        return whole, others
+    # One more model, which comes first: the output has its config and tokenizer.
+    return None, (whole, *others) if listed or place is None else tuple(sources)
 
 
 def _checked(recipe: Recipe, method: Method, part: Part) -> Part:

@@ -25,17 +25,22 @@ def with_settings(
     if method.tensor is None:
         return list(steps)
     return [
-        step if step.copied is not None else _with_settings(method, settings, step)
+        step if step.copied is not None else with_own_settings(method, settings, step)
         for step in steps
     ]
 
 
-def _with_settings(method: Method, settings: Mapping[str, Setting], step: Step) -> Step:
+def with_own_settings(method: Method, settings: Mapping[str, Setting], step: Step) -> Step:
+    """Give a tensor that is merged by a rule for whole tensors its settings.
+
+    Raises:
+        MismatchError: Only some of its rows are merged, and the rule needs all of it.
+    """
     assert method.tensor is not None
     if method.tensor.needs(settings) == "tensor" and step.merged != step.spec.size:
         raise MismatchError(
-            f"'{step.name}' has other rows in one of the models, and --method {method.name} merges "
-            "whole tensors. Leave it out with --only, give all models the same rows with --vocab "
+            f"'{step.name}' has other rows in one of the models, and {method.name} merges whole "
+            "tensors. Leave it out with --only, give all models the same rows with --vocab "
             "union, or keep those of one with --vocab base."
         )
     return replace(step, settings=settings)
