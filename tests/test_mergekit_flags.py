@@ -77,7 +77,7 @@ def test_a_union_by_the_flag_is_that_of_the_recipe():
         ),
         (LINEAR, ["--weights", "precision"], "--weights: 'recipe.yml' is a recipe of mergekit"),
         (LINEAR + "dtype: float32\n", ["--dtype", "BF16"], "--dtype: 'recipe.yml' says it itself"),
-        (SLICES, [], "base_model: 'linear' adds no changes to a base, and 'x' is in none"),
+        (SLICES, [], "base_model: nothing is made of 'x', which is in none"),
         (
             TIES.replace("0.5", "[0.5, 1.5]"),
             [],

@@ -97,8 +97,8 @@ def parts_of(recipe: Recipe, method: Method) -> tuple[Part, ...]:
     named = recipe.base_model
     if named is not None and not any(s.model == named for part in parts for s in part.sources):
         raise ConfigError(
-            f"{recipe.label}: base_model: '{method.name}' adds no changes to a base, and '{named}' "
-            "is in none of the slices. List its layers, or leave it out."
+            f"{recipe.label}: base_model: nothing is made of '{named}', which is in none of the "
+            "slices. List its layers, or leave it out."
         )
     return parts
 
