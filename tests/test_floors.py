@@ -26,7 +26,7 @@ EDGES = import_graph(ROOT)
 FAMILIES = {
     "methods": ROOMS["methods"].steps.keys()
     - {"table", "base", "dropping", "election", "histogram", "matrices", "means", "kronecker"}
-    - {"tensors", "recipe_table", "sphere", "adding", "sparsifying"},
+    - {"tensors", "recipe_table", "sphere", "adding", "sparsifying", "measuring"},
     # The scoring of windows in `perplexity` is shared by `conditional`, and by `quality` with it.
     "metrics": ROOMS["metrics"].steps.keys()
     - {"base", "calibration", "conditional", "paired", "perplexity"},

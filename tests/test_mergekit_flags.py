@@ -63,7 +63,7 @@ def test_a_union_by_the_flag_is_that_of_the_recipe():
         ),
         (LINEAR, ["--weights", "precision"], "--weights: 'recipe.yml' is a recipe of mergekit"),
         (LINEAR + "dtype: float32\n", ["--dtype", "BF16"], "--dtype: 'recipe.yml' says it itself"),
-        (SLICES, [], "base_model: 'linear' adds no changes to a base, and 'x' is in none"),
+        (SLICES, [], "base_model: nothing is made of 'x', which is in none"),
         (
             TIES.replace("0.5", "[0.5, 1.5]"),
             [],
@@ -92,9 +92,9 @@ def test_rows_in_common_are_merged_by_rules_of_entries_and_refused_by_rules_of_w
     name = "lm_head.weight"
     assert found[name][:ROWS] == pytest.approx((a[name] + longer[name][:ROWS]) / 2, abs=1e-6)
     assert np.array_equal(found[name][ROWS:], longer[name][ROWS:])  # which only one model has
-    text = "merge_method: arcee_fusion\nbase_model: a\nmodels: [{model: longer}]\n"
-    message = refused(text, "--vocab", "common")
-    assert "has other rows in one of the models, and arcee_fusion" in message
+    columns = "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n"
+    message = refused(text.replace("linear", "nuslerp") + columns, "--vocab", "common")
+    assert "has other rows in one of the models, and nuslerp merges whole tensors" in message
 
 
 def test_the_base_model_of_an_average_gives_config_and_side_files():

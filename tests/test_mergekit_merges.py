@@ -371,7 +371,14 @@ def test_a_dry_run_writes_nothing_and_tells_weights_and_memory():
     assert done.exit_code == 0, done.stderr
     plan = json.loads(done.stdout)
     assert any("from 0 to 1" in note for note in plan["notes"])
-    assert any("merges whole tensors" in note for note in plan["notes"])
+    assert not any("merges whole tensors" in note for note in plan["notes"])
+    Path("recipe.yml").write_text(
+        "merge_method: nuslerp\nparameters: {nuslerp_flatten: false, nuslerp_row_wise: true}\n"
+        "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+    )
+    done = run("recipe.yml", "-o", "out", "--dry-run", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert any("merges whole tensors" in note for note in json.loads(done.stdout)["notes"])
     assert not Path("out").exists()
 
 

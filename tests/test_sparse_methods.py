@@ -10,6 +10,7 @@ from mergekit_bayes.kernels.base import keyed_draws, task_key
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS, arcee_fusion, settings_of, sparsifying
 from mergekit_bayes.methods.base import FactInputs
+from mergekit_bayes.methods.measuring import combine_whole
 from mergekit_bayes.methods.recipe_table import RECIPE_METHODS
 from mergekit_bayes.methods.tensors import Tensors
 from mergekit_bayes.posterior import open_posterior
@@ -57,9 +58,8 @@ def combine(name, base, tasks, weights, given=None, draws=None):
     settings = names | {k: v for k, v in (given or {}).items() if k in names}
     draws = draws or draws_of(np.shape(base), len(tasks))
     chosen = draws.__getitem__ if method.random else None
-    return method.tensor.combine(
-        Tensors(base, tuple(tasks), tuple(weights), settings, None, chosen)
-    )
+    tensors = Tensors(base, tuple(tasks), tuple(weights), settings, None, chosen)
+    return combine_whole(method.tensor, tensors)
 
 
 def expected(name, base, tasks, weights, given=None, draws=None):

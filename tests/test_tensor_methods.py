@@ -9,6 +9,7 @@ import pytest
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.merge import MergeConfig, run_merge
 from mergekit_bayes.methods import METHODS
+from mergekit_bayes.methods.measuring import piece_of
 from mergekit_bayes.methods.recipe_table import RECIPE_METHODS
 from mergekit_bayes.methods.sphere import changes_of
 from mergekit_bayes.methods.tensors import Tensors
@@ -170,16 +171,14 @@ def test_pieces_of_a_merge_are_the_merge_of_pieces(name, with_base, given):
     base, tasks, weights = problem(name, with_base, (5, 6), dtype=np.float32, seed=4)
     whole = tensors_of(name, base, tasks, weights, given)
     rule = RECIPE_METHODS[name].tensor
-    if rule.needs(whole.settings) == "tensor":
+    needs = rule.needs(whole.settings)
+    if needs == "tensor":
         assert whole.products is None
         return
     expected = rule.combine(whole).reshape(-1)
-    for start, stop in ((0, 11), (11, 12), (12, 30)):
-        piece = whole._replace(
-            base=None if base is None else base.reshape(-1)[start:stop],
-            tasks=tuple(task.reshape(-1)[start:stop] for task in tasks),
-        )
-        np.testing.assert_array_equal(rule.combine(piece), expected[start:stop])
+    for start, stop in ((0, 12), (12, 18), (18, 30)) if needs == "rows" else ((0, 11), (11, 30)):
+        found = rule.combine(piece_of(rule, whole, start, stop, {}))
+        np.testing.assert_array_equal(found.reshape(-1), expected[start:stop])
 
 
 @by_case
@@ -538,9 +537,9 @@ def test_a_merge_of_files_is_the_rule_on_each_tensor(world, settings, scales):
 
 
 def test_only_settings_that_need_it_hold_a_tensor_in_memory(world):
-    for given, is_whole in (({}, False), ({"filter_wise": 1}, True)):
-        settings = {"method": "model_stock", "base": "base.safetensors", "param": given}
-        with plan_merge(config(**settings)) as plan:
+    for given in ({}, {"nuslerp_flatten": 0}, {"nuslerp_flatten": 0, "nuslerp_row_wise": 1}):
+        with plan_merge(config(method="nuslerp", param=given)) as plan:
+            is_whole = "nuslerp_row_wise" in given
             assert any("merges whole tensors" in note for note in plan.notes) == is_whole
 
 

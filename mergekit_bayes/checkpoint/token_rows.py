@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,9 +38,18 @@ def token_tensors(specs: Mapping[str, TensorSpec]) -> list[str]:
     ]
 
 
+@runtime_checkable
+class Arranged(Protocol):
+    """A source whose tensors are made of those of other sources, maybe in another dtype."""
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in which the file of the model that a tensor is of has it."""
+        ...
+
+
 def stored_dtype(source: CheckpointSource, name: str) -> str:
     """The dtype in which a model's file has a tensor, whatever rows it was given for a merge."""
-    return (source.base if isinstance(source, TokenSource) else source).specs[name].dtype
+    return source.stored_dtype(name) if isinstance(source, Arranged) else source.specs[name].dtype
 
 
 def token_rows(specs: Mapping[str, TensorSpec]) -> int:
@@ -179,6 +189,10 @@ class TokenSource(Closing):
     def file_of(self, name: str) -> int:
         """Index of the shard to which a tensor belongs."""
         return self.base.file_of(name)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in which the model's own file has a tensor."""
+        return self.base.specs[name].dtype
 
     def close(self) -> None:
         """Close the model's own files."""

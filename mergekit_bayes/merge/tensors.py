@@ -1,19 +1,15 @@
 """Merge a tensor, or a piece of it, by a method's rule for whole tensors."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, encode, is_bad_mean, overflowed
-from mergekit_bayes.errors import CheckpointError, MismatchError
-from mergekit_bayes.kernels.base import Array, Tally, keyed_draws, task_key
-from mergekit_bayes.kernels.plain import names_the_rule
-from mergekit_bayes.methods.tensors import Tensors
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.kernels.base import Array, Tally
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.stream.bad_entries import refuse_bad
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.numbers import real_of
-from mergekit_bayes.stream.units import is_whole
+from mergekit_bayes.stream.pieces import errors_of_the_rule, tensors_of, widened
 
 
 def merge_entries(
@@ -32,7 +28,7 @@ def merge_entries(
         step: The tensor, with `settings`.
         measured: What the first pass measured of it.
         reader: The thread's reader.
-        start: The first entry, 0 where the rule needs the whole tensor.
+        start: The first entry: of a row, or 0, where the rule needs whole rows or tensors.
         stop: The end of the entries.
         tally: Counted into.
 
@@ -44,13 +40,9 @@ def merge_entries(
         CheckpointError: An entry that is not finite, or a merge that is not or does not fit.
         MismatchError: What the rule cannot merge.
     """
-    stored = reader.means(step, start, stop)
-    means = decode(stored.reshape(-1), "BF16") if stored.dtype == np.uint16 else stored
-    means = means.reshape(stored.shape)
+    means = widened(reader.means(step, start, stop))
     replaced = _replace_bad(plan, step, means)
-    shape = step.spec.shape if is_whole(plan, step) else (stop - start,)
-    arrays = [row.reshape(shape) for row in means]
-    merged = _combined(plan, step, measured, arrays, start)
+    merged = _combined(plan, step, measured, means, start)
     data = _encoded(plan, step, merged.reshape(-1))
     _count(step, means, data, tally)
     return data, replaced
@@ -71,33 +63,16 @@ def _replace_bad(plan: MergePlan, step: Step, means: Array) -> list[int]:
 
 
 def _combined(
-    plan: MergePlan, step: Step, measured: FirstPassResult, arrays: Sequence[Array], start: int
+    plan: MergePlan, step: Step, result: FirstPassResult, means: Array, start: int
 ) -> Array:
     method = plan.method
     assert method.tensor is not None
-    assert step.settings is not None
-    base, tasks = (None, arrays) if step.base is None else (arrays[0], arrays[1:])
-    shape, settings = arrays[0].shape, step.settings
-
-    def draws(task: int) -> Array:
-        identity = plan.drawing_identities[step.tasks[task].input]
-        key = task_key(int(settings["seed"]), step.source, identity)  # type: ignore[arg-type]
-        return keyed_draws(key, start, arrays[0].size).reshape(shape)
-
-    tensors = Tensors(
-        base,
-        tuple(tasks),
-        tuple(task.scale for task in step.tasks),
-        settings,
-        measured.products,
-        draws if method.random else None,
-    )
-    try:
-        with np.errstate(all="ignore"), names_the_rule(method):
-            merged: Array = method.tensor.combine(tensors)
-            found = np.shape(merged)
-    except (ArithmeticError, np.linalg.LinAlgError) as error:
-        raise MismatchError(f"'{step.name}': {error}.") from None
+    tensors = tensors_of(plan, step, means, start)
+    shape = tensors.tasks[0].shape
+    with errors_of_the_rule(plan, step):
+        tensors = tensors._replace(products=result.products, measured=result.measured)
+        merged: Array = method.tensor.combine(tensors)
+        found = np.shape(merged)
     if found != shape:
         raise TypeError(
             f"method '{method.name}' makes {list(found)} of tensors {list(shape)}; see "

@@ -20,12 +20,13 @@ from mergekit_bayes.merge.coarse import merged_rows
 from mergekit_bayes.merge.matrices import Layer, copied_matrices, merge_matrices, read_layer
 from mergekit_bayes.merge.tally import UnitTally
 from mergekit_bayes.merge.tensors import merge_entries
+from mergekit_bayes.methods.measuring import whole_rows
 from mergekit_bayes.plan import MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
-from mergekit_bayes.stream.units import Unit, is_whole
+from mergekit_bayes.stream.units import Unit, entries_together
 
 _AS_COMPUTED = ("BF16", "F32", "F64")  # dtypes that a pass writes itself
 
@@ -96,7 +97,7 @@ class Worker:
             elif sinks.precision is not None and step.has_coarse_precision:
                 self._write_coarse(step, measured, sinks.precision)
         start = unit.start
-        size = max(unit.stop, 1) if is_whole(self._plan, step) else self._size
+        size = whole_rows(self._size, entries_together(self._plan, step))
         while start < unit.stop:
             stop = min(start + size, unit.stop)
             if start < step.merged and step.settings is not None:

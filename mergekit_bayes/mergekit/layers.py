@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import output_layer
 from mergekit_bayes.errors import ConfigError, MismatchError
-from mergekit_bayes.mergekit.objects import Slice
+from mergekit_bayes.mergekit.objects import Slice, Source
 
 _Inside = tuple[int, str]  # a number of a layer, and what stands behind it in a name
 
@@ -185,20 +185,17 @@ def map_slices(
                 found[model.ref] = find_stack(model)
         stacks.append([found[model.ref] for model in row])
         for source, model, stack in zip(piece.sources, row, stacks[-1], strict=True):
-            if source.layers is not None and source.layers[1] > stack.layers:
+            if range_of(source)[1] > stack.layers:
                 raise ConfigError(
                     f"{label}: {source.place}.layer_range: expected an end of at most "
                     f"{stack.layers}, the number of layers of '{model.ref}', found "
-                    f"{source.layers[1]}."
+                    f"{range_of(source)[1]}."
                 )
     lead = stacks[0][0]
     tensors = list(_map_outside(stacks, lead))
     start = 0
     for index, piece in enumerate(slices):
-        ranges = [
-            source.layers or (0, stack.layers)
-            for source, stack in zip(piece.sources, stacks[index], strict=True)
-        ]
+        ranges = [range_of(source) for source in piece.sources]
         length = ranges[0][1] - ranges[0][0]
         for layer in range(length):
             numbers = [first + layer for first, _ in ranges]
@@ -209,6 +206,12 @@ def map_slices(
     return tensors
 
 
+def range_of(source: Source) -> tuple[int, int]:
+    """The first layer of a source of a slice, and the one behind its last; a recipe says both."""
+    assert source.layers is not None
+    return source.layers
+
+
 def layer_sources(slices: Sequence[Slice]) -> list[tuple[int, int]]:
     """Of each layer of a merge of slices: the slice, and the number in its first source.
 
@@ -216,9 +219,7 @@ def layer_sources(slices: Sequence[Slice]) -> list[tuple[int, int]]:
     """
     sources = []
     for index, piece in enumerate(slices):
-        layers = piece.sources[0].layers
-        assert layers is not None
-        sources += [(index, number) for number in range(*layers)]
+        sources += [(index, number) for number in range(*range_of(piece.sources[0]))]
     return sources
 
 

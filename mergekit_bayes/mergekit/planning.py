@@ -81,7 +81,7 @@ def plan_recipe(
         for posterior in models.by_name.values():
             notes += posterior.mean.notes
         refuse_lost_heads(inputs)
-        laid = lay_out(recipe, parts, models)
+        laid = lay_out(recipe, config, parts, models)
         matched = match_laid(recipe, config, method, parts, models, laid, notes)
         resolver = Resolver(recipe, method, parts, laid, seed)
         steps = [resolver.resolved(step) for step in matched.steps]

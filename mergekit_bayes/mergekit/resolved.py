@@ -71,8 +71,10 @@ class Resolver:
             operand._replace(scale=weight)
             for operand, weight in zip(step.tasks, weights, strict=True)
         )
+        renewed = dict(zip(map(id, step.tasks), tasks, strict=True))
+        rest = None if step.rest is None else renewed[id(step.rest)]
         assert settings is not None
-        return with_own_settings(self._method, settings, replace(step, tasks=tasks))
+        return with_own_settings(self._method, settings, replace(step, tasks=tasks, rest=rest))
 
     def _weights(self, step: Step, part: Part, position: float) -> list[float]:
         if not is_weighed(self._method):
@@ -245,13 +247,17 @@ def with_weights(
         mean = operand.mean._replace(input=renewed[operand.mean.input])
         return operand._replace(input=renewed[operand.input], mean=mean)
 
-    moved_steps = [
-        replace(
+    def renew(step: Step) -> Step:
+        operands = {id(operand): moved(operand) for operand in step.operands}
+        if step.rest is not None and id(step.rest) not in operands:  # of a copied tensor
+            operands[id(step.rest)] = moved(step.rest)
+        return replace(
             step,
-            base=None if step.base is None else moved(step.base),
-            tasks=tuple(moved(task) for task in step.tasks),
-            rest=None if step.rest is None else moved(step.rest),
+            base=None if step.base is None else operands[id(step.base)],
+            tasks=tuple(operands[id(task)] for task in step.tasks),
+            # One of these operands itself: what needs more of it looks for that object.
+            rest=None if step.rest is None else operands[id(step.rest)],
         )
-        for step in steps
-    ]
+
+    moved_steps = [renew(step) for step in steps]
     return Inputs(base, tuple(renewed[task] for task in inputs.tasks)), moved_steps

@@ -89,16 +89,30 @@ def parts_of(recipe: Recipe, method: Method) -> tuple[Part, ...]:
         method: Its method.
 
     Raises:
-        ConfigError: The method needs a base, or another number of models.
+        ConfigError: The method needs a base, or another number of models; or some parts have a base
+            and others none.
     """
     parts = tuple(_checked(recipe, method, part) for part in _parts(recipe, method))
+    _refuse_mixed(recipe, parts)
     named = recipe.base_model
     if named is not None and not any(s.model == named for part in parts for s in part.sources):
         raise ConfigError(
-            f"{recipe.label}: base_model: '{method.name}' adds no changes to a base, and '{named}' "
-            "is in none of the slices. List its layers, or leave it out."
+            f"{recipe.label}: base_model: nothing is made of '{named}', which is in none of the "
+            "slices. List its layers, or leave it out."
         )
     return parts
+
+
+def _refuse_mixed(recipe: Recipe, parts: Sequence[Part]) -> None:
+    """Refuse a base of some parts only: what is merged is then not one thing."""
+    based = next((part for part in parts if part.base is not None), None)
+    free = next((part for part in parts if part.base is None), None)
+    if based is not None and free is not None:
+        raise ConfigError(
+            f"{recipe.label}: {based.place}.base_model: '{recipe.merge_method}' would have a base "
+            f"there, and none in {free.place}. Give the recipe one base_model, each slice its own, "
+            "or none to all."
+        )
 
 
 def _parts(recipe: Recipe, method: Method) -> Iterator[Part]:

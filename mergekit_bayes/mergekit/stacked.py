@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.specs import CheckpointSource, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
+from mergekit_bayes.checkpoint.token_rows import stored_dtype
 
 
 class Origin(NamedTuple):
@@ -79,6 +80,11 @@ class StackedSource(Closing):
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         origin = self._origins[name]
         origin.source.read_bytes(origin.name, offset, out)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype in which the file of its checkpoint has a tensor."""
+        origin = self._origins[name]
+        return stored_dtype(origin.source, origin.name)
 
     def close(self) -> None:
         """Do nothing: whoever opened the checkpoints closes them."""

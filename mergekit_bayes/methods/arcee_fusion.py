@@ -4,7 +4,14 @@ import numpy as np
 
 from mergekit_bayes.methods.base import Method
 from mergekit_bayes.methods.sparsifying import change_of
-from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
+from mergekit_bayes.methods.tensors import (
+    Array,
+    Order,
+    Settings,
+    TensorRule,
+    Tensors,
+    by_tensor,
+)
 
 _BLOCK = 1 << 20  # entries whose softmax is taken in float64 at a time
 
@@ -25,19 +32,32 @@ def arcee_fusion(tensors: Tensors) -> Array:
     in mergekit puts some 2 % of the entries on the other side of the threshold.
 
     Args:
-        tensors: The whole tensor of the base and of one task, with its scale, published 1.
+        tensors: Measured rows of the base and of one task, with its scale, published 1.
     """
     base, change = np.asarray(tensors.base), change_of(tensors, 0)
-    importance = _importance(base, np.asarray(tensors.tasks[0]))
-    low, middle, high = (int(share * (base.size - 1)) for share in (0.25, 0.5, 0.75))
-    ordered = np.partition(importance.reshape(-1), (low, middle, high))
-    first, median, third = (float(ordered[i]) for i in (low, middle, high))
-    stands_out = importance >= median + 1.5 * (third - first)
+    first, median, third = (cut.threshold for cut in tensors.cuts("quartiles", 0))
+    stands_out = _importance(tensors, 0) >= median + 1.5 * (third - first)
     scaled = tensors.weights[0] * change
     return np.asarray(base + np.where(stands_out, scaled, base.dtype.type(0)))
 
 
-def _importance(base: Array, other: Array) -> Array:
+def _quartiles(_: Settings, task: int, size: int, positive: int) -> tuple[int, ...]:
+    return tuple(size - int(share * (size - 1)) for share in (0.25, 0.5, 0.75))
+
+
+def _importance(tensors: Tensors, task: int) -> Array:
+    """How much each entry and its row changed.
+
+        I = |m_1 - m0| sum_j q_j log(q_j / p_j),  p, q = softmax of a row of m0 and of m_1
+
+    Args:
+        tensors: Whole rows.
+        task: Which task.
+
+    Returns:
+        In the shape and dtype of the base.
+    """
+    base, other = np.asarray(tensors.base), np.asarray(tensors.tasks[task])
     columns = base.shape[-1] if base.ndim else 1
     first, second = base.reshape(-1, columns), other.reshape(-1, columns)
     result = np.abs(second - first)
@@ -64,5 +84,9 @@ ARCEE_FUSION = Method(
     formula="m = m_1 where |m_1 - m0| KL(row of m_1, row of m0) stands out, else m0",
     tasks=1,
     takes_scales=False,
-    tensor=TensorRule(arcee_fusion, "tensor"),
+    tensor=TensorRule(
+        arcee_fusion,
+        "rows",
+        measures=(Order("quartiles", _importance, _quartiles, lambda _: 1, only_thresholds=True),),
+    ),
 )

@@ -2,7 +2,11 @@
 
 from mergekit_bayes.methods.adding import add_scaled
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.methods.sparsifying import BREADCRUMBS_PARAMETERS, without_outliers
+from mergekit_bayes.methods.sparsifying import (
+    BREADCRUMBS_PARAMETERS,
+    WITHOUT_OUTLIERS,
+    without_outliers,
+)
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -18,7 +22,8 @@ def breadcrumbs(tensors: Tensors) -> Array:
     with its other settings left as they are (`weighed_breadcrumbs`).
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with scales and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            scales and settings.
     """
     return add_scaled(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -32,5 +37,5 @@ BREADCRUMBS = Method(
     "(Model Breadcrumbs, Davari and Belilovsky, ECCV 2024).",
     example="bmerge merge A B --base BASE --method breadcrumbs --param density=0.1",
     parameters=BREADCRUMBS_PARAMETERS,
-    tensor=TensorRule(breadcrumbs, "tensor"),
+    tensor=TensorRule(breadcrumbs, "entries", measures=WITHOUT_OUTLIERS),
 )

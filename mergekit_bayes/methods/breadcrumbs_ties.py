@@ -2,7 +2,11 @@
 
 from mergekit_bayes.methods.adding import add_majority
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.methods.sparsifying import BREADCRUMBS_PARAMETERS, without_outliers
+from mergekit_bayes.methods.sparsifying import (
+    BREADCRUMBS_PARAMETERS,
+    WITHOUT_OUTLIERS,
+    without_outliers,
+)
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -19,7 +23,8 @@ def breadcrumbs_ties(tensors: Tensors) -> Array:
     (`weighed_breadcrumbs_ties`).
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with scales and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            scales and settings.
     """
     return add_majority(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -33,5 +38,5 @@ BREADCRUMBS_TIES = Method(
     "(Model Breadcrumbs, Davari and Belilovsky, ECCV 2024).",
     example="bmerge merge A B --base BASE --method breadcrumbs_ties --param density=0.1",
     parameters=BREADCRUMBS_PARAMETERS,
-    tensor=TensorRule(breadcrumbs_ties, "tensor"),
+    tensor=TensorRule(breadcrumbs_ties, "entries", measures=WITHOUT_OUTLIERS),
 )

@@ -21,7 +21,7 @@ def della(tensors: Tensors) -> Array:
     (`weighed_della`).
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with scales, settings and draws.
+        tensors: Whole rows of the base and the tasks, with scales, settings and draws.
 
     Raises:
         ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
@@ -39,6 +39,6 @@ DELLA = Method(
     example="bmerge merge A B --base BASE --method della --param density=0.7",
     parameters=DELLA_PARAMETERS,
     facts=refused_window,
-    tensor=TensorRule(della, "tensor"),
+    tensor=TensorRule(della, "rows"),
     random=True,
 )

@@ -21,7 +21,7 @@ def della_linear(tensors: Tensors) -> Array:
     (`weighed_della_linear`).
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with scales, settings and draws.
+        tensors: Whole rows of the base and the tasks, with scales, settings and draws.
 
     Raises:
         ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
@@ -39,6 +39,6 @@ DELLA_LINEAR = Method(
     example="bmerge merge A B --base BASE --method della_linear --param density=0.7",
     parameters=DELLA_PARAMETERS,
     facts=refused_window,
-    tensor=TensorRule(della_linear, "tensor"),
+    tensor=TensorRule(della_linear, "rows"),
     random=True,
 )

@@ -1,12 +1,10 @@
 """Model Stock: how far to go from the base to the mean of the tasks (Jang et al., ECCV 2024)."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.sphere import changes_of, cosines_of, weighted_sum
-from mergekit_bayes.methods.tensors import Array, Setting, TensorRule, Tensors, by_tensor
+from mergekit_bayes.methods.tensors import Array, Reads, Settings, TensorRule, Tensors, by_tensor
 
 _NO_RATIO = 1e-6  # of the denominator, below which task vectors cancel out
 
@@ -39,7 +37,7 @@ def model_stock(tensors: Tensors) -> Array:
     count = len(tensors.tasks)
     if count < 2:
         raise ArithmeticError("Model Stock compares task vectors, and needs two models or more")
-    if reads_rows(tensors.settings) and tensors.base.ndim > 1:
+    if reads_of(tensors.settings) == "rows" and tensors.base.ndim > 1:
         return _by_vectors(tensors)
     if tensors.products is None:
         wide = [np.float64(m).reshape(-1) for m in (tensors.base, *tensors.tasks)]
@@ -72,9 +70,9 @@ def _ratio(cosine: Array | float, tasks: int) -> Array:
     return np.where(is_undefined, 0.0, tasks * cosine / np.where(is_undefined, 1.0, denominator))
 
 
-def reads_rows(settings: Mapping[str, Setting]) -> bool:
-    """Whether each vector has its own ratio, for which the whole tensor is needed."""
-    return bool(settings["filter_wise"])
+def reads_of(settings: Settings) -> Reads:
+    """What is needed at a time: products, or rows where each vector has its own ratio."""
+    return "rows" if settings["filter_wise"] else "products"
 
 
 MODEL_STOCK = Method(
@@ -89,5 +87,5 @@ MODEL_STOCK = Method(
     parameters=(Parameter("filter_wise", 0, "1 gives each row of a weight its own ratio", 0, 1),),
     takes_scales=False,
     fewest=2,
-    tensor=TensorRule(model_stock, "products", reads_rows),
+    tensor=TensorRule(model_stock, "products", reads_of),
 )

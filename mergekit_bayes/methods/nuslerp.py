@@ -1,12 +1,10 @@
 """Spherical interpolation by weights, of models, of task vectors, or of their rows."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from mergekit_bayes.methods.base import Method, Parameter
 from mergekit_bayes.methods.sphere import arc, changes_of, cosines_of, weighted_sum
-from mergekit_bayes.methods.tensors import Array, Setting, TensorRule, Tensors, by_tensor
+from mergekit_bayes.methods.tensors import Array, Reads, Settings, TensorRule, Tensors, by_tensor
 
 _PARALLEL = 1 - 1e-12  # above this cosine the sine is rounding, and the arc is a line
 _NO_SUM = 1e-7  # of weights, below which they do not say where between the models to go
@@ -34,7 +32,7 @@ def nuslerp(tensors: Tensors) -> Array:
     first, second = tensors.weights
     total = first + second
     t = 0.5 if abs(total) < _NO_SUM else second / total
-    if reads_rows(tensors.settings):
+    if reads_of(tensors.settings) != "products":
         return _by_vectors(tensors, t)
     assert tensors.products is not None
     products = tensors.products if tensors.base is None else changes_of(tensors.products)
@@ -60,9 +58,11 @@ def _by_vectors(tensors: Tensors, t: float) -> Array:
     return np.asarray(mean if tensors.base is None else tensors.base + mean)
 
 
-def reads_rows(settings: Mapping[str, Setting]) -> bool:
-    """Whether the angle is one of vectors, for which the whole tensor is needed."""
-    return not settings["nuslerp_flatten"]
+def reads_of(settings: Settings) -> Reads:
+    """What is needed at a time: products, or the vectors of which each has its own angle."""
+    if settings["nuslerp_flatten"]:
+        return "products"
+    return "tensor" if settings["nuslerp_row_wise"] else "rows"
 
 
 NUSLERP = Method(
@@ -81,5 +81,5 @@ NUSLERP = Method(
         ),
     ),
     tasks=2,
-    tensor=TensorRule(nuslerp, "products", reads_rows),
+    tensor=TensorRule(nuslerp, "products", reads_of),
 )

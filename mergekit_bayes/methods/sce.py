@@ -3,8 +3,17 @@
 import numpy as np
 
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.sparsifying import change_of, largest
-from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
+from mergekit_bayes.methods.sparsifying import change_of
+from mergekit_bayes.methods.tensors import (
+    Array,
+    Order,
+    Settings,
+    Sum,
+    TensorRule,
+    Tensors,
+    by_tensor,
+    number_of,
+)
 
 
 def sce(tensors: Tensors) -> Array:
@@ -22,35 +31,65 @@ def sce(tensors: Tensors) -> Array:
     scales. A task of scale zero takes no part.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with scales and settings.
+        tensors: Measured pieces of the base and the tasks, with scales and settings.
     """
-    base, scales = np.asarray(tensors.base), [s for s in tensors.weights if s != 0]
-    changes = [change_of(tensors, t) for t, s in enumerate(tensors.weights) if s != 0]
-    share = tensors.number("select_topk")
-    if share < 1:
-        selected = _selected(changes, share, base)
-        changes = [np.where(selected, change, base.dtype.type(0)) for change in changes]
+    base, taken = np.asarray(tensors.base), _taken(tensors)
+    selected = _selected(tensors)
+    changes = [_kept(tensors, t, selected) for t in taken]
     is_positive = sum(changes, np.zeros_like(base)) >= 0
     total, divisor = np.zeros_like(base), np.zeros_like(base)
-    squares = [float(np.square(change).sum(dtype=np.float64)) for change in changes]
-    for scale, square, change in zip(scales, squares, changes, strict=True):
+    squares = [tensors.total("squares", t) for t in taken]
+    for t, square, change in zip(taken, squares, changes, strict=True):
         weight = square / (sum(squares) or 1.0)
         agrees = np.where(is_positive, change > 0, change < 0)
-        np.add(total, scale * weight * change, out=total, where=agrees)
+        np.add(total, tensors.weights[t] * weight * change, out=total, where=agrees)
         np.add(divisor, base.dtype.type(weight), out=divisor, where=agrees)
     np.divide(total, divisor, out=total, where=divisor > 0)
     return np.asarray(base + total)
 
 
-def _selected(changes: list[Array], share: float, base: Array) -> Array:
+def _taken(tensors: Tensors) -> list[int]:
+    return [t for t, scale in enumerate(tensors.weights) if scale != 0]
+
+
+def _selected(tensors: Tensors) -> Array | None:
+    """Where tasks differ enough; None where all entries are selected."""
+    if not _selects(tensors.settings):
+        return None
+    (cut,) = tensors.cuts("selected", 0)
+    return cut.keeps(_variance(tensors, 0), tensors.start)
+
+
+def _kept(tensors: Tensors, task: int, selected: Array | None) -> Array:
+    change = change_of(tensors, task)
+    if selected is not None:
+        np.copyto(change, 0, where=~selected)
+    return change
+
+
+def _variance(tensors: Tensors, _: int) -> Array:
     # Welford's sums: of equal changes the variance is exactly zero.
-    mean, variance = np.zeros_like(base), np.zeros_like(base)
-    for count, change in enumerate(changes, 1):
+    mean, variance = np.zeros_like(tensors.base), np.zeros_like(tensors.base)
+    for count, t in enumerate(_taken(tensors), 1):
+        change = change_of(tensors, t)
         apart = change - mean
         mean = mean + apart / count
         variance += apart * (change - mean)
-    differing = np.float32(np.count_nonzero(variance))
-    return largest(variance, int(np.float32(share) * differing))  # in float32 as in mergekit
+    return np.asarray(variance)
+
+
+def _selects(settings: Settings) -> bool:
+    return number_of(settings, "select_topk") < 1
+
+
+def _count(settings: Settings, _: int, size: int, positive: int) -> tuple[int, ...]:
+    # In float32 as in mergekit.
+    return (int(np.float32(number_of(settings, "select_topk")) * np.float32(positive)),)
+
+
+def _squares(tensors: Tensors, task: int) -> Array:
+    change = _kept(tensors, task, _selected(tensors))
+    return np.square(change, out=change)
 
 
 SCE = Method(
@@ -65,5 +104,12 @@ SCE = Method(
         Parameter("select_topk", 1.0, "share of entries that are selected by variance", 0, 1),
         Parameter("int8_mask", 0, "changes no number; mergekit saves memory by it", 0, 1),
     ),
-    tensor=TensorRule(sce, "tensor"),
+    tensor=TensorRule(
+        sce,
+        "entries",
+        measures=(
+            Order("selected", _variance, _count, lambda _: 1, by_positive=True, is_needed=_selects),
+            Sum("squares", _squares, lambda tasks: tasks),
+        ),
+    ),
 )

@@ -2,24 +2,30 @@
 
 The functions at the end are the ways of dropping that methods share: `trimmed` (TIES), `dropped`
 (DARE), `drawn_by_rank` and `magprune` (DELLA), and `without_outliers` (Model Breadcrumbs). Each
-makes the sparse task vector of one task.
+makes the sparse task vector of one task in a piece of a tensor; the lists of measures beside them
+say what must be known of the whole tensor before.
 
 Where entries are equal, the first in memory counts as the larger one for the largest and for those
 in the middle, and as the smaller one for ranks, so that a merge is the same on every machine.
 mergekit leaves this to its library's sort, whose order of equal entries is not stated.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from mergekit_bayes.errors import ConfigError
 from mergekit_bayes.methods.base import FactInputs, Parameter
-from mergekit_bayes.methods.tensors import Array, Setting, Tensors
+from mergekit_bayes.methods.tensors import (
+    Array,
+    Order,
+    Settings,
+    Sum,
+    Tensors,
+    number_of,
+)
 
 _BLOCK = 1 << 22  # entries that are ranked at a time: a sort takes five times their memory
-
-_AS_THEY_ARE: Mapping[str, Setting] = {}
 
 DENSITY = Parameter("density", 1.0, "share of each task vector that is kept", 0, 1)
 SEED = Parameter("seed", 0, "of the random numbers, a whole number", 0, 2**53)
@@ -34,46 +40,6 @@ BREADCRUMBS_PARAMETERS = (
     Parameter("density", 0.1, "share of each tensor's changes that is kept", 0, 1),
     Parameter("gamma", 0.01, "share of them that is dropped as the largest", 0, 1),
 )
-
-
-def largest(values: Array, count: int) -> Array:
-    """Where the `count` largest of some numbers are.
-
-    Zeros are left out where the `count` reaches them: whether an entry of zero is kept changes
-    nothing.
-
-    Args:
-        values: Non-negative, of any shape.
-        count: How many; less than 1 takes none.
-
-    Returns:
-        Booleans in the same shape.
-    """
-    flat = values.reshape(-1)
-    if count >= flat.size:
-        return np.ones(values.shape, bool)
-    if count <= 0:
-        return np.zeros(values.shape, bool)
-    threshold = np.partition(flat, flat.size - count)[flat.size - count]
-    kept: Array = flat > threshold
-    if threshold > 0:
-        equal = np.flatnonzero(flat == threshold)
-        kept[equal[: count - np.count_nonzero(kept)]] = True
-    return kept.reshape(values.shape)
-
-
-def middle(values: Array, count: int, above: int) -> Array:
-    """Where the `count` numbers are that come after the `above` largest ones.
-
-    Args:
-        values: Non-negative, of any shape.
-        count: How many.
-        above: How many larger ones are left out.
-
-    Returns:
-        Booleans in the same shape.
-    """
-    return largest(values, count + above) & ~largest(values, above)
 
 
 def rank_probabilities(change: Array, lowest: float, step: float) -> Array:
@@ -105,7 +71,13 @@ def change_of(tensors: Tensors, task: int) -> Array:
     return np.asarray(tensors.tasks[task] - tensors.base)
 
 
-def thinned(change: Array, kept: Array, settings: Mapping[str, Setting] = _AS_THEY_ARE) -> Array:
+def thinned(change: Array, kept: Array) -> Array:
+    """A change with the entries that are kept, and zeros elsewhere. It is changed in place."""
+    np.copyto(change, 0, where=~kept)
+    return change
+
+
+def resized(tensors: Tensors, task: int, change: Array, kept: Array) -> Array:
     """A change with the entries that are kept, at the size that it had where `rescale` asks so.
 
     It is changed in place.
@@ -120,47 +92,90 @@ def thinned(change: Array, kept: Array, settings: Mapping[str, Setting] = _AS_TH
     change.
 
     Args:
-        change: What a task changed.
+        tensors: A piece, with the L1 norms, and perhaps the setting `rescale`.
+        task: Which task.
+        change: What it changed there.
         kept: Booleans of its shape.
-        settings: With `rescale`, where it is one of them.
     """
-    rescales = bool(settings.get("rescale"))
-    before = _l1_norm(change) if rescales else 0.0
-    np.copyto(change, 0, where=~kept)
-    after = _l1_norm(change) if rescales else 0.0
-    if after > 0:
-        change *= before / after
+    thinned(change, kept)
+    if _rescales(tensors.settings):
+        before, after = (tensors.total("norms", 2 * task + i) for i in (0, 1))
+        if after > 0:
+            change *= before / after
     return change
 
 
-def _l1_norm(change: Array) -> float:
-    return float(np.abs(change).sum(dtype=np.float64))
+def norms_of(keeps: Callable[[Tensors, int], Array]) -> Sum:
+    """The measure of L1 norms of each task vector, and of what is kept of it, for `rescale`.
+
+    Args:
+        keeps: `(tensors, task) -> booleans` of a piece: which entries of a task vector are kept.
+    """
+
+    def sizes(tensors: Tensors, k: int) -> Array:
+        change = change_of(tensors, k // 2)
+        if k % 2:
+            np.copyto(change, 0, where=~keeps(tensors, k // 2))
+        return np.abs(change, out=change)
+
+    return Sum("norms", sizes, lambda tasks: 2 * tasks, _rescales)
+
+
+def _rescales(settings: Settings) -> bool:
+    return bool(settings.get("rescale"))
+
+
+def _magnitude(tensors: Tensors, task: int) -> Array:
+    change = change_of(tensors, task)
+    return np.abs(change, out=change)
 
 
 def trimmed(tensors: Tensors, task: int) -> Array:
     """The largest entries of a task vector: those whose magnitude is among the first `density`.
 
-    Of n entries int(density n) stay, and at least one where the density is not zero.
+    Of the n entries of a tensor int(density n) stay, and at least one where the density is not
+    zero.
 
     Args:
-        tensors: The whole tensor, with the settings `density` and `rescale`.
+        tensors: A piece measured by `TRIMMED`, with the settings `density` and `rescale`.
         task: Which task.
     """
-    change, density = change_of(tensors, task), tensors.number("density", task)
-    count = max(int(density * change.size), int(density > 0))
-    return thinned(change, largest(np.abs(change), count), tensors.settings)
+    return resized(tensors, task, change_of(tensors, task), _among_largest(tensors, task))
+
+
+def _among_largest(tensors: Tensors, task: int) -> Array:
+    (cut,) = tensors.cuts("largest", task)
+    return cut.keeps(_magnitude(tensors, task), tensors.start)
+
+
+def _largest_count(settings: Settings, task: int, size: int, _: int) -> tuple[int, ...]:
+    density = number_of(settings, "density", task)
+    return (max(int(density * size), int(density > 0)),)
+
+
+TRIMMED = (
+    Order("largest", _magnitude, _largest_count, lambda tasks: tasks),
+    norms_of(_among_largest),
+)
 
 
 def dropped(tensors: Tensors, task: int) -> Array:
     """The entries of a task vector whose draw is below `density`.
 
     Args:
-        tensors: The whole tensor, with draws and the settings `density` and `rescale`.
+        tensors: A piece measured by `DROPPED`, with draws and the settings `density` and
+            `rescale`.
         task: Which task.
     """
+    return resized(tensors, task, change_of(tensors, task), _below_density(tensors, task))
+
+
+def _below_density(tensors: Tensors, task: int) -> Array:
     assert tensors.draws is not None
-    kept = np.asarray(tensors.draws(task) < tensors.number("density", task))
-    return thinned(change_of(tensors, task), kept, tensors.settings)
+    return np.asarray(tensors.draws(task) < tensors.number("density", task))
+
+
+DROPPED = (norms_of(_below_density),)
 
 
 def drawn_by_rank(tensors: Tensors, task: int) -> Array:
@@ -173,25 +188,36 @@ def drawn_by_rank(tensors: Tensors, task: int) -> Array:
     whatever epsilon is.
 
     Args:
-        tensors: The whole tensor, with draws and the settings `density`, `epsilon`, `rescale`.
+        tensors: Rows measured by `DRAWN_BY_RANK`, with draws and the settings `density`,
+            `epsilon` and `rescale`.
         task: Which task.
 
     Raises:
         ArithmeticError: Probabilities that are not between 0 and 1.
     """
-    assert tensors.draws is not None
     density = tensors.number("density", task)
     if not 0 < density < 1:
         change = change_of(tensors, task)
         return change if density >= 1 else np.zeros_like(change)
-    epsilon = tensors.number("epsilon", task)
+    kept = _below_rank_probability(tensors, task)  # first, as it takes the most memory
+    return resized(tensors, task, change_of(tensors, task), kept)
+
+
+def _below_rank_probability(tensors: Tensors, task: int) -> Array:
+    assert tensors.draws is not None
+    density, epsilon = tensors.number("density", task), tensors.number("epsilon", task)
+    if not 0 < density < 1:
+        return np.full(tensors.tasks[task].shape, density >= 1)
     _refuse_window(density, epsilon, "epsilon")
     draws = tensors.draws(task)  # first, as it takes the most memory while it is made
     change = change_of(tensors, task)
     columns = change.shape[-1] if change.ndim else 1
     low, step = density - epsilon, 2 * epsilon / (columns - 1) if columns > 1 else 0.0
     probabilities = rank_probabilities(change, low if columns > 1 else density, step)
-    return thinned(change, np.asarray(draws < probabilities), tensors.settings)
+    return np.asarray(draws < probabilities)
+
+
+DRAWN_BY_RANK = (norms_of(_below_rank_probability),)
 
 
 def magprune(tensors: Tensors, task: int) -> Array:
@@ -204,7 +230,7 @@ def magprune(tensors: Tensors, task: int) -> Array:
     its mean. Each d' is right on average.
 
     Args:
-        tensors: The whole tensor, with draws and the settings `density` and `epsilon`.
+        tensors: Whole rows, with draws and the settings `density` and `epsilon`.
         task: Which task.
 
     Raises:
@@ -250,10 +276,26 @@ def without_outliers(tensors: Tensors, task: int) -> Array:
     int(density n) largest stay.
 
     Args:
-        tensors: The whole tensor, with the settings `density` and `gamma`, and perhaps `rescale`.
+        tensors: A piece measured by `WITHOUT_OUTLIERS`, with the settings `density` and `gamma`,
+            and perhaps `rescale`.
         task: Which task.
     """
-    change = change_of(tensors, task)
-    count = int(tensors.number("density", task) * change.size)
-    above = min(int(tensors.number("gamma", task) * change.size), change.size - count)
-    return thinned(change, middle(np.abs(change), count, above), tensors.settings)
+    return resized(tensors, task, change_of(tensors, task), _in_the_middle(tensors, task))
+
+
+def _in_the_middle(tensors: Tensors, task: int) -> Array:
+    lower, upper = tensors.cuts("middle", task)
+    values = _magnitude(tensors, task)
+    return lower.keeps(values, tensors.start) & ~upper.keeps(values, tensors.start)
+
+
+def _middle_counts(settings: Settings, task: int, size: int, _: int) -> tuple[int, ...]:
+    count = int(number_of(settings, "density", task) * size)
+    above = min(int(number_of(settings, "gamma", task) * size), size - count)
+    return count + above, above
+
+
+WITHOUT_OUTLIERS = (
+    Order("middle", _magnitude, _middle_counts, lambda tasks: tasks),
+    norms_of(_in_the_middle),
+)

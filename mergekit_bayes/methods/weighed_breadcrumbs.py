@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add, adding_parameters
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.sparsifying import DENSITY, without_outliers
+from mergekit_bayes.methods.sparsifying import DENSITY, WITHOUT_OUTLIERS, without_outliers
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -18,7 +18,8 @@ def weighed_breadcrumbs(tensors: Tensors) -> Array:
     for all tasks, and neither `normalize` nor `rescale`; by default they change nothing.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            weights and settings.
     """
     return add(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -42,5 +43,5 @@ WEIGHED_BREADCRUMBS = Method(
             1,
         ),
     ),
-    tensor=TensorRule(weighed_breadcrumbs, "tensor"),
+    tensor=TensorRule(weighed_breadcrumbs, "entries", measures=WITHOUT_OUTLIERS),
 )

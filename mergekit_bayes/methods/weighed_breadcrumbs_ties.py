@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add_elected, adding_parameters
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.sparsifying import DENSITY, without_outliers
+from mergekit_bayes.methods.sparsifying import DENSITY, WITHOUT_OUTLIERS, without_outliers
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -19,7 +19,8 @@ def weighed_breadcrumbs_ties(tensors: Tensors) -> Array:
     signs.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `WITHOUT_OUTLIERS`, with
+            weights and settings.
     """
     return add_elected(tensors, (without_outliers(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -43,5 +44,5 @@ WEIGHED_BREADCRUMBS_TIES = Method(
             1,
         ),
     ),
-    tensor=TensorRule(weighed_breadcrumbs_ties, "tensor"),
+    tensor=TensorRule(weighed_breadcrumbs_ties, "entries", measures=WITHOUT_OUTLIERS),
 )

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add, adding_parameters
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.methods.sparsifying import DENSITY, SEED, dropped
+from mergekit_bayes.methods.sparsifying import DENSITY, DROPPED, SEED, dropped
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -13,11 +13,12 @@ def weighed_dare_linear(tensors: Tensors) -> Array:
         mean = m0 + lambda sum_t w_t d_t / (sum_t w_t if `normalize`)
 
     The paper (Yu et al., ICML 2024) divides what is kept by the density. mergekit gives it the L1
-    norm that the task vector had in this tensor, which is the same on average, and needs the whole
-    tensor.
+    norm that the task vector had in this tensor, which is the same on average, and needs its sum
+    over the tensor.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights, settings and draws.
+        tensors: Pieces of the base and the tasks, measured by `DROPPED`, with
+            weights, settings and draws.
     """
     return add(tensors, (dropped(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -31,6 +32,6 @@ WEIGHED_DARE_LINEAR = Method(
     "(DARE, Yu et al., ICML 2024, as in mergekit).",
     example="bmerge merge recipe.yml -o OUT    # merge_method: dare_linear",
     parameters=(*adding_parameters(normalize=False, rescale=True), DENSITY, SEED),
-    tensor=TensorRule(weighed_dare_linear, "tensor"),
+    tensor=TensorRule(weighed_dare_linear, "entries", measures=DROPPED),
     random=True,
 )

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add_elected, adding_parameters
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.methods.sparsifying import DENSITY, SEED, dropped
+from mergekit_bayes.methods.sparsifying import DENSITY, DROPPED, SEED, dropped
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -14,12 +14,13 @@ def weighed_dare_ties(tensors: Tensors) -> Array:
         mean = m0 + lambda sum_t [sign x_t = s] x_t / (sum_t [sign x_t = s] w_t if `normalize`)
 
     The paper (Yu et al., ICML 2024) divides what is kept by the density. mergekit gives it the L1
-    norm that the task vector had in this tensor, which is the same on average, and needs the whole
-    tensor. Signs are elected by weighed task vectors, and what agrees is added, not averaged,
-    unless `normalize` is 1.
+    norm that the task vector had in this tensor, which is the same on average, and needs its sum
+    over the tensor. Signs are elected by weighed task vectors, and what agrees is added, not
+    averaged, unless `normalize` is 1.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights, settings and draws.
+        tensors: Pieces of the base and the tasks, measured by `DROPPED`, with
+            weights, settings and draws.
     """
     return add_elected(tensors, (dropped(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -33,6 +34,6 @@ WEIGHED_DARE_TIES = Method(
     "(DARE, Yu et al., ICML 2024, as in mergekit).",
     example="bmerge merge recipe.yml -o OUT    # merge_method: dare_ties",
     parameters=(*adding_parameters(normalize=False, rescale=True), DENSITY, SEED),
-    tensor=TensorRule(weighed_dare_ties, "tensor"),
+    tensor=TensorRule(weighed_dare_ties, "entries", measures=DROPPED),
     random=True,
 )

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add_elected, adding_parameters
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.sparsifying import DENSITY, SEED, drawn_by_rank
+from mergekit_bayes.methods.sparsifying import DENSITY, DRAWN_BY_RANK, SEED, drawn_by_rank
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -20,7 +20,8 @@ def weighed_della(tensors: Tensors) -> Array:
     elected by weighed task vectors.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights, settings and draws.
+        tensors: Whole rows of the base and the tasks, measured by `DRAWN_BY_RANK`, with
+            weights, settings and draws.
 
     Raises:
         ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
@@ -42,6 +43,6 @@ WEIGHED_DELLA = Method(
         Parameter("epsilon", 0.15, "half the range of probabilities of being kept", 0, 1),
         SEED,
     ),
-    tensor=TensorRule(weighed_della, "tensor"),
+    tensor=TensorRule(weighed_della, "rows", measures=DRAWN_BY_RANK),
     random=True,
 )

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add, adding_parameters
 from mergekit_bayes.methods.base import Method, Parameter
-from mergekit_bayes.methods.sparsifying import DENSITY, SEED, drawn_by_rank
+from mergekit_bayes.methods.sparsifying import DENSITY, DRAWN_BY_RANK, SEED, drawn_by_rank
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -18,7 +18,8 @@ def weighed_della_linear(tensors: Tensors) -> Array:
     of it, and what is kept gets the L1 norm that the task vector had in this tensor.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights, settings and draws.
+        tensors: Whole rows of the base and the tasks, measured by `DRAWN_BY_RANK`, with
+            weights, settings and draws.
 
     Raises:
         ArithmeticError: `density` and `epsilon` give probabilities that are not between 0 and 1.
@@ -40,6 +41,6 @@ WEIGHED_DELLA_LINEAR = Method(
         Parameter("epsilon", 0.15, "half the range of probabilities of being kept", 0, 1),
         SEED,
     ),
-    tensor=TensorRule(weighed_della_linear, "tensor"),
+    tensor=TensorRule(weighed_della_linear, "rows", measures=DRAWN_BY_RANK),
     random=True,
 )

@@ -2,7 +2,7 @@
 
 from mergekit_bayes.methods.adding import add_elected, adding_parameters
 from mergekit_bayes.methods.base import Method
-from mergekit_bayes.methods.sparsifying import DENSITY, trimmed
+from mergekit_bayes.methods.sparsifying import DENSITY, TRIMMED, trimmed
 from mergekit_bayes.methods.tensors import Array, TensorRule, Tensors, by_tensor
 
 
@@ -19,7 +19,8 @@ def weighed_ties(tensors: Tensors) -> Array:
     of entries kept is exact: of equal ones the first stay, where mergekit keeps any of them.
 
     Args:
-        tensors: The whole tensor of the base and the tasks, with weights and settings.
+        tensors: Pieces of the base and the tasks, measured by `TRIMMED`, with
+            weights and settings.
     """
     return add_elected(tensors, (trimmed(tensors, t) for t in range(len(tensors.tasks))))
 
@@ -33,5 +34,5 @@ WEIGHED_TIES = Method(
     "(TIES, Yadav et al., NeurIPS 2023, as in mergekit).",
     example="bmerge merge recipe.yml -o OUT    # merge_method: ties",
     parameters=(*adding_parameters(normalize=True, rescale=False), DENSITY),
-    tensor=TensorRule(weighed_ties, "tensor"),
+    tensor=TensorRule(weighed_ties, "entries", measures=TRIMMED),
 )

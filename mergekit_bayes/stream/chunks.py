@@ -1,6 +1,6 @@
 """Read a range of a tensor from all models, into the arrays of a pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, CheckpointSource
 from mergekit_bayes.kernels.base import Array, Chunk
 from mergekit_bayes.methods.base import Facts
+from mergekit_bayes.methods.tensors import Measured
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import spread
 from mergekit_bayes.stream.numbers import real_of
@@ -33,6 +34,7 @@ class FirstPassResult:
         bad: For each input, how many bad entries pooling left out.
         products: For a rule that reads them, the products of each two models, as in
             `methods.tensors.Tensors`.
+        measured: What a rule for whole tensors measured, by name.
         step: The tensor with the scales of the components of mixtures; None where none counts.
         shares: For each task, its responsibility in the mixture that it is a component of; zero for
             other tasks, and where the mixture has scale zero. Empty where no mixture counts.
@@ -45,6 +47,7 @@ class FirstPassResult:
     step: Step | None = None
     shares: tuple[float, ...] = ()
     products: Array | None = None
+    measured: Measured = field(default_factory=dict)
 
 
 class Reader:

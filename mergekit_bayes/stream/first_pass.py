@@ -10,13 +10,15 @@ from mergekit_bayes.kernels import first_pass
 from mergekit_bayes.kernels.base import Array
 from mergekit_bayes.methods.base import FactInputs, Facts, Reduction
 from mergekit_bayes.methods.histogram import BINS
+from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import Input, MergePlan, Operand, Step
 from mergekit_bayes.posterior.forms import StoredPrecision, tensor_mean, without_bad
 from mergekit_bayes.stream.bad_entries import refuse_bad, replace_bad_means
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.means import WINDOW, OrderedMap, PrecisionMeans
+from mergekit_bayes.stream.means import PrecisionMeans
 from mergekit_bayes.stream.mixtures import settled
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
+from mergekit_bayes.stream.pieces import measures
 from mergekit_bayes.stream.products import products
 
 _Window = tuple[Step, FirstPassResult, int, int]  # entries start:stop of a step
@@ -48,6 +50,7 @@ class FirstPass:
 
         Raises:
             PrecisionError: A precision that is pooled has bad entries, and no rule replaces them.
+            MismatchError: What a rule for whole tensors cannot merge.
         """
         if step.has_matrices:  # which are neither pooled nor spread
             models = len(self.plan.inputs)
@@ -56,8 +59,10 @@ class FirstPass:
             result = self._precisions(step)
         rule = self.plan.method.tensor
         if step.copied is None and rule is not None:
-            if step.settings is not None and rule.needs(step.settings) == "products":
-                result.products = products(self.plan, step, self.reader, self.map)
+            if step.settings is not None:
+                if rule.needs(step.settings) == "products":
+                    result.products = products(self.plan, step, self.reader, self.map)
+                result.measured = measures(self.plan, step, self.reader, self.map)
         elif step.copied is None:
             result.facts = self._facts(step, result)
             result = settled(self.plan, step, result, self.reader, self.map)

@@ -5,28 +5,17 @@ chunks nor threads change a bit.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from mergekit_bayes.checkpoint.codec import decode, is_bad_precision
 from mergekit_bayes.kernels import row_sums
 from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import MergePlan, Operand
 from mergekit_bayes.stream.chunks import Reader
-
-WINDOW = 1 << 18  # entries
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class OrderedMap(Protocol):
-    """A map that may use several threads and gives the results in order."""
-
-    def __call__(self, act: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]:
-        """The results of `act` on each item."""
-        ...
 
 
 class _Window(NamedTuple):

@@ -25,11 +25,11 @@ from mergekit_bayes.errors import PrecisionError
 from mergekit_bayes.gaussian import Gaussian
 from mergekit_bayes.kernels.base import Array, Chunk
 from mergekit_bayes.kernels.plain import gaussians
+from mergekit_bayes.methods.measuring import OrderedMap
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.records import FloatArray
 from mergekit_bayes.stream.bad_entries import replace_bad_entries
 from mergekit_bayes.stream.chunks import FirstPassResult, Reader
-from mergekit_bayes.stream.means import OrderedMap
 from mergekit_bayes.stream.numbers import kind_of, numbers_of
 
 ROUNDS = 10  # at most; each reads the tensor once

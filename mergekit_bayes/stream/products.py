@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import decode
 from mergekit_bayes.kernels.base import Array
+from mergekit_bayes.methods.measuring import WINDOW, OrderedMap
 from mergekit_bayes.plan import MergePlan, Step
 from mergekit_bayes.stream.bad_entries import replace_bad_means
 from mergekit_bayes.stream.chunks import Reader
-from mergekit_bayes.stream.means import WINDOW, OrderedMap
+from mergekit_bayes.stream.pieces import widened
 
 
 def products(
@@ -35,8 +35,7 @@ def products(
         means = reader().means(step, start, min(start + WINDOW, step.merged))
         if plan.config.on_bad == "base":
             replace_bad_means(means)
-        wide = [decode(row, "BF16") if row.dtype == np.uint16 else row for row in means]
-        wide = [row.astype(np.float64) for row in wide]
+        wide = widened(means).astype(np.float64)
         found = np.zeros((models, models))
         for i in range(models):
             for j in range(i, models):

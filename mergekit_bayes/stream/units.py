@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from mergekit_bayes.methods.measuring import whole_rows
 from mergekit_bayes.plan import MergePlan, Step
 
 UNIT = 1 << 22  # entries; a killed merge repeats at most one unit per thread
@@ -31,7 +32,7 @@ def units_of(plan: MergePlan) -> list[Unit]:
     units: list[Unit] = []
     before = 0
     for index, step in enumerate(plan.steps):
-        size = max(step.spec.size, 1) if is_whole(plan, step) else UNIT
+        size = whole_rows(UNIT, entries_together(plan, step))
         for start in range(0, step.spec.size, size):
             stop = min(start + size, step.spec.size)
             units.append(Unit(len(units), index, start, stop, (before + start) / total))
@@ -39,9 +40,12 @@ def units_of(plan: MergePlan) -> list[Unit]:
     return units
 
 
-def is_whole(plan: MergePlan, step: Step) -> bool:
-    """Whether all of a tensor must be in memory to merge it."""
-    rule = plan.method.tensor
+def entries_together(plan: MergePlan, step: Step) -> int:
+    """How many entries of a tensor must be in memory together to merge one of them."""
+    size, rule = max(step.spec.size, 1), plan.method.tensor
     if rule is None or step.settings is None:
-        return step.axis is not None
-    return rule.needs(step.settings) == "tensor"
+        return size if step.axis is not None else 1
+    needs = rule.needs(step.settings)
+    if needs == "rows" and len(step.spec.shape) > 1:
+        return max(step.spec.shape[-1], 1)
+    return size if needs in ("rows", "tensor") else 1
