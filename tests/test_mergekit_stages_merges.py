@@ -341,3 +341,27 @@ def test_report_and_card_tell_the_models_of_earlier_documents(tmp_path):
     assert str(tmp_path) not in text
     Path("a/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert "the parents disagree" in card_of(str(out))
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "BF16"]], ids=["same", "other"])
+def test_a_stage_goes_on_after_a_kill_before_its_files_were_recorded(flags):
+    models("a", "b", "c")
+    Path("recipe.yml").write_text(STAGES.replace("model: b, p", "model: c, p"))
+    stop_after_the_first()
+    record = Path("out.stages/first.plan.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"files": None}))
+    done = run("recipe.yml", "-o", "out", *flags)
+    assert done.exit_code == 0, said(done)
+    assert ("is there already" in said(done)) == (flags == [])
+    assert not Path("out.stages").exists()
+
+
+def test_a_stage_that_lost_a_file_is_made_again():
+    models("a", "b", "c")
+    Path("recipe.yml").write_text(STAGES.replace("model: b, p", "model: c, p"))
+    stop_after_the_first()
+    Path("out.stages/first/config.json").unlink()
+    done = run("recipe.yml", "-o", "out")
+    assert done.exit_code == 0, said(done)
+    assert "is there already" not in said(done)
+    assert Path("out/config.json").exists()
