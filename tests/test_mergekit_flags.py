@@ -1,12 +1,13 @@
 """Flags beside a recipe of mergekit: what they add to it, and what it leaves them nothing to do."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.mergekit_models import ROWS, folder, merge, models, refused, tokens
+from tests.mergekit_models import ROWS, folder, merge, models, refused, run, tokens
 
 LINEAR = """
 merge_method: linear
@@ -105,3 +106,41 @@ def test_the_base_model_of_an_average_gives_config_and_side_files():
     merge(LINEAR + "base_model: b\n")
     assert json.loads(Path("out/config.json").read_text())["rope_theta"] == 5.0
     assert json.loads(Path("out/generation_config.json").read_text())["top_k"] == 3
+
+
+def test_a_plan_tells_layers_and_settings(capsys):
+    models("a", "b")
+    text = """
+    merge_method: slerp
+    base_model: a
+    parameters: {t: [0.25, 0.75]}
+    slices:
+    - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [1, 3]}]
+    - sources: [{model: a, layer_range: [2, 3]}, {model: b, layer_range: [0, 1]}]
+    """
+    Path("recipe.yml").write_text(textwrap.dedent(text))
+    plan = " ".join(run("recipe.yml", "-o", "out", "--dry-run").stderr.split())
+    assert "slerp of 2 models in 2 slices, by recipe.yml" in plan
+    assert "layers 0 to 1 of the output: layers 0 to 1 of 'a' and layers 1 to 2 of 'b'" in plan
+    assert "layer 2 of the output: layer 2 of 'a' and layer 0 of 'b'" in plan
+    assert "settings of the recipe: t 0.25 to 0.75" in plan
+    assert "side-files" not in plan
+
+
+def test_of_documents_that_all_have_names_the_last_is_the_output():
+    found = models("a", "b")
+    first = LINEAR + "name: one\n"
+    second = LINEAR.replace("model: b", "model: one") + "name: two\n"
+    merged = merge(f"{first}---\n{second}")
+    name = "model.norm.weight"
+    expected = 0.75 * found["a"][name] + 0.25 * found["b"][name]
+    assert merged[name] == pytest.approx(expected, abs=1e-6)
+    assert "another one needs it" in refused(f"{second}---\n{first}")
+
+
+def test_settings_of_other_methods_and_seeds_are_told_what_to_do():
+    models("a", "b")
+    text = LINEAR + "parameters: {int8_mask: true}\n"
+    assert "mergekit ignores it there: delete the line" in refused(text)
+    assert "the seed is `parameters: {seed: N}`" in refused(LINEAR + "random_seed: 0\n")
+    merge(LINEAR + "parameters: {normalize: 1.0}\n")

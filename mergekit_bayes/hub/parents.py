@@ -48,7 +48,7 @@ class Parent(NamedTuple):
 
         The rest of a path describes a machine and is not published.
         """
-        return self.repo or Path(self.path or "?").name
+        return self.repo or "+".join(Path(part).name for part in (self.path or "?").split("+"))
 
     @property
     def title(self) -> str:

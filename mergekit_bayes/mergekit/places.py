@@ -8,10 +8,10 @@ from typing import NamedTuple
 from mergekit_bayes.errors import ConfigError, nearest, shown
 
 # Settings of merging rules, which belong under `parameters`.
-_SETTINGS = frozenset(
+SETTINGS = frozenset(
     {"density", "epsilon", "gamma", "int8_mask", "lambda", "max_iter", "normalize"}
     | {"normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "rescale", "scale"}
-    | {"select_topk", "t", "tol", "weight"}
+    | {"select_topk", "t", "tol", "weight", "embed_slerp", "eps", "filter_wise"}
 )
 _ADVICE = {  # for keys that recipes of other versions have, or that are easily mistaken
     "lora": "write `model: MODEL+ADAPTER`.",
@@ -21,6 +21,7 @@ _ADVICE = {  # for keys that recipes of other versions have, or that are easily 
     "input_model_parameters": "write 'parameters' beside each 'model'.",
     "pattern": "did you mean 'filter'?",
     "override_architecture": "tensors are paired by their names here; remove it.",
+    "random_seed": "the seed is `parameters: {seed: N}`, or `--param seed=N`.",
     "trust_remote_code": "no code of a model runs in a merge; remove it.",
 }
 _PLAIN_KEY = re.compile(r"[A-Za-z_]\w{0,99}")
@@ -161,7 +162,7 @@ def _unknown(key: str, known: Collection[str]) -> str:
     """What is wrong with an unknown key, and what may be meant."""
     if key in _ADVICE:
         return f"unknown key; {_ADVICE[key]}"
-    if key in _SETTINGS and "parameters" in known:
+    if key in SETTINGS and "parameters" in known:
         return "unknown key here; it belongs under 'parameters'."
     if near := nearest(key, known):
         return f"unknown key; did you mean '{near}'?"

@@ -86,10 +86,15 @@ def plan_recipe(
         resolver = Resolver(recipe, method, parts, laid, seed)
         steps = [resolver.resolved(step) for step in matched.steps]
         inputs, steps = with_weights(inputs, steps, notes)
+        notes += _layers_in_words(parts)
+        if (settled := resolver.in_words()) is not None:
+            notes.append(settled)
         compare_configs(config, inputs, steps, notes)
         changes = correct_config(inputs, steps, notes) | head_changes(config, inputs, steps, notes)
         changes |= sliced_config(recipe, models, inputs)
-        side_files = choose_side_files(config, inputs, steps, target, notes)
+        why = "as the recipe's tokenizer says" if tokens is not None else None
+        why = "as --side-files says" if settings.side_files is not None else why
+        side_files = choose_side_files(config, inputs, steps, target, notes, why=why)
         made: dict[str, str | None] = {}
         if tokens is not None:
             side_files, made = side_files_of(side_files, tokens)
@@ -252,5 +257,28 @@ def _given(settings: MergeConfig, flag: str) -> object:
 
 def _in_words(recipe: Recipe, parts: Sequence[Part]) -> str:
     names = {str(source.model) for part in parts for source in part.sources}
-    slices = f" in {len(parts)} slices" if recipe.slices else ""
-    return f"{recipe.merge_method} of {len(names)} models{slices}, by {recipe.label}"
+    slices = f" in {_counted(len(parts), 'slice')}" if recipe.slices else ""
+    models = _counted(len(names), "model")
+    return f"{recipe.merge_method} of {models}{slices}, by {recipe.label}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count > 1)}"
+
+
+def _span(start: int, end: int) -> str:
+    return f"layer {start}" if end == start + 1 else f"layers {start} to {end - 1}"
+
+
+def _layers_in_words(parts: Sequence[Part]) -> list[str]:
+    """Which layers of the output are made of which layers, a line for each slice."""
+    lines, first = [], 0
+    for part in parts:
+        ranges = [(str(s.model), *s.layers) for s in part.listed if s.layers is not None]
+        if not ranges:
+            continue
+        length = ranges[0][2] - ranges[0][1]
+        made = " and ".join(f"{_span(start, end)} of '{name}'" for name, start, end in ranges)
+        lines.append(f"{_span(first, first + length)} of the output: {made}")
+        first += length
+    return lines

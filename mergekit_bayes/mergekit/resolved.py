@@ -44,6 +44,7 @@ class Resolver:
         self._seed = seed
         self.constant: dict[str, float | str] = {}
         self._varying: set[str] = set()
+        self._found_in: dict[str, list[float]] = {}  # least and largest of what the recipe sets
 
     def resolved(self, step: Step) -> Step:
         """A step with the weights and settings of its tensor.
@@ -174,11 +175,26 @@ class Resolver:
     def _note(self, settings: Mapping[str, tensors.Setting]) -> None:
         """Keep what is the same in all tensors."""
         for name, value in settings.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if numbers and not isinstance(value, str):
+                seen = [*self._found_in.get(name, []), *map(float, numbers)]
+                self._found_in[name] = [min(seen), max(seen)]
             if isinstance(value, tuple) or self.constant.get(name, value) != value:
                 self._varying.add(name)
                 self.constant.pop(name, None)
             elif name not in self._varying:
                 self.constant[name] = value
+
+    def in_words(self) -> str | None:
+        """What the settings are that the recipe gives; None where it gives none."""
+        given = dict.fromkeys(setting.name for setting in given_settings(self._recipe))
+        words = []
+        for name in given:
+            if name != WEIGHT and name in self._found_in:
+                least, largest = self._found_in[name]
+                much = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
+                words.append(f"{name} {much}")
+        return f"settings of the recipe: {', '.join(words)}" if words else None
 
     def _error(self, key: str, text: str) -> ConfigError:
         return ConfigError(f"{self._recipe.label}: {key}: {text}")

@@ -13,7 +13,7 @@ from mergekit_bayes.mergekit.objects import Recipe
 from mergekit_bayes.mergekit.planning import checked_parts, plan_recipe
 from mergekit_bayes.mergekit.roles import method_of
 from mergekit_bayes.mergekit.stage_folders import RECORD, refuse_taken
-from mergekit_bayes.mergekit.stages import in_order
+from mergekit_bayes.mergekit.stages import in_order, needed_names
 from mergekit_bayes.mergekit.written import joined
 from mergekit_bayes.plan import MergeConfig, MergePlan, report_path
 from mergekit_bayes.plan.outputs import refuse_replacing
@@ -94,10 +94,13 @@ def stages_of(
     if len(recipes) == 1:
         return (Stage(recipes[0], settings.model_copy(update={"out": out}), {}, seed, True),)
     if all(recipe.name is not None for recipe in recipes):
-        raise ConfigError(
-            f"{recipes[-1].label}: name: one document, whose output is that of the file, has no "
-            "name. Leave it out there."
-        )
+        last = recipes[-1]
+        if any(last.name in needed_names(recipe, {last.name or ""}) for recipe in recipes):
+            raise ConfigError(
+                f"{last.label}: name: all documents have names, so that the output is that of the "
+                "last one, and another one needs it. Leave the name of the output's out."
+            )
+        recipes = [*recipes[:-1], last.model_copy(update={"name": None})]
     if out.endswith(".safetensors"):
         raise ConfigError(f"-o {out}: a file of several recipes writes folders. Name a folder.")
     if any(mark in out for mark in "+@"):

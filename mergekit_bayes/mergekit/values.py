@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from mergekit_bayes.errors import ConfigError, did_you_mean, shown
 from mergekit_bayes.mergekit.objects import Filter, Module, Recipe, Scalar, Setting
+from mergekit_bayes.mergekit.places import SETTINGS
 
 Kind: TypeAlias = Literal["number", "whole", "truth", "text"]
 
@@ -103,7 +104,8 @@ def _of_kind(value: Scalar, kind: Kind) -> Scalar:
     if kind == "text":
         converted = value if isinstance(value, str) else None
     elif kind == "truth":
-        text = str(value).lower() if isinstance(value, bool | int | str) else ""
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        text = str(whole).lower() if isinstance(whole, bool | int | str) else ""
         converted = _TRUTHS.get(text)
     elif isinstance(value, str):
         number = float(value) if _NUMERAL.fullmatch(value) and len(value) < 400 else math.inf
@@ -204,6 +206,11 @@ def check_settings(
         if given.name not in kinds:
             near = did_you_mean(given.name, kinds)
             known = f"possible are {', '.join(sorted(kinds))}." if kinds else "it has none."
+            if given.name in SETTINGS:
+                raise ConfigError(
+                    f"{where}: '{recipe.merge_method}' has no such setting, and mergekit ignores "
+                    f"it there: delete the line. {known[:1].upper()}{known[1:]}"
+                )
             raise ConfigError(
                 f"{where}: unknown setting of '{recipe.merge_method}'; {near or known}"
             )

@@ -61,7 +61,13 @@ class SideFileChoice:
 
 
 def choose_side_files(
-    config: MergeConfig, inputs: Inputs, steps: Sequence[Step], target: Path, notes: list[str]
+    config: MergeConfig,
+    inputs: Inputs,
+    steps: Sequence[Step],
+    target: Path,
+    notes: list[str],
+    *,
+    why: str | None = "as --side-files says",
 ) -> SideFileChoice | None:
     """Choose the side files of a merge; None for an output without any.
 
@@ -71,6 +77,7 @@ def choose_side_files(
         steps: The tensors of the output.
         target: The output.
         notes: Remarks for the report are appended here.
+        why: Why the named model's are taken; None where nobody asked for it.
 
     Raises:
         ConfigError: `--side-files` names no model of this merge, or a file.
@@ -79,12 +86,12 @@ def choose_side_files(
     named = _named_input(config, inputs)
     config_owner = config_input(inputs)
     if target.suffix == ".safetensors" or config_owner is None:
-        if named is not None:
+        if named is not None and why is not None:
             notes.append("--side-files has no effect: the output has no side files")
         return None
     if is_united := config.vocab == "union":
         steps = ()  # whose tokenizer is written is decided, and it fits
-    owner, reason = _choose_owner(inputs, steps, config_owner, named)
+    owner, reason = _choose_owner(inputs, steps, config_owner, named, why)
     config_folder = config_owner.posterior.path
     folders = dict.fromkeys(_folders(owner.posterior))
     if config_owner.scale >= 0:  # a model that is subtracted gives nothing that the owner lacks
@@ -155,13 +162,17 @@ def _folders(model: Posterior) -> list[Path]:
 
 
 def _choose_owner(
-    inputs: Inputs, steps: Sequence[Step], config_owner: Input, named: Input | None
+    inputs: Inputs,
+    steps: Sequence[Step],
+    config_owner: Input,
+    named: Input | None,
+    why: str | None,
 ) -> tuple[Input, str]:
     """The input whose side files are taken, and why."""
     if named is not None:
         if misfit := _misfit(named, steps):
             raise MismatchError(f"--side-files {named.ref}: {misfit}. Name another model.")
-        return named, "as --side-files says"
+        return named, why or "the model that gives names and shapes"
     role = "the base" if config_owner is inputs.base else "the first folder"
     giver = next((s.rest.input for s in steps if s.rest and is_token_matrix(s.name, s.spec)), None)
     if giver is not None and token_folder(giver.posterior) in _folders(giver.posterior):
