@@ -19,6 +19,7 @@ from mergekit_rules import RANDOM, Array, Inputs, Mask
 from numpy.typing import NDArray
 
 from mergekit_bayes.kernels.base import keyed_draws, task_key
+from mergekit_bayes.methods.measuring import combine_whole
 from mergekit_bayes.methods.recipe_table import RECIPE_METHODS
 from mergekit_bayes.methods.tensors import Tensors
 
@@ -162,7 +163,8 @@ def _ours(method: str, draws: Callable[[int], Array]) -> Array:
     assert rule.tensor is not None
     settings = {p.name: p.default for p in rule.parameters} | SETTINGS
     base, *tasks = tensors()
-    return rule.tensor.combine(Tensors(base, tuple(tasks), WEIGHTS, settings, None, draws))
+    given = Tensors(base, tuple(tasks), WEIGHTS, settings, None, draws)
+    return combine_whole(rule.tensor, given)
 
 
 def _own_draws(seed: int) -> Callable[[int], Array]:
