@@ -16,6 +16,7 @@ from mergekit_bayes.methods.tensors import Tensors
 from mergekit_bayes.posterior import open_posterior
 from tests import tiny
 from tests.reference import sparse_methods as twin
+from tests.reference.tensor_methods import TENSOR_TWINS
 
 RULES = {f"recipe {name}": RECIPE_METHODS[name] for name in twin.RECIPES} | {
     f"paper {name}": METHODS[name] for name in twin.PAPERS
@@ -33,6 +34,12 @@ PLAIN = [n for n in MANY if not RULES[n].random]
 RANDOM = [n for n in MANY if RULES[n].random]
 WITH_WEIGHTS = [n for n in MANY if n.startswith("recipe") and not n.endswith("sce")]
 FULL = {"density": 1.0, "epsilon": 0.0, "select_topk": 1.0}
+
+
+def test_every_rule_for_tensors_has_a_twin_and_every_method_of_a_recipe():
+    assert twin.RECIPES.keys() | TENSOR_TWINS.keys() == RECIPE_METHODS.keys()
+    own = {n for n, m in METHODS.items() if m.tensor is not None and RECIPE_METHODS.get(n) is not m}
+    assert own <= set(twin.PAPERS)
 
 
 def dyadic(shape, seed, share=0.8, fine=64):
