@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
 from bmerge_cli.flags import Settings
@@ -127,7 +128,7 @@ def print_recipe(
     refuse_unsaid(checked)
     # Nothing is replaced, so an output that exists is no reason to stop.
     with plan_merge(checked.model_copy(update={"force": True})) as plan:
-        print(exported(plan).text, end="")
+        typer.echo(exported(plan).text, nl=False)
 
 
 def _seed(param: Mapping[str, Any], path: Path) -> int | None:
