@@ -62,16 +62,17 @@ def run(row: Row) -> Cost:
         wall = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         watcher.join()
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(
-                f"{row.name}: {' '.join(row.command)[:300]}\n{log.read().decode()[-3000:]}"
-            )
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    if process.returncode:
+        raise SystemExit(f"{row.name}: {' '.join(row.command)[:300]}\n{said[-3000:]}")
+    # Bare I/O may end between two readings, and tells its own at its end.
+    peak += [int(line.split()[1]) for line in said.splitlines() if line.startswith("RssAnon:")]
     for path in row.out.parent.glob(row.out.name + "*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     # The kernel counts blocks of 512 bytes, whatever the disk's.
     return Cost(
-        usage.ru_utime + usage.ru_stime, wall, peak[0] / 1024, usage.ru_inblock * 512 / 2**30
+        usage.ru_utime + usage.ru_stime, wall, max(peak) / 1024, usage.ru_inblock * 512 / 2**30
     )
 
 
