@@ -144,3 +144,14 @@ def test_settings_of_other_methods_and_seeds_are_told_what_to_do():
     assert "mergekit ignores it there: delete the line" in refused(text)
     assert "the seed is `parameters: {seed: N}`" in refused(LINEAR + "random_seed: 0\n")
     merge(LINEAR + "parameters: {normalize: 1.0}\n")
+
+
+def test_a_finer_model_and_an_output_without_a_tokenizer_are_told_as_in_every_merge():
+    models("a", dtype="BF16")
+    models("x", "b")
+    for name in "ab":
+        tokens(name, "abcdefgh")
+    Path("recipe.yml").write_text(LINEAR + "tokenizer_source: base\n")
+    told = " ".join(run("recipe.yml", "-o", "out.safetensors", "--dry-run").stderr.split())
+    assert "'b' has 12 tensors in a finer dtype than they are written in (BF16" in told
+    assert "the output is a file, and the tokenizer of its rows is not written" in told

@@ -87,12 +87,12 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
     kind, value = error["type"], error["input"]
     if _is_of_key(error):
         return (
-            f"expected text as a key, found {_shown(value)}. YAML takes numbers, dates and words "
-            "like on, no and null for other values, unless they are in quotes."
+            f"expected text as a key, found {described(value)}. YAML takes numbers, dates and "
+            "words like on, no and null for other values, unless they are in quotes."
         )
     if not path:  # of the config as a whole
         message = str(error["msg"]).removeprefix("Value error, ")
-        return f"expected keys and values, found {_shown(value)}." if "type" in kind else message
+        return f"expected keys and values, found {described(value)}." if "type" in kind else message
     if kind == "missing":
         return "is required, and was not given."
     owner = _config_at(config, path[:-1])
@@ -104,11 +104,11 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
         near = nearest(str(value), re.findall(r"'([^']+)'", expected))
         hint = f" Did you mean '{near}'?" if near else ""
         other = _beside_choices(owner, path[-1])
-        return f"{_shown(value)} is not {expected}{f', nor {other}' if other else ''}.{hint}"
+        return f"{described(value)} is not {expected}{f', nor {other}' if other else ''}.{hint}"
     if kind == "too_short":
         return "expected at least one value, found none."
     if kind == "model_type":
-        return f"expected keys and values, found {_shown(value)}."
+        return f"expected keys and values, found {described(value)}."
     if kind == "value_error" or owner is None:
         return str(error["msg"]).removeprefix("Value error, ")
     annotation, metadata = _annotation(owner.model_fields[path[-1]])
@@ -121,7 +121,7 @@ def _explain(config: type[BaseModel], path: tuple[str, ...], error: ErrorDetails
             else f" for '{inside[0]}'"
         )
         annotation, metadata = _stripped(get_args(annotation)[int(get_origin(annotation) is dict)])
-    return f"expected {_expected(annotation, metadata)}, found {_shown(value)}{place}."
+    return f"expected {_expected(annotation, metadata)}, found {described(value)}{place}."
 
 
 def _beside_choices(config: type[BaseModel] | None, name: str) -> str:
@@ -194,7 +194,7 @@ def _bounds(constraints: Sequence[Any]) -> Iterator[str]:
                 yield f"{words} {bound}"
 
 
-def _shown(value: object) -> str:
+def described(value: object) -> str:
     """A value for a message, in the words of a settings file."""
     if value is None:
         return "nothing (null)"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from mergekit_bayes.configs.explain import described
 from mergekit_bayes.errors import ConfigError, nearest, shown
 
 # Settings of merging rules, which belong under `parameters`.
@@ -52,7 +53,7 @@ class Place(NamedTuple):
 
     def expected(self, what: str) -> ConfigError:
         """The error of a value that is something else than expected."""
-        return self.error(f"expected {what}, found {_described(self.value)}.")
+        return self.error(f"expected {what}, found {described(self.value)}.")
 
     def entries(self) -> "dict[str, Place]":
         """The values of a mapping, by key.
@@ -167,16 +168,3 @@ def _unknown(key: str, known: Collection[str]) -> str:
     if near := nearest(key, known):
         return f"unknown key; did you mean '{near}'?"
     return f"unknown key; possible are {', '.join(sorted(known))}."
-
-
-def _described(value: object) -> str:
-    """A value in a message, in the words of YAML."""
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (str, int, float)):
-        return shown(value)
-    if isinstance(value, dict):
-        return "keys and values"
-    return "a list" if isinstance(value, list) else f"a value of type {type(value).__name__}"

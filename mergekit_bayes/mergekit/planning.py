@@ -29,6 +29,7 @@ from mergekit_bayes.plan.inputs import Inputs
 from mergekit_bayes.plan.lost_heads import refuse_lost_heads
 from mergekit_bayes.plan.model_configs import compare_configs
 from mergekit_bayes.plan.outputs import choose_target, split_shards
+from mergekit_bayes.plan.plan import note_narrowing
 from mergekit_bayes.plan.side_files import choose_side_files, refuse_links
 from mergekit_bayes.plan.unions import TokenPlan
 from mergekit_bayes.plan.united import side_files_of
@@ -97,7 +98,7 @@ def plan_recipe(
         side_files = choose_side_files(config, inputs, steps, target, notes, why=why)
         made: dict[str, str | None] = {}
         if tokens is not None:
-            side_files, made = side_files_of(side_files, tokens)
+            side_files, made = side_files_of(side_files, tokens, notes)
             changes |= tokens.config_changes
         made = files_of_template(recipe, list(models.by_name.values()), side_files, made, notes)
         if side_files is not None:
@@ -105,6 +106,8 @@ def plan_recipe(
             documents |= stamps_of(file for file in copied if file not in documents)
         if (memory := memory_in_words(method, steps)) is not None:
             notes.append(memory)
+        if config.dtype is None:  # else the narrowing was asked for
+            note_narrowing([step for step in steps if step.copied is None], inputs, notes)
         plan = MergePlan(
             config=config,
             method=method,

@@ -197,10 +197,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         side_files = choose_side_files(config, inputs, matched.steps, target, notes)
         made: dict[str, str | None] = {}
         if united is not None:
-            side_files, made = side_files_of(side_files, united.tokens)
+            side_files, made = side_files_of(side_files, united.tokens, notes)
             config_changes |= united.tokens.config_changes
-            if side_files is None:
-                notes.append("the output is a file, and the tokenizer of its rows is not written")
         if side_files is not None:
             copied = side_files.gathered.files.values()
             documents |= stamps_of(file for file in copied if file not in documents)
@@ -209,7 +207,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         if (whole := memory_in_words(method, matched.steps)) is not None:
             notes.append(whole)
         if config.dtype is None:  # else the narrowing was asked for
-            _note_narrowing(matched.steps, inputs, notes)
+            note_narrowing(matched.steps, inputs, notes)
         if config.posterior and method.writes_posterior:
             # A task that left a tensor alone has scale zero there, which is the same merge as with
             # its own scale.
@@ -305,8 +303,14 @@ def _is_cut(step: Step) -> bool:
     return step.copied is None and step.merged < step.spec.size
 
 
-def _note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> None:
-    """Say where a model holds more digits than the output."""
+def note_narrowing(steps: Sequence[Step], inputs: Inputs, notes: list[str]) -> None:
+    """Say where a model holds more digits than the output.
+
+    Args:
+        steps: The tensors of the output.
+        inputs: The models.
+        notes: Remarks for the report are appended here.
+    """
     for model in inputs:
         if model is inputs.donor or model.posterior.mean.is_computed:
             continue

@@ -75,7 +75,9 @@ def unite(method: Method, inputs: Inputs, notes: list[str]) -> United:
     return United(Inputs(base, tuple(renewed[1:] if has_base else renewed)), tokens)
 
 
-def side_files_of(choice: SideFileChoice | None, tokens: TokenPlan) -> SideFilesOfTokens:
+def side_files_of(
+    choice: SideFileChoice | None, tokens: TokenPlan, notes: list[str]
+) -> SideFilesOfTokens:
     """Give an output the tokenizer of its tokens; all else stays as it was chosen.
 
     The special tokens that configs name by number keep their meaning: each number is replaced by
@@ -84,9 +86,11 @@ def side_files_of(choice: SideFileChoice | None, tokens: TokenPlan) -> SideFiles
     Args:
         choice: What would be copied.
         tokens: The tokens.
+        notes: It is appended here if there is no folder to write it to.
     """
     models = tokens.models
     if choice is None:
+        notes.append("the output is a file, and the tokenizer of its rows is not written")
         return SideFilesOfTokens(None, {})
     made: dict[str, str | None] = {str(name): text for name, text in tokens.written.items()}
     files = dict(choice.gathered.files)
