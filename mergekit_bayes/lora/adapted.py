@@ -12,7 +12,8 @@ from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, 
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
-from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.parts import Part, Stack, of_expert, stack_parts
 from mergekit_bayes.lora.placing import place_adapter
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
@@ -48,6 +49,7 @@ class AdaptedSource(Closing):
             name: self._spec(name) for name in dict.fromkeys([*base.specs, *self.replaced])
         }
         self._product = lru_cache(_KEPT)(self._make)
+        self._factors = lru_cache(_KEPT)(adapter.factors)
 
     def _origin(self, name: str) -> tuple[CheckpointSource, str]:
         """Where W is stored, and its name there."""
@@ -62,11 +64,24 @@ class AdaptedSource(Closing):
             return spec
         return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
 
-    def _make(self, name: str) -> Product:
-        layer, transposed = self.adapted[name]
+    def _make(self, name: str) -> Product | Stack:
+        layer, transposed, parts = self.adapted[name]
         dtype = np.float64 if self._specs[name].dtype == "F64" else np.float32
-        factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
-        return change(factors, layer.scaling, transposed=transposed)
+
+        def changed(layer: Layer, factors: Factors, transposed: bool) -> Product:
+            factors = Factors(*(f.astype(dtype, copy=False) for f in factors))
+            return change(factors, layer.scaling, transposed=transposed)
+
+        if not parts:
+            return changed(layer, self.adapter.factors(layer), transposed)
+        return stack_parts(
+            parts,
+            lambda part: changed(
+                part.layer,
+                of_expert(self._factors(part.layer), part.layer.experts, part.expert),
+                part.transposed,
+            ),
+        )
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -157,8 +172,8 @@ class ProductPrecision(Closing):
         self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.adapted}
         self._specs = {
             name: TensorSpec("F32", mean.specs[name].shape)
-            for name, (layer, _) in mean.adapted.items()
-            if layer.a in stored or layer.b in stored
+            for name, placed in mean.adapted.items()
+            if any(layer.a in stored or layer.b in stored for layer in placed.layers)
         }
         self._specs |= {
             n: TensorSpec("F32", mean.specs[n].shape)
@@ -167,14 +182,28 @@ class ProductPrecision(Closing):
         }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
+        self._moments = lru_cache(_KEPT)(self._read_moments)
 
-    def _make(self, name: str) -> Product:
-        layer, transposed = self._mean.adapted[name]
-        variances = self._adapter.variances(layer, self._count)
-        assert variances is not None
-        return variance(
-            self._adapter.factors(layer), variances, layer.scaling, transposed=transposed
-        )
+    def _make(self, name: str) -> Product | Stack:
+        layer, transposed, parts = self._mean.adapted[name]
+        if not parts:
+            factors, variances = self._read_moments(layer)
+            return variance(factors, variances, layer.scaling, transposed=transposed)
+
+        def varied(part: Part) -> Product:
+            layer = part.layer
+            factors, variances = (
+                of_expert(f, layer.experts, part.expert) for f in self._moments(layer)
+            )
+            return variance(factors, variances, layer.scaling, transposed=part.transposed)
+
+        return stack_parts(parts, varied)
+
+    def _read_moments(self, layer: Layer) -> tuple[Factors, Factors]:
+        """Means and variances of a layer's factors; no variance where both were frozen."""
+        factors = self._adapter.factors(layer)
+        frozen = Factors(*(np.zeros_like(factor) for factor in factors))
+        return factors, self._adapter.variances(layer, self._count) or frozen
 
     def _read(self, name: str) -> Array:
         values = self._adapter.counted(self._replaced[name], self._count)
@@ -207,9 +236,10 @@ class ProductPrecision(Closing):
 
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
-        adapted = self._mean.adapted
-        disk = self._replaced[name] if name in self._replaced else adapted[name].layer.a
-        return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
+        if name in self._replaced:
+            return self._source.where(self._replaced[name])
+        disks = [d for layer in self._mean.adapted[name].layers for d in (layer.a, layer.b)]
+        return self._source.where(next(disk for disk in disks if disk in self._source.specs))
 
     def file_of(self, name: str) -> int:
         """Always 0: the precision is not sharded."""

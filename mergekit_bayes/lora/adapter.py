@@ -81,14 +81,14 @@ class Adapter(Closing):
         return f"'{self.ref}' has {' and '.join(texts)}: left out"
 
     def factors(self, layer: Layer) -> Factors:
-        """Read the factors of a layer, as float32 matrices.
+        """Read the factors of a layer, as float32 matrices; of all experts where it has several.
 
         Raises:
             CheckpointError: An entry is not finite.
         """
         return Factors(
-            self._finite(layer.a).reshape(layer.rank, layer.columns),
-            self._finite(layer.b).reshape(layer.rows, layer.rank),
+            self._finite(layer.a).reshape(layer.total_rank, layer.columns),
+            self._finite(layer.b).reshape(layer.rows, layer.total_rank),
         )
 
     def _finite(self, name: str) -> Array:
@@ -109,8 +109,8 @@ class Adapter(Closing):
         """
         a, b = self.counted(layer.a, count), self.counted(layer.b, count)
         return (
-            None if a is None else a.reshape(layer.rank, layer.columns),
-            None if b is None else b.reshape(layer.rows, layer.rank),
+            None if a is None else a.reshape(layer.total_rank, layer.columns),
+            None if b is None else b.reshape(layer.rows, layer.total_rank),
         )
 
     def counted(self, name: str, count: float | None = None) -> Array | None:
@@ -167,8 +167,12 @@ class Adapter(Closing):
             return None
         one, delta = np.float32(1), np.float32(DELTA_0)
         return Factors(
-            np.zeros((layer.rank, layer.columns), np.float32) if a is None else one / (a + delta),
-            np.zeros((layer.rows, layer.rank), np.float32) if b is None else one / (b + delta),
+            np.zeros((layer.total_rank, layer.columns), np.float32)
+            if a is None
+            else one / (a + delta),
+            np.zeros((layer.rows, layer.total_rank), np.float32)
+            if b is None
+            else one / (b + delta),
         )
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ _BEYOND = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
     "alora_invocation_tokens",
     "use_qalora",
@@ -48,6 +47,7 @@ class LoraConfig(TypedDict, total=False):
     bias: str
     init_lora_weights: bool | str
     target_modules: list[str] | str | None
+    target_parameters: list[str] | None
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | int | None
     layers_pattern: list[str] | str | None
@@ -139,6 +139,7 @@ _TOO_LARGE = (ArithmeticError, RecursionError)  # numbers and nestings beyond wh
 _FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": (_is_list_of_names, "a list of module names"),
     "target_modules": (_is_names_or_pattern, "a list of module names, or a regular expression"),
+    "target_parameters": (_is_list_of_names, "a list of parameter names"),
     "use_rslora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "ensure_weight_tying": (_is_flag, "true or false"),

@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.specs import MERGEABLE, Array, TensorSpec
 from mergekit_bayes.checkpoint.ties import have_same_values
 from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, PREFIX, LoraConfig
+from mergekit_bayes.lora.parameters import WEIGHT, Target, find_targets
 from mergekit_bayes.lora.writers import FOLD, explain_name
 from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.quantised import EMPTIED
@@ -44,16 +45,22 @@ class Layer(NamedTuple):
 
     A convolution is the same product on flattened kernels: with A of (r, d_in, k, ...) and B of
     kernel 1, `dW[o, i, k] = s sum_r B[o, r] A[r, i, k]`, whose columns are d_in times the kernel.
+    Stacked experts have E products in one pair of factors; see `experts`.
 
     Attributes:
         module: The module's name in the model.
-        a: Name of the factor A on disk, shape (rank, columns).
-        b: Name of the factor B on disk, shape (rows, rank).
-        rank: Rank of the change.
+        a: Name of the factor A on disk, shape (E rank, columns).
+        b: Name of the factor B on disk, shape (rows, E rank).
+        rank: Rank of the change, of one expert's where there are several.
         rows: d_out.
         columns: d_in, times the kernel of a convolution.
         scaling: s.
         kernel: The kernel's shape; empty for a matrix.
+        parameter: The weight's name in the module.
+        experts: E, the number of products.
+        is_parameter: Whether the adapter targets a parameter itself, which as a matrix is never
+            stored transposed.
+        target: The name by which the config means it, if that is another than the module's.
     """
 
     module: str
@@ -64,26 +71,43 @@ class Layer(NamedTuple):
     columns: int
     scaling: float
     kernel: tuple[int, ...] = ()
+    parameter: str = WEIGHT
+    experts: int = 1
+    is_parameter: bool = False
+    target: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """Name of the weight in the model."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def total_rank(self) -> int:
+        """Rows of A and columns of B on disk: the ranks of all experts."""
+        return self.rank * self.experts
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the change as the weight is stored, a matrix not transposed."""
-        return (self.rows, *self._inner)
+        stack = (self.experts,) if self.experts > 1 else ()
+        return (*stack, self.rows, *self._inner)
 
     @property
     def _inner(self) -> tuple[int, ...]:
         return (self.columns // math.prod(self.kernel), *self.kernel)
 
     def stored_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes in which factors A and B of some rank are stored."""
-        return (rank, *self._inner), (self.rows, rank, *(1 for _ in self.kernel))
+        """The shapes in which factors A and B of some rank, one expert's, are stored."""
+        total = rank * self.experts
+        return (total, *self._inner), (self.rows, total, *(1 for _ in self.kernel))
 
 
 class AdapterTensors(NamedTuple):
     """The tensors of an adapter by what they are for.
 
     Attributes:
-        layers: The layers by module, in order of the modules' names.
+        layers: The layers by module, in order of the modules' names; where another parameter than
+            the module's weight is adapted, by the parameter's name.
         replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
             that were stored whole), from the name in the model to the name on disk.
         unused: Names on disk of the base's own copies of modules that are replaced, and of second
@@ -146,8 +170,10 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
             raise CheckpointError(
                 f"{posterior.mean.where(disk)}: '{disk}' has the shape [0]. {EMPTIED}"
             )
-    layers = {m: _read_layer(posterior, config, m, names[m]) for m in sorted(names)}
-    return AdapterTensors(layers, replacements, tuple(unused))
+    targets = find_targets(config, names, str(posterior.mean.files[0]))
+    layers = [_read_layer(posterior, config, targets[m], names[m]) for m in names]
+    by_name = {layer.tensor.removesuffix(f".{WEIGHT}"): layer for layer in layers}
+    return AdapterTensors(dict(sorted(by_name.items())), replacements, tuple(unused))
 
 
 def is_original(disk: str) -> bool:
@@ -192,8 +218,9 @@ def _add(names: dict[str, str], name: str, disk: str, posterior: Posterior) -> l
 
 
 def _read_layer(
-    posterior: Posterior, config: LoraConfig, module: str, names: Mapping[str, str]
+    posterior: Posterior, config: LoraConfig, target: Target, names: Mapping[str, str]
 ) -> Layer:
+    module = target.module
     if len(names) < 2:
         only = next(iter(names.values()))
         raise CheckpointError(
@@ -208,22 +235,40 @@ def _read_layer(
             f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}; of "
             f"convolutions only those are read whose B has the kernel 1. {FOLD}"
         )
-    rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    rank = int(_by_pattern(config.get("rank_pattern"), target.pattern_name, config["r"]))
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank:
         raise ConfigError(
             f"{where}: '{names['A']}' is {list(a.shape)} and '{names['B']}' {list(b.shape)}: "
             "factors of a convolution with groups, which neither this reader nor PEFT folds. Take "
             "the layer out of the adapter."
         )
-    if a.shape[0] != rank or b.shape[1] != rank:
+    experts = max(1, a.shape[0] // rank) if target.is_parameter and len(a.shape) == 2 else 1
+    if a.shape[0] != rank * experts or b.shape[1] != rank * experts:
         raise MismatchError(
-            f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, but "
-            f"{CONFIG} gives it rank {rank}. The two files do not belong together."
+            f"{where}: the factors of '{target.pattern_name}' are {list(a.shape)} and "
+            f"{list(b.shape)}, but {CONFIG} gives it rank {rank}"
+            + (", of each expert" if target.is_parameter else "")
+            + ". The two files do not belong together."
         )
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    alpha = float(
+        _by_pattern(config.get("alpha_pattern"), target.pattern_name, config["lora_alpha"])
+    )
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     columns, kernel = math.prod(a.shape[1:]), a.shape[2:]
-    return Layer(module, names["A"], names["B"], rank, b.shape[0], columns, scaling, kernel)
+    return Layer(
+        module,
+        names["A"],
+        names["B"],
+        rank,
+        b.shape[0],
+        columns,
+        scaling,
+        kernel,
+        target.parameter,
+        experts,
+        target.is_parameter,
+        "" if target.pattern_name == module else target.pattern_name,
+    )
 
 
 def _check_factor(where: str, name: str, spec: TensorSpec) -> None:

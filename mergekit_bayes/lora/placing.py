@@ -1,7 +1,7 @@
 """Which tensors of a base an adapter changes or replaces, and how they are laid out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
@@ -11,6 +11,8 @@ from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, is_targeted
 from mergekit_bayes.lora.layers import Layer
+from mergekit_bayes.lora.parts import Part, parts_of
+from mergekit_bayes.lora.views import Segment, View, view_base
 from mergekit_bayes.lora.writers import FOLD
 
 # The end of a name from the number of its block on.
@@ -18,10 +20,22 @@ _NUMBERED = re.compile(r"\.(\d+\..*)$")
 
 
 class PlacedLayer(NamedTuple):
-    """A layer of an adapter and the layout of the base's weight that it changes."""
+    """A layer of an adapter and the layout of the base's weight that it changes.
+
+    Attributes:
+        layer: The layer, or the first of several.
+        transposed: Whether the weight is stored as (d_in, d_out).
+        parts: The products that the weight changes by where it is not one whole product.
+    """
 
     layer: Layer
-    transposed: bool  # the weight is stored as (d_in, d_out)
+    transposed: bool
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers that change the weight."""
+        return tuple(dict.fromkeys(part.layer for part in self.parts)) or (self.layer,)
 
 
 class Placement(NamedTuple):
@@ -45,24 +59,49 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
         ConfigError: The layout of a square weight is ambiguous.
         MismatchError: A layer or tensor of the adapter does not fit the base.
     """
-    weights = {f"{module}.weight": layer for module, layer in adapter.layers.items()}
+    weights = {layer.tensor: layer for layer in adapter.layers.values()}
     stored = adapter.posterior.mean.specs
-    renaming = _find_renaming(base, adapter, weights)
+    view = view_base(base, weights.values())
+    renaming = _find_renaming(view, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
-    specs = {**base.specs, **{name: stored[disk] for name, disk in replaced.items()}}
+    _check_whole(view, adapter, replaced)
+    specs = {**view.specs, **{name: stored[disk] for name, disk in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
     if renaming.names:
         notes.append(renamed_note(adapter.ref, renaming))
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
     for name, layer in layers.items():
-        _check_layer(base, specs, adapter, name, layer)
+        _check_layer(view, specs, adapter, name, layer)
     for name in replaced:
-        _check_replacement(base, specs, adapter, name, replaced[name], notes)
+        _check_replacement(view, specs, adapter, name, replaced[name], notes)
     transposed = _find_transposed(specs, adapter, layers)
-    placed = {name: PlacedLayer(layer, name in transposed) for name, layer in layers.items()}
+    transposed |= _find_transposed_stacks(view, specs, adapter, layers)
+    placed = _place(view, layers, transposed)
+    replaced = {view.stored(name): disk for name, disk in replaced.items()}
     return Placement(placed, replaced, tuple(notes))
+
+
+def _place(
+    view: View, layers: Mapping[str, Layer], transposed: Collection[str]
+) -> dict[str, PlacedLayer]:
+    """The layers by the stored tensor that they change."""
+    placed: dict[str, PlacedLayer] = {}
+    parts: dict[str, list[Part]] = {}
+    for name, layer in layers.items():
+        stored, is_transposed = view.stored(name), name in transposed
+        if name not in view.segments and layer.experts == 1:
+            placed[stored] = PlacedLayer(layer, is_transposed)
+            continue
+        height = (layer.columns if is_transposed else layer.rows) * layer.experts
+        segments = view.segments.get(name, (Segment(stored, 0, 0, height),))
+        for tensor, found in parts_of(layer, segments, transposed=is_transposed).items():
+            parts.setdefault(tensor, []).extend(found)
+    for tensor, found in parts.items():
+        found.sort(key=lambda part: part.at)
+        placed[tensor] = PlacedLayer(found[0].layer, found[0].transposed, tuple(found))
+    return placed
 
 
 def _effective(
@@ -73,7 +112,11 @@ def _effective(
     PEFT ignores factors of modules that its config does not target. Where the base has the module
     they are applied all the same, since they were trained; where it has none, nothing can be.
     """
-    untargeted = [n for n, x in layers.items() if not is_targeted(adapter.config, x.module)]
+    untargeted = [
+        name
+        for name, layer in layers.items()
+        if not layer.is_parameter and not is_targeted(adapter.config, layer.target or layer.module)
+    ]
     ignored = [name for name in untargeted if name not in specs]
     applied = [name for name in untargeted if name in specs]
     if len(ignored) == len(layers):
@@ -92,9 +135,7 @@ def _effective(
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
 
 
-def _find_renaming(
-    base: CheckpointSource, adapter: Adapter, weights: Mapping[str, Layer]
-) -> Renaming:
+def _find_renaming(base: View, adapter: Adapter, weights: Mapping[str, Layer]) -> Renaming:
     """How the adapter's names of weights become the base's.
 
     Raises:
@@ -115,11 +156,30 @@ def _find_renaming(
 
 
 def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
-    return tuple(stored) in (tuple(shape), tuple(shape[::-1]))
+    return tuple(stored) in _possible_shapes(tuple(shape))
+
+
+def _possible_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes in which a change of this shape may be stored: its matrices may be transposed."""
+    return [shape, (*shape[:-2], *shape[:-3:-1])]
+
+
+def _check_whole(view: View, adapter: Adapter, replaced: Mapping[str, str]) -> None:
+    """Refuse a whole tensor that the base stores in pieces.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for name, disk in replaced.items():
+        if name in view.segments:
+            raise ConfigError(
+                f"'{adapter.ref}' replaces '{name}' ('{disk}'), which {view.where(name)} stores in "
+                f"pieces ('{view.stored(name)}' is one), and whole tensors are not split. {FOLD}"
+            )
 
 
 def _check_layer(
-    base: CheckpointSource,
+    base: View,
     specs: Mapping[str, TensorSpec],
     adapter: Adapter,
     name: str,
@@ -132,9 +192,18 @@ def _check_layer(
             f"hold. {_explain_absent(base, adapter, name, layer)}"
         )
     where = base.where(name) if name in base.specs else adapter.posterior.mean.where(layer.a)
-    shapes = [layer.shape] if layer.kernel else [layer.shape, layer.shape[::-1]]
+    shapes = [layer.shape]
+    if layer.is_parameter and layer.experts == 1:
+        shapes.append((1, *layer.shape))
+    elif not layer.kernel:
+        shapes = _possible_shapes(layer.shape)
     if spec.shape not in shapes:
         cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        if layer.experts > 1 and len(spec.shape) == 3 and spec.shape[0] != layer.experts:
+            cause = (
+                f"The factors are those of {layer.experts} experts of rank {layer.rank}, and the "
+                f"base has {spec.shape[0]}. {cause}"
+            )
         if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
             cause = (
                 "The vocabulary was resized before training, and the adapter does not hold the "
@@ -152,7 +221,7 @@ def _check_layer(
 
 
 def _check_replacement(
-    base: CheckpointSource,
+    base: View,
     specs: Mapping[str, TensorSpec],
     adapter: Adapter,
     name: str,
@@ -180,7 +249,7 @@ def _check_replacement(
     )
 
 
-def _explain_absent(base: CheckpointSource, adapter: Adapter, name: str, layer: Layer) -> str:
+def _explain_absent(base: View, adapter: Adapter, name: str, layer: Layer) -> str:
     """Why the base lacks a tensor that the adapter changes, and what to do."""
     if is_vocabulary(name):
         return (
@@ -216,7 +285,7 @@ def _find_transposed(
     is_transposed: dict[str, bool] = {}
     square: list[str] = []
     for name, layer in layers.items():
-        if layer.kernel:
+        if layer.kernel or layer.is_parameter:
             continue
         if layer.rows == layer.columns:
             square.append(name)
@@ -233,6 +302,33 @@ def _find_transposed(
     return {n for n, yes in is_transposed.items() if yes} | (
         set(square) if square_transposed else set()
     )
+
+
+def _find_transposed_stacks(
+    view: View, specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
+) -> set[str]:
+    """The stacks of experts stored as (experts, d_in, d_out), judged by their shapes.
+
+    Which of its factors PEFT takes for the rows of a square matrix depends on the model's code, so
+    that square ones are taken to be laid out as the others are.
+
+    Raises:
+        ConfigError: There are only square ones.
+    """
+    stacks = {name: layer for name, layer in layers.items() if layer.experts > 1}
+    square = [name for name, layer in stacks.items() if layer.rows == layer.columns]
+    others = [name for name in stacks if name not in square]
+    transposed = {name for name in others if specs[name].shape != stacks[name].shape}
+    # Experts that files hold one by one are ordinary matrices, and memory has them as they are.
+    unknown = [name for name in square if name not in view.segments]
+    if unknown and len(transposed) in (0, len(others)) and others:
+        return transposed | {name for name in unknown if transposed}
+    if unknown:
+        raise ConfigError(
+            f"'{adapter.ref}' adapts '{unknown[0]}', whose experts are square, and nothing in it "
+            f"tells whether {view.files[0]} stores them transposed. {FOLD}"
+        )
+    return transposed
 
 
 def _named_base(adapter: Adapter) -> str:

@@ -1,0 +1,146 @@
+"""Which tensor of a model a pair of factors adapts, where PEFT wraps more than one of a module.
+
+A pair belongs to the weight of its module, with two exceptions. `target_parameters` are adapted
+themselves, such as the stacked experts of a mixture: PEFT wraps their module once for each of them,
+one wrapper around the other, and the name on disk only says how deep a pair lies
+(`experts.lora_A`, `experts.base_layer.lora_A`). Wrappers are made in the order in which the module
+registers its parameters, so that the last one is the outermost. And torch's `MultiheadAttention` is
+wrapped as a whole: the pair at its own name is that of `in_proj_weight`.
+"""
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+from mergekit_bayes.checkpoint.adapter_patterns import LONGEST_MODULE
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.lora.config import CONFIG, LoraConfig
+from mergekit_bayes.lora.writers import FOLD
+
+WEIGHT = "weight"
+_WRAPPED = ".base_layer"
+_ATTENTION = ".base_layer.out_proj"  # beside the pair of `in_proj_weight`, in one wrapper
+_IN_PROJECTION = "in_proj_weight"
+# Parameters that one module may register, in that order (transformers 5.23, all models).
+_ORDER = (
+    *("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "w2"),
+    *("down_proj", "down_proj_bias", "weight", "bias"),
+)
+
+
+class Target(NamedTuple):
+    """The tensor that a pair of factors adapts.
+
+    Attributes:
+        module: The module's name in the model, without what PEFT put into it.
+        parameter: The tensor's name in the module.
+        pattern_name: The name by which `rank_pattern` and `alpha_pattern` are matched.
+        is_parameter: Whether the adapter targets the parameter itself: then it may be a stack of
+            experts, and a matrix is never stored transposed.
+    """
+
+    module: str
+    parameter: str
+    pattern_name: str
+    is_parameter: bool = False
+
+
+def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> dict[str, Target]:
+    """Find what each pair of factors adapts.
+
+    Args:
+        config: The adapter's config.
+        modules: What stands before `.lora_A` and `.lora_B`, without PEFT's prefix.
+        where: The file, for messages.
+
+    Returns:
+        The target of each entry of `modules`.
+
+    Raises:
+        CheckpointError: Two pairs are for one weight.
+        ConfigError: The config and the file do not tell which of several parameters is adapted.
+        MismatchError: A module is wrapped more often than the config names parameters of it.
+    """
+    wrappers: dict[str, dict[int, str]] = {}
+    for stored in modules:
+        bare = stored
+        while bare.endswith(_WRAPPED):
+            bare = bare.removesuffix(_WRAPPED)
+        depth = (len(stored) - len(bare)) // len(_WRAPPED)
+        other = wrappers.setdefault(_bare(bare), {}).setdefault(depth, stored)
+        if other != stored:
+            raise CheckpointError(
+                f"{where}: the factors of '{other}' and of '{stored}' are for one weight of the "
+                "model. Save the adapter again."
+            )
+    targets: dict[str, Target] = {}
+    for module, stored_at in wrappers.items():
+        names = _parameters(config, module, len(stored_at), where)
+        if sorted(stored_at) != list(range(len(names or (WEIGHT,)))):
+            raise MismatchError(
+                f"{where}: the factors of '{module}' are those of {len(stored_at)} wrappers (the "
+                f"deepest is '{stored_at[max(stored_at)]}'), but {CONFIG} names "
+                f"{len(names)} of its parameters (target_parameters). Save the adapter again."
+            )
+        for depth, name in enumerate(reversed(names)):
+            targets[stored_at[depth]] = Target(module, name, f"{module}.{name}", True)
+        if not names:
+            targets[stored_at[0]] = _plain(module, stored_at[0], modules)
+    return targets
+
+
+def _plain(module: str, stored: str, modules: Collection[str]) -> Target:
+    if f"{stored}{_ATTENTION}" in modules:
+        return Target(module, _IN_PROJECTION, module)
+    whole = stored.removesuffix(_ATTENTION)
+    is_projection = whole != stored and whole in modules
+    return Target(module, WEIGHT, _bare(whole) if is_projection else module)
+
+
+def _bare(name: str) -> str:
+    """A module's name without PEFT's wrappers around modules above it."""
+    return name.replace(f"{_WRAPPED}.", ".")
+
+
+def _parameters(config: LoraConfig, module: str, count: int, where: str) -> list[str]:
+    """The parameters of a module that are adapted, in order; none if its weight is, as usual."""
+    exact, bare = _split(_matches(config, module))
+    if not (exact or bare) or _is_module_targeted(config, module):
+        return []
+    names = exact if count <= len(exact) else exact + [name for name in bare if name not in exact]
+    if count < len(names):
+        raise ConfigError(
+            f"{where}: '{module}' has the factors of {count} of its parameters, and {CONFIG} names "
+            f"{len(names)} that they may be ({', '.join(names)}). {FOLD}"
+        )
+    unknown = [name for name in names if name not in _ORDER]
+    if len(names) > 1 and unknown:
+        raise ConfigError(
+            f"{where}: '{module}' has the factors of {len(names)} of its parameters "
+            f"({', '.join(names)}), and which pair is whose depends on the order in which the "
+            f"model's code registers them, which is not known for '{unknown[0]}'. {FOLD}"
+        )
+    return sorted(names, key=_ORDER.index) if len(names) > 1 else names
+
+
+def _matches(config: LoraConfig, module: str) -> list[tuple[str, bool]]:
+    """The parameters that entries of `target_parameters` name, and whether with their module."""
+    matches = []
+    for target in config.get("target_parameters") or ():
+        owner, _, name = target.rpartition(".")
+        if not owner or module == owner or module.endswith(f".{owner}"):
+            matches.append((name, bool(owner)))
+    return matches
+
+
+def _split(matches: list[tuple[str, bool]]) -> tuple[list[str], list[str]]:
+    exact = dict.fromkeys(name for name, has_owner in matches if has_owner)
+    return list(exact), list(dict.fromkeys(n for n, has_owner in matches if not has_owner))
+
+
+def _is_module_targeted(config: LoraConfig, module: str) -> bool:
+    """Whether `target_modules` means a module, whose weight is adapted then."""
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        return len(module) <= LONGEST_MODULE and re.fullmatch(targets, module) is not None
+    return any(module == t or module.endswith(f".{t}") for t in targets)

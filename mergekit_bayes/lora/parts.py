@@ -1,0 +1,121 @@
+"""Changes of tensors that are made of several products, one below the other.
+
+The factors of E stacked experts are one pair on disk, with the experts' ranks interleaved:
+
+    dW[e] = s B_e A_e,  A_e = A[e r : (e + 1) r],  B_e = B[:, e :: E]
+
+(PEFT 0.21, `ParamWrapper`; A is (E r, d_in), B (d_out, r E), the expert the fastest index of B's
+columns). A stored tensor may be the whole stack, one expert, or half of one.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mergekit_bayes.checkpoint.specs import Array
+from mergekit_bayes.lora.dense import Product
+from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.views import Segment
+
+
+class Part(NamedTuple):
+    """Rows of one product of a layer, and the rows of the stored tensor that they change.
+
+    Attributes:
+        layer: The layer.
+        expert: Which of its products.
+        transposed: Whether the tensor is stored as (d_in, d_out).
+        rows: The product's rows, as stored: of B, or of A' if transposed.
+        at: The first row of the tensor, stacked matrices taken as one, that they change.
+    """
+
+    layer: Layer
+    expert: int
+    transposed: bool
+    rows: slice
+    at: int
+
+
+class Stack(NamedTuple):
+    """Products one below the other. Rows that none of them covers are zero.
+
+    Attributes:
+        starts: The first row of each product, ascending.
+        products: The products, all with the same number of columns.
+    """
+
+    starts: tuple[int, ...]
+    products: tuple[Product, ...]
+
+    def entries(self, start: int, stop: int) -> Array:
+        """Entries `start:stop` in flat order; see `Product.entries`."""
+        left, right = self.products[0]
+        width = right.shape[1]
+        out: Array = np.zeros(stop - start, left.dtype)
+        first = max(0, bisect_right(self.starts, start // width) - 1)
+        for at, product in zip(self.starts[first:], self.products[first:], strict=True):
+            offset = at * width
+            if offset >= stop:
+                break
+            begin, end = max(start, offset), min(stop, offset + product.left.shape[1] * width)
+            if begin < end:
+                out[begin - start : end - start] = product.entries(begin - offset, end - offset)
+        return out
+
+
+def of_expert(factors: Factors, experts: int, expert: int) -> Factors:
+    """The factors of one expert, (r, d_in) and (d_out, r).
+
+    Args:
+        factors: The factors of all experts as they are stored, or their variances.
+        experts: E.
+        expert: Which one, from 0.
+    """
+    if experts == 1:
+        return factors
+    rank = len(factors.a) // experts
+    return Factors(factors.a[expert * rank : (expert + 1) * rank], factors.b[:, expert::experts])
+
+
+def join_experts(factors: Sequence[Factors]) -> Factors:
+    """The factors of all experts as PEFT stores them; the inverse of `of_expert`."""
+    a = np.concatenate([f.a for f in factors])
+    return Factors(a, np.stack([f.b for f in factors], axis=-1).reshape(len(factors[0].b), -1))
+
+
+def parts_of(
+    layer: Layer, segments: Sequence[Segment], *, transposed: bool
+) -> dict[str, list[Part]]:
+    """The parts of a layer by the stored tensor that they change.
+
+    Args:
+        layer: The layer.
+        segments: Where the rows of the adapted tensor are stored.
+        transposed: Whether it is (d_in, d_out) there.
+    """
+    height = layer.columns if transposed else layer.rows  # of one product
+    parts: dict[str, list[Part]] = {}
+    for segment in segments:
+        row, stop = segment.start, segment.start + segment.rows
+        while row < stop:
+            expert, first = divmod(row, height)
+            rows = min(height - first, stop - row)
+            at = segment.at + row - segment.start
+            part = Part(layer, expert, transposed, slice(first, first + rows), at)
+            parts.setdefault(segment.name, []).append(part)
+            row += rows
+    return parts
+
+
+def stack_parts(parts: Sequence[Part], make: Callable[[Part], Product]) -> Stack:
+    """The change of a stored tensor, or its variance.
+
+    Args:
+        parts: The tensor's parts, by their first row.
+        make: The product of which a part has some rows.
+    """
+    products = [(make(part), part.rows) for part in parts]
+    cut = [Product(np.ascontiguousarray(p.left[:, rows]), p.right) for p, rows in products]
+    return Stack(tuple(part.at for part in parts), tuple(cut))
