@@ -13,7 +13,7 @@ from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.layers import Factors, Layer
-from mergekit_bayes.lora.parts import Part, Stack, of_expert, stack_parts
+from mergekit_bayes.lora.pieces import Piece, Stack, of_expert, stack_pieces
 from mergekit_bayes.lora.placing import place_adapter
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
@@ -65,21 +65,21 @@ class AdaptedSource(Closing):
         return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
 
     def _make(self, name: str) -> Product | Stack:
-        layer, transposed, parts = self.adapted[name]
+        layer, transposed, pieces = self.adapted[name]
         dtype = np.float64 if self._specs[name].dtype == "F64" else np.float32
 
         def changed(layer: Layer, factors: Factors, transposed: bool) -> Product:
             factors = Factors(*(f.astype(dtype, copy=False) for f in factors))
             return change(factors, layer.scaling, transposed=transposed)
 
-        if not parts:
+        if not pieces:
             return changed(layer, self.adapter.factors(layer), transposed)
-        return stack_parts(
-            parts,
-            lambda part: changed(
-                part.layer,
-                of_expert(self._factors(part.layer), part.layer.experts, part.expert),
-                part.transposed,
+        return stack_pieces(
+            pieces,
+            lambda piece: changed(
+                piece.layer,
+                of_expert(self._factors(piece.layer), piece.layer.experts, piece.expert),
+                piece.transposed,
             ),
         )
 
@@ -185,19 +185,19 @@ class ProductPrecision(Closing):
         self._moments = lru_cache(_KEPT)(self._read_moments)
 
     def _make(self, name: str) -> Product | Stack:
-        layer, transposed, parts = self._mean.adapted[name]
-        if not parts:
+        layer, transposed, pieces = self._mean.adapted[name]
+        if not pieces:
             factors, variances = self._read_moments(layer)
             return variance(factors, variances, layer.scaling, transposed=transposed)
 
-        def varied(part: Part) -> Product:
-            layer = part.layer
+        def varied(piece: Piece) -> Product:
+            layer = piece.layer
             factors, variances = (
-                of_expert(f, layer.experts, part.expert) for f in self._moments(layer)
+                of_expert(f, layer.experts, piece.expert) for f in self._moments(layer)
             )
-            return variance(factors, variances, layer.scaling, transposed=part.transposed)
+            return variance(factors, variances, layer.scaling, transposed=piece.transposed)
 
-        return stack_parts(parts, varied)
+        return stack_pieces(pieces, varied)
 
     def _read_moments(self, layer: Layer) -> tuple[Factors, Factors]:
         """Means and variances of a layer's factors; no variance where both were frozen."""

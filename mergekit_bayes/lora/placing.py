@@ -11,7 +11,7 @@ from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.config import CONFIG, is_targeted
 from mergekit_bayes.lora.layers import Layer
-from mergekit_bayes.lora.parts import Part, parts_of
+from mergekit_bayes.lora.pieces import Piece, pieces_of
 from mergekit_bayes.lora.views import Segment, View, view_base
 from mergekit_bayes.lora.writers import FOLD
 
@@ -25,17 +25,17 @@ class PlacedLayer(NamedTuple):
     Attributes:
         layer: The layer, or the first of several.
         transposed: Whether the weight is stored as (d_in, d_out).
-        parts: The products that the weight changes by where it is not one whole product.
+        pieces: The products that the weight changes by where it is not one whole product.
     """
 
     layer: Layer
     transposed: bool
-    parts: tuple[Part, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All layers that change the weight."""
-        return tuple(dict.fromkeys(part.layer for part in self.parts)) or (self.layer,)
+        return tuple(dict.fromkeys(piece.layer for piece in self.pieces)) or (self.layer,)
 
 
 class Placement(NamedTuple):
@@ -88,7 +88,7 @@ def _place(
 ) -> dict[str, PlacedLayer]:
     """The layers by the stored tensor that they change."""
     placed: dict[str, PlacedLayer] = {}
-    parts: dict[str, list[Part]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for name, layer in layers.items():
         stored, is_transposed = view.stored(name), name in transposed
         if name not in view.segments and layer.experts == 1:
@@ -96,10 +96,10 @@ def _place(
             continue
         height = (layer.columns if is_transposed else layer.rows) * layer.experts
         segments = view.segments.get(name, (Segment(stored, 0, 0, height),))
-        for tensor, found in parts_of(layer, segments, transposed=is_transposed).items():
-            parts.setdefault(tensor, []).extend(found)
-    for tensor, found in parts.items():
-        found.sort(key=lambda part: part.at)
+        for tensor, found in pieces_of(layer, segments, transposed=is_transposed).items():
+            pieces.setdefault(tensor, []).extend(found)
+    for tensor, found in pieces.items():
+        found.sort(key=lambda piece: piece.at)
         placed[tensor] = PlacedLayer(found[0].layer, found[0].transposed, tuple(found))
     return placed
 
@@ -269,7 +269,7 @@ def _explain_absent(base: View, adapter: Adapter, name: str, layer: Layer) -> st
     if other is not None:
         return (
             f"The base has '{other}' of that shape: the adapter was saved under other module "
-            "names, by another version of transformers or as a part of a larger model (such as "
+            "names, by another version of transformers or as a piece of a larger model (such as "
             f"the language tower of a vision-language model). {FOLD}"
         )
     return f"Was it trained on another model than this ({_named_base(adapter)})?"

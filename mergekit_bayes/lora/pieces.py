@@ -20,7 +20,7 @@ from mergekit_bayes.lora.layers import Factors, Layer
 from mergekit_bayes.lora.views import Segment
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """Rows of one product of a layer, and the rows of the stored tensor that they change.
 
     Attributes:
@@ -85,10 +85,10 @@ def join_experts(factors: Sequence[Factors]) -> Factors:
     return Factors(a, np.stack([f.b for f in factors], axis=-1).reshape(len(factors[0].b), -1))
 
 
-def parts_of(
+def pieces_of(
     layer: Layer, segments: Sequence[Segment], *, transposed: bool
-) -> dict[str, list[Part]]:
-    """The parts of a layer by the stored tensor that they change.
+) -> dict[str, list[Piece]]:
+    """The pieces of a layer by the stored tensor that they change.
 
     Args:
         layer: The layer.
@@ -96,26 +96,26 @@ def parts_of(
         transposed: Whether it is (d_in, d_out) there.
     """
     height = layer.columns if transposed else layer.rows  # of one product
-    parts: dict[str, list[Part]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for segment in segments:
         row, stop = segment.start, segment.start + segment.rows
         while row < stop:
             expert, first = divmod(row, height)
             rows = min(height - first, stop - row)
             at = segment.at + row - segment.start
-            part = Part(layer, expert, transposed, slice(first, first + rows), at)
-            parts.setdefault(segment.name, []).append(part)
+            piece = Piece(layer, expert, transposed, slice(first, first + rows), at)
+            pieces.setdefault(segment.name, []).append(piece)
             row += rows
-    return parts
+    return pieces
 
 
-def stack_parts(parts: Sequence[Part], make: Callable[[Part], Product]) -> Stack:
+def stack_pieces(pieces: Sequence[Piece], make: Callable[[Piece], Product]) -> Stack:
     """The change of a stored tensor, or its variance.
 
     Args:
-        parts: The tensor's parts, by their first row.
-        make: The product of which a part has some rows.
+        pieces: The tensor's pieces, by their first row.
+        make: The product of which a piece has some rows.
     """
-    products = [(make(part), part.rows) for part in parts]
+    products = [(make(piece), piece.rows) for piece in pieces]
     cut = [Product(np.ascontiguousarray(p.left[:, rows]), p.right) for p, rows in products]
-    return Stack(tuple(part.at for part in parts), tuple(cut))
+    return Stack(tuple(piece.at for piece in pieces), tuple(cut))
