@@ -6,15 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.codec import read_chunk
+from mergekit_bayes.checkpoint.codec import read_chunk, read_tensor
 from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
+from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.lora.adapter import Adapter
+from mergekit_bayes.lora.changes import Added, Change, Once, Rescaled, Rows, Shifted
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.magnitudes import output_norms
+from mergekit_bayes.lora.moved import move_of
 from mergekit_bayes.lora.pieces import Piece, Stack, of_expert, stack_pieces
 from mergekit_bayes.lora.placing import place_adapter
+from mergekit_bayes.lora.variants import initial_move
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
 
@@ -22,7 +27,7 @@ _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after 
 class AdaptedSource(Closing):
     """A base with an adapter folded in: names, shapes and shards of the base.
 
-    An adapted tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
+    A changed tensor is F32 (F64 on an F64 base), because `W + s B A` is computed in that format.
     Tensors that the adapter holds whole are its bytes, all others the base's; where it holds a
     weight whole and factors of it, W is the adapter's. Reading is safe in several
     threads at once.
@@ -30,58 +35,118 @@ class AdaptedSource(Closing):
     Attributes:
         base: The base's tensors.
         adapter: The adapter.
+        heads: Heads that the base does not store, with the embedding of the base that each one is
+            without the adapter.
         adapted: The layers by the tensor that they change.
+        biases: The layers by the bias that theirs is added to (`lora_bias`).
+        rows: The trained rows by the table whose rows they replace.
+        changed: The tensors whose entries are computed: those of the three above.
         replaced: The tensors that the adapter replaces, from the base's name to its name on disk.
     """
 
     is_computed = True
 
-    def __init__(self, base: CheckpointSource, adapter: Adapter) -> None:
+    def __init__(
+        self, base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+    ) -> None:
         """Match the adapter with the base; the source then owns both.
+
+        Args:
+            base: The base's tensors.
+            adapter: The adapter.
+            heads: Heads that the base does not store and that become tensors of their own, each
+                with the embedding of the base that it is without the adapter.
 
         Raises:
             ConfigError: The layout of a square weight is ambiguous.
             MismatchError: A layer or tensor of the adapter does not fit the base.
         """
-        self.base, self.adapter = base, adapter
-        self.adapted, self.replaced, self._notes = place_adapter(base, adapter)
-        self._specs: dict[str, TensorSpec] = {
-            name: self._spec(name) for name in dict.fromkeys([*base.specs, *self.replaced])
-        }
-        self._product = lru_cache(_KEPT)(self._make)
+        self.base, self.adapter, self.heads = base, adapter, dict(heads or {})
+        placed = place_adapter(base, adapter, self.heads)
+        self.adapted, self.replaced, self._notes = placed.layers, placed.replaced, placed.notes
+        self.biases, self.rows = placed.biases, placed.rows
+        self.changed = {*self.adapted, *self.biases, *self.rows}
+        names = [*base.specs, *self.heads, *self.replaced]
+        self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
+        self._change = lru_cache(_KEPT)(self._make)
         self._factors = lru_cache(_KEPT)(adapter.factors)
+        self._moves, self._ratios = Once(self._move), Once(self._ratio)
 
     def _origin(self, name: str) -> tuple[CheckpointSource, str]:
         """Where W is stored, and its name there."""
         if name in self.replaced:
             return self.adapter.posterior.mean, self.replaced[name]
-        return self.base, name
+        return self.base, self.heads.get(name, name)
 
     def _spec(self, name: str) -> TensorSpec:
         source, stored = self._origin(name)
         spec = source.specs[stored]
-        if name not in self.adapted:
+        if name not in self.changed:
             return spec
         return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
 
-    def _make(self, name: str) -> Product | Stack:
-        layer, transposed, pieces = self.adapted[name]
-        dtype = np.float64 if self._specs[name].dtype == "F64" else np.float32
+    def _dtype(self, name: str) -> type[np.float32] | type[np.float64]:
+        return np.float64 if self._specs[name].dtype == "F64" else np.float32
 
-        def changed(layer: Layer, factors: Factors, transposed: bool) -> Product:
-            factors = Factors(*(f.astype(dtype, copy=False) for f in factors))
-            return change(factors, layer.scaling, transposed=transposed)
+    def _make(self, name: str) -> Change:
+        dtype = self._dtype(name)
+        if name in self.rows:
+            trained = self.rows[name]
+            indices = np.asarray(trained.indices, np.int64)
+            order = np.argsort(indices)
+            return Rows(indices[order], self.adapter.values(trained.disk).astype(dtype)[order])
+        if name in self.biases:
+            layer = self.biases[name]
+            assert layer.bias is not None
+            addend: Array = self.adapter.values(layer.bias).astype(dtype)
+            return Shifted(layer.scaling * addend)
+        placed = self.adapted[name]
+        if placed.pieces:
+            return Added(stack_pieces(placed.pieces, lambda piece: self._piece(piece, dtype)))
+        product, layer = self._product(name), placed.layer
+        if layer.magnitude is None:
+            return Added(product)
+        return Rescaled(product, self._ratios(name), placed.transposed)
 
-        if not pieces:
-            return changed(layer, self.adapter.factors(layer), transposed)
-        return stack_pieces(
-            pieces,
-            lambda piece: changed(
-                piece.layer,
-                of_expert(self._factors(piece.layer), piece.layer.experts, piece.expert),
-                piece.transposed,
-            ),
+    def _piece(self, piece: Piece, dtype: type[np.float32] | type[np.float64]) -> Product:
+        layer = piece.layer
+        factors = of_expert(self._factors(layer), layer.experts, piece.expert)
+        factors = Factors(*(f.astype(dtype, copy=False) for f in factors))
+        return change(factors, layer.scaling, transposed=piece.transposed)
+
+    def _product(self, name: str) -> Product:
+        placed, dtype = self.adapted[name], self._dtype(name)
+        layer = placed.layer
+        factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
+        product = change(factors, layer.scaling, transposed=placed.transposed)
+        has_moved = initial_move(self.adapter.config) is not None
+        return product.with_more(self._moves(name)) if has_moved else product
+
+    def _move(self, name: str) -> Product:
+        method, layer = initial_move(self.adapter.config), self.adapted[name].layer
+        assert method is not None
+        move = move_of(method, read_tensor(*self._origin(name)), layer.rank, layer.scaling)
+        return Product(*(side.astype(self._dtype(name)) for side in move))
+
+    def _ratio(self, name: str) -> Array:
+        """`m / ||W + s B A||` of each output, for DoRA."""
+        placed, origin = self.adapted[name], self._origin(name)
+        assert placed.layer.magnitude is not None
+        product = self._product(name)
+        shape = (self._specs[name].size // product.width, product.width)
+        norms = output_norms(
+            lambda start, stop: read_chunk(*origin, start, stop),
+            shape,
+            product,
+            by_column=placed.transposed,
         )
+        if not (np.isfinite(norms).all() and norms.all()):
+            raise CheckpointError(
+                f"{self.where(name)}: an output of '{name}' has no finite norm above zero, "
+                "by which DoRA divides. Did training diverge?"
+            )
+        magnitudes = self.adapter.values(placed.layer.magnitude).reshape(-1)
+        return (magnitudes / norms).astype(self._dtype(name))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -120,24 +185,28 @@ class AdaptedSource(Closing):
         """The file or files of which a tensor is made, for messages."""
         source, stored = self._origin(name)
         where = source.where(stored)
-        if name not in self.adapted:
+        if name not in self.changed:
             return where
-        factors = self.adapter.posterior.mean.where(self.adapted[name].layer.a)
-        return f"{where} + {factors}"
+        if name in self.rows:
+            part = self.rows[name].disk
+        else:
+            part = (self.adapted[name].layer if name in self.adapted else self.biases[name]).a
+        return f"{where} + {self.adapter.posterior.mean.where(part)}"
 
     def file_of(self, name: str) -> int:
         """Index of the base's shard to which a tensor belongs; 0 if only the adapter has it."""
-        return self.base.file_of(name) if name in self.base.specs else 0
+        stored = self.heads.get(name, name)
+        return self.base.file_of(stored) if stored in self.base.specs else 0
 
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         source, stored = self._origin(name)
-        if name not in self.adapted:
+        if name not in self.changed:
             source.read_bytes(stored, offset, out)
         else:
             start, stop, skipped = _entries_of(offset, len(out), ITEM_SIZE[self._specs[name].dtype])
-            values = self._product(name).entries(start, stop)
-            values += read_chunk(source, stored, start, stop)
+            values = read_chunk(source, stored, start, stop).astype(self._dtype(name), copy=False)
+            self._change(name).apply(values, start)
             out[:] = values.view(np.uint8).data[skipped : skipped + len(out)]
 
     def close(self) -> None:
@@ -169,11 +238,12 @@ class ProductPrecision(Closing):
         assert mean.adapter.posterior.precision is not None
         self._source = mean.adapter.posterior.precision
         stored = self._source.specs
-        self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.adapted}
+        self._replaced = {n: d for n, d in mean.replaced.items() if n not in mean.changed}
         self._specs = {
             name: TensorSpec("F32", mean.specs[name].shape)
             for name, placed in mean.adapted.items()
-            if any(layer.a in stored or layer.b in stored for layer in placed.layers)
+            if placed.layer.magnitude is None
+            and any(layer.a in stored or layer.b in stored for layer in placed.layers)
         }
         self._specs |= {
             n: TensorSpec("F32", mean.specs[n].shape)

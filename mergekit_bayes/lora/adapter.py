@@ -12,7 +12,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
 from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
+from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
 from mergekit_bayes.posterior.directions import refuse_matrices
@@ -48,6 +49,8 @@ class Adapter(Closing):
             that are stored whole), from the name in the model to the name on disk.
         unused: Names on disk of tensors that have no effect: the base's copies of modules that are
             replaced, and second copies of one tensor.
+        rows: Rows of tensors that replace the base's (`trainable_token_indices`), by the name in
+            the model.
     """
 
     posterior: Posterior
@@ -55,6 +58,7 @@ class Adapter(Closing):
     layers: Mapping[str, Layer]
     replacements: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    rows: Mapping[str, TrainedRows] = field(default_factory=dict)
 
     @property
     def ref(self) -> str:
@@ -87,11 +91,16 @@ class Adapter(Closing):
             CheckpointError: An entry is not finite.
         """
         return Factors(
-            self._finite(layer.a).reshape(layer.total_rank, layer.columns),
-            self._finite(layer.b).reshape(layer.rows, layer.total_rank),
+            self.values(layer.a).reshape(layer.total_rank, layer.columns),
+            self.values(layer.b).reshape(layer.rows, layer.total_rank),
         )
 
-    def _finite(self, name: str) -> Array:
+    def values(self, name: str) -> Array:
+        """Read a tensor under its name on disk, in float32.
+
+        Raises:
+            CheckpointError: An entry is not finite.
+        """
         values = read_tensor(self.posterior.mean, name).astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise CheckpointError(
@@ -190,7 +199,7 @@ def open_adapter(ref: str, *, precision: str | None = None, with_precision: bool
 
     Raises:
         CheckpointError: There is no adapter, or its config and tensors disagree.
-        ConfigError: The adapter is more than `s B A` on its base's weights.
+        ConfigError: The adapter is of a variant that is not read.
         MismatchError: The factors have another rank than the config says.
         PrecisionError: The precision was taken at other weights than this adapter's.
     """

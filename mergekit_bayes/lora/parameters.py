@@ -9,14 +9,20 @@ wrapped as a whole: the pair at its own name is that of `in_proj_weight`.
 """
 
 import re
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
-from mergekit_bayes.checkpoint.adapter_patterns import LONGEST_MODULE
-from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.checkpoint.adapter_patterns import (
+    LONGEST_MODULE,
+    MOST_PATTERNS,
+    module_pattern,
+)
+from mergekit_bayes.errors import CheckpointError, ConfigError, MismatchError, shown
 from mergekit_bayes.lora.config import CONFIG, LoraConfig
 from mergekit_bayes.lora.writers import FOLD
 
+_T = TypeVar("_T")
 WEIGHT = "weight"
 _WRAPPED = ".base_layer"
 _ATTENTION = ".base_layer.out_proj"  # beside the pair of `in_proj_weight`, in one wrapper
@@ -87,6 +93,33 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
         if not names:
             targets[stored_at[0]] = _plain(module, stored_at[0], modules)
     return targets
+
+
+def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
+    """The value of the first pattern that matches the end of a name, as PEFT chooses it.
+
+    Args:
+        patterns: `rank_pattern` or `alpha_pattern`.
+        module: The name; see `Target.pattern_name`.
+        default: The value where no pattern matches.
+
+    Raises:
+        ConfigError: The name is too long to be matched.
+    """
+    if patterns and len(module) > LONGEST_MODULE:
+        raise ConfigError(
+            f"{CONFIG} has patterns, and the module {shown(module)} a name of {len(module):,} "
+            f"characters, where patterns are matched with up to {LONGEST_MODULE}."
+        )
+    for pattern, value in (patterns or {}).items():
+        if _compiled(pattern).match(module):
+            return value
+    return default
+
+
+@lru_cache(maxsize=MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(module_pattern(pattern))
 
 
 def _plain(module: str, stored: str, modules: Collection[str]) -> Target:

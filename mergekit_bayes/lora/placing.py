@@ -1,7 +1,7 @@
 """Which tensors of a base an adapter changes or replaces, and how they are laid out."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mergekit_bayes.checkpoint.names import is_vocabulary
@@ -9,33 +9,26 @@ from mergekit_bayes.checkpoint.renaming import Renaming, find_renaming, renamed_
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.errors import ConfigError, MismatchError
 from mergekit_bayes.lora.adapter import Adapter
-from mergekit_bayes.lora.config import CONFIG, is_targeted
+from mergekit_bayes.lora.config import is_targeted
 from mergekit_bayes.lora.layers import Layer
-from mergekit_bayes.lora.pieces import Piece, pieces_of
-from mergekit_bayes.lora.views import Segment, View, view_base
+from mergekit_bayes.lora.layouts import (
+    PlacedLayer,
+    find_transposed,
+    place_layers,
+    possible_shapes,
+)
+from mergekit_bayes.lora.misplaced import (
+    named_base,
+    refuse_misplaced_biases,
+    refuse_misplaced_rows,
+)
+from mergekit_bayes.lora.tokens import TrainedRows
+from mergekit_bayes.lora.variants import initial_move, variant_notes
+from mergekit_bayes.lora.views import View, view_base
 from mergekit_bayes.lora.writers import FOLD
 
 # The end of a name from the number of its block on.
 _NUMBERED = re.compile(r"\.(\d+\..*)$")
-
-
-class PlacedLayer(NamedTuple):
-    """A layer of an adapter and the layout of the base's weight that it changes.
-
-    Attributes:
-        layer: The layer, or the first of several.
-        transposed: Whether the weight is stored as (d_in, d_out).
-        pieces: The products that the weight changes by where it is not one whole product.
-    """
-
-    layer: Layer
-    transposed: bool
-    pieces: tuple[Piece, ...] = ()
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """All layers that change the weight."""
-        return tuple(dict.fromkeys(piece.layer for piece in self.pieces)) or (self.layer,)
 
 
 class Placement(NamedTuple):
@@ -43,17 +36,28 @@ class Placement(NamedTuple):
 
     Attributes:
         layers: The layers by the base's tensor that they change.
+        biases: The layers by the base's bias that theirs is added to (`lora_bias`).
+        rows: The rows that are replaced, by the base's tensor.
         replaced: The tensors that are replaced, from the base's name to the adapter's name on disk.
         notes: Remarks on what is left out, and on what PEFT would do otherwise.
     """
 
     layers: dict[str, PlacedLayer]
+    biases: dict[str, Layer]
+    rows: dict[str, TrainedRows]
     replaced: dict[str, str]
     notes: tuple[str, ...]
 
 
-def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
+def place_adapter(
+    base: CheckpointSource, adapter: Adapter, heads: Mapping[str, str] | None = None
+) -> Placement:
     """Match an adapter with the tensors of a base.
+
+    Args:
+        base: The base's tensors.
+        adapter: The adapter.
+        heads: Heads that the base does not store, each with the embedding of the base that it is.
 
     Raises:
         ConfigError: The layout of a square weight is ambiguous.
@@ -62,46 +66,51 @@ def place_adapter(base: CheckpointSource, adapter: Adapter) -> Placement:
     weights = {layer.tensor: layer for layer in adapter.layers.values()}
     stored = adapter.posterior.mean.specs
     view = view_base(base, weights.values())
-    renaming = _find_renaming(view, adapter, weights)
+    stored_specs = {**view.specs, **{h: base.specs[e] for h, e in (heads or {}).items()}}
+    renaming = _find_renaming(view, stored_specs, adapter, weights)
     layers = {renaming(name): layer for name, layer in weights.items()}
     replaced = {renaming(name): disk for name, disk in adapter.replacements.items()}
     _check_whole(view, adapter, replaced)
-    specs = {**view.specs, **{name: stored[disk] for name, disk in replaced.items()}}
+    specs = {**stored_specs, **{name: stored[disk] for name, disk in replaced.items()}}
     layers, notes = _effective(specs, adapter, layers)
     if renaming.names:
         notes.append(renamed_note(adapter.ref, renaming))
     if adapter.unused_note is not None:
         notes.append(adapter.unused_note)
+    notes += _notes_on_variants(adapter)
     for name, layer in layers.items():
         _check_layer(view, specs, adapter, name, layer)
     for name in replaced:
         _check_replacement(view, specs, adapter, name, replaced[name], notes)
-    transposed = _find_transposed(specs, adapter, layers)
-    transposed |= _find_transposed_stacks(view, specs, adapter, layers)
-    placed = _place(view, layers, transposed)
-    replaced = {view.stored(name): disk for name, disk in replaced.items()}
-    return Placement(placed, replaced, tuple(notes))
+    placed = place_layers(view, adapter, layers, find_transposed(specs, view, adapter, layers))
+    biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
+    rows = {renaming(name): trained for name, trained in adapter.rows.items()}
+    refuse_misplaced_biases(view, specs, adapter, biases)
+    refuse_misplaced_rows(view, specs, adapter, rows, {*layers, *replaced})
+    return Placement(
+        placed,
+        {view.stored(name): layer for name, layer in biases.items()},
+        {view.stored(name): trained for name, trained in rows.items()},
+        {view.stored(name): disk for name, disk in replaced.items()},
+        tuple(notes),
+    )
 
 
-def _place(
-    view: View, layers: Mapping[str, Layer], transposed: Collection[str]
-) -> dict[str, PlacedLayer]:
-    """The layers by the stored tensor that they change."""
-    placed: dict[str, PlacedLayer] = {}
-    pieces: dict[str, list[Piece]] = {}
-    for name, layer in layers.items():
-        stored, is_transposed = view.stored(name), name in transposed
-        if name not in view.segments and layer.experts == 1:
-            placed[stored] = PlacedLayer(layer, is_transposed)
-            continue
-        height = (layer.columns if is_transposed else layer.rows) * layer.experts
-        segments = view.segments.get(name, (Segment(stored, 0, 0, height),))
-        for tensor, found in pieces_of(layer, segments, transposed=is_transposed).items():
-            pieces.setdefault(tensor, []).extend(found)
-    for tensor, found in pieces.items():
-        found.sort(key=lambda piece: piece.at)
-        placed[tensor] = PlacedLayer(found[0].layer, found[0].transposed, tuple(found))
-    return placed
+def _notes_on_variants(adapter: Adapter) -> list[str]:
+    """What of the config a report tells, and tensors that get no precision."""
+    notes = list(variant_notes(adapter.config, adapter.ref))
+    move = initial_move(adapter.config)
+    if move is not None:
+        notes.append(
+            f"'{adapter.ref}' began with {move}, which takes its first factors out of the base: "
+            "the base is moved likewise, as PEFT does when it loads such an adapter"
+        )
+    if adapter.posterior.has_precision and (adapter.config.get("use_dora") or adapter.rows):
+        notes.append(
+            f"'{adapter.ref}' has a precision, and what it says of weights with magnitudes (DoRA) "
+            "and of tables with trained rows is not known: those have none"
+        )
+    return notes
 
 
 def _effective(
@@ -135,7 +144,12 @@ def _effective(
     return {name: layer for name, layer in layers.items() if name not in ignored}, notes
 
 
-def _find_renaming(base: View, adapter: Adapter, weights: Mapping[str, Layer]) -> Renaming:
+def _find_renaming(
+    base: View,
+    specs: Mapping[str, TensorSpec],
+    adapter: Adapter,
+    weights: Mapping[str, Layer],
+) -> Renaming:
     """How the adapter's names of weights become the base's.
 
     Raises:
@@ -144,7 +158,13 @@ def _find_renaming(base: View, adapter: Adapter, weights: Mapping[str, Layer]) -
     stored = adapter.posterior.mean.specs
     shapes = {name: TensorSpec("F32", layer.shape) for name, layer in weights.items()}
     shapes |= {name: stored[disk] for name, disk in adapter.replacements.items()}
-    renaming = find_renaming(base.specs, shapes, fits=_may_be_transposed)
+    shapes |= {name: stored[trained.disk] for name, trained in adapter.rows.items()}
+    shapes |= {
+        f"{layer.module}.bias": TensorSpec("F32", (layer.rows,))
+        for layer in weights.values()
+        if layer.bias is not None
+    }
+    renaming = find_renaming(specs, shapes, fits=_may_be_transposed)
     for name in sorted(weights.keys() & renaming.ambiguous.keys()):
         rivals = renaming.ambiguous[name]
         shown = " or ".join(f"'{rival}'" for rival in rivals[:2])
@@ -156,12 +176,7 @@ def _find_renaming(base: View, adapter: Adapter, weights: Mapping[str, Layer]) -
 
 
 def _may_be_transposed(shape: Sequence[int], stored: Sequence[int]) -> bool:
-    return tuple(stored) in _possible_shapes(tuple(shape))
-
-
-def _possible_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes in which a change of this shape may be stored: its matrices may be transposed."""
-    return [shape, (*shape[:-2], *shape[:-3:-1])]
+    return tuple(stored) in possible_shapes(tuple(shape))
 
 
 def _check_whole(view: View, adapter: Adapter, replaced: Mapping[str, str]) -> None:
@@ -195,10 +210,10 @@ def _check_layer(
     shapes = [layer.shape]
     if layer.is_parameter and layer.experts == 1:
         shapes.append((1, *layer.shape))
-    elif not layer.kernel:
-        shapes = _possible_shapes(layer.shape)
+    elif not layer.kernel and not layer.is_embedding:
+        shapes = possible_shapes(layer.shape)
     if spec.shape not in shapes:
-        cause = f"Was it trained on another model ({_named_base(adapter)})?"
+        cause = f"Was it trained on another model ({named_base(adapter)})?"
         if layer.experts > 1 and len(spec.shape) == 3 and spec.shape[0] != layer.experts:
             cause = (
                 f"The factors are those of {layer.experts} experts of rank {layer.rank}, and the "
@@ -207,7 +222,8 @@ def _check_layer(
         if is_vocabulary(name) and spec.shape[1:] == layer.shape[1:]:
             cause = (
                 "The vocabulary was resized before training, and the adapter does not hold the "
-                f"rows that were added: name the base of {layer.rows} rows that it was trained on."
+                f"rows that were added: name the base of {layer.shape[0]} rows that it was "
+                "trained on."
             )
         raise MismatchError(
             f"'{layer.a}' of '{adapter.ref}' changes a weight of {list(layer.shape)}, but '{name}' "
@@ -245,7 +261,7 @@ def _check_replacement(
         return
     raise MismatchError(
         f"'{disk}' of '{adapter.ref}' is {list(new)}, but '{name}' in {base.where(name)} is "
-        f"{list(old)}. Was it trained on another model ({_named_base(adapter)})?"
+        f"{list(old)}. Was it trained on another model ({named_base(adapter)})?"
     )
 
 
@@ -269,70 +285,10 @@ def _explain_absent(base: View, adapter: Adapter, name: str, layer: Layer) -> st
     if other is not None:
         return (
             f"The base has '{other}' of that shape: the adapter was saved under other module "
-            "names, by another version of transformers or as a piece of a larger model (such as "
+            "names, by another version of transformers or as a part of a larger model (such as "
             f"the language tower of a vision-language model). {FOLD}"
         )
-    return f"Was it trained on another model than this ({_named_base(adapter)})?"
-
-
-def _find_transposed(
-    specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
-) -> set[str]:
-    """The matrices stored as (d_in, d_out), judged by their shapes.
-
-    Square weights are taken to be laid out as the others are, or else as the config says.
-    """
-    is_transposed: dict[str, bool] = {}
-    square: list[str] = []
-    for name, layer in layers.items():
-        if layer.kernel or layer.is_parameter:
-            continue
-        if layer.rows == layer.columns:
-            square.append(name)
-        else:
-            is_transposed[name] = specs[name].shape == (layer.columns, layer.rows)
-    layouts = set(is_transposed.values())
-    if square and len(layouts) > 1:
-        raise ConfigError(
-            f"'{adapter.ref}' adapts transposed and ordinary layers, and the square '{square[0]}' "
-            "may be either. Fold it into its base with `PeftModel.merge_and_unload()`."
-        )
-    flag = bool(adapter.config.get("fan_in_fan_out"))
-    square_transposed = layouts.pop() if len(layouts) == 1 else flag
-    return {n for n, yes in is_transposed.items() if yes} | (
-        set(square) if square_transposed else set()
-    )
-
-
-def _find_transposed_stacks(
-    view: View, specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
-) -> set[str]:
-    """The stacks of experts stored as (experts, d_in, d_out), judged by their shapes.
-
-    Which of its factors PEFT takes for the rows of a square matrix depends on the model's code, so
-    that square ones are taken to be laid out as the others are.
-
-    Raises:
-        ConfigError: There are only square ones.
-    """
-    stacks = {name: layer for name, layer in layers.items() if layer.experts > 1}
-    square = [name for name, layer in stacks.items() if layer.rows == layer.columns]
-    others = [name for name in stacks if name not in square]
-    transposed = {name for name in others if specs[name].shape != stacks[name].shape}
-    # Experts that files hold one by one are ordinary matrices, and memory has them as they are.
-    unknown = [name for name in square if name not in view.segments]
-    if unknown and len(transposed) in (0, len(others)) and others:
-        return transposed | {name for name in unknown if transposed}
-    if unknown:
-        raise ConfigError(
-            f"'{adapter.ref}' adapts '{unknown[0]}', whose experts are square, and nothing in it "
-            f"tells whether {view.files[0]} stores them transposed. {FOLD}"
-        )
-    return transposed
-
-
-def _named_base(adapter: Adapter) -> str:
-    return f"{CONFIG} names '{adapter.config.get('base_model_name_or_path')}'"
+    return f"Was it trained on another model than this ({named_base(adapter)})?"
 
 
 def _some(names: Sequence[str]) -> str:
