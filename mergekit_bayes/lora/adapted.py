@@ -22,6 +22,7 @@ from mergekit_bayes.lora.placing import place_adapter
 from mergekit_bayes.lora.variants import initial_move
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
+_KEPT_STACKS = 4  # likewise, of all experts: larger, and read again for each expert
 
 
 class AdaptedSource(Closing):
@@ -69,7 +70,7 @@ class AdaptedSource(Closing):
         names = [*base.specs, *self.heads, *self.replaced]
         self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
         self._change = lru_cache(_KEPT)(self._make)
-        self._factors = lru_cache(_KEPT)(adapter.factors)
+        self._factors = lru_cache(_KEPT_STACKS)(adapter.factors)
         self._moves, self._ratios = Once(self._move), Once(self._ratio)
 
     def _origin(self, name: str) -> tuple[CheckpointSource, str]:
@@ -252,7 +253,7 @@ class ProductPrecision(Closing):
         }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
-        self._moments = lru_cache(_KEPT)(self._read_moments)
+        self._moments = lru_cache(_KEPT_STACKS)(self._read_moments)
 
     def _make(self, name: str) -> Product | Stack:
         layer, transposed, pieces = self._mean.adapted[name]

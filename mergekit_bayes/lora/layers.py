@@ -63,7 +63,6 @@ class Layer(NamedTuple):
         experts: E, the number of products.
         is_parameter: Whether the adapter targets a parameter itself, which as a matrix is never
             stored transposed.
-        target: The name by which the config means the layer, if that is another than the module's.
         wrapper: The module's name on disk, if PEFT put something into it.
     """
 
@@ -81,7 +80,6 @@ class Layer(NamedTuple):
     parameter: str = WEIGHT
     experts: int = 1
     is_parameter: bool = False
-    target: str = ""
     wrapper: str = ""
 
     @property
@@ -301,7 +299,6 @@ def _read_layer(
         parameter=target.parameter,
         experts=experts,
         is_parameter=target.is_parameter,
-        target="" if target.pattern_name == module else target.pattern_name,
         wrapper="" if stored == module else stored,
     )
     _check_initialisation(config, where, layer)

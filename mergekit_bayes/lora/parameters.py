@@ -1,11 +1,10 @@
 """Which tensor of a model a pair of factors adapts, where PEFT wraps more than one of a module.
 
-A pair belongs to the weight of its module, with two exceptions. `target_parameters` are adapted
-themselves, such as the stacked experts of a mixture: PEFT wraps their module once for each of them,
-one wrapper around the other, and the name on disk only says how deep a pair lies
+A pair belongs to the weight of its module, unless the config has `target_parameters`. These are
+adapted themselves, such as the stacked experts of a mixture: PEFT wraps their module once for each
+of them, one wrapper around the other, and the name on disk only says how deep a pair lies
 (`experts.lora_A`, `experts.base_layer.lora_A`). Wrappers are made in the order in which the module
-registers its parameters, so that the last one is the outermost. And torch's `MultiheadAttention` is
-wrapped as a whole: the pair at its own name is that of `in_proj_weight`.
+registers its parameters, so that the last one is the outermost.
 """
 
 import re
@@ -25,8 +24,7 @@ from mergekit_bayes.lora.writers import FOLD
 _T = TypeVar("_T")
 WEIGHT = "weight"
 _WRAPPED = ".base_layer"
-_ATTENTION = ".base_layer.out_proj"  # beside the pair of `in_proj_weight`, in one wrapper
-_IN_PROJECTION = "in_proj_weight"
+_ATTENTION = ".base_layer.out_proj"  # in the wrapper of a whole MultiheadAttention
 # Parameters that one module may register, in that order (transformers 5.23, all models).
 _ORDER = (
     *("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "w1", "v1", "w2"),
@@ -64,9 +62,17 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
 
     Raises:
         CheckpointError: Two pairs are for one weight.
-        ConfigError: The config and the file do not tell which of several parameters is adapted.
+        ConfigError: The config and the file do not tell which of several parameters is adapted,
+            or what PEFT makes of a pair.
         MismatchError: A module is wrapped more often than the config names parameters of it.
     """
+    attention = next((m for m in modules if f"{m}{_ATTENTION}" in modules), None)
+    if attention is not None:
+        raise ConfigError(
+            f"{where}: '{attention}' is torch's MultiheadAttention as a whole, of which PEFT adds "
+            "the change of out_proj twice (0.21) and a later version perhaps once, so that what "
+            f"the factors stand for is not known. With the PEFT that trained it: {FOLD}"
+        )
     wrappers: dict[str, dict[int, str]] = {}
     for stored in modules:
         bare = stored
@@ -91,7 +97,7 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
         for depth, name in enumerate(reversed(names)):
             targets[stored_at[depth]] = Target(module, name, f"{module}.{name}", True)
         if not names:
-            targets[stored_at[0]] = _plain(module, stored_at[0], modules)
+            targets[stored_at[0]] = Target(module, WEIGHT, module)
     return targets
 
 
@@ -120,14 +126,6 @@ def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _
 @lru_cache(maxsize=MOST_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(module_pattern(pattern))
-
-
-def _plain(module: str, stored: str, modules: Collection[str]) -> Target:
-    if f"{stored}{_ATTENTION}" in modules:
-        return Target(module, _IN_PROJECTION, module)
-    whole = stored.removesuffix(_ATTENTION)
-    is_projection = whole != stored and whole in modules
-    return Target(module, WEIGHT, _bare(whole) if is_projection else module)
 
 
 def _bare(name: str) -> str:

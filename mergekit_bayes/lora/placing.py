@@ -24,7 +24,7 @@ from mergekit_bayes.lora.misplaced import (
 )
 from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.variants import initial_move, variant_notes
-from mergekit_bayes.lora.views import View, view_base
+from mergekit_bayes.lora.views import View, explain_fused, view_base
 from mergekit_bayes.lora.writers import FOLD
 
 # The end of a name from the number of its block on.
@@ -124,7 +124,7 @@ def _effective(
     untargeted = [
         name
         for name, layer in layers.items()
-        if not layer.is_parameter and not is_targeted(adapter.config, layer.target or layer.module)
+        if not layer.is_parameter and not is_targeted(adapter.config, layer.module)
     ]
     ignored = [name for name in untargeted if name not in specs]
     applied = [name for name in untargeted if name in specs]
@@ -288,7 +288,14 @@ def _explain_absent(base: View, adapter: Adapter, name: str, layer: Layer) -> st
             "names, by another version of transformers or as a part of a larger model (such as "
             f"the language tower of a vision-language model). {FOLD}"
         )
-    return f"Was it trained on another model than this ({named_base(adapter)})?"
+    if layer.experts > 1:
+        return (
+            f"It is a stack of {layer.experts} experts, and the base has these neither stacked nor "
+            f"one by one under names that are known. {FOLD}"
+        )
+    return explain_fused(base, name) or (
+        f"Was it trained on another model than this ({named_base(adapter)})?"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from mergekit_bayes.checkpoint.model_config import read_config
 from mergekit_bayes.checkpoint.specs import MERGEABLE, CheckpointSource, TensorSpec
 from mergekit_bayes.lora.layers import Layer
+from mergekit_bayes.lora.writers import FOLD
 
 # The two stacked parameters of gated experts and the tensors that files may hold for each expert,
 # in the order of rows (transformers 5.23, `conversion_mapping.py`).
@@ -37,6 +38,13 @@ _PHI3 = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+# Names of fused projections, and of their pieces.
+_FUSED = (
+    *("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "qkv", "att_proj", "in_proj_weight"),
+    *("gate_up_proj", "up_gate_proj", "w12", "weights_in", "ff_proj", "dense_h_to_4h"),
+)
+_SPLIT = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj", "up_proj")
+_BLOCK = re.compile(r".*?\.\d+\.")  # the beginning of a name up to the number of its block
 
 
 class Segment(NamedTuple):
@@ -105,13 +113,21 @@ def view_base(base: CheckpointSource, layers: Iterable[Layer]) -> View:
     }
     singles = [match for layer in missing if (match := _SINGLE.fullmatch(layer.tensor))]
     if owners:
-        made = dict(_stack_experts(base.specs, owners))
-        return _view(base, made, (_ON_DISK, _IN_MEMORY))
-    if singles:
-        made = dict(_split_experts(base.specs, {match["piece"] for match in singles}))
-        is_old = any(_ON_DISK in match["owner"] for match in singles)
-        return _view(base, made, (_IN_MEMORY, _ON_DISK) if is_old else None)
-    return _view(base, dict(_split_phi3(base, missing)), None)
+        made = _stack_experts(base.specs, owners)
+    elif singles:
+        made = _split_experts(base.specs, {match["piece"] for match in singles})
+    else:
+        made = _split_phi3(base, missing)
+    return _view(base, dict(made), _other_words(base, [layer.tensor for layer in missing]))
+
+
+def _other_words(base: CheckpointSource, missing: Sequence[str]) -> tuple[str, str] | None:
+    """How the block of a mixture is called in the base, and by the tensors that it lacks."""
+    is_on_disk = any(_ON_DISK in name for name in base.specs)
+    if any(_ON_DISK in name for name in missing):
+        return None if is_on_disk else (_IN_MEMORY, _ON_DISK)
+    is_wanted = is_on_disk and any(_IN_MEMORY in name for name in missing)
+    return (_ON_DISK, _IN_MEMORY) if is_wanted else None
 
 
 def _view(base: CheckpointSource, made: Mapping[str, _Made], words: tuple[str, str] | None) -> View:
@@ -122,7 +138,7 @@ def _view(base: CheckpointSource, made: Mapping[str, _Made], words: tuple[str, s
         made: The tensors.
         words: A part of names, and what stands for it in the view.
     """
-    if not made:
+    if not made and words is None:
         return View(base, base.specs)
     used = {segment.name for tensor in made.values() for segment in tensor.segments}
 
@@ -251,3 +267,27 @@ def _sizes(
     query = next(iter(queries)) if queries else total - 2 * key
     fits = key > 0 and query > 0 and query + 2 * key == total and query % key == 0
     return (query, key, key) if fits else ()
+
+
+def explain_fused(view: View, name: str) -> str | None:
+    """What to do where the base has fused projections, and an adapter split ones, or the reverse.
+
+    Args:
+        view: The base.
+        name: The tensor that it lacks.
+
+    Returns:
+        None if it has neither.
+    """
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    others = _FUSED if module in _SPLIT else _SPLIT if module in _FUSED else ()
+    block = _BLOCK.match(name)
+    for stored in view.base.specs if others and block else ():
+        words = stored.split(".")
+        if block and stored.startswith(block[0]) and any(word in others for word in words[-2:]):
+            return (
+                f"The base has '{stored}': it stores fused what the adapter has in pieces, or the "
+                "reverse, and which rows are whose is known to the model's code only. "
+                f"{FOLD}"
+            )
+    return None
