@@ -1,0 +1,287 @@
+"""Adapters of stacked experts, of parameters themselves and of fused weights are what PEFT folds."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from mergekit_bayes.checkpoint.codec import read_tensor
+from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
+from mergekit_bayes.lora import open_adapted, open_adapter
+from mergekit_bayes.lora.dense import VARIANCE_FLOOR
+from mergekit_bayes.lora.layers import Factors
+from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
+from tests.adapters import peft_adapter, written
+from tests.reference import lora as twin
+from tests.tiny_models import tiny_mixtral
+
+COMMON = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+EXPERTS = "model.layers.0.block_sparse_moe.experts."
+STACK = "model.layers.0.mlp.experts."
+MODELS = {
+    "mixtral": lambda: transformers.MixtralConfig(num_local_experts=4, **COMMON),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        num_experts=4, moe_intermediate_size=6, num_experts_per_tok=2, head_dim=4, **COMMON
+    ),
+    # Stored stacked as (experts, d_in, d_out); PEFT takes A for the columns all the same.
+    "llama4": lambda: transformers.Llama4TextConfig(
+        num_local_experts=4, intermediate_size_mlp=12, head_dim=4, **COMMON
+    ),
+    # Stored likewise, and taken by PEFT as transposed; `down_proj` is square.
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **{**COMMON, "intermediate_size": 8},
+        num_local_experts=4,
+        head_dim=4,
+        num_experts_per_tok=2,
+    ),
+    "phi3": lambda: transformers.Phi3Config(**{**COMMON, "num_key_value_heads": 1}),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    ),
+    "llama": lambda: transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 2}),
+}
+KIND = transformers.AutoModelForCausalLM
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def a_base(folder, kind):
+    """A random model of one of the MODELS, as transformers writes it."""
+    torch.manual_seed(0)
+    KIND.from_config(MODELS[kind]()).save_pretrained(folder)
+    return folder
+
+
+def folded(base, adapter, out):
+    """The tensors that PEFT's fold in float64 has, under the names on disk."""
+    peft = pytest.importorskip("peft")
+    model = KIND.from_pretrained(base, dtype=torch.float64)
+    peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    return {name: t.numpy() for name, t in load_file(out / "model.safetensors").items()}
+
+
+def equals(base, adapter, expected, *, atol=1e-6):
+    """The adapted base has these tensors; returns the names of those that differ from the base's."""
+    stored = load_file(base / "model.safetensors")
+    changed = []
+    with open_adapted(f"{base}+{adapter}") as opened:
+        assert set(opened.mean.specs) == set(expected)
+        for name, values in expected.items():
+            found = read_tensor(opened.mean, name)
+            np.testing.assert_allclose(found, values, rtol=1e-6, atol=atol, err_msg=name)
+            changed += [name] * (not np.array_equal(found, stored[name].numpy()))
+        assert set(changed) == set(opened.mean.adapted)
+        return changed
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "config"),
+    [
+        ("mixtral", 12, {"target_parameters": BOTH}),
+        (
+            "mixtral",
+            14,
+            {  # as PEFT converts the configs of older transformers
+                "target_modules": ["q_proj"],
+                "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"],
+                "rank_pattern": {r".*\.gate_up_proj": 4},
+                "alpha_pattern": {r".*\.down_proj": 7},
+                "use_rslora": True,
+            },
+        ),
+        ("mixtral", 4, {"target_parameters": BOTH[1:]}),
+        ("mixtral", 1, {"target_parameters": ["gate.weight"]}),
+        ("qwen3_moe", 8, {"target_parameters": BOTH[:1], "rank_pattern": {"gate_up_proj": 3}}),
+        (
+            "llama4",
+            2,
+            {"target_parameters": [n.replace("mlp", "feed_forward") for n in BOTH]},
+        ),
+        ("gpt_oss", 4, {"target_parameters": [*BOTH, "gate_up_proj_bias", "router.weight"]}),
+        ("gpt2", 2, {"target_parameters": ["c_attn.weight", "attn.c_proj.weight"]}),
+        ("gpt2", 2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("phi3", 2, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+        ("gpt_neox", 1, {"target_modules": ["query_key_value"]}),
+        ("llama", 1, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+        (
+            "llama",
+            1,
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": 1,
+                "layers_pattern": "layers",
+            },
+        ),
+        (
+            "llama",
+            2,
+            {"target_modules": r".*\.(q|k)_proj", "exclude_modules": r".*\.1\..*"},
+        ),
+    ],
+)
+def test_an_adapted_base_is_what_peft_folds(tmp_path, kind, changed, config):
+    base = a_base(tmp_path / "base", kind)
+    config = {"target_modules": []} | config
+    peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
+    expected = folded(base, tmp_path / "a", tmp_path / "folded")
+    assert len(equals(base, tmp_path / "a", expected)) == changed
+
+
+def single_expert_adapter(folder, only="", **config):
+    """An adapter of an older transformers, whose experts are modules of their own."""
+    shapes = {f"{EXPERTS}{e}.{w}": (12, 8) for e in range(4) for w in ("w1", "w3")}
+    shapes |= {f"{EXPERTS}{e}.w2": (8, 12) for e in range(4)}
+    shapes |= {"model.layers.0.block_sparse_moe.gate": (4, 8)}
+    rng, tensors = np.random.default_rng(0), {}
+    for module, (rows, columns) in shapes.items():
+        pair = rng.normal(size=(2, columns)), rng.normal(size=(rows, 2))
+        for side, values in zip("AB", pair, strict=True):
+            if only in module:
+                name = f"base_model.model.{module}.lora_{side}.weight"
+                tensors[name] = values.astype(np.float32)
+    targets = ["w1", "w2", "w3", "gate"]
+    return written(folder, tensors, target_modules=targets, task_type="CAUSAL_LM", **config)
+
+
+def stacked(tensors):
+    """The tensors of a Mixtral as memory has them."""
+    tensors = {name: np.asarray(t) for name, t in tensors.items()}
+    found = {n.replace("block_sparse_moe", "mlp"): t for n, t in tensors.items()}
+    found = {name: t for name, t in found.items() if ".experts." not in name}
+    gates, ups, downs = (
+        [tensors[f"{EXPERTS}{e}.{w}.weight"] for e in range(4)] for w in ("w1", "w3", "w2")
+    )
+    up = [np.concatenate(pair) for pair in zip(gates, ups, strict=True)]
+    return found | {f"{STACK}gate_up_proj": np.stack(up), f"{STACK}down_proj": np.stack(downs)}
+
+
+def stacked_base(folder, base):
+    """The same base with its experts stacked in the file."""
+    shutil.copytree(base, folder)
+    tensors = stacked(load_file(base / "model.safetensors"))
+    made = {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("only", ["", "experts.2.w1", "w2", "gate"])
+def test_adapters_of_single_experts_fit_both_kinds_of_bases(tmp_path, only):
+    base = tiny_mixtral(tmp_path / "base")
+    single_expert_adapter(tmp_path / "a", only)
+    expected = {n: t.numpy() for n, t in load_file(base / "model.safetensors").items()}
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name in [name for name in factors if "lora_A" in name]:
+        product = factors[name.replace("lora_A", "lora_B")].double() @ factors[name].double()
+        weight = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        expected[weight] = expected[weight] + 1.5 * product.numpy()
+    equals(base, tmp_path / "a", expected)
+    equals(stacked_base(tmp_path / "stacked", base), tmp_path / "a", stacked(expected))
+
+
+def test_adapters_of_single_experts_are_what_peft_converts(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    single_expert_adapter(tmp_path / "a")
+    expected = folded(base, tmp_path / "a", tmp_path / "folded")
+    assert len(equals(base, tmp_path / "a", expected)) == 13
+
+
+def test_adapters_of_stacks_fit_a_base_that_stores_them(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    config = {"target_modules": [], "target_parameters": [*BOTH, "gate.weight"]}
+    peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
+    expected = stacked(folded(base, tmp_path / "a", tmp_path / "folded"))
+    changed = equals(stacked_base(tmp_path / "stacked", base), tmp_path / "a", expected)
+    assert len(changed) == 3
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "up_proj"], ["k_proj"], ["q_proj", "v_proj"]])
+def test_adapters_of_a_split_phi3_fit_the_fused_one(tmp_path, modules):
+    base = a_base(tmp_path / "base", "phi3")
+    rows = {"q_proj": (0, 8), "k_proj": (8, 4), "v_proj": (12, 4), "up_proj": (12, 12)}
+    expected = {n: t.numpy() for n, t in load_file(base / "model.safetensors").items()}
+    rng, tensors = np.random.default_rng(0), {}
+    for module in modules:
+        start, size = rows[module]
+        block, fused = ("mlp", "gate_up") if module == "up_proj" else ("self_attn", "qkv")
+        a, b = rng.normal(size=(2, 8)), rng.normal(size=(size, 2))
+        for side, values in (("A", a), ("B", b)):
+            name = f"base_model.model.model.layers.0.{block}.{module}.lora_{side}.weight"
+            tensors[name] = values.astype(np.float32)
+        name = f"model.layers.0.{block}.{fused}_proj.weight"
+        expected[name] = expected[name].copy()
+        expected[name][start : start + size] += 1.5 * b @ a
+    written(tmp_path / "a", tensors, target_modules=modules)
+    equals(base, tmp_path / "a", expected)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
+    tmp_path, is_stacked
+):
+    base = tiny_mixtral(tmp_path / "base")
+    config = {"target_modules": [], "target_parameters": BOTH}
+    peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
+    with open_adapter(str(tmp_path / "a")) as adapter:
+        specs = adapter.posterior.mean.specs
+        rng = np.random.default_rng(0)
+        precision = {n: np.exp(rng.uniform(0, 4, s.shape)).astype("f4") for n, s in specs.items()}
+        counts = {"unit": "token", "observations": 100.0, "ess": 100.0}
+        info = PosteriorInfo(estimator="ggn", mean=identify(adapter.posterior.mean), **counts)
+        layers = adapter.layers
+    save_posterior(tmp_path / "a", precision, info)
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    expected = {}
+    for parameter in ("gate_up_proj", "down_proj"):
+        layer = layers[f"{STACK}{parameter}"]
+        a, b = factors[layer.a].numpy(), factors[layer.b].numpy()
+        va, vb = 1 / precision[layer.a].astype("f8"), 1 / precision[layer.b].astype("f8")
+        expected[f"{STACK}{parameter}"] = np.stack(
+            [
+                twin.variance(
+                    a[2 * e : 2 * e + 2], b[:, e::4], va[2 * e : 2 * e + 2], vb[:, e::4], 1.5
+                )
+                for e in range(4)
+            ]
+        )
+    if is_stacked:
+        base = stacked_base(tmp_path / "stacked", base)
+    else:
+        up, down = expected[f"{STACK}gate_up_proj"], expected[f"{STACK}down_proj"]
+        expected = {
+            f"{EXPERTS}{e}.{w}.weight": values
+            for e in range(4)
+            for w, values in (("w1", up[e, :12]), ("w3", up[e, 12:]), ("w2", down[e]))
+        }
+    with open_adapted(f"{base}+{tmp_path / 'a'}") as opened:
+        assert set(opened.precision.specs) == set(expected)
+        for name, variance in expected.items():
+            found = read_tensor(opened.precision, name)
+            np.testing.assert_allclose(found, 1 / (variance + VARIANCE_FLOOR), rtol=1e-5)
+        for source in (opened.mean, opened.precision):
+            for name in expected:
+                whole = np.empty(source.specs[name].nbytes, np.uint8)
+                source.read_bytes(name, 0, whole.data)
+                for _ in range(20):
+                    start, stop = np.sort(rng.integers(0, whole.size + 1, 2))
+                    part = np.empty(stop - start, np.uint8)
+                    source.read_bytes(name, int(start), part.data)
+                    np.testing.assert_array_equal(part, whole[start:stop])
