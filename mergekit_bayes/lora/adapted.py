@@ -81,7 +81,8 @@ class AdaptedSource(Closing):
         spec = source.specs[stored]
         if name not in self.changed:
             return spec
-        return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        stored_dtypes = (spec.dtype, self.base.specs[name].dtype if name in self.base.specs else "")
+        return TensorSpec("F64" if "F64" in stored_dtypes else "F32", spec.shape)
 
     def _dtype(self, name: str) -> type[np.float32] | type[np.float64]:
         return np.float64 if self._specs[name].dtype == "F64" else np.float32
@@ -96,7 +97,8 @@ class AdaptedSource(Closing):
         if name in self.biases:
             layer = self.biases[name]
             assert layer.bias is not None
-            return Shifted(layer.scaling * self.adapter.values(layer.bias).astype(dtype))
+            addend: Array = self.adapter.values(layer.bias).astype(dtype)
+            return Shifted(addend * layer.scaling)
         product, layer = self._product(name), self.adapted[name].layer
         if layer.magnitude is None:
             return Added(product)
@@ -107,8 +109,9 @@ class AdaptedSource(Closing):
         dtype = self._dtype(name)
         factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
         product = change(factors, layer.scaling, transposed=transposed)
-        has_moved = initial_move(self.adapter.config) is not None
-        return product.with_more(self._moves(name)) if has_moved else product
+        # What the adapter stores of the base was stored after it had moved.
+        is_to_move = initial_move(self.adapter.config) is not None and name not in self.replaced
+        return product.with_more(self._moves(name)) if is_to_move else product
 
     def _move(self, name: str) -> Product:
         method, layer = initial_move(self.adapter.config), self.adapted[name].layer
