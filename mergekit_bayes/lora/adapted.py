@@ -11,6 +11,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.changes import Added, Change, Once, Rescaled, Rows, Shifted
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
@@ -210,8 +211,9 @@ class ProductPrecision(Closing):
     """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the adapter's tensors.
 
     `dense.variance` computes V_W and says what this precision is not. A factor without a stored
-    precision was frozen and has variance 0. Tensors that the adapter replaces have their stored
-    precision.
+    precision was frozen and has variance 0. A bias that the adapter adds to has `1 / (s^2 V_b +
+    floor)`. Tensors that the adapter replaces have their stored precision. Weights with magnitudes
+    (DoRA), whose norm ties all entries of an output, and tables with trained rows have none.
     """
 
     notes: tuple[str, ...] = ()
@@ -240,6 +242,11 @@ class ProductPrecision(Closing):
             for n, disk in self._replaced.items()
             if disk in stored
         }
+        self._specs |= {
+            name: TensorSpec("F32", mean.specs[name].shape)
+            for name, layer in mean.biases.items()
+            if layer.bias in stored
+        }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
 
@@ -251,10 +258,22 @@ class ProductPrecision(Closing):
             self._adapter.factors(layer), variances, layer.scaling, transposed=transposed
         )
 
+    def _disk(self, name: str) -> str:
+        """The name on disk of a tensor that has a precision of its own."""
+        if name in self._replaced:
+            return self._replaced[name]
+        bias = self._mean.biases[name].bias
+        assert bias is not None
+        return bias
+
     def _read(self, name: str) -> Array:
-        values = self._adapter.counted(self._replaced[name], self._count)
+        values = self._adapter.counted(self._disk(name), self._count)
         assert values is not None
-        return values.reshape(-1)
+        if name in self._replaced:
+            return values.reshape(-1)
+        gain = np.float32(self._mean.biases[name].scaling ** 2)
+        variances: Array = gain / (values.reshape(-1) + np.float32(DELTA_0))
+        return np.float32(1) / (variances + np.float32(VARIANCE_FLOOR))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -282,9 +301,10 @@ class ProductPrecision(Closing):
 
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
-        adapted = self._mean.adapted
-        disk = self._replaced[name] if name in self._replaced else adapted[name].layer.a
-        return self._source.where(disk if disk in self._source.specs else adapted[name].layer.b)
+        if name not in self._mean.adapted:
+            return self._source.where(self._disk(name))
+        layer = self._mean.adapted[name].layer
+        return self._source.where(layer.a if layer.a in self._source.specs else layer.b)
 
     def file_of(self, name: str) -> int:
         """Always 0: the precision is not sharded."""
@@ -293,7 +313,7 @@ class ProductPrecision(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
-        if name in self._replaced:
+        if name not in self._mean.adapted:
             values = self._stored(name)[start:stop]
         else:
             values = np.float32(1) / (

@@ -30,9 +30,9 @@ def refuse_apart(mean: AdaptedSource) -> None:
 def _are_alike(mean: AdaptedSource, tie: Tie, head: str) -> bool:
     """Whether an adapter holds the same of an embedding and a head, as far as it holds both."""
     stored = mean.adapter.posterior.mean
-    if tie.source in mean.replaced and head in mean.replaced:
-        if not have_same_values(stored, mean.replaced[tie.source], mean.replaced[head]):
-            return False
+    wholes = [mean.replaced[name] for name in (tie.source, head) if name in mean.replaced]
+    if len(wholes) == 2 and not have_same_values(stored, *wholes):
+        return False
     if tie.source in mean.adapted and head in mean.adapted:
         (table, _), (matrix, _) = mean.adapted[tie.source], mean.adapted[head]
         if not table.is_embedding or table.rank != matrix.rank or table.shape != matrix.shape:
