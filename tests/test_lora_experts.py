@@ -1,4 +1,4 @@
-"""Adapters of stacked experts, of parameters themselves and of fused weights are what PEFT folds."""
+"""Adapters of experts, of parameters themselves and of fused weights are what PEFT folds."""
 
 import json
 import shutil

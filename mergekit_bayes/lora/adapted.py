@@ -11,6 +11,7 @@ from mergekit_bayes.checkpoint.identity import identity
 from mergekit_bayes.checkpoint.specs import ITEM_SIZE, Array, CheckpointSource, Closing, TensorSpec
 from mergekit_bayes.checkpoint.stamps import Stamp
 from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.adapter import Adapter
 from mergekit_bayes.lora.changes import Added, Change, Once, Rescaled, Rows, Shifted
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
@@ -84,7 +85,8 @@ class AdaptedSource(Closing):
         spec = source.specs[stored]
         if name not in self.changed:
             return spec
-        return TensorSpec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        stored_dtypes = (spec.dtype, self.base.specs[name].dtype if name in self.base.specs else "")
+        return TensorSpec("F64" if "F64" in stored_dtypes else "F32", spec.shape)
 
     def _dtype(self, name: str) -> type[np.float32] | type[np.float64]:
         return np.float64 if self._specs[name].dtype == "F64" else np.float32
@@ -100,7 +102,7 @@ class AdaptedSource(Closing):
             layer = self.biases[name]
             assert layer.bias is not None
             addend: Array = self.adapter.values(layer.bias).astype(dtype)
-            return Shifted(layer.scaling * addend)
+            return Shifted(addend * layer.scaling)
         placed = self.adapted[name]
         if placed.pieces:
             return Added(stack_pieces(placed.pieces, lambda piece: self._piece(piece, dtype)))
@@ -120,8 +122,9 @@ class AdaptedSource(Closing):
         layer = placed.layer
         factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
         product = change(factors, layer.scaling, transposed=placed.transposed)
-        has_moved = initial_move(self.adapter.config) is not None
-        return product.with_more(self._moves(name)) if has_moved else product
+        # What the adapter stores of the base was stored after it had moved.
+        is_to_move = initial_move(self.adapter.config) is not None and name not in self.replaced
+        return product.with_more(self._moves(name)) if is_to_move else product
 
     def _move(self, name: str) -> Product:
         method, layer = initial_move(self.adapter.config), self.adapted[name].layer
@@ -220,8 +223,9 @@ class ProductPrecision(Closing):
     """The precision of an adapted base: `1 / (V_W + floor)` in F32, for the adapter's tensors.
 
     `dense.variance` computes V_W and says what this precision is not. A factor without a stored
-    precision was frozen and has variance 0. Tensors that the adapter replaces have their stored
-    precision.
+    precision was frozen and has variance 0. A bias that the adapter adds to has `1 / (s^2 V_b +
+    floor)`. Tensors that the adapter replaces have their stored precision. Weights with magnitudes
+    (DoRA), whose norm ties all entries of an output, and tables with trained rows have none.
     """
 
     notes: tuple[str, ...] = ()
@@ -251,6 +255,11 @@ class ProductPrecision(Closing):
             for n, disk in self._replaced.items()
             if disk in stored
         }
+        self._specs |= {
+            name: TensorSpec("F32", mean.specs[name].shape)
+            for name, layer in mean.biases.items()
+            if layer.bias in stored
+        }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
         self._moments = lru_cache(_KEPT_STACKS)(self._read_moments)
@@ -276,10 +285,22 @@ class ProductPrecision(Closing):
         frozen = Factors(*(np.zeros_like(factor) for factor in factors))
         return factors, self._adapter.variances(layer, self._count) or frozen
 
+    def _disk(self, name: str) -> str:
+        """The name on disk of a tensor that has a precision of its own."""
+        if name in self._replaced:
+            return self._replaced[name]
+        bias = self._mean.biases[name].bias
+        assert bias is not None
+        return bias
+
     def _read(self, name: str) -> Array:
-        values = self._adapter.counted(self._replaced[name], self._count)
+        values = self._adapter.counted(self._disk(name), self._count)
         assert values is not None
-        return values.reshape(-1)
+        if name in self._replaced:
+            return values.reshape(-1)
+        gain = np.float32(self._mean.biases[name].scaling ** 2)
+        variances: Array = gain / (values.reshape(-1) + np.float32(DELTA_0))
+        return np.float32(1) / (variances + np.float32(VARIANCE_FLOOR))
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -307,8 +328,8 @@ class ProductPrecision(Closing):
 
     def where(self, name: str) -> str:
         """The file that holds the precision of a factor of the tensor, for messages."""
-        if name in self._replaced:
-            return self._source.where(self._replaced[name])
+        if name not in self._mean.adapted:
+            return self._source.where(self._disk(name))
         disks = [d for layer in self._mean.adapted[name].layers for d in (layer.a, layer.b)]
         return self._source.where(next(disk for disk in disks if disk in self._source.specs))
 
@@ -319,7 +340,7 @@ class ProductPrecision(Closing):
     def read_bytes(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's raw bytes, starting at byte `offset`."""
         start, stop, skipped = _entries_of(offset, len(out), 4)
-        if name in self._replaced:
+        if name not in self._mean.adapted:
             values = self._stored(name)[start:stop]
         else:
             values = np.float32(1) / (

@@ -26,7 +26,7 @@ from mergekit_bayes.checkpoint.specs import Array, Closing
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
-from mergekit_bayes.lora.layers import Factors, Layer, is_original, read_layers
+from mergekit_bayes.lora.layers import Factors, Layer, is_of_training, is_original, read_layers
 from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import explain_files
 from mergekit_bayes.posterior import Posterior, open_posterior
@@ -76,10 +76,12 @@ class Adapter(Closing):
         if not self.unused:
             return None
         originals = [name for name in self.unused if is_original(name)]
-        second = [name for name in self.unused if name not in originals]
+        of_training = [name for name in self.unused if is_of_training(name)]
+        second = [name for name in self.unused if name not in {*originals, *of_training}]
         kinds = {
             "the base's own copies of modules that it replaces": originals,
             "second copies of tensors under other names": second,
+            "what only training uses": of_training,
         }
         texts = [f"{what} ('{n[0]}', {len(n)} such)" for what, n in kinds.items() if n]
         return f"'{self.ref}' has {' and '.join(texts)}: left out"

@@ -20,6 +20,7 @@ from mergekit_bayes.posterior.quantised import EMPTIED
 
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"\.original_module\.|\.trainable_tokens_original(\.|$)")
+_OF_TRAINING = re.compile(r"\.lora_velora_embed(\.|$)")  # which compresses gradients
 _BELOW = re.compile(r"\.(token_adapter\.)?base_layer\.")  # of a weight below an adapter
 # Modules that compiling and sharding wrap around others, and their prefix.
 _WRAPPER = re.compile(
@@ -125,8 +126,8 @@ class AdapterTensors(NamedTuple):
             the module's weight is adapted, by the parameter's name.
         replacements: Tensors that replace the base's (`modules_to_save`, and embeddings and heads
             that were stored whole), from the name in the model to the name on disk.
-        unused: Names on disk of the base's own copies of modules that are replaced, and of second
-            copies of one tensor.
+        unused: Names on disk of the base's own copies of modules that are replaced, of second
+            copies of one tensor, and of what is for training only.
         rows: Rows of tensors that replace the base's, by the name in the model.
     """
 
@@ -162,7 +163,7 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
         elif saved:
             tensor = _without_adapter(saved["rest"], adapters)
             unused += _add(replacements, f"{saved['module']}.{tensor}", disk, posterior)
-        elif is_original(name):
+        elif is_original(name) or is_of_training(name):
             unused.append(disk)
         elif _is_whole(name, config):
             unused += _add(replacements, _BELOW.sub(".", name), disk, posterior)
@@ -199,6 +200,11 @@ def read_layers(posterior: Posterior, config: LoraConfig) -> AdapterTensors:
 def is_original(disk: str) -> bool:
     """Whether a tensor is the base's own copy of a module that the adapter replaces."""
     return bool(_ORIGINAL.search(disk))
+
+
+def is_of_training(disk: str) -> bool:
+    """Whether a tensor is of use in training only, and changes nothing that the model computes."""
+    return bool(_OF_TRAINING.search(disk))
 
 
 def _in_model(disk: str) -> str:
