@@ -1,6 +1,5 @@
 """Adapters of experts, of parameters themselves and of fused weights are what PEFT folds."""
 
-import json
 import shutil
 
 import numpy as np
@@ -11,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_bayes.checkpoint.codec import read_tensor
 from mergekit_bayes.errors import BmergeError, CheckpointError, ConfigError, MismatchError
-from mergekit_bayes.lora import open_adapted, open_adapter
+from mergekit_bayes.lora import merge_adapters, open_adapted, open_adapter
 from mergekit_bayes.lora.dense import VARIANCE_FLOOR
-from mergekit_bayes.lora.layers import Factors
 from mergekit_bayes.posterior import PosteriorInfo, identify, save_posterior
 from tests.adapters import peft_adapter, written
 from tests.reference import lora as twin
@@ -80,7 +78,7 @@ def folded(base, adapter, out):
 
 
 def equals(base, adapter, expected, *, atol=1e-6):
-    """The adapted base has these tensors; returns the names of those that differ from the base's."""
+    """The adapted base has these tensors; returns the names of those that the adapter changes."""
     stored = load_file(base / "model.safetensors")
     changed = []
     with open_adapted(f"{base}+{adapter}") as opened:
@@ -285,3 +283,185 @@ def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
                     part = np.empty(stop - start, np.uint8)
                     source.read_bytes(name, int(start), part.data)
                     np.testing.assert_array_equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize(("space", "rank"), [("product", 4), ("concat", None), ("product", None)])
+def test_merged_adapters_of_experts_are_the_sum_of_their_changes_in_peft(tmp_path, space, rank):
+    base = tiny_mixtral(tmp_path / "base")
+    first = {"target_modules": ["q_proj"], "target_parameters": BOTH[1:]}
+    second = {"target_modules": [], "target_parameters": [*BOTH, "gate.weight"]}
+    peft_adapter(tmp_path / "a", base, 1, r=1, lora_alpha=3, **first)
+    peft_adapter(tmp_path / "b", base, 2, r=2, lora_alpha=3, use_rslora=True, **second)
+    stored = {n: t.double().numpy() for n, t in load_file(base / "model.safetensors").items()}
+    expected = dict(stored)
+    for name, scale in (("a", 0.5), ("b", -2.0)):
+        one = folded(base, tmp_path / name, tmp_path / f"folded-{name}")
+        expected = {n: t + scale * (one[n] - stored[n]) for n, t in expected.items()}
+    report = merge_adapters(
+        [str(tmp_path / "a"), str(tmp_path / "b")],
+        tmp_path / "m",
+        scales=[0.5, -2.0],
+        space=space,
+        rank=rank,
+    )
+    assert report.rank == rank or report.rank == {"concat": 3, "product": 2}[space]
+    found = folded(base, tmp_path / "m", tmp_path / "folded")
+    with open_adapted(f"{base}+{tmp_path / 'm'}") as opened:
+        for name, values in found.items():
+            np.testing.assert_allclose(read_tensor(opened.mean, name), values, atol=1e-6)
+    if report.rank > 2:
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)
+        assert report.largest_error < 1e-6
+    else:
+        singles = {n: t for n, t in expected.items() if ".w2." in n}
+        lost = np.sqrt(sum(np.sum((found[n] - t) ** 2) for n, t in singles.items()))
+        norm = np.sqrt(sum(np.sum((t - stored[n]) ** 2) for n, t in singles.items()))
+        layer = report.layers[f"{STACK}down_proj"]
+        np.testing.assert_allclose([layer.error, layer.norm], [lost / norm, norm], rtol=1e-4)
+
+
+def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, more=()):
+    """Factors of one stack (`down_proj` of the tiny Mixtral), and of others by shape."""
+    name = f"base_model.model.model.layers.0.{module}"
+    tensors = {
+        f"{name}.lora_A.weight": np.ones((count * rank, columns), np.float32),
+        f"{name}.lora_B.weight": np.ones((rows, count * rank), np.float32),
+    }
+    for other, (of_b, of_a) in dict(more).items():
+        tensors[f"base_model.model.{other}.lora_A.weight"] = np.ones(of_a, np.float32)
+        tensors[f"base_model.model.{other}.lora_B.weight"] = np.ones(of_b, np.float32)
+    return tensors
+
+
+INNER = {"model.layers.0.mlp.experts.base_layer": ((24, 8), (8, 8))}
+DOWN = {"target_parameters": ["mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "kind", "message"),
+    [
+        (stack_factors(3), DOWN, MismatchError, r"those of 3 experts of rank 2, .* base has 4"),
+        (stack_factors(7, 1), DOWN, MismatchError, "gives it rank 2, of each expert"),
+        (stack_factors(rows=10), DOWN, MismatchError, r"\[4, 10, 12\], but .* is \[4, 8, 12\]"),
+        (stack_factors(more=INNER), DOWN, MismatchError, "factors of 2 parameters .* names 1 "),
+        (stack_factors(), {"target_parameters": "down"}, ConfigError, "a list of parameter names"),
+        (
+            stack_factors(),
+            {"target_parameters": ["down_proj", "gate_up_proj"]},
+            ConfigError,
+            r"factors of 1 of its parameters, and .* names 2",
+        ),
+        (
+            stack_factors(more=INNER),
+            {"target_parameters": ["experts.down_proj", "experts.other"]},
+            ConfigError,
+            "not known for 'other'",
+        ),
+        (
+            {n: t for n, t in stack_factors(more=INNER).items() if "base_layer" in n},
+            DOWN,
+            MismatchError,
+            "and not those of 'model.layers.0.mlp.experts', which PEFT wraps",
+        ),
+        (stack_factors(module="mlp.mixture"), DOWN, MismatchError, "two files do not belong"),
+        (
+            stack_factors(module="mlp.mixture"),
+            {"target_parameters": ["mixture.down_proj"]},
+            MismatchError,
+            "a stack of 4 experts, and the base has these neither stacked nor one by one",
+        ),
+        (
+            stack_factors(more={"model.layers.0.self_attn.qkv_proj": ((24, 2), (2, 8))}),
+            {**DOWN, "target_modules": ["qkv_proj"]},
+            MismatchError,
+            r"base has 'model.layers.0.self_attn.[kqv]_proj.weight': it stores fused",
+        ),
+        (
+            stack_factors(
+                more={
+                    "model.layers.0.attn": ((24, 2), (2, 8)),
+                    "model.layers.0.attn.base_layer.out_proj": ((8, 2), (2, 8)),
+                }
+            ),
+            {**DOWN, "target_modules": ["attn"]},
+            ConfigError,
+            "MultiheadAttention as a whole, of which PEFT adds .* twice",
+        ),
+        (
+            stack_factors(more={"model.layers.0.mlp.base_layer.experts": ((8, 8), (8, 12))}),
+            DOWN,
+            CheckpointError,
+            "are for one weight of the model",
+        ),
+        (stack_factors(), {**DOWN, "layer_replication": [[0, 1]]}, ConfigError, "layer_repl"),
+        (stack_factors(), {**DOWN, "init_lora_weights": "olora"}, ConfigError, "no linear layer"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_cause(tmp_path, tensors, config, kind, message):
+    base = tiny_mixtral(tmp_path / "base")
+    written(tmp_path / "a", tensors, **config)
+    with pytest.raises(kind, match=f"(?s){message}"):
+        open_adapted(f"{base}+{tmp_path / 'a'}")
+
+
+def test_experts_that_are_square_alone_are_refused(tmp_path):
+    base = a_base(tmp_path / "base", "gpt_oss")
+    written(tmp_path / "a", stack_factors(columns=8), **DOWN)
+    with pytest.raises(ConfigError, match="whose experts are square, and nothing in it tells"):
+        open_adapted(f"{base}+{tmp_path / 'a'}")
+
+
+@pytest.mark.parametrize("change", ["lacks one", "has another shape"])
+def test_a_base_whose_experts_do_not_fit_together_is_refused(tmp_path, change):
+    base = tiny_mixtral(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = f"{EXPERTS}2.w2.weight"
+    if change == "lacks one":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(8, 13)
+    save_file(tensors, base / "model.safetensors")
+    written(tmp_path / "a", stack_factors(), **DOWN)
+    with pytest.raises(MismatchError, match="neither stacked nor one by one"):
+        open_adapted(f"{base}+{tmp_path / 'a'}")
+
+
+def test_split_projections_of_a_model_that_fuses_them_otherwise_are_refused(tmp_path):
+    base = a_base(tmp_path / "base", "gpt_neox")
+    made = {"gpt_neox.layers.0.attention.query": ((8, 2), (2, 8))}
+    tensors = {n: t for n, t in stack_factors(more=made).items() if "query" in n}
+    written(tmp_path / "a", tensors, target_modules=["query"])
+    with pytest.raises(MismatchError, match=r"base has '[\w.]+query_key_value\.\w+': it stores f"):
+        open_adapted(f"{base}+{tmp_path / 'a'}")
+
+
+def test_dora_of_single_experts_on_a_stacked_base_is_refused(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    single_expert_adapter(tmp_path / "a", "w2")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    magnitudes = {
+        n.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)
+        for n in tensors
+        if "lora_A" in n
+    }
+    stacks = stacked_base(tmp_path / "stacked", base)
+    written(tmp_path / "d", tensors | magnitudes, target_modules=["w2"], use_dora=True)
+    open_adapted(f"{base}+{tmp_path / 'd'}").close()
+    with pytest.raises(ConfigError, match=r"use_dora, which needs .* in one piece"):
+        open_adapted(f"{stacks}+{tmp_path / 'd'}")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [("factor", "does not merge stacked experts"), ("product", "adapts single experts")],
+)
+def test_merges_of_experts_that_have_no_meaning_are_refused(tmp_path, space, message):
+    written(tmp_path / "a", stack_factors(), **DOWN)
+    if space == "factor":
+        written(tmp_path / "b", stack_factors(), **DOWN)
+    else:
+        single_expert_adapter(tmp_path / "b")
+    refs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(BmergeError, match=message):
+        merge_adapters(refs, tmp_path / "m", space=space)

@@ -18,12 +18,11 @@ from mergekit_bayes.lora.dense import VARIANCE_FLOOR, Product, change, variance
 from mergekit_bayes.lora.layers import Factors, Layer
 from mergekit_bayes.lora.magnitudes import output_norms
 from mergekit_bayes.lora.moved import move_of
-from mergekit_bayes.lora.pieces import Piece, Stack, of_expert, stack_pieces
+from mergekit_bayes.lora.pieces import Stack, stack_pieces
 from mergekit_bayes.lora.placing import place_adapter
 from mergekit_bayes.lora.variants import initial_move
 
 _KEPT = 8  # layers whose factors stay in memory; a merge reads one layer after another
-_KEPT_STACKS = 4  # likewise, of all experts: larger, and read again for each expert
 
 
 class AdaptedSource(Closing):
@@ -71,7 +70,6 @@ class AdaptedSource(Closing):
         names = [*base.specs, *self.heads, *self.replaced]
         self._specs = {name: self._spec(name) for name in dict.fromkeys(names)}
         self._change = lru_cache(_KEPT)(self._make)
-        self._factors = lru_cache(_KEPT_STACKS)(adapter.factors)
         self._moves, self._ratios = Once(self._move), Once(self._ratio)
 
     def _origin(self, name: str) -> tuple[CheckpointSource, str]:
@@ -105,26 +103,28 @@ class AdaptedSource(Closing):
             return Shifted(addend * layer.scaling)
         placed = self.adapted[name]
         if placed.pieces:
-            return Added(stack_pieces(placed.pieces, lambda piece: self._piece(piece, dtype)))
+            stack = stack_pieces(
+                placed.pieces,
+                lambda piece: self._change_of(piece.layer, dtype, transposed=piece.transposed),
+            )
+            return Added(stack)
         product, layer = self._product(name), placed.layer
         if layer.magnitude is None:
             return Added(product)
         return Rescaled(product, self._ratios(name), placed.transposed)
 
-    def _piece(self, piece: Piece, dtype: type[np.float32] | type[np.float64]) -> Product:
-        layer = piece.layer
-        factors = of_expert(self._factors(layer), layer.experts, piece.expert)
-        factors = Factors(*(f.astype(dtype, copy=False) for f in factors))
-        return change(factors, layer.scaling, transposed=piece.transposed)
-
     def _product(self, name: str) -> Product:
         placed, dtype = self.adapted[name], self._dtype(name)
-        layer = placed.layer
-        factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
-        product = change(factors, layer.scaling, transposed=placed.transposed)
+        product = self._change_of(placed.layer, dtype, transposed=placed.transposed)
         # What the adapter stores of the base was stored after it had moved.
         is_to_move = initial_move(self.adapter.config) is not None and name not in self.replaced
         return product.with_more(self._moves(name)) if is_to_move else product
+
+    def _change_of(
+        self, layer: Layer, dtype: type[np.float32] | type[np.float64], *, transposed: bool
+    ) -> Product:
+        factors = Factors(*(f.astype(dtype, copy=False) for f in self.adapter.factors(layer)))
+        return change(factors, layer.scaling, transposed=transposed)
 
     def _move(self, name: str) -> Product:
         method, layer = initial_move(self.adapter.config), self.adapted[name].layer
@@ -262,28 +262,20 @@ class ProductPrecision(Closing):
         }
         self._variance = lru_cache(_KEPT)(self._make)
         self._stored = lru_cache(_KEPT)(self._read)
-        self._moments = lru_cache(_KEPT_STACKS)(self._read_moments)
 
     def _make(self, name: str) -> Product | Stack:
-        layer, transposed, pieces = self._mean.adapted[name]
-        if not pieces:
-            factors, variances = self._read_moments(layer)
-            return variance(factors, variances, layer.scaling, transposed=transposed)
+        placed = self._mean.adapted[name]
+        if not placed.pieces:
+            return self._variance_of(placed.layer, transposed=placed.transposed)
+        return stack_pieces(
+            placed.pieces, lambda p: self._variance_of(p.layer, transposed=p.transposed)
+        )
 
-        def varied(piece: Piece) -> Product:
-            layer = piece.layer
-            factors, variances = (
-                of_expert(f, layer.experts, piece.expert) for f in self._moments(layer)
-            )
-            return variance(factors, variances, layer.scaling, transposed=piece.transposed)
-
-        return stack_pieces(pieces, varied)
-
-    def _read_moments(self, layer: Layer) -> tuple[Factors, Factors]:
-        """Means and variances of a layer's factors; no variance where both were frozen."""
+    def _variance_of(self, layer: Layer, *, transposed: bool) -> Product:
         factors = self._adapter.factors(layer)
         frozen = Factors(*(np.zeros_like(factor) for factor in factors))
-        return factors, self._adapter.variances(layer, self._count) or frozen
+        variances = self._adapter.variances(layer, self._count) or frozen
+        return variance(factors, variances, layer.scaling, transposed=transposed)
 
     def _disk(self, name: str) -> str:
         """The name on disk of a tensor that has a precision of its own."""

@@ -26,6 +26,7 @@ from mergekit_bayes.checkpoint.specs import Array, Closing
 from mergekit_bayes.errors import CheckpointError, PrecisionError
 from mergekit_bayes.gaussian import DELTA_0
 from mergekit_bayes.lora.config import CONFIG, WEIGHTS, LoraConfig, read_config
+from mergekit_bayes.lora.experts import Pair, Recent, of_expert
 from mergekit_bayes.lora.layers import Factors, Layer, is_of_training, is_original, read_layers
 from mergekit_bayes.lora.tokens import TrainedRows
 from mergekit_bayes.lora.writers import explain_files
@@ -35,6 +36,8 @@ from mergekit_bayes.posterior.forms import is_form_of
 
 # Key of `PosteriorInfo.training`: `initial_identity` of the A's with which a run started.
 INITIAL_A = "initial_A"
+
+_KEPT = 4  # stacks of experts whose factors, or precisions, stay in memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Adapter(Closing):
     replacements: Mapping[str, str]
     unused: tuple[str, ...] = ()
     rows: Mapping[str, TrainedRows] = field(default_factory=dict)
+    _recent: Recent[Pair] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
 
     @property
     def ref(self) -> str:
@@ -87,11 +91,19 @@ class Adapter(Closing):
         return f"'{self.ref}' has {' and '.join(texts)}: left out"
 
     def factors(self, layer: Layer) -> Factors:
-        """Read the factors of a layer, as float32 matrices; of all experts where it has several.
+        """Read the factors of a layer, as float32 matrices.
+
+        Returns:
+            A of shape (rank, columns) and B of (rows, rank); of all experts where a layer has
+            several and means no single one.
 
         Raises:
             CheckpointError: An entry is not finite.
         """
+        if layer.expert is not None:
+            whole = layer._replace(expert=None)
+            pair = of_expert(layer, self._recent.get((whole, ""), lambda: self.factors(whole)))
+            return Factors(*(factor for factor in pair if factor is not None))
         return Factors(
             self.values(layer.a).reshape(layer.total_rank, layer.columns),
             self.values(layer.b).reshape(layer.rows, layer.total_rank),
@@ -118,6 +130,10 @@ class Adapter(Closing):
 
         See `counted`. Both have the shape of the factor that `factors` returns.
         """
+        if layer.expert is not None:
+            whole = layer._replace(expert=None)
+            key = (whole, f"precision of {count}")
+            return of_expert(layer, self._recent.get(key, lambda: self.precisions(whole, count)))
         a, b = self.counted(layer.a, count), self.counted(layer.b, count)
         return (
             None if a is None else a.reshape(layer.total_rank, layer.columns),

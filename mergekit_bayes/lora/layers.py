@@ -62,6 +62,7 @@ class Layer(NamedTuple):
         magnitude: Name on disk of DoRA's magnitudes, one for each of the rows.
         parameter: The weight's name in the module.
         experts: E, the number of products.
+        expert: The one of them that is meant; None for all.
         is_parameter: Whether the adapter targets a parameter itself, which as a matrix is never
             stored transposed.
         wrapper: The module's name on disk, if PEFT put something into it.
@@ -80,6 +81,7 @@ class Layer(NamedTuple):
     magnitude: str | None = None
     parameter: str = WEIGHT
     experts: int = 1
+    expert: int | None = None
     is_parameter: bool = False
     wrapper: str = ""
 
@@ -90,8 +92,8 @@ class Layer(NamedTuple):
 
     @property
     def total_rank(self) -> int:
-        """Rows of A and columns of B on disk: the ranks of all experts."""
-        return self.rank * self.experts
+        """Rows of A and columns of B: the ranks of all experts, unless one is meant."""
+        return self.rank * (self.experts if self.expert is None else 1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -88,17 +88,33 @@ def find_targets(config: LoraConfig, modules: Collection[str], where: str) -> di
     targets: dict[str, Target] = {}
     for module, stored_at in wrappers.items():
         names = _parameters(config, module, len(stored_at), where)
-        if sorted(stored_at) != list(range(len(names or (WEIGHT,)))):
-            raise MismatchError(
-                f"{where}: the factors of '{module}' are those of {len(stored_at)} wrappers (the "
-                f"deepest is '{stored_at[max(stored_at)]}'), but {CONFIG} names "
-                f"{len(names)} of its parameters (target_parameters). Save the adapter again."
-            )
+        _check_wrappers(module, stored_at, names, where)
         for depth, name in enumerate(reversed(names)):
             targets[stored_at[depth]] = Target(module, name, f"{module}.{name}", True)
         if not names:
             targets[stored_at[0]] = Target(module, WEIGHT, module)
     return targets
+
+
+def wrapped_names(module: str, parameters: Collection[str]) -> dict[str, str]:
+    """How PEFT calls a module for each of its parameters that is adapted itself.
+
+    Args:
+        module: The module's name in the model.
+        parameters: The parameters' names in the module.
+
+    Raises:
+        ConfigError: In which order the module registers them is not known.
+    """
+    unknown = [name for name in parameters if name not in _ORDER]
+    if len(parameters) > 1 and unknown:
+        raise ConfigError(
+            f"'{module}' has several parameters that are adapted ({', '.join(parameters)}), and "
+            f"the order in which its code registers them is not known for '{unknown[0]}'. Fold "
+            "instead: `bmerge merge BASE+A BASE+B`."
+        )
+    ordered = sorted(parameters, key=_ORDER.index) if len(parameters) > 1 else list(parameters)
+    return {name: module + depth * _WRAPPED for depth, name in enumerate(reversed(ordered))}
 
 
 def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _T:
@@ -126,6 +142,24 @@ def by_pattern(patterns: Mapping[str, _T] | None, module: str, default: _T) -> _
 @lru_cache(maxsize=MOST_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(module_pattern(pattern))
+
+
+def _check_wrappers(
+    module: str, stored_at: Mapping[int, str], names: Collection[str], where: str
+) -> None:
+    """Compare the wrappers around a module, by their depth, with the parameters that have one."""
+    missing = next((depth for depth in range(max(stored_at)) if depth not in stored_at), None)
+    if missing is not None:
+        raise MismatchError(
+            f"{where}: it holds the factors of '{stored_at[max(stored_at)]}', and not those of "
+            f"'{module}{missing * _WRAPPED}', which PEFT wraps around it. Save the adapter again."
+        )
+    if len(stored_at) != len(names or (WEIGHT,)):
+        raise MismatchError(
+            f"{where}: '{module}' has the factors of {len(stored_at)} parameters (the innermost "
+            f"are those of '{stored_at[max(stored_at)]}'), and {CONFIG} names {len(names)} "
+            "(target_parameters). The two files do not belong together."
+        )
 
 
 def _bare(name: str) -> str:

@@ -1,11 +1,7 @@
 """Changes of tensors that are made of several products, one below the other.
 
-The factors of E stacked experts are one pair on disk, with the experts' ranks interleaved:
-
-    dW[e] = s B_e A_e,  A_e = A[e r : (e + 1) r],  B_e = B[:, e :: E]
-
-(PEFT 0.21, `ParamWrapper`; A is (E r, d_in), B (d_out, r E), the expert the fastest index of B's
-columns). A stored tensor may be the whole stack, one expert, or half of one.
+Such a tensor is a stack of experts, or fused of projections that were adapted apart. A tensor may
+also be a piece of what one product changes: one expert of a stack, or half of one.
 """
 
 from bisect import bisect_right
@@ -16,7 +12,7 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.specs import Array
 from mergekit_bayes.lora.dense import Product
-from mergekit_bayes.lora.layers import Factors, Layer
+from mergekit_bayes.lora.layers import Layer
 from mergekit_bayes.lora.views import Segment
 
 
@@ -24,15 +20,13 @@ class Piece(NamedTuple):
     """Rows of one product of a layer, and the rows of the stored tensor that they change.
 
     Attributes:
-        layer: The layer.
-        expert: Which of its products.
+        layer: The layer, with its expert if it has several.
         transposed: Whether the tensor is stored as (d_in, d_out).
         rows: The product's rows, as stored: of B, or of A' if transposed.
         at: The first row of the tensor, stacked matrices taken as one, that they change.
     """
 
     layer: Layer
-    expert: int
     transposed: bool
     rows: slice
     at: int
@@ -65,26 +59,6 @@ class Stack(NamedTuple):
         return out
 
 
-def of_expert(factors: Factors, experts: int, expert: int) -> Factors:
-    """The factors of one expert, (r, d_in) and (d_out, r).
-
-    Args:
-        factors: The factors of all experts as they are stored, or their variances.
-        experts: E.
-        expert: Which one, from 0.
-    """
-    if experts == 1:
-        return factors
-    rank = len(factors.a) // experts
-    return Factors(factors.a[expert * rank : (expert + 1) * rank], factors.b[:, expert::experts])
-
-
-def join_experts(factors: Sequence[Factors]) -> Factors:
-    """The factors of all experts as PEFT stores them; the inverse of `of_expert`."""
-    a = np.concatenate([f.a for f in factors])
-    return Factors(a, np.stack([f.b for f in factors], axis=-1).reshape(len(factors[0].b), -1))
-
-
 def pieces_of(
     layer: Layer, segments: Sequence[Segment], *, transposed: bool
 ) -> dict[str, list[Piece]]:
@@ -103,7 +77,8 @@ def pieces_of(
             expert, first = divmod(row, height)
             rows = min(height - first, stop - row)
             at = segment.at + row - segment.start
-            piece = Piece(layer, expert, transposed, slice(first, first + rows), at)
+            owner = layer._replace(expert=expert) if layer.experts > 1 else layer
+            piece = Piece(owner, transposed, slice(first, first + rows), at)
             pieces.setdefault(segment.name, []).append(piece)
             row += rows
     return pieces

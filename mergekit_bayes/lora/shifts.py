@@ -20,17 +20,18 @@ def have_shifts(layers: Layers) -> bool:
     """Whether an adapter adds something to a bias.
 
     Raises:
-        ConfigError: One does, and the merged adapter would have factors of an embedding, too, which
-            PEFT does not load with `lora_bias`.
+        ConfigError: One does, and the merged adapter would have factors of an embedding, or of
+            a parameter itself, too, which PEFT does not load with `lora_bias`.
     """
     every = [copy.layer for copies in layers.values() for copy in copies]
     if not any(layer.bias for layer in every):
         return False
-    table = next((layer for layer in every if layer.is_embedding), None)
-    if table is not None:
+    other = next((layer for layer in every if layer.is_embedding or layer.is_parameter), None)
+    if other is not None:
+        kind = "embedding" if other.is_embedding else "parameter"
         raise ConfigError(
-            f"some of these adapters have biases (lora_bias), and others factors of the embedding "
-            f"'{table.module}': PEFT loads no adapter of both. Fold instead: "
+            f"some of these adapters have biases (lora_bias), and others factors of the {kind} "
+            f"'{other.tensor}': PEFT loads no adapter of both. Fold instead: "
             "`bmerge merge BASE+A BASE+B --base BASE`."
         )
     return True
