@@ -231,6 +231,30 @@ def test_adapters_of_a_split_phi3_fit_the_fused_one(tmp_path, modules):
     equals(base, tmp_path / "a", expected)
 
 
+def give_precision(folder, seed=0):
+    """Give an adapter of rank 2 a precision; returns the mean and variance of every stack."""
+    with open_adapter(str(folder)) as adapter:
+        specs = adapter.posterior.mean.specs
+        rng = np.random.default_rng(seed)
+        precision = {n: np.exp(rng.uniform(0, 4, s.shape)).astype("f4") for n, s in specs.items()}
+        counts = {"unit": "token", "observations": 100.0, "ess": 100.0}
+        info = PosteriorInfo(estimator="ggn", mean=identify(adapter.posterior.mean), **counts)
+        layers = adapter.layers
+    save_posterior(folder, precision, info)
+    factors = load_file(folder / "adapter_model.safetensors")
+    moments = {}
+    for name, layer in layers.items():
+        a, b = factors[layer.a].double().numpy(), factors[layer.b].double().numpy()
+        va, vb = 1 / precision[layer.a].astype("f8"), 1 / precision[layer.b].astype("f8")
+        pairs = [
+            (a[2 * e : 2 * e + 2], b[:, e::4], va[2 * e : 2 * e + 2], vb[:, e::4], 1.5)
+            for e in range(4)
+        ]
+        mean = np.stack([1.5 * b @ a for a, b, *_ in pairs])
+        moments[name] = mean, np.stack([twin.variance(*pair) for pair in pairs])
+    return moments
+
+
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
     tmp_path, is_stacked
@@ -238,28 +262,9 @@ def test_entries_of_experts_do_not_depend_on_the_chunk_and_have_their_precision(
     base = tiny_mixtral(tmp_path / "base")
     config = {"target_modules": [], "target_parameters": BOTH}
     peft_adapter(tmp_path / "a", base, r=2, lora_alpha=3, **config)
-    with open_adapter(str(tmp_path / "a")) as adapter:
-        specs = adapter.posterior.mean.specs
-        rng = np.random.default_rng(0)
-        precision = {n: np.exp(rng.uniform(0, 4, s.shape)).astype("f4") for n, s in specs.items()}
-        counts = {"unit": "token", "observations": 100.0, "ess": 100.0}
-        info = PosteriorInfo(estimator="ggn", mean=identify(adapter.posterior.mean), **counts)
-        layers = adapter.layers
-    save_posterior(tmp_path / "a", precision, info)
-    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    expected = {}
-    for parameter in ("gate_up_proj", "down_proj"):
-        layer = layers[f"{STACK}{parameter}"]
-        a, b = factors[layer.a].numpy(), factors[layer.b].numpy()
-        va, vb = 1 / precision[layer.a].astype("f8"), 1 / precision[layer.b].astype("f8")
-        expected[f"{STACK}{parameter}"] = np.stack(
-            [
-                twin.variance(
-                    a[2 * e : 2 * e + 2], b[:, e::4], va[2 * e : 2 * e + 2], vb[:, e::4], 1.5
-                )
-                for e in range(4)
-            ]
-        )
+    moments = give_precision(tmp_path / "a")
+    expected = {name: variance for name, (_, variance) in moments.items()}
+    rng = np.random.default_rng(1)
     if is_stacked:
         base = stacked_base(tmp_path / "stacked", base)
     else:
@@ -319,6 +324,40 @@ def test_merged_adapters_of_experts_are_the_sum_of_their_changes_in_peft(tmp_pat
         norm = np.sqrt(sum(np.sum((t - stored[n]) ** 2) for n, t in singles.items()))
         layer = report.layers[f"{STACK}down_proj"]
         np.testing.assert_allclose([layer.error, layer.norm], [lost / norm, norm], rtol=1e-4)
+
+
+def test_experts_of_adapters_are_averaged_by_their_precision(tmp_path):
+    base = tiny_mixtral(tmp_path / "base")
+    config = {"target_modules": [], "target_parameters": BOTH[1:]}
+    shares, moments = (0.3, 0.7), []
+    for seed in (1, 2):
+        peft_adapter(tmp_path / f"{seed}", base, seed, r=2, lora_alpha=3, **config)
+        moments.append(give_precision(tmp_path / f"{seed}", seed)[f"{STACK}down_proj"])
+    weights = [c / variance for c, (_, variance) in zip(shares, moments, strict=True)]
+    merged = sum(w * mean for w, (mean, _) in zip(weights, moments, strict=True)) / sum(weights)
+    refs = [str(tmp_path / "1"), str(tmp_path / "2")]
+    merge_adapters(refs, tmp_path / "m", scales=shares, weights="precision", rank=8)
+    with open_adapter(str(tmp_path / "m")) as adapter:
+        layer = adapter.layers[f"{STACK}down_proj"]
+        for expert in range(4):
+            a, b = adapter.factors(layer._replace(expert=expert))
+            np.testing.assert_allclose(b @ a, merged[expert], atol=1e-5)
+
+
+def test_factors_of_the_other_order_are_told_by_their_shapes(tmp_path):
+    """PEFT until 0.18 takes A for the rows of an ordinary stack, whose shape says so."""
+    base = tiny_mixtral(tmp_path / "base")
+    expected = {n: t.double().numpy() for n, t in load_file(base / "model.safetensors").items()}
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype("f4") for shape in ((8, 24), (8, 8)))
+    name = "base_model.model.model.layers.0.mlp.experts.lora_"
+    tensors = {f"{name}A.weight": a, f"{name}B.weight": b}
+    written(tmp_path / "a", tensors, target_parameters=BOTH[:1])
+    for e in range(4):
+        change = 1.5 * (b[:, e::4].astype("f8") @ a[2 * e : 2 * e + 2]).T
+        for word, rows in (("w1", slice(12)), ("w3", slice(12, None))):
+            expected[f"{EXPERTS}{e}.{word}.weight"] += change[rows]
+    assert len(equals(base, tmp_path / "a", expected)) == 8
 
 
 def stack_factors(count=4, rank=2, module="mlp.experts", rows=8, columns=12, more=()):
@@ -408,7 +447,7 @@ def test_what_does_not_fit_is_refused_with_its_cause(tmp_path, tensors, config, 
 def test_experts_that_are_square_alone_are_refused(tmp_path):
     base = a_base(tmp_path / "base", "gpt_oss")
     written(tmp_path / "a", stack_factors(columns=8), **DOWN)
-    with pytest.raises(ConfigError, match="whose experts are square, and nothing in it tells"):
+    with pytest.raises(ConfigError, match="whose experts are square, and no other experts"):
         open_adapted(f"{base}+{tmp_path / 'a'}")
 
 

@@ -80,7 +80,7 @@ def _refuse_variants(view: View, adapter: Adapter, name: str, layer: Layer) -> N
 
 
 def find_transposed(
-    specs: Mapping[str, TensorSpec], view: View, adapter: Adapter, layers: Mapping[str, Layer]
+    specs: Mapping[str, TensorSpec], adapter: Adapter, layers: Mapping[str, Layer]
 ) -> set[str]:
     """The weights whose matrices are stored as (d_in, d_out), judged by their shapes.
 
@@ -88,7 +88,6 @@ def find_transposed(
 
     Args:
         specs: What the adapter changes, or replaces, by the view's name.
-        view: The base as the adapter sees it.
         adapter: The adapter.
         layers: Its layers by the view's tensor.
 
@@ -105,7 +104,7 @@ def find_transposed(
     return (
         tables
         | _transposed_matrices(specs, adapter, matrices)
-        | _transposed_stacks(specs, view, adapter, stacks)
+        | _transposed_stacks(specs, adapter, stacks)
     )
 
 
@@ -132,20 +131,19 @@ def _transposed_matrices(
 
 
 def _transposed_stacks(
-    specs: Mapping[str, TensorSpec], view: View, adapter: Adapter, stacks: Mapping[str, Layer]
+    specs: Mapping[str, TensorSpec], adapter: Adapter, stacks: Mapping[str, Layer]
 ) -> set[str]:
     """The stacks of experts that are stored as (experts, d_in, d_out).
 
-    Which of its factors PEFT takes for the rows of a square matrix depends on the model's code.
+    Which factor PEFT takes for the rows of a square matrix depends on the model's code, and on the
+    version of PEFT (until 0.18, A is that of the rows of an ordinary matrix).
     """
     square = [name for name, layer in stacks.items() if layer.rows == layer.columns]
     others = [name for name in stacks if name not in square]
     transposed = {name for name in others if specs[name].shape != stacks[name].shape}
-    # Experts that files hold one by one are ordinary matrices, and memory has them as they are.
-    unknown = [name for name in square if name not in view.segments]
-    if unknown and (not others or 0 < len(transposed) < len(others)):
+    if square and (not others or 0 < len(transposed) < len(others)):
         raise ConfigError(
-            f"'{adapter.ref}' adapts '{unknown[0]}', whose experts are square, and nothing in it "
-            f"tells whether {view.files[0]} stores them transposed. {FOLD}"
+            f"'{adapter.ref}' adapts '{square[0]}', whose experts are square, and no other experts "
+            f"of it tell which factor is that of the rows. {FOLD}"
         )
-    return transposed | {name for name in unknown if transposed}
+    return transposed | {name for name in square if transposed}

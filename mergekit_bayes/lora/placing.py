@@ -82,7 +82,7 @@ def place_adapter(
         _check_layer(view, specs, adapter, name, layer)
     for name in replaced:
         _check_replacement(view, specs, adapter, name, replaced[name], notes)
-    placed = place_layers(view, adapter, layers, find_transposed(specs, view, adapter, layers))
+    placed = place_layers(view, adapter, layers, find_transposed(specs, adapter, layers))
     biases = {renaming(f"{x.module}.bias"): x for x in layers.values() if x.bias is not None}
     rows = {renaming(name): trained for name, trained in adapter.rows.items()}
     refuse_misplaced_biases(view, specs, adapter, biases)
